@@ -1,0 +1,174 @@
+"""The data that crosses between rooms.
+
+Shape legend (one spelling everywhere)::
+
+    B  rows given to the learner        N  trajectories in the batch
+    T  tokens per row                   K  turns per trajectory (the configured maximum)
+    V  vocabulary                       P, R  prompt and response tokens of one turn
+
+Alignment, stated once: position ``t`` of every per-token stream talks about token ``t`` itself.
+``logprobs[b, t]`` is the log-probability of ``tokens[b, t]`` given the tokens before it; the shift by
+one happens in a single function (`empg_jax.learner.update.compute_logprobs`).
+
+Host data (``Turn``, ``Trajectory``, ``Outcome``) is NumPy; device data (``Batch``, ``Scores``,
+``Credit``) are pytrees of arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+
+class Status(enum.StrEnum):
+    """What becomes of an episode. An infrastructure failure is never a reward of zero."""
+
+    TRAINED = "trained"  # the policy caused what happened: learn from it
+    SCORED_ZERO = "scored_zero"  # the policy broke a limit: learn from it with return 0
+    DISCARDED = "discarded"  # something else broke: never learned from, refilled
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an episode ended.
+
+    Attributes:
+      status: whether the episode is learned from.
+      reason: a short name for the cause, for example ``won``, ``turn_limit``, ``context_limit``,
+        ``env_error``, ``worker_died``, ``timeout``; counted in metrics and ``summary.json``.
+      detail: free text for a person (an exception's message).
+    """
+
+    status: Status
+    reason: str
+    detail: str = ""
+
+    @property
+    def is_trained(self) -> bool:
+        """True when the learner may see the episode."""
+        return self.status is not Status.DISCARDED
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """One agent response (the papers' "step"), exactly as the policy saw and sampled it.
+
+    Attributes:
+      prompt_tokens: int32[P], every token that the policy conditioned on, oldest first.
+      response_tokens: int32[R], the sampled ids, end-of-turn token included when it was sampled.
+      behavior_logprobs: float32[R], log-probabilities at the rollout temperature.
+      entropies: float32[R], full-vocabulary entropies in nats at the rollout temperature.
+      reward: the environment's reward for this turn.
+      version: the policy version that sampled it.
+      anchor: hash of the observation that the turn answers (GiGPO's state key).
+      is_valid: whether the parser accepted the response as an action.
+      finish_reason: ``stop`` (end-of-turn sampled) or ``length``.
+      observation: text that the turn answers (for people; never tokenised again).
+      response: decoded response text (for people; never tokenised again).
+    """
+
+    prompt_tokens: np.ndarray
+    response_tokens: np.ndarray
+    behavior_logprobs: np.ndarray
+    entropies: np.ndarray
+    reward: float
+    version: int
+    anchor: int
+    is_valid: bool
+    finish_reason: str
+    observation: str = ""
+    response: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One episode: its turns, and what is to be made of it.
+
+    Attributes:
+      task: index of the task in its panel.
+      split: the panel's name (``train``, ``valid``, ``test``).
+      group_id: run-wide number of the group of attempts; unique, never reused.
+      member: which attempt of the group, in [0, group_size).
+      turns: the turns in order; empty only for discarded episodes.
+      outcome: trained, scored zero, or discarded.
+      episode_return: sum of rewards (0 for a scored-zero episode).
+      is_success: the environment's own verdict.
+      terminated: ended by the task.
+      truncated: ended by a limit.
+      metrics: further scalars that the environment reported at the end.
+    """
+
+    task: int
+    split: str
+    group_id: int
+    member: int
+    turns: tuple[Turn, ...]
+    outcome: Outcome
+    episode_return: float
+    is_success: bool
+    terminated: bool
+    truncated: bool
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version among the turns."""
+        return min(turn.version for turn in self.turns)
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens over all turns."""
+        return sum(len(turn.response_tokens) for turn in self.turns)
+
+
+@flax.struct.dataclass
+class Batch:
+    """A global batch: packed token rows plus a table of trajectories.
+
+    Per-token fields at padding hold zeros (``sequence_ids``: -1); they are read only under their mask.
+    """
+
+    tokens: jax.Array  # int32[B T]
+    loss_mask: jax.Array  # bool[B T]       sampled by the policy, hence trainable
+    segment_ids: jax.Array  # int32[B T]    packed sequence in the row, from 1; 0 = padding
+    positions: jax.Array  # int32[B T]      position inside the segment
+    sequence_ids: jax.Array  # int32[B T]   the segment, unique in the whole batch; -1 = padding
+    trajectory_ids: jax.Array  # int32[B T] in [0, N); read only under loss_mask
+    turn_ids: jax.Array  # int32[B T]       in [0, K); read only under loss_mask
+    behavior_logprobs: jax.Array  # float32[B T]
+    behavior_entropies: jax.Array  # float32[B T]
+    minibatch_ids: jax.Array  # int32[B]    the optimizer step that a row belongs to; -1 = absent row
+    returns: jax.Array  # float32[N]
+    group_ids: jax.Array  # int32[N]        in [0, N); -1 = absent
+    trajectory_mask: jax.Array  # bool[N]
+    turn_returns: jax.Array  # float32[N K] discounted reward-to-go per turn
+    turn_valid: jax.Array  # bool[N K]      the parser accepted the turn's action
+    anchor_ids: jax.Array  # int32[N K]     observation key, equal ids = equal observation; -1 = absent
+    versions: jax.Array  # int32[N K]       policy version that sampled the turn
+
+
+@flax.struct.dataclass
+class Scores:
+    """What the learner says of a batch before it changes any weight (no gradients)."""
+
+    old_logprobs: jax.Array  # float32[B T]
+    entropies: jax.Array  # float32[B T]
+    ref_logprobs: jax.Array  # float32[B T]  equals old_logprobs when there is no KL term
+
+
+@flax.struct.dataclass
+class Credit:
+    """What a batch is worth, token by token. All constants to the gradient."""
+
+    advantages: jax.Array  # float32[B T]
+    loss_weights: jax.Array  # float32[B T]  share in its mini-batch's loss; zero off loss_mask
+    metrics: dict[str, jax.Array]  # scalars for the log
+
+
+Params = Any  # a nested dict of arrays
