@@ -1,0 +1,302 @@
+"""The decoder of the Llama / Qwen2 / Qwen3 line, read top-down: config, block, parameters, forward, cache.
+
+One block (Flax Linen, used through its functional ``init`` / ``apply``) serves the learner, which scans over
+stacked layers with rematerialisation, and the engine, which unrolls over unstacked layers with a KV cache.
+Parameters are a plain dictionary::
+
+    embed/embedding [V D]    layers/<block parameter> [L ...]    final_norm/scale [D]    head/embedding [V D]
+
+``head`` is absent when embeddings are tied. Matrices stand as ``[in, out]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from empg_jax.models.attention import cached_attention, packed_attention
+from empg_jax.types import Params
+
+KVCache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer (keys, values), each [S K C d]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency-dependent stretch of the rotary angles (all four numbers from the HF config)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and numerics of a decoder. Hashable, so that it can be a static argument."""
+
+    vocab_size: int
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 16
+    intermediate_size: int = 256
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot work."""
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
+
+
+# --------------------------------------------------------------------------------------------- block
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    eps: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalise the last axis of ``x``."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        return rms_norm(x, scale, self.eps)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32, returned in the type of ``x``."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(eps))
+    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
+    return (wide * scale).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and gated MLP with pre-norms. ``attend`` decides where keys and values live."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array, rope: tuple[Array, Array], attend: Callable[..., tuple[Array, Any]]) -> Any:
+        """Map ``x [B T D]`` to the next layer's input; ``attend(q, k, v)`` returns ``(output, cache)``."""
+        c = self.config
+        batch, length, _ = x.shape
+        norm = functools.partial(RMSNorm, c.norm_eps, c.param_dtype)
+        dense = functools.partial(
+            nn.Dense,
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+        )
+        with jax.named_scope("attention"):
+            h = norm(name="input_norm")(x)
+            q = dense(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q_proj")(h)
+            k = dense(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="k_proj")(h)
+            v = dense(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="v_proj")(h)
+            q = q.reshape(batch, length, c.num_heads, c.head_dim)
+            k = k.reshape(batch, length, c.num_kv_heads, c.head_dim)
+            v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
+            if c.qk_norm:
+                q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+            output, cache = attend(rotate(q, rope), rotate(k, rope), v)
+            output = output.reshape(batch, length, c.num_heads * c.head_dim)
+            x = x + dense(c.hidden_size, use_bias=False, name="o_proj")(output)
+        with jax.named_scope("mlp"):
+            h = norm(name="post_norm")(x)
+            gate = nn.silu(dense(c.intermediate_size, use_bias=False, name="gate_proj")(h))
+            up = dense(c.intermediate_size, use_bias=False, name="up_proj")(h)
+            x = x + dense(c.hidden_size, use_bias=False, name="down_proj")(gate * up)
+        return x, cache
+
+
+def compute_rope(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+    """Cosine and sine ``[B, T, 1, head_dim / 2]`` of the rotary angles, in float32."""
+    half = config.head_dim // 2
+    frequencies = 1.0 / config.rope_theta ** (jnp.arange(half, dtype=jnp.float32) / jnp.float32(half))
+    if config.rope_scaling is not None:
+        frequencies = _scale_frequencies(frequencies, config.rope_scaling)
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+
+
+def _scale_frequencies(frequencies: Array, scaling: RopeScaling) -> Array:
+    wavelengths = 2 * jnp.pi / frequencies
+    ratio = scaling.original_max_position / wavelengths
+    smooth = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return (1.0 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def rotate(x: Float[Array, "B T n d"], rope: tuple[Array, Array]) -> Float[Array, "B T n d"]:
+    """Apply rotary positions; the two halves of ``d`` form the pairs (Hugging Face's layout)."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    shape = first.shape
+    cos, sin = jnp.broadcast_to(cos, shape), jnp.broadcast_to(sin, shape)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------- parameters
+
+
+def init_params(key: jax.Array, config: DecoderConfig) -> Params:
+    """Random parameters: matrices normal with std 1/sqrt(fan-in), embeddings likewise over D, norms 1."""
+    embed_key, layers_key, head_key = jax.random.split(key, 3)
+    x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
+    rope = compute_rope(config, jnp.zeros((1, 1), jnp.int32))
+    block = Block(config)
+
+    def init_layer(layer_key: jax.Array) -> Params:
+        return block.init(layer_key, x, rope, lambda q, k, v: (q, None))["params"]
+
+    table = (config.vocab_size, config.hidden_size)
+    scale = config.hidden_size**-0.5
+    params = {
+        "embed": {"embedding": (scale * jax.random.normal(embed_key, table)).astype(config.param_dtype)},
+        "layers": jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers)),
+        "final_norm": {"scale": jnp.ones((config.hidden_size,), config.param_dtype)},
+    }
+    if not config.tie_embeddings:
+        params["head"] = {"embedding": (scale * jax.random.normal(head_key, table)).astype(config.param_dtype)}
+    return params
+
+
+# Logical axes of each parameter by the name of its module; stacked layers have a leading "layers" axis.
+_KERNEL_AXES = {
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "heads"),
+    "v_proj": ("embed", "heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+}
+
+
+def param_axes(params: Params) -> Params:
+    """Logical axis names of every parameter, in a tree of the same structure (tuples of names or None)."""
+
+    def axes_of(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
+        names = [entry.key for entry in path]
+        if names[-1] == "embedding":
+            return ("vocab", "embed")
+        if names[-1] == "kernel":
+            own: tuple[str | None, ...] = _KERNEL_AXES[names[-2]]
+        elif names[-1] == "bias":
+            own = (_KERNEL_AXES[names[-2]][1],)
+        else:
+            own = (None,)
+        return ("layers", *own) if names[0] == "layers" else own
+
+    return jax.tree_util.tree_map_with_path(axes_of, params)
+
+
+def output_embedding(params: Params) -> Array:
+    """The ``[V, D]`` matrix of the head, tied or not."""
+    return params["head" if "head" in params else "embed"]["embedding"]
+
+
+def unstack_layers(params: Params, num_layers: int) -> Params:
+    """The same parameters with ``layers`` as a tuple of single layers (for decoding)."""
+    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(num_layers))
+    return {**params, "layers": layers}
+
+
+# ------------------------------------------------------------------------------------------- forward
+
+
+def forward(
+    params: Params,
+    config: DecoderConfig,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+) -> Float[Array, "B T D"]:
+    """Normed final hidden states of packed rows (stacked parameters, scan over layers)."""
+    rope = compute_rope(config, positions)
+    block = Block(config)
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+        return packed_attention(q, k, v, segment_ids), None
+
+    def layer(x: Array, layer_params: Params) -> tuple[Array, None]:
+        return block.apply({"params": layer_params}, x, rope, attend)
+
+    x = embed(params, config, tokens)
+    x, _ = jax.lax.scan(jax.checkpoint(layer) if config.remat else layer, x, params["layers"])
+    return rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
+
+
+def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Input embeddings in the compute type."""
+    return jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(config.dtype)
+
+
+def init_cache(config: DecoderConfig, slots: int, capacity: int) -> KVCache:
+    """An empty KV cache: per layer keys and values ``[slots, K, capacity, d]``."""
+    shape = (slots, config.num_kv_heads, capacity, config.head_dim)
+    return tuple((jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers))
+
+
+def forward_cached(
+    params: Params,
+    config: DecoderConfig,
+    tokens: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    cache: KVCache,
+    rows: Int[Array, "R"] | None = None,
+) -> tuple[Float[Array, "R T D"], KVCache]:
+    """Forward of new tokens over the cache (unstacked parameters).
+
+    Args:
+      params: parameters from `unstack_layers`.
+      config: the model's config.
+      tokens: new tokens of each row.
+      positions: their positions; a position at or beyond the capacity is a pad and is not written.
+      cache: keys and values so far; the new ones are written into it.
+      rows: cache row of each token row; None means row ``i`` is cache row ``i``. A row index beyond the
+        cache is a pad.
+
+    Returns:
+      Normed final hidden states and the cache.
+    """
+    rope = compute_rope(config, positions)
+    block = Block(config)
+    write_rows = jnp.arange(tokens.shape[0]) if rows is None else rows
+
+    def layer(x: Array, layer_params: Params, layer_cache: tuple[Array, Array]) -> tuple[Array, Any]:
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            written = [
+                old.at[write_rows[:, None], :, positions].set(new, mode="drop")
+                for old, new in zip(layer_cache, (k, v), strict=True)
+            ]
+            keys, values = written if rows is None else [jnp.take(w, rows, axis=0, mode="clip") for w in written]
+            return cached_attention(q, keys, values, positions), (written[0], written[1])
+
+        return block.apply({"params": layer_params}, x, rope, attend)
+
+    x = embed(params, config, tokens)
+    new_cache = []
+    for layer_params, layer_cache in zip(params["layers"], cache, strict=True):
+        x, layer_cache = layer(x, layer_params, layer_cache)
+        new_cache.append(layer_cache)
+    return rms_norm(x, params["final_norm"]["scale"], config.norm_eps), tuple(new_cache)
