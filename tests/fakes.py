@@ -1,0 +1,152 @@
+"""Fakes for tests: environments that count, raise, hang, lie, crash, grow or take their time.
+
+Each is reached from a worker process by entry point, for example ``tests.fakes:CountingEnv``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from typing import Any
+
+
+class CountingEnv:
+    """Every observation tells the task and how many steps were made, so a lost or doubled step shows.
+
+    The reward of the last step is 1. ``pad`` characters are added to every observation.
+    """
+
+    def __init__(self, length: int = 10, tasks: int = 100, pad: int = 0):
+        self.length, self.tasks, self.pad = length, tasks, pad
+        self.key, self.count = "", -1
+
+    def reset(
+        self, seed: int | None = None, *, split: str | None = None, index: int | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        self.key, self.count = f"{split}/{index}/{seed}", 0
+        return self._observe(""), {"task": f"count to {self.length}", "won": False}
+
+    def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
+        self.count += 1
+        won = self.count >= self.length
+        return self._observe(action), float(won), won, False, {"won": won}
+
+    def close(self) -> None:
+        pass
+
+    def list_splits(self) -> list[str]:
+        return ["train", "test"]
+
+    def num_tasks(self, split: str) -> int:
+        return self.tasks
+
+    def get_task(self, split: str, index: int) -> dict[str, Any]:
+        return {"split": split, "index": index}
+
+    def expert_action(self) -> str:
+        return f"count {self.count + 1}"
+
+    def _observe(self, action: str) -> str:
+        return f"{self.key} step {self.count} after {action!r}" + "." * self.pad
+
+
+class FaultyEnv(CountingEnv):
+    """Does what the action says: ``raise``, ``exit``, ``crash``, ``kill``, ``hang``, ``noise``, ...
+
+    A task index in ``broken`` raises at reset.
+    """
+
+    def __init__(self, broken: tuple[int, ...] = (), **options: Any):
+        super().__init__(**options)
+        self.broken = tuple(broken)
+        self.hoard: list[bytes] = []
+
+    def reset(self, seed: int | None = None, *, split: str | None = None, index: int | None = None) -> Any:
+        result = super().reset(seed, split=split, index=index)
+        if index in self.broken:
+            raise RuntimeError(f"task {index} is broken")
+        return result
+
+    def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
+        observation, reward, terminated, truncated, info = super().step(action)
+        match action.split():
+            case ["raise"]:
+                raise ValueError("the environment broke")
+            case ["exit"]:
+                raise SystemExit(3)
+            case ["crash"]:
+                print("last words", flush=True)
+                os._exit(7)
+            case ["kill"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case ["hang"]:
+                time.sleep(3600)
+            case ["sleep", seconds]:
+                time.sleep(float(seconds))
+            case ["noise"]:
+                print('{"id": 1, "ok": true}\n' * 50)
+                os.write(1, b"raw noise on the first descriptor\n")
+            case ["input"]:
+                input()
+            case ["grow", megabytes]:
+                self.hoard.append(os.urandom(1) * (int(megabytes) << 20))
+            case ["garbage", "observation"]:
+                return 3, reward, terminated, truncated, info
+            case ["garbage", "reward"]:
+                return observation, float("nan"), terminated, truncated, info
+            case ["garbage", "flag"]:
+                return observation, reward, "no", truncated, info
+            case ["garbage", "tuple"]:
+                return observation, reward  # type: ignore[return-value]
+            case ["garbage", "info"]:
+                return observation, reward, terminated, truncated, {"env": self}
+            case ["garbage", "size"]:
+                return "x" * (16 << 20), reward, terminated, truncated, info
+        return observation, reward, terminated, truncated, info
+
+
+class NondeterministicEnv(FaultyEnv):
+    """Its observations depend on the process, so a replay elsewhere differs."""
+
+    def _observe(self, action: str) -> str:
+        return f"{super()._observe(action)} by {os.getpid()}"
+
+
+class SlowEnv(CountingEnv):
+    """Answers after ``latency`` seconds."""
+
+    def __init__(self, latency: float = 0.005, **options: Any):
+        super().__init__(**options)
+        self.latency = latency
+
+    def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
+        time.sleep(self.latency)
+        return super().step(action)
+
+
+class UnreliableEnv(CountingEnv):
+    """Crashes the worker or hangs with a given chance per step, unrelated to the episode's seed."""
+
+    def __init__(self, crash: float = 0.01, hang: float = 0.01, **options: Any):
+        super().__init__(**options)
+        self.crash, self.hang = crash, hang
+        self.chance = random.Random(os.getpid() * 1_000_003 + time.monotonic_ns())
+
+    def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
+        draw = self.chance.random()
+        if draw < self.crash:
+            os._exit(9)
+        if draw < self.crash + self.hang:
+            time.sleep(3600)
+        return super().step(action)
+
+
+class UnstartableEnv(CountingEnv):
+    """Ends its process while it is being built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        print("no licence found", flush=True)
+        os._exit(4)
