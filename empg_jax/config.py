@@ -141,9 +141,7 @@ class RolloutConfig(Section):
     )
     max_response_tokens: int = Field(16, ge=1, description="Tokens that one response may have.")
     max_tokens: int = Field(256, ge=2, description="Longest conversation in tokens, and the row length.")
-    deterministic: bool = Field(
-        False, description="Barrier per turn and fixed shapes: repeatable bit by bit."
-    )
+    deterministic: bool = Field(False, description="Barrier per turn, fixed shapes: repeatable bit by bit.")
     burst: int = Field(8, ge=1, description="Decode steps between two looks at the host.")
     prefill_buckets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = Field(
         None, description="Lengths that prompts are padded to, ascending (default chosen by the engine)."
@@ -202,9 +200,7 @@ class AlgorithmConfig(Section):
     )
     clip_low: float = Field(0.2, gt=0, lt=1, description="Ratios are clipped at 1 - clip_low.")
     clip_high: float = Field(0.2, gt=0, description="Ratios are clipped at 1 + clip_high.")
-    dual_clip: float | None = Field(
-        3.0, gt=1, description="Bound of the loss at negative advantages, or null."
-    )
+    dual_clip: float | None = Field(3.0, gt=1, description="Loss bound at negative advantages, or null.")
     kl_coef: float = Field(0.0, ge=0, description="Weight of the KL penalty to the reference policy.")
     kl_kind: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
@@ -223,9 +219,7 @@ class AlgorithmConfig(Section):
         name = data["name"]
         if name not in ALGORITHM_NAMES:
             hint = nearest(name, ALGORITHM_NAMES)
-            raise ValueError(
-                f"algorithm.name={name} is unknown{hint}; choose from {', '.join(ALGORITHM_NAMES)}"
-            )
+            raise ValueError(f"algorithm.name={name} is unknown{hint}; choose {' or '.join(ALGORITHM_NAMES)}")
         recipe = RECIPES.get(name, {})
         explicit = data.get("modulation")
         if "modulation" in recipe and explicit not in (None, recipe["modulation"]):
@@ -392,7 +386,7 @@ def _learner_problems(config: Config) -> Iterator[str]:
     episodes = rollout.tasks_per_update * rollout.group_size
     if train.num_minibatches > episodes:
         yield (
-            f"train.num_minibatches={train.num_minibatches} is more than the {episodes} episodes of an update "
+            f"train.num_minibatches={train.num_minibatches} is more than the {episodes} episodes per update "
             "(rollout.tasks_per_update x rollout.group_size)"
         )
     if train.warmup_updates > train.updates:

@@ -50,7 +50,7 @@ def find_file(name_or_path: str | Path) -> Path:
     if str(name_or_path) not in packaged:
         hint = nearest(str(name_or_path), packaged)
         raise ConfigError(
-            f"no packaged configuration {str(name_or_path)!r}{hint}; there are: {', '.join(packaged) or 'none'}; "
+            f"no packaged configuration {str(name_or_path)!r}{hint}; there are: {', '.join(packaged)}; "
             "a file of your own is given as a path that ends in .yaml"
         )
     return packaged[str(name_or_path)]
@@ -95,7 +95,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             node[part] = {}
         if not isinstance(node[part], dict):
             raise ConfigError(
-                f"override {override!r}: {'.'.join(parts[:depth])} is {node[part]!r}, which has no keys below it"
+                f"override {override!r}: {'.'.join(parts[:depth])} is {node[part]!r} and has no keys below it"
             )
         node = node[part]
     # A section given as a table is merged, so that `algorithm={empg: {k: 2}}` keeps the other keys.
