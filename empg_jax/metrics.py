@@ -1,0 +1,229 @@
+"""Every metric that is logged, with its meaning, and the places that metrics are written to.
+
+``metrics.jsonl`` in the run's folder holds one JSON object per update and is always written; TensorBoard
+and Weights & Biases are fed the same numbers when they are switched on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from empg_jax.config_text import ConfigError
+
+# Name -> meaning. A name that ends in * stands for a family, one metric per ending.
+METRICS: dict[str, str] = {
+    # Episodes of the update
+    "success_rate": "Share of the trained episodes that the environment calls solved.",
+    "episode_return": "Mean return of the trained episodes.",
+    "episode_turns": "Mean turns of the trained episodes.",
+    "response_tokens": "Mean sampled tokens per turn.",
+    "invalid_actions": "Share of turns whose response the parser did not accept.",
+    "mixed_groups": "Share of task groups with different returns; the others carry no group advantage.",
+    "episodes_trained": "Episodes that the policy was trained on.",
+    "episodes_discarded": "Episodes thrown away for a cause outside the policy, and sampled again.",
+    "outcome_*": "Episodes that ended for the reason in the name.",
+    "env_*": "Mean of a number that the environment reports at the end of an episode.",
+    "lag": "Mean age of the sampling policy in updates.",
+    # Entropy and modulation
+    "entropy": "Mean entropy of the sampled tokens in nats, full vocabulary, rollout temperature.",
+    "turn_entropy": "Mean over turns of the turn's mean token entropy, in nats.",
+    "turn_entropy_min": "Smallest turn entropy.",
+    "turn_entropy_max": "Largest turn entropy.",
+    "modulation_mean": "Mean factor that the modulation multiplies advantages with (1 without modulation).",
+    "modulation_min": "Smallest such factor.",
+    "modulation_max": "Largest such factor.",
+    "modulation_std": "Standard deviation of these factors.",
+    "modulation_bonus": "Mean of the future-clarity bonus of EMPG.",
+    "advantage_mean": "Mean advantage per trained token.",
+    "advantage_std": "Standard deviation of the advantage over the trained tokens.",
+    "advantage_positive": "Share of trained tokens with a positive advantage.",
+    # Loss
+    "loss": "Loss that the optimizer sees, mean over the optimizer steps of the update.",
+    "policy_loss": "Its policy part.",
+    "kl": "KL penalty to the reference policy, before its coefficient.",
+    "approx_kl": "k3 estimate of the KL from the policy before the update to the one being trained.",
+    "clip_fraction": "Share of trained tokens whose ratio was clipped.",
+    "dual_clip_fraction": "Share of trained tokens at the dual clip bound.",
+    "ratio_max": "Largest probability ratio.",
+    "grad_norm": "Global gradient norm before clipping.",
+    "learning_rate": "Learning rate of the update.",
+    "nonfinite_steps": "Optimizer steps left out because loss or gradient was not finite.",
+    "logprob_gap": "Mean absolute difference of the sampler's and the learner's log-probabilities.",
+    "logprob_gap_max": "Largest such difference.",
+    # Speed
+    "tokens_sampled": "Tokens that the policy sampled for the update.",
+    "tokens_trained": "Sampled tokens that the loss covers.",
+    "tokens_prefilled": "Prompt and observation tokens that went through the model when sampling.",
+    "tokens_per_second": "Sampled tokens per second of the whole update.",
+    "slot_occupancy": "Share of the sampler's slots that held a live episode, mean over decode steps.",
+    "packing_efficiency": "Share of the learner's row tokens that are not padding.",
+    "recompiles": "Programs compiled during the update; 0 after the warm-up.",
+    "seconds_*": "Wall seconds of the phase in the name.",
+    # Held-out evaluation
+    "eval_success": "Share of the held-out tasks solved.",
+    "eval_return": "Mean return on the held-out tasks.",
+    "eval_turns": "Mean turns on the held-out tasks.",
+    "eval_entropy": "Mean token entropy on the held-out tasks, in nats.",
+    "eval_invalid_actions": "Share of held-out turns whose response the parser did not accept.",
+    # Warm start
+    "sft_loss": "Cross-entropy of the expert's tokens in nats.",
+    "sft_accuracy": "Share of the expert's tokens that the policy finds most likely.",
+}
+
+
+def describe_metric(name: str) -> str | None:
+    """The meaning of a metric, or None when the glossary does not know it."""
+    if name in METRICS:
+        return METRICS[name]
+    families = (key for key in METRICS if key.endswith("*") and name.startswith(key[:-1]))
+    return next((METRICS[key] for key in families), None)
+
+
+def reduce_metrics(parts: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
+    """Weighted mean per name.
+
+    Args:
+      parts: metrics and their weight (tokens, episodes, ...); a name may be absent from some parts, and
+        then only the parts that have it count.
+
+    Returns:
+      Name -> mean. A name whose weights sum to zero is left out, since nothing is known of it.
+
+    Raises:
+      ValueError: a negative weight.
+    """
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for values, weight in parts:
+        if weight < 0:
+            raise ValueError(f"weight {weight} of {dict(values)} is negative")
+        if weight == 0:
+            continue
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + weight * float(value)
+            weights[name] = weights.get(name, 0.0) + weight
+    return {name: sums[name] / weights[name] for name in sums}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a ``metrics.jsonl``; a last line cut off by a crash is left out.
+
+    Raises:
+      ValueError: a line before the last is no JSON object; names the line.
+    """
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never completed
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object")
+        records.append(record)
+    return records
+
+
+class MetricsLog:
+    """Writes the metrics of a run.
+
+    Args:
+      run_dir: the run's folder; must exist.
+      tensorboard: also write TensorBoard events to ``<run_dir>/tensorboard``.
+      wandb: also send to Weights & Biases.
+      resume_at: on resume, the first update that will be written again; it and later lines are removed.
+      strict: refuse a metric that the glossary lacks (the default under pytest, where forgetting a
+        meaning must fail; a long run never dies of it).
+      filename: name of the file in ``run_dir``.
+
+    Raises:
+      ConfigError: ``wandb`` is wanted and not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        resume_at: int | None = None,
+        strict: bool = "PYTEST_VERSION" in os.environ,
+        filename: str = "metrics.jsonl",
+    ) -> None:
+        self.path = Path(run_dir) / filename
+        self._strict = strict
+        self._start = time.monotonic()
+        # What may be missing comes before anything is opened or changed.
+        self._wandb = _open_wandb(run_dir, resume=resume_at is not None) if wandb else None
+        self._tensorboard = _open_tensorboard(run_dir, resume_at) if tensorboard else None
+        if resume_at is not None and self.path.exists():
+            _truncate(self.path, resume_at)
+        # Unbuffered and in append mode: a line is one write, complete or absent.
+        self._file = self.path.open("ab", buffering=0)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one object ``{"update": step, "time": seconds, name: value, ...}``.
+
+        JSON knows no NaN and no infinity, so such values become null.
+
+        Raises:
+          KeyError: a name without meaning in the glossary (only when strict).
+        """
+        unknown = [name for name in values if describe_metric(name) is None] if self._strict else []
+        if unknown:
+            raise KeyError(f"metrics without a line in METRICS: {', '.join(unknown)}")
+        numbers = {name: float(value) for name, value in values.items()}
+        record: dict[str, Any] = {"update": step, "time": round(time.monotonic() - self._start, 3)}
+        record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Flush and close every place; may be called twice."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _truncate(path: Path, resume_at: int) -> None:
+    kept = [record for record in read_metrics(path) if record["update"] < resume_at]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(temporary, path)
+
+
+def _open_tensorboard(run_dir: Path, resume_at: int | None) -> Any:
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(logdir=str(Path(run_dir) / "tensorboard"), purge_step=resume_at)
+
+
+def _open_wandb(run_dir: Path, *, resume: bool) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("log.wandb=true needs wandb: pip install 'empg-jax[wandb]'") from None
+    name = Path(run_dir).resolve().name
+    return wandb.init(
+        project="empg-jax", name=name, id=name, dir=str(run_dir), resume="allow" if resume else None
+    )

@@ -1,0 +1,93 @@
+"""Metrics: the glossary, the weighted mean, and a log that survives crashes and resumes."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from empg_jax.config import ConfigError
+from empg_jax.metrics import METRICS, MetricsLog, describe_metric, read_metrics, reduce_metrics
+
+
+def test_every_metric_has_one_sentence():
+    for name, meaning in METRICS.items():
+        assert meaning.endswith(".") and "\n" not in meaning, name
+
+
+def test_families_cover_their_members():
+    assert describe_metric("seconds_rollout") == METRICS["seconds_*"]
+    assert describe_metric("second") is None
+
+
+def test_reduction_weighs_each_part_by_its_size():
+    # (1 * 1 + 3 * 3) / 4 = 2.5; `b` is known from the second part only; weight 0 says nothing of `c`.
+    parts = [({"a": 1.0}, 1), ({"a": 3.0, "b": 7.0}, 3), ({"a": 99.0, "c": 1.0}, 0)]
+    assert reduce_metrics(parts) == {"a": 2.5, "b": 7.0}
+    with pytest.raises(ValueError, match="negative"):
+        reduce_metrics([({"a": 1.0}, -1)])
+
+
+def test_one_line_per_update_visible_at_once(tmp_path):
+    log = MetricsLog(tmp_path)
+    for update in range(3):
+        log.write(update, {"loss": update / 2, "entropy": 0.5})
+        assert [record["update"] for record in read_metrics(log.path)] == list(range(update + 1))
+    log.close()
+    log.close()
+    assert read_metrics(log.path)[2]["loss"] == 1.0
+
+
+def test_values_that_json_lacks_become_null(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write(0, {"loss": float("nan"), "grad_norm": float("inf"), "entropy": 1})
+    record = read_metrics(log.path)[0]
+    assert (record["loss"], record["grad_norm"], record["entropy"]) == (None, None, 1.0)
+
+
+def test_resume_removes_the_updates_that_will_be_repeated(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for update in range(5):
+            log.write(update, {"loss": float(update)})
+    with log.path.open("ab") as file:
+        file.write(b'{"update": 5, "lo')  # killed while writing
+    with MetricsLog(tmp_path, resume_at=3) as log:
+        log.write(3, {"loss": 30.0})
+    assert [(r["update"], r["loss"]) for r in read_metrics(log.path)] == [(0, 0), (1, 1), (2, 2), (3, 30)]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"update": 0}\nnonsense\n{"update": 2}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_metric_without_meaning_fails_under_tests(tmp_path):
+    with MetricsLog(tmp_path) as log, pytest.raises(KeyError, match="nameless"):
+        log.write(0, {"nameless": 1.0})
+    with MetricsLog(tmp_path, strict=False) as log:
+        log.write(0, {"nameless": 1.0})
+    assert [json.loads(line)["nameless"] for line in log.path.read_text().splitlines()] == [1.0]
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    with MetricsLog(tmp_path, tensorboard=True) as log:
+        log.write(0, {"loss": 1.0})
+    assert [file.stat().st_size > 0 for file in (tmp_path / "tensorboard").iterdir()] == [True]
+
+
+def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: run))
+    with MetricsLog(tmp_path, wandb=True) as log:
+        log.write(4, {"loss": 1.0})
+    assert calls == [(4, {"loss": 1.0}), "finish"]
+
+
+def test_wandb_missing_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"empg-jax\[wandb\]"):
+        MetricsLog(tmp_path, wandb=True)
