@@ -1,0 +1,119 @@
+"""The learner's state and how it starts: parameters, optimizer, step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from empg_jax.models.decoder import DecoderConfig, init_params, param_axes
+from empg_jax.parallel.mesh import replicated, tree_shardings
+from empg_jax.types import Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that an update changes. Donated to it and returned by it."""
+
+    params: Params
+    opt_state: Any
+    step: jax.Array  # int32[], optimizer steps made
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    final_learning_rate: float,
+    total_steps: int,
+    schedule: str = "linear",
+    warmup_steps: int = 0,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    weight_decay: float = 0.0,
+    grad_clip: float = 1.0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW behind global-norm clipping, with warm-up and decay.
+
+    Args:
+      learning_rate: peak.
+      final_learning_rate: at ``total_steps`` (ignored by ``constant``).
+      total_steps: optimizer steps of the run, warm-up included.
+      schedule: ``linear``, ``cosine`` or ``constant``.
+      warmup_steps: steps of linear warm-up from zero.
+      beta1: first moment decay.
+      beta2: second moment decay.
+      weight_decay: decoupled decay of matrices (norms and biases are left alone).
+      grad_clip: largest global gradient norm.
+
+    Returns:
+      ``(optimizer, schedule)``.
+
+    Raises:
+      ValueError: unknown schedule.
+    """
+    decay_steps = max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        decay = optax.linear_schedule(learning_rate, final_learning_rate, decay_steps)
+    elif schedule == "cosine":
+        decay = optax.cosine_decay_schedule(learning_rate, decay_steps, final_learning_rate / learning_rate)
+    elif schedule == "constant":
+        decay = optax.constant_schedule(learning_rate)
+    else:
+        raise ValueError(f"schedule={schedule!r} is unknown; choose linear, cosine or constant")
+    if warmup_steps:
+        warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+        decay = optax.join_schedules([warmup, decay], [warmup_steps])
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(grad_clip),
+        optax.adamw(decay, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_decayed),
+    )
+    return optimizer, decay
+
+
+def _decayed(params: Params) -> Params:
+    """True for matrices; norms and biases are left alone (stacked layers add one axis to both)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+
+def state_shardings(mesh: Mesh, model: DecoderConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """The sharding of every leaf of a `TrainState`: parameters by the rules, moments like their parameter."""
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
+    param_shardings = tree_shardings(mesh, param_axes(params), params)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        opt_state,
+        param_shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return TrainState(params=param_shardings, opt_state=opt_shardings, step=replicated(mesh))
+
+
+def init_state(
+    key: jax.Array, model: DecoderConfig, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """Random parameters and a fresh optimizer, made in place on the mesh."""
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(key, model)
+        return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
+
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def restart_optimizer(
+    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """A state with given parameters and a fresh optimizer (start of a phase)."""
+
+    def init(params: Params) -> TrainState:
+        # A copy, so that the state may be donated while the caller keeps its parameters.
+        params = jax.tree.map(jnp.copy, params)
+        return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
+
+    return jax.jit(init, out_shardings=shardings)(jax.device_put(params, shardings.params))

@@ -1,0 +1,248 @@
+"""The learner's three programs: ``score``, ``credit``, ``update``. Jitted, sharded, donated.
+
+Rows stand as ``[R, M, T]`` (`replay.batching`): the axis split over devices is a micro-batch, and loops walk
+along ``M`` with bounds that are data, so one compilation serves every number of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from empg_jax.learner.state import TrainState, state_shardings
+from empg_jax.models.decoder import DecoderConfig, forward, output_embedding
+from empg_jax.models.head import compute_head
+from empg_jax.parallel.mesh import ROWS, replicated, row_sharding
+from empg_jax.types import Batch, Credit, Params, Scores
+
+PER_TOKEN = (
+    "tokens",
+    "loss_mask",
+    "segment_ids",
+    "positions",
+    "sequence_ids",
+    "trajectory_ids",
+    "turn_ids",
+    "behavior_logprobs",
+    "behavior_entropies",
+)
+
+
+def compute_logprobs(
+    params: Params,
+    model: DecoderConfig,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    temperature: float = 1.0,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-probability of every token given the tokens before it, and the entropy it was drawn from.
+
+    The one place where the shift by one happens: what position ``t - 1`` predicts is stored at ``t``.
+    Position 0 holds zeros. A token that starts a segment is scored against its neighbour's state and must
+    be masked (it never is a sampled token: every response follows a prompt).
+
+    Args:
+      params: stacked parameters.
+      model: decoder config.
+      tokens: packed rows.
+      positions: position inside the segment.
+      segment_ids: packed sequence in the row.
+      temperature: the rollout temperature; divides the logits.
+
+    Returns:
+      ``(logprobs, entropies)``, float32, entropies in nats.
+    """
+    hidden = forward(params, model, tokens, positions, segment_ids)
+    batch, length, depth = hidden.shape
+    before = hidden[:, :-1].reshape(batch * (length - 1), depth)
+    target = tokens[:, 1:].reshape(batch * (length - 1))
+    weights = output_embedding(params).astype(model.dtype)
+    logprobs, entropies = compute_head(before, weights, target, temperature)
+    pad = ((0, 0), (1, 0))
+    shape = (batch, length - 1)
+    return jnp.pad(logprobs.reshape(shape), pad), jnp.pad(entropies.reshape(shape), pad)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The compiled programs of one model, algorithm, optimizer and mesh.
+
+    ``score(params, ref_params, batch, stop) -> Scores``; ``credit(batch, scores) -> Credit``;
+    ``update(state, batch, scores, credit, start, stop) -> (state, metrics)`` makes one optimizer step from
+    micro-batches ``[start, stop)``; ``recorded_scores(batch)`` takes what the engine recorded instead of
+    scoring. ``put(batch)`` moves a host batch onto the mesh.
+    """
+
+    shardings: TrainState
+    put: Callable[[Batch], Batch]
+    score: Callable[..., Scores]
+    recorded_scores: Callable[[Batch], Scores]
+    credit: Callable[[Batch, Scores], Credit]
+    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_learner(
+    model: DecoderConfig,
+    algorithm: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    micro_rows: int,
+    temperature: float = 1.0,
+    has_reference: bool = False,
+) -> Learner:
+    """Compile-ready programs for a mesh.
+
+    Args:
+      model: decoder config.
+      algorithm: `algorithms.Algorithm`, the pair (credit, loss).
+      optimizer: optax transformation.
+      mesh: device mesh; rows go over ``data`` x ``fsdp``.
+      micro_rows: R, rows of a micro-batch over all devices.
+      temperature: rollout temperature.
+      has_reference: whether ``score`` also scores the frozen reference (KL term).
+
+    Returns:
+      The programs. Shapes other than the first batch's would compile again.
+
+    Raises:
+      ValueError: the mesh does not divide ``micro_rows``.
+    """
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if micro_rows % row_devices:
+        raise ValueError(
+            f"a micro-batch of {micro_rows} rows cannot be divided over data x fsdp = {row_devices} devices; "
+            f"use a multiple (train.micro_tokens // rollout.max_tokens rows)"
+        )
+    shardings = state_shardings(mesh, model, optimizer)
+    rows, whole = row_sharding(mesh), replicated(mesh)
+    batch_shardings = _batch_shardings(rows, whole)
+    score_shardings = Scores(rows, rows, rows)
+    credit_shardings = Credit(rows, rows, whole)  # type: ignore[arg-type]
+    micro = functools.partial(_micro, mesh=mesh, rows=micro_rows)
+
+    score = functools.partial(_score, model, micro, temperature, has_reference)
+    update = functools.partial(_update, model, micro, temperature, algorithm.loss, optimizer)
+    return Learner(
+        shardings=shardings,
+        put=lambda batch: jax.device_put(batch, batch_shardings),
+        score=jax.jit(score, out_shardings=score_shardings),
+        recorded_scores=jax.jit(_recorded, out_shardings=score_shardings),
+        credit=jax.jit(algorithm.credit, out_shardings=credit_shardings),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole)),
+    )
+
+
+def _batch_shardings(rows: NamedSharding, whole: NamedSharding) -> Batch:
+    names = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(**{n: rows if n in PER_TOKEN or n == "minibatch_ids" else whole for n in names})
+
+
+def _micro(array: jax.Array, index: jax.Array, *, mesh: Mesh, rows: int) -> jax.Array:
+    """Micro-batch ``index`` of a per-row array ``[R * M, ...]``: ``[R, ...]``, still split over devices."""
+    grouped = array.reshape(rows, array.shape[0] // rows, *array.shape[1:])
+    piece = jax.lax.dynamic_index_in_dim(grouped, index, axis=1, keepdims=False)
+    return jax.lax.with_sharding_constraint(piece, NamedSharding(mesh, ROWS))
+
+
+def _micro_batch(batch: Batch, index: jax.Array, micro: Callable[..., jax.Array]) -> Batch:
+    pieces = {name: micro(getattr(batch, name), index) for name in (*PER_TOKEN, "minibatch_ids")}
+    return batch.replace(**pieces)
+
+
+def _recorded(batch: Batch) -> Scores:
+    return Scores(batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
+
+
+def _score(
+    model: DecoderConfig,
+    micro: Callable[..., jax.Array],
+    temperature: float,
+    has_reference: bool,
+    params: Params,
+    ref_params: Params,
+    batch: Batch,
+    stop: jax.Array,
+) -> Scores:
+    """Log-probs and entropies of micro-batches ``[0, stop)`` under the current weights; zeros elsewhere."""
+    size, length = batch.tokens.shape
+    probe = micro(batch.tokens, jnp.int32(0))
+    grid = jnp.zeros((probe.shape[0], size // probe.shape[0], length), jnp.float32)
+
+    def body(index: jax.Array, scores: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        inputs = [micro(getattr(batch, name), index) for name in ("tokens", "positions", "segment_ids")]
+        found = compute_logprobs(params, model, *inputs, temperature)
+        if has_reference:
+            found = (*found, compute_logprobs(ref_params, model, *inputs, temperature)[0])
+        return tuple(
+            jax.lax.dynamic_update_index_in_dim(old, new, index, axis=1)
+            for old, new in zip(scores, found, strict=True)
+        )
+
+    grids = jax.lax.fori_loop(0, stop, body, (grid,) * (3 if has_reference else 2))
+    flat = [grid.reshape(size, length) for grid in grids]
+    return Scores(flat[0], flat[1], flat[2] if has_reference else flat[0])
+
+
+def _update(
+    model: DecoderConfig,
+    micro: Callable[..., jax.Array],
+    temperature: float,
+    loss_function: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+    scores: Scores,
+    credit: Credit,
+    start: jax.Array,
+    stop: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step. Micro-batches only add up ``loss * loss_weights``, so any split gives the same.
+
+    If the loss or the gradient norm is not finite, nothing changes and ``nonfinite`` is 1.
+    """
+
+    def loss_of(params: Params, index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        rows = _micro_batch(batch, index, micro)
+        rows_scores = jax.tree.map(lambda leaf: micro(leaf, index), scores)
+        advantages, weights = micro(credit.advantages, index), micro(credit.loss_weights, index)
+        logprobs, entropies = compute_logprobs(
+            params, model, rows.tokens, rows.positions, rows.segment_ids, temperature
+        )
+        per_token, values = loss_function(logprobs, entropies, rows, rows_scores, advantages)
+        counted = rows.loss_mask.astype(jnp.float32)
+        sums = {
+            # where, not a product: off the mask a value may be anything, even infinite.
+            name: jnp.sum(jnp.where(rows.loss_mask, jax.lax.stop_gradient(value), jnp.float32(0.0)))
+            for name, value in {**values, "entropy": entropies}.items()
+        }
+        loss = jnp.sum(jnp.where(weights != 0, per_token * weights, jnp.float32(0.0)))
+        return loss, {**sums, "loss": jax.lax.stop_gradient(loss), "tokens": jnp.sum(counted)}
+
+    gradient = jax.grad(loss_of, has_aux=True)
+    shapes = jax.eval_shape(gradient, state.params, start)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def body(index: jax.Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, gradient(state.params, index))
+
+    gradients, sums = jax.lax.fori_loop(start, stop, body, zeros)
+    norm = optax.global_norm(gradients)
+    is_finite = jnp.logical_and(jnp.isfinite(norm), jnp.isfinite(sums["loss"]))
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
+    new_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), stepped, state)
+    tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+    metrics = {name: value if name == "loss" else value / tokens for name, value in sums.items()}
+    metrics |= {"grad_norm": norm, "nonfinite": 1.0 - is_finite.astype(jnp.float32), "tokens": tokens}
+    return new_state, metrics

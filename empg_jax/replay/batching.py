@@ -1,0 +1,249 @@
+"""Trajectories to a `Batch`: merge turns by prefix proof, pack segments into rows, place rows.
+
+Layout of the row axis. A micro-batch is ``R`` rows, the batch has room for ``M`` micro-batches, and row
+``r`` of micro-batch ``m`` stands at index ``r * M + m``: reshaped to ``[R, M, T]``, the axis that is sharded
+over devices is a whole micro-batch, and the learner walks along the second axis. Mini-batch ``j`` owns a
+contiguous range of micro-batches (`Layout.bounds`). Shapes never depend on the data; only the bounds do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from empg_jax.types import Batch, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """Static sizes of every batch of a run.
+
+    Attributes:
+      trajectories: N.
+      turns: K.
+      row_tokens: T, tokens per row.
+      micro_rows: R, rows per micro-batch.
+      max_rows: most rows that a batch may need.
+      num_minibatches: optimizer steps per pass over the batch.
+    """
+
+    trajectories: int
+    turns: int
+    row_tokens: int
+    micro_rows: int
+    max_rows: int
+    num_minibatches: int
+
+    @property
+    def micro_batches(self) -> int:
+        """M: room for ``max_rows`` however they fall into mini-batches."""
+        per_minibatch = -(-self.max_rows // self.num_minibatches)
+        return -(-per_minibatch // self.micro_rows) * self.num_minibatches
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a batch's rows stand: ``bounds[j]`` is mini-batch ``j``'s range of micro-batches."""
+
+    bounds: tuple[tuple[int, int], ...]
+    num_rows: int
+    num_tokens: int  # real tokens, padding excluded
+    num_segments: int
+
+
+@dataclasses.dataclass
+class Segment:
+    """Consecutive turns of one trajectory whose prompts extend each other exactly."""
+
+    trajectory: int
+    tokens: np.ndarray  # int32[L]
+    loss_mask: np.ndarray  # bool[L]
+    turn_ids: np.ndarray  # int32[L]
+    logprobs: np.ndarray  # float32[L]
+    entropies: np.ndarray  # float32[L]
+
+
+def merge_turns(trajectory: Trajectory, index: int) -> list[Segment]:
+    """Join the turns of a trajectory into as few segments as the prefix proof allows.
+
+    A turn joins the current segment when its prompt starts with every token of it, prompt and responses
+    alike; otherwise a new segment starts. Nothing is re-tokenised and no token is dropped.
+    """
+    segments: list[Segment] = []
+    pieces: list[tuple[np.ndarray, np.ndarray, int, np.ndarray, np.ndarray]] = []
+    so_far = np.zeros(0, np.int32)
+
+    def close() -> None:
+        if pieces:
+            tokens, masks, turns, logprobs, entropies = zip(*pieces, strict=True)
+            turn_ids = [np.full(len(t), turn, np.int32) for t, turn in zip(tokens, turns, strict=True)]
+            parts = (tokens, masks, turn_ids, logprobs, entropies)
+            segments.append(Segment(index, *(np.concatenate(part) for part in parts)))
+            pieces.clear()
+
+    for turn_id, turn in enumerate(trajectory.turns):
+        prompt = turn.prompt_tokens
+        if len(prompt) < len(so_far) or not np.array_equal(prompt[: len(so_far)], so_far):
+            close()
+            so_far = so_far[:0]
+        new = prompt[len(so_far) :]
+        zeros = np.zeros(len(new), np.float32)
+        pieces.append((new, np.zeros(len(new), bool), turn_id, zeros, zeros))
+        count = len(turn.response_tokens)
+        pieces.append(
+            (turn.response_tokens, np.ones(count, bool), turn_id, turn.behavior_logprobs, turn.entropies)
+        )
+        so_far = np.concatenate([prompt, turn.response_tokens])
+    close()
+    return segments
+
+
+def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: which items share a row of ``capacity``.
+
+    Args:
+      lengths: length of each item.
+      capacity: tokens per row.
+
+    Returns:
+      Item indices per row; deterministic, ties in input order.
+
+    Raises:
+      ValueError: an item is longer than a row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[item]
+        if length > capacity:
+            raise ValueError(
+                f"a segment of {length} tokens does not fit a row of {capacity}: raise rollout.max_tokens"
+            )
+        for row, free in enumerate(room):
+            if length <= free:
+                rows[row].append(item)
+                room[row] -= length
+                break
+        else:
+            rows.append([item])
+            room.append(capacity - length)
+    return rows
+
+
+def make_batch(
+    trajectories: Sequence[Trajectory], shape: BatchShape, *, seed: tuple[int, ...], gamma: float = 0.95
+) -> tuple[Batch, Layout]:
+    """Build the global batch (NumPy arrays in a `Batch`) and its layout.
+
+    Args:
+      trajectories: at most ``shape.trajectories``; discarded ones must not be among them.
+      shape: the run's static sizes.
+      seed: numbers that decide the order of rows (run seed, update).
+      gamma: discount of ``turn_returns``.
+
+    Returns:
+      ``(batch, layout)``. The order of trajectories does not change the rows' content.
+
+    Raises:
+      ValueError: too many trajectories, turns, or rows for ``shape``, or a discarded trajectory.
+    """
+    if len(trajectories) > shape.trajectories:
+        raise ValueError(f"{len(trajectories)} trajectories do not fit a batch of {shape.trajectories}")
+    for trajectory in trajectories:
+        if not trajectory.outcome.is_trained:
+            raise ValueError(f"group {trajectory.group_id} member {trajectory.member} was discarded")
+        if len(trajectory.turns) > shape.turns:
+            raise ValueError(f"a trajectory of {len(trajectory.turns)} turns exceeds env.max_turns={shape.turns}")
+    segments = [s for i, trajectory in enumerate(trajectories) for s in merge_turns(trajectory, i)]
+    rows = pack_rows([len(segment.tokens) for segment in segments], shape.row_tokens)
+    if len(rows) > shape.max_rows:
+        raise ValueError(f"{len(rows)} rows exceed the batch's room of {shape.max_rows}")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    places, minibatch_ids, bounds = _place_rows(len(rows), shape)
+    fields = _empty_fields(shape)
+    for place, row in zip(places, order, strict=True):
+        _fill_row(fields, place, rows[row], segments)
+    batch = Batch(minibatch_ids=minibatch_ids, **fields, **_trajectory_table(trajectories, shape, gamma))
+    num_tokens = sum(len(segment.tokens) for segment in segments)
+    return batch, Layout(bounds, len(rows), num_tokens, len(segments))
+
+
+def _place_rows(
+    num_rows: int, shape: BatchShape
+) -> tuple[list[int], np.ndarray, tuple[tuple[int, int], ...]]:
+    """Spread rows evenly over mini-batches; each starts at a fresh micro-batch."""
+    micro_batches, micro_rows = shape.micro_batches, shape.micro_rows
+    minibatch_ids = np.full(micro_batches * micro_rows, -1, np.int32)
+    places: list[int] = []
+    bounds = []
+    micro = 0
+    for j in range(min(shape.num_minibatches, num_rows)):
+        count = num_rows // shape.num_minibatches + (j < num_rows % shape.num_minibatches)
+        for i in range(count):
+            place = (i % micro_rows) * micro_batches + micro + i // micro_rows
+            places.append(place)
+            minibatch_ids[place] = j
+        stop = micro + -(-count // micro_rows)
+        bounds.append((micro, stop))
+        micro = stop
+    return places, minibatch_ids, tuple(bounds)
+
+
+def _empty_fields(shape: BatchShape) -> dict[str, np.ndarray]:
+    size = (shape.micro_rows * shape.micro_batches, shape.row_tokens)
+    integers = ("tokens", "segment_ids", "positions", "sequence_ids", "trajectory_ids", "turn_ids")
+    fields = {name: np.zeros(size, np.int32) for name in integers}
+    fields["sequence_ids"] -= 1
+    fields["loss_mask"] = np.zeros(size, bool)
+    for name in ("behavior_logprobs", "behavior_entropies"):
+        fields[name] = np.zeros(size, np.float32)
+    return fields
+
+
+def _fill_row(fields: dict[str, np.ndarray], place: int, items: list[int], segments: list[Segment]) -> None:
+    start = 0
+    for number, item in enumerate(items, start=1):
+        segment = segments[item]
+        span = slice(start, start + len(segment.tokens))
+        fields["tokens"][place, span] = segment.tokens
+        fields["loss_mask"][place, span] = segment.loss_mask
+        fields["segment_ids"][place, span] = number
+        fields["positions"][place, span] = np.arange(len(segment.tokens))
+        fields["sequence_ids"][place, span] = item
+        fields["trajectory_ids"][place, span] = segment.trajectory
+        fields["turn_ids"][place, span] = segment.turn_ids
+        fields["behavior_logprobs"][place, span] = segment.logprobs
+        fields["behavior_entropies"][place, span] = segment.entropies
+        start = span.stop
+
+
+def _trajectory_table(
+    trajectories: Sequence[Trajectory], shape: BatchShape, gamma: float
+) -> dict[str, np.ndarray]:
+    n, k = shape.trajectories, shape.turns
+    table = {
+        "returns": np.zeros(n, np.float32),
+        "group_ids": np.full(n, -1, np.int32),
+        "trajectory_mask": np.zeros(n, bool),
+        "turn_returns": np.zeros((n, k), np.float32),
+        "turn_valid": np.zeros((n, k), bool),
+        "anchor_ids": np.full((n, k), -1, np.int32),
+        "versions": np.zeros((n, k), np.int32),
+    }
+    groups: dict[int, int] = {}
+    anchors: dict[int, int] = {}
+    for i, trajectory in enumerate(trajectories):
+        table["returns"][i] = trajectory.episode_return
+        table["group_ids"][i] = groups.setdefault(trajectory.group_id, len(groups))
+        table["trajectory_mask"][i] = True
+        later = 0.0
+        for t in reversed(range(len(trajectory.turns))):
+            turn = trajectory.turns[t]
+            later = turn.reward + gamma * later
+            table["turn_returns"][i, t] = later
+            table["turn_valid"][i, t] = turn.is_valid
+            table["anchor_ids"][i, t] = anchors.setdefault(turn.anchor, len(anchors))
+            table["versions"][i, t] = turn.version
+    return table
