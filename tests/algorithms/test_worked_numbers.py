@@ -1,0 +1,202 @@
+"""The worked numbers of the specification, each run as is and compiled."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from empg_jax import algorithms as al
+
+DATA = json.loads((pathlib.Path(__file__).parent / "data" / "example.json").read_text())
+EXAMPLE = {name: np.asarray(values) for name, values in DATA.items()}
+RETURNS = EXAMPLE["R"].astype(np.float32)
+PAIRS = EXAMPLE["group"].astype(np.int32)
+ONE = np.zeros(4, np.int32)
+H = EXAMPLE["H"].astype(np.float32)
+TURNS = EXAMPLE["step_mask"]
+TOKENS = EXAMPLE["tok_mask"]
+ROW = np.broadcast_to(np.arange(4, dtype=np.int32)[:, None], TOKENS.shape)
+TURN_OF = EXAMPLE["turn_id"].astype(np.int32)
+BASE = np.broadcast_to(np.float32([0.5, -0.5, -0.375, 0.375])[:, None], H.shape)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "jit"])
+def run(request):
+    """Calls ``f(*arrays, **static)`` as it is, or compiled."""
+
+    def call(function, *arrays, **keywords):
+        names = [k for k, v in keywords.items() if isinstance(v, np.ndarray)]
+        bound = functools.partial(function, **{k: v for k, v in keywords.items() if k not in names})
+        return (jax.jit(bound) if request.param else bound)(*arrays, **{k: keywords[k] for k in names})
+
+    return call
+
+
+def assert_turns(result, rows):
+    """Compares a [4, 4] table with ragged expected rows; places without a turn must be 0."""
+    expected = np.zeros((4, 4), np.float32)
+    for i, row in enumerate(rows):
+        expected[i, : len(row)] = row
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function, groups, keywords, expected",
+    [
+        (al.rloo, PAIRS, {}, [1, -1, -0.75, 0.75]),
+        (al.rloo, ONE, {}, [0.583333, -0.75, -0.416667, 0.583333]),
+        (al.grpo, PAIRS, {}, [0.707106, -0.707106, -0.707105, 0.707105]),
+        (al.grpo, ONE, {}, [0.848873, -1.091408, -0.606338, 0.848873]),
+        (al.grpo, PAIRS, {"scale_by_std": False}, [0.5, -0.5, -0.375, 0.375]),
+    ],
+)
+def test_base_advantages(run, function, groups, keywords, expected):
+    np.testing.assert_allclose(run(function, RETURNS, groups, **keywords), expected, atol=1e-5)
+
+
+def test_turn_entropies(run):
+    entropies, mask = run(
+        al.compute_turn_entropies, EXAMPLE["ent"], TOKENS, ROW, TURN_OF, num_trajectories=4, num_turns=4
+    )
+    np.testing.assert_array_equal(mask, TURNS > 0)
+    np.testing.assert_allclose(entropies, np.where(TURNS > 0, H, 0), atol=1e-6)
+    back = run(al.turns_to_tokens, np.asarray(entropies), TOKENS, ROW, TURN_OF)
+    np.testing.assert_allclose(back[0], [0.9, 0.9, 0, 0.4, 0.4, 0.4, 0, 0.2, 0, 0, 0, 0], atol=1e-6)
+    counts = run(al.count_turn_tokens, TOKENS, ROW, TURN_OF, num_trajectories=4, num_turns=4)
+    np.testing.assert_array_equal(counts, EXAMPLE["n_tok"])
+
+
+EMPG = [
+    (
+        {},
+        [
+            [0.325840, 0.559398, 0.591108],
+            [-0.302173, -0.491847],
+            [-0.396871, -0.340010, -0.490789, -0.360451],
+            [0.553635, 0.352162],
+        ],
+    ),
+    (
+        {"zeta": 0.05},
+        [
+            [0.311049, 0.536407, 0.613358],
+            [-0.307364, -0.469597],
+            [-0.404947, -0.358696, -0.493368, -0.338201],
+            [0.536946, 0.374412],
+        ],
+    ),
+    (
+        {"zeta": 0.0},
+        [
+            [0.296259, 0.513416, 0.635609],
+            [-0.312554, -0.447346],
+            [-0.413023, -0.377382, -0.495947, -0.315950],
+            [0.520256, 0.396663],
+        ],
+    ),
+    (
+        {"k": 0.0},
+        [
+            [0.552308, 0.568710, 0.478226],
+            [-0.466893, -0.521774],
+            [-0.336121, -0.314901, -0.347115, -0.396774],
+            [0.431106, 0.353226],
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("keywords, expected", EMPG, ids=["full", "zeta", "scaling", "bonus"])
+def test_empg(run, keywords, expected):
+    assert_turns(run(al.empg, BASE, H, TURNS, **keywords), expected)
+
+
+AEM = {
+    "group": [
+        [0.358725, 0.625225, 0.780812],
+        [-0.287245, -0.447993],
+        [-0.328046, -0.284376, -0.436534, -0.213702],
+        [0.580902, 0.406441],
+    ],
+    "batch": [
+        [0.334746, 0.551903, 0.674095],
+        [-0.274067, -0.408860],
+        [-0.374537, -0.338895, -0.457460, -0.277464],
+        [0.558743, 0.435149],
+    ],
+    "trajectory": [
+        [0.260371, 0.531867, 0.707762],
+        [-0.268941, -0.731059],
+        [-0.388665, -0.318212, -0.579820, -0.213304],
+        [0.548294, 0.201706],
+    ],
+}
+
+
+@pytest.mark.parametrize("scope", AEM)
+def test_aem(run, scope):
+    assert_turns(run(al.aem, BASE, H, TURNS, group_ids=PAIRS, scope=scope), AEM[scope])
+
+
+def test_aem_factors(run):
+    ones = np.ones_like(BASE)
+    expected = [
+        [0.717450, 1.250450, 1.561623],
+        [0.574489, 0.895987],
+        [0.874789, 0.758335, 1.164092, 0.569871],
+        [1.549071, 1.083842],
+    ]
+    assert_turns(run(al.aem, ones, H, TURNS, group_ids=PAIRS), expected)
+
+
+def test_aem_dead_zone(run):
+    close = (0.5 + 0.01 * np.arange(16, dtype=np.float32).reshape(4, 4) % 0.04).astype(np.float32)
+    np.testing.assert_array_equal(
+        run(al.aem, BASE, close, TURNS, group_ids=PAIRS), np.where(TURNS > 0, BASE, 0)
+    )
+
+
+NEW, OLD, REF = (EXAMPLE[name].astype(np.float32) for name in ("new", "old", "ref"))
+
+
+def empg_tokens():
+    """The EMPG advantages of the worked example, per token."""
+    return np.asarray(al.turns_to_tokens(al.empg(BASE, H, TURNS), TOKENS, ROW, TURN_OF))
+
+
+@pytest.mark.parametrize(
+    "keywords, weights, expected",
+    [
+        ({}, {"mode": "token-mean"}, 0.05859536),
+        ({}, {"mode": "seq-mean-token-mean"}, 0.00807984),
+        ({}, {"mode": "seq-mean-token-sum"}, 0.29297681),
+        ({}, {"mode": "seq-mean-token-sum-norm", "scale": 16}, 0.07324420),
+        ({"clip_high": 0.28}, {"mode": "token-mean"}, 0.05399334),
+        ({"dual_clip": None}, {"mode": "token-mean"}, 0.07187660),
+    ],
+)
+def test_ppo_clip(run, keywords, weights, expected):
+    loss = run(al.ppo_clip, NEW, OLD, empg_tokens(), **keywords)
+    np.testing.assert_allclose(jnp.sum(loss * run(al.loss_weights, TOKENS, **weights)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, expected", [("k1", 0.02065763), ("k2", 0.07236932), ("k3", 0.06499261)])
+def test_kl(run, kind, expected):
+    weights = run(al.loss_weights, TOKENS, mode="token-mean")
+    np.testing.assert_allclose(
+        jnp.sum(run(al.kl_penalty, NEW, REF, kind=kind) * weights), expected, atol=1e-6
+    )
+
+
+def test_ppo_clip_gradient(run):
+    advantages, weights = empg_tokens(), al.loss_weights(TOKENS, mode="token-mean")
+
+    def total(logprobs):
+        return jnp.sum(al.ppo_clip(logprobs, OLD, advantages) * weights)
+
+    gradient = run(jax.grad(total), NEW)[1]
+    np.testing.assert_allclose(gradient[np.flatnonzero(TOKENS[1])], [0, 0.02339299, 0.02054127], atol=1e-6)
