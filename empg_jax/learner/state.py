@@ -71,7 +71,17 @@ def make_optimizer(
         optax.clip_by_global_norm(grad_clip),
         optax.adamw(decay, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_decayed),
     )
-    return optimizer, decay
+    return _relaxed(optimizer), decay
+
+
+def _relaxed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer, traced under JAX's standard promotion: optax mixes integers and floats."""
+
+    def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _decayed(params: Params) -> Params:
