@@ -1,0 +1,178 @@
+"""What the model sees at each turn: a growing transcript, or a window over the last turns.
+
+*Transcript*: the conversation only grows; the model keeps what it has and gets the new tokens alone. Where
+the chat template does not allow that, the whole conversation is given afresh (and a new row starts).
+*Window*: every turn is a fresh prompt that tells the last ``history`` turns (as verl-agent does).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from empg_jax.text.chat import ChatRenderer
+
+ContextKind = Literal["transcript", "window"]
+Info = Mapping[str, Any]
+
+
+class Prompts(Protocol):
+    """The part of an environment's prompt builder that a context calls (see ``envs.base.PromptBuilder``)."""
+
+    def start(self, observation: str, info: Info) -> list[dict[str, str]]:
+        """First messages of a transcript, ending with a user message."""
+        ...
+
+    def follow(self, observation: str, info: Info) -> str:
+        """Content of the next user message of a transcript."""
+        ...
+
+    def window(
+        self, history: Sequence[tuple[str, str]], observation: str, info: Info, turn: int
+    ) -> list[dict[str, str]]:
+        """A fresh prompt that tells the last turns."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PromptDelta:
+    """Tokens to put before the model.
+
+    Attributes:
+      tokens: the whole prompt when ``is_fresh``, otherwise what follows the tokens that the model has.
+      is_fresh: the conversation's KV must be dropped, and a new training row starts.
+    """
+
+    tokens: list[int]
+    is_fresh: bool
+
+
+class EpisodeContext(Protocol):
+    """One episode's view of the conversation. `start` once, then `follow` after every response."""
+
+    def start(self, observation: str, info: Info) -> PromptDelta:
+        """Returns the first prompt."""
+        ...
+
+    def follow(
+        self,
+        response_tokens: Sequence[int],
+        response_text: str,
+        stopped: bool,
+        action: str,
+        observation: str,
+        info: Info,
+    ) -> PromptDelta:
+        """Returns what the next response is conditioned on.
+
+        Args:
+          response_tokens: the sampled ids, exactly as sampled.
+          response_text: their text without control tokens.
+          stopped: whether the last id is a stop token (otherwise a length limit cut the response).
+          action: what the parser read out of the response.
+          observation: the environment's answer to the action.
+          info: the info that came with it.
+        """
+        ...
+
+
+ContextFactory = Callable[[], EpisodeContext]
+
+
+def make_context(kind: ContextKind, prompts: Prompts, renderer: ChatRenderer, history: int) -> ContextFactory:
+    """Returns a factory of per-episode contexts.
+
+    Args:
+      kind: ``transcript`` or ``window``.
+      prompts: the environment's prompt builder.
+      renderer: renders messages to tokens.
+      history: how many past turns a window tells (0 = none); a transcript tells all of them.
+
+    Raises:
+      ValueError: for an unknown kind or a negative history.
+    """
+    if kind == "transcript":
+        return lambda: _Transcript(prompts, renderer)
+    if kind == "window":
+        if history < 0:
+            raise ValueError(f"env.history={history}: a window needs a history of 0 or more turns")
+        return lambda: _Window(prompts, renderer, history)
+    raise ValueError(f"env.context={kind!r} is unknown: use 'transcript' or 'window'")
+
+
+class _Transcript:
+    """Appends new messages; starts afresh only where the template demands it."""
+
+    def __init__(self, prompts: Prompts, renderer: ChatRenderer):
+        self._prompts = prompts
+        self._renderer = renderer
+        self._messages: list[dict[str, str]] = []
+
+    def start(self, observation: str, info: Info) -> PromptDelta:
+        self._messages = list(self._prompts.start(observation, info))
+        return PromptDelta(self._renderer.start(self._messages), is_fresh=True)
+
+    def follow(
+        self,
+        response_tokens: Sequence[int],
+        response_text: str,
+        stopped: bool,
+        action: str,
+        observation: str,
+        info: Info,
+    ) -> PromptDelta:
+        new_messages = [{"role": "user", "content": self._prompts.follow(observation, info)}]
+        tokens = None
+        if self._is_clean(response_tokens, stopped):
+            tokens = self._renderer.follow(self._messages, response_text, new_messages, stopped=stopped)
+        self._messages += [{"role": "assistant", "content": response_text}, *new_messages]
+        if tokens is None:
+            return PromptDelta(self._renderer.start(self._messages), is_fresh=True)
+        return PromptDelta(tokens, is_fresh=False)
+
+    def _is_clean(self, response_tokens: Sequence[int], stopped: bool) -> bool:
+        """Whether the ids hold no control token apart from the template's own end of turn.
+
+        A response that ended with another stop token, or in which a header was sampled, reads differently
+        from the template's conversation; what follows must not be built on it.
+        """
+        if stopped and response_tokens[-1] != self._renderer.end_id:
+            return False
+        body = response_tokens[:-1] if stopped else response_tokens
+        return self._renderer.tokenizer.special_ids.isdisjoint(map(int, body))
+
+
+class _Window:
+    """Tells the last ``history`` turns in a fresh prompt."""
+
+    def __init__(self, prompts: Prompts, renderer: ChatRenderer, history: int):
+        self._prompts = prompts
+        self._renderer = renderer
+        self._turns: deque[tuple[str, str]] = deque(maxlen=history)
+        self._observation = ""
+        self._num_turns = 0
+
+    def start(self, observation: str, info: Info) -> PromptDelta:
+        self._turns.clear()
+        self._num_turns = 0
+        return self._prompt(observation, info)
+
+    def follow(
+        self,
+        response_tokens: Sequence[int],
+        response_text: str,
+        stopped: bool,
+        action: str,
+        observation: str,
+        info: Info,
+    ) -> PromptDelta:
+        self._turns.append((self._observation, action))
+        self._num_turns += 1
+        return self._prompt(observation, info)
+
+    def _prompt(self, observation: str, info: Info) -> PromptDelta:
+        self._observation = observation
+        messages = self._prompts.window(list(self._turns), observation, info, self._num_turns)
+        return PromptDelta(self._renderer.start(messages), is_fresh=True)

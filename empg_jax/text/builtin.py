@@ -1,0 +1,113 @@
+"""Small tokenizers for small models: one token per phrase of a closed vocabulary.
+
+A tiny model that learns in minutes has no capacity to spare for spelling, so a whole phrase ("go to",
+"apple 1") is one token, and a chat turn costs two control tokens besides its content.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from empg_jax.text.tokenizer import Tokenizer
+
+PAD, END, USER, ASSISTANT, SYSTEM, UNKNOWN = (
+    "<|pad|>",
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|unk|>",
+)
+PUNCTUATION = ".,:;!?"  # always in the vocabulary; printed without a space before it
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('unknown role ' ~ message.role) }}"
+    "{% endif %}"
+    "{{ '<|' ~ message.role ~ '|>' ~ message.content ~ '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def build_phrase_tokenizer(phrases: Sequence[str]) -> Tokenizer:
+    """Builds a word-level tokenizer over multi-word phrases.
+
+    Text is read with the longest phrase first; white space only separates. A word outside the vocabulary
+    becomes one ``<|unk|>``. Decoding joins with single spaces and attaches punctuation to the left, so
+    ``decode(encode(text)) == text`` for text that is spaced like that and made of known phrases.
+
+    Ids: control tokens, punctuation, then the phrases in the given order (duplicates dropped), so the same
+    list always gives the same ids.
+
+    Args:
+      phrases: the closed vocabulary, for example ``["go to", "apple 1", "fridge 1"]``. Case matters.
+
+    Raises:
+      ValueError: for an empty phrase, or one that contains a control token.
+    """
+    controls = (PAD, END, USER, ASSISTANT, SYSTEM, UNKNOWN)
+    vocabulary = list(dict.fromkeys([*controls, *PUNCTUATION, *(_normalize(phrase) for phrase in phrases)]))
+    for phrase in vocabulary[len(controls) :]:
+        if not phrase or any(control in phrase for control in controls):
+            raise ValueError(
+                f"phrase {phrase!r} is empty or contains a control token ({', '.join(controls)})"
+            )
+
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token=UNKNOWN)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
+    # Inverted removal keeps what matches and drops what lies between, which is white space only.
+    pattern = rf"{_phrase_pattern(vocabulary[len(controls) :])}|\w+|[^\w\s]"
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    closing = re.escape(PUNCTUATION)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(Regex(rf"\A(?![{closing}]\z)"), " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    # <|unk|> stays visible in decoded text: a word that was lost must not go unnoticed.
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in controls[:-1]])
+    backend.add_tokens([tokenizers.AddedToken(UNKNOWN, special=False)])
+    return Tokenizer(
+        backend,
+        chat_template=CHAT_TEMPLATE,
+        special_tokens={"eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN},
+    )
+
+
+def _normalize(phrase: str) -> str:
+    return " ".join(phrase.split())
+
+
+def _phrase_pattern(phrases: Iterable[str]) -> str:
+    """Returns a regular expression that prefers the longest phrase and never ends inside a word.
+
+    The phrases are merged into a tree of words: trying hundreds of alternatives one by one at every
+    position would take most of the time of a short turn.
+    """
+    tree: dict[str, Any] = {}
+    for phrase in phrases:
+        node = tree
+        for word in phrase.split(" "):
+            node = node.setdefault(word, {})
+        node[""] = {}  # a phrase may end here
+    # A phrase starts where no word is being cut; one that starts with punctuation may start anywhere.
+    words = {word: node for word, node in tree.items() if re.match(r"\w", word)}
+    marks = {word: node for word, node in tree.items() if word not in words}
+    return "|".join([rf"(?<!\w){_alternatives(words)}"] * bool(words) + [_alternatives(marks)] * bool(marks))
+
+
+def _alternatives(tree: dict[str, Any]) -> str:
+    branches = []
+    for word in sorted((word for word in tree if word), key=lambda word: (-len(word), word)):
+        boundary = r"(?!\w)" if re.search(r"\w\Z", word) else ""
+        rest = {key: node for key, node in tree[word].items() if key}
+        tail = f"(?: {_alternatives(rest)})" if rest else ""
+        branches.append(re.escape(word) + boundary + tail + ("?" if tail and "" in tree[word] else ""))
+    return f"(?:{'|'.join(branches)})"

@@ -1,0 +1,105 @@
+"""Chat templates: the Jinja text that turns messages into the string a model was trained on.
+
+Rendering follows the rules that Hugging Face documents for chat templates (trimmed blocks, sandboxed
+environment, ``tojson``, ``raise_exception``, ``strftime_now``, loop controls, ``{% generation %}``), so that
+a template gives the same text here as in ``transformers``. It does not need ``transformers``, whose import
+alone costs about a second.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...} and whatever else a template reads
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that is missing, does not parse, or refuses a conversation."""
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+      source: the Jinja source.
+      special_tokens: names that the template may print, for example ``{"eos_token": "<|im_end|>"}``.
+
+    Raises:
+      ChatTemplateError: when the source is not valid Jinja.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
+        self.source = source
+        self.special_tokens = dict(special_tokens or {})
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ChatTemplateError(
+                f"the chat template does not parse: line {error.lineno}: {error}"
+            ) from error
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **options: Any) -> str:
+        """Returns the text of a conversation.
+
+        Args:
+          messages: the conversation, oldest first.
+          add_generation_prompt: append whatever opens the assistant's next turn.
+          **options: further variables that the template reads, for example ``enable_thinking=False``.
+
+        Raises:
+          ChatTemplateError: when the template refuses the conversation (its own message is kept).
+        """
+        variables = {"tools": None, "documents": None, **self.special_tokens, **options}
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **variables
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            roles = [message.get("role") for message in messages]
+            raise ChatTemplateError(
+                f"the chat template refused a conversation with roles {roles}: {error}"
+            ) from error
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """``{% generation %}…{% endgeneration %}`` marks assistant text for masks; here it prints its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (the base class declares it as a plain set)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.cache
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # Jinja's own filter escapes HTML characters, which a prompt must not have.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.datetime.now().strftime(layout)

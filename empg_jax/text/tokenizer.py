@@ -1,0 +1,273 @@
+"""A thin wrapper over a Hugging Face fast tokenizer: text ↔ ids, stop ids, chat template, save and load.
+
+It holds a ``tokenizers.Tokenizer`` directly. ``transformers`` is imported only for a folder that has no
+``tokenizer.json`` (slow tokenizers, which it converts).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from empg_jax.text.template import ChatTemplate, ChatTemplateError
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_PROBE = "empgprobe"  # a content that no template treats specially
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+
+
+class Tokenizer:
+    """Text to ids and back, with the facts that sampling and chat rendering need.
+
+    Args:
+      backend: the fast tokenizer.
+      chat_template: Jinja source, or None for a model without one.
+      special_tokens: named special tokens, for example ``{"eos_token": "<|im_end|>"}``.
+      stop_tokens: tokens that end a turn; ``eos_token`` always counts as one of them.
+      config: further keys to carry along into ``tokenizer_config.json``.
+
+    Raises:
+      ValueError: when a special or stop token is not in the vocabulary, or no token ends a turn.
+
+    Attributes:
+      pad_id: the padding token (the first stop token when the tokenizer has none).
+      turn_end_id: the control token with which the chat template ends an assistant's turn, None without one.
+      stop_ids: ids at which a sampler stops: ``turn_end_id`` first, then the stop tokens.
+      special_ids: ids of all control tokens.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        stop_tokens: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
+        self._backend = backend
+        # Shapes are static downstream: a tokenizer file that pads or truncates on its own would corrupt ids.
+        backend.no_padding()
+        backend.no_truncation()
+        self._config = dict(config or {})
+        self.special_tokens = dict(special_tokens or {})
+        for name, token in self.special_tokens.items():
+            self._require_id(token, name)
+        # Ids may have holes, so the count of entries is not enough to size an embedding.
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.chat_template = (
+            None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
+        )
+        self.special_ids = frozenset(
+            index for index, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.turn_end_id = self._find_turn_end()
+        eos = self.special_tokens.get("eos_token")
+        self.stop_tokens: tuple[str, ...] = tuple(dict.fromkeys([*stop_tokens, *([eos] if eos else [])]))
+        named = [self._require_id(name, "stop token") for name in self.stop_tokens]
+        # A base model's eos_token is not what its chat template ends turns with: stop at both.
+        first = [] if self.turn_end_id is None else [self.turn_end_id]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*first, *named]))
+        if not self.stop_ids:
+            raise ValueError("the tokenizer names no token that ends a turn: give eos_token or stop_tokens")
+        self.special_ids |= frozenset(self.stop_ids)
+        pad = self.special_tokens.get("pad_token")
+        self.pad_id: int = self._require_id(pad, "pad_token") if pad is not None else self.stop_ids[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text; nothing (no begin-of-text token) is added to it."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Returns the text of ids, without control tokens unless ``skip_special`` is False."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Returns the id of a token's exact string, or None."""
+        return self._backend.token_to_id(token)
+
+    def id_to_token(self, index: int) -> str | None:
+        """Returns the string of one id, or None for an id outside the vocabulary."""
+        return self._backend.id_to_token(index)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **options: Any
+    ) -> str:
+        """Returns the chat template's text of a conversation.
+
+        Raises:
+          ChatTemplateError: when there is no template, or it refuses the conversation.
+        """
+        if self.chat_template is None:
+            raise ChatTemplateError(
+                "the tokenizer has no chat template: add chat_template.jinja to its folder, "
+                "a chat_template key to its tokenizer_config.json, or use the model's instruct version"
+            )
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **options)
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json (Hugging Face's format)."""
+        path = pathlib.Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **self.special_tokens}
+        config["stop_tokens"] = list(self.stop_tokens)
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template.source
+        self._backend.save(str(path / "tokenizer.json"))
+        _write_json(path / "tokenizer_config.json", config)
+        _write_json(path / "special_tokens_map.json", self.special_tokens)
+
+    def _find_turn_end(self) -> int | None:
+        if self.chat_template is None:
+            return None
+        probe = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+        try:
+            tail = self.render(probe, add_generation_prompt=False).rpartition(_PROBE)[2]
+        except ChatTemplateError:
+            return None
+        ids = self.encode(tail)
+        return ids[0] if ids and ids[0] in self.special_ids else None
+
+    def _require_id(self, token: str, what: str) -> int:
+        index = self._backend.token_to_id(token)
+        if index is None:
+            raise ValueError(f"{what} {token!r} is not in the tokenizer's vocabulary")
+        return index
+
+
+def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None) -> Tokenizer:
+    """Loads a tokenizer from a local folder or, when there is no such folder, from a hub id (``owner/name``).
+
+    Args:
+      path: folder with ``tokenizer.json`` (or files that ``transformers`` can convert), or a hub id.
+      chat_template: Jinja source that replaces the folder's own template.
+
+    Raises:
+      FileNotFoundError: when there is neither such a folder nor such a hub id.
+      ValueError: when a file does not parse, or a special or stop token is unknown.
+    """
+    folder = _find_folder(path)
+    config = _read_json(folder / "tokenizer_config.json")
+    special_tokens = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
+    if chat_template is None:
+        chat_template = _read_chat_template(folder, config)
+    backend = _load_backend(folder)
+    stop_tokens = list(config.get("stop_tokens", ()))
+    for index in _generation_stop_ids(folder):
+        token = backend.id_to_token(index)
+        if token is None:
+            raise ValueError(
+                f"{folder / 'generation_config.json'}: eos_token_id {index} is not in the tokenizer's "
+                "vocabulary"
+            )
+        stop_tokens.append(token)
+    try:
+        return Tokenizer(
+            backend,
+            chat_template=chat_template,
+            special_tokens=special_tokens,
+            stop_tokens=stop_tokens,
+            config=config,
+        )
+    except ValueError as error:
+        raise ValueError(f"tokenizer in {folder}: {error}") from error
+
+
+def _find_folder(path: str | pathlib.Path) -> pathlib.Path:
+    folder = pathlib.Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_like_hub_id = (
+        isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    )
+    if not looks_like_hub_id:
+        raise FileNotFoundError(
+            f"no tokenizer folder at {str(path)!r} (and it is not a hub id like 'owner/name')"
+        )
+    import huggingface_hub  # only when something is to be downloaded
+    import huggingface_hub.errors
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(_FILES)))
+    except (
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.LocalEntryNotFoundError,
+        OSError,
+    ) as error:
+        raise FileNotFoundError(
+            f"no tokenizer folder at {str(path)!r}, and the hub did not give one of that name: {error}"
+        ) from error
+
+
+def _load_backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise ValueError(f"{file} is not a valid fast tokenizer: {error}") from error
+    slow = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
+    if not slow:
+        found = sorted(entry.name for entry in folder.iterdir())
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json; it holds {found}")
+    import transformers  # costs about a second: only for tokenizers that need conversion
+
+    return transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=True).backend_tokenizer
+
+
+def _read_chat_template(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates; the plain chat one is called "default"
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            raise ValueError(f"{folder}: chat_template has no entry named 'default', only {sorted(named)}")
+        return named["default"]
+    return template
+
+
+def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
+    named = {}
+    for name in _SPECIAL_NAMES:
+        token = config.get(name, special_map.get(name))
+        if isinstance(token, dict):  # an AddedToken as JSON
+            token = token["content"]
+        if token is not None:
+            named[name] = token
+    return named
+
+
+def _generation_stop_ids(folder: pathlib.Path) -> list[int]:
+    ids = _read_json(folder / "generation_config.json").get("eos_token_id")
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+
+
+def _write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

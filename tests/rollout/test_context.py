@@ -1,0 +1,119 @@
+"""Transcript prompts grow exactly; window prompts know only the last turns."""
+
+import pytest
+
+from empg_jax.rollout.context import PromptDelta, make_context
+from empg_jax.text import ChatRenderer, build_phrase_tokenizer
+from tests.text.families import build_bpe
+
+
+class Prompts:
+    """Records nothing, decorates a little, so that every part of a prompt is recognisable."""
+
+    def start(self, observation, info):
+        return [
+            {"role": "system", "content": "Act."},
+            {"role": "user", "content": f"{info['task']}: {observation}"},
+        ]
+
+    def follow(self, observation, info):
+        return observation
+
+    def window(self, history, observation, info, turn):
+        told = " ".join(f"[{seen} -> {done}]" for seen, done in history)
+        return [{"role": "user", "content": f"{info['task']} {turn} {told} {observation}"}]
+
+
+INFO = {"task": "find it"}
+
+
+def play(context, renderer, turns):
+    """Yields (delta, whole prompt before the turn, response ids) as a rollout sees them."""
+    encode = renderer.tokenizer.encode
+    delta = context.start("obs 0", INFO)
+    prompt = list(delta.tokens)
+    seen = [(delta, prompt, None)]
+    for index, (text, stopped) in enumerate(turns):
+        response = [*encode(text), *([renderer.end_id] if stopped else [])]
+        delta = context.follow(response, text, stopped, f"act {index}", f"obs {index + 1}", INFO)
+        prompt = list(delta.tokens) if delta.is_fresh else [*prompt, *response, *delta.tokens]
+        seen.append((delta, prompt, response))
+    return seen
+
+
+@pytest.mark.parametrize("family", ["chatml", "headers", "thinking"])
+def test_transcript_is_previous_prompt_response_and_delta(family):
+    renderer = ChatRenderer(build_bpe(family))
+    context = make_context("transcript", Prompts(), renderer, history=0)()
+    seen = play(context, renderer, [("go east", True), ("go west and", False), ("open", True)])
+    assert [delta.is_fresh for delta, _, _ in seen] == [True, False, False, False]
+    contents = ["find it: obs 0", "go east", "obs 1", "go west and", "obs 2", "open", "obs 3"]
+    messages = [{"role": "system", "content": "Act."}]
+    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    assert seen[-1][1] == renderer.start(messages)
+
+
+def test_transcript_starts_afresh_where_the_template_rewrites_history():
+    renderer = ChatRenderer(build_bpe("thinking"))
+    context = make_context("transcript", Prompts(), renderer, history=0)()
+    seen = play(context, renderer, [("<think>\nhm\n</think>\n\ngo", True), ("open", True)])
+    assert [delta.is_fresh for delta, _, _ in seen] == [True, True, False]
+    assert "hm" not in renderer.tokenizer.decode(seen[1][1])
+
+
+def test_a_response_with_foreign_control_tokens_is_not_built_upon():
+    renderer = ChatRenderer(build_bpe("headers"))
+    tokenizer = renderer.tokenizer
+    header, other_stop = map(tokenizer.token_to_id, ("<|start_header_id|>", "<|end_of_text|>"))
+    body = tokenizer.encode("go")
+    for response, stopped in (([*body, other_stop], True), ([header, *body], False)):
+        context = make_context("transcript", Prompts(), renderer, history=0)()
+        context.start("obs 0", INFO)
+        delta = context.follow(response, "go", stopped, "go", "obs 1", INFO)
+        assert delta.is_fresh
+        assert header not in delta.tokens[-1:]
+        assert other_stop not in delta.tokens
+
+
+def test_window_tells_only_the_last_turns():
+    renderer = ChatRenderer(
+        build_phrase_tokenizer(["find it", "obs", "act", "->", "[", "]", *map(str, range(9))])
+    )
+    make = make_context("window", Prompts(), renderer, history=2)
+
+    def last_prompt(first_observation):
+        context = make()
+        context.start(first_observation, INFO)
+        for index in range(3):
+            delta = context.follow([1], "junk", True, f"act {index}", f"obs {index + 1}", INFO)
+            assert delta.is_fresh
+        return delta
+
+    assert last_prompt("obs 0") == last_prompt("obs 8")
+    text = renderer.tokenizer.decode(last_prompt("obs 0").tokens)
+    assert text == "find it 3 [ obs 1 -> act 1 ] [ obs 2 -> act 2 ] obs 3"
+
+
+def test_window_without_history():
+    renderer = ChatRenderer(build_phrase_tokenizer(["find it", "obs", *map(str, range(9))]))
+    context = make_context("window", Prompts(), renderer, history=0)()
+    context.start("obs 5", INFO)
+    delta = context.follow([1], "junk", True, "act 0", "obs 1", INFO)
+    assert renderer.tokenizer.decode(delta.tokens) == "find it 1 obs 1"
+
+
+@pytest.mark.parametrize("kind", ["transcript", "window"])
+def test_an_episode_forgets_the_one_before(kind):
+    renderer = ChatRenderer(build_bpe("chatml"))
+    context = make_context(kind, Prompts(), renderer, history=2)()
+    first = context.start("obs 0", INFO)
+    context.follow([renderer.end_id], "", True, "act 0", "obs 1", INFO)
+    assert context.start("obs 0", INFO) == first == PromptDelta(first.tokens, is_fresh=True)
+
+
+def test_bad_settings_are_named():
+    renderer = ChatRenderer(build_bpe("chatml"))
+    with pytest.raises(ValueError, match=r"env\.context='scroll' is unknown: use 'transcript' or 'window'"):
+        make_context("scroll", Prompts(), renderer, history=2)
+    with pytest.raises(ValueError, match=r"env\.history=-1"):
+        make_context("window", Prompts(), renderer, history=-1)

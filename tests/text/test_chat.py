@@ -1,0 +1,196 @@
+"""Incremental rendering equals whole-conversation rendering wherever the template allows it."""
+
+import functools
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from empg_jax.text import ChatRenderer, ChatTemplateError, build_phrase_tokenizer
+from tests.text.families import TEMPLATES, build_bpe
+
+THOUGHT = "<think>\nlook first\n</think>\n\ngo to shelf 2"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def grow(renderer, opening, exchanges, stopped):
+    """Plays a conversation as a rollout does; returns the ids, the messages and the number of row splits."""
+    messages = list(opening)
+    ids = renderer.start(messages)
+    splits = 0
+    for response, new in exchanges:
+        response_ids = renderer.encode_response(response)[: None if stopped else -1]
+        delta = renderer.follow(messages, response, new, stopped=stopped)
+        messages += [assistant(response), *new]
+        if delta is None:
+            splits += 1
+            ids = renderer.start(messages)
+        else:
+            ids = ids + response_ids + delta
+    return ids, messages, splits
+
+
+WITH_SYSTEM = [
+    (family, system)
+    for family in TEMPLATES
+    for system in (False, True)
+    if (family, system) != ("brackets", True)
+]
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+@pytest.mark.parametrize(("family", "system"), WITH_SYSTEM)
+def test_incremental_equals_whole(family, stopped, system):
+    tokenizer = build_bpe(family)
+    renderer = ChatRenderer(tokenizer)
+    opening = [{"role": "system", "content": "Act."}] * system + [user("You see a shelf 2.\nWhat now?")]
+    exchanges = [(f"go to shelf {i}", [user(f"You are at shelf {i}. Nothing <happens>.")]) for i in range(4)]
+    ids, messages, splits = grow(renderer, opening, exchanges, stopped)
+    assert splits == 0
+    assert ids == renderer.start(messages)
+    assert tokenizer.decode(ids, skip_special=False) == renderer.render(messages)
+
+
+def test_the_newline_after_the_end_of_turn_belongs_to_the_delta():
+    tokenizer = build_bpe("chatml")
+    renderer = ChatRenderer(tokenizer)
+    for stopped, expected in ((True, "\n"), (False, "<|im_end|>\n")):
+        delta = renderer.follow([user("a")], "b", [user("c")], stopped=stopped)
+        text = tokenizer.decode(delta, skip_special=False)
+        assert text == expected + "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_sampled_ids_stay_even_when_the_tokenizer_would_choose_others():
+    tokenizer = build_bpe("chatml")
+    renderer = ChatRenderer(tokenizer)
+    text = "go to shelf 2"
+    sampled = [i for c in text for i in tokenizer.encode(c)]  # letter by letter
+    assert sampled != tokenizer.encode(text)
+    messages = [user("What now?")]
+    delta = renderer.follow(messages, tokenizer.decode(sampled), [user("Fine.")], stopped=False)
+    ids = renderer.start(messages) + sampled + delta
+    assert tokenizer.decode(ids, skip_special=False) == renderer.render(
+        [*messages, assistant(text), user("Fine.")]
+    )
+
+
+def test_reasoning_stripped_from_history_starts_a_new_row():
+    renderer = ChatRenderer(build_bpe("thinking"))
+    messages = [user("Where is it?")]
+    assert renderer.follow(messages, THOUGHT, [user("You see it.")], stopped=True) is None
+    assert renderer.follow(messages, "go to shelf 2", [user("You see it.")], stopped=True) is not None
+    # Earlier reasoning counts too: it was still in the prompt while a tool was answering.
+    tool = {"role": "tool", "content": "a shelf"}
+    assert renderer.follow(messages, THOUGHT, [tool], stopped=True) is not None
+    later = [*messages, assistant(THOUGHT), tool]
+    assert renderer.follow(later, "open it", [tool], stopped=True) is not None
+    assert renderer.follow(later, "open it", [user("Go on.")], stopped=True) is None
+
+
+def test_reasoning_kept_in_history_extends_the_row():
+    tokenizer = build_bpe("thinking")
+    renderer = ChatRenderer(tokenizer, options={"keep_thinking": True})
+    exchanges = [(THOUGHT, [user("You see it.")]), ("take it", [user("Done.")])]
+    ids, messages, splits = grow(renderer, [user("Where is it?")], exchanges, stopped=True)
+    assert splits == 0
+    assert ids == renderer.start(messages)
+
+
+def test_a_generation_prompt_that_is_not_in_history_starts_a_new_row():
+    renderer = ChatRenderer(build_bpe("thinking"), options={"enable_thinking": False})
+    assert renderer.follow([user("a")], "b", [user("c")], stopped=True) is None
+
+
+def test_trimmed_answers_start_a_new_row():
+    renderer = ChatRenderer(build_bpe("headers"))
+    assert renderer.follow([user("a")], "go\n", [user("c")], stopped=True) is None
+    assert renderer.follow([user("a")], "go", [user(" c\n")], stopped=True) is not None
+
+
+@functools.cache
+def make_renderer(family):
+    return ChatRenderer(build_bpe(family))
+
+
+CONTENTS = st.sampled_from(
+    [
+        "go to shelf 2",
+        " padded\n",
+        "",
+        THOUGHT,
+        "x</think>y",
+        "<tool_response>r</tool_response>",
+        "naïve 🍎",
+        "\n\nlook",
+    ]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    family=st.sampled_from(sorted(TEMPLATES)),
+    contents=st.lists(CONTENTS, min_size=3, max_size=9),
+    use_tools=st.booleans(),
+)
+def test_quick_and_exact_rendering_agree(family, contents, use_tools):
+    renderer = make_renderer(family)
+    role = "tool" if use_tools and family != "brackets" else "user"
+    messages = [user(contents[0])]
+    for response, answer in zip(contents[1::2], contents[2::2], strict=False):
+        new = [{"role": role, "content": answer}]
+        exact = renderer._exact_delta(messages, response, new)
+        quick = renderer._quick_delta(messages, response, new)
+        assert quick is None or quick == exact
+        messages += [assistant(response), *new]
+
+
+def test_concatenating_templates_take_the_quick_path():
+    plain = ([user("a")], "b", [user("c")])
+    awkward = ([user("a")], THOUGHT, [user(" c\n")])
+    quick = {name: ChatRenderer(build_bpe(name))._quick_delta for name in ("chatml", "thinking", "headers")}
+    assert all(delta(*plain) is not None for delta in quick.values())
+    assert quick["chatml"](*awkward) is not None
+    assert quick["thinking"](*awkward) is None
+    assert quick["headers"](*awkward) is None
+
+
+def test_a_hot_follow_is_fast():
+    renderer = ChatRenderer(
+        build_phrase_tokenizer(["you see", "apple 1", "take", *(f"shelf {i}" for i in range(200))])
+    )
+    messages = [user("you see apple 1")] + [assistant("take apple 1"), user("you see apple 1")] * 20
+
+    def seconds(index):
+        new = [user(f"you see apple 1, shelf {index}, shelf 3, shelf 4. you see shelf {index + 1}.")]
+        begin = time.perf_counter()
+        renderer.follow(messages, "take apple 1", new, stopped=True)
+        return time.perf_counter() - begin
+
+    seconds(0)  # finds the seam
+    times = sorted(seconds(index) for index in range(1, 100))
+    assert times[10] < 200e-6  # measured 25e-6; the margin is for busy machines
+
+
+def test_templates_without_an_end_of_turn_are_refused():
+    open_ended = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    with pytest.raises(ChatTemplateError, match="does not end an assistant's turn"):
+        ChatRenderer(build_bpe("chatml", open_ended))
+
+
+def test_a_conversation_that_the_template_refuses_is_named():
+    renderer = ChatRenderer(build_bpe("brackets"))
+    with pytest.raises(ChatTemplateError, match=r"roles \['user', 'user'\]: roles must alternate"):
+        renderer.start([user("a"), user("b")])
+
+
+def test_follow_needs_a_new_message():
+    with pytest.raises(ValueError, match="at least one new message"):
+        ChatRenderer(build_bpe("chatml")).follow([user("a")], "b", [], stopped=True)

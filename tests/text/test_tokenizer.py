@@ -1,0 +1,152 @@
+"""The tokenizer folder: written for and read like Hugging Face's, with errors that say what is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from empg_jax.text import ChatRenderer, ChatTemplateError, Tokenizer, build_phrase_tokenizer, load_tokenizer
+from tests.text.families import CHATML, HEADERS, TEMPLATES, build_bpe
+
+MESSAGES = [
+    {"role": "user", "content": "Where is  the apple?\n"},
+    {"role": "assistant", "content": "<think>\nlook\n</think>\n\ngo to shelf 2"},
+    {"role": "user", "content": "You see naïve 🍎 <b>&amp;</b>."},
+]
+
+
+@pytest.mark.parametrize("family", [*sorted(TEMPLATES), "phrases"])
+def test_transformers_loads_the_folder_and_gives_the_same_ids(family, tmp_path):
+    import transformers
+
+    ours = (
+        build_phrase_tokenizer(["go to", "shelf 2", "You see"]) if family == "phrases" else build_bpe(family)
+    )
+    ours.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    assert ids == ChatRenderer(ours).start(MESSAGES)
+    assert theirs.apply_chat_template(MESSAGES, tokenize=False) == ours.render(
+        MESSAGES, add_generation_prompt=False
+    )
+    assert theirs.decode(ids) == ours.decode(ids, skip_special=False)
+    assert theirs.eos_token_id in ours.stop_ids
+    again = load_tokenizer(tmp_path)
+    assert again.stop_ids == ours.stop_ids
+    assert again.pad_id == ours.pad_id
+    assert ChatRenderer(again).start(MESSAGES) == ids
+
+
+def test_what_transformers_saves_is_loaded(tmp_path):
+    import transformers
+
+    ours = build_bpe("headers")
+    ours.save(tmp_path / "ours")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "ours"))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = load_tokenizer(tmp_path / "theirs")
+    assert ChatRenderer(again).start(MESSAGES) == ChatRenderer(ours).start(MESSAGES)
+    assert again.stop_ids == ours.stop_ids
+
+
+def test_the_sampler_stops_at_the_templates_end_before_the_named_ones(tmp_path):
+    tokenizer = build_bpe("headers")  # ends turns with <|eot_id|>; its eos_token is another
+    assert tokenizer.stop_ids == tuple(map(tokenizer.token_to_id, ("<|eot_id|>", "<|end_of_text|>")))
+    tokenizer.save(tmp_path)
+    extra = tokenizer.token_to_id("<|start_header_id|>")
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [extra, tokenizer.stop_ids[0]]})
+    )
+    assert load_tokenizer(tmp_path).stop_ids == (tokenizer.stop_ids[0], tokenizer.stop_ids[1], extra)
+
+
+def test_control_tokens_are_left_out_of_text_unless_asked_for():
+    tokenizer = build_bpe("chatml")
+    ids = [*tokenizer.encode("<think>go"), tokenizer.turn_end_id]
+    assert tokenizer.decode(ids) == "<think>go"
+    assert tokenizer.decode(ids, skip_special=False) == "<think>go<|im_end|>"
+
+
+def test_padding_and_truncation_in_the_file_are_ignored():
+    source = build_bpe("chatml")
+    backend = source._backend
+    backend.enable_truncation(2)
+    backend.enable_padding(length=64)
+    tokenizer = Tokenizer(backend, special_tokens=source.special_tokens)
+    assert tokenizer.decode(tokenizer.encode("go to shelf 2")) == "go to shelf 2"
+
+
+def test_the_template_may_be_named_or_replaced(tmp_path):
+    build_bpe("chatml").save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    file.write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).chat_template.source == CHATML
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert (
+        load_tokenizer(tmp_path).render(MESSAGES[:1], add_generation_prompt=False) == MESSAGES[0]["content"]
+    )
+    assert load_tokenizer(tmp_path, chat_template=HEADERS).chat_template.source == HEADERS
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer folder at"):
+        load_tokenizer(tmp_path / "nothing")
+
+
+def test_folder_without_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.json; it holds \['config.json'\]"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_corrupt_file(tmp_path, name):
+    build_bpe("chatml").save(tmp_path)
+    (tmp_path / name).write_text('{"cut')
+    with pytest.raises(ValueError, match=name):
+        load_tokenizer(tmp_path)
+
+
+def test_no_chat_template():
+    source = build_bpe("chatml")
+    tokenizer = Tokenizer(source._backend, special_tokens=source.special_tokens)
+    with pytest.raises(ChatTemplateError, match="has no chat template: add"):
+        ChatRenderer(tokenizer)
+
+
+def test_unknown_stop_token(tmp_path):
+    source = build_bpe("chatml")
+    with pytest.raises(ValueError, match=r"stop token '<\|halt\|>' is not in the tokenizer's vocabulary"):
+        Tokenizer(source._backend, stop_tokens=["<|halt|>"])
+    with pytest.raises(ValueError, match="names no token that ends a turn"):
+        Tokenizer(source._backend)
+    source.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 99999}))
+    with pytest.raises(ValueError, match="eos_token_id 99999 is not in"):
+        load_tokenizer(tmp_path)
+
+
+def test_template_that_does_not_parse():
+    source = build_bpe("chatml")
+    with pytest.raises(ChatTemplateError, match="does not parse: line 2"):
+        Tokenizer(source._backend, chat_template="\n{% for %}", special_tokens=source.special_tokens)
+
+
+def test_generation_blocks_loop_controls_and_dates_render():
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
+        "{% generation %}{{ m.content | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y')[:2] }}"
+    )
+    source = build_bpe("chatml")
+    tokenizer = Tokenizer(source._backend, chat_template=template, special_tokens=source.special_tokens)
+    messages = [{"role": "tool", "content": "x"}, {"role": "user", "content": "<é>"}]
+    assert tokenizer.render(messages, add_generation_prompt=False) == '"<é>"20'
+
+
+def test_text_imports_neither_transformers_nor_jax():
+    code = "import sys, empg_jax.text; print(sorted({'transformers', 'jax', 'numpy'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
