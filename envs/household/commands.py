@@ -1,0 +1,51 @@
+"""The command grammar of ALFWorld 2.1.2: text to command and back."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+BARE = ("look", "inventory", "help")
+ONE_NOUN = ("go to", "open", "close", "examine", "use")
+# Verb to the preposition between its two nouns.
+TWO_NOUNS = {"take": "from", "move": "to", "clean": "with", "heat": "with", "cool": "with", "slice": "with"}
+
+_NOUN = r"([a-z]+ [0-9]+)"
+_PATTERN = re.compile(
+    "|".join(
+        [
+            rf"(?P<bare>{'|'.join(BARE)})",
+            rf"(?P<one>{'|'.join(ONE_NOUN)}) {_NOUN}",
+            *(
+                rf"(?P<{verb}>{verb}) {_NOUN} {preposition} {_NOUN}"
+                for verb, preposition in TWO_NOUNS.items()
+            ),
+        ]
+    )
+)
+
+
+class Command(NamedTuple):
+    """A well-formed command: verb, and up to two nouns in the order in which they are said."""
+
+    verb: str
+    first: str = ""
+    second: str = ""
+
+
+def normalize(text: str) -> str:
+    """Lower case, outer blanks removed, runs of blanks made one space."""
+    return " ".join(text.lower().split())
+
+
+def parse(text: str) -> Command | None:
+    """Reads a command; None when the text is not well formed.
+
+    Well formed means that it follows the grammar; whether anything of that name exists, or the
+    command does anything now, is the world's business.
+    """
+    match = _PATTERN.fullmatch(normalize(text))
+    if match is None:
+        return None
+    verb, *nouns = (group for group in match.groups() if group is not None)
+    return Command(verb, *nouns)

@@ -1,0 +1,236 @@
+"""Beside the engine: prompts made of observations, actions read out of responses, a closed vocabulary."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from envs.base import ActionParser, Message, ParsedAction, PlainPrompts, PromptBuilder
+from envs.household import commands
+from envs.household.env import find_level
+from envs.household.tables import LAMP, MAX_INSTANCES
+
+PARSERS = ("plain", "tags")
+
+_ROLE = (
+    "You are an agent in a household that is described to you in text. Carry out the task by giving one "
+    "command at a time.\n"
+    "Commands: go to R, open R, close R, take O from R, move O to R, clean O with R, heat O with R, "
+    "cool O with R, slice O with O, use O, examine X, look, inventory, help. "
+    "R is a receptacle and O an object, each with its number, for example fridge 1. "
+    "You can carry one object; what is in a closed receptacle shows when it is open."
+)
+_ANSWER = {
+    "plain": "Answer with one command and nothing else.",
+    "tags": (
+        "First think step by step about the situation between <think> and </think>. "
+        "Then give exactly one command between <action> and </action>."
+    ),
+}
+_CHOICE = {
+    "plain": "Answer with one of the admissible commands and nothing else.",
+    "tags": (
+        "First think step by step about the situation between <think> and </think>. "
+        "Then give exactly one of the admissible commands between <action> and </action>."
+    ),
+}
+
+
+def make_prompts(style: str = "terse", list_admissible: bool = False, parser: str = "plain") -> PromptBuilder:
+    """Builds the prompt builder that fits an environment's style.
+
+    Args:
+      style: ``terse`` (nothing but the observation) or ``alfworld`` (with instructions).
+      list_admissible: whether every prompt ends with the admissible commands.
+      parser: the parser that will read the answer; the instructions ask for its format.
+
+    Raises:
+      ValueError: an unknown style or parser, or ``terse`` with ``tags``, which it cannot ask for.
+    """
+    _check_parser(parser)
+    if style == "terse":
+        if parser == "tags":
+            raise ValueError(
+                "household style 'terse' gives no instructions, so it needs parser 'plain', not 'tags'"
+            )
+        return TersePrompts(list_admissible)
+    if style == "alfworld":
+        return AlfworldPrompts(list_admissible, parser)
+    raise ValueError(f"unknown household prompt style {style!r}; the styles are terse, alfworld")
+
+
+def make_parser(parser: str = "plain") -> ActionParser:
+    """Builds the action parser: ``plain`` (the first line) or ``tags`` (think and action tags).
+
+    Raises:
+      ValueError: an unknown parser.
+    """
+    _check_parser(parser)
+    return LineParser() if parser == "plain" else TagParser()
+
+
+def _check_parser(parser: str) -> None:
+    if parser not in PARSERS:
+        raise ValueError(f"unknown household parser {parser!r}; the parsers are {', '.join(PARSERS)}")
+
+
+class TersePrompts(PlainPrompts):
+    """The observation itself, followed by the admissible commands if they are to be listed."""
+
+    def __init__(self, list_admissible: bool = False) -> None:
+        """``list_admissible``: whether to list the admissible commands after the observation."""
+        self._list_admissible = list_admissible
+
+    def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
+        """One user message."""
+        return [{"role": "user", "content": self.follow(observation, info)}]
+
+    def follow(self, observation: str, info: Mapping[str, Any]) -> str:
+        """The observation, and the commands after ``actions :`` divided by commas."""
+        if not self._list_admissible:
+            return observation
+        return f"{observation} . actions : {' , '.join(_offered(info))}"
+
+    def window(
+        self,
+        history: Sequence[tuple[str, str]],
+        observation: str,
+        info: Mapping[str, Any],
+        turn: int,
+    ) -> list[Message]:
+        """The remembered turns as messages, then the observation."""
+        return super().window(history, self.follow(observation, info), info, turn)
+
+
+class AlfworldPrompts:
+    """Instructions, observation, admissible commands; one growing transcript or fresh windows."""
+
+    def __init__(self, list_admissible: bool = False, parser: str = "plain") -> None:
+        """``list_admissible``: list admissible commands; ``parser``: the answer format to ask for."""
+        self._list_admissible = list_admissible
+        self._answer = (_CHOICE if list_admissible else _ANSWER)[parser]
+
+    def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
+        """One user message: role, observation (which holds the task), commands, answer format."""
+        parts = [_ROLE, f"Observation: {observation}", *self._offer(info), self._answer]
+        return [{"role": "user", "content": "\n\n".join(parts)}]
+
+    def follow(self, observation: str, info: Mapping[str, Any]) -> str:
+        """The observation, with the admissible commands if they are to be listed."""
+        return "\n\n".join([f"Observation: {observation}", *self._offer(info)])
+
+    def window(
+        self,
+        history: Sequence[tuple[str, str]],
+        observation: str,
+        info: Mapping[str, Any],
+        turn: int,
+    ) -> list[Message]:
+        """A fresh prompt: role, task, the remembered turns with their numbers, the present."""
+        if turn == 0:
+            return self.start(observation, info)
+        first = turn - len(history) + 1
+        past = "\n".join(
+            f"[Observation {number}: '{seen}', Action {number}: '{done}']"
+            for number, (seen, done) in enumerate(history, start=first)
+        )
+        parts = [f"{_ROLE}\nYour task is to: {info['task']}"]
+        if past:
+            parts.append(
+                f"You have taken {turn} actions. The last {len(history)} observations and actions:\n{past}"
+            )
+        parts += [
+            f"You are now at step {turn + 1}. Observation: {observation}",
+            *self._offer(info),
+            self._answer,
+        ]
+        return [{"role": "user", "content": "\n\n".join(parts)}]
+
+    def _offer(self, info: Mapping[str, Any]) -> list[str]:
+        if not self._list_admissible:
+            return []
+        listed = "\n ".join(f"'{command}'" for command in _offered(info))
+        return [f"Admissible commands now: [{listed}]."]
+
+
+def _offered(info: Mapping[str, Any]) -> list[str]:
+    return [command for command in info["admissible"] if command != "help"]
+
+
+class LineParser:
+    """The first line of the response is the command; it is valid when it follows the grammar."""
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Strips, lower-cases and collapses blanks; an ill-formed line is passed on as it is."""
+        lines = response.strip().splitlines()
+        action = commands.normalize(lines[0]) if lines else ""
+        return ParsedAction(action=action, is_valid=commands.parse(action) is not None)
+
+
+class TagParser:
+    """``<think>…</think><action>…</action>`` by the rules of verl-agent's ALFWorld set-up.
+
+    The action is the text between the first ``<action>`` and the ``</action>`` after it, lower-cased. A
+    response without both action tags, without both think tags, or with CJK characters is invalid; when
+    there are no action tags, the last 30 characters are what is sent. Validity says nothing about
+    whether the command follows the grammar.
+    """
+
+    _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+    _CJK = re.compile("[\u4e00-\u9fff]")
+    _FALLBACK_CHARACTERS = 30
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Reads the tagged action."""
+        lowered = response.lower()
+        match = self._ACTION.search(lowered)
+        if match is None:
+            return ParsedAction(action=lowered[-self._FALLBACK_CHARACTERS :], is_valid=False)
+        has_thought = "<think>" in lowered and "</think>" in lowered
+        is_valid = has_thought and self._CJK.search(response) is None
+        return ParsedAction(action=match.group(1).strip(), is_valid=is_valid)
+
+
+def phrases(level: str = "tiny") -> list[str]:
+    """The closed vocabulary of a level in the terse style, for a small tokenizer.
+
+    Every text of the terse style and every well-formed command about things of the level is a
+    sequence of these phrases divided by single spaces, when the longest match is taken each time.
+
+    Args:
+      level: the level's name.
+
+    Returns:
+      Phrases (some hold spaces), sorted, none twice.
+
+    Raises:
+      ValueError: an unknown level.
+    """
+    preset = find_level(level)
+    most: Counter[str] = Counter()
+    for room in preset.rooms:
+        most.update(room.always)
+        most.update(room.sometimes)
+    copies = MAX_INSTANCES if preset.copies[1] else 1
+    most.update({cls: copies for cls in preset.objects})
+    most[LAMP] = 1
+    found = {f"{cls} {number}" for cls, count in most.items() for number in range(1, count + 1)}
+    found |= {cls for cls, count in most.items() if count > 1}
+    found |= {room.name for room in preset.rooms}
+    found |= {*commands.BARE, *commands.ONE_NOUN, *commands.TWO_NOUNS, *commands.TWO_NOUNS.values()}
+    found |= {"put", "put clean", "put hot", "put cool", "put two", "in", "hot", "clean", "cool"}
+    found |= {
+        ". holding",
+        ". at",
+        "nothing",
+        "nothing happens .",
+        "door",
+        "closed",
+        ".",
+        ":",
+        ". actions :",
+        ",",
+    }
+    return sorted(found)
