@@ -1,0 +1,184 @@
+"""The collector keeps many episodes in flight between environment workers and the engine.
+
+A free slot takes the next attempt at once; nobody waits for the slowest. In deterministic mode every round
+is a barrier: all environments answer, then all responses are sampled, so a run repeats bit by bit.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from empg_jax.rollout.context import EpisodeContext, PromptDelta
+from empg_jax.rollout.engine import Engine, Response
+from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
+from empg_jax.rollout.pool import EnvPool, EnvReply
+from empg_jax.types import Trajectory
+
+# With an idle engine, seconds to wait for more environments to answer before a small batch is prefilled.
+GATHER_SECONDS = 0.001
+# A refilled attempt samples with other keys than the one that was lost.
+RETRY_STRIDE = 1 << 16
+
+
+class Collector:
+    """Runs attempts through environment and engine.
+
+    Args:
+      engine: the sampler; its slots are the episodes in flight.
+      pool: the environment workers; a slot's number is its handle.
+      make_context: one `EpisodeContext` per episode.
+      parser: response text and info to `ParsedAction`.
+      decode: token ids to text.
+      rules: what ends an episode.
+      seed: seed handed to ``env.reset``.
+      stream: first number of the sampling ids (0: training, 1: evaluation).
+      episode_timeout: seconds after which an episode is given up.
+      is_deterministic: barrier per turn.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        pool: EnvPool,
+        make_context: Callable[[], EpisodeContext],
+        parser: Any,
+        decode: Callable[[Sequence[int]], str],
+        rules: EpisodeRules,
+        *,
+        seed: int,
+        stream: int = 0,
+        episode_timeout: float = 300.0,
+        is_deterministic: bool = False,
+    ) -> None:
+        self.engine, self.pool = engine, pool
+        self._make_context, self._parser, self._decode, self._rules = make_context, parser, decode, rules
+        self._seed, self._stream = seed, stream
+        self._episode_timeout = episode_timeout
+        self._is_deterministic = is_deterministic
+        self._queue: collections.deque[Attempt] = collections.deque()
+        self._episodes: dict[int, Episode] = {}
+        self._started: dict[int, float] = {}
+        self._free = list(range(engine.config.slots))[::-1]
+        self._waiting: set[int] = set()  # slots whose environment owes an answer
+
+    @property
+    def in_flight(self) -> int:
+        """Attempts that were admitted and have not ended."""
+        return len(self._queue) + len(self._episodes)
+
+    def admit(self, attempts: Iterable[Attempt]) -> None:
+        """Queue attempts; each starts as soon as a slot is free."""
+        self._queue.extend(attempts)
+
+    def cancel(self, group_id: int) -> list[Attempt]:
+        """Give up the unfinished attempts of a group; returns them."""
+        dropped = [attempt for attempt in self._queue if attempt.group_id == group_id]
+        self._queue = collections.deque(a for a in self._queue if a.group_id != group_id)
+        for slot, episode in list(self._episodes.items()):
+            if episode.attempt.group_id == group_id:
+                dropped.append(episode.attempt)
+                self._free_slot(slot)
+        return dropped
+
+    def cancel_all(self) -> None:
+        """Give up everything in flight."""
+        self._queue.clear()
+        for slot in list(self._episodes):
+            self._free_slot(slot)
+
+    def advance(self) -> list[tuple[Attempt, Trajectory]]:
+        """One round: start episodes, take environment answers, decode a burst. Returns what ended."""
+        finished: list[tuple[Attempt, Trajectory]] = []
+        self._start_episodes()
+        for reply in self._take_replies():
+            finished.extend(self._on_reply(reply))
+        finished.extend(self._expire())
+        responses = self.engine.step()
+        while self._is_deterministic and self.engine.has_work:
+            responses += self.engine.step()
+        for response in sorted(responses, key=lambda r: r.slot):
+            self._on_response(response)
+        return finished
+
+    def settle(self) -> None:
+        """Bring the engine to a turn boundary: responses in progress end, no new ones start."""
+        while self.engine.has_work:
+            for response in self.engine.step():
+                self._on_response(response)
+
+    def _start_episodes(self) -> None:
+        while self._queue and self._free:
+            slot, attempt = self._free.pop(), self._queue.popleft()
+            self._episodes[slot] = Episode(attempt, self._make_context(), self._parser, self._rules)
+            self._started[slot] = time.monotonic()
+            self.pool.reset(slot, seed=self._seed, split=attempt.split, index=attempt.task)
+            self._waiting.add(slot)
+
+    def _take_replies(self) -> list[EnvReply]:
+        """Environment answers: all of them in deterministic mode, else what is there now."""
+        if not self._waiting:
+            return []
+        replies = self.pool.poll(0.0 if self.engine.has_work and not self._is_deterministic else 1.0)
+        owed = len(self._waiting)
+        deadline = time.monotonic() + GATHER_SECONDS
+        while len(replies) < owed and (
+            self._is_deterministic or (not self.engine.has_work and time.monotonic() < deadline)
+        ):
+            replies += self.pool.poll(1.0 if self._is_deterministic else GATHER_SECONDS)
+        return sorted(replies, key=lambda reply: reply.handle)
+
+    def _on_reply(self, reply: EnvReply) -> Iterator[tuple[Attempt, Trajectory]]:
+        slot = reply.handle
+        episode = self._episodes.get(slot)
+        if episode is None:  # cancelled while the answer was on its way
+            return
+        self._waiting.discard(slot)
+        step: PromptDelta | Trajectory
+        if reply.failure is not None:
+            step = episode.on_failure(reply.failure.reason, reply.failure.detail)
+        elif reply.op == "reset":
+            step = episode.on_reset(reply.observation, reply.info)
+        else:
+            step = episode.on_step(
+                reply.observation, reply.reward, reply.terminated, reply.truncated, reply.info
+            )
+        if isinstance(step, PromptDelta) and self.engine.room(slot, len(step.tokens), is_fresh=step.is_fresh) < 1:
+            if not episode.num_turns:
+                raise ValueError(
+                    f"the first prompt of task {episode.attempt.split}/{episode.attempt.task} has "
+                    f"{len(step.tokens)} tokens, but rollout.max_tokens={self.engine.config.max_tokens}: "
+                    "no response fits; raise rollout.max_tokens"
+                )
+            step = episode.on_context_limit()
+        if isinstance(step, Trajectory):
+            attempt = episode.attempt
+            self._free_slot(slot)
+            yield attempt, step
+            return
+        a = episode.attempt
+        ids = (self._stream, a.group_id, a.member + RETRY_STRIDE * a.retry, episode.num_turns)
+        self.engine.submit(slot, step.tokens, is_fresh=step.is_fresh, ids=ids)
+
+    def _on_response(self, response: Response) -> None:
+        episode = self._episodes[response.slot]
+        action = episode.on_response(response, self._decode(response.tokens.tolist()))
+        self.pool.step(response.slot, action)
+        self._waiting.add(response.slot)
+
+    def _expire(self) -> Iterator[tuple[Attempt, Trajectory]]:
+        limit = time.monotonic() - self._episode_timeout
+        for slot in [slot for slot, started in self._started.items() if started < limit]:
+            episode = self._episodes[slot]
+            self._free_slot(slot)
+            yield episode.attempt, episode.on_failure("timeout", f"longer than {self._episode_timeout:g} s")
+
+    def _free_slot(self, slot: int) -> None:
+        self.pool.release(slot)
+        self.engine.release(slot)
+        del self._episodes[slot], self._started[slot]
+        self._waiting.discard(slot)
+        self._free.append(slot)
+        self._free.sort(reverse=True)

@@ -1,0 +1,156 @@
+"""One episode: what happens between an observation and the next prompt, and how it ends.
+
+An `Episode` is fed what the environment and the engine say, and answers with what to do next. It does no
+input or output of its own, so its rules can be read and tested without either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from empg_jax.rollout.context import EpisodeContext, PromptDelta
+from empg_jax.rollout.engine import Response
+from empg_jax.types import Outcome, Status, Trajectory, Turn
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a task: member ``member`` of group ``group_id``; ``retry`` counts refills."""
+
+    split: str
+    task: int
+    group_id: int
+    member: int
+    retry: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EpisodeRules:
+    """What ends an episode and what it costs.
+
+    Attributes:
+      max_turns: responses after which the episode is truncated.
+      invalid_penalty: subtracted from the reward of a turn whose response was no action.
+      timeout_outcome: ``discard`` or ``zero``: what becomes of an episode that overran its time.
+    """
+
+    max_turns: int
+    invalid_penalty: float = 0.0
+    timeout_outcome: str = "discard"
+
+
+class Episode:
+    """The state of one attempt."""
+
+    def __init__(self, attempt: Attempt, context: EpisodeContext, parser: Any, rules: EpisodeRules) -> None:
+        self.attempt = attempt
+        self._context, self._parser, self._rules = context, parser, rules
+        self._turns: list[Turn] = []
+        self._observation = ""
+        self._info: Mapping[str, Any] = {}
+        self._action = ""
+        self._is_valid = True
+        self._response: Response | None = None
+        self._text = ""
+
+    @property
+    def num_turns(self) -> int:
+        """Responses given so far."""
+        return len(self._turns)
+
+    def on_reset(self, observation: str, info: Mapping[str, Any]) -> PromptDelta:
+        """The environment has begun: the first prompt."""
+        self._observation, self._info = observation, info
+        return self._context.start(observation, info)
+
+    def on_response(self, response: Response, text: str) -> str:
+        """The policy has answered: the action for the environment."""
+        parsed = self._parser(text, self._info)
+        self._response, self._text = response, text
+        self._action, self._is_valid = parsed.action, parsed.is_valid
+        return parsed.action
+
+    def on_step(
+        self, observation: str, reward: float, terminated: bool, truncated: bool, info: Mapping[str, Any]
+    ) -> PromptDelta | Trajectory:
+        """The environment has answered: the next prompt, or the finished trajectory."""
+        response = self._take_response(reward)
+        if terminated or truncated or len(self._turns) >= self._rules.max_turns:
+            won = bool(info.get("won", False))
+            reason = "won" if won else "ended" if terminated else "turn_limit"
+            return self._finish(Status.TRAINED, reason, info, won, terminated, not terminated)
+        delta = self._context.follow(
+            response.tokens.tolist(),
+            self._text,
+            response.finish_reason == "stop",
+            self._action,
+            observation,
+            info,
+        )
+        self._observation, self._info = observation, info
+        return delta
+
+    def on_context_limit(self) -> Trajectory:
+        """The next prompt leaves no room for a response: scored zero, by name; nothing is cut."""
+        return self._finish(Status.SCORED_ZERO, "context_limit", {}, False, False, True)
+
+    def on_failure(self, reason: str, detail: str) -> Trajectory:
+        """The environment or its worker failed, or time ran out."""
+        if reason == "timeout" and self._rules.timeout_outcome == "zero" and self._turns:
+            return self._finish(Status.SCORED_ZERO, reason, {}, False, False, True, detail)
+        return self._finish(Status.DISCARDED, reason, {}, False, False, True, detail)
+
+    def _take_response(self, reward: float) -> Response:
+        response = self._response
+        assert response is not None, "the environment answered before the policy acted"
+        penalty = 0.0 if self._is_valid else self._rules.invalid_penalty
+        self._turns.append(
+            Turn(
+                prompt_tokens=response.prompt_tokens,
+                response_tokens=response.tokens,
+                behavior_logprobs=response.logprobs,
+                entropies=response.entropies,
+                reward=float(reward) - penalty,
+                version=response.version,
+                anchor=_anchor(self._observation),
+                is_valid=self._is_valid,
+                finish_reason=response.finish_reason,
+                observation=self._observation,
+                response=self._text,
+            )
+        )
+        self._response = None
+        return response
+
+    def _finish(
+        self,
+        status: Status,
+        reason: str,
+        info: Mapping[str, Any],
+        won: bool,
+        terminated: bool,
+        truncated: bool,
+        detail: str = "",
+    ) -> Trajectory:
+        trained = status is Status.TRAINED
+        return Trajectory(
+            task=self.attempt.task,
+            split=self.attempt.split,
+            group_id=self.attempt.group_id,
+            member=self.attempt.member,
+            turns=tuple(self._turns),
+            outcome=Outcome(status, reason, detail),
+            episode_return=sum(turn.reward for turn in self._turns) if trained else 0.0,
+            is_success=won,
+            terminated=terminated,
+            truncated=truncated,
+            metrics={name: float(value) for name, value in (info.get("metrics") or {}).items()},
+        )
+
+
+def _anchor(observation: str) -> int:
+    """A stable key of an observation: equal texts, equal keys, in every process."""
+    return int.from_bytes(hashlib.blake2b(observation.encode(), digest_size=8).digest(), "big")
