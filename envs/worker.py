@@ -67,7 +67,9 @@ class EnvHost:
         handle = command.get("env")
         head = {"id": command["id"], "env": handle, **extra}
         try:
-            return _encode({**head, "ok": True, **self._run(handle, command["op"], command.get("args") or {})})
+            return _encode(
+                {**head, "ok": True, **self._run(handle, command["op"], command.get("args") or {})}
+            )
         # An environment may even call sys.exit(); that must not end its neighbours.
         except BaseException as error:
             failure = {
@@ -118,7 +120,8 @@ class EnvHost:
         result = self._find(handle).step(action)
         if not isinstance(result, tuple) or len(result) != 5:
             raise GarbageError(
-                f"step returned {_describe(result)}; expected (observation, reward, terminated, truncated, info)"
+                f"step returned {_describe(result)}; "
+                "expected (observation, reward, terminated, truncated, info)"
             )
         return _check(*result)
 
@@ -148,7 +151,8 @@ def main() -> int:
         request = json.loads(hello)
         _limit_memory(request.get("memory_limit_mb"))
         host = EnvHost(request["env"], request.get("options") or {})
-        _write(sink, _encode({"ready": True, "pid": os.getpid(), "splits": host.splits()}))
+        ready = {"ready": True, "pid": os.getpid(), "rss_mb": resident_mb(), "splits": host.splits()}
+        _write(sink, _encode(ready))
     except BaseException as error:
         traceback.print_exc()
         _write(sink, _encode({"fatal": f"{type(error).__name__}: {error}"}))
@@ -202,7 +206,9 @@ def _encode(reply: Reply) -> bytes:
     except (TypeError, ValueError, RecursionError) as error:
         raise GarbageError(f"info is not JSON-able: {error}") from error
     if len(line) > MAX_REPLY_BYTES:
-        raise GarbageError(f"observation and info take {len(line)} bytes; at most {MAX_REPLY_BYTES} are allowed")
+        raise GarbageError(
+            f"observation and info take {len(line)} bytes; at most {MAX_REPLY_BYTES} are allowed"
+        )
     return line + b"\n"
 
 
