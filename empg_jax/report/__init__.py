@@ -1,0 +1,1 @@
+"""What a person sees of a run: live progress, tables, curves, transcripts and a trajectory viewer."""

@@ -1,0 +1,111 @@
+"""Learning curves: one PNG with six panels, drawn from a run's ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from empg_jax.metrics import read_metrics
+
+TRAIN, HELD_OUT = "#1f6f8b", "#c8553d"
+
+
+def plot_curves(run_dir: Path) -> Path:
+    """Draw success, entropy, episode length, modulation, return and loss over updates.
+
+    A metric that was not recorded leaves its panel saying so; values that are not finite leave a gap.
+
+    Returns:
+      The path of ``curves.png`` in the run's folder.
+
+    Raises:
+      FileNotFoundError: the folder has no ``metrics.jsonl``.
+    """
+    # The Figure alone, without pyplot: no global state, no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    run_dir = Path(run_dir)
+    records = read_metrics(run_dir / "metrics.jsonl")
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 3).flat
+    _success(next(panels), records)
+    _line(next(panels), records, "entropy", "entropy (nats per token)", floor=0.0)
+    _line(next(panels), records, "episode_turns", "turns per episode", floor=0.0)
+    _modulation(next(panels), records)
+    _line(next(panels), records, "episode_return", "episode return")
+    _line(next(panels), records, "loss", "loss")
+    figure.suptitle(run_dir.resolve().name)
+    path, temporary = run_dir / "curves.png", run_dir / ".curves.tmp.png"
+    figure.savefig(temporary, dpi=110)
+    os.replace(temporary, path)
+    return path
+
+
+def column(records: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Updates and values of one metric, only where it was recorded; a null is NaN."""
+    pairs = [(record["update"], record[name]) for record in records if name in record]
+    updates = np.array([update for update, _ in pairs], dtype=np.int64)
+    values = np.array([np.nan if value is None else value for _, value in pairs], dtype=np.float64)
+    return updates, values
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Centred mean over ``width`` values, over fewer at the ends and around gaps."""
+    known = np.isfinite(values)
+    kernel = np.ones(width)
+    sums = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
+    counts = np.convolve(known.astype(np.float64), kernel, mode="same")
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def _success(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+    recorded = _draw(axes, records, "success_rate", "train")
+    updates, values = column(records, "eval_success")
+    if len(updates):
+        axes.plot(updates, values, "o--", color=HELD_OUT, label="held out", markersize=5, linewidth=1)
+    axes.set_ylim(-0.02, 1.02)
+    _finish(axes, "success", recorded or len(updates) > 0)
+    if recorded or len(updates):
+        axes.legend(loc="lower right", frameon=False)
+
+
+def _modulation(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+    recorded = _draw(axes, records, "modulation_mean", "mean")
+    lows, highs = column(records, "modulation_min"), column(records, "modulation_max")
+    if len(lows[0]) and np.array_equal(lows[0], highs[0]):
+        axes.fill_between(lows[0], lows[1], highs[1], color=TRAIN, alpha=0.15, linewidth=0)
+    _finish(axes, "modulation factor (mean, range)", recorded)
+
+
+def _line(
+    axes: Any, records: Sequence[dict[str, Any]], name: str, title: str, floor: float | None = None
+) -> None:
+    recorded = _draw(axes, records, name, name)
+    if recorded and floor is not None:
+        axes.set_ylim(bottom=floor)
+    _finish(axes, title, recorded)
+
+
+def _draw(axes: Any, records: Sequence[dict[str, Any]], name: str, label: str) -> bool:
+    updates, values = column(records, name)
+    if not np.isfinite(values).any():
+        return False
+    width = max(1, len(values) // 20)
+    axes.plot(updates, values, color=TRAIN, alpha=0.3 if width > 1 else 1.0, linewidth=1)
+    axes.plot(updates, smooth(values, width), color=TRAIN, linewidth=2, label=label)
+    return True
+
+
+def _finish(axes: Any, title: str, recorded: bool) -> None:
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("update", fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not recorded:
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color="gray")

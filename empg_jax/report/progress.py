@@ -1,0 +1,144 @@
+"""Live progress: a bar with the numbers that matter in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+# Metric -> (label, format); shown in this order when present.
+SHOWN: dict[str, tuple[str, str]] = {
+    "sft_loss": ("loss", "{:.3f}"),
+    "success_rate": ("success", "{:.0%}"),
+    "eval_success": ("success", "{:.1%}"),
+    "episode_return": ("reward", "{:.2f}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "tokens_per_second": ("tok/s", "{:,.0f}"),
+}
+
+
+class Progress:
+    """Shows how far a run is and how it fares, on stderr, so that stdout stays for results.
+
+    Args:
+      enabled: False shows messages only.
+      console: where to write (default stderr).
+      interval: seconds between two plain lines where there is no terminal.
+      clock: seconds, monotonic; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        *,
+        console: Console | None = None,
+        interval: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._enabled, self._interval, self._clock = enabled, interval, clock
+        self._live = enabled and self._console.is_terminal
+        self._bars: RichProgress | None = None
+        self._task: TaskID | None = None
+        self._name, self._unit, self._total, self._done = "", "", 0, 0
+        self._values: dict[str, float] = {}
+        self._began = self._said = clock()
+
+    def phase(self, name: str, total: int, unit: str) -> None:
+        """Begin a phase of ``total`` units, for example ``("warm start", 200, "updates")``."""
+        self._finish()
+        self._name, self._unit, self._total, self._done, self._values = name, unit, total, 0, {}
+        self._began = self._said = self._clock()
+        if self._live:
+            self._bars = self._make_bars()
+            self._bars.start()
+            self._task = self._bars.add_task(name, total=total, unit=unit, values="")
+        elif self._enabled:
+            self._print(f"{name}: {total} {unit}")
+
+    def advance(self, n: int, values: Mapping[str, float]) -> None:
+        """Count ``n`` more units and show the newest values (unknown names are not shown)."""
+        self._done += n
+        self._values |= values
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, advance=n, values=self._text(", "))
+        elif self._enabled and self._name:
+            now = self._clock()
+            if now - self._said >= self._interval and self._done < self._total:
+                self._said = now
+                self._print(self._line())
+
+    def message(self, text: str) -> None:
+        """Print a line above the bar; shown even when progress is off."""
+        (self._bars.console if self._bars is not None else self._console).print(
+            text, markup=False, soft_wrap=True
+        )
+
+    def close(self) -> None:
+        """End the running phase; may be called twice."""
+        self._finish()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _finish(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        elif self._enabled and self._name:
+            self._print(self._line())
+        self._bars, self._task, self._name = None, None, ""
+
+    def _make_bars(self) -> RichProgress:
+        return RichProgress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}  [cyan]{task.fields[values]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            refresh_per_second=4,
+        )
+
+    def _text(self, separator: str) -> str:
+        return separator.join(
+            f"{label} {template.format(self._values[name])}"
+            for name, (label, template) in SHOWN.items()
+            if name in self._values
+        )
+
+    def _line(self) -> str:
+        elapsed = self._clock() - self._began
+        parts = [
+            f"{self._name}: {self._done}/{self._total} {self._unit}",
+            self._text(", "),
+            _duration(elapsed),
+        ]
+        if 0 < self._done < self._total:
+            parts.append(f"{_duration(elapsed / self._done * (self._total - self._done))} left")
+        return ", ".join(part for part in parts if part)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
