@@ -216,7 +216,7 @@ class Supervisor:
         command = self._inflight.popleft()
         self._barren = 0
         if "rss_mb" in message:
-            self._check_memory(message["rss_mb"])
+            self._check_resources(message["rss_mb"])
         if not command.episode.is_live:
             return
         if message["ok"]:
@@ -282,7 +282,9 @@ class Supervisor:
         self._barren += 1
         self._orphan()
 
-    def _check_memory(self, rss_mb: float) -> None:
+    def _check_resources(self, rss_mb: float) -> None:
+        if self._process is not None:
+            self._process.trim_stderr()
         if self._memory_limit is not None and rss_mb > self._memory_limit:
             logger.info("worker %d holds %.0f MiB and is replaced", self.number, rss_mb)
             self._must_recycle = True

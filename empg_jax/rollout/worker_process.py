@@ -40,7 +40,9 @@ class WorkerProcess:
           hello: ``env``, ``options`` and ``memory_limit_mb``, see `envs.worker`.
         """
         # A file and not a pipe: it cannot fill up while the parent is busy elsewhere.
-        self._stderr = tempfile.TemporaryFile("a+b")  # noqa: SIM115  (closed by stop)
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
+        # Append, or the worker would go on at its old offset after `trim_stderr`.
+        fcntl.fcntl(self._stderr, fcntl.F_SETFL, os.O_APPEND)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-u", "-m", "envs.worker"],
             stdin=subprocess.PIPE,
