@@ -104,6 +104,16 @@ def state_shardings(mesh: Mesh, model: DecoderConfig, optimizer: optax.GradientT
     return TrainState(params=param_shardings, opt_state=opt_shardings, step=replicated(mesh))
 
 
+def state_shapes(model: DecoderConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shape and type of every leaf of a `TrainState`."""
+
+    def init() -> TrainState:
+        params = init_params(jax.random.key(0), model)
+        return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
+
+    return jax.eval_shape(init)
+
+
 def init_state(
     key: jax.Array, model: DecoderConfig, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:

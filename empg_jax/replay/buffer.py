@@ -57,6 +57,11 @@ class ReplayBuffer:
         if group_id in self._groups:
             self._closed.add(group_id)
 
+    def forget(self, group_id: int) -> None:
+        """Drop whatever is held of a group."""
+        self._groups.pop(group_id, None)
+        self._closed.discard(group_id)
+
     def ready(self) -> list[int]:
         """Groups that may leave, oldest first."""
         return sorted(
@@ -73,8 +78,7 @@ class ReplayBuffer:
             if version - min(t.oldest_version for t in group.values()) > self.max_lag
         ]
         for group_id in stale:
-            del self._groups[group_id]
-            self._closed.discard(group_id)
+            self.forget(group_id)
         self.stats.stale_groups += len(stale)
         return sorted(stale)
 
@@ -85,9 +89,9 @@ class ReplayBuffer:
             return None
         taken: list[Trajectory] = []
         for group_id in ready:
-            group = self._groups.pop(group_id)
-            self._closed.discard(group_id)
+            group = self._groups[group_id]
             taken.extend(group[member] for member in sorted(group))
+            self.forget(group_id)
         self.stats.released += len(taken)
         return taken
 

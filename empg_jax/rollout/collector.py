@@ -35,6 +35,7 @@ class Collector:
       rules: what ends an episode.
       seed: seed handed to ``env.reset``.
       stream: first number of the sampling ids (0: training, 1: evaluation).
+      first_handle: the pool's handle of slot 0, where several collectors share a pool.
       episode_timeout: seconds after which an episode is given up.
       is_deterministic: barrier per turn.
     """
@@ -50,12 +51,13 @@ class Collector:
         *,
         seed: int,
         stream: int = 0,
+        first_handle: int = 0,
         episode_timeout: float = 300.0,
         is_deterministic: bool = False,
     ) -> None:
         self.engine, self.pool = engine, pool
         self._make_context, self._parser, self._decode, self._rules = make_context, parser, decode, rules
-        self._seed, self._stream = seed, stream
+        self._seed, self._stream, self._first_handle = seed, stream, first_handle
         self._episode_timeout = episode_timeout
         self._is_deterministic = is_deterministic
         self._queue: collections.deque[Attempt] = collections.deque()
@@ -114,7 +116,7 @@ class Collector:
             slot, attempt = self._free.pop(), self._queue.popleft()
             self._episodes[slot] = Episode(attempt, self._make_context(), self._parser, self._rules)
             self._started[slot] = time.monotonic()
-            self.pool.reset(slot, seed=self._seed, split=attempt.split, index=attempt.task)
+            self.pool.reset(self._first_handle + slot, seed=self._seed, split=attempt.split, index=attempt.task)
             self._waiting.add(slot)
 
     def _take_replies(self) -> list[EnvReply]:
@@ -131,7 +133,7 @@ class Collector:
         return sorted(replies, key=lambda reply: reply.handle)
 
     def _on_reply(self, reply: EnvReply) -> Iterator[tuple[Attempt, Trajectory]]:
-        slot = reply.handle
+        slot = reply.handle - self._first_handle
         episode = self._episodes.get(slot)
         if episode is None:  # cancelled while the answer was on its way
             return
@@ -165,7 +167,7 @@ class Collector:
     def _on_response(self, response: Response) -> None:
         episode = self._episodes[response.slot]
         action = episode.on_response(response, self._decode(response.tokens.tolist()))
-        self.pool.step(response.slot, action)
+        self.pool.step(self._first_handle + response.slot, action)
         self._waiting.add(response.slot)
 
     def _expire(self) -> Iterator[tuple[Attempt, Trajectory]]:
@@ -176,7 +178,7 @@ class Collector:
             yield episode.attempt, episode.on_failure("timeout", f"longer than {self._episode_timeout:g} s")
 
     def _free_slot(self, slot: int) -> None:
-        self.pool.release(slot)
+        self.pool.release(self._first_handle + slot)
         self.engine.release(slot)
         del self._episodes[slot], self._started[slot]
         self._waiting.discard(slot)

@@ -40,7 +40,6 @@ class EngineConfig:
       max_tokens: longest conversation, in tokens.
       max_response_tokens: longest response of a turn.
       stop_ids: sampling one of these ends a response (the token belongs to the response).
-      temperature: divides the logits; statistics are recorded at this temperature.
       burst: decode steps per dispatch at most.
       prefill_buckets: lengths that prefill chunks are padded to; default 16, 64, 256 up to ``max_tokens``.
       row_buckets: row counts that prefill groups are padded to; default 1, 8, 64 … and ``slots``.
@@ -51,7 +50,6 @@ class EngineConfig:
     max_tokens: int
     max_response_tokens: int
     stop_ids: tuple[int, ...]
-    temperature: float = 1.0
     burst: int = 8
     prefill_buckets: tuple[int, ...] = ()
     row_buckets: tuple[int, ...] = ()
@@ -61,8 +59,6 @@ class EngineConfig:
         """Fill the bucket lists and refuse sizes that cannot work."""
         if not self.stop_ids:
             raise ValueError("stop_ids is empty: no response could ever end by itself")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
         if not 0 < self.max_response_tokens < self.max_tokens:
             raise ValueError(
                 f"max_response_tokens={self.max_response_tokens} must lie in [1, max_tokens={self.max_tokens})"
@@ -124,13 +120,23 @@ class Engine:
       model: the decoder's config.
       config: sizes and sampling settings.
       seed: run seed; keys are folded from (seed, stream, group, member, turn, position).
+      temperature: divides the logits; statistics are recorded at it. 0 is greedy (statistics at 1).
       device: where the engine lives; default the first local device.
     """
 
     def __init__(
-        self, model: DecoderConfig, config: EngineConfig, *, seed: int, device: jax.Device | None = None
+        self,
+        model: DecoderConfig,
+        config: EngineConfig,
+        *,
+        seed: int,
+        temperature: float = 1.0,
+        device: jax.Device | None = None,
     ) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must not be negative")
         self.model, self.config = model, config
+        self._temperature = np.float32(temperature)
         self.version = -1
         self.stats = EngineStats()
         self._device = device or jax.local_devices()[0]
@@ -226,9 +232,8 @@ class Engine:
             return []
         self._fit_cache()
         self._prefill()
-        temperature = np.float32(self.config.temperature)
         self._cache, self._state, steps = self._functions.decode(
-            self._params, self._cache, self._state, temperature
+            self._params, self._cache, self._state, self._temperature
         )
         # The only read of the burst.
         is_active, counts, tokens, logprobs, entropies, steps = jax.device_get(
@@ -317,7 +322,7 @@ class Engine:
             rows.astype(np.int32),
             tokens,
             plan,
-            np.float32(self.config.temperature),
+            self._temperature,
         )
 
     # -------------------------------------------------------------------------------------- cache
@@ -349,7 +354,6 @@ class Engine:
         """
         if self.has_work or self._kv_length.any() or self._params is None:
             raise RuntimeError("Engine.warm_up needs loaded weights and no live conversation")
-        temperature = np.float32(self.config.temperature)
         for capacity in self.config.cache_buckets:
             self._cache = self._new_cache(capacity)
             for rows in self.config.row_buckets:
@@ -358,10 +362,10 @@ class Engine:
                 for length in self.config.prefill_buckets:
                     tokens = np.zeros((rows, length), np.int32)
                     self._cache, self._state = self._functions.prefill(
-                        self._params, self._cache, self._state, self._key, index, tokens, plan, temperature
+                        self._params, self._cache, self._state, self._key, index, tokens, plan, self._temperature
                     )
             self._cache, self._state, _ = self._functions.decode(
-                self._params, self._cache, self._state, temperature
+                self._params, self._cache, self._state, self._temperature
             )
             for larger in self.config.cache_buckets:
                 if larger > capacity:

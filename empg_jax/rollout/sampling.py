@@ -49,12 +49,13 @@ def sample(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, A
     Args:
       logits: float[R, V].
       uniforms: float32[R] in [0, 1).
-      temperature: float32 scalar > 0, divides the logits.
+      temperature: float32 scalar, divides the logits; 0 takes the most likely token (statistics at 1).
 
     Returns:
       ``(tokens int32[R], logprobs float32[R], entropies float32[R])``; statistics at the temperature.
     """
-    scaled = logits.astype(jnp.float32) / temperature
+    is_greedy = temperature == 0
+    scaled = logits.astype(jnp.float32) / jnp.where(is_greedy, jnp.float32(1.0), temperature)
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
     cumulative = jnp.cumsum(weights, axis=-1)
     threshold = uniforms * cumulative[:, -1]
@@ -62,5 +63,6 @@ def sample(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, A
     tokens = jnp.sum(below, axis=-1, dtype=jnp.int32)
     # Rounding can push the threshold to the total itself; the last entry is then the draw.
     tokens = jnp.minimum(tokens, jnp.int32(logits.shape[-1] - 1))
+    tokens = jnp.where(is_greedy, jnp.argmax(scaled, axis=-1).astype(jnp.int32), tokens)
     logprobs, entropies = token_statistics(scaled, tokens)
     return tokens, logprobs, entropies

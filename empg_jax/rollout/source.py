@@ -1,0 +1,164 @@
+"""Where training trajectories come from: the order of tasks, admission, refill, and release by groups."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from empg_jax.replay.buffer import ReplayBuffer
+from empg_jax.rollout.collector import Collector
+from empg_jax.rollout.episode import Attempt
+from empg_jax.types import Trajectory
+
+MAX_RETRIES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOrder:
+    """Which task group ``g`` attempts: each pass over the panel is a new permutation. A pure function of g."""
+
+    split: str
+    num_tasks: int
+    seed: int
+
+    def task_of(self, group_id: int) -> int:
+        """Index in the panel of the task of a group."""
+        epoch, position = divmod(group_id, self.num_tasks)
+        return int(_permutation(self.seed, epoch, self.num_tasks)[position])
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+class Interrupted(Exception):  # noqa: N818 (a request, not an error)
+    """The run was asked to stop while it collected."""
+
+
+class GroupSource:
+    """Admits groups, refills what was discarded, and releases complete groups in order.
+
+    At most ``(max_lag + 1) * groups_per_batch`` groups are admitted and not yet released, so data cannot grow
+    older than the lag by more than what stragglers add, and those are dropped by the buffer.
+
+    Args:
+      collector: runs the attempts.
+      buffer: holds what is finished.
+      order: tasks by group.
+      groups_per_batch: groups that one update consumes.
+      min_group_size: attempts that suffice to close a group once ``group_timeout`` is over; None: all.
+      group_timeout: seconds from a group's admission to its deadline.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        buffer: ReplayBuffer,
+        order: TaskOrder,
+        *,
+        groups_per_batch: int,
+        min_group_size: int | None = None,
+        group_timeout: float = 300.0,
+    ) -> None:
+        self.collector, self.buffer, self.order = collector, buffer, order
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self._groups_per_batch = groups_per_batch
+        self._min_group_size, self._group_timeout = min_group_size, group_timeout
+        self._next_group = 0
+        self._open: dict[int, set[int]] = {}  # group -> members that are still to come
+        self._deadlines: dict[int, float] = {}
+
+    def collect(self, version: int, should_stop: Callable[[], bool]) -> list[Trajectory]:
+        """Run episodes until a batch of groups is complete; returns it sorted by (group, member).
+
+        Args:
+          version: the policy version that is about to be trained.
+          should_stop: asked every round.
+
+        Raises:
+          Interrupted: ``should_stop`` said so; what is in flight stays admitted.
+        """
+        while True:
+            for group_id in self.buffer.drop_stale(version):
+                self.collector.cancel(group_id)
+                self._forget(group_id)
+            self._admit()
+            batch = self.buffer.release(self._groups_per_batch)
+            if batch is not None:
+                for trajectory in batch:
+                    self._forget(trajectory.group_id)
+                return batch
+            if should_stop():
+                raise Interrupted
+            for attempt, trajectory in self.collector.advance():
+                self._finish(attempt, trajectory)
+            self._close_late_groups()
+
+    def _admit(self) -> None:
+        limit = (self.buffer.max_lag + 1) * self._groups_per_batch
+        while len(self._open) < limit:
+            self._admit_group(self._next_group, range(self.buffer.group_size))
+            self._next_group += 1
+
+    def _admit_group(self, group_id: int, members: Any) -> None:
+        task = self.order.task_of(group_id)
+        self._open[group_id] = set(members)
+        self._deadlines[group_id] = time.monotonic() + self._group_timeout
+        self.collector.admit(Attempt(self.order.split, task, group_id, member) for member in members)
+
+    def _finish(self, attempt: Attempt, trajectory: Trajectory) -> None:
+        self.outcomes[f"{trajectory.outcome.status}:{trajectory.outcome.reason}"] += 1
+        if attempt.group_id not in self._open:  # its group was given up or closed meanwhile
+            return
+        if trajectory.outcome.is_trained:
+            self._open[attempt.group_id].discard(attempt.member)
+            self.buffer.add(trajectory)
+        elif attempt.retry + 1 < MAX_RETRIES and trajectory.outcome.reason != "quarantined":
+            self.buffer.stats.refilled += 1
+            self.collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
+        else:  # the task itself is broken: another group takes its place
+            self.collector.cancel(attempt.group_id)
+            self.buffer.forget(attempt.group_id)
+            self._forget(attempt.group_id)
+
+    def _close_late_groups(self) -> None:
+        if self._min_group_size is None:
+            return
+        now = time.monotonic()
+        for group_id, missing in self._open.items():
+            present = self.buffer.group_size - len(missing)
+            if missing and now > self._deadlines[group_id] and present >= self._min_group_size:
+                self.outcomes["discarded:group_closed"] += len(self.collector.cancel(group_id))
+                missing.clear()
+                self.buffer.close_group(group_id)
+
+    def _forget(self, group_id: int) -> None:
+        self._open.pop(group_id, None)
+        self._deadlines.pop(group_id, None)
+
+    # ------------------------------------------------------------------------------------- resume
+
+    def snapshot(self) -> dict[str, Any]:
+        """JSON-able progress; unfinished attempts will be made again from their start."""
+        return {
+            "next_group": self._next_group,
+            "open": [[group_id, sorted(missing)] for group_id, missing in sorted(self._open.items())],
+            "outcomes": dict(self.outcomes),
+        }
+
+    def restore(self, snapshot: dict[str, Any], held: list[Trajectory]) -> None:
+        """Go on from a `snapshot` and the buffer's contents at that moment."""
+        self._next_group = snapshot["next_group"]
+        self.outcomes = collections.Counter(snapshot["outcomes"])
+        self.buffer.restore(held)
+        for group_id, missing in snapshot["open"]:
+            self._admit_group(group_id, missing)
+            if not missing:
+                self.buffer.close_group(group_id)
