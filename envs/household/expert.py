@@ -66,7 +66,7 @@ def _search(world: World, places: dict[str, int]) -> str:
         raise RuntimeError(
             "the search expert has seen everything and still misses something: the game is unsolvable"
         )
-    # sorted() is stable: equals keep the order of the house. A plausible closed door right here is opened first.
+    # A plausible closed door right here is opened first; equals keep the order of the house.
     likeliest = sorted(
         unseen, key=lambda r: (not (r in here and class_of[r] in places), -places.get(class_of[r], 0))
     )

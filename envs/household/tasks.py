@@ -21,6 +21,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -72,6 +73,7 @@ class Draw:
     """Random choices from a name: the same on every machine and in every process."""
 
     def __init__(self, *name: object) -> None:
+        """``name``: what the choices are for; different names give independent choices."""
         digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=16).digest()
         self._random = random.Random(int.from_bytes(digest, "big")).random
 
@@ -123,8 +125,10 @@ def make_game(level: Level, split: str, index: int) -> Game:
     Raises:
       ValueError: unknown split.
       IndexError: index outside the panel.
+      TypeError: index is not an integer.
     """
     count = num_tasks(level, split)
+    index = operator.index(index)
     if not 0 <= index < count:
         raise IndexError(f"task index {index} of split {split!r} is outside [0, {count})")
     classes = _classes_of(level, split, index)

@@ -80,6 +80,7 @@ class World:
     )
 
     def __init__(self, scene: Scene) -> None:
+        """Starts at the scene's start: nowhere in particular, empty-handed, all doors closed."""
         self.scene = scene
         self.location: str | None = None
         self.holding: str | None = None
