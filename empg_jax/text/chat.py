@@ -103,7 +103,7 @@ class ChatRenderer:
     def _exact_delta(
         self, prefix: Sequence[Message], response: str, new_messages: Sequence[Message]
     ) -> str | None:
-        """Returns the text after the response by rendering both conversations; None when it is no extension."""
+        """Returns the text after the response by rendering both conversations; None if it is no extension."""
         before = self.render(prefix) + response
         after = self.render([*prefix, {"role": "assistant", "content": response}, *new_messages])
         return after[len(before) :] if after.startswith(before) else None

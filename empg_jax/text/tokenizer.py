@@ -13,6 +13,7 @@ from typing import Any
 
 import tokenizers
 
+from empg_jax.hub import find_folder
 from empg_jax.text.template import ChatTemplate, ChatTemplateError
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -120,7 +121,7 @@ class Tokenizer:
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **options)
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json (Hugging Face's format)."""
+        """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json (Hugging Face format)."""
         path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **self.special_tokens}
@@ -160,7 +161,7 @@ def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None
       FileNotFoundError: when there is neither such a folder nor such a hub id.
       ValueError: when a file does not parse, or a special or stop token is unknown.
     """
-    folder = _find_folder(path)
+    folder = find_folder(path, _FILES, "tokenizer")
     config = _read_json(folder / "tokenizer_config.json")
     special_tokens = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
     if chat_template is None:
@@ -185,32 +186,6 @@ def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None
         )
     except ValueError as error:
         raise ValueError(f"tokenizer in {folder}: {error}") from error
-
-
-def _find_folder(path: str | pathlib.Path) -> pathlib.Path:
-    folder = pathlib.Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    looks_like_hub_id = (
-        isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    )
-    if not looks_like_hub_id:
-        raise FileNotFoundError(
-            f"no tokenizer folder at {str(path)!r} (and it is not a hub id like 'owner/name')"
-        )
-    import huggingface_hub  # only when something is to be downloaded
-    import huggingface_hub.errors
-
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(_FILES)))
-    except (
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.LocalEntryNotFoundError,
-        OSError,
-    ) as error:
-        raise FileNotFoundError(
-            f"no tokenizer folder at {str(path)!r}, and the hub did not give one of that name: {error}"
-        ) from error
 
 
 def _load_backend(folder: pathlib.Path) -> tokenizers.Tokenizer:

@@ -1,0 +1,191 @@
+"""``config.json`` of the Hugging Face families ↔ `DecoderConfig`.
+
+Whatever the decoder cannot reproduce is refused by name: a model that loads computes what its authors meant.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from empg_jax.models.decoder import DecoderConfig, RopeScaling
+
+# What the family's own config class assumes when a key is absent.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "use_sliding_window": False,
+        "attention_bias": False,
+    },
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+}
+_ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns a folder's config.json.
+
+    Raises:
+      FileNotFoundError: when there is none.
+      ValueError: when it is not JSON.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json; it holds {sorted(e.name for e in folder.iterdir())}"
+        )
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+
+
+def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> DecoderConfig:
+    """Builds a decoder config from the keys of a config.json.
+
+    Args:
+      raw: the keys.
+      max_length: the longest row that will be used. A model with sliding-window attention equals full
+        attention up to its window, and is refused beyond (or when this is None).
+
+    Raises:
+      ValueError: listing everything that is missing or not supported.
+    """
+    family = raw.get("model_type")
+    if family not in _DEFAULTS:
+        raise ValueError(
+            f"model_type={family!r} is not supported; supported are {', '.join(sorted(_DEFAULTS))}"
+        )
+    keys = {**_DEFAULTS[family], **raw}
+    missing = [name for name in _REQUIRED if keys.get(name) is None]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    heads = keys["num_attention_heads"]
+    theta, scaling, problems = _read_rope(keys)
+    problems += _unsupported(family, keys, max_length)
+    if problems:
+        raise ValueError(f"this {family} model is not supported: " + "; ".join(problems))
+    return DecoderConfig(
+        vocab_size=keys["vocab_size"],
+        hidden_size=keys["hidden_size"],
+        num_layers=keys["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=keys.get("num_key_value_heads") or heads,
+        head_dim=keys.get("head_dim") or keys["hidden_size"] // heads,
+        intermediate_size=keys["intermediate_size"],
+        rope_theta=float(theta),
+        rope_scaling=scaling,
+        norm_eps=float(keys.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(keys.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+def config_to_hf(config: DecoderConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the keys of a config.json for a decoder config.
+
+    Args:
+      config: the decoder's config.
+      base: the config.json that the model was loaded from; keys that the decoder does not know are kept.
+
+    Raises:
+      ValueError: when no family has this combination of biases and norms.
+    """
+    base = dict(base or {})
+    family = _family_of(config, base.get("model_type"))
+    # Older and newer readers alike understand the two separate keys.
+    base.pop("rope_parameters", None)
+    rope = config.rope_scaling
+    scaling = rope and {
+        "rope_type": "llama3",
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_max_position,
+    }
+    own: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": jnp.dtype(config.param_dtype).name,
+    }
+    fixed: dict[str, Any] = {"attention_bias": False} if family in ("qwen3", "llama") else {}
+    fixed |= {"mlp_bias": False} if family == "llama" else {"sliding_window": None}
+    base.pop("dtype", None)  # the newer spelling of torch_dtype
+    return {"max_position_embeddings": 32768, **fixed, **base, **own}
+
+
+def _family_of(config: DecoderConfig, base_family: str | None) -> str:
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("no Hugging Face family has both qkv_bias and qk_norm: the model cannot be exported")
+    if config.qkv_bias:
+        family = "qwen2"
+        if config.head_dim * config.num_heads != config.hidden_size:
+            raise ValueError(
+                f"Qwen2 needs head_dim x num_heads = hidden_size, not {config.head_dim} x {config.num_heads} "
+                f"and {config.hidden_size}: the model cannot be exported (use qkv_bias=False)"
+            )
+    elif config.qk_norm:
+        family = "qwen3"
+    else:
+        family = "mistral" if base_family == "mistral" else "llama"
+    if base_family not in (None, family):
+        raise ValueError(f"the config describes a {family} model, its base config.json a {base_family} model")
+    return family
+
+
+def _read_rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
+    """Returns theta, scaling and problems; newer files have ``rope_parameters``, older two separate keys."""
+    rope = dict(keys.get("rope_parameters") or keys.get("rope_scaling") or {})
+    theta = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None, []
+    if kind != "llama3":
+        return theta, None, [f"rope_type {kind!r} (only default and llama3 are)"]
+    missing = [name for name in _LLAMA3_KEYS if name not in rope]
+    if missing:
+        return theta, None, [f"rope scaling lacks {', '.join(missing)}"]
+    factor, low, high, original = (rope[name] for name in _LLAMA3_KEYS)
+    return theta, RopeScaling(float(factor), float(low), float(high), int(original)), []
+
+
+def _unsupported(family: str, keys: Mapping[str, Any], max_length: int | None) -> list[str]:
+    problems = []
+    if keys.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act={keys['hidden_act']!r} (only silu is)")
+    problems += [f"{name}=true" for name in ("attention_bias", "mlp_bias") if keys.get(name)]
+    if keys.get("quantization_config"):
+        problems.append("quantization_config (load the unquantised weights)")
+    if keys.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(f"partial_rotary_factor={keys['partial_rotary_factor']}")
+    window = keys.get("sliding_window") if keys.get("use_sliding_window", family == "mistral") else None
+    if window is not None and (max_length is None or max_length > window):
+        problems.append(f"sliding_window={window}, unless max_length is given and at most that")
+    return problems
