@@ -74,6 +74,7 @@ CLEANABLE = frozenset(
 HEATABLE = frozenset({*KINDS["food"], "cup", "mug", "plate"}) - {"lettuce"}
 COOLABLE = frozenset({*KINDS["food"], *KINDS["dish"]})
 SLICEABLE = frozenset({"apple", "bread", "egg", "lettuce", "potato", "tomato"})
+VESSELS = frozenset({*KINDS["dish"], "box"})
 KNIVES = frozenset({"butterknife", "knife"})
 CHANGEABLE = {CLEAN: CLEANABLE, HEAT: HEATABLE, COOL: COOLABLE}
 

@@ -43,6 +43,7 @@ from envs.household.tables import (
     PICK_TWO,
     PLACES,
     SLICEABLE,
+    VESSELS,
     Level,
     can_contain,
 )
@@ -298,4 +299,5 @@ def _make_scene(rooms: dict[str, tuple[str, ...]], things: dict[str, str], class
         coolable=having(COOLABLE),
         sliceable=having(SLICEABLE),
         knives=having(KNIVES),
+        vessels=having(VESSELS),
     )

@@ -112,6 +112,8 @@ class AlfworldTexts:
         return f"On the {receptacle}, you see {names}."
 
     def _object(self, world: World, thing: str) -> str:
+        if thing in world.scene.vessels:  # ALFWorld looks into them instead of at them
+            return f"This is a normal {thing}. In it, you see nothing."
         cleanliness = "clean" if thing in world.clean else ""
         sliced = "sliced" if thing in world.sliced else ""
         warmth = "hot" if thing in world.hot else "cool" if thing in world.cool else ""

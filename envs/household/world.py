@@ -40,8 +40,8 @@ class Scene:
       openable: receptacles with a door.
       start: contents of every receptacle at the start, in listing order.
       fits: pairs (receptacle class, object class) that can go together.
-      pickupable, toggleable, cleanable, heatable, coolable, sliceable, knives: objects by what can be
-        done with them.
+      pickupable, toggleable, cleanable, heatable, coolable, sliceable, knives, vessels: objects by what
+        can be done with them; vessels (cups, bowls) only differ in how ALFWorld describes them.
     """
 
     rooms: Mapping[str, tuple[str, ...]]
@@ -59,6 +59,7 @@ class Scene:
     coolable: frozenset[str]
     sliceable: frozenset[str]
     knives: frozenset[str]
+    vessels: frozenset[str]
 
 
 class World:

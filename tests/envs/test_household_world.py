@@ -53,6 +53,7 @@ def scene() -> Scene:
         coolable=frozenset({"apple 1", "apple 2", "mug 1"}),
         sliceable=frozenset({"apple 1", "apple 2"}),
         knives=frozenset({"knife 1"}),
+        vessels=frozenset({"mug 1"}),
     )
 
 
@@ -117,6 +118,11 @@ def test_slicing_takes_a_knife_in_hand(scene: Scene) -> None:
     )
     assert replies[-2:] == ["You sliced the apple 1 with the knife 1.", "Nothing happens."]
     assert world.sliced == {"apple 1"}
+
+
+def test_vessels_are_looked_into(scene: Scene) -> None:
+    _, replies = play(scene, ["go to countertop 1", "take mug 1 from countertop 1", "examine mug 1"])
+    assert replies[-1] == "This is a normal mug 1. In it, you see nothing."
 
 
 def test_heat_and_cool_undo_each_other(scene: Scene) -> None:
