@@ -150,3 +150,17 @@ class UnstartableEnv(CountingEnv):
         super().__init__()
         print("no licence found", flush=True)
         os._exit(4)
+
+
+class FlakyStartEnv(CountingEnv):
+    """Cannot be built the first ``failures`` times; the file ``path`` remembers the attempts."""
+
+    def __init__(self, path: str, failures: int):
+        super().__init__()
+        with open(path, "a+") as file:
+            file.write("x")
+            file.flush()
+            file.seek(0)
+            attempts = len(file.read())
+        if attempts <= failures:
+            raise ConnectionError(f"attempt {attempts}: the server does not answer yet")

@@ -10,7 +10,7 @@ whatever has been answered::
         pool.step(0, "go to fridge 1")
 
 One broken environment costs one episode (see `empg_jax.rollout.supervisor`). Neither this process's
-pool nor its workers need JAX. Deadlines are noticed while somebody polls.
+pool nor its workers need JAX. One thread drives a pool; deadlines are noticed while it polls.
 """
 
 from __future__ import annotations
@@ -176,9 +176,12 @@ class EnvPool:
 
     def release(self, handle: int) -> None:
         """Ends an episode for good; an answer still to come is dropped. Harmless if it is over."""
+        self._ready = [reply for reply in self._ready if reply.handle != handle]
         episode = self._worker_of(handle).forget(handle)
-        if episode is not None:
-            self._waiting.discard(handle)
+        if episode is None:
+            return
+        self._waiting.discard(handle)
+        if episode.request is None:  # an unanswered command says nothing about the task
             self._ledger.record_success(episode.split, episode.index)
 
     def poll(self, timeout: float | None = None) -> list[EnvReply]:

@@ -266,6 +266,9 @@ def test_quarantine_after_failures_in_a_row():
         (reply,) = pool.poll(0)
         assert reply.failure.reason == "quarantined" and reply.op == "reset"
         assert pool.quarantined() == [("train", 7)]
+        pool.reset(0, seed=0, split="train", index=7)
+        pool.release(0)
+        assert pool.poll(0) == []
         # A success clears the record of a task: three failures in a long run are not a broken task.
         for action in ["raise", "raise", "ok", "raise", "raise", "ok"]:
             pool.reset(1, seed=0, split="train", index=8)
@@ -308,6 +311,21 @@ def test_breaker_tolerates_a_minority_of_failures():
 def test_worker_that_does_not_start_is_named(env, message):
     with pytest.raises(PoolError, match=message):
         EnvPool(env, num_workers=1)
+
+
+def test_worker_that_starts_at_the_third_attempt(tmp_path):
+    options = {"path": str(tmp_path / "attempts"), "failures": 2}
+    with open_pool("FlakyStartEnv", options=options) as pool:
+        assert reset_all(pool, [0])[0].failure is None
+        assert pool.stats.starts == 3
+    options = {"path": str(tmp_path / "more"), "failures": 3}
+    with pytest.raises(PoolError, match="3 times in a row; the last time: ConnectionError: attempt 3"):
+        open_pool("FlakyStartEnv", options=options)
+
+
+def test_waits_between_barren_starts_double_up_to_a_bound():
+    policy = FaultPolicy(backoff=0.1, backoff_max=0.5)
+    assert [policy.wait_before_start(barren) for barren in range(6)] == [0.0, 0.1, 0.2, 0.4, 0.5, 0.5]
 
 
 def test_worker_that_is_slow_to_start_is_named():
