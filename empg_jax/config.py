@@ -24,12 +24,14 @@ from empg_jax.config_text import apply_override, find_file, nearest, read_yaml
 # Names that `algorithm.name` takes. Estimators are base advantages; recipes stand for several keys at once.
 ESTIMATORS = ("grpo", "rloo")
 GROUP_BASELINES = ("grpo", "rloo")  # estimators that compare the attempts of one task with each other
+_DR_GRPO = {"name": "grpo", "scale_by_std": False, "aggregation": "seq-mean-token-sum-norm"}
 RECIPES: dict[str, dict[str, Any]] = {
-    "grpo_empg": {"name": "grpo", "modulation": "empg"},
-    "grpo_aem": {"name": "grpo", "modulation": "aem"},
-    "rloo_empg": {"name": "rloo", "modulation": "empg"},
-    "rloo_aem": {"name": "rloo", "modulation": "aem"},
-    "dr_grpo": {"name": "grpo", "scale_by_std": False, "aggregation": "seq-mean-token-sum"},
+    "dr_grpo": _DR_GRPO,
+    **{
+        f"{name}_{modulation}": {**base, "modulation": modulation}
+        for name, base in (("grpo", {"name": "grpo"}), ("dr_grpo", _DR_GRPO), ("rloo", {"name": "rloo"}))
+        for modulation in ("empg", "aem")
+    },
 }
 ALGORITHM_NAMES = (*ESTIMATORS, *RECIPES)
 
@@ -195,9 +197,9 @@ class AlgorithmConfig(Section):
     empg: EmpgConfig = Field(default_factory=EmpgConfig, description="Settings of EMPG.")
     aem: AemConfig = Field(default_factory=AemConfig, description="Settings of AEM.")
     loss: Literal["ppo_clip"] = Field("ppo_clip", description="Policy loss.")
-    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = Field(
-        "token-mean", description="How token losses become one number."
-    )
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    ] = Field("token-mean", description="How token losses become one number.")
     clip_low: float = Field(0.2, gt=0, lt=1, description="Ratios are clipped at 1 - clip_low.")
     clip_high: float = Field(0.2, gt=0, description="Ratios are clipped at 1 + clip_high.")
     dual_clip: float | None = Field(3.0, gt=1, description="Loss bound at negative advantages, or null.")

@@ -32,28 +32,26 @@ METRICS: dict[str, str] = {
     "lag": "Mean age of the sampling policy in updates.",
     # Entropy and modulation
     "entropy": "Mean entropy of the sampled tokens in nats, full vocabulary, rollout temperature.",
-    "turn_entropy": "Mean over turns of the turn's mean token entropy, in nats.",
-    "turn_entropy_min": "Smallest turn entropy.",
-    "turn_entropy_max": "Largest turn entropy.",
+    "turn_entropy_*": "Mean, or a quantile, over turns of the turn's mean token entropy, in nats.",
     "modulation_mean": "Mean factor that the modulation multiplies advantages with (1 without modulation).",
     "modulation_min": "Smallest such factor.",
     "modulation_max": "Largest such factor.",
-    "modulation_std": "Standard deviation of these factors.",
-    "modulation_bonus": "Mean of the future-clarity bonus of EMPG.",
-    "advantage_mean": "Mean advantage per trained token.",
-    "advantage_std": "Standard deviation of the advantage over the trained tokens.",
-    "advantage_positive": "Share of trained tokens with a positive advantage.",
+    "modulation_p*": "That quantile of these factors over turns, in per cent.",
+    "advantage_mean": "Mean advantage over turns, after modulation.",
+    "advantage_abs_mean": "Mean size of the advantage over turns.",
+    "advantage_positive": "Share of turns with a positive advantage.",
+    "advantage_negative": "Share of turns with a negative advantage.",
+    "advantage_sign_changed": "Share of turns whose advantage the modulation gave another sign.",
+    "advantage_changed_2x": "Share of turns whose advantage the modulation changed more than twofold.",
     # Loss
     "loss": "Loss that the optimizer sees, mean over the optimizer steps of the update.",
-    "policy_loss": "Its policy part.",
-    "kl": "KL penalty to the reference policy, before its coefficient.",
+    "ref_kl": "KL to the frozen reference policy, before its coefficient.",
     "approx_kl": "k3 estimate of the KL from the policy before the update to the one being trained.",
+    "ratio": "Mean probability ratio of the policy being trained to the one before the update.",
     "clip_fraction": "Share of trained tokens whose ratio was clipped.",
-    "dual_clip_fraction": "Share of trained tokens at the dual clip bound.",
-    "ratio_max": "Largest probability ratio.",
     "grad_norm": "Global gradient norm before clipping.",
     "learning_rate": "Learning rate of the update.",
-    "nonfinite_steps": "Optimizer steps left out because loss or gradient was not finite.",
+    "nonfinite": "Share of optimizer steps left out because loss or gradient was not finite.",
     "logprob_gap": "Mean absolute difference of the sampler's and the learner's log-probabilities.",
     "logprob_gap_max": "Largest such difference.",
     # Speed
@@ -73,7 +71,6 @@ METRICS: dict[str, str] = {
     "eval_invalid_actions": "Share of held-out turns whose response the parser did not accept.",
     # Warm start
     "sft_loss": "Cross-entropy of the expert's tokens in nats.",
-    "sft_accuracy": "Share of the expert's tokens that the policy finds most likely.",
 }
 
 

@@ -23,7 +23,7 @@ Decode = Callable[[Sequence[int]], str]
 
 PAGE = Path(__file__).with_name("viewer.html")
 RADIO = (
-    '<label><input type="radio" name="by" onchange="document.body.className=this.value" value="{by}"{checked}>'
+    '<label><input type="radio" name="by" value="{by}"{checked} onchange="document.body.className=value">'
     " {by}</label>"
 )
 

@@ -1,0 +1,239 @@
+"""The ``empg-jax`` command: train, evaluate, warm-start, look at a configuration, check an installation.
+
+Everything that loads JAX is imported inside a command, so that ``--help`` and configuration errors are
+quick. Results go to stdout (the run's folder is the last line), all else to stderr. Exit codes: 0 done,
+1 the run failed, 2 the configuration or the command line is wrong, 130 and 143 ended by SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from empg_jax import __version__
+from empg_jax.config import Config, ConfigError, check_resumable, describe, load_config
+
+# Failures that are told in one message. Their modules are looked up, not imported: one that raised is loaded.
+REPORTED = (
+    ("empg_jax.trainer", "TrainingError"),
+    ("empg_jax.checkpoint", "CheckpointError"),
+    ("empg_jax.evaluate", "EvaluationError"),
+    ("empg_jax.sft", "DemonstrationError"),
+    ("empg_jax.rollout.faults", "PoolError"),
+)
+STOPPED = ("empg_jax.trainer", "Stopped")  # a signal ended the run after its checkpoint was written
+
+app = typer.Typer(
+    name="empg-jax",
+    help="Train multi-turn LLM agents in JAX with entropy-modulated policy gradients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A packaged name (quickstart) or the path of a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Overrides, for example train.updates=200; 'empg-jax config --keys' lists all.",
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="A packaged name (quickstart) or the path of a YAML file."),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the run in this folder; only train.updates and log.* may change."),
+    ] = None,
+) -> None:
+    """Train an agent (warm start first when sft.updates > 0) and print the run's folder."""
+    with _reporting():
+        changes = list(overrides or [])
+        if resume is not None and config is not None:
+            changes.insert(0, config)  # there is no CONFIG beside --resume: the first word is an override
+        if resume is not None:
+            resolved = _load_run(resume, changes)
+        elif config is None:
+            raise ConfigError("name a configuration (empg-jax train quickstart), or go on with --resume RUN")
+        else:
+            resolved = _load(config, changes)
+        from empg_jax.trainer import train as run_training
+
+        run_dir = run_training(resolved, resume=resume)
+        _print_closing(run_dir)
+        typer.echo(run_dir)
+
+
+@app.command()
+def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train on expert demonstrations only, and print the run's folder."""
+    with _reporting():
+        resolved = _load(config, overrides or [])
+        if resolved.sft.updates == 0:
+            raise ConfigError("sft.updates=0: nothing to do; set sft.updates, for example sft.updates=200")
+        from empg_jax.sft import run_sft
+
+        typer.echo(run_sft(resolved))
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Folder of a run or of a checkpoint.")
+    ],
+    overrides: Overrides = None,
+    tasks: Annotated[int | None, typer.Option(help="Held-out tasks (eval.tasks).")] = None,
+    split: Annotated[str | None, typer.Option(help="Panel of tasks (env.eval_split).")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature (eval.temperature).")
+    ] = None,
+) -> None:
+    """Evaluate a trained policy on held-out tasks; the result is one JSON object on stdout."""
+    with _reporting():
+        if not path.is_dir():
+            raise ConfigError(f"{path} is no folder: name a run, or a checkpoint inside one")
+        options = {"eval.tasks": tasks, "env.eval_split": split, "eval.temperature": temperature}
+        changes = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+        from empg_jax.evaluate import evaluate_run
+
+        result = evaluate_run(path, [*(overrides or []), *changes])
+        typer.echo(json.dumps(result))
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A packaged name or a YAML file.")
+    ] = None,
+    overrides: Overrides = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="List every key with its default and meaning.")
+    ] = False,
+) -> None:
+    """Check a configuration and print it resolved."""
+    with _reporting():
+        if keys:
+            _print_keys()
+        elif config is None:
+            raise ConfigError("name a configuration (empg-jax config quickstart), or ask for --keys")
+        else:
+            typer.echo(_load(config, overrides or []).to_yaml(), nl=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: versions, devices, arithmetic, environment workers."""
+    with _reporting():
+        from empg_jax.report.doctor import check_installation
+
+        if not check_installation(Console(highlight=False)):
+            raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # Before and after training (which handles both signals itself) SIGTERM unwinds like Ctrl-C.
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+@contextlib.contextmanager
+def _reporting() -> Iterator[None]:
+    """Turn expected failures into one message and an exit code."""
+    try:
+        yield
+    except ConfigError as error:
+        _complain(error)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except Exception as error:
+        if isinstance(error, _loaded(*STOPPED)):
+            typer.echo(str(error), err=True)
+            raise typer.Exit(128 + error.signum) from None
+        if not any(isinstance(error, _loaded(module, name)) for module, name in REPORTED):
+            raise
+        _complain(error)
+        raise typer.Exit(1) from None
+
+
+def _loaded(module: str, name: str) -> Any:
+    """An exception class of a module that is loaded; what nothing is an instance of when it is not."""
+    return getattr(sys.modules[module], name) if module in sys.modules else ()
+
+
+def _complain(error: Exception) -> None:
+    typer.echo(f"error: {error}", err=True)
+
+
+def _load(config: str, overrides: list[str]) -> Config:
+    resolved = load_config(config, overrides)
+    _check_environment(resolved)
+    return resolved
+
+
+def _load_run(run: Path, overrides: list[str]) -> Config:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--resume {run}: no run there (no {path})")
+    check_resumable(overrides)
+    return load_config(path, overrides)
+
+
+def _check_environment(config: Config) -> None:
+    """Find the environment now, not after the model was built."""
+    from envs import resolve_spec
+
+    try:
+        resolve_spec(config.env.target)
+    except (TypeError, ValueError) as error:
+        key = "env.entry_point" if config.env.entry_point else "env.name"
+        raise ConfigError(f"{key}={config.env.target}: {error}") from None
+
+
+def _print_closing(run_dir: Path) -> None:
+    """The closing table, when the run got as far as a summary."""
+    from empg_jax.report.summary import print_summary
+
+    summary = run_dir / "summary.json"
+    if summary.is_file():
+        print_summary(json.loads(summary.read_text()))
+
+
+def _print_keys() -> None:
+    table = Table("key", "default", "meaning")
+    for path, default, meaning in describe():
+        table.add_row(path, "null" if default is None else str(default), meaning)
+    Console(highlight=False).print(table)

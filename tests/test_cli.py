@@ -1,0 +1,214 @@
+"""The command line: what it calls, what it prints, and how it ends."""
+
+import json
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from empg_jax.cli import app
+from empg_jax.config import load_config
+from empg_jax.report.runinfo import write_json_atomic, write_run_info
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a command line in this process; returns exit code, stdout, stderr."""
+
+    def call(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return call
+
+
+def _fake(monkeypatch, name, **attributes):
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**attributes))
+
+
+class _TrainingError(RuntimeError):
+    pass
+
+
+class _Stopped(Exception):
+    def __init__(self, signum):
+        super().__init__(f"stopped by signal {signum}; go on with: empg-jax train --resume there")
+        self.signum = signum
+
+
+def _fake_trainer(monkeypatch, train):
+    _fake(monkeypatch, "empg_jax.trainer", train=train, TrainingError=_TrainingError, Stopped=_Stopped)
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """A trainer that only remembers how it was called."""
+    calls = []
+
+    def train(config, *, resume=None):
+        calls.append((config, resume))
+        write_json_atomic(tmp_path / "summary.json", {"eval_success_before": 0.25, "eval_success_after": 0.8})
+        return tmp_path
+
+    _fake_trainer(monkeypatch, train)
+    return calls
+
+
+def test_train_hands_over_the_config_and_prints_the_folder_last(run, trained, tmp_path):
+    code, out, err = run("train", "quickstart", "algorithm.modulation=aem", "seed=3")
+    config, resume = trained[0]
+    assert (code, resume, config.seed, config.algorithm.modulation) == (0, None, 3, "aem")
+    assert out == f"{tmp_path}\n" and "+55.0 points" in err
+
+
+def test_resume_takes_the_config_of_the_run(run, trained, tmp_path):
+    write_run_info(tmp_path, load_config("quickstart", ["seed=5"]))
+    code, _, _ = run("train", "--resume", tmp_path, "train.updates=300", "log.progress=false")
+    config, resume = trained[0]
+    assert (code, resume, config.seed, config.train.updates) == (0, tmp_path, 5, 300)
+    assert config.name == "quickstart" and not config.log.progress
+
+
+def test_resume_refuses_to_become_another_experiment(run, trained, tmp_path):
+    write_run_info(tmp_path, load_config("quickstart"))
+    code, _, err = run("train", "--resume", tmp_path, "seed=5")
+    assert code == 2 and "seed=5: a resumed run may change only" in err and not trained
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train"], "name a configuration"),
+        (["train", "quickstat"], "did you mean quickstart?"),
+        (["train", "quickstart", "train.updats=1"], "did you mean train.updates?"),
+        (["train", "quickstart", "env.name=houshold"], "did you mean 'household'?"),
+        (
+            ["train", "quickstart", "env.name=null", "env.entry_point=no.such:Env"],
+            "env.entry_point=no.such:Env",
+        ),
+        (["train", "--resume", "nowhere"], "--resume nowhere: no run there"),
+        (["sft", "quickstart", "sft.updates=0"], "sft.updates=0: nothing to do"),
+        (["eval", "nowhere"], "nowhere is no folder"),
+        (["config"], "name a configuration"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, trained, arguments, says):
+    code, out, err = run(*arguments)
+    assert code == 2 and out == "" and not trained
+    assert says in err and err.startswith("error: ") and "Traceback" not in err
+
+
+def _failing(error):
+    def train(config, *, resume=None):
+        raise error
+
+    return train
+
+
+def test_a_failed_run_is_one_message_and_exit_code_1(run, monkeypatch):
+    _fake_trainer(monkeypatch, _failing(_TrainingError("the loss of update 7 is not finite")))
+    assert run("train", "quickstart") == (1, "", "error: the loss of update 7 is not finite\n")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_go_on(run, monkeypatch, signum, code):
+    _fake_trainer(monkeypatch, _failing(_Stopped(signum)))
+    exit_code, out, err = run("train", "quickstart")
+    assert (exit_code, out) == (code, "") and "empg-jax train --resume there" in err
+
+
+def test_an_unexpected_failure_keeps_its_traceback(run, monkeypatch):
+    _fake_trainer(monkeypatch, _failing(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError):
+        run("train", "quickstart")
+
+
+def test_eval_turns_options_into_overrides(run, monkeypatch, tmp_path):
+    calls = []
+    result = {"eval_success": 0.5, "eval_tasks": 10}
+    _fake(monkeypatch, "empg_jax.evaluate", evaluate_run=lambda *arguments: calls.append(arguments) or result)
+    code, out, _ = run("eval", tmp_path, "seed=1", "--tasks", 10, "--split", "valid", "--temperature", 0)
+    assert code == 0 and json.loads(out) == result
+    path, overrides = calls[0]
+    assert path == tmp_path
+    assert overrides == ["seed=1", "eval.tasks=10", 'env.eval_split="valid"', "eval.temperature=0.0"]
+    assert load_config("quickstart", overrides).env.eval_split == "valid"
+
+
+def test_sft_prints_the_folder(run, monkeypatch, tmp_path):
+    _fake(monkeypatch, "empg_jax.sft", run_sft=lambda config: tmp_path / str(config.sft.updates))
+    assert run("sft", "quickstart", "sft.updates=7")[:2] == (0, f"{tmp_path / '7'}\n")
+
+
+def test_config_prints_what_will_run(run, tmp_path):
+    code, out, _ = run("config", "quickstart", "seed=9")
+    (tmp_path / "quickstart.yaml").write_text(out)
+    assert code == 0 and load_config(tmp_path / "quickstart.yaml") == load_config("quickstart", ["seed=9"])
+
+
+def test_config_lists_every_key(run):
+    code, out, _ = run("config", "--keys")
+    assert code == 0 and "algorithm.empg.zeta" in out and "log.transcripts" in out
+
+
+def test_doctor_finds_this_installation_healthy(run):
+    code, out, _ = run("doctor")
+    assert code == 0 and out.count("ok ") == 5 and "failed" not in out
+
+
+def test_doctor_says_what_is_broken(run, monkeypatch):
+    broken = subprocess.CompletedProcess([], 1, stdout="", stderr="No module named envs")
+    monkeypatch.setattr("empg_jax.report.doctor.subprocess.run", lambda *args, **kwargs: broken)
+    code, out, _ = run("doctor")
+    assert code == 1 and "failed worker: RuntimeError: No module named envs" in out
+
+
+def _python(code, *arguments):
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["config", "quickstart"], ["train", "nope"]]
+)
+def test_quick_answers_load_no_jax(arguments):
+    code = (
+        "import sys, empg_jax.cli as cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'jax', 'flax', 'matplotlib', 'transformers'} & set(sys.modules)))"
+    )
+    process = _python(code, *arguments)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.endswith("[]\n")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_with_their_exit_code(sent, code):
+    trainer = (
+        "import sys, time, types\n"
+        "def train(config, *, resume=None):\n"
+        "    try:\n"
+        "        print('training', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    finally: print('saved', flush=True)\n"
+        "sys.modules['empg_jax.trainer'] = types.SimpleNamespace(train=train)\n"
+        "from empg_jax.cli import main\n"
+        "main()"
+    )
+    process = _python(trainer, "train", "quickstart")
+    assert process.stdout.readline() == "training\n"
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "saved\n"), err
+    assert "Traceback" not in err
