@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from empg_jax.learner.state import TrainState
 from empg_jax.replay.storage import pack_trajectories, unpack_trajectories
-from empg_jax.types import Trajectory
+from empg_jax.types import Params, Trajectory
 
 
 class CheckpointError(RuntimeError):
@@ -66,8 +66,6 @@ class Checkpoints:
         Raises:
           CheckpointError: this write could not start, or the one before it failed.
         """
-        if step in self.steps:
-            return
         header, arrays = pack_trajectories(trajectories)
         parts: dict[str, Any] = {
             "state": state,
@@ -77,9 +75,35 @@ class Checkpoints:
             parts["buffer"] = arrays
         try:
             self._checkpointer.wait()
-            self._checkpointer.save_checkpointables_async(step, parts)
+            self._checkpointer.save_checkpointables_async(step, parts, overwrite=True)
         except Exception as error:
             raise self._failure(step, error) from error
+
+    def save_reference(self, params: Params) -> None:
+        """Write the frozen reference policy, once per run, beside the checkpoints.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        try:
+            ocp.save(self._reference, params, overwrite=True)
+        except Exception as error:
+            raise CheckpointError(f"{self._reference} could not be written: {_first_line(error)}") from error
+
+    def load_reference(self, shardings: Params, shapes: Params) -> Params:
+        """Read it back onto the mesh.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
+        try:
+            return ocp.load(self._reference, _abstract(shapes, shardings))
+        except Exception as error:
+            raise CheckpointError(f"{self._reference} cannot be read: {_first_line(error)}") from error
+
+    @property
+    def _reference(self) -> Path:
+        return self.directory.parent / "reference"
 
     def wait(self) -> None:
         """Return when everything is on disk.
@@ -103,11 +127,7 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none that can be read.
         """
-        abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            shardings,
-        )
+        abstract = _abstract(shapes, shardings)
         problems = []
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
@@ -136,6 +156,12 @@ class Checkpoints:
         """Wait for the last write and let go of the directory."""
         self.wait()
         self._checkpointer.close()
+
+
+def _abstract(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 def _first_line(error: Exception) -> str:

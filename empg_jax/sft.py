@@ -16,12 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from empg_jax.algorithms import Algorithm, loss_weights
-from empg_jax.assembly import Language, make_language, make_model, micro_rows
-from empg_jax.learner.state import TrainState, init_state, make_optimizer, restart_optimizer
+from empg_jax.assembly import Language, micro_rows
+from empg_jax.learner.state import TrainState, make_optimizer, restart_optimizer
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.replay.batching import BatchShape, make_batch
-from empg_jax.types import Batch, Credit, Outcome, Params, Scores, Status, Trajectory, Turn
+from empg_jax.types import Batch, Credit, Outcome, Scores, Status, Trajectory, Turn
 from envs import make_env
 
 if TYPE_CHECKING:
@@ -118,15 +118,28 @@ def warm_start(
     config: Config,
     model: DecoderConfig,
     mesh: Mesh,
-    params: Params,
+    state: TrainState,
     demonstrations: list[Trajectory],
     *,
-    advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
-) -> Params:
-    """Train ``params`` on demonstrations for ``sft.updates`` updates (AdamW, cosine decay).
+    first: int = 0,
+    on_update: Callable[[int, TrainState, dict[str, float]], None],
+) -> TrainState:
+    """Train on demonstrations for ``sft.updates`` updates (AdamW, cosine decay).
+
+    Args:
+      config: the run's configuration (``sft.*``).
+      model: decoder config.
+      mesh: the learner's mesh.
+      state: where to start; its optimizer is only used when ``first`` > 0.
+      demonstrations: expert episodes.
+      first: update to go on with (0: from the start, with a fresh optimizer).
+      on_update: told of every update: its number, the state after it, its metrics.
 
     Returns:
-      The new parameters.
+      The last state.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
     """
     s = config.sft
     optimizer, schedule = make_optimizer(
@@ -137,20 +150,12 @@ def warm_start(
         grad_clip=config.train.grad_clip,
         beta2=config.train.beta2,
     )
-    rows = micro_rows(config)
-    turns = config.env.max_turns
-    shape = BatchShape(
-        trajectories=s.batch_size,
-        turns=turns,
-        row_tokens=config.rollout.max_tokens,
-        micro_rows=rows,
-        max_rows=s.batch_size * (turns if config.env.context == "window" else 1),
-        num_minibatches=1,
-    )
-    learner = make_learner(model, make_cross_entropy(), optimizer, mesh, micro_rows=rows)
-    state: TrainState = restart_optimizer(params, optimizer, learner.shardings)
-    rng = np.random.default_rng((config.seed, 2))
-    for update in range(s.updates):
+    shape = _batch_shape(config)
+    learner = make_learner(model, make_cross_entropy(), optimizer, mesh, micro_rows=shape.micro_rows)
+    if first == 0:
+        state = restart_optimizer(state.params, optimizer, learner.shardings)
+    for update in range(first, s.updates):
+        rng = np.random.default_rng((config.seed, 2, update))
         chosen = rng.choice(len(demonstrations), size=min(s.batch_size, len(demonstrations)), replace=False)
         batch, layout = make_batch([demonstrations[i] for i in chosen], shape, seed=(config.seed, update))
         batch = learner.put(batch)
@@ -164,8 +169,20 @@ def warm_start(
                 f"the loss of warm-start update {update} is {values['sft_loss']}: lower sft.learning_rate "
                 f"(now {s.learning_rate:g})"
             )
-        advance(1, values)
-    return state.params
+        on_update(update, state, values)
+    return state
+
+
+def _batch_shape(config: Config) -> BatchShape:
+    size, turns = config.sft.batch_size, config.env.max_turns
+    return BatchShape(
+        trajectories=size,
+        turns=turns,
+        row_tokens=config.rollout.max_tokens,
+        micro_rows=micro_rows(config),
+        max_rows=size * (turns if config.env.context == "window" else 1),
+        num_minibatches=1,
+    )
 
 
 def run_sft(config: Config) -> Path:

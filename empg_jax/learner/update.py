@@ -79,15 +79,38 @@ class Learner:
     ``score(params, ref_params, batch, stop) -> Scores``; ``credit(batch, scores) -> Credit``;
     ``update(state, batch, scores, credit, start, stop) -> (state, metrics)`` makes one optimizer step from
     micro-batches ``[start, stop)``; ``recorded_scores(batch)`` takes what the engine recorded instead of
-    scoring. ``put(batch)`` moves a host batch onto the mesh.
+    scoring, and ``logprob_gap(batch, scores) -> (mean, max)`` measures how far the two are apart.
+    ``put(batch)`` moves a host batch onto the mesh.
     """
 
+    model: DecoderConfig
+    mesh: Mesh
     shardings: TrainState
     put: Callable[[Batch], Batch]
     score: Callable[..., Scores]
     recorded_scores: Callable[[Batch], Scores]
     credit: Callable[[Batch, Scores], Credit]
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    logprob_gap: Callable[[Batch, Scores], tuple[jax.Array, jax.Array]]
+
+    def compile(self, state: TrainState, batch: Batch) -> Learner:
+        """The same programs, compiled for these shapes ahead of time; nothing compiles later.
+
+        Args:
+          state: a state on the mesh.
+          batch: a batch on the mesh (its content does not matter).
+        """
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        scores = self.recorded_scores(batch)
+        credit = self.credit(batch, scores)
+        return dataclasses.replace(
+            self,
+            score=self.score.lower(state.params, state.params, batch, index).compile(),  # type: ignore[attr-defined]
+            recorded_scores=self.recorded_scores.lower(batch).compile(),  # type: ignore[attr-defined]
+            credit=self.credit.lower(batch, scores).compile(),  # type: ignore[attr-defined]
+            update=self.update.lower(state, batch, scores, credit, index, index).compile(),  # type: ignore[attr-defined]
+            logprob_gap=self.logprob_gap.lower(batch, scores).compile(),  # type: ignore[attr-defined]
+        )
 
 
 def make_learner(
@@ -133,12 +156,15 @@ def make_learner(
     score = functools.partial(_score, model, micro, temperature, has_reference)
     update = functools.partial(_update, model, micro, temperature, algorithm.loss, optimizer)
     return Learner(
+        model=model,
+        mesh=mesh,
         shardings=shardings,
         put=lambda batch: jax.device_put(batch, batch_shardings),
         score=jax.jit(score, out_shardings=score_shardings),
         recorded_scores=jax.jit(_recorded, out_shardings=score_shardings),
         credit=jax.jit(algorithm.credit, out_shardings=credit_shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole)),
+        logprob_gap=jax.jit(_logprob_gap, out_shardings=whole),
     )
 
 
@@ -161,6 +187,12 @@ def _micro_batch(batch: Batch, index: jax.Array, micro: Callable[..., jax.Array]
 
 def _recorded(batch: Batch) -> Scores:
     return Scores(batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
+
+
+def _logprob_gap(batch: Batch, scores: Scores) -> tuple[jax.Array, jax.Array]:
+    """Mean and largest absolute difference of recorded and recomputed log-probs over sampled tokens."""
+    gap = jnp.where(batch.loss_mask, jnp.abs(scores.old_logprobs - batch.behavior_logprobs), jnp.float32(0.0))
+    return jnp.sum(gap) / jnp.maximum(jnp.sum(batch.loss_mask, dtype=jnp.float32), 1.0), jnp.max(gap)
 
 
 def _score(

@@ -103,7 +103,7 @@ class SlotState:
 
 @dataclasses.dataclass
 class EngineStats:
-    """Counts since the engine was made (plain work, for metrics and benchmarks)."""
+    """Counts of work done, for metrics and benchmarks."""
 
     prefilled_tokens: int = 0  # real tokens written by prefill
     sampled_tokens: int = 0
@@ -223,6 +223,11 @@ class Engine:
         self._params = jax.block_until_ready(self._functions.unstack(moved))
         self._kv_length[:] = 0
         self.version = version
+
+    def take_stats(self) -> EngineStats:
+        """The counts since the last call, which starts them again from zero."""
+        stats, self.stats = self.stats, EngineStats()
+        return stats
 
     # ------------------------------------------------------------------------------------ running
 
@@ -419,7 +424,8 @@ def _compile_functions(model: DecoderConfig, config: EngineConfig) -> _Functions
 
 
 def _cast_and_unstack(model: DecoderConfig, params: Params) -> Params:
-    cast = jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
+    # A copy even where nothing changes: the learner donates its own buffers to the next update.
+    cast = jax.tree.map(lambda leaf: jnp.copy(leaf).astype(model.dtype), params)
     return unstack_layers(cast, model.num_layers)
 
 

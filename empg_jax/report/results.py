@@ -1,0 +1,117 @@
+"""What a run leaves behind: metrics of an update, summary, curves, sample episodes, offending batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from empg_jax.metrics import reduce_metrics
+from empg_jax.replay.batching import BatchShape, Layout
+from empg_jax.report.curves import plot_curves
+from empg_jax.report.runinfo import write_json_atomic
+from empg_jax.report.summary import print_summary
+from empg_jax.report.transcripts import select_samples, write_transcripts
+from empg_jax.report.viewer import write_viewer
+from empg_jax.rollout.engine import EngineStats
+from empg_jax.types import Batch, Trajectory
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+
+def describe_update(
+    trajectories: Sequence[Trajectory],
+    layout: Layout,
+    shape: BatchShape,
+    *,
+    version: int,
+    engine: EngineStats,
+    credit: Mapping[str, Any],
+    steps: Sequence[Mapping[str, Any]],
+    seconds: float,
+) -> dict[str, float]:
+    """The metrics of one update, by the names of `metrics.METRICS`.
+
+    Args:
+      trajectories: the batch's episodes.
+      layout: where its rows stand.
+      shape: its static sizes.
+      version: the policy version that was trained.
+      engine: the engine's counts during the update.
+      credit: metrics of the credit assignment.
+      steps: metrics of each optimizer step, with their token counts.
+      seconds: wall time of the update, rollout included.
+    """
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    values = reduce_metrics((dict(step), float(step["tokens"])) for step in steps)
+    values.pop("tokens", None)
+    values["nonfinite_steps"] = float(sum(float(step["nonfinite"]) for step in steps))
+    values.pop("nonfinite", None)
+    values |= {name: float(value) for name, value in credit.items()}
+    values |= {
+        "success_rate": float(np.mean([t.is_success for t in trajectories])),
+        "episode_return": float(np.mean([t.episode_return for t in trajectories])),
+        "episode_turns": float(np.mean([len(t.turns) for t in trajectories])),
+        "response_tokens": float(np.mean([len(turn.response_tokens) for turn in turns])),
+        "invalid_actions": float(np.mean([not turn.is_valid for turn in turns])),
+        "episodes_trained": float(len(trajectories)),
+        "lag": float(np.mean([version - turn.version for turn in turns])),
+        "tokens_sampled": float(engine.sampled_tokens),
+        "tokens_trained": float(sum(len(turn.response_tokens) for turn in turns)),
+        "tokens_prefilled": float(engine.prefilled_tokens),
+        "tokens_per_second": engine.sampled_tokens / seconds,
+        "slot_occupancy": engine.useful_rows / max(1, engine.decode_rows),
+        "packing_efficiency": layout.num_tokens / (layout.num_rows * shape.row_tokens),
+        "seconds_update": seconds,
+    }
+    for name in sorted({name for t in trajectories for name in t.metrics}):
+        values[f"env_{name}"] = float(np.mean([t.metrics[name] for t in trajectories if name in t.metrics]))
+    return values
+
+
+def count_episodes(
+    record: dict[str, Any], trajectories: Sequence[Trajectory], outcomes: Mapping[str, int]
+) -> None:
+    """Add a batch to the run's totals (``tokens_sampled``, ``trajectories`` by outcome)."""
+    record["tokens_sampled"] = record.get("tokens_sampled", 0) + sum(t.num_tokens for t in trajectories)
+    record["trajectories"] = dict(outcomes)
+
+
+def dump_batch(run_dir: Path, update: int, batch: Batch) -> Path:
+    """Write a batch to ``bad_batch_<update>.npz`` for inspection; returns the path."""
+    path = run_dir / f"bad_batch_{update}.npz"
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(temporary, **{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
+    os.replace(temporary, path)
+    return path
+
+
+def write_results(
+    run_dir: Path,
+    record: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    trajectories: Sequence[Trajectory],
+    decode: Callable[[Sequence[int]], str],
+    config: Config,
+) -> None:
+    """Write ``summary.json``, ``curves.png``, transcripts and the viewer page; print the table."""
+    hidden = ("phase", "sft_update", "rollbacks_in_a_row")
+    summary: dict[str, Any] = {name: value for name, value in record.items() if name not in hidden}
+    rounded = {name: round(value, 3) for name, value in seconds.items()}
+    summary["wall_seconds"] = {"total": round(sum(seconds.values()), 3), **rounded}
+    summary |= {"seed": config.seed, "algorithm": config.algorithm.name}
+    summary["modulation"] = config.algorithm.modulation
+    summary.setdefault("tokens_sampled", 0)
+    summary.setdefault("trajectories", {})
+    write_json_atomic(run_dir / "summary.json", summary)
+    plot_curves(run_dir)
+    if config.log.transcripts:
+        samples = select_samples(trajectories, config.log.transcripts)
+        write_transcripts(run_dir / "transcripts.txt", samples)
+        write_viewer(run_dir / "trajectories.html", samples, decode, title=f"{config.name}: held-out episodes")
+    print_summary(summary)

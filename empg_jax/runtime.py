@@ -1,0 +1,87 @@
+"""What a long run needs of its process: stop requests, phase times, a count of compilations."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import jax
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag, and the second into `KeyboardInterrupt`.
+
+    Use as a context manager. Outside the main thread signals cannot be caught, and only `set` works.
+
+    Attributes:
+      signum: the signal that asked, 0 while none did.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._previous: dict[int, object] = {}
+
+    def __call__(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self.signum != 0
+
+    def set(self, signum: int = signal.SIGTERM) -> None:
+        """Ask the run to stop."""
+        self.signum = int(signum)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+
+class PhaseClock:
+    """Wall seconds per phase, over all attempts of a run."""
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = dict(seconds or {})
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside under ``name``."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+
+class CompileCounter:
+    """Counts the programs that JAX compiles, from JAX's own monitoring events."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def _listen(self, event: str, duration: float, **_: object) -> None:
+        del duration
+        if event == COMPILE_EVENT:
+            self.count += 1
+
+    def __enter__(self) -> CompileCounter:
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)

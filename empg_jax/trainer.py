@@ -1,0 +1,423 @@
+"""Training: warm start, then the loop of rollout, credit and update. `rl_loop` is the page to read first."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import optax
+
+from empg_jax import sft
+from empg_jax.assembly import (
+    Language,
+    make_algorithm_from,
+    make_batch_shape,
+    make_collector,
+    make_engine,
+    make_language,
+    make_model,
+    make_pool,
+)
+from empg_jax.checkpoint import Checkpoints, Restored
+from empg_jax.evaluate import Evaluation, Evaluator
+from empg_jax.learner.state import TrainState, init_state, make_optimizer, restart_optimizer, state_shapes
+from empg_jax.learner.update import Learner, make_learner
+from empg_jax.metrics import MetricsLog
+from empg_jax.parallel.mesh import make_mesh
+from empg_jax.replay.batching import BatchShape, Layout, make_batch
+from empg_jax.replay.buffer import ReplayBuffer
+from empg_jax.report.progress import Progress
+from empg_jax.report.runinfo import create_run_dir, write_run_info
+from empg_jax.report.results import count_episodes, describe_update, dump_batch, write_results
+from empg_jax.rollout.engine import Engine
+from empg_jax.rollout.pool import EnvPool
+from empg_jax.rollout.source import GroupSource, Interrupted, TaskOrder
+from empg_jax.runtime import CompileCounter, PhaseClock, StopRequest
+from empg_jax.types import Batch, Params, Scores, Trajectory
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+# Sampler and learner run the same model; a larger mean gap of their log-probs means that one of them is wrong.
+GAP_LIMIT = 0.05
+GAP_CHECK_EVERY = 25
+MAX_ROLLBACKS = 3
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what was kept."""
+
+
+class Stopped(Exception):  # noqa: N818 (a request, not an error)
+    """The run was asked to stop and has written its checkpoint.
+
+    Attributes:
+      signum: the signal that asked.
+      run_dir: the run to resume.
+    """
+
+    def __init__(self, signum: int, run_dir: Path) -> None:
+        super().__init__(f"stopped by signal {signum}; go on with: empg-jax train --resume {run_dir}")
+        self.signum, self.run_dir = signum, run_dir
+
+
+@dataclasses.dataclass
+class Run:
+    """The parts of a run that its phases share. Mutable state: ``state``, ``update`` and ``record``."""
+
+    config: Config
+    run_dir: Path
+    language: Language
+    engine: Engine
+    learner: Learner
+    shape: BatchShape
+    schedule: optax.Schedule
+    source: GroupSource
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    progress: Progress
+    log: MetricsLog
+    clock: PhaseClock
+    compiles: CompileCounter
+    should_stop: StopRequest
+    state: TrainState
+    reference: Params | None
+    update: int = 0
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)  # goes into summary.json
+    boundary: dict[str, Any] = dataclasses.field(default_factory=dict)  # progress at the last update boundary
+    compiled: int = 0  # programs compiled when the warm-up ended
+
+
+def train(config: Config, *, resume: Path | None = None) -> Path:
+    """Run a configuration to its end, or go on with a run.
+
+    Args:
+      config: the resolved configuration; on resume, the run's own.
+      resume: folder of the run to go on with.
+
+    Returns:
+      The run's folder.
+
+    Raises:
+      TrainingError: NaN in loss or gradient, or sampler and learner disagree.
+      CheckpointError: a checkpoint could not be written, or none can be read on resume.
+      PoolError: the environments keep failing.
+      Stopped: SIGINT or SIGTERM; a checkpoint was written.
+    """
+    run_dir = resume if resume is not None else create_run_dir(config)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        compiles = stack.enter_context(CompileCounter())
+        progress = stack.enter_context(Progress(config.log.progress))
+        write_run_info(run_dir, config, resumed=resume is not None)
+        directory = Path(config.checkpoint.dir or run_dir / "checkpoints")
+        checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=progress.message)
+        stack.callback(checkpoints.close)
+        pool = stack.enter_context(make_pool(config))
+        run = _open(config, run_dir, checkpoints, pool, progress, compiles, stop, resume is not None)
+        stack.callback(run.log.close)
+        try:
+            if run.record.get("phase", "sft") == "sft":
+                warm_start_phase(run)
+            rl_loop(run)
+            final = evaluate(run, "after")
+        except Interrupted:
+            save(run)
+            checkpoints.wait()
+            raise Stopped(stop.signum, run_dir) from None
+        run.record["recompiles_after_warmup"] = compiles.count - run.compiled
+    write_results(run_dir, run.record, run.clock.seconds, final.trajectories, run.language.tokenizer.decode, config)
+    return run_dir
+
+
+def rl_loop(run: Run) -> None:
+    """Rollout, score, credit, update, publish; until ``train.updates``."""
+    config, learner = run.config, run.learner
+    run.progress.phase("RL", config.train.updates, "updates")
+    run.progress.advance(run.update, {})
+    run.compiled = run.compiles.count
+    while run.update < config.train.updates:
+        began, compiled = time.monotonic(), run.compiles.count
+        mark_boundary(run)
+        with run.clock.phase("rollout"):
+            run.engine.load(run.state.params, run.update)
+            trajectories = run.source.collect(run.update, run.should_stop)
+        with run.clock.phase("update"):
+            host_batch, layout = make_batch(trajectories, run.shape, seed=(config.seed, run.update))
+            batch = learner.put(host_batch)
+            scores = score(run, batch, layout)
+            credit = learner.credit(batch, scores)
+            steps = []
+            for _ in range(config.train.epochs):
+                for start, stop in layout.bounds:
+                    run.state, metrics = learner.update(
+                        run.state, batch, scores, credit, np.int32(start), np.int32(stop)
+                    )
+                    steps.append(metrics)
+            credit_metrics, steps = jax.device_get((credit.metrics, steps))
+        run.update += 1
+        check_finite(run, steps, host_batch)
+        run.source.collector.settle()
+        values = describe_update(
+            trajectories,
+            layout,
+            run.shape,
+            version=run.update - 1,
+            engine=run.engine.take_stats(),
+            credit=credit_metrics,
+            steps=steps,
+            seconds=time.monotonic() - began,
+        )
+        values |= {"recompiles": run.compiles.count - compiled}
+        values |= {"learning_rate": float(run.schedule(int(run.state.step)))}
+        count_episodes(run.record, trajectories, run.source.outcomes)
+        if config.eval.every and run.update % config.eval.every == 0 and run.update < config.train.updates:
+            values |= evaluate(run, "during").metrics
+            run.progress.phase("RL", config.train.updates, "updates")
+            run.progress.advance(run.update - 1, {})
+        run.log.write(run.update, values)
+        run.progress.advance(1, values)
+        if run.update % config.checkpoint.every == 0 or run.update == config.train.updates:
+            mark_boundary(run)
+            save(run)
+
+
+def score(run: Run, batch: Batch, layout: Layout) -> Scores:
+    """Old log-probs and entropies: a pass of the learner, or what the engine recorded, within the gate."""
+    config = run.config
+    recorded = config.algorithm.entropy_source == "engine"
+    if recorded and run.update % GAP_CHECK_EVERY:
+        return run.learner.recorded_scores(batch)
+    reference = run.state.params if run.reference is None else run.reference
+    scores = run.learner.score(run.state.params, reference, batch, np.int32(layout.bounds[-1][1]))
+    if config.train.max_lag == 0:
+        gap = float(run.learner.logprob_gap(batch, scores)[0])
+        if not gap <= GAP_LIMIT and np.isfinite(gap):
+            raise TrainingError(
+                f"sampler and learner disagree: mean |log-prob difference| is {gap:.3g} at update {run.update}, "
+                f"limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
+                f"(model.dtype={config.model.dtype})"
+            )
+    return run.learner.recorded_scores(batch) if recorded else scores
+
+
+def check_finite(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:
+    """Act on optimizer steps that were left out because loss or gradient was not finite."""
+    bad = sum(float(step["nonfinite"]) for step in steps)
+    if not bad:
+        run.record["rollbacks_in_a_row"] = 0
+        return
+    path = dump_batch(run.run_dir, run.update, batch)
+    policy = run.config.train.on_nonfinite
+    what = f"loss or gradient of update {run.update} was not finite in {bad:.0f} optimizer steps; batch: {path}"
+    run.record["rollbacks_in_a_row"] = run.record.get("rollbacks_in_a_row", 0) + 1
+    if policy == "stop" or run.record["rollbacks_in_a_row"] > MAX_ROLLBACKS:
+        run.checkpoints.wait()
+        raise TrainingError(f"{what}; those steps changed nothing; checkpoints: {run.checkpoints.steps}")
+    run.progress.message(f"{what}; {policy}")
+    if policy == "rollback":
+        run.checkpoints.wait()
+        run.state = restore_state(run.config, run.checkpoints, run.learner).state
+
+
+# --------------------------------------------------------------------------------------- other phases
+
+
+def warm_start_phase(run: Run) -> None:
+    """Supervised warm start (if configured), the evaluation before RL, and the first checkpoint."""
+    config = run.config
+    if config.sft.updates:
+        with run.clock.phase("sft"):
+            run.progress.phase("demonstrations", config.sft.demonstrations, "episodes")
+            demonstrations = sft.record_demonstrations(
+                config, run.language, config.sft.demonstrations, advance=run.progress.advance
+            )
+            run.progress.phase("warm start", config.sft.updates, "updates")
+            with MetricsLog(run.run_dir, filename="sft_metrics.jsonl") as log:
+                run.state = sft.warm_start(
+                    config,
+                    run.learner.model,
+                    run.learner.mesh,
+                    run.state,
+                    demonstrations,
+                    first=run.record.get("sft_update", 0),
+                    on_update=lambda number, state, values: _after_sft_update(run, log, number, state, values),
+                )
+    optimizer, _ = make_rl_optimizer(config)
+    run.state = restart_optimizer(run.state.params, optimizer, run.learner.shardings)
+    run.record["phase"] = "rl"
+    if config.algorithm.kl_coef:
+        run.reference = jax.tree.map(lambda leaf: leaf.copy(), run.state.params)
+        run.checkpoints.save_reference(run.reference)
+    evaluate(run, "before")
+    mark_boundary(run)
+    save(run)
+
+
+def _after_sft_update(
+    run: Run, log: MetricsLog, number: int, state: TrainState, values: dict[str, float]
+) -> None:
+    log.write(number, values)
+    run.progress.advance(1, values)
+    if run.should_stop():
+        run.state = state
+        run.record |= {"phase": "sft", "sft_update": number + 1}
+        mark_boundary(run)
+        raise Interrupted
+
+
+def evaluate(run: Run, when: str) -> Evaluation:
+    """Evaluate the current weights on the held-out panel; ``before`` and ``after`` go into the summary."""
+    with run.clock.phase("eval"):
+        run.progress.phase(f"evaluation ({when})", run.evaluator.num_tasks, "tasks")
+        result = run.evaluator.run(run.state.params, run.update, advance=run.progress.advance)
+    if when != "during":
+        run.record |= {f"{name}_{when}": value for name, value in result.metrics.items()}
+        run.record |= {"eval_tasks": run.evaluator.num_tasks, "updates": run.update}
+    run.progress.message(f"{when}: success {result.metrics['eval_success']:.1%} on {run.evaluator.num_tasks} tasks")
+    return result
+
+
+def mark_boundary(run: Run) -> None:
+    """Remember the progress between two updates: what a checkpoint of this state must say."""
+    run.boundary = {
+        "progress": {
+            "update": run.update,
+            "record": dict(run.record),
+            "seconds": dict(run.clock.seconds),
+            "source": run.source.snapshot(),
+        },
+        "trajectories": run.source.buffer.contents(),
+    }
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the last update boundary."""
+    with run.clock.phase("checkpoint"):
+        run.checkpoints.save(run.update, run.state, **run.boundary)
+
+
+def restore_state(config: Config, checkpoints: Checkpoints, learner: Learner) -> Restored:
+    """The newest usable checkpoint of a run."""
+    optimizer, _ = make_rl_optimizer(config)
+    return checkpoints.restore(learner.shardings, state_shapes(learner.model, optimizer))
+
+
+def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of the RL phase; its schedule counts optimizer steps."""
+    t = config.train
+    steps = t.num_minibatches * t.epochs
+    return make_optimizer(
+        learning_rate=t.learning_rate,
+        final_learning_rate=t.final_learning_rate,
+        total_steps=t.updates * steps,
+        schedule=t.schedule,
+        warmup_steps=t.warmup_updates * steps,
+        beta1=t.beta1,
+        beta2=t.beta2,
+        weight_decay=t.weight_decay,
+        grad_clip=t.grad_clip,
+    )
+
+
+def _open(
+    config: Config,
+    run_dir: Path,
+    checkpoints: Checkpoints,
+    pool: EnvPool,
+    progress: Progress,
+    compiles: CompileCounter,
+    stop: StopRequest,
+    is_resumed: bool,
+) -> Run:
+    """Build every part, compile every program, and restore the newest checkpoint on resume."""
+    clock = PhaseClock()
+    with clock.phase("start"):
+        progress.message(f"run {run_dir}")
+        saved_tokenizer = run_dir / "tokenizer"
+        language = make_language(config, saved_tokenizer if is_resumed else None)
+        if not is_resumed:
+            language.tokenizer.save(saved_tokenizer)
+        model = make_model(config, language.tokenizer)
+        shape = make_batch_shape(config)
+        optimizer, schedule = make_rl_optimizer(config)
+        learner = make_learner(
+            model,
+            make_algorithm_from(config),
+            optimizer,
+            make_mesh(**dict(config.mesh)),
+            micro_rows=shape.micro_rows,
+            temperature=config.rollout.temperature,
+            has_reference=config.algorithm.kl_coef > 0,
+        )
+        state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
+        empty, _ = make_batch([], shape, seed=(0,))
+        learner = learner.compile(state, learner.put(empty))
+        engine = make_engine(config, model, language.tokenizer)
+        eval_engine = make_engine(config, model, language.tokenizer, temperature=config.eval.temperature)
+        for each in (engine, eval_engine):
+            each.load(state.params, 0)
+            each.warm_up()
+        buffer = ReplayBuffer(group_size=config.rollout.group_size, max_lag=config.train.max_lag)
+        source = GroupSource(
+            make_collector(config, engine, pool, language, stream=0),
+            buffer,
+            TaskOrder(config.env.split, _num_tasks(config, pool), config.seed),
+            groups_per_batch=config.rollout.tasks_per_update,
+            min_group_size=config.rollout.min_group_size,
+            group_timeout=config.rollout.episode_timeout,
+        )
+        evaluator = Evaluator(config, pool, language, eval_engine, first_handle=engine.config.slots)
+    run = Run(
+        config=config,
+        run_dir=run_dir,
+        language=language,
+        engine=engine,
+        learner=learner,
+        shape=shape,
+        schedule=schedule,
+        source=source,
+        evaluator=evaluator,
+        checkpoints=checkpoints,
+        progress=progress,
+        log=None,  # type: ignore[arg-type]  # opened below, once it is known where to go on
+        clock=clock,
+        compiles=compiles,
+        should_stop=stop,
+        state=state,
+        reference=None,
+    )
+    if is_resumed:
+        _resume(run)
+    run.log = MetricsLog(
+        run_dir,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        resume_at=run.update + 1 if is_resumed else None,
+    )
+    return run
+
+
+def _resume(run: Run) -> None:
+    restored = restore_state(run.config, run.checkpoints, run.learner)
+    saved = restored.progress
+    run.state, run.update, run.record = restored.state, saved["update"], saved["record"]
+    for name, seconds in saved["seconds"].items():
+        run.clock.seconds[name] = run.clock.seconds.get(name, 0.0) + seconds
+    run.source.restore(saved["source"], restored.trajectories)
+    if run.config.algorithm.kl_coef and run.record.get("phase") == "rl":
+        run.reference = run.checkpoints.load_reference(run.learner.shardings.params, run.state.params)
+    run.progress.message(f"resumed at update {run.update} of {run.config.train.updates}")
+
+
+def _num_tasks(config: Config, pool: EnvPool) -> int:
+    if config.env.split not in pool.splits:
+        raise TrainingError(
+            f"env.split={config.env.split} does not exist; the environment has {', '.join(pool.splits)}"
+        )
+    return pool.splits[config.env.split]
