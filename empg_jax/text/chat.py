@@ -95,7 +95,8 @@ class ChatRenderer:
         self, prefix: Sequence[Message], response: str, new_messages: Sequence[Message]
     ) -> str | None:
         """Returns the text after the response from remembered seams, or None when they may not be trusted."""
-        seam = self._seams.find(prefix[-1]["role"], tuple(message["role"] for message in new_messages))
+        new_roles = tuple(message["role"] for message in new_messages)
+        seam = self._seams.find(prefix[-1]["role"], new_roles, len(prefix))
         if seam is None or not _fits(seam, prefix, response, new_messages):
             return None
         return seam.fill([message["content"] for message in new_messages])

@@ -29,6 +29,7 @@ _AWKWARD = (
     '<tool_call>\n{"name": "act"}\n</tool_call>',
 )
 _ANCHOR = "empgseam{}x"
+_FIRST_LENGTH = 16  # messages of the longest conversation of the first probe
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,29 +66,33 @@ class SeamFinder:
 
     def __init__(self, render: Render):
         self._render = render
-        self._seams: dict[tuple[str, tuple[str, ...]], Seam | None] = {}
+        self._seams: dict[tuple[str, tuple[str, ...]], tuple[Seam | None, int]] = {}
 
-    def find(self, last_role: str, new_roles: tuple[str, ...]) -> Seam | None:
+    def find(self, last_role: str, new_roles: tuple[str, ...], length: int) -> Seam | None:
         """Returns the seam after a response, or None when the template must be rendered in full.
 
         Args:
           last_role: role of the message that the response answers.
           new_roles: roles of the messages that follow the response.
+          length: number of messages up to the response. Some templates drop what is old, so a seam is
+            trusted only up to the length that it was probed with, and probed again beyond.
         """
-        key = (last_role, new_roles)
-        if key not in self._seams:
-            self._seams[key] = self._probe(last_role, new_roles)
-        return self._seams[key]
+        seam, probed = self._seams.get((last_role, new_roles), (None, 0))
+        if length > probed:
+            probed = max(2 * length, _FIRST_LENGTH)
+            seam = self._probe(last_role, new_roles, probed)
+            self._seams[last_role, new_roles] = seam, probed
+        return seam
 
-    def _probe(self, last_role: str, new_roles: tuple[str, ...]) -> Seam | None:
+    def _probe(self, last_role: str, new_roles: tuple[str, ...], length: int) -> Seam | None:
         pieces = self._read_pieces(last_role, new_roles)
         if pieces is None:
             return None
         seam = Seam(pieces, takes_any=True)
-        if not self._holds(seam, last_role, new_roles, _PLAIN):
+        openings = _openings(last_role, length)
+        if not self._holds(seam, openings, new_roles, _PLAIN):
             return None
-        takes_any = self._holds(seam, last_role, new_roles, _AWKWARD)
-        return dataclasses.replace(seam, takes_any=takes_any)
+        return dataclasses.replace(seam, takes_any=self._holds(seam, openings, new_roles, _AWKWARD))
 
     def _read_pieces(self, last_role: str, new_roles: tuple[str, ...]) -> tuple[str, ...] | None:
         anchors = [_ANCHOR.format(index) for index in range(len(new_roles) + 1)]
@@ -105,10 +110,16 @@ class SeamFinder:
             pieces.append(before)
         return (*pieces[1:], text)
 
-    def _holds(self, seam: Seam, last_role: str, new_roles: tuple[str, ...], contents: Sequence[str]) -> bool:
+    def _holds(
+        self,
+        seam: Seam,
+        openings: Sequence[tuple[str, ...]],
+        new_roles: tuple[str, ...],
+        contents: Sequence[str],
+    ) -> bool:
         """Whether the seam predicts the template's text for probe conversations made of these contents."""
         agreed = False
-        for opening in _openings(last_role):
+        for opening in openings:
             for index, (old, response) in enumerate(itertools.product(contents, repeat=2)):
                 prefix = [_message(role, old) for role in opening]
                 # Rotating pairs every content with every other in some position.
@@ -126,15 +137,19 @@ class SeamFinder:
         return agreed
 
 
-def _openings(last_role: str) -> list[tuple[str, ...]]:
+def _openings(last_role: str, length: int) -> list[tuple[str, ...]]:
     once = ("user", "assistant")
+    tools = ("user", "assistant", "tool", "assistant")
+    many = (last_role, "assistant") * (length // 2)
     return [
         (last_role,),
         ("system", last_role),
         (*once, last_role),
         ("system", *once, last_role),
         (*once, *once, last_role),
-        ("user", "assistant", "tool", "assistant", last_role),
+        (*tools, last_role),
+        (*many, last_role),
+        ("system", *many, last_role),
     ]
 
 

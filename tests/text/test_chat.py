@@ -162,6 +162,39 @@ def test_concatenating_templates_take_the_quick_path():
     assert quick["headers"](*awkward) is None
 
 
+def test_a_template_that_drops_what_is_old_is_found_out():
+    forgetful = """
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\n' }}
+    {{- m.content if loop.revindex < 40 or m.role == 'assistant' else '(omitted)' }}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}
+"""
+    renderer = ChatRenderer(build_bpe("chatml", forgetful))
+    messages = [user("look")]
+    extended = []
+    for _ in range(25):
+        extended.append(renderer.follow(messages, "go", [user("look")], stopped=True) is not None)
+        messages += [assistant("go"), user("look")]
+    assert extended == [True] * 19 + [False] * 6
+
+
+def test_a_system_message_that_moves_to_the_last_question_starts_a_new_row():
+    moving = """
+{%- for m in messages if m.role != 'system' %}
+    {%- if m.role == 'user' %}
+        {{- '[INST]' + (messages[0].content + '\n' if loop.last and messages[0].role == 'system' else '') }}
+        {{- m.content + '[/INST]' }}
+    {%- else %}{{- m.content + eos_token }}{% endif %}
+{%- endfor %}
+"""
+    renderer = ChatRenderer(build_bpe("brackets", moving))
+    system = {"role": "system", "content": "Act."}
+    assert renderer.follow([system, user("a")], "b", [user("c")], stopped=True) is None
+    assert renderer.follow([user("a")], "b", [user("c")], stopped=True) is not None
+
+
 def test_a_hot_follow_is_fast():
     renderer = ChatRenderer(
         build_phrase_tokenizer(["you see", "apple 1", "take", *(f"shelf {i}" for i in range(200))])
