@@ -47,20 +47,20 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
       ValueError: no tokenizer is named and the environment offers no vocabulary to build one from.
     """
     spec = resolve_spec(config.env.target)
-    options = config.env.options
     path = tokenizer_path or config.model.tokenizer or config.model.path
     if path is not None:
         tokenizer = load_tokenizer(path)
     elif spec.phrases is not None:
-        tokenizer = build_phrase_tokenizer(spec.phrases(**options))
+        tokenizer = build_phrase_tokenizer(spec.phrases(**config.env.options))
     else:
         raise ValueError(
             f"environment {config.env.target} has no closed vocabulary, so no tokenizer can be built for it: "
             "set model.tokenizer (a folder) or model.path"
         )
     renderer = ChatRenderer(tokenizer)
-    context = make_context(config.env.context, spec.prompts(**options), renderer, config.env.history)
-    return Language(tokenizer, renderer, context, spec.parser(**options))
+    prompts = spec.prompts(**config.env.prompt_options)
+    context = make_context(config.env.context, prompts, renderer, config.env.history)
+    return Language(tokenizer, renderer, context, spec.parser(**config.env.prompt_options))
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:

@@ -98,6 +98,9 @@ class EnvConfig(Section):
         description="An environment of your own, as package.module:attribute, in place of env.name.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the environment.")
+    prompt_options: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of its prompt builder and action parser."
+    )
     split: str = Field("train", description="Panel of tasks that are trained on.")
     eval_split: str = Field("test", description="Panel of held-out tasks for evaluation.")
     max_turns: int = Field(10, ge=1, description="Turns after which an episode is truncated.")

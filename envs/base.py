@@ -106,10 +106,11 @@ class EnvSpec:
 
     Attributes:
       name: the key in ``ENVS``.
-      make: builds the environment from its options.
-      prompts: builds the prompt builder from its options.
-      parser: builds the action parser from its options.
-      phrases: the closed vocabulary for a small tokenizer (phrases may hold spaces), or None.
+      make: builds the environment from ``env.options``.
+      prompts: builds the prompt builder from ``env.prompt_options``.
+      parser: builds the action parser from ``env.prompt_options``.
+      phrases: from ``env.options``, the closed vocabulary for a small tokenizer (phrases may hold
+        spaces); None where there is none.
     """
 
     name: str

@@ -61,8 +61,12 @@ def make_prompts(style: str = "terse", list_admissible: bool = False, parser: st
     raise ValueError(f"unknown household prompt style {style!r}; the styles are terse, alfworld")
 
 
-def make_parser(parser: str = "plain") -> ActionParser:
+def make_parser(
+    parser: str = "plain", *, style: str = "terse", list_admissible: bool = False
+) -> ActionParser:
     """Builds the action parser: ``plain`` (the first line) or ``tags`` (think and action tags).
+
+    It takes the same options as `make_prompts`; the others do not change how an answer is read.
 
     Raises:
       ValueError: an unknown parser.
@@ -193,7 +197,7 @@ class TagParser:
         return ParsedAction(action=match.group(1).strip(), is_valid=is_valid)
 
 
-def phrases(level: str = "tiny") -> list[str]:
+def phrases(level: str = "tiny", style: str = "terse", max_turns: int | None = None) -> list[str]:
     """The closed vocabulary of a level in the terse style, for a small tokenizer.
 
     Every text of the terse style and every well-formed command about things of the level is a
@@ -201,13 +205,17 @@ def phrases(level: str = "tiny") -> list[str]:
 
     Args:
       level: the level's name.
+      style: the environment's style; only ``terse`` has a closed vocabulary.
+      max_turns: the environment's limit; the vocabulary does not depend on it.
 
     Returns:
       Phrases (some hold spaces), sorted, none twice.
 
     Raises:
-      ValueError: an unknown level.
+      ValueError: an unknown level, or another style.
     """
+    if style != "terse":
+        raise ValueError(f"household style {style!r} has no closed vocabulary; use 'terse' or a tokenizer")
     preset = find_level(level)
     most: Counter[str] = Counter()
     for room in preset.rooms:
