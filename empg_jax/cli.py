@@ -89,7 +89,7 @@ def train(
 
         run_dir = run_training(resolved, resume=resume)
         _print_closing(run_dir)
-        typer.echo(run_dir)
+        typer.echo(run_dir.absolute())
 
 
 @app.command()
@@ -101,7 +101,7 @@ def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
             raise ConfigError("sft.updates=0: nothing to do; set sft.updates, for example sft.updates=200")
         from empg_jax.sft import run_sft
 
-        typer.echo(run_sft(resolved))
+        typer.echo(run_sft(resolved).absolute())
 
 
 @app.command("eval")

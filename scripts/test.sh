@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs the project with its test packages into .venv (once), then runs the tests; arguments go to pytest.
+#
+#   scripts/test.sh
+#   scripts/test.sh tests/algorithms -k empg
+#   EMPG_EXTRAS=parity scripts/test.sh -m parity
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+ensure_venv "test${EMPG_EXTRAS:+,$EMPG_EXTRAS}"
+cd "$root"
+exec "$venv/bin/python" -m pytest -n 2 "$@"
