@@ -1,10 +1,10 @@
-"""What a person wants to see of credit assignment, at negligible cost: scalars over turns and trajectories."""
+"""What a person wants to see of credit assignment, at negligible cost: a few scalars for each batch."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from empg_jax.algorithms.masking import masked_mean, masked_quantiles
+from empg_jax.algorithms.advantages import has_spread
+from empg_jax.algorithms.masking import masked_mean, masked_quantiles, masked_spread
 
 
 def mixed_group_share(returns: Float[Array, " N"], group_ids: Int[Array, " N"]) -> Float[Array, ""]:
@@ -14,10 +14,12 @@ def mixed_group_share(returns: Float[Array, " N"], group_ids: Int[Array, " N"]) 
       returns: episode returns.
       group_ids: in [0, N), -1 = absent.
     """
-    valid, home, size = group_ids >= 0, jnp.maximum(group_ids, 0), group_ids.shape[0]
-    low = jax.ops.segment_min(jnp.where(valid, returns, jnp.inf), home, num_segments=size)
-    high = jax.ops.segment_max(jnp.where(valid, returns, -jnp.inf), home, num_segments=size)
-    return masked_mean((low < high).astype(jnp.float32), low <= high)
+    spread = has_spread(returns, group_ids)
+    size = group_ids.shape[0]
+    home = jnp.where(group_ids >= 0, group_ids, size)
+    groups = jnp.zeros(size + 1, bool).at[home].set(True)[:size]
+    mixed = jnp.zeros(size + 1, bool).at[home].max(spread)[:size]
+    return masked_mean(mixed.astype(jnp.float32), groups)
 
 
 def credit_metrics(
@@ -26,10 +28,8 @@ def credit_metrics(
     factors: Float[Array, "N K"],
     turn_entropies: Float[Array, "N K"],
     turn_mask: Bool[Array, "N K"],
-    returns: Float[Array, " N"],
-    group_ids: Int[Array, " N"],
 ) -> dict[str, Float[Array, ""]]:
-    """Scalars that describe one batch's credit. Means and shares are over turns, each weighing one.
+    """Scalars that describe what the modulation did. Means and shares are over turns, each weighing one.
 
     Args:
       base: advantages of the estimator.
@@ -37,8 +37,6 @@ def credit_metrics(
       factors: what the modulation multiplied them by (g or α; 1 without modulation).
       turn_entropies: mean token entropy of each turn.
       turn_mask: turns that exist.
-      returns: episode returns.
-      group_ids: in [0, N), -1 = absent.
     """
 
     def share(condition: Bool[Array, "N K"]) -> Float[Array, ""]:
@@ -48,22 +46,43 @@ def credit_metrics(
     f10, f90 = masked_quantiles(factors, turn_mask, (0.1, 0.9))
     exists = jnp.any(turn_mask)
     size, before = jnp.abs(advantages), jnp.abs(base)
-    metrics = {
+    return {
         "turn_entropy_mean": masked_mean(turn_entropies, turn_mask),
         "turn_entropy_p10": h10,
         "turn_entropy_p50": h50,
         "turn_entropy_p90": h90,
         "modulation_mean": masked_mean(factors, turn_mask),
+        "modulation_std": jnp.sqrt(masked_spread(factors, turn_mask)[1]),
         "modulation_min": jnp.where(exists, jnp.min(jnp.where(turn_mask, factors, jnp.inf)), 0),
         "modulation_max": jnp.where(exists, jnp.max(jnp.where(turn_mask, factors, -jnp.inf)), 0),
         "modulation_p10": f10,
         "modulation_p90": f90,
         "advantage_mean": masked_mean(advantages, turn_mask),
+        "advantage_std": jnp.sqrt(masked_spread(advantages, turn_mask)[1]),
         "advantage_abs_mean": masked_mean(size, turn_mask),
         "advantage_sign_changed": share(jnp.sign(advantages) != jnp.sign(base)),
         "advantage_changed_2x": share((size > 2 * before) | (2 * size < before)),
         "advantage_positive": share(advantages > 0),
         "advantage_negative": share(advantages < 0),
-        "mixed_groups": mixed_group_share(returns, group_ids),
     }
-    return {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+
+def predicted_entropy_drift(
+    advantages: Float[Array, "B T"],
+    logprobs: Float[Array, "B T"],
+    entropies: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, ""]:
+    """AEM's entropy-drift law on the batch: the mean over sampled tokens of A (S − H), S = −log π.
+
+    Positive when the batch pushes the policy's entropy up, in nats per unit of step size.
+    Source: AEM, https://arxiv.org/abs/2605.00425; see `empg_jax.algorithms.theory.entropy_drift`.
+
+    Args:
+      advantages: per token, after modulation.
+      logprobs: of the sampled tokens under the policy before the update.
+      entropies: of the same policy.
+      mask: sampled tokens.
+    """
+    advantages, logprobs, entropies = (jnp.where(mask, x, 0) for x in (advantages, logprobs, entropies))
+    return masked_mean(advantages * (-logprobs - entropies), mask)

@@ -1,8 +1,8 @@
-"""Masks, ids and segments: the ground that every estimator stands on.
+"""Masks, types and masked statistics: the ground that every estimator stands on.
 
 Conventions of the whole package:
 
-* arrays may be JAX or NumPy; masks may be bool, int or float (non-zero = valid) and never change a result's type;
+* arrays may be JAX or NumPy; masks may be bool, int or float (non-zero = valid) and change no result's type;
 * results have the promoted type of the floating inputs and float32;
 * a masked place is overwritten *before* any arithmetic, so junk under a mask (NaN included) is harmless;
 * an id of -1 means absent: excluded from every statistic, result 0.
@@ -54,15 +54,59 @@ def check_shapes(**arrays: Shaped[Arr, "..."]) -> None:
     """Raises ValueError unless all arrays have one shape; users' own JAX settings may broadcast silently."""
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
-        raise ValueError(
-            "these arrays must have one shape: " + ", ".join(f"{n} {s}" for n, s in shapes.items())
-        )
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"these arrays must have one shape, got {found}")
 
 
 def masked_mean(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
     """Mean over the valid places; 0 when there are none."""
     count = jnp.sum(mask, dtype=values.dtype)
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(count, 1)
+
+
+def masked_spread(
+    values: Float[Array, "..."], mask: Bool[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """Deviations from the mean over the valid places (0 elsewhere) and their variance (ddof 1).
+
+    The values are first shifted by their minimum, so that equal values give zeros exactly.
+    """
+    low = jnp.min(jnp.where(mask, values, jnp.inf))
+    shifted = jnp.where(mask, values, 0) - jnp.where(jnp.any(mask), low, 0)
+    deviations = jnp.where(mask, shifted - masked_mean(shifted, mask), 0)
+    count = jnp.sum(mask, dtype=values.dtype)
+    return deviations, jnp.sum(deviations**2) / jnp.maximum(count - 1, 1)
+
+
+def whiten(x: Real[Arr, "..."], mask: Shaped[Arr, "..."]) -> Float[Array, "..."]:
+    """Mean 0 and variance 1 over the valid places: (x − mean) / sqrt(var + 1e-8), var with ddof 1.
+
+    Args:
+      x: any shape.
+      mask: same shape; which places count.
+
+    Returns:
+      Same shape, 0 off the mask; all 0 when the valid values are equal.
+    """
+    check_shapes(x=x, mask=mask)
+    (x,) = as_floats(x)
+    deviations, variance = masked_spread(x, as_mask(mask))
+    return deviations / jnp.sqrt(variance + 1e-8)
+
+
+def next_valid_values(values: Float[Array, "R L"], mask: Bool[Array, "R L"]) -> Float[Array, "R L"]:
+    """The value at the next valid place of the same row, across invalid ones; 0 at the last and off the mask.
+
+    Args:
+      values: one row per sequence.
+      mask: which places exist.
+    """
+    length = values.shape[1]
+    places = jnp.where(mask, jnp.arange(length, dtype=jnp.int32)[None, :], length)
+    from_here = jax.lax.cummin(places, axis=1, reverse=True)
+    after = jnp.concatenate([from_here[:, 1:], jnp.full_like(from_here[:, :1], length)], axis=1)
+    found = jnp.take_along_axis(values, jnp.minimum(after, length - 1), axis=1)
+    return jnp.where(mask & (after < length), found, 0)
 
 
 def masked_quantiles(
@@ -90,134 +134,3 @@ def masked_quantiles(
         step = jnp.where(right > left, right - left, 0) * (place - low)
         results.append(jnp.where(jnp.any(mask), left + step, 0))
     return tuple(results)
-
-
-def center_by_group(
-    values: Real[Arr, " M"], ids: Int[Array, " M"], num_groups: int
-) -> tuple[Float[Array, " M"], Float[Array, " M"], Float[Array, " M"]]:
-    """Deviations from the group mean, with the group's spread and size.
-
-    Each group is first shifted by its own minimum: a group of equal values gives zeros *exactly*, whatever the
-    values (a float mean of equal numbers need not equal them), and large offsets cost no precision.
-
-    Args:
-      values: one value per member.
-      ids: the group of each member in [0, num_groups); -1 = absent.
-      num_groups: static bound of the ids.
-
-    Returns:
-      ``(deviations, std, count)``, each [M]: deviation from the mean, standard deviation (ddof 1, 0 for a
-      group of one) and size of the member's group; 0 for absent members.
-    """
-    (values,) = as_floats(values)
-    valid = ids >= 0
-    home = jnp.where(valid, ids, 0)
-
-    def total(x: Float[Array, " M"]) -> Float[Array, " M"]:
-        sums = jax.ops.segment_sum(jnp.where(valid, x, 0), home, num_segments=num_groups)
-        return jnp.where(valid, sums[home], 0)
-
-    low = jax.ops.segment_min(jnp.where(valid, values, jnp.inf), home, num_segments=num_groups)[home]
-    shifted = jnp.where(valid, values, 0) - jnp.where(valid, low, 0)
-    count = total(jnp.ones_like(values))
-    deviations = jnp.where(valid, shifted - total(shifted) / jnp.maximum(count, 1), 0)
-    variance = total(deviations**2) / jnp.maximum(count - 1, 1)
-    return deviations, jnp.sqrt(variance), count
-
-
-def rank_ids(ids: Int[Array, "..."]) -> Int[Array, "..."]:
-    """Arbitrary ids as ids in [0, size): equal stay equal, different stay different, -1 stays -1.
-
-    The new id is the place of the first equal one in sorted order, so one sort does it and no pairwise
-    comparison is ever built.
-
-    Args:
-      ids: arbitrary int32 of any shape; -1 = absent.
-    """
-    flat = ids.ravel()
-    places = jnp.searchsorted(jnp.sort(flat), flat).astype(jnp.int32)
-    return jnp.where(ids >= 0, places.reshape(ids.shape), -1)
-
-
-def _turn_slots(
-    loss_mask: Shaped[Arr, "B T"],
-    trajectory_ids: Int[Arr, "B T"],
-    turn_ids: Int[Arr, "B T"],
-    shape: tuple[int, int],
-) -> Int[Array, "B T"]:
-    """The cell ``trajectory * K + turn`` of each token's turn; -1 off the mask or outside the table."""
-    num_trajectories, num_turns = shape
-    trajectories, turns = as_ids(trajectory_ids), as_ids(turn_ids)
-    inside = (trajectories >= 0) & (trajectories < num_trajectories) & (turns >= 0) & (turns < num_turns)
-    return jnp.where(as_mask(loss_mask) & inside, trajectories * num_turns + turns, -1)
-
-
-def count_turn_tokens(
-    loss_mask: Shaped[Arr, "B T"],
-    trajectory_ids: Int[Arr, "B T"],
-    turn_ids: Int[Arr, "B T"],
-    *,
-    num_trajectories: int,
-    num_turns: int,
-) -> Int[Array, "N K"]:
-    """How many sampled tokens each turn has (arguments as in `compute_turn_entropies`)."""
-    slots = _turn_slots(loss_mask, trajectory_ids, turn_ids, (num_trajectories, num_turns)).ravel()
-    ones = (slots >= 0).astype(jnp.int32)
-    counts = jax.ops.segment_sum(ones, jnp.maximum(slots, 0), num_segments=num_trajectories * num_turns)
-    return counts.reshape(num_trajectories, num_turns)
-
-
-def compute_turn_entropies(
-    entropies: Real[Arr, "B T"],
-    loss_mask: Shaped[Arr, "B T"],
-    trajectory_ids: Int[Arr, "B T"],
-    turn_ids: Int[Arr, "B T"],
-    *,
-    num_trajectories: int,
-    num_turns: int,
-) -> tuple[Float[Array, "N K"], Bool[Array, "N K"]]:
-    """Mean entropy of each turn over its sampled tokens: H_it = (1/n_it) Σ_j h_itj.
-
-    It serves any per-token stream that wants a mean over the turn. No gradient flows through it.
-
-    Args:
-      entropies: token entropies in nats.
-      loss_mask: tokens that the policy sampled; others are not read.
-      trajectory_ids: in [0, num_trajectories).
-      turn_ids: in [0, num_turns). Tokens outside the table belong to no turn.
-      num_trajectories: N, static.
-      num_turns: K, static.
-
-    Returns:
-      ``(turn_entropies, turn_mask)``: float [N, K], 0 where a turn has no token; bool [N, K], turns that have one.
-    """
-    check_shapes(entropies=entropies, loss_mask=loss_mask, trajectory_ids=trajectory_ids, turn_ids=turn_ids)
-    (entropies,) = as_floats(jax.lax.stop_gradient(entropies))
-    table = (num_trajectories, num_turns)
-    slots = _turn_slots(loss_mask, trajectory_ids, turn_ids, table)
-    counts = count_turn_tokens(
-        loss_mask, trajectory_ids, turn_ids, num_trajectories=num_trajectories, num_turns=num_turns
-    )
-    kept = jnp.where(slots >= 0, entropies, 0).ravel()
-    sums = jax.ops.segment_sum(kept, jnp.maximum(slots, 0).ravel(), num_segments=num_trajectories * num_turns)
-    return sums.reshape(table) / jnp.maximum(counts, 1).astype(sums.dtype), counts > 0
-
-
-def turns_to_tokens(
-    values: Real[Arr, "N K"],
-    loss_mask: Shaped[Arr, "B T"],
-    trajectory_ids: Int[Arr, "B T"],
-    turn_ids: Int[Arr, "B T"],
-) -> Float[Array, "B T"]:
-    """Gives every sampled token its turn's value; 0 off the mask. The inverse of `compute_turn_entropies`.
-
-    Args:
-      values: one value per turn.
-      loss_mask: tokens that the policy sampled.
-      trajectory_ids: row of the table for each token.
-      turn_ids: column of the table for each token.
-    """
-    check_shapes(loss_mask=loss_mask, trajectory_ids=trajectory_ids, turn_ids=turn_ids)
-    (values,) = as_floats(values)
-    slots = _turn_slots(loss_mask, trajectory_ids, turn_ids, (values.shape[0], values.shape[1]))
-    return jnp.where(slots >= 0, values.ravel()[jnp.maximum(slots, 0)], 0)

@@ -52,10 +52,52 @@ def assert_turns(result, rows):
         (al.grpo, PAIRS, {}, [0.707106, -0.707106, -0.707105, 0.707105]),
         (al.grpo, ONE, {}, [0.848873, -1.091408, -0.606338, 0.848873]),
         (al.grpo, PAIRS, {"scale_by_std": False}, [0.5, -0.5, -0.375, 0.375]),
+        (lambda returns, groups: al.reinforce(returns), ONE, {}, [0.4375, -0.5625, -0.3125, 0.4375]),
     ],
 )
 def test_base_advantages(run, function, groups, keywords, expected):
     np.testing.assert_allclose(run(function, RETURNS, groups, **keywords), expected, atol=1e-5)
+
+
+def test_grpo_over_turn_rows(run):
+    scores = np.broadcast_to(RETURNS[:, None], TURNS.shape)
+    whole = [[1.022217] * 3, [-1.226660] * 2, [-0.664441] * 4, [1.022217] * 2]
+    assert_turns(run(al.grpo_turn_rows, scores, TURNS, ONE), whole)
+    penalised = scores - 0.1 * EXAMPLE["invalid"].astype(np.float32)
+    expected = [[1.016717] * 3, [-1.134031, -1.349105], [-0.811418, *[-0.596344] * 3], [1.016717] * 2]
+    assert_turns(run(al.grpo_turn_rows, penalised, TURNS, ONE), expected)
+
+
+@pytest.mark.parametrize("rows", ["first", "mean"])
+def test_one_row_per_trajectory_is_grpo(run, rows):
+    scores = np.broadcast_to(RETURNS[:, None], TURNS.shape)
+    expected = np.where(TURNS > 0, np.asarray(al.grpo(RETURNS, PAIRS))[:, None], 0)
+    result = run(al.grpo_turn_rows, scores, TURNS, PAIRS, rows=rows)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+def test_gigpo(run):
+    lengths = TURNS.sum(1).astype(int)
+    turn_returns = np.zeros((4, 4), np.float32)
+    for i, length in enumerate(lengths):
+        turn_returns[i, :length] = RETURNS[i] * 0.95 ** np.arange(length - 1, -1, -1)
+    expected = [
+        [0.823289, 0.912500, 0.437500],
+        [-1.079211, -1.037500],
+        [-0.614867, -0.574583, -0.562708, -0.312500],
+        [0.870789, 0.949792],
+    ]
+    anchors = EXAMPLE["anchor"].astype(np.int32)
+    assert_turns(run(al.gigpo, RETURNS, turn_returns, anchors, TURNS, ONE), expected)
+
+
+def test_reinforce_pp_baseline(run):
+    last = np.array([np.flatnonzero(row)[-1] for row in TOKENS])
+    rewards = np.zeros(TOKENS.shape, np.float32)
+    rewards[np.arange(4), last] = RETURNS - RETURNS.mean()
+    result = run(al.reinforce_pp, rewards, TOKENS)
+    expected = np.array([1.056039, -1.290714, -0.704026, 1.056039])[:, None] * TOKENS
+    np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_turn_entropies(run):
@@ -110,6 +152,34 @@ EMPG = [
 ]
 
 
+def test_empg_centred_by_tokens(run):
+    expected = [
+        [0.347537, 0.581096, 0.612805],
+        [-0.280476, -0.470150],
+        [-0.375174, -0.318312, -0.469092, -0.338754],
+        [0.575333, 0.373859],
+    ]
+    counts = EXAMPLE["n_tok"].astype(np.int32)
+    assert_turns(run(al.empg, BASE, H, TURNS, center="token", token_counts=counts), expected)
+
+
+def test_empg_factors(run):
+    ones = np.ones_like(BASE)
+    expected = [
+        [0.669492, 1.103805, 1.348191],
+        [0.548133, 0.817719],
+        [0.998764, 0.903719, 1.219893, 0.739903],
+        [1.489981, 1.160399],
+    ]
+    assert_turns(run(al.empg, ones, H, TURNS, zeta=0.0, center="none"), expected)
+
+
+def test_empg_bonus(run):
+    """With no advantage, no scaling and no centring, ζ = 1 leaves f of the next turn."""
+    expected = [[0.740818, 0.904837], [0.548812], [0.606531, 0.818731, 0.496585], [0.778801]]
+    assert_turns(run(al.empg, 0 * BASE, H, TURNS, zeta=1.0, center="none"), expected)
+
+
 @pytest.mark.parametrize("keywords, expected", EMPG, ids=["full", "zeta", "scaling", "bonus"])
 def test_empg(run, keywords, expected):
     assert_turns(run(al.empg, BASE, H, TURNS, **keywords), expected)
@@ -160,7 +230,9 @@ def test_aem_dead_zone(run):
     )
 
 
-NEW, OLD, REF = (EXAMPLE[name].astype(np.float32) for name in ("new", "old", "ref"))
+NEW, OLD, REF, ROLL = (EXAMPLE[name].astype(np.float32) for name in ("new", "old", "ref", "roll"))
+SEQUENCES = np.where(TOKENS > 0, ROW * 7 + 3, -1).astype(np.int32)
+TURN_SEQUENCES = np.where(TOKENS > 0, ROW * 4 + TURN_OF, -1).astype(np.int32)
 
 
 def empg_tokens():
@@ -182,6 +254,53 @@ def empg_tokens():
 def test_ppo_clip(run, keywords, weights, expected):
     loss = run(al.ppo_clip, NEW, OLD, empg_tokens(), **keywords)
     np.testing.assert_allclose(jnp.sum(loss * run(al.loss_weights, TOKENS, **weights)), expected, atol=1e-6)
+
+
+def token_mean(loss, mode="token-mean"):
+    return jnp.sum(loss * al.loss_weights(TOKENS, mode=mode))
+
+
+def test_gspo(run):
+    loss = run(al.gspo, NEW, OLD, empg_tokens(), SEQUENCES)
+    np.testing.assert_allclose(token_mean(loss, "seq-mean-token-mean"), 0.01578008, atol=1e-6)
+    ratios = run(al.gspo, NEW, OLD, -np.ones_like(NEW), SEQUENCES, clip_low=1.0, clip_high=10.0)
+    np.testing.assert_allclose(ratios[:, 0], [1.065382, 0.784010, 1.151713, 0.852144], atol=1e-5)
+
+
+def test_turn_ratio(run):
+    loss = run(al.turn_ratio_clip, NEW, OLD, empg_tokens(), TURN_SEQUENCES)
+    np.testing.assert_allclose(token_mean(loss), 0.04121127, atol=1e-6)
+
+
+def test_unclipped_objectives(run):
+    advantages = empg_tokens()
+    loss = run(al.cispo, NEW, OLD, advantages, clip_high=0.2)
+    np.testing.assert_allclose(token_mean(loss), 0.02723244, atol=1e-6)
+    np.testing.assert_allclose(token_mean(run(al.sapo, NEW, OLD, advantages)), -0.04728013, atol=1e-6)
+    np.testing.assert_allclose(token_mean(run(al.reinforce_loss, NEW, advantages)), 0.06136988, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode, expected", [("mask", 0.07424985), ("clamp", 0.11363663)])
+def test_decoupled_ppo(run, mode, expected):
+    loss = run(al.decoupled_ppo, NEW, OLD, ROLL, empg_tokens(), cap=2.0, mode=mode)
+    np.testing.assert_allclose(token_mean(loss), expected, atol=1e-6)
+
+
+def test_corrections(run):
+    loss = al.ppo_clip(NEW, OLD, empg_tokens()) * run(al.tis_weights, OLD, ROLL, TOKENS)
+    np.testing.assert_allclose(token_mean(loss), 0.09674697, atol=1e-6)
+    assert int(run(al.mis_mask, OLD, ROLL, TOKENS).sum()) == 19
+    kept = run(al.offpolicy_sequence_mask, NEW, OLD, empg_tokens(), TOKENS, SEQUENCES)
+    np.testing.assert_array_equal(kept, (TOKENS > 0) & (ROW != 1))
+
+
+def test_theory(run):
+    logits = np.float32([1.2, -0.3, 0.4, 2])
+    np.testing.assert_allclose(run(al.score_norm_sq, logits), 0.591645, atol=1e-6)
+    np.testing.assert_allclose(1 - jnp.exp(-run(al.renyi2_entropy, logits)), 0.591645, atol=1e-6)
+    policy = np.log(np.float32([0.6, 0.3, 0.1]))
+    for action, expected in ((2, 1.404639), (0, -0.387120)):
+        np.testing.assert_allclose(run(al.entropy_drift, policy, action, 1.0), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind, expected", [("k1", 0.02065763), ("k2", 0.07236932), ("k3", 0.06499261)])

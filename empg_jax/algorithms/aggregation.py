@@ -1,0 +1,61 @@
+"""From a loss per token to one number: weights that hold mask and normaliser in one."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from empg_jax.algorithms.masking import Arr, Scalar, as_ids, as_mask, check_choice, check_shapes
+from empg_jax.algorithms.segments import sequence_segments
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+def loss_weights(
+    loss_mask: Shaped[Arr, "B T"],
+    *,
+    mode: str = "token-mean",
+    sequence_ids: Int[Arr, "B T"] | None = None,
+    scale: Scalar | None = None,
+) -> Float[Array, "B T"]:
+    """Each token's share in the loss, so that the aggregated loss is ``sum(loss * weights)``.
+
+    With n_i trained tokens in sequence i, B sequences that have any, and l the loss of a token:
+
+        token-mean               Σ l / Σ n_i
+        seq-mean-token-mean      (1/B) Σ_i (1/n_i) Σ_t l
+        seq-mean-token-sum       (1/B) Σ_i Σ_t l
+        seq-mean-token-sum-norm  Σ l / scale
+
+    Call it on the whole mini-batch: micro-batches then only add up.
+
+    Args:
+      loss_mask: tokens that are trained.
+      mode: one of the four above.
+      sequence_ids: arbitrary ids, equal ids = one sequence, -1 = padding (weight 0 in every mode); None makes
+        every row a sequence.
+      scale: divisor of ``seq-mean-token-sum-norm``; the row length when None.
+
+    Returns:
+      Weights [B, T], 0 off the mask; all 0 when nothing is trained. The default float type (float32 unless
+      x64 is on), whatever the type of the mask.
+
+    Raises:
+      ValueError: for an unknown mode, a ``scale`` that the mode does not use, or different shapes.
+    """
+    check_choice("mode", mode, AGGREGATIONS)
+    if scale is not None and mode != "seq-mean-token-sum-norm":
+        raise ValueError(f'scale is used by mode="seq-mean-token-sum-norm" only, not by {mode!r}')
+    dtype = jnp.result_type(float)
+    mask = as_mask(loss_mask)
+    if sequence_ids is not None:
+        check_shapes(loss_mask=loss_mask, sequence_ids=sequence_ids)
+        mask = mask & (as_ids(sequence_ids) >= 0)
+    ones = mask.astype(dtype)
+    if mode == "token-mean":
+        return ones / jnp.maximum(jnp.sum(ones), 1)
+    if mode == "seq-mean-token-sum-norm":
+        return ones / jnp.asarray(mask.shape[1] if scale is None else scale, dtype)
+    home = jnp.maximum(sequence_segments(mask, sequence_ids), 0)
+    counts = jax.ops.segment_sum(ones.ravel(), home.ravel(), num_segments=mask.size)
+    weights = ones / jnp.maximum(jnp.sum(counts > 0, dtype=dtype), 1)
+    return weights if mode == "seq-mean-token-sum" else weights / jnp.maximum(counts[home], 1)

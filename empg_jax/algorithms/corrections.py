@@ -1,0 +1,194 @@
+"""Corrections for data that another policy sampled: the engine's rounding, or older weights.
+
+Weights and masks, all constants to the gradient. A token off the mask gets 0 (False).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Real, Shaped
+
+from empg_jax.algorithms.clipped import MAX_LOG_RATIO, log_ratio
+from empg_jax.algorithms.masking import (
+    Arr,
+    Scalar,
+    as_floats,
+    as_ids,
+    as_mask,
+    check_choice,
+    check_shapes,
+    masked_mean,
+)
+from empg_jax.algorithms.segments import segment_means, segment_totals, sequence_segments
+
+LEVELS = ("token", "sequence", "sequence_mean")
+
+
+def _counted(mask: Shaped[Arr, "B T"], sequence_ids: Int[Arr, "B T"] | None) -> Bool[Array, "B T"]:
+    """The mask as bool, without tokens that belong to no sequence."""
+    valid = as_mask(mask)
+    return valid if sequence_ids is None else valid & (as_ids(sequence_ids) >= 0)
+
+
+def _correction_log_ratio(
+    old_logprobs: Real[Arr, "B T"],
+    behavior_logprobs: Real[Arr, "B T"],
+    mask: Shaped[Arr, "B T"],
+    level: str,
+    sequence_ids: Int[Arr, "B T"] | None,
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Log ratio of learner to sampler on a level, clamped to ±20, and the bool mask."""
+    check_shapes(old_logprobs=old_logprobs, behavior_logprobs=behavior_logprobs, mask=mask)
+    old, behavior = as_floats(jax.lax.stop_gradient(old_logprobs), jax.lax.stop_gradient(behavior_logprobs))
+    valid = _counted(mask, sequence_ids)
+    change = log_ratio(jnp.where(valid, old, 0), jnp.where(valid, behavior, 0))
+    if level == "token":
+        return change, valid
+    segments = sequence_segments(valid, sequence_ids)
+    change = (segment_totals if level == "sequence" else segment_means)(change, segments)
+    return jnp.clip(change, -MAX_LOG_RATIO, MAX_LOG_RATIO), valid
+
+
+def tis_weights(
+    old_logprobs: Real[Arr, "B T"],
+    behavior_logprobs: Real[Arr, "B T"],
+    mask: Shaped[Arr, "B T"],
+    *,
+    cap: Scalar = 2.0,
+    level: str = "token",
+    sequence_ids: Int[Arr, "B T"] | None = None,
+    normalize: bool = False,
+) -> Float[Array, "B T"]:
+    """Truncated importance sampling: constants that multiply the loss after its clipping.
+
+        token: w = min(e^{d_t}, cap);   sequence: w = min(e^{Σ_t d_t}, cap);   d = old − behavior
+
+    Not to be used when ``old_logprobs`` are the sampler's own: then PPO's ratio already holds the correction.
+    Source: verl's rollout correction, https://github.com/volcengine/verl (``docs/algo/rollout_corr.md``).
+
+    Args:
+      old_logprobs: of the learner before the update.
+      behavior_logprobs: recorded by the sampler.
+      mask: valid tokens; junk elsewhere is harmless.
+      cap: largest weight.
+      level: ``"token"``, ``"sequence"`` (the product) or ``"sequence_mean"`` (the geometric mean).
+      sequence_ids: arbitrary ids, -1 = padding; None makes every row a sequence.
+      normalize: divide by the mean weight, over tokens or over sequences as the level says.
+
+    Returns:
+      Weights [B, T], 0 off the mask.
+
+    Raises:
+      ValueError: for an unknown level or different shapes.
+    """
+    check_choice("level", level, LEVELS)
+    change, valid = _correction_log_ratio(old_logprobs, behavior_logprobs, mask, level, sequence_ids)
+    weights = jnp.minimum(jnp.exp(change), jnp.asarray(cap, change.dtype))
+    if normalize:
+        # On sequence level every token holds its sequence's weight: shares of 1/n_i make sequences weigh one.
+        shares = valid.astype(weights.dtype)
+        if level != "token":
+            counts = segment_totals(shares, sequence_segments(valid, sequence_ids))
+            shares = shares / jnp.maximum(counts, 1)
+        total = jnp.sum(shares)
+        mean = jnp.sum(jnp.where(valid, weights, 0) * shares) / jnp.where(total > 0, total, 1)
+        weights = weights / jnp.where(mean > 0, mean, 1)
+    return jnp.where(valid, weights, 0)
+
+
+def mis_mask(
+    old_logprobs: Real[Arr, "B T"],
+    behavior_logprobs: Real[Arr, "B T"],
+    mask: Shaped[Arr, "B T"],
+    *,
+    low: Scalar = 0.5,
+    high: Scalar = 2.0,
+    level: str = "token",
+    sequence_ids: Int[Arr, "B T"] | None = None,
+) -> Bool[Array, "B T"]:
+    """Masked importance sampling: keeps what lies in ``[low, high]``, ends included.
+
+    What is rejected leaves the mask *and* the denominator: use the result as ``loss_mask`` of `loss_weights`.
+    Source: verl's rollout correction, as `tis_weights`.
+
+    Args:
+      old_logprobs: of the learner before the update.
+      behavior_logprobs: recorded by the sampler.
+      mask: valid tokens; junk elsewhere is harmless.
+      low: smallest ratio learner/sampler that is kept.
+      high: largest such ratio.
+      level: what is judged: ``"token"``, ``"sequence"`` (the product of its ratios) or ``"sequence_mean"``
+        (their geometric mean).
+      sequence_ids: arbitrary ids, -1 = padding; None makes every row a sequence.
+
+    Returns:
+      The mask that is left, [B, T].
+
+    Raises:
+      ValueError: for an unknown level or different shapes.
+    """
+    check_choice("level", level, LEVELS)
+    change, valid = _correction_log_ratio(old_logprobs, behavior_logprobs, mask, level, sequence_ids)
+    ratios = jnp.exp(change)
+    return valid & (ratios >= jnp.asarray(low, ratios.dtype)) & (ratios <= jnp.asarray(high, ratios.dtype))
+
+
+def offpolicy_sequence_mask(
+    logprobs: Real[Arr, "B T"],
+    old_logprobs: Real[Arr, "B T"],
+    advantages: Real[Arr, "B T"],
+    mask: Shaped[Arr, "B T"],
+    sequence_ids: Int[Arr, "B T"] | None,
+    *,
+    delta: Scalar = 0.223,
+) -> Bool[Array, "B T"]:
+    """Drops sequences that are bad and that the policy has already left.
+
+        drop i when mean_t A < 0 and mean_t (old − log π) > δ
+
+    It multiplies the loss and leaves the denominator alone. Source: DeepSeek-V3.2,
+    https://arxiv.org/abs/2512.02556.
+
+    Args:
+      logprobs: of the policy being trained; no gradient flows through the mask.
+      old_logprobs: of the policy before the update.
+      advantages: per token.
+      mask: valid tokens; junk elsewhere is harmless.
+      sequence_ids: arbitrary ids, -1 = padding; None makes every row a sequence.
+      delta: δ in nats; ln 1.25 by default.
+
+    Returns:
+      The mask that is left, [B, T].
+
+    Raises:
+      ValueError: for different shapes.
+    """
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    new, old, advantages = as_floats(
+        *(jax.lax.stop_gradient(x) for x in (logprobs, old_logprobs, advantages))
+    )
+    valid = _counted(mask, sequence_ids)
+    new, old, advantages = (jnp.where(valid, x, 0) for x in (new, old, advantages))
+    segments = sequence_segments(valid, sequence_ids)
+    left = segment_means(old - new, segments) > jnp.asarray(delta, new.dtype)
+    return valid & ~(left & (segment_means(advantages, segments) < 0))
+
+
+def effective_sample_size(
+    old_logprobs: Real[Arr, "B T"], behavior_logprobs: Real[Arr, "B T"], mask: Shaped[Arr, "B T"]
+) -> Float[Array, ""]:
+    """Share of the tokens that the ratios learner/sampler leave effective: (mean w)² / mean w², in (0, 1].
+
+    Args:
+      old_logprobs: of the learner before the update.
+      behavior_logprobs: recorded by the sampler.
+      mask: valid tokens.
+
+    Returns:
+      1 when learner and sampler agree; 0 when nothing is valid.
+    """
+    change, valid = _correction_log_ratio(old_logprobs, behavior_logprobs, mask, "token", None)
+    # Ratios relative to the largest: the quotient is the same and nothing overflows.
+    top = jnp.max(jnp.where(valid, change, -MAX_LOG_RATIO))
+    weights = jnp.exp(change - top)
+    square = masked_mean(weights**2, valid)
+    return masked_mean(weights, valid) ** 2 / jnp.where(square > 0, square, 1)

@@ -1,0 +1,140 @@
+"""GiGPO: episode-level plus step-level groups, the latter made of equal (or similar) observations."""
+
+import difflib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Real, Shaped
+
+from empg_jax.algorithms.advantages import SINGLETONS, grpo
+from empg_jax.algorithms.masking import Arr, Scalar, as_floats, as_ids, as_mask, check_choice, check_shapes
+from empg_jax.algorithms.segments import center_by_group
+
+
+def anchor_groups(
+    anchor_ids: Int[Array, "N K"], turn_mask: Bool[Array, "N K"], group_ids: Int[Array, " N"]
+) -> Int[Array, "N K"]:
+    """Numbers the pairs (task group, anchor) in [0, N·K) by sorting; -1 where a turn has none.
+
+    Args:
+      anchor_ids: arbitrary ids, equal ids = equal observation; -1 = none.
+      turn_mask: turns that exist.
+      group_ids: in [0, N), -1 = absent.
+    """
+    groups = jnp.broadcast_to(group_ids[:, None], anchor_ids.shape)
+    valid = turn_mask & (groups >= 0) & (anchor_ids >= 0)
+    places = jnp.arange(anchor_ids.size, dtype=jnp.int32)
+    keys = (jnp.where(valid, groups, -1).ravel(), jnp.where(valid, anchor_ids, -1).ravel(), places)
+    group, anchor, origin = jax.lax.sort(keys, num_keys=2)
+    starts = (group != jnp.roll(group, 1)) | (anchor != jnp.roll(anchor, 1))
+    numbers = jnp.cumsum(starts.astype(jnp.int32).at[0].set(0))
+    numbers = jnp.zeros_like(numbers).at[origin].set(numbers)
+    return jnp.where(valid, numbers.reshape(anchor_ids.shape), -1)
+
+
+def gigpo(
+    returns: Real[Arr, " N"],
+    turn_returns: Real[Arr, "N K"],
+    anchor_ids: Int[Arr, "N K"],
+    turn_mask: Shaped[Arr, "N K"],
+    group_ids: Int[Arr, " N"],
+    *,
+    omega: Scalar = 1.0,
+    scale_by_std: bool = False,
+    eps: Scalar = 1e-6,
+    singleton: str = "zero",
+) -> Float[Array, "N K"]:
+    """Group-in-group advantages (GiGPO).
+
+        A_it = A^E_i + ω A^S_it
+
+    A^E is group-relative on the episode return; A^S is group-relative on the turn's discounted return, among
+    the turns of the same task group that answer the same observation. An anchor group of one gives A^S = 0.
+    Source: GiGPO, https://arxiv.org/abs/2505.10978, Eq. 3 and 5-8.
+
+    Args:
+      returns: episode returns.
+      turn_returns: discounted reward-to-go of each turn.
+      anchor_ids: observation key of each turn; equal ids = equal observation, -1 = none.
+      turn_mask: turns that exist.
+      group_ids: the task of each trajectory, in [0, N); -1 = absent.
+      omega: ω, weight of the step part.
+      scale_by_std: divide both parts by their group's standard deviation.
+      eps: added to the standard deviations.
+      singleton: episode part of a task group of one: ``"zero"`` or the ``"raw"`` return.
+
+    Returns:
+      Advantages [N, K], 0 off the mask.
+
+    Raises:
+      ValueError: for an unknown ``singleton`` or different shapes.
+    """
+    check_choice("singleton", singleton, SINGLETONS)
+    check_shapes(turn_returns=turn_returns, anchor_ids=anchor_ids, turn_mask=turn_mask)
+    returns, turn_returns = as_floats(jax.lax.stop_gradient(returns), jax.lax.stop_gradient(turn_returns))
+    ids = as_ids(group_ids)
+    mask = as_mask(turn_mask) & (ids >= 0)[:, None]
+    episode = grpo(returns, ids, scale_by_std=scale_by_std, eps=eps, singleton=singleton)
+    members = anchor_groups(as_ids(anchor_ids), mask, ids).ravel()
+    step, std, _ = center_by_group(turn_returns.ravel(), members, members.size)
+    if scale_by_std:
+        step = step / (std + jnp.asarray(eps, std.dtype))
+    step = jnp.asarray(omega, step.dtype) * step.reshape(mask.shape)
+    return jnp.where(mask, episode[:, None] + step, 0)
+
+
+def similarity_anchors(
+    observations: Sequence[Sequence[str]],
+    group_ids: Sequence[int],
+    *,
+    num_turns: int,
+    threshold: float = 0.95,
+) -> np.ndarray:
+    """Anchor ids for observations that are alike rather than equal (host code, before the batch is built).
+
+    Greedy and in order: an observation joins the first cluster of its task group whose first member it
+    matches with a `difflib` ratio of at least ``threshold``, else it opens a cluster.
+
+    Args:
+      observations: for each trajectory, the observation that each of its turns answers.
+      group_ids: the task of each trajectory; -1 = absent.
+      num_turns: K, columns of the result.
+      threshold: in (0, 1]; 1 clusters equal observations only.
+
+    Returns:
+      int32 [N, K], -1 where there is no turn.
+
+    Raises:
+      ValueError: for a threshold out of range or a trajectory with more than ``num_turns`` turns.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold} must lie in (0, 1]")
+    anchors = np.full((len(observations), num_turns), -1, np.int32)
+    clusters: dict[int, list[tuple[str, int]]] = {}
+    known: dict[tuple[int, str], int] = {}
+    count = 0
+    for row, (texts, group) in enumerate(zip(observations, group_ids, strict=True)):
+        if len(texts) > num_turns:
+            raise ValueError(f"trajectory {row} has {len(texts)} turns, more than num_turns={num_turns}")
+        for turn, text in enumerate(texts if group >= 0 else ()):
+            found = known.get((group, text))
+            if found is None:
+                firsts = clusters.setdefault(group, [])
+                found = next((number for first, number in firsts if _alike(first, text, threshold)), count)
+                if found == count:
+                    firsts.append((text, count))
+                    count += 1
+                known[group, text] = found
+            anchors[row, turn] = found
+    return anchors
+
+
+def _alike(first: str, text: str, threshold: float) -> bool:
+    """Whether the `difflib` ratio reaches the threshold; its two cheap upper bounds go first."""
+    if first == text:
+        return True
+    matcher = difflib.SequenceMatcher(None, text, first)
+    bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
+    return all(bound() >= threshold for bound in bounds)
