@@ -83,6 +83,10 @@ class FaultyEnv(CountingEnv):
                 os.kill(os.getpid(), signal.SIGKILL)
             case ["hang"]:
                 time.sleep(3600)
+            case ["hang-again", path]:  # the first time it only leaves a mark
+                if os.path.exists(path):
+                    time.sleep(3600)
+                open(path, "x").close()
             case ["sleep", seconds]:
                 time.sleep(float(seconds))
             case ["noise"]:
@@ -115,11 +119,12 @@ class NondeterministicEnv(FaultyEnv):
 
 
 class SlowEnv(CountingEnv):
-    """Answers after ``latency`` seconds."""
+    """Answers after ``latency`` seconds; takes ``start`` seconds to be built."""
 
-    def __init__(self, latency: float = 0.005, **options: Any):
+    def __init__(self, latency: float = 0.005, start: float = 0.0, **options: Any):
         super().__init__(**options)
         self.latency = latency
+        time.sleep(start)
 
     def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
         time.sleep(self.latency)
