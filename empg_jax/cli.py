@@ -87,9 +87,7 @@ def train(
             resolved = _load(config, changes)
         from empg_jax.trainer import train as run_training
 
-        run_dir = run_training(resolved, resume=resume)
-        _print_closing(run_dir)
-        typer.echo(run_dir.absolute())
+        typer.echo(run_training(resolved, resume=resume).absolute())
 
 
 @app.command()
@@ -221,15 +219,6 @@ def _check_environment(config: Config) -> None:
     except (TypeError, ValueError) as error:
         key = "env.entry_point" if config.env.entry_point else "env.name"
         raise ConfigError(f"{key}={config.env.target}: {error}") from None
-
-
-def _print_closing(run_dir: Path) -> None:
-    """The closing table, when the run got as far as a summary."""
-    from empg_jax.report.summary import print_summary
-
-    summary = run_dir / "summary.json"
-    if summary.is_file():
-        print_summary(json.loads(summary.read_text()))
 
 
 def _print_keys() -> None:

@@ -21,19 +21,24 @@ from empg_jax.config_errors import explain, list_keys
 from empg_jax.config_text import ConfigError as ConfigError
 from empg_jax.config_text import apply_override, find_file, nearest, read_yaml
 
-# Names that `algorithm.name` takes. Estimators are base advantages; recipes stand for several keys at once.
-ESTIMATORS = ("grpo", "rloo")
-GROUP_BASELINES = ("grpo", "rloo")  # estimators that compare the attempts of one task with each other
-_DR_GRPO = {"name": "grpo", "scale_by_std": False, "aggregation": "seq-mean-token-sum-norm"}
+# Names that `algorithm.name` takes, and the keys that each sets; every other key keeps its default. Each name
+# also exists with _empg or _aem behind it, which sets `algorithm.modulation`.
 RECIPES: dict[str, dict[str, Any]] = {
-    "dr_grpo": _DR_GRPO,
-    **{
-        f"{name}_{modulation}": {**base, "modulation": modulation}
-        for name, base in (("grpo", {"name": "grpo"}), ("dr_grpo", _DR_GRPO), ("rloo", {"name": "rloo"}))
-        for modulation in ("empg", "aem")
-    },
+    "reinforce": {"loss": "reinforce", "aggregation": "seq-mean-token-sum", "dual_clip": None},
+    "rloo": {},
+    "grpo": {},
+    "dr_grpo": {"scale_by_std": False, "aggregation": "seq-mean-token-sum"},
+    "grpo_turn_rows": {},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28},
+    "gspo": {"loss": "gspo", "aggregation": "seq-mean-token-mean", "dual_clip": None},
+    "cispo": {"loss": "cispo", "dual_clip": None},
+    "sapo": {"loss": "sapo", "aggregation": "seq-mean-token-mean", "dual_clip": None},
+    "gigpo": {"scale_by_std": False},
+    "reinforce_pp": {},
+    "reinforce_pp_baseline": {},
 }
-ALGORITHM_NAMES = (*ESTIMATORS, *RECIPES)
+NO_GROUP_BASELINE = ("reinforce", "reinforce_pp")  # the others compare the attempts of one task
+ALGORITHM_NAMES = (*RECIPES, *(f"{name}_{kind}" for name in RECIPES for kind in ("empg", "aem")))
 
 # Keys that may change when a run goes on; all others would make the resumed run a different experiment.
 RESUMABLE_KEYS = ("train.updates", "log.*")
@@ -177,7 +182,11 @@ class EmpgConfig(Section):
     scope: Literal["batch", "group", "trajectory"] = Field(
         "batch", description="Turns over which entropies are normalised."
     )
-    center: Literal["turn", "none"] = Field("turn", description="Whether modulated advantages are centred.")
+    center: Literal["turn", "token", "none"] = Field(
+        "turn", description="Mean that is taken off the modulated advantages."
+    )
+    whiten: bool = Field(False, description="Also divide them by their standard deviation.")
+    mixed_groups_only: bool = Field(False, description="Leave out task groups whose returns are all equal.")
 
 
 class AemConfig(Section):
@@ -188,26 +197,44 @@ class AemConfig(Section):
         "group", description="Turns over which entropies are normalised."
     )
     min_range: float = Field(0.1, ge=0, description="Entropy range (nats) below which nothing is modulated.")
+    mean: Literal["turn", "token"] = Field("turn", description="What weighs one in the mean of the factors.")
+    center: Literal["turn", "none"] = Field("none", description="Mean taken off the modulated advantages.")
+    reverse: bool = Field(False, description="Control: swap the factors of low and high entropy.")
+    shuffle_seed: int | None = Field(None, ge=0, description="Control: permute the factors with this seed.")
 
 
 class AlgorithmConfig(Section):
     """Credit assignment and loss."""
 
-    name: str = Field("grpo", description="Base advantage estimator, or a recipe such as grpo_empg.")
+    name: str = Field("grpo", description="Algorithm by name; _empg or _aem behind it sets modulation.")
     modulation: Literal["none", "empg", "aem"] = Field(
         "none", description="Entropy modulation of the credit."
     )
     empg: EmpgConfig = Field(default_factory=EmpgConfig, description="Settings of EMPG.")
     aem: AemConfig = Field(default_factory=AemConfig, description="Settings of AEM.")
-    loss: Literal["ppo_clip"] = Field("ppo_clip", description="Policy loss.")
+    loss: Literal["ppo_clip", "gspo", "turn_ratio_clip", "cispo", "sapo", "reinforce", "decoupled_ppo"] = (
+        Field("ppo_clip", description="Policy loss.")
+    )
     aggregation: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
     ] = Field("token-mean", description="How token losses become one number.")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="Ratios are clipped at 1 - clip_low.")
-    clip_high: float = Field(0.2, gt=0, description="Ratios are clipped at 1 + clip_high.")
-    dual_clip: float | None = Field(3.0, gt=1, description="Loss bound at negative advantages, or null.")
+    clip_low: float | None = Field(
+        None,
+        gt=0,
+        description="Ratios are clipped at 1 - clip_low; null is the loss's own, 0.2 for ppo_clip.",
+    )
+    clip_high: float | None = Field(
+        None,
+        gt=0,
+        description="Ratios are clipped at 1 + clip_high; null is the loss's own, 0.2 for ppo_clip.",
+    )
+    dual_clip: float | None = Field(
+        3.0, gt=1, description="Bound of ppo_clip at negative advantages; null is off."
+    )
     kl_coef: float = Field(0.0, ge=0, description="Weight of the KL penalty to the reference policy.")
-    kl_kind: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of that KL.")
+    kl_kind: Literal["k1", "k2", "k3", "k1+", "k3+"] = Field(
+        "k3", description="Estimator of that KL; + corrects its gradient."
+    )
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     scale_by_std: bool = Field(True, description="Divide group advantages by the group's standard deviation.")
     singleton: Literal["zero", "raw"] = Field("zero", description="Advantage of a group of one.")
@@ -218,22 +245,23 @@ class AlgorithmConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _expand_recipe(cls, data: Any) -> Any:
-        """Write a recipe out as the keys that it stands for; an explicit key may not contradict its name."""
-        if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        """Write out the keys that a name stands for; explicit keys win, but for a second modulation."""
+        if not isinstance(data, dict) or not isinstance(data.get("name", "grpo"), str):
             return data
-        name = data["name"]
+        name = data.get("name", "grpo")
         if name not in ALGORITHM_NAMES:
-            hint = nearest(name, ALGORITHM_NAMES)
-            raise ValueError(f"algorithm.name={name} is unknown{hint}; choose {' or '.join(ALGORITHM_NAMES)}")
-        recipe = RECIPES.get(name, {})
-        explicit = data.get("modulation")
-        if "modulation" in recipe and explicit not in (None, recipe["modulation"]):
-            raise ValueError(
-                f"algorithm.name={name} already names a modulation, and algorithm.modulation={explicit} "
-                f"contradicts it: use one modulation, for example algorithm.name={recipe['name']} "
-                f"with algorithm.modulation={explicit}"
+            hint = (
+                nearest(name, ALGORITHM_NAMES) or f"; choose {' or '.join(RECIPES)}, also with _empg or _aem"
             )
-        return {**recipe, **data, "name": recipe.get("name", name)}
+            raise ValueError(f"algorithm.name={name} is unknown{hint}")
+        base, _, kind = (name, "", "") if name in RECIPES else name.rpartition("_")
+        explicit = data.get("modulation", kind)
+        if kind and explicit != kind:
+            raise ValueError(
+                f"algorithm.name={name} and algorithm.modulation={explicit} name two modulations: use "
+                f"algorithm.name={base} with algorithm.modulation={explicit}, or leave one out"
+            )
+        return {**RECIPES[base], **({"modulation": kind} if kind else {}), **data, "name": base}
 
 
 class TrainConfig(Section):
@@ -354,12 +382,12 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.max_response_tokens={rollout.max_response_tokens} must be smaller than "
             f"rollout.max_tokens={rollout.max_tokens}, which also holds the prompts"
         )
-    if rollout.group_size == 1 and algorithm.name in GROUP_BASELINES:
+    if rollout.group_size == 1 and algorithm.name not in NO_GROUP_BASELINE:
         yield (
             f"rollout.group_size=1 with algorithm.name={algorithm.name}: its baseline compares the attempts "
             "of one task, so every advantage would be 0; use rollout.group_size=2 or more"
         )
-    lowest = 2 if algorithm.name in GROUP_BASELINES else 1
+    lowest = 1 if algorithm.name in NO_GROUP_BASELINE else 2
     if rollout.min_group_size is not None and not lowest <= rollout.min_group_size <= rollout.group_size:
         yield (
             f"rollout.min_group_size={rollout.min_group_size} must lie between {lowest} and "

@@ -51,7 +51,7 @@ METRICS: dict[str, str] = {
     "clip_fraction": "Share of trained tokens whose ratio was clipped.",
     "grad_norm": "Global gradient norm before clipping.",
     "learning_rate": "Learning rate of the update.",
-    "nonfinite": "Share of optimizer steps left out because loss or gradient was not finite.",
+    "nonfinite_steps": "Optimizer steps left out because loss or gradient was not finite.",
     "logprob_gap": "Mean absolute difference of the sampler's and the learner's log-probabilities.",
     "logprob_gap_max": "Largest such difference.",
     # Speed

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from empg_jax.cli import app
 from empg_jax.config import load_config
-from empg_jax.report.runinfo import write_json_atomic, write_run_info
+from empg_jax.report.runinfo import write_run_info
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,6 @@ def trained(monkeypatch, tmp_path):
 
     def train(config, *, resume=None):
         calls.append((config, resume))
-        write_json_atomic(tmp_path / "summary.json", {"eval_success_before": 0.25, "eval_success_after": 0.8})
         return tmp_path
 
     _fake_trainer(monkeypatch, train)
@@ -66,7 +65,7 @@ def test_train_hands_over_the_config_and_prints_the_folder_last(run, trained, tm
     code, out, err = run("train", "quickstart", "algorithm.modulation=aem", "seed=3")
     config, resume = trained[0]
     assert (code, resume, config.seed, config.algorithm.modulation) == (0, None, 3, "aem")
-    assert out == f"{tmp_path}\n" and "+55.0 points" in err
+    assert (out, err) == (f"{tmp_path}\n", "")
 
 
 def test_resume_takes_the_config_of_the_run(run, trained, tmp_path):

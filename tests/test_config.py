@@ -2,11 +2,29 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from empg_jax.config import ALGORITHM_NAMES, Config, ConfigError, check_resumable, describe, load_config
+from empg_jax.algorithms.advantages import SINGLETONS
+from empg_jax.algorithms.aggregation import AGGREGATIONS
+from empg_jax.algorithms.losses import KL_KINDS
+from empg_jax.algorithms.modulation import CENTERS, MEANS, SCOPES
+from empg_jax.algorithms.objectives import OBJECTIVES
+from empg_jax.algorithms.recipe import MODULATIONS
+from empg_jax.algorithms.recipes import ALGORITHMS
+from empg_jax.config import (
+    ALGORITHM_NAMES,
+    AemConfig,
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    EmpgConfig,
+    check_resumable,
+    describe,
+    load_config,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -31,7 +49,7 @@ REFUSED = {
     (
         "algorithm.name=grpo_empg",
         "algorithm.modulation=aem",
-    ): r"grpo_empg.*algorithm\.modulation=aem.*one modul",
+    ): r"grpo_empg and algorithm\.modulation=aem name two",
     ("rollout.group_size=1",): r"rollout\.group_size=1 with algorithm\.name=grpo",
     ("rollout.group_size=1", "algorithm.name=rloo"): r"rollout\.group_size=1 with algorithm\.name=rloo",
     ("rollout.min_group_size=9",): r"min_group_size=9 must lie between 2 and rollout\.group_size=8",
@@ -132,10 +150,11 @@ def test_overrides_are_yaml_and_the_last_one_wins():
 
 
 def test_recipes_are_written_out():
-    empg = load_config("quickstart", ["algorithm.name=grpo_empg"]).algorithm
-    assert (empg.name, empg.modulation) == ("grpo", "empg")
+    empg = load_config("quickstart", ["algorithm.modulation=empg", "algorithm.name=dapo_empg"]).algorithm
+    assert (empg.name, empg.modulation, empg.clip_high) == ("dapo", "empg", 0.28)
     mean_only = load_config("quickstart", ["algorithm.name=dr_grpo"]).algorithm
-    assert (mean_only.name, mean_only.scale_by_std) == ("grpo", False)
+    assert (mean_only.name, mean_only.scale_by_std) == ("dr_grpo", False)
+    assert Config(algorithm={"name": "dr_grpo", "scale_by_std": True}).algorithm.scale_by_std
 
 
 def test_a_config_cannot_be_changed():
@@ -159,9 +178,33 @@ def test_described_defaults_are_the_defaults():
         assert value == default, path
 
 
-def test_the_algorithm_names_are_those_of_the_algorithms():
-    algorithms = pytest.importorskip("empg_jax.algorithms")
-    assert set(algorithms.ALGORITHMS) == set(ALGORITHM_NAMES)
+def test_every_algorithm_is_known_and_resolves_to_its_recipe():
+    assert set(ALGORITHMS) == set(ALGORITHM_NAMES)
+    for name, recipe in ALGORITHMS.items():
+        resolved = Config(algorithm={"name": name}).algorithm
+        for key in AlgorithmConfig.model_fields.keys() & vars(recipe).keys() - {"empg", "aem"}:
+            assert getattr(resolved, key) == getattr(recipe, key), (name, key)
+        assert resolved.aggregation == recipe.loss_aggregation, name
+        assert resolved.empg.model_dump() == vars(recipe.empg)
+        assert resolved.aem.model_dump() == vars(recipe.aem)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "choices"),
+    [
+        (AlgorithmConfig, "loss", OBJECTIVES),
+        (AlgorithmConfig, "aggregation", AGGREGATIONS),
+        (AlgorithmConfig, "kl_kind", KL_KINDS),
+        (AlgorithmConfig, "singleton", SINGLETONS),
+        (AlgorithmConfig, "modulation", MODULATIONS),
+        (EmpgConfig, "scope", SCOPES),
+        (EmpgConfig, "center", CENTERS),
+        (AemConfig, "scope", SCOPES),
+        (AemConfig, "mean", MEANS),
+    ],
+)
+def test_choices_are_those_of_the_algorithms(section, key, choices):
+    assert set(get_args(section.model_fields[key].annotation)) == set(choices)
 
 
 def test_only_length_and_logs_may_change_on_resume():
