@@ -355,9 +355,10 @@ def _open(
             temperature=config.rollout.temperature,
             has_reference=config.algorithm.kl_coef > 0,
         )
-        state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
         empty, _ = make_batch([], shape, seed=(0,))
-        learner = learner.compile(state, learner.put(empty))
+        state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
+        learner.warm_up(state, learner.put(empty))
+        state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
         engine = make_engine(config, model, language.tokenizer)
         eval_engine = make_engine(config, model, language.tokenizer, temperature=config.eval.temperature)
         for each in (engine, eval_engine):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -93,24 +94,18 @@ class Learner:
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     logprob_gap: Callable[[Batch, Scores], tuple[jax.Array, jax.Array]]
 
-    def compile(self, state: TrainState, batch: Batch) -> Learner:
-        """The same programs, compiled for these shapes ahead of time; nothing compiles later.
+    def warm_up(self, state: TrainState, batch: Batch) -> None:
+        """Compile every program for the shape of this batch. The state is consumed (it is donated).
 
         Args:
           state: a state on the mesh.
-          batch: a batch on the mesh (its content does not matter).
+          batch: a batch on the mesh; its content does not matter.
         """
-        index = jax.ShapeDtypeStruct((), jnp.int32)
+        none = np.int32(0)
+        scores = self.score(state.params, state.params, batch, none)
+        self.logprob_gap(batch, scores)
         scores = self.recorded_scores(batch)
-        credit = self.credit(batch, scores)
-        return dataclasses.replace(
-            self,
-            score=self.score.lower(state.params, state.params, batch, index).compile(),  # type: ignore[attr-defined]
-            recorded_scores=self.recorded_scores.lower(batch).compile(),  # type: ignore[attr-defined]
-            credit=self.credit.lower(batch, scores).compile(),  # type: ignore[attr-defined]
-            update=self.update.lower(state, batch, scores, credit, index, index).compile(),  # type: ignore[attr-defined]
-            logprob_gap=self.logprob_gap.lower(batch, scores).compile(),  # type: ignore[attr-defined]
-        )
+        jax.block_until_ready(self.update(state, batch, scores, self.credit(batch, scores), none, none))
 
 
 def make_learner(

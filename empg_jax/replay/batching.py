@@ -3,7 +3,8 @@
 Layout of the row axis. A micro-batch is ``R`` rows, the batch has room for ``M`` micro-batches, and row
 ``r`` of micro-batch ``m`` stands at index ``r * M + m``: reshaped to ``[R, M, T]``, the axis that is sharded
 over devices is a whole micro-batch, and the learner walks along the second axis. Mini-batch ``j`` owns a
-contiguous range of micro-batches (`Layout.bounds`). Shapes never depend on the data; only the bounds do.
+contiguous range of micro-batches (`Layout.bounds`). Shapes do not depend on the data, only the bounds do
+(except that a batch which outgrows its room gets twice as much).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class BatchShape:
       turns: K.
       row_tokens: T, tokens per row.
       micro_rows: R, rows per micro-batch.
-      max_rows: most rows that a batch may need.
+      max_rows: rows that a batch has room for; one that needs more gets twice the room, and so on.
       num_minibatches: optimizer steps per pass over the batch.
     """
 
@@ -147,7 +148,7 @@ def make_batch(
       ``(batch, layout)``. The order of trajectories does not change the rows' content.
 
     Raises:
-      ValueError: too many trajectories, turns, or rows for ``shape``, or a discarded trajectory.
+      ValueError: too many trajectories or turns for ``shape``, or a discarded trajectory.
     """
     if len(trajectories) > shape.trajectories:
         raise ValueError(f"{len(trajectories)} trajectories do not fit a batch of {shape.trajectories}")
@@ -158,8 +159,8 @@ def make_batch(
             raise ValueError(f"a trajectory of {len(trajectory.turns)} turns exceeds env.max_turns={shape.turns}")
     segments = [s for i, trajectory in enumerate(trajectories) for s in merge_turns(trajectory, i)]
     rows = pack_rows([len(segment.tokens) for segment in segments], shape.row_tokens)
-    if len(rows) > shape.max_rows:
-        raise ValueError(f"{len(rows)} rows exceed the batch's room of {shape.max_rows}")
+    while len(rows) > shape.max_rows:
+        shape = dataclasses.replace(shape, max_rows=2 * shape.max_rows)
     order = np.random.default_rng(seed).permutation(len(rows))
     places, minibatch_ids, bounds = _place_rows(len(rows), shape)
     fields = _empty_fields(shape)

@@ -124,24 +124,13 @@ class _Transcript:
         info: Info,
     ) -> PromptDelta:
         new_messages = [{"role": "user", "content": self._prompts.follow(observation, info)}]
-        tokens = None
-        if self._is_clean(response_tokens, stopped):
-            tokens = self._renderer.follow(self._messages, response_text, new_messages, stopped=stopped)
+        # Any other stop token is one more sampled token; the template's own end of turn must still follow it.
+        ended = stopped and response_tokens[-1] == self._renderer.end_id
+        tokens = self._renderer.follow(self._messages, response_text, new_messages, stopped=ended)
         self._messages += [{"role": "assistant", "content": response_text}, *new_messages]
         if tokens is None:
             return PromptDelta(self._renderer.start(self._messages), is_fresh=True)
         return PromptDelta(tokens, is_fresh=False)
-
-    def _is_clean(self, response_tokens: Sequence[int], stopped: bool) -> bool:
-        """Whether the ids hold no control token apart from the template's own end of turn.
-
-        A response that ended with another stop token, or in which a header was sampled, reads differently
-        from the template's conversation; what follows must not be built on it.
-        """
-        if stopped and response_tokens[-1] != self._renderer.end_id:
-            return False
-        body = response_tokens[:-1] if stopped else response_tokens
-        return self._renderer.tokenizer.special_ids.isdisjoint(map(int, body))
 
 
 class _Window:

@@ -61,7 +61,7 @@ def test_transcript_starts_afresh_where_the_template_rewrites_history():
     assert "hm" not in renderer.tokenizer.decode(seen[1][1])
 
 
-def test_a_response_with_foreign_control_tokens_is_not_built_upon():
+def test_a_response_with_foreign_control_tokens_is_kept_as_sampled():
     renderer = ChatRenderer(build_bpe("headers"))
     tokenizer = renderer.tokenizer
     header, other_stop = map(tokenizer.token_to_id, ("<|start_header_id|>", "<|end_of_text|>"))
@@ -70,7 +70,8 @@ def test_a_response_with_foreign_control_tokens_is_not_built_upon():
         context = make_context("transcript", Prompts(), renderer, history=0)()
         context.start("obs 0", INFO)
         delta = context.follow(response, "go", stopped, "go", "obs 1", INFO)
-        assert delta.is_fresh
+        assert not delta.is_fresh
+        assert delta.tokens[0] == renderer.end_id
         assert header not in delta.tokens[-1:]
         assert other_stop not in delta.tokens
 
