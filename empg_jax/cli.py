@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -160,6 +161,7 @@ def main() -> None:
     """Entry point of the console script."""
     # Before and after training (which handles both signals itself) SIGTERM unwinds like Ctrl-C.
     signal.signal(signal.SIGTERM, _terminate)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's housekeeping is no news to the person
     app()
 
 
