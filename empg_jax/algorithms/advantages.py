@@ -214,8 +214,8 @@ def has_spread(returns: Real[Arr, " N"], group_ids: Int[Arr, " N"]) -> Bool[Arra
 
 
 def overlong_penalty(
-    lengths: Real[Arr, " N"], *, max_length: int, cache_length: int, factor: Scalar = 1.0
-) -> Float[Array, " N"]:
+    lengths: Real[Arr, "*shape"], *, max_length: int, cache_length: int, factor: Scalar = 1.0
+) -> Float[Array, "*shape"]:
     """DAPO's soft overlong shaping, to be added to the returns before the base estimator.
 
         min(0, −(len − (L_max − L_cache)) / L_cache · factor)
@@ -224,13 +224,13 @@ def overlong_penalty(
     Source: DAPO, https://arxiv.org/abs/2503.14476.
 
     Args:
-      lengths: sampled tokens of each trajectory.
+      lengths: sampled tokens of each trajectory, any shape.
       max_length: L_max in tokens.
       cache_length: L_cache in tokens: the width of the ramp, in (0, max_length].
       factor: the penalty at ``max_length``.
 
     Returns:
-      Penalties [N], at most 0.
+      Penalties of that shape, at most 0.
 
     Raises:
       ValueError: for a ramp that does not fit.

@@ -15,39 +15,41 @@ MAX_LOG_RATIO = 20.0
 STALE_MODES = ("mask", "clamp")
 
 
-def policy_streams(*streams: Real[Arr, "B T"]) -> tuple[Float[Array, "B T"], ...]:
+def policy_streams(*streams: Real[Arr, "*shape"]) -> tuple[Float[Array, "*shape"], ...]:
     """One floating type for all; everything but the first is a constant to the gradient."""
     first, *others = as_floats(*streams)
     return (first, *(jax.lax.stop_gradient(other) for other in others))
 
 
-def log_ratio(logprobs: Float[Array, "..."], old_logprobs: Float[Array, "..."]) -> Float[Array, "..."]:
+def log_ratio(
+    logprobs: Float[Array, "*shape"], old_logprobs: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """``logprobs − old_logprobs`` clamped to ±20, so that its exponential is finite."""
     return jnp.clip(logprobs - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def clip_ratio(ratios: Float[Array, "B T"], clip_low: Scalar, clip_high: Scalar) -> Float[Array, "B T"]:
+def clip_ratio(ratios: Float[Array, "*shape"], clip_low: Scalar, clip_high: Scalar) -> Float[Array, "*shape"]:
     """The ratio kept in [1 − clip_low, 1 + clip_high]. ``jnp.clip`` passes the gradient inside the range."""
     dtype = ratios.dtype
     return jnp.clip(ratios, 1 - jnp.asarray(clip_low, dtype), 1 + jnp.asarray(clip_high, dtype))
 
 
 def clipped_surrogate(
-    ratios: Float[Array, "B T"], advantages: Float[Array, "B T"], clip_low: Scalar, clip_high: Scalar
-) -> Float[Array, "B T"]:
+    ratios: Float[Array, "*shape"], advantages: Float[Array, "*shape"], clip_low: Scalar, clip_high: Scalar
+) -> Float[Array, "*shape"]:
     """``max(−A r, −A clip(r, 1−clip_low, 1+clip_high))``; on-policy ties (r = 1) keep the whole gradient."""
     return jnp.maximum(-advantages * ratios, -advantages * clip_ratio(ratios, clip_low, clip_high))
 
 
 def ppo_clip(
-    logprobs: Real[Arr, "B T"],
-    old_logprobs: Real[Arr, "B T"],
-    advantages: Real[Arr, "B T"],
+    logprobs: Real[Arr, "*shape"],
+    old_logprobs: Real[Arr, "*shape"],
+    advantages: Real[Arr, "*shape"],
     *,
     clip_low: Scalar = 0.2,
     clip_high: Scalar = 0.2,
     dual_clip: Scalar | None = 3.0,
-) -> Float[Array, "B T"]:
+) -> Float[Array, "*shape"]:
     """The clipped surrogate of PPO, with dual clip; with ``clip_high=0.28``, DAPO's clip-higher.
 
         l = max(−A r, −A clip(r, 1−lo, 1+hi));   A < 0: l = min(l, −A c)
@@ -58,7 +60,7 @@ def ppo_clip(
     Args:
       logprobs: of the policy being trained; the only stream with a gradient.
       old_logprobs: of the policy before the update.
-      advantages: per token.
+      advantages: per token; all streams have one shape, usually [B, T].
       clip_low: lo.
       clip_high: hi.
       dual_clip: c, above 1; None switches it off.
@@ -181,16 +183,16 @@ def turn_ratio_clip(
 
 
 def decoupled_ppo(
-    logprobs: Real[Arr, "B T"],
-    old_logprobs: Real[Arr, "B T"],
-    behavior_logprobs: Real[Arr, "B T"],
-    advantages: Real[Arr, "B T"],
+    logprobs: Real[Arr, "*shape"],
+    old_logprobs: Real[Arr, "*shape"],
+    behavior_logprobs: Real[Arr, "*shape"],
+    advantages: Real[Arr, "*shape"],
     *,
     clip_low: Scalar = 0.2,
     clip_high: Scalar = 0.2,
     cap: Scalar = 5.0,
     mode: str = "mask",
-) -> Float[Array, "B T"]:
+) -> Float[Array, "*shape"]:
     """Decoupled PPO for stale data: clip against the proximal policy, weigh by how far it is from the
     sampler's.
 

@@ -88,7 +88,8 @@ def token_reward_to_go(
     values = jnp.where(flat >= 0, rewards.ravel(), 0)[order]
     decays = jnp.where(continues, jnp.asarray(gamma, values.dtype), 0)
     sums = backward_sums(values[None], decays[None])[0]
-    return jnp.zeros_like(values).at[order].set(sums).reshape(slots.shape) * (slots >= 0)
+    back = jnp.zeros_like(values).at[order].set(sums).reshape(slots.shape)
+    return jnp.where(slots >= 0, back, 0)
 
 
 def reinforce_pp_tokens(batch: Batch, scores: Scores, recipe: Any) -> Float[Array, "B T"]:

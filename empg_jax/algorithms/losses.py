@@ -14,7 +14,7 @@ from empg_jax.algorithms.masking import Arr, Scalar, check_choice, check_shapes
 KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")
 
 
-def reinforce_loss(logprobs: Real[Arr, "B T"], advantages: Real[Arr, "B T"]) -> Float[Array, "B T"]:
+def reinforce_loss(logprobs: Real[Arr, "*shape"], advantages: Real[Arr, "*shape"]) -> Float[Array, "*shape"]:
     """The policy gradient as it is, no ratio and no clip: l = −A log π.
 
     Args:
@@ -33,13 +33,13 @@ def reinforce_loss(logprobs: Real[Arr, "B T"], advantages: Real[Arr, "B T"]) -> 
 
 
 def cispo(
-    logprobs: Real[Arr, "B T"],
-    old_logprobs: Real[Arr, "B T"],
-    advantages: Real[Arr, "B T"],
+    logprobs: Real[Arr, "*shape"],
+    old_logprobs: Real[Arr, "*shape"],
+    advantages: Real[Arr, "*shape"],
     *,
     clip_low: Scalar = 1.0,
     clip_high: Scalar = 0.28,
-) -> Float[Array, "B T"]:
+) -> Float[Array, "*shape"]:
     """CISPO: the clipped ratio is a constant weight, so every token keeps a gradient.
 
         l = −sg(clip(r, 1−lo, 1+hi)) A log π
@@ -66,13 +66,13 @@ def cispo(
 
 
 def sapo(
-    logprobs: Real[Arr, "B T"],
-    old_logprobs: Real[Arr, "B T"],
-    advantages: Real[Arr, "B T"],
+    logprobs: Real[Arr, "*shape"],
+    old_logprobs: Real[Arr, "*shape"],
+    advantages: Real[Arr, "*shape"],
     *,
     tau_pos: Scalar = 1.0,
     tau_neg: Scalar = 1.05,
-) -> Float[Array, "B T"]:
+) -> Float[Array, "*shape"]:
     """SAPO: a smooth gate in place of the clip.
 
         l = −(4/τ) sigmoid(τ (r − 1)) A,   τ by the sign of A
@@ -101,12 +101,12 @@ def sapo(
 
 
 def value_loss(
-    values: Real[Arr, "B T"],
-    old_values: Real[Arr, "B T"],
-    returns: Real[Arr, "B T"],
+    values: Real[Arr, "*shape"],
+    old_values: Real[Arr, "*shape"],
+    returns: Real[Arr, "*shape"],
     *,
     clip: Scalar | None = 0.5,
-) -> Float[Array, "B T"]:
+) -> Float[Array, "*shape"]:
     """The critic's clipped squared error.
 
         l = ½ max((v − R)², (clip(v, v_old ± clip) − R)²)
@@ -137,8 +137,8 @@ def value_loss(
 
 
 def kl_penalty(
-    logprobs: Real[Arr, "B T"], ref_logprobs: Real[Arr, "B T"], *, kind: str = "k3"
-) -> Float[Array, "B T"]:
+    logprobs: Real[Arr, "*shape"], ref_logprobs: Real[Arr, "*shape"], *, kind: str = "k3"
+) -> Float[Array, "*shape"]:
     """Estimates of KL(policy ‖ reference) from one sampled token, with d = logprobs − ref_logprobs.
 
         k1 = d,   k2 = d²/2,   k3 = exp(−d) + d − 1   (−d clamped to ±20, k3 to ±10)

@@ -78,7 +78,7 @@ def masked_spread(
     return deviations, jnp.sum(deviations**2) / jnp.maximum(count - 1, 1)
 
 
-def whiten(x: Real[Arr, "..."], mask: Shaped[Arr, "..."]) -> Float[Array, "..."]:
+def whiten(x: Real[Arr, "*shape"], mask: Shaped[Arr, "*shape"]) -> Float[Array, "*shape"]:
     """Mean 0 and variance 1 over the valid places: (x − mean) / sqrt(var + 1e-8), var with ddof 1.
 
     Args:

@@ -274,9 +274,10 @@ def test_turn_ratio(run):
 
 def test_unclipped_objectives(run):
     advantages = empg_tokens()
-    loss = run(al.cispo, NEW, OLD, advantages, clip_high=0.2)
+    loss = run(al.cispo, NEW, OLD, advantages)
     np.testing.assert_allclose(token_mean(loss), 0.02723244, atol=1e-6)
-    np.testing.assert_allclose(token_mean(run(al.sapo, NEW, OLD, advantages)), -0.04728013, atol=1e-6)
+    loss = run(al.sapo, NEW, OLD, advantages)
+    np.testing.assert_allclose(token_mean(loss, "seq-mean-token-mean"), -0.04728013, atol=1e-6)
     np.testing.assert_allclose(token_mean(run(al.reinforce_loss, NEW, advantages)), 0.06136988, atol=1e-6)
 
 

@@ -1,0 +1,90 @@
+"""Importance corrections on every level, by hand."""
+
+import jax
+import numpy as np
+import pytest
+
+from empg_jax import algorithms as al
+
+# Two packed sequences in the first row, one in the second; the rest is padding with junk.
+IDS = np.int32([[40, 40, 7, 7, -1], [3, 3, 3, -1, -1]])
+MASK = np.array([[1, 1, 1, 1, 0], [1, 0, 1, 0, 0]])
+RATIOS = np.float32([[1.5, 0.5, 3.0, 2.0, 1], [0.1, 1, 0.4, 1, 1]])
+BEHAVIOR = np.full(MASK.shape, -1.0, np.float32)
+OLD = np.where(MASK, BEHAVIOR + np.log(RATIOS), np.nan)
+
+
+@pytest.mark.parametrize(
+    "level, expected",
+    [
+        ("token", [[1.5, 0.5, 2, 2, 0], [0.1, 0, 0.4, 0, 0]]),
+        ("sequence", [[0.75, 0.75, 2, 2, 0], [0.04, 0, 0.04, 0, 0]]),
+        ("sequence_mean", [[0.75**0.5] * 2 + [2, 2, 0], [0.2, 0, 0.2, 0, 0]]),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_truncated_weights(level, expected, compiled):
+    def weights(old):
+        return al.tis_weights(old, BEHAVIOR, MASK, level=level, sequence_ids=IDS)
+
+    np.testing.assert_allclose((jax.jit(weights) if compiled else weights)(OLD), expected, rtol=1e-5)
+
+
+def test_normalised_weights_have_mean_one():
+    tokens = np.asarray(al.tis_weights(OLD, BEHAVIOR, MASK, normalize=True))
+    np.testing.assert_allclose(tokens[MASK > 0].mean(), 1, rtol=1e-6)
+    sequences = np.asarray(
+        al.tis_weights(OLD, BEHAVIOR, MASK, level="sequence", sequence_ids=IDS, normalize=True)
+    )
+    np.testing.assert_allclose((sequences[0, 0] + sequences[0, 2] + sequences[1, 0]) / 3, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "level, expected",
+    [
+        ("token", [[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]]),
+        ("sequence", [[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]),
+        ("sequence_mean", [[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]),
+    ],
+)
+def test_rejection(level, expected):
+    kept = al.mis_mask(OLD, BEHAVIOR, MASK, low=0.499, high=2.001, level=level, sequence_ids=IDS)
+    np.testing.assert_array_equal(kept, np.array(expected, bool))
+
+
+def test_rejected_tokens_leave_the_denominator():
+    kept = al.mis_mask(OLD, BEHAVIOR, MASK, low=0.499, high=2.001)
+    np.testing.assert_allclose(al.loss_weights(kept).max(), 1 / 3)
+
+
+def test_offpolicy_sequences_are_dropped_only_when_bad():
+    new = np.where(MASK, BEHAVIOR - 0.3, np.nan)
+    advantages = np.float32([[-1, -1, 1, -0.5, -99], [-1, 50, 0.9, -99, -99]])
+    kept = al.offpolicy_sequence_mask(new, BEHAVIOR, advantages, MASK, IDS)
+    np.testing.assert_array_equal(kept, np.array([[0, 0, 1, 1, 0], [0, 0, 0, 0, 0]], bool))
+    near = al.offpolicy_sequence_mask(new, BEHAVIOR, advantages, MASK, IDS, delta=0.31)
+    np.testing.assert_array_equal(near, MASK > 0)
+
+
+def test_effective_sample_size():
+    np.testing.assert_allclose(al.effective_sample_size(BEHAVIOR, BEHAVIOR, MASK), 1)
+    ratios = RATIOS[MASK > 0]
+    expected = ratios.mean() ** 2 / (ratios**2).mean()
+    np.testing.assert_allclose(al.effective_sample_size(OLD, BEHAVIOR, MASK), expected, rtol=1e-5)
+    assert al.effective_sample_size(OLD, BEHAVIOR, 0 * MASK) == 0
+
+
+def test_overlong_penalty():
+    result = al.overlong_penalty(np.int32([0, 16384, 18432, 20480]), max_length=20480, cache_length=4096)
+    np.testing.assert_allclose(result, [0, 0, -0.5, -1])
+    with pytest.raises(ValueError, match="cache_length=9"):
+        al.overlong_penalty(np.int32([1]), max_length=8, cache_length=9)
+
+
+def test_similarity_anchors():
+    hall = "You are in the hall. On the table you see an apple."
+    texts = [[hall, "A kitchen."], [hall.replace("apple", "apples"), hall], [hall]]
+    result = al.similarity_anchors(texts, [0, 0, 1], num_turns=3)
+    np.testing.assert_array_equal(result, [[0, 1, -1], [0, 0, -1], [2, -1, -1]])
+    exact = al.similarity_anchors(texts, [0, 0, -1], num_turns=3, threshold=1.0)
+    np.testing.assert_array_equal(exact, [[0, 1, -1], [2, 0, -1], [-1, -1, -1]])
