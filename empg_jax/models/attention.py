@@ -87,31 +87,8 @@ def cached_attention(
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     grouped = queries.reshape(rows, length, kv_heads, heads // kv_heads, depth)
     visible = jnp.arange(capacity)[None, None, :] <= positions[:, :, None]
-    if length == 1:
-        output = jax.lax.platform_dependent(
-            grouped, keys, values, visible, cpu=_decode_multiply_sum, default=_decode_dot
-        )
-    else:
-        output = _decode_dot(grouped, keys, values, visible)
-    return output.reshape(rows, length, heads, depth)
-
-
-def _weights(scores: Array, visible: Array, depth: int) -> Array:
-    scaled = scores * jnp.float32(depth**-0.5)
-    return jax.nn.softmax(jnp.where(visible[:, None, None], scaled, jnp.float32(MASKED)), axis=-1)
-
-
-def _decode_dot(grouped: Array, keys: Array, values: Array, visible: Array) -> Array:
     scores = jnp.einsum("rtkgd,rkcd->rkgtc", grouped, keys, preferred_element_type=jnp.float32)
-    weights = _weights(scores, visible, grouped.shape[-1]).astype(values.dtype)
-    return jnp.einsum("rkgtc,rkcd->rtkgd", weights, values)
-
-
-def _decode_multiply_sum(grouped: Array, keys: Array, values: Array, visible: Array) -> Array:
-    # One query per row: on CPU a fused multiply and sum reads the cache once and beats a batched dot by
-    # a quarter to a third.
-    query = grouped[:, 0, :, :, None, :].astype(jnp.float32)  # [R, K, G, 1, d]
-    scores = jnp.sum(query * keys[:, :, None].astype(jnp.float32), axis=-1)  # [R, K, G, C]
-    weights = _weights(scores[:, :, :, None], visible, grouped.shape[-1])[:, :, :, 0, :, None]
-    output = jnp.sum(weights * values[:, :, None].astype(jnp.float32), axis=-2)
-    return output[:, None].astype(values.dtype)
+    scores = scores * jnp.float32(depth**-0.5)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.float32(MASKED)), axis=-1)
+    output = jnp.einsum("rkgtc,rkcd->rtkgd", weights.astype(values.dtype), values)
+    return output.reshape(rows, length, heads, depth)
