@@ -24,6 +24,7 @@ LAYERS = {
     "empg_jax.rollout.sampling": 1,
     "empg_jax.text": 1,
     "empg_jax.rollout.engine": 2,
+    "empg_jax.rollout.programs": 2,
     "empg_jax.rollout.remote": 2,
     "empg_jax.learner": 2,
     "empg_jax.replay": 2,

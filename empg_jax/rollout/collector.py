@@ -116,7 +116,9 @@ class Collector:
             slot, attempt = self._free.pop(), self._queue.popleft()
             self._episodes[slot] = Episode(attempt, self._make_context(), self._parser, self._rules)
             self._started[slot] = time.monotonic()
-            self.pool.reset(self._first_handle + slot, seed=self._seed, split=attempt.split, index=attempt.task)
+            self.pool.reset(
+                self._first_handle + slot, seed=self._seed, split=attempt.split, index=attempt.task
+            )
             self._waiting.add(slot)
 
     def _take_replies(self) -> list[EnvReply]:
@@ -147,7 +149,10 @@ class Collector:
             step = episode.on_step(
                 reply.observation, reply.reward, reply.terminated, reply.truncated, reply.info
             )
-        if isinstance(step, PromptDelta) and self.engine.room(slot, len(step.tokens), is_fresh=step.is_fresh) < 1:
+        if (
+            isinstance(step, PromptDelta)
+            and self.engine.room(slot, len(step.tokens), is_fresh=step.is_fresh) < 1
+        ):
             if not episode.num_turns:
                 raise ValueError(
                     f"the first prompt of task {episode.attempt.split}/{episode.attempt.task} has "

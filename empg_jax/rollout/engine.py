@@ -11,66 +11,15 @@ every decode step. All shapes come from small bucket lists that `Engine.warm_up`
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from empg_jax.models.decoder import (
-    DecoderConfig,
-    KVCache,
-    forward_cached,
-    init_cache,
-    output_embedding,
-    unstack_layers,
-)
-from empg_jax.rollout.sampling import fold_keys, position_uniforms, sample
+from empg_jax.models.decoder import DecoderConfig, KVCache, init_cache
+from empg_jax.rollout.programs import EngineConfig as EngineConfig
+from empg_jax.rollout.programs import compile_programs, init_slots
 from empg_jax.types import Params
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of an engine.
-
-    Attributes:
-      slots: conversations held at one time.
-      max_tokens: longest conversation, in tokens.
-      max_response_tokens: longest response of a turn.
-      stop_ids: sampling one of these ends a response (the token belongs to the response).
-      burst: decode steps per dispatch at most.
-      prefill_buckets: lengths that prefill chunks are padded to; default 16, 64, 256 up to ``max_tokens``.
-      row_buckets: row counts that prefill groups are padded to; default 1, 8, 64 … and ``slots``.
-      cache_buckets: physical cache lengths; default powers of two from 128 to ``max_tokens``.
-    """
-
-    slots: int
-    max_tokens: int
-    max_response_tokens: int
-    stop_ids: tuple[int, ...]
-    burst: int = 8
-    prefill_buckets: tuple[int, ...] = ()
-    row_buckets: tuple[int, ...] = ()
-    cache_buckets: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Fill the bucket lists and refuse sizes that cannot work."""
-        if not self.stop_ids:
-            raise ValueError("stop_ids is empty: no response could ever end by itself")
-        if not 0 < self.max_response_tokens < self.max_tokens:
-            raise ValueError(
-                f"max_response_tokens={self.max_response_tokens} must lie in [1, max_tokens={self.max_tokens})"
-            )
-        lengths = [n for n in (16, 64, 256, 1024) if n < self.max_tokens] or [self.max_tokens]
-        rows = [n for n in (1, 8, 64) if 2 * n <= self.slots]
-        capacities = [n for n in (2**i for i in range(7, 31)) if n < self.max_tokens]
-        object.__setattr__(self, "prefill_buckets", tuple(sorted(self.prefill_buckets or lengths)))
-        object.__setattr__(self, "row_buckets", tuple(sorted({*(self.row_buckets or rows), self.slots})))
-        object.__setattr__(
-            self, "cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens}))
-        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,21 +33,6 @@ class Response:
     entropies: np.ndarray
     version: int
     finish_reason: str
-
-
-@flax.struct.dataclass
-class SlotState:
-    """What the device knows of each slot between dispatches (S slots, R = max_response_tokens)."""
-
-    last_tokens: jax.Array  # int32[S]  sampled, not yet in the cache
-    positions: jax.Array  # int32[S]    position of the last token
-    is_active: jax.Array  # bool[S]     still decoding
-    counts: jax.Array  # int32[S]       tokens of the response so far
-    budgets: jax.Array  # int32[S]      most tokens of the response
-    keys: jax.Array  # key[S]           folded from (stream, group, member, turn)
-    tokens: jax.Array  # int32[S R]
-    logprobs: jax.Array  # float32[S R]
-    entropies: jax.Array  # float32[S R]
 
 
 @dataclasses.dataclass
@@ -143,7 +77,7 @@ class Engine:
         self._sharding = jax.sharding.SingleDeviceSharding(self._device)
         self._key = jax.device_put(jax.random.key(seed), self._sharding)
         self._params: Params | None = None
-        self._functions = _compile_functions(model, config)
+        self._programs = compile_programs(model, config)
         slots = config.slots
         self._history = np.zeros((slots, config.max_tokens), np.int32)
         self._num_tokens = np.zeros(slots, np.int64)  # tokens of the conversation known to the host
@@ -152,7 +86,7 @@ class Engine:
         self._ids = np.zeros((slots, 4), np.int32)
         self._is_pending = np.zeros(slots, bool)  # submitted, prefill not yet dispatched
         self._is_active = np.zeros(slots, bool)
-        self._state = jax.device_put(_init_state(config), self._sharding)
+        self._state = jax.device_put(init_slots(config), self._sharding)
         self._cache = self._new_cache(config.cache_buckets[0])
 
     # ------------------------------------------------------------------------------ conversations
@@ -220,7 +154,7 @@ class Engine:
         if self.has_work:
             raise RuntimeError("Engine.load in the middle of a turn: step the engine until has_work is False")
         moved = jax.device_put(params, self._sharding)
-        self._params = jax.block_until_ready(self._functions.unstack(moved))
+        self._params = jax.block_until_ready(self._programs.unstack(moved))
         self._kv_length[:] = 0
         self.version = version
 
@@ -237,7 +171,7 @@ class Engine:
             return []
         self._fit_cache()
         self._prefill()
-        self._cache, self._state, steps = self._functions.decode(
+        self._cache, self._state, steps = self._programs.decode(
             self._params, self._cache, self._state, self._temperature
         )
         # The only read of the burst.
@@ -301,7 +235,7 @@ class Engine:
     def _prefill_group(self, slots: list[int], length: int, remaining: dict[int, int]) -> None:
         """One dispatch: up to ``length`` tokens of each slot. Updates ``remaining``."""
         size = _bucket(len(slots), self.config.row_buckets)
-        # All slots at once need no gather: row i is slot i. Other groups are padded with rows that do not exist.
+        # All slots at once need no gather: row i is slot i. Other groups are padded with rows beyond them.
         rows = np.arange(size) if size == self.config.slots else np.full(size, self.config.slots)
         if size != self.config.slots:
             rows[: len(slots)] = slots
@@ -316,10 +250,12 @@ class Engine:
             tokens[row, :count] = self._history[slot, start : start + count]
             remaining[int(slot)] -= count
             self._kv_length[slot] += count
-            budget = min(self.config.max_response_tokens, self.config.max_tokens - int(self._num_tokens[slot]))
+            budget = min(
+                self.config.max_response_tokens, self.config.max_tokens - int(self._num_tokens[slot])
+            )
             plan[row] = (start, count, remaining[int(slot)] == 0, budget, *self._ids[slot])
             self.stats.prefilled_tokens += count
-        self._cache, self._state = self._functions.prefill(
+        self._cache, self._state = self._programs.prefill(
             self._params,
             self._cache,
             self._state,
@@ -343,13 +279,15 @@ class Engine:
     def _fit_cache(self) -> None:
         """Grow the cache to the bucket that this burst needs; start short again when nothing is held."""
         busy = self._is_active | self._is_pending
-        longest = int((self._num_tokens[busy]).max()) + min(self.config.burst, self.config.max_response_tokens)
+        longest = int((self._num_tokens[busy]).max()) + min(
+            self.config.burst, self.config.max_response_tokens
+        )
         wanted = _bucket(min(longest, self.config.max_tokens), self.config.cache_buckets)
         if not self._kv_length.any():
             if self.capacity != wanted:
                 self._cache = self._new_cache(wanted)
         elif wanted > self.capacity:
-            self._cache = self._functions.grow(self._cache, wanted)
+            self._cache = self._programs.grow(self._cache, wanted)
 
     def warm_up(self) -> None:
         """Compile every bucket before the first episode, so that nothing compiles later.
@@ -366,184 +304,25 @@ class Engine:
                 plan = np.zeros((rows, 8), np.int32)
                 for length in self.config.prefill_buckets:
                     tokens = np.zeros((rows, length), np.int32)
-                    self._cache, self._state = self._functions.prefill(
-                        self._params, self._cache, self._state, self._key, index, tokens, plan, self._temperature
+                    self._cache, self._state = self._programs.prefill(
+                        self._params,
+                        self._cache,
+                        self._state,
+                        self._key,
+                        index,
+                        tokens,
+                        plan,
+                        self._temperature,
                     )
-            self._cache, self._state, _ = self._functions.decode(
+            self._cache, self._state, _ = self._programs.decode(
                 self._params, self._cache, self._state, self._temperature
             )
             for larger in self.config.cache_buckets:
                 if larger > capacity:
-                    jax.block_until_ready(self._functions.grow(self._new_cache(capacity), larger))
+                    jax.block_until_ready(self._programs.grow(self._new_cache(capacity), larger))
         self._cache = self._new_cache(self.config.cache_buckets[0])
 
 
 def _bucket(size: int, buckets: tuple[int, ...]) -> int:
     """The smallest bucket that holds ``size``."""
     return next(bucket for bucket in buckets if bucket >= size)
-
-
-# ------------------------------------------------------------------------------------ device programs
-
-
-def _init_state(config: EngineConfig) -> SlotState:
-    slots, response = config.slots, config.max_response_tokens
-
-    def integers() -> jax.Array:  # donated, so no two fields may share a buffer
-        return jnp.zeros((slots,), jnp.int32)
-
-    return SlotState(
-        last_tokens=integers(),
-        positions=integers(),
-        is_active=jnp.zeros((slots,), bool),
-        counts=integers(),
-        budgets=integers(),
-        keys=jax.random.split(jax.random.key(0), slots),
-        tokens=jnp.zeros((slots, response), jnp.int32),
-        logprobs=jnp.zeros((slots, response), jnp.float32),
-        entropies=jnp.zeros((slots, response), jnp.float32),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Functions:
-    prefill: Any
-    decode: Any
-    unstack: Any
-    grow: Any
-
-
-@functools.cache
-def _compile_functions(model: DecoderConfig, config: EngineConfig) -> _Functions:
-    return _Functions(
-        prefill=jax.jit(functools.partial(prefill, model, config), donate_argnums=(1, 2)),
-        decode=jax.jit(functools.partial(decode, model, config), donate_argnums=(1, 2)),
-        unstack=jax.jit(functools.partial(_cast_and_unstack, model)),
-        grow=jax.jit(_grow, static_argnums=1),
-    )
-
-
-def _cast_and_unstack(model: DecoderConfig, params: Params) -> Params:
-    # A copy even where nothing changes: the learner donates its own buffers to the next update.
-    cast = jax.tree.map(lambda leaf: jnp.copy(leaf).astype(model.dtype), params)
-    return unstack_layers(cast, model.num_layers)
-
-
-def _grow(cache: KVCache, capacity: int) -> KVCache:
-    more = capacity - cache[0][0].shape[2]
-    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, more), (0, 0))), cache)
-
-
-def _logits(params: Params, hidden: jax.Array) -> jax.Array:
-    return jnp.einsum("rd,vd->rv", hidden, output_embedding(params), preferred_element_type=jnp.float32)
-
-
-def _is_stop(config: EngineConfig, tokens: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.logical_or, [tokens == stop for stop in config.stop_ids])
-
-
-def prefill(
-    model: DecoderConfig,
-    config: EngineConfig,
-    params: Params,
-    cache: KVCache,
-    state: SlotState,
-    key: jax.Array,
-    rows: jax.Array,
-    tokens: jax.Array,
-    plan: jax.Array,
-    temperature: jax.Array,
-) -> tuple[KVCache, SlotState]:
-    """Write new tokens of some slots into the cache; rows whose prompt is complete sample their first token.
-
-    Args:
-      model: decoder config (static).
-      config: engine config (static).
-      params: unstacked parameters.
-      cache: the KV cache (donated).
-      state: the slots (donated).
-      key: the run's key.
-      rows: int32[R], slot of each row; a number beyond the slots is a pad.
-      tokens: int32[R, P], right-padded.
-      plan: int32[R, 8]: start position, token count, prompt complete?, budget, ids (4).
-      temperature: scalar.
-
-    Returns:
-      The cache and the slots.
-    """
-    start, count, completes, budget = plan[:, 0], plan[:, 1], plan[:, 2] > 0, plan[:, 3]
-    capacity = jnp.int32(cache[0][0].shape[2])
-    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    positions = jnp.where(offsets < count[:, None], start[:, None] + offsets, capacity)
-    hidden, cache = forward_cached(
-        params, model, tokens, positions, cache, None if rows.shape[0] == config.slots else rows
-    )
-    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    keys = fold_keys(key, plan[:, 4:8])
-    uniforms = position_uniforms(keys, jnp.zeros((rows.shape[0], 1), jnp.int32))[:, 0]
-    first, logprobs, entropies = sample(_logits(params, last), uniforms, temperature)
-    # Rows that do not sample now write nowhere.
-    target = jnp.where(completes, rows, jnp.int32(config.slots))
-    is_active = jnp.logical_and(budget > 1, jnp.logical_not(_is_stop(config, first)))
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[target].set(new, mode="drop")
-
-    return cache, SlotState(
-        last_tokens=put(state.last_tokens, first),
-        positions=put(state.positions, start + count),
-        is_active=put(state.is_active, is_active),
-        counts=put(state.counts, jnp.ones_like(first)),
-        budgets=put(state.budgets, budget),
-        keys=put(state.keys, keys),
-        tokens=state.tokens.at[target, 0].set(first, mode="drop"),
-        logprobs=state.logprobs.at[target, 0].set(logprobs, mode="drop"),
-        entropies=state.entropies.at[target, 0].set(entropies, mode="drop"),
-    )
-
-
-def decode(
-    model: DecoderConfig,
-    config: EngineConfig,
-    params: Params,
-    cache: KVCache,
-    state: SlotState,
-    temperature: jax.Array,
-) -> tuple[KVCache, SlotState, jax.Array]:
-    """Up to ``config.burst`` decode steps for every active slot; ends early when none is active.
-
-    An idle slot computes along and writes its key where the next prefill will overwrite it.
-
-    Returns:
-      The cache, the slots, and the number of steps made.
-    """
-    offsets = jnp.arange(config.burst, dtype=jnp.int32)[None, :]
-    uniforms = position_uniforms(state.keys, state.counts[:, None] + offsets)
-    slots = jnp.arange(config.slots)
-
-    def body(carry: tuple[KVCache, SlotState, jax.Array]) -> tuple[KVCache, SlotState, jax.Array]:
-        cache, state, step = carry
-        hidden, cache = forward_cached(
-            params, model, state.last_tokens[:, None], state.positions[:, None], cache
-        )
-        tokens, logprobs, entropies = sample(_logits(params, hidden[:, 0]), uniforms[:, step], temperature)
-        # Idle slots write beyond their response buffer, which drops the write.
-        column = jnp.where(state.is_active, state.counts, jnp.int32(config.max_response_tokens))
-        grown = state.counts + state.is_active.astype(jnp.int32)
-        ended = jnp.logical_or(_is_stop(config, tokens), grown >= state.budgets)
-        state = state.replace(
-            last_tokens=jnp.where(state.is_active, tokens, state.last_tokens),
-            positions=state.positions + state.is_active.astype(jnp.int32),
-            counts=grown,
-            tokens=state.tokens.at[slots, column].set(tokens, mode="drop"),
-            logprobs=state.logprobs.at[slots, column].set(logprobs, mode="drop"),
-            entropies=state.entropies.at[slots, column].set(entropies, mode="drop"),
-            is_active=jnp.logical_and(state.is_active, jnp.logical_not(ended)),
-        )
-        return cache, state, step + 1
-
-    def going(carry: tuple[KVCache, SlotState, jax.Array]) -> jax.Array:
-        _, state, step = carry
-        return jnp.logical_and(step < config.burst, jnp.any(state.is_active))
-
-    return jax.lax.while_loop(going, body, (cache, state, jnp.int32(0)))

@@ -21,7 +21,7 @@ MAX_RETRIES = 3
 
 @dataclasses.dataclass(frozen=True)
 class TaskOrder:
-    """Which task group ``g`` attempts: each pass over the panel is a new permutation. A pure function of g."""
+    """Which task a group attempts: each pass over the panel is a new permutation. A pure function."""
 
     split: str
     num_tasks: int
@@ -38,7 +38,7 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-class Interrupted(Exception):  # noqa: N818 (a request, not an error)
+class Interrupted(Exception):  # a request, not an error
     """The run was asked to stop while it collected."""
 
 
