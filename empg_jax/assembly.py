@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from empg_jax.algorithms import Algorithm, make_algorithm
-from empg_jax.models.decoder import DecoderConfig
+from empg_jax.config_text import ConfigError
+from empg_jax.hub import find_folder
+from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.hf import load_hf
+from empg_jax.models.hf_config import config_from_hf, read_hf_config
+from empg_jax.models.presets import make_preset
 from empg_jax.replay.batching import BatchShape
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.context import ContextFactory, make_context
@@ -19,6 +27,7 @@ from empg_jax.rollout.pool import EnvPool, PoolTimeouts
 from empg_jax.text.builtin import build_phrase_tokenizer
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.tokenizer import Tokenizer, load_tokenizer
+from empg_jax.types import Params
 from envs import resolve_spec
 from envs.base import ActionParser
 
@@ -44,54 +53,91 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
       tokenizer_path: a saved tokenizer to use instead of what the configuration names (a run's own).
 
     Raises:
-      ValueError: no tokenizer is named and the environment offers no vocabulary to build one from.
+      ConfigError: no tokenizer is named and the environment offers no vocabulary to build one from, or the
+        environment refuses its options.
     """
     spec = resolve_spec(config.env.target)
     path = tokenizer_path or config.model.tokenizer or config.model.path
     if path is not None:
         tokenizer = load_tokenizer(path)
     elif spec.phrases is not None:
-        tokenizer = build_phrase_tokenizer(spec.phrases(**config.env.options))
+        phrases = _call("env.options", spec.phrases, config.env.options)
+        tokenizer = build_phrase_tokenizer(phrases)
     else:
-        raise ValueError(
+        raise ConfigError(
             f"environment {config.env.target} has no closed vocabulary, so no tokenizer can be built for it: "
             "set model.tokenizer (a folder) or model.path"
         )
     renderer = ChatRenderer(tokenizer)
-    prompts = spec.prompts(**config.env.prompt_options)
+    prompts = _call("env.prompt_options", spec.prompts, config.env.prompt_options)
+    parser = _call("env.prompt_options", spec.parser, config.env.prompt_options)
     context = make_context(config.env.context, prompts, renderer, config.env.history)
-    return Language(tokenizer, renderer, context, spec.parser(**config.env.prompt_options))
+    return Language(tokenizer, renderer, context, parser)
+
+
+def _call(key: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Build a part of an environment; options that it refuses are the configuration's fault."""
+    try:
+        return factory(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}={dict(options)}: {error}") from None
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
     """The decoder's shape.
 
     Raises:
-      ValueError: the vocabulary is smaller than the tokenizer's.
+      ConfigError: an unknown preset, or a vocabulary smaller than the tokenizer's.
     """
     m = config.model
-    vocab_size = m.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens"
+    numerics: dict[str, Any] = {
+        "dtype": jnp.dtype(m.dtype),
+        "param_dtype": jnp.dtype(m.param_dtype),
+        "remat": m.remat,
+    }
+    if m.path is not None:
+        model = dataclasses.replace(
+            config_from_hf(
+                read_hf_config(find_folder(m.path, ["config.json"], "model")),
+                max_length=config.rollout.max_tokens,
+            ),
+            **numerics,
         )
-    return DecoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=m.hidden_size,
-        num_layers=m.num_layers,
-        num_heads=m.num_heads,
-        num_kv_heads=m.num_kv_heads,
-        head_dim=m.head_dim or m.hidden_size // m.num_heads,
-        intermediate_size=m.intermediate_size,
-        rope_theta=m.rope_theta,
-        norm_eps=m.norm_eps,
-        tie_embeddings=m.tie_embeddings,
-        qkv_bias=m.qkv_bias,
-        qk_norm=m.qk_norm,
-        dtype=jnp.dtype(m.dtype),
-        param_dtype=jnp.dtype(m.param_dtype),
-        remat=m.remat,
-    )
+    elif m.preset is not None:
+        try:
+            model = make_preset(m.preset, **numerics)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    else:
+        model = DecoderConfig(
+            vocab_size=m.vocab_size or tokenizer.vocab_size,
+            hidden_size=m.hidden_size,
+            num_layers=m.num_layers,
+            num_heads=m.num_heads,
+            num_kv_heads=m.num_kv_heads,
+            head_dim=m.head_dim or m.hidden_size // m.num_heads,
+            intermediate_size=m.intermediate_size,
+            rope_theta=m.rope_theta,
+            norm_eps=m.norm_eps,
+            tie_embeddings=m.tie_embeddings,
+            qkv_bias=m.qkv_bias,
+            qk_norm=m.qk_norm,
+            **numerics,
+        )
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"the model has {model.vocab_size} embedding rows, but the tokenizer {tokenizer.vocab_size} tokens: "
+            "raise model.vocab_size or name the model's own tokenizer (model.tokenizer)"
+        )
+    return model
+
+
+def make_params(config: Config, model: DecoderConfig, shardings: Params) -> Params:
+    """The first weights: read from ``model.path``, else random from ``seed``; in place on the mesh."""
+    if config.model.path is not None:
+        return load_hf(config.model.path, model, shardings=shardings)[1]
+    init = jax.jit(functools.partial(init_params, config=model), out_shardings=shardings)
+    return init(jax.random.key(config.seed))
 
 
 def make_engine(
@@ -107,7 +153,9 @@ def make_engine(
         burst=r.burst,
         prefill_buckets=tuple(r.prefill_buckets or ()),
     )
-    return Engine(model, sizes, seed=config.seed, temperature=r.temperature if temperature is None else temperature)
+    return Engine(
+        model, sizes, seed=config.seed, temperature=r.temperature if temperature is None else temperature
+    )
 
 
 def make_pool(config: Config) -> EnvPool:

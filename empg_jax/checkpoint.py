@@ -150,7 +150,9 @@ class Checkpoints:
     def _failure(self, step: int | None, error: Exception) -> CheckpointError:
         which = "the last checkpoint" if step is None else f"checkpoint {step}"
         kept = f"; usable: {self.steps}" if self.steps else ""
-        return CheckpointError(f"{which} could not be written to {self.directory}: {_first_line(error)}{kept}")
+        return CheckpointError(
+            f"{which} could not be written to {self.directory}: {_first_line(error)}{kept}"
+        )
 
     def close(self) -> None:
         """Wait for the last write and let go of the directory."""
@@ -160,7 +162,9 @@ class Checkpoints:
 
 def _abstract(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
 
 

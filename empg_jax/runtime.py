@@ -74,8 +74,8 @@ class CompileCounter:
     def __init__(self) -> None:
         self.count = 0
 
-    def _listen(self, event: str, duration: float, **_: object) -> None:
-        del duration
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs
         if event == COMPILE_EVENT:
             self.count += 1
 

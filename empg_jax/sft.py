@@ -111,7 +111,9 @@ def _play(
     won = bool(info.get("won", False))
     outcome = Outcome(Status.TRAINED, "won" if won else "turn_limit")
     total = sum(turn.reward for turn in turns)
-    return Trajectory(task, config.sft.split, number, 0, tuple(turns), outcome, total, won, terminated, truncated)
+    return Trajectory(
+        task, config.sft.split, number, 0, tuple(turns), outcome, total, won, terminated, truncated
+    )
 
 
 def warm_start(

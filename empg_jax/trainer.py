@@ -21,6 +21,7 @@ from empg_jax.assembly import (
     make_engine,
     make_language,
     make_model,
+    make_params,
     make_pool,
 )
 from empg_jax.checkpoint import Checkpoints, Restored
@@ -32,18 +33,18 @@ from empg_jax.parallel.mesh import make_mesh
 from empg_jax.replay.batching import BatchShape, Layout, make_batch
 from empg_jax.replay.buffer import ReplayBuffer
 from empg_jax.report.progress import Progress
-from empg_jax.report.runinfo import create_run_dir, write_run_info
 from empg_jax.report.results import count_episodes, describe_update, dump_batch, write_results
+from empg_jax.report.runinfo import create_run_dir, write_run_info
 from empg_jax.rollout.engine import Engine
 from empg_jax.rollout.pool import EnvPool
 from empg_jax.rollout.source import GroupSource, Interrupted, TaskOrder
 from empg_jax.runtime import CompileCounter, PhaseClock, StopRequest
-from empg_jax.types import Batch, Params, Scores, Trajectory
+from empg_jax.types import Batch, Params, Scores
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
 
-# Sampler and learner run the same model; a larger mean gap of their log-probs means that one of them is wrong.
+# Sampler and learner run the same model: a larger mean gap of their log-probs means that one is wrong.
 GAP_LIMIT = 0.05
 GAP_CHECK_EVERY = 25
 MAX_ROLLBACKS = 3
@@ -53,7 +54,7 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what was kept."""
 
 
-class Stopped(Exception):  # noqa: N818 (a request, not an error)
+class Stopped(Exception):
     """The run was asked to stop and has written its checkpoint.
 
     Attributes:
@@ -131,7 +132,9 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
             checkpoints.wait()
             raise Stopped(stop.signum, run_dir) from None
         run.record["recompiles_after_warmup"] = compiles.count - run.compiled
-    write_results(run_dir, run.record, run.clock.seconds, final.trajectories, run.language.tokenizer.decode, config)
+    write_results(
+        run_dir, run.record, run.clock.seconds, final.trajectories, run.language.tokenizer.decode, config
+    )
     return run_dir
 
 
@@ -180,7 +183,8 @@ def rl_loop(run: Run) -> None:
             values |= evaluate(run, "during").metrics
             run.progress.phase("RL", config.train.updates, "updates")
             run.progress.advance(run.update - 1, {})
-        run.log.write(run.update, values)
+        if run.update % config.log.every == 0:
+            run.log.write(run.update, values)
         run.progress.advance(1, values)
         if run.update % config.checkpoint.every == 0 or run.update == config.train.updates:
             mark_boundary(run)
@@ -199,8 +203,8 @@ def score(run: Run, batch: Batch, layout: Layout) -> Scores:
         gap = float(run.learner.logprob_gap(batch, scores)[0])
         if not gap <= GAP_LIMIT and np.isfinite(gap):
             raise TrainingError(
-                f"sampler and learner disagree: mean |log-prob difference| is {gap:.3g} at update {run.update}, "
-                f"limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
+                f"sampler and learner disagree: the mean log-prob difference is {gap:.3g} at update "
+                f"{run.update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
                 f"(model.dtype={config.model.dtype})"
             )
     return run.learner.recorded_scores(batch) if recorded else scores
@@ -214,7 +218,9 @@ def check_finite(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:
         return
     path = dump_batch(run.run_dir, run.update, batch)
     policy = run.config.train.on_nonfinite
-    what = f"loss or gradient of update {run.update} was not finite in {bad:.0f} optimizer steps; batch: {path}"
+    what = (
+        f"loss or gradient of update {run.update} was not finite in {bad:.0f} optimizer steps; batch: {path}"
+    )
     run.record["rollbacks_in_a_row"] = run.record.get("rollbacks_in_a_row", 0) + 1
     if policy == "stop" or run.record["rollbacks_in_a_row"] > MAX_ROLLBACKS:
         run.checkpoints.wait()
@@ -246,7 +252,9 @@ def warm_start_phase(run: Run) -> None:
                     run.state,
                     demonstrations,
                     first=run.record.get("sft_update", 0),
-                    on_update=lambda number, state, values: _after_sft_update(run, log, number, state, values),
+                    on_update=lambda number, state, values: _after_sft_update(
+                        run, log, number, state, values
+                    ),
                 )
     optimizer, _ = make_rl_optimizer(config)
     run.state = restart_optimizer(run.state.params, optimizer, run.learner.shardings)
@@ -279,7 +287,9 @@ def evaluate(run: Run, when: str) -> Evaluation:
     if when != "during":
         run.record |= {f"{name}_{when}": value for name, value in result.metrics.items()}
         run.record |= {"eval_tasks": run.evaluator.num_tasks, "updates": run.update}
-    run.progress.message(f"{when}: success {result.metrics['eval_success']:.1%} on {run.evaluator.num_tasks} tasks")
+    run.progress.message(
+        f"{when}: success {result.metrics['eval_success']:.1%} on {run.evaluator.num_tasks} tasks"
+    )
     return result
 
 
@@ -358,7 +368,8 @@ def _open(
         empty, _ = make_batch([], shape, seed=(0,))
         state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
         learner.warm_up(state, learner.put(empty))
-        state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
+        params = make_params(config, model, learner.shardings.params)
+        state = restart_optimizer(params, optimizer, learner.shardings)
         engine = make_engine(config, model, language.tokenizer)
         eval_engine = make_engine(config, model, language.tokenizer, temperature=config.eval.temperature)
         for each in (engine, eval_engine):

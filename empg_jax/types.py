@@ -22,8 +22,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
-import jax
 import numpy as np
+
+Params = Any  # a nested dict of arrays
+Leaf = Any  # an array (NumPy on the host, JAX on devices), or a shape or sharding that stands for one
 
 
 class Status(enum.StrEnum):
@@ -134,41 +136,38 @@ class Batch:
     Per-token fields at padding hold zeros (``sequence_ids``: -1); they are read only under their mask.
     """
 
-    tokens: jax.Array  # int32[B T]
-    loss_mask: jax.Array  # bool[B T]       sampled by the policy, hence trainable
-    segment_ids: jax.Array  # int32[B T]    packed sequence in the row, from 1; 0 = padding
-    positions: jax.Array  # int32[B T]      position inside the segment
-    sequence_ids: jax.Array  # int32[B T]   the segment, unique in the whole batch; -1 = padding
-    trajectory_ids: jax.Array  # int32[B T] in [0, N); read only under loss_mask
-    turn_ids: jax.Array  # int32[B T]       in [0, K); read only under loss_mask
-    behavior_logprobs: jax.Array  # float32[B T]
-    behavior_entropies: jax.Array  # float32[B T]
-    minibatch_ids: jax.Array  # int32[B]    the optimizer step that a row belongs to; -1 = absent row
-    returns: jax.Array  # float32[N]
-    group_ids: jax.Array  # int32[N]        in [0, N); -1 = absent
-    trajectory_mask: jax.Array  # bool[N]
-    turn_returns: jax.Array  # float32[N K] discounted reward-to-go per turn
-    turn_valid: jax.Array  # bool[N K]      the parser accepted the turn's action
-    anchor_ids: jax.Array  # int32[N K]     observation key, equal ids = equal observation; -1 = absent
-    versions: jax.Array  # int32[N K]       policy version that sampled the turn
+    tokens: Leaf  # int32[B T]
+    loss_mask: Leaf  # bool[B T]       sampled by the policy, hence trainable
+    segment_ids: Leaf  # int32[B T]    packed sequence in the row, from 1; 0 = padding
+    positions: Leaf  # int32[B T]      position inside the segment
+    sequence_ids: Leaf  # int32[B T]   the segment, unique in the whole batch; -1 = padding
+    trajectory_ids: Leaf  # int32[B T] in [0, N); read only under loss_mask
+    turn_ids: Leaf  # int32[B T]       in [0, K); read only under loss_mask
+    behavior_logprobs: Leaf  # float32[B T]
+    behavior_entropies: Leaf  # float32[B T]
+    minibatch_ids: Leaf  # int32[B]    the optimizer step that a row belongs to; -1 = absent row
+    returns: Leaf  # float32[N]
+    group_ids: Leaf  # int32[N]        in [0, N); -1 = absent
+    trajectory_mask: Leaf  # bool[N]
+    turn_returns: Leaf  # float32[N K] discounted reward-to-go per turn
+    turn_valid: Leaf  # bool[N K]      the parser accepted the turn's action
+    anchor_ids: Leaf  # int32[N K]     observation key, equal ids = equal observation; -1 = absent
+    versions: Leaf  # int32[N K]       policy version that sampled the turn
 
 
 @flax.struct.dataclass
 class Scores:
     """What the learner says of a batch before it changes any weight (no gradients)."""
 
-    old_logprobs: jax.Array  # float32[B T]
-    entropies: jax.Array  # float32[B T]
-    ref_logprobs: jax.Array  # float32[B T]  equals old_logprobs when there is no KL term
+    old_logprobs: Leaf  # float32[B T]
+    entropies: Leaf  # float32[B T]
+    ref_logprobs: Leaf  # float32[B T]  equals old_logprobs when there is no KL term
 
 
 @flax.struct.dataclass
 class Credit:
     """What a batch is worth, token by token. All constants to the gradient."""
 
-    advantages: jax.Array  # float32[B T]
-    loss_weights: jax.Array  # float32[B T]  share in its mini-batch's loss; zero off loss_mask
-    metrics: dict[str, jax.Array]  # scalars for the log
-
-
-Params = Any  # a nested dict of arrays
+    advantages: Leaf  # float32[B T]
+    loss_weights: Leaf  # float32[B T]  share in its mini-batch's loss; zero off loss_mask
+    metrics: dict[str, Leaf]  # scalars for the log

@@ -1,0 +1,1 @@
+"""The learner: state, and the jitted programs that score, credit and update."""

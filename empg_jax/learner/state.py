@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from empg_jax.models.decoder import DecoderConfig, init_params, param_axes
 from empg_jax.parallel.mesh import replicated, tree_shardings
-from empg_jax.types import Params
+from empg_jax.types import Leaf, Params
 
 
 @flax.struct.dataclass
@@ -21,7 +21,7 @@ class TrainState:
 
     params: Params
     opt_state: Any
-    step: jax.Array  # int32[], optimizer steps made
+    step: Leaf  # int32[], optimizer steps made
 
 
 def make_optimizer(

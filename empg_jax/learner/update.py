@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from empg_jax.learner.state import TrainState, state_shardings
@@ -145,7 +145,7 @@ def make_learner(
     rows, whole = row_sharding(mesh), replicated(mesh)
     batch_shardings = _batch_shardings(rows, whole)
     score_shardings = Scores(rows, rows, rows)
-    credit_shardings = Credit(rows, rows, whole)  # type: ignore[arg-type]
+    credit_shardings: Any = Credit(rows, rows, whole)  # type: ignore[arg-type]  # one for the whole dict
     micro = functools.partial(_micro, mesh=mesh, rows=micro_rows)
 
     score = functools.partial(_score, model, micro, temperature, has_reference)
@@ -177,7 +177,7 @@ def _micro(array: jax.Array, index: jax.Array, *, mesh: Mesh, rows: int) -> jax.
 
 def _micro_batch(batch: Batch, index: jax.Array, micro: Callable[..., jax.Array]) -> Batch:
     pieces = {name: micro(getattr(batch, name), index) for name in (*PER_TOKEN, "minibatch_ids")}
-    return batch.replace(**pieces)
+    return dataclasses.replace(batch, **pieces)
 
 
 def _recorded(batch: Batch) -> Scores:
@@ -206,10 +206,10 @@ def _score(
     grid = jnp.zeros((probe.shape[0], size // probe.shape[0], length), jnp.float32)
 
     def body(index: jax.Array, scores: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        inputs = [micro(getattr(batch, name), index) for name in ("tokens", "positions", "segment_ids")]
-        found = compute_logprobs(params, model, *inputs, temperature)
+        rows = [micro(getattr(batch, name), index) for name in ("tokens", "positions", "segment_ids")]
+        found = list(compute_logprobs(params, model, rows[0], rows[1], rows[2], temperature))
         if has_reference:
-            found = (*found, compute_logprobs(ref_params, model, *inputs, temperature)[0])
+            found.append(compute_logprobs(ref_params, model, rows[0], rows[1], rows[2], temperature)[0])
         return tuple(
             jax.lax.dynamic_update_index_in_dim(old, new, index, axis=1)
             for old, new in zip(scores, found, strict=True)

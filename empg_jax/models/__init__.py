@@ -1,0 +1,1 @@
+"""The decoder, its head, and its exchange with Hugging Face files."""

@@ -238,7 +238,7 @@ def forward(
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
         return packed_attention(q, k, v, segment_ids), None
 
-    def layer(x: Array, layer_params: Params) -> tuple[Array, None]:
+    def layer(x: Array, layer_params: Params) -> Any:
         return block.apply({"params": layer_params}, x, rope, attend)
 
     x = embed(params, config, tokens)

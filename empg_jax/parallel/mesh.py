@@ -38,7 +38,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) 
     devices = jax.devices()
     if needed > len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True))
-        raise ValueError(f"mesh {asked} needs {needed} devices, but {len(devices)} are there: {devices[0].platform}")
+        raise ValueError(
+            f"mesh {asked} needs {needed} devices, but {len(devices)} are there: {devices[0].platform}"
+        )
     grid = np.asarray(devices[:needed]).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -1,0 +1,1 @@
+"""From finished trajectories to batches: buffer, packing, storage."""

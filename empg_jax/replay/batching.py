@@ -145,7 +145,8 @@ def make_batch(
       gamma: discount of ``turn_returns``.
 
     Returns:
-      ``(batch, layout)``. The order of trajectories does not change the rows' content.
+      ``(batch, layout)``. Trajectories in another order give the same segments; those of equal
+      length may trade places.
 
     Raises:
       ValueError: too many trajectories or turns for ``shape``, or a discarded trajectory.
@@ -156,7 +157,9 @@ def make_batch(
         if not trajectory.outcome.is_trained:
             raise ValueError(f"group {trajectory.group_id} member {trajectory.member} was discarded")
         if len(trajectory.turns) > shape.turns:
-            raise ValueError(f"a trajectory of {len(trajectory.turns)} turns exceeds env.max_turns={shape.turns}")
+            raise ValueError(
+                f"a trajectory of {len(trajectory.turns)} turns exceeds env.max_turns={shape.turns}"
+            )
     segments = [s for i, trajectory in enumerate(trajectories) for s in merge_turns(trajectory, i)]
     rows = pack_rows([len(segment.tokens) for segment in segments], shape.row_tokens)
     while len(rows) > shape.max_rows:

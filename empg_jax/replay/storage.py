@@ -43,7 +43,7 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
     for entry in json.loads(header):
         turns = []
         for turn in entry["turns"]:
-            values = {}
+            values: dict[str, Any] = {}
             for name, length in zip(ARRAYS, turn["lengths"], strict=True):
                 start = position[name]
                 values[name] = np.asarray(arrays[name])[start : start + length]

@@ -113,5 +113,7 @@ def write_results(
     if config.log.transcripts:
         samples = select_samples(trajectories, config.log.transcripts)
         write_transcripts(run_dir / "transcripts.txt", samples)
-        write_viewer(run_dir / "trajectories.html", samples, decode, title=f"{config.name}: held-out episodes")
+        write_viewer(
+            run_dir / "trajectories.html", samples, decode, title=f"{config.name}: held-out episodes"
+        )
     print_summary(summary)

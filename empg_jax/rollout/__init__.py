@@ -1,0 +1,1 @@
+"""Episodes: engine, environment workers, and what runs between them."""

@@ -1,0 +1,64 @@
+"""Shapes of well-known models, to be filled with random weights (`model.preset`).
+
+Numbers from the models' own ``config.json``. A preset fixes everything but types and rematerialisation.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from empg_jax.models.decoder import DecoderConfig, RopeScaling
+
+_QWEN2 = {"head_dim": 128, "rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
+_QWEN3 = {"head_dim": 128, "rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": False, "qk_norm": True}
+_LLAMA3 = {
+    "rope_theta": 5e5,
+    "norm_eps": 1e-5,
+    "qkv_bias": False,
+    "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
+}
+
+
+def _shape(
+    vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, tied: bool
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "intermediate_size": mlp,
+        "tie_embeddings": tied,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": _shape(151936, 896, 24, 14, 2, 4864, True) | _QWEN2 | {"head_dim": 64},
+    "qwen2.5-1.5b": _shape(151936, 1536, 28, 12, 2, 8960, True) | _QWEN2,
+    "qwen2.5-7b": _shape(152064, 3584, 28, 28, 4, 18944, False) | _QWEN2,
+    "qwen2.5-32b": _shape(152064, 5120, 64, 40, 8, 27648, False) | _QWEN2,
+    "qwen3-0.6b": _shape(151936, 1024, 28, 16, 8, 3072, True) | _QWEN3,
+    "qwen3-4b": _shape(151936, 2560, 36, 32, 8, 9728, True) | _QWEN3,
+    "qwen3-32b": _shape(151936, 5120, 64, 64, 8, 25600, False) | _QWEN3,
+    "llama3.2-1b": _shape(128256, 2048, 16, 32, 8, 8192, True) | _LLAMA3 | {"head_dim": 64},
+    "llama3.2-3b": _shape(128256, 3072, 28, 24, 8, 8192, True) | _LLAMA3 | {"head_dim": 128},
+}
+
+
+def make_preset(name: str, **changes: Any) -> DecoderConfig:
+    """The config of a preset.
+
+    Args:
+      name: a key of `PRESETS`.
+      **changes: fields of `DecoderConfig` that differ.
+
+    Raises:
+      ValueError: unknown name.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"model.preset={name} is unknown{hint} (there are: {', '.join(PRESETS)})")
+    return DecoderConfig(**{**PRESETS[name], **changes})
