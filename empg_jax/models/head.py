@@ -6,6 +6,7 @@ Shared by the learner, supervised fine-tuning and (through `token_statistics`) t
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 # Largest [tokens, chunk] slab of float32 logits that is alive at one time: 2**24 numbers are 64 MiB.
 SLAB = 2**24
+# The logit of a vocabulary entry that does not exist, and where running maxima start: finite, exp of it is 0.
+LOWEST = -1e30
 
 
 def token_statistics(
@@ -78,16 +81,27 @@ def _chunked(weights: Array, chunks: int) -> Array:
     return jnp.swapaxes(padded.reshape(per_chunk, chunks, depth), 0, 1)
 
 
-def _chunk_logits(hidden: Array, chunk: Array, index: Array, vocab: int, chunks: int, scale: float) -> Array:
-    logits = jnp.einsum("md,vd->mv", hidden, chunk, preferred_element_type=jnp.float32) * jnp.float32(scale)
+def _wide(dtype: Any) -> Any:
+    """The type that sums are kept in: float32, or float64 for float64 inputs."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _chunk_logits(
+    hidden: Array, chunk: Array, index: Array, vocab: int, chunks: int, temperature: float
+) -> Array:
+    wide = _wide(hidden.dtype)
+    logits = jnp.einsum("md,vd->mv", hidden, chunk, preferred_element_type=wide)
+    logits = logits * jnp.asarray(1 / temperature, wide)
     if vocab % chunks:
-        exists = jnp.arange(chunk.shape[0]) * chunks + index < vocab
-        logits = jnp.where(exists[None, :], logits, jnp.float32(-1e30))
+        exists = jnp.arange(chunk.shape[0], dtype=index.dtype) * chunks + index < vocab
+        logits = jnp.where(exists[None, :], logits, jnp.asarray(LOWEST, wide))
     return logits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _head(hidden: Array, weights: Array, tokens: Array, temperature: float, chunks: int) -> tuple[Array, Array]:
+def _head(
+    hidden: Array, weights: Array, tokens: Array, temperature: float, chunks: int
+) -> tuple[Array, Array]:
     return _head_forward(hidden, weights, tokens, temperature, chunks)[0]
 
 
@@ -95,30 +109,32 @@ def _head_forward(
     hidden: Array, weights: Array, tokens: Array, temperature: float, chunks: int
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     vocab, count = weights.shape[0], hidden.shape[0]
+    wide = _wide(hidden.dtype)
 
     def step(carry, inputs):
         largest, total, weighted, target = carry
         index, chunk = inputs
-        logits = _chunk_logits(hidden, chunk, index, vocab, chunks, 1.0 / temperature)
+        logits = _chunk_logits(hidden, chunk, index, vocab, chunks, temperature)
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=-1))
         decay = jnp.exp(largest - new_largest)
-        exponentials = jnp.exp(logits - new_largest[:, None])
+        shifted = logits - new_largest[:, None]
+        exponentials = jnp.exp(shifted)
+        # Sums of shifted logits: else the entropy would be a small difference of large numbers.
+        weighted = decay * (weighted + total * (largest - new_largest))
+        weighted = weighted + jnp.sum(exponentials * shifted, axis=-1)
         total = total * decay + jnp.sum(exponentials, axis=-1)
-        # Pads are at -1e30 with weight 0, and 0 * -1e30 is 0.
-        weighted = weighted * decay + jnp.sum(exponentials * logits, axis=-1)
-        mine = jnp.take_along_axis(logits, jnp.minimum(tokens // chunks, chunk.shape[0] - 1)[:, None], axis=-1)
+        place = jnp.minimum(tokens // chunks, chunk.shape[0] - 1)
+        mine = jnp.take_along_axis(logits, place[:, None], axis=-1)
         target = jnp.where(tokens % chunks == index, mine[:, 0], target)
         return (new_largest, total, weighted, target), None
 
-    start = jnp.full((count,), -jnp.inf, jnp.float32)
-    zeros = jnp.zeros((count,), jnp.float32)
-    carry = (start, zeros, zeros, zeros)
-    inputs = (jnp.arange(chunks), _chunked(weights, chunks))
+    zeros = jnp.zeros((count,), wide)
+    carry = (jnp.full((count,), LOWEST, wide), zeros, zeros, zeros)
+    inputs = (jnp.arange(chunks, dtype=tokens.dtype), _chunked(weights, chunks))
     (largest, total, weighted, target), _ = jax.lax.scan(step, carry, inputs)
-    normaliser = largest + jnp.log(total)
-    mean_logit = weighted / total
-    outputs = (target - normaliser, normaliser - mean_logit)
-    return outputs, (hidden, weights, tokens, normaliser, mean_logit)
+    mean_shifted = weighted / total
+    outputs = (target - largest - jnp.log(total), jnp.log(total) - mean_shifted)
+    return outputs, (hidden, weights, tokens, largest + jnp.log(total), largest + mean_shifted)
 
 
 def _head_backward(
@@ -126,23 +142,24 @@ def _head_backward(
 ) -> tuple[Array, Array, None]:
     hidden, weights, tokens, normaliser, mean_logit = residuals
     g_logprob, g_entropy = cotangents
-    vocab = weights.shape[0]
+    vocab, wide = weights.shape[0], _wide(hidden.dtype)
 
     def step(d_hidden, inputs):
         index, chunk = inputs
-        logits = _chunk_logits(hidden, chunk, index, vocab, chunks, 1.0 / temperature)
+        logits = _chunk_logits(hidden, chunk, index, vocab, chunks, temperature)
         probabilities = jnp.exp(logits - normaliser[:, None])
         surprise = logits - mean_logit[:, None]
         slope = -probabilities * (g_logprob[:, None] + g_entropy[:, None] * surprise)
-        is_target = jnp.arange(chunk.shape[0])[None, :] * chunks + index == tokens[:, None]
-        slope = slope + jnp.where(is_target, g_logprob[:, None], jnp.float32(0.0))
-        slope = (slope * jnp.float32(1.0 / temperature)).astype(hidden.dtype)
-        d_hidden = d_hidden + jnp.einsum("mv,vd->md", slope, chunk, preferred_element_type=jnp.float32)
-        d_chunk = jnp.einsum("mv,md->vd", slope, hidden, preferred_element_type=jnp.float32)
+        is_target = jnp.arange(chunk.shape[0], dtype=index.dtype)[None, :] * chunks + index == tokens[:, None]
+        slope = slope + jnp.where(is_target, g_logprob[:, None], jnp.zeros((), wide))
+        slope = (slope * jnp.asarray(1 / temperature, wide)).astype(hidden.dtype)
+        d_hidden = d_hidden + jnp.einsum("mv,vd->md", slope, chunk, preferred_element_type=wide)
+        d_chunk = jnp.einsum("mv,md->vd", slope, hidden, preferred_element_type=wide)
         return d_hidden, d_chunk.astype(weights.dtype)
 
-    zeros = jnp.zeros(hidden.shape, jnp.float32)
-    d_hidden, d_chunks = jax.lax.scan(step, zeros, (jnp.arange(chunks), _chunked(weights, chunks)))
+    zeros = jnp.zeros(hidden.shape, wide)
+    inputs = (jnp.arange(chunks, dtype=tokens.dtype), _chunked(weights, chunks))
+    d_hidden, d_chunks = jax.lax.scan(step, zeros, inputs)
     d_weights = jnp.swapaxes(d_chunks, 0, 1).reshape(-1, weights.shape[1])[:vocab]
     return d_hidden.astype(hidden.dtype), d_weights, None
 
