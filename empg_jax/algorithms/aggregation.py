@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from empg_jax.algorithms.masking import Arr, Scalar, as_ids, as_mask, check_choice, check_shapes
 from empg_jax.algorithms.segments import sequence_segments
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+SEQUENCE_MODES = ("seq-mean-token-mean", "seq-mean-token-sum")
 
 
 def loss_weights(
@@ -45,17 +46,58 @@ def loss_weights(
     check_choice("mode", mode, AGGREGATIONS)
     if scale is not None and mode != "seq-mean-token-sum-norm":
         raise ValueError(f'scale is used by mode="seq-mean-token-sum-norm" only, not by {mode!r}')
-    dtype = jnp.result_type(float)
     mask = as_mask(loss_mask)
     if sequence_ids is not None:
         check_shapes(loss_mask=loss_mask, sequence_ids=sequence_ids)
         mask = mask & (as_ids(sequence_ids) >= 0)
+    # Only the modes that look at sequences pay for ranking their ids.
+    segments = sequence_segments(mask, sequence_ids) if mode in SEQUENCE_MODES else None
+    return _weigh(mask, segments, mode, scale)
+
+
+def _weigh(
+    mask: Bool[Array, "B T"], segments: Int[Array, "B T"] | None, mode: str, scale: Scalar | None
+) -> Float[Array, "B T"]:
+    """`loss_weights` with the sequences already numbered in [0, B·T); ``segments`` is read under the mask."""
+    dtype = jnp.result_type(float)
     ones = mask.astype(dtype)
     if mode == "token-mean":
         return ones / jnp.maximum(jnp.sum(ones), 1)
-    if mode == "seq-mean-token-sum-norm":
+    if segments is None:
         return ones / jnp.asarray(mask.shape[1] if scale is None else scale, dtype)
-    home = jnp.maximum(sequence_segments(mask, sequence_ids), 0)
+    home = jnp.maximum(segments, 0)
     counts = jax.ops.segment_sum(ones.ravel(), home.ravel(), num_segments=mask.size)
     weights = ones / jnp.maximum(jnp.sum(counts > 0, dtype=dtype), 1)
     return weights if mode == "seq-mean-token-sum" else weights / jnp.maximum(counts[home], 1)
+
+
+def minibatch_weights(
+    loss_mask: Shaped[Arr, "B T"],
+    minibatch_ids: Int[Arr, " B"],
+    num_minibatches: int,
+    *,
+    mode: str,
+    sequence_ids: Int[Arr, "B T"],
+    scale: Scalar | None = None,
+) -> Float[Array, "B T"]:
+    """Loss weights of each mini-batch over itself alone; 0 on rows that are in none.
+
+    Args:
+      loss_mask: tokens that are trained.
+      minibatch_ids: the mini-batch of each row in [0, num_minibatches); -1 = none.
+      num_minibatches: static.
+      mode: see `loss_weights`.
+      sequence_ids: see `loss_weights`.
+      scale: see `loss_weights`.
+
+    Returns:
+      Weights [B, T]; each mini-batch's are what `loss_weights` gives for its rows alone.
+    """
+    check_choice("mode", mode, AGGREGATIONS)
+    mask = as_mask(loss_mask) & (as_ids(sequence_ids) >= 0)
+    segments = sequence_segments(mask, sequence_ids) if mode in SEQUENCE_MODES else None
+    total = jnp.zeros(mask.shape, jnp.result_type(float))
+    for number in range(num_minibatches):
+        rows = (as_ids(minibatch_ids) == number)[:, None]
+        total = total + _weigh(mask & rows, segments, mode, scale)
+    return total

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from empg_jax.algorithms.advantages import has_spread, overlong_penalty
-from empg_jax.algorithms.aggregation import loss_weights
+from empg_jax.algorithms.aggregation import minibatch_weights
 from empg_jax.algorithms.clipped import log_ratio
 from empg_jax.algorithms.corrections import (
     effective_sample_size,
@@ -29,7 +29,7 @@ from empg_jax.algorithms.corrections import (
 from empg_jax.algorithms.diagnostics import credit_metrics, mixed_group_share, predicted_entropy_drift
 from empg_jax.algorithms.estimators import gigpo_turns, grpo_row_turns
 from empg_jax.algorithms.losses import kl_penalty
-from empg_jax.algorithms.masking import Scalar, masked_mean
+from empg_jax.algorithms.masking import masked_mean
 from empg_jax.algorithms.modulation import aem, empg
 from empg_jax.algorithms.objectives import OBJECTIVES, LossResult
 from empg_jax.algorithms.recipe import Recipe
@@ -183,27 +183,6 @@ def accepted_tokens(batch: Batch, scores: Scores, recipe: Recipe) -> Bool[Array,
     )
 
 
-def minibatch_weights(
-    batch: Batch, num_minibatches: int, *, mode: str, scale: Scalar | None = None
-) -> Float[Array, "B T"]:
-    """Loss weights of each mini-batch over itself alone; 0 on rows that are in none.
-
-    Args:
-      batch: ``minibatch_ids`` says which rows make a mini-batch.
-      num_minibatches: static bound of the ids.
-      mode: see `loss_weights`.
-      scale: see `loss_weights`.
-    """
-    total = jnp.zeros(batch.loss_mask.shape, jnp.float32)
-    for number in range(num_minibatches):
-        rows = (batch.minibatch_ids == number)[:, None]
-        weights = loss_weights(
-            batch.loss_mask & rows, mode=mode, sequence_ids=batch.sequence_ids, scale=scale
-        )
-        total = total + weights.astype(jnp.float32)
-    return total
-
-
 def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch, Scores], Credit]:
     """Builds credit assignment: penalties, estimator, modulation, tokens, weights, and metrics of all that.
 
@@ -221,11 +200,13 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
         tokens, base, advantages, factors = assign(shaped, scores, turns, active, recipe)
         kept = accepted_tokens(batch, scores, recipe)
         weights = minibatch_weights(
-            replace_fields(batch, loss_mask=kept),
+            kept,
+            batch.minibatch_ids,
             num_minibatches,
             mode=recipe.loss_aggregation,
+            sequence_ids=batch.sequence_ids,
             scale=recipe.loss_scale,
-        )
+        ).astype(jnp.float32)
         metrics = credit_metrics(base, advantages, factors, turns.entropies, turns.mask)
         metrics |= {
             "mixed_groups": mixed_group_share(batch.returns, batch.group_ids),
