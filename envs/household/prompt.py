@@ -231,7 +231,7 @@ def phrases(level: str = "tiny", style: str = "terse", max_turns: int | None = N
     found |= {"put", "put clean", "put hot", "put cool", "put two", "in", "hot", "clean", "cool"}
     found |= {
         ". holding",
-        ". at",
+        "at",
         "nothing",
         "nothing happens .",
         "door",

@@ -128,10 +128,10 @@ class AlfworldTexts:
 class TerseTexts:
     """The state in as few words as will do, every time whole.
 
-    ``put apple 1 in desk 1 . holding nothing . at sofa 1 : egg 1 mug 1``: the goal, then what is
-    carried, then where the agent is and what it sees there. The goal comes before what it must be
-    compared with, and both use the same name: the only instance of a class in the house is called
-    by its full name in the goal as well, so that the comparison is between equal tokens.
+    ``at sofa 1 : egg 1 mug 1 . holding nothing . put apple 1 in desk 1``: where the agent is and what
+    it sees there, what is carried, then the goal. The goal comes last, next to the decision and after
+    what it must be compared with, and both use the same name: the only instance of a class in the
+    house is called by its full name in the goal as well, so that the comparison is between equal tokens.
     """
 
     def opening(self, game: Game, world: World) -> str:
@@ -142,7 +142,7 @@ class TerseTexts:
     def reply(self, game: Game, world: World, command: Command | None) -> str:
         """The state; after a command that did nothing, preceded by ``nothing happens .``."""
         goal = game.goal.terse(self._name(world, game.goal.thing), self._name(world, game.goal.target))
-        view = f"{goal} . holding {self._carried(world)} . at {self._surroundings(world)}"
+        view = f"at {self._surroundings(world)} . holding {self._carried(world)} . {goal}"
         return view if command is not None else f"nothing happens . {view}"
 
     def _name(self, world: World, cls: str) -> str:
