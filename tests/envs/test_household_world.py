@@ -274,10 +274,10 @@ def test_terse_view_hides_what_is_behind_a_door_and_names_the_only_instance(scen
     go = Command("go to", "fridge 1")
     assert world.apply(go)
     assert (
-        texts.reply(game, world, go) == "put clean mug 1 in drawer . holding nothing . at fridge 1 : closed"
+        texts.reply(game, world, go) == "at fridge 1 : closed . holding nothing . put clean mug 1 in drawer"
     )
     assert "apple" not in texts.opening(game, world)
-    assert texts.reply(game, world, None).startswith("nothing happens . put clean mug 1")
+    assert texts.reply(game, world, None).startswith("nothing happens . at fridge 1")
     world.apply(Command("open", "fridge 1"))
     assert texts.reply(game, world, go).endswith("at fridge 1 : apple 2 apple 1")
 
