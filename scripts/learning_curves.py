@@ -1,0 +1,114 @@
+"""Re-runs the quickstart over seeds and modulations and writes the table and the plot of its README figures.
+
+Every run is ``empg-jax train quickstart`` in a process of its own. Beside the RL runs stands a control that
+spends about the same CPU time on more supervised fine-tuning (same demonstrations, no RL).
+
+    python scripts/learning_curves.py --out curves --seeds 0 1 2 --modulations empg aem
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def run(out: Path, name: str, overrides: list[str]) -> dict:
+    """One run, unless its folder already holds a finished one; returns its summary."""
+    folder = out / name
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "-m", "empg_jax", "train", "quickstart", f"run_dir={folder}", *overrides]
+        began = time.monotonic()
+        with (out / f"{name}.log").open("w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log)
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    summary["curve"] = [json.loads(line)["success_rate"] for line in lines]
+    return summary
+
+
+def plot(path: Path, curves: dict[str, list[list[float]]], width: int = 10) -> None:
+    """Training success over updates: mean over seeds in bold, seeds thin."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, seeds) in enumerate(curves.items()):
+        smooth = [np.convolve(seed, np.ones(width) / width, mode="valid") for seed in seeds]
+        updates = np.arange(len(smooth[0])) + width
+        for seed in smooth:
+            axes.plot(updates, seed, color=f"C{number}", alpha=0.3, linewidth=1)
+        axes.plot(updates, np.mean(smooth, axis=0), color=f"C{number}", linewidth=2, label=name)
+    axes.set(xlabel="update", ylabel=f"success in training, mean of {width} updates", ylim=(0, 1))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Parse the command line, run, and write ``curves.json``, ``curves.md`` and ``curves.png``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--modulations", nargs="+", default=["empg", "aem"], choices=["none", "empg", "aem"])
+    parser.add_argument(
+        "--control-updates", type=int, default=0, help="warm-start updates of the control; 0: none"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at one time")
+    parser.add_argument(
+        "overrides", nargs="*", help="further overrides of every run, for example train.updates=50"
+    )
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = {
+        f"{modulation}-{seed}": [f"algorithm.modulation={modulation}", f"seed={seed}", *args.overrides]
+        for seed in args.seeds
+        for modulation in args.modulations
+    }
+    if args.control_updates:
+        for seed in args.seeds:
+            control = [f"sft.updates={args.control_updates}", "train.updates=0", f"seed={seed}"]
+            jobs[f"sft-{seed}"] = [*args.overrides, *control]
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        summaries = dict(zip(jobs, pool.map(lambda item: run(args.out, *item), jobs.items()), strict=True))
+    report(args.out, summaries)
+    cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"CPU seconds of all runs made now: {cpu.ru_utime + cpu.ru_stime:.0f}", file=sys.stderr)
+
+
+def report(out: Path, summaries: dict[str, dict]) -> None:
+    """Write the results of all runs, grouped by method."""
+    methods = list(dict.fromkeys(name.rpartition("-")[0] for name in summaries))
+    rows, curves = [], {}
+    for method in methods:
+        runs = [summary for name, summary in summaries.items() if name.rpartition("-")[0] == method]
+        before = [r["eval_success_before"] for r in runs]
+        after = [r["eval_success_after"] for r in runs]
+        seconds = [r["wall_seconds"]["total"] for r in runs]
+        each = ", ".join(f"{value:.1%}" for value in after)
+        rows.append(
+            f"| {method} | {np.mean(before):.1%} | **{np.mean(after):.1%}** ({each}) "
+            f"| {np.mean(seconds):.0f} |"
+        )
+        if any(r["curve"] for r in runs):
+            curves[method] = [r["curve"] for r in runs]
+    tasks = next(iter(summaries.values()))["eval_tasks"]
+    table = [f"| method | before RL | after, mean of seeds (each), {tasks} held-out tasks | wall s |"]
+    table += ["| --- | --- | --- | --- |", *rows]
+    (out / "curves.md").write_text("\n".join(table) + "\n")
+    (out / "curves.json").write_text(json.dumps(summaries, indent=1) + "\n")
+    if curves:
+        plot(out / "curves.png", curves)
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()
