@@ -3,13 +3,12 @@
 1. EMPG: the expected squared norm of the score is ``1 - exp(-H2)``, H2 the Renyi entropy of order 2: exactly,
    and by sampling actions.
 2. AEM: reinforcing one action moves entropy at the rate ``A (S - H)``: against the derivative of entropy
-along
-   the natural-gradient flow that the law assumes, and, on the model, along a plain gradient step on its
+   along the natural-gradient flow that the law assumes, and, on the model, along a plain gradient step on its
    weights, where the law is an approximation.
 
 The model is a small random decoder of this project, or any folder that it can load:
-``python scripts/theory.py --model FOLDER --out theory.png``. Prints one JSON object with the largest
-deviations.
+``python scripts/theory.py --model FOLDER --out theory.png``. Prints one JSON object with the
+largest deviations.
 """
 
 from __future__ import annotations

@@ -193,8 +193,7 @@ def decoupled_ppo(
     cap: Scalar = 5.0,
     mode: str = "mask",
 ) -> Float[Array, "*shape"]:
-    """Decoupled PPO for stale data: clip against the proximal policy, weigh by how far it is from the
-    sampler's.
+    """Decoupled PPO for stale data: clip against the proximal policy, weigh by its ratio to the sampler's.
 
         u = π/prox, w = prox/behavior;   l = w · max(−A u, −A clip(u, 1−lo, 1+hi))
 

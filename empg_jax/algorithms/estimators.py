@@ -93,8 +93,7 @@ def token_reward_to_go(
 
 
 def reinforce_pp_tokens(batch: Batch, scores: Scores, recipe: Any) -> Float[Array, "B T"]:
-    """REINFORCE++: outcome on the last token, KL in the reward, reward-to-go, whitened over the batch's
-      tokens.
+    """REINFORCE++: outcome on the last token, KL in the reward, whitened reward-to-go.
 
     With ``recipe.group_baseline`` the outcome is first reduced by its group's mean (the baseline form).
     Source: https://arxiv.org/abs/2501.03262.

@@ -1,7 +1,7 @@
 """Objectives by name: each binds a per-token loss to the carriers that the learner hands over.
 
-An entry of `OBJECTIVES` takes the recipe and returns ``(logprobs, rows, scores, advantages) -> (loss,
-metrics)``.
+An entry of `OBJECTIVES` takes the recipe and returns an `Objective`:
+``(logprobs, rows, scores, advantages) -> (loss, metrics)``.
 """
 
 from collections.abc import Callable

@@ -101,7 +101,7 @@ class Recipe:
       group_baseline: REINFORCE++ subtracts the group's mean return first.
       reward_kl_coef: weight of the k1 penalty inside REINFORCE++'s reward.
       invalid_penalty: taken off for every action that the parser did not accept: off the turn's own score
-        where the estimator has one, else off the episode's return.
+        where the estimator has one, else off the episode's return (0 where the rewards already hold it).
       overlong_length: longest response of an episode in tokens, for `overlong_penalty`; None = off.
       overlong_cache: width of that penalty's ramp in tokens.
       modulation: ``none``, ``empg`` or ``aem``.

@@ -25,12 +25,12 @@ BASE_RECIPES: dict[str, Recipe] = {
     "rloo": Recipe(estimator=rloo_turns),
     "grpo": Recipe(estimator=grpo_turns),
     "dr_grpo": Recipe(estimator=grpo_turns, scale_by_std=False, loss_aggregation="seq-mean-token-sum"),
-    "grpo_turn_rows": Recipe(estimator=grpo_row_turns, invalid_penalty=0.1),
+    "grpo_turn_rows": Recipe(estimator=grpo_row_turns),
     "dapo": Recipe(estimator=grpo_turns, clip_low=0.2, clip_high=0.28),
     "gspo": Recipe(estimator=grpo_turns, loss="gspo", loss_aggregation="seq-mean-token-mean", dual_clip=None),
     "cispo": Recipe(estimator=grpo_turns, loss="cispo", dual_clip=None),
     "sapo": Recipe(estimator=grpo_turns, loss="sapo", loss_aggregation="seq-mean-token-mean", dual_clip=None),
-    "gigpo": Recipe(estimator=gigpo_turns, scale_by_std=False, invalid_penalty=0.1),
+    "gigpo": Recipe(estimator=gigpo_turns, scale_by_std=False),
     "reinforce_pp": Recipe(token_estimator=reinforce_pp_tokens, reward_kl_coef=0.001),
     "reinforce_pp_baseline": Recipe(token_estimator=reinforce_pp_tokens, group_baseline=True),
 }
@@ -74,8 +74,7 @@ def make_algorithm(
       name: a key of `ALGORITHMS`.
       modulation: ``empg`` or ``aem`` on top of a recipe without one; ``none`` leaves the recipe as it is.
       num_minibatches: optimizer steps that each batch is split into.
-      group_size: attempts of each task, if known: with 1, AEM's group scope becomes batch scope, with a
-        warning.
+      group_size: attempts of each task, if known; with 1, AEM's scope ``group`` becomes ``batch``, and warns.
       **overrides: fields of `Recipe` that differ from the named one; ``empg``, ``aem`` and ``correction`` may
         be mappings of the options that differ from their defaults.
 

@@ -1,6 +1,5 @@
 """The worked numbers of the specification, each run as is and compiled."""
 
-import functools
 import json
 import pathlib
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from empg_jax import algorithms as al
 
@@ -24,14 +24,37 @@ TURN_OF = EXAMPLE["turn_id"].astype(np.int32)
 BASE = np.broadcast_to(np.float32([0.5, -0.5, -0.375, 0.375])[:, None], H.shape)
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "jit"])
+def spread_copies(function, arrays):
+    """Two copies under vmap, the rows of each over four devices; both must give the same."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("copy", "rows"))
+
+    def put(x):
+        copies = jnp.stack([jnp.asarray(x)] * 2)
+        axes = ("copy", "rows") if copies.ndim > 1 and copies.shape[1] % 4 == 0 else ("copy",)
+        return jax.device_put(copies, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    both = jax.jit(jax.vmap(function))(*jax.tree.map(put, arrays))
+    both = jax.tree.map(np.asarray, both)
+    jax.tree.map(lambda x: np.testing.assert_allclose(x[0], x[1], atol=1e-6), both)
+    return jax.tree.map(lambda x: x[0], both)
+
+
+@pytest.fixture(params=["plain", "jit", "vmap on eight devices"])
 def run(request):
-    """Calls ``f(*arrays, **static)`` as it is, or compiled."""
+    """Calls ``f(*arrays, **keywords)`` as it is, compiled, or compiled, vectorised and sharded."""
 
     def call(function, *arrays, **keywords):
-        names = [k for k, v in keywords.items() if isinstance(v, np.ndarray)]
-        bound = functools.partial(function, **{k: v for k, v in keywords.items() if k not in names})
-        return (jax.jit(bound) if request.param else bound)(*arrays, **{k: keywords[k] for k in names})
+        named = {name: value for name, value in keywords.items() if isinstance(value, np.ndarray)}
+        static = {name: value for name, value in keywords.items() if name not in named}
+
+        def bound(positional, by_name):
+            return function(*positional, **by_name, **static)
+
+        if request.param == "plain":
+            return bound(arrays, named)
+        return (
+            jax.jit(bound)(arrays, named) if request.param == "jit" else spread_copies(bound, (arrays, named))
+        )
 
     return call
 
