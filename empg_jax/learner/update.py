@@ -263,7 +263,7 @@ def _update(
         return jax.tree.map(jnp.add, total, gradient(state.params, index))
 
     gradients, sums = jax.lax.fori_loop(start, stop, body, zeros)
-    norm = optax.global_norm(gradients)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(gradients)))
     is_finite = jnp.logical_and(jnp.isfinite(norm), jnp.isfinite(sums["loss"]))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
