@@ -107,6 +107,12 @@ class Block(nn.Module):
             param_dtype=c.param_dtype,
             kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
         )
+        # What a block adds starts small, so that the token itself is not drowned in a deep stack.
+        onto_residual = functools.partial(
+            dense,
+            use_bias=False,
+            kernel_init=nn.initializers.variance_scaling(0.5 / c.num_layers, "fan_in", "normal"),
+        )
         with jax.named_scope("attention"):
             h = norm(name="input_norm")(x)
             q = dense(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q_proj")(h)
@@ -119,12 +125,12 @@ class Block(nn.Module):
                 q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
             output, cache = attend(rotate(q, rope), rotate(k, rope), v)
             output = output.reshape(batch, length, c.num_heads * c.head_dim)
-            x = x + dense(c.hidden_size, use_bias=False, name="o_proj")(output)
+            x = x + onto_residual(c.hidden_size, name="o_proj")(output)
         with jax.named_scope("mlp"):
             h = norm(name="post_norm")(x)
             gate = nn.silu(dense(c.intermediate_size, use_bias=False, name="gate_proj")(h))
             up = dense(c.intermediate_size, use_bias=False, name="up_proj")(h)
-            x = x + dense(c.hidden_size, use_bias=False, name="down_proj")(gate * up)
+            x = x + onto_residual(c.hidden_size, name="down_proj")(gate * up)
         return x, cache
 
 
@@ -159,7 +165,12 @@ def rotate(x: Float[Array, "B T n d"], rope: tuple[Array, Array]) -> Float[Array
 
 
 def init_params(key: jax.Array, config: DecoderConfig) -> Params:
-    """Random parameters: matrices normal with std 1/sqrt(fan-in), embeddings likewise over D, norms 1."""
+    """Random parameters.
+
+    Matrices are normal with std 1/sqrt(fan-in); those that write onto the residual stream are smaller by
+    sqrt(2 layers). Input embeddings have std 1, so that a token is not drowned by what the blocks add, and
+    the head 1/sqrt(D); a tied table serves as both and takes the latter. Norms start at 1, biases at 0.
+    """
     embed_key, layers_key, head_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
     rope = compute_rope(config, jnp.zeros((1, 1), jnp.int32))
@@ -168,15 +179,18 @@ def init_params(key: jax.Array, config: DecoderConfig) -> Params:
     def init_layer(layer_key: jax.Array) -> Params:
         return block.init(layer_key, x, rope, lambda q, k, v: (q, None))["params"]
 
-    table = (config.vocab_size, config.hidden_size)
-    scale = config.hidden_size**-0.5
+    def init_table(table_key: jax.Array, scale: float) -> dict[str, jax.Array]:
+        table = scale * jax.random.normal(table_key, (config.vocab_size, config.hidden_size))
+        return {"embedding": table.astype(config.param_dtype)}
+
+    head_scale = config.hidden_size**-0.5
     params = {
-        "embed": {"embedding": (scale * jax.random.normal(embed_key, table)).astype(config.param_dtype)},
+        "embed": init_table(embed_key, head_scale if config.tie_embeddings else 1.0),
         "layers": jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers)),
         "final_norm": {"scale": jnp.ones((config.hidden_size,), config.param_dtype)},
     }
     if not config.tie_embeddings:
-        params["head"] = {"embedding": (scale * jax.random.normal(head_key, table)).astype(config.param_dtype)}
+        params["head"] = init_table(head_key, head_scale)
     return params
 
 
