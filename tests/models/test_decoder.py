@@ -184,8 +184,12 @@ def test_init_is_deterministic_and_scaled():
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, first, again)))
     kernel, scale = first["layers"]["up_proj"]["kernel"], first["layers"]["input_norm"]["scale"]
     assert np.std(kernel) == pytest.approx(64**-0.5, rel=0.05)
-    assert np.std(first["layers"]["down_proj"]["kernel"]) == pytest.approx(256**-0.5, rel=0.05)
-    assert np.std(first["embed"]["embedding"]) == pytest.approx(64**-0.5, rel=0.05)
+    # What writes onto the residual stream is smaller by sqrt(2 layers).
+    assert np.std(first["layers"]["down_proj"]["kernel"]) == pytest.approx(256**-0.5 / 2, rel=0.05)
+    assert np.std(first["embed"]["embedding"]) == pytest.approx(1, rel=0.05)
+    assert np.std(first["head"]["embedding"]) == pytest.approx(64**-0.5, rel=0.05)
+    tied = init(jax.random.key(0), dataclasses.replace(config, tie_embeddings=True))
+    assert np.std(tied["embed"]["embedding"]) == pytest.approx(64**-0.5, rel=0.05)
     assert np.all(scale == 1)
     assert not np.array_equal(kernel[0], kernel[1])
     assert not np.array_equal(kernel, other["layers"]["up_proj"]["kernel"])

@@ -1,0 +1,93 @@
+"""The learner's and the engine's programs lower for CPU, GPU and TPU alike, from shapes alone."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+
+from empg_jax.algorithms import make_algorithm
+from empg_jax.learner.state import make_optimizer, state_shapes
+from empg_jax.learner.update import make_learner
+from empg_jax.models.decoder import DecoderConfig, init_cache, init_params
+from empg_jax.parallel.mesh import make_mesh
+from empg_jax.replay.batching import BatchShape, make_batch
+from empg_jax.rollout.programs import EngineConfig, compile_programs, init_slots
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+MODELS = {
+    "tiny": DecoderConfig(vocab_size=64),
+    "qwen2.5-1.5b": DecoderConfig(
+        vocab_size=151936,
+        hidden_size=1536,
+        num_layers=28,
+        num_heads=12,
+        num_kv_heads=2,
+        head_dim=128,
+        intermediate_size=8960,
+        rope_theta=1e6,
+        dtype=jnp.bfloat16,
+    ),
+}
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def check_state(exported, position, state):
+    """What goes in comes out at ``position``, shape by shape, so that it can be donated."""
+    out = jax.tree.unflatten(exported.out_tree, exported.out_avals)[position]
+    assert jax.tree.structure(out) == jax.tree.structure(state)
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), out, state)
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_update_lowers_for_every_platform(name):
+    model = MODELS[name]
+    optimizer, _ = make_optimizer(learning_rate=1e-6, final_learning_rate=1e-7, total_steps=100)
+    algorithm = make_algorithm("grpo", modulation="aem", num_minibatches=2)
+    learner = make_learner(model, algorithm, optimizer, make_mesh(), micro_rows=2)
+    shape = BatchShape(trajectories=8, turns=4, row_tokens=1024, micro_rows=2, max_rows=8, num_minibatches=2)
+    batch = shapes_of(make_batch([], shape, seed=(0,))[0])
+    state = state_shapes(model, optimizer)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    scores = jax.eval_shape(learner.recorded_scores, batch)
+    credit = jax.eval_shape(learner.credit, batch, scores)
+    exported = export.export(learner.update, platforms=PLATFORMS)(state, batch, scores, credit, index, index)
+    assert exported.platforms == PLATFORMS
+    check_state(exported, 0, state)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def engine(request):
+    """Programs and the shapes of what they take: parameters, cache, slots."""
+    model = MODELS[request.param]
+    config = EngineConfig(slots=8, max_tokens=1024, max_response_tokens=128, stop_ids=(1, 2))
+    programs = compile_programs(model, config)
+    stacked = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
+    params = jax.eval_shape(programs.unstack, stacked)
+    cache = jax.eval_shape(lambda: init_cache(model, config.slots, 512))
+    return programs, params, cache, jax.eval_shape(lambda: init_slots(config))
+
+
+def test_decode_lowers_for_every_platform(engine):
+    programs, params, cache, slots = engine
+    temperature = jax.ShapeDtypeStruct((), jnp.float32)
+    exported = export.export(programs.decode, platforms=PLATFORMS)(params, cache, slots, temperature)
+    assert exported.platforms == PLATFORMS
+    check_state(exported, 0, cache)
+    check_state(exported, 1, slots)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_prefill_lowers_for_every_platform(engine, rows):
+    programs, params, cache, slots = engine
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    index, tokens, plan = (jax.ShapeDtypeStruct((rows, *s), jnp.int32) for s in ((), (64,), (8,)))
+    exported = export.export(programs.prefill, platforms=PLATFORMS)(
+        params, cache, slots, key, index, tokens, plan, jax.ShapeDtypeStruct((), jnp.float32)
+    )
+    assert exported.platforms == PLATFORMS
+    check_state(exported, 0, cache)
+    check_state(exported, 1, slots)
