@@ -38,13 +38,19 @@ _CHOICE = {
 }
 
 
-def make_prompts(style: str = "terse", list_admissible: bool = False, parser: str = "plain") -> PromptBuilder:
+def make_prompts(
+    style: str = "terse",
+    list_admissible: bool = False,
+    parser: str = "plain",
+    require_admissible: bool = False,
+) -> PromptBuilder:
     """Builds the prompt builder that fits an environment's style.
 
     Args:
       style: ``terse`` (nothing but the observation) or ``alfworld`` (with instructions).
       list_admissible: whether every prompt ends with the admissible commands.
       parser: the parser that will read the answer; the instructions ask for its format.
+      require_admissible: concerns the parser alone.
 
     Raises:
       ValueError: an unknown style or parser, or ``terse`` with ``tags``, which it cannot ask for.
@@ -62,17 +68,32 @@ def make_prompts(style: str = "terse", list_admissible: bool = False, parser: st
 
 
 def make_parser(
-    parser: str = "plain", *, style: str = "terse", list_admissible: bool = False
+    parser: str = "plain",
+    *,
+    style: str = "terse",
+    list_admissible: bool = False,
+    require_admissible: bool = False,
 ) -> ActionParser:
-    """Builds the action parser: ``plain`` (the first line) or ``tags`` (think and action tags).
+    """Builds the action parser.
 
-    It takes the same options as `make_prompts`; the others do not change how an answer is read.
+    It takes the same options as `make_prompts`; style and listing do not change how an answer is read.
+
+    Args:
+      parser: ``plain`` (the first line) or ``tags`` (think and action tags).
+      style: concerns the prompts alone.
+      list_admissible: concerns the prompts alone.
+      require_admissible: a well-formed command that would do nothing is invalid too (``plain`` only), so
+        that ``env.invalid_penalty`` tells the policy at once what a sparse reward tells it late.
 
     Raises:
-      ValueError: an unknown parser.
+      ValueError: an unknown parser, or ``tags`` with ``require_admissible``.
     """
     _check_parser(parser)
-    return LineParser() if parser == "plain" else TagParser()
+    if parser == "plain":
+        return LineParser(require_admissible)
+    if require_admissible:
+        raise ValueError("household parser 'tags' follows verl-agent's rules and cannot require_admissible")
+    return TagParser()
 
 
 def _check_parser(parser: str) -> None:
@@ -164,13 +185,23 @@ def _offered(info: Mapping[str, Any]) -> list[str]:
 
 
 class LineParser:
-    """The first line of the response is the command; it is valid when it follows the grammar."""
+    """The first line of the response is the command; it is valid when it follows the grammar.
+
+    With ``require_admissible`` it must also be a command that would do something in the present state.
+    """
+
+    def __init__(self, require_admissible: bool = False) -> None:
+        """Chooses what counts as valid."""
+        self._require_admissible = require_admissible
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
         """Strips, lower-cases and collapses blanks; an ill-formed line is passed on as it is."""
         lines = response.strip().splitlines()
         action = commands.normalize(lines[0]) if lines else ""
-        return ParsedAction(action=action, is_valid=commands.parse(action) is not None)
+        is_valid = commands.parse(action) is not None
+        if self._require_admissible:
+            is_valid = is_valid and action in info.get("admissible", ())
+        return ParsedAction(action=action, is_valid=is_valid)
 
 
 class TagParser:
