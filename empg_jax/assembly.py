@@ -126,7 +126,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
         )
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
-            f"the model has {model.vocab_size} embedding rows, but the tokenizer {tokenizer.vocab_size} tokens: "
+            f"the model has {model.vocab_size} embedding rows, the tokenizer {tokenizer.vocab_size} tokens: "
             "raise model.vocab_size or name the model's own tokenizer (model.tokenizer)"
         )
     return model

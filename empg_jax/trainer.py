@@ -153,7 +153,7 @@ def rl_loop(run: Run) -> None:
         with run.clock.phase("update"):
             host_batch, layout = make_batch(trajectories, run.shape, seed=(config.seed, run.update))
             batch = learner.put(host_batch)
-            scores = score(run, batch, layout)
+            scores, gap = score(run, batch, layout)
             credit = learner.credit(batch, scores)
             steps = []
             for _ in range(config.train.epochs):
@@ -176,7 +176,7 @@ def rl_loop(run: Run) -> None:
             steps=steps,
             seconds=time.monotonic() - began,
         )
-        values |= {"recompiles": run.compiles.count - compiled}
+        values |= gap | {"recompiles": run.compiles.count - compiled}
         values |= {"learning_rate": float(run.schedule(int(run.state.step)))}
         count_episodes(run.record, trajectories, run.source.outcomes)
         if config.eval.every and run.update % config.eval.every == 0 and run.update < config.train.updates:
@@ -191,23 +191,31 @@ def rl_loop(run: Run) -> None:
             save(run)
 
 
-def score(run: Run, batch: Batch, layout: Layout) -> Scores:
-    """Old log-probs and entropies: a pass of the learner, or what the engine recorded, within the gate."""
+def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores, dict[str, float]]:
+    """Old log-probs and entropies: a pass of the learner, or what the engine recorded.
+
+    Whenever the learner makes its pass on data of its own version, the gap to the engine is measured.
+
+    Raises:
+      TrainingError: the gap is beyond the gate.
+    """
     config = run.config
     recorded = config.algorithm.entropy_source == "engine"
     if recorded and run.update % GAP_CHECK_EVERY:
-        return run.learner.recorded_scores(batch)
+        return run.learner.recorded_scores(batch), {}
     reference = run.state.params if run.reference is None else run.reference
     scores = run.learner.score(run.state.params, reference, batch, np.int32(layout.bounds[-1][1]))
+    gaps: dict[str, float] = {}
     if config.train.max_lag == 0:
-        gap = float(run.learner.logprob_gap(batch, scores)[0])
-        if not gap <= GAP_LIMIT and np.isfinite(gap):
+        mean, largest = (float(gap) for gap in run.learner.logprob_gap(batch, scores))
+        gaps = {"logprob_gap": mean, "logprob_gap_max": largest}
+        if mean > GAP_LIMIT:
             raise TrainingError(
-                f"sampler and learner disagree: the mean log-prob difference is {gap:.3g} at update "
+                f"sampler and learner disagree: the mean log-prob difference is {mean:.3g} at update "
                 f"{run.update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
                 f"(model.dtype={config.model.dtype})"
             )
-    return run.learner.recorded_scores(batch) if recorded else scores
+    return (run.learner.recorded_scores(batch) if recorded else scores), gaps
 
 
 def check_finite(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:

@@ -61,7 +61,9 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         """Refuse shapes that cannot work."""
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
 
@@ -268,7 +270,11 @@ def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B T"]) -> F
 def init_cache(config: DecoderConfig, slots: int, capacity: int) -> KVCache:
     """An empty KV cache: per layer keys and values ``[slots, K, capacity, d]``."""
     shape = (slots, config.num_kv_heads, capacity, config.head_dim)
-    return tuple((jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers))
+
+    def zeros() -> Array:
+        return jnp.zeros(shape, config.dtype)
+
+    return tuple((zeros(), zeros()) for _ in range(config.num_layers))
 
 
 def forward_cached(
@@ -303,7 +309,9 @@ def forward_cached(
                 old.at[write_rows[:, None], :, positions].set(new, mode="drop")
                 for old, new in zip(layer_cache, (k, v), strict=True)
             ]
-            keys, values = written if rows is None else [jnp.take(w, rows, axis=0, mode="clip") for w in written]
+            keys, values = written
+            if rows is not None:
+                keys, values = (jnp.take(w, rows, axis=0, mode="clip") for w in written)
             return cached_attention(q, keys, values, positions), (written[0], written[1])
 
         return block.apply({"params": layer_params}, x, rope, attend)

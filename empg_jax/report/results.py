@@ -79,7 +79,7 @@ def count_episodes(
 ) -> None:
     """Add a batch to the run's totals (``tokens_sampled``, ``trajectories`` by outcome)."""
     record["tokens_sampled"] = record.get("tokens_sampled", 0) + sum(t.num_tokens for t in trajectories)
-    record["trajectories"] = dict(outcomes)
+    record["trajectories"] = dict(sorted(outcomes.items()))
 
 
 def dump_batch(run_dir: Path, update: int, batch: Batch) -> Path:
