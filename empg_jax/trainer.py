@@ -177,7 +177,7 @@ def rl_loop(run: Run) -> None:
             seconds=time.monotonic() - began,
         )
         values |= gap | {"recompiles": run.compiles.count - compiled}
-        values |= {"learning_rate": float(run.schedule(int(run.state.step)))}
+        values |= {"learning_rate": float(run.schedule(run.state.step))}
         count_episodes(run.record, trajectories, run.source.outcomes)
         if config.eval.every and run.update % config.eval.every == 0 and run.update < config.train.updates:
             values |= evaluate(run, "during").metrics
@@ -376,8 +376,10 @@ def _open(
         empty, _ = make_batch([], shape, seed=(0,))
         state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
         learner.warm_up(state, learner.put(empty))
+        schedule = jax.jit(schedule)
         params = make_params(config, model, learner.shardings.params)
         state = restart_optimizer(params, optimizer, learner.shardings)
+        schedule(state.step)  # compiled with the rest
         engine = make_engine(config, model, language.tokenizer)
         eval_engine = make_engine(config, model, language.tokenizer, temperature=config.eval.temperature)
         for each in (engine, eval_engine):
