@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
-import resource
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,16 @@ def run(out: Path, name: str, overrides: list[str]) -> dict:
     folder = out / name
     if not (folder / "summary.json").exists():
         command = [sys.executable, "-m", "empg_jax", "train", "quickstart", f"run_dir={folder}", *overrides]
-        began = time.monotonic()
         with (out / f"{name}.log").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log)
-        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+            child = subprocess.Popen(command, stdout=log, stderr=log)
+            _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            raise SystemExit(f"{name} failed: see {out / name}.log")
+        cpu = {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
+        (folder / "cpu.json").write_text(json.dumps(cpu) + "\n")
+        print(f"{name}: {cpu}", file=sys.stderr)
     summary = json.loads((folder / "summary.json").read_text())
+    summary |= json.loads((folder / "cpu.json").read_text())
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     summary["curve"] = [json.loads(line)["success_rate"] for line in lines]
     return summary
@@ -80,8 +84,6 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         summaries = dict(zip(jobs, pool.map(lambda item: run(args.out, *item), jobs.items()), strict=True))
     report(args.out, summaries)
-    cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"CPU seconds of all runs made now: {cpu.ru_utime + cpu.ru_stime:.0f}", file=sys.stderr)
 
 
 def report(out: Path, summaries: dict[str, dict]) -> None:
@@ -92,17 +94,18 @@ def report(out: Path, summaries: dict[str, dict]) -> None:
         runs = [summary for name, summary in summaries.items() if name.rpartition("-")[0] == method]
         before = [r["eval_success_before"] for r in runs]
         after = [r["eval_success_after"] for r in runs]
-        seconds = [r["wall_seconds"]["total"] for r in runs]
+        wall = [r["wall_seconds"]["total"] for r in runs]
+        cpu = [r["cpu_seconds"] for r in runs]
         each = ", ".join(f"{value:.1%}" for value in after)
         rows.append(
             f"| {method} | {np.mean(before):.1%} | **{np.mean(after):.1%}** ({each}) "
-            f"| {np.mean(seconds):.0f} |"
+            f"| {np.mean(wall):.0f} | {np.mean(cpu):.0f} |"
         )
         if any(r["curve"] for r in runs):
             curves[method] = [r["curve"] for r in runs]
     tasks = next(iter(summaries.values()))["eval_tasks"]
-    table = [f"| method | before RL | after, mean of seeds (each), {tasks} held-out tasks | wall s |"]
-    table += ["| --- | --- | --- | --- |", *rows]
+    table = [f"| method | before RL | after, mean of seeds (each), {tasks} held-out tasks | wall s | CPU s |"]
+    table += ["| --- | --- | --- | --- | --- |", *rows]
     (out / "curves.md").write_text("\n".join(table) + "\n")
     (out / "curves.json").write_text(json.dumps(summaries, indent=1) + "\n")
     if curves:
