@@ -127,7 +127,7 @@ def evaluate_run(path: Path, overrides: list[str]) -> dict[str, Any]:
     from empg_jax.config import load_config
     from empg_jax.learner.state import state_shapes, state_shardings
     from empg_jax.parallel.mesh import make_mesh
-    from empg_jax.trainer import make_rl_optimizer
+    from empg_jax.run import make_rl_optimizer
 
     path = Path(path)
     step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None

@@ -31,6 +31,7 @@ LAYERS = {
     "empg_jax.checkpoint": 2,
     "empg_jax.rollout": 3,
     "empg_jax.assembly": 4,
+    "empg_jax.run": 4,
     "empg_jax.trainer": 4,
     "empg_jax.evaluate": 4,
     "empg_jax.sft": 4,
