@@ -140,7 +140,7 @@ def evaluate_run(path: Path, overrides: list[str]) -> dict[str, Any]:
     language = make_language(config, run_dir / "tokenizer")
     model = make_model(config, language.tokenizer)
     optimizer, _ = make_rl_optimizer(config)
-    mesh = make_mesh(**dict(config.mesh))
+    mesh = make_mesh(**vars(config.mesh))
     directory = Path(config.checkpoint.dir or run_dir / "checkpoints")
     checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=print)
     shapes, shardings = state_shapes(model, optimizer), state_shardings(mesh, model, optimizer)

@@ -91,10 +91,10 @@ def open_run(
             model,
             make_algorithm_from(config),
             optimizer,
-            make_mesh(**dict(config.mesh)),
+            make_mesh(**vars(config.mesh)),
             micro_rows=shape.micro_rows,
             temperature=config.rollout.temperature,
-            has_reference=config.algorithm.kl_coef > 0,
+            has_reference=config.algorithm.needs_reference,
         )
         empty, _ = make_batch([], shape, seed=(0,))
         state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
@@ -155,7 +155,7 @@ def _resume(run: Run) -> None:
     for name, seconds in saved["seconds"].items():
         run.clock.seconds[name] = run.clock.seconds.get(name, 0.0) + seconds
     run.source.restore(saved["source"], restored.trajectories)
-    if run.config.algorithm.kl_coef and run.record.get("phase") == "rl":
+    if run.config.algorithm.needs_reference and run.record.get("phase") == "rl":
         run.reference = run.checkpoints.load_reference(run.learner.shardings.params, run.state.params)
     run.progress.message(f"resumed at update {run.update} of {run.config.train.updates}")
 

@@ -213,3 +213,10 @@ def test_only_length_and_logs_may_change_on_resume():
         ConfigError, match=r"seed=3: a resumed run may change only train\.updates and log\.\*"
     ):
         check_resumable(["train.updates=300", "seed=3"])
+
+
+def test_the_resolved_quickstart_for_bare_images_is_up_to_date() -> None:
+    resolved = Path(__file__).parents[1] / "scripts" / "quickstart.resolved.yaml"
+    assert resolved.read_text() == load_config("quickstart").to_yaml(), (
+        "configs/quickstart.yaml or a default changed: empg-jax config quickstart > scripts/quickstart.resolved.yaml"
+    )
