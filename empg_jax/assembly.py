@@ -197,20 +197,36 @@ def make_algorithm_from(config: Config) -> Algorithm:
     overrides: dict[str, Any] = {
         "loss": a.loss,
         "loss_aggregation": a.aggregation,
+        "loss_scale": a.loss_scale,
         "clip_low": a.clip_low,
         "clip_high": a.clip_high,
         "dual_clip": a.dual_clip,
         "kl_coef": a.kl_coef,
         "kl_kind": a.kl_kind,
+        "reward_kl_coef": a.reward_kl_coef,
         "entropy_coef": a.entropy_coef,
         "scale_by_std": a.scale_by_std,
         "singleton": a.singleton,
+        "omega": a.omega,
+        "gamma": a.gamma,
+        "overlong_length": a.overlong_length,
+        "overlong_cache": a.overlong_cache,
         "empg": dict(vars(a.empg)),
         "aem": dict(vars(a.aem)),
+        "correction": dict(vars(a.correction)),
     }
     return make_algorithm(
-        a.name, modulation=a.modulation, num_minibatches=config.train.num_minibatches, **overrides
+        a.name,
+        modulation=a.modulation,
+        num_minibatches=config.train.num_minibatches,
+        group_size=config.rollout.group_size,
+        **overrides,
     )
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether the frozen reference policy is scored beside the policy."""
+    return config.algorithm.kl_coef > 0 or config.algorithm.reward_kl_coef > 0
 
 
 def make_batch_shape(config: Config) -> BatchShape:

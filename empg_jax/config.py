@@ -15,39 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from empg_jax.config_algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section
 from empg_jax.config_errors import explain, list_keys
 from empg_jax.config_text import ConfigError as ConfigError
-from empg_jax.config_text import apply_override, find_file, nearest, read_yaml
-
-# Names that `algorithm.name` takes, and the keys that each sets; every other key keeps its default. Each name
-# also exists with _empg or _aem behind it, which sets `algorithm.modulation`.
-RECIPES: dict[str, dict[str, Any]] = {
-    "reinforce": {"loss": "reinforce", "aggregation": "seq-mean-token-sum", "dual_clip": None},
-    "rloo": {},
-    "grpo": {},
-    "dr_grpo": {"scale_by_std": False, "aggregation": "seq-mean-token-sum"},
-    "grpo_turn_rows": {},
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28},
-    "gspo": {"loss": "gspo", "aggregation": "seq-mean-token-mean", "dual_clip": None},
-    "cispo": {"loss": "cispo", "dual_clip": None},
-    "sapo": {"loss": "sapo", "aggregation": "seq-mean-token-mean", "dual_clip": None},
-    "gigpo": {"scale_by_std": False},
-    "reinforce_pp": {},
-    "reinforce_pp_baseline": {},
-}
-NO_GROUP_BASELINE = ("reinforce", "reinforce_pp")  # the others compare the attempts of one task
-ALGORITHM_NAMES = (*RECIPES, *(f"{name}_{kind}" for name in RECIPES for kind in ("empg", "aem")))
+from empg_jax.config_text import apply_override, find_file, read_yaml
 
 # Keys that may change when a run goes on; all others would make the resumed run a different experiment.
 RESUMABLE_KEYS = ("train.updates", "log.*")
-
-
-class Section(BaseModel):
-    """A group of keys: frozen, strict about types, closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -171,97 +147,6 @@ class WorkersConfig(Section):
     reset_timeout: float = Field(30.0, gt=0, description="Seconds that a reset may take.")
     step_timeout: float = Field(10.0, gt=0, description="Seconds that a step may take.")
     memory_limit_mb: int | None = Field(None, ge=64, description="Address space of a worker in MiB.")
-
-
-class EmpgConfig(Section):
-    """Entropy-Modulated Policy Gradients (arXiv 2509.09265)."""
-
-    k: float = Field(1.0, ge=0, description="Strength of the self-calibrating gradient scaling.")
-    k_future: float = Field(1.0, ge=0, description="Strength of the entropy term inside the clarity bonus.")
-    zeta: float = Field(0.1, ge=0, description="Weight of the future-clarity bonus.")
-    scope: Literal["batch", "group", "trajectory"] = Field(
-        "batch", description="Turns over which entropies are normalised."
-    )
-    center: Literal["turn", "token", "none"] = Field(
-        "turn", description="Mean that is taken off the modulated advantages."
-    )
-    whiten: bool = Field(False, description="Also divide them by their standard deviation.")
-    mixed_groups_only: bool = Field(False, description="Leave out task groups whose returns are all equal.")
-
-
-class AemConfig(Section):
-    """Adaptive Entropy Modulation (arXiv 2605.00425)."""
-
-    lam: float = Field(1.0, ge=0, description="Strength of the modulation.")
-    scope: Literal["group", "batch", "trajectory"] = Field(
-        "group", description="Turns over which entropies are normalised."
-    )
-    min_range: float = Field(0.1, ge=0, description="Entropy range (nats) below which nothing is modulated.")
-    mean: Literal["turn", "token"] = Field("turn", description="What weighs one in the mean of the factors.")
-    center: Literal["turn", "none"] = Field("none", description="Mean taken off the modulated advantages.")
-    reverse: bool = Field(False, description="Control: swap the factors of low and high entropy.")
-    shuffle_seed: int | None = Field(None, ge=0, description="Control: permute the factors with this seed.")
-
-
-class AlgorithmConfig(Section):
-    """Credit assignment and loss."""
-
-    name: str = Field("grpo", description="Algorithm by name; _empg or _aem behind it sets modulation.")
-    modulation: Literal["none", "empg", "aem"] = Field(
-        "none", description="Entropy modulation of the credit."
-    )
-    empg: EmpgConfig = Field(default_factory=EmpgConfig, description="Settings of EMPG.")
-    aem: AemConfig = Field(default_factory=AemConfig, description="Settings of AEM.")
-    loss: Literal["ppo_clip", "gspo", "turn_ratio_clip", "cispo", "sapo", "reinforce", "decoupled_ppo"] = (
-        Field("ppo_clip", description="Policy loss.")
-    )
-    aggregation: Literal[
-        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
-    ] = Field("token-mean", description="How token losses become one number.")
-    clip_low: float | None = Field(
-        None,
-        gt=0,
-        description="Ratios are clipped at 1 - clip_low; null is the loss's own, 0.2 for ppo_clip.",
-    )
-    clip_high: float | None = Field(
-        None,
-        gt=0,
-        description="Ratios are clipped at 1 + clip_high; null is the loss's own, 0.2 for ppo_clip.",
-    )
-    dual_clip: float | None = Field(
-        3.0, gt=1, description="Bound of ppo_clip at negative advantages; null is off."
-    )
-    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL penalty to the reference policy.")
-    kl_kind: Literal["k1", "k2", "k3", "k1+", "k3+"] = Field(
-        "k3", description="Estimator of that KL; + corrects its gradient."
-    )
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
-    scale_by_std: bool = Field(True, description="Divide group advantages by the group's standard deviation.")
-    singleton: Literal["zero", "raw"] = Field("zero", description="Advantage of a group of one.")
-    entropy_source: Literal["learner", "engine"] = Field(
-        "learner", description="Who measures entropies: a score pass of the learner, or the sampler."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand_recipe(cls, data: Any) -> Any:
-        """Write out the keys that a name stands for; explicit keys win, but for a second modulation."""
-        if not isinstance(data, dict) or not isinstance(data.get("name", "grpo"), str):
-            return data
-        name = data.get("name", "grpo")
-        if name not in ALGORITHM_NAMES:
-            hint = (
-                nearest(name, ALGORITHM_NAMES) or f"; choose {' or '.join(RECIPES)}, also with _empg or _aem"
-            )
-            raise ValueError(f"algorithm.name={name} is unknown{hint}")
-        base, _, kind = (name, "", "") if name in RECIPES else name.rpartition("_")
-        explicit = data.get("modulation", kind)
-        if kind and explicit != kind:
-            raise ValueError(
-                f"algorithm.name={name} and algorithm.modulation={explicit} name two modulations: use "
-                f"algorithm.name={base} with algorithm.modulation={explicit}, or leave one out"
-            )
-        return {**RECIPES[base], **({"modulation": kind} if kind else {}), **data, "name": base}
 
 
 class TrainConfig(Section):

@@ -18,6 +18,7 @@ from empg_jax.assembly import (
     make_language,
     make_model,
     make_params,
+    needs_reference,
 )
 from empg_jax.checkpoint import Checkpoints, Restored
 from empg_jax.config_text import ConfigError
@@ -94,7 +95,7 @@ def open_run(
             make_mesh(**vars(config.mesh)),
             micro_rows=shape.micro_rows,
             temperature=config.rollout.temperature,
-            has_reference=config.algorithm.needs_reference,
+            has_reference=needs_reference(config),
         )
         empty, _ = make_batch([], shape, seed=(0,))
         state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
@@ -155,7 +156,7 @@ def _resume(run: Run) -> None:
     for name, seconds in saved["seconds"].items():
         run.clock.seconds[name] = run.clock.seconds.get(name, 0.0) + seconds
     run.source.restore(saved["source"], restored.trajectories)
-    if run.config.algorithm.needs_reference and run.record.get("phase") == "rl":
+    if needs_reference(run.config) and run.record.get("phase") == "rl":
         run.reference = run.checkpoints.load_reference(run.learner.shardings.params, run.state.params)
     run.progress.message(f"resumed at update {run.update} of {run.config.train.updates}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from empg_jax import sft
-from empg_jax.assembly import make_pool
+from empg_jax.assembly import make_pool, needs_reference
 from empg_jax.checkpoint import Checkpoints
 from empg_jax.evaluate import Evaluation
 from empg_jax.learner.state import TrainState, restart_optimizer
@@ -108,7 +109,9 @@ def rl_loop(run: Run) -> None:
             run.engine.load(run.state.params, run.update)
             trajectories = run.source.collect(run.update, run.should_stop)
         with run.clock.phase("update"):
-            host_batch, layout = make_batch(trajectories, run.shape, seed=(config.seed, run.update))
+            host_batch, layout = make_batch(
+                trajectories, run.shape, seed=(config.seed, run.update), gamma=config.algorithm.turn_gamma
+            )
             batch = learner.put(host_batch)
             scores, gap = score(run, batch, layout)
             credit = learner.credit(batch, scores)
@@ -151,6 +154,7 @@ def rl_loop(run: Run) -> None:
 def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores, dict[str, float]]:
     """Old log-probs and entropies: a pass of the learner, or what the engine recorded.
 
+    What no engine records (the reference's log-probs, the critic's values) comes from the pass in any case.
     Whenever the learner makes its pass on data of its own version, the gap to the engine is measured.
 
     Raises:
@@ -158,7 +162,7 @@ def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores, dict[str, flo
     """
     config = run.config
     recorded = config.algorithm.entropy_source == "engine"
-    if recorded and run.update % GAP_CHECK_EVERY:
+    if recorded and not run.learner.needs_score and run.update % GAP_CHECK_EVERY:
         return run.learner.recorded_scores(batch), {}
     reference = run.state.params if run.reference is None else run.reference
     scores = run.learner.score(run.state.params, reference, batch, np.int32(layout.bounds[-1][1]))
@@ -172,7 +176,10 @@ def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores, dict[str, flo
                 f"{run.update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
                 f"(model.dtype={config.model.dtype})"
             )
-    return (run.learner.recorded_scores(batch) if recorded else scores), gaps
+    if recorded:
+        recorded_fields = {"old_logprobs": batch.behavior_logprobs, "entropies": batch.behavior_entropies}
+        scores = dataclasses.replace(scores, **recorded_fields)
+    return scores, gaps
 
 
 def check_finite(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:
@@ -224,7 +231,7 @@ def warm_start_phase(run: Run) -> None:
     optimizer, _ = make_rl_optimizer(config)
     run.state = restart_optimizer(run.state.params, optimizer, run.learner.shardings)
     run.record["phase"] = "rl"
-    if config.algorithm.kl_coef:
+    if needs_reference(config):
         run.reference = jax.tree.map(lambda leaf: leaf.copy(), run.state.params)
         run.checkpoints.save_reference(run.reference)
     evaluate(run, "before")

@@ -9,21 +9,26 @@ import yaml
 
 from empg_jax.algorithms.advantages import SINGLETONS
 from empg_jax.algorithms.aggregation import AGGREGATIONS
+from empg_jax.algorithms.clipped import STALE_MODES
+from empg_jax.algorithms.corrections import LEVELS
 from empg_jax.algorithms.losses import KL_KINDS
 from empg_jax.algorithms.modulation import CENTERS, MEANS, SCOPES
 from empg_jax.algorithms.objectives import OBJECTIVES
-from empg_jax.algorithms.recipe import MODULATIONS
+from empg_jax.algorithms.recipe import CORRECTIONS, MODULATIONS
 from empg_jax.algorithms.recipes import ALGORITHMS
 from empg_jax.config import (
-    ALGORITHM_NAMES,
-    AemConfig,
-    AlgorithmConfig,
     Config,
     ConfigError,
-    EmpgConfig,
     check_resumable,
     describe,
     load_config,
+)
+from empg_jax.config_algorithm import (
+    ALGORITHM_NAMES,
+    AemConfig,
+    AlgorithmConfig,
+    CorrectionConfig,
+    EmpgConfig,
 )
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -65,13 +70,29 @@ REFUSED = {
     ("rollout.prefill_buckets=[8,4]",): r"rollout\.prefill_buckets=\[8, 4\] must be ascending",
     ("rollout.prefill_buckets=[8,x]",): r"rollout\.prefill_buckets='x': must be a valid integer",
     ("rollout.prefill_buckets=[512]",): r"reaches beyond rollout\.max_tokens=256",
-    ("mesh.data=3",): r"mesh\.data=3 x mesh\.fsdp=1 cannot divide: use train\.micro_tokens=4608",
+    ("mesh.data=2",): r"mesh\.data=2 x mesh\.fsdp=1 cannot divide: use train\.micro_tokens=1024",
     ("train.micro_tokens=100",): r"train\.micro_tokens=100 holds 0 rows .* use train\.micro_tokens=256",
     ("mesh.sequence=3",): r"mesh\.sequence=3 must divide rollout\.max_tokens=256",
     ("mesh.tensor=3",): r"mesh\.tensor=3 must divide model\.num_kv_heads=4",
     ("train.num_minibatches=129",): r"train\.num_minibatches=129 is more than the 128 episodes",
-    ("train.warmup_updates=151",): r"train\.warmup_updates=151 exceeds train\.updates=150",
+    ("train.warmup_updates=181",): r"train\.warmup_updates=181 exceeds train\.updates=180",
     ("algorithm.entropy_source=engine", "train.max_lag=1"): r"entropy_source=engine .*train\.max_lag=1",
+    ("algorithm.omega=2",): r"algorithm\.omega=2.* no effect with algorithm\.name=grpo: it belongs to gigpo",
+    ("algorithm.correction.cap=3",): r"correction\.cap=3.* no effect with algorithm\.correction\.kind=none",
+    ("algorithm.correction.stale_cap=3",): r"stale_cap=3.* belongs to decoupled_ppo",
+    ("algorithm.correction.knd=tis",): r"did you mean algorithm\.correction\.kind\?",
+    ("algorithm.correction.kind=tis",): r"correction\.kind=tis compares .*entropy_source=learner",
+    (
+        "algorithm.correction={kind: tis}",
+        "algorithm.loss=decoupled_ppo",
+    ): r"kind=tis with algorithm\.loss=decoupled_ppo",
+    ("algorithm.correction={kind: mis, low: 3}",): r"correction\.low=3.* must not exceed .*high=2",
+    ("algorithm.name=reinforce_pp", "algorithm.kl_coef=0.1"): r"kl_coef=0\.1 and .*reward_kl_coef=0\.001",
+    ("algorithm.overlong_length=9",): r"overlong_length and algorithm\.overlong_cache are set together",
+    (
+        "algorithm.overlong_length=9",
+        "algorithm.overlong_cache=10",
+    ): r"overlong_cache=10 must not exceed .*overlong_length=9",
     ("foo",): r"override 'foo' is not of the form section\.key=value",
     (".x=1",): r"override '\.x=1' is not of the form",
     ("seed.x=3",): r"seed=\{'x': 3\}: must be a valid integer",
@@ -182,11 +203,12 @@ def test_every_algorithm_is_known_and_resolves_to_its_recipe():
     assert set(ALGORITHMS) == set(ALGORITHM_NAMES)
     for name, recipe in ALGORITHMS.items():
         resolved = Config(algorithm={"name": name}).algorithm
-        for key in AlgorithmConfig.model_fields.keys() & vars(recipe).keys() - {"empg", "aem"}:
+        for key in AlgorithmConfig.model_fields.keys() & vars(recipe).keys() - {"empg", "aem", "correction"}:
             assert getattr(resolved, key) == getattr(recipe, key), (name, key)
         assert resolved.aggregation == recipe.loss_aggregation, name
         assert resolved.empg.model_dump() == vars(recipe.empg)
         assert resolved.aem.model_dump() == vars(recipe.aem)
+        assert resolved.correction.model_dump() == vars(recipe.correction)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +223,9 @@ def test_every_algorithm_is_known_and_resolves_to_its_recipe():
         (EmpgConfig, "center", CENTERS),
         (AemConfig, "scope", SCOPES),
         (AemConfig, "mean", MEANS),
+        (CorrectionConfig, "kind", CORRECTIONS),
+        (CorrectionConfig, "level", LEVELS),
+        (CorrectionConfig, "stale_mode", STALE_MODES),
     ],
 )
 def test_choices_are_those_of_the_algorithms(section, key, choices):
@@ -218,5 +243,6 @@ def test_only_length_and_logs_may_change_on_resume():
 def test_the_resolved_quickstart_for_bare_images_is_up_to_date() -> None:
     resolved = Path(__file__).parents[1] / "scripts" / "quickstart.resolved.yaml"
     assert resolved.read_text() == load_config("quickstart").to_yaml(), (
-        "configs/quickstart.yaml or a default changed: empg-jax config quickstart > scripts/quickstart.resolved.yaml"
+        "configs/quickstart.yaml or a default changed: "
+        "empg-jax config quickstart > scripts/quickstart.resolved.yaml"
     )

@@ -13,6 +13,7 @@ LAYERS = {
     "empg_jax": 0,
     "empg_jax.types": 0,
     "empg_jax.config": 0,
+    "empg_jax.config_algorithm": 0,
     "empg_jax.config_text": 0,
     "empg_jax.config_errors": 0,
     "empg_jax.metrics": 0,
@@ -43,7 +44,7 @@ ENVS_FROM_LAYER = 3
 STRANGERS = {"empg_jax.learner": "empg_jax.rollout", "empg_jax.rollout": "empg_jax.learner"}
 # Packages that only some modules may import.
 RESERVED = {
-    "pydantic": ("empg_jax.config",),
+    "pydantic": ("empg_jax.config", "empg_jax.config_algorithm"),
     "typer": ("empg_jax.cli",),
 }
 JAX = {"empg_jax", "jax", "jaxlib", "flax", "optax", "orbax", "chex"}

@@ -93,6 +93,7 @@ class Learner:
     credit: Callable[[Batch, Scores], Credit]
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     logprob_gap: Callable[[Batch, Scores], tuple[jax.Array, jax.Array]]
+    needs_score: bool  # what the engine records is not enough
 
     def warm_up(self, state: TrainState, batch: Batch) -> None:
         """Compile every program for the shape of this batch. The state is consumed (it is donated).
@@ -160,6 +161,7 @@ def make_learner(
         credit=jax.jit(algorithm.credit, out_shardings=credit_shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole)),
         logprob_gap=jax.jit(_logprob_gap, out_shardings=whole),
+        needs_score=has_reference,
     )
 
 
