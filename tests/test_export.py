@@ -11,7 +11,7 @@ from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import DecoderConfig, init_cache, init_params
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.replay.batching import BatchShape, make_batch
-from empg_jax.rollout.programs import EngineConfig, compile_programs, init_slots
+from empg_jax.rollout.programs import EngineConfig, compile_programs
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 MODELS = {
@@ -34,9 +34,12 @@ def shapes_of(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def check_state(exported, position, state):
-    """What goes in comes out at ``position``, shape by shape, so that it can be donated."""
-    out = jax.tree.unflatten(exported.out_tree, exported.out_avals)[position]
+def outputs(exported):
+    return jax.tree.unflatten(exported.out_tree, exported.out_avals)
+
+
+def check_state(out, state):
+    """What goes in comes out, shape by shape, so that it can be donated."""
     assert jax.tree.structure(out) == jax.tree.structure(state)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), out, state)
     assert all(jax.tree.leaves(same))
@@ -56,38 +59,40 @@ def test_the_update_lowers_for_every_platform(name):
     credit = jax.eval_shape(learner.credit, batch, scores)
     exported = export.export(learner.update, platforms=PLATFORMS)(state, batch, scores, credit, index, index)
     assert exported.platforms == PLATFORMS
-    check_state(exported, 0, state)
+    check_state(outputs(exported)[0], state)
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def engine(request):
-    """Programs and the shapes of what they take: parameters, cache, slots."""
+    """Programs and the shapes of what they take: parameters and cache."""
     model = MODELS[request.param]
     config = EngineConfig(slots=8, max_tokens=1024, max_response_tokens=128, stop_ids=(1, 2))
     programs = compile_programs(model, config)
     stacked = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
     params = jax.eval_shape(programs.unstack, stacked)
-    cache = jax.eval_shape(lambda: init_cache(model, config.slots, 512))
-    return programs, params, cache, jax.eval_shape(lambda: init_slots(config))
+    return programs, params, jax.eval_shape(lambda: init_cache(model, config.slots, 512))
+
+
+def integers(*shapes):
+    return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
 
 
 def test_decode_lowers_for_every_platform(engine):
-    programs, params, cache, slots = engine
+    programs, params, cache = engine
+    key = jax.eval_shape(lambda: jax.random.key(0))
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
-    exported = export.export(programs.decode, platforms=PLATFORMS)(params, cache, slots, temperature)
+    exported = export.export(programs.decode, platforms=PLATFORMS)(
+        params, cache, key, *integers((8, 8), (2,)), temperature
+    )
     assert exported.platforms == PLATFORMS
-    check_state(exported, 0, cache)
-    check_state(exported, 1, slots)
+    check_state(outputs(exported)[0], cache)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_prefill_lowers_for_every_platform(engine, rows):
-    programs, params, cache, slots = engine
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    index, tokens, plan = (jax.ShapeDtypeStruct((rows, *s), jnp.int32) for s in ((), (64,), (8,)))
+    programs, params, cache = engine
     exported = export.export(programs.prefill, platforms=PLATFORMS)(
-        params, cache, slots, key, index, tokens, plan, jax.ShapeDtypeStruct((), jnp.float32)
+        params, cache, *integers((rows,), (rows, 64), (rows, 2))
     )
     assert exported.platforms == PLATFORMS
-    check_state(exported, 0, cache)
-    check_state(exported, 1, slots)
+    check_state(outputs(exported), cache)

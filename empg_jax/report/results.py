@@ -65,7 +65,7 @@ def describe_update(
         "tokens_trained": float(sum(len(turn.response_tokens) for turn in turns)),
         "tokens_prefilled": float(engine.prefilled_tokens),
         "tokens_per_second": engine.sampled_tokens / seconds,
-        "slot_occupancy": engine.useful_rows / max(1, engine.decode_rows),
+        "slot_occupancy": engine.occupancy,
         "packing_efficiency": layout.num_tokens / (layout.num_rows * shape.row_tokens),
         "seconds_update": seconds,
     }

@@ -98,9 +98,9 @@ class Collector:
         for reply in self._take_replies():
             finished.extend(self._on_reply(reply))
         finished.extend(self._expire())
-        responses = self.engine.step()
+        responses = self.engine.step(is_eager=not self._is_deterministic)
         while self._is_deterministic and self.engine.has_work:
-            responses += self.engine.step()
+            responses += self.engine.step(is_eager=False)
         for response in sorted(responses, key=lambda r: r.slot):
             self._on_response(response)
         return finished
@@ -108,7 +108,7 @@ class Collector:
     def settle(self) -> None:
         """Bring the engine to a turn boundary: responses in progress end, no new ones start."""
         while self.engine.has_work:
-            for response in self.engine.step():
+            for response in self.engine.step(is_eager=False):
                 self._on_response(response)
 
     def _start_episodes(self) -> None:

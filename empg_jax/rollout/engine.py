@@ -11,14 +11,14 @@ every decode step. All shapes come from small bucket lists that `Engine.warm_up`
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from empg_jax.models.decoder import DecoderConfig, KVCache, init_cache
+from empg_jax.rollout.programs import Burst, compile_programs
 from empg_jax.rollout.programs import EngineConfig as EngineConfig
-from empg_jax.rollout.programs import compile_programs, init_slots
 from empg_jax.types import Params
 
 
@@ -42,13 +42,20 @@ class EngineStats:
     prefilled_tokens: int = 0  # real tokens written by prefill
     sampled_tokens: int = 0
     responses: int = 0
-    decode_rows: int = 0  # rows x steps that decode dispatches spent
-    useful_rows: int = 0  # of these, rows that sampled a token of a response
+    decode_rows: int = 0  # slots x steps that decode dispatches spent; sampled_tokens of them were of use
     bursts: int = 0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the decoded rows that sampled a token of a response."""
+        return self.sampled_tokens / max(1, self.decode_rows)
 
 
 class Engine:
     """Continuous batching over slots, with each conversation's KV kept across turns.
+
+    The newest token of a conversation, sampled or given, is not in the cache: the next decode step reads it
+    and samples what comes after. Everything before it is.
 
     Args:
       model: the decoder's config.
@@ -73,20 +80,19 @@ class Engine:
         self._temperature = np.float32(temperature)
         self.version = -1
         self.stats = EngineStats()
-        self._device = device or jax.local_devices()[0]
-        self._sharding = jax.sharding.SingleDeviceSharding(self._device)
+        self._sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
         self._key = jax.device_put(jax.random.key(seed), self._sharding)
         self._params: Params | None = None
         self._programs = compile_programs(model, config)
-        slots = config.slots
+        slots, response = config.slots, config.max_response_tokens
         self._history = np.zeros((slots, config.max_tokens), np.int32)
-        self._num_tokens = np.zeros(slots, np.int64)  # tokens of the conversation known to the host
+        self._num_tokens = np.zeros(slots, np.int64)  # tokens of the conversation
         self._kv_length = np.zeros(slots, np.int64)  # of these, tokens whose keys are in the cache
         self._prompt_length = np.zeros(slots, np.int64)
+        self._allowed = np.zeros(slots, np.int64)  # tokens that the response may still get; 0: no response
         self._ids = np.zeros((slots, 4), np.int32)
-        self._is_pending = np.zeros(slots, bool)  # submitted, prefill not yet dispatched
-        self._is_active = np.zeros(slots, bool)
-        self._state = jax.device_put(init_slots(config), self._sharding)
+        self._logprobs = np.zeros((slots, response), np.float32)
+        self._entropies = np.zeros((slots, response), np.float32)
         self._cache = self._new_cache(config.cache_buckets[0])
 
     # ------------------------------------------------------------------------------ conversations
@@ -94,14 +100,22 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while a submitted response is unfinished."""
-        return bool(self._is_active.any() or self._is_pending.any())
+        return bool(self._allowed.any())
 
     def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
         """Response tokens that would still fit after ``num_new`` more prompt tokens (may be <= 0)."""
         used = 0 if is_fresh else int(self._num_tokens[slot])
         return min(self.config.max_response_tokens, self.config.max_tokens - used - num_new)
 
-    def submit(self, slot: int, tokens: Any, *, is_fresh: bool, ids: tuple[int, int, int, int]) -> None:
+    def submit(
+        self,
+        slot: int,
+        tokens: Sequence[int] | np.ndarray,
+        *,
+        is_fresh: bool,
+        ids: tuple[int, int, int, int],
+        max_response: int | None = None,
+    ) -> None:
         """Append ``tokens`` to the slot's conversation and ask for a response.
 
         Args:
@@ -109,6 +123,7 @@ class Engine:
           tokens: prompt tokens that come after what the conversation already holds.
           is_fresh: forget the conversation first; ``tokens`` is then the whole prompt.
           ids: (stream, group, member, turn): what the sampling keys are folded from.
+          max_response: most tokens of this response, where that is less than what fits.
 
         Raises:
           RuntimeError: no weights are loaded, or the slot is still answering.
@@ -116,27 +131,30 @@ class Engine:
         """
         if self._params is None:
             raise RuntimeError("Engine.submit before Engine.load: there are no weights to sample from")
-        if self._is_active[slot] or self._is_pending[slot]:
+        if self._allowed[slot]:
             raise RuntimeError(f"slot {slot} is still answering")
-        if self.room(slot, len(tokens), is_fresh=is_fresh) < 1:
+        room = self.room(slot, len(tokens), is_fresh=is_fresh)
+        allowed = room if max_response is None else min(room, max_response)
+        if allowed < 1:
             raise ValueError(
                 f"slot {slot}: {len(tokens)} new tokens leave no room for a response within "
                 f"max_tokens={self.config.max_tokens}"
+                if room < 1
+                else f"slot {slot}: max_response={max_response} must be at least 1"
             )
-        if is_fresh:
-            self._num_tokens[slot] = self._kv_length[slot] = 0
-        start = int(self._num_tokens[slot])
+        start = 0 if is_fresh else int(self._num_tokens[slot])
         if start + len(tokens) == 0:
             raise ValueError(f"slot {slot}: an empty prompt cannot be answered")
+        if is_fresh:
+            self._kv_length[slot] = 0
         self._history[slot, start : start + len(tokens)] = tokens
         self._num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
         self._ids[slot] = ids
-        self._is_pending[slot] = True
+        self._allowed[slot] = allowed
 
     def release(self, slot: int) -> None:
         """Forget the slot's conversation; a response in progress is dropped."""
-        self._is_pending[slot] = self._is_active[slot] = False
-        self._num_tokens[slot] = self._kv_length[slot] = 0
+        self._num_tokens[slot] = self._kv_length[slot] = self._allowed[slot] = 0
 
     def load(self, params: Params, version: int) -> None:
         """Make new weights live, and return when they are.
@@ -165,106 +183,101 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ running
 
-    def step(self) -> list[Response]:
-        """Prefill what was submitted, decode one burst, and return the responses that ended."""
+    def step(self, *, is_eager: bool = True) -> list[Response]:
+        """Prefill what was submitted, decode one burst, and return the responses that ended.
+
+        Args:
+          is_eager: return before the burst's end when ``patience`` responses have ended, so that their
+            environments can go on; False where nobody waits for them.
+        """
         if not self.has_work:
             return []
         self._fit_cache()
         self._prefill()
-        self._cache, self._state, steps = self._programs.decode(
-            self._params, self._cache, self._state, self._temperature
+        slots = self.config.slots
+        last = np.maximum(self._num_tokens - 1, 0)
+        plan = np.empty((slots, 8), np.int32)
+        plan[:, 0] = self._history[np.arange(slots), last]
+        plan[:, 1] = last
+        plan[:, 2] = self._num_tokens - self._prompt_length
+        plan[:, 3] = self._allowed
+        plan[:, 4:] = self._ids
+        limits = np.asarray((self.config.burst, self.config.patience if is_eager else slots), np.int32)
+        self._cache, burst = self._programs.decode(
+            self._params, self._cache, self._key, plan, limits, self._temperature
         )
-        # The only read of the burst.
-        is_active, counts, tokens, logprobs, entropies, steps = jax.device_get(
-            (
-                self._state.is_active,
-                self._state.counts,
-                self._state.tokens,
-                self._state.logprobs,
-                self._state.entropies,
-                steps,
-            )
-        )
+        return self._take(jax.device_get(burst))  # the only read of the burst
+
+    def _take(self, burst: Burst) -> list[Response]:
+        """Write down what was sampled; returns the responses that ended."""
+        counts = np.asarray(burst.counts)
         self.stats.bursts += 1
-        self.stats.decode_rows += int(steps) * self.config.slots
-        responses = []
-        for slot in np.flatnonzero(self._is_active):
-            sampled = int(counts[slot])
-            start = int(self._prompt_length[slot])
-            new = start + sampled - int(self._num_tokens[slot])
-            # The first token of a response comes out of its prefill, not out of a decode row.
-            self.stats.useful_rows += new - int(self._num_tokens[slot] == start)
-            self._num_tokens[slot] = start + sampled
-            self._kv_length[slot] = start + sampled - 1
-            if is_active[slot]:
-                continue
-            self._is_active[slot] = False
-            response = tokens[slot, :sampled].copy()
-            self._history[slot, start : start + sampled] = response
-            stopped = int(response[-1]) in self.config.stop_ids
-            responses.append(
-                Response(
-                    slot=int(slot),
-                    prompt_tokens=self._history[slot, :start].copy(),
-                    tokens=response,
-                    logprobs=logprobs[slot, :sampled].copy(),
-                    entropies=entropies[slot, :sampled].copy(),
-                    version=self.version,
-                    finish_reason="stop" if stopped else "length",
-                )
-            )
-        self.stats.responses += len(responses)
-        self.stats.sampled_tokens += sum(len(response.tokens) for response in responses)
-        return responses
+        self.stats.decode_rows += int(burst.steps) * self.config.slots
+        self.stats.sampled_tokens += int(counts.sum())
+        step, slot = np.nonzero(np.arange(self.config.burst)[:, None] < counts[None, :])
+        column = self._num_tokens[slot] + step
+        self._history[slot, column] = burst.tokens[step, slot]
+        column -= self._prompt_length[slot]
+        self._logprobs[slot, column] = burst.logprobs[step, slot]
+        self._entropies[slot, column] = burst.entropies[step, slot]
+        sampled = np.flatnonzero(counts)
+        self._num_tokens[sampled] += counts[sampled]
+        self._kv_length[sampled] = self._num_tokens[sampled] - 1
+        self._allowed[sampled] -= counts[sampled]
+        stopped = np.isin(burst.tokens[counts[sampled] - 1, sampled], self.config.stop_ids)
+        ended = [
+            self._respond(int(slot), bool(is_stop))
+            for slot, is_stop in zip(sampled, stopped, strict=True)
+            if is_stop or not self._allowed[slot]
+        ]
+        self.stats.responses += len(ended)
+        return ended
+
+    def _respond(self, slot: int, is_stop: bool) -> Response:
+        self._allowed[slot] = 0
+        start, stop = int(self._prompt_length[slot]), int(self._num_tokens[slot])
+        return Response(
+            slot=slot,
+            prompt_tokens=self._history[slot, :start].copy(),
+            tokens=self._history[slot, start:stop].copy(),
+            logprobs=self._logprobs[slot, : stop - start].copy(),
+            entropies=self._entropies[slot, : stop - start].copy(),
+            version=self.version,
+            finish_reason="stop" if is_stop else "length",
+        )
 
     def _prefill(self) -> None:
-        """Write the pending tokens of submitted slots, grouped by padded length; the last chunk samples."""
-        pending = np.flatnonzero(self._is_pending)
-        longest = self.config.prefill_buckets[-1]
-        remaining = {int(s): int(self._num_tokens[s] - self._kv_length[s]) for s in pending}
-        while remaining:
+        """Write what is not yet cached of every conversation that is to be answered, but its newest token."""
+        missing = np.where(self._allowed > 0, self._num_tokens - 1 - self._kv_length, 0)
+        lengths = self.config.prefill_lengths(self.capacity)
+        while missing.any():
             groups: dict[int, list[int]] = {}
-            for slot, count in remaining.items():
-                groups.setdefault(_bucket(min(count, longest), self.config.prefill_buckets), []).append(slot)
+            for slot in np.flatnonzero(missing):
+                groups.setdefault(_fit(int(missing[slot]), lengths), []).append(int(slot))
             for length, slots in groups.items():
-                self._prefill_group(slots, length, remaining)
-            remaining = {slot: count for slot, count in remaining.items() if count > 0}
-        self._is_active[pending] = True
-        self._is_pending[pending] = False
+                sizes = self.config.prefill_rows(length)
+                while slots:
+                    size = _fit(len(slots), sizes)
+                    self._prefill_group(slots[:size], size, length, missing)
+                    del slots[:size]
 
-    def _prefill_group(self, slots: list[int], length: int, remaining: dict[int, int]) -> None:
-        """One dispatch: up to ``length`` tokens of each slot. Updates ``remaining``."""
-        size = _bucket(len(slots), self.config.row_buckets)
+    def _prefill_group(self, slots: list[int], size: int, length: int, missing: np.ndarray) -> None:
+        """One dispatch: up to ``length`` tokens of each slot, in ``size`` rows. Updates ``missing``."""
         # All slots at once need no gather: row i is slot i. Other groups are padded with rows beyond them.
-        rows = np.arange(size) if size == self.config.slots else np.full(size, self.config.slots)
-        if size != self.config.slots:
-            rows[: len(slots)] = slots
-        members = set(slots)
+        is_whole = size == self.config.slots
+        rows = np.arange(size, dtype=np.int32) if is_whole else np.full(size, self.config.slots, np.int32)
+        places = slots if is_whole else range(len(slots))
         tokens = np.zeros((size, length), np.int32)
-        plan = np.zeros((size, 8), np.int32)  # start, count, samples?, budget, ids[4]
-        for row, slot in enumerate(rows):
-            if int(slot) not in members:
-                continue
-            count = min(length, remaining[int(slot)])
-            start = int(self._kv_length[slot])
+        spans = np.zeros((size, 2), np.int32)
+        for row, slot in zip(places, slots, strict=True):
+            start, count = int(self._kv_length[slot]), min(length, int(missing[slot]))
+            rows[row] = slot
             tokens[row, :count] = self._history[slot, start : start + count]
-            remaining[int(slot)] -= count
+            spans[row] = start, count
             self._kv_length[slot] += count
-            budget = min(
-                self.config.max_response_tokens, self.config.max_tokens - int(self._num_tokens[slot])
-            )
-            plan[row] = (start, count, remaining[int(slot)] == 0, budget, *self._ids[slot])
-            self.stats.prefilled_tokens += count
-        self._cache, self._state = self._programs.prefill(
-            self._params,
-            self._cache,
-            self._state,
-            self._key,
-            rows.astype(np.int32),
-            tokens,
-            plan,
-            self._temperature,
-        )
+            missing[slot] -= count
+        self.stats.prefilled_tokens += int(spans[:, 1].sum())
+        self._cache = self._programs.prefill(self._params, self._cache, rows, tokens, spans)
 
     # -------------------------------------------------------------------------------------- cache
 
@@ -278,16 +291,16 @@ class Engine:
 
     def _fit_cache(self) -> None:
         """Grow the cache to the bucket that this burst needs; start short again when nothing is held."""
-        busy = self._is_active | self._is_pending
-        longest = int((self._num_tokens[busy]).max()) + min(
-            self.config.burst, self.config.max_response_tokens
-        )
-        wanted = _bucket(min(longest, self.config.max_tokens), self.config.cache_buckets)
+        busy = self._allowed > 0
+        longest = int((self._num_tokens + np.minimum(self._allowed, self.config.burst))[busy].max())
+        wanted = next(n for n in self.config.cache_buckets if n >= longest)
         if not self._kv_length.any():
             if self.capacity != wanted:
                 self._cache = self._new_cache(wanted)
-        elif wanted > self.capacity:
-            self._cache = self._programs.grow(self._cache, wanted)
+            return
+        for capacity in self.config.cache_buckets:
+            if self.capacity < capacity <= wanted:
+                self._cache = self._programs.grow(self._cache, capacity)
 
     def warm_up(self) -> None:
         """Compile every bucket before the first episode, so that nothing compiles later.
@@ -295,34 +308,31 @@ class Engine:
         Raises:
           RuntimeError: called while conversations are live, or before `load`.
         """
+        config = self.config
         if self.has_work or self._kv_length.any() or self._params is None:
             raise RuntimeError("Engine.warm_up needs loaded weights and no live conversation")
-        for capacity in self.config.cache_buckets:
-            self._cache = self._new_cache(capacity)
-            for rows in self.config.row_buckets:
-                index = np.full(rows, self.config.slots, np.int32)
-                plan = np.zeros((rows, 8), np.int32)
-                for length in self.config.prefill_buckets:
-                    tokens = np.zeros((rows, length), np.int32)
-                    self._cache, self._state = self._programs.prefill(
-                        self._params,
-                        self._cache,
-                        self._state,
-                        self._key,
-                        index,
-                        tokens,
-                        plan,
-                        self._temperature,
-                    )
-            self._cache, self._state, _ = self._programs.decode(
-                self._params, self._cache, self._state, self._temperature
-            )
-            for larger in self.config.cache_buckets:
-                if larger > capacity:
-                    jax.block_until_ready(self._programs.grow(self._new_cache(capacity), larger))
-        self._cache = self._new_cache(self.config.cache_buckets[0])
+        for capacity, larger in zip(config.cache_buckets, (*config.cache_buckets[1:], 0), strict=True):
+            cache = self._new_cache(capacity)
+            for length in config.prefill_lengths(capacity):
+                for rows in config.prefill_rows(length):
+                    index = np.full(rows, config.slots, np.int32)
+                    tokens, spans = np.zeros((rows, length), np.int32), np.zeros((rows, 2), np.int32)
+                    cache = self._programs.prefill(self._params, cache, index, tokens, spans)
+            plan, limits = np.zeros((config.slots, 8), np.int32), np.zeros(2, np.int32)
+            cache, _ = self._programs.decode(self._params, cache, self._key, plan, limits, self._temperature)
+            if larger:
+                jax.block_until_ready(self._programs.grow(cache, larger))
+        self._cache = self._new_cache(config.cache_buckets[0])
 
 
-def _bucket(size: int, buckets: tuple[int, ...]) -> int:
-    """The smallest bucket that holds ``size``."""
-    return next(bucket for bucket in buckets if bucket >= size)
+def _fit(size: int, buckets: tuple[int, ...]) -> int:
+    """The bucket for ``size``: the smallest that holds it, unless more than half of it would be padding.
+
+    In that case, and where none holds it, a smaller one that is filled completely; the rest goes next.
+    """
+    above = next((bucket for bucket in buckets if bucket >= size), None)
+    below = max((bucket for bucket in buckets if bucket < size), default=None)
+    if above is not None and (below is None or 2 * size > above):
+        return above
+    assert below is not None
+    return below

@@ -1,6 +1,7 @@
-"""The engine's device programs: prefill, decode and the state of the slots. Pure functions, jitted once.
+"""The engine's device programs: prefill and decode over one KV cache. Pure functions, jitted once.
 
-The cache and the slots are donated to `prefill` and `decode` and come back from them, so nothing is copied.
+The cache is all that lives on the device between dispatches. It is donated to every program and comes back
+from it, so nothing is copied; what the host knows of the slots goes in with each dispatch as a small table.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from empg_jax.models.decoder import DecoderConfig, KVCache, forward_cached, outp
 from empg_jax.rollout.sampling import fold_keys, position_uniforms, sample
 from empg_jax.types import Params
 
+# Most tokens of one prefill dispatch, padding included; bounds its memory.
+PREFILL_TOKENS = 16384
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
@@ -28,9 +32,10 @@ class EngineConfig:
       max_response_tokens: longest response of a turn.
       stop_ids: sampling one of these ends a response (the token belongs to the response).
       burst: decode steps per dispatch at most.
+      patience: responses that must have ended for a burst to end early; default a sixteenth of the slots.
       prefill_buckets: lengths that prefill chunks are padded to; default 16, 64, 256 up to ``max_tokens``.
-      row_buckets: row counts that prefill groups are padded to; default 1, 8, 64 … and ``slots``.
-      cache_buckets: physical cache lengths; default powers of two from 128 to ``max_tokens``.
+      row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, an eighth of it …
+      cache_buckets: physical cache lengths; default 128, 256, 384, 512, 768 … to ``max_tokens``.
     """
 
     slots: int
@@ -38,6 +43,7 @@ class EngineConfig:
     max_response_tokens: int
     stop_ids: tuple[int, ...]
     burst: int = 8
+    patience: int = 0
     prefill_buckets: tuple[int, ...] = ()
     row_buckets: tuple[int, ...] = ()
     cache_buckets: tuple[int, ...] = ()
@@ -52,48 +58,36 @@ class EngineConfig:
                 f"[1, max_tokens={self.max_tokens})"
             )
         lengths = [n for n in (16, 64, 256, 1024) if n < self.max_tokens] or [self.max_tokens]
-        rows = [n for n in (1, 8, 64) if 2 * n <= self.slots]
-        capacities = [n for n in (2**i for i in range(7, 31)) if n < self.max_tokens]
-        object.__setattr__(self, "prefill_buckets", tuple(sorted(self.prefill_buckets or lengths)))
-        object.__setattr__(self, "row_buckets", tuple(sorted({*(self.row_buckets or rows), self.slots})))
-        object.__setattr__(
-            self, "cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens}))
-        )
+        rows = {1, *(n for n in (self.slots // 8**i for i in range(8)) if n >= 4)}
+        capacities = [128, *(n for i in range(8, 31) for n in (2**i, 3 * 2 ** (i - 1)))]
+        capacities = [n for n in capacities if n < self.max_tokens]
+
+        def fill(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        fill("patience", self.patience or max(1, self.slots // 16))
+        fill("prefill_buckets", tuple(sorted(self.prefill_buckets or lengths)))
+        fill("row_buckets", tuple(sorted({*(self.row_buckets or rows), self.slots})))
+        fill("cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens})))
+
+    def prefill_lengths(self, capacity: int) -> tuple[int, ...]:
+        """Chunk lengths that are used with a cache of this physical length."""
+        return tuple(n for n in self.prefill_buckets if n <= capacity) or self.prefill_buckets[:1]
+
+    def prefill_rows(self, length: int) -> tuple[int, ...]:
+        """Row counts that are used with chunks of this length."""
+        return tuple(n for n in self.row_buckets if n * length <= PREFILL_TOKENS) or self.row_buckets[:1]
 
 
 @flax.struct.dataclass
-class SlotState:
-    """What the device knows of each slot between dispatches (S slots, R = max_response_tokens)."""
+class Burst:
+    """What a decode dispatch sampled (N = burst, S slots). Row ``n`` is step ``n``; idle slots hold junk."""
 
-    last_tokens: jax.Array  # int32[S]  sampled, not yet in the cache
-    positions: jax.Array  # int32[S]    position of the last token
-    is_active: jax.Array  # bool[S]     still decoding
-    counts: jax.Array  # int32[S]       tokens of the response so far
-    budgets: jax.Array  # int32[S]      most tokens of the response
-    keys: jax.Array  # key[S]           folded from (stream, group, member, turn)
-    tokens: jax.Array  # int32[S R]
-    logprobs: jax.Array  # float32[S R]
-    entropies: jax.Array  # float32[S R]
-
-
-def init_slots(config: EngineConfig) -> SlotState:
-    """Slots without conversations."""
-    slots, response = config.slots, config.max_response_tokens
-
-    def integers() -> jax.Array:  # donated, so no two fields may share a buffer
-        return jnp.zeros((slots,), jnp.int32)
-
-    return SlotState(
-        last_tokens=integers(),
-        positions=integers(),
-        is_active=jnp.zeros((slots,), bool),
-        counts=integers(),
-        budgets=integers(),
-        keys=jax.random.split(jax.random.key(0), slots),
-        tokens=jnp.zeros((slots, response), jnp.int32),
-        logprobs=jnp.zeros((slots, response), jnp.float32),
-        entropies=jnp.zeros((slots, response), jnp.float32),
-    )
+    tokens: jax.Array  # int32[N S]
+    logprobs: jax.Array  # float32[N S]
+    entropies: jax.Array  # float32[N S]
+    counts: jax.Array  # int32[S]  tokens that the slot sampled: the first so many rows of its column
+    steps: jax.Array  # int32[]    steps made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +104,8 @@ class Programs:
 def compile_programs(model: DecoderConfig, config: EngineConfig) -> Programs:
     """The programs, shared by engines of equal shape so that nothing compiles twice."""
     return Programs(
-        prefill=jax.jit(functools.partial(prefill, model, config), donate_argnums=(1, 2)),
-        decode=jax.jit(functools.partial(decode, model, config), donate_argnums=(1, 2)),
+        prefill=jax.jit(functools.partial(prefill, model, config), donate_argnums=1),
+        decode=jax.jit(functools.partial(decode, model, config), donate_argnums=1),
         unstack=jax.jit(functools.partial(_cast_and_unstack, model)),
         grow=jax.jit(grow, static_argnums=1),
     )
@@ -129,72 +123,35 @@ def grow(cache: KVCache, capacity: int) -> KVCache:
     return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, more), (0, 0))), cache)
 
 
-def _logits(params: Params, hidden: jax.Array) -> jax.Array:
-    return jnp.einsum("rd,vd->rv", hidden, output_embedding(params), preferred_element_type=jnp.float32)
-
-
-def _is_stop(config: EngineConfig, tokens: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.logical_or, [tokens == stop for stop in config.stop_ids])
-
-
 def prefill(
     model: DecoderConfig,
     config: EngineConfig,
     params: Params,
     cache: KVCache,
-    state: SlotState,
-    key: jax.Array,
     rows: jax.Array,
     tokens: jax.Array,
-    plan: jax.Array,
-    temperature: jax.Array,
-) -> tuple[KVCache, SlotState]:
-    """Write new tokens of some slots into the cache; rows whose prompt is complete sample their first token.
+    spans: jax.Array,
+) -> KVCache:
+    """Write new tokens of some slots into the cache. Nothing is sampled: the last token is left to `decode`.
 
     Args:
       model: decoder config (static).
       config: engine config (static).
       params: unstacked parameters.
       cache: the KV cache (donated).
-      state: the slots (donated).
-      key: the run's key.
       rows: int32[R], slot of each row; a number beyond the slots is a pad.
       tokens: int32[R, P], right-padded.
-      plan: int32[R, 8]: start position, token count, prompt complete?, budget, ids (4).
-      temperature: scalar.
+      spans: int32[R, 2]: position of the first token, and how many there are.
 
     Returns:
-      The cache and the slots.
+      The cache.
     """
-    start, count, completes, budget = plan[:, 0], plan[:, 1], plan[:, 2] > 0, plan[:, 3]
-    capacity = jnp.int32(cache[0][0].shape[2])
+    start, count = spans[:, :1], spans[:, 1:]
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    positions = jnp.where(offsets < count[:, None], start[:, None] + offsets, capacity)
-    hidden, cache = forward_cached(
-        params, model, tokens, positions, cache, None if rows.shape[0] == config.slots else rows
-    )
-    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    keys = fold_keys(key, plan[:, 4:8])
-    uniforms = position_uniforms(keys, jnp.zeros((rows.shape[0], 1), jnp.int32))[:, 0]
-    first, logprobs, entropies = sample(_logits(params, last), uniforms, temperature)
-    # Rows that do not sample now write nowhere.
-    target = jnp.where(completes, rows, jnp.int32(config.slots))
-    is_active = jnp.logical_and(budget > 1, jnp.logical_not(_is_stop(config, first)))
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[target].set(new, mode="drop")
-
-    return cache, SlotState(
-        last_tokens=put(state.last_tokens, first),
-        positions=put(state.positions, start + count),
-        is_active=put(state.is_active, is_active),
-        counts=put(state.counts, jnp.ones_like(first)),
-        budgets=put(state.budgets, budget),
-        keys=put(state.keys, keys),
-        tokens=state.tokens.at[target, 0].set(first, mode="drop"),
-        logprobs=state.logprobs.at[target, 0].set(logprobs, mode="drop"),
-        entropies=state.entropies.at[target, 0].set(entropies, mode="drop"),
-    )
+    capacity = jnp.int32(cache[0][0].shape[2])
+    positions = jnp.where(offsets < count, start + offsets, capacity)
+    which = None if rows.shape[0] == config.slots else rows
+    return forward_cached(params, model, tokens, positions, cache, which)[1]
 
 
 def decode(
@@ -202,45 +159,71 @@ def decode(
     config: EngineConfig,
     params: Params,
     cache: KVCache,
-    state: SlotState,
+    key: jax.Array,
+    plan: jax.Array,
+    limits: jax.Array,
     temperature: jax.Array,
-) -> tuple[KVCache, SlotState, jax.Array]:
-    """Up to ``config.burst`` decode steps for every active slot; ends early when none is active.
+) -> tuple[KVCache, Burst]:
+    """One burst of decode steps for the active slots.
 
-    An idle slot computes along and writes its key where the next prefill will overwrite it.
+    It ends after ``limits[0]`` steps, when no slot is active any more, or when ``limits[1]`` responses have
+    ended. Idle slots compute along and write nothing.
+
+    Args:
+      model: decoder config (static).
+      config: engine config (static).
+      params: unstacked parameters.
+      cache: the KV cache (donated).
+      key: the run's key.
+      plan: int32[S, 8]: last token (not yet in the cache), its position, response tokens so far, response
+        tokens still allowed (0: idle), and the ids that the keys are folded from (4).
+      limits: int32[2], see above.
+      temperature: float32 scalar.
 
     Returns:
-      The cache, the slots, and the number of steps made.
+      The cache and what was sampled.
     """
+    last, position, done, allowed = (plan[:, i] for i in range(4))
     offsets = jnp.arange(config.burst, dtype=jnp.int32)[None, :]
-    uniforms = position_uniforms(state.keys, state.counts[:, None] + offsets)
-    slots = jnp.arange(config.slots)
+    uniforms = position_uniforms(fold_keys(key, plan[:, 4:]), done[:, None] + offsets).T
+    head = output_embedding(params)
+    nowhere = jnp.int32(cache[0][0].shape[2])
+    grid = (config.burst, config.slots)
+    zeros = jnp.zeros(grid, jnp.float32)
+    empty = Burst(jnp.zeros(grid, jnp.int32), zeros, zeros, jnp.zeros_like(last), jnp.int32(0))
 
-    def body(carry: tuple[KVCache, SlotState, jax.Array]) -> tuple[KVCache, SlotState, jax.Array]:
-        cache, state, step = carry
-        hidden, cache = forward_cached(
-            params, model, state.last_tokens[:, None], state.positions[:, None], cache
+    def body(
+        carry: tuple[KVCache, jax.Array, jax.Array, Burst],
+    ) -> tuple[KVCache, jax.Array, jax.Array, Burst]:
+        cache, last, is_active, out = carry
+        positions = jnp.where(is_active, position + out.counts, nowhere)
+        hidden, cache = forward_cached(params, model, last[:, None], positions[:, None], cache)
+        logits = jnp.einsum("sd,vd->sv", hidden[:, 0], head, preferred_element_type=jnp.float32)
+        tokens, logprobs, entropies = sample(logits, uniforms[out.steps], temperature)
+        counts = out.counts + is_active.astype(jnp.int32)
+        ended = jnp.logical_or(_is_stop(config, tokens), counts >= allowed)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=out.steps, axis=0)
+        out = Burst(
+            tokens=put(out.tokens, tokens),
+            logprobs=put(out.logprobs, logprobs),
+            entropies=put(out.entropies, entropies),
+            counts=counts,
+            steps=out.steps + 1,
         )
-        tokens, logprobs, entropies = sample(_logits(params, hidden[:, 0]), uniforms[:, step], temperature)
-        # Idle slots write beyond their response buffer, which drops the write.
-        column = jnp.where(state.is_active, state.counts, jnp.int32(config.max_response_tokens))
-        grown = state.counts + state.is_active.astype(jnp.int32)
-        ended = jnp.logical_or(_is_stop(config, tokens), grown >= state.budgets)
-        state = SlotState(
-            last_tokens=jnp.where(state.is_active, tokens, state.last_tokens),
-            positions=state.positions + state.is_active.astype(jnp.int32),
-            counts=grown,
-            tokens=state.tokens.at[slots, column].set(tokens, mode="drop"),
-            logprobs=state.logprobs.at[slots, column].set(logprobs, mode="drop"),
-            entropies=state.entropies.at[slots, column].set(entropies, mode="drop"),
-            is_active=jnp.logical_and(state.is_active, jnp.logical_not(ended)),
-            budgets=state.budgets,
-            keys=state.keys,
-        )
-        return cache, state, step + 1
+        return cache, tokens, jnp.logical_and(is_active, jnp.logical_not(ended)), out
 
-    def going(carry: tuple[KVCache, SlotState, jax.Array]) -> jax.Array:
-        _, state, step = carry
-        return jnp.logical_and(step < config.burst, jnp.any(state.is_active))
+    began = allowed > 0
+    num_began = jnp.sum(began, dtype=jnp.int32)
 
-    return jax.lax.while_loop(going, body, (cache, state, jnp.int32(0)))
+    def goes_on(carry: tuple[KVCache, jax.Array, jax.Array, Burst]) -> jax.Array:
+        _, _, is_active, out = carry
+        left = jnp.sum(is_active, dtype=jnp.int32)
+        is_patient = num_began - left < limits[1]
+        return jnp.logical_and(out.steps < limits[0], jnp.logical_and(left > 0, is_patient))
+
+    cache, _, _, out = jax.lax.while_loop(goes_on, body, (cache, last, began, empty))
+    return cache, out
+
+
+def _is_stop(config: EngineConfig, tokens: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.logical_or, [tokens == stop for stop in config.stop_ids])

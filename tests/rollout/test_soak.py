@@ -51,7 +51,7 @@ class SimulatedEngine:
     def release(self, slot):
         self._pending.pop(slot, None)
 
-    def step(self):
+    def step(self, *, is_eager=True):
         done = [slot for slot in self._pending if self._random.random() < 0.7]
         return [self._respond(slot, self._pending.pop(slot)) for slot in done]
 
