@@ -111,7 +111,7 @@ def _head_forward(
     vocab, count = weights.shape[0], hidden.shape[0]
     wide = _wide(hidden.dtype)
 
-    def step(carry, inputs):
+    def step(carry: tuple[Array, ...], inputs: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
         largest, total, weighted, target = carry
         index, chunk = inputs
         logits = _chunk_logits(hidden, chunk, index, vocab, chunks, temperature)
@@ -144,7 +144,7 @@ def _head_backward(
     g_logprob, g_entropy = cotangents
     vocab, wide = weights.shape[0], _wide(hidden.dtype)
 
-    def step(d_hidden, inputs):
+    def step(d_hidden: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         index, chunk = inputs
         logits = _chunk_logits(hidden, chunk, index, vocab, chunks, temperature)
         probabilities = jnp.exp(logits - normaliser[:, None])
