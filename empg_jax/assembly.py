@@ -24,6 +24,7 @@ from empg_jax.rollout.context import ContextFactory, make_context
 from empg_jax.rollout.engine import Engine, EngineConfig
 from empg_jax.rollout.episode import EpisodeRules
 from empg_jax.rollout.pool import EnvPool, PoolTimeouts
+from empg_jax.rollout.source import GroupFilter
 from empg_jax.text.builtin import build_phrase_tokenizer
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -189,6 +190,13 @@ def make_collector(
         episode_timeout=config.rollout.episode_timeout,
         is_deterministic=config.rollout.deterministic,
     )
+
+
+def make_group_filter(config: Config) -> GroupFilter | None:
+    """Dynamic sampling, if it is switched on."""
+    if not config.rollout.filter_groups:
+        return None
+    return GroupFilter(config.rollout.max_refills, config.env.invalid_penalty)
 
 
 def make_algorithm_from(config: Config) -> Algorithm:

@@ -136,6 +136,14 @@ class RolloutConfig(Section):
     min_group_size: int | None = Field(
         None, ge=1, description="Attempts that suffice to close a group at its deadline (default all)."
     )
+    filter_groups: bool = Field(
+        False, description="Replace groups whose attempts all returned the same (true with dapo)."
+    )
+    max_refills: int = Field(
+        10,
+        ge=1,
+        description="Batches' worth of groups so replaced before an update; later ones count.",
+    )
 
 
 class WorkersConfig(Section):
@@ -239,6 +247,16 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     log: LogConfig = Field(default_factory=LogConfig, description="Logs.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sample_dynamically(cls, data: Any) -> Any:
+        """With dapo, `rollout.filter_groups` is true unless it is set."""
+        algorithm, rollout = (data.get(key) or {} for key in ("algorithm", "rollout"))
+        name = algorithm.get("name") if isinstance(algorithm, dict) else getattr(algorithm, "name", None)
+        if not isinstance(rollout, dict) or not str(name).startswith("dapo"):
+            return data
+        return {**data, "rollout": {"filter_groups": True, **rollout}}
+
     @model_validator(mode="after")
     def _check_across(self) -> Config:
         problems = [*_env_problems(self), *_rollout_problems(self), *_learner_problems(self)]
@@ -278,6 +296,10 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.min_group_size={rollout.min_group_size} must lie between {lowest} and "
             f"rollout.group_size={rollout.group_size}"
         )
+    if rollout.group_size == 1 and rollout.filter_groups:
+        yield "rollout.filter_groups=true compares the attempts of a task, but rollout.group_size=1"
+    if rollout.max_refills != 10 and not rollout.filter_groups:
+        yield f"rollout.max_refills={rollout.max_refills} has no effect with rollout.filter_groups=false"
     buckets = rollout.prefill_buckets
     if buckets is not None and (not buckets or list(buckets) != sorted(set(buckets))):
         yield f"rollout.prefill_buckets={list(buckets)} must be ascending lengths, at least one"

@@ -231,8 +231,8 @@ class AlgorithmConfig(Section):
             )
         if correction.kind == "tis" and self.loss == "decoupled_ppo":
             yield (
-                "algorithm.correction.kind=tis with algorithm.loss=decoupled_ppo: that loss has weights of its "
-                "own; use algorithm.correction.kind=none"
+                "algorithm.correction.kind=tis with algorithm.loss=decoupled_ppo: that loss has weights of "
+                "its own; use algorithm.correction.kind=none"
             )
         if correction.kind != "none" and self.entropy_source == "engine":
             yield (

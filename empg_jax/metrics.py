@@ -25,6 +25,8 @@ METRICS: dict[str, str] = {
     "response_tokens": "Mean sampled tokens per turn.",
     "invalid_actions": "Share of turns whose response the parser did not accept.",
     "mixed_groups": "Share of task groups with different returns; the others carry no group advantage.",
+    "groups_replaced": "Groups of equal returns that dynamic sampling replaced before the update.",
+    "groups_uniform": "Groups of equal returns in the batch all the same, because the refills were used up.",
     "episodes_trained": "Episodes that the policy was trained on.",
     "episodes_discarded": "Episodes thrown away for a cause outside the policy, and sampled again.",
     "outcome_*": "Episodes that ended for the reason in the name.",

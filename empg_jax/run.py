@@ -15,6 +15,7 @@ from empg_jax.assembly import (
     make_batch_shape,
     make_collector,
     make_engine,
+    make_group_filter,
     make_language,
     make_model,
     make_params,
@@ -117,6 +118,7 @@ def open_run(
             groups_per_batch=config.rollout.tasks_per_update,
             min_group_size=config.rollout.min_group_size,
             group_timeout=config.rollout.episode_timeout,
+            group_filter=make_group_filter(config),
         )
         evaluator = Evaluator(config, pool, language, eval_engine, first_handle=engine.config.slots)
     run = Run(

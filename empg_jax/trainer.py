@@ -136,7 +136,7 @@ def rl_loop(run: Run) -> None:
             steps=steps,
             seconds=time.monotonic() - began,
         )
-        values |= gap | {"recompiles": run.compiles.count - compiled}
+        values |= gap | run.source.metrics | {"recompiles": run.compiles.count - compiled}
         values |= {"learning_rate": float(run.schedule(run.state.step))}
         count_episodes(run.record, trajectories, run.source.outcomes)
         if config.eval.every and run.update % config.eval.every == 0 and run.update < config.train.updates:

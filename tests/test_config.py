@@ -93,6 +93,12 @@ REFUSED = {
         "algorithm.overlong_length=9",
         "algorithm.overlong_cache=10",
     ): r"overlong_cache=10 must not exceed .*overlong_length=9",
+    (
+        "rollout.group_size=1",
+        "algorithm.name=reinforce",
+        "rollout.filter_groups=true",
+    ): r"rollout\.filter_groups=true compares .* rollout\.group_size=1",
+    ("rollout.max_refills=3",): r"max_refills=3 has no effect with rollout\.filter_groups=false",
     ("foo",): r"override 'foo' is not of the form section\.key=value",
     (".x=1",): r"override '\.x=1' is not of the form",
     ("seed.x=3",): r"seed=\{'x': 3\}: must be a valid integer",
@@ -176,6 +182,15 @@ def test_recipes_are_written_out():
     mean_only = load_config("quickstart", ["algorithm.name=dr_grpo"]).algorithm
     assert (mean_only.name, mean_only.scale_by_std) == ("dr_grpo", False)
     assert Config(algorithm={"name": "dr_grpo", "scale_by_std": True}).algorithm.scale_by_std
+
+
+def test_dapo_samples_dynamically_unless_told_otherwise():
+    assert not load_config("quickstart").rollout.filter_groups
+    for name in ("dapo", "dapo_aem"):
+        overrides = ["algorithm.modulation=none"] if name == "dapo" else ["algorithm.modulation=aem"]
+        assert load_config("quickstart", [f"algorithm.name={name}", *overrides]).rollout.filter_groups
+    off = load_config("quickstart", ["algorithm.name=dapo", "rollout.filter_groups=false"])
+    assert not off.rollout.filter_groups
 
 
 def test_a_config_cannot_be_changed():

@@ -62,6 +62,11 @@ class ReplayBuffer:
         self._groups.pop(group_id, None)
         self._closed.discard(group_id)
 
+    def members(self, group_id: int) -> list[Trajectory]:
+        """What is held of a group, by member."""
+        group = self._groups.get(group_id, {})
+        return [group[member] for member in sorted(group)]
+
     def ready(self) -> list[int]:
         """Groups that may leave, oldest first."""
         return sorted(
@@ -89,15 +94,14 @@ class ReplayBuffer:
             return None
         taken: list[Trajectory] = []
         for group_id in ready:
-            group = self._groups[group_id]
-            taken.extend(group[member] for member in sorted(group))
+            taken.extend(self.members(group_id))
             self.forget(group_id)
         self.stats.released += len(taken)
         return taken
 
     def contents(self) -> list[Trajectory]:
         """Everything held, sorted by (group, member): what a checkpoint keeps."""
-        return [g[m] for _, g in sorted(self._groups.items()) for m in sorted(g)]
+        return [trajectory for group_id in sorted(self._groups) for trajectory in self.members(group_id)]
 
     def restore(self, trajectories: Sequence[Trajectory]) -> None:
         """Put back what `contents` gave."""

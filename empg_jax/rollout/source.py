@@ -1,12 +1,17 @@
-"""Where training trajectories come from: the order of tasks, admission, refill, and release by groups."""
+"""Where training trajectories come from: the order of tasks, admission, refill, and release by groups.
+
+Dynamic sampling (DAPO, https://arxiv.org/abs/2503.14476) stands here too, not in the algorithms: a group
+whose attempts all returned the same teaches a group-relative estimator nothing, so another takes its place.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +19,11 @@ import numpy as np
 from empg_jax.replay.buffer import ReplayBuffer
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.episode import Attempt
-from empg_jax.types import Trajectory
+from empg_jax.types import Status, Trajectory
 
 MAX_RETRIES = 3
+# Returns that differ by less are equal: taking a penalty off and putting it back rounds.
+SAME_RETURN = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,35 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
+def is_uniform(group: Sequence[Trajectory], invalid_penalty: float) -> bool:
+    """Whether all attempts of a group returned the same, before the penalty of invalid actions.
+
+    Args:
+      group: trained or scored-zero trajectories, at least one.
+      invalid_penalty: what the rewards lost for each action that was not valid.
+    """
+    returns = [
+        t.episode_return + invalid_penalty * sum(not turn.is_valid for turn in t.turns)
+        if t.outcome.status is Status.TRAINED
+        else t.episode_return
+        for t in group
+    ]
+    return max(returns) - min(returns) < SAME_RETURN
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupFilter:
+    """Dynamic sampling: groups of equal returns are replaced, within a limit.
+
+    Attributes:
+      max_refills: batches' worth of groups that may be replaced before each update; later ones count.
+      invalid_penalty: the penalty that the returns are compared without.
+    """
+
+    max_refills: int
+    invalid_penalty: float = 0.0
+
+
 class Interrupted(Exception):  # a request, not an error
     """The run was asked to stop while it collected."""
 
@@ -55,6 +91,7 @@ class GroupSource:
       groups_per_batch: groups that one update consumes.
       min_group_size: attempts that suffice to close a group once ``group_timeout`` is over; None: all.
       group_timeout: seconds from a group's admission to its deadline.
+      group_filter: replace groups of equal returns; None lets every group count.
     """
 
     def __init__(
@@ -66,11 +103,15 @@ class GroupSource:
         groups_per_batch: int,
         min_group_size: int | None = None,
         group_timeout: float = 300.0,
+        group_filter: GroupFilter | None = None,
     ) -> None:
         self.collector, self.buffer, self.order = collector, buffer, order
         self.outcomes: collections.Counter[str] = collections.Counter()
+        self.metrics: dict[str, float] = {}  # of the batch that left last; empty without a filter
         self._groups_per_batch = groups_per_batch
         self._min_group_size, self._group_timeout = min_group_size, group_timeout
+        self._filter = group_filter
+        self._replaced = 0  # groups since the last batch
         self._next_group = 0
         self._open: dict[int, set[int]] = {}  # group -> members that are still to come
         self._deadlines: dict[int, float] = {}
@@ -94,6 +135,7 @@ class GroupSource:
             if batch is not None:
                 for trajectory in batch:
                     self._forget(trajectory.group_id)
+                self._describe(batch)
                 return batch
             if should_stop():
                 raise Interrupted
@@ -120,6 +162,8 @@ class GroupSource:
         if trajectory.outcome.is_trained:
             self._open[attempt.group_id].discard(attempt.member)
             self.buffer.add(trajectory)
+            if not self._open[attempt.group_id]:
+                self._replace_uniform(attempt.group_id)
         elif attempt.retry + 1 < MAX_RETRIES and trajectory.outcome.reason != "quarantined":
             self.buffer.stats.refilled += 1
             self.collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
@@ -132,12 +176,31 @@ class GroupSource:
         if self._min_group_size is None:
             return
         now = time.monotonic()
-        for group_id, missing in self._open.items():
+        for group_id, missing in list(self._open.items()):
             present = self.buffer.group_size - len(missing)
             if missing and now > self._deadlines[group_id] and present >= self._min_group_size:
                 self.outcomes["discarded:group_closed"] += len(self.collector.cancel(group_id))
                 missing.clear()
                 self.buffer.close_group(group_id)
+                self._replace_uniform(group_id)
+
+    def _replace_uniform(self, group_id: int) -> None:
+        """Drop a complete group whose returns are all equal, so that another one is admitted."""
+        if self._filter is None or self._replaced >= self._filter.max_refills * self._groups_per_batch:
+            return
+        if is_uniform(self.buffer.members(group_id), self._filter.invalid_penalty):
+            self._replaced += 1
+            self.buffer.forget(group_id)
+            self._forget(group_id)
+
+    def _describe(self, batch: list[Trajectory]) -> None:
+        """Set the metrics of a batch that leaves, and begin to count anew."""
+        if self._filter is None:
+            return
+        groups = [list(group) for _, group in itertools.groupby(batch, key=lambda t: t.group_id)]
+        uniform = sum(is_uniform(group, self._filter.invalid_penalty) for group in groups)
+        self.metrics = {"groups_replaced": float(self._replaced), "groups_uniform": float(uniform)}
+        self._replaced = 0
 
     def _forget(self, group_id: int) -> None:
         self._open.pop(group_id, None)
@@ -149,13 +212,14 @@ class GroupSource:
         """JSON-able progress; unfinished attempts will be made again from their start."""
         return {
             "next_group": self._next_group,
+            "replaced": self._replaced,
             "open": [[group_id, sorted(missing)] for group_id, missing in sorted(self._open.items())],
             "outcomes": dict(self.outcomes),
         }
 
     def restore(self, snapshot: dict[str, Any], held: list[Trajectory]) -> None:
         """Go on from a `snapshot` and the buffer's contents at that moment."""
-        self._next_group = snapshot["next_group"]
+        self._next_group, self._replaced = snapshot["next_group"], snapshot["replaced"]
         self.outcomes = collections.Counter(snapshot["outcomes"])
         self.buffer.restore(held)
         for group_id, missing in snapshot["open"]:
