@@ -98,6 +98,10 @@ def _chunk_logits(
     return logits
 
 
+# Running maximum, sum of exponentials, sum of exponentials x logits, and the token's logit; each [M].
+Running = tuple[Array, Array, Array, Array]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _head(
     hidden: Array, weights: Array, tokens: Array, temperature: float, chunks: int
@@ -111,7 +115,7 @@ def _head_forward(
     vocab, count = weights.shape[0], hidden.shape[0]
     wide = _wide(hidden.dtype)
 
-    def step(carry: tuple[Array, ...], inputs: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+    def step(carry: Running, inputs: tuple[Array, Array]) -> tuple[Running, None]:
         largest, total, weighted, target = carry
         index, chunk = inputs
         logits = _chunk_logits(hidden, chunk, index, vocab, chunks, temperature)
