@@ -175,6 +175,12 @@ class TrainConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="First moment decay of AdamW.")
     beta2: float = Field(0.99, ge=0, lt=1, description="Second moment decay of AdamW.")
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    max_kl: float | None = Field(
+        None, gt=0, description="An optimizer step beyond this approximate KL is left out (null: no limit)."
+    )
+    on_kl: Literal["stop", "skip", "rollback"] = Field(
+        "skip", description="What to do when steps were left out for train.max_kl."
+    )
     on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
         "stop", description="What to do when loss or gradient is not finite."
     )

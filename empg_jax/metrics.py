@@ -52,6 +52,9 @@ METRICS: dict[str, str] = {
     # Loss
     "loss": "Loss that the optimizer sees, mean over the optimizer steps of the update.",
     "policy_loss": "Its policy part per trained token, before KL penalty and entropy bonus.",
+    "value_loss": "Loss of the critic per trained token, before its coefficient.",
+    "value_mean": "Mean value that the critic gives while it is trained.",
+    "explained_variance": "Share of the variance of the critic's targets that its values foresaw.",
     "kl": "KL to the frozen reference policy, before its coefficient.",
     "approx_kl": "k3 estimate of the KL from the policy before the update to the one being trained.",
     "ratio": "Mean probability ratio of the policy being trained to the one before the update.",
@@ -63,6 +66,7 @@ METRICS: dict[str, str] = {
     "grad_norm": "Global gradient norm before clipping.",
     "learning_rate": "Learning rate of the update.",
     "nonfinite_steps": "Optimizer steps left out because loss or gradient was not finite.",
+    "kl_exceeded_steps": "Optimizer steps left out because the policy was beyond train.max_kl.",
     "logprob_gap": "Mean absolute difference of the sampler's and the learner's log-probabilities.",
     "logprob_gap_max": "Largest such difference.",
     # Speed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,7 @@ def open_run(
             micro_rows=shape.micro_rows,
             temperature=config.rollout.temperature,
             has_reference=needs_reference(config),
+            max_kl=math.inf if config.train.max_kl is None else config.train.max_kl,
         )
         empty, _ = make_batch([], shape, seed=(0,))
         state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)

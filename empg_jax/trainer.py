@@ -124,7 +124,7 @@ def rl_loop(run: Run) -> None:
                     steps.append(metrics)
             credit_metrics, steps = jax.device_get((credit.metrics, steps))
         run.update += 1
-        check_finite(run, steps, host_batch)
+        check_steps(run, steps, host_batch)
         run.source.collector.settle()
         values = describe_update(
             trajectories,
@@ -182,25 +182,35 @@ def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores, dict[str, flo
     return scores, gaps
 
 
-def check_finite(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:
-    """Act on optimizer steps that were left out because loss or gradient was not finite."""
-    bad = sum(float(step["nonfinite"]) for step in steps)
-    if not bad:
+def check_steps(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:
+    """Act on optimizer steps that were left out: loss or gradient not finite, or too far from the old policy.
+
+    Raises:
+      TrainingError: the configuration says stop, or rolling back did not help.
+    """
+    train = run.config.train
+    guards = (
+        ("nonfinite", train.on_nonfinite, "loss or gradient was not finite"),
+        ("kl_exceeded", train.on_kl, f"the KL from the old policy was beyond train.max_kl={train.max_kl}"),
+    )
+    counts = {name: int(sum(float(step[name]) for step in steps)) for name, _, _ in guards}
+    if not any(counts.values()):
         run.record["rollbacks_in_a_row"] = 0
         return
     path = dump_batch(run.run_dir, run.update, batch)
-    policy = run.config.train.on_nonfinite
-    what = (
-        f"loss or gradient of update {run.update} was not finite in {bad:.0f} optimizer steps; batch: {path}"
-    )
-    run.record["rollbacks_in_a_row"] = run.record.get("rollbacks_in_a_row", 0) + 1
-    if policy == "stop" or run.record["rollbacks_in_a_row"] > MAX_ROLLBACKS:
-        run.checkpoints.wait()
-        raise TrainingError(f"{what}; those steps changed nothing; checkpoints: {run.checkpoints.steps}")
-    run.progress.message(f"{what}; {policy}")
-    if policy == "rollback":
-        run.checkpoints.wait()
-        run.state = restore_state(run.config, run.checkpoints, run.learner).state
+    for name, policy, why in guards:
+        if not counts[name]:
+            continue
+        what = f"update {run.update}: {why} in {counts[name]} of {len(steps)} optimizer steps; batch: {path}"
+        if policy == "rollback":
+            run.record["rollbacks_in_a_row"] = run.record.get("rollbacks_in_a_row", 0) + 1
+        if policy == "stop" or run.record.get("rollbacks_in_a_row", 0) > MAX_ROLLBACKS:
+            run.checkpoints.wait()
+            raise TrainingError(f"{what}; those steps changed nothing; checkpoints: {run.checkpoints.steps}")
+        run.progress.message(f"{what}; {policy}")
+        if policy == "rollback":
+            run.checkpoints.wait()
+            run.state = restore_state(run.config, run.checkpoints, run.learner).state
 
 
 # --------------------------------------------------------------------------------------- other phases

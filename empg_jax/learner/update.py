@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from empg_jax.learner.state import TrainState, state_shardings
-from empg_jax.models.decoder import DecoderConfig, forward, output_embedding
+from empg_jax.models.decoder import DecoderConfig, compute_values, forward, output_embedding
 from empg_jax.models.head import compute_head
 from empg_jax.parallel.mesh import ROWS, replicated, row_sharding
 from empg_jax.types import Batch, Credit, Params, Scores
@@ -47,6 +48,26 @@ def compute_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of every token given the tokens before it, and the entropy it was drawn from.
 
+    Arguments and alignment are those of `compute_outputs`.
+
+    Returns:
+      ``(logprobs, entropies)``, float32, entropies in nats.
+    """
+    return compute_outputs(params, model, tokens, positions, segment_ids, temperature)[:2]
+
+
+def compute_outputs(
+    params: Params,
+    model: DecoderConfig,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    temperature: float = 1.0,
+    *,
+    has_critic: bool = False,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"] | None]:
+    """What one forward pass says of every token: log-probability, entropy and, with a critic, value.
+
     The one place where the shift by one happens: what position ``t - 1`` predicts is stored at ``t``.
     Position 0 holds zeros. A token that starts a segment is scored against its neighbour's state and must
     be masked (it never is a sampled token: every response follows a prompt).
@@ -58,9 +79,10 @@ def compute_logprobs(
       positions: position inside the segment.
       segment_ids: packed sequence in the row.
       temperature: the rollout temperature; divides the logits.
+      has_critic: also the value of the state that each token was drawn in.
 
     Returns:
-      ``(logprobs, entropies)``, float32, entropies in nats.
+      ``(logprobs, entropies, values)``, float32, entropies in nats; values None without a critic.
     """
     hidden = forward(params, model, tokens, positions, segment_ids)
     batch, length, depth = hidden.shape
@@ -70,7 +92,8 @@ def compute_logprobs(
     logprobs, entropies = compute_head(before, weights, target, temperature)
     pad = ((0, 0), (1, 0))
     shape = (batch, length - 1)
-    return jnp.pad(logprobs.reshape(shape), pad), jnp.pad(entropies.reshape(shape), pad)
+    values = jnp.pad(compute_values(params, hidden[:, :-1]), pad) if has_critic else None
+    return jnp.pad(logprobs.reshape(shape), pad), jnp.pad(entropies.reshape(shape), pad), values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +128,8 @@ class Learner:
         none = np.int32(0)
         scores = self.score(state.params, state.params, batch, none)
         self.logprob_gap(batch, scores)
-        scores = self.recorded_scores(batch)
+        recorded = self.recorded_scores(batch)
+        scores = scores if self.needs_score else recorded
         jax.block_until_ready(self.update(state, batch, scores, self.credit(batch, scores), none, none))
 
 
@@ -118,24 +142,29 @@ def make_learner(
     micro_rows: int,
     temperature: float = 1.0,
     has_reference: bool = False,
+    max_kl: float = math.inf,
 ) -> Learner:
     """Compile-ready programs for a mesh.
 
     Args:
       model: decoder config.
-      algorithm: `algorithms.Algorithm`, the pair (credit, loss).
+      algorithm: `algorithms.Algorithm`: credit, loss, and value_loss where there is a critic.
       optimizer: optax transformation.
       mesh: device mesh; rows go over ``data`` x ``fsdp``.
       micro_rows: R, rows of a micro-batch over all devices.
       temperature: rollout temperature.
       has_reference: whether ``score`` also scores the frozen reference (KL term).
+      max_kl: an optimizer step whose policy is further than this from the old one is left out.
 
     Returns:
       The programs. Shapes other than the first batch's would compile again.
 
     Raises:
-      ValueError: the mesh does not divide ``micro_rows``.
+      ValueError: the mesh does not divide ``micro_rows``, or the model lacks the critic's value head.
     """
+    has_critic = algorithm.value_loss is not None
+    if has_critic and not model.value_head:
+        raise ValueError("this algorithm has a critic: the model needs value_head=True")
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if micro_rows % row_devices:
         raise ValueError(
@@ -145,23 +174,25 @@ def make_learner(
     shardings = state_shardings(mesh, model, optimizer)
     rows, whole = row_sharding(mesh), replicated(mesh)
     batch_shardings = _batch_shardings(rows, whole)
-    score_shardings = Scores(rows, rows, rows)
-    credit_shardings: Any = Credit(rows, rows, whole)  # type: ignore[arg-type]  # one for the whole dict
+    critic_rows = rows if has_critic else None
+    one: Any = whole  # for the whole dict of metrics
+    credit_shardings = Credit(rows, rows, one, critic_rows)
     micro = functools.partial(_micro, mesh=mesh, rows=micro_rows)
 
-    score = functools.partial(_score, model, micro, temperature, has_reference)
-    update = functools.partial(_update, model, micro, temperature, algorithm.loss, optimizer)
+    outputs = functools.partial(compute_outputs, temperature=temperature, has_critic=has_critic)
+    score = functools.partial(_score, model, micro, outputs, has_reference)
+    update = functools.partial(_update, model, micro, outputs, algorithm, optimizer, max_kl)
     return Learner(
         model=model,
         mesh=mesh,
         shardings=shardings,
         put=lambda batch: jax.device_put(batch, batch_shardings),
-        score=jax.jit(score, out_shardings=score_shardings),
-        recorded_scores=jax.jit(_recorded, out_shardings=score_shardings),
+        score=jax.jit(score, out_shardings=rows),
+        recorded_scores=jax.jit(_recorded, out_shardings=rows),
         credit=jax.jit(algorithm.credit, out_shardings=credit_shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole)),
         logprob_gap=jax.jit(_logprob_gap, out_shardings=whole),
-        needs_score=has_reference,
+        needs_score=has_reference or has_critic,
     )
 
 
@@ -195,39 +226,45 @@ def _logprob_gap(batch: Batch, scores: Scores) -> tuple[jax.Array, jax.Array]:
 def _score(
     model: DecoderConfig,
     micro: Callable[..., jax.Array],
-    temperature: float,
+    outputs: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]],
     has_reference: bool,
     params: Params,
     ref_params: Params,
     batch: Batch,
     stop: jax.Array,
 ) -> Scores:
-    """Log-probs and entropies of micro-batches ``[0, stop)`` under the current weights; zeros elsewhere."""
+    """Scores of micro-batches ``[0, stop)`` under the current weights; zeros elsewhere."""
     size, length = batch.tokens.shape
     probe = micro(batch.tokens, jnp.int32(0))
-    grid = jnp.zeros((probe.shape[0], size // probe.shape[0], length), jnp.float32)
 
-    def body(index: jax.Array, scores: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def score_rows(index: jax.Array) -> dict[str, jax.Array]:
         rows = [micro(getattr(batch, name), index) for name in ("tokens", "positions", "segment_ids")]
-        found = list(compute_logprobs(params, model, rows[0], rows[1], rows[2], temperature))
+        logprobs, entropies, values = outputs(params, model, *rows)
+        found = {"old_logprobs": logprobs, "entropies": entropies}
+        if values is not None:
+            found["values"] = values
         if has_reference:
-            found.append(compute_logprobs(ref_params, model, rows[0], rows[1], rows[2], temperature)[0])
-        return tuple(
-            jax.lax.dynamic_update_index_in_dim(old, new, index, axis=1)
-            for old, new in zip(scores, found, strict=True)
-        )
+            found["ref_logprobs"] = outputs(ref_params, model, *rows)[0]
+        return found
 
-    grids = jax.lax.fori_loop(0, stop, body, (grid,) * (3 if has_reference else 2))
-    flat = [grid.reshape(size, length) for grid in grids]
-    return Scores(flat[0], flat[1], flat[2] if has_reference else flat[0])
+    def body(index: jax.Array, grids: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=1)
+        return jax.tree.map(put, grids, score_rows(index))
+
+    grid = jnp.zeros((probe.shape[0], size // probe.shape[0], length), jnp.float32)
+    names = jax.eval_shape(score_rows, jnp.int32(0))
+    grids = jax.lax.fori_loop(0, stop, body, dict.fromkeys(names, grid))
+    flat = {name: grid.reshape(size, length) for name, grid in grids.items()}
+    return Scores(**{"ref_logprobs": flat["old_logprobs"]} | flat)
 
 
 def _update(
     model: DecoderConfig,
     micro: Callable[..., jax.Array],
-    temperature: float,
-    loss_function: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    outputs: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]],
+    algorithm: Any,
     optimizer: optax.GradientTransformation,
+    max_kl: float,
     state: TrainState,
     batch: Batch,
     scores: Scores,
@@ -237,22 +274,25 @@ def _update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step. Micro-batches only add up ``loss * loss_weights``, so any split gives the same.
 
-    If the loss or the gradient norm is not finite, nothing changes and ``nonfinite`` is 1.
+    If the loss or the gradient norm is not finite, nothing changes and ``nonfinite`` is 1. If the policy has
+    moved further than ``max_kl`` (the loss's ``approx_kl``), nothing changes and ``kl_exceeded`` is 1.
     """
 
     def loss_of(params: Params, index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         rows = _micro_batch(batch, index, micro)
         rows_scores = jax.tree.map(lambda leaf: micro(leaf, index), scores)
         advantages, weights = micro(credit.advantages, index), micro(credit.loss_weights, index)
-        logprobs, entropies = compute_logprobs(
-            params, model, rows.tokens, rows.positions, rows.segment_ids, temperature
-        )
-        per_token, values = loss_function(logprobs, entropies, rows, rows_scores, advantages)
+        logprobs, entropies, values = outputs(params, model, rows.tokens, rows.positions, rows.segment_ids)
+        per_token, metrics = algorithm.loss(logprobs, entropies, rows, rows_scores, advantages)
+        if values is not None:
+            targets = micro(credit.value_targets, index)
+            value_losses, value_metrics = algorithm.value_loss(values, rows, rows_scores, targets)
+            per_token, metrics = per_token + value_losses, metrics | value_metrics
         counted = rows.loss_mask.astype(jnp.float32)
         sums = {
             # where, not a product: off the mask a value may be anything, even infinite.
             name: jnp.sum(jnp.where(rows.loss_mask, jax.lax.stop_gradient(value), jnp.float32(0.0)))
-            for name, value in {**values, "entropy": entropies}.items()
+            for name, value in {**metrics, "entropy": entropies}.items()
         }
         loss = jnp.sum(jnp.where(weights != 0, per_token * weights, jnp.float32(0.0)))
         return loss, {**sums, "loss": jax.lax.stop_gradient(loss), "tokens": jnp.sum(counted)}
@@ -267,11 +307,15 @@ def _update(
     gradients, sums = jax.lax.fori_loop(start, stop, body, zeros)
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(gradients)))
     is_finite = jnp.logical_and(jnp.isfinite(norm), jnp.isfinite(sums["loss"]))
+    tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+    is_near = sums.get("approx_kl", jnp.float32(0.0)) <= max_kl * tokens
+    is_good = jnp.logical_and(is_finite, is_near)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
-    new_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), stepped, state)
-    tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+    new_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), stepped, state)
     metrics = {name: value if name == "loss" else value / tokens for name, value in sums.items()}
-    metrics |= {"grad_norm": norm, "nonfinite": 1.0 - is_finite.astype(jnp.float32), "tokens": tokens}
+    metrics |= {"grad_norm": norm, "tokens": tokens}
+    metrics["nonfinite"] = 1.0 - is_finite.astype(jnp.float32)
+    metrics["kl_exceeded"] = jnp.logical_and(is_finite, jnp.logical_not(is_near)).astype(jnp.float32)
     return new_state, metrics

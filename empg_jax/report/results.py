@@ -50,8 +50,9 @@ def describe_update(
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     values = reduce_metrics((dict(step), float(step["tokens"])) for step in steps)
     values.pop("tokens", None)
-    values["nonfinite_steps"] = float(sum(float(step["nonfinite"]) for step in steps))
-    values.pop("nonfinite", None)
+    for guard in ("nonfinite", "kl_exceeded"):
+        values.pop(guard, None)
+        values[f"{guard}_steps"] = float(sum(float(step[guard]) for step in steps))
     values |= {name: float(value) for name, value in credit.items()}
     values |= {
         "success_rate": float(np.mean([t.is_success for t in trajectories])),
