@@ -1,0 +1,73 @@
+"""A household that pays at random and breaks on request, for whole runs with a policy that knows nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import zlib
+from typing import Any
+
+from envs import EnvSpec
+from envs.household.env import HouseholdEnv
+from envs.household.prompt import make_parser, make_prompts, phrases
+
+
+class NoisyHouse(HouseholdEnv):
+    """Every third text wins, so that attempts at a task differ in return and in length.
+
+    Args:
+      trouble: what the last of the first two steps of an episode does: ``raise``, ``hang`` or ``kill``.
+      times: how often, over all processes.
+      diary: a file that counts the troubles.
+      latency: seconds that a step takes.
+      spy: a file that is told which packages this process has loaded.
+      **options: of the household.
+    """
+
+    def __init__(
+        self,
+        trouble: str | None = None,
+        times: int = 1,
+        diary: str | None = None,
+        latency: float = 0.0,
+        spy: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.trouble, self.times, self.diary, self.latency, self.spy = trouble, times, diary, latency, spy
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        time.sleep(self.latency)
+        if self.spy:
+            with open(self.spy, "w") as file:
+                file.write(" ".join(sorted({name.partition(".")[0] for name in sys.modules})))
+        observation, _, _, truncated, info = super().step(action)
+        if self.trouble and self._turn == 2 and self._write_diary() <= self.times:
+            match self.trouble:
+                case "raise":
+                    raise RuntimeError("the house burnt down")
+                case "hang":
+                    time.sleep(3600)
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        won = zlib.crc32(f"{self._turn} {action}".encode()) % 3 == 0
+        return observation, float(won), won, truncated and not won, {**info, "won": won}
+
+    def _write_diary(self) -> int:
+        """Counts one more; returns the count."""
+        with open(str(self.diary), "a+") as file:
+            file.write("x")
+            file.flush()
+            file.seek(0)
+            return len(file.read())
+
+
+HOUSE = EnvSpec(
+    name="noisy-house",
+    make=NoisyHouse,
+    prompts=make_prompts,
+    parser=make_parser,
+    phrases=lambda level, style, **options: phrases(level=level, style=style),
+)

@@ -1,0 +1,129 @@
+"""Whole runs: what they leave behind, and the variants of the loop."""
+
+import json
+
+import numpy as np
+import pytest
+
+from empg_jax import trainer
+from empg_jax.config import load_config
+from empg_jax.evaluate import evaluate_run
+from empg_jax.metrics import read_metrics
+from tests import runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One run in the real household."""
+    return runs.train(tmp_path_factory.mktemp("trainer") / "run", "log.tensorboard=true")
+
+
+def test_a_run_leaves_its_files(run):
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        *("config.yaml", "environment.json", "metrics.jsonl", "sft_metrics.jsonl", "summary.json"),
+        *("curves.png", "transcripts.txt", "trajectories.html", "tokenizer", "checkpoints", "tensorboard"),
+    }
+    assert load_config(run / "config.yaml") == runs.configure(run, "log.tensorboard=true")
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["seed"] == 0 and environment["packages"]["jax"]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "transcripts.txt").read_text().count("task") > 0
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2", "3"]  # keep=3
+
+
+def test_every_update_is_one_line(run):
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["update"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["episodes_trained"] == 4 and line["lag"] == 0 and line["nonfinite_steps"] == 0
+        assert line["recompiles"] == 0 and 0 < line["entropy"] < np.log(200)
+        assert line["grad_norm"] > 0 and line["tokens_trained"] == line["tokens_sampled"] > 0
+    assert [line["update"] for line in read_metrics(run / "sft_metrics.jsonl")] == [0, 1]
+
+
+def test_the_summary_says_what_happened(run):
+    summary = json.loads((run / "summary.json").read_text())
+    lines = read_metrics(run / "metrics.jsonl")
+    assert summary["eval_tasks"] == 8 and summary["updates"] == 3
+    assert 0 <= summary["eval_success_before"] <= 1 and 0 <= summary["eval_success_after"] <= 1
+    assert summary["eval_entropy_before"] != summary["eval_entropy_after"]
+    assert summary["recompiles_after_warmup"] == 0
+    assert summary["tokens_sampled"] == sum(line["tokens_trained"] for line in lines)
+    assert sum(summary["trajectories"].values()) == 3 * 4
+    assert all(key.partition(":")[0] in ("trained", "scored_zero") for key in summary["trajectories"])
+    phases = dict(summary["wall_seconds"])
+    total = phases.pop("total")
+    assert phases.keys() == {"start", "sft", "eval", "rollout", "update", "checkpoint"}
+    assert total == pytest.approx(sum(phases.values()), abs=0.01)
+
+
+def test_a_run_and_each_of_its_checkpoints_can_be_evaluated(run):
+    summary = json.loads((run / "summary.json").read_text())
+    after = evaluate_run(run, [])
+    assert (after["step"], after["eval_tasks"], after["split"]) == (3, 8, "test")
+    assert after["eval_success"] == summary["eval_success_after"]
+    assert after["eval_entropy"] == pytest.approx(summary["eval_entropy_after"], rel=1e-5)
+    first = evaluate_run(run / "checkpoints" / "1", ["eval.tasks=3", "env.eval_split=valid"])
+    assert (first["step"], first["eval_tasks"], first["split"]) == (1, 3, "valid")
+
+
+def test_a_folder_is_not_used_twice(run):
+    with pytest.raises(Exception, match="already holds a run: go on with --resume"):
+        runs.train(run)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["algorithm.entropy_source=learner"], {"logprob_gap"}),
+        (["algorithm.kl_coef=0.1"], {"kl", "logprob_gap"}),
+        (["train.epochs=2", "eval.every=2"], {"eval_success"}),
+        (["env.context=window", "env.history=1", "algorithm.modulation=aem"], set()),
+    ],
+    ids=["learner", "kl", "epochs", "window"],
+)
+def test_variants_of_the_loop(tmp_path, overrides, expected):
+    """Household that pays at random: every estimator has something to do."""
+    run = runs.train(tmp_path / "run", *runs.HOUSE, *overrides)
+    lines = read_metrics(run / "metrics.jsonl")
+    assert json.loads((run / "summary.json").read_text())["recompiles_after_warmup"] == 0
+    assert [line["update"] for line in lines] == [1, 2, 3]
+    assert any(line["mixed_groups"] > 0 for line in lines)
+    assert all(line["grad_norm"] > 0 for line in lines if line["mixed_groups"] > 0)
+    assert expected <= {name for line in lines for name in line}
+    for line in lines:
+        assert line.get("logprob_gap_max", 0.0) < 1e-4
+    if "kl" in expected:  # the reference is where RL began, and the policy moves away from it
+        assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-4) and lines[-1]["kl"] > lines[0]["kl"]
+
+
+def test_the_engine_may_run_ahead_of_the_learner(tmp_path):
+    options = ["train.max_lag=1", "algorithm.entropy_source=learner", "env.options.latency=0.01"]
+    run = runs.train(tmp_path / "run", *runs.HOUSE, *options, "train.updates=4")
+    lags = [line["lag"] for line in read_metrics(run / "metrics.jsonl")]
+    assert len(lags) == 4 and lags[0] == 0 and 0 < max(lags) <= 1
+    assert json.loads((run / "summary.json").read_text())["recompiles_after_warmup"] == 0
+
+
+def test_a_mesh_changes_nothing_but_the_place(tmp_path, monkeypatch):
+    """Four devices against one, from the same seed in deterministic mode."""
+    opened = []
+    real = trainer.open_run
+    monkeypatch.setattr(trainer, "open_run", lambda *args: opened.append(real(*args)) or opened[-1])
+    common = [*runs.HOUSE, "rollout.deterministic=true", "sft.updates=0"]
+    one = runs.train(tmp_path / "one", *common)
+    four = runs.train(tmp_path / "four", *common, "mesh.data=2", "mesh.fsdp=2")
+    for ours, theirs in zip(runs.lines(one), runs.lines(four), strict=True):
+        assert ours["tokens_sampled"] == theirs["tokens_sampled"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    embedding = opened[1].state.params["embed"]["embedding"]
+    assert len(embedding.sharding.device_set) == 4
+    assert embedding.addressable_shards[0].data.size * 2 == embedding.size
