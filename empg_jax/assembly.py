@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from empg_jax.algorithms import Algorithm, make_algorithm
+from empg_jax.algorithms import ALGORITHMS, Algorithm, make_algorithm
 from empg_jax.config_text import ConfigError
 from empg_jax.hub import find_folder
-from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.decoder import DecoderConfig, init_params, init_value_head
 from empg_jax.models.hf import load_hf
 from empg_jax.models.hf_config import config_from_hf, read_hf_config
 from empg_jax.models.presets import make_preset
@@ -95,6 +95,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
         "dtype": jnp.dtype(m.dtype),
         "param_dtype": jnp.dtype(m.param_dtype),
         "remat": m.remat,
+        "value_head": ALGORITHMS[config.algorithm.name].value_targets is not None,
     }
     if m.path is not None:
         model = dataclasses.replace(
@@ -136,7 +137,10 @@ def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
 def make_params(config: Config, model: DecoderConfig, shardings: Params) -> Params:
     """The first weights: read from ``model.path``, else random from ``seed``; in place on the mesh."""
     if config.model.path is not None:
-        return load_hf(config.model.path, model, shardings=shardings)[1]
+        params = load_hf(config.model.path, model, shardings=shardings)[1]
+        if model.value_head:
+            params["value_head"] = jax.device_put(init_value_head(model), shardings["value_head"])
+        return params
     init = jax.jit(functools.partial(init_params, config=model), out_shardings=shardings)
     return init(jax.random.key(config.seed))
 
@@ -222,6 +226,7 @@ def make_algorithm_from(config: Config) -> Algorithm:
         "empg": dict(vars(a.empg)),
         "aem": dict(vars(a.aem)),
         "correction": dict(vars(a.correction)),
+        "critic": dict(vars(a.critic)),
     }
     return make_algorithm(
         a.name,

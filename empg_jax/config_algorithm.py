@@ -28,16 +28,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gigpo": {"scale_by_std": False},
     "reinforce_pp": {"reward_kl_coef": 0.001},
     "reinforce_pp_baseline": {},
+    "ppo": {},
 }
 ALGORITHM_NAMES = (*RECIPES, *(f"{name}_{kind}" for name in RECIPES for kind in ("empg", "aem")))
-NO_GROUP_BASELINE = ("reinforce", "reinforce_pp")  # the others compare the attempts of one task
+NO_GROUP_BASELINE = ("reinforce", "reinforce_pp", "ppo")  # the others compare the attempts of one task
 
 # Keys that only some settings read: key -> (the key that decides, its values). Others keep the default.
 _ACTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "omega": ("name", ("gigpo",)),
     "turn_gamma": ("name", ("gigpo",)),
-    "gamma": ("name", ("reinforce_pp", "reinforce_pp_baseline")),
-    "reward_kl_coef": ("name", ("reinforce_pp", "reinforce_pp_baseline")),
+    "gamma": ("name", ("reinforce_pp", "reinforce_pp_baseline", "ppo")),
+    "reward_kl_coef": ("name", ("reinforce_pp", "reinforce_pp_baseline", "ppo")),
+    "critic.lam": ("name", ("ppo",)),
+    "critic.value_coef": ("name", ("ppo",)),
+    "critic.value_clip": ("name", ("ppo",)),
     "loss_scale": ("aggregation", ("seq-mean-token-sum-norm",)),
     "correction.level": ("correction.kind", ("tis", "mis")),
     "correction.cap": ("correction.kind", ("tis",)),
@@ -84,6 +88,16 @@ class AemConfig(Section):
     shuffle_seed: int | None = Field(None, ge=0, description="Control: permute the factors with this seed.")
 
 
+class CriticConfig(Section):
+    """The critic of PPO: a value head on the policy's own network."""
+
+    lam: float = Field(1.0, ge=0, le=1, description="λ of generalised advantage estimation.")
+    value_coef: float = Field(0.5, ge=0, description="Weight of the value loss beside the policy loss.")
+    value_clip: float | None = Field(
+        0.5, gt=0, description="How far a value may move in an update; null is off."
+    )
+
+
 class CorrectionConfig(Section):
     """What is done about data that another policy sampled: the engine's rounding, or older weights."""
 
@@ -118,7 +132,8 @@ class AlgorithmConfig(Section):
     aem: AemConfig = Field(default_factory=AemConfig, description="Settings of AEM.")
     omega: float = Field(1.0, ge=0, description="Weight of GiGPO's step part.")
     turn_gamma: float = Field(0.95, ge=0, le=1, description="Discount per turn of GiGPO's step returns.")
-    gamma: float = Field(1.0, ge=0, le=1, description="Discount per sampled token (REINFORCE++).")
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount per sampled token (REINFORCE++, PPO).")
+    critic: CriticConfig = Field(default_factory=CriticConfig, description="Settings of the critic.")
     overlong_length: int | None = Field(
         None, ge=1, description="Sampled tokens at which an episode's return is 1 lower (DAPO); null is off."
     )

@@ -162,6 +162,7 @@ class Scores:
     old_logprobs: Leaf  # float32[B T]
     entropies: Leaf  # float32[B T]
     ref_logprobs: Leaf  # float32[B T]  equals old_logprobs when there is no KL term
+    values: Leaf = None  # float32[B T]  of the state that a token was sampled in; None without a critic
 
 
 @flax.struct.dataclass
@@ -171,3 +172,4 @@ class Credit:
     advantages: Leaf  # float32[B T]
     loss_weights: Leaf  # float32[B T]  share in its mini-batch's loss; zero off loss_mask
     metrics: dict[str, Leaf]  # scalars for the log
+    value_targets: Leaf = None  # float32[B T]  what the critic is to say; None without a critic

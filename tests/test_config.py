@@ -216,13 +216,15 @@ def test_described_defaults_are_the_defaults():
 
 def test_every_algorithm_is_known_and_resolves_to_its_recipe():
     assert set(ALGORITHMS) == set(ALGORITHM_NAMES)
+    sections = {"empg", "aem", "correction", "critic"}
     for name, recipe in ALGORITHMS.items():
         resolved = Config(algorithm={"name": name}).algorithm
-        for key in AlgorithmConfig.model_fields.keys() & vars(recipe).keys() - {"empg", "aem", "correction"}:
+        for key in AlgorithmConfig.model_fields.keys() & vars(recipe).keys() - sections:
             assert getattr(resolved, key) == getattr(recipe, key), (name, key)
         assert resolved.aggregation == recipe.loss_aggregation, name
         assert resolved.empg.model_dump() == vars(recipe.empg)
         assert resolved.aem.model_dump() == vars(recipe.aem)
+        assert resolved.critic.model_dump() == vars(recipe.critic)
         assert resolved.correction.model_dump() == vars(recipe.correction)
 
 

@@ -34,6 +34,7 @@ from empg_jax.algorithms.modulation import empg as empg
 from empg_jax.algorithms.objectives import OBJECTIVES as OBJECTIVES
 from empg_jax.algorithms.recipe import AemSettings as AemSettings
 from empg_jax.algorithms.recipe import Correction as Correction
+from empg_jax.algorithms.recipe import CriticSettings as CriticSettings
 from empg_jax.algorithms.recipe import EmpgSettings as EmpgSettings
 from empg_jax.algorithms.recipe import Recipe as Recipe
 from empg_jax.algorithms.recipes import ALGORITHMS as ALGORITHMS

@@ -1,9 +1,10 @@
-"""An algorithm is a pair of pure functions, composed from small ones.
+"""An algorithm is a pair of pure functions (three with a critic), composed from small ones.
 
 ::
 
     credit(batch, scores)       estimator → modulation → tokens, with loss weights, on the whole global batch
     loss(logprobs, …)           objective + KL − entropy bonus, per token, on any rows of it
+    value_loss(values, …)       the critic's loss per token, likewise; None without a critic
 
 An *estimator* gives turns a base advantage, a *modulation* reweights turns by their entropy, an *objective*
 is a per-token loss. A `Recipe` holds the plain numbers; `build` makes the pair.
@@ -26,9 +27,14 @@ from empg_jax.algorithms.corrections import (
     offpolicy_sequence_mask,
     tis_weights,
 )
-from empg_jax.algorithms.diagnostics import credit_metrics, mixed_group_share, predicted_entropy_drift
+from empg_jax.algorithms.diagnostics import (
+    credit_metrics,
+    explained_variance,
+    mixed_group_share,
+    predicted_entropy_drift,
+)
 from empg_jax.algorithms.estimators import gigpo_turns, grpo_row_turns
-from empg_jax.algorithms.losses import kl_penalty
+from empg_jax.algorithms.losses import kl_penalty, value_loss
 from empg_jax.algorithms.masking import masked_mean
 from empg_jax.algorithms.modulation import aem, empg
 from empg_jax.algorithms.objectives import OBJECTIVES, LossResult
@@ -48,10 +54,13 @@ class Algorithm(NamedTuple):
       loss: ``(logprobs, entropies, batch_rows, scores_rows, advantages) -> (loss, metrics)``: loss per
         token, KL and entropy bonus included, 0 off the loss mask; metrics per token, to be averaged over the
         loss mask. The training loss is ``sum(loss * loss_weights)``.
+      value_loss: ``(values, batch_rows, scores_rows, value_targets) -> (loss, metrics)``, added to ``loss``,
+        its coefficient included. With it, ``scores.values`` must be there. None without a critic.
     """
 
     credit: Callable[[Batch, Scores], Credit]
     loss: Callable[..., LossResult]
+    value_loss: Callable[..., LossResult] | None = None
 
 
 class Turns(NamedTuple):
@@ -216,8 +225,12 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
                 tokens, scores.old_logprobs, scores.entropies, mask
             ),
         }
+        targets = None
+        if recipe.value_targets is not None:
+            targets = recipe.value_targets(shaped, scores, recipe).astype(jnp.float32)
+            metrics["explained_variance"] = explained_variance(scores.values, targets, mask)
         metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
-        result = Credit(advantages=tokens.astype(jnp.float32), loss_weights=weights, metrics=metrics)
+        result = Credit(tokens.astype(jnp.float32), weights, metrics, value_targets=targets)
         return jax.lax.stop_gradient(result)
 
     return credit
@@ -297,8 +310,30 @@ def make_loss(recipe: Recipe) -> Callable[..., LossResult]:
     return loss
 
 
+def make_value_loss(recipe: Recipe) -> Callable[..., LossResult]:
+    """Builds the critic's loss per token: value_coef · clipped squared error.
+
+    Args:
+      recipe: the algorithm.
+    """
+
+    def critic_loss(
+        values: Float[Array, "B T"],
+        batch_rows: Batch,
+        scores_rows: Scores,
+        value_targets: Float[Array, "B T"],
+    ) -> LossResult:
+        mask = batch_rows.loss_mask
+        streams = (jnp.where(mask, x, 0) for x in (values, scores_rows.values, value_targets))
+        loss = value_loss(*streams, clip=recipe.critic.value_clip)
+        metrics = jax.lax.stop_gradient({"value_loss": loss, "value_mean": values})
+        return recipe.critic.value_coef * loss, metrics
+
+    return critic_loss
+
+
 def build(recipe: Recipe, *, num_minibatches: int = 1) -> Algorithm:
-    """The pair of pure functions of a recipe.
+    """The pure functions of a recipe.
 
     Args:
       recipe: the algorithm.
@@ -309,4 +344,8 @@ def build(recipe: Recipe, *, num_minibatches: int = 1) -> Algorithm:
     """
     if num_minibatches < 1:
         raise ValueError(f"num_minibatches={num_minibatches} must be at least 1")
-    return Algorithm(credit=make_credit(recipe, num_minibatches=num_minibatches), loss=make_loss(recipe))
+    return Algorithm(
+        credit=make_credit(recipe, num_minibatches=num_minibatches),
+        loss=make_loss(recipe),
+        value_loss=None if recipe.value_targets is None else make_value_loss(recipe),
+    )

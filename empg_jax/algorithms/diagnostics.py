@@ -67,6 +67,21 @@ def credit_metrics(
     }
 
 
+def explained_variance(
+    values: Float[Array, "B T"], targets: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Share of the targets' variance that the critic foresaw: 1 − Var(targets − values) / Var(targets).
+
+    Args:
+      values: the critic's, before the update.
+      targets: what it is to learn.
+      mask: sampled tokens.
+    """
+    left = masked_spread(jnp.where(mask, targets - values, 0), mask)[1]
+    whole = masked_spread(targets, mask)[1]
+    return jnp.where(whole > 0, 1 - left / jnp.where(whole > 0, whole, 1), 0)
+
+
 def predicted_entropy_drift(
     advantages: Float[Array, "B T"],
     logprobs: Float[Array, "B T"],

@@ -88,18 +88,35 @@ class Correction:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CriticSettings:
+    """How a critic is used and trained.
+
+    Attributes:
+      lam: λ of `gae`.
+      value_coef: weight of the value loss beside the policy loss.
+      value_clip: clip of `value_loss`; None = off.
+    """
+
+    lam: Scalar = 1.0
+    value_coef: Scalar = 0.5
+    value_clip: Scalar | None = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that distinguishes one algorithm from another.
 
     Attributes:
       estimator: ``(batch, turn_mask, recipe) -> float[N, K]``, base advantages of the turns.
       token_estimator: ``(batch, scores, recipe) -> float[B, T]`` instead, where they differ inside a turn.
+      value_targets: ``(batch, scores, recipe) -> float[B, T]``, what the critic learns; None = no critic.
+      critic: settings of the critic, where there is one.
       scale_by_std: divide by the group's standard deviation, where the estimator knows it.
       singleton: what a group of one gives: ``zero`` or ``raw``.
       omega: weight of GiGPO's step part.
-      gamma: discount per token of REINFORCE++.
+      gamma: discount per token of REINFORCE++ and PPO.
       group_baseline: REINFORCE++ subtracts the group's mean return first.
-      reward_kl_coef: weight of the k1 penalty inside REINFORCE++'s reward.
+      reward_kl_coef: weight of the k1 penalty inside the reward of REINFORCE++ and PPO.
       invalid_penalty: taken off for every action that the parser did not accept: off the turn's own score
         where the estimator has one, else off the episode's return (0 where the rewards already hold it).
       overlong_length: longest response of an episode in tokens, for `overlong_penalty`; None = off.
@@ -121,6 +138,8 @@ class Recipe:
 
     estimator: TurnEstimator | None = None
     token_estimator: TokenEstimator | None = None
+    value_targets: TokenEstimator | None = None
+    critic: CriticSettings = CriticSettings()
     scale_by_std: bool = True
     singleton: str = "zero"
     omega: Scalar = 1.0

@@ -11,12 +11,21 @@ from empg_jax.algorithms.estimators import (
     gigpo_turns,
     grpo_row_turns,
     grpo_turns,
+    ppo_tokens,
+    ppo_value_targets,
     reinforce_pp_tokens,
     reinforce_turns,
     rloo_turns,
 )
 from empg_jax.algorithms.masking import check_choice
-from empg_jax.algorithms.recipe import MODULATIONS, AemSettings, Correction, EmpgSettings, Recipe
+from empg_jax.algorithms.recipe import (
+    MODULATIONS,
+    AemSettings,
+    Correction,
+    CriticSettings,
+    EmpgSettings,
+    Recipe,
+)
 
 BASE_RECIPES: dict[str, Recipe] = {
     "reinforce": Recipe(
@@ -33,6 +42,7 @@ BASE_RECIPES: dict[str, Recipe] = {
     "gigpo": Recipe(estimator=gigpo_turns, scale_by_std=False),
     "reinforce_pp": Recipe(token_estimator=reinforce_pp_tokens, reward_kl_coef=0.001),
     "reinforce_pp_baseline": Recipe(token_estimator=reinforce_pp_tokens, group_baseline=True),
+    "ppo": Recipe(token_estimator=ppo_tokens, value_targets=ppo_value_targets),
 }
 
 # Every base also with each modulation: grpo, grpo_empg, grpo_aem, ...
@@ -42,7 +52,12 @@ ALGORITHMS: dict[str, Recipe] = BASE_RECIPES | {
     for kind in ("empg", "aem")
 }
 
-_SECTIONS: dict[str, type] = {"empg": EmpgSettings, "aem": AemSettings, "correction": Correction}
+_SECTIONS: dict[str, type] = {
+    "empg": EmpgSettings,
+    "aem": AemSettings,
+    "correction": Correction,
+    "critic": CriticSettings,
+}
 
 
 def _override(kind: type, where: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,8 +90,8 @@ def make_algorithm(
       modulation: ``empg`` or ``aem`` on top of a recipe without one; ``none`` leaves the recipe as it is.
       num_minibatches: optimizer steps that each batch is split into.
       group_size: attempts of each task, if known; with 1, AEM's scope ``group`` becomes ``batch``, and warns.
-      **overrides: fields of `Recipe` that differ from the named one; ``empg``, ``aem`` and ``correction`` may
-        be mappings of the options that differ from their defaults.
+      **overrides: fields of `Recipe` that differ from the named one; ``empg``, ``aem``, ``correction`` and
+        ``critic`` may be mappings of the options that differ from their defaults.
 
     Returns:
       The pair of pure functions.

@@ -1,12 +1,13 @@
 """Functions that run along time: one padded sequence per row ``[S, L]``, skipping masked tokens.
 
 A masked token (an observation, padding) is passed through: it neither discounts nor resets what comes after
-it, so a packed multi-turn row gives what its sampled tokens alone would give. All results are constants.
+it, so a packed multi-turn row gives what its sampled tokens alone would give. Where a row holds several
+episodes, ``ends`` marks the last token of each. All results are constants.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Real, Shaped
+from jaxtyping import Array, Bool, Float, Real, Shaped
 
 from empg_jax.algorithms.masking import (
     Arr,
@@ -36,8 +37,20 @@ def backward_sums(values: Float[Array, "S L"], decays: Float[Array, "S L"]) -> F
     return jax.lax.associative_scan(combine, (decays, values), reverse=True, axis=1)[1]
 
 
+def token_decays(
+    valid: Bool[Array, "S L"], ends: Shaped[Arr, "S L"] | None, decay: Float[Array, ""]
+) -> Float[Array, "S L"]:
+    """What `backward_sums` multiplies by: the decay at valid tokens, 0 at ends, 1 to pass through."""
+    decays = jnp.where(valid, decay, 1)
+    return decays if ends is None else jnp.where(as_mask(ends), 0, decays)
+
+
 def discounted_returns(
-    rewards: Real[Arr, "S L"], mask: Shaped[Arr, "S L"], *, gamma: Scalar
+    rewards: Real[Arr, "S L"],
+    mask: Shaped[Arr, "S L"],
+    *,
+    gamma: Scalar,
+    ends: Shaped[Arr, "S L"] | None = None,
 ) -> Float[Array, "S L"]:
     """Discounted reward-to-go over valid tokens: G_j = r_j + γ G_next.
 
@@ -45,6 +58,7 @@ def discounted_returns(
       rewards: per token; read under the mask only.
       mask: valid tokens.
       gamma: γ, applied once per valid token.
+      ends: last tokens of episodes, for rows that hold several; None = a row is one.
 
     Returns:
       [S, L], 0 off the mask.
@@ -55,7 +69,7 @@ def discounted_returns(
     check_shapes(rewards=rewards, mask=mask)
     (rewards,) = as_floats(jax.lax.stop_gradient(rewards))
     valid = as_mask(mask)
-    decays = jnp.where(valid, jnp.asarray(gamma, rewards.dtype), 1)
+    decays = token_decays(valid, ends, jnp.asarray(gamma, rewards.dtype))
     return jnp.where(valid, backward_sums(jnp.where(valid, rewards, 0), decays), 0)
 
 
@@ -66,13 +80,14 @@ def gae(
     *,
     gamma: Scalar = 1.0,
     lam: Scalar = 1.0,
+    ends: Shaped[Arr, "S L"] | None = None,
 ) -> tuple[Float[Array, "S L"], Float[Array, "S L"]]:
     """Generalised advantage estimation over valid tokens.
 
         δ_j = r_j + γ V_next − V_j,   A_j = δ_j + γ λ A_next,   return_j = A_j + V_j
 
-    "Next" is the next valid token; the value after the last one is 0. The advantages are not whitened:
-    PPO whitens them afterwards (`whiten`). Source: https://arxiv.org/abs/1506.02438.
+    "Next" is the next valid token; the value after the last one of an episode is 0. The advantages are not
+    whitened: PPO does so afterwards (`whiten`). Source: https://arxiv.org/abs/1506.02438.
 
     Args:
       token_rewards: per token; read under the mask only.
@@ -80,6 +95,7 @@ def gae(
       mask: valid tokens.
       gamma: γ.
       lam: λ.
+      ends: last tokens of episodes, for rows that hold several; None = a row is one.
 
     Returns:
       ``(advantages, returns)``, each [S, L], 0 off the mask.
@@ -92,8 +108,11 @@ def gae(
     valid = as_mask(mask)
     gamma, lam = jnp.asarray(gamma, values.dtype), jnp.asarray(lam, values.dtype)
     values = jnp.where(valid, values, 0)
-    deltas = jnp.where(valid, rewards, 0) + gamma * next_valid_values(values, valid) - values
-    sums = backward_sums(jnp.where(valid, deltas, 0), jnp.where(valid, gamma * lam, 1))
+    following = next_valid_values(values, valid)
+    if ends is not None:
+        following = jnp.where(as_mask(ends), 0, following)
+    deltas = jnp.where(valid, rewards, 0) + gamma * following - values
+    sums = backward_sums(jnp.where(valid, deltas, 0), token_decays(valid, ends, gamma * lam))
     advantages = jnp.where(valid, sums, 0)
     return advantages, advantages + values
 

@@ -6,7 +6,8 @@ Parameters are a plain dictionary::
 
     embed/embedding [V D]    layers/<block parameter> [L ...]    final_norm/scale [D]    head/embedding [V D]
 
-``head`` is absent when embeddings are tied. Matrices stand as ``[in, out]``.
+``head`` is absent when embeddings are tied; ``value_head`` (``kernel [D]``, ``bias []``) is there only for
+algorithms with a critic. Matrices stand as ``[in, out]``.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class DecoderConfig:
     tie_embeddings: bool = True
     qkv_bias: bool = True
     qk_norm: bool = False
+    value_head: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = True
@@ -193,7 +195,17 @@ def init_params(key: jax.Array, config: DecoderConfig) -> Params:
     }
     if not config.tie_embeddings:
         params["head"] = init_table(head_key, head_scale)
+    if config.value_head:
+        params["value_head"] = init_value_head(config)
     return params
+
+
+def init_value_head(config: DecoderConfig) -> Params:
+    """A critic's parameters: zeros, so that the first values are 0 whatever the model says."""
+    return {
+        "kernel": jnp.zeros((config.hidden_size,), config.param_dtype),
+        "bias": jnp.zeros((), config.param_dtype),
+    }
 
 
 # Logical axes of each parameter by the name of its module; stacked layers have a leading "layers" axis.
@@ -215,6 +227,8 @@ def param_axes(params: Params) -> Params:
         names = [entry.key for entry in path]
         if names[-1] == "embedding":
             return ("vocab", "embed")
+        if names[0] == "value_head":
+            return ("embed",) if names[-1] == "kernel" else ()
         if names[-1] == "kernel":
             own: tuple[str | None, ...] = _KERNEL_AXES[names[-2]]
         elif names[-1] == "bias":
@@ -229,6 +243,12 @@ def param_axes(params: Params) -> Params:
 def output_embedding(params: Params) -> Array:
     """The ``[V, D]`` matrix of the head, tied or not."""
     return params["head" if "head" in params else "embed"]["embedding"]
+
+
+def compute_values(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """The critic's value of each state, in float32."""
+    head = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params["value_head"])
+    return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
 
 
 def unstack_layers(params: Params, num_layers: int) -> Params:

@@ -82,7 +82,7 @@ def save_hf(
     The folder appears only when it is complete. With several processes all must call this; the first writes.
 
     Args:
-      params: the parameters (sharded ones too).
+      params: the parameters (sharded ones too); a critic's value head is left out.
       config: their config.
       folder: must not exist or be empty.
       tokenizer: its files are added, and its stop tokens go into generation_config.json.
@@ -194,6 +194,7 @@ def _read_leaf(leaf: Leaf, files: Mapping[str, SafetensorsFile], sharding: Any) 
 def _check_params(params: Params, config: DecoderConfig) -> list[Leaf]:
     """Returns the leaves with the types that the parameters have."""
     leaves = list(list_leaves(config))
+    params = {name: part for name, part in params.items() if name != "value_head"}
     found = {
         tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }

@@ -63,7 +63,8 @@ class Leaf:
 
 
 def list_leaves(config: DecoderConfig) -> Iterator[Leaf]:
-    """Yields every parameter of a decoder, in the order of the tree."""
+    """Yields every parameter that Hugging Face knows (a critic's head is ours alone), in the tree's order."""
+    config = dataclasses.replace(config, value_head=False)
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         path = tuple(entry.key for entry in key_path)

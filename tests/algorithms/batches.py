@@ -55,4 +55,5 @@ def make_batch(seed=0, *, junk=0.0):
         ref_logprobs=stream(old + rng.normal(scale=0.2, size=(B, T))),
     )
     logprobs = stream(old + rng.normal(scale=0.3, size=(B, T)))
-    return batch, scores, logprobs, stream(rng.gamma(2.0, 0.4, (B, T)))
+    entropies = stream(rng.gamma(2.0, 0.4, (B, T)))
+    return batch, scores.replace(values=stream(rng.normal(size=(B, T)))), logprobs, entropies

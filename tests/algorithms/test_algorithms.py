@@ -56,6 +56,11 @@ def test_every_algorithm_has_the_shapes_of_the_contract(name):
     advantages = jnp.zeros((2, T))
     loss, metrics = jax.eval_shape(algorithm.loss, logprobs[:2], entropies[:2], rows, row_scores, advantages)
     assert loss.shape == (2, T) and all(value.shape == (2, T) for value in metrics.values())
+    assert (algorithm.value_loss is None) == (credit.value_targets is None)
+    if algorithm.value_loss is not None:
+        loss, more = jax.eval_shape(algorithm.value_loss, entropies[:2], rows, row_scores, advantages)
+        assert loss.shape == (2, T) and all(value.shape == (2, T) for value in more.values())
+        assert not metrics.keys() & more.keys()
     for metric in (*credit.metrics, *metrics):
         assert metric == metric.lower() and " " not in metric
 
@@ -70,6 +75,7 @@ SAMPLE = (
     "sapo_aem",
     "gigpo",
     "reinforce_pp_empg",
+    "ppo_aem",
 )
 
 
@@ -159,6 +165,74 @@ def test_reinforce_pp_tokens_follow_the_padded_form():
     expected = np.asarray(al.reinforce_pp(rewards, valid, gamma=0.9))
     for i in range(6):
         np.testing.assert_allclose(result[mask & (owner == i)], expected[i][valid[i]], atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.8)])
+def test_ppo_estimates_advantages_along_each_trajectory(gamma, lam):
+    """Against a loop over the tokens of one trajectory after another, wherever the packing put them."""
+    batch, scores, *_ = make_batch(junk=np.nan)
+    # Trajectory 1 stands in row 0 beside trajectory 0; its second turn moves to a row of its own.
+    moved = np.array(batch.trajectory_ids) == 1
+    moved &= (np.array(batch.turn_ids) == 1) & np.array(batch.loss_mask)
+    streams = {"loss_mask", "trajectory_ids", "turn_ids"}
+    fields = {name: np.array(getattr(batch, name)) for name in streams}
+    score_fields = {
+        name: np.array(getattr(scores, name)) for name in ("values", "old_logprobs", "ref_logprobs")
+    }
+    assert moved[0].any() and not fields["loss_mask"][5].all()
+    for table in (fields, score_fields):
+        for stream in table.values():
+            stream[6][moved[0]] = stream[0][moved[0]]
+    fields["loss_mask"][0][moved[0]] = False
+    fields |= {"minibatch_ids": np.zeros(B, np.int32)}
+    batch, scores = batch.replace(**fields), scores.replace(**score_fields)
+
+    options = {"gamma": gamma, "critic": {"lam": lam}, "reward_kl_coef": 0.3}
+    credit = jax.jit(al.make_algorithm("ppo", **options).credit)(batch, scores)
+    found, targets = np.zeros((B, T)), np.zeros((B, T))
+    for i in range(6):
+        owned = fields["loss_mask"] & (fields["trajectory_ids"] == i)
+        places = sorted(zip(*np.nonzero(owned), strict=True), key=lambda p: (fields["turn_ids"][p], p))
+        later = following = 0.0
+        for n, place in enumerate(places[::-1]):
+            reward = -0.3 * (score_fields["old_logprobs"][place] - score_fields["ref_logprobs"][place])
+            reward += float(batch.returns[i]) if n == 0 else 0.0
+            value = score_fields["values"][place]
+            later = found[place] = reward + gamma * following - value + gamma * lam * later
+            targets[place], following = later + value, value
+    mask = fields["loss_mask"]
+    np.testing.assert_allclose(credit.value_targets, targets, atol=1e-5)
+    white = (found[mask] - found[mask].mean()) / np.sqrt(found[mask].var(ddof=1) + 1e-8)
+    np.testing.assert_allclose(np.asarray(credit.advantages)[mask], white, atol=1e-4)
+    left = (targets - score_fields["values"])[mask].var() / targets[mask].var()
+    np.testing.assert_allclose(credit.metrics["explained_variance"], 1 - left, atol=1e-5)
+
+
+def test_the_critics_loss_is_clipped_weighed_and_masked():
+    batch, scores, _, values = make_batch(junk=np.nan)
+    algorithm = al.make_algorithm("ppo", critic={"value_coef": 0.25, "value_clip": 0.1})
+    targets = algorithm.credit(batch, scores).value_targets
+
+    def total(values):
+        loss, metrics = algorithm.value_loss(values, batch, scores, targets)
+        return jnp.sum(loss), metrics
+
+    (_, metrics), gradient = jax.value_and_grad(total, has_aux=True)(values)
+    mask = np.asarray(batch.loss_mask)
+    old, new, goal = (np.asarray(x)[mask] for x in (scores.values, values, targets))
+    near = np.clip(new, old - 0.1, old + 0.1)
+    expected = np.maximum((new - goal) ** 2, (near - goal) ** 2) / 2
+    np.testing.assert_allclose(np.asarray(metrics["value_loss"])[mask], expected, rtol=1e-5)
+    active = (new - goal) ** 2 >= (near - goal) ** 2
+    assert 0 < active.sum() < active.size
+    np.testing.assert_allclose(np.asarray(gradient)[mask], 0.25 * (new - goal) * active, atol=1e-6)
+    assert not np.asarray(gradient)[~mask].any()
+
+
+def test_ppo_without_values_is_refused():
+    batch, scores, *_ = make_batch()
+    with pytest.raises(ValueError, match=r"has a critic: scores\.values must hold"):
+        al.make_algorithm("ppo").credit(batch, scores.replace(values=None))
 
 
 def test_penalties_come_before_the_estimator():
