@@ -1,7 +1,7 @@
 """Re-runs the quickstart over seeds and modulations and writes the table and the plot of its README figures.
 
 Every run is ``empg-jax train quickstart`` in a process of its own. Beside the RL runs stands a control that
-spends about the same CPU time on more supervised fine-tuning (same demonstrations, no RL).
+spends about the same CPU time on supervised fine-tuning alone, with three times the demonstrations.
 
     python scripts/learning_curves.py --out curves --seeds 0 1 2 --modulations empg aem
 """
@@ -79,7 +79,13 @@ def main() -> None:
     }
     if args.control_updates:
         for seed in args.seeds:
-            control = [f"sft.updates={args.control_updates}", "train.updates=0", f"seed={seed}"]
+            control = [
+                "train.updates=0",
+                "train.warmup_updates=0",
+                "sft.demonstrations=12000",
+                f"seed={seed}",
+            ]
+            control.append(f"sft.updates={args.control_updates}")
             jobs[f"sft-{seed}"] = [*args.overrides, *control]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         summaries = dict(zip(jobs, pool.map(lambda item: run(args.out, *item), jobs.items()), strict=True))
