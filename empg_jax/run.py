@@ -153,6 +153,12 @@ def open_run(
     return run
 
 
+def has_begun(run_dir: Path, checkpoints: Checkpoints) -> bool:
+    """Whether a run holds anything to go on from; one killed before its first checkpoint does not."""
+    log = run_dir / "metrics.jsonl"
+    return bool(checkpoints.steps) or (log.exists() and log.stat().st_size > 0)
+
+
 def _resume(run: Run) -> None:
     restored = restore_state(run.config, run.checkpoints, run.learner)
     saved = restored.progress

@@ -22,7 +22,7 @@ from empg_jax.report.progress import Progress
 from empg_jax.report.results import count_episodes, describe_update, dump_batch, write_results
 from empg_jax.report.runinfo import create_run_dir, write_run_info
 from empg_jax.rollout.source import Interrupted
-from empg_jax.run import Run, make_rl_optimizer, mark_boundary, open_run, restore_state, save
+from empg_jax.run import Run, has_begun, make_rl_optimizer, mark_boundary, open_run, restore_state, save
 from empg_jax.runtime import CompileCounter, StopRequest
 from empg_jax.types import Batch, Scores
 
@@ -78,7 +78,10 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=progress.message)
         stack.callback(checkpoints.close)
         pool = stack.enter_context(make_pool(config))
-        run = open_run(config, run_dir, checkpoints, pool, progress, compiles, stop, resume is not None)
+        is_resumed = resume is not None and has_begun(run_dir, checkpoints)
+        if resume is not None and not is_resumed:
+            progress.message("the run ended before its first checkpoint: it begins anew")
+        run = open_run(config, run_dir, checkpoints, pool, progress, compiles, stop, is_resumed)
         stack.callback(run.log.close)
         try:
             if run.record.get("phase", "sft") == "sft":
@@ -226,14 +229,15 @@ def warm_start_phase(run: Run) -> None:
                 config, run.language, config.sft.demonstrations, advance=run.progress.advance
             )
             run.progress.phase("warm start", config.sft.updates, "updates")
-            with MetricsLog(run.run_dir, filename="sft_metrics.jsonl") as log:
+            first = run.record.get("sft_update", 0)
+            with MetricsLog(run.run_dir, filename="sft_metrics.jsonl", resume_at=first) as log:
                 run.state = sft.warm_start(
                     config,
                     run.learner.model,
                     run.learner.mesh,
                     run.state,
                     demonstrations,
-                    first=run.record.get("sft_update", 0),
+                    first=first,
                     on_update=lambda number, state, values: _after_sft_update(
                         run, log, number, state, values
                     ),
@@ -247,6 +251,7 @@ def warm_start_phase(run: Run) -> None:
     evaluate(run, "before")
     mark_boundary(run)
     save(run)
+    run.checkpoints.wait()  # from here on there is always something to go on from
 
 
 def _after_sft_update(

@@ -22,14 +22,32 @@ from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run import make_rl_optimizer
 
 ROOT = Path(__file__).parents[1]
-TINY = """
-    model.hidden_size=32 model.num_layers=1 model.num_heads=2 model.num_kv_heads=2 model.intermediate_size=64
-    rollout.tasks_per_update=2 rollout.group_size=2 rollout.max_tokens=96 rollout.max_response_tokens=4
-    rollout.prefill_buckets=[32] env.max_turns=4 workers.num=1 workers.step_timeout=20
-    train.updates=3 train.num_minibatches=2 train.micro_tokens=384 train.schedule=constant
-    train.warmup_updates=0 sft.updates=2 sft.batch_size=4 sft.demonstrations=8 eval.tasks=8 eval.every=0
-    log.progress=false log.tensorboard=false checkpoint.every=1
-""".split()
+TINY = [
+    *(
+        "model.hidden_size=32",
+        "model.num_layers=1",
+        "model.num_heads=2",
+        "model.num_kv_heads=2",
+        "model.intermediate_size=64",
+    ),
+    *(
+        "rollout.tasks_per_update=2",
+        "rollout.group_size=2",
+        "rollout.max_tokens=96",
+        "rollout.max_response_tokens=4",
+        "rollout.prefill_buckets=[32]",
+    ),
+    *("env.max_turns=4", "workers.num=1", "workers.step_timeout=20"),
+    *(
+        "train.updates=3",
+        "train.num_minibatches=2",
+        "train.micro_tokens=384",
+        "train.schedule=constant",
+        "train.warmup_updates=0",
+    ),
+    *("sft.updates=2", "sft.batch_size=4", "sft.demonstrations=8", "eval.tasks=8", "eval.every=0"),
+    *("log.progress=false", "log.tensorboard=false", "checkpoint.every=1"),
+]
 HOUSE = ["env.name=null", "env.entry_point=tests.houses:HOUSE"]
 # What may differ between two runs that did the same.
 TIMES = ("time", "tokens_per_second")

@@ -1,0 +1,154 @@
+"""A run that was stopped or killed, and resumed, equals the run that was not: bit for bit."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from empg_jax import trainer
+from empg_jax.metrics import read_metrics
+from empg_jax.runtime import StopRequest
+from tests import runs
+
+STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+class CountedStop(StopRequest):
+    """Gets a real SIGTERM when it is asked for the ``at``-th time; counts the questions."""
+
+    at, asked = None, 0
+
+    def __call__(self):
+        CountedStop.asked += 1
+        if CountedStop.asked == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__()
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Runs are stopped at the given question."""
+
+    def set_stop(at):
+        monkeypatch.setattr(CountedStop, "at", at)
+        monkeypatch.setattr(CountedStop, "asked", 0)
+
+    monkeypatch.setattr(trainer, "StopRequest", CountedStop)
+    return set_stop
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that was never stopped, and how often it looked whether it should."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "StopRequest", CountedStop)
+        patch.setattr(CountedStop, "asked", 0)
+        run = runs.train(tmp_path_factory.mktemp("resume") / "whole", *STEADY)
+        return run, CountedStop.asked
+
+
+def assert_same(run, other):
+    assert runs.lines(run) == runs.lines(other)
+    assert runs.weights(run) == runs.weights(other)
+
+
+def test_the_same_run_twice_is_the_same(whole, tmp_path):
+    assert_same(runs.train(tmp_path / "run", *STEADY), whole[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.12, 0.3, 0.6, 1.0])
+def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, share):
+    """The first questions are asked in the warm start, the others in the middle of collection."""
+    run, asked = whole
+    stop_at(max(1, round(share * asked)))
+    with pytest.raises(trainer.Stopped, match="stopped by signal 15; go on with: empg-jax train --resume"):
+        runs.train(tmp_path / "run", *STEADY)
+    stop_at(None)
+    runs.resume(tmp_path / "run")
+    assert_same(tmp_path / "run", run)
+
+
+def test_stopped_twice(whole, tmp_path, stop_at):
+    stop_at(2)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "run", *STEADY)
+    stop_at(5)
+    with pytest.raises(trainer.Stopped):
+        runs.resume(tmp_path / "run")
+    stop_at(None)
+    runs.resume(tmp_path / "run")
+    assert_same(tmp_path / "run", whole[0])
+
+
+def test_a_finished_run_may_be_given_more_updates(whole, tmp_path):
+    runs.train(tmp_path / "run", *STEADY, "train.updates=2")
+    runs.resume(tmp_path / "run", "train.updates=3")
+    assert_same(tmp_path / "run", whole[0])
+
+
+def test_without_determinism_a_resumed_run_still_trains_every_group_once(tmp_path, stop_at):
+    """Data in flight is sampled again, what was finished is kept, and nothing is trained twice."""
+    options = ["train.max_lag=1", "algorithm.entropy_source=learner"]
+    stop_at(6)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "run", *runs.HOUSE, *options)
+    stop_at(None)
+    run = runs.resume(tmp_path / "run")
+    assert [line["update"] for line in runs.lines(run)] == [1, 2, 3]
+    assert all(line["episodes_trained"] == 4 and line["lag"] <= 1 for line in runs.lines(run))
+
+
+@pytest.mark.parametrize("when", ["warm start", "rl"])
+def test_killed_at_a_random_moment_and_resumed(whole, tmp_path, when):
+    """SIGKILL leaves no time to save: the run goes on from its newest checkpoint, or from its start."""
+    run = tmp_path / "run"
+    # Slow environments make room for the kill; what they answer is the same.
+    process = runs.start(runs.command(run, *STEADY, "env.options.latency=0.05"))
+    log = run / {"warm start": "sft_metrics.jsonl", "rl": "metrics.jsonl"}[when]
+    try:
+        _wait_for(lambda: log.exists() and log.stat().st_size > 0, process)
+        time.sleep(random.uniform(0, 0.5) if when == "rl" else 0)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (run / "summary.json").exists(), "the run was over before it was killed"
+    runs.resume(run)
+    assert_same(run, whole[0])
+    assert sft_updates(run) == [0, 1]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, tmp_path, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def die(*_):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save", die)
+        with pytest.raises(KilledError):
+            runs.train(tmp_path / "run", *STEADY)
+    runs.resume(tmp_path / "run")
+    assert_same(tmp_path / "run", whole[0])
+    assert sft_updates(tmp_path / "run") == [0, 1]
+
+
+def sft_updates(run):
+    return [line["update"] for line in read_metrics(run / "sft_metrics.jsonl")]
+
+
+def _wait_for(is_there, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not is_there():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            pytest.fail(f"the run ended or hung ({process.returncode}): {process.communicate()[1]}")
+        time.sleep(0.01)
