@@ -20,9 +20,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from empg_jax.models.attention import cached_attention, packed_attention
+from empg_jax.models.attention import SAVED, cached_attention, packed_attention
+from empg_jax.models.projection import project
 from empg_jax.types import Params
 
 KVCache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer (keys, values), each [S K C d]
@@ -109,6 +111,7 @@ class Block(nn.Module):
             nn.Dense,
             dtype=c.dtype,
             param_dtype=c.param_dtype,
+            dot_general=project,
             kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
         )
         # What a block adds starts small, so that the token itself is not drowned in a deep stack.
@@ -127,14 +130,17 @@ class Block(nn.Module):
             v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
             if c.qk_norm:
                 q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-            output, cache = attend(rotate(q, rope), rotate(k, rope), v)
+            q, k, v = checkpoint_name((rotate(q, rope), rotate(k, rope), v), "qkv")
+            output, cache = attend(q, k, v)
             output = output.reshape(batch, length, c.num_heads * c.head_dim)
             x = x + onto_residual(c.hidden_size, name="o_proj")(output)
+            x = checkpoint_name(x, "residual")
         with jax.named_scope("mlp"):
             h = norm(name="post_norm")(x)
-            gate = nn.silu(dense(c.intermediate_size, use_bias=False, name="gate_proj")(h))
+            gate = dense(c.intermediate_size, use_bias=False, name="gate_proj")(h)
             up = dense(c.intermediate_size, use_bias=False, name="up_proj")(h)
-            x = x + onto_residual(c.hidden_size, name="down_proj")(gate * up)
+            gate, up = checkpoint_name((gate, up), "mlp")
+            x = x + onto_residual(c.hidden_size, name="down_proj")(nn.silu(gate) * up)
         return x, cache
 
 
@@ -278,7 +284,9 @@ def forward(
         return block.apply({"params": layer_params}, x, rope, attend)
 
     x = embed(params, config, tokens)
-    x, _ = jax.lax.scan(jax.checkpoint(layer) if config.remat else layer, x, params["layers"])
+    kept = (SAVED,) if config.remat else (SAVED, "qkv", "residual", "mlp")
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    x, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), x, params["layers"])
     return rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
 
 

@@ -260,4 +260,4 @@ def test_memory_grows_slowly_with_layers():
     few, many = temporary_bytes(2, remat=True), temporary_bytes(10, remat=True)
     block_input = 4 * 128 * 32 * 4  # bytes that rematerialisation has to keep of each layer
     assert many - few < 8 * 4 * block_input
-    assert temporary_bytes(10, remat=False) - few > 6 * (many - few)
+    assert temporary_bytes(10, remat=False) - few > 4 * (many - few)
