@@ -229,6 +229,9 @@ class LogConfig(Section):
     """What is recorded and shown."""
 
     every: int = Field(1, ge=1, description="Updates between two lines of metrics.jsonl.")
+    drift_every: int = Field(
+        25, ge=0, description="Updates between two measurements of the entropy's drift; 0 is never."
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     wandb: bool = Field(False, description="Send metrics to Weights & Biases (extra: wandb).")
     progress: bool = Field(True, description="Show live progress.")

@@ -48,7 +48,7 @@ METRICS: dict[str, str] = {
     "advantage_sign_changed": "Share of turns whose advantage the modulation gave another sign.",
     "advantage_changed_2x": "Share of turns whose advantage the modulation changed more than twofold.",
     "entropy_drift_predicted": "Entropy change that AEM's drift law predicts for this credit.",
-    "entropy_drift_measured": "Mean entropy of the trained tokens minus what it was before the update.",
+    "entropy_drift_measured": "Mean entropy of the sampled tokens after the update less that before it.",
     # Loss
     "loss": "Loss that the optimizer sees, mean over the optimizer steps of the update.",
     "policy_loss": "Its policy part per trained token, before KL penalty and entropy bonus.",

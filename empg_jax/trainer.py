@@ -116,7 +116,8 @@ def rl_loop(run: Run) -> None:
                 trajectories, run.shape, seed=(config.seed, run.update), gamma=config.algorithm.turn_gamma
             )
             batch = learner.put(host_batch)
-            scores, gap = score(run, batch, layout)
+            own_scores, measured = score(run, batch, layout)
+            scores = choose_scores(run, batch, own_scores)
             credit = learner.credit(batch, scores)
             steps = []
             for _ in range(config.train.epochs):
@@ -126,6 +127,7 @@ def rl_loop(run: Run) -> None:
                     )
                     steps.append(metrics)
             credit_metrics, steps = jax.device_get((credit.metrics, steps))
+            measured |= measure_drift(run, batch, layout, own_scores)
         run.update += 1
         check_steps(run, steps, host_batch)
         run.source.collector.settle()
@@ -139,7 +141,7 @@ def rl_loop(run: Run) -> None:
             steps=steps,
             seconds=time.monotonic() - began,
         )
-        values |= gap | run.source.metrics | {"recompiles": run.compiles.count - compiled}
+        values |= measured | run.source.metrics | {"recompiles": run.compiles.count - compiled}
         values |= {"learning_rate": float(run.schedule(run.state.step))}
         count_episodes(run.record, trajectories, run.source.outcomes)
         if config.eval.every and run.update % config.eval.every == 0 and run.update < config.train.updates:
@@ -154,35 +156,60 @@ def rl_loop(run: Run) -> None:
             save(run)
 
 
-def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores, dict[str, float]]:
-    """Old log-probs and entropies: a pass of the learner, or what the engine recorded.
+def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores | None, dict[str, float]]:
+    """The learner's own pass over a batch, where one is due, and its gap to the engine.
 
-    What no engine records (the reference's log-probs, the critic's values) comes from the pass in any case.
-    Whenever the learner makes its pass on data of its own version, the gap to the engine is measured.
+    It is due where the algorithm needs what no engine records (entropies by the learner, the reference's
+    log-probs, the critic's values), where a drift is measured, and now and then to check the engine. The gap
+    is measured on data of the learner's own version.
 
     Raises:
       TrainingError: the gap is beyond the gate.
     """
     config = run.config
-    recorded = config.algorithm.entropy_source == "engine"
-    if recorded and not run.learner.needs_score and run.update % GAP_CHECK_EVERY:
-        return run.learner.recorded_scores(batch), {}
+    is_needed = config.algorithm.entropy_source == "learner" or run.learner.needs_score
+    if not is_needed and run.update % GAP_CHECK_EVERY and not drift_is_due(run):
+        return None, {}
+    scores = score_pass(run, batch, layout)
+    if config.train.max_lag > 0:
+        return scores, {}
+    mean, largest = (float(gap) for gap in run.learner.logprob_gap(batch, scores))
+    if mean > GAP_LIMIT:
+        raise TrainingError(
+            f"sampler and learner disagree: the mean log-prob difference is {mean:.3g} at update "
+            f"{run.update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
+            f"(model.dtype={config.model.dtype})"
+        )
+    return scores, {"logprob_gap": mean, "logprob_gap_max": largest}
+
+
+def score_pass(run: Run, batch: Batch, layout: Layout) -> Scores:
+    """Scores of a batch under the current weights (and the reference's)."""
     reference = run.state.params if run.reference is None else run.reference
-    scores = run.learner.score(run.state.params, reference, batch, np.int32(layout.bounds[-1][1]))
-    gaps: dict[str, float] = {}
-    if config.train.max_lag == 0:
-        mean, largest = (float(gap) for gap in run.learner.logprob_gap(batch, scores))
-        gaps = {"logprob_gap": mean, "logprob_gap_max": largest}
-        if mean > GAP_LIMIT:
-            raise TrainingError(
-                f"sampler and learner disagree: the mean log-prob difference is {mean:.3g} at update "
-                f"{run.update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
-                f"(model.dtype={config.model.dtype})"
-            )
-    if recorded:
-        recorded_fields = {"old_logprobs": batch.behavior_logprobs, "entropies": batch.behavior_entropies}
-        scores = dataclasses.replace(scores, **recorded_fields)
-    return scores, gaps
+    return run.learner.score(run.state.params, reference, batch, np.int32(layout.bounds[-1][1]))
+
+
+def choose_scores(run: Run, batch: Batch, own: Scores | None) -> Scores:
+    """What credit and loss work with: the learner's scores, or the engine's where it is their source."""
+    if own is not None and run.config.algorithm.entropy_source == "learner":
+        return own
+    recorded = run.learner.recorded_scores(batch)
+    if own is None or not run.learner.needs_score:
+        return recorded
+    return dataclasses.replace(own, old_logprobs=recorded.old_logprobs, entropies=recorded.entropies)
+
+
+def drift_is_due(run: Run) -> bool:
+    """Whether the entropy is measured before and after this update."""
+    return run.config.log.drift_every > 0 and run.update % run.config.log.drift_every == 0
+
+
+def measure_drift(run: Run, batch: Batch, layout: Layout, before: Scores | None) -> dict[str, float]:
+    """How the update changed the mean entropy of the batch's sampled tokens, where that is due."""
+    if before is None or not drift_is_due(run):
+        return {}
+    after = score_pass(run, batch, layout)
+    return {"entropy_drift_measured": float(run.learner.entropy_drift(batch, before, after))}
 
 
 def check_steps(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:

@@ -298,7 +298,6 @@ def make_loss(recipe: Recipe) -> Callable[..., LossResult]:
             "policy_loss": values,
             "ratio": jnp.exp(change),
             "approx_kl": jnp.expm1(change) - change,  # k3 of the policy before the update to the one trained
-            "entropy_drift_measured": entropies - scores_rows.entropies,
         }
         if recipe.kl_coef:
             metrics["kl"] = kl_penalty(logprobs, scores_rows.ref_logprobs, kind=recipe.kl_kind)

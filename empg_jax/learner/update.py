@@ -103,7 +103,8 @@ class Learner:
     ``score(params, ref_params, batch, stop) -> Scores``; ``credit(batch, scores) -> Credit``;
     ``update(state, batch, scores, credit, start, stop) -> (state, metrics)`` makes one optimizer step from
     micro-batches ``[start, stop)``; ``recorded_scores(batch)`` takes what the engine recorded instead of
-    scoring, and ``logprob_gap(batch, scores) -> (mean, max)`` measures how far the two are apart.
+    scoring, and ``logprob_gap(batch, scores) -> (mean, max)`` measures how far the two are apart;
+    ``entropy_drift(batch, before, after)`` is the change of the mean entropy between two scorings.
     ``put(batch)`` moves a host batch onto the mesh.
     """
 
@@ -116,6 +117,7 @@ class Learner:
     credit: Callable[[Batch, Scores], Credit]
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     logprob_gap: Callable[[Batch, Scores], tuple[jax.Array, jax.Array]]
+    entropy_drift: Callable[[Batch, Scores, Scores], jax.Array]
     needs_score: bool  # what the engine records is not enough
 
     def warm_up(self, state: TrainState, batch: Batch) -> None:
@@ -128,6 +130,7 @@ class Learner:
         none = np.int32(0)
         scores = self.score(state.params, state.params, batch, none)
         self.logprob_gap(batch, scores)
+        self.entropy_drift(batch, scores, scores)
         recorded = self.recorded_scores(batch)
         scores = scores if self.needs_score else recorded
         jax.block_until_ready(self.update(state, batch, scores, self.credit(batch, scores), none, none))
@@ -192,6 +195,7 @@ def make_learner(
         credit=jax.jit(algorithm.credit, out_shardings=credit_shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole)),
         logprob_gap=jax.jit(_logprob_gap, out_shardings=whole),
+        entropy_drift=jax.jit(_entropy_drift, out_shardings=whole),
         needs_score=has_reference or has_critic,
     )
 
@@ -221,6 +225,12 @@ def _logprob_gap(batch: Batch, scores: Scores) -> tuple[jax.Array, jax.Array]:
     """Mean and largest absolute difference of recorded and recomputed log-probs over sampled tokens."""
     gap = jnp.where(batch.loss_mask, jnp.abs(scores.old_logprobs - batch.behavior_logprobs), jnp.float32(0.0))
     return jnp.sum(gap) / jnp.maximum(jnp.sum(batch.loss_mask, dtype=jnp.float32), 1.0), jnp.max(gap)
+
+
+def _entropy_drift(batch: Batch, before: Scores, after: Scores) -> jax.Array:
+    """Mean over sampled tokens of the entropy after less the entropy before."""
+    change = jnp.where(batch.loss_mask, after.entropies - before.entropies, jnp.float32(0.0))
+    return jnp.sum(change) / jnp.maximum(jnp.sum(batch.loss_mask, dtype=jnp.float32), 1.0)
 
 
 def _score(

@@ -1,0 +1,92 @@
+"""Whole runs of what needs more than a loss: a critic, dynamic sampling, the drift of the entropy."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from empg_jax import assembly, trainer
+from empg_jax.config import load_config
+from empg_jax.models.decoder import init_params
+from empg_jax.runtime import StopRequest
+from tests import runs
+
+STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9", "sft.updates=0"]
+PPO = ["algorithm.name=ppo", "rollout.group_size=1", "rollout.tasks_per_update=4"]
+DAPO = ["algorithm.name=dapo", "rollout.max_refills=3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+class StopInTheMiddle(StopRequest):
+    """Gets a SIGTERM when it is asked for the ``at``-th time."""
+
+    at = None
+    asked = 0
+
+    def __call__(self):
+        type(self).asked += 1
+        if self.asked == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__()
+
+
+@pytest.mark.parametrize("options", [PPO, DAPO], ids=["ppo", "dapo"])
+def test_a_stopped_and_resumed_run_equals_the_whole_one(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(trainer, "StopRequest", StopInTheMiddle)
+    monkeypatch.setattr(StopInTheMiddle, "asked", 0)
+    whole = runs.train(tmp_path / "whole", *STEADY, *options)
+    monkeypatch.setattr(StopInTheMiddle, "at", StopInTheMiddle.asked // 2)
+    monkeypatch.setattr(StopInTheMiddle, "asked", 0)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "cut", *STEADY, *options)
+    monkeypatch.setattr(StopInTheMiddle, "at", None)
+    runs.resume(tmp_path / "cut")
+    assert runs.lines(tmp_path / "cut") == runs.lines(whole)
+    weights = runs.weights(whole)
+    assert runs.weights(tmp_path / "cut") == weights
+    lines = runs.lines(whole)
+    assert all(line["recompiles"] == 0 for line in lines)
+    if options is PPO:
+        head = np.frombuffer(weights[".params['value_head']['kernel']"], np.float32)
+        assert head.shape == (32,) and head.any()  # it began at zero
+        assert all(line["value_loss"] > 0 and line["explained_variance"] <= 1 for line in lines)
+    else:
+        assert all(line["groups_uniform"] == 0 or line["groups_replaced"] == 3 * 2 for line in lines)
+        assert all(line["mixed_groups"] == 1 - line["groups_uniform"] / 2 for line in lines)
+        assert any(line["groups_replaced"] > 0 for line in lines)
+
+
+def test_the_drift_of_the_entropy_is_measured_after_the_update(tmp_path):
+    """Only every other update; measuring changes nothing of the run itself."""
+    plain = runs.train(tmp_path / "plain", *STEADY)
+    measured = runs.train(tmp_path / "measured", *STEADY, "log.drift_every=2")
+    assert runs.weights(plain) == runs.weights(measured)
+    drifts = [line.get("entropy_drift_measured") for line in runs.lines(measured)]
+    assert drifts[1] is None and all(np.isfinite(drifts[i]) for i in (0, 2))
+    for line, drift in zip(runs.lines(measured), drifts, strict=True):
+        assert drift is None or (drift != 0) == (line["grad_norm"] > 0)
+    assert all("entropy_drift_predicted" in line for line in runs.lines(measured))
+    assert not any("entropy_drift_measured" in line for line in runs.lines(plain))
+    assert all(line["recompiles"] == 0 for line in runs.lines(measured))
+
+
+def test_a_critic_starts_from_weights_without_one(tmp_path, monkeypatch):
+    config = load_config("quickstart", ["algorithm.name=ppo", "model.path=somewhere"])
+    model = assembly.make_model(load_config("quickstart", ["algorithm.name=ppo"]), _Vocabulary())
+    whole = init_params(jax.random.key(0), model)
+    bare = {name: part for name, part in whole.items() if name != "value_head"}
+    monkeypatch.setattr(assembly, "load_hf", lambda *args, **options: (model, dict(bare)))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = assembly.make_params(config, model, jax.tree.map(lambda _: place, whole))
+    assert jax.tree.structure(params) == jax.tree.structure(whole)
+
+
+class _Vocabulary:
+    vocab_size = 50
