@@ -1,0 +1,68 @@
+"""The Python of README.md runs as it stands, and what it defines works."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from empg_jax.algorithms import ALGORITHMS
+from tests.algorithms.batches import make_batch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+
+
+@pytest.fixture
+def table():
+    """The table of algorithms takes new entries for a test only."""
+    before = dict(ALGORITHMS)
+    yield
+    ALGORITHMS.clear()
+    ALGORITHMS.update(before)
+
+
+def run(block):
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_every_block_runs(number):
+    run(BLOCKS[number])
+
+
+def block_with(text):
+    (found,) = [block for block in BLOCKS if text in block]
+    return found
+
+
+def test_the_functions_in_a_loop_of_ones_own():
+    names = run(block_with("with_empg"))
+    base, mask = names["base"], names["turn_mask"]
+    assert names["with_empg"].shape == names["with_aem"].shape == mask.shape
+    np.testing.assert_allclose(names["with_empg"].mean(), 0, atol=1e-6)  # centred
+    np.testing.assert_array_equal(np.sign(names["with_aem"]), np.sign(base))
+    assert np.abs(names["with_aem"] - base).max() > 0.05
+
+
+@pytest.mark.usefixtures("table")
+def test_the_recipe_of_an_algorithm():
+    names = run(block_with("best_of_group"))
+    assert len(block_with("best_of_group").splitlines()) <= 20
+    batch, scores, *_ = make_batch()
+    credit = jax.jit(names["algorithm"].credit)(batch, scores)
+    tokens = np.asarray(credit.advantages)[np.asarray(batch.loss_mask)]
+    owners = np.asarray(batch.trajectory_ids)[np.asarray(batch.loss_mask)]
+    best = np.isin(owners, [0, 2, 3, 4])  # returns 1 0 | 1 1 | 0.5 0
+    assert (tokens[best] > 0).all() and not tokens[~best].any()
+
+
+def test_what_it_names_exists():
+    for name in re.findall(r"`(?:python )?((?:scripts|configs|tests|envs|empg_jax)/[\w/.]+\.\w+)", README):
+        assert (ROOT / name).is_file(), name
+    assert "scripts/theory.py" in README
