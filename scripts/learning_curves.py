@@ -1,7 +1,7 @@
 """Re-runs the quickstart over seeds and modulations and writes the table and the plot of its README figures.
 
 Every run is ``empg-jax train quickstart`` in a process of its own. Beside the RL runs stands a control that
-spends about the same CPU time on supervised fine-tuning alone, with three times the demonstrations.
+spends about the same CPU time on supervised fine-tuning alone, on three times the demonstrations.
 
     python scripts/learning_curves.py --out curves --seeds 0 1 2 --modulations empg aem
 """

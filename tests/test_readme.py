@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from empg_jax.algorithms import ALGORITHMS
+from empg_jax.metrics import METRICS
 from tests.algorithms.batches import make_batch
 
 ROOT = Path(__file__).parents[1]
@@ -66,3 +67,8 @@ def test_what_it_names_exists():
     for name in re.findall(r"`(?:python )?((?:scripts|configs|tests|envs|empg_jax)/[\w/.]+\.\w+)", README):
         assert (ROOT / name).is_file(), name
     assert "scripts/theory.py" in README
+
+
+def test_the_glossary_is_that_of_the_code():
+    for name, meaning in METRICS.items():
+        assert f"| `{name}` | {meaning} |" in README, f"README's metric glossary lacks or misstates {name}"
