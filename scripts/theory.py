@@ -73,7 +73,9 @@ def weight_drift(
             return jax.nn.log_softmax(last_logits(weights, config, row[None])[0])
 
         direction = jax.grad(lambda weights: advantage * logprobs(weights)[action])(params)
-        return jax.jvp(lambda weights: entropy(logprobs(weights)), (params,), (direction,))[1]
+        # The derivative along it, by the gradient: the model's own rules are for reverse mode.
+        slope = jax.grad(lambda weights: entropy(logprobs(weights)))(params)
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, slope, direction)), jnp.float32(0))
 
     return jax.lax.map(one, (tokens, actions, advantages))
 
