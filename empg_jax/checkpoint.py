@@ -46,6 +46,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int, warn: Callable[[str], None]) -> None:
         self.directory, self._warn = Path(directory).resolve(), warn
+        self._writing: int | None = None  # the step that was last begun to be written
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -73,11 +74,12 @@ class Checkpoints:
         }
         if arrays:
             parts["buffer"] = arrays
+        self.wait()
+        self._writing = step
         try:
-            self._checkpointer.wait()
             self._checkpointer.save_checkpointables_async(step, parts, overwrite=True)
         except Exception as error:
-            raise self._failure(step, error) from error
+            raise self._failure(error) from error
 
     def save_reference(self, params: Params) -> None:
         """Write the frozen reference policy, once per run, beside the checkpoints.
@@ -114,7 +116,7 @@ class Checkpoints:
         try:
             self._checkpointer.wait()
         except Exception as error:
-            raise self._failure(None, error) from error
+            raise self._failure(error) from error
 
     def restore(self, shardings: TrainState, shapes: TrainState, *, step: int | None = None) -> Restored:
         """The newest whole checkpoint (or the one of ``step``), placed on the mesh.
@@ -147,17 +149,18 @@ class Checkpoints:
         trajectories = unpack_trajectories(progress["trajectories"], parts.get("buffer") or {})
         return Restored(step, parts["state"], json.loads(progress["json"]), trajectories)
 
-    def _failure(self, step: int | None, error: Exception) -> CheckpointError:
-        which = "the last checkpoint" if step is None else f"checkpoint {step}"
+    def _failure(self, error: Exception) -> CheckpointError:
         kept = f"; usable: {self.steps}" if self.steps else ""
         return CheckpointError(
-            f"{which} could not be written to {self.directory}: {_first_line(error)}{kept}"
+            f"checkpoint {self._writing} could not be written to {self.directory}: {_first_line(error)}{kept}"
         )
 
     def close(self) -> None:
         """Wait for the last write and let go of the directory."""
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
 
 
 def _abstract(shapes: Any, shardings: Any) -> Any:

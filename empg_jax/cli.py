@@ -161,7 +161,8 @@ def main() -> None:
     """Entry point of the console script."""
     # Before and after training (which handles both signals itself) SIGTERM unwinds like Ctrl-C.
     signal.signal(signal.SIGTERM, _terminate)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's housekeeping is no news to the person
+    # Orbax's housekeeping is no news to the person, and what fails there is told as a CheckpointError.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     app()
 
 

@@ -61,7 +61,7 @@ def record_demonstrations(
     A demonstration that would not fit ``rollout.max_tokens`` is left out.
 
     Raises:
-      DemonstrationError: the environment has no expert, or no demonstration fits.
+      DemonstrationError: the environment has no expert or fails, or no demonstration fits.
     """
     env = make_env(config.env.target, **config.env.options)
     if not hasattr(env, "expert_action"):
@@ -72,7 +72,14 @@ def record_demonstrations(
     tasks = rng.permutation(env.num_tasks(config.sft.split))
     demonstrations = []
     for number in range(count):
-        trajectory = _play(env, config, language, int(tasks[number % len(tasks)]), number, rng)
+        task = int(tasks[number % len(tasks)])
+        try:
+            trajectory = _play(env, config, language, task, number, rng)
+        except Exception as error:  # whatever an environment raises, in words that name it
+            raise DemonstrationError(
+                f"environment {config.env.target} failed while its expert played task {config.sft.split}/{task}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if len(trajectory.turns[-1].prompt_tokens) + len(trajectory.turns[-1].response_tokens) <= (
             config.rollout.max_tokens
         ):

@@ -71,3 +71,18 @@ HOUSE = EnvSpec(
     parser=make_parser,
     phrases=lambda level, style, **options: phrases(level=level, style=style),
 )
+
+
+class _Mute:
+    """A household whose expert says nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        self._house = NoisyHouse(**options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "expert_action":
+            raise AttributeError(name)
+        return getattr(self._house, name)
+
+
+MUTE = EnvSpec(name="mute-house", make=_Mute, prompts=make_prompts, parser=make_parser)

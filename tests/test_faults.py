@@ -1,0 +1,333 @@
+"""What goes wrong in a run costs what it must and nothing more."""
+
+import dataclasses
+import gc
+import json
+import math
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from empg_jax import trainer
+from empg_jax.checkpoint import CheckpointError
+from empg_jax.cli import app
+from empg_jax.metrics import read_metrics
+from empg_jax.report.runinfo import write_run_info
+from tests import runs
+
+HOUSE = [*runs.HOUSE, "sft.updates=0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The parts of the runs that were opened; functions in ``changes`` are applied to each."""
+    found = []
+    real = trainer.open_run
+
+    def open_run(*args):
+        found.append(real(*args))
+        for change in open_run.changes:
+            change(found[-1])
+        return found[-1]
+
+    open_run.changes = []
+    monkeypatch.setattr(trainer, "open_run", open_run)
+    found_with_changes = type("Opened", (), {"runs": found, "changes": open_run.changes})
+    return found_with_changes
+
+
+def summary_of(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+# ------------------------------------------------------------------------------------ loss and gradient
+
+
+def poison(*bad):
+    """Makes the advantages of these optimizer steps NaN (counted from 1, over the whole run)."""
+
+    def change(run):
+        steps, update = iter(range(1, 1000)), run.learner.update
+
+        def poisoned(state, batch, scores, credit, start, stop):
+            if next(steps) in bad:
+                credit = dataclasses.replace(credit, advantages=credit.advantages * np.float32("nan"))
+            return update(state, batch, scores, credit, start, stop)
+
+        run.learner = dataclasses.replace(run.learner, update=poisoned)
+
+    return change
+
+
+def test_nan_stops_with_the_batch_and_the_last_good_checkpoint(tmp_path, opened):
+    opened.changes.append(poison(4))  # the second step of update 2
+    with pytest.raises(trainer.TrainingError, match=r"update 2: .*not finite in 1 of 2 .*bad_batch_2\.npz"):
+        runs.train(tmp_path / "run", *HOUSE)
+    (dumped,) = (tmp_path / "run").glob("bad_batch_*")
+    with np.load(dumped) as batch:
+        assert batch["loss_mask"].any() and batch["tokens"].shape == batch["loss_mask"].shape
+    found = runs.restored(tmp_path / "run")
+    assert found.step == 1 and found.progress["update"] == 1
+    assert all(np.isfinite(leaf).all() for leaf in _arrays(found.state))
+    # Without the poison, the run goes on from there.
+    opened.changes.clear()
+    runs.resume(tmp_path / "run")
+    assert [line["update"] for line in runs.lines(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_nan_may_be_skipped(tmp_path, opened):
+    opened.changes.append(poison(4))
+    run = runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=skip")
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["nonfinite_steps"] for line in lines] == [0, 1, 0]
+    assert int(opened.runs[0].state.step) == 2 * 3 - 1
+    assert all(np.isfinite(leaf).all() for leaf in _arrays(opened.runs[0].state))
+    assert lines[1]["loss"] is None or math.isfinite(lines[1]["loss"])
+    assert (run / "bad_batch_2.npz").exists()
+
+
+def test_nan_may_roll_back(tmp_path, opened, capsys):
+    opened.changes.append(poison(4))
+    run = runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=rollback")
+    assert int(opened.runs[0].state.step) == 2 + 0 + 2  # update 2 was undone
+    assert runs.weights(run, 2) == runs.weights(run, 1)
+    assert "update 2: loss or gradient was not finite" in capsys.readouterr().err
+
+
+def test_rolling_back_again_and_again_stops(tmp_path, opened):
+    opened.changes.append(poison(*range(1, 99)))
+    with pytest.raises(trainer.TrainingError, match="update 4: .*not finite"):
+        runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=rollback", "train.updates=9")
+
+
+def _arrays(state):
+    import jax
+
+    return [leaf for leaf in jax.tree.leaves(jax.device_get(state)) if np.issubdtype(leaf.dtype, np.floating)]
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+FULL_DISK = """
+import resource
+from empg_jax import cli, trainer
+
+real = trainer.save
+def save(run):
+    if run.update == 2:  # from here on no file may grow beyond 8 kB
+        run.checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+    real(run)
+trainer.save = save
+cli.main()
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    run = tmp_path / "run"
+    process = runs.start(runs.command(run, *HOUSE), code=FULL_DISK)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1, err
+    message = err[err.index("error: ") :]
+    assert message.startswith("error: checkpoint 2 could not be written to "), err
+    assert str(run / "checkpoints") in message and message.rstrip().endswith("usable: [0, 1]"), err
+    assert "Traceback" not in err, err
+    assert runs.restored(run).step == 1
+    runs.resume(run)
+    assert [line["update"] for line in runs.lines(run)] == [1, 2, 3]
+
+
+def damage(folder):
+    """Cuts every file of a checkpoint to half its length."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        os.truncate(path, path.stat().st_size // 2)
+
+
+# Orbax leaves a coroutine behind when it finds a file damaged.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
+    run = runs.train(tmp_path / "run", *HOUSE, "rollout.deterministic=true")
+    weights, lines = runs.weights(run), runs.lines(run)
+    damage(run / "checkpoints" / "3")
+    (run / "checkpoints" / "2" / "stray").mkdir()
+    runs.resume(run)
+    assert "checkpoint 3: " in capsys.readouterr().err
+    assert runs.lines(run) == lines and runs.weights(run) == weights
+    for folder in (run / "checkpoints").iterdir():
+        damage(folder)
+    with pytest.raises(CheckpointError, match="no usable checkpoint in"):
+        runs.resume(run)
+    gc.collect()
+
+
+# ----------------------------------------------------------------------------------------- environments
+
+
+def test_an_environment_that_raises_is_discarded_and_refilled_and_never_a_reward(tmp_path, opened):
+    diary = tmp_path / "diary"
+    diary.write_text("x" * 10**6)  # evaluation before RL goes well
+    collected = []
+
+    def change(run):
+        evaluate = run.evaluator.run
+
+        def run_and_begin(*args, **kwargs):
+            result = evaluate(*args, **kwargs)
+            diary.write_text("")
+            return result
+
+        run.evaluator.run = run_and_begin
+        _record(run, collected)
+
+    opened.changes.append(change)
+    options = ["env.options.trouble=raise", "env.options.times=2", f"env.options.diary={diary}"]
+    run = runs.train(tmp_path / "run", *HOUSE, *options)
+    assert summary_of(run)["trajectories"]["discarded:env_error"] == 2
+    assert len(collected) == 12 and all(t.outcome.is_trained and t.turns for t in collected)
+    keys = [(t.group_id, t.member) for t in collected]
+    assert keys == [(group, member) for group in range(6) for member in range(2)]
+
+
+@pytest.mark.parametrize("trouble", ["hang", "kill"])
+def test_a_hang_or_a_dead_worker_costs_its_episode(tmp_path, trouble, opened):
+    diary = tmp_path / "diary"
+    options = [f"env.options.trouble={trouble}", "env.options.times=1", f"env.options.diary={diary}"]
+    run = runs.train(tmp_path / "run", *HOUSE, *options, "workers.step_timeout=0.5", "eval.tasks=1")
+    stats = opened.runs[0].source.collector.pool.stats
+    assert stats.failures == {{"hang": "timeout", "kill": "worker_died"}[trouble]: 1}
+    assert stats.restarts == 1
+    outcomes = summary_of(run)["trajectories"]
+    assert sum(count for name, count in outcomes.items() if name.startswith("trained:")) == 12
+    assert sum(count for name, count in outcomes.items() if name.startswith("discarded:")) <= 1
+
+
+def test_a_worker_killed_from_outside_costs_at_most_its_episode(tmp_path, opened):
+    def change(run):
+        pool, asked = run.source.collector.pool, iter(range(1000))
+        real = run.should_stop
+
+        def kill_now_and_then():
+            if next(asked) in (3, 5):
+                os.kill(pool.worker_pids()[0], signal.SIGKILL)
+            return real()
+
+        run.should_stop = kill_now_and_then
+
+    opened.changes.append(change)
+    run = runs.train(tmp_path / "run", *HOUSE)
+    stats = opened.runs[0].source.collector.pool.stats
+    assert stats.restarts == 2 and sum(stats.failures.values()) <= 2
+    outcomes = summary_of(run)["trajectories"]
+    assert sum(count for name, count in outcomes.items() if name.startswith("trained:")) == 12
+
+
+def _record(run, collected):
+    """Keeps every trajectory that leaves the source."""
+    collect = run.source.collect
+
+    def collect_and_keep(*args):
+        batch = collect(*args)
+        collected.extend(batch)
+        return batch
+
+    run.source.collect = collect_and_keep
+
+
+# ------------------------------------------------------------------------------------- the command line
+
+
+def test_workers_of_a_live_run_hold_no_jax_and_sigterm_ends_it_cleanly(tmp_path):
+    run, spy = tmp_path / "run", tmp_path / "spy"
+    options = ["env.options.latency=0.05", f"env.options.spy={spy}", "train.updates=500"]
+    process = runs.start(runs.command(run, *HOUSE, *options))
+    try:
+        log = run / "metrics.jsonl"
+        _wait_for(lambda: log.exists() and log.stat().st_size > 0, process)
+        workers = [pid for pid in _children(process.pid) if "envs.worker" in _read(pid, "cmdline")]
+        assert len(workers) == 1
+        assert "jaxlib" in _read(process.pid, "maps")
+        for pid in workers:
+            maps = _read(pid, "maps")
+            assert "python" in maps and "jaxlib" not in maps and "numpy" not in maps
+        loaded = spy.read_text().split()
+        assert "envs" in loaded and not {"jax", "jaxlib", "empg_jax", "numpy"} & set(loaded)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    assert f"stopped by signal 15; go on with: empg-jax train --resume {run}" in err
+    assert out == "" and "Traceback" not in err
+    for pid in workers:
+        assert not Path(f"/proc/{pid}").exists()
+    done = runs.lines(run)[-1]["update"]
+    assert runs.restored(run).step == done
+
+
+def _children(parent):
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _read(entry.name, "stat").rpartition(")")[2].split()[1:2] == [
+            str(parent)
+        ]:
+            yield int(entry.name)
+
+
+def _read(pid, name):
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _wait_for(is_there, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not is_there():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            pytest.fail(f"the run ended or hung ({process.returncode}): {process.communicate()[1]}")
+        time.sleep(0.01)
+
+
+def _call(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stderr
+
+
+def test_missing_things_are_named(tmp_path):
+    code, err = _call("train", tmp_path / "no.yaml")
+    assert code == 2 and "no.yaml" in err
+    code, err = _call("train", "--resume", tmp_path / "none")
+    assert code == 2 and "no run there" in err
+    code, err = _call("eval", tmp_path / "run" / "checkpoints" / "7")
+    assert code == 2 and "7 is no folder" in err
+    code, err = _call("eval", tmp_path)
+    assert code == 1 and "neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP" in err
+
+
+def test_a_run_without_checkpoints_is_named(tmp_path):
+    run = tmp_path / "run"
+    config = runs.configure(run)
+    run.mkdir()
+    write_run_info(run, config)
+    runs.assembly.make_language(config).tokenizer.save(run / "tokenizer")
+    (run / "metrics.jsonl").write_text('{"update": 1}\n')  # there were checkpoints once
+    for command in (["eval", run], ["train", "--resume", run]):
+        code, err = _call(*command)
+        assert code == 1 and "error: no usable checkpoint in" in err and "Traceback" not in err
