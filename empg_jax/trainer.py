@@ -146,8 +146,6 @@ def rl_loop(run: Run) -> None:
         count_episodes(run.record, trajectories, run.source.outcomes)
         if config.eval.every and run.update % config.eval.every == 0 and run.update < config.train.updates:
             values |= evaluate(run, "during").metrics
-            run.progress.phase("RL", config.train.updates, "updates")
-            run.progress.advance(run.update - 1, {})
         if run.update % config.log.every == 0:
             run.log.write(run.update, values)
         run.progress.advance(1, values)
@@ -296,8 +294,11 @@ def _after_sft_update(
 def evaluate(run: Run, when: str) -> Evaluation:
     """Evaluate the current weights on the held-out panel; ``before`` and ``after`` go into the summary."""
     with run.clock.phase("eval"):
-        run.progress.phase(f"evaluation ({when})", run.evaluator.num_tasks, "tasks")
-        result = run.evaluator.run(run.state.params, run.update, advance=run.progress.advance)
+        if when == "during":  # the display stays with the RL phase
+            result = run.evaluator.run(run.state.params, run.update)
+        else:
+            run.progress.phase(f"evaluation ({when})", run.evaluator.num_tasks, "tasks")
+            result = run.evaluator.run(run.state.params, run.update, advance=run.progress.advance)
     if when != "during":
         run.record |= {f"{name}_{when}": value for name, value in result.metrics.items()}
         run.record |= {"eval_tasks": run.evaluator.num_tasks, "updates": run.update}

@@ -20,7 +20,7 @@ from rich.progress import Progress as RichProgress
 SHOWN: dict[str, tuple[str, str]] = {
     "sft_loss": ("loss", "{:.3f}"),
     "success_rate": ("success", "{:.0%}"),
-    "eval_success": ("success", "{:.1%}"),
+    "eval_success": ("held-out", "{:.1%}"),
     "episode_return": ("reward", "{:.2f}"),
     "entropy": ("entropy", "{:.3f}"),
     "tokens_per_second": ("tok/s", "{:,.0f}"),
