@@ -1,0 +1,148 @@
+"""The rules of one episode, without environment or engine."""
+
+import numpy as np
+import pytest
+
+from empg_jax.rollout.context import PromptDelta
+from empg_jax.rollout.engine import Response
+from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
+from empg_jax.types import Status, Trajectory
+from envs import ParsedAction
+
+ATTEMPT = Attempt("train", task=7, group_id=3, member=1)
+
+
+class Context:
+    """Prompts are numbered; remembers what it was told."""
+
+    def __init__(self):
+        self.told = []
+
+    def start(self, observation, info):
+        self.told.append((observation, info))
+        return PromptDelta([1], True)
+
+    def follow(self, *told):
+        self.told.append(told)
+        return PromptDelta([2], False)
+
+
+def parse(text, info):
+    return ParsedAction(text.upper(), info.get("fine", True))
+
+
+def make_episode(**rules):
+    context = Context()
+    return Episode(ATTEMPT, context, parse, EpisodeRules(**{"max_turns": 3} | rules)), context
+
+
+def respond(episode, text="go", version=0, finish_reason="stop", prompt=(1,)):
+    tokens = np.asarray([5, 6], np.int32)
+    numbers = np.asarray([-0.5, -0.25], np.float32)
+    prompt = np.asarray(prompt, np.int32)
+    return episode.on_response(Response(0, prompt, tokens, numbers, -numbers, version, finish_reason), text)
+
+
+def begin(**rules):
+    episode, context = make_episode(**rules)
+    assert episode.on_reset("a room", {}).is_fresh
+    return episode, context
+
+
+def test_an_episode_from_reset_to_victory():
+    episode, context = begin()
+    assert respond(episode, "go", version=4) == "GO"
+    assert isinstance(episode.on_step("a hall", 0.0, False, False, {"n": 1}), PromptDelta)
+    respond(episode, "win", version=5, finish_reason="length", prompt=(1, 5, 6, 2))
+    found = episode.on_step("the end", 1.0, True, False, {"won": True, "metrics": {"score": 3}})
+    assert isinstance(found, Trajectory)
+    assert (found.task, found.split, found.group_id, found.member) == (7, "train", 3, 1)
+    assert (found.outcome.status, found.outcome.reason) == (Status.TRAINED, "won")
+    assert found.is_success and found.terminated and not found.truncated
+    assert found.episode_return == 1.0 and found.metrics == {"score": 3.0}
+    assert found.oldest_version == 4 and found.num_tokens == 4
+    first, second = found.turns
+    # A turn holds the observation that it answers, not the one that it caused.
+    assert (first.observation, first.response, first.reward) == ("a room", "go", 0.0)
+    assert (second.observation, second.reward, second.finish_reason) == ("a hall", 1.0, "length")
+    assert second.prompt_tokens.tolist() == [1, 5, 6, 2] and first.anchor != second.anchor
+    # The context is told the sampled ids, whether the turn was ended, and the action that was made of them.
+    assert context.told[1] == ([5, 6], "go", True, "GO", "a hall", {"n": 1})
+
+
+@pytest.mark.parametrize(
+    ("flags", "info", "reason", "terminated"),
+    [((True, False), {}, "ended", True), ((False, True), {}, "turn_limit", False)],
+)
+def test_ends_that_the_environment_names(flags, info, reason, terminated):
+    episode, _ = begin()
+    respond(episode)
+    found = episode.on_step("x", 0.0, *flags, info)
+    assert (found.outcome.reason, found.terminated, found.truncated) == (reason, terminated, not terminated)
+    assert found.outcome.status is Status.TRAINED and not found.is_success
+
+
+def test_the_turn_limit_truncates():
+    episode, _ = begin(max_turns=2)
+    respond(episode)
+    episode.on_step("x", 0.5, False, False, {})
+    respond(episode)
+    found = episode.on_step("x", 0.25, False, False, {})
+    assert found.outcome.reason == "turn_limit" and found.truncated and not found.terminated
+    assert found.episode_return == 0.75 and len(found.turns) == 2
+
+
+def test_an_invalid_response_costs_its_turn():
+    episode, _ = begin(invalid_penalty=0.1)
+    respond(episode)
+    episode.on_step("x", 0.0, False, False, {"fine": False})
+    respond(episode)
+    found = episode.on_step("y", 1.0, True, False, {"won": True})
+    assert [turn.is_valid for turn in found.turns] == [True, False]
+    assert [turn.reward for turn in found.turns] == pytest.approx([0.0, 0.9])
+    assert found.episode_return == pytest.approx(0.9)
+
+
+def test_a_full_context_is_scored_zero_by_name():
+    episode, _ = begin()
+    respond(episode)
+    episode.on_step("x", 5.0, False, False, {})
+    found = episode.on_context_limit()
+    assert (found.outcome.status, found.outcome.reason) == (Status.SCORED_ZERO, "context_limit")
+    assert found.outcome.is_trained and found.episode_return == 0.0 and len(found.turns) == 1
+
+
+@pytest.mark.parametrize("reason", ["env_error", "worker_died", "timeout"])
+def test_a_failure_is_never_learned_from(reason):
+    episode, _ = begin()
+    respond(episode)
+    found = episode.on_failure(reason, "why")
+    assert found.outcome.status is Status.DISCARDED and not found.outcome.is_trained
+    assert (found.outcome.reason, found.outcome.detail) == (reason, "why")
+
+
+def test_an_overrun_may_be_scored_zero_if_there_is_a_turn():
+    for turns, reason, status in [
+        (0, "timeout", Status.DISCARDED),
+        (1, "timeout", Status.SCORED_ZERO),
+        (1, "env_error", Status.DISCARDED),
+    ]:
+        episode, _ = begin(timeout_outcome="zero")
+        for _ in range(turns):
+            respond(episode)
+            episode.on_step("x", 1.0, False, False, {})
+        found = episode.on_failure(reason, "")
+        assert found.outcome.status is status and found.episode_return == 0.0
+
+
+def test_equal_observations_have_equal_anchors():
+    def anchors(*observations):
+        episode, _ = begin(max_turns=9)
+        for observation in observations:
+            respond(episode)
+            episode.on_step(observation, 0.0, False, False, {})
+        return [turn.anchor for turn in episode.on_context_limit().turns]
+
+    first, second, third, fourth = anchors("a hall", "a room", "a hall", "")
+    assert first == third != second == fourth
+    assert anchors("x")[0] == first  # a function of the text alone
