@@ -77,8 +77,8 @@ def record_demonstrations(
             trajectory = _play(env, config, language, task, number, rng)
         except Exception as error:  # whatever an environment raises, in words that name it
             raise DemonstrationError(
-                f"environment {config.env.target} failed while its expert played task {config.sft.split}/{task}: "
-                f"{type(error).__name__}: {error}"
+                f"environment {config.env.target} failed while its expert played task "
+                f"{config.sft.split}/{task}: {type(error).__name__}: {error}"
             ) from error
         if len(trajectory.turns[-1].prompt_tokens) + len(trajectory.turns[-1].response_tokens) <= (
             config.rollout.max_tokens

@@ -305,7 +305,8 @@ def bench_occupancy(counter: CompileCounter) -> tuple[dict, int]:
 
 
 def main() -> None:
-    result: dict = {"recompiles": 0, "shape": dataclasses.asdict(MODEL) | {"dtype": args.dtype, "param_dtype": args.dtype}}
+    shape = dataclasses.asdict(MODEL) | {"dtype": args.dtype, "param_dtype": args.dtype}
+    result: dict = {"recompiles": 0, "shape": shape}
     result["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
     result["load_before"] = os.getloadavg()
     with CompileCounter() as counter:

@@ -108,7 +108,7 @@ def test_nan_may_roll_back(tmp_path, opened, capsys):
 
 def test_rolling_back_again_and_again_stops(tmp_path, opened):
     opened.changes.append(poison(*range(1, 99)))
-    with pytest.raises(trainer.TrainingError, match="update 4: .*not finite"):
+    with pytest.raises(trainer.TrainingError, match=r"update 4: .*not finite"):
         runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=rollback", "train.updates=9")
 
 
