@@ -1,0 +1,115 @@
+"""Held-out evaluation: every task once, faults tried again, arithmetic of the summary."""
+
+import dataclasses
+
+import pytest
+
+from empg_jax import assembly, evaluate
+from empg_jax.checkpoint import CheckpointError
+from empg_jax.evaluate import EvaluationError, Evaluator, evaluate_run, summarise
+from empg_jax.types import Outcome, Status
+from tests import runs
+from tests.episodes import Episodes, entropy_of
+
+EPISODES = Episodes()
+
+
+class Collector:
+    """Ends every attempt, the last admitted first; ``fails(attempt)`` says whether it is discarded."""
+
+    def __init__(self, fails):
+        self.fails, self.queue, self.seen, self.is_cancelled = fails, [], [], False
+
+    def admit(self, attempts):
+        self.queue += attempts
+
+    def advance(self):
+        attempt = self.queue.pop()
+        self.seen.append(attempt)
+        trajectory = EPISODES.transcript([(2, 1)], task=attempt.task, split=attempt.split)
+        if self.fails(attempt):
+            outcome = Outcome(Status.DISCARDED, "env_error", "the house burnt down")
+            trajectory = dataclasses.replace(trajectory, outcome=outcome)
+        return [(attempt, trajectory)]
+
+    def cancel_all(self):
+        self.is_cancelled = True
+
+
+class Engine:
+    def load(self, params, version):
+        self.loaded = (params, version)
+
+
+class Pool:
+    splits = {"train": 9, "test": 5}  # noqa: RUF012
+
+
+@pytest.fixture
+def make_evaluator(monkeypatch):
+    def make(fails=lambda attempt: False, *overrides):
+        collector = Collector(fails)
+        monkeypatch.setattr(evaluate, "make_collector", lambda *args, **kwargs: collector)
+        config = runs.configure("unused", *overrides)
+        return Evaluator(config, Pool, None, Engine(), first_handle=0), collector
+
+    return make
+
+
+def test_every_task_once_in_order(make_evaluator):
+    evaluator, collector = make_evaluator()
+    told = []
+    result = evaluator.run("weights", 7, advance=lambda n, values: told.append(n))
+    assert evaluator.num_tasks == 5 and sum(told) == 5  # eval.tasks is 8, the panel holds 5
+    assert evaluator.engine.loaded == ("weights", 7)
+    assert [(t.split, t.task) for t in result.trajectories] == [("test", task) for task in range(5)]
+    assert {(a.task, a.group_id, a.member, a.retry) for a in collector.seen} == {
+        (t, t, 0, 0) for t in range(5)
+    }
+
+
+def test_a_fault_is_tried_again_and_never_counted(make_evaluator):
+    evaluator, collector = make_evaluator(lambda a: a.task == 2 and a.retry < 2)
+    result = evaluator.run(None, 0)
+    assert len(collector.seen) == 5 + 2 and len(result.trajectories) == 5
+    assert all(t.outcome.is_trained for t in result.trajectories)
+
+
+def test_a_task_that_keeps_failing_is_named(make_evaluator):
+    evaluator, collector = make_evaluator(lambda a: a.task == 2)
+    with pytest.raises(EvaluationError, match="task test/2 failed 3 times: env_error: the house burnt down"):
+        evaluator.run(None, 0)
+    assert collector.is_cancelled
+
+
+def test_an_unknown_split_is_named(make_evaluator):
+    with pytest.raises(EvaluationError, match=r"env\.eval_split=valid does not exist.* train, test"):
+        make_evaluator(lambda a: False, "env.eval_split=valid")
+
+
+def test_summary_by_hand():
+    won = EPISODES.trajectory([EPISODES.turn([1], 3), EPISODES.turn([1], 1, is_valid=False)])
+    lost = EPISODES.transcript([(2, 2)], episode_return=-0.5, is_success=False)
+    tokens = [token for t in (won, lost) for turn in t.turns for token in turn.response_tokens.tolist()]
+    assert summarise([won, lost]) == {
+        "eval_success": 0.5,
+        "eval_return": 0.25,
+        "eval_turns": 1.5,
+        "eval_entropy": pytest.approx(float(entropy_of(tokens).mean())),  # over tokens, not over turns
+        "eval_invalid_actions": pytest.approx(1 / 3),
+    }
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "checkpoints" / "3"):
+        with pytest.raises(CheckpointError, match="is neither a run folder"):
+            evaluate_run(path, [])
+
+
+def test_evaluation_samples_with_keys_of_its_own(monkeypatch):
+    """Stream 1, and handles behind those of training."""
+    found = {}
+    monkeypatch.setattr(evaluate, "make_collector", lambda *args, **kwargs: found.update(kwargs))
+    Evaluator(runs.configure("unused"), Pool, None, Engine(), first_handle=4)
+    assert found == {"stream": 1, "first_handle": 4}
+    assert assembly.make_collector.__kwdefaults__ == {"first_handle": 0}
