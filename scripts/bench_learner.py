@@ -1,0 +1,130 @@
+"""Speed of the learner: the update (GRPO loss with entropy, AdamW) and the score pass. Prints one JSON object.
+
+The shape is that of a 12.07M-parameter Qwen2: 8 rows of 512 tokens, half prompt and half response.
+
+    python scripts/bench_learner.py --pin 0 --out learner.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--pin", type=int, help="run on this core only")
+parser.add_argument("--rows", type=int, default=8)
+parser.add_argument("--length", type=int, default=512)
+parser.add_argument("--micro-rows", type=int, default=1, help="rows per micro-batch")
+parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True)
+parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+parser.add_argument("--repeats", type=int, default=5)
+parser.add_argument("--out", type=Path)
+args = parser.parse_args()
+if args.pin is not None:
+    os.sched_setaffinity(0, {args.pin})
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from empg_jax.algorithms import make_algorithm
+from empg_jax.learner.state import init_state, make_optimizer
+from empg_jax.learner.update import make_learner
+from empg_jax.models.decoder import DecoderConfig
+from empg_jax.parallel.mesh import make_mesh
+from empg_jax.replay.batching import BatchShape, make_batch
+from empg_jax.runtime import CompileCounter
+from empg_jax.types import Outcome, Status, Trajectory, Turn
+
+MODEL = DecoderConfig(
+    vocab_size=8192,
+    hidden_size=256,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    intermediate_size=1024,
+    tie_embeddings=False,
+    dtype=jnp.dtype(args.dtype),
+    remat=args.remat,
+)
+
+
+def make_trajectory(member: int, rng: np.random.Generator) -> Trajectory:
+    """One turn: half of the row is prompt, half is response, ids are random."""
+    half = args.length // 2
+    prompt, response = (rng.integers(3, MODEL.vocab_size, half).astype(np.int32) for _ in range(2))
+    level = np.full(half, 9.0, np.float32)
+    turn = Turn(prompt, response, -level, level, 0.0, 0, 0, True, "stop")
+    won = Outcome(Status.TRAINED, "won")
+    return Trajectory(0, "train", 0, member, (turn,), won, float(rng.normal()), True, True, False)
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    shape = BatchShape(args.rows, 1, args.length, args.micro_rows, args.rows, 1)
+    batch, layout = make_batch([make_trajectory(i, rng) for i in range(args.rows)], shape, seed=(0,))
+    optimizer, _ = make_optimizer(learning_rate=1e-6, final_learning_rate=1e-6, total_steps=1000)
+    learner = make_learner(MODEL, make_algorithm("grpo"), optimizer, make_mesh(), micro_rows=args.micro_rows)
+    state = init_state(jax.random.key(0), MODEL, optimizer, learner.shardings)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    batch, (start, stop) = learner.put(batch), np.asarray(layout.bounds[0], np.int32)
+    tokens = args.rows * args.length
+    with CompileCounter() as counter:
+        walls: dict[str, list[float]] = {"update": [], "score": []}
+        cpus: dict[str, list[float]] = {"update": [], "score": []}
+        compiled = 0
+        for repeat in range(args.repeats + 2):  # the first two rounds warm up
+            if repeat == 2:
+                compiled = counter.count
+            wall, cpu = time.perf_counter(), time.process_time()
+            scores = jax.block_until_ready(learner.score(state.params, state.params, batch, stop))
+            walls["score"].append(time.perf_counter() - wall)
+            cpus["score"].append(time.process_time() - cpu)
+            credit = jax.block_until_ready(learner.credit(batch, scores))
+            wall, cpu = time.perf_counter(), time.process_time()
+            state, metrics = learner.update(state, batch, scores, credit, start, stop)
+            jax.block_until_ready(state)
+            walls["update"].append(time.perf_counter() - wall)
+            cpus["update"].append(time.process_time() - cpu)
+        recompiles = counter.count - compiled
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    square = jnp.ones((side, side), args.dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    jax.block_until_ready(product(square, square))
+    peaks = []
+    for _ in range(args.repeats):
+        wall = time.perf_counter()
+        jax.block_until_ready(product(square, square))
+        peaks.append(2 * side**3 / (time.perf_counter() - wall))
+    result = {
+        f"{name}_tokens_per_{clock}_s": round(tokens / statistics.median(times[name][2:]), 1)
+        for clock, times in (("cpu", cpus), ("wall", walls))
+        for name in ("update", "score")
+    }
+    flops = 6 * parameters * tokens / statistics.median(walls["update"][2:])
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")
+    }
+    result |= {
+        "peak_fraction": round(flops / max(peaks), 4),
+        "recompiles": recompiles,
+        "parameters": parameters,
+        "loss": float(metrics["loss"]),
+        "device": jax.devices()[0].device_kind,
+        "settings": {k: v for k, v in vars(args).items() if k != "out"},
+        "versions": versions,
+        "load_average": os.getloadavg(),
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+main()
