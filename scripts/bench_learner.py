@@ -1,4 +1,4 @@
-"""Speed of the learner: the update (GRPO loss with entropy, AdamW) and the score pass. Prints one JSON object.
+"""Speed of the learner: update (GRPO loss with entropy, AdamW) and score pass. Prints one JSON object.
 
 The shape is that of a 12.07M-parameter Qwen2: 8 rows of 512 tokens, half prompt and half response.
 
