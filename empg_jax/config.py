@@ -150,7 +150,7 @@ class WorkersConfig(Section):
     """The processes that run environments."""
 
     num: int = Field(2, ge=1, description="Environment worker processes.")
-    backend: Literal["local", "ray"] = Field("local", description="Where workers run: this machine or Ray.")
+    backend: Literal["local"] = Field("local", description="Where workers run: processes of this machine.")
     start_timeout: float = Field(30.0, gt=0, description="Seconds that a worker may take to start.")
     reset_timeout: float = Field(30.0, gt=0, description="Seconds that a reset may take.")
     step_timeout: float = Field(10.0, gt=0, description="Seconds that a step may take.")

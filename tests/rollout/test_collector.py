@@ -107,7 +107,7 @@ def test_a_hang_ends_at_the_deadline_of_its_step():
 def test_an_episode_that_lasts_too_long_is_given_up():
     """Every single step is quick enough, all together are not."""
     with open_pool(length=1000) as pool:
-        script = {(0, turn): "sleep 0.2" for turn in range(1000)}
+        script = {(group, turn): "sleep 0.2" for group in (0, 7) for turn in range(1000)}
         collector = make_collector(ScriptedEngine(), pool, script, max_turns=1000, episode_timeout=1.0)
         found = run(collector, attempts(1))
         assert outcome(found[0]) == (Status.DISCARDED, "timeout")
@@ -177,7 +177,8 @@ def test_cancelled_attempts_leave_no_trace():
 
 def test_settling_ends_responses_and_begins_none():
     with open_pool(length=3) as pool:
-        engine = ScriptedEngine(slots=2, bursts=50)
+        # Long responses: none ends before the second environment has answered, however busy the machine.
+        engine = ScriptedEngine(slots=2, bursts=20_000)
         collector = make_collector(engine, pool)
         collector.admit(attempts(4))
         while len(engine.submitted) < 2:
