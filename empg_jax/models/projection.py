@@ -32,7 +32,7 @@ def project(
       The product, in the type of the inputs.
     """
     if precision is not None or preferred_element_type is not None:
-        raise NotImplementedError("project has one precision: the type of its inputs")
+        raise ValueError("project has one precision: the type of its inputs")
     return _project(inputs, kernel)
 
 
