@@ -112,7 +112,7 @@ def longest(requests: list[list[tuple[list[int], int]]]) -> int:
 
 
 def make_engine(slots: int, max_tokens: int, kind: type[Engine] = Engine, **sizes) -> Engine:
-    longest_response = max(128, args.responses[1])
+    longest_response = min(max(128, args.responses[1]), max_tokens - 1)
     config = EngineConfig(slots, max_tokens, longest_response, NEVER, burst=args.burst, **sizes)
     engine = kind(MODEL, config, seed=0)
     engine.load(PARAMS, 0)
@@ -170,12 +170,12 @@ def run_one_by_one(engine: Engine, requests: list[list[tuple[list[int], int]]]) 
 # --------------------------------------------------------------------------------------- measurement
 
 
-def measure(run, engine: Engine) -> dict:
-    """Tokens per CPU-second and per second, medians over repeats; the first run is left out."""
+def measure(run, engine: Engine, repeats: int) -> dict:
+    """Tokens per CPU-second and per second, medians over repeats; a run before them is left out."""
     run()
     engine.take_stats()
     runs = []
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
         run()
         runs.append((time.perf_counter() - wall, time.process_time() - cpu, engine.take_stats()))
@@ -197,8 +197,9 @@ def bench_agents(counter: CompileCounter) -> tuple[dict, dict, int]:
     engine = make_engine(args.slots, longest(requests), prefill_buckets=(64,), row_buckets=(1, 4))
     alone = make_engine(1, longest(requests), prefill_buckets=(64, 256))
     compiled = counter.count
-    kept = measure(lambda: run_agents(engine, requests), engine)
-    one = measure(lambda: run_one_by_one(alone, requests), alone)
+    kept = measure(lambda: run_agents(engine, requests), engine, args.repeats)
+    # This one takes about five times as long.
+    one = measure(lambda: run_one_by_one(alone, requests), alone, max(1, args.repeats // 3))
     return kept, one, counter.count - compiled
 
 
@@ -316,7 +317,7 @@ def main() -> None:
             sizes = {"prefill_buckets": (128,), "row_buckets": (1,), "cache_buckets": (128, 160, 192, 224)}
             engine = make_engine(slots, 256, **sizes)
             compiled = counter.count
-            result[name] = measure(lambda engine=engine: run_rows(engine, 128, 128), engine)
+            result[name] = measure(lambda engine=engine: run_rows(engine, 128, 128), engine, args.repeats)
             result[f"{name}_tokens_per_cpu_s"] = result[name]["tokens_per_cpu_s"]
             result["recompiles"] += counter.count - compiled
         if "agent" in args.only:
