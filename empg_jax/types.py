@@ -146,9 +146,13 @@ class Batch:
     behavior_logprobs: Leaf  # float32[B T]
     behavior_entropies: Leaf  # float32[B T]
     minibatch_ids: Leaf  # int32[B]    the optimizer step that a row belongs to; -1 = absent row
-    returns: Leaf  # float32[N]
+    returns: Leaf  # float32[N]        plain sum of the environment's rewards, no penalty inside
     group_ids: Leaf  # int32[N]        in [0, N); -1 = absent
     trajectory_mask: Leaf  # bool[N]
+    truncated: Leaf  # bool[N]         a limit ended the episode, not the task
+    scored_zero: Leaf  # bool[N]       the policy broke a limit: the episode is worth at most 0
+    turn_rewards: Leaf  # float32[N K] the environment's own reward of the turn
+    turn_truncated: Leaf  # bool[N K]  the token limit cut the response
     turn_returns: Leaf  # float32[N K] discounted reward-to-go per turn
     turn_valid: Leaf  # bool[N K]      the parser accepted the turn's action
     anchor_ids: Leaf  # int32[N K]     observation key, equal ids = equal observation; -1 = absent
@@ -166,10 +170,23 @@ class Scores:
 
 
 @flax.struct.dataclass
+class TurnCredit:
+    """Credit as a table of turns ``[N K]``; for estimators that differ inside a turn, means over its tokens."""
+
+    entropies: Leaf  # float32[N K]   mean token entropy, in nats, that the modulation read
+    base: Leaf  # float32[N K]        advantage of the estimator, before modulation
+    factors: Leaf  # float32[N K]     what the modulation multiplied with; 1 without
+    bonuses: Leaf  # float32[N K]     what the modulation added before centering; 0 without
+    advantages: Leaf  # float32[N K]  after modulation and centering
+    mask: Leaf  # bool[N K]           turns that exist
+
+
+@flax.struct.dataclass
 class Credit:
     """What a batch is worth, token by token. All constants to the gradient."""
 
     advantages: Leaf  # float32[B T]
     loss_weights: Leaf  # float32[B T]  share in its mini-batch's loss; zero off loss_mask
     metrics: dict[str, Leaf]  # scalars for the log
+    turns: TurnCredit | None = None  # the same credit turn by turn
     value_targets: Leaf = None  # float32[B T]  what the critic is to say; None without a critic

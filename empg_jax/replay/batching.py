@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from empg_jax.types import Batch, Trajectory
+from empg_jax.types import Batch, Status, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +231,10 @@ def _trajectory_table(
         "returns": np.zeros(n, np.float32),
         "group_ids": np.full(n, -1, np.int32),
         "trajectory_mask": np.zeros(n, bool),
+        "truncated": np.zeros(n, bool),
+        "scored_zero": np.zeros(n, bool),
+        "turn_rewards": np.zeros((n, k), np.float32),
+        "turn_truncated": np.zeros((n, k), bool),
         "turn_returns": np.zeros((n, k), np.float32),
         "turn_valid": np.zeros((n, k), bool),
         "anchor_ids": np.full((n, k), -1, np.int32),
@@ -242,11 +246,15 @@ def _trajectory_table(
         table["returns"][i] = trajectory.episode_return
         table["group_ids"][i] = groups.setdefault(trajectory.group_id, len(groups))
         table["trajectory_mask"][i] = True
+        table["truncated"][i] = trajectory.truncated
+        table["scored_zero"][i] = trajectory.outcome.status is Status.SCORED_ZERO
         later = 0.0
         for t in reversed(range(len(trajectory.turns))):
             turn = trajectory.turns[t]
             later = turn.reward + gamma * later
             table["turn_returns"][i, t] = later
+            table["turn_rewards"][i, t] = turn.reward
+            table["turn_truncated"][i, t] = turn.finish_reason == "length"
             table["turn_valid"][i, t] = turn.is_valid
             table["anchor_ids"][i, t] = anchors.setdefault(turn.anchor, len(anchors))
             table["versions"][i, t] = turn.version
