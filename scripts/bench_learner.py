@@ -1,8 +1,12 @@
 """Speed of the learner: update (GRPO loss with entropy, AdamW) and score pass. Prints one JSON object.
 
-The shape is that of a 12.07M-parameter Qwen2: 8 rows of 512 tokens, half prompt and half response.
+The default shape is a 12.07M-parameter Qwen2; every row is one conversation of half prompt and half response.
+``mfu`` counts the products that the mathematics needs: 6 operations for each parameter and token (without the
+input embedding, which is looked up) and causal attention; nothing for what rematerialisation computes again.
+It is a share of the fastest matrix product measured in the same process, in CPU time on a CPU.
 
     python scripts/bench_learner.py --pin 0 --out learner.json
+    python scripts/bench_learner.py --preset qwen2.5-1.5b --dtype bfloat16 --rows 4 --length 4096
 """
 
 from __future__ import annotations
@@ -17,11 +21,14 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--pin", type=int, help="run on this core only")
+parser.add_argument("--preset", help="shape of a well-known model, with random weights")
 parser.add_argument("--rows", type=int, default=8)
 parser.add_argument("--length", type=int, default=512)
 parser.add_argument("--micro-rows", type=int, default=1, help="rows per micro-batch")
 parser.add_argument("--remat", choices=("full", "dots", "none"), default="full")
-parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+parser.add_argument("--attention", default="auto", help="model.attention")
+parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
+parser.add_argument("--param-dtype", default="float32", choices=("float32", "bfloat16"))
 parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank on a frozen base")
 parser.add_argument("--quantize", default="none", choices=("none", "int8", "nf4"), help="of the frozen base")
 parser.add_argument("--repeats", type=int, default=5)
@@ -39,25 +46,31 @@ from empg_jax.learner.state import init_state, make_optimizer
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.lora import LoraConfig
+from empg_jax.models.presets import make_preset
 from empg_jax.models.quantize import quantise_params
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.replay.batching import BatchShape, make_batch
 from empg_jax.runtime import CompileCounter
 from empg_jax.types import Outcome, Status, Trajectory, Turn
 
-MODEL = DecoderConfig(
-    vocab_size=8192,
-    hidden_size=256,
-    num_layers=8,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=32,
-    intermediate_size=1024,
-    tie_embeddings=False,
-    dtype=jnp.dtype(args.dtype),
-    remat=args.remat,
-    lora=LoraConfig(args.lora_rank) if args.lora_rank else None,
-)
+NUMERICS = {
+    "dtype": jnp.dtype(args.dtype),
+    "param_dtype": jnp.dtype(args.param_dtype),
+    "remat": args.remat,
+    "attention": args.attention,
+    "lora": LoraConfig(args.lora_rank) if args.lora_rank else None,
+}
+SMALL = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "num_layers": 8,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 1024,
+    "tie_embeddings": False,
+}
+MODEL = make_preset(args.preset, **NUMERICS) if args.preset else DecoderConfig(**SMALL, **NUMERICS)
 
 
 def make_trajectory(member: int, rng: np.random.Generator) -> Trajectory:
@@ -65,9 +78,56 @@ def make_trajectory(member: int, rng: np.random.Generator) -> Trajectory:
     half = args.length // 2
     prompt, response = (rng.integers(3, MODEL.vocab_size, half).astype(np.int32) for _ in range(2))
     level = np.full(half, 9.0, np.float32)
-    turn = Turn(prompt, response, -level, level, 0.0, 0, 0, True, "stop")
-    won = Outcome(Status.TRAINED, "won")
-    return Trajectory(0, "train", 0, member, (turn,), won, float(rng.normal()), True, True, False)
+    turn = Turn(
+        prompt_tokens=prompt,
+        response_tokens=response,
+        behavior_logprobs=-level,
+        entropies=level,
+        reward=0.0,
+        version=0,
+        anchor=0,
+        is_valid=True,
+        finish_reason="stop",
+    )
+    return Trajectory(
+        task=0,
+        split="train",
+        group_id=0,
+        member=member,
+        turns=(turn,),
+        outcome=Outcome(Status.TRAINED, "won"),
+        episode_return=float(rng.normal()),
+        is_success=True,
+        terminated=True,
+        truncated=False,
+    )
+
+
+def count_flops(parameters: int) -> float:
+    """Operations of one update: forward and twice that backward, without what is computed again."""
+    looked_up = 0 if MODEL.tie_embeddings else MODEL.vocab_size * MODEL.hidden_size
+    tokens = args.rows * args.length
+    products = 6 * (parameters - looked_up) * tokens
+    width = MODEL.num_heads * MODEL.head_dim
+    # Two products of [T, T / 2] per layer, and twice as much backward.
+    attention = 3 * 2 * args.length * width * MODEL.num_layers * tokens
+    return products + attention
+
+
+def measure_peak(repeats: int) -> float:
+    """Operations per second of a large matrix product: wall seconds, CPU seconds on a CPU."""
+    on_cpu = jax.default_backend() == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    side = 1024 if on_cpu else 8192
+    square = jax.random.normal(jax.random.key(0), (side, side), args.dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    jax.block_until_ready(product(square, square))
+    rates = []
+    for _ in range(repeats):
+        start = clock()
+        jax.block_until_ready(product(square, square))
+        rates.append(2 * side**3 / (clock() - start))
+    return max(rates)
 
 
 def main() -> None:
@@ -84,13 +144,14 @@ def main() -> None:
     state = init_state(jax.random.key(0), MODEL, optimizer, learner.shardings)
     batch, (start, stop) = learner.put(batch), np.asarray(layout.bounds[0], np.int32)
     tokens = args.rows * args.length
+    began = time.perf_counter()
     with CompileCounter() as counter:
         walls: dict[str, list[float]] = {"update": [], "score": []}
         cpus: dict[str, list[float]] = {"update": [], "score": []}
-        compiled = 0
+        compiled, warm_up = 0, 0.0
         for repeat in range(args.repeats + 2):  # the first two rounds warm up
             if repeat == 2:
-                compiled = counter.count
+                compiled, warm_up = counter.count, time.perf_counter() - began
             wall, cpu = time.perf_counter(), time.process_time()
             scores = jax.block_until_ready(learner.score(state.params, state.params, batch, stop))
             walls["score"].append(time.perf_counter() - wall)
@@ -102,32 +163,29 @@ def main() -> None:
             walls["update"].append(time.perf_counter() - wall)
             cpus["update"].append(time.process_time() - cpu)
         recompiles = counter.count - compiled
-    side = 2048 if jax.default_backend() == "cpu" else 8192
-    square = jnp.ones((side, side), args.dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    jax.block_until_ready(product(square, square))
-    peaks = []
-    for _ in range(args.repeats):
-        wall = time.perf_counter()
-        jax.block_until_ready(product(square, square))
-        peaks.append(2 * side**3 / (time.perf_counter() - wall))
     result = {
         f"{name}_tokens_per_{clock}_s": round(tokens / statistics.median(times[name][2:]), 1)
         for clock, times in (("cpu", cpus), ("wall", walls))
         for name in ("update", "score")
     }
-    flops = 6 * parameters * tokens / statistics.median(walls["update"][2:])
-    versions = {
-        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")
-    }
+    clock = cpus if jax.default_backend() == "cpu" else walls
+    peak = measure_peak(args.repeats)
+    rate = count_flops(parameters) / statistics.median(clock["update"][2:])
+    memory = jax.devices()[0].memory_stats() or {}
     result |= {
-        "peak_fraction": round(flops / max(peaks), 4),
+        "mfu": round(rate / peak, 4),
+        "update_tflop_per_s": round(rate / 1e12, 3),
+        "peak_tflop_per_s": round(peak / 1e12, 3),
+        "peak_memory_gb": round(memory.get("peak_bytes_in_use", 0) / 2**30, 2),
+        "warm_up_s": round(warm_up, 1),
         "recompiles": recompiles,
         "parameters": parameters,
         "loss": float(metrics["loss"]),
         "device": jax.devices()[0].device_kind,
         "settings": {k: v for k, v in vars(args).items() if k != "out"},
-        "versions": versions,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")
+        },
         "load_average": os.getloadavg(),
     }
     text = json.dumps(result, indent=1)

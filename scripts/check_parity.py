@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,20 @@ import numpy as np
 from empg_jax.learner.update import compute_logprobs
 from empg_jax.models.attention import packed_attention
 from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.presets import make_preset
 from empg_jax.rollout.engine import Engine
 from empg_jax.rollout.programs import EngineConfig
 
 # Mean and largest absolute difference allowed. bfloat16 has 8 bits of mantissa: its logits are good to 1 %.
 TOLERANCES = {"float32": (1e-5, 1e-3), "bfloat16": (3e-2, 5e-1)}
 ATTENTION_TOLERANCES = {"float32": (1e-5, 1e-3), "bfloat16": (1e-2, 3e-1)}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--only", nargs="+", default=["model", "attention"], choices=("model", "attention"))
+parser.add_argument("--dtypes", nargs="+", default=list(TOLERANCES), choices=list(TOLERANCES))
+parser.add_argument("--preset", help="shape of a well-known model, with random weights; default: a small one")
+parser.add_argument("--out", type=Path)
+args = parser.parse_args()
 
 Gaps = dict[str, tuple[float, float]]  # mean and largest difference by what is compared
 
@@ -60,17 +69,20 @@ def check_attention(dtype: str, length: int = 1000) -> Gaps:
 
 def check_model(dtype: str, rows: int = 4, length: int = 256) -> Gaps:
     """Differences of one compute type, on random weights and tokens."""
-    model = DecoderConfig(
-        vocab_size=8192,
-        hidden_size=256,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        intermediate_size=1024,
-        dtype=jnp.dtype(dtype),
+    model = (
+        make_preset(args.preset)
+        if args.preset
+        else DecoderConfig(
+            vocab_size=8192,
+            hidden_size=256,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=64,
+            intermediate_size=1024,
+        )
     )
-    exact = dataclasses.replace(model, dtype=jnp.dtype("float32"))
+    model, exact = (dataclasses.replace(model, dtype=jnp.dtype(kind)) for kind in (dtype, "float32"))
     params = init_params(jax.random.key(0), model)
     tokens = jax.random.randint(jax.random.key(1), (rows, length), 4, model.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
@@ -116,14 +128,15 @@ def check_model(dtype: str, rows: int = 4, length: int = 256) -> Gaps:
 
 def main() -> int:
     """Check both types and print the result."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
     rows: list[dict[str, object]] = []
     print(
         f"{'type':10}{'check':28}{'mean':>10}{'allowed':>10}{'largest':>10}{'allowed':>10}", file=sys.stderr
     )
-    for check, tolerances in ((check_model, TOLERANCES), (check_attention, ATTENTION_TOLERANCES)):
-        for dtype, (mean_allowed, max_allowed) in tolerances.items():
+    checks = {"model": (check_model, TOLERANCES), "attention": (check_attention, ATTENTION_TOLERANCES)}
+    for check, tolerances in (checks[name] for name in args.only):
+        for dtype in args.dtypes:
+            mean_allowed, max_allowed = tolerances[dtype]
             for name, (mean, largest) in check(dtype).items():
                 # Written so that a difference that is not a number fails.
                 fits = mean <= mean_allowed and largest <= max_allowed
@@ -134,7 +147,10 @@ def main() -> int:
                     file=sys.stderr,
                 )
     device = jax.devices()[0]
-    print(json.dumps({"device": str(device.device_kind), "jax": jax.__version__, "rows": rows}, indent=1))
+    text = json.dumps({"device": str(device.device_kind), "jax": jax.__version__, "rows": rows}, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
     return 0 if all(row["within"] for row in rows) else 1
 
 

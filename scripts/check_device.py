@@ -1,0 +1,213 @@
+"""Checks a machine with an accelerator, step by step: limits, attention, update, decode, parity, quickstart.
+
+Every step is a program of its own with a time limit; one that fails or takes too long does not stop the
+others. ``OUT/summary.json`` is written again after each step. It holds the step's own JSON, its seconds and,
+for a failure, the end of what it printed. The steps stand in order of value: those that no longer fit into
+``--seconds`` are left out and listed. Needs an image with JAX, flax, optax, orbax and transformers; no
+pydantic, no typer.
+
+    python scripts/check_device.py OUT
+    python scripts/check_device.py OUT --tiny      the same steps at sizes for a CPU, to test the script
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).resolve().parent
+SHORTEST = 15  # seconds; a step that has less left is not begun
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("out", type=Path, help="folder for the results; made if it is not there")
+parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
+parser.add_argument("--seconds", type=float, default=480, help="time for all steps together (default 480)")
+parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps only")
+parser.add_argument("--list", action="store_true", help="print the steps and stop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One program.
+
+    Attributes:
+      name: what its result is called.
+      seconds: its time limit.
+      command: script and arguments; ``{json}`` stands for the file that it writes its JSON to.
+      tiny: arguments instead, for a CPU.
+    """
+
+    name: str
+    seconds: int
+    command: tuple[str, ...]
+    tiny: tuple[str, ...]
+
+
+def update_step(preset: str, seconds: int) -> Step:
+    """The learner at 16k packed tokens of a model in bfloat16."""
+    sizes = ("--rows", "4", "--micro-rows", "4", "--length", "4096")
+    numerics = ("--dtype", "bfloat16", "--param-dtype", "bfloat16")
+    command = ("bench_learner.py", "--preset", preset, *numerics, *sizes, "--repeats", "4", "--out", "{json}")
+    tiny = ("bench_learner.py", "--rows", "2", "--length", "128", "--repeats", "1", "--out", "{json}")
+    return Step(f"update-{preset.split('-')[-1]}", seconds, command, tiny)
+
+
+def decode_step(slots: str, seconds: int) -> Step:
+    """The engine of a 1.5B model in bfloat16."""
+    name = "bench_decode.py"
+    command = (
+        name,
+        "--preset",
+        "qwen2.5-1.5b",
+        "--slots",
+        *slots.split(),
+        "--burst",
+        "16",
+        "--out",
+        "{json}",
+    )
+    tiny = (
+        name,
+        "--slots",
+        "1",
+        "2",
+        "--context",
+        "32",
+        "--new",
+        "24",
+        "--capacity",
+        "64",
+        "--out",
+        "{json}",
+    )
+    return Step(f"decode-{slots.replace(' ', '-')}", seconds, command, tiny)
+
+
+RUN = (
+    "train_resolved.py",
+    "{scripts}/quickstart.resolved.yaml",
+    "run_dir={json}.run",
+    "log.tensorboard=false",
+)
+GAP = ("check_parity.py", "--only", "model", "--dtypes", "bfloat16", "--out", "{json}")
+ATTENTION = ("check_parity.py", "--only", "attention", "--out", "{json}")
+AGENT = ("bench_engine.py", "--only", "agent", "--out", "{json}")
+STEPS = (
+    Step(
+        "limit",
+        45,
+        ("bench_limit.py", "--out", "{json}"),
+        ("bench_limit.py", "--sizes", "256", "--out", "{json}"),
+    ),
+    update_step("qwen2.5-1.5b", 100),
+    decode_step("16 256", 120),
+    Step(
+        "attention-speed",
+        60,
+        ("bench_attention.py", "--out", "{json}"),
+        ("bench_attention.py", "--length", "128", "--repeats", "1", "--out", "{json}"),
+    ),
+    Step("attention-parity", 60, ATTENTION, (*ATTENTION, "--dtypes", "float32")),
+    update_step("qwen2.5-0.5b", 80),
+    Step("gap-0.5b", 90, (*GAP, "--preset", "qwen2.5-0.5b"), GAP),
+    decode_step("1 64", 100),
+    Step(
+        "agent",
+        90,
+        (*AGENT, "--dtype", "bfloat16", "--repeats", "3"),
+        (*AGENT, "--slots", "2", "--turns", "2", "--repeats", "1"),
+    ),
+    Step(
+        "quickstart",
+        180,
+        (*RUN, "train.updates=60"),
+        (*RUN, "train.updates=1", "sft.updates=2", "eval.tasks=8", "rollout.tasks_per_update=2"),
+    ),
+)
+
+
+def run_step(step: Step, arguments: tuple[str, ...], out: Path, seconds: float) -> dict[str, Any]:
+    """Run one program in a process group of its own, which is killed as a whole when its time is over."""
+    json_path = out / f"{step.name}.json"
+    words = [word.format(json=json_path, scripts=SCRIPTS) for word in arguments]
+    command = [sys.executable, str(SCRIPTS / words[0]), *words[1:]]
+    log_path = out / f"{step.name}.log"
+    paths = [str(SCRIPTS.parent), str(SCRIPTS.parent / "envs"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    start = time.monotonic()
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            code: int | str = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = f"stopped after {seconds:.0f} s"
+        finally:
+            # Environment workers of the quickstart, too; the group may be gone already.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    found: dict[str, Any] = {"ok": code == 0, "exit": code, "seconds": round(time.monotonic() - start, 1)}
+    summary = Path(f"{json_path}.run") / "summary.json"
+    for path in (json_path, summary):
+        try:
+            found["result"] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+    if code != 0:
+        found["output"] = log_path.read_text(errors="replace")[-4000:]
+    return found
+
+
+def write_summary(out: Path, summary: dict[str, Any]) -> None:
+    """Replace the summary in one step, so that a reader never sees half of it."""
+    path = out / "summary.json.part"
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+    path.replace(out / "summary.json")
+
+
+def main() -> int:
+    """Run the steps that fit; exit code 1 when one failed or none ran."""
+    args = parser.parse_args()
+    names = [step.name for step in STEPS]
+    if unknown := sorted(set(args.only or ()) - set(names)):
+        parser.error(f"no step is called {', '.join(unknown)}; there are: {', '.join(names)}")
+    if args.list:
+        print("\n".join(f"{step.name:18}{step.seconds:4} s at most" for step in STEPS))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    # Programs that two steps share compile once.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((args.out / "compiled").resolve()))
+    out, start = args.out.resolve(), time.monotonic()
+    summary: dict[str, Any] = {"is_tiny": args.tiny, "steps": {}, "skipped": []}
+    for step in STEPS:
+        if args.only and step.name not in args.only:
+            continue
+        left = args.seconds - (time.monotonic() - start)
+        if left < SHORTEST:
+            summary["skipped"].append(step.name)
+            print(f"{step.name:18}skipped: {max(left, 0):.0f} s left", flush=True)
+        else:
+            arguments = step.tiny if args.tiny else step.command
+            found = run_step(step, arguments, out, min(step.seconds, left))
+            summary["steps"][step.name] = found
+            verdict = "ok" if found["ok"] else f"FAILED ({found['exit']})"
+            print(f"{step.name:18}{verdict:10}{found['seconds']:7.1f} s", flush=True)
+        summary["seconds"] = round(time.monotonic() - start, 1)
+        write_summary(out, summary)
+    steps = summary["steps"].values()
+    return 0 if steps and all(step["ok"] for step in steps) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
