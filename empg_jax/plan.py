@@ -20,7 +20,7 @@ from empg_jax.assembly import make_batch_shape, micro_rows, needs_reference
 from empg_jax.learner.state import base_model, init_trained
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
-from empg_jax.models.head import SLAB
+from empg_jax.models.head import LARGE_SLAB
 from empg_jax.models.quantize import quantise_params
 from empg_jax.parallel.layout import head_shards
 from empg_jax.parallel.mesh import AXES, fit_spec
@@ -215,7 +215,7 @@ def _update_items(
     if row_shards * sizes["tensor"] * sizes["sequence"] > 1:
         working += _gathered_bytes(model, mesh, base or trained)
     yield Item("one layer", working, "layer", "its recomputation, its slopes, its gathered weights")
-    logits = min(tokens * -(-model.vocab_size // sizes["tensor"]), SLAB)
+    logits = min(tokens * -(-model.vocab_size // sizes["tensor"]), LARGE_SLAB)
     stream = tokens * model.hidden_size * 4
     yield Item("logits", 3 * 4 * logits + 2 * stream, "head", "one chunk of the vocabulary, three times")
     whole = make_batch_shape(config)

@@ -38,7 +38,7 @@ parser.add_argument("--out", type=Path)
 
 def measure_bandwidth() -> float:
     """Bytes per second of reading and writing a large array."""
-    size = 2**26 if jax.default_backend() == "cpu" else 2**30
+    size = 2**26 if jax.default_backend() == "cpu" else 2**32
     source = jnp.ones((size // 4,), jnp.float32)
     scale = jax.jit(lambda x: x * 2)
     jax.block_until_ready(scale(source))

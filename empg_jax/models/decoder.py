@@ -72,6 +72,7 @@ class DecoderConfig:
     attention: str = "auto"  # one of attention.BACKENDS: the platform's kernel where it fits, or plain XLA
     moe: MoeConfig | None = None  # None: one MLP of intermediate_size
     lora: LoraConfig | None = None  # None: every parameter is trained
+    fused_projections: bool = False  # parameters are those of `fuse_projections` (the engine's copy)
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot work."""
@@ -119,9 +120,16 @@ class Block(nn.Module):
         )
         with jax.named_scope("attention"):
             h = norm(name="input_norm")(x)
-            q = dense(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q_proj")(h)
-            k = dense(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="k_proj")(h)
-            v = dense(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="v_proj")(h)
+            sizes = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+            if c.fused_projections:
+                qkv = dense(sum(sizes), use_bias=c.qkv_bias, name="qkv_proj")(h)
+                q, k, v = jnp.split(qkv, [sizes[0], sizes[0] + sizes[1]], axis=-1)
+            else:
+                names = ("q_proj", "k_proj", "v_proj")
+                q, k, v = (
+                    dense(size, use_bias=c.qkv_bias, name=name)(h)
+                    for size, name in zip(sizes, names, strict=True)
+                )
             q = q.reshape(batch, length, c.num_heads, c.head_dim)
             k = k.reshape(batch, length, c.num_kv_heads, c.head_dim)
             v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
@@ -135,8 +143,12 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             h = norm(name="post_norm")(x)
             if c.moe is None:
-                gate = dense(c.intermediate_size, use_bias=False, name="gate_proj")(h)
-                up = dense(c.intermediate_size, use_bias=False, name="up_proj")(h)
+                if c.fused_projections:
+                    both = dense(2 * c.intermediate_size, use_bias=False, name="gate_up_proj")(h)
+                    gate, up = jnp.split(both, 2, axis=-1)
+                else:
+                    gate = dense(c.intermediate_size, use_bias=False, name="gate_proj")(h)
+                    up = dense(c.intermediate_size, use_bias=False, name="up_proj")(h)
                 gate, up = checkpoint_name([constrain(a, "rows", "time", "mlp") for a in (gate, up)], "mlp")
                 change = onto_residual(c.hidden_size, name="down_proj")(nn.silu(gate) * up)
             else:
@@ -215,6 +227,25 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
         jax.tree.unflatten(structure, [jax.lax.squeeze(s[i], (0,)) for s in split]) for i in range(num_layers)
     )
     return {**params, "layers": tuple(layers)}
+
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def fuse_projections(layer: Params) -> Params:
+    """A layer's parameters with the matrices that read one input side by side in one, as decoding wants them.
+
+    A decode step has so few rows that each product costs one reading of its matrix and one launch.
+
+    Args:
+      layer: parameters of a single layer, without adapters, not quantized.
+    """
+    fused = dict(layer)
+    for name, parts in FUSED.items():
+        if parts[0] in fused:
+            pieces = [fused.pop(part) for part in parts]
+            fused[name] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *pieces)
+    return fused
 
 
 def stack_layers(params: Params) -> Params:

@@ -89,7 +89,10 @@ class Engine:
         self._key = jax.device_put(jax.random.key(seed), replicated(self._mesh))
         self.base: Params = {}  # frozen weights that lie below what `load` brings (`place` makes them)
         self._params: Params | None = None
-        self._programs = compile_programs(model, config, self._mesh)
+        # Fused matrices would be cut in the wrong places over ``tensor``; adapters are fused with nothing.
+        is_fused = model.lora is None and self._mesh.shape["tensor"] == 1
+        layout = dataclasses.replace(model, fused_projections=is_fused)
+        self._programs = compile_programs(layout, config, self._mesh)
         slots, response = config.slots, config.max_response_tokens
         self._history = np.zeros((slots, config.max_tokens), np.int32)
         self._num_tokens = np.zeros(slots, np.int64)  # tokens of the conversation

@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from empg_jax.models.decoder import DecoderConfig, KVCache, forward_cached, output_embedding, unstack_layers
+from empg_jax.models.decoder import (
+    DecoderConfig,
+    KVCache,
+    forward_cached,
+    fuse_projections,
+    output_embedding,
+    unstack_layers,
+)
 from empg_jax.models.quantize import QUANTISED_LEAVES
 from empg_jax.parallel.mesh import named_sharding, replicated
 from empg_jax.rollout.sampling import fold_keys, position_uniforms, sample
@@ -131,7 +138,10 @@ def _cast_and_unstack(model: DecoderConfig, params: Params) -> Params:
         leaf = jnp.copy(leaf)
         return leaf if path[-1].key in QUANTISED_LEAVES else leaf.astype(model.dtype)
 
-    return unstack_layers(jax.tree_util.tree_map_with_path(cast, params), model.num_layers)
+    placed = unstack_layers(jax.tree_util.tree_map_with_path(cast, params), model.num_layers)
+    if not model.fused_projections:
+        return placed
+    return placed | {"layers": tuple(map(fuse_projections, placed["layers"]))}
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:

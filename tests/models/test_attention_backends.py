@@ -13,8 +13,10 @@ from jax import export
 
 from empg_jax.models.attention import (
     SAVED,
+    cached_attention,
     is_fusible,
     packed_attention,
+    ragged,
     reference_attention,
     splash,
     tiles,
@@ -212,3 +214,42 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_rows_and_heads():
     for platform in ("cuda", "tpu"):
         program = export.export(slopes, platforms=[platform], disabled_checks=checks)(*inputs)
         assert KERNELS[platform] in program.mlir_module()
+
+
+@pytest.mark.parametrize("rows, kv_heads, capacity", [(1, 2, 512), (3, 1, 256), (140, 2, 128)])
+def test_ragged_decode_equals_products_over_the_whole_cache(rows, kv_heads, capacity):
+    keys = jax.random.split(jax.random.key(1), 3)
+    queries = jax.random.normal(keys[0], (rows, 4, 64))
+    cache = [jax.random.normal(key, (rows, kv_heads, capacity, 64)) for key in keys[1:]]
+    lengths = np.random.default_rng(0).integers(1, capacity + 1, rows).astype(np.int32)
+    lengths[0] = capacity
+    expected = cached_attention(queries[:, None], *cache, jnp.asarray(lengths)[:, None] - 1)[:, 0]
+    unread = np.arange(capacity) >= lengths[:, None]  # junk beyond a row's end changes nothing
+    cache = [jnp.where(unread[:, None, :, None], 1e30, x) for x in cache]
+    (found,) = ragged.decode(queries, *cache, jnp.asarray(lengths), interpret=True)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_ragged_decode_of_an_idle_row_is_zero():
+    queries, cache = jnp.ones((2, 4, 64)), jnp.ones((2, 2, 128, 64))
+    (found,) = ragged.decode(queries, cache, cache, jnp.array([0, 128]), interpret=True)
+    np.testing.assert_array_equal(found[0], 0)
+    np.testing.assert_allclose(found[1], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows, blocks, expected", [(2, 16, 16), (32, 16, 8), (512, 16, 1), (1, 3, 3)])
+def test_pieces_of_a_row_divide_its_blocks(rows, blocks, expected):
+    assert ragged.count_splits(rows, blocks) == expected
+
+
+def test_decode_uses_the_kernel_on_gpus_only():
+    arrays = [
+        jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 1, 4, 64), (2, 2, 256, 64), (2, 2, 256, 64))
+    ]
+    program = jax.jit(cached_attention)
+    positions = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    for platform, is_kernel in (("cpu", False), ("cuda", True)):
+        checks = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+        exported = export.export(program, platforms=[platform], disabled_checks=checks)
+        module = exported(*arrays, positions).mlir_module()
+        assert ("xla.gpu.triton" in module) is is_kernel

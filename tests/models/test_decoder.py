@@ -15,6 +15,7 @@ from empg_jax.models.decoder import (
     compute_rope,
     forward,
     forward_cached,
+    fuse_projections,
     init_cache,
     init_params,
     output_embedding,
@@ -279,3 +280,21 @@ def test_the_block_is_an_ordinary_linen_module():
     )
     stacked = jax.tree.map(lambda leaf: leaf.shape[1:], make_params(TINY)["layers"])
     assert jax.tree.map(lambda leaf: leaf.shape, own["params"]) == stacked
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fused_projections_change_nothing(name):
+    config = CONFIGS[name]
+    fused = dataclasses.replace(config, fused_projections=True)
+    params = unstack_layers(make_params(config), config.num_layers)
+    layers = tuple(map(fuse_projections, params["layers"]))
+    assert {"qkv_proj", "gate_up_proj"} < set(layers[0])
+    assert not {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} & set(layers[0])
+    tokens, positions = make_tokens(2, 5)[:2]
+    expected, cache = run_cached(params, config, tokens, positions, init_cache(config, 2, 8))
+    found, fused_cache = run_cached(
+        {**params, "layers": layers}, fused, tokens, positions, init_cache(config, 2, 8)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(fused_cache), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
