@@ -9,7 +9,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:-gpu-check}
 python=${PYTHON:-python3}
 mkdir -p "$out"
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$root:$root/envs${PYTHONPATH:+:$PYTHONPATH}
 
 "$python" "$root/scripts/check_parity.py" | tee "$out/parity.json"
 "$python" "$root/scripts/bench_limit.py" --out "$out/limit.json"
