@@ -318,7 +318,7 @@ def test_missing_things_are_named(tmp_path):
     code, err = _call("eval", tmp_path / "run" / "checkpoints" / "7")
     assert code == 2 and "7 is no folder" in err
     code, err = _call("eval", tmp_path)
-    assert code == 1 and "neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP" in err
+    assert code == 2 and "neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP" in err
 
 
 def test_a_run_without_checkpoints_is_named(tmp_path):
