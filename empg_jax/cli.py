@@ -11,34 +11,18 @@ import contextlib
 import json
 import logging
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from empg_jax import __version__
-from empg_jax.config import Config, ConfigError, check_resumable, describe, load_config
-
-# Failures that are told in one message. Their modules are looked up, not imported: one that raised is loaded.
-REPORTED = (
-    ("empg_jax.trainer", "TrainingError"),
-    ("empg_jax.checkpoint", "CheckpointError"),
-    ("empg_jax.evaluate", "EvaluationError"),
-    ("empg_jax.export", "ExportError"),
-    ("empg_jax.sft", "DemonstrationError"),
-    ("empg_jax.text.chatfile", "ChatDataError"),
-    ("empg_jax.text.template", "ChatTemplateError"),
-    ("empg_jax.rollout.faults", "PoolError"),
-    ("empg_jax.retrieval.serve", "ServeError"),
-    ("empg_jax.retrieval.encoder", "EncoderError"),
-    ("envs.deepsearch.files", "DataError"),
-)
-STOPPED = ("empg_jax.trainer", "Stopped")  # a signal ended the run after its checkpoint was written
+from empg_jax.config import Config, check_resumable, describe, load_config
+from empg_jax.errors import ConfigError, Stopped, UserError
 
 app = typer.Typer(
     name="empg-jax",
@@ -104,7 +88,7 @@ def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
         resolved = _load(config, overrides or [])
         if resolved.sft.updates == 0:
             raise ConfigError("sft.updates=0: nothing to do; set sft.updates, for example sft.updates=200")
-        from empg_jax.sft import run_sft
+        from empg_jax.trainer import run_sft
 
         typer.echo(run_sft(resolved).absolute())
 
@@ -156,7 +140,7 @@ def export(
             raise ConfigError(f"{path} is no folder: name a run, or a checkpoint inside one")
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtype {dtype} is unknown; choose float32, bfloat16 or float16")
-        from empg_jax.export import export_run
+        from empg_jax.run.export import export_run
 
         written = export_run(
             path,
@@ -202,7 +186,7 @@ def plan(
 ) -> None:
     """Print the memory that a run needs on each device, without weights and without running."""
     with _reporting():
-        from empg_jax.report.plan import explain
+        from empg_jax.plan.explain import explain
 
         def load(changes: Sequence[str]) -> Config:
             return load_config(config, [*(overrides or []), *changes])
@@ -276,28 +260,11 @@ def _reporting() -> Iterator[None]:
     """Turn expected failures into one message and an exit code."""
     try:
         yield
-    except ConfigError as error:
-        _complain(error)
-        raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
-    except Exception as error:
-        if isinstance(error, _loaded(*STOPPED)):
-            typer.echo(str(error), err=True)
-            raise typer.Exit(128 + error.signum) from None
-        if not any(isinstance(error, _loaded(module, name)) for module, name in REPORTED):
-            raise
-        _complain(error)
-        raise typer.Exit(1) from None
-
-
-def _loaded(module: str, name: str) -> Any:
-    """An exception class of a module that is loaded; what nothing is an instance of when it is not."""
-    return getattr(sys.modules[module], name) if module in sys.modules else ()
-
-
-def _complain(error: Exception) -> None:
-    typer.echo(f"error: {error}", err=True)
+    except UserError as error:
+        typer.echo(str(error) if isinstance(error, Stopped) else f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
 
 
 def _load(config: str, overrides: list[str]) -> Config:
@@ -316,7 +283,7 @@ def _load_run(run: Path, overrides: list[str]) -> Config:
 
 def _check_environment(config: Config) -> None:
     """Find the environment now, not after the model was built."""
-    from envs import resolve_spec
+    from empg_envs import resolve_spec
 
     try:
         resolve_spec(config.env.target)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from empg_jax.config_text import ConfigError
+from empg_jax.errors import ConfigError
 
 # Name -> meaning. A name that ends in * stands for a family, one metric per ending.
 METRICS: dict[str, str] = {

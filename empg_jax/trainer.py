@@ -11,30 +11,24 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from empg_jax import sft
-from empg_jax.assembly import make_language, make_pool
-from empg_jax.checkpoint import Checkpoints
-from empg_jax.evaluate import Evaluation
+from empg_jax.errors import RunError, Stopped
+from empg_jax.learner.batching import Layout, make_batch
 from empg_jax.learner.state import TrainState, restart_optimizer
 from empg_jax.metrics import MetricsLog
-from empg_jax.replay.batching import Layout, make_batch
+from empg_jax.plan.explain import as_line, device_memory
+from empg_jax.plan.memory import compute_plan
 from empg_jax.report.progress import Progress
 from empg_jax.report.results import count_episodes, describe_update, dump_batch, write_results
-from empg_jax.report.runinfo import create_run_dir, write_run_info
+from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.source import Interrupted
-from empg_jax.run import (
-    Run,
-    freeze_reference,
-    has_begun,
-    make_rl_optimizer,
-    mark_boundary,
-    open_run,
-    restore_state,
-    save,
-)
-from empg_jax.runtime import CompileCounter, StopRequest
+from empg_jax.run.assembly import make_language, make_pool, make_rl_optimizer
+from empg_jax.run.checkpoint import Checkpoints
+from empg_jax.run.folder import create_run_dir, write_run_info
+from empg_jax.run.parts import Run, freeze_reference, has_begun, mark_boundary, open_run, restore_state, save
+from empg_jax.run.process import CompileCounter, StopRequest
+from empg_jax.run.weights import check_model
+from empg_jax.sft import warm_start as sft
 from empg_jax.types import Batch, Scores
-from empg_jax.weights import check_model
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -45,21 +39,8 @@ GAP_CHECK_EVERY = 25
 MAX_ROLLBACKS = 3
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunError):
     """Training cannot go on; the message says why and what was kept."""
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has written its checkpoint.
-
-    Attributes:
-      signum: the signal that asked.
-      run_dir: the run to resume.
-    """
-
-    def __init__(self, signum: int, run_dir: Path) -> None:
-        super().__init__(f"stopped by signal {signum}; go on with: empg-jax train --resume {run_dir}")
-        self.signum, self.run_dir = signum, run_dir
 
 
 def train(config: Config, *, resume: Path | None = None) -> Path:
@@ -82,11 +63,13 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.log.progress))
         # Bad models and data are told before a folder is made and a model is built.
-        check_model(config)
+        model = check_model(config)
         examples = None
         if config.sft.data is not None and resume is None:
             examples = sft.gather_examples(config, make_language(config), progress)
         run_dir = resume if resume is not None else create_run_dir(config)
+        progress.message(f"run {run_dir}")
+        progress.message(as_line(compute_plan(config, model), device_memory()))
         stop = stack.enter_context(StopRequest())
         compiles = stack.enter_context(CompileCounter())
         write_run_info(run_dir, config, resumed=resume is not None)
@@ -115,6 +98,11 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         run_dir, run.record, run.clock.seconds, final.trajectories, run.language.tokenizer.decode, config
     )
     return run_dir
+
+
+def run_sft(config: Config) -> Path:
+    """The warm start alone, as a run: the same folder and checkpoints as training with no RL update."""
+    return train(config.model_copy(update={"train": config.train.model_copy(update={"updates": 0})}))
 
 
 def rl_loop(run: Run) -> None:

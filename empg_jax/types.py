@@ -171,7 +171,7 @@ class Scores:
 
 @flax.struct.dataclass
 class TurnCredit:
-    """Credit as a table of turns ``[N K]``; for estimators that differ inside a turn, means over its tokens."""
+    """Credit as a table of turns ``[N K]``; where an estimator differs inside a turn, its mean."""
 
     entropies: Leaf  # float32[N K]   mean token entropy, in nats, that the modulation read
     base: Leaf  # float32[N K]        advantage of the estimator, before modulation

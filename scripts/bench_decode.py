@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from empg_jax.engine.engine import Engine, EngineConfig
+from empg_jax.hf.presets import make_preset
 from empg_jax.models.decoder import DecoderConfig, init_params
-from empg_jax.models.presets import make_preset
-from empg_jax.rollout.engine import Engine, EngineConfig
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--preset", help="default: a model of 12M parameters")

@@ -47,19 +47,20 @@ parser.add_argument("--requests", help="file of requests: read if it exists, els
 args = parser.parse_args()
 if args.pin is not None:
     os.sched_setaffinity(0, {args.pin})
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "envs")]
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from empg_jax.engine.engine import Engine, EngineConfig
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.context import PromptDelta
-from empg_jax.rollout.engine import Engine, EngineConfig
 from empg_jax.rollout.episode import Attempt, EpisodeRules
-from empg_jax.rollout.pool import EnvReply
-from empg_jax.runtime import CompileCounter
+from empg_jax.run.process import CompileCounter
+from empg_jax.workers.pool import EnvReply
 
 NEVER = (-1,)  # no stop token
 LATENCY = (0.001, 0.020)  # seconds

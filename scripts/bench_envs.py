@@ -20,9 +20,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "envs")]
 
-from envs import ENVS, make_env
+from empg_envs import ENVS, make_env
 
 # Name in the table: environment and options. WebShop has a benchmark of its own (bench_webshop.py).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

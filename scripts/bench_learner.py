@@ -42,15 +42,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from empg_jax.algorithms import make_algorithm
+from empg_jax.hf.presets import make_preset
+from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import init_state, make_optimizer
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.lora import LoraConfig
-from empg_jax.models.presets import make_preset
 from empg_jax.models.quantize import quantise_params
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.replay.batching import BatchShape, make_batch
-from empg_jax.runtime import CompileCounter
+from empg_jax.run.process import CompileCounter
 from empg_jax.types import Outcome, Status, Trajectory, Turn
 
 NUMERICS = {

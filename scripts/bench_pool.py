@@ -15,7 +15,7 @@ import platform
 import statistics
 import time
 
-from empg_jax.rollout.pool import EnvPool, PoolStats
+from empg_jax.workers.pool import EnvPool, PoolStats
 
 ENDLESS = {"length": 10**9, "pad": 550}
 ACTION = "go to countertop 1 and look now"

@@ -23,9 +23,9 @@ import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from empg_envs.deepsearch.passages import Hit, Retriever, read_corpus
+from empg_envs.deepsearch.questions import Question, read_questions
 from empg_jax.retrieval.serve import make_engine, open_server
-from envs.deepsearch.passages import Hit, Retriever, read_corpus
-from envs.deepsearch.questions import Question, read_questions
 
 TOPK = 3
 

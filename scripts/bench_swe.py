@@ -12,11 +12,11 @@ import statistics
 import time
 from collections.abc import Callable
 
-from envs.swe.backends import TreeBackend
-from envs.swe.bubblewrap import find_interpreter
-from envs.swe.caged import BubblewrapSandbox
-from envs.swe.tasks import broken_tree, load_panels
-from envs.swe.tree import File
+from empg_envs.swe.backends import TreeBackend
+from empg_envs.swe.bubblewrap import find_interpreter
+from empg_envs.swe.caged import BubblewrapSandbox
+from empg_envs.swe.tasks import broken_tree, load_panels
+from empg_envs.swe.tree import File
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> dict[str, float]:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "envs")]
 
-from envs import make_env
-from envs.webshop.assortment import BRANDS, COLORS, DEPARTMENTS
+from empg_envs import make_env
+from empg_envs.webshop.assortment import BRANDS, COLORS, DEPARTMENTS
 
 
 def policy(rng: random.Random, info: dict[str, Any]) -> str:
@@ -74,11 +74,11 @@ class Worker:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "envs.worker"],
+            [sys.executable, "-m", "empg_envs.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=ROOT,
+            cwd=ROOT / "envs",
         )
         self._ask({"env": "webshop", "options": {"style": "page", **options}, "memory_limit_mb": None})
         self._number = 0

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "envs")]
 
-from envs.alfworld.env import AlfworldEnv
-from envs.alfworld.original import OriginalEnv
+from empg_envs.alfworld.env import AlfworldEnv
+from empg_envs.alfworld.original import OriginalEnv
 
 NONSENSE = ("sing a song", " look ", "GO TO BED 1", "go  to desk 1", "take apple 1 from fridge 1", "")
 

@@ -42,103 +42,56 @@ class Step:
     Attributes:
       name: what its result is called.
       seconds: its time limit.
-      command: script and arguments; ``{json}`` stands for the file that it writes its JSON to.
-      tiny: arguments instead, for a CPU.
+      command: script and arguments, between blanks; ``{json}`` stands for the file of its JSON.
+      tiny: the same for a CPU.
     """
 
     name: str
     seconds: int
-    command: tuple[str, ...]
-    tiny: tuple[str, ...]
+    command: str
+    tiny: str
 
 
-def update_step(preset: str, seconds: int) -> Step:
-    """The learner at 16k packed tokens of a model in bfloat16."""
-    sizes = ("--rows", "4", "--micro-rows", "4", "--length", "4096")
-    numerics = ("--dtype", "bfloat16", "--param-dtype", "bfloat16")
-    command = ("bench_learner.py", "--preset", preset, *numerics, *sizes, "--repeats", "4", "--out", "{json}")
-    tiny = ("bench_learner.py", "--rows", "2", "--length", "128", "--repeats", "1", "--out", "{json}")
-    return Step(f"update-{preset.split('-')[-1]}", seconds, command, tiny)
-
-
-def decode_step(slots: str, seconds: int) -> Step:
-    """The engine of a 1.5B model in bfloat16."""
-    name = "bench_decode.py"
-    command = (
-        name,
-        "--preset",
-        "qwen2.5-1.5b",
-        "--slots",
-        *slots.split(),
-        "--burst",
-        "16",
-        "--out",
-        "{json}",
-    )
-    tiny = (
-        name,
-        "--slots",
-        "1",
-        "2",
-        "--context",
-        "32",
-        "--new",
-        "24",
-        "--capacity",
-        "64",
-        "--out",
-        "{json}",
-    )
-    return Step(f"decode-{slots.replace(' ', '-')}", seconds, command, tiny)
-
-
-RUN = (
-    "train_resolved.py",
-    "{scripts}/quickstart.resolved.yaml",
-    "run_dir={json}.run",
-    "log.tensorboard=false",
+# 16k packed tokens in bfloat16.
+UPDATE = (
+    "--rows 4 --micro-rows 4 --length 4096 --dtype bfloat16 --param-dtype bfloat16 --remat dots --repeats 4"
 )
-GAP = ("check_parity.py", "--only", "model", "--dtypes", "bfloat16", "--out", "{json}")
-ATTENTION = ("check_parity.py", "--only", "attention", "--out", "{json}")
-AGENT = ("bench_engine.py", "--only", "agent", "--out", "{json}")
+TINY_UPDATE = "bench_learner.py --rows 2 --length 128 --repeats 1 --out {json}"
+GAP = "check_parity.py --only model --dtypes bfloat16 --out {json}"
+AGENT = "bench_engine.py --only agent --out {json}"
+RUN = "train_resolved.py {scripts}/quickstart.resolved.yaml run_dir={json}.run log.tensorboard=false"
 STEPS = (
+    Step("limit", 45, "bench_limit.py --out {json}", "bench_limit.py --sizes 256 --out {json}"),
+    Step("update-1.5b", 100, f"bench_learner.py --preset qwen2.5-1.5b {UPDATE} --out {{json}}", TINY_UPDATE),
     Step(
-        "limit",
-        45,
-        ("bench_limit.py", "--out", "{json}"),
-        ("bench_limit.py", "--sizes", "256", "--out", "{json}"),
+        "decode-1.5b",
+        130,
+        "bench_decode.py --preset qwen2.5-1.5b --slots 1 16 64 256 --burst 16 --out {json}",
+        "bench_decode.py --slots 1 2 --context 32 --new 24 --capacity 128 --out {json}",
     ),
-    update_step("qwen2.5-1.5b", 100),
-    decode_step("16 256", 120),
     Step(
         "attention-speed",
         60,
-        ("bench_attention.py", "--out", "{json}"),
-        ("bench_attention.py", "--length", "128", "--repeats", "1", "--out", "{json}"),
-    ),
-    Step("attention-parity", 60, ATTENTION, (*ATTENTION, "--dtypes", "float32")),
-    update_step("qwen2.5-0.5b", 80),
-    Step("gap-0.5b", 90, (*GAP, "--preset", "qwen2.5-0.5b"), GAP),
-    decode_step("1 64", 100),
-    Step(
-        "agent",
-        90,
-        (*AGENT, "--dtype", "bfloat16", "--repeats", "3"),
-        (*AGENT, "--slots", "2", "--turns", "2", "--repeats", "1"),
+        "bench_attention.py --out {json}",
+        "bench_attention.py --length 128 --repeats 1 --out {json}",
     ),
     Step(
-        "quickstart",
-        180,
-        (*RUN, "train.updates=60"),
-        (*RUN, "train.updates=1", "sft.updates=2", "eval.tasks=8", "rollout.tasks_per_update=2"),
+        "attention-parity",
+        60,
+        "check_parity.py --only attention --dtypes bfloat16 --out {json}",
+        "check_parity.py --only attention --dtypes float32 --out {json}",
     ),
+    Step("quickstart", 150, f"{RUN} train.updates=40", f"{RUN} train.updates=1 sft.updates=2 eval.tasks=8"),
+    Step("update-0.5b", 80, f"bench_learner.py --preset qwen2.5-0.5b {UPDATE} --out {{json}}", TINY_UPDATE),
+    Step("gap-0.5b", 90, f"{GAP} --preset qwen2.5-0.5b", GAP),
+    Step("agent", 90, f"{AGENT} --dtype bfloat16 --repeats 3", f"{AGENT} --slots 2 --turns 2 --repeats 1"),
 )
 
 
-def run_step(step: Step, arguments: tuple[str, ...], out: Path, seconds: float) -> dict[str, Any]:
+def run_step(step: Step, arguments: str, out: Path, seconds: float) -> dict[str, Any]:
     """Run one program in a process group of its own, which is killed as a whole when its time is over."""
     json_path = out / f"{step.name}.json"
-    words = [word.format(json=json_path, scripts=SCRIPTS) for word in arguments]
+    words = [word.format(json=json_path, scripts=SCRIPTS) for word in arguments.split()]
     command = [sys.executable, str(SCRIPTS / words[0]), *words[1:]]
     log_path = out / f"{step.name}.log"
     paths = [str(SCRIPTS.parent), str(SCRIPTS.parent / "envs"), os.environ.get("PYTHONPATH", "")]

@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from empg_jax.engine.engine import Engine
+from empg_jax.engine.programs import EngineConfig
+from empg_jax.hf.presets import make_preset
 from empg_jax.learner.update import compute_logprobs
 from empg_jax.models.attention import packed_attention
 from empg_jax.models.decoder import DecoderConfig, init_params
-from empg_jax.models.presets import make_preset
-from empg_jax.rollout.engine import Engine
-from empg_jax.rollout.programs import EngineConfig
 
 # Mean and largest absolute difference allowed. bfloat16 has 8 bits of mantissa: its logits are good to 1 %.
 TOLERANCES = {"float32": (1e-5, 1e-3), "bfloat16": (3e-2, 5e-1)}

@@ -19,10 +19,10 @@ import sys
 import time
 from pathlib import Path
 
-from envs.swe import grading
-from envs.swe.backends import TreeBackend
-from envs.swe.fetch import fetch_sdist
-from envs.swe.tasks import Task, broken_tree, default_sources, parse_row, read_rows
+from empg_envs.swe import grading
+from empg_envs.swe.backends import TreeBackend
+from empg_envs.swe.fetch import fetch_sdist
+from empg_envs.swe.tasks import Task, broken_tree, default_sources, parse_row, read_rows
 
 # What the packages' tests import besides the packages themselves.
 NEEDS = ("pytest==9.*", "hypothesis", "pytest-mock", "text-unidecode", "attrs", "boltons", "face")

@@ -58,13 +58,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from empg_jax.algorithms import make_algorithm
+from empg_jax.engine.programs import EngineConfig, compile_programs
+from empg_jax.hf.presets import make_preset
+from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import make_optimizer, state_shapes
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import DecoderConfig, init_cache, init_params
-from empg_jax.models.presets import make_preset
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.replay.batching import BatchShape, make_batch
-from empg_jax.rollout.programs import EngineConfig, compile_programs
 
 GPU_CONFIG = """
 gpu_device_info {{

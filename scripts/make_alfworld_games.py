@@ -12,11 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "envs")]
 
-from envs.alfworld.generator import GeneratedPanels
-from envs.alfworld.rooms import PRESETS
-from envs.alfworld.writer import write_game
+from empg_envs.alfworld.generator import GeneratedPanels
+from empg_envs.alfworld.rooms import PRESETS
+from empg_envs.alfworld.writer import write_game
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from empg_jax.algorithms import entropy_drift, renyi2_entropy, score_norm_sq
+from empg_jax.hf.load import load_hf
 from empg_jax.models.decoder import DecoderConfig, forward, init_params, output_embedding
-from empg_jax.models.hf import load_hf
 
 
 def entropy(logprobs: jax.Array) -> jax.Array:

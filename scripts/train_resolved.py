@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from empg_jax.config_text import apply_override
+from empg_jax.config.yaml import apply_override
 from empg_jax.trainer import train
 
 # Values that are mappings by nature, not sections.

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from envs.swe.bubblewrap import probe
-from envs.swe.sandbox import SandboxError
+from empg_envs.swe.bubblewrap import probe
+from empg_envs.swe.sandbox import SandboxError
 
 
 def has_cages() -> bool:

@@ -1,14 +1,21 @@
 """Settings for the whole suite: eight fake devices, strict dtypes, no rank promotion."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Processes that tests start import this checkout, whatever is installed.
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "envs"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 from jaxtyping import install_import_hook
 
 # Shape annotations are executed under pytest only.
-install_import_hook(("empg_jax.algorithms", "empg_jax.models", "empg_jax.learner"), "beartype.beartype")
+CHECKED = ("empg_jax.algorithms", "empg_jax.models", "empg_jax.hf", "empg_jax.learner")
+install_import_hook(CHECKED, "beartype.beartype")
 
 import jax
 

@@ -9,9 +9,9 @@ import time
 import zlib
 from typing import Any
 
-from envs import EnvSpec
-from envs.household.env import HouseholdEnv
-from envs.household.prompt import make_parser, make_prompts, phrases
+from empg_envs import EnvSpec
+from empg_envs.household.env import HouseholdEnv
+from empg_envs.household.prompt import make_parser, make_prompts, phrases
 
 
 class NoisyHouse(HouseholdEnv):

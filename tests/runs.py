@@ -13,13 +13,14 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from empg_jax import assembly, trainer
-from empg_jax.checkpoint import Checkpoints
+from empg_jax import trainer
 from empg_jax.config import load_config
 from empg_jax.learner.state import state_shapes, state_shardings
 from empg_jax.metrics import read_metrics
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.run import make_rl_optimizer
+from empg_jax.run import assembly
+from empg_jax.run.assembly import make_rl_optimizer
+from empg_jax.run.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 TINY = [

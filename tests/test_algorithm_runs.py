@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from empg_jax import assembly, trainer, weights
+from empg_jax import trainer
 from empg_jax.config import load_config
 from empg_jax.models.decoder import init_params
-from empg_jax.runtime import StopRequest
+from empg_jax.run import assembly, weights
+from empg_jax.run.process import StopRequest
 from tests import runs
 
 STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9", "sft.updates=0"]

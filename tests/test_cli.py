@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from empg_jax.cli import app
 from empg_jax.config import load_config
-from empg_jax.report.runinfo import write_run_info
+from empg_jax.errors import RunError, Stopped
+from empg_jax.run.folder import write_run_info
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,18 +35,8 @@ def _fake(monkeypatch, name, **attributes):
     monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**attributes))
 
 
-class _TrainingError(RuntimeError):
-    pass
-
-
-class _Stopped(Exception):
-    def __init__(self, signum):
-        super().__init__(f"stopped by signal {signum}; go on with: empg-jax train --resume there")
-        self.signum = signum
-
-
 def _fake_trainer(monkeypatch, train):
-    _fake(monkeypatch, "empg_jax.trainer", train=train, TrainingError=_TrainingError, Stopped=_Stopped)
+    _fake(monkeypatch, "empg_jax.trainer", train=train)
 
 
 @pytest.fixture
@@ -114,13 +105,13 @@ def _failing(error):
 
 
 def test_a_failed_run_is_one_message_and_exit_code_1(run, monkeypatch):
-    _fake_trainer(monkeypatch, _failing(_TrainingError("the loss of update 7 is not finite")))
+    _fake_trainer(monkeypatch, _failing(RunError("the loss of update 7 is not finite")))
     assert run("train", "quickstart") == (1, "", "error: the loss of update 7 is not finite\n")
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_to_go_on(run, monkeypatch, signum, code):
-    _fake_trainer(monkeypatch, _failing(_Stopped(signum)))
+    _fake_trainer(monkeypatch, _failing(Stopped(signum, Path("there"))))
     exit_code, out, err = run("train", "quickstart")
     assert (exit_code, out) == (code, "") and "empg-jax train --resume there" in err
 
@@ -144,7 +135,7 @@ def test_eval_turns_options_into_overrides(run, monkeypatch, tmp_path):
 
 
 def test_sft_prints_the_folder(run, monkeypatch, tmp_path):
-    _fake(monkeypatch, "empg_jax.sft", run_sft=lambda config: tmp_path / str(config.sft.updates))
+    _fake(monkeypatch, "empg_jax.trainer", run_sft=lambda config: tmp_path / str(config.sft.updates))
     assert run("sft", "quickstart", "sft.updates=7")[:2] == (0, f"{tmp_path / '7'}\n")
 
 
@@ -165,10 +156,10 @@ def test_doctor_finds_this_installation_healthy(run):
 
 
 def test_doctor_says_what_is_broken(run, monkeypatch):
-    broken = subprocess.CompletedProcess([], 1, stdout="", stderr="No module named envs")
+    broken = subprocess.CompletedProcess([], 1, stdout="", stderr="No module named empg_envs")
     monkeypatch.setattr("empg_jax.report.doctor.subprocess.run", lambda *args, **kwargs: broken)
     code, out, _ = run("doctor")
-    assert code == 1 and "failed worker: RuntimeError: No module named envs" in out
+    assert code == 1 and "failed worker: RuntimeError: No module named empg_envs" in out
 
 
 def _python(code, *arguments):

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
-from empg_jax import assembly, evaluate
-from empg_jax.checkpoint import CheckpointError
-from empg_jax.evaluate import EvaluationError, Evaluator, evaluate_run, summarise
+from empg_jax.errors import ConfigError
+from empg_jax.evaluate import evaluate_run
+from empg_jax.rollout.evaluator import EvaluationError, summarise
+from empg_jax.run import assembly
+from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.types import Outcome, Status
 from tests import runs
 from tests.episodes import Episodes, entropy_of
@@ -49,9 +51,9 @@ class Pool:
 def make_evaluator(monkeypatch):
     def make(fails=lambda attempt: False, *overrides):
         collector = Collector(fails)
-        monkeypatch.setattr(evaluate, "make_collector", lambda *args, **kwargs: collector)
+        monkeypatch.setattr(assembly, "make_collector", lambda *args, **kwargs: collector)
         config = runs.configure("unused", *overrides)
-        return Evaluator(config, Pool, None, Engine(), first_handle=0), collector
+        return assembly.make_evaluator(config, Engine(), Pool, None, first_handle=0), collector
 
     return make
 
@@ -83,7 +85,7 @@ def test_a_task_that_keeps_failing_is_named(make_evaluator):
 
 
 def test_an_unknown_split_is_named(make_evaluator):
-    with pytest.raises(EvaluationError, match=r"env\.eval_split=valid does not exist.* train, test"):
+    with pytest.raises(ConfigError, match=r"env\.eval_split=valid does not exist.* train, test"):
         make_evaluator(lambda a: False, "env.eval_split=valid")
 
 
@@ -110,8 +112,8 @@ def test_what_is_no_run_is_named(tmp_path):
 
 def test_evaluation_samples_with_keys_of_its_own(monkeypatch):
     """Stream 1, and handles behind those of training."""
-    found = {}
-    monkeypatch.setattr(evaluate, "make_collector", lambda *args, **kwargs: found.update(kwargs))
-    Evaluator(runs.configure("unused"), Pool, None, Engine(), first_handle=4)
+    found, real = {}, assembly.make_collector
+    monkeypatch.setattr(assembly, "make_collector", lambda *args, **kwargs: found.update(kwargs))
+    assembly.make_evaluator(runs.configure("unused"), Engine(), Pool, None, first_handle=4)
     assert found == {"stream": 1, "first_handle": 4}
-    assert assembly.make_collector.__kwdefaults__ == {"first_handle": 0}
+    assert real.__kwdefaults__ == {"first_handle": 0}

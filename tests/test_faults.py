@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from empg_jax import trainer
-from empg_jax.checkpoint import CheckpointError
 from empg_jax.cli import app
 from empg_jax.metrics import read_metrics
-from empg_jax.report.runinfo import write_run_info
+from empg_jax.run.checkpoint import CheckpointError
+from empg_jax.run.folder import write_run_info
 from tests import runs
 
 HOUSE = [*runs.HOUSE, "sft.updates=0"]
@@ -258,14 +258,14 @@ def test_workers_of_a_live_run_hold_no_jax_and_sigterm_ends_it_cleanly(tmp_path)
     try:
         log = run / "metrics.jsonl"
         _wait_for(lambda: log.exists() and log.stat().st_size > 0, process)
-        workers = [pid for pid in _children(process.pid) if "envs.worker" in _read(pid, "cmdline")]
+        workers = [pid for pid in _children(process.pid) if "empg_envs.worker" in _read(pid, "cmdline")]
         assert len(workers) == 1
         assert "jaxlib" in _read(process.pid, "maps")
         for pid in workers:
             maps = _read(pid, "maps")
             assert "python" in maps and "jaxlib" not in maps and "numpy" not in maps
         loaded = spy.read_text().split()
-        assert "envs" in loaded and not {"jax", "jaxlib", "empg_jax", "numpy"} & set(loaded)
+        assert "empg_envs" in loaded and not {"jax", "jaxlib", "empg_jax", "numpy"} & set(loaded)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     finally:
@@ -318,7 +318,7 @@ def test_missing_things_are_named(tmp_path):
     code, err = _call("eval", tmp_path / "run" / "checkpoints" / "7")
     assert code == 2 and "7 is no folder" in err
     code, err = _call("eval", tmp_path)
-    assert code == 1 and "neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP" in err
+    assert code == 2 and "neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP" in err
 
 
 def test_a_run_without_checkpoints_is_named(tmp_path):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from empg_jax.assembly import make_language
-from empg_jax.config_text import ConfigError
+from empg_jax.errors import ConfigError
+from empg_jax.run.assembly import make_language
 from empg_jax.text import Tokenizer
 from tests import runs
 from tests.text.families import CHATML, build_bpe

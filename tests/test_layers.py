@@ -1,4 +1,4 @@
-"""Imports point down only.
+"""The house: folders on floors, imports that point down, and no circle among modules.
 
 Every import statement counts, wherever it stands: at the top, inside a function, under TYPE_CHECKING.
 """
@@ -8,59 +8,37 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Longest matching prefix wins. A new module of the package needs a place here, or in a room that has one.
-LAYERS = {
-    "empg_jax": 0,
-    "empg_jax.types": 0,
-    "empg_jax.config": 0,
-    "empg_jax.config_algorithm": 0,
-    "empg_jax.config_model": 0,
-    "empg_jax.config_run": 0,
-    "empg_jax.config_text": 0,
-    "empg_jax.config_errors": 0,
-    "empg_jax.metrics": 0,
-    "empg_jax.algorithms": 1,
-    "empg_jax.hub": 1,
-    "empg_jax.models": 1,
-    "empg_jax.parallel": 1,
-    "empg_jax.runtime": 1,
-    "empg_jax.rollout.sampling": 1,
-    "empg_jax.retrieval.encoder": 1,
-    "empg_jax.text": 1,
-    "empg_jax.rollout.engine": 2,
-    "empg_jax.rollout.programs": 2,
-    "empg_jax.rollout.remote": 2,
-    "empg_jax.learner": 2,
-    "empg_jax.replay": 2,
-    "empg_jax.checkpoint": 2,
-    "empg_jax.rollout": 3,
-    "empg_jax.retrieval": 3,
-    "empg_jax.assembly": 4,
-    "empg_jax.plan": 4,
-    "empg_jax.run": 4,
-    "empg_jax.weights": 4,
-    "empg_jax.saved": 4,
-    "empg_jax.export": 4,
-    "empg_jax.trainer": 4,
-    "empg_jax.evaluate": 4,
-    "empg_jax.sft": 4,
-    "empg_jax.sft_data": 2,
-    "empg_jax.report": 4,
-    "empg_jax.cli": 5,
-    "empg_jax.__main__": 5,
+# The floor of every room (a folder, or a file beside them). A room imports rooms on lower floors and itself.
+FLOORS = {
+    "errors": 0,
+    "files": 0,
+    "types": 0,
+    "algorithms": 1,
+    "config": 1,
+    "metrics": 1,
+    "parallel": 1,
+    "workers": 1,
+    "models": 2,
+    "engine": 3,
+    "hf": 3,
+    "learner": 3,
+    "retrieval": 4,
+    "text": 4,
+    "report": 5,
+    "rollout": 5,
+    "run": 6,
+    "evaluate": 7,
+    "plan": 7,
+    "sft": 7,
+    "trainer": 8,
+    "cli": 9,
+    "__main__": 10,
 }
-ENVS_FROM_LAYER = 3
-STRANGERS = {"empg_jax.learner": "empg_jax.rollout", "empg_jax.rollout": "empg_jax.learner"}
+# Rooms that talk to environments by Python; all others do not know them.
+KNOW_ENVIRONMENTS = {"retrieval", "run", "sft", "cli"}
 # Packages that only some modules may import.
-RESERVED = {
-    "pydantic": (
-        "empg_jax.config",
-        "empg_jax.config_algorithm",
-        "empg_jax.config_model",
-        "empg_jax.config_run",
-    ),
-    "typer": ("empg_jax.cli",),
-}
+RESERVED = {"pydantic": "empg_jax.config", "typer": "empg_jax.cli"}
+STRANGERS = {"learner", "rollout"}  # they meet in the run only
 JAX = {"empg_jax", "jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 
 
@@ -68,18 +46,17 @@ def _inside(module, room):
     return module == room or module.startswith(room + ".")
 
 
-def _layer(module):
-    rooms = [room for room in LAYERS if room != "empg_jax" and _inside(module, room)]
-    if not rooms:
-        return LAYERS["empg_jax"] if module == "empg_jax" else None
-    return LAYERS[max(rooms, key=len)]
+def _room(module):
+    """The room of a module of empg_jax; empty for the package itself."""
+    return [*module.split("."), ""][1]
 
 
 def _modules(root):
-    for package in ("empg_jax", "envs"):
-        for path in sorted((root / package).rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+    for source in (root, root / "envs"):
+        for package in ("empg_jax", "empg_envs"):
+            for path in sorted((source / package).rglob("*.py")):
+                parts = path.relative_to(source).with_suffix("").parts
+                yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
 def _imports(module, path, known):
@@ -97,87 +74,143 @@ def _imports(module, path, known):
                 yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
 
 
+def _graph(root):
+    """Module → the modules that it imports, third parties included."""
+    modules = dict(_modules(root))
+    return {module: set(_imports(module, path, modules)) - {module} for module, path in modules.items()}
+
+
 def _problems(module, imported):
     top = imported.partition(".")[0]
-    if _inside(module, "envs"):
+    if _inside(module, "empg_envs"):
         if top in JAX:
-            yield "envs import neither empg_jax nor jax"
+            yield "empg_envs imports neither empg_jax nor jax"
         return
-    for package, allowed in RESERVED.items():
-        if top == package and module not in allowed:
-            yield f"only {' and '.join(allowed)} may import {package}"
-    layer = _layer(module)
-    if layer is None:
-        yield "this module has no layer"
+    room = _room(module)
+    if room not in FLOORS:
+        if module != "empg_jax":
+            yield "this room has no floor"
         return
-    if top == "envs" and layer < ENVS_FROM_LAYER:
-        yield f"layer {layer} does not know environments"
-    if _inside(module, "empg_jax.algorithms") and (
-        top in ("transformers", "tokenizers")
-        or (
-            top == "empg_jax"
-            and not any(_inside(imported, r) for r in ("empg_jax.algorithms", "empg_jax.types"))
-        )
-    ):
+    if top in RESERVED and not _inside(module, RESERVED[top]):
+        yield f"only {RESERVED[top]} may import {top}"
+    if top == "empg_envs" and room not in KNOW_ENVIRONMENTS:
+        yield f"{room} does not know environments"
+    if room == "algorithms" and top in ("transformers", "tokenizers"):
         yield "algorithms see arrays only"
+    if room == "workers" and top in JAX - {"empg_jax"}:
+        yield "workers know no JAX"
     if top == "empg_jax":
-        target = _layer(imported)
-        if target is None or target > layer:
-            yield f"layer {layer} imports layer {target}"
-        for room, stranger in STRANGERS.items():
-            if _inside(module, room) and _inside(imported, stranger):
-                yield f"{room} and {stranger} never import each other"
+        target = _room(imported)
+        if target and target != room and FLOORS.get(target, 99) >= FLOORS[room]:
+            yield f"floor {FLOORS[room]} imports floor {FLOORS.get(target)}"
+        if {room, target} == STRANGERS:
+            yield "learner and rollout never import each other"
 
 
 def find_violations(root):
-    modules = dict(_modules(root))
     return sorted(
         f"{module} imports {imported}: {problem}"
-        for module, path in modules.items()
-        for imported in set(_imports(module, path, modules))
+        for module, targets in _graph(root).items()
+        for imported in targets
         for problem in _problems(module, imported)
     )
 
 
+def find_circles(root):
+    """Groups of modules that reach each other: the strongly connected components of two and more."""
+    graph = _graph(root)
+    reach = {}
+    for module in graph:
+        found, waiting = set(), [module]
+        while waiting:
+            for target in graph[waiting.pop()] & graph.keys() - found:
+                found.add(target)
+                waiting.append(target)
+        reach[module] = found
+    circles = {
+        frozenset(other for other in reach[module] if module in reach[other])
+        for module in graph
+        if module in reach[module]
+    }
+    return sorted(sorted(circle) for circle in circles)
+
+
 def test_imports_point_down():
-    assert len(dict(_modules(ROOT))) > 20
+    assert len(_graph(ROOT)) > 200
     assert find_violations(ROOT) == []
 
 
-def test_every_module_has_a_layer():
-    modules = [module for module, _ in _modules(ROOT) if _inside(module, "empg_jax")]
-    assert [module for module in modules if _layer(module) is None] == []
+def test_no_circles():
+    assert find_circles(ROOT) == []
+
+
+def test_the_house_is_not_too_tall_nor_too_wide():
+    package = ROOT / "empg_jax"
+    files = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    rooms = files | {path.parent.name for path in package.glob("*/*.py")}
+    assert rooms == set(FLOORS)
+    assert len(rooms - {"__main__"}) <= 24
+    assert len({floor for room, floor in FLOORS.items() if room != "__main__"}) <= 10
+
+
+def _write(root, sources):
+    for name, source in sources.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
 
 
 def test_each_rule_can_fail(tmp_path):
     sources = {
-        "empg_jax/config.py": "import pydantic",
-        "empg_jax/algorithms/__init__.py": "from empg_jax import types\nfrom empg_jax.models import head",
+        "empg_jax/__init__.py": "",
+        "empg_jax/config/load.py": "import pydantic",
+        "empg_jax/algorithms/gigpo.py": "from empg_jax import types\nfrom empg_jax.models import head\n"
+        "import transformers",
         "empg_jax/models/head.py": "def f():\n    from ..learner import update",
         "empg_jax/models/__init__.py": "",
         "empg_jax/types.py": "import typer",
-        "empg_jax/text.py": "import envs.base",
+        "empg_jax/text/chat.py": "import empg_envs.base",
         "empg_jax/learner/__init__.py": "",
-        "empg_jax/learner/update.py": "from empg_jax.rollout.sampling import sample",
-        "empg_jax/rollout/sampling.py": "import jax",
-        "empg_jax/rollout/episode.py": "import envs\nfrom . import sampling\nimport empg_jax.learner.update",
+        "empg_jax/learner/update.py": "from empg_jax.rollout.episode import Episode",
+        "empg_jax/workers/pool.py": "import jax",
+        "empg_jax/rollout/episode.py": "from . import context\nimport empg_jax.learner.update",
+        "empg_jax/rollout/context.py": "if TYPE_CHECKING:\n    import empg_jax.run.parts",
+        "empg_jax/run/parts.py": "import empg_envs",
         "empg_jax/novel.py": "import os",
-        "envs/base.py": "import jax.numpy\nfrom empg_jax.types import Turn\nimport json",
+        "envs/empg_envs/base.py": "import jax.numpy\nfrom empg_jax.types import Turn\nimport json",
     }
-    for name, source in sources.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(source)
+    _write(tmp_path, sources)
     assert find_violations(tmp_path) == [
-        "empg_jax.algorithms imports empg_jax.models.head: algorithms see arrays only",
-        "empg_jax.learner.update imports empg_jax.rollout.sampling: "
-        "empg_jax.learner and empg_jax.rollout never import each other",
-        "empg_jax.models.head imports empg_jax.learner.update: layer 1 imports layer 2",
-        "empg_jax.novel imports os: this module has no layer",
+        "empg_envs.base imports empg_jax.types: empg_envs imports neither empg_jax nor jax",
+        "empg_envs.base imports jax.numpy: empg_envs imports neither empg_jax nor jax",
+        "empg_jax.algorithms.gigpo imports empg_jax.models.head: floor 1 imports floor 2",
+        "empg_jax.algorithms.gigpo imports transformers: algorithms see arrays only",
+        "empg_jax.learner.update imports empg_jax.rollout.episode: floor 3 imports floor 5",
+        "empg_jax.learner.update imports empg_jax.rollout.episode: "
+        "learner and rollout never import each other",
+        "empg_jax.models.head imports empg_jax.learner.update: floor 2 imports floor 3",
+        "empg_jax.novel imports os: this room has no floor",
+        "empg_jax.rollout.context imports empg_jax.run.parts: floor 5 imports floor 6",
         "empg_jax.rollout.episode imports empg_jax.learner.update: "
-        "empg_jax.rollout and empg_jax.learner never import each other",
-        "empg_jax.text imports envs.base: layer 1 does not know environments",
+        "learner and rollout never import each other",
+        "empg_jax.text.chat imports empg_envs.base: text does not know environments",
         "empg_jax.types imports typer: only empg_jax.cli may import typer",
-        "envs.base imports empg_jax.types: envs import neither empg_jax nor jax",
-        "envs.base imports jax.numpy: envs import neither empg_jax nor jax",
+        "empg_jax.workers.pool imports jax: workers know no JAX",
+    ]
+
+
+def test_circles_are_found_wherever_an_import_hides(tmp_path):
+    sources = {
+        "empg_jax/text/a.py": "def f():\n    from empg_jax.text import b",
+        "empg_jax/text/b.py": "from empg_jax.text.c import g",
+        "empg_jax/text/c.py": "TYPE_CHECKING = False\nif TYPE_CHECKING:\n    from .a import f",
+        "empg_jax/text/d.py": "from empg_jax.text import a, b, c",
+        "empg_jax/text/__init__.py": "",
+        "envs/empg_envs/p.py": "import empg_envs.q",
+        "envs/empg_envs/q.py": "import empg_envs.p",
+    }
+    _write(tmp_path, sources)
+    assert find_circles(tmp_path) == [
+        ["empg_envs.p", "empg_envs.q"],
+        ["empg_jax.text.a", "empg_jax.text.b", "empg_jax.text.c"],
     ]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from empg_jax import trainer
-from empg_jax.checkpoint import CheckpointError
-from empg_jax.config import ConfigError
+from empg_jax.errors import ConfigError
 from empg_jax.evaluate import evaluate_run
 from empg_jax.learner.fingerprint import checksum
 from empg_jax.models.lora import combine
-from empg_jax.saved import open_saved
+from empg_jax.run.checkpoint import CheckpointError
+from empg_jax.run.saved import open_saved
 from tests import runs
 
 ADAPTERS = [

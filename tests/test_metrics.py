@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from empg_jax.config import ConfigError
+from empg_jax.errors import ConfigError
 from empg_jax.metrics import METRICS, MetricsLog, describe_metric, read_metrics, reduce_metrics
 
 

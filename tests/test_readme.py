@@ -72,3 +72,13 @@ def test_what_it_names_exists():
 def test_the_glossary_is_that_of_the_code():
     for name, meaning in METRICS.items():
         assert f"| `{name}` | {meaning} |" in README, f"README's metric glossary lacks or misstates {name}"
+
+
+def test_the_tree_shows_every_room():
+    tree = README.partition("## The tree")[2].split("```")[1]
+    package = ROOT / "empg_jax"
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/*.py")} | {
+        path.name for path in package.glob("*.py")
+    }
+    shown = set(re.findall(r"(?m)^  (\w+/|\w+\.py)|; (\w+\.py):", tree))
+    assert {first or second for first, second in shown} == rooms - {"__init__.py", "__main__.py"}

@@ -9,7 +9,7 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.metrics import read_metrics
-from empg_jax.runtime import StopRequest
+from empg_jax.run.process import StopRequest
 from tests import runs
 
 STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9"]

@@ -1,6 +1,6 @@
 """The learner's three programs: ``score``, ``credit``, ``update``. Jitted, sharded, donated.
 
-Rows stand as ``[R, M, T]`` (`replay.batching`): the axis split over devices is a micro-batch, and loops walk
+Rows stand as ``[R, M, T]`` (`learner.batching`): the axis split over devices is a micro-batch, and loops walk
 along ``M`` with bounds that are data, so one compilation serves every number of rows.
 """
 

@@ -1,1 +1,1 @@
-"""The decoder, its head, and its exchange with Hugging Face files."""
+"""The decoder: layers, attention, adapters, quantization, and its head."""

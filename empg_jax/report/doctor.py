@@ -12,7 +12,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.markup import escape
 
-from empg_jax.report.runinfo import package_versions
+from empg_jax.report.environment import package_versions
 
 
 def check_installation(console: Console) -> bool:
@@ -65,7 +65,7 @@ def _worker(timeout: float = 30.0) -> str:
     start: dict[str, object] = {"env": "household", "options": {}, "memory_limit_mb": None}
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "envs.worker"],
+        [sys.executable, "-m", "empg_envs.worker"],
         input=json.dumps(start) + "\n",
         capture_output=True,
         text=True,

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from empg_jax.engine.engine import EngineStats
+from empg_jax.files import write_json_atomic
+from empg_jax.learner.batching import BatchShape, Layout
 from empg_jax.metrics import reduce_metrics
-from empg_jax.replay.batching import BatchShape, Layout
 from empg_jax.report.curves import plot_curves
-from empg_jax.report.runinfo import write_json_atomic
 from empg_jax.report.summary import paired_interval, print_summary
 from empg_jax.report.transcripts import select_samples, write_transcripts
 from empg_jax.report.viewer import write_viewer
-from empg_jax.rollout.engine import EngineStats
 from empg_jax.types import Batch, Trajectory
 
 if TYPE_CHECKING:

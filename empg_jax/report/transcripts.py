@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from empg_jax.report.runinfo import write_text_atomic
+from empg_jax.files import write_text_atomic
 
 if TYPE_CHECKING:  # the carriers import jax, which a report has no use for
     from empg_jax.types import Trajectory, Turn

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from empg_jax.report.runinfo import write_text_atomic
+from empg_jax.files import write_text_atomic
 from empg_jax.report.transcripts import headline, turn_note
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from envs.deepsearch.passages import Hit, Retriever
+from empg_envs.deepsearch.passages import Hit, Retriever
 
 Found = tuple[int, list[Hit]]  # how many were asked for, and what was found
 

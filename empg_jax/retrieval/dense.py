@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from empg_envs.deepsearch.passages import Hit, Passage
 from empg_jax.retrieval.encoder import TextEncoder
-from envs.deepsearch.passages import Hit, Passage
 
 CHUNK = 1024  # passages between two calls of the progress display
 QUERY_BATCHES = (1, 8, 64)  # queries are padded to one of these
@@ -74,7 +74,7 @@ class DenseRetriever:
         self._vectors = jax.device_put(vectors)
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """The nearest passages for each query; see `envs.deepsearch.passages.Retriever`."""
+        """The nearest passages for each query; see `empg_envs.deepsearch.passages.Retriever`."""
         found: list[list[Hit]] = []
         for start in range(0, len(queries), QUERY_BATCHES[-1]):
             found += self._search(queries[start : start + QUERY_BATCHES[-1]], topk)

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from empg_jax.models.safetensors_file import SafetensorsFile
+from empg_jax.errors import UserError
+from empg_jax.hf.safetensors import SafetensorsFile
 
 Params = dict[str, Any]
 LENGTHS = (16, 32, 64, 128, 256, 512)  # texts are padded to one of these, so that few programs are compiled
 
 
-class EncoderError(ValueError):
+class EncoderError(UserError, ValueError):
     """A folder that holds no usable encoder; the message says what is missing."""
 
 

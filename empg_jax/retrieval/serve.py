@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from empg_envs.deepsearch.passages import RETRIEVERS, Passage, Retriever, make_retriever, read_corpus
+from empg_jax.errors import UserError
 from empg_jax.retrieval.batcher import Batcher
 from empg_jax.retrieval.server import RetrievalServer
-from envs.deepsearch.passages import RETRIEVERS, Passage, Retriever, make_retriever, read_corpus
 
 DENSE = "dense"
 
 
-class ServeError(RuntimeError):
+class ServeError(UserError):
     """The server cannot start; the message says why."""
 
 
@@ -27,7 +28,7 @@ def make_engine(
     """Builds the search engine.
 
     Args:
-      retriever: ``dense``, or one of `envs.deepsearch.passages.RETRIEVERS` that searches a corpus.
+      retriever: ``dense``, or one of `empg_envs.deepsearch.passages.RETRIEVERS` that searches a corpus.
       passages: the corpus.
       encoder: for ``dense``: ``model`` (a folder), ``query_prefix``, ``passage_prefix``, ``cache``.
       say: told of progress.

@@ -16,8 +16,8 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from empg_envs.deepsearch.passages import MAX_TOPK, Hit
 from empg_jax.retrieval.batcher import Batcher
-from envs.deepsearch.passages import MAX_TOPK, Hit
 
 MAX_BODY_BYTES = 4 << 20
 MAX_QUERIES = 1024  # in a request

@@ -1,1 +1,1 @@
-"""Episodes: engine, environment workers, and what runs between them."""
+"""Episodes: what runs between the sampling engine and the environment workers."""

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from empg_jax.engine.engine import Engine, Response
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
-from empg_jax.rollout.engine import Engine, Response
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
-from empg_jax.rollout.pool import EnvPool, EnvReply
 from empg_jax.types import Trajectory
+from empg_jax.workers.pool import EnvPool, EnvReply
 
 # With an idle engine, seconds to wait for more environments to answer before a small batch is prefilled.
 GATHER_SECONDS = 0.001

@@ -19,7 +19,7 @@ Info = Mapping[str, Any]
 
 
 class Prompts(Protocol):
-    """The part of an environment's prompt builder that a context calls (see ``envs.base.PromptBuilder``)."""
+    """The part of an environment's prompt builder (``empg_envs.base.PromptBuilder``) that a context calls."""
 
     def start(self, observation: str, info: Info) -> list[dict[str, str]]:
         """First messages of a transcript, ending with a user message."""

@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from empg_jax.engine.engine import Response
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
-from empg_jax.rollout.engine import Response
 from empg_jax.types import Outcome, Status, Trajectory, Turn
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from empg_jax.replay.buffer import ReplayBuffer
+from empg_jax.rollout.buffer import ReplayBuffer
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.episode import Attempt
 from empg_jax.types import Status, Trajectory

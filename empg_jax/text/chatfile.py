@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from empg_jax.errors import UserError
 from empg_jax.text.template import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -29,7 +30,7 @@ _SENDERS = {
 }
 
 
-class ChatDataError(ValueError):
+class ChatDataError(UserError, ValueError):
     """Conversations that cannot be learned from; the message names file, line and cause."""
 
 

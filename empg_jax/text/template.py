@@ -20,10 +20,12 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from empg_jax.errors import UserError
+
 Message = Mapping[str, Any]  # {"role": ..., "content": ...} and whatever else a template reads
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(UserError, ValueError):
     """A chat template that is missing, does not parse, or refuses a conversation."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from empg_jax.hub import find_folder
+from empg_jax.hf.hub import find_folder
 from empg_jax.text.template import ChatTemplate, ChatTemplateError
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

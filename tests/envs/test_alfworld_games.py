@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.alfworld.env import AlfworldEnv
-from envs.alfworld.files import OfficialPanels
-from envs.alfworld.game import Game, name_entities, parse_game
-from envs.alfworld.generator import GeneratedPanels
-from envs.alfworld.goal import recognise
-from envs.alfworld.problem import GameFileError, parse_problem
-from envs.alfworld.release import ReleaseGrammar, ReleaseTexts
-from envs.alfworld.writer import make_content, write_game
-from envs.household.goals import HouseholdGoal
-from envs.household.world import World
+from empg_envs.alfworld.env import AlfworldEnv
+from empg_envs.alfworld.files import OfficialPanels
+from empg_envs.alfworld.game import Game, name_entities, parse_game
+from empg_envs.alfworld.generator import GeneratedPanels
+from empg_envs.alfworld.goal import recognise
+from empg_envs.alfworld.problem import GameFileError, parse_problem
+from empg_envs.alfworld.release import ReleaseGrammar, ReleaseTexts
+from empg_envs.alfworld.writer import make_content, write_game
+from empg_envs.household.goals import HouseholdGoal
+from empg_envs.household.world import World
 
 # Two drawers at one place; the book in one of them and on the desk at once; an apple on the floor there.
 PROBLEM = """

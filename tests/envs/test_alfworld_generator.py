@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from envs import ENVS
-from envs.alfworld.env import AlfworldEnv
-from envs.alfworld.files import OfficialPanels
-from envs.alfworld.formal import make_domain
-from envs.alfworld.generator import GeneratedPanels
-from envs.alfworld.prompt import make_parser, make_prompts, phrases
-from envs.alfworld.rooms import PRESETS
-from envs.alfworld.writer import TASK_TYPES, make_content, write_game
-from envs.household.env import HouseholdEnv
-from envs.household.solver import choose_command
-from envs.household.tables import LEVELS
-from envs.household.world import World
+from empg_envs import ENVS
+from empg_envs.alfworld.env import AlfworldEnv
+from empg_envs.alfworld.files import OfficialPanels
+from empg_envs.alfworld.formal import make_domain
+from empg_envs.alfworld.generator import GeneratedPanels
+from empg_envs.alfworld.prompt import make_parser, make_prompts, phrases
+from empg_envs.alfworld.rooms import PRESETS
+from empg_envs.alfworld.writer import TASK_TYPES, make_content, write_game
+from empg_envs.household.env import HouseholdEnv
+from empg_envs.household.solver import choose_command
+from empg_envs.household.tables import LEVELS
+from empg_envs.household.world import World
 
 # Changing any of these means that every published number belongs to other tasks.
 PANEL_HASHES = {

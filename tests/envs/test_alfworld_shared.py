@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from envs.alfworld.env import AlfworldEnv
-from envs.alfworld.files import OfficialPanels
-from envs.alfworld.game import Game, load_game
-from envs.alfworld.release import ReleaseGrammar, ReleaseTexts
-from envs.household import expert, solver
-from envs.household.world import World
+from empg_envs.alfworld.env import AlfworldEnv
+from empg_envs.alfworld.files import OfficialPanels
+from empg_envs.alfworld.game import Game, load_game
+from empg_envs.alfworld.release import ReleaseGrammar, ReleaseTexts
+from empg_envs.household import expert, solver
+from empg_envs.household.world import World
 from tests.shared import find_shared
 
 pytestmark = pytest.mark.shared_data

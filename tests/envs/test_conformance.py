@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import envs
-from envs import ENVS, EnvSpec, PlainParser, PlainPrompts, TextEnv, make_env, resolve_spec
+import empg_envs
+from empg_envs import ENVS, EnvSpec, PlainParser, PlainPrompts, TextEnv, make_env, resolve_spec
 from tests.cages import has_cages, need_cages
 
-ROOT = Path(envs.__file__).resolve().parents[1]
+ROOT = Path(empg_envs.__file__).resolve().parents[2]
 
 # Options under which an environment can be built here without any outside data.
 OPTIONS: dict[str, list[dict]] = {
@@ -94,13 +94,13 @@ def test_fresh_instances_and_processes_agree_byte_for_byte(name: str, options: d
     assert here == [play(make_env(name, **options), split, 3, 12) for split in ("train", "test")]
     script = (
         "import json, sys; sys.path.insert(0, sys.argv[2])\n"
-        "import test_conformance as t; from envs import make_env\n"
+        "import test_conformance as t; from empg_envs import make_env\n"
         "name, options = json.loads(sys.argv[1])\n"
         "print(json.dumps([t.play(make_env(name, **options), s, 3, 12) for s in ('train', 'test')]))"
     )
     result = subprocess.run(
         [sys.executable, "-c", script, json.dumps([name, options]), str(Path(__file__).parent)],
-        env={**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT / "envs")},
         capture_output=True,
         text=True,
         check=True,
@@ -231,18 +231,18 @@ def test_the_expert_wins(name: str, options: dict) -> None:
 def test_names_and_entry_points() -> None:
     with pytest.raises(ValueError, match="unknown environment 'houshold'; did you mean 'household'"):
         make_env("houshold")
-    assert resolve_spec("envs.household.env:HouseholdEnv").prompts is PlainPrompts
-    assert make_env("envs.household.env:HouseholdEnv", level="easy").list_splits() == [
+    assert resolve_spec("empg_envs.household.env:HouseholdEnv").prompts is PlainPrompts
+    assert make_env("empg_envs.household.env:HouseholdEnv", level="easy").list_splits() == [
         "train",
         "valid",
         "test",
     ]
     with pytest.raises(ValueError, match="has no attribute 'HouseholdEn'; did you mean 'HouseholdEnv'"):
-        resolve_spec("envs.household.env:HouseholdEn")
+        resolve_spec("empg_envs.household.env:HouseholdEn")
     with pytest.raises(ValueError, match="cannot import 'no_such_module'"):
         resolve_spec("no_such_module:thing")
     with pytest.raises(TypeError, match=r"envs\.household\.tables:LEVELS"):
-        resolve_spec("envs.household.tables:LEVELS")
+        resolve_spec("empg_envs.household.tables:LEVELS")
     with pytest.raises(TypeError, match="max_turn"):
         make_env("household", max_turn=3)
     for name, spec in ENVS.items():
@@ -253,22 +253,22 @@ def test_plain_prompts_and_parser() -> None:
     prompts, parser = PlainPrompts(), PlainParser()
     assert prompts.start("o", {}) == [{"role": "user", "content": "o"}]
     assert [m["content"] for m in prompts.window([("a", "b")], "o", {}, 1)] == ["a", "b", "o"]
-    assert parser("\n go \nmore", {}) == envs.ParsedAction("go", True)
-    assert parser(" \n", {}) == envs.ParsedAction("", False)
+    assert parser("\n go \nmore", {}) == empg_envs.ParsedAction("go", True)
+    assert parser(" \n", {}) == empg_envs.ParsedAction("", False)
 
 
 def test_environments_load_neither_jax_nor_the_trainer() -> None:
     runnable = [name for name in ENVS if name not in CAGED or has_cages()]
     script = (
-        "import sys, envs\n"
-        "assert 'envs.household' not in sys.modules\n"
-        f"for name in {runnable}: spec = envs.ENVS[name]; spec.make(), spec.prompts(), spec.parser()\n"
+        "import sys, empg_envs\n"
+        "assert 'empg_envs.household' not in sys.modules\n"
+        f"for name in {runnable}: spec = empg_envs.ENVS[name]; spec.make(), spec.prompts(), spec.parser()\n"
         "print(sorted({'jax', 'numpy', 'empg_jax'} & set(sys.modules)))"
     )
     result = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT)},
+        env={"PYTHONPATH": str(ROOT / "envs")},
         capture_output=True,
         text=True,
         check=True,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs import make_env
-from envs.deepsearch.passages import RetrieverError
+from empg_envs import make_env
+from empg_envs.deepsearch.passages import RetrieverError
 
 TAGS = ["<search>", "</search>", "<open>", "</open>", "<answer>", "</answer>", "<think>", "</think>"]
 PIECES = st.one_of(st.sampled_from(TAGS), st.text(max_size=8), st.just("acme"))

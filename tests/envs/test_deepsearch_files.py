@@ -10,11 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import envs
-from empg_jax.rollout.pool import EnvPool
-from envs import make_env
-from envs.deepsearch.files import DataError, find_file
-from envs.deepsearch.passages import (
+import empg_envs
+from empg_envs import make_env
+from empg_envs.deepsearch.files import DataError, find_file
+from empg_envs.deepsearch.passages import (
     Passage,
     load_corpus,
     make_retriever,
@@ -22,10 +21,11 @@ from envs.deepsearch.passages import (
     read_corpus,
     words_of,
 )
-from envs.deepsearch.questions import make_panels, read_questions
+from empg_envs.deepsearch.questions import make_panels, read_questions
+from empg_jax.workers.pool import EnvPool
 from tests.shared import find_shared
 
-ROOT = Path(envs.__file__).resolve().parents[1]
+ROOT = Path(empg_envs.__file__).resolve().parents[2]
 PASSAGES = [
     Passage("a", "Oslo", "Oslo is the capital of Norway."),
     Passage("b", "Rome", "Rome is the capital of Italy, a town of seven hills."),
@@ -201,7 +201,12 @@ def test_the_two_bm25s_are_one() -> None:
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch) -> None:
-    for module in ("bm25s", "tantivy", "envs.deepsearch.bm25_numpy", "envs.deepsearch.bm25_tantivy"):
+    for module in (
+        "bm25s",
+        "tantivy",
+        "empg_envs.deepsearch.bm25_numpy",
+        "empg_envs.deepsearch.bm25_tantivy",
+    ):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(
@@ -213,7 +218,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch) -> None:
 def test_bm25s_loads_no_jax() -> None:
     pytest.importorskip("bm25s")
     script = (
-        "import sys; from envs.deepsearch.passages import *\n"
+        "import sys; from empg_envs.deepsearch.passages import *\n"
         "found = make_retriever('bm25s', [Passage('0', 'Oslo', 'a town')]).search(['oslo'], 1)\n"
         "assert found[0][0].passage.id == '0'; print(sorted({'jax', 'empg_jax'} & set(sys.modules)))"
     )

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.deepsearch.prompt import make_parser, make_prompts
-from envs.deepsearch.scoring import exact_match, normalize_answer, sub_match, token_f1
-from envs.deepsearch.tags import Call, iter_blocks, read_call
+from empg_envs.deepsearch.prompt import make_parser, make_prompts
+from empg_envs.deepsearch.scoring import exact_match, normalize_answer, sub_match, token_f1
+from empg_envs.deepsearch.tags import Call, iter_blocks, read_call
 
 NO_OPEN = {"tools": ["search", "answer"]}
 ALL = {"tools": ["search", "open", "answer"]}

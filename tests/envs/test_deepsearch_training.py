@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from empg_jax.assembly import make_batch_shape, make_language
+from empg_envs.deepsearch.tags import iter_blocks
 from empg_jax.config import load_config
-from empg_jax.replay.batching import make_batch
-from empg_jax.sft import record_demonstrations
-from envs.deepsearch.tags import iter_blocks
+from empg_jax.learner.batching import make_batch
+from empg_jax.run.assembly import make_batch_shape, make_language
+from empg_jax.sft.warm_start import record_demonstrations
 
 
 @pytest.mark.parametrize("context", ["transcript", "window"])

@@ -4,14 +4,14 @@ import re
 
 import pytest
 
+from empg_envs import make_env
+from empg_envs.deepsearch.env import DeepSearchEnv
+from empg_envs.deepsearch.passages import STOP_WORDS, words_of
+from empg_envs.deepsearch.prompt import phrases
+from empg_envs.deepsearch.tables import KIND_OF_VALUE, LEVELS, NAMES, RELATIONS
+from empg_envs.deepsearch.tags import read_call
+from empg_envs.deepsearch.worlds import make_puzzle, paths
 from empg_jax.text.builtin import build_phrase_tokenizer
-from envs import make_env
-from envs.deepsearch.env import DeepSearchEnv
-from envs.deepsearch.passages import STOP_WORDS, words_of
-from envs.deepsearch.prompt import phrases
-from envs.deepsearch.tables import KIND_OF_VALUE, LEVELS, NAMES, RELATIONS
-from envs.deepsearch.tags import read_call
-from envs.deepsearch.worlds import make_puzzle, paths
 
 SPLITS = ("train", "valid", "test", "test_ood")
 every_level = pytest.mark.parametrize("level", list(LEVELS))

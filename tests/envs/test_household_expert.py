@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from envs.household.env import HouseholdEnv
-from envs.household.expert import choose_command
-from envs.household.tables import LEVELS
+from empg_envs.household.env import HouseholdEnv
+from empg_envs.household.expert import choose_command
+from empg_envs.household.tables import LEVELS
 
 
 def run_expert(env: HouseholdEnv, split: str, index: int) -> int:

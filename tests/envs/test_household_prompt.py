@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from envs import ENVS
-from envs.household import commands
-from envs.household.env import HouseholdEnv
-from envs.household.prompt import make_parser, make_prompts, phrases
+from empg_envs import ENVS
+from empg_envs.household import commands
+from empg_envs.household.env import HouseholdEnv
+from empg_envs.household.prompt import make_parser, make_prompts, phrases
 
 INFO = {"task": "put a mug in desk.", "admissible": ["go to desk 1", "help", "look"], "won": False}
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from envs.household import tasks
-from envs.household.env import HouseholdEnv
-from envs.household.goals import HouseholdGoal
-from envs.household.tables import FAMILIES, KIND_OF, LEVELS, PLACES
-from envs.household.world import World
+from empg_envs.household import tasks
+from empg_envs.household.env import HouseholdEnv
+from empg_envs.household.goals import HouseholdGoal
+from empg_envs.household.tables import FAMILIES, KIND_OF, LEVELS, PLACES
+from empg_envs.household.world import World
 
 # Changing any of these means that every published number belongs to other tasks.
 PANEL_HASHES = {

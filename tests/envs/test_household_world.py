@@ -4,14 +4,14 @@ import random
 
 import pytest
 
-from envs.household import commands
-from envs.household.commands import Command
-from envs.household.env import HouseholdEnv
-from envs.household.goals import HouseholdGoal
-from envs.household.tables import can_contain
-from envs.household.tasks import Game
-from envs.household.texts import AlfworldTexts, TerseTexts, list_names
-from envs.household.world import Scene, World
+from empg_envs.household import commands
+from empg_envs.household.commands import Command
+from empg_envs.household.env import HouseholdEnv
+from empg_envs.household.goals import HouseholdGoal
+from empg_envs.household.tables import can_contain
+from empg_envs.household.tasks import Game
+from empg_envs.household.texts import AlfworldTexts, TerseTexts, list_names
+from empg_envs.household.world import Scene, World
 
 ROOMS = {
     "kitchen": ("countertop 1", "fridge 1", "microwave 1", "sinkbasin 1"),

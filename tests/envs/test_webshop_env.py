@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs import ENVS
-from envs.webshop import assortment
-from envs.webshop.embedded import LEVELS, load_shop
-from envs.webshop.env import WebShopEnv
-from envs.webshop.prompt import (
+from empg_envs import ENVS
+from empg_envs.webshop import assortment
+from empg_envs.webshop.embedded import LEVELS, load_shop
+from empg_envs.webshop.env import WebShopEnv
+from empg_envs.webshop.prompt import (
     MAX_PROMPT_CHARACTERS,
     make_parser,
     make_prompts,
@@ -20,8 +20,8 @@ from envs.webshop.prompt import (
     phrases,
     quote_page,
 )
-from envs.webshop.reward import _count_options as count_options
-from envs.webshop.shop import Page
+from empg_envs.webshop.reward import _count_options as count_options
+from empg_envs.webshop.shop import Page
 
 PANELS = {  # number of goals, and the first characters of the hash of the panel's first goal
     "tiny": {"train": (1494, "00de6d60"), "valid": (216, "00908f2a"), "test": (549, "008781d6")},

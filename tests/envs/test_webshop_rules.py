@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.webshop import goals as goal_rules
-from envs.webshop import tagger
-from envs.webshop.actions import Action, parse_action
-from envs.webshop.fuzzy import token_set_ratio
-from envs.webshop.reward import compute_reward
-from envs.webshop.schema import BadRow, Goal, Product, goal_from_json, product_from_json, read_product
-from envs.webshop.tagger import lexicon_tagger, make_tagger
+from empg_envs.webshop import goals as goal_rules
+from empg_envs.webshop import tagger
+from empg_envs.webshop.actions import Action, parse_action
+from empg_envs.webshop.fuzzy import token_set_ratio
+from empg_envs.webshop.reward import compute_reward
+from empg_envs.webshop.schema import BadRow, Goal, Product, goal_from_json, product_from_json, read_product
+from empg_envs.webshop.tagger import lexicon_tagger, make_tagger
 from tests.shared import find_shared
 
 ROW = {

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.webshop.analyzer import MAX_TOKEN, analyze, tokenize
-from envs.webshop.bm25 import K1, MAX_QUERY_TERMS, B, Index, IndexBuilder, length_to_byte
-from envs.webshop.bm25 import _byte_to_length as byte_to_length
-from envs.webshop.porter import stem
-from envs.webshop.schema import read_product
+from empg_envs.webshop.analyzer import MAX_TOKEN, analyze, tokenize
+from empg_envs.webshop.bm25 import K1, MAX_QUERY_TERMS, B, Index, IndexBuilder, length_to_byte
+from empg_envs.webshop.bm25 import _byte_to_length as byte_to_length
+from empg_envs.webshop.porter import stem
+from empg_envs.webshop.schema import read_product
 from tests.shared import find_shared
 
 

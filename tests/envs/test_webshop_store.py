@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.webshop import official, stream
-from envs.webshop.__main__ import main
-from envs.webshop.env import WebShopEnv
-from envs.webshop.files import DATA_VARIABLE, MissingData, find_files
-from envs.webshop.goals import shuffled
-from envs.webshop.store import Store
+from empg_envs.webshop import official, stream
+from empg_envs.webshop.__main__ import main
+from empg_envs.webshop.env import WebShopEnv
+from empg_envs.webshop.files import DATA_VARIABLE, MissingData, find_files
+from empg_envs.webshop.goals import shuffled
+from empg_envs.webshop.store import Store
 from tests.shared import find_shared
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ def test_the_catalogue_is_built_once_and_appears_whole(tmp_path: Path) -> None:
     (built,) = (folder / "cache").glob("*.sqlite")
     first = built.stat().st_mtime_ns
     script = (
-        "import sys; from envs.webshop.env import WebShopEnv\n"
+        "import sys; from empg_envs.webshop.env import WebShopEnv\n"
         "print(WebShopEnv(level='official', data=sys.argv[1], cache_dir=sys.argv[2]).num_tasks('test'))"
     )
     fresh = str(folder / "other")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from envs.webshop.actions import parse_action
-from envs.webshop.bm25 import Index, IndexBuilder
-from envs.webshop.pages import render
-from envs.webshop.reward import Reward, compute_reward
-from envs.webshop.schema import Goal, Product, read_product
-from envs.webshop.shop import Page, Visit
-from envs.webshop.tagger import make_tagger
+from empg_envs.webshop.actions import parse_action
+from empg_envs.webshop.bm25 import Index, IndexBuilder
+from empg_envs.webshop.pages import render
+from empg_envs.webshop.reward import Reward, compute_reward
+from empg_envs.webshop.schema import Goal, Product, read_product
+from empg_envs.webshop.shop import Page, Visit
+from empg_envs.webshop.tagger import make_tagger
 from tests.shared import find_shared
 
 

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from envs.worker import RSS_EVERY
+from empg_envs.worker import RSS_EVERY
 
-COMMAND = [sys.executable, "-m", "envs.worker"]
+COMMAND = [sys.executable, "-m", "empg_envs.worker"]
 
 
 def converse(commands, *, env="tests.fakes:FaultyEnv", options=None, memory_limit_mb=None):
@@ -97,7 +97,7 @@ def test_expert_close_and_unknown_op():
 def test_loads_neither_jax_nor_empg_jax():
     _, replies, _, _ = converse([*batch("x"), {"id": 7, "op": "modules"}])
     modules = replies[-1]["modules"]
-    assert "envs" in modules
+    assert "empg_envs" in modules
     assert not {"jax", "jaxlib", "flax", "numpy", "empg_jax"} & set(modules)
 
 

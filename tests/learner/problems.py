@@ -7,11 +7,11 @@ import numpy as np
 import optax
 
 from empg_jax.algorithms import make_algorithm
+from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import TrainState
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.replay.batching import BatchShape, make_batch
 from tests.episodes import Episodes
 
 MODEL = DecoderConfig(

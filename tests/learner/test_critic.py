@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from empg_jax.algorithms import make_algorithm
+from empg_jax.hf.load import load_hf, save_hf
 from empg_jax.learner.state import TrainState, init_state, state_shapes
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import forward, init_params
-from empg_jax.models.hf import load_hf, save_hf
 from empg_jax.parallel.mesh import make_mesh
 from tests.learner.problems import MODEL, TEMPERATURE, assert_trees_close, gradient_descent, make_problem
 from tests.runs import quick_compilations

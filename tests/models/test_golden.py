@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from empg_jax.hf.load import load_hf
 from empg_jax.models.decoder import forward, output_embedding
 from empg_jax.models.head import compute_head
-from empg_jax.models.hf import load_hf
 from tests.models import golden
 
 

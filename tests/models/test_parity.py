@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from empg_jax.hf.config import read_hf_config
+from empg_jax.hf.load import load_hf, save_hf
 from empg_jax.models.decoder import forward, forward_cached, init_cache, output_embedding, unstack_layers
 from empg_jax.models.head import compute_head
-from empg_jax.models.hf import load_hf, save_hf
-from empg_jax.models.hf_config import read_hf_config
 from tests.models import golden
 
 try:

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from empg_jax.algorithms import make_algorithm
+from empg_jax.hf.presets import make_preset
+from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import make_optimizer, state_shapes
 from empg_jax.learner.update import make_learner
-from empg_jax.models.presets import make_preset
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.replay.batching import BatchShape, make_batch
 
 OPERATIONS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 

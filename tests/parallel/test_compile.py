@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from empg_jax.config import Config
-from empg_jax.models.presets import make_preset
-from empg_jax.plan import compute_plan
-from empg_jax.report.plan import find_shape
-from tests.test_plan import update_bytes
+from empg_jax.hf.presets import make_preset
+from empg_jax.plan.explain import find_shape
+from empg_jax.plan.memory import compute_plan
+from tests.plan.test_memory import update_bytes
 
 # Nothing is run, so the code that a device would run need not be good.
 QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -81,7 +81,7 @@ def test_update_splits_weights_and_gathers_one_layer_at_a_time(preset):
     done = subprocess.run(
         [sys.executable, str(HERE / "compile_update.py"), request],
         cwd=HERE.parents[1],
-        env=os.environ | {"PYTHONPATH": str(HERE.parents[1]), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,

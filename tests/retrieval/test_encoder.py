@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from empg_jax.models.safetensors_file import write_safetensors
+from empg_envs.deepsearch.passages import Passage
+from empg_jax.hf.safetensors import write_safetensors
 from empg_jax.retrieval.dense import DenseRetriever, find_nearest
 from empg_jax.retrieval.encoder import (
     EncoderError,
@@ -19,7 +20,6 @@ from empg_jax.retrieval.encoder import (
     load_params,
     read_config,
 )
-from envs.deepsearch.passages import Passage
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "oslo", "rome", "norway", "italy", "capital", "of", "the", "is"]
 WIDTH, INNER, LAYERS, POSITIONS = 16, 24, 2, 40

@@ -58,7 +58,7 @@ def test_a_wrong_corpus_is_one_line_and_exit_code_2(tmp_path) -> None:
 def test_a_lexical_server_loads_no_jax() -> None:
     script = (
         "import sys; from empg_jax.retrieval.serve import make_engine\n"
-        "from envs.deepsearch.passages import Passage\n"
+        "from empg_envs.deepsearch.passages import Passage\n"
         "make_engine('builtin', [Passage('0', 'Oslo', 'A town.')]); print('jax' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from empg_envs import make_env
+from empg_envs.deepsearch.bm25 import BuiltinBm25
+from empg_envs.deepsearch.passages import Hit, Passage, RetrieverError
+from empg_envs.deepsearch.remote import RemoteRetriever, read_reply
 from empg_jax.retrieval.batcher import Batcher
 from empg_jax.retrieval.serve import ServeError, make_engine, open_server
 from empg_jax.retrieval.server import RequestError, parse_request
-from envs import make_env
-from envs.deepsearch.bm25 import BuiltinBm25
-from envs.deepsearch.passages import Hit, Passage, RetrieverError
-from envs.deepsearch.remote import RemoteRetriever, read_reply
 
 TITLES = ("Oslo", "Rome", "Paris", "Lima", "Cairo")
 PASSAGES = [Passage(str(n), title, f"{title} is a city number {n}.") for n, title in enumerate(TITLES)]

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from empg_jax.engine.engine import Response
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.context import PromptDelta
-from empg_jax.rollout.engine import Response
 from empg_jax.rollout.episode import Attempt, EpisodeRules
 
 

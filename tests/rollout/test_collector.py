@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from empg_jax import assembly
 from empg_jax.config import load_config
+from empg_jax.learner.batching import merge_turns
 from empg_jax.models.decoder import init_params
-from empg_jax.replay.batching import merge_turns
 from empg_jax.rollout.collector import RETRY_STRIDE
 from empg_jax.rollout.episode import Attempt
-from empg_jax.rollout.pool import EnvPool, PoolTimeouts
+from empg_jax.run import assembly
 from empg_jax.types import Status
+from empg_jax.workers.pool import EnvPool, PoolTimeouts
 from tests.rollout.scripted import ScriptedEngine, attempts, make_collector, run
 
 

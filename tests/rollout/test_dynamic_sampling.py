@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from empg_jax.replay.buffer import ReplayBuffer
+from empg_jax.rollout.buffer import ReplayBuffer
 from empg_jax.rollout.source import GroupFilter, GroupSource, Interrupted, TaskOrder, is_uniform
 from empg_jax.types import Outcome, Status, Trajectory
 from tests.episodes import Episodes

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from empg_envs import ParsedAction
+from empg_jax.engine.engine import Response
 from empg_jax.rollout.context import PromptDelta
-from empg_jax.rollout.engine import Response
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
 from empg_jax.types import Status, Trajectory
-from envs import ParsedAction
 
 ATTEMPT = Attempt("train", task=7, group_id=3, member=1)
 

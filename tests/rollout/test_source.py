@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from empg_jax.replay.buffer import ReplayBuffer
-from empg_jax.replay.storage import pack_trajectories, unpack_trajectories
+from empg_jax.rollout.buffer import ReplayBuffer
 from empg_jax.rollout.source import MAX_RETRIES, GroupSource, Interrupted, TaskOrder
+from empg_jax.run.storage import pack_trajectories, unpack_trajectories
 from empg_jax.types import Outcome, Status
 from tests.episodes import Episodes
 

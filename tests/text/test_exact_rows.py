@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from empg_jax.replay.batching import merge_turns
+from empg_envs import PlainParser, PlainPrompts
+from empg_jax.engine.engine import Response
+from empg_jax.learner.batching import merge_turns
 from empg_jax.rollout.context import make_context
-from empg_jax.rollout.engine import Response
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
 from empg_jax.text import ChatRenderer
-from envs import PlainParser, PlainPrompts
 from tests.text.families import ALTERNATING, TEMPLATES, build_bpe
 
 THOUGHT = "<think>\nlook first\n</think>\n\ngo to shelf 2"

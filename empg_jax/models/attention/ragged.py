@@ -30,7 +30,7 @@ def decode(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "R H d"]]:
-    """Attention of one query per row over the first ``lengths[r]`` keys of its row; zeros where there is none.
+    """Attention of one query per row over the first ``lengths[r]`` keys of its row; zeros where none is.
 
     Args:
       queries: rotated queries.

@@ -110,7 +110,7 @@ def _block_sizes(depth: int, dtype: jnp.dtype) -> kernels.BlockSizes:
 
 
 def _shared_memory_kb() -> int:
-    """Shared memory that a block of this process's first GPU may take; the smallest known one without a GPU."""
+    """Shared memory that a block may take on this process's first device; without a GPU the least known."""
     device = jax.devices()[0]
     by_capability = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227}
     return by_capability.get(str(getattr(device, "compute_capability", "")), 99)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from envs.swe.tools import SUBMIT
-from envs.worker import EnvHost, resident_mb
+from empg_envs.swe.tools import SUBMIT
+from empg_envs.worker import EnvHost, resident_mb
 from tests.cages import need_cages
 
 EPISODES = int(os.environ.get("SWE_EPISODES", "14"))

@@ -15,17 +15,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import envs
-from envs import ENVS, make_env
-from envs.swe import bubblewrap, score
-from envs.swe.backends import make_backend
-from envs.swe.env import SweEnv
-from envs.swe.predictions import prediction, read_predictions, write_predictions
-from envs.swe.sandbox import SandboxError
-from envs.swe.tools import SUBMIT, parse_call, render_call
+import empg_envs
+from empg_envs import ENVS, make_env
+from empg_envs.swe import bubblewrap, score
+from empg_envs.swe.backends import make_backend
+from empg_envs.swe.env import SweEnv
+from empg_envs.swe.predictions import prediction, read_predictions, write_predictions
+from empg_envs.swe.sandbox import SandboxError
+from empg_envs.swe.tools import SUBMIT, parse_call, render_call
 from tests.cages import need_cages
 
-ROOT = Path(envs.__file__).resolve().parents[1]
+ROOT = Path(empg_envs.__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def _running(mark: str) -> list[int]:
 def test_nothing_is_left_of_a_killed_worker(caged: None) -> None:
     mark = f"3000.{os.getpid()}"
     script = (
-        "import sys; from envs import make_env\n"
+        "import sys; from empg_envs import make_env\n"
         "env = make_env('swe', tools='bash'); env.reset(split='train', index=0)\n"
         f"env.step('head -c 1M /dev/zero > big; sleep {mark}')"
     )

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from envs.swe import generate, mutate, patches, terse
-from envs.swe.backends import TreeBackend
-from envs.swe.fetch import FetchError, fetch_sdist
-from envs.swe.tasks import broken_tree, load_base, load_panels, parse_row
+from empg_envs.swe import generate, mutate, patches, terse
+from empg_envs.swe.backends import TreeBackend
+from empg_envs.swe.fetch import FetchError, fetch_sdist
+from empg_envs.swe.tasks import broken_tree, load_base, load_panels, parse_row
 from tests.cages import need_cages
 
 SOURCE = '''\

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from envs.swe import grading, patches
-from envs.swe.backends import TreeBackend
-from envs.swe.grading import candidate, find_status, judge, read_report
-from envs.swe.tasks import Task, broken_tree, load_panels, parse_row
-from envs.swe.tree import File, Tree
+from empg_envs.swe import grading, patches
+from empg_envs.swe.backends import TreeBackend
+from empg_envs.swe.grading import candidate, find_status, judge, read_report
+from empg_envs.swe.tasks import Task, broken_tree, load_panels, parse_row
+from empg_envs.swe.tree import File, Tree
 from tests.cages import need_cages
 
 ROW = {

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from envs.swe import reports
-from envs.swe.containers import OWNER, SweRexSandbox, remove_orphans
-from envs.swe.env import SweEnv
-from envs.swe.images import ImageBackend
-from envs.swe.sandbox import FileError, Limits, SandboxError
-from envs.swe.tasks import parse_row
+from empg_envs.swe import reports
+from empg_envs.swe.containers import OWNER, SweRexSandbox, remove_orphans
+from empg_envs.swe.env import SweEnv
+from empg_envs.swe.images import ImageBackend
+from empg_envs.swe.sandbox import FileError, Limits, SandboxError
+from empg_envs.swe.tasks import parse_row
 from tests.cages import need_cages
 
 # `run` copies the image's folder; `exec` runs in a cage of its own over that copy.
@@ -132,7 +132,7 @@ def test_an_r2e_task_hides_its_tests_from_the_agent(docker: Path) -> None:
 
 
 def test_a_program_that_hangs_is_a_timeout(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("envs.swe.containers.MARGIN_SECONDS", 0.1)
+    monkeypatch.setattr("empg_envs.swe.containers.MARGIN_SECONDS", 0.1)
     sandbox = ImageBackend("docker", Limits(), docker=str(docker)).open(parse_row(ROW))
     assert sandbox.exec("HANG", 0.1).reason == "timeout"
     assert sandbox.exec("echo alive", 20).output == "alive\n"

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.swe import patches
-from envs.swe.patches import PatchError, apply, diff, parse, touched
-from envs.swe.tree import EXECUTABLE, LINK, File, Tree, content_hash, pack, read_archive
+from empg_envs.swe import patches
+from empg_envs.swe.patches import PatchError, apply, diff, parse, touched
+from empg_envs.swe.tree import EXECUTABLE, LINK, File, Tree, content_hash, pack, read_archive
 
 LINES = st.lists(
     st.sampled_from(["a\n", "b\n", "c\n", "  d\n", "\n", "-- x\n", "é\f\n", "\\ No\r\n"]), max_size=12

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import envs
-from envs.swe.bubblewrap import find_interpreter
-from envs.swe.caged import BubblewrapSandbox
-from envs.swe.sandbox import FileError, Limits
-from envs.swe.tools import FunctionTools, clean, render_call
-from envs.swe.tree import ArchiveError, File, read_archive, read_folder
+from empg_envs.swe.bubblewrap import find_interpreter
+from empg_envs.swe.caged import BubblewrapSandbox
+from empg_envs.swe.sandbox import FileError, Limits
+from empg_envs.swe.tools import FunctionTools, clean, render_call
+from empg_envs.swe.tree import ArchiveError, File, read_archive, read_folder
 from tests.cages import need_cages
 
 TREE = {"code.py": File(b"x = 1\n"), "sub/other.py": File(b"y = 2\n")}
@@ -57,7 +56,7 @@ def test_files_of_the_machine_are_not_there(cage: BubblewrapSandbox, tmp_path: P
 
 
 def test_the_package_with_the_solutions_is_hidden(cage: BubblewrapSandbox) -> None:
-    package = Path(envs.__file__).parent
+    package = Path(empg_envs.__file__).parent
     interpreter = find_interpreter()
     prefixes = (*interpreter.prefixes, str(package.parent))
     installed = BubblewrapSandbox(dataclasses.replace(interpreter, prefixes=prefixes), LIMITS)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from envs.swe import tasks
-from envs.swe.predictions import append_prediction, prediction, read_predictions, write_predictions
-from envs.swe.tasks import TaskError, broken_tree, load_panels, parse_row
-from envs.swe.tree import File, pack
+from empg_envs.swe import tasks
+from empg_envs.swe.predictions import append_prediction, prediction, read_predictions, write_predictions
+from empg_envs.swe.tasks import TaskError, broken_tree, load_panels, parse_row
+from empg_envs.swe.tree import File, pack
 
 ROW = {
     "instance_id": "astropy__astropy-12907",

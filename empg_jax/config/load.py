@@ -1,0 +1,192 @@
+"""The configuration: one frozen, strict object, read from a YAML file and dotted overrides.
+
+Every key carries one sentence (`describe` lists them all). Whatever is wrong with a configuration (an
+unknown key, a wrong type, an impossible combination, a missing or malformed file, a bad override) is a
+`ConfigError`: one readable message with the full key path, the value, and the nearest valid key or choice.
+
+The sections stand in `config_model`, `config_run` and `config_algorithm`; here are the whole, the checks that
+look across sections, and loading.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from empg_jax.config.algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section
+from empg_jax.config.explain import explain, list_keys
+from empg_jax.config.model import MeshConfig, ModelConfig
+from empg_jax.config.sections import (
+    CheckpointConfig,
+    EnvConfig,
+    EvalConfig,
+    LogConfig,
+    RolloutConfig,
+    SftConfig,
+    TrainConfig,
+    WorkersConfig,
+)
+from empg_jax.config.yaml import apply_override, find_file, read_yaml
+from empg_jax.errors import ConfigError
+
+# Keys that may change when a run goes on; all others would make the resumed run a different experiment.
+RESUMABLE_KEYS = ("train.updates", "log.*")
+
+
+class Config(Section):
+    """A run, completely."""
+
+    name: str = Field("run", min_length=1, description="Name of the experiment (default: the config file's).")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights, tasks and sampling.")
+    run_dir: str | None = Field(None, description="Folder of the run (default runs/<name>-<time>).")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="The policy.")
+    env: EnvConfig = Field(default_factory=EnvConfig, description="The environment.")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="Sampling.")
+    workers: WorkersConfig = Field(default_factory=WorkersConfig, description="Environment processes.")
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig, description="Credit and loss.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="Optimisation.")
+    sft: SftConfig = Field(default_factory=SftConfig, description="Warm start.")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation.")
+    mesh: MeshConfig = Field(default_factory=MeshConfig, description="Devices.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
+    log: LogConfig = Field(default_factory=LogConfig, description="Logs.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sample_dynamically(cls, data: Any) -> Any:
+        """With dapo, `rollout.filter_groups` is true unless it is set."""
+        algorithm, rollout = (data.get(key) or {} for key in ("algorithm", "rollout"))
+        name = algorithm.get("name") if isinstance(algorithm, dict) else getattr(algorithm, "name", None)
+        if not isinstance(rollout, dict) or not str(name).startswith("dapo"):
+            return data
+        return {**data, "rollout": {"filter_groups": True, **rollout}}
+
+    @model_validator(mode="after")
+    def _check_across(self) -> Config:
+        problems = [*_env_problems(self), *_rollout_problems(self), *_learner_problems(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `load_config` reads it back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# --- Checks across sections --------------------------------------------------------------------------------
+
+
+def _env_problems(config: Config) -> Iterator[str]:
+    env = config.env
+    if env.name is None and env.entry_point is None:
+        yield "env.name=null and env.entry_point=null: name an environment, for example env.name=household"
+
+
+def _rollout_problems(config: Config) -> Iterator[str]:
+    rollout, algorithm = config.rollout, config.algorithm
+    if rollout.max_response_tokens >= rollout.max_tokens:
+        yield (
+            f"rollout.max_response_tokens={rollout.max_response_tokens} must be smaller than "
+            f"rollout.max_tokens={rollout.max_tokens}, which also holds the prompts"
+        )
+    if rollout.group_size == 1 and algorithm.name not in NO_GROUP_BASELINE:
+        yield (
+            f"rollout.group_size=1 with algorithm.name={algorithm.name}: its baseline compares the attempts "
+            "of one task, so every advantage would be 0; use rollout.group_size=2 or more"
+        )
+    lowest = 1 if algorithm.name in NO_GROUP_BASELINE else 2
+    if rollout.min_group_size is not None and not lowest <= rollout.min_group_size <= rollout.group_size:
+        yield (
+            f"rollout.min_group_size={rollout.min_group_size} must lie between {lowest} and "
+            f"rollout.group_size={rollout.group_size}"
+        )
+    if rollout.group_size == 1 and rollout.filter_groups:
+        yield "rollout.filter_groups=true compares the attempts of a task, but rollout.group_size=1"
+    if rollout.max_refills != 10 and not rollout.filter_groups:
+        yield f"rollout.max_refills={rollout.max_refills} has no effect with rollout.filter_groups=false"
+    buckets = rollout.prefill_buckets
+    if buckets is not None and (not buckets or list(buckets) != sorted(set(buckets))):
+        yield f"rollout.prefill_buckets={list(buckets)} must be ascending lengths, at least one"
+    elif buckets and buckets[-1] > rollout.max_tokens:
+        yield (
+            f"rollout.prefill_buckets={list(buckets)} reaches beyond rollout.max_tokens={rollout.max_tokens}"
+        )
+
+
+def _learner_problems(config: Config) -> Iterator[str]:
+    rollout, train, mesh, model = config.rollout, config.train, config.mesh, config.model
+    rows, shards = train.micro_tokens // rollout.max_tokens, mesh.data * mesh.fsdp
+    if rows < 1 or rows % shards:
+        right = rollout.max_tokens * max(math.ceil(rows / shards), 1) * shards
+        yield (
+            f"train.micro_tokens={train.micro_tokens} holds {rows} rows of rollout.max_tokens="
+            f"{rollout.max_tokens}, which mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} cannot divide: "
+            f"use train.micro_tokens={right}"
+        )
+    if rollout.max_tokens % mesh.sequence:
+        yield f"mesh.sequence={mesh.sequence} must divide rollout.max_tokens={rollout.max_tokens}"
+    if model.path is None and model.preset is None and model.num_heads % (mesh.tensor * mesh.sequence):
+        yield (
+            f"mesh.tensor={mesh.tensor} x mesh.sequence={mesh.sequence} must divide "
+            f"model.num_heads={model.num_heads}"
+        )
+    episodes = rollout.tasks_per_update * rollout.group_size
+    if train.num_minibatches > episodes:
+        yield (
+            f"train.num_minibatches={train.num_minibatches} is more than the {episodes} episodes per update "
+            "(rollout.tasks_per_update x rollout.group_size)"
+        )
+    if 0 < train.updates < train.warmup_updates:  # 0: a run of the warm start alone, which may go on later
+        yield f"train.warmup_updates={train.warmup_updates} exceeds train.updates={train.updates}"
+    if config.algorithm.entropy_source == "engine" and train.max_lag > 0:
+        yield (
+            f"algorithm.entropy_source=engine needs on-policy data, but train.max_lag={train.max_lag}: "
+            "use train.max_lag=0 or algorithm.entropy_source=learner"
+        )
+
+
+# --- Loading -----------------------------------------------------------------------------------------------
+
+
+def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+      name_or_path: a packaged name (``quickstart``), or the path of a YAML file.
+      overrides: ``section.key=value`` each, the value in YAML; later ones win.
+
+    Returns:
+      The checked, frozen configuration; its name is the file's unless the file sets one.
+
+    Raises:
+      ConfigError: one message that lists everything that is wrong.
+    """
+    path = find_file(name_or_path)
+    values = {"name": path.stem} | read_yaml(path)
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [line for item in error.errors() for line in explain(Config, item)]
+        raise ConfigError(
+            f"the configuration {name_or_path} cannot be used:\n  " + "\n  ".join(lines)
+        ) from None
+
+
+def check_resumable(overrides: Iterable[str]) -> None:
+    """Refuse overrides that would turn a resumed run into a different experiment."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key != "train.updates" and not key.startswith("log."):
+            raise ConfigError(f"{override}: a resumed run may change only {' and '.join(RESUMABLE_KEYS)}")
+
+
+def describe() -> list[tuple[str, Any, str]]:
+    """Every key with its default and its sentence, in the order of the sections."""
+    return list_keys(Config)

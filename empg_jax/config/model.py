@@ -1,0 +1,104 @@
+"""Configuration of the model: where it comes from, its shape, its adapters, its place on the devices."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from empg_jax.config.algorithm import Section
+
+
+def as_list(value: Any) -> Any:
+    """One text stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+class LoraConfig(Section):
+    """Low-rank adapters: they are trained and published, and the model below them stays as it is."""
+
+    rank: int = Field(0, ge=0, description="Rank of the adapters; 0 trains every parameter instead.")
+    alpha: float = Field(32.0, gt=0, description="An adapter's product is scaled by alpha / rank.")
+    targets: Annotated[tuple[str, ...], Field(strict=False, min_length=1), BeforeValidator(as_list)] = Field(
+        ("*_proj",), description="Patterns over names of linear layers (q_proj, down_proj): those adapted."
+    )
+
+
+class ModelConfig(Section):
+    """Which policy is trained: weights on disk, a preset shape, or the shape spelt out here."""
+
+    path: str | None = Field(None, description="Folder (or hub id) of a Hugging Face model to start from.")
+    preset: str | None = Field(None, description="Named model shape to fill with random weights.")
+    tokenizer: str | None = Field(
+        None, description="Folder of a tokenizer; by default the model's, else one built for the environment."
+    )
+    chat_template: str | None = Field(
+        None, description="File with a chat template (Jinja) in place of the tokenizer's own."
+    )
+    chat_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables for the chat template, for example {enable_thinking: false}.",
+    )
+    hidden_size: int = Field(64, ge=1, description="Width of the residual stream.")
+    num_layers: int = Field(2, ge=1, description="Number of decoder blocks.")
+    num_heads: int = Field(4, ge=1, description="Attention heads.")
+    num_kv_heads: int = Field(4, ge=1, description="Key/value heads; fewer than num_heads is grouped-query.")
+    head_dim: int | None = Field(None, ge=2, description="Width of a head (default hidden_size / num_heads).")
+    intermediate_size: int = Field(256, ge=1, description="Width of the gated feed-forward layer.")
+    vocab_size: int | None = Field(None, ge=2, description="Rows of the embedding (default the tokenizer's).")
+    rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary position embedding.")
+    norm_eps: float = Field(1e-6, gt=0, description="Epsilon of the RMS norms.")
+    tie_embeddings: bool = Field(True, description="Use the embedding as output head.")
+    qkv_bias: bool = Field(True, description="Biases on the query, key and value projections (Qwen2).")
+    qk_norm: bool = Field(False, description="RMS norm on queries and keys (Qwen3).")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the computation.")
+    param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the stored weights.")
+    remat: Literal["full", "dots", "none"] = Field(
+        "full",
+        description="What the backward pass computes again to save memory: all but attention's result, all "
+        "but the results of matrix products, or nothing.",
+    )
+    scan_layers: bool = Field(
+        True, description="One compiled layer for all; false writes every layer out, which compiles slowly."
+    )
+    attention: Literal["auto", "xla"] = Field(
+        "auto",
+        description="Attention of packed rows: the kernel of the platform (Triton on a GPU, splash on a TPU) "
+        "where rows have 128 tokens or more and heads 64, 128 or 256 numbers; or plain XLA everywhere.",
+    )
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="Adapters on frozen weights.")
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none", description="How the frozen matrices below adapters are stored."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.quantize != "none" and not self.lora.rank:
+            raise ValueError(
+                f"model.quantize={self.quantize} is for frozen weights; without adapters all are trained: "
+                "set model.lora.rank, for example model.lora.rank=16"
+            )
+        if self.path is not None and self.preset is not None:
+            raise ValueError(
+                f"model.path={self.path} and model.preset={self.preset} exclude each other: a folder brings "
+                "its own shape; set one of them to null"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} must divide model.hidden_size={self.hidden_size}, "
+                "or model.head_dim must be set"
+            )
+        return self
+
+
+class MeshConfig(Section):
+    """Devices of the learner along each axis."""
+
+    data: int = Field(1, ge=1, description="Copies of the model that share the rows.")
+    fsdp: int = Field(1, ge=1, description="Shards of weights and optimizer state; shares the rows too.")
+    tensor: int = Field(1, ge=1, description="Shards of heads and hidden layers.")
+    sequence: int = Field(1, ge=1, description="Shards of the time axis.")

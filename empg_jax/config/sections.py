@@ -1,0 +1,198 @@
+"""Configuration of a run: environment, sampling, workers, training, warm start, evaluation, records."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from empg_jax.config.algorithm import Section
+from empg_jax.config.model import as_list
+
+
+class EnvConfig(Section):
+    """Which environment the agent acts in, and what the agent sees of it."""
+
+    name: str | None = Field("household", description="Name of a shipped environment.")
+    entry_point: str | None = Field(
+        None,
+        pattern=r"^[\w.]+:\w+$",
+        description="An environment of your own, as package.module:attribute, in place of env.name.",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the environment.")
+    prompt_options: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of its prompt builder and action parser."
+    )
+    split: str = Field("train", description="Panel of tasks that are trained on.")
+    eval_split: str = Field("test", description="Panel of held-out tasks for evaluation.")
+    max_turns: int = Field(10, ge=1, description="Turns after which an episode is truncated.")
+    context: Literal["transcript", "window"] = Field(
+        "transcript", description="Prompt of a turn: the growing transcript, or a fresh prompt with a window."
+    )
+    history: int = Field(2, ge=0, description="Past turns in a fresh prompt (env.context=window).")
+    invalid_penalty: float = Field(
+        0.0, ge=0, description="Subtracted from the reward of a turn whose response is no valid action."
+    )
+    timeout_outcome: Literal["discard", "zero"] = Field(
+        "discard", description="What becomes of an episode that overruns its time: refilled, or scored zero."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("entry_point") is None:
+            return data
+        if data.get("name") is not None:
+            raise ValueError(
+                f"env.name={data['name']} and env.entry_point={data['entry_point']} exclude each other: "
+                "set env.name=null"
+            )
+        return {**data, "name": None}
+
+    @property
+    def target(self) -> str:
+        """What `empg_envs.make_env` is asked for: the entry point, else the name."""
+        target = self.entry_point or self.name
+        assert target is not None  # a cross-section check refuses a configuration with neither
+        return target
+
+
+class RolloutConfig(Section):
+    """How episodes are sampled."""
+
+    tasks_per_update: int = Field(16, ge=1, description="Tasks (groups) per update.")
+    group_size: int = Field(8, ge=1, description="Attempts at each task.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; entropies are taken at it too.")
+    slots: int | None = Field(
+        None, ge=1, description="Conversations in flight (default tasks_per_update * group_size)."
+    )
+    max_response_tokens: int = Field(16, ge=1, description="Tokens that one response may have.")
+    max_tokens: int = Field(256, ge=2, description="Longest conversation in tokens, and the row length.")
+    deterministic: bool = Field(False, description="Barrier per turn, fixed shapes: repeatable bit by bit.")
+    burst: int = Field(8, ge=1, description="Decode steps between two looks at the host.")
+    data: int = Field(1, ge=1, description="Local devices that the engine's slots are split over.")
+    tensor: int = Field(1, ge=1, description="Local devices that the engine's weights are split over.")
+    prefill_buckets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = Field(
+        None, description="Lengths that prompts are padded to, ascending (default chosen by the engine)."
+    )
+    episode_timeout: float = Field(300.0, gt=0, description="Seconds that an episode may last.")
+    min_group_size: int | None = Field(
+        None, ge=1, description="Attempts that suffice to close a group at its deadline (default all)."
+    )
+    filter_groups: bool = Field(
+        False, description="Replace groups whose attempts all returned the same (true with dapo)."
+    )
+    max_refills: int = Field(
+        10,
+        ge=1,
+        description="Batches' worth of groups so replaced before an update; later ones count.",
+    )
+
+
+class WorkersConfig(Section):
+    """The processes that run environments."""
+
+    num: int = Field(2, ge=1, description="Environment worker processes.")
+    backend: Literal["local"] = Field("local", description="Where workers run: processes of this machine.")
+    start_timeout: float = Field(30.0, gt=0, description="Seconds that a worker may take to start.")
+    reset_timeout: float = Field(30.0, gt=0, description="Seconds that a reset may take.")
+    step_timeout: float = Field(10.0, gt=0, description="Seconds that a step may take.")
+    memory_limit_mb: int | None = Field(None, ge=64, description="Address space of a worker in MiB.")
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    updates: int = Field(150, ge=0, description="Updates of the RL phase.")
+    num_minibatches: int = Field(4, ge=1, description="Optimizer steps that a batch is split into.")
+    epochs: int = Field(1, ge=1, description="Passes over a batch.")
+    micro_tokens: int = Field(4096, ge=1, description="Tokens per forward/backward pass, over all devices.")
+    max_lag: int = Field(0, ge=0, description="Oldest policy version trained on; 0 is synchronous training.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Decay after the warm-up."
+    )
+    final_learning_rate: float = Field(5e-5, ge=0, description="Learning rate at the last update.")
+    warmup_updates: int = Field(0, ge=0, description="Updates of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="First moment decay of AdamW.")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Second moment decay of AdamW.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    max_kl: float | None = Field(
+        None, gt=0, description="An optimizer step beyond this approximate KL is left out (null: no limit)."
+    )
+    on_kl: Literal["stop", "skip", "rollback"] = Field(
+        "skip", description="What to do when steps were left out for train.max_kl."
+    )
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop", description="What to do when loss or gradient is not finite."
+    )
+
+
+class SftConfig(Section):
+    """The supervised warm start, on expert demonstrations or on chat files."""
+
+    updates: int = Field(0, ge=0, description="Updates of the warm start; 0 leaves it out.")
+    data: Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(as_list)] | None = Field(
+        None, description="Chat file (JSON lines), or a list of them, to learn from in place of the expert."
+    )
+    loss_on: Literal["all", "last"] = Field(
+        "all", description="Answers of a conversation in sft.data that are learned."
+    )
+    too_long: Literal["skip", "truncate"] = Field(
+        "skip", description="What becomes of a conversation in sft.data beyond rollout.max_tokens."
+    )
+    holdout: float = Field(
+        0.05, ge=0, lt=1, description="Share of sft.data on which the loss is measured, not lowered."
+    )
+    eval_every: int = Field(
+        50, ge=0, description="Updates between two held-out losses; 0 is only after the last."
+    )
+    batch_size: int = Field(64, ge=1, description="Demonstrations (rows of sft.data) per update.")
+    learning_rate: float = Field(4e-3, gt=0, description="Peak learning rate (cosine decay).")
+    final_learning_rate: float = Field(4e-5, ge=0, description="Learning rate at the last update.")
+    demonstrations: int = Field(4000, ge=1, description="Episodes that the expert records.")
+    noise: float = Field(0.1, ge=0, le=1, description="Share of random actions in the demonstrations.")
+    split: str = Field("train", description="Panel that demonstrations come from.")
+
+    @model_validator(mode="after")
+    def _check(self) -> SftConfig:
+        if self.data is not None and not self.data:
+            raise ValueError("sft.data=[] names no file; leave it null to learn from the expert")
+        if self.data is not None and self.updates == 0:
+            raise ValueError(
+                f"sft.data={', '.join(self.data)} has no effect with sft.updates=0: set sft.updates, for "
+                "example sft.updates=200"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out tasks (`env.eval_split`)."""
+
+    tasks: int = Field(256, ge=1, description="Held-out tasks, each attempted once.")
+    every: int = Field(0, ge=0, description="Updates between evaluations; 0 is only before and after.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
+
+
+class CheckpointConfig(Section):
+    """What is kept to go on from."""
+
+    every: int = Field(25, ge=1, description="Updates between checkpoints.")
+    keep: int = Field(3, ge=1, description="Newest checkpoints that are kept.")
+    dir: str | None = Field(
+        None, description="Where they are written (default: checkpoints in the run folder)."
+    )
+
+
+class LogConfig(Section):
+    """What is recorded and shown."""
+
+    every: int = Field(1, ge=1, description="Updates between two lines of metrics.jsonl.")
+    drift_every: int = Field(
+        25, ge=0, description="Updates between two measurements of the entropy's drift; 0 is never."
+    )
+    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    wandb: bool = Field(False, description="Send metrics to Weights & Biases (extra: wandb).")
+    progress: bool = Field(True, description="Show live progress.")
+    transcripts: int = Field(8, ge=0, description="Sample episodes written out at the end.")

@@ -1,0 +1,120 @@
+"""From text to nested values: configuration files, YAML, dotted overrides."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from empg_jax.errors import ConfigError, nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number and refuses keys that are no text or come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str) or key in seen:
+                problem = f"the key {key!r} comes twice" if key in seen else f"the key {key!r} is no text"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot in a float; people write learning rates without one.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def find_file(name_or_path: str | Path) -> Path:
+    """The file that a packaged name (``quickstart``) or a path means.
+
+    Raises:
+      ConfigError: there is no such file; names the packaged ones.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        raise ConfigError(f"no configuration file {path}")
+    packaged = {file.stem: file for file in sorted(_packaged_folder().glob("*.yaml"))}
+    if str(name_or_path) not in packaged:
+        hint = nearest(str(name_or_path), packaged)
+        raise ConfigError(
+            f"no packaged configuration {str(name_or_path)!r}{hint}; there are: {', '.join(packaged)}; "
+            "a file of your own is given as a path that ends in .yaml"
+        )
+    return packaged[str(name_or_path)]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The nested values of a file; an empty file has none.
+
+    Raises:
+      ConfigError: the file cannot be read, is no YAML, or is no table of keys.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values (key: value), not {type(values).__name__}")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in place; the value is YAML.
+
+    Raises:
+      ConfigError: no ``=``, an empty part in the key, a value that is no YAML, or a key below a plain value.
+    """
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from None
+    node = values
+    for depth, part in enumerate(parts[:-1], start=1):
+        if node.get(part) is None:
+            node[part] = {}
+        if not isinstance(node[part], dict):
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(parts[:depth])} is {node[part]!r} and has no keys below it"
+            )
+        node = node[part]
+    # A section given as a table is merged, so that `algorithm={empg: {k: 2}}` keeps the other keys.
+    if isinstance(value, dict) and isinstance(node.get(parts[-1]), dict):
+        node[parts[-1]] = _merge(node[parts[-1]], value)
+    else:
+        node[parts[-1]] = value
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(old.get(key), dict)
+        merged[key] = _merge(old[key], value) if both else value
+    return merged
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    return f"line {mark.line + 1}: {problem}" if mark else problem
+
+
+def _packaged_folder() -> Path:
+    """Inside the package in an installed wheel, one level up in a source checkout."""
+    here = Path(__file__).resolve().parents[1]
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"

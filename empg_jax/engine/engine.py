@@ -1,0 +1,352 @@
+"""The sampling engine: slots, prefill, decode, and a KV cache that is kept across turns.
+
+A slot holds one conversation. `Engine.submit` appends tokens to it (or starts it afresh) and asks for a
+response; `Engine.step` runs one burst for every slot at once and returns the responses that ended. Only the
+new tokens of a conversation are prefilled. The host reads from the device once per burst, never per token.
+
+The cache is physically short and grows in buckets between dispatches, because unused capacity costs time in
+every decode step. All shapes come from small bucket lists that `Engine.warm_up` compiles beforehand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from empg_jax.engine.programs import Burst, cache_sharding, compile_programs
+from empg_jax.engine.programs import EngineConfig as EngineConfig
+from empg_jax.models.axes import param_shardings
+from empg_jax.models.decoder import DecoderConfig, KVCache, init_cache
+from empg_jax.models.lora import combine
+from empg_jax.parallel.mesh import make_mesh, replicated
+from empg_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Response:
+    """One finished response. ``finish_reason`` is ``stop`` or ``length``; arrays as in `types.Turn`."""
+
+    slot: int
+    prompt_tokens: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    version: int
+    finish_reason: str
+
+
+@dataclasses.dataclass
+class EngineStats:
+    """Counts of work done, for metrics and benchmarks."""
+
+    prefilled_tokens: int = 0  # real tokens written by prefill
+    sampled_tokens: int = 0
+    responses: int = 0
+    decode_rows: int = 0  # slots x steps that decode dispatches spent; sampled_tokens of them were of use
+    bursts: int = 0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the decoded rows that sampled a token of a response."""
+        return self.sampled_tokens / max(1, self.decode_rows)
+
+
+class Engine:
+    """Continuous batching over slots, with each conversation's KV kept across turns.
+
+    The newest token of a conversation, sampled or given, is not in the cache: the next decode step reads it
+    and samples what comes after. Everything before it is.
+
+    Args:
+      model: the decoder's config.
+      config: sizes and sampling settings.
+      seed: run seed; keys are folded from (seed, stream, group, member, turn, position).
+      temperature: divides the logits; statistics are recorded at it. 0 is greedy (statistics at 1).
+      mesh: devices of this host: slots are split over its ``data`` axis; heads, hidden layers and vocabulary
+        over ``tensor``. Default the first local device.
+    """
+
+    def __init__(
+        self,
+        model: DecoderConfig,
+        config: EngineConfig,
+        *,
+        seed: int,
+        temperature: float = 1.0,
+        mesh: Mesh | None = None,
+    ) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must not be negative")
+        self.model, self.config = model, config
+        self._temperature = np.float32(temperature)
+        self.version = -1
+        self.stats = EngineStats()
+        self._mesh = mesh or make_mesh(devices=jax.local_devices())
+        self._key = jax.device_put(jax.random.key(seed), replicated(self._mesh))
+        self.base: Params = {}  # frozen weights that lie below what `load` brings (`place` makes them)
+        self._params: Params | None = None
+        # Fused matrices would be cut in the wrong places over ``tensor``; adapters are fused with nothing.
+        is_fused = model.lora is None and self._mesh.shape["tensor"] == 1
+        layout = dataclasses.replace(model, fused_projections=is_fused)
+        self._programs = compile_programs(layout, config, self._mesh)
+        slots, response = config.slots, config.max_response_tokens
+        self._history = np.zeros((slots, config.max_tokens), np.int32)
+        self._num_tokens = np.zeros(slots, np.int64)  # tokens of the conversation
+        self._kv_length = np.zeros(slots, np.int64)  # of these, tokens whose keys are in the cache
+        self._prompt_length = np.zeros(slots, np.int64)
+        self._allowed = np.zeros(slots, np.int64)  # tokens that the response may still get; 0: no response
+        self._ids = np.zeros((slots, 4), np.int32)
+        self._logprobs = np.zeros((slots, response), np.float32)
+        self._entropies = np.zeros((slots, response), np.float32)
+        self._cache = self._new_cache(config.cache_buckets[0])
+
+    # ------------------------------------------------------------------------------ conversations
+
+    @property
+    def has_work(self) -> bool:
+        """True while a submitted response is unfinished."""
+        return bool(self._allowed.any())
+
+    def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
+        """Response tokens that would still fit after ``num_new`` more prompt tokens (may be <= 0)."""
+        used = 0 if is_fresh else int(self._num_tokens[slot])
+        return min(self.config.max_response_tokens, self.config.max_tokens - used - num_new)
+
+    def submit(
+        self,
+        slot: int,
+        tokens: Sequence[int] | np.ndarray,
+        *,
+        is_fresh: bool,
+        ids: tuple[int, int, int, int],
+        max_response: int | None = None,
+    ) -> None:
+        """Append ``tokens`` to the slot's conversation and ask for a response.
+
+        Args:
+          slot: which conversation.
+          tokens: prompt tokens that come after what the conversation already holds.
+          is_fresh: forget the conversation first; ``tokens`` is then the whole prompt.
+          ids: (stream, group, member, turn): what the sampling keys are folded from.
+          max_response: most tokens of this response, where that is less than what fits.
+
+        Raises:
+          RuntimeError: no weights are loaded, or the slot is still answering.
+          ValueError: no prompt at all, or no room for a single response token.
+        """
+        if self._params is None:
+            raise RuntimeError("Engine.submit before Engine.load: there are no weights to sample from")
+        if self._allowed[slot]:
+            raise RuntimeError(f"slot {slot} is still answering")
+        room = self.room(slot, len(tokens), is_fresh=is_fresh)
+        allowed = room if max_response is None else min(room, max_response)
+        if allowed < 1:
+            raise ValueError(
+                f"slot {slot}: {len(tokens)} new tokens leave no room for a response within "
+                f"max_tokens={self.config.max_tokens}"
+                if room < 1
+                else f"slot {slot}: max_response={max_response} must be at least 1"
+            )
+        start = 0 if is_fresh else int(self._num_tokens[slot])
+        if start + len(tokens) == 0:
+            raise ValueError(f"slot {slot}: an empty prompt cannot be answered")
+        if is_fresh:
+            self._kv_length[slot] = 0
+        self._history[slot, start : start + len(tokens)] = tokens
+        self._num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
+        self._ids[slot] = ids
+        self._allowed[slot] = allowed
+
+    def release(self, slot: int) -> None:
+        """Forget the slot's conversation; a response in progress is dropped."""
+        self._num_tokens[slot] = self._kv_length[slot] = self._allowed[slot] = 0
+
+    def load(self, params: Params, version: int) -> None:
+        """Make new weights live, and return when they are.
+
+        Called at a turn boundary. The KV of live conversations is dropped: each is prefilled again, with
+        the new weights, when it goes on.
+
+        Args:
+          params: stacked parameters, on any devices; only the adapters where a `base` is set.
+          version: the policy version that they are.
+
+        Raises:
+          RuntimeError: a response is in progress.
+        """
+        if self.has_work:
+            raise RuntimeError("Engine.load in the middle of a turn: step the engine until has_work is False")
+        self._params = combine(self.base, self.place(params))
+        self._kv_length[:] = 0
+        self.version = version
+
+    def place(self, params: Params) -> Params:
+        """A copy of stacked parameters where and as this engine uses them; engines alike may share it."""
+        moved = jax.device_put(params, param_shardings(self._mesh, params, self.model.head_dim))
+        return jax.block_until_ready(self._programs.unstack(moved))
+
+    def take_stats(self) -> EngineStats:
+        """The counts since the last call, which starts them again from zero."""
+        stats, self.stats = self.stats, EngineStats()
+        return stats
+
+    # ------------------------------------------------------------------------------------ running
+
+    def step(self, *, is_eager: bool = True) -> list[Response]:
+        """Prefill what was submitted, decode one burst, and return the responses that ended.
+
+        Args:
+          is_eager: return before the burst's end when ``patience`` responses have ended, so that their
+            environments can go on; False where nobody waits for them.
+        """
+        if not self.has_work:
+            return []
+        self._fit_cache()
+        self._prefill()
+        slots = self.config.slots
+        last = np.maximum(self._num_tokens - 1, 0)
+        plan = np.empty((slots, 8), np.int32)
+        plan[:, 0] = self._history[np.arange(slots), last]
+        plan[:, 1] = last
+        plan[:, 2] = self._num_tokens - self._prompt_length
+        plan[:, 3] = self._allowed
+        plan[:, 4:] = self._ids
+        limits = np.asarray((self.config.burst, self.config.patience if is_eager else slots), np.int32)
+        self._cache, burst = self._programs.decode(
+            self._params, self._cache, self._key, plan, limits, self._temperature
+        )
+        return self._take(jax.device_get(burst))  # the only read of the burst
+
+    def _take(self, burst: Burst) -> list[Response]:
+        """Write down what was sampled; returns the responses that ended."""
+        counts = np.asarray(burst.counts)
+        self.stats.bursts += 1
+        self.stats.decode_rows += int(burst.steps) * self.config.slots
+        self.stats.sampled_tokens += int(counts.sum())
+        step, slot = np.nonzero(np.arange(self.config.burst)[:, None] < counts[None, :])
+        column = self._num_tokens[slot] + step
+        self._history[slot, column] = burst.tokens[step, slot]
+        column -= self._prompt_length[slot]
+        self._logprobs[slot, column] = burst.logprobs[step, slot]
+        self._entropies[slot, column] = burst.entropies[step, slot]
+        sampled = np.flatnonzero(counts)
+        self._num_tokens[sampled] += counts[sampled]
+        self._kv_length[sampled] = self._num_tokens[sampled] - 1
+        self._allowed[sampled] -= counts[sampled]
+        stopped = np.isin(burst.tokens[counts[sampled] - 1, sampled], self.config.stop_ids)
+        ended = [
+            self._respond(int(slot), bool(is_stop))
+            for slot, is_stop in zip(sampled, stopped, strict=True)
+            if is_stop or not self._allowed[slot]
+        ]
+        self.stats.responses += len(ended)
+        return ended
+
+    def _respond(self, slot: int, is_stop: bool) -> Response:
+        self._allowed[slot] = 0
+        start, stop = int(self._prompt_length[slot]), int(self._num_tokens[slot])
+        return Response(
+            slot=slot,
+            prompt_tokens=self._history[slot, :start].copy(),
+            tokens=self._history[slot, start:stop].copy(),
+            logprobs=self._logprobs[slot, : stop - start].copy(),
+            entropies=self._entropies[slot, : stop - start].copy(),
+            version=self.version,
+            finish_reason="stop" if is_stop else "length",
+        )
+
+    def _prefill(self) -> None:
+        """Write what is not yet cached of every conversation that is to be answered, but its newest token."""
+        missing = np.where(self._allowed > 0, self._num_tokens - 1 - self._kv_length, 0)
+        lengths = self.config.prefill_lengths(self.capacity)
+        while missing.any():
+            groups: dict[int, list[int]] = {}
+            for slot in np.flatnonzero(missing):
+                groups.setdefault(_fit(int(missing[slot]), lengths), []).append(int(slot))
+            for length, slots in groups.items():
+                sizes = self.config.prefill_rows(length)
+                while slots:
+                    size = _fit(len(slots), sizes)
+                    self._prefill_group(slots[:size], size, length, missing)
+                    del slots[:size]
+
+    def _prefill_group(self, slots: list[int], size: int, length: int, missing: np.ndarray) -> None:
+        """One dispatch: up to ``length`` tokens of each slot, in ``size`` rows. Updates ``missing``."""
+        # All slots at once need no gather: row i is slot i. Other groups are padded with rows beyond them.
+        is_whole = size == self.config.slots
+        rows = np.arange(size, dtype=np.int32) if is_whole else np.full(size, self.config.slots, np.int32)
+        places = slots if is_whole else range(len(slots))
+        tokens = np.zeros((size, length), np.int32)
+        spans = np.zeros((size, 2), np.int32)
+        for row, slot in zip(places, slots, strict=True):
+            start, count = int(self._kv_length[slot]), min(length, int(missing[slot]))
+            rows[row] = slot
+            tokens[row, :count] = self._history[slot, start : start + count]
+            spans[row] = start, count
+            self._kv_length[slot] += count
+            missing[slot] -= count
+        self.stats.prefilled_tokens += int(spans[:, 1].sum())
+        self._cache = self._programs.prefill(self._params, self._cache, rows, tokens, spans)
+
+    # -------------------------------------------------------------------------------------- cache
+
+    @property
+    def capacity(self) -> int:
+        """Physical length of the cache at the moment."""
+        return int(self._cache[0][0].shape[2])
+
+    def _new_cache(self, capacity: int) -> KVCache:
+        cache = init_cache(self.model, self.config.slots, capacity)
+        return jax.device_put(cache, cache_sharding(self._mesh, self.model, self.config))
+
+    def _fit_cache(self) -> None:
+        """Grow the cache to the bucket that this burst needs; start short again when nothing is held."""
+        busy = self._allowed > 0
+        longest = int((self._num_tokens + np.minimum(self._allowed, self.config.burst))[busy].max())
+        wanted = next(n for n in self.config.cache_buckets if n >= longest)
+        if not self._kv_length.any():
+            if self.capacity != wanted:
+                self._cache = self._new_cache(wanted)
+            return
+        for capacity in self.config.cache_buckets:
+            if self.capacity < capacity <= wanted:
+                self._cache = self._programs.grow(self._cache, capacity)
+
+    def warm_up(self) -> None:
+        """Compile every bucket before the first episode, so that nothing compiles later.
+
+        Raises:
+          RuntimeError: called while conversations are live, or before `load`.
+        """
+        config = self.config
+        if self.has_work or self._kv_length.any() or self._params is None:
+            raise RuntimeError("Engine.warm_up needs loaded weights and no live conversation")
+        for capacity, larger in zip(config.cache_buckets, (*config.cache_buckets[1:], 0), strict=True):
+            cache = self._new_cache(capacity)
+            for length in config.prefill_lengths(capacity):
+                for rows in config.prefill_rows(length):
+                    index = np.full(rows, config.slots, np.int32)
+                    tokens, spans = np.zeros((rows, length), np.int32), np.zeros((rows, 2), np.int32)
+                    cache = self._programs.prefill(self._params, cache, index, tokens, spans)
+            plan, limits = np.zeros((config.slots, 8), np.int32), np.zeros(2, np.int32)
+            cache, _ = self._programs.decode(self._params, cache, self._key, plan, limits, self._temperature)
+            if larger:
+                jax.block_until_ready(self._programs.grow(cache, larger))
+        self._cache = self._new_cache(config.cache_buckets[0])
+
+
+def _fit(size: int, buckets: tuple[int, ...]) -> int:
+    """The bucket for ``size``: the smallest that holds it, unless more than half of it would be padding.
+
+    In that case, and where none holds it, a smaller one that is filled completely; the rest goes next.
+    """
+    above = next((bucket for bucket in buckets if bucket >= size), None)
+    below = max((bucket for bucket in buckets if bucket < size), default=None)
+    if above is not None and (below is None or 2 * size > above):
+        return above
+    assert below is not None
+    return below

@@ -1,0 +1,256 @@
+"""The engine's device programs: prefill and decode over one KV cache. Pure functions, jitted once.
+
+The cache is all that lives on the device between dispatches. It is donated to every program and comes back
+from it, so nothing is copied; what the host knows of the slots goes in with each dispatch as a small table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from empg_jax.engine.sampling import fold_keys, position_uniforms, sample
+from empg_jax.models.decoder import (
+    DecoderConfig,
+    KVCache,
+    forward_cached,
+    fuse_projections,
+    output_embedding,
+    unstack_layers,
+)
+from empg_jax.models.quantize import QUANTISED_LEAVES
+from empg_jax.parallel.mesh import named_sharding, replicated
+from empg_jax.types import Params
+
+# By platform. On GPUs the compiler would merge products of one input (q, k, v; gate, up) by concatenating
+# their weights inside the loop over steps: 1.7 times the traffic that a step of a 1.5B model needs.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
+# Most tokens of one prefill dispatch, padding included; bounds its memory.
+PREFILL_TOKENS = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine.
+
+    Attributes:
+      slots: conversations held at one time.
+      max_tokens: longest conversation, in tokens.
+      max_response_tokens: longest response of a turn.
+      stop_ids: sampling one of these ends a response (the token belongs to the response).
+      burst: decode steps per dispatch at most.
+      patience: responses that must have ended for a burst to end early; default a sixteenth of the slots.
+      prefill_buckets: lengths that prefill chunks are padded to; default 16, 64, 256 up to ``max_tokens``.
+      row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, an eighth of it …
+      cache_buckets: physical cache lengths; default 128, 256, 384, 512, 768 … to ``max_tokens``.
+    """
+
+    slots: int
+    max_tokens: int
+    max_response_tokens: int
+    stop_ids: tuple[int, ...]
+    burst: int = 8
+    patience: int = 0
+    prefill_buckets: tuple[int, ...] = ()
+    row_buckets: tuple[int, ...] = ()
+    cache_buckets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Fill the bucket lists and refuse sizes that cannot work."""
+        if not self.stop_ids:
+            raise ValueError("stop_ids is empty: no response could ever end by itself")
+        if not 0 < self.max_response_tokens < self.max_tokens:
+            raise ValueError(
+                f"max_response_tokens={self.max_response_tokens} must lie in "
+                f"[1, max_tokens={self.max_tokens})"
+            )
+        lengths = [n for n in (16, 64, 256, 1024) if n < self.max_tokens] or [self.max_tokens]
+        rows = {1, *(n for n in (self.slots // 8**i for i in range(8)) if n >= 4)}
+        capacities = [128, *(n for i in range(8, 31) for n in (2**i, 3 * 2 ** (i - 1)))]
+        capacities = [n for n in capacities if n < self.max_tokens]
+
+        def fill(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        fill("patience", self.patience or max(1, self.slots // 16))
+        fill("prefill_buckets", tuple(sorted(self.prefill_buckets or lengths)))
+        fill("row_buckets", tuple(sorted({*(self.row_buckets or rows), self.slots})))
+        fill("cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens})))
+
+    def prefill_lengths(self, capacity: int) -> tuple[int, ...]:
+        """Chunk lengths that are used with a cache of this physical length."""
+        return tuple(n for n in self.prefill_buckets if n <= capacity) or self.prefill_buckets[:1]
+
+    def prefill_rows(self, length: int) -> tuple[int, ...]:
+        """Row counts that are used with chunks of this length."""
+        return tuple(n for n in self.row_buckets if n * length <= PREFILL_TOKENS) or self.row_buckets[:1]
+
+
+@flax.struct.dataclass
+class Burst:
+    """What a decode dispatch sampled (N = burst, S slots). Row ``n`` is step ``n``; idle slots hold junk."""
+
+    tokens: jax.Array  # int32[N S]
+    logprobs: jax.Array  # float32[N S]
+    entropies: jax.Array  # float32[N S]
+    counts: jax.Array  # int32[S]  tokens that the slot sampled: the first so many rows of its column
+    steps: jax.Array  # int32[]    steps made
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted programs of one model and one set of sizes."""
+
+    prefill: Any
+    decode: Any
+    unstack: Any
+    grow: Any
+
+
+@functools.cache
+def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> Programs:
+    """The programs, shared by engines of equal shape so that nothing compiles twice."""
+    cache, burst = cache_sharding(mesh, model, config), replicated(mesh)
+    options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+    jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
+    return Programs(
+        prefill=jit(functools.partial(prefill, model, config), out_shardings=cache),
+        decode=jit(functools.partial(decode, model, config), out_shardings=(cache, burst)),
+        unstack=jax.jit(functools.partial(_cast_and_unstack, model)),
+        grow=jax.jit(grow, static_argnums=1, out_shardings=cache),
+    )
+
+
+def cache_sharding(mesh: Mesh, model: DecoderConfig, config: EngineConfig) -> NamedSharding:
+    """How a leaf ``[S K C d]`` of the cache lies on the mesh: slots over ``data``, heads over ``tensor``."""
+    return named_sharding(mesh, ("slots", "heads", None, None), (config.slots, model.num_kv_heads, 1, 1))
+
+
+def _cast_and_unstack(model: DecoderConfig, params: Params) -> Params:
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        # A copy even where nothing changes: the learner donates its own buffers to the next update.
+        leaf = jnp.copy(leaf)
+        return leaf if path[-1].key in QUANTISED_LEAVES else leaf.astype(model.dtype)
+
+    placed = unstack_layers(jax.tree_util.tree_map_with_path(cast, params), model.num_layers)
+    if not model.fused_projections:
+        return placed
+    return placed | {"layers": tuple(map(fuse_projections, placed["layers"]))}
+
+
+def grow(cache: KVCache, capacity: int) -> KVCache:
+    """A copy of the cache with more room."""
+    more = capacity - cache[0][0].shape[2]
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, more), (0, 0))), cache)
+
+
+def prefill(
+    model: DecoderConfig,
+    config: EngineConfig,
+    params: Params,
+    cache: KVCache,
+    rows: jax.Array,
+    tokens: jax.Array,
+    spans: jax.Array,
+) -> KVCache:
+    """Write new tokens of some slots into the cache. Nothing is sampled: the last token is left to `decode`.
+
+    Args:
+      model: decoder config (static).
+      config: engine config (static).
+      params: unstacked parameters.
+      cache: the KV cache (donated).
+      rows: int32[R], slot of each row; a number beyond the slots is a pad.
+      tokens: int32[R, P], right-padded.
+      spans: int32[R, 2]: position of the first token, and how many there are.
+
+    Returns:
+      The cache.
+    """
+    start, count = spans[:, :1], spans[:, 1:]
+    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    capacity = jnp.int32(cache[0][0].shape[2])
+    positions = jnp.where(offsets < count, start + offsets, capacity)
+    which = None if rows.shape[0] == config.slots else rows
+    return forward_cached(params, model, tokens, positions, cache, which)[1]
+
+
+def decode(
+    model: DecoderConfig,
+    config: EngineConfig,
+    params: Params,
+    cache: KVCache,
+    key: jax.Array,
+    plan: jax.Array,
+    limits: jax.Array,
+    temperature: jax.Array,
+) -> tuple[KVCache, Burst]:
+    """One burst of decode steps for the active slots.
+
+    It ends after ``limits[0]`` steps, when no slot is active any more, or when ``limits[1]`` responses have
+    ended. Idle slots compute along and write nothing.
+
+    Args:
+      model: decoder config (static).
+      config: engine config (static).
+      params: unstacked parameters.
+      cache: the KV cache (donated).
+      key: the run's key.
+      plan: int32[S, 8]: last token (not yet in the cache), its position, response tokens so far, response
+        tokens still allowed (0: idle), and the ids that the keys are folded from (4).
+      limits: int32[2], see above.
+      temperature: float32 scalar.
+
+    Returns:
+      The cache and what was sampled.
+    """
+    last, position, done, allowed = (plan[:, i] for i in range(4))
+    offsets = jnp.arange(config.burst, dtype=jnp.int32)[None, :]
+    uniforms = position_uniforms(fold_keys(key, plan[:, 4:]), done[:, None] + offsets).T
+    head = output_embedding(params)
+    nowhere = jnp.int32(cache[0][0].shape[2])
+    grid = (config.burst, config.slots)
+    zeros = jnp.zeros(grid, jnp.float32)
+    empty = Burst(jnp.zeros(grid, jnp.int32), zeros, zeros, jnp.zeros_like(last), jnp.int32(0))
+
+    def body(
+        carry: tuple[KVCache, jax.Array, jax.Array, Burst],
+    ) -> tuple[KVCache, jax.Array, jax.Array, Burst]:
+        cache, last, is_active, out = carry
+        positions = jnp.where(is_active, position + out.counts, nowhere)
+        hidden, cache = forward_cached(params, model, last[:, None], positions[:, None], cache)
+        logits = jnp.einsum("sd,vd->sv", hidden[:, 0], head, preferred_element_type=jnp.float32)
+        tokens, logprobs, entropies = sample(logits, uniforms[out.steps], temperature)
+        counts = out.counts + is_active.astype(jnp.int32)
+        ended = jnp.logical_or(_is_stop(config, tokens), counts >= allowed)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=out.steps, axis=0)
+        out = Burst(
+            tokens=put(out.tokens, tokens),
+            logprobs=put(out.logprobs, logprobs),
+            entropies=put(out.entropies, entropies),
+            counts=counts,
+            steps=out.steps + 1,
+        )
+        return cache, tokens, jnp.logical_and(is_active, jnp.logical_not(ended)), out
+
+    began = allowed > 0
+    num_began = jnp.sum(began, dtype=jnp.int32)
+
+    def goes_on(carry: tuple[KVCache, jax.Array, jax.Array, Burst]) -> jax.Array:
+        _, _, is_active, out = carry
+        left = jnp.sum(is_active, dtype=jnp.int32)
+        is_patient = num_began - left < limits[1]
+        return jnp.logical_and(out.steps < limits[0], jnp.logical_and(left > 0, is_patient))
+
+    cache, _, _, out = jax.lax.while_loop(goes_on, body, (cache, last, began, empty))
+    return cache, out
+
+
+def _is_stop(config: EngineConfig, tokens: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.logical_or, [tokens == stop for stop in config.stop_ids])

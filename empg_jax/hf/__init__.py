@@ -1,0 +1,1 @@
+"""Exchange with Hugging Face: hub, configuration, names of tensors, weights files, adapters, presets."""

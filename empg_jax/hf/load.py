@@ -1,0 +1,224 @@
+"""Hugging Face checkpoints: Qwen2, Qwen3, Llama and Mistral, as safetensors.
+
+Reading goes straight into (sharded) arrays, tensor by tensor: each device's part of a tensor is cut out of
+the mapped file, moved, and written into its place in the stacked parameter on the devices. So a host holds
+about one tensor at a time and copies only what its devices need. Everything is checked before the first array
+is made, and all problems are listed together. `save_hf` writes the same format (`models.export_folder`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from empg_jax.hf.config import config_from_hf, read_hf_config
+from empg_jax.hf.hub import find_folder
+from empg_jax.hf.layout import INDEX, Leaf, get_leaf, list_leaves, set_leaf
+from empg_jax.hf.safetensors import SafetensorsFile
+from empg_jax.hf.save import save_hf as save_hf
+from empg_jax.models.decoder import DecoderConfig
+from empg_jax.models.quantize import quantise_module
+from empg_jax.types import Params
+
+_FILES = ("config.json", "generation_config.json", "*.safetensors", INDEX)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Checked weights that are not read yet.
+
+    Attributes:
+      leaves: the parameters to make.
+      files: the file that holds each tensor.
+    """
+
+    leaves: list[Leaf]
+    files: dict[str, SafetensorsFile]
+
+
+def load_hf(
+    path: str | pathlib.Path,
+    config: DecoderConfig | None = None,
+    *,
+    shardings: Params | None = None,
+    max_length: int | None = None,
+    quantise: str = "none",
+) -> tuple[DecoderConfig, Params]:
+    """Loads a model from a local folder or a hub id.
+
+    Args:
+      path: folder with config.json and safetensors (one file, or several with an index), or ``owner/name``.
+      config: shapes and types to load into; None takes the shapes from config.json and float32.
+      shardings: a ``Sharding`` for every parameter, in a tree like the parameters; None puts all of it on the
+        default device.
+      max_length: the longest row that will be used (see `config_from_hf`).
+      quantise: how matrices are stored (`models.quantize`); each is quantised as it is read.
+
+    Returns:
+      The config and the parameters, in ``config.param_dtype``.
+
+    Raises:
+      FileNotFoundError: when the folder, config.json or a weights file is missing.
+      ValueError: listing all missing, unexpected and misshaped tensors; for an unsupported architecture; for
+        a damaged file.
+    """
+    folder = find_folder(path, _FILES, "model")
+    if config is None:
+        config = config_from_hf(read_hf_config(folder), max_length=max_length)
+    weights = open_weights(folder, config)
+    params: Params = {}
+    for leaf in weights.leaves:
+        if leaf.stacked:
+            module = _read_stacked(leaf, weights.files, shardings, quantise)
+            for name, array in module.items():
+                set_leaf(params, (*leaf.path[:-1], name), array)
+        else:
+            sharding = None if shardings is None else get_leaf(shardings, leaf.path)
+            set_leaf(params, leaf.path, _read_tensor(leaf, leaf.names[0], weights.files, sharding))
+    return config, params
+
+
+def open_weights(path: str | pathlib.Path, config: DecoderConfig) -> Weights:
+    """Checks the weights files of a folder (or hub id) against a config, reading only their headers.
+
+    Raises:
+      FileNotFoundError: when the folder or a weights file is missing.
+      ValueError: listing all missing, unexpected and misshaped tensors, or for a damaged file.
+    """
+    folder = find_folder(path, _FILES, "model")
+    files = _open_files(folder)
+    leaves = list(list_leaves(config))
+    _check_tensors(folder, leaves, files, config.tie_embeddings)
+    return Weights(leaves, files)
+
+
+def _open_files(folder: pathlib.Path) -> dict[str, SafetensorsFile]:
+    """Returns the file that holds each tensor."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {INDEX}")
+    else:
+        names = ["model.safetensors"]
+        if not (folder / names[0]).is_file():
+            found = sorted(entry.name for entry in folder.iterdir())
+            raise FileNotFoundError(f"{folder} holds neither {names[0]} nor {INDEX}; it holds {found}")
+    files: dict[str, SafetensorsFile] = {}
+    for file in (SafetensorsFile(folder / name) for name in names):
+        files |= dict.fromkeys(file.names(), file)
+    return files
+
+
+def _check_tensors(
+    folder: pathlib.Path, leaves: list[Leaf], files: Mapping[str, SafetensorsFile], tied: bool
+) -> None:
+    expected = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
+    missing = [name for name in expected if name not in files]
+    wrong = [
+        f"{name} is {list(files[name].shape(name))} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in files and files[name].shape(name) != shape
+    ]
+    # Rotary tables of old exports and a second copy of a tied head carry nothing of their own.
+    redundant = {"lm_head.weight"} if tied else set()
+    extra = [
+        name
+        for name in files
+        if name not in expected | dict.fromkeys(redundant) and not name.endswith("inv_freq")
+    ]
+    problems = [("missing", missing), ("unexpected", extra), ("misshaped", wrong)]
+    if any(names for _, names in problems):
+        listed = "\n".join(f"  {kind}: {name}" for kind, names in problems for name in names)
+        raise ValueError(f"the tensors in {folder} do not fit the model:\n{listed}")
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def _read_tensor(leaf: Leaf, name: str, files: Mapping[str, SafetensorsFile], sharding: Any) -> jax.Array:
+    """One tensor, in our orientation, split over devices."""
+    array = files[name].array(name)
+    view = array.T if leaf.is_matrix else array
+
+    parts: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def read(index: Any) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in parts:  # devices that hold the same part share one copy of it
+            parts[key] = copy_part(view, index, leaf.dtype)
+        return parts[key]
+
+    if sharding is None:
+        return jnp.asarray(read((slice(None),) * view.ndim))
+    return jax.make_array_from_callback(view.shape, sharding, read)
+
+
+def copy_part(view: np.ndarray, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """A part of a mapped tensor in memory of its own: the only place where bytes of a file are read."""
+    return np.array(view[index], dtype, order="C")
+
+
+def _read_stacked(
+    leaf: Leaf, files: Mapping[str, SafetensorsFile], shardings: Params | None, quantise: str
+) -> Params:
+    """All tensors of a parameter in one array, or in those that stand for it when it is quantised."""
+    name, depth = leaf.path[-1], len(leaf.stacked)
+    one = jax.ShapeDtypeStruct(leaf.shape[depth:], leaf.dtype)
+    kept = jax.eval_shape(lambda kernel: quantise_module({name: kernel}, quantise), one)
+    stacked_shapes = {k: jax.ShapeDtypeStruct((*leaf.stacked, *s.shape), s.dtype) for k, s in kept.items()}
+    places, part_place = None, None
+    if shardings is not None:
+        places = {k: get_leaf(shardings, (*leaf.path[:-1], k)) for k in kept}
+        part_place = _of_one(next(iter(places.values())), depth)  # the codes' axes are the matrix's
+    start, insert = _stacking(name, quantise, _frozen(stacked_shapes), _frozen(places))
+    stacked = start()
+    for place, tensor in zip(np.ndindex(leaf.stacked), leaf.names, strict=True):
+        part = _read_tensor(leaf, tensor, files, part_place)
+        stacked = jax.block_until_ready(
+            insert(stacked, part, np.array(place, np.int32))
+        )  # else parts pile up
+    return stacked
+
+
+def _frozen(table: dict[str, Any] | None) -> tuple[tuple[str, Any], ...] | None:
+    return None if table is None else tuple(table.items())
+
+
+def _of_one(sharding: jax.sharding.Sharding, depth: int) -> jax.sharding.Sharding:
+    """The sharding of one tensor of an array that is stacked along its first ``depth`` axes."""
+    if isinstance(sharding, jax.NamedSharding):
+        return jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec[depth:]))
+    return sharding
+
+
+def _put(stacked: jax.Array, part: jax.Array, place: jax.Array) -> jax.Array:
+    block = part.reshape((1,) * len(place) + part.shape)
+    return jax.lax.dynamic_update_slice(stacked, block, (*place, *(jnp.int32(0),) * part.ndim))
+
+
+@functools.cache
+def _stacking(name: str, quantise: str, shapes: tuple, places: tuple | None) -> tuple[Any, Any]:
+    """Programs that make an empty stack, and that write one tensor into it in place."""
+
+    def start() -> Params:
+        return {k: jnp.zeros(s.shape, s.dtype) for k, s in shapes}
+
+    def insert(stacked: Params, part: jax.Array, place: jax.Array) -> Params:
+        parts = quantise_module({name: part}, quantise)
+        return {k: _put(stacked[k], parts[k], place) for k in parts}
+
+    out = None if places is None else dict(places)
+    return jax.jit(start, out_shardings=out), jax.jit(insert, donate_argnums=0, out_shardings=out)

@@ -1,0 +1,198 @@
+"""A folder that ``transformers`` and vLLM load: config.json, safetensors, tokenizer.
+
+It is written under another name beside its place and appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from empg_jax.hf.config import config_to_hf
+from empg_jax.hf.layout import INDEX, Leaf, get_leaf, list_leaves
+from empg_jax.hf.safetensors import write_safetensors
+from empg_jax.models.decoder import DecoderConfig
+from empg_jax.types import Params
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What an export needs of a tokenizer."""
+
+    vocab_size: int
+    pad_id: int
+    stop_ids: tuple[int, ...]
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes its files."""
+
+
+def save_hf(
+    params: Params,
+    config: DecoderConfig,
+    folder: str | pathlib.Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    base_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a folder that ``transformers.AutoModelForCausalLM`` and vLLM load.
+
+    The folder appears only when it is complete. With several processes all must call this; the first writes.
+
+    Args:
+      params: the parameters (sharded ones too); a critic's value head is left out.
+      config: their config.
+      folder: must not exist or be empty.
+      tokenizer: its files are added, and its stop tokens go into generation_config.json.
+      base_config: the config.json that the model came from; keys unknown to the decoder are kept.
+      max_shard_bytes: weights files are split at this size.
+
+    Raises:
+      FileExistsError: when the folder has contents.
+      ValueError: when no Hugging Face family fits the config, the parameters do not fit it, or the tokenizer
+        has more tokens than the model; nothing is written then.
+    """
+    keys = config_to_hf(config, base_config)
+    leaves = _check_params(params, config)
+    if tokenizer is not None:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
+            )
+        keys |= {"eos_token_id": tokenizer.stop_ids[0], "pad_token_id": tokenizer.pad_id}
+    keys["torch_dtype"] = np.dtype(leaves[0].dtype).name
+    with new_folder(folder) as partial:
+        if jax.process_index() == 0:
+            write_json(partial / "config.json", keys)
+            if tokenizer is not None:
+                write_tokenizer(partial, tokenizer)
+        _write_weights(partial, params, leaves, max_shard_bytes)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write into that takes its place when all went well, and vanishes otherwise.
+
+    Raises:
+      FileExistsError: when the place has contents.
+    """
+    target = pathlib.Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not empty: export into a new folder")
+    partial = target.with_name(target.name + ".partial")
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        if is_writer:
+            partial.replace(target)
+    finally:
+        if is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """The tokenizer's files, and its stop tokens in generation_config.json."""
+    tokenizer.save(folder)
+    stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    write_json(folder / "generation_config.json", stops)
+
+
+def _check_params(params: Params, config: DecoderConfig) -> list[Leaf]:
+    """Returns the leaves with the types that the parameters have."""
+    leaves = list(list_leaves(config))
+    params = {name: part for name, part in params.items() if name != "value_head"}
+    found = {
+        tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    expected = {leaf.path: leaf.shape for leaf in leaves}
+    problems = [f"missing {'/'.join(path)}" for path in expected if path not in found]
+    problems += [f"unexpected {'/'.join(path)}" for path in found if path not in expected]
+    problems += [
+        f"{'/'.join(path)} is {list(found[path].shape)} instead of {list(shape)}"
+        for path, shape in expected.items()
+        if path in found and found[path].shape != shape
+    ]
+    if problems:
+        raise ValueError("the parameters do not fit the config: " + "; ".join(problems))
+    return [dataclasses.replace(leaf, dtype=found[leaf.path].dtype) for leaf in leaves]
+
+
+def _write_weights(folder: pathlib.Path, params: Params, leaves: list[Leaf], max_shard_bytes: int) -> None:
+    is_writer = jax.process_index() == 0
+    sources = {
+        name: (leaf, place)
+        for leaf in leaves
+        for place, name in zip(np.ndindex(leaf.stacked), leaf.names, strict=True)
+    }
+
+    def read(name: str) -> np.ndarray:
+        leaf, place = sources[name]
+        host = to_host(get_leaf(params, leaf.path)[place])
+        return host.T if leaf.is_matrix else host
+
+    shards = _split(
+        {name: (leaf.tensor_shape, np.dtype(leaf.dtype)) for name, (leaf, _) in sources.items()},
+        max_shard_bytes,
+    )
+    weight_map: dict[str, str] = {}
+    for number, shapes in enumerate(shards, start=1):
+        file = (
+            f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        )
+        weight_map |= dict.fromkeys(shapes, file)
+        if is_writer:
+            write_safetensors(folder / file, shapes, read)
+        else:
+            for name in shapes:  # fetching is a collective: every process takes part
+                read(name)
+    if is_writer and len(shards) > 1:
+        total = sum(_num_bytes(*shape) for shapes in shards for shape in shapes.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _split(
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], max_bytes: int
+) -> list[dict[str, tuple[tuple[int, ...], np.dtype]]]:
+    shards: list[dict[str, tuple[tuple[int, ...], np.dtype]]] = [{}]
+    filled = 0
+    for name, (shape, dtype) in shapes.items():
+        size = _num_bytes(shape, dtype)
+        if shards[-1] and filled + size > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (shape, dtype)
+        filled += size
+    return shards
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The whole of an array, on every process."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils  # only with several processes
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file."""
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

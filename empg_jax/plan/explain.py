@@ -1,0 +1,178 @@
+"""The memory plan in words: a table, a line, and what to change when it does not fit."""
+
+from __future__ import annotations
+
+import pathlib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from empg_jax.errors import ConfigError
+from empg_jax.hf.presets import PRESETS
+from empg_jax.models.decoder import DecoderConfig
+from empg_jax.plan.memory import Plan, compute_plan
+from empg_jax.run.assembly import make_language, make_model, micro_rows
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+GIB = 2**30
+
+
+def find_shape(config: Config) -> DecoderConfig:
+    """The decoder's shape, without weights: from a folder's config.json, a preset, or the configuration.
+
+    A hub id whose model is also a preset (``Qwen/Qwen2.5-7B-Instruct``) is not looked up.
+
+    Raises:
+      ConfigError: as `assembly.make_model` does.
+    """
+    m = config.model
+    if m.path is None and m.preset is None and m.vocab_size is None:
+        return make_model(config, make_language(config).tokenizer)
+    known = None if m.path is None or pathlib.Path(m.path).expanduser().is_dir() else _preset_of(m.path)
+    if known is not None:
+        section = types.SimpleNamespace(**{**vars(m), "path": None, "preset": known})
+        config = types.SimpleNamespace(**{**vars(config), "model": section})  # type: ignore[assignment]
+    any_tokenizer: Any = types.SimpleNamespace(vocab_size=0)  # the model's own: it fits
+    return make_model(config, any_tokenizer)
+
+
+def _preset_of(hub_id: str) -> str | None:
+    name = hub_id.rpartition("/")[2].lower().replace("llama-3", "llama3")
+    return next((preset for preset in PRESETS if name == preset or name.startswith(f"{preset}-")), None)
+
+
+def spread(config: Config, devices: int) -> list[str]:
+    """The overrides that put a configuration on this many devices, by its ``fsdp`` axis.
+
+    Raises:
+      ConfigError: the other axes do not divide the number.
+    """
+    mesh = config.mesh
+    others = mesh.data * mesh.tensor * mesh.sequence
+    if mesh.fsdp * others == devices:
+        return []
+    if devices % others:
+        raise ConfigError(
+            f"--devices {devices}: mesh.data={mesh.data} x mesh.tensor={mesh.tensor} x "
+            f"mesh.sequence={mesh.sequence} does not divide it"
+        )
+    fsdp = devices // others
+    shards, rows = mesh.data * fsdp, micro_rows(config)
+    changes = [f"mesh.fsdp={fsdp}"]
+    if rows % shards:
+        changes.append(f"train.micro_tokens={-(-rows // shards) * shards * config.rollout.max_tokens}")
+    return changes
+
+
+def as_lines(plan: Plan, memory: float | None = None) -> list[str]:
+    """The plan as a table in plain text.
+
+    Args:
+      plan: the plan.
+      memory: bytes of a device, to compare with.
+    """
+    mesh = " x ".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
+    head = f"{plan.name}: {plan.num_params / 1e9:.3g} billion parameters, {mesh}"
+    lines = [head, "GiB on the fullest device:"]
+    lines += [f"  {item.name:<15}{_gib(item.size):>9}  {item.phase:<8}{item.note}" for item in plan.items]
+    return [*lines, f"  {'at most':<15}{_gib(plan.total):>9}{_verdict(plan.total, memory)}"]
+
+
+def as_line(plan: Plan, memory: float | None = None) -> str:
+    """The plan in one line, with its largest items."""
+    largest = sorted(plan.items, key=lambda item: -item.size)[:4]
+    parts = ", ".join(f"{item.name} {_gib(item.size)}" for item in largest)
+    return f"memory: at most {_gib(plan.total)} GiB a device ({parts}){_verdict(plan.total, memory)}"
+
+
+def _verdict(total: int, memory: float | None) -> str:
+    if memory is None:
+        return ""
+    share = f"  {total / memory:.0%} of {memory / GIB:.0f} GiB"
+    return share + (": does not fit" if total > memory else "")
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size >= GIB / 100 else f"{size / GIB:.4f}"
+
+
+def device_memory() -> int | None:
+    """Bytes that a local device has for arrays; None where it does not say (CPUs)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+# ---------------------------------------------------------------------------------------- suggestions
+
+
+Load = Callable[[Sequence[str]], "Config"]
+
+
+def explain(load: Load, devices: int | None = None, memory: float | None = None) -> list[str]:
+    """A configuration's plan as text, with suggestions where it does not fit.
+
+    Args:
+      load: gives the configuration with some overrides.
+      devices: devices to use (`spread`); default those of its mesh.
+      memory: bytes of a device.
+
+    Raises:
+      ConfigError: the configuration cannot be used, or not on these devices.
+    """
+    config = load([])
+    changes = [] if devices is None else spread(config, devices)
+    config = load(changes) if changes else config
+    plan = compute_plan(config, find_shape(config))
+    lines = as_lines(plan, memory)
+    if changes:
+        lines.insert(1, f"with {' '.join(changes)}, to use {devices} devices")
+    if memory is not None and plan.total > memory:
+        lines.append("one change, and what is then needed at most:")
+        lines += suggest(config, plan, lambda more: load([*changes, *more]), memory)
+    return lines
+
+
+def suggest(config: Config, plan: Plan, load: Load, memory: float) -> list[str]:
+    """What would make a plan smaller that does not fit, largest saving first.
+
+    Args:
+      config: the configuration.
+      plan: its plan.
+      load: the same configuration with further overrides; a ConfigError leaves a suggestion out.
+      memory: bytes of a device.
+
+    Returns:
+      One line for each change that saves 2 % or more.
+    """
+    found = []
+    for changes in _candidates(config, plan.devices):
+        try:
+            changed = load(changes)
+            total = compute_plan(changed, find_shape(changed)).total
+        except ConfigError:
+            continue
+        if total < 0.98 * plan.total:
+            fits = ", which fits" if total <= memory else ""
+            found.append((total, f"  {' '.join(changes)}: {_gib(total)} GiB{fits}"))
+    return [line for _, line in sorted(found)]
+
+
+def _candidates(config: Config, devices: int) -> Iterator[list[str]]:
+    model, mesh, rollout = config.model, config.mesh, config.rollout
+    yield ["model.remat=full"]
+    yield ["model.dtype=bfloat16"]
+    yield ["model.dtype=bfloat16", "model.param_dtype=bfloat16"]
+    yield [f"train.micro_tokens={rollout.max_tokens * mesh.data * mesh.fsdp}"]
+    yield [f"rollout.slots={max(1, (rollout.slots or rollout.tasks_per_update * rollout.group_size) // 4)}"]
+    for shards in (2, 4, 8):
+        if rollout.tensor < shards <= devices // rollout.data:
+            yield [f"rollout.tensor={shards}"]
+    tokens = max(config.train.micro_tokens, rollout.max_tokens * mesh.data * mesh.fsdp * 2)
+    yield [f"mesh.fsdp={mesh.fsdp * 2}", f"train.micro_tokens={tokens}"]
+    if not model.lora.rank:
+        yield ["model.lora.rank=16"]
+    yield [f"model.lora.rank={model.lora.rank or 16}", "model.quantize=int8"]
+    yield [f"model.lora.rank={model.lora.rank or 16}", "model.quantize=nf4"]

@@ -1,0 +1,254 @@
+"""How much memory a run needs on each device, by arithmetic on shapes: no weights, no devices, no compiling.
+
+Weights, moments and caches are exact. Activations are counted from the formulas of `activation_bytes`;
+`tests/test_plan.py` holds them against what the compiler reserves (within a fifth). Nothing here knows of
+fragmentation, or of what a platform's runtime keeps for itself (on GPUs about 1 GiB).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from empg_jax.engine.programs import PREFILL_TOKENS
+from empg_jax.learner.state import base_model, init_trained
+from empg_jax.models.axes import param_axes
+from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.head import LARGE_SLAB
+from empg_jax.models.quantize import quantise_params
+from empg_jax.parallel.layout import head_shards
+from empg_jax.parallel.mesh import AXES, fit_spec
+from empg_jax.run.assembly import make_batch_shape, micro_rows, needs_reference
+from empg_jax.types import Params
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+_BATCH_BYTES = 56  # per token of a batch: ids, masks, scores, credit
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Something that takes memory on a device.
+
+    Attributes:
+      name: what it is, in the words of the table.
+      size: bytes on the fullest device.
+      phase: when it is there: ``always``; in an ``update``, and in it either while a ``layer`` or while the
+        ``head`` runs; in a ``rollout``.
+      note: what the size comes from.
+    """
+
+    name: str
+    size: int
+    phase: str
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The memory of one device, item by item; phases that exclude each other share their memory."""
+
+    name: str
+    mesh: dict[str, int]
+    num_params: int
+    items: tuple[Item, ...]
+
+    @property
+    def devices(self) -> int:
+        """Devices of the learner."""
+        return math.prod(self.mesh.values())
+
+    @property
+    def total(self) -> int:
+        """Bytes at the worst moment."""
+        sums = dict.fromkeys(("always", "update", "layer", "head", "rollout"), 0)
+        for item in self.items:
+            sums[item.phase] += item.size
+        update = sums["update"] + max(sums["layer"], sums["head"])
+        return sums["always"] + max(update, sums["rollout"])
+
+
+def compute_plan(config: Config, model: DecoderConfig) -> Plan:
+    """The plan of a configuration.
+
+    Args:
+      config: the configuration; its ``mesh`` need not exist here.
+      model: the decoder's shape (`report.plan.find_shape`).
+    """
+    mesh = AbstractMesh(tuple(vars(config.mesh)[axis] for axis in AXES), AXES)
+    trained = jax.eval_shape(lambda: init_trained(jax.random.key(0), model))
+    base = _base_shapes(config, model)
+    items = [
+        *_state_items(config, model, mesh, trained, base),
+        *_update_items(config, model, mesh, trained, base),
+        *_engine_items(config, model, trained, base),
+    ]
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: _plain(model))))
+    return Plan(config.name, dict(vars(config.mesh)), count, tuple(item for item in items if item.size))
+
+
+def _plain(model: DecoderConfig) -> Params:
+    return init_params(jax.random.key(0), base_model(model))
+
+
+def _base_shapes(config: Config, model: DecoderConfig) -> Params | None:
+    if model.lora is None:
+        return None
+    return jax.eval_shape(lambda: quantise_params(_plain(model), config.model.quantize))
+
+
+# -------------------------------------------------------------------------------------------- weights
+
+
+def _state_items(
+    config: Config, model: DecoderConfig, mesh: AbstractMesh, trained: Params, base: Params | None
+) -> Iterator[Item]:
+    size = shard_bytes(trained, model.head_dim, mesh)
+    wide = shard_bytes(trained, model.head_dim, mesh, itemsize=4)
+    kind = "adapters" if base else "weights"
+    yield Item(kind, size, "always", f"trained, {jnp.dtype(jnp.float32 if base else model.param_dtype).name}")
+    if base:
+        note = "as stored" if config.model.quantize == "none" else f"matrices in {config.model.quantize}"
+        yield Item("frozen weights", shard_bytes(base, model.head_dim, mesh), "always", note)
+    if needs_reference(config) and (base is None or config.sft.updates > 0):
+        yield Item("reference", size, "always", f"frozen copy of the {kind} for the KL term")
+    yield Item("optimizer", 2 * wide, "always", "two moments, float32")
+    # The sum over micro-batches, and the newest micro-batch's.
+    yield Item("gradients", wide + size, "update", "sum in float32, and one micro-batch's")
+
+
+def shard_bytes(params: Params, head_dim: int, mesh: AbstractMesh, itemsize: int | None = None) -> int:
+    """Bytes of parameters on the fullest device.
+
+    Args:
+      params: shapes and types.
+      head_dim: width of a head.
+      mesh: sizes of the mesh's axes.
+      itemsize: bytes of a number, where not that of its type.
+    """
+    axes = jax.tree.leaves(param_axes(params, head_dim), is_leaf=lambda node: isinstance(node, tuple))
+    total = 0
+    for leaf, names in zip(jax.tree.leaves(params), axes, strict=True):
+        spec = fit_spec(mesh, names, leaf.shape)
+        parts = math.prod(mesh.shape[name] for name in spec if isinstance(name, str))
+        total += math.prod(leaf.shape) // parts * (itemsize or leaf.dtype.itemsize)
+    return total
+
+
+# --------------------------------------------------------------------------------------------- update
+
+
+@dataclasses.dataclass(frozen=True)
+class _Widths:
+    """Numbers per token on one device."""
+
+    stream: int
+    queries: int
+    keys: int  # keys, and as many values
+    hidden: int
+    routed: int  # copies of the stream for experts, before and after them
+    heads: int
+
+
+def _widths(model: DecoderConfig, mesh: AbstractMesh) -> _Widths:
+    tensor, moe = mesh.shape["tensor"], model.moe
+    q_parts = tensor if model.num_heads % tensor == 0 else 1
+    k_parts = tensor if model.num_kv_heads % tensor == 0 else 1
+    return _Widths(
+        stream=model.hidden_size,
+        queries=model.num_heads * model.head_dim // q_parts,
+        keys=model.num_kv_heads * model.head_dim // k_parts,
+        # A device keeps a row for every expert of a token, its own or not.
+        hidden=-(-model.intermediate_size // tensor) if moe is None else moe.top_k * moe.expert_size,
+        routed=0 if moe is None else 2 * moe.top_k * model.hidden_size,
+        heads=model.num_heads // q_parts,
+    )
+
+
+def activation_bytes(model: DecoderConfig, mesh: AbstractMesh, tokens: int, row: int) -> tuple[int, int]:
+    """Bytes that the forward pass leaves for the backward pass, and bytes in use while one layer runs.
+
+    Args:
+      model: the decoder's config; ``remat`` says what is left.
+      mesh: sizes of the mesh's axes.
+      tokens: tokens of a micro-batch on one device.
+      row: tokens of a row.
+    """
+    w, wide = _widths(model, mesh), 4
+    narrow = jnp.dtype(model.dtype).itemsize
+    full = narrow * (w.stream + w.queries) + wide * w.heads
+    dots = full + narrow * (w.stream + w.queries + 2 * w.keys + 2 * w.hidden)
+    # The norms and rotations in float32, the norms' results, and what lies between gate and down.
+    between = 2 * w.stream + 3 * w.hidden + 2 * w.routed
+    everything = dots + wide * (5 * w.stream + w.queries + w.keys) + narrow * between
+    kept = {"full": full, "dots": dots, "none": everything}[model.remat]
+    # While a layer's gradient is computed: all that its forward pass makes, and slopes of the widest part.
+    slopes = wide * 2 * w.stream + narrow * 3 * w.hidden
+    attention = _score_bytes(model, mesh, tokens, row)
+    return tokens * kept * model.num_layers, tokens * (everything + slopes) + attention
+
+
+def _score_bytes(model: DecoderConfig, mesh: AbstractMesh, tokens: int, row: int) -> int:
+    """Attention weights of one tile of queries: three float32 tables (`models.attention.tiles`)."""
+    heads = model.num_heads // head_shards(dict(mesh.shape), model.num_heads)
+    rows = -(-tokens * mesh.shape["sequence"] // row)
+    return 3 * 4 * rows * heads * max(64, -(-row // 16)) * row
+
+
+def _update_items(
+    config: Config, model: DecoderConfig, mesh: AbstractMesh, trained: Params, base: Params | None
+) -> Iterator[Item]:
+    row, sizes = config.rollout.max_tokens, mesh.shape
+    row_shards = sizes["data"] * sizes["fsdp"]
+    rows = -(-micro_rows(config) // row_shards)
+    tokens = rows * row // sizes["sequence"]
+    kept, working = activation_bytes(model, mesh, tokens, row)
+    policy = f"{model.num_layers} layers, remat={model.remat}"
+    yield Item("activations", kept, "update", f"{tokens} tokens a device, {policy}")
+    if row_shards * sizes["tensor"] * sizes["sequence"] > 1:
+        working += _gathered_bytes(model, mesh, base or trained)
+    yield Item("one layer", working, "layer", "its recomputation, its slopes, its gathered weights")
+    logits = min(tokens * -(-model.vocab_size // sizes["tensor"]), LARGE_SLAB)
+    stream = tokens * model.hidden_size * 4
+    yield Item("logits", 3 * 4 * logits + 2 * stream, "head", "one chunk of the vocabulary, three times")
+    whole = make_batch_shape(config)
+    batch = whole.max_rows * row * _BATCH_BYTES // (row_shards * sizes["sequence"])
+    yield Item("batch", batch, "always", f"at most {whole.max_rows} rows of {row} tokens")
+
+
+def _gathered_bytes(model: DecoderConfig, mesh: AbstractMesh, params: Params) -> int:
+    """A layer's weights, whole along fsdp: as they are sent, and their gradient."""
+    layer = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2)
+    return 2 * layer // mesh.shape["tensor"] * jnp.dtype(model.dtype).itemsize
+
+
+# -------------------------------------------------------------------------------------------- rollout
+
+
+def _engine_items(
+    config: Config, model: DecoderConfig, trained: Params, base: Params | None
+) -> Iterator[Item]:
+    r, narrow = config.rollout, jnp.dtype(model.dtype).itemsize
+    mesh = AbstractMesh((r.data, 1, r.tensor, 1), AXES)
+    own = shard_bytes(trained, model.head_dim, mesh, itemsize=narrow)
+    where = f"on {r.data * r.tensor} of the devices" if r.data * r.tensor > 1 else "on the first device"
+    yield Item("engine weights", 2 * own, "always", f"for training and for evaluation, {where}")
+    if base:
+        size = shard_bytes(base, model.head_dim, mesh)
+        yield Item("engine base", size, "always", f"the frozen weights, {where}")
+    slots = -(-(r.slots or r.tasks_per_update * r.group_size) // r.data)
+    kv_parts = r.tensor if model.num_kv_heads % r.tensor == 0 else 1
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim // kv_parts * narrow
+    note = f"{slots} slots of {r.max_tokens} tokens, {where}; another for evaluation"
+    yield Item("KV cache", 2 * slots * r.max_tokens * per_token, "always", note)
+    heads = model.num_heads // (r.tensor if model.num_heads % r.tensor == 0 else 1)
+    prefill = 2 * 4 * min(PREFILL_TOKENS, slots * r.max_tokens) * heads * r.max_tokens
+    logits = 3 * 4 * slots * model.vocab_size // r.tensor
+    yield Item("sampling", max(prefill, logits), "rollout", "attention of a prefill, or logits of a step")

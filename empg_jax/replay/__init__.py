@@ -1,1 +1,0 @@
-"""From finished trajectories to batches: buffer, packing, storage."""

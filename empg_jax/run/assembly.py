@@ -1,0 +1,347 @@
+"""From a configuration to the parts of a run: one small function per part, no state of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from empg_envs import EnvSpec, resolve_spec
+from empg_envs.base import ActionParser
+from empg_jax.algorithms import ALGORITHMS, Algorithm, make_algorithm
+from empg_jax.engine.engine import Engine, EngineConfig
+from empg_jax.errors import ConfigError
+from empg_jax.hf.config import config_from_hf, read_hf_config
+from empg_jax.hf.hub import find_folder
+from empg_jax.hf.presets import make_preset
+from empg_jax.learner.batching import BatchShape
+from empg_jax.learner.state import make_optimizer
+from empg_jax.models.decoder import DecoderConfig
+from empg_jax.models.lora import LoraConfig
+from empg_jax.parallel.layout import head_shards
+from empg_jax.parallel.mesh import make_mesh
+from empg_jax.rollout.collector import Collector
+from empg_jax.rollout.context import ContextFactory, make_context
+from empg_jax.rollout.episode import EpisodeRules
+from empg_jax.rollout.evaluator import Evaluator
+from empg_jax.rollout.source import GroupFilter
+from empg_jax.text.builtin import build_phrase_tokenizer
+from empg_jax.text.chat import ChatRenderer
+from empg_jax.text.template import ChatTemplateError
+from empg_jax.text.tokenizer import Tokenizer, load_tokenizer
+from empg_jax.text.vocabulary import check_vocabulary
+from empg_jax.workers.pool import EnvPool, PoolTimeouts
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+EVALUATION_STREAM = 1  # sampling keys of evaluation never meet those of training
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """How text and tokens meet in a run: tokenizer, chat format, what is shown, what is understood."""
+
+    tokenizer: Tokenizer
+    renderer: ChatRenderer
+    make_context: ContextFactory
+    parser: ActionParser
+
+
+def make_language(config: Config, tokenizer_path: Path | None = None) -> Language:
+    """Tokenizer, renderer, context and parser.
+
+    Args:
+      config: the configuration.
+      tokenizer_path: a saved tokenizer to use instead of what the configuration names (a run's own).
+
+    Raises:
+      ConfigError: no tokenizer is named and the environment offers no vocabulary to build one from, the
+        tokenizer or its chat template cannot be used, or the environment refuses its options.
+    """
+    spec = resolve_spec(config.env.target)
+    tokenizer = _make_tokenizer(config, tokenizer_path, spec)
+    try:
+        renderer = ChatRenderer(tokenizer, options=config.model.chat_options)
+    except ChatTemplateError as error:
+        raise ConfigError(f"{error}; model.chat_template=FILE brings a template of your own") from None
+    prompts = _call("env.prompt_options", spec.prompts, config.env.prompt_options)
+    parser = _call("env.prompt_options", spec.parser, config.env.prompt_options)
+    context = make_context(config.env.context, prompts, renderer, config.env.history)
+    return Language(tokenizer, renderer, context, parser)
+
+
+def _make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
+    """The run's saved tokenizer, else the one that is named, else one built for the environment."""
+    m = config.model
+    try:
+        if saved is not None:
+            return load_tokenizer(saved)
+        template = None if m.chat_template is None else Path(m.chat_template).expanduser().read_text("utf-8")
+        if (path := m.tokenizer or m.path) is not None:
+            tokenizer = load_tokenizer(path, chat_template=template)
+            if m.path is not None:
+                check_vocabulary(tokenizer, find_folder(m.path, ["config.json", "tokenizer.json"], "model"))
+            return tokenizer
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer cannot be loaded: {error}") from None
+    if spec.phrases is None:
+        raise ConfigError(
+            f"environment {config.env.target} has no closed vocabulary, so no tokenizer can be built for it: "
+            "set model.tokenizer (a folder) or model.path"
+        )
+    if template is not None:
+        raise ConfigError(
+            "model.chat_template needs a tokenizer of your own (model.tokenizer or model.path): the one that "
+            f"is built for {config.env.target} brings its template"
+        )
+    return build_phrase_tokenizer(_call("env.options", spec.phrases, config.env.options))
+
+
+def _call(key: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Build a part of an environment; options that it refuses are the configuration's fault."""
+    try:
+        return factory(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}={dict(options)}: {error}") from None
+
+
+def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
+    """The decoder's shape.
+
+    Raises:
+      ConfigError: an unknown preset, a folder whose model the decoder cannot be, a vocabulary smaller than
+        the tokenizer's, or heads that the mesh cannot divide.
+    """
+    m = config.model
+    numerics: dict[str, Any] = {
+        "dtype": jnp.dtype(m.dtype),
+        "param_dtype": jnp.dtype(m.param_dtype),
+        "remat": m.remat,
+        "scan_layers": m.scan_layers,
+        "attention": m.attention,
+        "lora": LoraConfig(m.lora.rank, m.lora.alpha, tuple(m.lora.targets)) if m.lora.rank else None,
+        "value_head": ALGORITHMS[config.algorithm.name].value_targets is not None,
+    }
+    if m.path is not None:
+        try:
+            keys = read_hf_config(find_folder(m.path, ["config.json"], "model"))
+            found = config_from_hf(keys, max_length=config.rollout.max_tokens)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={m.path}: {error}") from None
+        model = dataclasses.replace(found, **numerics)
+    elif m.preset is not None:
+        try:
+            model = make_preset(m.preset, **numerics)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    else:
+        model = DecoderConfig(
+            vocab_size=m.vocab_size or tokenizer.vocab_size,
+            hidden_size=m.hidden_size,
+            num_layers=m.num_layers,
+            num_heads=m.num_heads,
+            num_kv_heads=m.num_kv_heads,
+            head_dim=m.head_dim or m.hidden_size // m.num_heads,
+            intermediate_size=m.intermediate_size,
+            rope_theta=m.rope_theta,
+            norm_eps=m.norm_eps,
+            tie_embeddings=m.tie_embeddings,
+            qkv_bias=m.qkv_bias,
+            qk_norm=m.qk_norm,
+            **numerics,
+        )
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"the model has {model.vocab_size} embedding rows, the tokenizer {tokenizer.vocab_size} tokens: "
+            "raise model.vocab_size or name the model's own tokenizer (model.tokenizer)"
+        )
+    try:
+        head_shards(dict(vars(config.mesh)), model.num_heads)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return model
+
+
+def make_engine(
+    config: Config, model: DecoderConfig, tokenizer: Tokenizer, *, temperature: float | None = None
+) -> Engine:
+    """A sampling engine without weights, at ``rollout.temperature`` unless another is given.
+
+    Raises:
+      ConfigError: the slots cannot be split over ``rollout.data``, or this host has too few devices.
+    """
+    r = config.rollout
+    sizes = EngineConfig(
+        slots=r.slots or r.tasks_per_update * r.group_size,
+        max_tokens=r.max_tokens,
+        max_response_tokens=r.max_response_tokens,
+        stop_ids=tokenizer.stop_ids,
+        burst=r.burst,
+        prefill_buckets=tuple(r.prefill_buckets or ()),
+    )
+    if sizes.slots % r.data:
+        raise ConfigError(
+            f"{sizes.slots} slots (rollout.slots) do not split over rollout.data={r.data} devices"
+        )
+    try:
+        mesh = make_mesh(data=r.data, tensor=r.tensor, devices=jax.local_devices())
+    except ValueError as error:
+        raise ConfigError(f"rollout.data and rollout.tensor: {error}") from None
+    return Engine(
+        model,
+        sizes,
+        seed=config.seed,
+        temperature=r.temperature if temperature is None else temperature,
+        mesh=mesh,
+    )
+
+
+def make_pool(config: Config) -> EnvPool:
+    """The environment workers, started."""
+    w = config.workers
+    timeouts = PoolTimeouts(start=w.start_timeout, reset=w.reset_timeout, step=w.step_timeout)
+    return EnvPool(
+        config.env.target,
+        config.env.options,
+        num_workers=w.num,
+        timeouts=timeouts,
+        memory_limit_mb=w.memory_limit_mb,
+    )
+
+
+def make_collector(
+    config: Config, engine: Engine, pool: EnvPool, language: Language, *, stream: int, first_handle: int = 0
+) -> Collector:
+    """A collector for training (``stream`` 0) or evaluation (1)."""
+    rules = EpisodeRules(config.env.max_turns, config.env.invalid_penalty, config.env.timeout_outcome)
+    return Collector(
+        engine,
+        pool,
+        language.make_context,
+        language.parser,
+        language.tokenizer.decode,
+        rules,
+        seed=config.seed,
+        stream=stream,
+        first_handle=first_handle,
+        episode_timeout=config.rollout.episode_timeout,
+        is_deterministic=config.rollout.deterministic,
+    )
+
+
+def make_evaluator(
+    config: Config, engine: Engine, pool: EnvPool, language: Language, *, first_handle: int
+) -> Evaluator:
+    """An evaluator of ``eval.tasks`` tasks of ``env.eval_split``, on an engine of its own.
+
+    Args:
+      config: the configuration.
+      engine: a sampler at ``eval.temperature`` whose slots are free.
+      pool: environment workers, shared with training.
+      language: tokenizer, context and parser.
+      first_handle: first pool handle that training does not use.
+
+    Raises:
+      ConfigError: the environment has no such split.
+    """
+    split = config.env.eval_split
+    if split not in pool.splits:
+        raise ConfigError(
+            f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
+        )
+    collector = make_collector(
+        config, engine, pool, language, stream=EVALUATION_STREAM, first_handle=first_handle
+    )
+    return Evaluator(collector, engine, split=split, num_tasks=min(config.eval.tasks, pool.splits[split]))
+
+
+def make_group_filter(config: Config) -> GroupFilter | None:
+    """Dynamic sampling, if it is switched on."""
+    if not config.rollout.filter_groups:
+        return None
+    return GroupFilter(config.rollout.max_refills, config.env.invalid_penalty)
+
+
+def make_algorithm_from(config: Config) -> Algorithm:
+    """The algorithm, from plain numbers."""
+    a = config.algorithm
+    overrides: dict[str, Any] = {
+        "loss": a.loss,
+        "loss_aggregation": a.aggregation,
+        "loss_scale": a.loss_scale,
+        "clip_low": a.clip_low,
+        "clip_high": a.clip_high,
+        "dual_clip": a.dual_clip,
+        "kl_coef": a.kl_coef,
+        "kl_kind": a.kl_kind,
+        "reward_kl_coef": a.reward_kl_coef,
+        "entropy_coef": a.entropy_coef,
+        "scale_by_std": a.scale_by_std,
+        "singleton": a.singleton,
+        "omega": a.omega,
+        "gamma": a.gamma,
+        "overlong_length": a.overlong_length,
+        "overlong_cache": a.overlong_cache,
+        "empg": dict(vars(a.empg)),
+        "aem": dict(vars(a.aem)),
+        "correction": dict(vars(a.correction)),
+        "critic": dict(vars(a.critic)),
+    }
+    return make_algorithm(
+        a.name,
+        modulation=a.modulation,
+        num_minibatches=config.train.num_minibatches,
+        group_size=config.rollout.group_size,
+        **overrides,
+    )
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether the frozen reference policy is scored beside the policy."""
+    return config.algorithm.kl_coef > 0 or config.algorithm.reward_kl_coef > 0
+
+
+def make_batch_shape(config: Config) -> BatchShape:
+    """The static sizes of every training batch.
+
+    A transcript needs at most one row per trajectory, a window at most one per turn.
+    """
+    r = config.rollout
+    trajectories = r.tasks_per_update * r.group_size
+    rows = trajectories * (config.env.max_turns if config.env.context == "window" else 1)
+    return BatchShape(
+        trajectories=trajectories,
+        turns=config.env.max_turns,
+        row_tokens=r.max_tokens,
+        micro_rows=micro_rows(config),
+        max_rows=rows,
+        num_minibatches=config.train.num_minibatches,
+    )
+
+
+def micro_rows(config: Config) -> int:
+    """Rows of a micro-batch over all devices."""
+    return config.train.micro_tokens // config.rollout.max_tokens
+
+
+def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of the RL phase; its schedule counts optimizer steps."""
+    t = config.train
+    steps = t.num_minibatches * t.epochs
+    return make_optimizer(
+        learning_rate=t.learning_rate,
+        final_learning_rate=t.final_learning_rate,
+        total_steps=t.updates * steps,
+        schedule=t.schedule,
+        warmup_steps=t.warmup_updates * steps,
+        beta1=t.beta1,
+        beta2=t.beta2,
+        weight_decay=t.weight_decay,
+        grad_clip=t.grad_clip,
+    )

@@ -1,0 +1,201 @@
+"""Checkpoints (orbax v1): written aside and committed at once, newest whole one restored.
+
+A checkpoint holds the train state, the progress (JSON: update, task cursor, phase, counters) and the replay
+buffer. Where adapters are trained it holds these alone, and the checksum of the base below them. A write that
+fails leaves the earlier checkpoints as they were; a damaged one is passed over with a message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from empg_jax.errors import RunError
+from empg_jax.learner.state import TrainState
+from empg_jax.run.storage import pack_trajectories, unpack_trajectories
+from empg_jax.types import Params, Trajectory
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written or read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint gave back."""
+
+    step: int
+    state: TrainState
+    progress: dict[str, Any]
+    trajectories: list[Trajectory]
+
+
+class RefusedCheckpoint(CheckpointError):
+    """There is no such run, or it does not fit what it is asked for; nothing was begun."""
+
+    exit_code = 2
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+      directory: made when absent.
+      keep: newest checkpoints that are kept.
+      warn: takes a line for the person.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, warn: Callable[[str], None]) -> None:
+        self.directory, self._warn = Path(directory).resolve(), warn
+        self._writing: int | None = None  # the step that was last begun to be written
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps on disk, ascending."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def save(
+        self, step: int, state: TrainState, progress: dict[str, Any], trajectories: list[Trajectory]
+    ) -> None:
+        """Write in the background; the state may be donated as soon as this returns.
+
+        Raises:
+          CheckpointError: this write could not start, or the one before it failed.
+        """
+        header, arrays = pack_trajectories(trajectories)
+        parts: dict[str, Any] = {
+            "state": state,
+            "progress": {"json": json.dumps(progress), "trajectories": header},
+        }
+        if arrays:
+            parts["buffer"] = arrays
+        self.wait()
+        self._writing = step
+        try:
+            self._checkpointer.save_checkpointables_async(step, parts, overwrite=True)
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def save_reference(self, params: Params) -> None:
+        """Write the frozen reference policy, once per run, beside the checkpoints.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        try:
+            ocp.save(self._reference, params, overwrite=True)
+        except Exception as error:
+            raise CheckpointError(f"{self._reference} could not be written: {_first_line(error)}") from error
+
+    def load_reference(self, shardings: Params, shapes: Params) -> Params:
+        """Read it back onto the mesh.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
+        try:
+            return ocp.load(self._reference, _abstract(shapes, shardings))
+        except Exception as error:
+            raise CheckpointError(f"{self._reference} cannot be read: {_first_line(error)}") from error
+
+    @property
+    def _reference(self) -> Path:
+        return self.directory.parent / "reference"
+
+    def wait(self) -> None:
+        """Return when everything is on disk.
+
+        Raises:
+          CheckpointError: the last write failed.
+        """
+        try:
+            self._checkpointer.wait()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def restore(self, shardings: TrainState, shapes: TrainState, *, step: int | None = None) -> Restored:
+        """The newest whole checkpoint (or the one of ``step``), placed on the mesh.
+
+        Args:
+          shardings: where each leaf of the state goes.
+          shapes: shape and type of each leaf.
+          step: this one only.
+
+        Raises:
+          CheckpointError: there is none that can be read.
+        """
+        abstract = _abstract(shapes, shardings)
+        problems = []
+        for candidate in reversed(self.steps) if step is None else [step]:
+            try:
+                return self._load(candidate, abstract)
+            except Exception as error:  # whatever a damaged file makes the reader raise
+                problems.append(f"{candidate}: {_first_line(error)}")
+                self._warn(f"checkpoint {problems[-1]} (in {self.directory}); passed over")
+        found = "; ".join(problems) or "the folder holds none"
+        raise CheckpointError(f"no usable checkpoint in {self.directory} ({found})")
+
+    def _load(self, step: int, abstract: TrainState) -> Restored:
+        wanted: dict[str, Any] = {"state": abstract, "progress": None}
+        if (self.directory / str(step) / "buffer").exists():
+            wanted["buffer"] = None
+        parts = self._checkpointer.load_checkpointables(step, wanted)
+        progress = parts["progress"]
+        trajectories = unpack_trajectories(progress["trajectories"], parts.get("buffer") or {})
+        return Restored(step, parts["state"], json.loads(progress["json"]), trajectories)
+
+    def _failure(self, error: Exception) -> CheckpointError:
+        kept = f"; usable: {self.steps}" if self.steps else ""
+        return CheckpointError(
+            f"checkpoint {self._writing} could not be written to {self.directory}: {_first_line(error)}{kept}"
+        )
+
+    def close(self) -> None:
+        """Wait for the last write and let go of the directory."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+
+def check_base(saved: str | None, found: str | None) -> None:
+    """Refuse adapters whose base is not the one that they were trained on.
+
+    Args:
+      saved: the base's checksum in the checkpoint; None for a checkpoint of whole parameters.
+      found: that of the base at hand.
+
+    Raises:
+      RefusedCheckpoint: they differ.
+    """
+    if saved != found:
+        raise RefusedCheckpoint(
+            f"the checkpoint's adapters belong to the base {saved}, but the model at hand is {found}: "
+            "model.path must hold the same weights as when the run began (and model.quantize, "
+            "model.param_dtype and seed must be the same)"
+        )
+
+
+def _abstract(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

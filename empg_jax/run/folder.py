@@ -1,0 +1,71 @@
+"""The run's folder, and the files in it that say how the run was made."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from empg_jax.config import Config
+from empg_jax.errors import ConfigError
+from empg_jax.files import write_json_atomic, write_text_atomic
+from empg_jax.report.environment import describe_environment
+
+
+def create_run_dir(config: Config) -> Path:
+    """Make the folder of a new run: ``config.run_dir``, or ``runs/<name>-<time>``.
+
+    Raises:
+      ConfigError: the folder already holds a run, or cannot be made.
+    """
+    if config.run_dir is not None:
+        run_dir = Path(config.run_dir).expanduser()
+        if (run_dir / "config.yaml").exists():
+            raise ConfigError(
+                f"run_dir={config.run_dir} already holds a run: go on with --resume {config.run_dir}, "
+                "or choose another run_dir"
+            )
+        return _make(run_dir, exist_ok=True)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        run_dir = Path("runs") / f"{config.name}-{stamp}{suffix}"
+        if not run_dir.exists():
+            return _make(run_dir, exist_ok=False)
+    raise ConfigError(f"runs/{config.name}-{stamp} and its numbered siblings exist: set run_dir")
+
+
+def write_run_info(run_dir: Path, config: Config, *, resumed: bool = False) -> None:
+    """Write ``config.yaml`` (resolved) and ``environment.json``.
+
+    A resumed run keeps the first attempt's file and writes ``environment.1.json``, and so on.
+    """
+    write_text_atomic(run_dir / "config.yaml", config.to_yaml())
+    attempt = _next_attempt(run_dir) if resumed else 0
+    write_json_atomic(_info_path(run_dir, attempt), describe_environment(config.seed))
+
+
+def add_run_info(run_dir: Path, values: Mapping[str, Any]) -> None:
+    """Add to the newest attempt's ``environment.json`` what was found out later."""
+    path = _info_path(run_dir, _next_attempt(run_dir) - 1)
+    write_json_atomic(path, json.loads(path.read_text(encoding="utf-8")) | dict(values))
+
+
+def _info_path(run_dir: Path, attempt: int) -> Path:
+    return run_dir / (f"environment.{attempt}.json" if attempt else "environment.json")
+
+
+def _next_attempt(run_dir: Path) -> int:
+    attempt = 0
+    while _info_path(run_dir, attempt).exists():
+        attempt += 1
+    return attempt
+
+
+def _make(run_dir: Path, *, exist_ok: bool) -> Path:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        raise ConfigError(f"cannot make the run folder {run_dir}: {error.strerror}") from None
+    return run_dir

@@ -1,0 +1,86 @@
+"""A run on disk, opened again: its newest policy, to evaluate or to export."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jax.sharding import Mesh
+
+from empg_jax.learner.fingerprint import TEXT, checksum, text_logprob
+from empg_jax.learner.state import state_shapes, state_shardings
+from empg_jax.models.decoder import DecoderConfig
+from empg_jax.parallel.mesh import make_mesh
+from empg_jax.run.assembly import Language, make_language, make_model, make_rl_optimizer
+from empg_jax.run.checkpoint import Checkpoints, RefusedCheckpoint, check_base
+from empg_jax.run.weights import make_base
+from empg_jax.types import Params
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """One checkpoint of a run.
+
+    Attributes:
+      config: the run's configuration.
+      language: its tokenizer and what belongs to it.
+      model: decoder config.
+      mesh: where the parameters are.
+      step: the checkpoint's number.
+      params: what the run trained.
+      base: the frozen parameters below adapters, None without.
+    """
+
+    config: Config
+    language: Language
+    model: DecoderConfig
+    mesh: Mesh
+    step: int
+    params: Params
+    base: Params | None
+
+    def text_logprob(self) -> float:
+        """Nats per token of a fixed text: the policy's fingerprint."""
+        ids = self.language.tokenizer.encode(TEXT)
+        return round(text_logprob(self.params, self.model, ids, self.mesh, self.base), 4)
+
+
+def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> SavedRun:
+    """The newest usable checkpoint of a run, or the one that is named.
+
+    Args:
+      path: run folder, or a step's folder inside its ``checkpoints``.
+      overrides: dotted overrides of the run's configuration.
+      warn: takes a line for the person.
+
+    Raises:
+      CheckpointError: there is no run or no usable checkpoint at the path, or its adapters belong to another
+        base.
+    """
+    from empg_jax.config import load_config
+
+    path = Path(path)
+    step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
+    run_dir = path.parent.parent if step is not None else path
+    if not (run_dir / "config.yaml").exists():
+        raise RefusedCheckpoint(
+            f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP"
+        )
+    config = load_config(str(run_dir / "config.yaml"), overrides)
+    language = make_language(config, run_dir / "tokenizer")
+    model = make_model(config, language.tokenizer)
+    optimizer, _ = make_rl_optimizer(config)
+    mesh = make_mesh(**vars(config.mesh))
+    directory = Path(config.checkpoint.dir or run_dir / "checkpoints")
+    checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=warn)
+    restored = checkpoints.restore(
+        state_shardings(mesh, model, optimizer), state_shapes(model, optimizer), step=step
+    )
+    base = make_base(config, model, mesh)
+    check_base(restored.progress.get("base"), None if base is None else checksum(base))
+    return SavedRun(config, language, model, mesh, restored.step, restored.state.params, base)

@@ -1,0 +1,82 @@
+"""The weights that a run starts from: what is frozen, what is trained, and how both are recognised."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+from jax.sharding import Mesh
+
+from empg_jax.errors import ConfigError
+from empg_jax.hf.load import load_hf, open_weights
+from empg_jax.learner.state import base_model, init_trained
+from empg_jax.models.axes import param_shardings
+from empg_jax.models.decoder import DecoderConfig, init_params, init_value_head
+from empg_jax.models.quantize import quantise_params
+from empg_jax.run.assembly import make_language, make_model
+from empg_jax.types import Params
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+
+def check_model(config: Config) -> DecoderConfig:
+    """Look at everything that the model is read from, so that a run does not begin in vain.
+
+    Returns:
+      The model.
+
+    Raises:
+      ConfigError: naming what is wrong with the model's folder, shape, weights or tokenizer.
+    """
+    model = make_model(config, make_language(config).tokenizer)
+    try:
+        if config.model.path is not None:
+            open_weights(config.model.path, base_model(model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={config.model.path}: {error}") from None
+    if model.lora is None:
+        return model
+    try:
+        jax.eval_shape(lambda: init_trained(jax.random.key(0), model))
+        _base_shapes(config, model)
+    except ValueError as error:
+        raise ConfigError(f"model.lora, model.quantize={config.model.quantize}: {error}") from None
+    return model
+
+
+def make_base(config: Config, model: DecoderConfig, mesh: Mesh) -> Params | None:
+    """The frozen weights below adapters, quantised if so configured; None where everything is trained."""
+    if model.lora is None:
+        return None
+    bare, scheme = base_model(model), config.model.quantize
+    shardings = param_shardings(mesh, _base_shapes(config, model), model.head_dim)
+    if config.model.path is not None:
+        return load_hf(config.model.path, bare, shardings=shardings, quantise=scheme)[1]
+
+    def init(key: jax.Array) -> Params:
+        return quantise_params(init_params(key, bare), scheme)
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def _base_shapes(config: Config, model: DecoderConfig) -> Params:
+    def init() -> Params:
+        return quantise_params(init_params(jax.random.key(0), base_model(model)), config.model.quantize)
+
+    return jax.eval_shape(init)
+
+
+def make_params(config: Config, model: DecoderConfig, shardings: Params) -> Params:
+    """The first weights of what is trained, in place on the mesh.
+
+    Read from ``model.path``, else random from ``seed``; with adapters, these are fresh.
+    """
+    if config.model.path is not None and model.lora is None:
+        params = load_hf(config.model.path, model, shardings=shardings)[1]
+        if model.value_head:
+            params["value_head"] = jax.device_put(init_value_head(model), shardings["value_head"])
+        return params
+    init = jax.jit(functools.partial(init_trained, model=model), out_shardings=shardings)
+    return init(jax.random.key(config.seed))

@@ -1,0 +1,1 @@
+"""Supervised warm start: demonstrations of an expert or chat files, before RL."""

@@ -1,0 +1,285 @@
+"""Many environments in a few worker processes: text in, text out, faults as data.
+
+The caller numbers its episode slots; slot (*handle*) ``h`` always lives in worker ``h % num_workers``.
+`EnvPool.reset` and `EnvPool.step` only queue; `EnvPool.poll` sends one message per worker and returns
+whatever has been answered::
+
+    with EnvPool("household", {"level": "easy"}, num_workers=2) as pool:
+        pool.reset(0, seed=7, split="train", index=3)
+        (reply,) = pool.poll(None)
+        pool.step(0, "go to fridge 1")
+
+One broken environment costs one episode (see `empg_jax.workers.supervisor`). Neither this process's
+pool nor its workers need JAX. One thread drives a pool; deadlines are noticed while it polls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import selectors
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from empg_jax.workers.faults import (
+    EnvFailure,
+    FaultLedger,
+    FaultPolicy,
+    PoolError,
+    PoolStats,
+    PoolTimeouts,
+    Reason,
+)
+from empg_jax.workers.record import EpisodeRecord
+from empg_jax.workers.supervisor import Supervisor
+
+__all__ = ["EnvFailure", "EnvPool", "EnvReply", "FaultPolicy", "PoolError", "PoolStats", "PoolTimeouts"]
+
+MAX_WAIT = 1.0  # seconds between two looks at workers that say nothing
+CLOSE_SECONDS = 2.0  # for idle workers to close their environments
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EnvReply:
+    """The answer to one reset or step.
+
+    Attributes:
+      handle: the episode slot.
+      op: ``reset`` or ``step``.
+      observation, reward, terminated, truncated, info: the environment's answer (after a reset the
+        reward is 0 and both flags are false).
+      failure: None, or why the episode is lost; the other fields are then empty and the handle is free.
+    """
+
+    handle: int
+    op: str
+    observation: str = ""
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    failure: EnvFailure | None = None
+
+
+class EnvPool:
+    """Environments in worker processes. See the module's docstring.
+
+    Attributes:
+      splits: number of tasks by split, as the environment tells it.
+      stats: counts so far.
+    """
+
+    def __init__(
+        self,
+        env: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        num_workers: int,
+        timeouts: PoolTimeouts | None = None,
+        memory_limit_mb: int | None = None,
+        faults: FaultPolicy | None = None,
+    ):
+        """Starts the workers and waits until all are ready.
+
+        Args:
+          env: a name in ``empg_envs.ENVS`` or an entry point ``package.module:attribute``.
+          options: keyword arguments of the environment; JSON-able.
+          num_workers: number of processes.
+          timeouts: deadlines.
+          memory_limit_mb: a worker whose resident memory exceeds this is replaced between two
+            commands. As a guard against a sudden leap inside a command, its address space is limited
+            to twice this plus 512 MiB (it always exceeds resident memory: libraries, thread stacks).
+          faults: when to give up on a task or on everything.
+
+        Raises:
+          ValueError: ``num_workers`` below 1.
+          PoolError: a worker does not start; the message holds its reason.
+        """
+        if num_workers < 1:
+            raise ValueError(f"num_workers is {num_workers}; expected at least 1")
+        self.stats = PoolStats()
+        policy = faults or FaultPolicy()
+        address_space = None if memory_limit_mb is None else 2 * memory_limit_mb + 512
+        hello = {"env": env, "options": dict(options or {}), "memory_limit_mb": address_space}
+        self._ledger = FaultLedger(policy)
+        self._waiting: set[int] = set()  # handles with a request that is not answered
+        self._ready: list[EnvReply] = []
+        self._is_closed = False
+        self._selector = selectors.DefaultSelector()
+        self._workers = [
+            Supervisor(
+                number,
+                hello,
+                timeouts=timeouts or PoolTimeouts(),
+                policy=policy,
+                memory_limit_mb=memory_limit_mb,
+                selector=self._selector,
+                stats=self.stats,
+                sink=self,
+            )
+            for number in range(num_workers)
+        ]
+        try:
+            while not all(worker.is_ready for worker in self._workers):
+                self._pump()
+                self._wait(MAX_WAIT)
+        except BaseException:
+            self.close()
+            raise
+        self.splits = self._workers[0].splits
+
+    def __enter__(self) -> EnvPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def reset(self, handle: int, *, seed: int, split: str, index: int) -> None:
+        """Queues the start of an episode.
+
+        Raises:
+          ValueError: a negative handle, one with a live episode, or a task that does not exist.
+        """
+        if handle < 0:
+            raise ValueError(f"handle {handle} is negative")
+        worker = self._worker_of(handle)
+        if handle in worker.episodes:
+            raise ValueError(f"handle {handle} has a live episode: release it first")
+        self._check_task(split, index)
+        self.stats.commands += 1
+        episode = EpisodeRecord(handle, split, index, seed)
+        if self._ledger.is_quarantined(split, index):
+            episode.request = ("reset", episode.reset_args())
+            self.failed(episode, "quarantined", f"task {split}/{index} failed too often; not tried again")
+        else:
+            self._waiting.add(handle)
+            worker.ask(episode, "reset", episode.reset_args())
+
+    def step(self, handle: int, action: str) -> None:
+        """Queues an action.
+
+        Raises:
+          ValueError: the handle has no live episode, or its last command is not answered yet.
+        """
+        worker = self._worker_of(handle)
+        episode = worker.episodes.get(handle)
+        if episode is None:
+            raise ValueError(f"handle {handle} has no live episode: reset it first")
+        if episode.request is not None:
+            raise ValueError(f"handle {handle} still waits for the answer to its {episode.request[0]}")
+        if not isinstance(action, str):
+            raise ValueError(f"handle {handle}: the action is {type(action).__name__}; expected str")
+        self.stats.commands += 1
+        self._waiting.add(handle)
+        worker.ask(episode, "step", {"action": action})
+
+    def release(self, handle: int) -> None:
+        """Ends an episode for good; an answer still to come is dropped. Harmless if it is over."""
+        self._ready = [reply for reply in self._ready if reply.handle != handle]
+        episode = self._worker_of(handle).forget(handle)
+        if episode is None:
+            return
+        self._waiting.discard(handle)
+        if episode.request is None:  # an unanswered command says nothing about the task
+            self._ledger.record_success(episode.split, episode.index)
+
+    def poll(self, timeout: float | None = None) -> list[EnvReply]:
+        """Sends what is queued, waits for answers and returns all that are there.
+
+        Args:
+          timeout: seconds to wait for the first answer; None waits as long as one is to come.
+
+        Returns:
+          Answers and failures, in the order of arrival; empty when the time is over or when no
+          command is unanswered.
+
+        Raises:
+          PoolError: a worker fails to start time after time, or most episodes fail.
+        """
+        if self._is_closed:
+            raise PoolError("the pool is closed")
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        self._wait(0.0)  # notice a worker that died in the meantime before something is sent to it
+        while True:
+            self._pump()
+            if self._ready or not self._waiting:
+                break
+            left = end - time.monotonic()
+            if left <= 0.0:
+                break
+            self._wait(min(left, MAX_WAIT))
+        self._ledger.check()
+        replies, self._ready = self._ready, []
+        self.stats.replies += len(replies)
+        return replies
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that run now."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    def quarantined(self) -> list[tuple[str, int]]:
+        """Tasks (split, index) that are not tried any more."""
+        return self._ledger.quarantined()
+
+    def close(self) -> None:
+        """Ends the workers: idle ones may close their environments, the others are killed."""
+        self._is_closed = True
+        for worker in self._workers:
+            worker.hang_up()
+        end = time.monotonic() + CLOSE_SECONDS
+        for worker in self._workers:
+            worker.close(max(0.0, end - time.monotonic()))
+        self._selector.close()
+
+    def answered(self, episode: EpisodeRecord, message: dict[str, Any]) -> None:
+        """Called by a supervisor: the episode's request was answered."""
+        assert episode.request is not None
+        op, _ = episode.request
+        episode.request = None
+        self._waiting.discard(episode.handle)
+        reply = EnvReply(
+            episode.handle,
+            op,
+            message["observation"],
+            message["reward"],
+            message["terminated"],
+            message["truncated"],
+            message["info"],
+        )
+        self._ready.append(reply)
+
+    def failed(self, episode: EpisodeRecord, reason: Reason, detail: str) -> None:
+        """Called by a supervisor: the episode is lost. This is the answer to its open request."""
+        assert episode.request is not None
+        failure = EnvFailure(reason, detail)
+        self._waiting.discard(episode.handle)
+        self.stats.failures[reason] += 1
+        self._ledger.record_failure(episode.split, episode.index, failure)
+        self._ready.append(EnvReply(episode.handle, episode.request[0], failure=failure))
+
+    def _pump(self) -> None:
+        for worker in self._workers:
+            worker.pump()
+
+    def _wait(self, seconds: float) -> None:
+        """Moves bytes for at most so long, then looks at the deadlines."""
+        due = min(worker.deadline for worker in self._workers)
+        events = self._selector.select(max(0.0, min(seconds, due - time.monotonic())))
+        for key, mask in events:
+            key.data.handle(mask)
+        for worker in self._workers:
+            worker.check()
+            if not events:
+                worker.check_alive()
+
+    def _worker_of(self, handle: int) -> Supervisor:
+        return self._workers[handle % len(self._workers)]
+
+    def _check_task(self, split: str, index: int) -> None:
+        if split not in self.splits:
+            nearest = difflib.get_close_matches(split, self.splits, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"unknown split {split!r}{hint} Known: {', '.join(sorted(self.splits))}")
+        if not 0 <= index < self.splits[split]:
+            raise ValueError(f"task {split}/{index} does not exist: {split!r} has {self.splits[split]} tasks")

@@ -1,0 +1,93 @@
+"""ALFWorld as a `TextEnv`: official games where there are any, generated ones everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from empg_envs.alfworld.files import VARIABLE, OfficialPanels
+from empg_envs.alfworld.generator import GeneratedPanels
+from empg_envs.alfworld.release import RELEASES, ReleaseGrammar, ReleaseTexts
+from empg_envs.household import expert as search
+from empg_envs.household import solver
+from empg_envs.household.house import HouseEnv
+from empg_envs.household.world import TOOLS, Scene, World
+
+SOURCES = ("official", "generated", "auto")
+EXPERTS = {"solver": solver.choose_command, "search": search.choose_command}
+MAX_TURNS = 50
+# Release 2.1.1 also cleans things in what is a sink without being its basin.
+OLD_TOOLS = {**TOOLS, "clean": TOOLS["clean"] | {"sink"}}
+
+
+class AlfworldEnv(HouseEnv):
+    """One room, one task, ALFWorld's commands and texts to the letter.
+
+    ``info`` is the household's: ``task``, ``family``, ``admissible``, ``won``.
+    """
+
+    def __init__(
+        self,
+        source: str | None = None,
+        data: str | None = None,
+        level: str = "rooms",
+        release: str = "2.1.2",
+        max_turns: int = MAX_TURNS,
+        win_reward: float = 1.0,
+        expert: str = "solver",
+    ) -> None:
+        """Chooses games and how they are told.
+
+        Args:
+          source: ``official`` (files of ``data``), ``generated``, or ``auto`` (official, and generated when
+            there are no files). By default official if ``data`` or ``ALFWORLD_DATA`` names a folder.
+          data: folder of the official games; by default what ``ALFWORLD_DATA`` names.
+          level: of generated games: a room, ``rooms`` (all four) or ``tiny``.
+          release: text release, ``2.1.2`` or ``2.1.1``; files of either are told in it.
+          max_turns: steps after which an episode is truncated.
+          win_reward: reward of the step that meets the goal.
+          expert: ``solver`` knows where everything is; ``search`` only what has been shown so far.
+
+        Raises:
+          ValueError: an unknown choice.
+          FileNotFoundError: official games were asked for and are not there.
+        """
+        for name, value, known in (("release", release, RELEASES), ("expert", expert, tuple(EXPERTS))):
+            if value not in known:
+                raise ValueError(f"unknown alfworld {name} {value!r}; the choices are {', '.join(known)}")
+        super().__init__(
+            open_panels(source, data, level),
+            ReleaseTexts(release),
+            ReleaseGrammar(release),
+            EXPERTS[expert],
+            max_turns=max_turns,
+            win_reward=win_reward,
+            name="alfworld",
+        )
+        self._is_old = release == "2.1.1"
+
+    def _enter(self, scene: Scene) -> World:
+        return World(dataclasses.replace(scene, tools=OLD_TOOLS) if self._is_old else scene)
+
+
+def open_panels(source: str | None, data: str | None, level: str) -> OfficialPanels | GeneratedPanels:
+    """The games that options ask for.
+
+    Raises:
+      ValueError: an unknown source or level, or a folder for generated games.
+      FileNotFoundError: official games were asked for and are not there.
+    """
+    if source is None:
+        source = "official" if data is not None or os.environ.get(VARIABLE) else "generated"
+    if source not in SOURCES:
+        raise ValueError(f"unknown alfworld source {source!r}; the choices are {', '.join(SOURCES)}")
+    if source == "generated":
+        if data is not None:
+            raise ValueError(f"alfworld data={data!r} has no effect with source='generated'")
+        return GeneratedPanels(level)
+    try:
+        return OfficialPanels(data)
+    except FileNotFoundError:
+        if source == "official":
+            raise
+    return GeneratedPanels(level)

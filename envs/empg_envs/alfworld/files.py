@@ -1,0 +1,207 @@
+"""Panels of official games, from a folder as ``alfworld-download`` leaves it.
+
+The filters are those of ALFWorld's own loader: no path with ``movable`` or ``Sliced`` in it, and only games
+whose file says that they are solvable. Beyond them, every file is parsed once when the folder is opened,
+and one that cannot be played is left out, named and counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from empg_envs.alfworld.game import Game, load_game, parse_game, read_game
+from empg_envs.alfworld.problem import GameFileError
+
+VARIABLE = "ALFWORLD_DATA"
+GAME_FILE = "game.tw-pddl"
+# Newer first: both hold the same problems.
+FOLDERS = ("json_2.1.2", "json_2.1.1")
+# Order of listing; ALFWorld's papers call the last two "seen" and "unseen".
+SPLITS = ("train", "valid_train", "valid_seen", "valid_unseen")
+UNSUPPORTED = ("movable", "Sliced")
+_NAMED = 5  # skipped files that a warning names
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A game file that was left out.
+
+    Attributes:
+      path: the file.
+      kind: ``unsupported`` (by its path), ``unsolvable`` or ``malformed``.
+      reason: what is wrong with it.
+    """
+
+    path: Path
+    kind: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GameFile:
+    """A game that can be played: its id inside the data (``split/task/trial``) and where it is."""
+
+    id: str
+    path: Path
+    content_hash: str
+
+
+class OfficialPanels:
+    """The splits found in a data folder.
+
+    A panel is ordered by a hash of the games' ids, so that its beginning is a fair sample of task families
+    wherever the folder lies and however the file system lists it.
+
+    Attributes:
+      root: the folder that holds the splits.
+      skipped: files that were left out.
+    """
+
+    def __init__(self, data: str | os.PathLike[str] | None = None) -> None:
+        """Opens a data folder and parses every game in it once (about 1 ms each).
+
+        Args:
+          data: the folder that holds ``json_2.1.1`` (or ``json_2.1.2``), or that folder itself; by default
+            what ``ALFWORLD_DATA`` names.
+
+        Raises:
+          FileNotFoundError: there is no such folder, or no game in it; the message says how to get the data.
+        """
+        self.root = find_root(data)
+        self._panels, self.skipped = _scan(self.root)
+        if not self._panels:
+            raise FileNotFoundError(f"no playable {GAME_FILE} under {self.root}. {_count(self.skipped)}")
+        _warn(self.root, self.skipped)
+
+    def list_splits(self) -> list[str]:
+        """Names of the splits that hold games: ``train`` first."""
+        return list(self._panels)
+
+    def num_tasks(self, split: str) -> int:
+        """Number of playable games of a split."""
+        return len(self._panel(split))
+
+    def load(self, split: str, index: int) -> Game:
+        """One game, parsed once for the several attempts that a group makes at it."""
+        return _load(self._file(split, index).path)
+
+    def content(self, split: str, index: int) -> dict[str, Any]:
+        """What the game's file holds."""
+        return read_game(self._file(split, index).path)
+
+    def describe(self, split: str, index: int) -> dict[str, Any]:
+        """Where the game is from, its goal and its sentence."""
+        file, game = self._file(split, index), self.load(split, index)
+        return {
+            "source": "official",
+            "id": file.id,
+            "split": split,
+            "index": index,
+            "task": game.task,
+            "family": game.goal.family,
+            "thing": game.goal.thing,
+            "target": game.goal.target,
+            "content_hash": file.content_hash,
+        }
+
+    def panel_hash(self, split: str) -> str:
+        """Hash of the ordered content hashes."""
+        hashes = "".join(file.content_hash for file in self._panel(split))
+        return hashlib.sha256(hashes.encode()).hexdigest()
+
+    def _panel(self, split: str) -> tuple[GameFile, ...]:
+        if split not in self._panels:
+            raise ValueError(
+                f"unknown split {split!r} of the ALFWorld data in {self.root}; "
+                f"the splits are {', '.join(self._panels)}"
+            )
+        return self._panels[split]
+
+    def _file(self, split: str, index: int) -> GameFile:
+        panel = self._panel(split)
+        if not 0 <= index < len(panel):
+            raise IndexError(f"task index {index} of split {split!r} is outside [0, {len(panel)})")
+        return panel[index]
+
+
+def find_root(data: str | os.PathLike[str] | None) -> Path:
+    """The folder that holds the splits.
+
+    Raises:
+      FileNotFoundError: naming the folder that was looked for, and how to get the data.
+    """
+    named = os.environ.get(VARIABLE) if data is None else os.fspath(data)
+    if not named:
+        raise FileNotFoundError(f"no ALFWorld data: neither env.options.data nor {VARIABLE} is set. {_HOW}")
+    base = Path(named).expanduser()
+    if not base.is_dir():
+        origin = "env.options.data" if data is not None else VARIABLE
+        raise FileNotFoundError(f"{origin}={named} is no folder. {_HOW}")
+    for root in (*(base / folder for folder in FOLDERS), base):
+        if any((root / split).is_dir() for split in SPLITS):
+            return root
+    raise FileNotFoundError(
+        f"{base} holds neither {' nor '.join(FOLDERS)}, nor any of the splits {', '.join(SPLITS)}. {_HOW}"
+    )
+
+
+_HOW = (
+    "To get the official games: pip install alfworld && alfworld-download, then set env.options.data (or "
+    f"{VARIABLE}) to the folder that it fills (by default ~/.cache/alfworld). To play generated games "
+    "instead: env.options.source=generated, or source=auto to fall back on them."
+)
+
+
+def _scan(root: Path) -> tuple[Mapping[str, tuple[GameFile, ...]], list[Skipped]]:
+    panels: dict[str, tuple[GameFile, ...]] = {}
+    skipped: list[Skipped] = []
+    for split in SPLITS:
+        found = []
+        for path in sorted((root / split).rglob(GAME_FILE)):
+            game_id = path.parent.relative_to(root).as_posix()
+            try:
+                content = _read(path, game_id)
+                found.append(GameFile(game_id, path, parse_game(content).content_hash))
+            except GameFileError as error:
+                skipped.append(Skipped(path, error.kind, str(error)))
+        if found:
+            found.sort(key=lambda file: hashlib.sha256(file.id.encode()).digest())
+            panels[split] = tuple(found)
+    return panels, skipped
+
+
+def _read(path: Path, game_id: str) -> dict[str, Any]:
+    for word in UNSUPPORTED:
+        if word in game_id:
+            raise GameFileError(f"its path says {word!r}", "unsupported")
+    content = read_game(path)
+    if content["solvable"] is not True:
+        raise GameFileError(f"the file says solvable={content['solvable']!r}", "unsolvable")
+    return content
+
+
+def _count(skipped: list[Skipped]) -> str:
+    kinds = collections.Counter(each.kind for each in skipped)
+    return "Left out: " + (", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none")
+
+
+def _warn(root: Path, skipped: list[Skipped]) -> None:
+    """Names what is broken; games that official filters leave out are no surprise."""
+    broken = [each for each in skipped if each.kind == "malformed"]
+    if broken:
+        named = "; ".join(f"{each.path.relative_to(root)}: {each.reason}" for each in broken[:_NAMED])
+        more = f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        warnings.warn(f"{_count(skipped)} of the games in {root}. Malformed: {named}{more}", stacklevel=3)
+
+
+@functools.lru_cache(maxsize=256)
+def _load(path: Path) -> Game:
+    return load_game(path)

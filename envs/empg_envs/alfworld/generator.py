@@ -1,0 +1,87 @@
+"""Panels of generated games, each made through the file format of the official ones."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from empg_envs.alfworld.game import Game, parse_game
+from empg_envs.alfworld.rooms import PRESETS
+from empg_envs.alfworld.writer import make_content
+from empg_envs.household import tasks
+from empg_envs.names import look_up
+
+
+class GeneratedPanels:
+    """Train, valid and test games of a preset, disjoint by content.
+
+    Rooms of a preset take turns: game ``i`` is of room ``i mod n``. What is said of the household's panels
+    (`empg_envs.household.tasks`) holds here: the content's hash alone decides the split, and every game has a
+    goal that is not met at the start and can be reached.
+    """
+
+    def __init__(self, level: str = "rooms") -> None:
+        """``level``: a key of `PRESETS`.
+
+        Raises:
+          ValueError: there is none of that name; the nearest is named.
+        """
+        self._name, self._levels = level, look_up("alfworld level", level, PRESETS)
+
+    def list_splits(self) -> list[str]:
+        """``train``, ``valid``, ``test``."""
+        return list(tasks.SPLITS)
+
+    def num_tasks(self, split: str) -> int:
+        """Size of a panel."""
+        return sum(tasks.num_tasks(level, split) for level in self._levels)
+
+    def make(self, split: str, index: int) -> tasks.Game:
+        """One game before it is written: with the house's own order of listing.
+
+        Raises:
+          ValueError: unknown split.
+          IndexError: index outside the panel.
+        """
+        count, index = self.num_tasks(split), operator.index(index)
+        if not 0 <= index < count:
+            raise IndexError(f"task index {index} of split {split!r} is outside [0, {count})")
+        turn, room = divmod(index, len(self._levels))
+        return tasks.make_game(self._levels[room], split, turn)
+
+    def content(self, split: str, index: int) -> dict[str, Any]:
+        """What the game's file would hold."""
+        return make_content(self.make(split, index))
+
+    def load(self, split: str, index: int) -> Game:
+        """One game, made once for the several attempts that a group makes at it."""
+        return _load(self._name, split, index)
+
+    def describe(self, split: str, index: int) -> dict[str, Any]:
+        """Room, goal, sentence and content hash."""
+        game = self.load(split, index)
+        return {
+            "source": "generated",
+            "level": self._name,
+            "split": split,
+            "index": index,
+            "task": game.task,
+            "family": game.goal.family,
+            "thing": game.goal.thing,
+            "target": game.goal.target,
+            "contents": {name: list(inside) for name, inside in game.scene.start.items()},
+            "content_hash": self.make(split, index).content_hash,
+        }
+
+    def panel_hash(self, split: str) -> str:
+        """Hash of the ordered content hashes; generates the whole panel."""
+        hashes: Sequence[str] = [self.make(split, i).content_hash for i in range(self.num_tasks(split))]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _load(name: str, split: str, index: int) -> Game:
+    return parse_game(GeneratedPanels(name).content(split, index))

@@ -1,0 +1,152 @@
+"""Beside the engine: prompts by the conventions of verl-agent, and a closed vocabulary for small models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from empg_envs.alfworld.generator import GeneratedPanels
+from empg_envs.alfworld.rooms import PRESETS
+from empg_envs.base import ActionParser, Message, ParsedAction, PlainPrompts, PromptBuilder
+from empg_envs.household import commands
+from empg_envs.household.prompt import AlfworldPrompts, LineParser
+from empg_envs.household.tables import LAMP
+from empg_envs.household.texts import HELP, NOTHING_HAPPENS
+from empg_envs.tags import TagParser
+
+STYLES = ("verl", "compact")
+PARSERS = ("tags", "line")
+_ROLE = (
+    "You act in a room of the ALFRED household, which you know from text alone. Every turn you see an "
+    "observation and give one command."
+)
+_BANNER = "-= Welcome to TextWorld, ALFRED! =-"
+_MAX_NUMBER = 20  # instances of one class in a generated room
+
+
+def make_prompts(style: str = "verl", list_admissible: bool = True, parser: str = "tags") -> PromptBuilder:
+    """Builds the prompt builder.
+
+    Args:
+      style: ``verl`` (role, observation, admissible commands, request to think and act in tags; with
+        ``env.context=window`` also task, step and remembered turns, as verl-agent arranges them) or
+        ``compact`` (the observation with the task behind it, for a small model with its own tokenizer).
+      list_admissible: whether ``verl`` prompts list the admissible commands (``help`` is left out).
+      parser: the parser that will read the answer, which is what a ``verl`` prompt asks for.
+
+    Raises:
+      ValueError: an unknown style or parser.
+    """
+    _check("parser", parser, PARSERS)
+    _check("prompt style", style, STYLES)
+    if style == "compact":
+        return CompactPrompts()
+    return AlfworldPrompts(list_admissible, "tags" if parser == "tags" else "plain", _ROLE)
+
+
+def make_parser(parser: str = "tags", *, style: str = "verl", list_admissible: bool = True) -> ActionParser:
+    """Builds the action parser; it takes the options of `make_prompts`.
+
+    Args:
+      parser: ``tags`` (think and action tags, verl-agent's rules) or ``line`` (the first line is the
+        command, lower-cased, blanks collapsed; valid when it follows the grammar of either release).
+      style: concerns the prompts alone.
+      list_admissible: concerns the prompts alone.
+
+    Raises:
+      ValueError: an unknown parser.
+    """
+    _check("parser", parser, PARSERS)
+    return TagParser() if parser == "tags" else _Line()
+
+
+class _Line(LineParser):
+    """The household's line parser, which also knows the older release's ``put … in/on …``."""
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Reads the first line."""
+        parsed = super().__call__(response, info)
+        as_new = parsed.action.replace("put ", "move ", 1).replace(" in/on ", " to ", 1)
+        is_valid = parsed.is_valid or commands.parse_exact(as_new) is not None
+        return ParsedAction(parsed.action, is_valid)
+
+
+class CompactPrompts(PlainPrompts):
+    """The observation, then the task once more, next to the decision.
+
+    ALFWorld says its task at the start only; a small model would have to carry it through the episode.
+    """
+
+    def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
+        """One user message: the opening without its banner; it ends with the task."""
+        return [{"role": "user", "content": " ".join(observation.removeprefix(_BANNER).split())}]
+
+    def follow(self, observation: str, info: Mapping[str, Any]) -> str:
+        """Observation and task on one line; the list of commands that ``help`` gives is left out."""
+        seen = "help" if observation == HELP else observation
+        return f"{seen} Your task is to: {info['task']}"
+
+    def window(
+        self,
+        history: Sequence[tuple[str, str]],
+        observation: str,
+        info: Mapping[str, Any],
+        turn: int,
+    ) -> list[Message]:
+        """The remembered turns as messages, then the observation with the task behind it."""
+        if turn == 0:
+            return self.start(observation, info)
+        return super().window(history, self.follow(observation, info), info, turn)
+
+
+def phrases(level: str = "rooms", **options: Any) -> list[str]:
+    """The closed vocabulary of ``compact`` prompts and well-formed commands about a level's things.
+
+    Class and number of a name are two phrases, so that the task's ``book`` and the list's ``book 1`` begin
+    with the same token.
+
+    Args:
+      level: of generated games.
+      **options: the environment's other options; official games have no closed vocabulary.
+
+    Returns:
+      Phrases (some hold spaces or punctuation), sorted, none twice.
+
+    Raises:
+      ValueError: an unknown level, or official games.
+    """
+    if options.get("source") != "generated":
+        raise ValueError(
+            "only generated games have a closed vocabulary: set env.options.source=generated, or a tokenizer"
+        )
+    GeneratedPanels(level)
+    classes = {LAMP}
+    for preset in PRESETS[level]:
+        classes.update(preset.objects)
+        for room in preset.rooms:
+            classes.update((*room.always, *room.sometimes))
+    found = {*classes, *map(str, range(1, _MAX_NUMBER + 1))}
+    found |= {*commands.BARE, *commands.ONE_NOUN, *commands.TWO_NOUNS, *commands.TWO_NOUNS.values()}
+    return sorted(found | _TEXTS | _TASKS)
+
+
+_TEXTS = {
+    "You are in the middle of a room. Looking quickly around you, you see",
+    *("a", ", a", ", and a", ", you see a", ", you see nothing.", "nothing", "nothing.", NOTHING_HAPPENS),
+    *("You arrive at", ". On the", ". The", "On the", "The", "is closed.", "is open. In it", "You open the"),
+    *("You close the", "You pick up the", "from the", "You move the", "to the", "You turn on the"),
+    *("You sliced the", "with the", "You clean the", "You heat the", "You cool the", "using the"),
+    *("You are carrying: a", "You are not carrying anything.", "You are facing the", ", and", ","),
+    *("Next to it", "This is a normal", ". In it", "This is a", "hot", "cool", "cold", "clean", "sliced"),
+    *("and", "is on.", "This", "There's nothing special about"),
+}
+_TASKS = {
+    *("Your task is to:", "put a", "put some", "in", "on", "examine the", "with the", "look at", "under the"),
+    *("clean some", "heat some", "cool some", "and put it in", "put two", "find two", "and put them in"),
+    *("put a clean", "put a hot", "put a cool"),
+}
+
+
+def _check(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown alfworld {what} {value!r}; the choices are {', '.join(known)}")

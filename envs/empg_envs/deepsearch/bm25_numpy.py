@@ -1,0 +1,66 @@
+"""BM25 by the ``bm25s`` package: the default for a corpus from a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from empg_envs.deepsearch.bm25 import K1, B
+from empg_envs.deepsearch.passages import Hit, Passage, index_words, words_of
+
+
+def _import_bm25s() -> Any:
+    """The package, without JAX: it would import that where it is installed, for a selection not used here.
+
+    An environment's worker is to start in a fraction of a second and stay small.
+    """
+    loaded = {name: sys.modules.get(name) for name in ("jax", "jax.lax")}
+    sys.modules.update(dict.fromkeys(loaded))  # type: ignore[arg-type]  # None makes an import fail
+    try:
+        import bm25s
+    finally:
+        for name, module in loaded.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+    return bm25s
+
+
+bm25s = _import_bm25s()
+
+
+class NumpyBm25:
+    """BM25 (Lucene's variant) with the whole index in NumPy arrays.
+
+    Only passages that share a term with the query are found; equal scores keep the order of the corpus.
+    """
+
+    def __init__(self, passages: Sequence[Passage], *, k1: float = K1, b: float = B) -> None:
+        """Builds the index; ``k1`` and ``b`` are BM25's parameters."""
+        self._passages = passages
+        self._engine = bm25s.BM25(method="lucene", k1=k1, b=b)
+        self._engine.index([index_words(passage) for passage in passages], show_progress=False)
+        self._ids: dict[str, int] = self._engine.vocab_dict
+
+    def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
+        """The best passages for each query; see `Retriever`."""
+        return [self._search(query, topk) for query in queries]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _search(self, query: str, topk: int) -> list[Hit]:
+        terms = [self._ids[word] for word in words_of(query) if word in self._ids]
+        if not terms:
+            return []
+        scores = self._engine.get_scores_from_ids(np.asarray(terms, np.int32))
+        k = min(topk, len(scores))
+        # Everything at least as good as the k-th, so that ties are settled by position, not by chance.
+        least = np.partition(scores, len(scores) - k)[len(scores) - k]
+        candidates = np.flatnonzero(scores >= max(least, np.finfo(scores.dtype).tiny))
+        best = candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
+        return [Hit(self._passages[number], float(scores[number])) for number in best]

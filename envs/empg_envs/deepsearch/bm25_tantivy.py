@@ -1,0 +1,60 @@
+"""BM25 by the ``tantivy`` package, a search engine in Rust."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tantivy
+
+from empg_envs.deepsearch.passages import Hit, Passage, index_words, words_of
+
+
+class TantivyBm25:
+    """BM25 with tantivy's own constants (k1 1.2, b 0.75) over terms made by our analysis.
+
+    Only passages that share a term with the query are found.
+    """
+
+    _FIELD = "terms"
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        """Builds the index in memory."""
+        self._passages = passages
+        builder = tantivy.SchemaBuilder()
+        # Terms come ready-made, divided by blanks.
+        builder.add_text_field(self._FIELD, tokenizer_name="whitespace")
+        builder.add_unsigned_field("number", stored=True)
+        schema = builder.build()
+        index = tantivy.Index(schema)
+        writer = index.writer(num_threads=1)
+        for number, passage in enumerate(passages):
+            writer.add_document(
+                tantivy.Document(**{self._FIELD: [" ".join(index_words(passage))], "number": number})
+            )
+        writer.commit()
+        index.reload()
+        self._schema = schema
+        self._searcher = index.searcher()
+
+    def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
+        """The best passages for each query; see `Retriever`."""
+        return [self._search(query, topk) for query in queries]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _search(self, query: str, topk: int) -> list[Hit]:
+        terms = words_of(query)
+        if not terms:
+            return []
+        # Built term by term: a query is text, never tantivy's query language.
+        parts = [
+            (tantivy.Occur.Should, tantivy.Query.term_query(self._schema, self._FIELD, term))
+            for term in terms
+        ]
+        found = self._searcher.search(tantivy.Query.boolean_query(parts), limit=topk, count=False).hits
+        numbers = [int(self._searcher.doc(address)["number"][0]) for _, address in found]
+        return [
+            Hit(self._passages[number], float(score))
+            for number, (score, _) in zip(numbers, found, strict=True)
+        ]

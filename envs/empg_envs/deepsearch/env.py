@@ -1,0 +1,286 @@
+"""Deep Search as a `TextEnv`: a question, a search engine, and an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from empg_envs.deepsearch import expert, scoring
+from empg_envs.deepsearch.passages import Passage, check_topk
+from empg_envs.deepsearch.sources import EmbeddedSource, Source, Task, open_files
+from empg_envs.deepsearch.tables import LEVELS, Level
+from empg_envs.deepsearch.tags import ANSWER, OPEN, SEARCH, TOOLS, Call, read_call
+from empg_envs.deepsearch.texts import TEXTS, Shown, Texts
+from empg_envs.draw import Draw
+from empg_envs.names import look_up
+
+FILE_MAX_TURNS = 4  # Search-R1's
+MAX_QUERY_CHARS = 2000  # what is longer was not meant as a query
+
+
+class DeepSearchEnv:
+    """Questions that are answered by searching.
+
+    An action is a response, or what a parser made of one: its first complete ``<search>``, ``<open>`` or
+    ``<answer>`` block is carried out, of several answers the last one counts, everything else is passed
+    over. An answer ends the episode with reward 1.0 if it matches a golden answer exactly after
+    normalisation, else 0.0. A search engine that fails raises: such an episode is lost, not scored.
+
+    ``info`` holds ``task`` (the question), ``won``, ``tools`` (those on offer), ``metrics``
+    (``exact_match``, ``sub_match``, ``f1``, ``answered``, ``searches``, ``opens``, and ``exact_match_GROUP``
+    where questions are grouped) and, in embedded worlds, ``admissible`` (tool calls about what is known).
+    """
+
+    def __init__(
+        self,
+        level: str = "tiny",
+        style: str | None = None,
+        *,
+        questions: str | Sequence[str] | Mapping[str, Any] | None = None,
+        corpus: str | None = None,
+        retriever: str | None = None,
+        retriever_options: Mapping[str, Any] | None = None,
+        topk: int = 3,
+        max_turns: int | None = None,
+        tool_budget: int | None = None,
+        snippet_words: int | None = None,
+        passage_words: int | None = None,
+    ) -> None:
+        """Chooses questions, search engine and limits.
+
+        Args:
+          level: of the embedded worlds (``tiny``, ``easy``, ``medium``, ``hard``).
+          style: ``terse`` (few words, for small models; the default of embedded worlds) or ``search_r1``.
+          questions: FlashRAG-format file or files, or a mapping from panels to files; see
+            `empg_envs.deepsearch.questions.make_panels`. None takes the embedded worlds.
+          corpus: wiki-18-format file that the questions are answered from.
+          retriever: ``bm25s`` (default for a corpus), ``builtin``, ``tantivy``, or ``remote``.
+          retriever_options: keyword arguments of the retriever.
+          topk: passages that a search shows.
+          max_turns: steps after which an episode is truncated; by default the level's, or 4 with files.
+          tool_budget: searches and opened passages allowed for a question; None: as many as turns.
+          snippet_words: a search shows so many words of each passage, with its id, and ``<open>`` shows
+            the whole; None shows whole passages, and there is no ``<open>``.
+          passage_words: words after which any passage is cut; None: no limit.
+
+        Raises:
+          ValueError: an unknown name, a limit below 1, or options that do not go together.
+          DataError: a file is wrong.
+        """
+        limits = {
+            "max_turns": max_turns,
+            "snippet_words": snippet_words,
+            "passage_words": passage_words,
+            "tool_budget": tool_budget,
+        }
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"deepsearch {name} must be at least 1, not {limit}")
+        style = style or ("terse" if questions is None else "search_r1")
+        self._source = _open_source(level, style, questions, corpus, retriever, retriever_options)
+        self._texts: Texts = TEXTS[style]()
+        self._topk = check_topk(topk)
+        usual_turns = find_level(level).max_turns if questions is None else FILE_MAX_TURNS
+        self._max_turns = usual_turns if max_turns is None else max_turns
+        self._budget = tool_budget
+        self._snippet_words, self._passage_words = snippet_words, passage_words
+        self._tools = TOOLS if snippet_words is not None else (SEARCH, ANSWER)
+        self._draw = Draw("deepsearch", "reset", 0)
+        self._task: Task | None = None
+        self._answer: str | None = None
+        self._begin()
+
+    @property
+    def max_turns(self) -> int:
+        """Steps after which an episode is truncated."""
+        return self._max_turns
+
+    def list_splits(self) -> list[str]:
+        """Embedded: ``train``, ``valid``, ``test``, ``test_ood``; else what the files give."""
+        return self._source.list_splits()
+
+    def num_tasks(self, split: str) -> int:
+        """Size of a panel."""
+        return self._source.num_tasks(split)
+
+    def get_task(self, split: str, index: int) -> dict[str, Any]:
+        """The question as FlashRAG spells it, its group, and the corpus of an embedded world."""
+        task = self._source.load(split, index)
+        described = {
+            **task.question.to_row(),
+            "task": task.question.text,
+            "split": split,
+            "index": index,
+            "group": task.question.group,
+            "content_hash": task.content_hash,
+        }
+        if task.passages:
+            described["passages"] = [passage.to_row() for passage in task.passages]
+        return described
+
+    def panel_hash(self, split: str) -> str:
+        """Hash of the ordered content hashes of a panel."""
+        return self._source.panel_hash(split)
+
+    def reset(
+        self, seed: int | None = None, *, split: str | None = None, index: int | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Starts an episode.
+
+        Args:
+          seed: restarts the stream that chooses an index when none is given.
+          split: the panel; the first one when not given.
+          index: the task in its panel.
+
+        Raises:
+          ValueError: unknown split.
+          IndexError: index outside the panel.
+        """
+        if seed is not None:
+            self._draw = Draw("deepsearch", "reset", seed)
+        split = self.list_splits()[0] if split is None else split
+        if index is None:
+            index = self._draw.below(self.num_tasks(split))
+        self._task = self._source.load(split, index)
+        self._begin()
+        return self._texts.opening(self._task.question.text), self._info()
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Carries out one response; one without a call costs the turn and says what would be right.
+
+        Raises:
+          RuntimeError: before the first reset, or after the episode ended.
+          RetrieverError: the search engine failed.
+        """
+        task = self._playing("step")
+        call = read_call(action, self._tools)
+        if call is not None and call.tool == ANSWER:
+            self._answer = call.content
+            observation = "answered ."
+        else:
+            observation = self._use_tool(task, call)
+        self._turn += 1
+        terminated = self._answer is not None
+        truncated = not terminated and self._turn >= self._max_turns
+        self._is_done = terminated or truncated
+        info = self._info()
+        return observation, float(info["won"]), terminated, truncated, info
+
+    def expert_action(self) -> str:
+        """What the expert does next, knowing only what has been shown so far.
+
+        Raises:
+          RuntimeError: before the first reset, after the episode ended, or for questions from files,
+            whose links nobody has written down.
+        """
+        task = self._playing("expert_action")
+        if task.puzzle is None:
+            raise RuntimeError("only embedded deepsearch questions have an expert; set sft.updates=0")
+        return str(expert.choose_call(task, self._shown, self._texts))
+
+    def close(self) -> None:
+        """Ends the episode. The corpus stays loaded: other environments of the process share it."""
+        self._task = None
+
+    def _begin(self) -> None:
+        self._turn = self._searches = self._opens = 0
+        self._answer = None
+        self._seen: dict[str, Passage] = {}  # what searches have brought, by id
+        self._shown: dict[str, str] = {}  # how much of it has been shown
+        self._is_done = False
+
+    def _playing(self, caller: str) -> Task:
+        if self._task is None:
+            raise RuntimeError(f"{caller}() without an episode: call reset() first")
+        if self._is_done:
+            raise RuntimeError(f"{caller}() after the episode ended: call reset() first")
+        return self._task
+
+    def _use_tool(self, task: Task, call: Call | None) -> str:
+        question = task.question.text
+        if call is None:
+            return self._texts.notice(question, "invalid")
+        if self._budget is not None and self._searches + self._opens >= self._budget:
+            return self._texts.notice(question, "budget")
+        if call.tool == OPEN:
+            self._opens += 1
+            return self._open(question, call.content)
+        self._searches += 1
+        (hits,) = task.retriever.search([call.content[:MAX_QUERY_CHARS]], self._topk)
+        found: list[Shown] = []
+        for passage, _ in hits:
+            text = _first_words(passage.text, self._passage_words)
+            snippet = _first_words(text, self._snippet_words)
+            self._seen[passage.id] = passage
+            if len(snippet) > len(self._shown.get(passage.id, "")):
+                self._shown[passage.id] = snippet
+            found.append((passage, snippet))
+        return self._texts.results(question, found, with_ids=OPEN in self._tools)
+
+    def _open(self, question: str, key: str) -> str:
+        if key not in self._seen:
+            return self._texts.notice(question, "unknown_id")
+        passage = self._seen[key]
+        text = _first_words(passage.text, self._passage_words)
+        self._shown[key] = text
+        return self._texts.page(question, Passage(passage.id, passage.title, text))
+
+    def _info(self) -> dict[str, Any]:
+        assert self._task is not None
+        question, answer = self._task.question, self._answer or ""
+        exact = scoring.exact_match(answer, question.golden_answers)
+        metrics = {
+            "exact_match": exact,
+            "sub_match": scoring.sub_match(answer, question.golden_answers),
+            "f1": scoring.token_f1(answer, question.golden_answers),
+            "answered": float(self._answer is not None),
+            "searches": float(self._searches),
+            "opens": float(self._opens),
+        }
+        if question.group:
+            metrics[f"exact_match_{question.group}"] = exact
+        info: dict[str, Any] = {
+            "task": question.text,
+            "won": exact == 1.0,
+            "tools": list(self._tools),
+            "metrics": metrics,
+        }
+        if self._task.puzzle is not None:
+            calls = expert.list_calls(self._task, self._shown, OPEN in self._tools)
+            info["admissible"] = sorted(map(str, calls))
+        return info
+
+
+def find_level(name: str) -> Level:
+    """The preset of that name; an unknown one is a `ValueError` that names the nearest."""
+    return look_up("deepsearch level", name, LEVELS)
+
+
+def _open_source(
+    level: str,
+    style: str,
+    questions: str | Sequence[str] | Mapping[str, Any] | None,
+    corpus: str | None,
+    retriever: str | None,
+    retriever_options: Mapping[str, Any] | None,
+) -> Source:
+    if style not in TEXTS:
+        raise ValueError(f"unknown deepsearch style {style!r}; the styles are {', '.join(TEXTS)}")
+    if questions is not None:
+        return open_files(questions, corpus, retriever, retriever_options)
+    if corpus is not None or retriever is not None or retriever_options is not None:
+        raise ValueError(
+            "deepsearch corpus, retriever and retriever_options go with questions; "
+            "an embedded question brings its own corpus and index"
+        )
+    return EmbeddedSource(find_level(level), style)
+
+
+def _first_words(text: str, limit: int | None) -> str:
+    """The text up to its so-manieth word, as it is written."""
+    if limit is None:
+        return text
+    words = text.split(None, limit)
+    if len(words) <= limit:
+        return text
+    return text[: len(text) - len(words[limit])].rstrip()

@@ -1,0 +1,172 @@
+"""Passages and how they are found: the corpus format of wiki-18, and the protocol of all retrievers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from empg_envs.deepsearch.files import DataError, read_rows, require_text
+
+MAX_TOPK = 100
+EXTRA = "empg-jax[deepsearch]"
+
+_WORD = re.compile(r"\w+")
+# Function words of English; they say nothing about what a passage is about.
+_FUNCTION_WORDS = """
+a an and are as at be but by for from had has have he her his if in into is it its no not of on or she such
+that the their them then there these they this to was were what when where which who whom whose why how will
+with did do does
+"""
+STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Passage:
+    """A piece of a corpus."""
+
+    id: str
+    title: str
+    text: str
+
+    @property
+    def contents(self) -> str:
+        """The spelling of wiki-18: the title in quotes on the first line, then the text."""
+        return f'"{self.title}"\n{self.text}'
+
+    def to_row(self) -> dict[str, str]:
+        """A line of a corpus file."""
+        return {"id": self.id, "contents": self.contents}
+
+
+class Hit(NamedTuple):
+    """A passage that was found, and how well it fits (larger is better; scales differ by retriever)."""
+
+    passage: Passage
+    score: float
+
+
+class Retriever(Protocol):
+    """Finds passages. Every search engine, in this process or on another machine, looks like this."""
+
+    def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
+        """For each query at most ``topk`` passages, best first; fewer, or none, when fewer fit.
+
+        Raises:
+          RetrieverError: the engine cannot answer. That is never the agent's doing.
+        """
+        ...
+
+    def close(self) -> None:
+        """Releases what is held; may be called more than once."""
+        ...
+
+
+class RetrieverError(RuntimeError):
+    """A search engine that cannot answer: down, too slow, or talking nonsense."""
+
+
+# Name -> where it lives. The first three search a corpus in this process.
+RETRIEVERS = {
+    "builtin": ("empg_envs.deepsearch.bm25", "BuiltinBm25"),
+    "bm25s": ("empg_envs.deepsearch.bm25_numpy", "NumpyBm25"),
+    "tantivy": ("empg_envs.deepsearch.bm25_tantivy", "TantivyBm25"),
+    "remote": ("empg_envs.deepsearch.remote", "RemoteRetriever"),
+}
+
+
+def make_retriever(name: str, passages: Sequence[Passage] | None = None, **options: Any) -> Retriever:
+    """Builds a retriever.
+
+    Args:
+      name: a key of `RETRIEVERS`.
+      passages: the corpus; None for ``remote``, which has its own.
+      **options: of that retriever.
+
+    Raises:
+      ValueError: unknown name, a corpus too many or missing, or a package that is not installed.
+    """
+    if name not in RETRIEVERS:
+        raise ValueError(f"unknown retriever {name!r}; the retrievers are {', '.join(RETRIEVERS)}")
+    if (passages is None) != (name == "remote"):
+        needs = "has its own corpus on the server" if name == "remote" else "needs a corpus"
+        raise ValueError(f"retriever {name!r} {needs}")
+    module, attribute = RETRIEVERS[name]
+    try:
+        build = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"retriever {name!r} needs the package {error.name!r}: pip install '{EXTRA}', "
+            "or use retriever 'builtin'"
+        ) from error
+    retriever: Retriever = build(**options) if passages is None else build(passages, **options)
+    return retriever
+
+
+def read_corpus(path: str) -> list[Passage]:
+    """Reads a corpus: JSON lines with ``id`` and ``contents`` (or ``title`` and ``text``), maybe gzipped.
+
+    Raises:
+      DataError: naming the line that is wrong, repeats an id, or that nothing is there.
+    """
+    passages = []
+    seen: dict[str, str] = {}
+    for place, row in read_rows(path):
+        key = require_text(row, "id", place)
+        if key in seen:
+            raise DataError(f"{place}: id {key!r} occurs before, in {seen[key]}")
+        seen[key] = place
+        if "contents" in row:
+            passages.append(parse_contents(key, require_text(row, "contents", place)))
+        else:
+            passages.append(Passage(key, require_text(row, "title", place), require_text(row, "text", place)))
+    if not passages:
+        raise DataError(f"{path}: no passages; expected one JSON object per line")
+    return passages
+
+
+def parse_contents(key: str, contents: str) -> Passage:
+    """Splits ``"Title"`` + newline + text."""
+    title, _, text = contents.partition("\n")
+    title = title.strip()
+    if len(title) > 1 and title[0] == title[-1] == '"':
+        title = title[1:-1]
+    return Passage(key, title, text.strip())
+
+
+def words_of(text: str) -> list[str]:
+    """Search terms of a text: words without accents or case, function words left out."""
+    return [word for word in _WORD.findall(_fold(text)) if word not in STOP_WORDS]
+
+
+def index_words(passage: Passage) -> list[str]:
+    """Search terms of a passage. Its title counts twice: it says what the passage is about."""
+    return words_of(passage.title) * 2 + words_of(passage.text)
+
+
+def check_topk(topk: int) -> int:
+    """Returns ``topk``.
+
+    Raises:
+      ValueError: it is not an integer in 1 to `MAX_TOPK`.
+    """
+    if not isinstance(topk, int) or isinstance(topk, bool) or not 1 <= topk <= MAX_TOPK:
+        raise ValueError(f"topk is {topk!r}; expected an integer from 1 to {MAX_TOPK}")
+    return topk
+
+
+def _fold(text: str) -> str:
+    if text.isascii():
+        return text.lower()
+    decomposed = unicodedata.normalize("NFKD", text.lower())
+    return "".join(character for character in decomposed if not unicodedata.combining(character))
+
+
+@functools.lru_cache(maxsize=8)
+def load_corpus(path: str) -> tuple[Passage, ...]:
+    """`read_corpus`, once per process: many environments of a worker share a corpus."""
+    return tuple(read_corpus(path))

@@ -1,0 +1,177 @@
+"""Beside the engine: prompts made of observations, calls read out of responses, a closed vocabulary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from empg_envs.base import ActionParser, Message, ParsedAction, PlainPrompts, PromptBuilder
+from empg_envs.deepsearch.env import find_level
+from empg_envs.deepsearch.tables import KIND_OF_VALUE
+from empg_envs.deepsearch.tags import (
+    OPEN,
+    TOOLS,
+    count_openings,
+    cut_after_first_close,
+    iter_blocks,
+    read_call,
+)
+from empg_envs.deepsearch.texts import TEXTS
+from empg_envs.deepsearch.worlds import names_of
+
+PARSERS = ("search_r1", "verl_agent")
+
+_ROLE = (
+    "Answer the question below. Whenever you learn something new, first think about it between <think> and "
+    "</think>."
+)
+_SEARCH = (
+    "If you miss some knowledge, ask the search engine for it with <search>what you look for</search>; what "
+    "it finds comes back between <information> and </information>. You may search as often as you need."
+)
+_OPEN = "The results are beginnings only: read a whole one with <open>its id</open>."
+_ANSWER = (
+    "As soon as nothing is missing, give the answer alone, in few words, between <answer> and </answer>, for "
+    "example <answer>Oslo</answer>."
+)
+
+
+def make_prompts(style: str = "terse", parser: str = "search_r1") -> PromptBuilder:
+    """Builds the prompt builder that fits an environment's style.
+
+    Args:
+      style: ``terse`` (nothing but the observation) or ``search_r1`` (with instructions).
+      parser: concerns the parser alone.
+
+    Raises:
+      ValueError: an unknown style or parser.
+    """
+    _check_parser(parser)
+    if style not in TEXTS:
+        raise ValueError(f"unknown deepsearch prompt style {style!r}; the styles are {', '.join(TEXTS)}")
+    return PlainPrompts() if style == "terse" else SearchPrompts()
+
+
+def make_parser(parser: str = "search_r1", *, style: str = "terse") -> ActionParser:
+    """Builds the action parser.
+
+    Args:
+      parser: ``search_r1`` (the first complete block) or ``verl_agent`` (stricter about what is valid).
+      style: concerns the prompts alone.
+
+    Raises:
+      ValueError: an unknown parser.
+    """
+    _check_parser(parser)
+    return FirstBlockParser() if parser == "search_r1" else OneBlockParser()
+
+
+def _check_parser(parser: str) -> None:
+    if parser not in PARSERS:
+        raise ValueError(f"unknown deepsearch parser {parser!r}; the parsers are {', '.join(PARSERS)}")
+
+
+class SearchPrompts:
+    """Instructions and question; one growing transcript, or fresh windows that tell the last calls."""
+
+    def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
+        """One user message: what to do, and the question."""
+        parts = [_ROLE, _SEARCH, *([_OPEN] if OPEN in info.get("tools", ()) else []), _ANSWER]
+        return [{"role": "user", "content": f"{' '.join(parts)}\nQuestion: {info['task']}\n"}]
+
+    def follow(self, observation: str, info: Mapping[str, Any]) -> str:
+        """What the search engine said."""
+        return observation
+
+    def window(
+        self,
+        history: Sequence[tuple[str, str]],
+        observation: str,
+        info: Mapping[str, Any],
+        turn: int,
+    ) -> list[Message]:
+        """A fresh prompt: instructions, question, and the remembered calls with what they brought."""
+        (message,) = self.start(observation, info)
+        if turn == 0:
+            return [message]
+        # An observation answers the call before it: pair each call with what came next.
+        brought = [*(seen for seen, _ in history[1:]), observation]
+        first = turn - len(history) + 1
+        past = "\n".join(
+            f"Step {number}:{call} {seen.strip()}"
+            for number, ((_, call), seen) in enumerate(zip(history, brought, strict=False), start=first)
+        )
+        told = f"\nYou have taken {turn} steps so far. " + (
+            f"The last {len(history)} of them:\n{past}\n" if history else f"{observation.strip()}\n"
+        )
+        return [{"role": "user", "content": message["content"] + told}]
+
+
+class FirstBlockParser:
+    """The rules of Search-R1: the first complete block counts, whatever stands around it.
+
+    The action is the block alone. A response without one is invalid and is passed on as the empty action.
+    """
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Reads the call."""
+        call = read_call(response, info.get("tools", TOOLS))
+        return ParsedAction("" if call is None else str(call), call is not None)
+
+
+class OneBlockParser:
+    """The rules of verl-agent's search set-up, where more than one block is a fault.
+
+    What follows the first closing tag is cut off; of what is left the first block is carried out. A response
+    with blocks of two tools or with an opening tag twice is invalid, and its call is carried out all the
+    same. Without a block the action is empty and invalid. Case does not matter in tags.
+    """
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Reads the call."""
+        tools = info.get("tools", TOOLS)
+        text = _lower_tags(response, tools)
+        call = next(iter_blocks(cut_after_first_close(text, tools), tools), None)
+        if call is None or not call.content:
+            return ParsedAction("", False)
+        return ParsedAction(str(call), count_openings(text, tools) == 1)
+
+
+def _lower_tags(text: str, tools: Sequence[str]) -> str:
+    return re.sub(
+        rf"</?(?:{'|'.join(tools)})>", lambda match: match.group().lower(), text, flags=re.IGNORECASE
+    )
+
+
+def phrases(level: str = "tiny", style: str | None = None, **options: Any) -> list[str]:
+    """The closed vocabulary of a level in the terse style, for a small tokenizer.
+
+    Every observation of the terse style, and every call about names of the level, is a sequence of these
+    phrases when the longest match is taken each time.
+
+    Args:
+      level: the level's name.
+      style: the environment's style; only ``terse`` has a closed vocabulary.
+      **options: the environment's others. With ``questions`` there is no closed vocabulary.
+
+    Returns:
+      Phrases (some hold spaces), none twice.
+
+    Raises:
+      ValueError: an unknown level, another style, or questions from files.
+    """
+    if style not in (None, "terse") or options.get("questions") is not None:
+        raise ValueError(
+            "only embedded deepsearch worlds in style 'terse' have a closed vocabulary; else name a tokenizer"
+        )
+    preset = find_level(level)
+    found = [f"{mark}{tool}>" for tool in TOOLS for mark in ("<", "</")]
+    found += [name for names in names_of(preset).values() for name in names]
+    found += [*KIND_OF_VALUE, "of", "question :", "answered", "invalid", "nothing", "no more", ".", ",", ":"]
+    if options.get("snippet_words") is not None:
+        found += [str(number) for number in range(1, preset.pages + 1)]
+    if options.get("snippet_words") is not None or options.get("passage_words") is not None:
+        # A passage may be cut inside a name.
+        found += [word for names in names_of(preset).values() for name in names for word in name.split()]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,183 @@
+"""Questions: the format of FlashRAG, and panels of them that are fixed by hashes.
+
+A file goes to train, valid and test by the hash of each question (8 : 1 : 1), or whole to the panel that
+the configuration names. A training question that also occurs in a held-out panel is dropped from training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from empg_envs.deepsearch.files import DataError, read_rows, require_text
+
+TRAIN = "train"
+IN_DOMAIN, OUT_OF_DOMAIN = "in_domain", "out_of_domain"
+_SHARES = {TRAIN: (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Question:
+    """A question with its accepted answers.
+
+    Attributes:
+      id: as in its file.
+      text: the question.
+      golden_answers: any of these counts.
+      group: what it is reported under (``in_domain``, ``out_of_domain``, or a data set's name).
+      metadata: whatever else its file said; JSON-able.
+    """
+
+    id: str
+    text: str
+    golden_answers: tuple[str, ...]
+    group: str = ""
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of the question's words."""
+        return hashlib.sha256(" ".join(self.text.lower().split()).encode()).hexdigest()
+
+    def to_row(self) -> dict[str, Any]:
+        """The question as FlashRAG spells it."""
+        return {
+            "id": self.id,
+            "question": self.text,
+            "golden_answers": list(self.golden_answers),
+            "metadata": dict(self.metadata),
+        }
+
+
+def read_questions(path: str, group: str = "") -> list[Question]:
+    """Reads a question file.
+
+    Raises:
+      DataError: naming the line that is wrong, or that nothing is there.
+    """
+    questions = []
+    for place, row in read_rows(path):
+        answers = row.get("golden_answers")
+        if isinstance(answers, str):
+            answers = [answers]
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise DataError(f"{place}: 'golden_answers' is {answers!r:.80}; expected a list of texts")
+        metadata = row.get("metadata")
+        if metadata is not None and not isinstance(metadata, dict):
+            raise DataError(f"{place}: 'metadata' is {metadata!r:.80}; expected an object")
+        questions.append(
+            Question(
+                id=require_text(row, "id", place),
+                text=require_text(row, "question", place).strip(),
+                golden_answers=tuple(answers),
+                group=group,
+                metadata=metadata or {},
+            )
+        )
+    if not questions:
+        raise DataError(f"{path}: no questions; expected one JSON object per line")
+    return questions
+
+
+class Panels:
+    """Ordered lists of questions by split."""
+
+    def __init__(self, panels: Mapping[str, Sequence[Question]]) -> None:
+        """Drops repetitions inside a panel, and from training what a held-out panel holds.
+
+        Raises:
+          DataError: a panel is left with nothing.
+        """
+        held_out = {
+            question.content_hash
+            for split, questions in panels.items()
+            if split != TRAIN
+            for question in questions
+        }
+        self._panels: dict[str, list[Question]] = {}
+        for split, questions in panels.items():
+            kept: dict[str, Question] = {}
+            for question in questions:
+                if split != TRAIN or question.content_hash not in held_out:
+                    kept.setdefault(question.content_hash, question)
+            if not kept:
+                raise DataError(f"panel {split!r} holds no question")
+            # By hash, so that neither the files' order nor their sorting by topic shows.
+            self._panels[split] = [kept[key] for key in sorted(kept)]
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the panels."""
+        return list(self._panels)
+
+    def num_tasks(self, split: str) -> int:
+        """Size of a panel.
+
+        Raises:
+          ValueError: there is no such split.
+        """
+        if split not in self._panels:
+            raise ValueError(f"unknown split {split!r}; the splits are {', '.join(self._panels)}")
+        return len(self._panels[split])
+
+    def get(self, split: str, index: int) -> Question:
+        """One question.
+
+        Raises:
+          ValueError: there is no such split.
+          IndexError: index outside the panel.
+        """
+        count = self.num_tasks(split)
+        index = operator.index(index)
+        if not 0 <= index < count:
+            raise IndexError(f"task index {index} of split {split!r} is outside [0, {count})")
+        return self._panels[split][index]
+
+    def panel_hash(self, split: str) -> str:
+        """Hash of the ordered content hashes of a panel: the panel's identity."""
+        digest = hashlib.sha256()
+        for index in range(self.num_tasks(split)):
+            digest.update(self._panels[split][index].content_hash.encode())
+        return digest.hexdigest()
+
+
+def make_panels(files: str | Sequence[str] | Mapping[str, Any]) -> Panels:
+    """Reads question files into panels.
+
+    Args:
+      files: one file or several, divided by hash into train, valid and test; or a mapping from the
+        panel's name to the file or files that it consists of. There a name may carry a group after a colon
+        (``test:hotpotqa``) under which its scores are reported; without one the group is
+        ``out_of_domain`` for a panel whose name ends in ``_ood``, else ``in_domain``.
+
+    Raises:
+      DataError: a file is wrong, or a panel is empty.
+    """
+    if isinstance(files, Mapping):
+        panels: dict[str, list[Question]] = {}
+        for name, paths in files.items():
+            split, _, group = str(name).partition(":")
+            panels.setdefault(split, []).extend(
+                question
+                for path in _as_list(paths)
+                for question in read_questions(path, group or _usual_group(split))
+            )
+        return Panels(panels)
+    pooled = [question for path in _as_list(files) for question in read_questions(path)]
+    by_split: dict[str, list[Question]] = {split: [] for split in _SHARES}
+    for question in pooled:
+        share = int(question.content_hash[:8], 16) / 2**32
+        split = next(name for name, (low, high) in _SHARES.items() if low <= share < high)
+        by_split[split].append(question)
+    return Panels({split: questions for split, questions in by_split.items() if questions})
+
+
+def _usual_group(split: str) -> str:
+    return OUT_OF_DOMAIN if split.endswith("_ood") else IN_DOMAIN
+
+
+def _as_list(paths: str | Sequence[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else [str(path) for path in paths]

@@ -1,0 +1,143 @@
+"""A search server spoken to over HTTP in the language of Search-R1's ``/retrieve``.
+
+Standard library only. A server that cannot be reached, is too slow or talks nonsense is a `RetrieverError`:
+the episode is then lost and sampled again, never scored.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from empg_envs.deepsearch.passages import Hit, Passage, RetrieverError, check_topk, parse_contents
+
+MAX_REPLY_BYTES = 64 << 20
+
+
+class RemoteRetriever:
+    """Asks one of several equal servers in turn, and the next one when it fails."""
+
+    def __init__(
+        self, urls: str | Sequence[str], *, timeout: float = 2.0, attempts: int = 3, wait: float = 0.2
+    ) -> None:
+        """Connects nowhere yet.
+
+        Args:
+          urls: addresses such as ``http://127.0.0.1:8000/retrieve``.
+          timeout: seconds for a request. All attempts together should stay below
+            ``workers.step_timeout``.
+          attempts: requests before giving up.
+          wait: seconds before the second attempt; doubles each time.
+
+        Raises:
+          ValueError: an address that is not http(s), or a limit that is not positive.
+        """
+        listed = [urls] if isinstance(urls, str) else list(urls)
+        if not listed:
+            raise ValueError("retriever 'remote' needs at least one url")
+        self._servers = [_Server(url, timeout) for url in listed]
+        if timeout <= 0 or attempts < 1 or wait < 0:
+            raise ValueError(
+                f"retriever 'remote': timeout={timeout} and attempts={attempts} must be positive, "
+                f"wait={wait} not negative"
+            )
+        self._attempts, self._wait = attempts, wait
+        self._next = 0
+
+    def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
+        """The best passages for each query; see `Retriever`."""
+        request = {"queries": list(queries), "topk": check_topk(topk), "return_scores": True}
+        body = json.dumps(request).encode()  # escapes whatever is not ASCII, lone surrogates included
+        problems = []
+        for attempt in range(self._attempts):
+            server = self._servers[self._next % len(self._servers)]
+            self._next += 1
+            try:
+                return read_reply(server.post(body), len(queries), topk)
+            except (OSError, http.client.HTTPException, RetrieverError) as error:
+                server.close()
+                problems.append(f"{server.url}: {type(error).__name__}: {error}")
+            if attempt + 1 < self._attempts:
+                time.sleep(self._wait * 2**attempt)
+        raise RetrieverError(f"{self._attempts} requests failed; " + "; ".join(problems))
+
+    def close(self) -> None:
+        """Hangs up."""
+        for server in self._servers:
+            server.close()
+
+
+class _Server:
+    """A connection that is kept open between requests."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                f"retriever url {url!r} is no address; expected for example http://127.0.0.1:8000/retrieve"
+            )
+        self.url = url
+        self._path = parts.path or "/retrieve"
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connection = kind(parts.hostname, parts.port, timeout=timeout)
+
+    def post(self, body: bytes) -> bytes:
+        """Sends a request; returns the answer's body."""
+        if self._connection.sock is None:
+            self._connection.connect()
+        self._connection.request("POST", self._path, body, {"Content-Type": "application/json"})
+        response = self._connection.getresponse()
+        text = response.read(MAX_REPLY_BYTES + 1)
+        if response.status != 200:
+            raise RetrieverError(f"status {response.status}: {text[:200].decode(errors='replace')}")
+        if len(text) > MAX_REPLY_BYTES:
+            raise RetrieverError(f"the answer is longer than {MAX_REPLY_BYTES} bytes")
+        return text
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def read_reply(text: bytes, num_queries: int, topk: int) -> list[list[Hit]]:
+    """Reads an answer: a list per query of ``{"document", "score"}``, or of bare documents.
+
+    A document has ``contents``, or ``title`` and ``text``; its id may be missing, and the contents stand in.
+
+    Raises:
+      RetrieverError: the answer is not of that shape.
+    """
+    try:
+        result = json.loads(text)["result"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RetrieverError(f"the answer is no JSON object with 'result': {text[:200]!r}") from error
+    if not isinstance(result, list) or len(result) != num_queries:
+        raise RetrieverError(f"'result' is not a list of {num_queries} lists: {text[:200]!r}")
+    found = []
+    for rows in result:
+        if not isinstance(rows, list):
+            raise RetrieverError(f"the result of a query is {type(rows).__name__}; expected a list")
+        found.append([_read_hit(row) for row in rows[:topk]])
+    return found
+
+
+def _read_hit(row: Any) -> Hit:
+    score = 0.0
+    if isinstance(row, dict) and isinstance(row.get("document"), dict):
+        given = row.get("score", 0.0)
+        if not isinstance(given, int | float) or isinstance(given, bool):
+            raise RetrieverError(f"a score is {given!r}; expected a number")
+        score, row = float(given), row["document"]
+    if not isinstance(row, dict):
+        raise RetrieverError(f"a document is {type(row).__name__}; expected an object")
+    contents, title, text = row.get("contents"), row.get("title"), row.get("text")
+    if isinstance(contents, str):
+        passage = parse_contents(str(row.get("id", contents)), contents)
+    elif isinstance(title, str) and isinstance(text, str):
+        passage = Passage(str(row.get("id", f"{title}\n{text}")), title, text)
+    else:
+        raise RetrieverError(f"a document has neither 'contents' nor 'title' and 'text': {sorted(row)}")
+    return Hit(passage, score)

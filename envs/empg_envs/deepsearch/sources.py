@@ -1,0 +1,158 @@
+"""Where questions come from: embedded worlds, or files with a corpus or a search server."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from empg_envs.deepsearch import worlds
+from empg_envs.deepsearch.bm25 import BuiltinBm25
+from empg_envs.deepsearch.passages import Passage, Retriever, load_corpus, make_retriever
+from empg_envs.deepsearch.questions import Panels, Question, make_panels
+from empg_envs.deepsearch.tables import KIND_OF_VALUE, LEVELS, Level
+from empg_envs.deepsearch.texts import TEXTS, Texts
+
+FILE_RETRIEVER = "bm25s"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """A question, and what it is to be answered with.
+
+    Attributes:
+      question: text and golden answers.
+      retriever: the search engine.
+      content_hash: identity of the task.
+      puzzle: the world, where it is an embedded one.
+      passages: its corpus.
+    """
+
+    question: Question
+    retriever: Retriever
+    content_hash: str
+    puzzle: worlds.Puzzle | None = None
+    passages: tuple[Passage, ...] = ()
+
+
+class Source(Protocol):
+    """Panels of tasks."""
+
+    def list_splits(self) -> list[str]:
+        """Names of the panels."""
+        ...
+
+    def num_tasks(self, split: str) -> int:
+        """Size of a panel."""
+        ...
+
+    def load(self, split: str, index: int) -> Task:
+        """One task."""
+        ...
+
+    def panel_hash(self, split: str) -> str:
+        """A panel's identity."""
+        ...
+
+
+class EmbeddedSource:
+    """Generated worlds; each task brings its own corpus and its own index over names."""
+
+    def __init__(self, level: Level, style: str) -> None:
+        """``style`` decides how worlds are told, not what they are."""
+        self._level, self._style = level, style
+
+    def list_splits(self) -> list[str]:
+        """``train``, ``valid``, ``test``, ``test_ood``."""
+        return list(worlds.SPLITS)
+
+    def num_tasks(self, split: str) -> int:
+        """Size of a panel."""
+        return worlds.num_tasks(self._level, split)
+
+    def load(self, split: str, index: int) -> Task:
+        """Generates a task, or remembers it for the several attempts that a group makes."""
+        self.num_tasks(split)
+        return _load_world(self._level.name, self._style, split, index)
+
+    def panel_hash(self, split: str) -> str:
+        """Hash of all worlds of a panel; generates them once."""
+        self.num_tasks(split)
+        return worlds.panel_hash(self._level.name, split)
+
+
+class FileSource:
+    """Questions from files, all answered from one corpus."""
+
+    def __init__(self, panels: Panels, retriever: Retriever) -> None:
+        """Takes both as they are; see `open_files`."""
+        self._panels, self._retriever = panels, retriever
+
+    def list_splits(self) -> list[str]:
+        """The panels that the files give."""
+        return self._panels.splits
+
+    def num_tasks(self, split: str) -> int:
+        """Size of a panel."""
+        return self._panels.num_tasks(split)
+
+    def load(self, split: str, index: int) -> Task:
+        """A question with the common retriever."""
+        question = self._panels.get(split, index)
+        return Task(question, self._retriever, question.content_hash)
+
+    def panel_hash(self, split: str) -> str:
+        """Hash of a panel's questions."""
+        return self._panels.panel_hash(split)
+
+
+def open_files(
+    questions: str | Sequence[str] | Mapping[str, Any],
+    corpus: str | None,
+    retriever: str | None,
+    retriever_options: Mapping[str, Any] | None,
+) -> FileSource:
+    """Questions and corpus from files; what is read is shared by all environments of a process.
+
+    Raises:
+      DataError: a file is wrong.
+      ValueError: no corpus for a retriever that needs one, or one for ``remote``.
+    """
+    name = retriever or (FILE_RETRIEVER if corpus is not None else "remote")
+    if name == "remote" and not (retriever_options or {}).get("urls"):
+        raise ValueError(
+            "deepsearch questions need passages: set corpus (a wiki-18 file), or retriever 'remote' with "
+            "retriever_options {'urls': ['http://127.0.0.1:8000/retrieve']}"
+        )
+    panels = _load_panels(json.dumps(questions))
+    return FileSource(panels, _load_retriever(name, corpus, json.dumps(dict(retriever_options or {}))))
+
+
+@functools.lru_cache(maxsize=8)
+def _load_panels(questions: str) -> Panels:
+    return make_panels(json.loads(questions))
+
+
+@functools.lru_cache(maxsize=8)
+def _load_retriever(name: str, corpus: str | None, options: str) -> Retriever:
+    return make_retriever(name, None if corpus is None else load_corpus(corpus), **json.loads(options))
+
+
+@functools.lru_cache(maxsize=1024)
+def _load_world(level_name: str, style: str, split: str, index: int) -> Task:
+    texts = TEXTS[style]()
+    puzzle = worlds.make_puzzle(LEVELS[level_name], split, index)
+    passages = write_passages(puzzle, texts)
+    question = puzzle.to_question(split, index, texts.ask(puzzle.start, puzzle.relations))
+    index_of_names = BuiltinBm25(passages, ignore=KIND_OF_VALUE)
+    return Task(question, index_of_names, puzzle.content_hash, puzzle, passages)
+
+
+def write_passages(puzzle: worlds.Puzzle, texts: Texts) -> tuple[Passage, ...]:
+    """The corpus of a world in a style; ids are ``1``, ``2``, ..."""
+    return tuple(
+        dataclasses.replace(texts.describe(name, facts), id=str(number))
+        for number, (name, facts) in enumerate(puzzle.pages.items(), start=1)
+    )

@@ -1,0 +1,152 @@
+"""How questions and results are worded: in few words for small models, or as Search-R1 shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from empg_envs.deepsearch.passages import Passage
+from empg_envs.deepsearch.tables import BOOK, CITY, COMPANY, KIND_OF_VALUE, PERSON
+
+# What a search shows: result number, passage, how much of its text.
+Shown = tuple[Passage, str]
+
+
+class Texts(Protocol):
+    """A style: everything that the environment says."""
+
+    def opening(self, question: str) -> str:
+        """First observation."""
+        ...
+
+    def results(self, question: str, found: Sequence[Shown], with_ids: bool) -> str:
+        """Passages that a search found; with their ids when they can be opened."""
+        ...
+
+    def page(self, question: str, passage: Passage) -> str:
+        """A passage that was opened."""
+        ...
+
+    def notice(self, question: str, kind: str) -> str:
+        """Why a call brought nothing: ``invalid``, ``unknown_id`` or ``budget``."""
+        ...
+
+    def ask(self, start: str, relations: Sequence[str]) -> str:
+        """The question about an embedded world."""
+        ...
+
+    def describe(self, name: str, facts: Mapping[str, str]) -> Passage:
+        """A passage of an embedded world, without its id."""
+        ...
+
+    def fact(self, name: str, relation: str, value: str) -> str:
+        """What `describe` writes for one fact, word for word."""
+        ...
+
+    def name(self, name: str) -> str:
+        """A name as it is written."""
+        ...
+
+
+class TerseTexts:
+    """Few words of a closed vocabulary. Every observation ends with the question."""
+
+    _NOTICES: Mapping[str, str] = {"invalid": "invalid .", "unknown_id": "nothing .", "budget": "no more ."}
+
+    def opening(self, question: str) -> str:
+        """The question."""
+        return f"question : {question}"
+
+    def results(self, question: str, found: Sequence[Shown], with_ids: bool) -> str:
+        """The passages one after the other, or ``nothing .``."""
+        lines = [f"{passage.id} : {text}" if with_ids else text for passage, text in found]
+        return f"{' '.join(lines) or 'nothing .'} {self.opening(question)}"
+
+    def page(self, question: str, passage: Passage) -> str:
+        """The passage."""
+        return f"{passage.text} {self.opening(question)}"
+
+    def notice(self, question: str, kind: str) -> str:
+        """Two words."""
+        return f"{self._NOTICES[kind]} {self.opening(question)}"
+
+    def ask(self, start: str, relations: Sequence[str]) -> str:
+        """Relations from the last to the first, then the start: ``mother of founder of acme``."""
+        return " of ".join([*reversed(relations), start])
+
+    def describe(self, name: str, facts: Mapping[str, str]) -> Passage:
+        """``acme : founder dana fox , seat oslo .``"""
+        told = " , ".join(self.fact(name, relation, value) for relation, value in facts.items())
+        return Passage("", name, f"{name} : {told} .")
+
+    def fact(self, name: str, relation: str, value: str) -> str:
+        """``founder dana fox``."""
+        return f"{relation} {value}"
+
+    def name(self, name: str) -> str:
+        """As it is."""
+        return name
+
+
+class SearchR1Texts:
+    """Search-R1's wrapping of results, and whole sentences."""
+
+    _NOTICES: Mapping[str, str] = {
+        "invalid": (
+            "That was not an action. To look something up, write what you look for between <search> and "
+            "</search>. To finish, write your answer between <answer> and </answer>."
+        ),
+        "unknown_id": "No result so far has that id, so there is nothing to open.",
+        "budget": "All tool calls for this question are used up. Answer between <answer> and </answer>.",
+    }
+    _ASKING: Mapping[str, str] = {
+        PERSON: "Who is",
+        COMPANY: "Which company is",
+        CITY: "Which city is",
+        BOOK: "Which book is",
+    }
+
+    def opening(self, question: str) -> str:
+        """The question."""
+        return question
+
+    def results(self, question: str, found: Sequence[Shown], with_ids: bool) -> str:
+        """Numbered passages between information tags."""
+        lines = [
+            f"Doc {number}({f'Id: {passage.id}, ' if with_ids else ''}Title: {passage.title}) {text}\n"
+            for number, (passage, text) in enumerate(found, start=1)
+        ]
+        return _wrap("".join(lines) or "Nothing was found.")
+
+    def page(self, question: str, passage: Passage) -> str:
+        """The whole passage between information tags."""
+        return _wrap(f"(Id: {passage.id}, Title: {passage.title}) {passage.text}")
+
+    def notice(self, question: str, kind: str) -> str:
+        """A sentence that says what would be right."""
+        return f"\n{self._NOTICES[kind]}\n"
+
+    def ask(self, start: str, relations: Sequence[str]) -> str:
+        """``Who is the mother of the founder of Acme?``"""
+        links = " of ".join(f"the {relation}" for relation in reversed(relations))
+        return f"{self._ASKING[KIND_OF_VALUE[relations[-1]]]} {links} of {self.name(start)}?"
+
+    def describe(self, name: str, facts: Mapping[str, str]) -> Passage:
+        """A sentence for each fact."""
+        sentences = [self.fact(name, relation, value) for relation, value in facts.items()]
+        return Passage("", self.name(name), " ".join(sentences))
+
+    def fact(self, name: str, relation: str, value: str) -> str:
+        """``The founder of Acme is Dana Fox.``"""
+        return f"The {relation} of {self.name(name)} is {self.name(value)}."
+
+    def name(self, name: str) -> str:
+        """With capitals."""
+        return name.title()
+
+
+TEXTS: dict[str, Callable[[], Texts]] = {"terse": TerseTexts, "search_r1": SearchR1Texts}
+
+
+def _wrap(text: str) -> str:
+    return f"\n\n<information>{text.strip()}</information>\n\n"

@@ -1,0 +1,84 @@
+"""The six task families: when each is met, and how it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from empg_envs.household.tables import CLEAN, COOL, EXAMINE, HEAT, PICK, PICK_TWO
+from empg_envs.household.world import World
+
+# Two ways to say each goal, as in ALFWorld's data.
+_SENTENCES = {
+    PICK: ("put a {thing} in {target}.", "put some {thing} on {target}."),
+    EXAMINE: ("examine the {thing} with the {target}.", "look at {thing} under the {target}."),
+    CLEAN: ("put a clean {thing} in {target}.", "clean some {thing} and put it in {target}."),
+    HEAT: ("put a hot {thing} in {target}.", "heat some {thing} and put it in {target}."),
+    COOL: ("put a cool {thing} in {target}.", "cool some {thing} and put it in {target}."),
+    PICK_TWO: ("put two {thing} in {target}.", "find two {thing} and put them in {target}."),
+}
+NUM_WORDINGS = 2
+
+_TERSE = {
+    PICK: "put {thing} in {target}",
+    EXAMINE: "examine {thing} with {target}",
+    CLEAN: "put clean {thing} in {target}",
+    HEAT: "put hot {thing} in {target}",
+    COOL: "put cool {thing} in {target}",
+    PICK_TWO: "put two {thing} in {target}",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HouseholdGoal:
+    """A goal over classes: any instances will do.
+
+    Attributes:
+      family: one of the six task families.
+      thing: object class that is wanted.
+      target: receptacle class to put it in; for ``examine`` the lamp's class.
+    """
+
+    family: str
+    thing: str
+    target: str
+
+    def is_met(self, world: World) -> bool:
+        """Whether the world is as the task wants it."""
+        if self.family == EXAMINE:
+            return self._is_lit(world)
+        class_of = world.scene.class_of
+        needed = 2 if self.family == PICK_TWO else 1
+        return any(
+            sum(class_of[thing] == self.thing and self.is_ready(world, thing) for thing in things) >= needed
+            for receptacle, things in world.contents.items()
+            if class_of[receptacle] == self.target
+        )
+
+    def is_ready(self, world: World, thing: str) -> bool:
+        """Whether an object is in the state (clean, hot, cool) that the task wants."""
+        scene = world.scene
+        if self.family == CLEAN:
+            return thing in world.clean and thing in scene.cleanable
+        if self.family == HEAT:
+            return thing in world.hot and thing in scene.heatable
+        if self.family == COOL:
+            return thing in world.cool and thing in scene.coolable
+        return True
+
+    def _is_lit(self, world: World) -> bool:
+        class_of = world.scene.class_of
+        if world.holding is None or class_of[world.holding] != self.thing:
+            return False
+        return any(
+            class_of[lamp] == self.target and lamp in world.contents[receptacle]
+            for lamp in world.toggled
+            for receptacle in world.here
+        )
+
+    def sentence(self, wording: int) -> str:
+        """The task sentence in one of ALFWorld's wordings."""
+        return _SENTENCES[self.family][wording].format(thing=self.thing, target=self.target)
+
+    def terse(self, thing: str, target: str) -> str:
+        """The goal in few words, with the given names for the object and the target."""
+        return _TERSE[self.family].format(thing=thing, target=target)

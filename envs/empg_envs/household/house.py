@@ -1,0 +1,207 @@
+"""One episode in a house, whoever made the house: what the household and ALFWorld environments share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from empg_envs.draw import Draw
+from empg_envs.household import texts
+from empg_envs.household.commands import Command
+from empg_envs.household.goals import HouseholdGoal
+from empg_envs.household.world import Scene, World
+
+
+class Game(texts.Game, Protocol):
+    """One task: a house, what is wanted in it, and how that is said."""
+
+    @property
+    def scene(self) -> Scene:
+        """The house."""
+        ...
+
+
+class Panels(Protocol):
+    """Where games come from."""
+
+    def list_splits(self) -> list[str]:
+        """Names of the panels."""
+        ...
+
+    def num_tasks(self, split: str) -> int:
+        """Size of a panel.
+
+        Raises:
+          ValueError: unknown split.
+        """
+        ...
+
+    def load(self, split: str, index: int) -> Game:
+        """One game.
+
+        Raises:
+          ValueError: unknown split.
+          IndexError: index outside the panel.
+        """
+        ...
+
+    def describe(self, split: str, index: int) -> dict[str, Any]:
+        """A JSON-able description of one game, with its ``content_hash``."""
+        ...
+
+    def panel_hash(self, split: str) -> str:
+        """Identity of a panel: a hash over the content hashes of its games, in order."""
+        ...
+
+
+class Grammar(Protocol):
+    """How commands are written."""
+
+    def parse(self, text: str) -> Command | None:
+        """Reads a command; None when the text is not well formed."""
+        ...
+
+    def spell(self, admissible: list[str]) -> list[str]:
+        """Sorted commands of `World.admissible` as this grammar writes them, sorted."""
+        ...
+
+
+class HouseEnv:
+    """A `TextEnv` over panels of games.
+
+    Rewards are ``win_reward`` for the step that meets the goal and 0 otherwise. Everything is a function of
+    panels, split and index; a seed only chooses the index when none is given.
+
+    ``info`` holds ``task`` (the goal sentence), ``family``, ``admissible`` (every command that would do
+    something, sorted) and ``won``.
+    """
+
+    def __init__(
+        self,
+        panels: Panels,
+        style: texts.Texts,
+        grammar: Grammar,
+        expert: Callable[[World, HouseholdGoal], str],
+        *,
+        max_turns: int,
+        win_reward: float = 1.0,
+        name: str = "household",
+    ) -> None:
+        """Puts the parts together.
+
+        Args:
+          panels: where games come from.
+          style: what the agent reads.
+          grammar: how commands are written.
+          expert: chooses the expert's next command, in the canonical spelling of `World.admissible`.
+          max_turns: steps after which an episode is truncated.
+          win_reward: reward of the step that meets the goal.
+          name: of the environment, in messages and in the stream of random indices.
+
+        Raises:
+          ValueError: a limit below 1.
+        """
+        if max_turns < 1:
+            raise ValueError(f"{name} max_turns must be at least 1, not {max_turns}")
+        self._panels, self._texts, self._grammar, self._expert = panels, style, grammar, expert
+        self._max_turns, self._win_reward, self._name = max_turns, float(win_reward), name
+        self._draw = Draw(name, "reset", 0)
+        self._game: Game | None = None
+        self._world: World | None = None
+        self._turn = 0
+        self._is_done = False
+
+    @property
+    def max_turns(self) -> int:
+        """Steps after which an episode is truncated."""
+        return self._max_turns
+
+    def list_splits(self) -> list[str]:
+        """Names of the task panels."""
+        return self._panels.list_splits()
+
+    def num_tasks(self, split: str) -> int:
+        """Size of a panel."""
+        return self._panels.num_tasks(split)
+
+    def get_task(self, split: str, index: int) -> dict[str, Any]:
+        """The whole task: house, goal, sentence and content hash."""
+        return self._panels.describe(split, index)
+
+    def panel_hash(self, split: str) -> str:
+        """Hash of the ordered content hashes of a panel; goes through the whole panel once."""
+        return self._panels.panel_hash(split)
+
+    def reset(
+        self, seed: int | None = None, *, split: str | None = None, index: int | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Starts an episode.
+
+        Args:
+          seed: restarts the stream that chooses an index when none is given.
+          split: the panel; the first of `list_splits` when not given.
+          index: the task in its panel.
+
+        Raises:
+          ValueError: unknown split.
+          IndexError: index outside the panel.
+        """
+        if seed is not None:
+            self._draw = Draw(self._name, "reset", seed)
+        split = self.list_splits()[0] if split is None else split
+        if index is None:
+            index = self._draw.below(self.num_tasks(split))
+        self._game = self._panels.load(split, index)
+        self._world = self._enter(self._game.scene)
+        self._turn = 0
+        self._is_done = False
+        return self._texts.opening(self._game, self._world), self._info(won=False)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Carries out one command; any other text does nothing and costs the turn.
+
+        Raises:
+          RuntimeError: before the first reset, or after the episode ended.
+        """
+        game, world = self._playing("step")
+        command = self._grammar.parse(action)
+        if command is not None and not world.apply(command):
+            command = None
+        self._turn += 1
+        won = command is not None and game.goal.is_met(world)
+        truncated = not won and self._turn >= self._max_turns
+        self._is_done = won or truncated
+        observation = self._texts.reply(game, world, command)
+        return observation, self._win_reward * won, won, truncated, self._info(won)
+
+    def expert_action(self) -> str:
+        """What the expert does next.
+
+        Raises:
+          RuntimeError: before the first reset, or after the episode ended.
+        """
+        game, world = self._playing("expert_action")
+        return self._grammar.spell([self._expert(world, game.goal)])[0]
+
+    def close(self) -> None:
+        """Ends the episode."""
+        self._game = self._world = None
+
+    def _enter(self, scene: Scene) -> World:
+        return World(scene)
+
+    def _playing(self, caller: str) -> tuple[Game, World]:
+        if self._game is None or self._world is None:
+            raise RuntimeError(f"{caller}() without an episode: call reset() first")
+        if self._is_done:
+            raise RuntimeError(f"{caller}() after the episode ended: call reset() first")
+        return self._game, self._world
+
+    def _info(self, won: bool) -> dict[str, Any]:
+        assert self._game is not None and self._world is not None
+        return {
+            "task": self._game.task,
+            "family": self._game.goal.family,
+            "admissible": self._grammar.spell(self._world.admissible()),
+            "won": won,
+        }

@@ -1,0 +1,186 @@
+"""Where tasks live and are judged: one small object per kind of sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from empg_envs.names import suggest
+from empg_envs.swe import grading, patches
+from empg_envs.swe.bubblewrap import GUEST, GUEST_HOME, find_interpreter
+from empg_envs.swe.caged import BubblewrapSandbox, GuestSandbox, LocalSandbox
+from empg_envs.swe.grading import Grade
+from empg_envs.swe.sandbox import FileError, Limits, Sandbox
+from empg_envs.swe.tasks import Task, TaskError, broken_tree
+from empg_envs.swe.tree import Tree
+
+NAMES = ("bubblewrap", "docker", "swerex", "local")
+OUTPUT_CHARS = 4000
+
+
+class Backend(Protocol):
+    """Opens sandboxes for tasks, takes an agent's patch out of them, and grades patches."""
+
+    def open(self, task: Task, sandbox: Sandbox | None = None) -> Sandbox:
+        """A sandbox with the task's broken files; a given one of this backend may be used again."""
+        ...
+
+    def collect(self, task: Task, sandbox: Sandbox) -> str:
+        """What the agent changed, as a patch."""
+        ...
+
+    def grade(self, task: Task, patch: str, timeout: float) -> Grade:
+        """Judges a patch in a fresh sandbox."""
+        ...
+
+
+class TreeBackend:
+    """Tasks whose files we hold: in a bubblewrap cage, or in a plain folder."""
+
+    def __init__(
+        self,
+        *,
+        is_caged: bool = True,
+        python: str | None = None,
+        limits: Limits | None = None,
+        sources: str | Path | None = None,
+    ) -> None:
+        """Chooses cage and interpreter.
+
+        Args:
+          is_caged: whether commands run under bubblewrap.
+          python: interpreter of the tasks; None is the one that runs this.
+          limits: of every sandbox.
+          sources: folder of source archives.
+
+        Raises:
+          SandboxError: bubblewrap cannot run here, or the interpreter does not.
+        """
+        self._is_caged = is_caged
+        self._interpreter = find_interpreter(python)
+        self._limits = limits or Limits()
+        self._sources = sources
+        self._make().close()
+
+    @property
+    def test_command(self) -> str:
+        """Runs the tests' runner, which takes its request from stdin."""
+        home = f"{GUEST_HOME}/empg_envs/swe/guest" if self._is_caged else str(GUEST)
+        return f"exec {self._interpreter.executable} -I -B {home}/runner.py"
+
+    def open(self, task: Task, sandbox: Sandbox | None = None) -> Sandbox:
+        """A sandbox with the task's broken files."""
+        found = sandbox if isinstance(sandbox, GuestSandbox) else self._make()
+        found.reset(broken_tree(task, self._sources))
+        return found
+
+    def collect(self, task: Task, sandbox: Sandbox) -> str:
+        """The difference between the broken files and what is there now; links and binaries are left out."""
+        try:
+            now = sandbox.snapshot()
+        except FileError:
+            return ""
+        patch, _ = patches.diff(broken_tree(task, self._sources), now)
+        return patch
+
+    def grade(self, task: Task, patch: str, timeout: float) -> Grade:
+        """Applies the patch to fresh files, puts the tests back, runs them in a fresh sandbox."""
+        if not patch.strip():
+            return Grade(False, "no_patch")
+        if len(patch) > grading.MAX_PATCH_CHARS:
+            return Grade(False, "patch_too_large")
+        broken = broken_tree(task, self._sources)
+        try:
+            tree, dropped = grading.candidate(task, broken, patch)
+        except patches.PatchError as error:
+            return Grade(False, "patch_does_not_apply", output=str(error))
+        return self.run_tests(task, tree, timeout, dropped)
+
+    def run_tests(self, task: Task, tree: Tree, timeout: float, dropped: tuple[str, ...] = ()) -> Grade:
+        """Runs the task's tests over a tree and judges them."""
+        sandbox = self._make()
+        try:
+            sandbox.reset(tree)
+            paths = [task.test_path]
+            request = json.dumps({"runner": task.runner, "root": sandbox.root, "paths": paths}).encode()
+            result = sandbox.exec(self.test_command, timeout, stdin=request)
+        except FileError as error:
+            return Grade(False, "does_not_fit", dropped=dropped, output=str(error))
+        finally:
+            sandbox.close()
+        statuses = grading.read_report(result.report, sandbox.root)
+        return grading.judge(
+            task,
+            statuses,
+            dropped=dropped,
+            output=result.output[-OUTPUT_CHARS:],
+            limit=None if result.reason == "exit" else result.reason,
+        )
+
+    def _make(self) -> GuestSandbox:
+        if self._is_caged:
+            return BubblewrapSandbox(self._interpreter, self._limits)
+        return LocalSandbox(self._interpreter, self._limits)
+
+
+def make_backend(
+    name: str = "bubblewrap",
+    *,
+    allow_local: bool = False,
+    python: str | None = None,
+    limits: Mapping[str, Any] | None = None,
+    sources: str | None = None,
+    **options: Any,
+) -> Backend:
+    """Builds a backend by name.
+
+    Args:
+      name: ``bubblewrap``, ``docker``, ``swerex``, or ``local``, which is no cage and needs ``allow_local``.
+      allow_local: accept that agents' commands run as the present user.
+      python: interpreter of tasks whose files we hold.
+      limits: fields of `Limits`.
+      sources: folder of source archives.
+      **options: of the docker and swerex backends.
+
+    Raises:
+      ValueError: an unknown name or option, or ``local`` without the flag.
+      SandboxError: it cannot run here.
+    """
+    bounds = _limits(limits or {})
+    if name in ("bubblewrap", "local"):
+        if options:
+            raise ValueError(f"swe backend {name!r} has no option {sorted(options)[0]!r}")
+        if name == "local" and not allow_local:
+            raise ValueError(
+                "swe backend 'local' runs whatever an agent writes as the present user, without a cage: set "
+                "allow_local=true to accept that, or use 'bubblewrap'"
+            )
+        return TreeBackend(is_caged=name == "bubblewrap", python=python, limits=bounds, sources=sources)
+    if name in ("docker", "swerex"):
+        from empg_envs.swe.images import make_image_backend
+
+        return make_image_backend(name, bounds, **options)
+    raise ValueError(
+        f"unknown swe backend {name!r}{suggest(name, NAMES)} The backends are {', '.join(NAMES)}"
+    )
+
+
+def _limits(values: Mapping[str, Any]) -> Limits:
+    known = Limits.__dataclass_fields__
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown sandbox limit {name!r}; the limits are {', '.join(known)}")
+    return Limits(**values)
+
+
+def check_has_files(tasks: list[Task], name: str) -> None:
+    """Raises TaskError if a backend cannot open the tasks."""
+    for task in tasks:
+        if name in ("bubblewrap", "local") and not task.has_tree:
+            raise TaskError(
+                f"task {task.instance_id} lives in the image {task.image}: use backend 'docker' or 'swerex'"
+            )
+        if name in ("docker", "swerex") and task.image is None:
+            raise TaskError(f"task {task.instance_id} has no image: use backend 'bubblewrap'")

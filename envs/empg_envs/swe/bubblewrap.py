@@ -1,0 +1,145 @@
+"""The cage: a bubblewrap command line that shows a read-only base and nothing else of the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from empg_envs.swe.sandbox import INSTALL, SandboxError
+
+ROOT, SCRATCH = "/testbed", "/tmp"
+HERE = Path(__file__).resolve().parent
+GUEST = HERE / "guest"  # what runs inside
+GUEST_HOME = "/run"  # where it lies there, below the folders of its package
+ETC = HERE / "etc"  # accounts and hosts of the cage, in place of the machine's own
+NAMES = "/run/bin"  # holds `python` where the interpreter's own folder has only `python3`
+SHM_BYTES = 16 << 20
+# Of the machine's /etc only what programs need to find their libraries and alternatives.
+ETC_OF_HOST = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives")
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpreter:
+    """A Python that tasks run with, and the folders it needs.
+
+    Attributes:
+      executable: what ``python`` means inside.
+      base: the same without a virtual environment; it runs the guest.
+      prefixes: folders outside of /usr that are shown read-only.
+    """
+
+    executable: str
+    base: str
+    prefixes: tuple[str, ...]
+
+    def environment(self, root: str, scratch: str) -> dict[str, str]:
+        """The variables of every command."""
+        folders = [os.path.dirname(self.executable), os.path.dirname(self.base)]
+        return {
+            "PATH": ":".join([*folders, "/usr/local/bin", "/usr/bin", "/bin", NAMES]),
+            "HOME": scratch,
+            "TMPDIR": scratch,
+            "LANG": "C.UTF-8",
+            "PYTHONPATH": f"{root}/src:{root}",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONHASHSEED": "0",
+            "PAGER": "cat",
+            "TERM": "dumb",
+        }
+
+
+@functools.cache
+def find_interpreter(python: str | None = None) -> Interpreter:
+    """Looks at an interpreter; None is the one that runs this.
+
+    Raises:
+      SandboxError: it does not run, or it lies in a folder that is too much to show.
+    """
+    if python is None:
+        executable, base = sys.executable, getattr(sys, "_base_executable", sys.executable)
+        prefixes = [sys.prefix, sys.base_prefix]
+    else:
+        executable = os.path.abspath(python)
+        script = "import sys; print(sys._base_executable, sys.prefix, sys.base_prefix, sep='\\n')"
+        try:
+            found = subprocess.run(
+                [executable, "-I", "-c", script], capture_output=True, text=True, timeout=60, check=True
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise SandboxError(f"the tasks' interpreter {python!r} does not run: {error}") from error
+        base, *prefixes = found.stdout.splitlines()
+    shown = []
+    for prefix in dict.fromkeys(map(os.path.realpath, prefixes)):
+        if prefix == "/usr" or prefix.startswith("/usr/"):
+            continue
+        if prefix == "/" or Path.home().is_relative_to(prefix):
+            raise SandboxError(f"the interpreter's folder {prefix!r} is too much to show to an agent")
+        shown.append(prefix)
+    # A virtual environment's executable is a link: what it means is the base's own file.
+    return Interpreter(_under(executable, prefixes), os.path.realpath(base), tuple(shown))
+
+
+def command_line(interpreter: Interpreter, size: int, *, seccomp: int) -> list[str]:
+    """Everything up to the program that is run.
+
+    Args:
+      interpreter: the Python to show.
+      size: bytes of the task's folder and of /tmp, each.
+      seccomp: descriptor to read the system-call filter from.
+    """
+    argv = [
+        *("bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"),
+        *("--new-session", "--as-pid-1", "--clearenv", "--cap-drop", "ALL"),
+        *("--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--seccomp", str(seccomp)),
+        *("--ro-bind", "/usr", "/usr"),
+    ]
+    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+        if os.path.islink(f"/{name}"):
+            argv += ["--symlink", f"usr/{name}", f"/{name}"]
+        elif os.path.isdir(f"/{name}"):
+            argv += ["--ro-bind", f"/{name}", f"/{name}"]
+    for path in ETC_OF_HOST:
+        argv += ["--ro-bind-try", path, path]
+    for file in sorted(ETC.iterdir()):
+        argv += ["--ro-bind", str(file), f"/etc/{file.name}"]
+    argv += ["--proc", "/proc", "--dev", "/dev", "--size", str(SHM_BYTES), "--tmpfs", "/dev/shm"]
+    # Before what is bound below it: an interpreter may lie in the machine's /tmp.
+    argv += ["--size", str(size), "--tmpfs", SCRATCH, "--size", str(size), "--tmpfs", ROOT]
+    for prefix in interpreter.prefixes:
+        argv += ["--ro-bind", prefix, prefix]
+        if HERE.is_relative_to(prefix):  # the embedded tasks' solutions, where this package is installed
+            argv += ["--size", "4096", "--tmpfs", str(HERE), "--remount-ro", str(HERE)]
+    argv += ["--ro-bind", str(GUEST), f"{GUEST_HOME}/empg_envs/swe/guest"]
+    argv += ["--symlink", interpreter.executable, f"{NAMES}/python"]
+    # The kernel lets the machine's root write its settings below /proc, and when root runs this, root is who
+    # the commands are to the kernel. The other two are in memory without a limit of their own.
+    for path in ("/proc", "/dev", "/"):
+        argv += ["--remount-ro", path]
+    return [*argv, "--chdir", ROOT, "--"]
+
+
+@functools.cache
+def probe() -> None:
+    """Runs one empty cage.
+
+    Raises:
+      SandboxError: bubblewrap is missing or cannot make namespaces here; says how to get it.
+    """
+    if shutil.which("bwrap") is None:
+        raise SandboxError(INSTALL)
+    trial = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--ro-bind", "/", "/", "true"]
+    found = subprocess.run(trial, capture_output=True, text=True, timeout=60)
+    if found.returncode:
+        raise SandboxError(f"bubblewrap cannot run here ({found.stderr.strip()[:300]}); {INSTALL}")
+
+
+def _under(executable: str, prefixes: list[str]) -> str:
+    """The executable by a path that exists inside the cage."""
+    real = os.path.realpath(prefixes[0])
+    candidate = os.path.join(real, "bin", os.path.basename(executable))
+    return candidate if os.path.exists(candidate) else executable

@@ -1,0 +1,245 @@
+"""Repository repair as a `TextEnv`."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from empg_envs.swe import expert, patches, terse
+from empg_envs.swe.backends import TreeBackend, check_has_files, make_backend
+from empg_envs.swe.grading import Grade
+from empg_envs.swe.predictions import append_prediction, prediction
+from empg_envs.swe.prompt import TOOLS
+from empg_envs.swe.sandbox import Sandbox
+from empg_envs.swe.tasks import Task, broken_tree, load_panels
+from empg_envs.swe.tools import BashTools, FunctionTools, Tools
+from empg_envs.swe.tree import LINK, Tree
+
+
+class SweEnv:
+    """A repository with a bug, tools to work on it, and its own tests as the judge.
+
+    An episode has one sandbox. It ends when the agent hands in (terminated): its changes are taken as a
+    patch, applied to fresh files with the original tests, and tested in a fresh sandbox; the reward is 1.0
+    if the task is solved, else 0.0. At the limit of turns or of time it is truncated, with reward 0.0
+    unless the work is to be judged as it is then.
+
+    ``info`` holds ``task`` (the problem statement), ``instance_id``, ``repo``, ``won``, and once the work was
+    judged ``reason`` and ``metrics`` (shares of tests that are as they should be).
+    """
+
+    def __init__(
+        self,
+        tasks: str | Mapping[str, str] = "tiny",
+        *,
+        tools: str = "functions",
+        backend: str = "bubblewrap",
+        max_turns: int = 40,
+        command_timeout: float = 90.0,
+        episode_timeout: float = 5400.0,
+        grade_timeout: float = 300.0,
+        submit_at_limit: bool = False,
+        predictions: str | None = None,
+        model_name: str = "empg-jax",
+        **backend_options: Any,
+    ) -> None:
+        """Reads the tasks and checks that their sandboxes can run here.
+
+        Args:
+          tasks: ``tiny``, a file of rows, or split → file; see `empg_envs.swe.tasks.load_panels`.
+          tools: ``functions``, ``bash`` or ``terse``.
+          backend: ``bubblewrap``, ``docker``, ``swerex`` or ``local``.
+          max_turns: steps after which an episode is truncated.
+          command_timeout: seconds that one command may run.
+          episode_timeout: seconds after which an episode is truncated at its next step.
+          grade_timeout: seconds that the tests may run.
+          submit_at_limit: whether a truncated episode's work is judged.
+          predictions: file that every judged patch is added to, in SWE-bench's format.
+          model_name: the name that it is added under.
+          **backend_options: see `empg_envs.swe.backends.make_backend`.
+
+        Raises:
+          ValueError: an option that is not what it should be.
+          SandboxError: the backend cannot run here, with what would help.
+        """
+        if tools not in TOOLS:
+            raise ValueError(f"unknown swe tools {tools!r}; the tools are {', '.join(TOOLS)}")
+        for name, value in (
+            ("max_turns", max_turns),
+            ("command_timeout", command_timeout),
+            ("episode_timeout", episode_timeout),
+            ("grade_timeout", grade_timeout),
+        ):
+            if value <= 0:
+                raise ValueError(f"swe {name} must be positive, not {value}")
+        self._panels = load_panels(tasks)
+        check_has_files([task for panel in self._panels.values() for task in panel], backend)
+        self._backend = make_backend(backend, **backend_options)
+        self._kind, self._max_turns = tools, max_turns
+        self._command_timeout, self._episode_timeout = command_timeout, episode_timeout
+        self._grade_timeout, self._submit_at_limit = grade_timeout, submit_at_limit
+        self._predictions = None if predictions is None else Path(predictions)
+        self._model_name, self._sources = model_name, backend_options.get("sources")
+        self._draw = random.Random(0)
+        self._sandbox: Sandbox | None = None
+        self._task: Task | None = None
+        self._tools: Tools | None = None
+        self._actions: list[str] = []
+        self._deadline = 0.0
+        self._is_done = False
+
+    def list_splits(self) -> list[str]:
+        """The panels that the tasks have."""
+        return list(self._panels)
+
+    def num_tasks(self, split: str) -> int:
+        """Size of a panel.
+
+        Raises:
+          ValueError: there is no such panel.
+        """
+        if split not in self._panels:
+            raise ValueError(f"unknown swe split {split!r}; the splits are {', '.join(self._panels)}")
+        return len(self._panels[split])
+
+    def get_task(self, split: str, index: int) -> dict[str, Any]:
+        """A task without its solution, with its content hash."""
+        task = self._find(split, index)
+        return {
+            "split": split,
+            "index": index,
+            "instance_id": task.instance_id,
+            "repo": task.repo,
+            "version": task.version,
+            "base": task.base,
+            "task": task.problem_statement,
+            "fail_to_pass": len(task.fail_to_pass),
+            "pass_to_pass": len(task.pass_to_pass),
+            "content_hash": task.content_hash,
+        }
+
+    def reset(
+        self, seed: int | None = None, *, split: str | None = None, index: int | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Starts an episode in a sandbox of its own.
+
+        Args:
+          seed: restarts the stream that chooses an index when none is given.
+          split: the panel; the first one when not given.
+          index: the task in its panel.
+
+        Raises:
+          ValueError: unknown split.
+          IndexError: index outside the panel.
+          SandboxError: the sandbox does not start.
+        """
+        if seed is not None:
+            self._draw = random.Random(seed)
+        split = next(iter(self._panels)) if split is None else split
+        if index is None:
+            index = self._draw.randrange(self.num_tasks(split))
+        task = self._find(split, index)
+        self._sandbox = self._backend.open(task, self._sandbox)
+        self._task, self._actions, self._is_done = task, [], False
+        self._deadline = time.monotonic() + self._episode_timeout
+        self._tools = self._make_tools(task, self._sandbox)
+        observation = terse.opening(task) if self._kind == "terse" else task.problem_statement
+        return observation, self._info(won=False)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Carries out one action; any text has a defined answer.
+
+        Raises:
+          RuntimeError: before the first reset, or after the episode ended.
+          SandboxError: the sandbox died, which no action can bring about: a failure of the machine.
+        """
+        task, sandbox, tools = self._playing("step")
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            return self._cut(task, sandbox, "The time for this task is over.", "episode_timeout")
+        self._actions.append(action)
+        reply = tools.run(action, min(self._command_timeout, left))
+        if reply.is_final:
+            grade = self._judge(task, sandbox)
+            self._is_done = True
+            return reply.text, float(grade.resolved), True, False, self._info(grade.resolved, grade)
+        if len(self._actions) >= self._max_turns:
+            return self._cut(task, sandbox, reply.text, "turn_limit")
+        return reply.text, 0.0, False, False, self._info(won=False)
+
+    def expert_action(self) -> str:
+        """The next action towards the gold patch, through the same tools.
+
+        Raises:
+          RuntimeError: before the first reset, after the episode ended, or for tasks inside an image.
+        """
+        task, sandbox, _ = self._playing("expert_action")
+        if not task.has_tree:
+            raise RuntimeError(f"task {task.instance_id} lies in an image: its expert cannot see the files")
+        broken = broken_tree(task, self._sources)
+        goal = patches.apply(broken, task.patch)
+        return expert.ACTIONS[self._kind](_text_files(sandbox.snapshot()), _text_files(goal), self._actions)
+
+    def close(self) -> None:
+        """Ends the episode and its sandbox."""
+        if self._sandbox is not None:
+            self._sandbox.close()
+        self._sandbox = self._task = self._tools = None
+
+    def _make_tools(self, task: Task, sandbox: Sandbox) -> Tools:
+        if self._kind == "terse":
+            if not isinstance(self._backend, TreeBackend):
+                raise ValueError("swe tools 'terse' need backend 'bubblewrap' or 'local'")
+            return terse.TerseTools(sandbox, task, self._backend.test_command)
+        kind = FunctionTools if self._kind == "functions" else BashTools
+        return kind(sandbox)
+
+    def _cut(
+        self, task: Task, sandbox: Sandbox, text: str, reason: str
+    ) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Truncates the episode."""
+        self._is_done = True
+        if not self._submit_at_limit:
+            return text, 0.0, False, True, {**self._info(won=False), "reason": reason}
+        grade = self._judge(task, sandbox)
+        return text, float(grade.resolved), False, True, self._info(grade.resolved, grade)
+
+    def _judge(self, task: Task, sandbox: Sandbox) -> Grade:
+        patch = self._backend.collect(task, sandbox)
+        grade = self._backend.grade(task, patch, self._grade_timeout)
+        if self._predictions is not None:
+            append_prediction(self._predictions, prediction(task.instance_id, self._model_name, patch))
+        return grade
+
+    def _find(self, split: str, index: int) -> Task:
+        count = self.num_tasks(split)
+        if not 0 <= index < count:
+            raise IndexError(f"swe split {split!r} has tasks 0 to {count - 1}, not {index} ({count} tasks)")
+        return self._panels[split][index]
+
+    def _playing(self, caller: str) -> tuple[Task, Sandbox, Tools]:
+        if self._task is None or self._sandbox is None or self._tools is None:
+            raise RuntimeError(f"{caller}() without an episode: call reset() first")
+        if self._is_done:
+            raise RuntimeError(f"{caller}() after the episode ended: call reset() first")
+        return self._task, self._sandbox, self._tools
+
+    def _info(self, won: bool, grade: Grade | None = None) -> dict[str, Any]:
+        assert self._task is not None
+        info: dict[str, Any] = {
+            "task": self._task.problem_statement,
+            "instance_id": self._task.instance_id,
+            "repo": self._task.repo,
+            "won": won,
+        }
+        if grade is not None:
+            info |= {"reason": grade.reason, "metrics": grade.metrics}
+        return info
+
+
+def _text_files(tree: Tree) -> Tree:
+    """What a patch can change."""
+    return {path: file for path, file in tree.items() if b"\0" not in file.data and file.mode != LINK}

@@ -1,0 +1,218 @@
+"""Makes repair tasks out of a repository with tests: one bug at a time, kept when it breaks some of them.
+
+    python -m empg_envs.swe.generate path/to/repository --out tasks.jsonl --count 20
+    python -m empg_envs.swe.generate archive-1.0.tar.gz --out tasks.jsonl --tests tests
+    python -m empg_envs.swe.generate embedded:spans --out tasks.jsonl --runner unittest
+    python -m empg_envs.swe.generate pypi:toolz==1.0.0 --out tasks.jsonl --tests toolz
+
+Every kept task was run three times in sandboxes of its own: the unbroken files, the broken ones, and the
+gold patch by the grader itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from empg_envs.swe import grading, mutate, patches
+from empg_envs.swe.backends import TreeBackend
+from empg_envs.swe.fetch import fetch_sdist
+from empg_envs.swe.tasks import EMBEDDED, Task, default_sources, hashed_split, load_base, parse_row
+from empg_envs.swe.tree import File, Tree, content_hash, pack, read_archive, read_folder
+
+MAX_BROKEN_SHARE = 0.5  # a bug that breaks more tests than that hides nowhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """Unbroken files, their name, and how to find them again."""
+
+    name: str
+    base: str
+    tree: Tree
+
+
+def open_repository(source: str, sources: Path) -> Repository:
+    """Reads a folder, an archive, ``embedded:NAME`` or ``pypi:NAME==VERSION``; keeps what it needs later.
+
+    Raises:
+      TaskError, ArchiveError, FileNotFoundError, FetchError: it cannot be read.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "embedded":
+        tree = load_base(source)
+        return Repository(rest, f"embedded:{rest}@{content_hash(tree)}", tree)
+    if kind == "pypi":
+        name, _, version = rest.partition("==")
+        data = fetch_sdist(name, version, None, sources).read_bytes()
+        return Repository(
+            f"{name}-{version}", f"sdist:{hashlib.sha256(data).hexdigest()}", read_archive(data)
+        )
+    path = Path(source)
+    tree = read_folder(path) if path.is_dir() else read_archive(path)
+    data = pack(tree)
+    digest = hashlib.sha256(data).hexdigest()
+    sources.mkdir(parents=True, exist_ok=True)
+    fresh = sources / f".{digest}.{os.getpid()}"
+    fresh.write_bytes(data)
+    fresh.replace(sources / f"{digest}.tar.gz")
+    name = path.resolve().name.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip")
+    return Repository(name, f"archive:{digest}", tree)
+
+
+def bugs(tree: Tree, seed: int, *, one_line: bool = False) -> Iterator[tuple[str, str, int, Tree]]:
+    """Family, path, line and broken tree of every mutation of code that is no test, in an order by seed."""
+    found = []
+    for path, file in tree.items():
+        if not path.endswith(".py") or grading.is_test(path) or path in ("setup.py", "conftest.py"):
+            continue
+        if path.startswith(("docs/", "doc/", "examples/", "benchmarks/", "bench/")):
+            continue
+        try:
+            changes = mutate.mutations(file.data.decode("utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        found += [(change, path) for change in changes]
+    random.Random(seed).shuffle(found)
+    for change, path in found:
+        before = tree[path]
+        after = change.source.encode()
+        if one_line and after.count(b"\n") != before.data.count(b"\n"):
+            continue
+        yield change.family, path, change.line, {**tree, path: File(after, before.mode)}
+
+
+def generate(
+    repository: Repository,
+    backend: TreeBackend,
+    *,
+    count: int,
+    seed: int = 0,
+    runner: str = "pytest",
+    test_path: str = ".",
+    timeout: float = 120.0,
+    one_line: bool = False,
+    tries: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows of tasks, verified.
+
+    Args:
+      repository: the unbroken files.
+      backend: runs the tests.
+      count: how many to make at most.
+      seed: decides the order in which bugs are tried.
+      runner: ``pytest`` or ``unittest``.
+      test_path: what the runner is pointed at.
+      timeout: seconds that a run of the tests may take.
+      one_line: only bugs that keep the number of lines.
+      tries: how many bugs to try at most.
+
+    Raises:
+      ValueError: no test of the unbroken files passes.
+    """
+    probe = Task(repository.name, repository.name, "", "", "", (), (), repository.base)
+    probe = dataclasses.replace(probe, runner=runner, test_path=test_path)
+    started = time.monotonic()
+    sound = backend.run_tests(probe, repository.tree, timeout)
+    # A bug that makes an endless loop is not worth the whole time.
+    patience = min(timeout, 5.0 + 10.0 * (time.monotonic() - started))
+    passing = {name for name, status in sound.statuses.items() if status == "PASSED"}
+    if not passing:
+        raise ValueError(f"no test of {repository.name} passes ({sound.reason}): {sound.output[-500:]}")
+    made = 0
+    for number, (family, path, _, broken) in enumerate(bugs(repository.tree, seed, one_line=one_line)):
+        if made >= count or (tries is not None and number >= tries):
+            return
+        result = backend.run_tests(probe, broken, patience)
+        if result.reason not in ("resolved", "unresolved"):
+            continue
+        failing = sorted(name for name in passing if result.statuses.get(name) not in grading.KEPT)
+        if not failing or len(failing) > MAX_BROKEN_SHARE * len(passing):
+            continue
+        row = _row(repository, family, path, broken, failing, sorted(passing - set(failing)))
+        row |= {"runner": runner, "test_path": test_path}
+        task = parse_row(row)
+        if backend.grade(task, task.patch, timeout).resolved:
+            made += 1
+            yield row
+
+
+def _row(
+    repository: Repository, family: str, path: str, broken: Tree, failing: list[str], kept: list[str]
+) -> dict[str, Any]:
+    gold, _ = patches.diff(broken, repository.tree)
+    bug, _ = patches.diff(repository.tree, broken)
+    name = f"{repository.name}__{hashlib.sha256(bug.encode()).hexdigest()[:10]}"
+    examples = " and ".join(f"`{test}`" for test in failing[:2])
+    tests = "1 of its tests fails" if len(failing) == 1 else f"{len(failing)} of its tests fail"
+    statement = (
+        f"Something in {repository.name} does not work as it should: {tests}, for example {examples}. "
+        "Find the cause in the code and mend it; the tests are right and stay as they are."
+    )
+    return {
+        "instance_id": name,
+        "repo": repository.name,
+        "base_commit": repository.base,
+        "problem_statement": statement,
+        "patch": gold,
+        "test_patch": "",
+        "bug_patch": bug,
+        "FAIL_TO_PASS": failing,
+        "PASS_TO_PASS": kept,
+        "family": family,
+    }
+
+
+def embedded_repositories() -> list[str]:
+    """The names of the packaged repositories."""
+    return sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir() and path.name.isidentifier())
+
+
+def main() -> None:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("source", nargs="+", help="folder, archive, embedded:NAME or pypi:NAME==VERSION")
+    parser.add_argument("--out", required=True, type=Path, help="JSON-lines file to write")
+    parser.add_argument("--count", type=int, default=20, help="tasks per source")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runner", choices=("pytest", "unittest"), default="pytest")
+    parser.add_argument("--tests", default=".", help="what the runner is pointed at")
+    parser.add_argument("--timeout", type=float, default=120.0)
+    parser.add_argument("--python", default=None, help="interpreter that has the repository's needs")
+    parser.add_argument("--sources", type=Path, default=None, help="folder that keeps source archives")
+    parser.add_argument("--one-line", action="store_true", help="only bugs that keep the number of lines")
+    options = parser.parse_args()
+    sources = options.sources or default_sources()
+    backend = TreeBackend(python=options.python, sources=sources)
+    rows = []
+    for source in options.source:
+        repository = open_repository(source, sources)
+        for row in generate(
+            repository,
+            backend,
+            count=options.count,
+            seed=options.seed,
+            runner=options.runner,
+            test_path=options.tests,
+            timeout=options.timeout,
+            one_line=options.one_line,
+        ):
+            rows.append({**row, "split": hashed_split(row["instance_id"])})
+            print(f"{row['instance_id']}: {row['family']}, {len(row['FAIL_TO_PASS'])} red", file=sys.stderr)
+    fresh = options.out.with_name(options.out.name + ".new")
+    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fresh.replace(options.out)
+    print(f"{len(rows)} tasks in {options.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What makes a task solved: the rules of SWE-bench and of R2E-Gym, and what of a patch takes part."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+
+from empg_envs.swe import patches
+from empg_envs.swe.tasks import Task
+from empg_envs.swe.tree import Tree
+
+PASSED = frozenset(("PASSED", "XFAIL"))
+KEPT = PASSED | {"SKIPPED"}  # enough for a test that worked before
+MAX_PATCH_CHARS = 2 << 20
+
+# Files that decide how tests are found and run. Changes of an agent to them take no part in grading.
+CONFIGURATION = frozenset(
+    (
+        *("conftest.py", "sitecustomize.py", "usercustomize.py", "pytest.ini", ".pytest.ini", "pytest.toml"),
+        *(".pytest.toml", "tox.ini", "setup.cfg", "pyproject.toml"),
+    )
+)
+TEST_FOLDERS = frozenset(("test", "tests"))
+TEST_TOOLS = frozenset(
+    (
+        *("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "exceptiongroup", "tomli"),
+        *("hypothesis", "_hypothesis_pytestplugin", "_hypothesis_ftz_detector", "_hypothesis_globals"),
+        *("sortedcontainers", "pytest_mock", "xdist", "execnet", "attr", "attrs"),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """The verdict over one patch.
+
+    Attributes:
+      resolved: whether the task is solved.
+      reason: ``resolved``, ``unresolved``, ``no_patch``, ``patch_does_not_apply``, ``patch_too_large``,
+        ``does_not_fit`` (the files are too many for the sandbox), or the limit that ended
+        the tests (``timeout``, ``memory``, …).
+      fail_to_pass: broken tests that pass now, and how many there are.
+      pass_to_pass: the same for tests that worked before.
+      dropped: changed files that took no part.
+      statuses: status of every test that was reported.
+      output: end of what the tests printed.
+    """
+
+    resolved: bool
+    reason: str
+    fail_to_pass: tuple[int, int] = (0, 0)
+    pass_to_pass: tuple[int, int] = (0, 0)
+    dropped: tuple[str, ...] = ()
+    statuses: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    output: str = dataclasses.field(default="", repr=False)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Shares of tests that are as they should be."""
+        return {
+            "fail_to_pass": self.fail_to_pass[0] / max(1, self.fail_to_pass[1]),
+            "pass_to_pass": self.pass_to_pass[0] / max(1, self.pass_to_pass[1]),
+        }
+
+
+def judge(
+    task: Task,
+    statuses: Mapping[str, str],
+    *,
+    dropped: tuple[str, ...] = (),
+    output: str = "",
+    limit: str | None = None,
+) -> Grade:
+    """Applies the task's rule to the statuses of its tests.
+
+    SWE-bench: every FAIL_TO_PASS test in {PASSED, XFAIL}, every PASS_TO_PASS test in {PASSED, XFAIL,
+    SKIPPED}, a missing one failed. R2E-Gym: the statuses are exactly the expected ones.
+
+    Args:
+      task: whose rule it is.
+      statuses: what the tests reported.
+      dropped: passed on.
+      output: passed on.
+      limit: the limit that ended the tests; then nothing is resolved.
+    """
+    if task.expected is not None:
+        expected = {short_name(name): status for name, status in task.expected.items()}
+        right = sum(statuses.get(name) == status for name, status in expected.items())
+        resolved = right == len(expected) == len(statuses) and bool(expected)
+        fail, kept = (right, len(expected)), (0, 0)
+    else:
+        fixed = sum(find_status(name, statuses) in PASSED for name in task.fail_to_pass)
+        still = sum(find_status(name, statuses) in KEPT for name in task.pass_to_pass)
+        fail, kept = (fixed, len(task.fail_to_pass)), (still, len(task.pass_to_pass))
+        resolved = fixed == fail[1] > 0 and still == kept[1]
+    resolved = resolved and limit is None
+    reason = limit or ("resolved" if resolved else "unresolved")
+    return Grade(resolved, reason, fail, kept, dropped, statuses, output)
+
+
+def find_status(name: str, statuses: Mapping[str, str]) -> str | None:
+    """The status of a test; a name cut off inside its parameters matches by prefix if only one test does."""
+    if name in statuses or "[" not in name or name.endswith("]"):
+        return statuses.get(name)
+    matching = [found for found in statuses if found.startswith(name)]
+    return statuses[matching[0]] if len(matching) == 1 else None
+
+
+def short_name(name: str) -> str:
+    """A test's name as R2E-Gym writes it: without file and message."""
+    return name.partition(" - ")[0]
+
+
+def read_report(report: bytes, root: str = "") -> dict[str, str]:
+    """Statuses from what the runner wrote; broken lines are skipped, the last word about a test counts."""
+    statuses = {}
+    for line in report.split(b"\n"):
+        try:
+            name, status = json.loads(line)
+        except (ValueError, TypeError):
+            continue
+        if isinstance(name, str) and isinstance(status, str):
+            statuses[name.removeprefix(f"{root}/")] = status
+    return statuses
+
+
+def protected(path: str, task: Task) -> bool:
+    """Whether a file is a test or decides how tests run, so that an agent's version takes no part."""
+    parts = PurePosixPath(path).parts
+    name = parts[-1]
+    return (
+        name in CONFIGURATION
+        or is_test(path)
+        or path in task.test_files
+        or name.endswith((".pth", ".egg-link"))
+        or any(part.endswith((".dist-info", ".egg-info")) for part in parts)
+    )
+
+
+def is_test(path: str) -> bool:
+    """Whether a file belongs to the tests by its name or folder."""
+    *folders, name = PurePosixPath(path).parts
+    if TEST_FOLDERS & set(folders) or name in ("test.py", "tests.py"):
+        return True
+    return name.endswith(".py") and (name.startswith("test_") or name.endswith("_test.py"))
+
+
+def candidate(task: Task, broken: Tree, patch: str) -> tuple[Tree, tuple[str, ...]]:
+    """The tree to be tested: the broken one, the patch, and the original tests and configuration.
+
+    New top-level modules with the name of a standard or testing module are left out as well.
+
+    Returns:
+      The tree and the changed paths that were put back.
+
+    Raises:
+      PatchError: the patch or the task's test patch does not apply.
+    """
+    tree = patches.apply(broken, patch)
+    changed = [path for path in sorted({*tree, *broken}) if tree.get(path) != broken.get(path)]
+    dropped = [path for path in changed if protected(path, task) or _shadows(path, broken)]
+    for path in dropped:
+        if path in broken:
+            tree[path] = broken[path]
+        else:
+            del tree[path]
+    if task.test_patch:
+        tree = patches.apply(tree, task.test_patch)
+    return dict(sorted(tree.items())), tuple(dropped)
+
+
+def _shadows(path: str, broken: Tree) -> bool:
+    name = path.removeprefix("src/").partition("/")[0]
+    module = name.partition(".")[0]
+    if module not in sys.stdlib_module_names and module not in TEST_TOOLS:
+        return False
+    return not _has_module(module, broken)
+
+
+def _has_module(module: str, paths: Iterable[str]) -> bool:
+    tops = {path.removeprefix("src/").partition("/")[0].partition(".")[0] for path in paths}
+    return module in tops

@@ -1,0 +1,339 @@
+"""Differences between two trees in git's format, and their application, without git.
+
+A patch is applied exactly: context must match line by line, at the stated place or at the nearest other
+place where it does (as ``git apply`` does), and every path must stay inside the tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from empg_envs.swe.tree import EXECUTABLE, LINK, PLAIN, ArchiveError, File, Tree, check_path
+
+CONTEXT = 3
+# Above this many pairs of lines a changed stretch is replaced as a whole: finding the smallest difference
+# takes quadratic time, and the files are an agent's.
+MAX_PAIRS = 250_000
+MAX_TEXT = 1 << 20  # bytes of a file that a patch may hold
+_HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+_NO_NEWLINE = "\\ No newline at end of file"
+
+
+class PatchError(ValueError):
+    """A patch cannot be read, or does not fit the tree."""
+
+
+class Change(NamedTuple):
+    """Lines ``old[start:end]`` become ``new[begin:finish]``."""
+
+    start: int
+    end: int
+    begin: int
+    finish: int
+
+
+@dataclasses.dataclass
+class Hunk:
+    """One stretch of a file: the lines it expects and the lines it leaves."""
+
+    start: int
+    old: list[str] = dataclasses.field(default_factory=list)
+    new: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Section:
+    """What a patch does to one file; a missing name stands for no file."""
+
+    old: str | None = None
+    new: str | None = None
+    mode: int | None = None
+    hunks: list[Hunk] = dataclasses.field(default_factory=list)
+
+
+def diff(old: Tree, new: Tree) -> tuple[str, list[str]]:
+    """The patch from one tree to another.
+
+    Returns:
+      The patch, and the changed paths that it cannot hold: links, files that are not UTF-8 text, and files
+      above `MAX_TEXT`.
+    """
+    parts, left_out = [], []
+    for path in sorted(old.keys() | new.keys()):
+        before, after = old.get(path), new.get(path)
+        if before == after:
+            continue
+        lines = [_lines(file) for file in (before, after)]
+        if lines[0] is None or lines[1] is None or '"' in path:
+            left_out.append(path)
+            continue
+        parts.append(_section(path, before, after, lines[0], lines[1]))
+    return "".join(parts), left_out
+
+
+def apply(tree: Tree, patch: str) -> Tree:
+    """The tree after a patch.
+
+    Raises:
+      PatchError: naming the file and the place that does not fit.
+    """
+    result = dict(tree)
+    for section in parse(patch):
+        _apply_section(result, section)
+    return dict(sorted(result.items()))
+
+
+def parse(patch: str) -> list[Section]:
+    """Reads a patch: git's extended headers or plain ``---``/``+++`` pairs.
+
+    Raises:
+      PatchError: it is not a patch, is cut off, holds binary changes, or names a path outside.
+    """
+    sections: list[Section] = []
+    lines = patch.split("\n")
+    if lines and lines[-1] == "":
+        lines.pop()
+    place, has_names = 0, False
+    while place < len(lines):
+        line = lines[place]
+        if line.startswith("diff --git "):
+            sections.append(_git_names(line))
+            has_names = False
+        elif line.startswith("--- ") and place + 1 < len(lines) and lines[place + 1].startswith("+++ "):
+            if not sections or has_names or sections[-1].hunks:
+                sections.append(Section())
+            sections[-1].old, sections[-1].new = _name(line[4:]), _name(lines[place + 1][4:])
+            has_names = True
+            place += 1
+        elif line.startswith("@@ "):
+            if not sections or not has_names:
+                raise PatchError(f"line {place + 1}: a hunk without file names before it")
+            hunk, place = _hunk(lines, place)
+            sections[-1].hunks.append(hunk)
+            continue
+        elif sections:
+            _extended(sections[-1], line)
+        place += 1
+    if patch.strip() and not sections:
+        raise PatchError("the text holds no patch")
+    return sections
+
+
+def touched(patch: str) -> set[str]:
+    """The paths that a patch names."""
+    return {path for section in parse(patch) for path in (section.old, section.new) if path is not None}
+
+
+def _lines(file: File | None) -> list[str] | None:
+    """Lines with their ends; None for what a text patch cannot hold."""
+    if file is None:
+        return []
+    if file.mode == LINK or b"\0" in file.data or len(file.data) > MAX_TEXT:
+        return None
+    try:
+        text = file.data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return _split(text)
+
+
+def _split(text: str) -> list[str]:
+    # Not splitlines(): it also splits at form feeds and the like, which are not line ends to a patch.
+    lines = [line + "\n" for line in text.split("\n")]
+    lines[-1] = lines[-1][:-1]
+    return lines if lines[-1] else lines[:-1]
+
+
+def _section(path: str, before: File | None, after: File | None, old: list[str], new: list[str]) -> str:
+    head = [f"diff --git a/{path} b/{path}\n"]
+    if before is None:
+        assert after is not None
+        head.append(f"new file mode {after.mode:o}\n")
+    elif after is None:
+        head.append(f"deleted file mode {before.mode:o}\n")
+    elif before.mode != after.mode:
+        head += [f"old mode {before.mode:o}\n", f"new mode {after.mode:o}\n"]
+    if old == new:
+        return "".join(head)
+    end = "\t" if " " in path else ""
+    head.append("--- /dev/null\n" if before is None else f"--- a/{path}{end}\n")
+    head.append("+++ /dev/null\n" if after is None else f"+++ b/{path}{end}\n")
+    return "".join([*head, *_hunks(old, new)])
+
+
+def _changes(old: list[str], new: list[str]) -> list[Change]:
+    first = 0
+    while first < min(len(old), len(new)) and old[first] == new[first]:
+        first += 1
+    last = 0
+    while last < min(len(old), len(new)) - first and old[-1 - last] == new[-1 - last]:
+        last += 1
+    middle_old, middle_new = old[first : len(old) - last], new[first : len(new) - last]
+    if len(middle_old) * len(middle_new) > MAX_PAIRS:
+        return [Change(first, len(old) - last, first, len(new) - last)]
+    matcher = difflib.SequenceMatcher(None, middle_old, middle_new, autojunk=False)
+    return [
+        Change(start + first, end + first, begin + first, finish + first)
+        for tag, start, end, begin, finish in matcher.get_opcodes()
+        if tag != "equal"
+    ]
+
+
+def _hunks(old: list[str], new: list[str]) -> Iterator[str]:
+    groups: list[list[Change]] = []
+    for change in _changes(old, new):
+        if groups and change.start - groups[-1][-1].end <= 2 * CONTEXT:
+            groups[-1].append(change)
+        else:
+            groups.append([change])
+    for group in groups:
+        first, last = group[0], group[-1]
+        before = min(CONTEXT, first.start)
+        after = min(CONTEXT, len(old) - last.end)
+        spans = (
+            _span(first.start - before, last.end + after),
+            _span(first.begin - before, last.finish + after),
+        )
+        yield f"@@ -{spans[0]} +{spans[1]} @@\n"
+        place = first.start - before
+        for change in group:
+            yield from (_line(" ", line) for line in old[place : change.start])
+            yield from (_line("-", line) for line in old[change.start : change.end])
+            yield from (_line("+", line) for line in new[change.begin : change.finish])
+            place = change.end
+        yield from (_line(" ", line) for line in old[place : place + after])
+
+
+def _span(start: int, end: int) -> str:
+    # An empty span names the line before it.
+    return f"{start + 1 if end > start else start},{end - start}"
+
+
+def _line(mark: str, line: str) -> str:
+    return mark + (line if line.endswith("\n") else f"{line}\n{_NO_NEWLINE}\n")
+
+
+def _git_names(line: str) -> Section:
+    """Names from ``diff --git a/X b/X``: the only ones that a mode change or an empty file has."""
+    names = line[len("diff --git ") :]
+    half = len(names) // 2
+    if (
+        names[half : half + 1] == " "
+        and names[:half].partition("/")[2] == names[half + 1 :].partition("/")[2]
+    ):
+        name = _name(names[:half])
+        return Section(name, name)
+    return Section()
+
+
+def _extended(section: Section, line: str) -> None:
+    key, _, value = line.rpartition(" ")
+    if key in ("new file mode", "new mode"):
+        section.mode = EXECUTABLE if value.endswith("755") else PLAIN
+        if value == "120000":
+            raise PatchError(f"{section.new}: symbolic links are not accepted")
+        if key == "new file mode":
+            section.old = None
+    elif key == "deleted file mode":
+        section.new = None
+    elif line.startswith(("rename from ", "copy from ")):
+        section.old = _name("a/" + line.partition(" from ")[2])
+        if line.startswith("copy"):
+            raise PatchError(f"{section.old}: copies are not accepted")
+    elif line.startswith("rename to "):
+        section.new = _name("b/" + line.partition(" to ")[2])
+    elif line.startswith(("GIT binary patch", "Binary files ")):
+        raise PatchError(f"{section.new or section.old}: binary changes are not accepted")
+
+
+def _name(text: str) -> str | None:
+    text = text.partition("\t")[0].rstrip("\r")
+    if text == "/dev/null":
+        return None
+    _, slash, path = text.partition("/")
+    try:
+        return check_path(path if slash else text)
+    except ArchiveError as error:
+        raise PatchError(str(error)) from None
+
+
+def _hunk(lines: Sequence[str], place: int) -> tuple[Hunk, int]:
+    match = _HUNK.match(lines[place])
+    if match is None:
+        raise PatchError(f"line {place + 1}: malformed hunk header {lines[place][:60]!r}")
+    start, olds, _, news = (1 if group is None else int(group) for group in match.groups())
+    hunk, place = Hunk(start if olds else start + 1), place + 1
+    marked = ""
+    while len(hunk.old) < olds or len(hunk.new) < news or lines[place : place + 1] == [_NO_NEWLINE]:
+        if place >= len(lines):
+            raise PatchError("the patch ends inside a hunk")
+        mark, line = lines[place][:1] or " ", lines[place][1:]
+        if mark == "\\":
+            for side in {" ": (hunk.old, hunk.new), "-": (hunk.old,), "+": (hunk.new,)}.get(marked, ()):
+                side[-1] = side[-1].removesuffix("\n")
+        elif mark in " -+":
+            if mark != "+":
+                hunk.old.append(line + "\n")
+            if mark != "-":
+                hunk.new.append(line + "\n")
+        else:
+            raise PatchError(f"line {place + 1}: unexpected {lines[place][:60]!r} inside a hunk")
+        marked = mark
+        place += 1
+    if len(hunk.old) != olds or len(hunk.new) != news:
+        raise PatchError(f"line {place}: the hunk's lines do not add up to its header")
+    return hunk, place
+
+
+def _apply_section(tree: Tree, section: Section) -> None:
+    if section.old is None and section.new is None:
+        raise PatchError("a section names no file")
+    if section.old is None:
+        assert section.new is not None
+        if section.new in tree:
+            raise PatchError(f"{section.new}: already exists")
+        old, mode = [], PLAIN
+    else:
+        file = tree.get(section.old)
+        if file is None or file.mode == LINK:
+            raise PatchError(f"{section.old}: no such file")
+        old, mode = _split(file.data.decode("utf-8", "surrogateescape")), file.mode
+    new = _patched(old, section)
+    if section.old is not None and section.old != section.new:
+        del tree[section.old]
+    if section.new is None:
+        if new:
+            raise PatchError(f"{section.old}: is to be deleted, but lines are left")
+        return
+    data = "".join(new).encode("utf-8", "surrogateescape")
+    tree[section.new] = File(data, section.mode or mode)
+
+
+def _patched(old: list[str], section: Section) -> list[str]:
+    result: list[str] = []
+    done = offset = 0
+    for number, hunk in enumerate(section.hunks, start=1):
+        place = _find(old, hunk.old, hunk.start - 1 + offset, done)
+        if place is None:
+            raise PatchError(f"{section.old or section.new}: hunk {number} does not fit")
+        offset = place - (hunk.start - 1)
+        result += old[done:place] + hunk.new
+        done = place + len(hunk.old)
+    return result + old[done:]
+
+
+def _find(lines: list[str], wanted: list[str], start: int, lowest: int) -> int | None:
+    """Where ``wanted`` stands, nearest to ``start`` and not before ``lowest``."""
+    if not wanted:
+        return start if lowest <= start <= len(lines) else None
+    if start >= lowest and lines[start : start + len(wanted)] == wanted:
+        return start
+    places = range(lowest, len(lines) - len(wanted) + 1)
+    for place in sorted(places, key=lambda place: abs(place - start)):
+        if lines[place] == wanted[0] and lines[place : place + len(wanted)] == wanted:
+            return place
+    return None

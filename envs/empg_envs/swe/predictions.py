@@ -1,0 +1,64 @@
+"""Answer files in SWE-bench's format: one JSON object per line with an agent's patch for a task."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from empg_envs.swe.tasks import TaskError, read_rows
+
+FIELDS = ("instance_id", "model_name_or_path", "model_patch")
+
+
+def prediction(instance_id: str, model: str, patch: str) -> dict[str, str]:
+    """One row."""
+    return dict(zip(FIELDS, (instance_id, model, patch), strict=True))
+
+
+def append_prediction(path: str | Path, row: Mapping[str, str]) -> None:
+    """Adds a row; whole lines of several processes do not mix."""
+    line = json.dumps({field: row[field] for field in FIELDS}).encode() + b"\n"
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(number, line)  # one write to a file opened for appending goes to its end as a whole
+    finally:
+        os.close(number)
+
+
+def write_predictions(path: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Writes the whole file, or leaves the old one."""
+    target = Path(path)
+    fresh = target.with_name(target.name + ".new")
+    text = "".join(json.dumps({field: row[field] for field in FIELDS}) + "\n" for row in rows)
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(target)
+
+
+def read_predictions(path: str | Path) -> dict[str, str]:
+    """Patches by task; of several rows for one task the last counts. JSON lines, a list, or a mapping.
+
+    Raises:
+      TaskError: naming the row that lacks a field.
+    """
+    patches: dict[str, str] = {}
+    for number, row in enumerate(_rows(path), start=1):
+        missing = [field for field in ("instance_id", "model_patch") if field not in row]
+        if missing:
+            raise TaskError(f"{path}: prediction {number} has no field {missing[0]!r}")
+        patches[str(row["instance_id"])] = str(row["model_patch"] or "")
+    return patches
+
+
+def _rows(path: str | Path) -> Iterable[dict[str, Any]]:
+    text = Path(path).read_text(encoding="utf-8")
+    if text.lstrip().startswith("{"):
+        try:
+            whole = json.loads(text)
+        except ValueError:
+            return read_rows(path)
+        if isinstance(whole, dict) and "instance_id" not in whole:
+            return [{"instance_id": name, **row} for name, row in whole.items()]
+    return read_rows(path)

@@ -1,0 +1,110 @@
+"""Judges a predictions file in SWE-bench's format.
+
+    python -m empg_envs.swe.score tasks.jsonl predictions.jsonl --out report.json
+    python -m empg_envs.swe.score swe_bench_verified.jsonl predictions.jsonl --backend docker --jobs 8
+
+``gold`` in place of the predictions file judges the tasks' own patches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from empg_envs.swe.backends import NAMES, Backend, check_has_files, make_backend
+from empg_envs.swe.grading import Grade
+from empg_envs.swe.predictions import read_predictions
+from empg_envs.swe.tasks import Task, load_panels
+
+
+def score(
+    backend: Backend,
+    tasks: Sequence[Task],
+    predictions: Mapping[str, str],
+    *,
+    timeout: float,
+    jobs: int = 1,
+    on_grade: Callable[[Task, Grade], None] = lambda task, grade: None,
+) -> dict[str, Any]:
+    """Judges every task; one without a prediction counts as unresolved.
+
+    Args:
+      backend: where the tests run.
+      tasks: what is judged.
+      predictions: patches by instance id.
+      timeout: seconds that the tests of one task may run.
+      jobs: how many are judged at a time.
+      on_grade: called with each verdict, in the tasks' order.
+
+    Returns:
+      Counts and the ids behind them: ``total``, ``resolved``, ``resolved_ids``, ``unresolved_ids``,
+      ``missing_ids`` (no prediction), ``unknown_ids`` (predictions for no task), ``reasons`` by id.
+    """
+    given = [task for task in tasks if task.instance_id in predictions]
+    reasons: dict[str, str] = {}
+    resolved: list[str] = []
+    with concurrent.futures.ThreadPoolExecutor(max(1, jobs)) as pool:
+        work = [pool.submit(backend.grade, task, predictions[task.instance_id], timeout) for task in given]
+        for task, job in zip(given, work, strict=True):
+            grade = job.result()
+            reasons[task.instance_id] = grade.reason
+            if grade.resolved:
+                resolved.append(task.instance_id)
+            on_grade(task, grade)
+    names = {task.instance_id for task in tasks}
+    return {
+        "total": len(tasks),
+        "resolved": len(resolved),
+        "resolved_ids": sorted(resolved),
+        "unresolved_ids": sorted(set(reasons) - set(resolved)),
+        "missing_ids": sorted(names - set(reasons)),
+        "unknown_ids": sorted(set(predictions) - names),
+        "reasons": reasons,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("tasks", help="tiny, or a file of task rows")
+    parser.add_argument("predictions", help="file of predictions, or gold")
+    parser.add_argument("--split", default=None, help="judge one split only")
+    parser.add_argument("--backend", choices=NAMES[:3], default="bubblewrap")
+    parser.add_argument("--python", default=None, help="interpreter of the tasks (bubblewrap)")
+    parser.add_argument("--sources", default=None, help="folder of source archives (bubblewrap)")
+    parser.add_argument("--timeout", type=float, default=300.0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=None, help="write the report as JSON")
+    options = parser.parse_args(argv)
+    panels = load_panels(options.tasks)
+    if options.split is not None and options.split not in panels:
+        parser.error(f"unknown split {options.split!r}; the splits are {', '.join(panels)}")
+    chosen = panels.values() if options.split is None else [panels[options.split]]
+    tasks = [task for panel in chosen for task in panel]
+    check_has_files(tasks, options.backend)
+    if options.predictions == "gold":
+        predictions = {task.instance_id: task.patch for task in tasks}
+    else:
+        predictions = read_predictions(options.predictions)
+    backend = make_backend(options.backend, python=options.python, sources=options.sources)
+    report = score(
+        backend,
+        tasks,
+        predictions,
+        timeout=options.timeout,
+        jobs=options.jobs,
+        on_grade=lambda task, grade: print(f"{task.instance_id}: {grade.reason}", flush=True),
+    )
+    if options.out is not None:
+        fresh = options.out.with_name(options.out.name + ".new")
+        fresh.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        fresh.replace(options.out)
+    print(f"resolved {report['resolved']} of {report['total']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Repair tasks: rows of SWE-bench, of R2E-Gym, and of our own generator, read into one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from empg_envs.swe import patches
+from empg_envs.swe.tree import Tree, content_hash, read_archive, read_folder
+
+EMBEDDED = Path(__file__).with_name("repos")
+TINY = Path(__file__).with_name("tiny_tasks.jsonl")
+SPLITS = ("train", "valid", "test")
+TREE_KINDS = ("sdist", "archive", "embedded")
+
+
+class TaskError(ValueError):
+    """A task row or file is not what it should be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One repair task.
+
+    Attributes:
+      instance_id: its name.
+      repo: the repository's name.
+      problem_statement: what the agent is told.
+      patch: the gold patch.
+      test_patch: changes to the tests that grading applies.
+      fail_to_pass: tests that the bug breaks.
+      pass_to_pass: tests that worked all along.
+      base: where the files come from: ``sdist:HASH``, ``archive:HASH`` (a file of the sources folder by its
+        SHA-256), ``embedded:NAME`` (a packaged repository), or a commit inside an image.
+      bug_patch: makes the broken tree from the base.
+      runner: ``pytest`` or ``unittest``.
+      test_path: what the runner is pointed at.
+      version: the repository's version.
+      image: container image of tasks that live in one.
+      expected: R2E-Gym's status of every test; None elsewhere.
+      row: the row as it was read.
+    """
+
+    instance_id: str
+    repo: str
+    problem_statement: str
+    patch: str
+    test_patch: str
+    fail_to_pass: tuple[str, ...]
+    pass_to_pass: tuple[str, ...]
+    base: str
+    bug_patch: str = ""
+    runner: str = "pytest"
+    test_path: str = "."
+    version: str = ""
+    image: str | None = None
+    expected: Mapping[str, str] | None = None
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def has_tree(self) -> bool:
+        """Whether its files can be had without a container image."""
+        return self.base.partition(":")[0] in TREE_KINDS
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the row."""
+        text = json.dumps(self.row, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def test_files(self) -> set[str]:
+        """The files that hold the tests named."""
+        return {name.partition("::")[0] for name in (*self.fail_to_pass, *self.pass_to_pass)}
+
+
+def parse_row(row: Mapping[str, Any]) -> Task:
+    """Reads a row of SWE-bench(-Verified), R2E-Gym, or the generator.
+
+    Raises:
+      TaskError: naming the field that is missing or malformed.
+    """
+    if "expected_output_json" in row:
+        return _parse_r2e(row)
+    name = str(_field(row, "instance_id"))
+    base = str(_field(row, "base_commit"))
+    image = row.get("image") or row.get("docker_image")
+    if image is None and base.partition(":")[0] not in TREE_KINDS:
+        image = f"docker.io/swebench/sweb.eval.x86_64.{name.replace('__', '_1776_').lower()}:latest"
+    runner = str(row.get("runner", "pytest"))
+    if runner not in ("pytest", "unittest"):
+        raise TaskError(f"task {name}: unknown runner {runner!r}; the runners are pytest, unittest")
+    return Task(
+        instance_id=name,
+        repo=str(_field(row, "repo")),
+        problem_statement=str(_field(row, "problem_statement")),
+        patch=str(row.get("patch", "")),
+        test_patch=str(row.get("test_patch") or ""),
+        fail_to_pass=_names(row, "FAIL_TO_PASS"),
+        pass_to_pass=_names(row, "PASS_TO_PASS"),
+        base=base,
+        bug_patch=str(row.get("bug_patch") or ""),
+        runner=runner,
+        test_path=str(row.get("test_path", ".")),
+        version=str(row.get("version", "")),
+        image=None if image is None else str(image),
+        row=dict(row),
+    )
+
+
+def _parse_r2e(row: Mapping[str, Any]) -> Task:
+    text = _field(row, "expected_output_json")
+    try:
+        expected = json.loads(text) if isinstance(text, str) else dict(text)
+    except ValueError as error:
+        raise TaskError(f"R2E-Gym row: expected_output_json is not JSON ({error})") from None
+    commit = str(row.get("commit_hash") or row.get("base_commit") or "")
+    repo = str(_field(row, "repo_name"))
+    statement = str(_field(row, "problem_statement"))
+    inner = statement.partition("[ISSUE]")[2].rpartition("[/ISSUE]")[0].strip()
+    return Task(
+        instance_id=str(row.get("instance_id") or f"{repo}__{commit}"),
+        repo=repo,
+        problem_statement=inner or statement,
+        patch=str(row.get("patch") or ""),
+        test_patch="",
+        fail_to_pass=(),
+        pass_to_pass=(),
+        base=commit,
+        image=str(_field(row, "docker_image")),
+        expected={str(name): str(status) for name, status in expected.items()},
+        row=dict(row),
+    )
+
+
+def _field(row: Mapping[str, Any], name: str) -> Any:
+    if row.get(name) is None:
+        raise TaskError(f"task row {row.get('instance_id', '?')!r} has no field {name!r}")
+    return row[name]
+
+
+def _names(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """Test names from a list, or from a JSON string of one as in the files of the hub."""
+    value = _field(row, field)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise TaskError(
+                f"task {row.get('instance_id')!r}: {field} is neither a list nor JSON of one"
+            ) from None
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TaskError(f"task {row.get('instance_id')!r}: {field} is not a list of test names")
+    return tuple(value)
+
+
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON-lines file, or of a JSON file that holds a list.
+
+    Raises:
+      TaskError: naming the file and the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise TaskError(f"cannot read the tasks file {str(path)!r}: {error.strerror}") from error
+    if text.lstrip().startswith("["):
+        yield from json.loads(text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise TaskError(f"{path}:{number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise TaskError(f"{path}:{number}: expected an object, not {type(row).__name__}")
+            yield row
+
+
+def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
+    """Tasks by split.
+
+    Args:
+      tasks: ``tiny`` (the embedded ones), a file, or a mapping of split → file. Rows of a single file go
+        to the split that their field ``split`` names, else to one chosen by a hash of their id: about 70 %
+        train, 10 % valid, 20 % test.
+
+    Raises:
+      TaskError: a file cannot be read or holds no task, or an id occurs twice.
+    """
+    panels: dict[str, list[Task]] = {}
+    if isinstance(tasks, Mapping):
+        for split, path in tasks.items():
+            panels[str(split)] = [parse_row(row) for row in read_rows(path)]
+    else:
+        for row in read_rows(TINY if tasks == "tiny" else tasks):
+            task = parse_row(row)
+            panels.setdefault(str(row.get("split") or hashed_split(task.instance_id)), []).append(task)
+    panels = {split: found for split, found in panels.items() if found}
+    if not panels:
+        raise TaskError(f"no task in {tasks!r}")
+    _check_unique(panels.values())
+    order = {split: number for number, split in enumerate(SPLITS)}
+    return dict(sorted(panels.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+
+
+def hashed_split(instance_id: str) -> str:
+    """The split of a task that names none."""
+    tenth = hashlib.sha256(instance_id.encode()).digest()[0] % 10
+    return "test" if tenth < 2 else "valid" if tenth == 2 else "train"
+
+
+def _check_unique(panels: Iterable[list[Task]]) -> None:
+    seen: set[str] = set()
+    for task in (task for panel in panels for task in panel):
+        if task.instance_id in seen:
+            raise TaskError(f"task {task.instance_id!r} occurs twice")
+        seen.add(task.instance_id)
+
+
+def default_sources() -> Path:
+    """The folder where source archives are kept: below ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "empg-jax" / "swe"
+
+
+def broken_tree(task: Task, sources: str | Path | None = None) -> Tree:
+    """The files that an agent starts from.
+
+    Raises:
+      TaskError: the source is not there, or is not the one that the task was made from.
+    """
+    base = load_base(task.base, None if sources is None else str(sources))
+    try:
+        return patches.apply(base, task.bug_patch)
+    except patches.PatchError as error:
+        raise TaskError(
+            f"task {task.instance_id}: its bug_patch does not fit {task.base}: {error}"
+        ) from error
+
+
+@functools.lru_cache(maxsize=16)
+def load_base(base: str, sources: str | None = None) -> Tree:
+    """The unbroken files of a base; see `Task.base`.
+
+    Raises:
+      TaskError: it is not there, or its hash differs.
+    """
+    kind, _, rest = base.partition(":")
+    if kind == "embedded":
+        name, _, wanted = rest.partition("@")
+        if not name.isidentifier() or not (EMBEDDED / name).is_dir():
+            raise TaskError(f"no embedded repository {name!r}")
+        tree = read_folder(EMBEDDED / name)
+        if wanted and content_hash(tree) != wanted:
+            raise TaskError(f"the embedded repository {name!r} is not the one that its tasks were made from")
+        return tree
+    if kind not in TREE_KINDS:
+        raise TaskError(f"base {base!r} lies in a container image: use backend 'docker' or 'swerex'")
+    folder = default_sources() if sources is None else Path(sources)
+    found = sorted(folder.glob(f"{rest}.*")) if rest.isalnum() else []
+    if not found:
+        raise TaskError(
+            f"no source archive {rest}.* in {folder}: fetch it (scripts/check_swe_tasks.py does) or set "
+            "the option 'sources'"
+        )
+    data = found[0].read_bytes()
+    if hashlib.sha256(data).hexdigest() != rest:
+        raise TaskError(f"{found[0]} does not have the SHA-256 that its name says")
+    return read_archive(data, found[0].name)

@@ -1,0 +1,166 @@
+"""Tools in few words, over a closed vocabulary, for a model that is too small to spell.
+
+Commands: ``view FILE LINE``, ``edit FILE LINE : CODE`` (the line keeps its indentation), ``test``,
+``submit``. Code is shown and given as Python tokens divided by single spaces.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tokenize
+from collections.abc import Iterable
+
+from empg_envs.swe import grading
+from empg_envs.swe.sandbox import FileError, Sandbox
+from empg_envs.swe.tasks import Task
+from empg_envs.swe.tools import Reply, describe
+from empg_envs.swe.tree import Tree
+
+AROUND = 3  # lines shown on either side
+NAMED = 3  # failing tests that are named
+TEST_SECONDS = 30.0
+_VIEW = re.compile(r"view (\S+) (\d{1,6})")
+_EDIT = re.compile(r"edit (\S+) (\d{1,6}) ?: ?(.*)", re.DOTALL)
+_WORDS = {
+    *("view", "edit", "test", "submit", ":", "fix", "failing", "nothing", ".", ",", "no", "such", "file"),
+    *("line", "unknown", "command", "changed", "handed", "in", "tests", "did", "not", "run", "all"),
+    *("pass", "the"),
+}
+
+
+def code_tokens(line: str) -> list[str]:
+    """The Python tokens of a line; its words where it is not Python by itself."""
+    skipped = (
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+        tokenize.COMMENT,
+    )
+    found = []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(line.strip() + "\n").readline):
+            if token.type not in skipped and token.string:
+                found.append(token.string)
+    except (tokenize.TokenError, SyntaxError):
+        pass  # an open bracket or string: what was read until there counts
+    return found
+
+
+def show_line(number: int, line: str) -> str:
+    """``12 : return a + b``."""
+    return f"{number} : {' '.join(code_tokens(line))}".rstrip()
+
+
+def short_test(name: str) -> str:
+    """The last part of a test's id."""
+    return name.rpartition("::")[2]
+
+
+def opening(task: Task) -> str:
+    """The first observation: which repository, and which tests fail."""
+    return f"fix {task.repo} . {failing(task.fail_to_pass)}"
+
+
+def failing(names: Iterable[str]) -> str:
+    """``failing test_a , test_b``."""
+    shown = sorted({short_test(name) for name in names})[:NAMED]
+    return f"failing {' , '.join(shown)}" if shown else "failing nothing"
+
+
+class TerseTools:
+    """Carries out terse commands."""
+
+    def __init__(self, sandbox: Sandbox, task: Task, test_command: str) -> None:
+        """``test_command`` runs the tests' runner; it takes its request from stdin."""
+        self._sandbox, self._task, self._test_command = sandbox, task, test_command
+
+    def run(self, action: str, seconds: float) -> Reply:
+        """Carries out one command; anything else is unknown."""
+        text = " ".join(action.split())
+        if text == "submit":
+            return Reply("handed in .", is_final=True)
+        if text == "test":
+            return Reply(self._test(min(seconds, TEST_SECONDS)))
+        try:
+            if match := _VIEW.fullmatch(text):
+                return Reply(self._view(match[1], int(match[2])))
+            if match := _EDIT.fullmatch(text):
+                return Reply(self._edit(match[1], int(match[2]), match[3]))
+        except (FileError, UnicodeDecodeError):
+            return Reply("no such file .")
+        return Reply("unknown command .")
+
+    def _view(self, path: str, line: int) -> str:
+        lines = self._sandbox.read(path).decode().split("\n")
+        if not 1 <= line <= len(lines):
+            return "no such line ."
+        first, last = max(1, line - AROUND), min(len(lines), line + AROUND)
+        return "\n".join(show_line(number, lines[number - 1]) for number in range(first, last + 1))
+
+    def _edit(self, path: str, line: int, code: str) -> str:
+        lines = self._sandbox.read(path).decode().split("\n")
+        if not 1 <= line <= len(lines):
+            return "no such line ."
+        old = lines[line - 1]
+        lines[line - 1] = old[: len(old) - len(old.lstrip())] + code
+        self._sandbox.write(path, "\n".join(lines).encode("utf-8", "replace"))
+        return f"changed . {show_line(line, lines[line - 1])}"
+
+    def _test(self, seconds: float) -> str:
+        request = {
+            "runner": self._task.runner,
+            "root": self._sandbox.root,
+            "paths": [self._task.test_path],
+        }
+        result = self._sandbox.exec(self._test_command, seconds, stdin=json.dumps(request).encode())
+        if describe(result, seconds) or not result.report:
+            return "the tests did not run ."
+        statuses = grading.read_report(result.report, self._sandbox.root)
+        red = [name for name, status in statuses.items() if status not in grading.KEPT]
+        return failing(red) + " ." if red else "all tests pass ."
+
+
+def vocabulary(trees: Iterable[Tree]) -> list[str]:
+    """Every token that the terse tools show of these trees or their one-token bugs, sorted."""
+    found, longest = set(_WORDS), 0
+    operators = (
+        "<",
+        "<=",
+        ">",
+        ">=",
+        "==",
+        "!=",
+        "in",
+        "is",
+        "and",
+        "or",
+        "not",
+        "+",
+        "-",
+        "*",
+        "/",
+        "//",
+        "%",
+    )
+    found |= {*operators, "+=", "-=", "True", "False", "None", "(", ")"}
+    for tree in trees:
+        for path, file in tree.items():
+            if not path.endswith(".py"):
+                continue
+            text = file.data.decode()
+            if grading.is_test(path):
+                found |= set(re.findall(r"def (test_\w+)", text))
+                continue
+            found.add(path)
+            longest = max(longest, text.count("\n") + 1)
+            for line in text.split("\n"):
+                for token in code_tokens(line):
+                    found.add(token)
+                    if token.isdigit():  # what a changed constant may be
+                        found |= {str(int(token) + 1), str(max(0, int(token) - 1))}
+            found.add(path.partition("/")[0].removesuffix(".py"))
+    return sorted(found | {str(number) for number in range(longest + 1)})

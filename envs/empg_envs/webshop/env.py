@@ -1,0 +1,297 @@
+"""WebShop as a `TextEnv`: our own generated shops, or the original's data."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import random
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from empg_envs.webshop import expert, files
+from empg_envs.webshop.actions import SEARCH
+from empg_envs.webshop.goals import SHUFFLE_SEED, shuffled
+from empg_envs.webshop.reward import Reward, compute_reward
+from empg_envs.webshop.schema import Goal
+from empg_envs.webshop.shop import Page, Visit
+from empg_envs.webshop.tagger import TAGGERS, Tagger, make_tagger
+from empg_envs.webshop.texts import PageStyle, Style, TerseStyle
+
+if TYPE_CHECKING:
+    from empg_envs.webshop.store import Store
+
+OFFICIAL = "official"
+LEVELS = ("tiny", "standard", OFFICIAL)
+STYLES = ("terse", "page")
+EXPERTS = {"goal": expert.choose_by_goal, "rules": expert.choose_by_rules}
+TEST_GOALS, VALID_GOALS = 500, 1000  # of the official goals; human ones alone have a validation part
+_log = logging.getLogger(__name__)
+
+
+class Shop(NamedTuple):
+    """What an environment plays in: catalogue, goal positions by split, tagger, kinds of goods, page size."""
+
+    store: Store
+    panels: Mapping[str, Sequence[int]]
+    tagger: Tagger
+    kinds: tuple[str, ...]
+    page_size: int
+
+
+class WebShopEnv:
+    """Find a product, choose its options, buy it.
+
+    The reward of a purchase is WebShop's score in [0, 1]; every other step gives 0. ``info`` holds ``task``,
+    ``won`` (score 1.0), ``admissible``, ``clickables`` in page order, ``has_search``, ``tagger`` (what counts
+    words as nouns) and ``metrics`` with ``task_score``, the raw score whatever the reward is.
+    """
+
+    def __init__(
+        self,
+        level: str = "tiny",
+        style: str | None = None,
+        max_turns: int | None = None,
+        win_reward: float | None = None,
+        expert: str | None = None,
+        tagger: str = "auto",
+        data: str | None = None,
+        size: str = "small",
+        goals: str = "synthetic",
+        legacy_panel: bool = False,
+        worker_seed: int = 0,
+        fallback: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Chooses shop, style and rules.
+
+        Args:
+          level: ``tiny`` or ``standard`` (generated), or ``official`(the original's data files).
+          style: ``terse`` or ``page``; by default terse for tiny and page for the others.
+          max_turns: steps after which an episode is truncated; by default 8 for tiny, else 15.
+          win_reward: reward of a perfect purchase, all others giving 0; None rewards with the score.
+          expert: ``goal`` (knows the product) or ``rules`` (reads only what is shown); by default goal in
+            generated shops and rules with official data.
+          tagger: ``auto``, ``spacy`` or ``tokens``; generated shops know their nouns themselves.
+          data: folder of the official files; None takes ``$WEBSHOP_DATA``.
+          size: ``small`` (1,000 products) or ``full``.
+          goals: official goals, ``synthetic`` or ``human``.
+          legacy_panel: number goals as verl-agent's fork does, by a shuffle seeded with ``worker_seed``: its
+            held-out goals differ from worker to worker and leak into training; for comparisons only.
+          worker_seed: the seed of that shuffle.
+          fallback: play the standard shop when the official files are missing.
+          cache_dir: where catalogues of official files are kept.
+
+        Raises:
+          ValueError: an unknown choice.
+          MissingData: official files are missing, and no fallback was asked for.
+        """
+        _check("level", level, LEVELS)
+        _check("tagger", tagger, TAGGERS)
+        if level != OFFICIAL:
+            _check_unused(data=(data, None), size=(size, "small"), goals=(goals, "synthetic"))
+            _check_unused(legacy_panel=(legacy_panel, False), tagger=(tagger, "auto"))
+        if max_turns is not None and max_turns < 1:
+            raise ValueError(f"webshop max_turns must be at least 1, not {max_turns}")
+        self._files = _find_files(data, size, goals, fallback) if level == OFFICIAL else None
+        if self._files is None and level == OFFICIAL:
+            level = "standard"
+        self.level = level
+        self._tagger_name, self._cache_dir = tagger, cache_dir
+        self._order_seed = worker_seed if legacy_panel else SHUFFLE_SEED
+        self._style_name = _check("style", style or ("terse" if level == "tiny" else "page"), STYLES)
+        chosen = _check("expert", expert or ("rules" if level == OFFICIAL else "goal"), tuple(EXPERTS))
+        self._expert = EXPERTS[chosen]
+        self._max_turns = max_turns or (8 if level == "tiny" else 15)
+        self._win_reward = win_reward
+        self._rng = random.Random("webshop/reset/0")
+        self._visit: Visit | None = None
+        self._turn, self._is_done = 0, False
+
+    @property
+    def max_turns(self) -> int:
+        """Steps after which an episode is truncated."""
+        return self._max_turns
+
+    @functools.cached_property
+    def shop(self) -> Shop:
+        """The catalogue and what belongs to it, opened when first needed."""
+        if self._files is None:
+            from empg_envs.webshop.embedded import find_level, load_shop
+
+            made = load_shop(self.level)
+            return Shop(*made, find_level(self.level).page_size)
+        from empg_envs.webshop import official
+
+        store = official.load(self._files, self._cache_dir)
+        panels = _official_panels(store.num_goals, self._order_seed, is_human=self._files.human is not None)
+        return Shop(store, panels, make_tagger(self._tagger_name), (), 10)
+
+    @functools.cached_property
+    def _style(self) -> Style:
+        if self._style_name == "page":
+            return PageStyle(self.shop.store)
+        return TerseStyle(self.shop.store, self.shop.kinds)
+
+    def list_splits(self) -> list[str]:
+        """``train``, ``valid`` (not for official synthetic goals), ``test``."""
+        return list(self.shop.panels)
+
+    def num_tasks(self, split: str) -> int:
+        """Number of goals of a split.
+
+        Raises:
+          ValueError: unknown split.
+        """
+        return len(self._panel(split))
+
+    def get_task(self, split: str, index: int) -> dict[str, Any]:
+        """The goal, with the number that the official list gives it and its content hash."""
+        goal = self._goal(split, index)
+        return {
+            "level": self.level,
+            "split": split,
+            "index": index,
+            "task": goal.instruction,
+            "asin": goal.asin,
+            "attributes": list(goal.attributes),
+            "options": [w if isinstance(w, str) else list(w) for w in goal.options],
+            "price_upper": goal.price_upper,
+            "weight": goal.weight,
+            "content_hash": goal.content_hash(),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What is played, for reports: catalogue, skipped rows, tagger, seed of the order of goals."""
+        meta = self.shop.store.meta
+        return {
+            "level": self.level,
+            "tagger": self.shop.tagger.name,
+            "shuffle_seed": self._order_seed if self.level == OFFICIAL else None,
+            **{key: meta[key] for key in ("products", "goals", "skipped", "skipped_rows")},
+        }
+
+    def reset(
+        self, seed: int | None = None, *, split: str | None = None, index: int | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Starts an episode.
+
+        Args:
+          seed: restarts the stream that chooses an index when none is given.
+          split: the panel; ``train`` when not given.
+          index: the goal in its panel.
+
+        Raises:
+          ValueError: unknown split.
+          IndexError: index outside the panel.
+        """
+        if seed is not None:
+            self._rng = random.Random(f"webshop/reset/{seed}")
+        split = "train" if split is None else split
+        if index is None:
+            index = int(self._rng.random() * self.num_tasks(split))
+        self._visit = Visit(self.shop.store, self._goal(split, index), self.shop.page_size)
+        self._turn, self._is_done = 0, False
+        return self._style.render(self._visit, None), self._info(self._visit, 0.0)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Follows one action; any other text does nothing and costs the turn.
+
+        Raises:
+          RuntimeError: before the first reset, or after the episode ended.
+        """
+        visit = self._playing("step")
+        name, argument = self._style.read(action, visit)
+        if name == SEARCH:
+            visit.search(argument)
+        elif name:
+            visit.click(argument)
+        self._turn += 1
+        result = self._pay(visit) if visit.page is Page.DONE else None
+        score = result.total if result else 0.0
+        truncated = result is None and self._turn >= self._max_turns
+        self._is_done = result is not None or truncated
+        reward = score if self._win_reward is None else self._win_reward * (score == 1.0)
+        observation = self._style.render(visit, result)
+        return observation, float(reward), result is not None, truncated, self._info(visit, score)
+
+    def expert_action(self) -> str:
+        """What the expert does next.
+
+        Raises:
+          RuntimeError: before the first reset, or after the episode ended.
+        """
+        visit = self._playing("expert_action")
+        return self._style.write(self._expert(visit, self.shop.store), visit)
+
+    def close(self) -> None:
+        """Ends the episode; the catalogue stays, for the other environments of the process."""
+        self._visit = None
+
+    def _pay(self, visit: Visit) -> Reward:
+        assert visit.product is not None
+        price = self.shop.store.price(visit.product.asin)
+        return compute_reward(visit.goal, visit.product, price, visit.chosen.values(), self.shop.tagger)
+
+    def _playing(self, caller: str) -> Visit:
+        if self._visit is None:
+            raise RuntimeError(f"{caller}() without an episode: call reset() first")
+        if self._is_done:
+            raise RuntimeError(f"{caller}() after the episode ended: call reset() first")
+        return self._visit
+
+    def _panel(self, split: str) -> Sequence[int]:
+        panels = self.shop.panels
+        if split not in panels:
+            raise ValueError(f"unknown webshop split {split!r}; the splits are {', '.join(panels)}")
+        return panels[split]
+
+    def _goal(self, split: str, index: int) -> Goal:
+        panel, index = self._panel(split), operator.index(index)
+        if not 0 <= index < len(panel):
+            raise IndexError(f"task index {index} of split {split!r} is outside [0, {len(panel)})")
+        return self.shop.store.goal(panel[index])
+
+    def _info(self, visit: Visit, score: float) -> dict[str, Any]:
+        return {
+            "task": visit.goal.instruction,
+            "won": score == 1.0,
+            "admissible": sorted(set(self._style.admissible(visit))),
+            "clickables": visit.clickables(),
+            "has_search": visit.page is Page.SEARCH,
+            "tagger": self.shop.tagger.name,
+            "metrics": {"task_score": score},
+        }
+
+
+def _check(option: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ValueError(f"unknown webshop {option} {value!r}; choose one of {', '.join(known)}")
+    return value
+
+
+def _find_files(data: str | None, size: str, goals: str, fallback: bool) -> files.Files | None:
+    """The official files; None where they are missing and a fallback was asked for."""
+    try:
+        return files.find_files(data, size, goals)
+    except files.MissingData as error:
+        if not fallback:
+            raise
+        _log.warning("%s; playing the generated shop 'standard' instead, as asked", error)
+        return None
+
+
+def _check_unused(**options: tuple[object, object]) -> None:
+    """Refuses official-only options that are not at their defaults; each is a pair of value and default."""
+    for name, (value, default) in options.items():
+        if value != default:
+            raise ValueError(f"webshop option {name}={value!r} has an effect with level={OFFICIAL!r} only")
+
+
+def _official_panels(count: int, seed: int, *, is_human: bool) -> dict[str, Sequence[int]]:
+    """Goals 0 to 499 are for testing, of human ones the next 1,000 for validation, the rest for training."""
+    order = array("I", shuffled(count, seed))
+    valid_end = TEST_GOALS + (VALID_GOALS if is_human else 0)
+    panels = {"train": order[valid_end:], "valid": order[TEST_GOALS:valid_end], "test": order[:TEST_GOALS]}
+    return {split: panel for split, panel in panels.items() if len(panel)}

@@ -1,0 +1,145 @@
+"""WebShop's own data files: finding them, reading them as a stream, building their catalogue once.
+
+Rows that cannot be read are left out, counted, and the first of them named. The finished catalogue lies in a
+cache folder under a name that depends on files and choices; the first process that wants it builds it under a
+temporary name while others wait, and renames it when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import random
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from empg_envs.webshop.files import Files, MissingData
+from empg_envs.webshop.goals import PRICE_SEED, draw_price, human_goals, synthetic_goals
+from empg_envs.webshop.schema import BadRow, read_product
+from empg_envs.webshop.store import VERSION, Store, StoreWriter, open_store
+from empg_envs.webshop.stream import stream_json
+
+LARGE_BYTES = 256 << 20  # larger product files take longer to build than a worker may take to start
+_NAMED_ROWS = 20
+_SAMPLE = 1 << 16
+_log = logging.getLogger(__name__)
+
+
+def load(files: Files, cache_dir: str | None = None, *, build_large: bool = False) -> Store:
+    """Opens the catalogue of these files, building it first when it is not in the cache.
+
+    Args:
+      files: what to read.
+      cache_dir: where catalogues are kept; None is ``$XDG_CACHE_HOME/empg-jax/webshop``.
+      build_large: whether a product file above `LARGE_BYTES` may be built now, which takes long.
+
+    Raises:
+      MissingData: the catalogue is not in the cache and too large to be built on the way.
+      ValueError: a file is no JSON of the expected kind, or holds no goal.
+      OSError: the cache folder cannot be written.
+    """
+    folder = Path(cache_dir) if cache_dir else _default_cache()
+    path = folder / f"{_fingerprint(files)}.sqlite"
+    if path.exists():
+        return open_store(path)
+    if files.products.stat().st_size > LARGE_BYTES and not build_large:
+        raise MissingData(
+            f"the catalogue of {files.products} is not in {folder} yet, and building it takes minutes: run "
+            f"python -m empg_envs.webshop {files.products.parent} --size full "
+            f"--goals {'human' if files.human else 'synthetic'} once"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        if not path.exists():
+            unfinished = path.with_suffix(f".{os.getpid()}.part")
+            try:
+                _build(files, unfinished)
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+    return open_store(path)
+
+
+def _build(files: Files, path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = OFF")
+        connection.execute("PRAGMA synchronous = OFF")
+        fill(StoreWriter(connection), connection, files)
+
+
+def fill(writer: StoreWriter, connection: sqlite3.Connection, files: Files) -> None:
+    """Reads the official files into a database that ``writer`` was made for."""
+    skipped: list[str] = []
+    connection.execute("CREATE TEMP TABLE attributes (asin TEXT PRIMARY KEY, record TEXT)")
+    connection.executemany(
+        "INSERT OR REPLACE INTO temp.attributes VALUES (?, ?)",
+        ((key, json.dumps(value)) for key, value in stream_json(files.attributes, dict)),
+    )
+
+    def attributes_of(asin: Any) -> Any:
+        row = connection.execute("SELECT record FROM temp.attributes WHERE asin = ?", (str(asin),)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    rng = random.Random(PRICE_SEED)
+    for number, row in stream_json(files.products, list):
+        try:
+            product = read_product(row, attributes_of(row.get("asin") if isinstance(row, dict) else None))
+        except BadRow as error:
+            asin = row.get("asin") if isinstance(row, dict) else None
+            skipped.append(f"row {number} ({asin!r}): {error}")
+            continue
+        # Of products with one id the first counts; only it draws a price.
+        state = rng.getstate() if len(product.prices) > 1 else None
+        if not writer.add_product(product, draw_price(product, rng)) and state is not None:
+            rng.setstate(state)
+    instructions = dict(stream_json(files.human, dict)) if files.human is not None else None
+    for product, price in writer.products():
+        try:
+            if instructions is None:
+                writer.add_goals(synthetic_goals(product, attributes_of(product.asin) or {}, price, rng))
+            else:
+                writer.add_goals(human_goals(product, instructions.get(product.asin, ()), price, rng))
+        except BadRow as error:
+            skipped.append(f"instruction of {product.asin!r}: {error}")
+    if not writer.num_goals:
+        raise ValueError(
+            f"{files.products} and {files.human or files.attributes} give no goal: do they belong together?"
+        )
+    if files.human is None:
+        writer.weigh_goals()
+    if skipped:
+        _log.warning("%d rows of %s were skipped, first %s", len(skipped), files.products, skipped[0])
+    writer.finish({"skipped": len(skipped), "skipped_rows": skipped[:_NAMED_ROWS]})
+
+
+def _fingerprint(files: Files) -> str:
+    """Names a catalogue: layout, files (name, size, time, both ends of their content), kind of goals."""
+    digest = hashlib.sha256(f"webshop/{VERSION}".encode())
+    for path in files:
+        if path is None:
+            continue
+        status = path.stat()
+        digest.update(f"/{path.name}/{status.st_size}/{status.st_mtime_ns}/".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_SAMPLE))
+            file.seek(max(status.st_size - _SAMPLE, 0))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:24]
+
+
+def _default_cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "empg-jax" / "webshop"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

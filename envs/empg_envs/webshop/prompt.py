@@ -1,0 +1,191 @@
+"""Beside the engine: prompts made of pages, actions read out of responses, a closed vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from empg_envs.base import ActionParser, Message, ParsedAction, PlainPrompts, PromptBuilder, quote_turns
+from empg_envs.tags import TagParser
+from empg_envs.webshop import assortment as words
+from empg_envs.webshop.actions import SEARCH, parse_action
+from empg_envs.webshop.pages import SEPARATOR
+from empg_envs.webshop.texts import SEARCH_HINT, VERBS
+
+PARSERS = ("plain", "tags")
+STYLES = ("terse", "page")
+MAX_PROMPT_CHARACTERS = 13_000  # a longer windowed prompt leaves its history out
+_TAIL_CHARACTERS = 20  # what is sent of a response without action tags
+_VERBS = (*VERBS, f"{SEARCH} ", "open item ", "pick ")
+
+_ROLE = (
+    "You are shopping in an online store that you operate through text. Find a product that fits the "
+    "request, choose the options that it names, and buy it: the purchase ends the visit and is scored by how "
+    "well the product, its options and its price fit."
+)
+_ANSWER = {
+    "plain": "Answer with one of these actions and nothing else.",
+    "tags": (
+        "First reason about the page between <think> and </think>. Then write exactly one of these actions "
+        "between <action> and </action>."
+    ),
+}
+
+
+def make_prompts(style: str = "terse", parser: str = "plain") -> PromptBuilder:
+    """Builds the prompt builder that fits an environment's style.
+
+    Args:
+      style: ``terse`` (nothing but the observation) or ``page`` (role, request, page, admissible actions).
+      parser: the parser that will read the answer; the instructions ask for its format.
+
+    Raises:
+      ValueError: an unknown style or parser, or ``terse`` with ``tags``, which it cannot ask for.
+    """
+    _check(style, parser)
+    if style == "page":
+        return PagePrompts(parser)
+    if parser == "tags":
+        raise ValueError(
+            "webshop style 'terse' gives no instructions, so it needs parser 'plain', not 'tags'"
+        )
+    return PlainPrompts()
+
+
+def make_parser(parser: str = "plain", *, style: str = "terse") -> ActionParser:
+    """Builds the action parser; it takes the same options as `make_prompts`.
+
+    Args:
+      parser: ``plain`` (the first line) or ``tags`` (think and action tags).
+      style: whose grammar a plain answer must follow to be valid.
+
+    Raises:
+      ValueError: an unknown style or parser.
+    """
+    _check(style, parser)
+    return TagParser(_TAIL_CHARACTERS) if parser == "tags" else LineParser(style)
+
+
+def _check(style: str, parser: str) -> None:
+    if style not in STYLES:
+        raise ValueError(f"unknown webshop prompt style {style!r}; the styles are {', '.join(STYLES)}")
+    if parser not in PARSERS:
+        raise ValueError(f"unknown webshop parser {parser!r}; the parsers are {', '.join(PARSERS)}")
+
+
+class LineParser:
+    """The first line that is not blank is the action; it is valid when it follows the style's grammar."""
+
+    def __init__(self, style: str) -> None:
+        """``style``: ``terse`` or ``page``."""
+        self._style = style
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Strips the line; an ill-formed one is passed on as it is."""
+        lines = response.strip().splitlines()
+        action = lines[0].strip() if lines else ""
+        if self._style == "page":
+            return ParsedAction(action, bool(parse_action(action).name))
+        action = " ".join(action.lower().split())
+        return ParsedAction(action, action.startswith(_VERBS))
+
+
+class PagePrompts:
+    """The structure of verl-agent's WebShop prompts in our words: request, past, page, actions, format."""
+
+    def __init__(self, parser: str = "plain") -> None:
+        """``parser``: the answer format to ask for."""
+        self._answer = _ANSWER[parser]
+
+    def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
+        """One user message: role, request, page, actions, answer format."""
+        parts = [f"{_ROLE}\nThe request is: {info['task']}", *self._now(observation, info)]
+        return [{"role": "user", "content": "\n\n".join(parts)}]
+
+    def follow(self, observation: str, info: Mapping[str, Any]) -> str:
+        """Page and actions."""
+        return "\n\n".join(self._now(observation, info))
+
+    def window(
+        self,
+        history: Sequence[tuple[str, str]],
+        observation: str,
+        info: Mapping[str, Any],
+        turn: int,
+    ) -> list[Message]:
+        """A fresh prompt: role, request, the remembered turns with their numbers, the present.
+
+        Beyond `MAX_PROMPT_CHARACTERS` it falls back to the prompt without a past.
+        """
+        if turn == 0:
+            return self.start(observation, info)
+        past = quote_turns([(quote_page(seen, info["task"]), done) for seen, done in history], turn)
+        parts = [f"{_ROLE}\nThe request is: {info['task']}"]
+        if past:
+            parts.append(f"You have taken {turn} steps. The last {len(history)} pages and actions:\n{past}")
+        parts += [f"You are now at step {turn + 1}.", *self._now(observation, info)]
+        content = "\n\n".join(parts)
+        if len(content) > MAX_PROMPT_CHARACTERS:
+            return self.start(observation, info)
+        return [{"role": "user", "content": content}]
+
+    def _now(self, observation: str, info: Mapping[str, Any]) -> list[str]:
+        offered = "\n".join(f"'{action}'," for action in offered_actions(info))
+        return [
+            f"The page now: {quote_page(observation, info['task'])}",
+            f"Actions that you can take:\n[\n{offered}\n]",
+            self._answer,
+        ]
+
+
+def quote_page(observation: str, task: str) -> str:
+    """The texts of a page that follow the instruction, each in quotes.
+
+    A page without the instruction (after the purchase) is quoted whole.
+    """
+    segments = observation.split(SEPARATOR)
+    if task in segments:
+        segments = segments[segments.index(task) + 1 :]
+    return SEPARATOR.join(f"'{segment}'" for segment in segments)
+
+
+def offered_actions(info: Mapping[str, Any]) -> list[str]:
+    """Actions in the order of the page, the search first where there is a search bar."""
+    search = [SEARCH_HINT] if info.get("has_search") else []
+    return [*search, *(f"click[{name}]" for name in info.get("clickables", ()) if name != SEARCH)]
+
+
+def phrases(level: str = "tiny", style: str | None = None, **options: Any) -> list[str]:
+    """The closed vocabulary of the tiny level in the terse style, for a small tokenizer.
+
+    Args:
+      level: the environment's level; only ``tiny`` has a closed vocabulary.
+      style: the environment's style; only ``terse`` (tiny's own) has one.
+      options: other options of the environment; the vocabulary does not depend on them.
+
+    Returns:
+      Phrases (some hold spaces), sorted, none twice.
+
+    Raises:
+      ValueError: another level or style.
+    """
+    if level != "tiny" or style not in (None, "terse"):
+        raise ValueError(
+            f"webshop level {level!r} in style {style!r} has no closed vocabulary; use level 'tiny' in style "
+            "'terse', or a tokenizer"
+        )
+    limits = (price + 5 for price in words.TINY_PRICES)
+    return sorted(
+        {
+            *words.TINY_KINDS,
+            *words.TINY_ATTRIBUTES,
+            *words.TINY_COLORS,
+            *words.TINY_SIZES,
+            *(f"at {price}" for price in words.TINY_PRICES),
+            *(f"under {limit}" for limit in limits),
+            *(f"item {number}" for number in range(1, 4)),
+            *VERBS,
+            *("search", "open", "pick", "search page", "want", "nothing", "chosen", "color", "size"),
+            *("bought . score", *(f"{hundredth / 100:.2f}" for hundredth in range(101))),
+        }
+    )

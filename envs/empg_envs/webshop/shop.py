@@ -1,0 +1,148 @@
+"""The shop floor: which page a shopper is on, what can be clicked there, and where a click leads.
+
+A `Visit` is one episode over a `Catalogue`. It knows nothing of texts: `pages.py` says what a page reads
+like. Its transitions are those of WebShop's text mode, quirks included: a search is possible from every
+page, leaving an item's page by ``< prev`` forgets the chosen options, a value that occurs under two options
+belongs to the later one, and beyond the last result there are empty pages without end.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
+
+from empg_envs.webshop.schema import Goal, Product
+
+MAX_RESULTS = 50
+BACK, NEXT, PREVIOUS, BUY = "back to search", "next >", "< prev", "buy now"
+DETAILS = ("description", "features", "reviews")
+_SEARCH = "search"
+
+
+class Catalogue(Protocol):
+    """What a visit needs of a shop."""
+
+    def product(self, asin: str) -> Product:
+        """The product of that id."""
+        ...
+
+    def search(self, query: str) -> Sequence[str]:
+        """Ids of the best products for a query, at most `MAX_RESULTS`, best first."""
+        ...
+
+
+class Page(enum.Enum):
+    """Kinds of pages."""
+
+    SEARCH = "search"
+    RESULTS = "results"
+    ITEM = "item"
+    DETAIL = "detail"
+    DONE = "done"
+
+
+class Visit:
+    """One shopper's visit.
+
+    Attributes:
+      goal: what is wanted.
+      page: kind of the page shown now.
+      number: number of the results page, from 1.
+      query: words of the last search.
+      results: ids that it found.
+      product: the product looked at, or None.
+      detail: which of `DETAILS` is open on a detail page.
+      chosen: option name to chosen value.
+    """
+
+    __slots__ = (
+        *("_catalogue", "_owners", "goal", "page", "page_size", "query", "results", "number"),
+        *("product", "detail", "chosen"),
+    )
+
+    def __init__(self, catalogue: Catalogue, goal: Goal, page_size: int = 10) -> None:
+        """Starts on the search page; ``page_size``: results per page."""
+        self._catalogue = catalogue
+        self.goal = goal
+        self.page_size = page_size
+        self.query = ""
+        self.results: Sequence[str] = ()
+        self._leave()
+
+    def _leave(self) -> None:
+        self.page = Page.SEARCH
+        self.number = 1
+        self.product: Product | None = None
+        self.detail = ""
+        self.chosen: dict[str, str] = {}
+        self._owners: Mapping[str, str] = {}
+
+    @property
+    def shown(self) -> Sequence[str]:
+        """Ids on the present results page."""
+        return self.results[(self.number - 1) * self.page_size : self.number * self.page_size]
+
+    @property
+    def values(self) -> Collection[str]:
+        """Option values on the item's page."""
+        return self._owners.keys() if self.page is Page.ITEM else ()
+
+    def clickables(self) -> list[str]:
+        """What can be clicked, in the order of the page."""
+        if self.page is Page.SEARCH:
+            return [_SEARCH]
+        if self.page is Page.RESULTS:
+            back = [PREVIOUS] if self.number > 1 else []
+            return list(dict.fromkeys([BACK, *back, NEXT, *(asin.lower() for asin in self.shown)]))
+        if self.page is Page.ITEM:
+            return list(dict.fromkeys([BACK, PREVIOUS, *DETAILS, BUY, *self._owners]))
+        return [BACK, PREVIOUS] if self.page is Page.DETAIL else []
+
+    def search(self, query: str) -> None:
+        """Searches; possible on every page."""
+        self._leave()
+        self.page = Page.RESULTS
+        self.query = query
+        self.results = self._catalogue.search(query)
+
+    def click(self, name: str) -> bool:
+        """Follows a click.
+
+        Args:
+          name: what is clicked, lower-case.
+
+        Returns:
+          Whether there was such a thing; if not, nothing changed.
+        """
+        if name == _SEARCH or name not in self.clickables():
+            return False
+        if name == BUY:
+            self.page = Page.DONE
+        elif name == BACK:
+            self._leave()
+        elif self.page is Page.RESULTS:
+            self._click_result(name)
+        elif self.page is Page.DETAIL:
+            self.page = Page.ITEM
+        elif name == PREVIOUS:
+            number = self.number
+            self._leave()
+            self.page, self.number = Page.RESULTS, number
+        elif name in DETAILS:
+            self.page, self.detail = Page.DETAIL, name
+        else:
+            self.chosen[self._owners[name]] = name
+        return True
+
+    def _click_result(self, name: str) -> None:
+        if name == NEXT:
+            self.number += 1
+        elif name == PREVIOUS:
+            self.number -= 1
+        else:
+            self.page = Page.ITEM
+            self.product = self._catalogue.product(next(a for a in self.shown if a.lower() == name))
+            self._owners = {
+                value: option for option, values in self.product.options.items() for value in values
+            }

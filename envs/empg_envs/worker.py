@@ -1,0 +1,284 @@
+"""The main of a worker process: many environments, driven by JSON lines over stdin and stdout.
+
+Run as ``python -m empg_envs.worker``. The first line received names the environment; the answer tells its
+splits. Afterwards each line received is a list of commands, executed in order; one line is answered
+per command as soon as it is done, so the other side always knows which command hangs.
+
+What an environment raises or garbles is data (``"ok": false``), never the end of the worker. Its
+prints cannot disturb the protocol: the real stdin and stdout are moved away before anything of it is
+imported. The module needs the standard library and ``envs`` only, so a worker starts in about 0.1 s.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import math
+import numbers
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from empg_envs import make_env
+from empg_envs.base import TextEnv
+
+RSS_EVERY = 50  # commands between two reports of the resident memory
+MAX_REPLY_BYTES = 8 << 20  # a longer reply is garbage: it would fill the parent's memory
+TRACEBACK_CHARS = 2000
+
+Reply = dict[str, Any]
+
+
+class GarbageError(Exception):
+    """An environment answered with something that its protocol does not allow."""
+
+
+class EnvHost:
+    """The environments of one worker, by handle.
+
+    An instance is kept when its episode ends and is reset for the next one. After a failure it is
+    thrown away, because nothing is known of its state.
+    """
+
+    def __init__(self, env: str, options: dict[str, Any]):
+        """Builds one environment at once, so that a bad name or option is found at the start."""
+        self._build: Callable[[], TextEnv] = lambda: make_env(env, **options)
+        self._spare: list[TextEnv] = [self._build()]
+        self._envs: dict[int, TextEnv] = {}
+
+    def splits(self) -> dict[str, int]:
+        """Number of tasks of every split."""
+        env = self._spare[0]
+        return {str(split): int(env.num_tasks(split)) for split in env.list_splits()}
+
+    def execute(self, command: dict[str, Any], **extra: Any) -> bytes:
+        """Runs one command; whatever the environment does, the result is one encoded reply.
+
+        Args:
+          command: ``id``, ``env`` (the handle), ``op`` and ``args``.
+          **extra: further fields of the reply.
+        """
+        handle = command.get("env")
+        head = {"id": command["id"], "env": handle, **extra}
+        try:
+            return _encode(
+                {**head, "ok": True, **self._run(handle, command["op"], command.get("args") or {})}
+            )
+        # An environment may even call sys.exit(); that must not end its neighbours.
+        except BaseException as error:
+            failure = {
+                "ok": False,
+                "kind": "garbage" if isinstance(error, GarbageError) else "exception",
+                "error": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc()[-TRACEBACK_CHARS:],
+            }
+        self._drop(handle)
+        return _encode({**head, **failure})
+
+    def close(self) -> None:
+        """Closes every environment; errors are ignored, the process ends anyway."""
+        for handle in list(self._envs):
+            self._drop(handle)
+        for env in self._spare:
+            _close_quietly(env)
+
+    def _run(self, handle: int | None, op: str, args: dict[str, Any]) -> Reply:
+        match op:
+            case "reset":
+                return self._reset(handle, **args)
+            case "step":
+                return self._step(handle, **args)
+            case "expert":
+                return {"action": str(self._find(handle).expert_action())}  # type: ignore[attr-defined]
+            case "close":
+                self._drop(handle)
+                return {}
+            case "modules":
+                return {"modules": sorted({name.partition(".")[0] for name in sys.modules})}
+        raise ValueError(f"unknown op {op!r}; expected reset, step, expert, close or modules")
+
+    def _reset(self, handle: int | None, seed: int | None, split: str, index: int) -> Reply:
+        if handle is None:
+            raise ValueError("reset names no environment")
+        env = self._envs.get(handle)
+        if env is None:
+            env = self._spare.pop() if self._spare else self._build()
+            self._envs[handle] = env
+        result = env.reset(seed, split=split, index=index)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise GarbageError(f"reset returned {_describe(result)}; expected (observation, info)")
+        observation, info = result
+        return _check(observation, 0.0, False, False, info)
+
+    def _step(self, handle: int | None, action: str) -> Reply:
+        result = self._find(handle).step(action)
+        if not isinstance(result, tuple) or len(result) != 5:
+            raise GarbageError(
+                f"step returned {_describe(result)}; "
+                "expected (observation, reward, terminated, truncated, info)"
+            )
+        return _check(*result)
+
+    def _find(self, handle: int | None) -> TextEnv:
+        if handle is None or handle not in self._envs:
+            raise LookupError(f"environment {handle} has no episode: reset it first")
+        return self._envs[handle]
+
+    def _drop(self, handle: int | None) -> None:
+        env = self._envs.pop(handle, None) if handle is not None else None
+        if env is not None:
+            _close_quietly(env)
+
+
+def main() -> int:
+    """Serves until the other side closes stdin. Returns the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the parent
+    source, sink = _take_channel()
+    # A parent that gives up on a hanging worker sends SIGABRT: the stack then lands in stderr.
+    faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _follow_parent()
+    hello = source.readline()
+    if not hello:
+        return 0
+    try:
+        request = json.loads(hello)
+        _limit_memory(request.get("memory_limit_mb"))
+        host = EnvHost(request["env"], request.get("options") or {})
+        ready = {"ready": True, "pid": os.getpid(), "rss_mb": resident_mb(), "splits": host.splits()}
+        _write(sink, _encode(ready))
+    except BaseException as error:
+        traceback.print_exc()
+        _write(sink, _encode({"fatal": f"{type(error).__name__}: {error}"}))
+        return 1
+    serve(host, _commands(source), lambda line: _write(sink, line))
+    host.close()
+    return 0
+
+
+def serve(host: EnvHost, commands: Iterator[dict[str, Any]], write: Callable[[bytes], None]) -> None:
+    """Executes commands in order; every `RSS_EVERY`-th reply also carries ``rss_mb``."""
+    for count, command in enumerate(commands, start=1):
+        extra = {} if count % RSS_EVERY else {"rss_mb": resident_mb()}
+        write(host.execute(command, **extra))
+
+
+def resident_mb() -> float:
+    """Resident memory of this process in MiB (its maximum so far where /proc is missing)."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
+    except OSError:
+        # Bytes on macOS, kibibytes elsewhere (getrusage(2)).
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _commands(source: BinaryIO) -> Iterator[dict[str, Any]]:
+    for line in source:
+        yield from json.loads(line)
+
+
+def _take_channel() -> tuple[BinaryIO, int]:
+    """Moves stdin and stdout to private descriptors that no environment or child of it sees."""
+    source, sink = os.dup(0), os.dup(1)  # dup() makes them non-inheritable
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    os.close(nothing)
+    return os.fdopen(source, "rb"), sink
+
+
+def _encode(reply: Reply) -> bytes:
+    """One line of compact JSON.
+
+    Raises:
+      GarbageError: the reply is not JSON-able (only ``info`` can be the cause), or too long.
+    """
+    try:
+        line = json.dumps(reply, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GarbageError(f"info is not JSON-able: {error}") from error
+    if len(line) > MAX_REPLY_BYTES:
+        raise GarbageError(
+            f"observation and info take {len(line)} bytes; at most {MAX_REPLY_BYTES} are allowed"
+        )
+    return line + b"\n"
+
+
+def _write(sink: int, line: bytes) -> None:
+    view = memoryview(line)
+    while view:
+        view = view[os.write(sink, view) :]
+
+
+def _follow_parent() -> None:
+    """Ends this process soon after its parent, even while an environment hangs.
+
+    End of file on stdin ends an idle worker; this covers a busy one. (Linux' parent-death signal
+    would also fire when only the parent's *thread* that started the worker ends.)
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _limit_memory(limit_mb: int | None) -> None:
+    """Bounds the address space, so that one runaway allocation raises MemoryError here."""
+    if limit_mb is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (limit_mb << 20, hard))
+
+
+def _check(observation: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> Reply:
+    """Turns an environment's answer into a reply.
+
+    Raises:
+      GarbageError: naming the first part that is not what it should be.
+    """
+    if not isinstance(observation, str):
+        raise GarbageError(f"observation is {_describe(observation)}; expected str")
+    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        raise GarbageError(f"reward is {_describe(reward)}; expected a finite number")
+    for name, flag in (("terminated", terminated), ("truncated", truncated)):
+        if not isinstance(flag, bool) and type(flag).__name__ not in ("bool_", "bool"):
+            raise GarbageError(f"{name} is {_describe(flag)}; expected bool")
+    if not isinstance(info, dict):
+        raise GarbageError(f"info is {_describe(info)}; expected dict")
+    return {
+        "observation": observation,
+        "reward": float(reward),
+        "terminated": bool(terminated),
+        "truncated": bool(truncated),
+        "info": info,
+    }
+
+
+def _describe(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def _close_quietly(env: TextEnv) -> None:
+    try:
+        env.close()
+    except BaseException:
+        traceback.print_exc()
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    # Not sys.exit(): threads that an environment left behind must not keep the process alive.
+    os._exit(status)

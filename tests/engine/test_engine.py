@@ -1,0 +1,424 @@
+"""The engine: kept KV equals the full forward, samples depend on their ids alone, shapes stay compiled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from empg_jax.engine import engine as engine_module
+from empg_jax.engine.engine import Engine, EngineConfig
+from empg_jax.learner.update import compute_logprobs
+from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.parallel.mesh import make_mesh
+from empg_jax.run.process import CompileCounter
+
+MODEL = DecoderConfig(vocab_size=60, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8)
+# For what does not depend on depth: it compiles faster.
+SHALLOW = dataclasses.replace(MODEL, num_layers=1)
+NO_STOPS, STOPS = (-1,), (58, 59)
+# Most tests share these sizes, and with them the compiled programs.
+SIZES = EngineConfig(
+    slots=4,
+    max_tokens=128,
+    max_response_tokens=12,
+    stop_ids=NO_STOPS,
+    burst=6,
+    patience=2,
+    prefill_buckets=(4, 16),
+    row_buckets=(1, 2),
+    cache_buckets=(32, 64),
+)
+PARAMS = init_params(jax.random.key(0), MODEL)
+SHALLOW_PARAMS = init_params(jax.random.key(0), SHALLOW)
+OTHER_PARAMS = init_params(jax.random.key(1), MODEL)
+score = jax.jit(compute_logprobs, static_argnums=(1, 5))
+
+
+@pytest.fixture
+def make():
+    """Engines with weights. Those of equal shape share their programs."""
+
+    def make(model=MODEL, seed=0, temperature=1.0, mesh=None, **sizes):
+        config = dataclasses.replace(SIZES, **sizes)
+        engine = Engine(model, config, seed=seed, temperature=temperature, mesh=mesh)
+        engine.load(PARAMS if model is MODEL else SHALLOW_PARAMS, 0)
+        return engine
+
+    return make
+
+
+def draw_tokens(generator, count):
+    return generator.integers(0, 50, count).tolist()
+
+
+def finish(engine, **how):
+    """Steps until nothing is left; responses by slot."""
+    responses = {}
+    while engine.has_work:
+        for response in engine.step(**how):
+            assert response.slot not in responses
+            responses[response.slot] = response
+    return responses
+
+
+def ask(engine, slot, tokens, *, ids=None, is_fresh=True, **how):
+    """One response, with the other slots as they are."""
+    engine.submit(slot, tokens, is_fresh=is_fresh, ids=ids or (0, slot, 0, 0), **how)
+    return finish(engine)[slot]
+
+
+def full_forward(tokens, temperature=1.0, params=PARAMS):
+    """The learner's log-probs and entropies of one conversation, padded to a fixed length."""
+    row = np.zeros((1, SIZES.max_tokens), np.int32)
+    row[0, : len(tokens)] = tokens
+    positions = np.arange(SIZES.max_tokens, dtype=np.int32)[None]
+    found = score(params, MODEL, row, positions, np.ones_like(row), temperature)
+    return [np.asarray(values)[0, : len(tokens)] for values in found]
+
+
+def check_statistics(response, temperature=1.0, params=PARAMS):
+    start = len(response.prompt_tokens)
+    whole = np.concatenate([response.prompt_tokens, response.tokens])
+    logprobs, entropies = full_forward(whole, temperature, params)
+    np.testing.assert_allclose(response.logprobs, logprobs[start:], atol=1e-5)
+    np.testing.assert_allclose(response.entropies, entropies[start:], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- KV
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_ten_turns_of_kept_kv_equal_the_full_forward_and_prefill_only_what_is_new(make, temperature):
+    engine = make(temperature=temperature)
+    generator = np.random.default_rng(0)
+    held = {slot: [] for slot in range(4)}
+    for turn in range(10):
+        new = {slot: draw_tokens(generator, generator.integers(1, 7)) for slot in held}
+        for slot, tokens in new.items():
+            engine.submit(slot, tokens, is_fresh=not turn, ids=(0, slot, 0, turn), max_response=5)
+        responses = finish(engine)
+        # The newest token goes through decode, as does the last sampled one of the turn before.
+        expected = sum(len(tokens) - (not turn) for tokens in new.values())
+        assert engine.take_stats().prefilled_tokens == expected
+        for slot, response in responses.items():
+            assert response.prompt_tokens.tolist() == held[slot] + new[slot]
+            held[slot] += new[slot] + response.tokens.tolist()
+            check_statistics(response, temperature)
+    assert min(len(tokens) for tokens in held.values()) > 20
+
+
+def test_a_long_prompt_goes_in_chunks(make):
+    engine = make()
+    response = ask(engine, 1, draw_tokens(np.random.default_rng(1), 43))
+    assert engine.stats.prefilled_tokens == 42
+    check_statistics(response)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_any_number_of_prompts_of_any_length_go_together(make, count):
+    engine = make()
+    generator = np.random.default_rng(count)
+    for slot in range(count):
+        engine.submit(slot, draw_tokens(generator, 1 + 11 * slot), is_fresh=True, ids=(0, slot, 0, 0))
+    responses = finish(engine)
+    assert len(responses) == count
+    for response in responses.values():
+        check_statistics(response)
+
+
+def test_the_cache_grows_in_buckets_and_starts_short_again(make):
+    engine = make()
+    generator = np.random.default_rng(2)
+    capacities, turn = [], 0
+    while engine.room(0, 9, is_fresh=False) > 0:
+        check_statistics(ask(engine, 0, draw_tokens(generator, 9), ids=(0, 0, 0, turn), is_fresh=not turn))
+        capacities.append(engine.capacity)
+        turn += 1
+    assert sorted(set(capacities)) == [32, 64, 128] and capacities == sorted(capacities)
+    engine.release(0)
+    check_statistics(ask(engine, 0, [1, 2, 3]))
+    assert engine.capacity == 32
+
+
+def test_a_conversation_survives_the_growth_for_another_one(make):
+    engine = make()
+    first = ask(engine, 0, [5, 6, 7])
+    ask(engine, 1, draw_tokens(np.random.default_rng(3), 80))
+    assert engine.capacity == 128
+    engine.take_stats()
+    second = ask(engine, 0, [8, 9], is_fresh=False, ids=(0, 0, 0, 1))
+    assert engine.stats.prefilled_tokens == 2
+    assert second.prompt_tokens.tolist() == [5, 6, 7, *first.tokens.tolist(), 8, 9]
+    check_statistics(second)
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+def same(a, b):
+    return np.array_equal(a.tokens, b.tokens) and np.allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(make):
+    prompt, ids = [3, 1, 4, 1, 5], (0, 9, 2, 6)
+    alone = ask(make(), 0, prompt, ids=ids)
+    engine, generator = make(), np.random.default_rng(4)
+    for slot in (0, 1, 3):
+        engine.submit(slot, draw_tokens(generator, 20 + slot), is_fresh=True, ids=(0, slot, 1, 1))
+    engine.step()
+    engine.submit(2, prompt, is_fresh=True, ids=ids)
+    among = finish(engine)[2]
+    assert len(alone.tokens) > 2 and same(alone, among)
+
+
+def test_equal_ids_give_equal_tokens_and_any_other_number_gives_others(make):
+    prompt = [3, 1, 4, 1, 5]
+
+    def tokens(seed=0, ids=(0, 1, 2, 3)):
+        return tuple(ask(make(seed=seed), 0, prompt, ids=ids).tokens.tolist())
+
+    reference = tokens()
+    assert tokens() == reference
+    others = [tokens(seed=1), tokens(ids=(1, 1, 2, 3)), tokens(ids=(0, 2, 2, 3)), tokens(ids=(0, 1, 3, 3))]
+    others.append(tokens(ids=(0, 1, 2, 4)))
+    assert len({reference, *others}) == 6
+
+
+@pytest.mark.parametrize("sizes", [{"burst": 1}, {"slots": 7, "cache_buckets": (128,)}])
+def test_sizes_do_not_change_the_samples(make, sizes):
+    prompt = draw_tokens(np.random.default_rng(5), 21)
+    assert same(ask(make(SHALLOW), 0, prompt), ask(make(SHALLOW, **sizes), 0, prompt))
+
+
+def test_greedy_takes_the_most_likely_token(make):
+    response = ask(make(temperature=0.0), 0, [7, 7, 7])
+    for length in range(len(response.tokens)):
+        prefix = [7, 7, 7, *response.tokens[:length].tolist()]
+        candidates = [full_forward([*prefix, token])[0][-1] for token in range(MODEL.vocab_size)]
+        assert int(np.argmax(candidates)) == response.tokens[length]
+    check_statistics(response)
+
+
+# ------------------------------------------------------------------------------------------- ending
+
+
+def test_stop_tokens_end_a_response_and_belong_to_it(make):
+    engine = make(SHALLOW, stop_ids=STOPS)
+    reasons = set()
+    for group in range(40):
+        response = ask(engine, 0, [1, 2], ids=(0, group, 0, 0))
+        reasons.add(response.finish_reason)
+        stopped = [token in STOPS for token in response.tokens.tolist()]
+        assert not any(stopped[:-1])
+        if response.finish_reason == "stop":
+            assert stopped[-1]
+        else:
+            assert not stopped[-1] and len(response.tokens) == SIZES.max_response_tokens
+    assert reasons == {"stop", "length"}
+
+
+def test_max_response_bounds_one_response(make):
+    engine = make()
+    response = ask(engine, 0, [1, 2], max_response=3)
+    assert (len(response.tokens), response.finish_reason) == (3, "length")
+    assert len(ask(engine, 0, [1], is_fresh=False, max_response=99).tokens) == SIZES.max_response_tokens
+
+
+def test_a_response_ends_where_the_conversation_is_full(make):
+    engine = make()
+    prompt = draw_tokens(np.random.default_rng(6), SIZES.max_tokens - 5)
+    assert engine.room(0, len(prompt), is_fresh=True) == 5
+    response = ask(engine, 0, prompt)
+    assert (len(response.tokens), response.finish_reason) == (5, "length")
+    check_statistics(response)
+    assert engine.room(0, 0, is_fresh=False) == 0
+    with pytest.raises(ValueError, match="1 new tokens leave no room"):
+        engine.submit(0, [1], is_fresh=False, ids=(0, 0, 0, 1))
+
+
+def test_an_eager_step_returns_when_enough_responses_have_ended(make):
+    engine = make()
+    for slot, length in enumerate([2, 4, 7, 9]):
+        engine.submit(slot, [1, 2], is_fresh=True, ids=(0, slot, 0, 0), max_response=length)
+    assert [r.slot for r in engine.step()] == [0, 1]
+    assert engine.stats.decode_rows == 4 * 4 and engine.stats.sampled_tokens == 2 + 3 * 4
+    # Free slots are taken at once, while the others are in the middle of their responses.
+    engine.submit(0, [3], is_fresh=True, ids=(0, 9, 0, 0), max_response=6)
+    ended = engine.step(is_eager=False)
+    assert [(r.slot, len(r.tokens)) for r in ended] == [(0, 6), (2, 7), (3, 9)]
+    for response in ended:
+        check_statistics(response)
+    assert not engine.has_work and engine.step() == []
+
+
+def test_idle_slots_keep_their_conversation_while_others_decode(make):
+    engine = make()
+    first = ask(engine, 0, [5, 6, 7])
+    for group in range(3):
+        ask(engine, 1, [9, 9], ids=(0, group, 0, 0))
+    second = ask(engine, 0, [8], is_fresh=False, ids=(0, 0, 0, 1))
+    assert second.prompt_tokens.tolist() == [5, 6, 7, *first.tokens.tolist(), 8]
+    check_statistics(second)
+
+
+def test_a_released_slot_drops_its_response_and_is_free(make):
+    engine = make()
+    engine.submit(0, [1, 2, 3], is_fresh=True, ids=(0, 0, 0, 0))
+    engine.submit(1, [4], is_fresh=True, ids=(0, 1, 0, 0))
+    assert engine.step() == []
+    engine.release(0)
+    engine.submit(0, [9, 9], is_fresh=True, ids=(0, 2, 0, 0))
+    responses = finish(engine)
+    assert responses[0].prompt_tokens.tolist() == [9, 9] and set(responses) == {0, 1}
+    for response in responses.values():
+        check_statistics(response)
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+def test_new_weights_drop_the_kv_and_are_used_from_then_on(make):
+    engine = make()
+    first = ask(engine, 0, [5, 6, 7])
+    assert first.version == 0
+    engine.take_stats()
+    engine.load(OTHER_PARAMS, 4)
+    second = ask(engine, 0, [8, 9], is_fresh=False, ids=(0, 0, 0, 1))
+    assert second.version == 4
+    assert engine.stats.prefilled_tokens == 3 + len(first.tokens) + 2 - 1
+    check_statistics(second, params=OTHER_PARAMS)
+    with pytest.raises(AssertionError):
+        check_statistics(second)
+
+
+def test_loaded_weights_are_a_copy(make):
+    """The learner donates its parameters to the next update."""
+    engine = make()
+    mine = jax.tree.map(jnp.copy, PARAMS)
+    engine.load(mine, 1)
+    jax.tree.map(lambda leaf: leaf.delete(), mine)
+    check_statistics(ask(engine, 0, [5, 6, 7]))
+
+
+def test_weights_do_not_change_in_the_middle_of_a_response(make):
+    engine = make()
+    engine.submit(0, [1], is_fresh=True, ids=(0, 0, 0, 0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="in the middle of a turn"):
+            engine.load(OTHER_PARAMS, 1)
+        engine.step()
+    finish(engine)
+    engine.load(OTHER_PARAMS, 1)
+    assert engine.version == 1
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def test_misuse_is_refused():
+    engine = Engine(MODEL, SIZES, seed=0)
+    with pytest.raises(RuntimeError, match=r"before Engine\.load"):
+        engine.submit(0, [1], is_fresh=True, ids=(0, 0, 0, 0))
+    with pytest.raises(RuntimeError, match=r"warm_up needs loaded weights"):
+        engine.warm_up()
+    engine.load(PARAMS, 0)
+    with pytest.raises(ValueError, match="empty prompt"):
+        engine.submit(0, [], is_fresh=True, ids=(0, 0, 0, 0))
+    with pytest.raises(ValueError, match="max_response=0 must be at least 1"):
+        engine.submit(0, [1], is_fresh=True, ids=(0, 0, 0, 0), max_response=0)
+    with pytest.raises(ValueError, match=r"128 new tokens leave no room .* max_tokens=128"):
+        engine.submit(0, [1] * 128, is_fresh=True, ids=(0, 0, 0, 0))
+    assert not engine.has_work
+    engine.submit(0, [1], is_fresh=True, ids=(0, 0, 0, 0))
+    with pytest.raises(RuntimeError, match="slot 0 is still answering"):
+        engine.submit(0, [1], is_fresh=False, ids=(0, 0, 0, 0))
+    with pytest.raises(RuntimeError, match="no live conversation"):
+        engine.warm_up()
+    with pytest.raises(ValueError, match="temperature=-1"):
+        Engine(MODEL, SIZES, seed=0, temperature=-1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"stop_ids": ()}, "stop_ids is empty"),
+        ({"max_response_tokens": 128}, r"max_response_tokens=128 must lie in \[1, max_tokens=128\)"),
+        ({"max_response_tokens": 0}, "max_response_tokens=0"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, says):
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(SIZES, **sizes)
+
+
+# ------------------------------------------------------------------------------------------- shapes
+
+
+def test_default_buckets_cover_the_sizes():
+    sizes = EngineConfig(slots=128, max_tokens=1000, max_response_tokens=8, stop_ids=(1,))
+    assert sizes.prefill_buckets == (16, 64, 256)
+    assert sizes.row_buckets == (1, 16, 128)
+    assert sizes.cache_buckets == (128, 256, 384, 512, 768, 1000)
+    assert sizes.prefill_lengths(128) == (16, 64)
+    assert sizes.prefill_rows(256) == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(1, 4), (4, 4), (5, 4), (8, 4), (9, 16), (16, 16), (33, 32), (99, 32)]
+)
+def test_the_bucket_is_at_least_half_full_or_smaller(size, expected):
+    assert engine_module._fit(size, (4, 16, 32)) == expected
+
+
+def test_nothing_compiles_after_the_warm_up(make):
+    engine = make(SHALLOW, slots=2, prefill_buckets=(8,), row_buckets=(1,), cache_buckets=(64,))
+    engine.warm_up()
+    generator = np.random.default_rng(7)
+    with CompileCounter() as compiles:
+        for round_number in range(30):
+            for slot in range(2):
+                count = int(generator.integers(1, 20))
+                is_fresh = engine.room(slot, count, is_fresh=False) < 1 or generator.random() < 0.2
+                if generator.random() < 0.8:
+                    ids = (0, slot, 0, round_number)
+                    engine.submit(slot, draw_tokens(generator, count), is_fresh=is_fresh, ids=ids)
+            finish(engine, is_eager=bool(round_number % 2))
+            if round_number % 10 == 9:
+                engine.load(SHALLOW_PARAMS, round_number)
+            if round_number == 15:
+                for slot in range(2):
+                    engine.release(slot)
+    assert engine.stats.responses > 40 and engine.capacity == 128
+    assert compiles.count == 0
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_no_program_copies_the_cache(make, name):
+    engine = make()
+    if name == "decode":
+        inputs = (engine._key, np.zeros((4, 8), np.int32), np.zeros(2, np.int32), np.float32(1))
+    else:
+        inputs = (np.zeros(1, np.int32), np.zeros((1, 16), np.int32), np.zeros((1, 2), np.int32))
+    program = getattr(engine._programs, name)
+    compiled = program.lower(engine._params, engine._cache, *inputs).compile()
+    shape = ",".join(map(str, engine._cache[0][0].shape))
+    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and f"[{shape}]" in line]
+    assert copies == []
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._cache))
+    assert compiled.memory_analysis().alias_size_in_bytes >= size
+
+
+def test_a_mesh_changes_nothing_but_the_place(make):
+    prompts = [draw_tokens(np.random.default_rng(slot), 5 + slot) for slot in range(4)]
+    whole, split = make(SHALLOW), make(SHALLOW, mesh=make_mesh(data=2, tensor=2))
+    answers = []
+    for engine in (whole, split):
+        for slot, prompt in enumerate(prompts):
+            engine.submit(slot, prompt, is_fresh=True, ids=(0, slot, 0, 0))
+        answers.append(finish(engine))
+    for slot in range(4):
+        assert same(answers[0][slot], answers[1][slot])
+    for leaf in (*jax.tree.leaves(split._cache), split._params["layers"][0]["up_proj"]["kernel"]):
+        assert max(shard.data.nbytes for shard in leaf.addressable_shards) < leaf.nbytes

@@ -1,0 +1,102 @@
+"""Sampling: the inverse CDF against a float64 one, statistics against log-softmax, keys by position."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from empg_jax.engine.sampling import fold_keys, position_uniforms, sample
+
+BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
+draw = jax.jit(sample)
+
+
+def log_softmax(logits, temperature=1.0):
+    scaled = np.asarray(logits, np.float64) / temperature
+    shifted = scaled - scaled.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def make_logits(rows, vocab, seed=0):
+    return np.random.default_rng(seed).normal(size=(rows, vocab)).astype(np.float32) * 3
+
+
+@pytest.mark.parametrize("vocab", [2, 5, 127, 128, 129, 300])
+def test_draws_have_the_right_frequencies(vocab):
+    """Evenly spread uniforms fall on each token as often as its probability says, to one draw."""
+    count = 2000
+    logits = np.repeat(make_logits(1, vocab), count, axis=0)
+    uniforms = ((np.arange(count) + 0.5) / count).astype(np.float32)
+    tokens, _, _ = draw(logits, uniforms, np.float32(1))
+    tokens = np.asarray(tokens)
+    expected = np.exp(log_softmax(logits[0])) * count
+    assert np.all(np.diff(tokens) >= 0)
+    assert np.abs(np.bincount(tokens, minlength=vocab) - expected).max() < 1.01
+
+
+def test_draws_agree_with_a_float64_inverse_cdf():
+    logits = make_logits(400, 1000)
+    uniforms = np.random.default_rng(1).random(400).astype(np.float32)
+    tokens, _, _ = draw(logits, uniforms, np.float32(0.7))
+    cumulative = np.cumsum(np.exp(log_softmax(logits, 0.7)), axis=-1)
+    expected = (cumulative <= uniforms[:, None]).sum(-1)
+    differ = np.flatnonzero(np.asarray(tokens) != expected)
+    # A float32 sum may put a draw that hits an edge on its other side, and only such a one.
+    for row in differ:
+        edge = cumulative[row, min(tokens[row], expected[row])]
+        assert abs(edge - uniforms[row]) < 1e-6
+    assert len(differ) < 4
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, BELOW_ONE])
+@pytest.mark.parametrize("likely", [[0], [299], [5, 290], [127, 128]])
+def test_impossible_tokens_are_never_drawn(uniform, likely):
+    logits = np.full((1, 300), -1e4, np.float32)
+    logits[0, likely] = 0
+    token, logprob, _ = draw(logits, np.float32([uniform]), np.float32(1))
+    assert int(token[0]) in likely
+    np.testing.assert_allclose(logprob, -np.log(len(likely)), atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_statistics_are_those_of_the_temperature(temperature):
+    logits = make_logits(16, 300)
+    uniforms = np.linspace(0, 0.99, 16, dtype=np.float32)
+    tokens, logprobs, entropies = draw(logits, uniforms, np.float32(temperature))
+    expected = log_softmax(logits, temperature)
+    np.testing.assert_allclose(logprobs, expected[np.arange(16), tokens], atol=2e-6)
+    np.testing.assert_allclose(entropies, -(np.exp(expected) * expected).sum(-1), atol=2e-6)
+
+
+def test_temperature_zero_takes_the_first_of_the_best_with_statistics_at_one():
+    logits = make_logits(3, 300)
+    logits[1, [40, 200]] = logits.max() + 1
+    tokens, logprobs, _ = draw(logits, np.float32([0.1, 0.9, 0.5]), np.float32(0))
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
+    np.testing.assert_allclose(logprobs, log_softmax(logits)[np.arange(3), tokens], atol=2e-6)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    logits, uniforms = make_logits(8, 300), np.linspace(0.1, 0.9, 8, dtype=np.float32)
+    together = draw(logits, uniforms, np.float32(1))
+    reordered = draw(logits[::-1], uniforms[::-1], np.float32(1))
+    for a, b in zip(together, reordered, strict=True):
+        np.testing.assert_array_equal(a, b[::-1])
+
+
+def test_keys_are_folded_from_every_number_in_order():
+    key = jax.random.key(7)
+    ids = jnp.asarray([[1, 2, 3, 4], [1, 2, 4, 3], [0, 2, 3, 4], [1, 2, 3, 4]], jnp.int32)
+    uniforms = np.asarray(position_uniforms(fold_keys(key, ids), jnp.zeros((4, 1), jnp.int32)))[:, 0]
+    assert uniforms[0] == uniforms[3] and len(set(uniforms.tolist())) == 3
+    other = position_uniforms(fold_keys(jax.random.key(8), ids), jnp.zeros((4, 1), jnp.int32))
+    assert not np.any(np.asarray(other)[:, 0] == uniforms)
+
+
+def test_uniforms_belong_to_positions_not_to_calls():
+    keys = fold_keys(jax.random.key(0), jnp.asarray([[3], [4]], jnp.int32))
+    positions = jnp.asarray([[0, 1, 2, 3], [5, 6, 7, 8]], jnp.int32)
+    whole = np.asarray(position_uniforms(keys, positions))
+    part = np.asarray(position_uniforms(keys, positions[:, 2:3]))
+    np.testing.assert_array_equal(whole[:, 2:3], part)
+    assert len(set(whole.ravel().tolist())) == 8 and whole.min() >= 0 and whole.max() < 1

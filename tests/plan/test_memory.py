@@ -1,0 +1,177 @@
+"""The memory plan: its arithmetic against the compiler's, every shipped configuration, its words."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from typer.testing import CliRunner
+
+from empg_jax.algorithms import make_algorithm
+from empg_jax.cli import app
+from empg_jax.config import Config, load_config
+from empg_jax.errors import ConfigError
+from empg_jax.hf.presets import PRESETS
+from empg_jax.learner.batching import BatchShape, make_batch
+from empg_jax.learner.state import make_optimizer, state_shapes
+from empg_jax.learner.update import make_learner
+from empg_jax.models.decoder import DecoderConfig
+from empg_jax.parallel.mesh import make_mesh
+from empg_jax.plan.explain import GIB, as_line, explain, find_shape, spread
+from empg_jax.plan.memory import compute_plan
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SMALL = DecoderConfig(
+    vocab_size=4096,
+    hidden_size=256,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    intermediate_size=1024,
+)
+LEARNER = ("weights", "optimizer", "gradients", "activations", "one layer", "logits", "batch")
+
+
+def make_config(mesh, rows, length, **sections):
+    rollout = {"max_tokens": length, "tasks_per_update": 1, "group_size": rows}
+    train = {"micro_tokens": rows * length, "num_minibatches": 1}
+    return Config.model_validate({"mesh": mesh, "rollout": rollout, "train": train, **sections})
+
+
+def sizes(plan):
+    return {item.name: item.size for item in plan.items}
+
+
+def update_bytes(plan):
+    """What the plan says of the update alone."""
+    return dataclasses.replace(plan, items=[item for item in plan.items if item.name in LEARNER]).total
+
+
+def reserved_bytes(model, mesh, rows, length):
+    """What the compiler reserves for the update on one device, arguments included."""
+    optimizer, _ = make_optimizer(learning_rate=1.0, final_learning_rate=1.0, total_steps=1)
+    learner = make_learner(model, make_algorithm("grpo"), optimizer, make_mesh(**mesh), micro_rows=rows)
+    batch, _ = make_batch([], BatchShape(rows, 4, length, rows, rows, 1), seed=(0,))
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        jax.eval_shape(learner.put, batch),
+    )
+    state = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        state_shapes(model, optimizer),
+        learner.shardings,
+    )
+    scores = learner.recorded_scores.eval_shape(batch)
+    credit, index = learner.credit.eval_shape(batch, scores), jax.ShapeDtypeStruct((), jnp.int32)
+    memory = learner.update.lower(state, batch, scores, credit, index, index).compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "remat, mesh", [("full", dict(fsdp=4, tensor=2)), ("dots", {}), ("none", dict(fsdp=2, sequence=2))]
+)
+def test_the_estimate_is_near_what_the_compiler_reserves(remat, mesh):
+    model = dataclasses.replace(SMALL, remat=remat)
+    planned = update_bytes(compute_plan(make_config(mesh, 8, 256), model))
+    assert 0.85 < reserved_bytes(model, mesh, 8, 256) / planned < 1.2
+
+
+def test_weights_moments_and_cache_are_counted_exactly():
+    model = dataclasses.replace(SMALL, tie_embeddings=False, qkv_bias=False)
+    layer = 256 * (256 + 2 * 128) + 256 * 256 + 3 * 256 * 1024 + 2 * 256
+    count = 4 * layer + 2 * 4096 * 256 + 256
+    plan = compute_plan(make_config({}, 8, 256), model)
+    found = sizes(plan)
+    assert (plan.num_params, found["weights"], found["optimizer"]) == (count, 4 * count, 8 * count)
+    assert found["engine weights"] == 2 * 4 * count
+    assert found["KV cache"] == 2 * (2 * 4 * 4 * 32 * 4) * 8 * 256  # two engines x a token's bytes x tokens
+    split = sizes(compute_plan(make_config(dict(fsdp=4, tensor=2), 8, 256), model))
+    assert split["weights"] == pytest.approx(4 * count / 8, rel=0.01)
+    assert split["engine weights"] == found["engine weights"]
+
+
+def test_adapters_freeze_and_quantise_the_rest():
+    sections = {"model": {"preset": "qwen2.5-7b", "dtype": "bfloat16", "lora": {"rank": 16}}}
+    plain = make_config({}, 8, 256, **sections, algorithm={"kl_coef": 0.1})
+    sections["model"] |= {"quantize": "nf4"}
+    packed = make_config({}, 8, 256, **sections, algorithm={"kl_coef": 0.1})
+    one, other = (sizes(compute_plan(config, find_shape(config))) for config in (plain, packed))
+    assert "reference" not in one  # the frozen weights are the reference
+    assert one["adapters"] == other["adapters"] < one["frozen weights"] / 50
+    assert one["optimizer"] == 2 * one["adapters"]
+    assert other["frozen weights"] < 0.4 * one["frozen weights"]
+
+
+def test_less_is_kept_when_more_is_computed_again():
+    kept = [
+        sizes(compute_plan(make_config({}, 8, 256), dataclasses.replace(SMALL, remat=remat)))["activations"]
+        for remat in ("full", "dots", "none")
+    ]
+    assert kept[0] * 3 < kept[1] and kept[1] * 1.5 < kept[2]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_has_a_plan(path):
+    config = load_config(path)
+    plan = compute_plan(config, find_shape(config))
+    assert plan.total > 0 and plan.num_params > 0
+    assert {"KV cache", "activations", "logits", "optimizer"} <= sizes(plan).keys()
+    devices = config.rollout.data * config.rollout.tensor
+    assert devices <= max(8, plan.devices)
+
+
+def test_configs_for_a_node_and_for_eight_fit():
+    for name in ("household_qwen2.5_7b", "household_qwen2.5_32b"):
+        config = load_config(name)
+        assert compute_plan(config, find_shape(config)).total < 80 * GIB
+
+
+@pytest.mark.parametrize(
+    "path, preset",
+    [("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"), ("meta-llama/Llama-3.2-1B", "llama3.2-1b")],
+)
+def test_known_hub_ids_need_no_hub(path, preset):
+    shape = find_shape(make_config({}, 8, 256, model={"path": path}))
+    assert shape.num_layers == PRESETS[preset]["num_layers"]
+    assert shape.hidden_size == PRESETS[preset]["hidden_size"]
+
+
+def test_a_plan_is_spread_over_devices_by_fsdp():
+    config = make_config(dict(tensor=2), 3, 256)
+    assert spread(config, 2) == []
+    assert spread(config, 8) == ["mesh.fsdp=4", "train.micro_tokens=1024"]
+    with pytest.raises(ConfigError, match=r"--devices 7: mesh.data=1 x mesh.tensor=2 .* does not divide it"):
+        spread(config, 7)
+
+
+def test_heads_that_the_sequence_axis_cannot_divide_are_refused():
+    config = make_config(dict(sequence=8), 8, 256, model={"preset": "qwen2.5-7b"})
+    with pytest.raises(ConfigError, match=r"28 heads cannot be divided over mesh.tensor=1 x mesh.sequence=8"):
+        find_shape(config)
+
+
+def test_what_does_not_fit_is_said_with_what_would():
+    def load(changes):
+        return load_config("household_qwen2.5_7b", ["mesh.fsdp=1", "rollout.tensor=1", *changes])
+
+    text = "\n".join(explain(load, memory=80 * GIB))
+    assert "of 80 GiB: does not fit" in text
+    suggestions = text.partition("one change, and what is then needed at most:\n")[2].splitlines()
+    assert any(line.startswith("  model.lora.rank=16 model.quantize=nf4: ") for line in suggestions)
+    needed = [float(line.rpartition(": ")[2].split()[0]) for line in suggestions]
+    assert needed == sorted(needed) and len(needed) > 4
+    config = load([])
+    line = as_line(compute_plan(config, find_shape(config)), 80 * GIB)
+    assert "\n" not in line and "optimizer" in line and line.endswith("does not fit")
+
+
+def test_the_command_prints_the_plan():
+    arguments = ["plan", "quickstart", "model.num_layers=4", "--devices", "8", "--memory-gib", "16"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "with mesh.fsdp=8 train.micro_tokens=2048, to use 8 devices" in result.stdout
+    assert "4 layers, remat=full" in result.stdout and "of 16 GiB" in result.stdout
+    refused = CliRunner().invoke(app, ["plan", "quickstart", "mesh.tensor=4", "--devices", "6"])
+    assert refused.exit_code == 2 and "does not divide it" in refused.stderr

@@ -1,0 +1,66 @@
+"""The run's folder: never two runs in one, files whole or absent, and enough to repeat the run."""
+
+import json
+import subprocess
+
+import pytest
+
+from empg_jax.config import Config, load_config
+from empg_jax.errors import ConfigError
+from empg_jax.report import environment
+from empg_jax.run import folder as runinfo
+
+
+def test_run_folders_are_new(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [runinfo.create_run_dir(Config(name="toy")) for _ in range(3)]
+    assert len(set(folders)) == 3 and all(f.is_dir() and f.name.startswith("toy-") for f in folders)
+
+
+def test_a_chosen_folder_must_not_hold_a_run(tmp_path):
+    config = Config(run_dir=str(tmp_path / "mine"))
+    run_dir = runinfo.create_run_dir(config)
+    assert runinfo.create_run_dir(config) == run_dir  # nothing was run in it yet
+    runinfo.write_run_info(run_dir, config)
+    with pytest.raises(ConfigError, match="already holds a run: go on with --resume"):
+        runinfo.create_run_dir(config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot make the run folder"):
+        runinfo.create_run_dir(Config(run_dir=str(tmp_path / "file")))
+
+
+def test_the_run_can_be_repeated_from_its_folder(tmp_path):
+    config = load_config("quickstart", ["seed=7"])
+    runinfo.write_run_info(tmp_path, config)
+    assert load_config(tmp_path / "config.yaml") == config
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["seed"] == 7 and environment["packages"]["jax"] and environment["devices"]
+    runinfo.write_run_info(tmp_path, config, resumed=True)
+    runinfo.write_run_info(tmp_path, config, resumed=True)
+    assert sorted(f.name for f in tmp_path.glob("environment*")) == [
+        "environment.1.json",
+        "environment.2.json",
+        "environment.json",
+    ]
+
+
+def test_git_state_knows_commit_and_dirt(tmp_path):
+    assert environment.git_state(tmp_path) is None
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    state = environment.git_state(tmp_path)
+    assert len(state["commit"]) == 40 and state["dirty"] is False
+    (tmp_path / "new").write_text("")
+    assert environment.git_state(tmp_path)["dirty"] is True
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "summary.json"
+    runinfo.write_json_atomic(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        runinfo.write_json_atomic(path, {"a": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        runinfo.write_text_atomic(path, "\ud800")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]

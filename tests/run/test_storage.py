@@ -1,0 +1,55 @@
+"""Trajectories survive storage exactly."""
+
+import dataclasses
+
+import numpy as np
+
+from empg_jax.run.storage import pack_trajectories, unpack_trajectories
+from empg_jax.types import Outcome, Status
+from tests.episodes import Episodes
+
+
+def assert_same(one, other):
+    for field in dataclasses.fields(one):
+        if field.name != "turns":
+            assert getattr(one, field.name) == getattr(other, field.name), field.name
+    assert len(one.turns) == len(other.turns)
+    for turn, again in zip(one.turns, other.turns, strict=True):
+        for field in dataclasses.fields(turn):
+            value, restored = getattr(turn, field.name), getattr(again, field.name)
+            if isinstance(value, np.ndarray):
+                assert restored.dtype == value.dtype
+                np.testing.assert_array_equal(restored, value)
+            else:
+                assert restored == value, field.name
+
+
+def test_round_trip():
+    episodes = Episodes()
+    odd = episodes.turn(
+        episodes.draw(3), 2, reward=0.1, version=7, anchor=2**62, is_valid=False, finish_reason="length"
+    )
+    odd = dataclasses.replace(
+        odd, observation='You see\n"a" 苹果', response="", behavior_logprobs=np.float32([-1e-30, -np.pi])
+    )
+    trajectories = [
+        episodes.transcript([(4, 2), (3, 1)], task=5, group_id=2**40, member=3, metrics={"goals": 0.25}),
+        episodes.trajectory(
+            [odd],
+            split="valid",
+            outcome=Outcome(Status.SCORED_ZERO, "turn_limit", "too long"),
+            is_success=False,
+            terminated=False,
+            truncated=True,
+            episode_return=0.0,
+        ),
+        episodes.window([(1, 1)]),
+    ]
+    header, arrays = pack_trajectories(trajectories)
+    assert all(isinstance(a, np.ndarray) and a.ndim == 1 for a in arrays.values())
+    for one, other in zip(trajectories, unpack_trajectories(header, arrays), strict=True):
+        assert_same(one, other)
+
+
+def test_nothing_at_all():
+    assert unpack_trajectories(*pack_trajectories([])) == []

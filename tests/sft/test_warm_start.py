@@ -1,0 +1,94 @@
+"""The warm start: what is recorded, what is learned, what is refused."""
+
+import numpy as np
+import pytest
+
+from empg_jax import trainer
+from empg_jax.algorithms import ALGORITHMS
+from empg_jax.run import assembly
+from empg_jax.sft import warm_start as sft
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def language():
+    return assembly.make_language(runs.configure("unused"))
+
+
+def record(language, count=12, **sections):
+    config = runs.configure("unused", *(f"{key}={value}" for key, value in sections.items()))
+    return config, sft.record_demonstrations(config, language, count)
+
+
+def test_the_expert_wins_and_its_words_are_the_responses(language):
+    config, episodes = record(language, **{"sft.noise": 0, "env.max_turns": 20, "rollout.max_tokens": 384})
+    assert len(episodes) == 12 and all(episode.is_success for episode in episodes)
+    stop = set(language.tokenizer.stop_ids)
+    for episode in episodes:
+        assert episode.split == "train" and episode.outcome.is_trained
+        held = np.zeros(0, np.int32)
+        for turn in episode.turns:
+            # Each prompt extends the conversation: prompts and responses make one token stream.
+            assert turn.prompt_tokens[: len(held)].tolist() == held.tolist()
+            assert turn.response_tokens[-1] in stop and not stop & set(turn.response_tokens[:-1].tolist())
+            assert language.tokenizer.decode(turn.response_tokens[:-1].tolist()).strip() == turn.response
+            held = np.concatenate([turn.prompt_tokens, turn.response_tokens])
+        assert len(held) <= config.rollout.max_tokens
+
+
+def test_noise_is_random_admissible_actions_and_the_seed_repeats(language):
+    def words(episodes):
+        return [[turn.response for turn in episode.turns] for episode in episodes]
+
+    _, clean = record(language, **{"sft.noise": 0})
+    _, noisy = record(language, **{"sft.noise": 0.5})
+    _, again = record(language, **{"sft.noise": 0.5})
+    _, other = record(language, **{"sft.noise": 0.5, "seed": 1})
+    assert words(noisy) == words(again) != words(clean)
+    assert words(other) != words(noisy)
+
+
+def test_demonstrations_that_do_not_fit_are_left_out(language):
+    def length(episode):
+        return len(episode.turns[-1].prompt_tokens) + len(episode.turns[-1].response_tokens)
+
+    _, all_of_them = record(language, **{"rollout.max_tokens": 384})
+    limit = sorted(map(length, all_of_them))[5]
+    _, few = record(language, **{"rollout.max_tokens": limit})
+    assert [e.group_id for e in few] == [e.group_id for e in all_of_them if length(e) <= limit]
+    assert 0 < len(few) < len(all_of_them) == 12
+    with pytest.raises(sft.DemonstrationError, match=r"none of 2 .* fits rollout\.max_tokens=8"):
+        record(language, 2, **{"rollout.max_tokens": 8, "rollout.prefill_buckets": "null"})
+
+
+def test_an_environment_without_expert_or_with_a_fault_is_named(language):
+    spec = {"env.name": "null", "env.options.level": "tiny"}
+    with pytest.raises(sft.DemonstrationError, match=r"tests\.houses:MUTE has no expert.*sft\.updates=0"):
+        record(language, **spec, **{"env.entry_point": "tests.houses:MUTE"})
+    broken = {"env.options.trouble": "raise", "env.options.diary": "/dev/null"}
+    with pytest.raises(sft.DemonstrationError, match=r"its expert played .* RuntimeError: the house"):
+        record(language, **spec, **broken, **{"env.entry_point": "tests.houses:HOUSE"})
+
+
+def test_the_loss_is_cross_entropy_on_sampled_tokens_alone():
+    import jax.numpy as jnp
+
+    class Rows:
+        loss_mask = jnp.asarray([[False, True, True], [False, False, True]])
+
+    algorithm = sft.make_cross_entropy()
+    weights = algorithm.credit(Rows, None).loss_weights
+    np.testing.assert_allclose(weights, np.asarray(Rows.loss_mask) / 3, rtol=1e-6)
+    logprobs = jnp.asarray([[-9.0, -1.0, -2.0], [-9.0, -9.0, -3.0]])
+    per_token, metrics = algorithm.loss(logprobs, logprobs, Rows, None, logprobs)
+    assert float((per_token * weights).sum()) == pytest.approx(2.0) and metrics == {}
+    assert "sft" not in ALGORITHMS  # it is not for RL
+
+
+def test_the_warm_start_alone_is_a_run_that_learns(tmp_path, tmp_path_factory):
+    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+        config = runs.configure(tmp_path / "run", "sft.updates=30", "eval.tasks=4")
+        run = trainer.run_sft(config)
+    losses = [line["sft_loss"] for line in runs.read_metrics(run / "sft_metrics.jsonl")]
+    assert len(losses) == 30 and losses[-1] < 0.75 * losses[0]
+    assert (run / "metrics.jsonl").read_text() == "" and runs.restored(run).step == 0
