@@ -65,9 +65,30 @@ def make_trajectory(member: int, rng: np.random.Generator) -> Trajectory:
     half = args.length // 2
     prompt, response = (rng.integers(3, MODEL.vocab_size, half).astype(np.int32) for _ in range(2))
     level = np.full(half, 9.0, np.float32)
-    turn = Turn(prompt, response, -level, level, 0.0, 0, 0, True, "stop")
+    turn = Turn(
+        prompt_tokens=prompt,
+        response_tokens=response,
+        behavior_logprobs=-level,
+        entropies=level,
+        reward=0.0,
+        version=0,
+        anchor=0,
+        is_valid=True,
+        finish_reason="stop",
+    )
     won = Outcome(Status.TRAINED, "won")
-    return Trajectory(0, "train", 0, member, (turn,), won, float(rng.normal()), True, True, False)
+    return Trajectory(
+        task=0,
+        split="train",
+        group_id=0,
+        member=member,
+        turns=(turn,),
+        outcome=won,
+        episode_return=float(rng.normal()),
+        is_success=True,
+        terminated=True,
+        truncated=False,
+    )
 
 
 def main() -> None:

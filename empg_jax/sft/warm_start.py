@@ -212,7 +212,21 @@ def _play(
         shown = observation
         observation, reward, terminated, truncated, info = env.step(action)
         zeros = np.zeros(len(response), np.float32)
-        turns.append(Turn(prompt, response, zeros, zeros, reward, 0, 0, True, "stop", shown, action))
+        turns.append(
+            Turn(
+                prompt_tokens=prompt,
+                response_tokens=response,
+                behavior_logprobs=zeros,
+                entropies=zeros,
+                reward=reward,
+                version=0,
+                anchor=0,
+                is_valid=True,
+                finish_reason="stop",
+                observation=shown,
+                response=action,
+            )
+        )
         held = np.concatenate([prompt, response])
         said = language.renderer.lead + action
         delta = context.follow(response.tolist(), said, True, action, observation, info)
@@ -220,7 +234,16 @@ def _play(
     outcome = Outcome(Status.TRAINED, "won" if won else "turn_limit")
     total = sum(turn.reward for turn in turns)
     return Trajectory(
-        task, config.sft.split, number, 0, tuple(turns), outcome, total, won, terminated, truncated
+        task=task,
+        split=config.sft.split,
+        group_id=number,
+        member=0,
+        turns=tuple(turns),
+        outcome=outcome,
+        episode_return=total,
+        is_success=won,
+        terminated=terminated,
+        truncated=truncated,
     )
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from empg_envs import resolve_spec
 from empg_jax import cli, trainer
 from empg_jax.learner.batching import merge_turns
-from empg_jax.learner.update import compute_logprobs
+from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.metrics import MetricsLog
 from empg_jax.models.decoder import init_params
 from empg_jax.parallel.mesh import make_mesh
