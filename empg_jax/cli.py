@@ -197,6 +197,7 @@ def plan(
 
 @app.command()
 def retrieve(
+    *,
     corpus: Annotated[
         str, typer.Option(help="JSON lines with 'id' and 'contents' (wiki-18's format), maybe gzipped.")
     ],

@@ -13,22 +13,32 @@ import numpy as np
 
 from empg_jax.errors import RunError, Stopped
 from empg_jax.learner.batching import Layout, make_batch
-from empg_jax.learner.state import TrainState, restart_optimizer
-from empg_jax.metrics import MetricsLog
+from empg_jax.learner.state import restart_optimizer
 from empg_jax.plan.explain import as_line, device_memory
 from empg_jax.plan.memory import compute_plan
 from empg_jax.report.progress import Progress
-from empg_jax.report.results import count_episodes, describe_update, dump_batch, write_results
+from empg_jax.report.record import PanelResult
+from empg_jax.report.results import describe_update, dump_batch, write_results
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.source import Interrupted
 from empg_jax.run.assembly import make_language, make_pool, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import create_run_dir, write_run_info
-from empg_jax.run.parts import Run, freeze_reference, has_begun, mark_boundary, open_run, restore_state, save
+from empg_jax.run.parts import (
+    Parts,
+    RunState,
+    freeze_reference,
+    has_begun,
+    mark_boundary,
+    open_run,
+    restore_state,
+    save,
+)
 from empg_jax.run.process import CompileCounter, StopRequest
 from empg_jax.run.weights import check_model
-from empg_jax.sft import warm_start as sft
-from empg_jax.types import Batch, Scores
+from empg_jax.sft.examples import Examples, gather_examples
+from empg_jax.sft.phase import train_on_examples
+from empg_jax.types import Batch, Scores, Trajectory
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -66,7 +76,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         model = check_model(config)
         examples = None
         if config.sft.data is not None and resume is None:
-            examples = sft.gather_examples(config, make_language(config), progress)
+            examples = gather_examples(config, make_language(config), progress)
         run_dir = resume if resume is not None else create_run_dir(config)
         progress.message(f"run {run_dir}")
         progress.message(as_line(compute_plan(config, model), device_memory()))
@@ -80,23 +90,31 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         is_resumed = resume is not None and has_begun(run_dir, checkpoints)
         if resume is not None and not is_resumed:
             progress.message("the run ended before its first checkpoint: it begins anew")
-        run = open_run(config, run_dir, checkpoints, pool, progress, compiles, stop, is_resumed)
-        stack.callback(run.log.close)
+        parts, run = open_run(
+            config,
+            run_dir,
+            checkpoints,
+            pool,
+            progress=progress,
+            compiles=compiles,
+            stop=stop,
+            is_resumed=is_resumed,
+        )
+        stack.callback(parts.log.close)
         try:
             final = None
-            if run.record.get("phase", "sft") == "sft":
-                final = warm_start_phase(run, examples)
-            rl_loop(run)
+            if run.record.phase == "sft":
+                final = warm_start_phase(parts, run, examples)
+            rl_loop(parts, run)
             if final is None or config.train.updates:  # a warm start alone was evaluated at its end
-                final = evaluate(run, "after")
+                final = evaluate(parts, run, "after")
         except Interrupted:
-            save(run)
+            save(parts, run)
             checkpoints.wait()
             raise Stopped(stop.signum, run_dir) from None
-        run.record["recompiles_after_warmup"] = compiles.count - run.compiled
-    write_results(
-        run_dir, run.record, run.clock.seconds, final.trajectories, run.language.tokenizer.decode, config
-    )
+        run.record.recompiles_after_warmup = compiles.count - run.compiled
+    decode = parts.language.tokenizer.decode
+    write_results(run_dir, run.record, parts.clock.seconds, final.trajectories, decode, config)
     return run_dir
 
 
@@ -105,25 +123,25 @@ def run_sft(config: Config) -> Path:
     return train(config.model_copy(update={"train": config.train.model_copy(update={"updates": 0})}))
 
 
-def rl_loop(run: Run) -> None:
+def rl_loop(parts: Parts, run: RunState) -> None:
     """Rollout, score, credit, update, publish; until ``train.updates``."""
-    config, learner = run.config, run.learner
-    run.progress.phase("RL", config.train.updates, "updates")
-    run.progress.advance(run.update, {})
-    run.compiled = run.compiles.count
+    config, learner = parts.config, parts.learner
+    parts.progress.phase("RL", config.train.updates, "updates")
+    parts.progress.advance(run.update, {})
+    run.compiled = parts.compiles.count
     while run.update < config.train.updates:
-        began, compiled = time.monotonic(), run.compiles.count
-        mark_boundary(run)
-        with run.clock.phase("rollout"):
-            run.engine.load(run.state.params, run.update)
-            trajectories = run.source.collect(run.update, run.should_stop)
-        with run.clock.phase("update"):
+        began, compiled = time.monotonic(), parts.compiles.count
+        mark_boundary(parts, run)
+        with parts.clock.phase("rollout"):
+            parts.engine.load(run.state.params, run.update)
+            trajectories = parts.source.collect(run.update, parts.should_stop)
+        with parts.clock.phase("update"):
             host_batch, layout = make_batch(
-                trajectories, run.shape, seed=(config.seed, run.update), gamma=config.algorithm.turn_gamma
+                trajectories, parts.shape, seed=(config.seed, run.update), gamma=config.algorithm.turn_gamma
             )
             batch = learner.put(host_batch)
-            own_scores, measured = score(run, batch, layout)
-            scores = choose_scores(run, batch, own_scores)
+            own_scores, measured = score(parts, run, batch, layout)
+            scores = choose_scores(parts, batch, own_scores)
             credit = learner.credit(batch, scores)
             steps = []
             for _ in range(config.train.epochs):
@@ -133,34 +151,45 @@ def rl_loop(run: Run) -> None:
                     )
                     steps.append(metrics)
             credit_metrics, steps = jax.device_get((credit.metrics, steps))
-            measured |= measure_drift(run, batch, layout, own_scores)
+            measured |= measure_drift(parts, run, batch, layout, own_scores)
         run.update += 1
-        check_steps(run, steps, host_batch)
-        run.source.collector.settle()
+        check_steps(parts, run, steps, host_batch)
+        parts.source.collector.settle()
         values = describe_update(
             trajectories,
             layout,
-            run.shape,
+            parts.shape,
             version=run.update - 1,
-            engine=run.engine.take_stats(),
+            engine=parts.engine.take_stats(),
             credit=credit_metrics,
             steps=steps,
             seconds=time.monotonic() - began,
         )
-        values |= measured | run.source.metrics | {"recompiles": run.compiles.count - compiled}
-        values |= {"learning_rate": float(run.schedule(run.state.step))}
-        count_episodes(run.record, trajectories, run.source.outcomes)
-        if config.eval.every and run.update % config.eval.every == 0 and run.update < config.train.updates:
-            values |= evaluate(run, "during").metrics
-        if run.update % config.log.every == 0:
-            run.log.write(run.update, values)
-        run.progress.advance(1, values)
-        if run.update % config.checkpoint.every == 0 or run.update == config.train.updates:
-            mark_boundary(run)
-            save(run)
+        measured |= parts.source.metrics | {"recompiles": parts.compiles.count - compiled}
+        record_update(parts, run, trajectories, values | measured)
 
 
-def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores | None, dict[str, float]]:
+def record_update(
+    parts: Parts, run: RunState, trajectories: list[Trajectory], values: dict[str, float]
+) -> None:
+    """After an update: count its episodes, evaluate, log and write a checkpoint, where these are due."""
+    config = parts.config
+    is_last = run.update == config.train.updates
+    values |= {"learning_rate": float(parts.schedule(run.state.step))}
+    run.record.count(trajectories, parts.source.outcomes)
+    if config.eval.every and run.update % config.eval.every == 0 and not is_last:
+        values |= evaluate(parts, run, "during").metrics
+    if run.update % config.log.every == 0:
+        parts.log.write(run.update, values)
+    parts.progress.advance(1, values)
+    if run.update % config.checkpoint.every == 0 or is_last:
+        mark_boundary(parts, run)
+        save(parts, run)
+
+
+def score(
+    parts: Parts, run: RunState, batch: Batch, layout: Layout
+) -> tuple[Scores | None, dict[str, float]]:
     """The learner's own pass over a batch, where one is due, and its gap to the engine.
 
     It is due where the algorithm needs what no engine records (entropies by the learner, the reference's
@@ -170,14 +199,14 @@ def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores | None, dict[s
     Raises:
       TrainingError: the gap is beyond the gate.
     """
-    config = run.config
-    is_needed = config.algorithm.entropy_source == "learner" or run.learner.needs_score
-    if not is_needed and run.update % GAP_CHECK_EVERY and not drift_is_due(run):
+    config = parts.config
+    is_needed = config.algorithm.entropy_source == "learner" or parts.learner.needs_score
+    if not is_needed and run.update % GAP_CHECK_EVERY and not drift_is_due(parts, run):
         return None, {}
-    scores = score_pass(run, batch, layout)
+    scores = score_pass(parts, run, batch, layout)
     if config.train.max_lag > 0:
         return scores, {}
-    mean, largest = (float(gap) for gap in run.learner.logprob_gap(batch, scores))
+    mean, largest = (float(gap) for gap in parts.learner.logprob_gap(batch, scores))
     if mean > GAP_LIMIT:
         raise TrainingError(
             f"sampler and learner disagree: the mean log-prob difference is {mean:.3g} at update "
@@ -187,150 +216,108 @@ def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores | None, dict[s
     return scores, {"logprob_gap": mean, "logprob_gap_max": largest}
 
 
-def score_pass(run: Run, batch: Batch, layout: Layout) -> Scores:
+def score_pass(parts: Parts, run: RunState, batch: Batch, layout: Layout) -> Scores:
     """Scores of a batch under the current weights (and the reference's)."""
     reference = run.state.params if run.reference is None else run.reference
-    return run.learner.score(run.state.params, reference, batch, np.int32(layout.bounds[-1][1]))
+    return parts.learner.score(run.state.params, reference, batch, np.int32(layout.bounds[-1][1]))
 
 
-def choose_scores(run: Run, batch: Batch, own: Scores | None) -> Scores:
+def choose_scores(parts: Parts, batch: Batch, own: Scores | None) -> Scores:
     """What credit and loss work with: the learner's scores, or the engine's where it is their source."""
-    if own is not None and run.config.algorithm.entropy_source == "learner":
+    if own is not None and parts.config.algorithm.entropy_source == "learner":
         return own
-    recorded = run.learner.recorded_scores(batch)
-    if own is None or not run.learner.needs_score:
+    recorded = parts.learner.recorded_scores(batch)
+    if own is None or not parts.learner.needs_score:
         return recorded
     return dataclasses.replace(own, old_logprobs=recorded.old_logprobs, entropies=recorded.entropies)
 
 
-def drift_is_due(run: Run) -> bool:
+def drift_is_due(parts: Parts, run: RunState) -> bool:
     """Whether the entropy is measured before and after this update."""
-    return run.config.log.drift_every > 0 and run.update % run.config.log.drift_every == 0
+    return parts.config.log.drift_every > 0 and run.update % parts.config.log.drift_every == 0
 
 
-def measure_drift(run: Run, batch: Batch, layout: Layout, before: Scores | None) -> dict[str, float]:
+def measure_drift(
+    parts: Parts, run: RunState, batch: Batch, layout: Layout, before: Scores | None
+) -> dict[str, float]:
     """How the update changed the mean entropy of the batch's sampled tokens, where that is due."""
-    if before is None or not drift_is_due(run):
+    if before is None or not drift_is_due(parts, run):
         return {}
-    after = score_pass(run, batch, layout)
-    return {"entropy_drift_measured": float(run.learner.entropy_drift(batch, before, after))}
+    after = score_pass(parts, run, batch, layout)
+    return {"entropy_drift_measured": float(parts.learner.entropy_drift(batch, before, after))}
 
 
-def check_steps(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:
+def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch: Batch) -> None:
     """Act on optimizer steps that were left out: loss or gradient not finite, or too far from the old policy.
 
     Raises:
       TrainingError: the configuration says stop, or rolling back did not help.
     """
-    train = run.config.train
+    train = parts.config.train
     guards = (
         ("nonfinite", train.on_nonfinite, "loss or gradient was not finite"),
         ("kl_exceeded", train.on_kl, f"the KL from the old policy was beyond train.max_kl={train.max_kl}"),
     )
     counts = {name: int(sum(float(step[name]) for step in steps)) for name, _, _ in guards}
     if not any(counts.values()):
-        run.record["rollbacks_in_a_row"] = 0
+        run.record.rollbacks_in_a_row = 0
         return
-    path = dump_batch(run.run_dir, run.update, batch)
+    path = dump_batch(parts.run_dir, run.update, batch)
     for name, policy, why in guards:
         if not counts[name]:
             continue
         what = f"update {run.update}: {why} in {counts[name]} of {len(steps)} optimizer steps; batch: {path}"
         if policy == "rollback":
-            run.record["rollbacks_in_a_row"] = run.record.get("rollbacks_in_a_row", 0) + 1
-        if policy == "stop" or run.record.get("rollbacks_in_a_row", 0) > MAX_ROLLBACKS:
-            run.checkpoints.wait()
-            raise TrainingError(f"{what}; those steps changed nothing; checkpoints: {run.checkpoints.steps}")
-        run.progress.message(f"{what}; {policy}")
+            run.record.rollbacks_in_a_row += 1
+        if policy == "stop" or run.record.rollbacks_in_a_row > MAX_ROLLBACKS:
+            parts.checkpoints.wait()
+            raise TrainingError(
+                f"{what}; those steps changed nothing; checkpoints: {parts.checkpoints.steps}"
+            )
+        parts.progress.message(f"{what}; {policy}")
         if policy == "rollback":
-            run.checkpoints.wait()
-            run.state = restore_state(run.config, run.checkpoints, run.learner).state
+            parts.checkpoints.wait()
+            run.state = restore_state(parts.config, parts.checkpoints, parts.learner).state
 
 
 # --------------------------------------------------------------------------------------- other phases
 
 
-def warm_start_phase(run: Run, examples: sft.Examples | None = None) -> Evaluation:
+def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = None) -> Evaluation:
     """Supervised warm start (if configured), the evaluation before RL, and the first checkpoint.
 
     Args:
-      run: the run.
+      parts: the run's parts.
+      run: its state.
       examples: what to learn from; None gathers it.
 
     Returns:
       The evaluation before RL.
     """
-    config = run.config
+    config = parts.config
     if config.sft.updates:
-        with run.clock.phase("sft"):
-            if examples is None:
-                examples = sft.gather_examples(config, run.language, run.progress)
-            examples.note(run.record)
-            run.progress.phase("warm start", config.sft.updates, "updates")
-            first = run.record.get("sft_update", 0)
-            run.progress.advance(first, {})
-            with MetricsLog(run.run_dir, filename="sft_metrics.jsonl", resume_at=first) as log:
-                run.state = sft.warm_start(
-                    config,
-                    run.learner.model,
-                    run.learner.mesh,
-                    run.state,
-                    examples,
-                    base=run.learner.base,
-                    first=first,
-                    on_update=lambda number, state, values: _after_sft_update(
-                        run, log, number, state, values
-                    ),
-                )
+        train_on_examples(parts, run, examples)
     optimizer, _ = make_rl_optimizer(config)
-    run.state = restart_optimizer(run.state.params, optimizer, run.learner.shardings)
-    run.record["phase"] = "rl"
-    freeze_reference(run)
-    before = evaluate(run, "before")
-    mark_boundary(run)
-    save(run)
-    run.checkpoints.wait()  # from here on there is always something to go on from
+    run.state = restart_optimizer(run.state.params, optimizer, parts.learner.shardings)
+    run.record.phase = "rl"
+    freeze_reference(parts, run)
+    before = evaluate(parts, run, "before")
+    mark_boundary(parts, run)
+    save(parts, run)
+    parts.checkpoints.wait()  # from here on there is always something to go on from
     return before
 
 
-def _after_sft_update(
-    run: Run, log: MetricsLog, number: int, state: TrainState, values: dict[str, float]
-) -> None:
-    log.write(number, values)
-    run.progress.advance(1, values)
-    config = run.config
-    if "sft_eval_loss" in values:
-        run.record["sft_eval_loss"] = values["sft_eval_loss"]
-        run.progress.message(
-            f"warm start update {number + 1}: loss {values['sft_loss']:.4f}, "
-            f"held-out {values['sft_eval_loss']:.4f}"
-        )
-    # Demonstrations are soon learned anew; a large file is not.
-    is_saved = config.sft.data is not None and (number + 1) % config.checkpoint.every == 0
-    should_stop = run.should_stop()
-    if is_saved or should_stop:
-        run.state = state
-        run.record |= {"phase": "sft", "sft_update": number + 1}
-        mark_boundary(run)
-    if should_stop:
-        raise Interrupted
-    if is_saved and number + 1 < config.sft.updates:
-        save(run)
-
-
-def evaluate(run: Run, when: str) -> Evaluation:
+def evaluate(parts: Parts, run: RunState, when: str) -> Evaluation:
     """Evaluate the current weights on the held-out panel; ``before`` and ``after`` go into the summary."""
-    with run.clock.phase("eval"):
+    evaluator, progress = parts.evaluator, parts.progress
+    with parts.clock.phase("eval"):
         if when == "during":  # the display stays with the RL phase
-            result = run.evaluator.run(run.state.params, run.update)
+            result = evaluator.run(run.state.params, run.update)
         else:
-            run.progress.phase(f"evaluation ({when})", run.evaluator.num_tasks, "tasks")
-            result = run.evaluator.run(run.state.params, run.update, advance=run.progress.advance)
+            progress.phase(f"evaluation ({when})", evaluator.num_tasks, "tasks")
+            result = evaluator.run(run.state.params, run.update, advance=progress.advance)
     if when != "during":
-        run.record |= {f"{name}_{when}": value for name, value in result.metrics.items()}
-        run.record |= {"eval_tasks": run.evaluator.num_tasks, "updates": run.update}
-        run.record[f"eval_wins_{when}"] = result.wins
-    run.progress.message(
-        f"{when}: success {result.metrics['eval_success']:.1%} on {run.evaluator.num_tasks} tasks"
-    )
+        run.record.panels[when] = PanelResult(run.update, result.metrics, result.wins)
+    progress.message(f"{when}: success {result.metrics['eval_success']:.1%} on {evaluator.num_tasks} tasks")
     return result

@@ -8,7 +8,7 @@ Shape legend (one spelling everywhere)::
 
 Alignment, stated once: position ``t`` of every per-token stream talks about token ``t`` itself.
 ``logprobs[b, t]`` is the log-probability of ``tokens[b, t]`` given the tokens before it; the shift by
-one happens in a single function (`empg_jax.learner.update.compute_logprobs`).
+one happens in a single function (`empg_jax.learner.outputs.compute_outputs`).
 
 Host data (``Turn``, ``Trajectory``, ``Outcome``) is NumPy; device data (``Batch``, ``Scores``,
 ``Credit``) are pytrees of arrays.
@@ -57,7 +57,7 @@ class Outcome:
         return self.status is not Status.DISCARDED
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """One agent response (the papers' "step"), exactly as the policy saw and sampled it.
 
@@ -88,7 +88,7 @@ class Turn:
     response: str = ""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
     """One episode: its turns, and what is to be made of it.
 
@@ -129,34 +129,62 @@ class Trajectory:
         return sum(len(turn.response_tokens) for turn in self.turns)
 
 
+def _per(axis: str, dtype: Any, absent: int = 0) -> Any:
+    """A field with one entry per ``axis``."""
+    return flax.struct.field(metadata={"per": axis, "dtype": dtype, "absent": absent})
+
+
 @flax.struct.dataclass
 class Batch:
     """A global batch: packed token rows plus a table of trajectories.
 
-    Per-token fields at padding hold zeros (``sequence_ids``: -1); they are read only under their mask.
+    Each field says its axis (one entry per token ``[B T]``, row ``[B]``, trajectory ``[N]`` or turn
+    ``[N K]``), its type, and the value where nothing is there (0 unless said). Host arrays (`empty_fields`)
+    and shardings (`fields_per`) are made from this list.
     """
 
-    tokens: Leaf  # int32[B T]
-    loss_mask: Leaf  # bool[B T]       sampled by the policy, hence trainable
-    segment_ids: Leaf  # int32[B T]    packed sequence in the row, from 1; 0 = padding
-    positions: Leaf  # int32[B T]      position inside the segment
-    sequence_ids: Leaf  # int32[B T]   the segment, unique in the whole batch; -1 = padding
-    trajectory_ids: Leaf  # int32[B T] in [0, N); read only under loss_mask
-    turn_ids: Leaf  # int32[B T]       in [0, K); read only under loss_mask
-    behavior_logprobs: Leaf  # float32[B T]
-    behavior_entropies: Leaf  # float32[B T]
-    minibatch_ids: Leaf  # int32[B]    the optimizer step that a row belongs to; -1 = absent row
-    returns: Leaf  # float32[N]        plain sum of the environment's rewards, no penalty inside
-    group_ids: Leaf  # int32[N]        in [0, N); -1 = absent
-    trajectory_mask: Leaf  # bool[N]
-    truncated: Leaf  # bool[N]         a limit ended the episode, not the task
-    scored_zero: Leaf  # bool[N]       the policy broke a limit: the episode is worth at most 0
-    turn_rewards: Leaf  # float32[N K] the environment's own reward of the turn
-    turn_truncated: Leaf  # bool[N K]  the token limit cut the response
-    turn_returns: Leaf  # float32[N K] discounted reward-to-go per turn
-    turn_valid: Leaf  # bool[N K]      the parser accepted the turn's action
-    anchor_ids: Leaf  # int32[N K]     observation key, equal ids = equal observation; -1 = absent
-    versions: Leaf  # int32[N K]       policy version that sampled the turn
+    tokens: Leaf = _per("token", np.int32)
+    loss_mask: Leaf = _per("token", bool)  # sampled by the policy, hence trainable
+    segment_ids: Leaf = _per("token", np.int32)  # packed sequence in the row, from 1; 0 = padding
+    positions: Leaf = _per("token", np.int32)  # position inside the segment
+    sequence_ids: Leaf = _per("token", np.int32, absent=-1)  # the segment, unique in the whole batch
+    trajectory_ids: Leaf = _per("token", np.int32)  # in [0, N); read only under loss_mask
+    turn_ids: Leaf = _per("token", np.int32)  # in [0, K); read only under loss_mask
+    behavior_logprobs: Leaf = _per("token", np.float32)
+    behavior_entropies: Leaf = _per("token", np.float32)
+    minibatch_ids: Leaf = _per("row", np.int32, absent=-1)  # the optimizer step that a row belongs to
+    returns: Leaf = _per("trajectory", np.float32)  # sum of the environment's rewards, no penalty inside
+    group_ids: Leaf = _per("trajectory", np.int32, absent=-1)  # in [0, N)
+    trajectory_mask: Leaf = _per("trajectory", bool)
+    truncated: Leaf = _per("trajectory", bool)  # a limit ended the episode, not the task
+    scored_zero: Leaf = _per("trajectory", bool)  # the policy broke a limit: the episode is worth at most 0
+    turn_rewards: Leaf = _per("turn", np.float32)  # the environment's own reward of the turn
+    turn_truncated: Leaf = _per("turn", bool)  # the token limit cut the response
+    turn_returns: Leaf = _per("turn", np.float32)  # discounted reward-to-go per turn
+    turn_valid: Leaf = _per("turn", bool)  # the parser accepted the turn's action
+    anchor_ids: Leaf = _per("turn", np.int32, absent=-1)  # observation key, equal ids = equal observation
+    versions: Leaf = _per("turn", np.int32)  # policy version that sampled the turn
+
+
+BATCH_FIELDS: dict[str, str] = {field.name: field.metadata["per"] for field in dataclasses.fields(Batch)}
+
+
+def fields_per(axis: str) -> list[str]:
+    """Names of the batch's fields that have one entry per ``token``, ``row``, ``trajectory`` or ``turn``."""
+    return [name for name, per in BATCH_FIELDS.items() if per == axis]
+
+
+def empty_fields(**sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Host arrays of a batch in which nothing is present.
+
+    Args:
+      **sizes: shape by axis, for example ``token=(B, T)``; other axes are left out.
+    """
+    return {
+        field.name: np.full(sizes[field.metadata["per"]], field.metadata["absent"], field.metadata["dtype"])
+        for field in dataclasses.fields(Batch)
+        if field.metadata["per"] in sizes
+    }
 
 
 @flax.struct.dataclass

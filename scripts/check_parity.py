@@ -25,7 +25,7 @@ import numpy as np
 from empg_jax.engine.engine import Engine
 from empg_jax.engine.programs import EngineConfig
 from empg_jax.hf.presets import make_preset
-from empg_jax.learner.update import compute_logprobs
+from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.attention import packed_attention
 from empg_jax.models.decoder import DecoderConfig, init_params
 

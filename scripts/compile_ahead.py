@@ -58,7 +58,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from empg_jax.algorithms import make_algorithm
-from empg_jax.engine.programs import EngineConfig, compile_programs
+from empg_jax.engine.programs import EngineConfig, Request, compile_programs
 from empg_jax.hf.presets import make_preset
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import make_optimizer, state_shapes
@@ -139,10 +139,12 @@ def lower_decode(model: DecoderConfig, devices: list[Any]) -> Any:
     inputs = (
         params,
         jax.eval_shape(lambda: init_cache(model, sizes.slots, args.length)),
-        jax.eval_shape(lambda: jax.random.key(0)),
-        jax.ShapeDtypeStruct((sizes.slots, 8), jnp.int32),
-        jax.ShapeDtypeStruct((2,), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.float32),
+        Request(
+            jax.eval_shape(lambda: jax.random.key(0)),
+            jax.ShapeDtypeStruct((sizes.slots, 8), jnp.int32),
+            jax.ShapeDtypeStruct((2,), jnp.int32),
+            jax.ShapeDtypeStruct((), jnp.float32),
+        ),
     )
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), inputs)
     return programs.decode.lower(*placed)

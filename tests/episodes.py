@@ -24,7 +24,11 @@ class Episodes:
         response = self.draw(length)
         values = dict(reward=0.0, version=0, anchor=0, is_valid=True, finish_reason="stop") | fields
         return Turn(
-            np.asarray(prompt, np.int32), response, logprob_of(response), entropy_of(response), **values
+            prompt_tokens=np.asarray(prompt, np.int32),
+            response_tokens=response,
+            behavior_logprobs=logprob_of(response),
+            entropies=entropy_of(response),
+            **values,
         )
 
     def transcript(self, lengths, **fields):

@@ -32,15 +32,16 @@ def _compiled(tmp_path_factory):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The parts of the runs that were opened; functions in ``changes`` are applied to each."""
+    """Parts and states of the runs that were opened; functions in ``changes`` may replace the parts."""
     found = []
     real = trainer.open_run
 
-    def open_run(*args):
-        found.append(real(*args))
+    def open_run(*args, **options):
+        parts, run = real(*args, **options)
         for change in open_run.changes:
-            change(found[-1])
-        return found[-1]
+            parts = change(parts) or parts
+        found.append((parts, run))
+        return parts, run
 
     open_run.changes = []
     monkeypatch.setattr(trainer, "open_run", open_run)
@@ -58,15 +59,15 @@ def summary_of(run):
 def poison(*bad):
     """Makes the advantages of these optimizer steps NaN (counted from 1, over the whole run)."""
 
-    def change(run):
-        steps, update = iter(range(1, 1000)), run.learner.update
+    def change(parts):
+        steps, update = iter(range(1, 1000)), parts.learner.update
 
         def poisoned(state, batch, scores, credit, start, stop):
             if next(steps) in bad:
                 credit = dataclasses.replace(credit, advantages=credit.advantages * np.float32("nan"))
             return update(state, batch, scores, credit, start, stop)
 
-        run.learner = dataclasses.replace(run.learner, update=poisoned)
+        return dataclasses.replace(parts, learner=dataclasses.replace(parts.learner, update=poisoned))
 
     return change
 
@@ -92,8 +93,8 @@ def test_nan_may_be_skipped(tmp_path, opened):
     run = runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=skip")
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["nonfinite_steps"] for line in lines] == [0, 1, 0]
-    assert int(opened.runs[0].state.step) == 2 * 3 - 1
-    assert all(np.isfinite(leaf).all() for leaf in _arrays(opened.runs[0].state))
+    assert int(opened.runs[0][1].state.step) == 2 * 3 - 1
+    assert all(np.isfinite(leaf).all() for leaf in _arrays(opened.runs[0][1].state))
     assert lines[1]["loss"] is None or math.isfinite(lines[1]["loss"])
     assert (run / "bad_batch_2.npz").exists()
 
@@ -101,7 +102,7 @@ def test_nan_may_be_skipped(tmp_path, opened):
 def test_nan_may_roll_back(tmp_path, opened, capsys):
     opened.changes.append(poison(4))
     run = runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=rollback")
-    assert int(opened.runs[0].state.step) == 2 + 0 + 2  # update 2 was undone
+    assert int(opened.runs[0][1].state.step) == 2 + 0 + 2  # update 2 was undone
     assert runs.weights(run, 2) == runs.weights(run, 1)
     assert "update 2: loss or gradient was not finite" in capsys.readouterr().err
 
@@ -125,11 +126,11 @@ import resource
 from empg_jax import cli, trainer
 
 real = trainer.save
-def save(run):
+def save(parts, run):
     if run.update == 2:  # from here on no file may grow beyond 8 kB
-        run.checkpoints.wait()
+        parts.checkpoints.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
-    real(run)
+    real(parts, run)
 trainer.save = save
 cli.main()
 """
@@ -183,16 +184,16 @@ def test_an_environment_that_raises_is_discarded_and_refilled_and_never_a_reward
     diary.write_text("x" * 10**6)  # evaluation before RL goes well
     collected = []
 
-    def change(run):
-        evaluate = run.evaluator.run
+    def change(parts):
+        evaluate = parts.evaluator.run
 
         def run_and_begin(*args, **kwargs):
             result = evaluate(*args, **kwargs)
             diary.write_text("")
             return result
 
-        run.evaluator.run = run_and_begin
-        _record(run, collected)
+        parts.evaluator.run = run_and_begin
+        _record(parts, collected)
 
     opened.changes.append(change)
     options = ["env.options.trouble=raise", "env.options.times=2", f"env.options.diary={diary}"]
@@ -208,7 +209,7 @@ def test_a_hang_or_a_dead_worker_costs_its_episode(tmp_path, trouble, opened):
     diary = tmp_path / "diary"
     options = [f"env.options.trouble={trouble}", "env.options.times=1", f"env.options.diary={diary}"]
     run = runs.train(tmp_path / "run", *HOUSE, *options, "workers.step_timeout=0.5", "eval.tasks=1")
-    stats = opened.runs[0].source.collector.pool.stats
+    stats = opened.runs[0][0].source.collector.pool.stats
     assert stats.failures == {{"hang": "timeout", "kill": "worker_died"}[trouble]: 1}
     assert stats.restarts == 1
     outcomes = summary_of(run)["trajectories"]
@@ -217,35 +218,35 @@ def test_a_hang_or_a_dead_worker_costs_its_episode(tmp_path, trouble, opened):
 
 
 def test_a_worker_killed_from_outside_costs_at_most_its_episode(tmp_path, opened):
-    def change(run):
-        pool, asked = run.source.collector.pool, iter(range(1000))
-        real = run.should_stop
+    def change(parts):
+        pool, asked = parts.source.collector.pool, iter(range(1000))
+        real = parts.should_stop
 
         def kill_now_and_then():
             if next(asked) in (3, 5):
                 os.kill(pool.worker_pids()[0], signal.SIGKILL)
             return real()
 
-        run.should_stop = kill_now_and_then
+        return dataclasses.replace(parts, should_stop=kill_now_and_then)
 
     opened.changes.append(change)
     run = runs.train(tmp_path / "run", *HOUSE)
-    stats = opened.runs[0].source.collector.pool.stats
+    stats = opened.runs[0][0].source.collector.pool.stats
     assert stats.restarts == 2 and sum(stats.failures.values()) <= 2
     outcomes = summary_of(run)["trajectories"]
     assert sum(count for name, count in outcomes.items() if name.startswith("trained:")) == 12
 
 
-def _record(run, collected):
+def _record(parts, collected):
     """Keeps every trajectory that leaves the source."""
-    collect = run.source.collect
+    collect = parts.source.collect
 
     def collect_and_keep(*args):
         batch = collect(*args)
         collected.extend(batch)
         return batch
 
-    run.source.collect = collect_and_keep
+    parts.source.collect = collect_and_keep
 
 
 # ------------------------------------------------------------------------------------- the command line

@@ -116,7 +116,12 @@ def test_a_mesh_changes_nothing_but_the_place(tmp_path, monkeypatch):
     """Four devices against one, from the same seed in deterministic mode."""
     opened = []
     real = trainer.open_run
-    monkeypatch.setattr(trainer, "open_run", lambda *args: opened.append(real(*args)) or opened[-1])
+
+    def open_run(*args, **options):
+        opened.append(real(*args, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(trainer, "open_run", open_run)
     common = [*runs.HOUSE, "rollout.deterministic=true", "sft.updates=0"]
     one = runs.train(tmp_path / "one", *common)
     four = runs.train(tmp_path / "four", *common, "mesh.data=2", "mesh.fsdp=2")
@@ -124,6 +129,6 @@ def test_a_mesh_changes_nothing_but_the_place(tmp_path, monkeypatch):
         assert ours["tokens_sampled"] == theirs["tokens_sampled"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
-    embedding = opened[1].state.params["embed"]["embedding"]
+    embedding = opened[1][1].state.params["embed"]["embedding"]
     assert len(embedding.sharding.device_set) == 4
     assert embedding.addressable_shards[0].data.size * 2 == embedding.size

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from empg_jax.engine.programs import Burst, cache_sharding, compile_programs
+from empg_jax.engine.programs import Burst, Chunk, Request, cache_sharding, compile_programs
 from empg_jax.engine.programs import EngineConfig as EngineConfig
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, KVCache, init_cache
@@ -217,7 +217,7 @@ class Engine:
         plan[:, 4:] = self._ids
         limits = np.asarray((self.config.burst, self.config.patience if is_eager else slots), np.int32)
         self._cache, burst = self._programs.decode(
-            self._params, self._cache, self._key, plan, limits, self._temperature
+            self._params, self._cache, Request(self._key, plan, limits, self._temperature)
         )
         return self._take(jax.device_get(burst))  # the only read of the burst
 
@@ -290,7 +290,7 @@ class Engine:
             self._kv_length[slot] += count
             missing[slot] -= count
         self.stats.prefilled_tokens += int(spans[:, 1].sum())
-        self._cache = self._programs.prefill(self._params, self._cache, rows, tokens, spans)
+        self._cache = self._programs.prefill(self._params, self._cache, Chunk(rows, tokens, spans))
 
     # -------------------------------------------------------------------------------------- cache
 
@@ -331,9 +331,10 @@ class Engine:
                 for rows in config.prefill_rows(length):
                     index = np.full(rows, config.slots, np.int32)
                     tokens, spans = np.zeros((rows, length), np.int32), np.zeros((rows, 2), np.int32)
-                    cache = self._programs.prefill(self._params, cache, index, tokens, spans)
+                    cache = self._programs.prefill(self._params, cache, Chunk(index, tokens, spans))
             plan, limits = np.zeros((config.slots, 8), np.int32), np.zeros(2, np.int32)
-            cache, _ = self._programs.decode(self._params, cache, self._key, plan, limits, self._temperature)
+            request = Request(self._key, plan, limits, self._temperature)
+            cache, _ = self._programs.decode(self._params, cache, request)
             if larger:
                 jax.block_until_ready(self._programs.grow(cache, larger))
         self._cache = self._new_cache(config.cache_buckets[0])

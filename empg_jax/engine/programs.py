@@ -26,7 +26,7 @@ from empg_jax.models.decoder import (
 )
 from empg_jax.models.quantize import QUANTISED_LEAVES
 from empg_jax.parallel.mesh import named_sharding, replicated
-from empg_jax.types import Params
+from empg_jax.types import Leaf, Params
 
 # By platform. On GPUs the compiler would merge products of one input (q, k, v; gate, up) by concatenating
 # their weights inside the loop over steps: 1.7 times the traffic that a step of a 1.5B model needs.
@@ -93,6 +93,29 @@ class EngineConfig:
 
 
 @flax.struct.dataclass
+class Chunk:
+    """New tokens of some slots, for `prefill` (R rows, P tokens)."""
+
+    rows: Leaf  # int32[R]      slot of each row; a number beyond the slots is a pad
+    tokens: Leaf  # int32[R P]  right-padded
+    spans: Leaf  # int32[R 2]   position of the first token, and how many there are
+
+
+@flax.struct.dataclass
+class Request:
+    """One dispatch of `decode` (S slots).
+
+    A row of ``plan``: last token (not yet in the cache), its position, response tokens so far, response
+    tokens still allowed (0: idle), and the four ids that the slot's keys are folded from.
+    """
+
+    key: Leaf  # the run's key
+    plan: Leaf  # int32[S 8]
+    limits: Leaf  # int32[2]  steps at most; responses that must have ended for an early end
+    temperature: Leaf  # float32[]
+
+
+@flax.struct.dataclass
 class Burst:
     """What a decode dispatch sampled (N = burst, S slots). Row ``n`` is step ``n``; idle slots hold junk."""
 
@@ -155,9 +178,7 @@ def prefill(
     config: EngineConfig,
     params: Params,
     cache: KVCache,
-    rows: jax.Array,
-    tokens: jax.Array,
-    spans: jax.Array,
+    chunk: Chunk,
 ) -> KVCache:
     """Write new tokens of some slots into the cache. Nothing is sampled: the last token is left to `decode`.
 
@@ -166,19 +187,17 @@ def prefill(
       config: engine config (static).
       params: unstacked parameters.
       cache: the KV cache (donated).
-      rows: int32[R], slot of each row; a number beyond the slots is a pad.
-      tokens: int32[R, P], right-padded.
-      spans: int32[R, 2]: position of the first token, and how many there are.
+      chunk: the tokens, and where they go.
 
     Returns:
       The cache.
     """
-    start, count = spans[:, :1], spans[:, 1:]
-    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    start, count = chunk.spans[:, :1], chunk.spans[:, 1:]
+    offsets = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)[None, :]
     capacity = jnp.int32(cache[0][0].shape[2])
     positions = jnp.where(offsets < count, start + offsets, capacity)
-    which = None if rows.shape[0] == config.slots else rows
-    return forward_cached(params, model, tokens, positions, cache, which)[1]
+    which = None if chunk.rows.shape[0] == config.slots else chunk.rows
+    return forward_cached(params, model, chunk.tokens, positions, cache, which)[1]
 
 
 def decode(
@@ -186,33 +205,27 @@ def decode(
     config: EngineConfig,
     params: Params,
     cache: KVCache,
-    key: jax.Array,
-    plan: jax.Array,
-    limits: jax.Array,
-    temperature: jax.Array,
+    request: Request,
 ) -> tuple[KVCache, Burst]:
     """One burst of decode steps for the active slots.
 
-    It ends after ``limits[0]`` steps, when no slot is active any more, or when ``limits[1]`` responses have
-    ended. Idle slots compute along and write nothing.
+    It ends after ``request.limits[0]`` steps, when no slot is active any more, or when ``request.limits[1]``
+    responses have ended. Idle slots compute along and write nothing.
 
     Args:
       model: decoder config (static).
       config: engine config (static).
       params: unstacked parameters.
       cache: the KV cache (donated).
-      key: the run's key.
-      plan: int32[S, 8]: last token (not yet in the cache), its position, response tokens so far, response
-        tokens still allowed (0: idle), and the ids that the keys are folded from (4).
-      limits: int32[2], see above.
-      temperature: float32 scalar.
+      request: what each slot is to sample, and for how long.
 
     Returns:
       The cache and what was sampled.
     """
+    plan, limits = request.plan, request.limits
     last, position, done, allowed = (plan[:, i] for i in range(4))
     offsets = jnp.arange(config.burst, dtype=jnp.int32)[None, :]
-    uniforms = position_uniforms(fold_keys(key, plan[:, 4:]), done[:, None] + offsets).T
+    uniforms = position_uniforms(fold_keys(request.key, plan[:, 4:]), done[:, None] + offsets).T
     head = output_embedding(params)
     nowhere = jnp.int32(cache[0][0].shape[2])
     grid = (config.burst, config.slots)
@@ -226,7 +239,7 @@ def decode(
         positions = jnp.where(is_active, position + out.counts, nowhere)
         hidden, cache = forward_cached(params, model, last[:, None], positions[:, None], cache)
         logits = jnp.einsum("sd,vd->sv", hidden[:, 0], head, preferred_element_type=jnp.float32)
-        tokens, logprobs, entropies = sample(logits, uniforms[out.steps], temperature)
+        tokens, logprobs, entropies = sample(logits, uniforms[out.steps], request.temperature)
         counts = out.counts + is_active.astype(jnp.int32)
         ended = jnp.logical_or(_is_stop(config, tokens), counts >= allowed)
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=out.steps, axis=0)

@@ -5,9 +5,9 @@ Numbers from the models' own ``config.json``. A preset fixes everything but type
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
+from empg_jax.errors import nearest
 from empg_jax.models.decoder import DecoderConfig, RopeScaling
 from empg_jax.models.moe import MoeConfig
 
@@ -22,7 +22,7 @@ _LLAMA3 = {
 
 
 def _shape(
-    vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, tied: bool
+    vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, *, tied: bool
 ) -> dict[str, Any]:
     return {
         "vocab_size": vocab,
@@ -36,21 +36,23 @@ def _shape(
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "qwen2.5-0.5b": _shape(151936, 896, 24, 14, 2, 4864, True) | _QWEN2 | {"head_dim": 64},
-    "qwen2.5-1.5b": _shape(151936, 1536, 28, 12, 2, 8960, True) | _QWEN2,
-    "qwen2.5-3b": _shape(151936, 2048, 36, 16, 2, 11008, True) | _QWEN2,
-    "qwen2.5-7b": _shape(152064, 3584, 28, 28, 4, 18944, False) | _QWEN2,
-    "qwen2.5-14b": _shape(152064, 5120, 48, 40, 8, 13824, False) | _QWEN2,
-    "qwen2.5-32b": _shape(152064, 5120, 64, 40, 8, 27648, False) | _QWEN2,
-    "qwen3-0.6b": _shape(151936, 1024, 28, 16, 8, 3072, True) | _QWEN3,
-    "qwen3-1.7b": _shape(151936, 2048, 28, 16, 8, 6144, True) | _QWEN3,
-    "qwen3-4b": _shape(151936, 2560, 36, 32, 8, 9728, True) | _QWEN3,
-    "qwen3-8b": _shape(151936, 4096, 36, 32, 8, 12288, False) | _QWEN3,
-    "qwen3-14b": _shape(151936, 5120, 40, 40, 8, 17408, False) | _QWEN3,
-    "qwen3-30b-a3b": _shape(151936, 2048, 48, 32, 4, 6144, False) | _QWEN3 | {"moe": MoeConfig(128, 8, 768)},
-    "qwen3-32b": _shape(151936, 5120, 64, 64, 8, 25600, False) | _QWEN3,
-    "llama3.2-1b": _shape(128256, 2048, 16, 32, 8, 8192, True) | _LLAMA3 | {"head_dim": 64},
-    "llama3.2-3b": _shape(128256, 3072, 28, 24, 8, 8192, True) | _LLAMA3 | {"head_dim": 128},
+    "qwen2.5-0.5b": _shape(151936, 896, 24, 14, 2, 4864, tied=True) | _QWEN2 | {"head_dim": 64},
+    "qwen2.5-1.5b": _shape(151936, 1536, 28, 12, 2, 8960, tied=True) | _QWEN2,
+    "qwen2.5-3b": _shape(151936, 2048, 36, 16, 2, 11008, tied=True) | _QWEN2,
+    "qwen2.5-7b": _shape(152064, 3584, 28, 28, 4, 18944, tied=False) | _QWEN2,
+    "qwen2.5-14b": _shape(152064, 5120, 48, 40, 8, 13824, tied=False) | _QWEN2,
+    "qwen2.5-32b": _shape(152064, 5120, 64, 40, 8, 27648, tied=False) | _QWEN2,
+    "qwen3-0.6b": _shape(151936, 1024, 28, 16, 8, 3072, tied=True) | _QWEN3,
+    "qwen3-1.7b": _shape(151936, 2048, 28, 16, 8, 6144, tied=True) | _QWEN3,
+    "qwen3-4b": _shape(151936, 2560, 36, 32, 8, 9728, tied=True) | _QWEN3,
+    "qwen3-8b": _shape(151936, 4096, 36, 32, 8, 12288, tied=False) | _QWEN3,
+    "qwen3-14b": _shape(151936, 5120, 40, 40, 8, 17408, tied=False) | _QWEN3,
+    "qwen3-30b-a3b": _shape(151936, 2048, 48, 32, 4, 6144, tied=False)
+    | _QWEN3
+    | {"moe": MoeConfig(128, 8, 768)},
+    "qwen3-32b": _shape(151936, 5120, 64, 64, 8, 25600, tied=False) | _QWEN3,
+    "llama3.2-1b": _shape(128256, 2048, 16, 32, 8, 8192, tied=True) | _LLAMA3 | {"head_dim": 64},
+    "llama3.2-3b": _shape(128256, 3072, 28, 24, 8, 8192, tied=True) | _LLAMA3 | {"head_dim": 128},
 }
 
 
@@ -65,7 +67,6 @@ def make_preset(name: str, **changes: Any) -> DecoderConfig:
       ValueError: unknown name.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest(name, PRESETS)
         raise ValueError(f"model.preset={name} is unknown{hint} (there are: {', '.join(PRESETS)})")
     return DecoderConfig(**{**PRESETS[name], **changes})

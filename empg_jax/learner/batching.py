@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from empg_jax.types import Batch, Status, Trajectory
+from empg_jax.types import Batch, Status, Trajectory, empty_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ def make_batch(
         shape = dataclasses.replace(shape, max_rows=2 * shape.max_rows)
     order = np.random.default_rng(seed).permutation(len(rows))
     places, minibatch_ids, bounds = _place_rows(len(rows), shape)
-    fields = _empty_fields(shape)
+    fields = empty_fields(token=(shape.micro_rows * shape.micro_batches, shape.row_tokens))
     for place, row in zip(places, order, strict=True):
         _fill_row(fields, place, rows[row], segments)
     batch = Batch(minibatch_ids=minibatch_ids, **fields, **_trajectory_table(trajectories, shape, gamma))
@@ -195,17 +195,6 @@ def _place_rows(
     return places, minibatch_ids, tuple(bounds)
 
 
-def _empty_fields(shape: BatchShape) -> dict[str, np.ndarray]:
-    size = (shape.micro_rows * shape.micro_batches, shape.row_tokens)
-    integers = ("tokens", "segment_ids", "positions", "sequence_ids", "trajectory_ids", "turn_ids")
-    fields = {name: np.zeros(size, np.int32) for name in integers}
-    fields["sequence_ids"] -= 1
-    fields["loss_mask"] = np.zeros(size, bool)
-    for name in ("behavior_logprobs", "behavior_entropies"):
-        fields[name] = np.zeros(size, np.float32)
-    return fields
-
-
 def _fill_row(fields: dict[str, np.ndarray], place: int, items: list[int], segments: list[Segment]) -> None:
     start = 0
     for number, item in enumerate(items, start=1):
@@ -227,19 +216,7 @@ def _trajectory_table(
     trajectories: Sequence[Trajectory], shape: BatchShape, gamma: float
 ) -> dict[str, np.ndarray]:
     n, k = shape.trajectories, shape.turns
-    table = {
-        "returns": np.zeros(n, np.float32),
-        "group_ids": np.full(n, -1, np.int32),
-        "trajectory_mask": np.zeros(n, bool),
-        "truncated": np.zeros(n, bool),
-        "scored_zero": np.zeros(n, bool),
-        "turn_rewards": np.zeros((n, k), np.float32),
-        "turn_truncated": np.zeros((n, k), bool),
-        "turn_returns": np.zeros((n, k), np.float32),
-        "turn_valid": np.zeros((n, k), bool),
-        "anchor_ids": np.full((n, k), -1, np.int32),
-        "versions": np.zeros((n, k), np.int32),
-    }
+    table = empty_fields(trajectory=(n,), turn=(n, k))
     groups: dict[int, int] = {}
     anchors: dict[int, int] = {}
     for i, trajectory in enumerate(trajectories):

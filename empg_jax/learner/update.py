@@ -18,26 +18,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from empg_jax.learner.outputs import compute_logprobs as compute_logprobs
-from empg_jax.learner.outputs import compute_outputs as compute_outputs
+from empg_jax.learner.outputs import compute_outputs
 from empg_jax.learner.state import TrainState, apply_updates, state_shardings, wide_type, widen
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.lora import combine
 from empg_jax.parallel.layout import constrain, on_mesh
 from empg_jax.parallel.mesh import replicated, row_sharding, token_sharding
-from empg_jax.types import Batch, Credit, Params, Scores
-
-PER_TOKEN = (
-    "tokens",
-    "loss_mask",
-    "segment_ids",
-    "positions",
-    "sequence_ids",
-    "trajectory_ids",
-    "turn_ids",
-    "behavior_logprobs",
-    "behavior_entropies",
-)
+from empg_jax.types import BATCH_FIELDS, Batch, Credit, Params, Scores, fields_per
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,29 +118,27 @@ def make_learner(
     shardings = state_shardings(mesh, model, optimizer)
     tokens, whole = token_sharding(mesh), replicated(mesh)
     batch_shardings = _batch_shardings(tokens, row_sharding(mesh), whole)
-    critic_tokens = tokens if has_critic else None
-    one: Any = whole  # for the whole dict of metrics
-    credit_shardings = Credit(tokens, tokens, one, critic_tokens)
-    micro = functools.partial(_micro, rows=micro_rows)
+    one: Any = whole  # for a whole dict, or a whole table
+    credit_shardings = Credit(
+        tokens, tokens, metrics=one, turns=one, value_targets=tokens if has_critic else None
+    )
+    spec = _Spec(model, algorithm, optimizer, micro_rows, temperature, has_reference, max_kl)
     jit = functools.partial(_jit, mesh)
 
     def above(program: Callable[..., Any]) -> Callable[..., Any]:
-        """The program with the base as its last argument."""
-        return program if base is None else lambda *args: program(*args, base)
+        """The program, given the base."""
+        return program if base is None else functools.partial(program, base=base)
 
-    outputs = functools.partial(compute_outputs, temperature=temperature, has_critic=has_critic)
-    score = functools.partial(_score, model, micro, outputs, has_reference)
-    update = functools.partial(_update, model, micro, outputs, algorithm, optimizer, max_kl)
     return Learner(
         model=model,
         mesh=mesh,
         base=base,
         shardings=shardings,
         put=lambda batch: jax.device_put(batch, batch_shardings),
-        score=above(jit(score, out_shardings=tokens)),
+        score=above(jit(spec.score, out_shardings=tokens)),
         recorded_scores=jit(_recorded, out_shardings=tokens),
         credit=jit(algorithm.credit, out_shardings=credit_shardings),
-        update=above(jit(update, donate_argnums=0, out_shardings=(shardings, whole))),
+        update=above(jit(spec.update, donate_argnums=0, out_shardings=(shardings, whole))),
         logprob_gap=jit(_logprob_gap, out_shardings=whole),
         entropy_drift=jit(_entropy_drift, out_shardings=whole),
         needs_score=has_reference or has_critic,
@@ -165,20 +150,8 @@ def _jit(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
 
 
 def _batch_shardings(tokens: NamedSharding, rows: NamedSharding, whole: NamedSharding) -> Batch:
-    special = dict.fromkeys(PER_TOKEN, tokens) | {"minibatch_ids": rows}
-    return Batch(**{field.name: special.get(field.name, whole) for field in dataclasses.fields(Batch)})
-
-
-def _micro(array: jax.Array, index: jax.Array, *, rows: int) -> jax.Array:
-    """Micro-batch ``index`` of a per-row array ``[R * M, ...]``: ``[R, ...]``, still split over devices."""
-    grouped = array.reshape(rows, array.shape[0] // rows, *array.shape[1:])
-    piece = jax.lax.dynamic_index_in_dim(grouped, index, axis=1, keepdims=False)
-    return constrain(piece, *("rows", "time")[: piece.ndim])
-
-
-def _micro_batch(batch: Batch, index: jax.Array, micro: Callable[..., jax.Array]) -> Batch:
-    pieces = {name: micro(getattr(batch, name), index) for name in (*PER_TOKEN, "minibatch_ids")}
-    return dataclasses.replace(batch, **pieces)
+    shardings = {"token": tokens, "row": rows}
+    return Batch(**{name: shardings.get(axis, whole) for name, axis in BATCH_FIELDS.items()})
 
 
 def _recorded(batch: Batch) -> Scores:
@@ -201,103 +174,147 @@ def _entropy_drift(batch: Batch, before: Scores, after: Scores) -> jax.Array:
     return _sampled_mean(batch, after.entropies - before.entropies)
 
 
-def _score(
-    model: DecoderConfig,
-    micro: Callable[..., jax.Array],
-    outputs: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]],
-    has_reference: bool,
-    params: Params,
-    ref_params: Params,
-    batch: Batch,
-    stop: jax.Array,
-    base: Params | None = None,
-) -> Scores:
-    """Scores of micro-batches ``[0, stop)`` under the current weights; zeros elsewhere."""
-    params, ref_params = combine(base or {}, params), combine(base or {}, ref_params)
-    size, length = batch.tokens.shape
-    probe = micro(batch.tokens, jnp.int32(0))
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """What the programs over rows are compiled for.
 
-    def score_rows(index: jax.Array) -> dict[str, jax.Array]:
-        rows = [micro(getattr(batch, name), index) for name in ("tokens", "positions", "segment_ids")]
-        logprobs, entropies, values = outputs(params, model, *rows)
-        found = {"old_logprobs": logprobs, "entropies": entropies}
-        if values is not None:
-            found["values"] = values
-        if has_reference:
-            found["ref_logprobs"] = outputs(ref_params, model, *rows)[0]
-        return found
-
-    def body(index: jax.Array, grids: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=1)
-        return jax.tree.map(put, grids, score_rows(index))
-
-    grid = jnp.zeros((probe.shape[0], size // probe.shape[0], length), jnp.float32)
-    names = jax.eval_shape(score_rows, jnp.int32(0))
-    grids = jax.lax.fori_loop(0, stop, body, dict.fromkeys(names, grid))
-    flat = {name: grid.reshape(size, length) for name, grid in grids.items()}
-    return Scores(**{"ref_logprobs": flat["old_logprobs"]} | flat)
-
-
-def _update(
-    model: DecoderConfig,
-    micro: Callable[..., jax.Array],
-    outputs: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]],
-    algorithm: Any,
-    optimizer: optax.GradientTransformation,
-    max_kl: float,
-    state: TrainState,
-    batch: Batch,
-    scores: Scores,
-    credit: Credit,
-    start: jax.Array,
-    stop: jax.Array,
-    base: Params | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step. Micro-batches only add up ``loss * loss_weights``, so any split gives the same.
-
-    If the loss or the gradient norm is not finite, nothing changes and ``nonfinite`` is 1. If the policy has
-    moved further than ``max_kl`` (the loss's ``approx_kl``), nothing changes and ``kl_exceeded`` is 1.
+    Attributes:
+      model: decoder config.
+      algorithm: `algorithms.Algorithm`.
+      optimizer: optax transformation.
+      micro_rows: R, rows of a micro-batch over all devices.
+      temperature: rollout temperature.
+      has_reference: whether the frozen reference is scored too.
+      max_kl: bound of the distance from the old policy.
     """
 
-    def loss_of(params: Params, index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        rows = _micro_batch(batch, index, micro)
-        rows_scores = jax.tree.map(lambda leaf: micro(leaf, index), scores)
-        advantages, weights = micro(credit.advantages, index), micro(credit.loss_weights, index)
-        policy = combine(base or {}, params)
-        logprobs, entropies, values = outputs(policy, model, rows.tokens, rows.positions, rows.segment_ids)
-        per_token, metrics = algorithm.loss(logprobs, entropies, rows, rows_scores, advantages)
-        if values is not None:
-            targets = micro(credit.value_targets, index)
-            value_losses, value_metrics = algorithm.value_loss(values, rows, rows_scores, targets)
-            per_token, metrics = per_token + value_losses, metrics | value_metrics
-        counted = rows.loss_mask.astype(jnp.float32)
-        sums = {
-            # where, not a product: off the mask a value may be anything, even infinite.
-            name: jnp.sum(jnp.where(rows.loss_mask, jax.lax.stop_gradient(value), jnp.float32(0.0)))
-            for name, value in {**metrics, "entropy": entropies}.items()
-        }
-        loss = jnp.sum(jnp.where(weights != 0, per_token * weights, jnp.float32(0.0)))
-        return loss, {**sums, "loss": jax.lax.stop_gradient(loss), "tokens": jnp.sum(counted)}
+    model: DecoderConfig
+    algorithm: Any
+    optimizer: optax.GradientTransformation
+    micro_rows: int
+    temperature: float
+    has_reference: bool
+    max_kl: float
 
-    gradient = jax.grad(loss_of, has_aux=True)
-    shapes = jax.eval_shape(gradient, state.params, start)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide_type(leaf.dtype)), shapes)
+    def outputs(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Log-probs, entropies and, with a critic, values of every token of some rows."""
+        has_critic = self.algorithm.value_loss is not None
+        return compute_outputs(
+            params,
+            self.model,
+            tokens,
+            positions,
+            segment_ids,
+            self.temperature,
+            has_critic=has_critic,
+        )
 
-    def body(index: jax.Array, total: Any) -> Any:
-        return jax.tree.map(jnp.add, total, widen(gradient(state.params, index)))
+    def micro(self, array: jax.Array, index: jax.Array) -> jax.Array:
+        """Micro-batch ``index`` of a per-row array ``[R * M, ...]``: ``[R, ...]``, still split."""
+        grouped = array.reshape(self.micro_rows, array.shape[0] // self.micro_rows, *array.shape[1:])
+        piece = jax.lax.dynamic_index_in_dim(grouped, index, axis=1, keepdims=False)
+        return constrain(piece, *("rows", "time")[: piece.ndim])
 
-    gradients, sums = jax.lax.fori_loop(start, stop, body, zeros)
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients)))
-    is_finite = jnp.logical_and(jnp.isfinite(norm), jnp.isfinite(sums["loss"]))
-    tokens = jnp.maximum(sums.pop("tokens"), 1.0)
-    is_near = sums.get("approx_kl", jnp.float32(0.0)) <= max_kl * tokens
-    is_good = jnp.logical_and(is_finite, is_near)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = apply_updates(state.params, updates, state.step)
-    stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
-    new_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), stepped, state)
-    metrics = {name: value if name == "loss" else value / tokens for name, value in sums.items()}
-    metrics |= {"grad_norm": norm, "tokens": tokens}
-    metrics["nonfinite"] = 1.0 - is_finite.astype(jnp.float32)
-    metrics["kl_exceeded"] = jnp.logical_and(is_finite, jnp.logical_not(is_near)).astype(jnp.float32)
-    return new_state, metrics
+    def micro_batch(self, batch: Batch, index: jax.Array) -> Batch:
+        """Micro-batch ``index``: rows of their own, the table of trajectories as it is."""
+        names = (*fields_per("token"), *fields_per("row"))
+        return dataclasses.replace(batch, **{n: self.micro(getattr(batch, n), index) for n in names})
+
+    def score(
+        self,
+        params: Params,
+        ref_params: Params,
+        batch: Batch,
+        stop: jax.Array,
+        *,
+        base: Params | None = None,
+    ) -> Scores:
+        """Scores of micro-batches ``[0, stop)`` under the current weights; zeros elsewhere."""
+        params, ref_params = combine(base or {}, params), combine(base or {}, ref_params)
+        size, length = batch.tokens.shape
+        probe = self.micro(batch.tokens, jnp.int32(0))
+
+        def score_rows(index: jax.Array) -> dict[str, jax.Array]:
+            rows = [
+                self.micro(getattr(batch, name), index) for name in ("tokens", "positions", "segment_ids")
+            ]
+            logprobs, entropies, values = self.outputs(params, *rows)
+            found = {"old_logprobs": logprobs, "entropies": entropies}
+            if values is not None:
+                found["values"] = values
+            if self.has_reference:
+                found["ref_logprobs"] = self.outputs(ref_params, *rows)[0]
+            return found
+
+        def body(index: jax.Array, grids: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=1)
+            return jax.tree.map(put, grids, score_rows(index))
+
+        grid = jnp.zeros((probe.shape[0], size // probe.shape[0], length), jnp.float32)
+        names = jax.eval_shape(score_rows, jnp.int32(0))
+        grids = jax.lax.fori_loop(0, stop, body, dict.fromkeys(names, grid))
+        flat = {name: grid.reshape(size, length) for name, grid in grids.items()}
+        return Scores(**{"ref_logprobs": flat["old_logprobs"]} | flat)
+
+    def update(
+        self,
+        state: TrainState,
+        batch: Batch,
+        scores: Scores,
+        credit: Credit,
+        start: jax.Array,
+        stop: jax.Array,
+        *,
+        base: Params | None = None,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step. Micro-batches only add up ``loss * loss_weights``, so any split gives the same.
+
+        If the loss or the gradient norm is not finite, nothing changes and ``nonfinite`` is 1. If the policy
+        has moved further than ``max_kl`` (the loss's ``approx_kl``), nothing changes and ``kl_exceeded`` is
+        1.
+        """
+
+        def loss_of(params: Params, index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            rows = self.micro_batch(batch, index)
+            rows_scores = jax.tree.map(lambda leaf: self.micro(leaf, index), scores)
+            advantages, weights = self.micro(credit.advantages, index), self.micro(credit.loss_weights, index)
+            policy = combine(base or {}, params)
+            logprobs, entropies, values = self.outputs(policy, rows.tokens, rows.positions, rows.segment_ids)
+            per_token, metrics = self.algorithm.loss(logprobs, entropies, rows, rows_scores, advantages)
+            if values is not None:
+                targets = self.micro(credit.value_targets, index)
+                value_losses, value_metrics = self.algorithm.value_loss(values, rows, rows_scores, targets)
+                per_token, metrics = per_token + value_losses, metrics | value_metrics
+            counted = rows.loss_mask.astype(jnp.float32)
+            sums = {
+                # where, not a product: off the mask a value may be anything, even infinite.
+                name: jnp.sum(jnp.where(rows.loss_mask, jax.lax.stop_gradient(value), jnp.float32(0.0)))
+                for name, value in {**metrics, "entropy": entropies}.items()
+            }
+            loss = jnp.sum(jnp.where(weights != 0, per_token * weights, jnp.float32(0.0)))
+            return loss, {**sums, "loss": jax.lax.stop_gradient(loss), "tokens": jnp.sum(counted)}
+
+        gradient = jax.grad(loss_of, has_aux=True)
+        shapes = jax.eval_shape(gradient, state.params, start)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide_type(leaf.dtype)), shapes)
+
+        def body(index: jax.Array, total: Any) -> Any:
+            return jax.tree.map(jnp.add, total, widen(gradient(state.params, index)))
+
+        gradients, sums = jax.lax.fori_loop(start, stop, body, zeros)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients)))
+        is_finite = jnp.logical_and(jnp.isfinite(norm), jnp.isfinite(sums["loss"]))
+        tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+        is_near = sums.get("approx_kl", jnp.float32(0.0)) <= self.max_kl * tokens
+        is_good = jnp.logical_and(is_finite, is_near)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params = apply_updates(state.params, updates, state.step)
+        stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
+        new_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), stepped, state)
+        metrics = {name: value if name == "loss" else value / tokens for name, value in sums.items()}
+        metrics |= {"grad_norm": norm, "tokens": tokens}
+        metrics["nonfinite"] = 1.0 - is_finite.astype(jnp.float32)
+        metrics["kl_exceeded"] = jnp.logical_and(is_finite, jnp.logical_not(is_near)).astype(jnp.float32)
+        return new_state, metrics

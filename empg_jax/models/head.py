@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from empg_jax.parallel.layout import constrain, gather_weight, num_shards, shard_weight
 
-# Largest [tokens, chunk] slab of float32 logits alive at one time on a device. 64 MiB stay near a CPU's
-# caches; an accelerator wants large products: with 16k tokens and V = 152k an H100 takes 60 ms in place of 99.
+# Most float32 logits [tokens, chunk] alive at one time on a device. 64 MiB stay near a CPU's caches; an
+# accelerator wants large products: with 16k tokens and V = 152k an H100 takes 60 ms in place of 99.
 SLABS = {"cpu": 2**24}
 LARGE_SLAB = 2**28
 # The logit of a vocabulary entry that does not exist, and where running maxima start: finite, exp of it is 0.

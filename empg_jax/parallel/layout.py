@@ -45,9 +45,9 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     @functools.wraps(function, assigned=())
-    def traced(*args: Any) -> Any:
+    def traced(*args: Any, **options: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+            return function(*args, **options)
 
     return traced
 

@@ -15,6 +15,7 @@ from empg_jax.files import write_json_atomic
 from empg_jax.learner.batching import BatchShape, Layout
 from empg_jax.metrics import reduce_metrics
 from empg_jax.report.curves import plot_curves
+from empg_jax.report.record import RunRecord
 from empg_jax.report.summary import paired_interval, print_summary
 from empg_jax.report.transcripts import select_samples, write_transcripts
 from empg_jax.report.viewer import write_viewer
@@ -76,14 +77,6 @@ def describe_update(
     return values
 
 
-def count_episodes(
-    record: dict[str, Any], trajectories: Sequence[Trajectory], outcomes: Mapping[str, int]
-) -> None:
-    """Add a batch to the run's totals (``tokens_sampled``, ``trajectories`` by outcome)."""
-    record["tokens_sampled"] = record.get("tokens_sampled", 0) + sum(t.num_tokens for t in trajectories)
-    record["trajectories"] = dict(sorted(outcomes.items()))
-
-
 def dump_batch(run_dir: Path, update: int, batch: Batch) -> Path:
     """Write a batch to ``bad_batch_<update>.npz`` for inspection; returns the path."""
     path = run_dir / f"bad_batch_{update}.npz"
@@ -95,15 +88,14 @@ def dump_batch(run_dir: Path, update: int, batch: Batch) -> Path:
 
 def write_results(
     run_dir: Path,
-    record: Mapping[str, Any],
+    record: RunRecord,
     seconds: Mapping[str, float],
     trajectories: Sequence[Trajectory],
     decode: Callable[[Sequence[int]], str],
     config: Config,
 ) -> None:
     """Write ``summary.json``, ``curves.png``, transcripts and the viewer page; print the table."""
-    hidden = ("phase", "sft_update", "rollbacks_in_a_row")
-    summary: dict[str, Any] = {name: value for name, value in record.items() if name not in hidden}
+    summary = record.summary()
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     summary["wall_seconds"] = {"total": round(sum(seconds.values()), 3), **rounded}
     summary |= {"seed": config.seed, "algorithm": config.algorithm.name}
@@ -111,8 +103,6 @@ def write_results(
     wins = [summary.get(f"eval_wins_{when}", "") for when in ("before", "after")]
     if len(wins[0]) == len(wins[1]) >= 2:
         summary["eval_gain_interval"] = [round(bound, 4) for bound in paired_interval(*wins)]
-    summary.setdefault("tokens_sampled", 0)
-    summary.setdefault("trajectories", {})
     write_json_atomic(run_dir / "summary.json", summary)
     plot_curves(run_dir)
     if config.log.transcripts:

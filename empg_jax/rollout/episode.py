@@ -100,8 +100,8 @@ class Episode:
     def on_failure(self, reason: str, detail: str) -> Trajectory:
         """The environment or its worker failed, or time ran out."""
         if reason == "timeout" and self._rules.timeout_outcome == "zero" and self._turns:
-            return self._finish(Status.SCORED_ZERO, reason, {}, False, False, True, detail)
-        return self._finish(Status.DISCARDED, reason, {}, False, False, True, detail)
+            return self._finish(Status.SCORED_ZERO, reason, {}, False, False, True, detail=detail)
+        return self._finish(Status.DISCARDED, reason, {}, False, False, True, detail=detail)
 
     def _take_response(self, reward: float) -> Response:
         response = self._response
@@ -133,6 +133,7 @@ class Episode:
         won: bool,
         terminated: bool,
         truncated: bool,
+        *,
         detail: str = "",
     ) -> Trajectory:
         trained = status is Status.TRAINED

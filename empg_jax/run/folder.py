@@ -6,12 +6,14 @@ import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from empg_jax.config import Config
 from empg_jax.errors import ConfigError
 from empg_jax.files import write_json_atomic, write_text_atomic
 from empg_jax.report.environment import describe_environment
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
 
 
 def create_run_dir(config: Config) -> Path:

@@ -1,9 +1,11 @@
-"""The parts of a run: how they are put together, saved, and restored."""
+"""The parts of a run, its changing state, and how both are opened, saved and restored."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,10 @@ from empg_jax.learner.fingerprint import TEXT, checksum, text_logprob
 from empg_jax.learner.state import TrainState, init_state, restart_optimizer, state_shapes
 from empg_jax.learner.update import Learner, make_learner
 from empg_jax.metrics import MetricsLog
+from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.report.progress import Progress
+from empg_jax.report.record import RunRecord
 from empg_jax.rollout.buffer import ReplayBuffer
 from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.source import GroupSource, TaskOrder
@@ -39,16 +43,16 @@ from empg_jax.run.checkpoint import Checkpoints, Restored, check_base
 from empg_jax.run.folder import add_run_info
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
 from empg_jax.run.weights import make_base, make_params
-from empg_jax.types import Params
+from empg_jax.types import Params, Trajectory
 from empg_jax.workers.pool import EnvPool
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
 
 
-@dataclasses.dataclass
-class Run:
-    """The parts of a run that its phases share. Mutable state: ``state``, ``update`` and ``record``."""
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of: fixed from its start to its end. What changes is in `RunState`."""
 
     config: Config
     run_dir: Path
@@ -65,13 +69,69 @@ class Run:
     clock: PhaseClock
     compiles: CompileCounter
     should_stop: StopRequest
-    state: TrainState
-    reference: Params | None
     base_checksum: str | None  # of the frozen weights below adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """The progress between two updates: what a checkpoint of that state must say.
+
+    Attributes:
+      update: RL updates that are made.
+      base: checksum of the frozen weights below adapters.
+      record: the run's totals at that moment.
+      seconds: wall seconds by phase.
+      source: which groups are begun (`GroupSource.snapshot`).
+      trajectories: what the buffer holds.
+    """
+
     update: int = 0
-    record: dict[str, Any] = dataclasses.field(default_factory=dict)  # goes into summary.json
-    boundary: dict[str, Any] = dataclasses.field(default_factory=dict)  # progress at the last update boundary
-    compiled: int = 0  # programs compiled when the warm-up ended
+    base: str | None = None
+    record: RunRecord = dataclasses.field(default_factory=RunRecord)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trajectories: list[Trajectory] = dataclasses.field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the trajectories, in JSON's types; `from_restored` reads it back."""
+        return {
+            "update": self.update,
+            "base": self.base,
+            "record": self.record.as_json(),
+            "seconds": self.seconds,
+            "source": self.source,
+        }
+
+    @classmethod
+    def from_restored(cls, restored: Restored) -> Boundary:
+        """The boundary that a checkpoint was written at."""
+        values = restored.progress
+        record = RunRecord.from_json(values["record"])
+        return cls(**{**values, "record": record, "trajectories": restored.trajectories})
+
+
+@dataclasses.dataclass
+class RunState:
+    """What changes in a run.
+
+    Attributes:
+      state: parameters, optimizer and step; donated to every update.
+      reference: the frozen reference of the KL term; ``{}`` where it is the base, None where there is none.
+      update: RL updates that are made.
+      record: the run's totals.
+      boundary: the progress at the last update boundary.
+      compiled: programs compiled when the warm-up ended.
+    """
+
+    state: TrainState
+    reference: Params | None = None
+    update: int = 0
+    record: RunRecord = dataclasses.field(default_factory=RunRecord)
+    boundary: Boundary = dataclasses.field(default_factory=Boundary)
+    compiled: int = 0
+
+
+# ------------------------------------------------------------------------------------------- opening
 
 
 def open_run(
@@ -79,12 +139,18 @@ def open_run(
     run_dir: Path,
     checkpoints: Checkpoints,
     pool: EnvPool,
+    *,
     progress: Progress,
     compiles: CompileCounter,
     stop: StopRequest,
     is_resumed: bool,
-) -> Run:
-    """Build every part, compile every program, and restore the newest checkpoint on resume."""
+) -> tuple[Parts, RunState]:
+    """Build every part, compile every program, and restore the newest checkpoint on resume.
+
+    Raises:
+      ConfigError: the environment has no such split.
+      CheckpointError: on resume, no checkpoint can be used.
+    """
     clock = PhaseClock()
     with clock.phase("start"):
         saved_tokenizer = run_dir / "tokenizer"
@@ -93,46 +159,27 @@ def open_run(
             language.tokenizer.save(saved_tokenizer)
         model = make_model(config, language.tokenizer)
         shape = make_batch_shape(config)
-        optimizer, schedule = make_rl_optimizer(config)
-        mesh = make_mesh(**vars(config.mesh))
-        base = make_base(config, model, mesh)
-        learner = make_learner(
-            model,
-            make_algorithm_from(config),
-            optimizer,
-            mesh,
-            micro_rows=shape.micro_rows,
-            temperature=config.rollout.temperature,
-            has_reference=needs_reference(config),
-            max_kl=math.inf if config.train.max_kl is None else config.train.max_kl,
-            base=base,
-        )
-        empty, _ = make_batch([], shape, seed=(0,))
-        state = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
-        learner.warm_up(state, learner.put(empty), {} if has_base_reference(config) else None)
-        schedule = jax.jit(schedule)
-        params = make_params(config, model, learner.shardings.params)
-        state = restart_optimizer(params, optimizer, learner.shardings)
-        schedule(state.step)  # compiled with the rest
-        engine = make_engine(config, model, language.tokenizer)
-        eval_engine = make_engine(config, model, language.tokenizer, temperature=config.eval.temperature)
-        if base is not None:
-            engine.base = eval_engine.base = engine.place(base)
-        for each in (engine, eval_engine):
-            each.load(state.params, 0)
-            each.warm_up()
-        buffer = ReplayBuffer(group_size=config.rollout.group_size, max_lag=config.train.max_lag)
-        source = GroupSource(
-            make_collector(config, engine, pool, language, stream=0),
-            buffer,
-            TaskOrder(config.env.split, _num_tasks(config, pool), config.seed),
-            groups_per_batch=config.rollout.tasks_per_update,
-            min_group_size=config.rollout.min_group_size,
-            group_timeout=config.rollout.episode_timeout,
-            group_filter=make_group_filter(config),
-        )
+        learner, schedule, state = _start_learner(config, model, shape)
+        engine, eval_engine = _start_engines(config, learner, language, state.params)
+        source = _make_source(config, engine, pool, language)
         evaluator = make_evaluator(config, eval_engine, pool, language, first_handle=engine.config.slots)
-    run = Run(
+    if config.model.path is not None:
+        announce_model(config, run_dir, learner, language, state.params, say=progress.message)
+    run = RunState(state)
+    base_checksum = None if learner.base is None else checksum(learner.base)
+    if is_resumed:
+        restored = restore_state(config, checkpoints, learner)
+        check_base(restored.progress.get("base"), base_checksum)
+        run = _go_on(restored, source, clock)
+        run.reference = _find_reference(config, run, checkpoints, learner)
+        progress.message(f"resumed at update {run.update} of {config.train.updates}")
+    log = MetricsLog(
+        run_dir,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        resume_at=run.update + 1 if is_resumed else None,
+    )
+    parts = Parts(
         config=config,
         run_dir=run_dir,
         language=language,
@@ -144,34 +191,90 @@ def open_run(
         evaluator=evaluator,
         checkpoints=checkpoints,
         progress=progress,
-        log=None,  # type: ignore[arg-type]  # opened below, once it is known where to go on
+        log=log,
         clock=clock,
         compiles=compiles,
         should_stop=stop,
-        state=state,
-        reference=None,
-        base_checksum=None if base is None else checksum(base),
+        base_checksum=base_checksum,
     )
-    if config.model.path is not None:
-        announce_model(run)
-    if is_resumed:
-        _resume(run)
-    run.log = MetricsLog(
-        run_dir,
-        tensorboard=config.log.tensorboard,
-        wandb=config.log.wandb,
-        resume_at=run.update + 1 if is_resumed else None,
-    )
-    return run
+    return parts, run
 
 
-def announce_model(run: Run) -> None:
+def _start_learner(
+    config: Config, model: DecoderConfig, shape: BatchShape
+) -> tuple[Learner, optax.Schedule, TrainState]:
+    """The learner with every program compiled, the learning rate by step, and the first state."""
+    optimizer, schedule = make_rl_optimizer(config)
+    mesh = make_mesh(**vars(config.mesh))
+    learner = make_learner(
+        model,
+        make_algorithm_from(config),
+        optimizer,
+        mesh,
+        micro_rows=shape.micro_rows,
+        temperature=config.rollout.temperature,
+        has_reference=needs_reference(config),
+        max_kl=math.inf if config.train.max_kl is None else config.train.max_kl,
+        base=make_base(config, model, mesh),
+    )
+    empty, _ = make_batch([], shape, seed=(0,))
+    # The warm-up consumes a state, so it gets one to throw away.
+    spare = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
+    learner.warm_up(spare, learner.put(empty), {} if has_base_reference(config) else None)
+    params = make_params(config, model, learner.shardings.params)
+    state = restart_optimizer(params, optimizer, learner.shardings)
+    schedule = jax.jit(schedule)
+    schedule(state.step)  # compiled with the rest
+    return learner, schedule, state
+
+
+def _start_engines(
+    config: Config, learner: Learner, language: Language, params: Params
+) -> tuple[Engine, Engine]:
+    """The engines of training and of evaluation, with weights, every program compiled."""
+    engine = make_engine(config, learner.model, language.tokenizer)
+    eval_engine = make_engine(config, learner.model, language.tokenizer, temperature=config.eval.temperature)
+    if learner.base is not None:
+        engine.base = eval_engine.base = engine.place(learner.base)
+    for each in (engine, eval_engine):
+        each.load(params, 0)
+        each.warm_up()
+    return engine, eval_engine
+
+
+def _make_source(config: Config, engine: Engine, pool: EnvPool, language: Language) -> GroupSource:
+    if config.env.split not in pool.splits:
+        raise ConfigError(
+            f"env.split={config.env.split} does not exist; the environment has {', '.join(pool.splits)}"
+        )
+    return GroupSource(
+        make_collector(config, engine, pool, language, stream=0),
+        ReplayBuffer(group_size=config.rollout.group_size, max_lag=config.train.max_lag),
+        TaskOrder(config.env.split, pool.splits[config.env.split], config.seed),
+        groups_per_batch=config.rollout.tasks_per_update,
+        min_group_size=config.rollout.min_group_size,
+        group_timeout=config.rollout.episode_timeout,
+        group_filter=make_group_filter(config),
+    )
+
+
+def announce_model(
+    config: Config,
+    run_dir: Path,
+    learner: Learner,
+    language: Language,
+    params: Params,
+    *,
+    say: Callable[[str], None],
+) -> None:
     """Say, and note in the run's folder, what the loaded model makes of a fixed text."""
-    ids = run.language.tokenizer.encode(TEXT)
-    model, mesh, base = run.learner.model, run.learner.mesh, run.learner.base
-    value = round(text_logprob(run.state.params, model, ids, mesh, base), 4)
-    run.progress.message(f"{run.config.model.path}: {value:.4f} nats per token on a fixed text")
-    add_run_info(run.run_dir, {"model": {"path": run.config.model.path, "text_logprob": value}})
+    ids = language.tokenizer.encode(TEXT)
+    value = round(text_logprob(params, learner.model, ids, learner.mesh, learner.base), 4)
+    say(f"{config.model.path}: {value:.4f} nats per token on a fixed text")
+    add_run_info(run_dir, {"model": {"path": config.model.path, "text_logprob": value}})
+
+
+# ------------------------------------------------------------------------------- saving and restoring
 
 
 def has_begun(run_dir: Path, checkpoints: Checkpoints) -> bool:
@@ -180,19 +283,25 @@ def has_begun(run_dir: Path, checkpoints: Checkpoints) -> bool:
     return bool(checkpoints.steps) or (log.exists() and log.stat().st_size > 0)
 
 
-def _resume(run: Run) -> None:
-    restored = restore_state(run.config, run.checkpoints, run.learner)
-    saved = restored.progress
-    check_base(saved.get("base"), run.base_checksum)
-    run.state, run.update, run.record = restored.state, saved["update"], saved["record"]
-    for name, seconds in saved["seconds"].items():
-        run.clock.seconds[name] = run.clock.seconds.get(name, 0.0) + seconds
-    run.source.restore(saved["source"], restored.trajectories)
-    if has_base_reference(run.config):
-        run.reference = {}
-    elif needs_reference(run.config) and run.record.get("phase") == "rl":
-        run.reference = run.checkpoints.load_reference(run.learner.shardings.params, run.state.params)
-    run.progress.message(f"resumed at update {run.update} of {run.config.train.updates}")
+def _go_on(restored: Restored, source: GroupSource, clock: PhaseClock) -> RunState:
+    """The state at the boundary of a checkpoint; the source and the clock go on from there."""
+    boundary = Boundary.from_restored(restored)
+    for name, seconds in boundary.seconds.items():
+        clock.seconds[name] = clock.seconds.get(name, 0.0) + seconds
+    source.restore(boundary.source, boundary.trajectories)
+    record = copy.deepcopy(boundary.record)
+    return RunState(restored.state, update=boundary.update, record=record, boundary=boundary)
+
+
+def _find_reference(
+    config: Config, run: RunState, checkpoints: Checkpoints, learner: Learner
+) -> Params | None:
+    """The reference of a run that goes on; None where there is none, or none yet."""
+    if has_base_reference(config):
+        return {}
+    if needs_reference(config) and run.record.phase == "rl":
+        return checkpoints.load_reference(learner.shardings.params, run.state.params)
+    return None
 
 
 def has_base_reference(config: Config) -> bool:
@@ -200,44 +309,35 @@ def has_base_reference(config: Config) -> bool:
     return needs_reference(config) and config.model.lora.rank > 0 and config.sft.updates == 0
 
 
-def freeze_reference(run: Run) -> None:
+def freeze_reference(parts: Parts, run: RunState) -> None:
     """Make the policy as it is now, at the start of RL, the reference of the KL term, if there is one.
 
     With adapters this copies adapters, or nothing at all where the base alone is the reference.
     """
-    if has_base_reference(run.config):
+    if has_base_reference(parts.config):
         run.reference = {}
-    elif needs_reference(run.config):
+    elif needs_reference(parts.config):
         run.reference = jax.tree.map(lambda leaf: leaf.copy(), run.state.params)
-        run.checkpoints.save_reference(run.reference)
+        parts.checkpoints.save_reference(run.reference)
 
 
-def _num_tasks(config: Config, pool: EnvPool) -> int:
-    if config.env.split not in pool.splits:
-        raise ConfigError(
-            f"env.split={config.env.split} does not exist; the environment has {', '.join(pool.splits)}"
-        )
-    return pool.splits[config.env.split]
-
-
-def mark_boundary(run: Run) -> None:
+def mark_boundary(parts: Parts, run: RunState) -> None:
     """Remember the progress between two updates: what a checkpoint of this state must say."""
-    run.boundary = {
-        "progress": {
-            "update": run.update,
-            "base": run.base_checksum,
-            "record": dict(run.record),
-            "seconds": dict(run.clock.seconds),
-            "source": run.source.snapshot(),
-        },
-        "trajectories": run.source.buffer.contents(),
-    }
+    run.boundary = Boundary(
+        update=run.update,
+        base=parts.base_checksum,
+        record=copy.deepcopy(run.record),
+        seconds=dict(parts.clock.seconds),
+        source=parts.source.snapshot(),
+        trajectories=parts.source.buffer.contents(),
+    )
 
 
-def save(run: Run) -> None:
+def save(parts: Parts, run: RunState) -> None:
     """Write a checkpoint of the last update boundary."""
-    with run.clock.phase("checkpoint"):
-        run.checkpoints.save(run.update, run.state, **run.boundary)
+    with parts.clock.phase("checkpoint"):
+        boundary = run.boundary
+        parts.checkpoints.save(run.update, run.state, boundary.as_json(), boundary.trajectories)
 
 
 def restore_state(config: Config, checkpoints: Checkpoints, learner: Learner) -> Restored:

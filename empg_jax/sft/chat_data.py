@@ -52,7 +52,16 @@ class ChatCorpus(Sequence[Trajectory]):
         edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
         turns = tuple(_turn(tokens[:first], tokens[first:last]) for first, last in edges)
         return Trajectory(
-            index, "data", index, 0, turns, Outcome(Status.TRAINED, "written"), 0.0, False, True, False
+            task=index,
+            split="data",
+            group_id=index,
+            member=0,
+            turns=turns,
+            outcome=Outcome(Status.TRAINED, "written"),
+            episode_return=0.0,
+            is_success=False,
+            terminated=True,
+            truncated=False,
         )
 
     @property
@@ -74,7 +83,17 @@ class ChatCorpus(Sequence[Trajectory]):
 
 def _turn(prompt: np.ndarray, response: np.ndarray) -> Turn:
     zeros = np.zeros(len(response), np.float32)
-    return Turn(prompt, response, zeros, zeros, 0.0, 0, 0, True, "stop")
+    return Turn(
+        prompt_tokens=prompt,
+        response_tokens=response,
+        behavior_logprobs=zeros,
+        entropies=zeros,
+        reward=0.0,
+        version=0,
+        anchor=0,
+        is_valid=True,
+        finish_reason="stop",
+    )
 
 
 class _Builder:

@@ -6,69 +6,26 @@ Demonstrations become trajectories like any other, so packing, loss and update a
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from empg_envs import make_env
 from empg_jax.algorithms import Algorithm, loss_weights
-from empg_jax.errors import ConfigError, RunError
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import TrainState, make_optimizer, restart_optimizer
 from empg_jax.learner.update import Learner, make_learner
 from empg_jax.models.decoder import DecoderConfig
-from empg_jax.report.progress import Progress
-from empg_jax.run.assembly import Language, micro_rows
-from empg_jax.sft.chat_data import epoch_batch, load_chat_data
-from empg_jax.text.chatfile import ChatDataError
-from empg_jax.types import Batch, Credit, Outcome, Params, Scores, Status, Trajectory, Turn
+from empg_jax.run.assembly import micro_rows
+from empg_jax.sft.examples import Examples
+from empg_jax.types import Batch, Credit, Params, Scores, Trajectory
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
     from empg_jax.config.sections import SftConfig
-
-
-class DemonstrationError(RunError):
-    """The environment's expert cannot give demonstrations."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """What a warm start learns from.
-
-    Attributes:
-      train: episodes or conversations.
-      draw: the ones that an update takes, by number; depends on nothing but the update.
-      max_turns: most turns that one has.
-      rows: most rows that one needs.
-      held_out: others, on which the loss is measured.
-      fingerprint: hash of the data; empty where they were recorded by an expert (they are again on resume).
-    """
-
-    train: Sequence[Trajectory]
-    draw: Callable[[int], Sequence[int]]
-    max_turns: int
-    rows: int = 1
-    held_out: Sequence[Trajectory] = ()
-    fingerprint: str = ""
-
-    def note(self, record: dict[str, Any]) -> None:
-        """Write into a run's record which data this is.
-
-        Raises:
-          ChatDataError: the record says that the run began with other data.
-        """
-        if record.get("sft_data", self.fingerprint) != self.fingerprint:
-            raise ChatDataError("sft.data was changed since this run began: resume needs the same files")
-        if self.fingerprint:
-            record["sft_data"] = self.fingerprint
 
 
 def make_cross_entropy() -> Algorithm:
@@ -86,142 +43,6 @@ def make_cross_entropy() -> Algorithm:
         return -logprobs, {}
 
     return Algorithm(credit=credit, loss=loss)
-
-
-def gather_examples(config: Config, language: Language, progress: Progress) -> Examples:
-    """The conversations of ``sft.data``, else demonstrations of the environment's expert.
-
-    Raises:
-      ConfigError: a file of ``sft.data`` does not exist.
-      ChatDataError: it holds lines that are no conversations, or nothing to learn from.
-      DemonstrationError: the expert cannot give demonstrations.
-    """
-    s = config.sft
-    if s.data is not None:
-        return _read_examples(config, s.data, language, progress)
-    progress.phase("demonstrations", s.demonstrations, "episodes")
-    demonstrations = record_demonstrations(config, language, s.demonstrations, advance=progress.advance)
-    count = len(demonstrations)
-
-    def draw(update: int) -> list[int]:
-        rng = np.random.default_rng((config.seed, 2, update))
-        return rng.choice(count, size=min(s.batch_size, count), replace=False).tolist()
-
-    turns = config.env.max_turns
-    return Examples(demonstrations, draw, turns, rows=turns if config.env.context == "window" else 1)
-
-
-def _read_examples(config: Config, paths: Sequence[str], language: Language, progress: Progress) -> Examples:
-    s = config.sft
-    for path in paths:
-        if not Path(path).expanduser().is_file():
-            raise ConfigError(f"sft.data={path}: there is no such file (JSON lines, one conversation each)")
-    progress.phase("chat data", _count_lines(paths), "lines")
-    data = load_chat_data(
-        paths,
-        language.renderer,
-        max_tokens=config.rollout.max_tokens,
-        loss_on=s.loss_on,
-        too_long=s.too_long,
-        holdout=s.holdout,
-        advance=progress.advance,
-    )
-    progress.close()  # the phase ends here, not with the compilation that comes next
-    epochs = s.updates * s.batch_size / len(data.train)
-    progress.message(
-        f"{data.describe(config.rollout.max_tokens, s.too_long)}; {s.updates} updates of {s.batch_size} are "
-        f"{epochs:.2g} epochs"
-    )
-    return Examples(
-        data.train,
-        functools.partial(epoch_batch, len(data.train), s.batch_size, config.seed),
-        max_turns=max(data.train.max_turns, data.held_out.max_turns),
-        held_out=data.held_out,
-        fingerprint=data.train.fingerprint,
-    )
-
-
-def _count_lines(paths: Sequence[str]) -> int:
-    count = 0
-    for path in paths:
-        with Path(path).expanduser().open("rb") as file:
-            count += sum(1 for line in file if line.strip())
-    return count
-
-
-def record_demonstrations(
-    config: Config,
-    language: Language,
-    count: int,
-    *,
-    advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
-) -> list[Trajectory]:
-    """Let the expert play ``count`` tasks of ``sft.split``; with probability ``sft.noise`` a turn is random.
-
-    A demonstration that would not fit ``rollout.max_tokens`` is left out.
-
-    Raises:
-      DemonstrationError: the environment has no expert or fails, or no demonstration fits.
-    """
-    env = make_env(config.env.target, **config.env.options)
-    if not hasattr(env, "expert_action"):
-        raise DemonstrationError(
-            f"environment {config.env.target} has no expert (no expert_action method): set sft.updates=0"
-        )
-    rng = np.random.default_rng((config.seed, 1))
-    tasks = rng.permutation(env.num_tasks(config.sft.split))
-    demonstrations = []
-    for number in range(count):
-        task = int(tasks[number % len(tasks)])
-        try:
-            trajectory = _play(env, config, language, task, number, rng)
-        except Exception as error:  # whatever an environment raises, in words that name it
-            raise DemonstrationError(
-                f"environment {config.env.target} failed while its expert played task "
-                f"{config.sft.split}/{task}: {type(error).__name__}: {error}"
-            ) from error
-        if len(trajectory.turns[-1].prompt_tokens) + len(trajectory.turns[-1].response_tokens) <= (
-            config.rollout.max_tokens
-        ):
-            demonstrations.append(trajectory)
-        advance(1, {})
-    env.close()
-    if not demonstrations:
-        raise DemonstrationError(
-            f"none of {count} demonstrations fits rollout.max_tokens={config.rollout.max_tokens}"
-        )
-    return demonstrations
-
-
-def _play(
-    env: Any, config: Config, language: Language, task: int, number: int, rng: np.random.Generator
-) -> Trajectory:
-    context = language.make_context()
-    observation, info = env.reset(seed=config.seed, split=config.sft.split, index=task)
-    delta = context.start(observation, info)
-    held = np.zeros(0, np.int32)
-    turns: list[Turn] = []
-    terminated = truncated = False
-    while not (terminated or truncated or len(turns) >= config.env.max_turns):
-        new = np.asarray(delta.tokens, np.int32)
-        prompt = new if delta.is_fresh else np.concatenate([held, new])
-        action = env.expert_action()
-        if info.get("admissible") and rng.random() < config.sft.noise:
-            action = info["admissible"][rng.integers(len(info["admissible"]))]
-        response = np.asarray(language.renderer.encode_response(action), np.int32)
-        shown = observation
-        observation, reward, terminated, truncated, info = env.step(action)
-        zeros = np.zeros(len(response), np.float32)
-        turns.append(Turn(prompt, response, zeros, zeros, reward, 0, 0, True, "stop", shown, action))
-        held = np.concatenate([prompt, response])
-        said = language.renderer.lead + action
-        delta = context.follow(response.tolist(), said, True, action, observation, info)
-    won = bool(info.get("won", False))
-    outcome = Outcome(Status.TRAINED, "won" if won else "turn_limit")
-    total = sum(turn.reward for turn in turns)
-    return Trajectory(
-        task, config.sft.split, number, 0, tuple(turns), outcome, total, won, terminated, truncated
-    )
 
 
 def warm_start(

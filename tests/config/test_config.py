@@ -1,6 +1,8 @@
 """The configuration: what is accepted, and that each refusal says where, what, and what would be right."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -258,3 +260,14 @@ def test_the_resolved_quickstart_for_bare_images_is_up_to_date() -> None:
         "configs/quickstart.yaml or a default changed: "
         "empg-jax config quickstart > scripts/quickstart.resolved.yaml"
     )
+
+
+def test_training_loads_without_the_packages_of_the_command_line():
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(('pydantic', 'typer'))); import empg_jax.trainer\n"
+        "from empg_jax.config.yaml import apply_override; import empg_jax.config as config\n"
+        "try: config.load_config\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "pydantic" in done.stdout

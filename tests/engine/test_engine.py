@@ -9,7 +9,7 @@ import pytest
 
 from empg_jax.engine import engine as engine_module
 from empg_jax.engine.engine import Engine, EngineConfig
-from empg_jax.learner.update import compute_logprobs
+from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter

@@ -6,7 +6,7 @@ import pytest
 from jax import export
 
 from empg_jax.algorithms import make_algorithm
-from empg_jax.engine.programs import EngineConfig, compile_programs
+from empg_jax.engine.programs import Chunk, EngineConfig, Request, compile_programs
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import make_optimizer, state_shapes
 from empg_jax.learner.update import make_learner
@@ -99,7 +99,7 @@ def test_decode_lowers_for_every_platform(engine):
     key = jax.eval_shape(lambda: jax.random.key(0))
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
     exported = export.export(programs.decode, platforms=PLATFORMS)(
-        params, cache, key, *integers((8, 8), (2,)), temperature
+        params, cache, Request(key, *integers((8, 8), (2,)), temperature)
     )
     assert exported.platforms == PLATFORMS
     check_state(outputs(exported)[0], cache)
@@ -109,7 +109,7 @@ def test_decode_lowers_for_every_platform(engine):
 def test_prefill_lowers_for_every_platform(engine, rows):
     programs, params, cache = engine
     exported = export.export(programs.prefill, platforms=PLATFORMS)(
-        params, cache, *integers((rows,), (rows, 64), (rows, 2))
+        params, cache, Chunk(*integers((rows,), (rows, 64), (rows, 2)))
     )
     assert exported.platforms == PLATFORMS
     check_state(outputs(exported), cache)

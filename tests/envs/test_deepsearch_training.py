@@ -7,7 +7,7 @@ from empg_envs.deepsearch.tags import iter_blocks
 from empg_jax.config import load_config
 from empg_jax.learner.batching import make_batch
 from empg_jax.run.assembly import make_batch_shape, make_language
-from empg_jax.sft.warm_start import record_demonstrations
+from empg_jax.sft.demonstrations import record_demonstrations
 
 
 @pytest.mark.parametrize("context", ["transcript", "window"])

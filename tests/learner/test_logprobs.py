@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from empg_jax.learner.update import compute_logprobs
+from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.decoder import forward, output_embedding
 from tests.learner.problems import MODEL, TEMPERATURE, by_token, gradient_descent, initial_state, make_problem
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empg_jax.learner.update import compute_logprobs
+from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.decoder import forward, init_params, output_embedding
 from empg_jax.types import Credit
 from tests.learner.problems import (

@@ -22,6 +22,7 @@ from empg_jax.models.attention import (
     tiles,
     triton,
 )
+from empg_jax.models.attention.operands import Operands
 
 BACKENDS = {
     "tiles": (functools.partial(tiles.forward, block=128), functools.partial(tiles.backward, block=128)),
@@ -58,7 +59,7 @@ def exact(inputs, slope):
 def run(backend, inputs, slope):
     forward, backward = BACKENDS[backend]
     output, normaliser = forward(*inputs)
-    return output, normaliser, *backward(*inputs, output, normaliser, slope)
+    return output, normaliser, *backward(Operands(*inputs), output, normaliser, slope)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empg_jax.learner.update import compute_logprobs
+from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models import head
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.head import compute_head, token_statistics

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from empg_envs import resolve_spec
 from empg_jax import cli, trainer
 from empg_jax.learner.batching import merge_turns
-from empg_jax.learner.update import compute_logprobs
+from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.metrics import MetricsLog
 from empg_jax.models.decoder import init_params
 from empg_jax.parallel.mesh import make_mesh
@@ -21,6 +21,8 @@ from empg_jax.report.progress import Progress
 from empg_jax.run import assembly
 from empg_jax.sft import warm_start as sft
 from empg_jax.sft.chat_data import load_chat_data
+from empg_jax.sft.demonstrations import record_demonstrations
+from empg_jax.sft.examples import gather_examples
 from empg_jax.text.chatfile import ChatDataError
 from tests import runs
 from tests.text.families import build_bpe
@@ -61,7 +63,7 @@ def bpe_run(tmp_path_factory):
     )
     language = assembly.make_language(config)
     model = assembly.make_model(config, language.tokenizer)
-    return config, language, model, sft.gather_examples(config, language, Progress(enabled=False))
+    return config, language, model, gather_examples(config, language, Progress(enabled=False))
 
 
 def learn(bpe_run, state, first=0, keep=None):
@@ -148,7 +150,7 @@ def test_an_experts_episodes_written_down_are_the_episodes_recorded(family, tmp_
         overrides.append(f"model.tokenizer={tmp_path / 'tokenizer'}")
     config = runs.configure("unused", *overrides)
     language = assembly.make_language(config)
-    recorded = sft.record_demonstrations(config, language, 12)
+    recorded = record_demonstrations(config, language, 12)
     path = write_expert(tmp_path / "expert.jsonl", config, [episode.task for episode in recorded])
     written = load_chat_data([path], language.renderer, max_tokens=4096).train
     for one, other in zip(recorded, written, strict=True):
@@ -236,6 +238,6 @@ def test_bad_data_is_told_before_anything_is_made(chat_file, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(chat_file.read_text() + "{}\n")
     code, err = fail(f"sft.data=[{chat_file}, {bad}]")
-    assert code == 1 and f"error: sft.data: 1 line is no conversation:\n  {bad}, line 41: has neither" in err
+    assert code == 2 and f"error: sft.data: 1 line is no conversation:\n  {bad}, line 41: has neither" in err
     code, err = fail(f"sft.data={chat_file}", "sft.updates=0")
     assert code == 2 and "has no effect with sft.updates=0" in err

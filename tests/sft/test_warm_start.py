@@ -7,6 +7,7 @@ from empg_jax import trainer
 from empg_jax.algorithms import ALGORITHMS
 from empg_jax.run import assembly
 from empg_jax.sft import warm_start as sft
+from empg_jax.sft.demonstrations import DemonstrationError, record_demonstrations
 from tests import runs
 
 
@@ -17,7 +18,7 @@ def language():
 
 def record(language, count=12, **sections):
     config = runs.configure("unused", *(f"{key}={value}" for key, value in sections.items()))
-    return config, sft.record_demonstrations(config, language, count)
+    return config, record_demonstrations(config, language, count)
 
 
 def test_the_expert_wins_and_its_words_are_the_responses(language):
@@ -57,16 +58,16 @@ def test_demonstrations_that_do_not_fit_are_left_out(language):
     _, few = record(language, **{"rollout.max_tokens": limit})
     assert [e.group_id for e in few] == [e.group_id for e in all_of_them if length(e) <= limit]
     assert 0 < len(few) < len(all_of_them) == 12
-    with pytest.raises(sft.DemonstrationError, match=r"none of 2 .* fits rollout\.max_tokens=8"):
+    with pytest.raises(DemonstrationError, match=r"none of 2 .* fits rollout\.max_tokens=8"):
         record(language, 2, **{"rollout.max_tokens": 8, "rollout.prefill_buckets": "null"})
 
 
 def test_an_environment_without_expert_or_with_a_fault_is_named(language):
     spec = {"env.name": "null", "env.options.level": "tiny"}
-    with pytest.raises(sft.DemonstrationError, match=r"tests\.houses:MUTE has no expert.*sft\.updates=0"):
+    with pytest.raises(DemonstrationError, match=r"tests\.houses:MUTE has no expert.*sft\.updates=0"):
         record(language, **spec, **{"env.entry_point": "tests.houses:MUTE"})
     broken = {"env.options.trouble": "raise", "env.options.diary": "/dev/null"}
-    with pytest.raises(sft.DemonstrationError, match=r"its expert played .* RuntimeError: the house"):
+    with pytest.raises(DemonstrationError, match=r"its expert played .* RuntimeError: the house"):
         record(language, **spec, **broken, **{"env.entry_point": "tests.houses:HOUSE"})
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from empg_jax.models.attention import splash, tiles, triton
 from empg_jax.models.attention.dispatch import by_platform
+from empg_jax.models.attention.operands import Operands
 
 # Checkpoint name of what the backward pass of attention needs besides queries, keys and values.
 SAVED = "attention"
@@ -95,12 +96,26 @@ def _forward(
 def _backward(
     is_fused: bool, block: int, residuals: tuple[Array, ...], slope: Array
 ) -> tuple[Array, Array, Array, None]:
-    backward: Callable[..., tuple[Array, ...]] = _fused_backward if is_fused else tiles.backward
+    backward: Callable[..., tuple[Array, ...]] = _fused_backward if is_fused else _from_arrays(tiles.backward)
     d_queries, d_keys, d_values = backward(*residuals, slope, block=block)
     return d_queries, d_keys, d_values, None
+
+
+def _from_arrays(backward: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
+    """The backward pass as a function of seven arrays: a primitive takes no other."""
+
+    def run(*arrays: Array, **options: int) -> tuple[Array, ...]:
+        return backward(Operands(*arrays[:4]), *arrays[4:], **options)
+
+    return run
 
 
 _packed.defvjp(_forward, _backward)
 
 _fused_forward = by_platform("attention", tiles.forward, cuda=triton.forward, tpu=splash.forward)
-_fused_backward = by_platform("attention_backward", tiles.backward, cuda=triton.backward, tpu=splash.backward)
+_fused_backward = by_platform(
+    "attention_backward",
+    _from_arrays(tiles.backward),
+    cuda=_from_arrays(triton.backward),
+    tpu=_from_arrays(splash.backward),
+)

@@ -13,6 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
+from empg_jax.models.attention.operands import Operands
+
 GRAIN = 128  # lanes: rows are padded to a multiple of it
 BLOCKS = (512, 256, 128)  # the largest that divides the padded row
 
@@ -40,10 +42,7 @@ def forward(
 
 
 def backward(
-    queries: Float[Array, "B T H d"],
-    keys: Float[Array, "B T K d"],
-    values: Float[Array, "B T K d"],
-    segment_ids: Int[Array, "B T"],
+    operands: Operands,
     output: Float[Array, "B T H d"],
     normaliser: Float[Array, "B H T"],
     slope: Float[Array, "B T H d"],
@@ -51,19 +50,18 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
     """Slopes of queries, keys and values (`packed`)."""
+    queries, keys, values, segment_ids = operands
     kernel = _make_kernel(queries, interpret)
 
     def one_row(
-        q: Array, k: Array, v: Array, segments: Array, output: Array, normaliser: Array, slope: Array
+        row: tuple[Array, Array, Array], segments: Array, output: Array, normaliser: Array, slope: Array
     ) -> tuple[Array, Array, Array]:
         ids = kernels.SegmentIds(segments, segments)
-        known = (q, k, v, ids, None, output, normaliser, kernel.dq_mask_info, kernel.dkv_mask_info)
+        known = (*row, ids, None, output, normaliser, kernel.dq_mask_info, kernel.dkv_mask_info)
         return kernels._splash_attention_bwd(**kernel.kwargs, res=known, do=slope)[3:6]
 
     slopes = jax.vmap(one_row)(
-        _rows(_scaled(queries)),
-        _rows(keys),
-        _rows(values),
+        (_rows(_scaled(queries)), _rows(keys), _rows(values)),
         _pad(segment_ids, axis=1),
         _rows(output),
         _pad(normaliser, axis=2),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from empg_jax.models.attention.cached import MASKED
+from empg_jax.models.attention.operands import Operands
 
 
 def forward(
@@ -51,10 +52,7 @@ def forward(
 
 
 def backward(
-    queries: Float[Array, "B T H d"],
-    keys: Float[Array, "B T K d"],
-    values: Float[Array, "B T K d"],
-    segment_ids: Int[Array, "B T"],
+    operands: Operands,
     output: Float[Array, "B T H d"],
     normaliser: Float[Array, "B H T"],
     slope: Float[Array, "B T H d"],
@@ -65,6 +63,7 @@ def backward(
 
     Keys stand first in every matrix here, so that no matrix of weights is ever transposed.
     """
+    queries, keys, values, segment_ids = operands
     batch, length, heads, depth = queries.shape
     kv_heads, groups, scale = keys.shape[2], heads // keys.shape[2], jnp.float32(depth**-0.5)
     q, k, v = _grouped(queries, kv_heads), jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)

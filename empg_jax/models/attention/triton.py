@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import attention as kernels
 from jaxtyping import Array, Float, Int
 
+from empg_jax.models.attention.operands import Operands
+
 # Rows are padded to a multiple of it; every block length below divides it.
 GRAIN = 128
 
@@ -45,10 +47,7 @@ def forward(
 
 
 def backward(
-    queries: Float[Array, "B T H d"],
-    keys: Float[Array, "B T K d"],
-    values: Float[Array, "B T K d"],
-    segment_ids: Int[Array, "B T"],
+    operands: Operands,
     output: Float[Array, "B T H d"],
     normaliser: Float[Array, "B H T"],
     slope: Float[Array, "B T H d"],
@@ -56,6 +55,7 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
     """Slopes of queries, keys and values (`packed`)."""
+    queries, keys, values, segment_ids = operands
     length, depth = queries.shape[1], queries.shape[3]
     prepared = _prepare(queries, keys, values, segment_ids)
     log2_total = normaliser * jnp.float32(1 / math.log(2))

@@ -1,0 +1,118 @@
+"""Demonstrations: an environment's own expert plays tasks, and its episodes become trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from empg_envs import make_env
+from empg_jax.errors import RunError
+from empg_jax.run.assembly import Language
+from empg_jax.types import Outcome, Status, Trajectory, Turn
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+
+class DemonstrationError(RunError):
+    """The environment's expert cannot give demonstrations."""
+
+
+def record_demonstrations(
+    config: Config,
+    language: Language,
+    count: int,
+    *,
+    advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
+) -> list[Trajectory]:
+    """Let the expert play ``count`` tasks of ``sft.split``; with probability ``sft.noise`` a turn is random.
+
+    A demonstration that would not fit ``rollout.max_tokens`` is left out.
+
+    Raises:
+      DemonstrationError: the environment has no expert or fails, or no demonstration fits.
+    """
+    env = make_env(config.env.target, **config.env.options)
+    if not hasattr(env, "expert_action"):
+        raise DemonstrationError(
+            f"environment {config.env.target} has no expert (no expert_action method): set sft.updates=0"
+        )
+    rng = np.random.default_rng((config.seed, 1))
+    tasks = rng.permutation(env.num_tasks(config.sft.split))
+    demonstrations = []
+    for number in range(count):
+        task = int(tasks[number % len(tasks)])
+        try:
+            trajectory = _play(env, config, language, task, number, rng)
+        except Exception as error:  # whatever an environment raises, in words that name it
+            raise DemonstrationError(
+                f"environment {config.env.target} failed while its expert played task "
+                f"{config.sft.split}/{task}: {type(error).__name__}: {error}"
+            ) from error
+        if len(trajectory.turns[-1].prompt_tokens) + len(trajectory.turns[-1].response_tokens) <= (
+            config.rollout.max_tokens
+        ):
+            demonstrations.append(trajectory)
+        advance(1, {})
+    env.close()
+    if not demonstrations:
+        raise DemonstrationError(
+            f"none of {count} demonstrations fits rollout.max_tokens={config.rollout.max_tokens}"
+        )
+    return demonstrations
+
+
+def _play(
+    env: Any, config: Config, language: Language, task: int, number: int, rng: np.random.Generator
+) -> Trajectory:
+    context = language.make_context()
+    observation, info = env.reset(seed=config.seed, split=config.sft.split, index=task)
+    delta = context.start(observation, info)
+    held = np.zeros(0, np.int32)
+    turns: list[Turn] = []
+    terminated = truncated = False
+    while not (terminated or truncated or len(turns) >= config.env.max_turns):
+        new = np.asarray(delta.tokens, np.int32)
+        prompt = new if delta.is_fresh else np.concatenate([held, new])
+        action = env.expert_action()
+        if info.get("admissible") and rng.random() < config.sft.noise:
+            action = info["admissible"][rng.integers(len(info["admissible"]))]
+        response = np.asarray(language.renderer.encode_response(action), np.int32)
+        shown = observation
+        observation, reward, terminated, truncated, info = env.step(action)
+        zeros = np.zeros(len(response), np.float32)
+        turns.append(
+            Turn(
+                prompt_tokens=prompt,
+                response_tokens=response,
+                behavior_logprobs=zeros,
+                entropies=zeros,
+                reward=reward,
+                version=0,
+                anchor=0,
+                is_valid=True,
+                finish_reason="stop",
+                observation=shown,
+                response=action,
+            )
+        )
+        held = np.concatenate([prompt, response])
+        said = language.renderer.lead + action
+        delta = context.follow(response.tolist(), said, True, action, observation, info)
+    won = bool(info.get("won", False))
+    outcome = Outcome(Status.TRAINED, "won" if won else "turn_limit")
+    total = sum(turn.reward for turn in turns)
+    return Trajectory(
+        task=task,
+        split=config.sft.split,
+        group_id=number,
+        member=0,
+        turns=tuple(turns),
+        outcome=outcome,
+        episode_return=total,
+        is_success=won,
+        terminated=terminated,
+        truncated=truncated,
+    )

@@ -1,0 +1,115 @@
+"""What a warm start learns from: conversations of files, or demonstrations of the environment's expert."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from empg_jax.errors import ConfigError
+from empg_jax.report.progress import Progress
+from empg_jax.report.record import RunRecord
+from empg_jax.run.assembly import Language
+from empg_jax.sft.chat_data import epoch_batch, load_chat_data
+from empg_jax.sft.demonstrations import record_demonstrations
+from empg_jax.text.chatfile import ChatDataError
+from empg_jax.types import Trajectory
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What a warm start learns from.
+
+    Attributes:
+      train: episodes or conversations.
+      draw: the ones that an update takes, by number; depends on nothing but the update.
+      max_turns: most turns that one has.
+      rows: most rows that one needs.
+      held_out: others, on which the loss is measured.
+      fingerprint: hash of the data; empty where they were recorded by an expert (they are again on resume).
+    """
+
+    train: Sequence[Trajectory]
+    draw: Callable[[int], Sequence[int]]
+    max_turns: int
+    rows: int = 1
+    held_out: Sequence[Trajectory] = ()
+    fingerprint: str = ""
+
+    def note(self, record: RunRecord) -> None:
+        """Write into a run's record which data this is.
+
+        Raises:
+          ChatDataError: the record says that the run began with other data.
+        """
+        if record.sft_update and record.sft_data != self.fingerprint:
+            raise ChatDataError("sft.data was changed since this run began: resume needs the same files")
+        record.sft_data = self.fingerprint
+
+
+def gather_examples(config: Config, language: Language, progress: Progress) -> Examples:
+    """The conversations of ``sft.data``, else demonstrations of the environment's expert.
+
+    Raises:
+      ConfigError: a file of ``sft.data`` does not exist.
+      ChatDataError: it holds lines that are no conversations, or nothing to learn from.
+      DemonstrationError: the expert cannot give demonstrations.
+    """
+    s = config.sft
+    if s.data is not None:
+        return _read_examples(config, s.data, language, progress)
+    progress.phase("demonstrations", s.demonstrations, "episodes")
+    demonstrations = record_demonstrations(config, language, s.demonstrations, advance=progress.advance)
+    count = len(demonstrations)
+
+    def draw(update: int) -> list[int]:
+        rng = np.random.default_rng((config.seed, 2, update))
+        return rng.choice(count, size=min(s.batch_size, count), replace=False).tolist()
+
+    turns = config.env.max_turns
+    return Examples(demonstrations, draw, turns, rows=turns if config.env.context == "window" else 1)
+
+
+def _read_examples(config: Config, paths: Sequence[str], language: Language, progress: Progress) -> Examples:
+    s = config.sft
+    for path in paths:
+        if not Path(path).expanduser().is_file():
+            raise ConfigError(f"sft.data={path}: there is no such file (JSON lines, one conversation each)")
+    progress.phase("chat data", _count_lines(paths), "lines")
+    data = load_chat_data(
+        paths,
+        language.renderer,
+        max_tokens=config.rollout.max_tokens,
+        loss_on=s.loss_on,
+        too_long=s.too_long,
+        holdout=s.holdout,
+        advance=progress.advance,
+    )
+    progress.close()  # the phase ends here, not with the compilation that comes next
+    epochs = s.updates * s.batch_size / len(data.train)
+    progress.message(
+        f"{data.describe(config.rollout.max_tokens, s.too_long)}; {s.updates} updates of {s.batch_size} are "
+        f"{epochs:.2g} epochs"
+    )
+    return Examples(
+        data.train,
+        functools.partial(epoch_batch, len(data.train), s.batch_size, config.seed),
+        max_turns=max(data.train.max_turns, data.held_out.max_turns),
+        held_out=data.held_out,
+        fingerprint=data.train.fingerprint,
+    )
+
+
+def _count_lines(paths: Sequence[str]) -> int:
+    count = 0
+    for path in paths:
+        with Path(path).expanduser().open("rb") as file:
+            count += sum(1 for line in file if line.strip())
+    return count

@@ -1,0 +1,71 @@
+"""The warm start as a phase of a run: its metrics, its progress, its checkpoints."""
+
+from __future__ import annotations
+
+from empg_jax.learner.state import TrainState
+from empg_jax.metrics import MetricsLog
+from empg_jax.rollout.source import Interrupted
+from empg_jax.run.parts import Parts, RunState, mark_boundary, save
+from empg_jax.sft.examples import Examples, gather_examples
+from empg_jax.sft.warm_start import warm_start
+
+
+def train_on_examples(parts: Parts, run: RunState, examples: Examples | None = None) -> None:
+    """Make the updates of the warm start that are still to be made.
+
+    Args:
+      parts: the run's parts.
+      run: its state; afterwards it holds the trained parameters.
+      examples: what to learn from; None gathers it.
+
+    Raises:
+      ChatDataError: on resume, ``sft.data`` is not what the run began with.
+      Interrupted: the run was asked to stop.
+    """
+    config, progress = parts.config, parts.progress
+    with parts.clock.phase("sft"):
+        if examples is None:
+            examples = gather_examples(config, parts.language, progress)
+        examples.note(run.record)
+        progress.phase("warm start", config.sft.updates, "updates")
+        first = run.record.sft_update
+        progress.advance(first, {})
+        with MetricsLog(parts.run_dir, filename="sft_metrics.jsonl", resume_at=first) as log:
+
+            def on_update(number: int, state: TrainState, values: dict[str, float]) -> None:
+                log.write(number, values)
+                _after_update(parts, run, number, state, values)
+
+            run.state = warm_start(
+                config,
+                parts.learner.model,
+                parts.learner.mesh,
+                run.state,
+                examples,
+                base=parts.learner.base,
+                first=first,
+                on_update=on_update,
+            )
+
+
+def _after_update(
+    parts: Parts, run: RunState, number: int, state: TrainState, values: dict[str, float]
+) -> None:
+    config, record = parts.config, run.record
+    parts.progress.advance(1, values)
+    if "sft_eval_loss" in values:
+        record.sft_eval_loss = values["sft_eval_loss"]
+        parts.progress.message(
+            f"warm start update {number + 1}: loss {values['sft_loss']:.4f}, "
+            f"held-out {values['sft_eval_loss']:.4f}"
+        )
+    # Demonstrations are soon learned anew; a large file is not.
+    is_saved = config.sft.data is not None and (number + 1) % config.checkpoint.every == 0
+    should_stop = parts.should_stop()
+    if is_saved or should_stop:
+        run.state, record.sft_update = state, number + 1
+        mark_boundary(parts, run)
+    if should_stop:
+        raise Interrupted
+    if is_saved and number + 1 < config.sft.updates:
+        save(parts, run)
