@@ -217,11 +217,6 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
     return {**params, "layers": tuple(layers)}
 
 
-def stack_layers(params: Params) -> Params:
-    """The inverse of `unstack_layers`: one array per kind of parameter, layers along its first axis."""
-    return {**params, "layers": jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])}
-
-
 # ------------------------------------------------------------------------------------------- forward
 
 
