@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
-    """Write indented JSON; readers see the old file or the new one, never a part."""
-    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write a text file beside its place, then move it there."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file beside ``path`` to write into; it takes the place when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a text file."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
+    """Write indented JSON."""
+    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from empg_jax.errors import ConfigError
+from empg_jax.files import write_text_atomic
 
 # Name -> meaning. A name that ends in * stands for a family, one metric per ending.
 METRICS: dict[str, str] = {
@@ -222,9 +223,7 @@ class MetricsLog:
 
 def _truncate(path: Path, resume_at: int) -> None:
     kept = [record for record in read_metrics(path) if record["update"] < resume_at]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(temporary, path)
+    write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _open_tensorboard(run_dir: Path, resume_at: int | None) -> Any:

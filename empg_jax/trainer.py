@@ -154,7 +154,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             measured |= measure_drift(parts, run, batch, layout, own_scores)
         run.update += 1
         check_steps(parts, run, steps, host_batch)
-        parts.source.collector.settle()
+        parts.source.collector.settle()  # new weights are taken up at a turn boundary
         values = describe_update(
             trajectories,
             layout,

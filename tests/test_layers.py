@@ -35,7 +35,7 @@ FLOORS = {
     "__main__": 10,
 }
 # Rooms that talk to environments by Python; all others do not know them.
-KNOW_ENVIRONMENTS = {"retrieval", "run", "sft", "cli"}
+KNOW_ENVIRONMENTS = {"retrieval", "rollout", "run", "sft", "cli"}
 # Packages that only some modules may import.
 RESERVED = {"pydantic": "empg_jax.config", "typer": "empg_jax.cli"}
 STRANGERS = {"learner", "rollout"}  # they meet in the run only

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, init_params, init_value_head
+from empg_jax.models.head import wide_type
 from empg_jax.models.lora import make_lora
 from empg_jax.parallel.mesh import replicated
 from empg_jax.types import Leaf, Params
@@ -98,11 +99,6 @@ def _relaxed(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 def widen(tree: Any) -> Any:
     """The tree in float32 at least."""
     return jax.tree.map(lambda leaf: leaf.astype(wide_type(leaf.dtype)), tree)
-
-
-def wide_type(dtype: Any) -> Any:
-    """The type that sums of numbers of a float type are kept in."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def apply_updates(params: Params, updates: Params, step: jax.Array) -> Params:

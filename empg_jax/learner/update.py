@@ -19,8 +19,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from empg_jax.learner.outputs import compute_outputs
-from empg_jax.learner.state import TrainState, apply_updates, state_shardings, wide_type, widen
+from empg_jax.learner.state import TrainState, apply_updates, state_shardings, widen
 from empg_jax.models.decoder import DecoderConfig
+from empg_jax.models.head import wide_type
 from empg_jax.models.lora import combine
 from empg_jax.parallel.layout import constrain, on_mesh
 from empg_jax.parallel.mesh import replicated, row_sharding, token_sharding

@@ -248,11 +248,6 @@ def fuse_projections(layer: Params) -> Params:
     return fused
 
 
-def stack_layers(params: Params) -> Params:
-    """The inverse of `unstack_layers`: one array per kind of parameter, layers along its first axis."""
-    return {**params, "layers": jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])}
-
-
 # ------------------------------------------------------------------------------------------- forward
 
 

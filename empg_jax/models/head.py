@@ -1,8 +1,8 @@
 """The head: log-probability and entropy of given tokens, without ever holding ``[tokens, V]`` at once.
 
-Shared by the learner, supervised fine-tuning and (through `token_statistics`) the engine. On a mesh each
-device computes the logits of its own tokens and its own part of the vocabulary, and what crosses devices is
-one number per token, and the embedding rows of one chunk.
+The learner and the warm start score with it; the engine has the logits of one position at a time and uses
+`engine.sampling`. On a mesh each device computes the logits of its own tokens and its own part of the
+vocabulary, and what crosses devices is one number per token, and the embedding rows of one chunk.
 """
 
 from __future__ import annotations
@@ -22,21 +22,6 @@ SLABS = {"cpu": 2**24}
 LARGE_SLAB = 2**28
 # The logit of a vocabulary entry that does not exist, and where running maxima start: finite, exp of it is 0.
 LOWEST = -1e30
-
-
-def token_statistics(
-    logits: Float[Array, "M V"], tokens: Int[Array, "M"]
-) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
-    """Log-probability and entropy (nats) of ``tokens`` under ``softmax(logits)``; logits in float32."""
-    logits = logits.astype(jnp.float32)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    shifted = logits - largest
-    weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
-    log_total = jnp.log(total)
-    chosen = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0]
-    entropies = log_total - jnp.sum(weights * shifted, axis=-1) / total
-    return chosen - log_total, entropies
 
 
 def compute_head(
@@ -107,7 +92,7 @@ def _split_tokens(x: Array, *axes: str | None) -> Array:
     return constrain(x, *("rows", "time")[: x.ndim - len(axes)], *axes)
 
 
-def _wide(dtype: Any) -> Any:
+def wide_type(dtype: Any) -> Any:
     """The type that sums are kept in: float32, or float64 for float64 inputs."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
@@ -115,7 +100,7 @@ def _wide(dtype: Any) -> Any:
 def _chunk_logits(
     hidden: Array, chunk: Array, index: Array, vocab: int, chunks: int, temperature: float
 ) -> Array:
-    wide = _wide(hidden.dtype)
+    wide = wide_type(hidden.dtype)
     logits = jnp.einsum("...d,vd->...v", hidden, chunk, preferred_element_type=wide)
     logits = _split_tokens(logits * jnp.asarray(1 / temperature, wide), "vocab")
     if vocab % chunks:
@@ -155,7 +140,7 @@ def _head(
 def _head_forward(
     hidden: Array, weights: Array, tokens: Array, temperature: float, chunks: int
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    vocab, wide = weights.shape[0], _wide(hidden.dtype)
+    vocab, wide = weights.shape[0], wide_type(hidden.dtype)
 
     def step(carry: Running, inputs: tuple[Array, Array]) -> tuple[Running, None]:
         largest, total, weighted, target = carry
@@ -188,7 +173,7 @@ def _head_backward(
 ) -> tuple[Array, Array, None]:
     hidden, weights, tokens, normaliser, mean_logit = residuals
     g_logprob, g_entropy = cotangents
-    vocab, wide = weights.shape[0], _wide(hidden.dtype)
+    vocab, wide = weights.shape[0], wide_type(hidden.dtype)
 
     def step(d_hidden: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         index, chunk = inputs

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pathlib
-import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -13,7 +12,7 @@ from empg_jax.errors import ConfigError
 from empg_jax.hf.presets import PRESETS
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.plan.memory import Plan, compute_plan
-from empg_jax.run.assembly import make_language, make_model, micro_rows
+from empg_jax.run.assembly import make_language, make_model, micro_rows, shape_model
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -27,17 +26,14 @@ def find_shape(config: Config) -> DecoderConfig:
     A hub id whose model is also a preset (``Qwen/Qwen2.5-7B-Instruct``) is not looked up.
 
     Raises:
-      ConfigError: as `assembly.make_model` does.
+      ConfigError: as `run.assembly.shape_model` does.
     """
     m = config.model
     if m.path is None and m.preset is None and m.vocab_size is None:
         return make_model(config, make_language(config).tokenizer)
     known = None if m.path is None or pathlib.Path(m.path).expanduser().is_dir() else _preset_of(m.path)
-    if known is not None:
-        section = types.SimpleNamespace(**{**vars(m), "path": None, "preset": known})
-        config = types.SimpleNamespace(**{**vars(config), "model": section})  # type: ignore[assignment]
-    any_tokenizer: Any = types.SimpleNamespace(vocab_size=0)  # the model's own: it fits
-    return make_model(config, any_tokenizer)
+    section = m if known is None else m.model_copy(update={"path": None, "preset": known})
+    return shape_model(config, section, 0)  # the tokenizer is the model's own: it fits
 
 
 def _preset_of(hub_id: str) -> str | None:

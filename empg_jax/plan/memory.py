@@ -21,10 +21,10 @@ from empg_jax.learner.state import base_model, init_trained
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.head import LARGE_SLAB
-from empg_jax.models.quantize import quantise_params
 from empg_jax.parallel.layout import head_shards
 from empg_jax.parallel.mesh import AXES, fit_spec
 from empg_jax.run.assembly import make_batch_shape, micro_rows, needs_reference
+from empg_jax.run.weights import base_shapes
 from empg_jax.types import Params
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ def compute_plan(config: Config, model: DecoderConfig) -> Plan:
 
     Args:
       config: the configuration; its ``mesh`` need not exist here.
-      model: the decoder's shape (`report.plan.find_shape`).
+      model: the decoder's shape (`plan.explain.find_shape`).
     """
     mesh = AbstractMesh(tuple(vars(config.mesh)[axis] for axis in AXES), AXES)
     trained = jax.eval_shape(lambda: init_trained(jax.random.key(0), model))
-    base = _base_shapes(config, model)
+    base = None if model.lora is None else base_shapes(config, model)
     items = [
         *_state_items(config, model, mesh, trained, base),
         *_update_items(config, model, mesh, trained, base),
@@ -96,12 +96,6 @@ def compute_plan(config: Config, model: DecoderConfig) -> Plan:
 
 def _plain(model: DecoderConfig) -> Params:
     return init_params(jax.random.key(0), base_model(model))
-
-
-def _base_shapes(config: Config, model: DecoderConfig) -> Params | None:
-    if model.lora is None:
-        return None
-    return jax.eval_shape(lambda: quantise_params(_plain(model), config.model.quantize))
 
 
 # -------------------------------------------------------------------------------------------- weights

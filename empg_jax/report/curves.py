@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from empg_jax.files import replacing
 from empg_jax.metrics import read_metrics
 
 TRAIN, HELD_OUT = "#1f6f8b", "#c8553d"
@@ -41,9 +41,9 @@ def plot_curves(run_dir: Path) -> Path:
     _line(next(panels), records, "episode_return", "episode return")
     _line(next(panels), records, "loss", "loss")
     figure.suptitle(run_dir.resolve().name)
-    path, temporary = run_dir / "curves.png", run_dir / ".curves.tmp.png"
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    path = run_dir / "curves.png"
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
     return path
 
 

@@ -31,7 +31,7 @@ class RunRecord:
     Attributes:
       phase: the warm start, or RL.
       sft_update: updates of the warm start that are made.
-      sft_data: hash of its data; empty for demonstrations, which are recorded again on resume.
+      sft_data: hash of its data; empty for demonstrations, which are recorded again on resume, None before it.
       sft_eval_loss: the last held-out loss of the warm start, in nats per token.
       panels: results by time, ``before`` and ``after``.
       tokens_sampled: tokens of the trajectories that were learned from.
@@ -42,7 +42,7 @@ class RunRecord:
 
     phase: Literal["sft", "rl"] = "sft"
     sft_update: int = 0
-    sft_data: str = ""
+    sft_data: str | None = None
     sft_eval_loss: float | None = None
     panels: dict[str, PanelResult] = dataclasses.field(default_factory=dict)
     tokens_sampled: int = 0

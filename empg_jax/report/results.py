@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from empg_jax.engine.engine import EngineStats
-from empg_jax.files import write_json_atomic
+from empg_jax.files import replacing, write_json_atomic
 from empg_jax.learner.batching import BatchShape, Layout
 from empg_jax.metrics import reduce_metrics
 from empg_jax.report.curves import plot_curves
@@ -19,7 +17,7 @@ from empg_jax.report.record import RunRecord
 from empg_jax.report.summary import paired_interval, print_summary
 from empg_jax.report.transcripts import select_samples, write_transcripts
 from empg_jax.report.viewer import write_viewer
-from empg_jax.types import Batch, Trajectory
+from empg_jax.types import BATCH_FIELDS, Batch, Trajectory
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -80,9 +78,8 @@ def describe_update(
 def dump_batch(run_dir: Path, update: int, batch: Batch) -> Path:
     """Write a batch to ``bad_batch_<update>.npz`` for inspection; returns the path."""
     path = run_dir / f"bad_batch_{update}.npz"
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        np.savez_compressed(file, **{name: getattr(batch, name) for name in BATCH_FIELDS})
     return path
 
 

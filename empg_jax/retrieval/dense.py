@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 
 from empg_envs.deepsearch.passages import Hit, Passage
+from empg_jax.files import replacing
 from empg_jax.retrieval.encoder import TextEncoder
 
 CHUNK = 1024  # passages between two calls of the progress display
@@ -70,7 +69,8 @@ class DenseRetriever:
                 advance(min(start + CHUNK, len(texts)))
             vectors = np.concatenate(parts)
             if cache is not None:
-                _write(Path(cache), vectors, identity)
+                with replacing(Path(cache)) as file:
+                    np.savez(file, vectors=vectors, identity=np.asarray(identity))
         self._vectors = jax.device_put(vectors)
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
@@ -113,15 +113,3 @@ def _read(cache: str | Path | None, identity: str) -> np.ndarray | None:
             return np.asarray(stored["vectors"]) if str(stored["identity"]) == identity else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # not ours, or cut short: made anew
-
-
-def _write(path: Path, vectors: np.ndarray, identity: str) -> None:
-    """Writes beside the file first: a killed process leaves no half one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, vectors=vectors, identity=np.asarray(identity))
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -12,28 +12,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from empg_envs.base import PromptBuilder
 from empg_jax.text.chat import ChatRenderer
 
 ContextKind = Literal["transcript", "window"]
 Info = Mapping[str, Any]
-
-
-class Prompts(Protocol):
-    """The part of an environment's prompt builder (``empg_envs.base.PromptBuilder``) that a context calls."""
-
-    def start(self, observation: str, info: Info) -> list[dict[str, str]]:
-        """First messages of a transcript, ending with a user message."""
-        ...
-
-    def follow(self, observation: str, info: Info) -> str:
-        """Content of the next user message of a transcript."""
-        ...
-
-    def window(
-        self, history: Sequence[tuple[str, str]], observation: str, info: Info, turn: int
-    ) -> list[dict[str, str]]:
-        """A fresh prompt that tells the last turns."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +64,9 @@ class EpisodeContext(Protocol):
 ContextFactory = Callable[[], EpisodeContext]
 
 
-def make_context(kind: ContextKind, prompts: Prompts, renderer: ChatRenderer, history: int) -> ContextFactory:
+def make_context(
+    kind: ContextKind, prompts: PromptBuilder, renderer: ChatRenderer, history: int
+) -> ContextFactory:
     """Returns a factory of per-episode contexts.
 
     Args:
@@ -105,7 +90,7 @@ def make_context(kind: ContextKind, prompts: Prompts, renderer: ChatRenderer, hi
 class _Transcript:
     """Appends new messages; starts afresh only where the template demands it."""
 
-    def __init__(self, prompts: Prompts, renderer: ChatRenderer):
+    def __init__(self, prompts: PromptBuilder, renderer: ChatRenderer):
         self._prompts = prompts
         self._renderer = renderer
         self._messages: list[dict[str, str]] = []
@@ -136,7 +121,7 @@ class _Transcript:
 class _Window:
     """Tells the last ``history`` turns in a fresh prompt."""
 
-    def __init__(self, prompts: Prompts, renderer: ChatRenderer, history: int):
+    def __init__(self, prompts: PromptBuilder, renderer: ChatRenderer, history: int):
         self._prompts = prompts
         self._renderer = renderer
         self._turns: deque[tuple[str, str]] = deque(maxlen=history)

@@ -11,9 +11,8 @@ from empg_jax.engine.engine import Engine
 from empg_jax.errors import RunError
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.episode import Attempt
+from empg_jax.rollout.source import MAX_RETRIES
 from empg_jax.types import Params, Trajectory
-
-MAX_RETRIES = 3
 
 
 class EvaluationError(RunError):

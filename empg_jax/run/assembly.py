@@ -39,6 +39,7 @@ from empg_jax.workers.pool import EnvPool, PoolTimeouts
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
+    from empg_jax.config.model import ModelConfig
 
 EVALUATION_STREAM = 1  # sampling keys of evaluation never meet those of training
 
@@ -112,13 +113,23 @@ def _call(key: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> 
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
-    """The decoder's shape.
+    """The decoder's shape; see `shape_model`."""
+    return shape_model(config, config.model, tokenizer.vocab_size)
+
+
+def shape_model(config: Config, section: ModelConfig, vocab_size: int) -> DecoderConfig:
+    """The decoder's shape, from a folder's config.json, a preset, or the numbers of the configuration.
+
+    Args:
+      config: the configuration.
+      section: what describes the model, usually ``config.model``.
+      vocab_size: tokens that the model must know; its vocabulary where nothing else says it.
 
     Raises:
       ConfigError: an unknown preset, a folder whose model the decoder cannot be, a vocabulary smaller than
         the tokenizer's, or heads that the mesh cannot divide.
     """
-    m = config.model
+    m = section
     numerics: dict[str, Any] = {
         "dtype": jnp.dtype(m.dtype),
         "param_dtype": jnp.dtype(m.param_dtype),
@@ -142,7 +153,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
             raise ConfigError(str(error)) from None
     else:
         model = DecoderConfig(
-            vocab_size=m.vocab_size or tokenizer.vocab_size,
+            vocab_size=m.vocab_size or vocab_size,
             hidden_size=m.hidden_size,
             num_layers=m.num_layers,
             num_heads=m.num_heads,
@@ -156,9 +167,9 @@ def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
             qk_norm=m.qk_norm,
             **numerics,
         )
-    if model.vocab_size < tokenizer.vocab_size:
+    if model.vocab_size < vocab_size:
         raise ConfigError(
-            f"the model has {model.vocab_size} embedding rows, the tokenizer {tokenizer.vocab_size} tokens: "
+            f"the model has {model.vocab_size} embedding rows, the tokenizer {vocab_size} tokens: "
             "raise model.vocab_size or name the model's own tokenizer (model.tokenizer)"
         )
     try:

@@ -40,7 +40,7 @@ def check_model(config: Config) -> DecoderConfig:
         return model
     try:
         jax.eval_shape(lambda: init_trained(jax.random.key(0), model))
-        _base_shapes(config, model)
+        base_shapes(config, model)
     except ValueError as error:
         raise ConfigError(f"model.lora, model.quantize={config.model.quantize}: {error}") from None
     return model
@@ -51,7 +51,7 @@ def make_base(config: Config, model: DecoderConfig, mesh: Mesh) -> Params | None
     if model.lora is None:
         return None
     bare, scheme = base_model(model), config.model.quantize
-    shardings = param_shardings(mesh, _base_shapes(config, model), model.head_dim)
+    shardings = param_shardings(mesh, base_shapes(config, model), model.head_dim)
     if config.model.path is not None:
         return load_hf(config.model.path, bare, shardings=shardings, quantise=scheme)[1]
 
@@ -61,7 +61,9 @@ def make_base(config: Config, model: DecoderConfig, mesh: Mesh) -> Params | None
     return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
-def _base_shapes(config: Config, model: DecoderConfig) -> Params:
+def base_shapes(config: Config, model: DecoderConfig) -> Params:
+    """Shapes and types of the frozen weights below adapters, as they are kept."""
+
     def init() -> Params:
         return quantise_params(init_params(jax.random.key(0), base_model(model)), config.model.quantize)
 

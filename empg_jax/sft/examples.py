@@ -49,7 +49,7 @@ class Examples:
         Raises:
           ChatDataError: the record says that the run began with other data.
         """
-        if record.sft_update and record.sft_data != self.fingerprint:
+        if record.sft_data not in (None, self.fingerprint):
             raise ChatDataError("sft.data was changed since this run began: resume needs the same files")
         record.sft_data = self.fingerprint
 

@@ -16,12 +16,12 @@ pool nor its workers need JAX. One thread drives a pool; deadlines are noticed w
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import selectors
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from empg_jax.errors import nearest
 from empg_jax.workers.faults import (
     EnvFailure,
     FaultLedger,
@@ -278,8 +278,7 @@ class EnvPool:
 
     def _check_task(self, split: str, index: int) -> None:
         if split not in self.splits:
-            nearest = difflib.get_close_matches(split, self.splits, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown split {split!r}{hint} Known: {', '.join(sorted(self.splits))}")
+            known = ", ".join(sorted(self.splits))
+            raise ValueError(f"unknown split {split!r}{nearest(split, self.splits)}; known: {known}")
         if not 0 <= index < self.splits[split]:
             raise ValueError(f"task {split}/{index} does not exist: {split!r} has {self.splits[split]} tasks")

@@ -129,7 +129,10 @@ def quote_turns(history: Sequence[tuple[str, str]], turn: int) -> str:
 
 
 class PlainPrompts:
-    """The observation is the user message, and nothing else is said."""
+    """The observation is the user message, and nothing else is said.
+
+    A base for other prompts: they say `start`, `follow` and `recall` in their own words.
+    """
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
         """One user message: the observation."""
@@ -146,12 +149,22 @@ class PlainPrompts:
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
+        """A fresh prompt: the start of a transcript, or once something has happened what `recall` tells."""
+        return self.start(observation, info) if turn == 0 else self.recall(history, observation, info, turn)
+
+    def recall(
+        self,
+        history: Sequence[tuple[str, str]],
+        observation: str,
+        info: Mapping[str, Any],
+        turn: int,
+    ) -> list[Message]:
         """The remembered turns as user and assistant messages, then the observation."""
         messages = []
         for past_observation, past_action in history:
             messages.append({"role": "user", "content": past_observation})
             messages.append({"role": "assistant", "content": past_action})
-        return [*messages, {"role": "user", "content": observation}]
+        return [*messages, {"role": "user", "content": self.follow(observation, info)}]
 
 
 class PlainParser:

@@ -9,7 +9,7 @@ import pytest
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models import head
 from empg_jax.models.decoder import DecoderConfig, init_params
-from empg_jax.models.head import compute_head, token_statistics
+from empg_jax.models.head import compute_head
 
 
 def full_head(hidden, weights, tokens, temperature):
@@ -74,12 +74,6 @@ def test_temperature_divides_the_logits():
     cold = compute_head(hidden, weights, tokens, 0.5)
     scaled = compute_head(2 * hidden, weights, tokens)
     np.testing.assert_allclose(cold, scaled, atol=2e-6)
-
-
-def test_statistics_of_given_logits_agree():
-    hidden, weights, tokens = map(jnp.asarray, make_inputs())
-    found = token_statistics(hidden @ weights.T, tokens)
-    np.testing.assert_allclose(found, compute_head(hidden, weights, tokens), atol=3e-6)
 
 
 def test_bfloat16_stays_near_float32():

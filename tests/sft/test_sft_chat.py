@@ -18,6 +18,7 @@ from empg_jax.metrics import MetricsLog
 from empg_jax.models.decoder import init_params
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.report.progress import Progress
+from empg_jax.report.record import RunRecord
 from empg_jax.run import assembly
 from empg_jax.sft import warm_start as sft
 from empg_jax.sft.chat_data import load_chat_data
@@ -216,10 +217,10 @@ def test_a_run_that_died_goes_on_from_its_checkpoint_and_into_rl(chat_file, tmp_
 
 def test_data_that_was_changed_does_not_go_on(bpe_run):
     *_, examples = bpe_run
-    record = {}
+    record = RunRecord()
     examples.note(record)
     examples.note(record)
-    assert record == {"sft_data": examples.fingerprint} and len(examples.fingerprint) == 16
+    assert record == RunRecord(sft_data=examples.fingerprint) and len(examples.fingerprint) == 16
     with pytest.raises(ChatDataError, match=r"sft\.data was changed since this run began"):
         dataclasses.replace(examples, fingerprint="0123").note(record)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from empg_envs.alfworld.generator import GeneratedPanels
@@ -85,18 +85,6 @@ class CompactPrompts(PlainPrompts):
         """Observation and task on one line; the list of commands that ``help`` gives is left out."""
         seen = "help" if observation == HELP else observation
         return f"{seen} Your task is to: {info['task']}"
-
-    def window(
-        self,
-        history: Sequence[tuple[str, str]],
-        observation: str,
-        info: Mapping[str, Any],
-        turn: int,
-    ) -> list[Message]:
-        """The remembered turns as messages, then the observation with the task behind it."""
-        if turn == 0:
-            return self.start(observation, info)
-        return super().window(history, self.follow(observation, info), info, turn)
 
 
 def phrases(level: str = "rooms", **options: Any) -> list[str]:

@@ -72,7 +72,7 @@ def _check_parser(parser: str) -> None:
         raise ValueError(f"unknown deepsearch parser {parser!r}; the parsers are {', '.join(PARSERS)}")
 
 
-class SearchPrompts:
+class SearchPrompts(PlainPrompts):
     """Instructions and question; one growing transcript, or fresh windows that tell the last calls."""
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
@@ -84,7 +84,7 @@ class SearchPrompts:
         """What the search engine said."""
         return observation
 
-    def window(
+    def recall(
         self,
         history: Sequence[tuple[str, str]],
         observation: str,
@@ -93,8 +93,6 @@ class SearchPrompts:
     ) -> list[Message]:
         """A fresh prompt: instructions, question, and the remembered calls with what they brought."""
         (message,) = self.start(observation, info)
-        if turn == 0:
-            return [message]
         # An observation answers the call before it: pair each call with what came next.
         brought = [*(seen for seen, _ in history[1:]), observation]
         first = turn - len(history) + 1

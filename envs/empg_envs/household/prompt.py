@@ -118,18 +118,8 @@ class TersePrompts(PlainPrompts):
             return observation
         return f"{observation} . actions : {' , '.join(_offered(info))}"
 
-    def window(
-        self,
-        history: Sequence[tuple[str, str]],
-        observation: str,
-        info: Mapping[str, Any],
-        turn: int,
-    ) -> list[Message]:
-        """The remembered turns as messages, then the observation."""
-        return super().window(history, self.follow(observation, info), info, turn)
 
-
-class AlfworldPrompts:
+class AlfworldPrompts(PlainPrompts):
     """Instructions, observation, admissible commands; one growing transcript or fresh windows."""
 
     def __init__(self, list_admissible: bool = False, parser: str = "plain", role: str = _ROLE) -> None:
@@ -152,7 +142,7 @@ class AlfworldPrompts:
         """The observation, with the admissible commands if they are to be listed."""
         return "\n\n".join([f"Observation: {observation}", *self._offer(info)])
 
-    def window(
+    def recall(
         self,
         history: Sequence[tuple[str, str]],
         observation: str,
@@ -160,8 +150,6 @@ class AlfworldPrompts:
         turn: int,
     ) -> list[Message]:
         """A fresh prompt: role, task, the remembered turns with their numbers, the present."""
-        if turn == 0:
-            return self.start(observation, info)
         past = quote_turns(history, turn)
         parts = [f"{self._role}\nYour task is to: {info['task']}"]
         if past:

@@ -89,7 +89,7 @@ def _check(tools: str) -> None:
         raise ValueError(f"unknown swe tools {tools!r}; the tools are {', '.join(TOOLS)}")
 
 
-class EngineerPrompts:
+class EngineerPrompts(PlainPrompts):
     """Instructions and task first; then observations, as one transcript or in fresh windows."""
 
     def __init__(self, instructions: str, root: str) -> None:
@@ -105,7 +105,7 @@ class EngineerPrompts:
         """The observation."""
         return observation
 
-    def window(
+    def recall(
         self,
         history: Sequence[tuple[str, str]],
         observation: str,
@@ -114,8 +114,6 @@ class EngineerPrompts:
     ) -> list[Message]:
         """Instructions and task, the remembered turns, the present observation."""
         messages = self.start(observation, info)
-        if turn == 0:
-            return messages
         past = "\n\n".join(
             f"Action {number}:\n{action}\nObservation {number}:\n{seen}"
             for number, (action, seen) in enumerate(

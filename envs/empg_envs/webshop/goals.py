@@ -114,12 +114,6 @@ def human_goals(
         )
 
 
-def count_attributes(counts: Counter[str], goals: Iterable[Goal]) -> None:
-    """Adds to ``counts`` how many goals ask for each attribute."""
-    for goal in goals:
-        counts.update(goal.attributes)
-
-
 def synthetic_weight(attributes: Iterable[str], counts: Counter[str]) -> float:
     """Weight of a synthetic goal: the rarer its attributes, the likelier the original draws it."""
     shares = [1.0 / counts[attribute] for attribute in attributes]

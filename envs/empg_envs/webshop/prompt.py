@@ -90,7 +90,7 @@ class LineParser:
         return ParsedAction(action, action.startswith(_VERBS))
 
 
-class PagePrompts:
+class PagePrompts(PlainPrompts):
     """The structure of verl-agent's WebShop prompts in our words: request, past, page, actions, format."""
 
     def __init__(self, parser: str = "plain") -> None:
@@ -106,7 +106,7 @@ class PagePrompts:
         """Page and actions."""
         return "\n\n".join(self._now(observation, info))
 
-    def window(
+    def recall(
         self,
         history: Sequence[tuple[str, str]],
         observation: str,
@@ -117,8 +117,6 @@ class PagePrompts:
 
         Beyond `MAX_PROMPT_CHARACTERS` it falls back to the prompt without a past.
         """
-        if turn == 0:
-            return self.start(observation, info)
         past = quote_turns([(quote_page(seen, info["task"]), done) for seen, done in history], turn)
         parts = [f"{_ROLE}\nThe request is: {info['task']}"]
         if past:
