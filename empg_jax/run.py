@@ -19,6 +19,7 @@ from empg_jax.assembly import (
     make_group_filter,
     make_language,
     make_model,
+    make_recipe_from,
     needs_reference,
 )
 from empg_jax.checkpoint import Checkpoints, Restored, check_base
@@ -252,6 +253,7 @@ def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, opt
     """The optimizer of the RL phase; its schedule counts optimizer steps."""
     t = config.train
     steps = t.num_minibatches * t.epochs
+    critic = getattr(make_recipe_from(config).critic, "options", {})
     return make_optimizer(
         learning_rate=t.learning_rate,
         final_learning_rate=t.final_learning_rate,
@@ -262,4 +264,7 @@ def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, opt
         beta2=t.beta2,
         weight_decay=t.weight_decay,
         grad_clip=t.grad_clip,
+        critic_learning_rate=critic.get("learning_rate"),
+        critic_grad_clip=critic.get("grad_clip"),
+        critic_warmup_steps=critic.get("warmup_updates", 0) * steps,
     )

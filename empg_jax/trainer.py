@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from empg_jax import sft
-from empg_jax.assembly import make_language, make_pool
+from empg_jax.assembly import describe_algorithm, make_language, make_pool
 from empg_jax.checkpoint import Checkpoints
 from empg_jax.evaluate import Evaluation
 from empg_jax.learner.state import TrainState, restart_optimizer
@@ -81,6 +81,9 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     """
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.log.progress))
+        progress.message(describe_algorithm(config))
+        for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
+            progress.message(f"note: {note}")
         # Bad models and data are told before a folder is made and a model is built.
         check_model(config)
         examples = None

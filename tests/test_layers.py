@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "empg_jax": 0,
     "empg_jax.types": 0,
-    "empg_jax.config": 0,
-    "empg_jax.config_algorithm": 0,
-    "empg_jax.config_model": 0,
-    "empg_jax.config_run": 0,
+    "empg_jax.config": 1,  # its keys are those of the algorithms' parts
+    "empg_jax.config_algorithm": 1,
+    "empg_jax.config_model": 1,
+    "empg_jax.config_run": 1,
     "empg_jax.config_text": 0,
     "empg_jax.config_errors": 0,
     "empg_jax.metrics": 0,

@@ -133,7 +133,9 @@ def make_learner(
     batch_shardings = _batch_shardings(tokens, row_sharding(mesh), whole)
     critic_tokens = tokens if has_critic else None
     one: Any = whole  # for the whole dict of metrics
-    credit_shardings = Credit(tokens, tokens, one, critic_tokens)
+    credit_shardings = Credit(
+        advantages=tokens, loss_weights=tokens, metrics=one, turns=one, value_targets=critic_tokens
+    )
     micro = functools.partial(_micro, rows=micro_rows)
     jit = functools.partial(_jit, mesh)
 
@@ -141,7 +143,12 @@ def make_learner(
         """The program with the base as its last argument."""
         return program if base is None else lambda *args: program(*args, base)
 
-    outputs = functools.partial(compute_outputs, temperature=temperature, has_critic=has_critic)
+    outputs = functools.partial(
+        compute_outputs,
+        temperature=temperature,
+        has_critic=has_critic,
+        detach_critic=algorithm.detach_critic,
+    )
     score = functools.partial(_score, model, micro, outputs, has_reference)
     update = functools.partial(_update, model, micro, outputs, algorithm, optimizer, max_kl)
     return Learner(
