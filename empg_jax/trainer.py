@@ -21,7 +21,7 @@ from empg_jax.report.record import PanelResult
 from empg_jax.report.results import describe_update, dump_batch, write_results
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.source import Interrupted
-from empg_jax.run.assembly import make_language, make_pool, make_rl_optimizer
+from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import create_run_dir, write_run_info
 from empg_jax.run.parts import (
@@ -72,6 +72,9 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     """
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.log.progress))
+        progress.message(describe_algorithm(config))
+        for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
+            progress.message(f"note: {note}")
         # Bad models and data are told before a folder is made and a model is built.
         model = check_model(config)
         examples = None

@@ -182,8 +182,11 @@ def grpo_turn_rows(
             first = jnp.argmax(mask, axis=1, keepdims=True)
             chosen = jnp.take_along_axis(scores, first, axis=1)
         else:
+            # Around the row's own minimum: the mean of equal scores is then that score exactly.
+            low = jnp.min(jnp.where(mask, scores, jnp.inf), axis=1, keepdims=True)
+            low = jnp.where(jnp.isfinite(low), low, 0)
             turns = jnp.maximum(jnp.sum(mask, axis=1, dtype=scores.dtype, keepdims=True), 1)
-            chosen = jnp.sum(scores, axis=1, keepdims=True) / turns
+            chosen = low + jnp.sum(jnp.where(mask, scores - low, 0), axis=1, keepdims=True) / turns
         present = jnp.where(jnp.any(mask, axis=1), ids, -1)
         deviation, std, count = (x[:, None] for x in center_by_group(chosen[:, 0], present, size))
         advantages = scores - chosen + deviation
@@ -218,19 +221,19 @@ def overlong_penalty(
 ) -> Float[Array, "*shape"]:
     """DAPO's soft overlong shaping, to be added to the returns before the base estimator.
 
-        min(0, −(len − (L_max − L_cache)) / L_cache · factor)
+        −factor · clip((len − (L_max − L_cache)) / L_cache, 0, 1)
 
-    It reaches ``−factor`` at ``max_length``, where generation stops, and is not floored beyond.
-    Source: DAPO, https://arxiv.org/abs/2503.14476.
+    It reaches ``−factor`` at ``max_length`` and stays there beyond. Source: DAPO,
+    https://arxiv.org/abs/2503.14476, Eq. 13.
 
     Args:
       lengths: sampled tokens of each trajectory, any shape.
       max_length: L_max in tokens.
       cache_length: L_cache in tokens: the width of the ramp, in (0, max_length].
-      factor: the penalty at ``max_length``.
+      factor: the penalty at ``max_length`` and beyond.
 
     Returns:
-      Penalties of that shape, at most 0.
+      Penalties of that shape, in [−factor, 0].
 
     Raises:
       ValueError: for a ramp that does not fit.
@@ -239,4 +242,4 @@ def overlong_penalty(
         raise ValueError(f"cache_length={cache_length} must lie in (0, max_length={max_length}]")
     (lengths,) = as_floats(lengths)
     excess = (lengths - (max_length - cache_length)) / cache_length
-    return jnp.minimum(-excess * jnp.asarray(factor, excess.dtype), 0)
+    return -jnp.asarray(factor, excess.dtype) * jnp.clip(excess, 0, 1)

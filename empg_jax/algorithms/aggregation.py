@@ -7,8 +7,15 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from empg_jax.algorithms.masking import Arr, Scalar, as_ids, as_mask, check_choice, check_shapes
 from empg_jax.algorithms.segments import sequence_segments
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
-SEQUENCE_MODES = ("seq-mean-token-mean", "seq-mean-token-sum")
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "seq-mean-token-const",
+)
+SEQUENCE_MODES = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-const")
+SCALED_MODES = ("seq-mean-token-sum-norm", "seq-mean-token-const")
 
 
 def loss_weights(
@@ -26,15 +33,16 @@ def loss_weights(
         seq-mean-token-mean      (1/B) Σ_i (1/n_i) Σ_t l
         seq-mean-token-sum       (1/B) Σ_i Σ_t l
         seq-mean-token-sum-norm  Σ l / scale
+        seq-mean-token-const     (1/B) Σ_i (1/scale) Σ_t l   (Dr. GRPO)
 
     Call it on the whole mini-batch: micro-batches then only add up.
 
     Args:
       loss_mask: tokens that are trained.
-      mode: one of the four above.
+      mode: one of the five above.
       sequence_ids: arbitrary ids, equal ids = one sequence, -1 = padding (weight 0 in every mode); None makes
         every row a sequence.
-      scale: divisor of ``seq-mean-token-sum-norm``; the row length when None.
+      scale: divisor of ``seq-mean-token-sum-norm`` and ``seq-mean-token-const``; the row length when None.
 
     Returns:
       Weights [B, T], 0 off the mask; all 0 when nothing is trained. The default float type (float32 unless
@@ -44,8 +52,10 @@ def loss_weights(
       ValueError: for an unknown mode, a ``scale`` that the mode does not use, or different shapes.
     """
     check_choice("mode", mode, AGGREGATIONS)
-    if scale is not None and mode != "seq-mean-token-sum-norm":
-        raise ValueError(f'scale is used by mode="seq-mean-token-sum-norm" only, not by {mode!r}')
+    if scale is not None and mode not in SCALED_MODES:
+        raise ValueError(
+            f"scale is used by mode={' and '.join(map(repr, SCALED_MODES))} only, not by {mode!r}"
+        )
     mask = as_mask(loss_mask)
     if sequence_ids is not None:
         check_shapes(loss_mask=loss_mask, sequence_ids=sequence_ids)
@@ -63,11 +73,14 @@ def _weigh(
     ones = mask.astype(dtype)
     if mode == "token-mean":
         return ones / jnp.maximum(jnp.sum(ones), 1)
+    constant = jnp.asarray(mask.shape[1] if scale is None else scale, dtype)
     if segments is None:
-        return ones / jnp.asarray(mask.shape[1] if scale is None else scale, dtype)
+        return ones / constant
     home = jnp.maximum(segments, 0)
     counts = jax.ops.segment_sum(ones.ravel(), home.ravel(), num_segments=mask.size)
     weights = ones / jnp.maximum(jnp.sum(counts > 0, dtype=dtype), 1)
+    if mode == "seq-mean-token-const":
+        return weights / constant
     return weights if mode == "seq-mean-token-sum" else weights / jnp.maximum(counts[home], 1)
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
-from empg_jax.algorithms.clipped import MAX_LOG_RATIO, log_ratio
 from empg_jax.algorithms.masking import (
     Arr,
     Scalar,
@@ -19,6 +18,7 @@ from empg_jax.algorithms.masking import (
     masked_mean,
 )
 from empg_jax.algorithms.segments import segment_means, segment_totals, sequence_segments
+from empg_jax.algorithms.surrogates import MAX_LOG_RATIO, log_ratio
 
 LEVELS = ("token", "sequence", "sequence_mean")
 
@@ -82,17 +82,38 @@ def tis_weights(
     """
     check_choice("level", level, LEVELS)
     change, valid = _correction_log_ratio(old_logprobs, behavior_logprobs, mask, level, sequence_ids)
-    weights = jnp.minimum(jnp.exp(change), jnp.asarray(cap, change.dtype))
-    if normalize:
-        # On sequence level every token holds its sequence's weight: shares of 1/n_i make sequences weigh one.
-        shares = valid.astype(weights.dtype)
-        if level != "token":
-            counts = segment_totals(shares, sequence_segments(valid, sequence_ids))
-            shares = shares / jnp.maximum(counts, 1)
-        total = jnp.sum(shares)
-        mean = jnp.sum(jnp.where(valid, weights, 0) * shares) / jnp.where(total > 0, total, 1)
-        weights = weights / jnp.where(mean > 0, mean, 1)
-    return jnp.where(valid, weights, 0)
+    weights = jnp.where(valid, jnp.minimum(jnp.exp(change), jnp.asarray(cap, change.dtype)), 0)
+    return (
+        weights / mean_weight(weights, valid, level=level, sequence_ids=sequence_ids)
+        if normalize
+        else weights
+    )
+
+
+def mean_weight(
+    weights: Float[Array, "B T"],
+    mask: Shaped[Arr, "B T"],
+    *,
+    level: str,
+    sequence_ids: Int[Arr, "B T"] | None = None,
+) -> Float[Array, ""]:
+    """Compute what `tis_weights` divides by to normalize; 1 when nothing is valid.
+
+    Args:
+      weights: not normalized, 0 off the mask.
+      mask: valid tokens.
+      level: over tokens, or over sequences where it is not ``"token"``.
+      sequence_ids: arbitrary ids, -1 = padding; None makes every row a sequence.
+    """
+    valid = _counted(mask, sequence_ids)
+    shares = valid.astype(weights.dtype)
+    if level != "token":
+        # Every token holds its sequence's weight: shares of 1/n_i make sequences weigh one.
+        counts = segment_totals(shares, sequence_segments(valid, sequence_ids))
+        shares = shares / jnp.maximum(counts, 1)
+    total = jnp.sum(shares)
+    mean = jnp.sum(weights * shares) / jnp.where(total > 0, total, 1)
+    return jnp.where(mean > 0, mean, 1)
 
 
 def mis_mask(
@@ -146,11 +167,13 @@ def offpolicy_sequence_mask(
         drop i when mean_t A < 0 and mean_t (old − log π) > δ
 
     It multiplies the loss and leaves the denominator alone. Source: DeepSeek-V3.2,
-    https://arxiv.org/abs/2512.02556.
+    https://arxiv.org/abs/2512.02556, Eq. 9, where the old policy is the one that sampled: its log-probs show
+    the engine's rounding and stale weights, the learner's recomputed ones show neither. A is read as the mean
+    over the sequence.
 
     Args:
       logprobs: of the policy being trained; no gradient flows through the mask.
-      old_logprobs: of the policy before the update.
+      old_logprobs: of the policy that sampled.
       advantages: per token.
       mask: valid tokens; junk elsewhere is harmless.
       sequence_ids: arbitrary ids, -1 = padding; None makes every row a sequence.

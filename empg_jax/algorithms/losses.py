@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
-from empg_jax.algorithms.clipped import MAX_LOG_RATIO, clip_ratio, log_ratio, policy_streams
 from empg_jax.algorithms.masking import Arr, Scalar, check_choice, check_shapes
+from empg_jax.algorithms.surrogates import MAX_LOG_RATIO, clip_ratio, log_ratio, policy_streams
 
 KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")
 

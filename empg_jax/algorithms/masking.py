@@ -20,6 +20,13 @@ from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 Arr = jax.Array | np.ndarray
 Scalar = float | int | np.number | jax.Array
+# The range that an option may have: a name for people, and what a configuration checks.
+NonNegative = Scalar
+Positive = Scalar
+Share = Scalar  # in [0, 1]
+AboveOne = Scalar
+Count = int  # at least 0
+Length = int  # at least 1
 
 
 def as_mask(mask: Shaped[Arr, "..."]) -> Bool[Array, "..."]:

@@ -1,160 +1,35 @@
 """EMPG and AEM: turn advantages reweighted by how certain the policy was.
 
-Both rest on one kernel, `compute_factors`: turn entropies are min-max normalised inside a scope, mapped
-through ``exp(−decay · Hn)`` and divided by their mean, so that the factors have mean 1 in the scope. EMPG
-adds a bonus for a certain next turn and centres; AEM keeps the factor alone, with a dead zone.
+Both rest on one kernel, `compute_factors`. EMPG adds a bonus for a certain next turn and centers; AEM keeps
+the factor alone, with a dead zone.
 
 Everything is a constant to the gradient and must be computed on the whole global batch, before any split.
 """
 
-import warnings
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, Real, Shaped, UInt32
+from jaxtyping import Array, Float, Int, Key, Real, Shaped, UInt32
 
+from empg_jax.algorithms.kernel import CENTERS as CENTERS
+from empg_jax.algorithms.kernel import MEANS as MEANS
+from empg_jax.algorithms.kernel import SCOPES as SCOPES
+from empg_jax.algorithms.kernel import Modulation as Modulation
+from empg_jax.algorithms.kernel import (
+    aem_segments,
+    compute_factors,
+    prepare,
+    scope_segments,
+    shuffle_in_segments,
+    token_weights,
+)
 from empg_jax.algorithms.masking import (
     Arr,
     Scalar,
-    as_floats,
-    as_ids,
     as_mask,
     check_choice,
-    check_shapes,
     masked_mean,
     masked_spread,
     next_valid_values,
 )
-
-SCOPES = ("batch", "group", "trajectory")
-CENTERS = ("turn", "token", "none")
-MEANS = ("turn", "token")
-
-
-def scope_segments(scope: str, group_ids: Int[Array, " N"]) -> Int[Array, " N"]:
-    """The segment of each trajectory in [0, N): all one, its group, or itself; -1 where absent.
-
-    Args:
-      scope: ``"batch"``, ``"group"`` or ``"trajectory"``.
-      group_ids: in [0, N), -1 = absent.
-    """
-    check_choice("scope", scope, SCOPES)
-    if scope == "group":
-        return group_ids
-    own = jnp.arange(group_ids.shape[0], dtype=jnp.int32)
-    return jnp.where(group_ids >= 0, own if scope == "trajectory" else jnp.zeros_like(own), -1)
-
-
-def compute_factors(
-    turn_entropies: Float[Array, "N K"],
-    turn_mask: Bool[Array, "N K"],
-    segments: Int[Array, " N"],
-    *,
-    decay: Scalar,
-    eps: Scalar = 0.0,
-    min_range: Scalar = 0.0,
-    weights: Float[Array, "N K"] | None = None,
-) -> tuple[Float[Array, "N K"], Float[Array, "N K"]]:
-    """The shared kernel: normalised entropies and self-calibrating factors.
-
-        Hn = (H − min_s) / (max_s − min_s + eps)
-        factor = exp(−decay · Hn) / (mean_s exp(−decay · Hn) + eps)
-
-    Args:
-      turn_entropies: mean token entropy of each turn.
-      turn_mask: turns that exist; others are not read.
-      segments: the segment s of each trajectory in [0, N); -1 = absent.
-      decay: strength; 0 gives factors of exactly 1.
-      eps: guards both divisions.
-      min_range: segments whose entropies span less than this keep factor 1.
-      weights: weight of each turn in the mean; None weighs every turn one.
-
-    Returns:
-      ``(factors, normalised)``, each [N, K], 0 off the mask.
-    """
-    dtype, num_segments = turn_entropies.dtype, segments.shape[0]
-    mask = turn_mask & (segments >= 0)[:, None]
-    home = jnp.maximum(segments, 0)
-    decay, eps, min_range = (jnp.asarray(x, dtype) for x in (decay, eps, min_range))
-
-    def spread(per_segment: Float[Array, " N"]) -> Float[Array, "N 1"]:
-        return per_segment[home][:, None]
-
-    row_low = jnp.min(jnp.where(mask, turn_entropies, jnp.inf), axis=1)
-    row_high = jnp.max(jnp.where(mask, turn_entropies, -jnp.inf), axis=1)
-    low = spread(jax.ops.segment_min(row_low, home, num_segments=num_segments))
-    high = spread(jax.ops.segment_max(row_high, home, num_segments=num_segments))
-    # Empty segments hold the infinite fills; they have no valid turn, so any finite number does.
-    low, high = jnp.where(low <= high, low, 0), jnp.where(low <= high, high, 0)
-    span = high - low
-    scale = jnp.where(span + eps > 0, span + eps, 1)
-    normalised = jnp.where(mask, (jnp.where(mask, turn_entropies, low) - low) / scale, 0)
-
-    decayed = jnp.exp(-decay * normalised)
-    shares = jnp.where(mask, jnp.ones_like(decayed) if weights is None else weights, 0)
-    total = jax.ops.segment_sum(jnp.sum(decayed * shares, axis=1), home, num_segments=num_segments)
-    count = jax.ops.segment_sum(jnp.sum(shares, axis=1), home, num_segments=num_segments)
-    mean = spread(total / jnp.where(count > 0, count, 1))
-    factors = decayed / jnp.where(mean + eps > 0, mean + eps, 1)
-    neutral = (span < min_range) | (decay == 0)
-    return jnp.where(mask, jnp.where(neutral, 1, factors), 0), normalised
-
-
-def shuffle_in_segments(
-    values: Float[Array, "N K"],
-    turn_mask: Bool[Array, "N K"],
-    segments: Int[Array, " N"],
-    key: Key[Array, ""] | UInt32[Array, "2"],
-) -> Float[Array, "N K"]:
-    """Permutes the valid turns' values at random inside each segment; 0 off the mask.
-
-    Args:
-      values: one value per turn.
-      turn_mask: turns that exist.
-      segments: the segment of each trajectory in [0, N); -1 = absent.
-      key: consumed.
-    """
-    mask = (turn_mask & (segments >= 0)[:, None]).ravel()
-    home = jnp.where(mask, jnp.broadcast_to(segments[:, None], turn_mask.shape).ravel(), segments.shape[0])
-    draws = jax.random.uniform(key, home.shape)
-    here, there = jnp.argsort(home), jnp.lexsort((draws, home))  # the same segments, in two orders
-    moved = jnp.zeros_like(values.ravel()).at[here].set(values.ravel()[there])
-    return jnp.where(mask, moved, 0).reshape(values.shape)
-
-
-def _prepare(
-    advantages: Real[Arr, "N K"],
-    turn_entropies: Real[Arr, "N K"],
-    turn_mask: Shaped[Arr, "N K"],
-    group_ids: Int[Arr, " N"] | None,
-    scope: str,
-) -> tuple[Float[Array, "N K"], Float[Array, "N K"], Bool[Array, "N K"], Int[Array, " N"]]:
-    """Checks the inputs of a modulation, brings them to one type and drops absent rows from the mask."""
-    check_choice("scope", scope, SCOPES)
-    check_shapes(advantages=advantages, turn_entropies=turn_entropies, turn_mask=turn_mask)
-    if group_ids is None:
-        if scope == "group":
-            raise ValueError('scope="group" needs group_ids (the task of each trajectory, in [0, N))')
-        ids = jnp.zeros(advantages.shape[0], jnp.int32)
-    elif group_ids.shape != advantages.shape[:1]:
-        raise ValueError(f"group_ids must have shape {advantages.shape[:1]}, got {group_ids.shape}")
-    else:
-        ids = as_ids(group_ids)
-    advantages, turn_entropies = as_floats(
-        jax.lax.stop_gradient(advantages), jax.lax.stop_gradient(turn_entropies)
-    )
-    mask = as_mask(turn_mask) & (ids >= 0)[:, None]
-    return jnp.where(mask, advantages, 0), turn_entropies, mask, ids
-
-
-def _token_weights(
-    token_counts: Real[Arr, "N K"] | None, like: Float[Array, "N K"], choice: str
-) -> Float[Array, "N K"]:
-    """Token counts in the type of the computation; ``choice`` names the option that needs them."""
-    if token_counts is None:
-        raise ValueError(f"{choice} needs token_counts (sampled tokens of each turn, [N, K])")
-    check_shapes(advantages=like, token_counts=token_counts)
-    return jnp.asarray(token_counts).astype(like.dtype)
 
 
 def empg(
@@ -171,6 +46,8 @@ def empg(
     token_counts: Real[Arr, "N K"] | None = None,
     active_mask: Shaped[Arr, " N"] | None = None,
     whiten: bool = False,
+    reverse: bool = False,
+    shuffle_key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
     eps: Scalar = 1e-8,
 ) -> Float[Array, "N K"]:
     """Entropy-Modulated Policy Gradients.
@@ -197,6 +74,8 @@ def empg(
       active_mask: trajectories that take part; the others (say, of groups with equal returns: `has_spread`)
         count as absent. None = all, as published: then even a zero advantage receives bonus and centring.
       whiten: also divide by the standard deviation over the batch's turns (ddof 1, 1e-8 under the root).
+      reverse: control: exp(+k Hn) and exp(+k' Hn), uncertain turns gain.
+      shuffle_key: control: permutes g and f, both alike, at random inside the scope.
       eps: guards the min-max and the mean.
 
     Returns:
@@ -205,24 +84,68 @@ def empg(
     Raises:
       ValueError: for an unknown choice, missing ``group_ids`` or ``token_counts``, or different shapes.
     """
+    return empg_terms(
+        advantages,
+        turn_entropies,
+        turn_mask,
+        k=k,
+        k_future=k_future,
+        zeta=zeta,
+        scope=scope,
+        group_ids=group_ids,
+        center=center,
+        token_counts=token_counts,
+        active_mask=active_mask,
+        whiten=whiten,
+        reverse=reverse,
+        shuffle_key=shuffle_key,
+        eps=eps,
+    ).advantages
+
+
+def empg_terms(
+    advantages: Real[Arr, "N K"],
+    turn_entropies: Real[Arr, "N K"],
+    turn_mask: Shaped[Arr, "N K"],
+    *,
+    k: Scalar,
+    k_future: Scalar,
+    zeta: Scalar,
+    scope: str,
+    group_ids: Int[Arr, " N"] | None,
+    center: str,
+    token_counts: Real[Arr, "N K"] | None,
+    active_mask: Shaped[Arr, " N"] | None,
+    whiten: bool,
+    reverse: bool,
+    shuffle_key: Key[Array, ""] | UInt32[Array, "2"] | None,
+    eps: Scalar,
+) -> Modulation:
+    """Compute `empg` with the factors and bonuses that it used; arguments as there."""
     check_choice("center", center, CENTERS)
-    advantages, entropies, mask, ids = _prepare(advantages, turn_entropies, turn_mask, group_ids, scope)
+    advantages, entropies, mask, ids = prepare(advantages, turn_entropies, turn_mask, group_ids, scope)
     if active_mask is not None:
         mask = mask & as_mask(active_mask)[:, None]
-    factors, normalised = compute_factors(entropies, mask, scope_segments(scope, ids), decay=k, eps=eps)
-    certainty = jnp.exp(-jnp.asarray(k_future, advantages.dtype) * normalised)
-    bonus = jnp.asarray(zeta, advantages.dtype) * next_valid_values(certainty, mask)
-    modulated = advantages * factors + bonus
+    segments = scope_segments(scope, ids)
+    decay, decay_future = (jnp.asarray(-x if reverse else x, advantages.dtype) for x in (k, k_future))
+    factors, normalised = compute_factors(entropies, mask, segments, decay=decay, eps=eps)
+    certainty = jnp.exp(-decay_future * normalised)
+    if shuffle_key is not None:  # the same key twice: factor and certainty move together
+        factors, certainty = (
+            shuffle_in_segments(x, mask, segments, shuffle_key) for x in (factors, certainty)
+        )
+    bonuses = jnp.asarray(zeta, advantages.dtype) * next_valid_values(certainty, mask)
+    modulated = advantages * factors + bonuses
     result = modulated
     if center == "turn":
         result = modulated - masked_mean(modulated, mask)
     elif center == "token":
-        counts = jnp.where(mask, _token_weights(token_counts, advantages, 'center="token"'), 0)
+        counts = jnp.where(mask, token_weights(token_counts, advantages, 'center="token"'), 0)
         total = jnp.sum(counts)
         result = modulated - jnp.sum(modulated * counts) / jnp.where(total > 0, total, 1)
     if whiten:
         result = result / jnp.sqrt(masked_spread(modulated, mask)[1] + 1e-8)
-    return jnp.where(mask, result, 0)
+    return Modulation(jnp.where(mask, result, 0), factors, jnp.where(mask, bonuses, 0))
 
 
 def aem(
@@ -272,11 +195,45 @@ def aem(
     Raises:
       ValueError: for an unknown choice, missing ``token_counts`` or different shapes.
     """
+    return aem_terms(
+        advantages,
+        turn_entropies,
+        turn_mask,
+        group_ids=group_ids,
+        lam=lam,
+        scope=scope,
+        min_range=min_range,
+        mean=mean,
+        token_counts=token_counts,
+        center=center,
+        reverse=reverse,
+        shuffle_key=shuffle_key,
+        eps=eps,
+    ).advantages
+
+
+def aem_terms(
+    advantages: Real[Arr, "N K"],
+    turn_entropies: Real[Arr, "N K"],
+    turn_mask: Shaped[Arr, "N K"],
+    *,
+    group_ids: Int[Arr, " N"],
+    lam: Scalar,
+    scope: str,
+    min_range: Scalar,
+    mean: str,
+    token_counts: Real[Arr, "N K"] | None,
+    center: str,
+    reverse: bool,
+    shuffle_key: Key[Array, ""] | UInt32[Array, "2"] | None,
+    eps: Scalar,
+) -> Modulation:
+    """Compute `aem` with the factors that it used; arguments as there."""
     check_choice("mean", mean, MEANS)
     check_choice("center", center, ("turn", "none"))
-    advantages, entropies, mask, ids = _prepare(advantages, turn_entropies, turn_mask, group_ids, scope)
+    advantages, entropies, mask, ids = prepare(advantages, turn_entropies, turn_mask, group_ids, scope)
     segments = aem_segments(scope, ids)
-    weights = None if mean == "turn" else _token_weights(token_counts, advantages, 'mean="token"')
+    weights = None if mean == "turn" else token_weights(token_counts, advantages, 'mean="token"')
     decay = -jnp.asarray(lam, advantages.dtype) if reverse else lam
     factors, _ = compute_factors(
         entropies, mask, segments, decay=decay, eps=eps, min_range=min_range, weights=weights
@@ -286,20 +243,4 @@ def aem(
     result = advantages * factors
     if center == "turn":
         result = jnp.where(mask, result - masked_mean(result, mask), 0)
-    return result
-
-
-def aem_segments(scope: str, group_ids: Int[Array, " N"]) -> Int[Array, " N"]:
-    """`scope_segments`, except that groups of one trajectory each become one batch (see `aem`)."""
-    segments = scope_segments(scope, group_ids)
-    if scope != "group":
-        return segments
-    present = group_ids >= 0
-    ones, home = present.astype(jnp.int32), jnp.maximum(group_ids, 0)
-    sizes = jax.ops.segment_sum(ones, home, num_segments=group_ids.shape[0])
-    alone = (jnp.max(sizes, initial=0) == 1) & (jnp.sum(ones) > 1)
-    if not isinstance(alone, jax.core.Tracer) and alone:
-        warnings.warn(
-            'every task has one trajectory, so AEM\'s scope="group" falls back to scope="batch"', stacklevel=3
-        )
-    return jnp.where(alone, jnp.where(present, 0, -1), segments)
+    return Modulation(result, factors, jnp.zeros_like(result))

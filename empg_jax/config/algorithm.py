@@ -1,55 +1,41 @@
 """The configuration of credit assignment and loss: the ``algorithm`` section and the sections inside it.
 
-A name stands for the keys that distinguish it (`RECIPES`); a key that the named algorithm would not read is
-refused, so that nothing is set in vain.
+Its keys are the keywords of the factories in `empg_jax.algorithms.parts`: type, default and sentence of a
+key are those of the keyword (`empg_jax.algorithms.signatures`, which loads no JAX). A name stands for a
+recipe; a key that no part of the chosen recipe reads is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from empg_jax.algorithms.keys import (
+    MODULATIONS,
+    NOT_OF_PARTS,
+    OFF,
+    Spec,
+    all_keys,
+    choose,
+    explain_idle,
+    flatten,
+    is_off,
+    named_spec,
+    read_keys,
+    readers,
+    resolve,
+    spelled,
+    split_name,
+    written_out,
+)
+from empg_jax.algorithms.signatures import FACTORIES, RECIPES, Parameter
 from empg_jax.errors import nearest
 
-# Names that `algorithm.name` takes, and the keys that each sets; every other key keeps its default. Each name
-# also exists with _empg or _aem behind it, which sets `algorithm.modulation`.
-RECIPES: dict[str, dict[str, Any]] = {
-    "reinforce": {"loss": "reinforce", "aggregation": "seq-mean-token-sum", "dual_clip": None},
-    "rloo": {},
-    "grpo": {},
-    "dr_grpo": {"scale_by_std": False, "aggregation": "seq-mean-token-sum"},
-    "grpo_turn_rows": {},
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28},
-    "gspo": {"loss": "gspo", "aggregation": "seq-mean-token-mean", "dual_clip": None},
-    "cispo": {"loss": "cispo", "dual_clip": None},
-    "sapo": {"loss": "sapo", "aggregation": "seq-mean-token-mean", "dual_clip": None},
-    "gigpo": {"scale_by_std": False},
-    "reinforce_pp": {"reward_kl_coef": 0.001},
-    "reinforce_pp_baseline": {},
-    "ppo": {},
-}
-ALGORITHM_NAMES = (*RECIPES, *(f"{name}_{kind}" for name in RECIPES for kind in ("empg", "aem")))
+ALGORITHM_NAMES = (*RECIPES, *(f"{name}_{kind}" for name in RECIPES for kind in MODULATIONS))
 NO_GROUP_BASELINE = ("reinforce", "reinforce_pp", "ppo")  # the others compare the attempts of one task
-
-# Keys that only some settings read: key -> (the key that decides, its values). Others keep the default.
-_ACTS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
-    "omega": ("name", ("gigpo",)),
-    "turn_gamma": ("name", ("gigpo",)),
-    "gamma": ("name", ("reinforce_pp", "reinforce_pp_baseline", "ppo")),
-    "reward_kl_coef": ("name", ("reinforce_pp", "reinforce_pp_baseline", "ppo")),
-    "critic.lam": ("name", ("ppo",)),
-    "critic.value_coef": ("name", ("ppo",)),
-    "critic.value_clip": ("name", ("ppo",)),
-    "loss_scale": ("aggregation", ("seq-mean-token-sum-norm",)),
-    "correction.level": ("correction.kind", ("tis", "mis")),
-    "correction.cap": ("correction.kind", ("tis",)),
-    "correction.low": ("correction.kind", ("mis",)),
-    "correction.high": ("correction.kind", ("mis",)),
-    "correction.stale_cap": ("loss", ("decoupled_ppo",)),
-    "correction.stale_mode": ("loss", ("decoupled_ppo",)),
-}
 
 
 class Section(BaseModel):
@@ -58,172 +44,206 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class EmpgConfig(Section):
+# --- Keys from the factories' signatures -------------------------------------------------------------------
+
+_TYPES: dict[str, Any] = {
+    "Literal": Literal,
+    "Scalar": float,
+    "NonNegative": Annotated[float, Field(ge=0)],
+    "Positive": Annotated[float, Field(gt=0)],
+    "AboveOne": Annotated[float, Field(gt=1)],
+    "Share": Annotated[float, Field(ge=0, le=1)],
+    "Count": Annotated[int, Field(ge=0)],
+    "Length": Annotated[int, Field(ge=1)],
+}
+# Keys that choose their own part: their default is that it is absent.
+_ABSENT: dict[str, Any] = {
+    "kl_coef": 0.0,
+    "overlong_length": None,
+    "overlong_cache": None,
+    "correction.sequence_delta": None,
+    "mask_truncated": OFF,
+    "drop_void": OFF,
+}
+
+
+def _key_field(key: str) -> tuple[Any, Any]:
+    """Type and field of a key: those of the keywords that read it."""
+    found: list[Parameter] = [FACTORIES[slot][factory][option] for slot, factory, option in readers(key)]
+    kind = eval(found[0].annotation, dict(_TYPES))  # the annotation, as written in our own source
+    default, sentence = found[0].default, found[0].sentence
+    if key in _ABSENT:
+        default = _ABSENT[key]
+        kind = Literal["none", "turn", "trajectory"] if default == OFF else kind
+    elif any(parameter.default != default for parameter in found):
+        default, sentence = None, f"{sentence.rstrip('.')}; null is the chosen part's own."
+    assert default is not inspect.Parameter.empty, key
+    return (kind | None if default is None else kind), Field(default, description=sentence)
+
+
+def _keys_below(section: str) -> dict[str, tuple[Any, Any]]:
+    """The fields of one of the sections inside ``algorithm``."""
+    prefix = f"{section}."
+    return {
+        key.removeprefix(prefix): _key_field(key)
+        for key in all_keys()
+        if key.startswith(prefix) and readers(key)
+    }
+
+
+def _top_keys(*slots: str) -> dict[str, tuple[Any, Any]]:
+    """The keys of some slots that stand in the section itself."""
+    keys = [key for key in all_keys() if "." not in key and key != "invalid_penalty" and readers(key)]
+    return {key: _key_field(key) for key in keys if readers(key)[0][0] in slots}
+
+
+def _choice(slot: str, default: str, sentence: str) -> tuple[Any, Any]:
+    """The key that chooses a slot's part; null leaves what a recipe of one's own has there."""
+    names = tuple(spelled(factory) for factory in FACTORIES[slot])
+    return Literal[names] | None, Field(default, description=sentence)
+
+
+class EmpgConfig(create_model("EmpgKeys", __base__=Section, **_keys_below("empg"))):  # type: ignore
     """Entropy-Modulated Policy Gradients (arXiv 2509.09265)."""
 
-    k: float = Field(1.0, ge=0, description="Strength of the self-calibrating gradient scaling.")
-    k_future: float = Field(1.0, ge=0, description="Strength of the entropy term inside the clarity bonus.")
-    zeta: float = Field(0.1, ge=0, description="Weight of the future-clarity bonus.")
-    scope: Literal["batch", "group", "trajectory"] = Field(
-        "batch", description="Turns over which entropies are normalised."
-    )
-    center: Literal["turn", "token", "none"] = Field(
-        "turn", description="Mean that is taken off the modulated advantages."
-    )
-    whiten: bool = Field(False, description="Also divide them by their standard deviation.")
-    mixed_groups_only: bool = Field(False, description="Leave out task groups whose returns are all equal.")
 
-
-class AemConfig(Section):
+class AemConfig(create_model("AemKeys", __base__=Section, **_keys_below("aem"))):  # type: ignore
     """Adaptive Entropy Modulation (arXiv 2605.00425)."""
 
-    lam: float = Field(1.0, ge=0, description="Strength of the modulation.")
-    scope: Literal["group", "batch", "trajectory"] = Field(
-        "group", description="Turns over which entropies are normalised."
-    )
-    min_range: float = Field(0.1, ge=0, description="Entropy range (nats) below which nothing is modulated.")
-    mean: Literal["turn", "token"] = Field("turn", description="What weighs one in the mean of the factors.")
-    center: Literal["turn", "none"] = Field("none", description="Mean taken off the modulated advantages.")
-    reverse: bool = Field(False, description="Control: swap the factors of low and high entropy.")
-    shuffle_seed: int | None = Field(None, ge=0, description="Control: permute the factors with this seed.")
 
-
-class CriticConfig(Section):
+class CriticConfig(create_model("CriticKeys", __base__=Section, **_keys_below("critic"))):  # type: ignore
     """The critic of PPO: a value head on the policy's own network."""
 
-    lam: float = Field(1.0, ge=0, le=1, description="λ of generalised advantage estimation.")
-    value_coef: float = Field(0.5, ge=0, description="Weight of the value loss beside the policy loss.")
-    value_clip: float | None = Field(
-        0.5, gt=0, description="How far a value may move in an update; null is off."
-    )
+
+_OF_CORRECTION: dict[str, Any] = {
+    "kind": (
+        Literal["none", "tis", "mis"] | None,
+        Field(OFF, description="Truncated (tis) or masked (mis) importance sampling of sampler and learner."),
+    ),
+    **_keys_below("correction"),
+}
 
 
-class CorrectionConfig(Section):
+class CorrectionConfig(create_model("CorrectionKeys", __base__=Section, **_OF_CORRECTION)):  # type: ignore
     """What is done about data that another policy sampled: the engine's rounding, or older weights."""
 
-    kind: Literal["none", "tis", "mis"] = Field(
-        "none", description="Truncated (tis) or masked (mis) importance sampling of sampler and learner."
-    )
-    level: Literal["token", "sequence", "sequence_mean"] = Field(
-        "token", description="What the ratio is taken of; a sequence has a product or a geometric mean."
-    )
-    cap: float = Field(2.0, gt=0, description="Largest weight of tis.")
-    low: float = Field(0.5, ge=0, description="Smallest ratio that mis keeps.")
-    high: float = Field(2.0, gt=0, description="Largest ratio that mis keeps.")
-    sequence_delta: float | None = Field(
-        None,
-        ge=0,
-        description="Drop a sequence of negative advantage that moved further than this (nats); null is off.",
-    )
-    stale_cap: float = Field(5.0, gt=0, description="Largest weight of a token in decoupled_ppo.")
-    stale_mode: Literal["mask", "clamp"] = Field(
-        "mask", description="What decoupled_ppo does beyond that weight."
-    )
+
+def _section(kind: Any, sentence: str) -> tuple[Any, Any]:
+    return kind, Field(default_factory=kind, description=sentence)
 
 
-class AlgorithmConfig(Section):
+_FIELDS: dict[str, Any] = {
+    "name": (
+        str | None,
+        Field("grpo", description="Algorithm by name; _empg or _aem behind it sets modulation."),
+    ),
+    "entry_point": (
+        str | None,
+        Field(
+            None,
+            pattern=r"^[\w.]+:\w+$",
+            description="A Recipe of your own, as package.module:ATTRIBUTE, in place of algorithm.name.",
+        ),
+    ),
+    "modulation": (
+        Literal["none", "empg", "aem"] | None,
+        Field(OFF, description="Entropy modulation of the credit."),
+    ),
+    "empg": _section(EmpgConfig, "Settings of EMPG."),
+    "aem": _section(AemConfig, "Settings of AEM."),
+    **_top_keys("estimate"),
+    "critic": _section(CriticConfig, "Settings of the critic."),
+    **_top_keys("penalise"),
+    "loss": _choice("objective", "ppo_clip", "Policy loss."),
+    **_top_keys("objective"),
+    "aggregation": _choice("aggregate", "token-mean", "How token losses become one number."),
+    **_top_keys("aggregate", "keep", "kl"),
+    "entropy_coef": (Annotated[float, Field(ge=0)], Field(0.0, description="Weight of the entropy bonus.")),
+    "entropy_source": (
+        Literal["learner", "engine"],
+        Field(
+            "learner",
+            description="Who measures entropies: a score pass of the learner, or the sampler.",
+        ),
+    ),
+    "correction": _section(CorrectionConfig, "Corrections for data that another policy sampled."),
+}
+_FIELDS["kl_coef"] = (_FIELDS["kl_coef"][0] | None, _FIELDS["kl_coef"][1])
+
+
+def start_spec(values: Mapping[str, Any]) -> Spec:
+    """The spec that an algorithm begins as, by its name or entry point.
+
+    Raises:
+      ValueError: an entry point that cannot be used.
+    """
+    if values.get("entry_point") is not None:
+        # Only here is JAX loaded: the recipe has to be looked at.
+        from empg_jax.algorithms.configure import spec_of
+        from empg_jax.algorithms.entry import load_recipe
+
+        try:
+            return spec_of(load_recipe(values["entry_point"]))
+        except ValueError as error:
+            raise ValueError(f"algorithm.entry_point={error}") from None
+    return named_spec(*split_name(values.get("name") or "grpo"))
+
+
+class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)):  # type: ignore
     """Credit assignment and loss."""
-
-    name: str = Field("grpo", description="Algorithm by name; _empg or _aem behind it sets modulation.")
-    modulation: Literal["none", "empg", "aem"] = Field(
-        "none", description="Entropy modulation of the credit."
-    )
-    empg: EmpgConfig = Field(default_factory=EmpgConfig, description="Settings of EMPG.")
-    aem: AemConfig = Field(default_factory=AemConfig, description="Settings of AEM.")
-    omega: float = Field(1.0, ge=0, description="Weight of GiGPO's step part.")
-    turn_gamma: float = Field(0.95, ge=0, le=1, description="Discount per turn of GiGPO's step returns.")
-    gamma: float = Field(1.0, ge=0, le=1, description="Discount per sampled token (REINFORCE++, PPO).")
-    critic: CriticConfig = Field(default_factory=CriticConfig, description="Settings of the critic.")
-    overlong_length: int | None = Field(
-        None, ge=1, description="Sampled tokens at which an episode's return is 1 lower (DAPO); null is off."
-    )
-    overlong_cache: int | None = Field(
-        None, ge=1, description="Width in tokens of the ramp that leads to that penalty."
-    )
-    loss: Literal["ppo_clip", "gspo", "turn_ratio_clip", "cispo", "sapo", "reinforce", "decoupled_ppo"] = (
-        Field("ppo_clip", description="Policy loss.")
-    )
-    aggregation: Literal[
-        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
-    ] = Field("token-mean", description="How token losses become one number.")
-    loss_scale: float | None = Field(
-        None, gt=0, description="Divisor of seq-mean-token-sum-norm; null is the row length."
-    )
-    clip_low: float | None = Field(
-        None,
-        gt=0,
-        description="Ratios are clipped at 1 - clip_low; null is the loss's own, 0.2 for ppo_clip.",
-    )
-    clip_high: float | None = Field(
-        None,
-        gt=0,
-        description="Ratios are clipped at 1 + clip_high; null is the loss's own, 0.2 for ppo_clip.",
-    )
-    dual_clip: float | None = Field(
-        3.0, gt=1, description="Bound of ppo_clip at negative advantages; null is off."
-    )
-    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL penalty to the reference policy.")
-    kl_kind: Literal["k1", "k2", "k3", "k1+", "k3+"] = Field(
-        "k3", description="Estimator of that KL; + corrects its gradient."
-    )
-    reward_kl_coef: float = Field(
-        0.0, ge=0, description="Weight of a KL penalty (k1) inside the reward, in place of kl_coef."
-    )
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
-    scale_by_std: bool = Field(True, description="Divide group advantages by the group's standard deviation.")
-    singleton: Literal["zero", "raw"] = Field("zero", description="Advantage of a group of one.")
-    entropy_source: Literal["learner", "engine"] = Field(
-        "learner", description="Who measures entropies: a score pass of the learner, or the sampler."
-    )
-
-    correction: CorrectionConfig = Field(
-        default_factory=CorrectionConfig, description="Corrections for data that another policy sampled."
-    )
 
     @model_validator(mode="before")
     @classmethod
-    def _expand_recipe(cls, data: Any) -> Any:
+    def _write_out(cls, data: Any) -> Any:
         """Write out the keys that a name stands for; explicit keys win, but for a second modulation."""
-        if not isinstance(data, dict) or not isinstance(data.get("name", "grpo"), str):
+        if not isinstance(data, dict):
             return data
-        name = data.get("name", "grpo")
-        if name not in ALGORITHM_NAMES:
+        entry, name = data.get("entry_point"), data.get("name", "grpo")
+        if entry is not None and data.get("name") is not None:
+            raise ValueError(
+                f"algorithm.name={name} and algorithm.entry_point={entry} exclude each other: set "
+                "algorithm.name=null"
+            )
+        if entry is not None:
+            name = None
+        elif not isinstance(name, str):
+            return data
+        elif name not in ALGORITHM_NAMES:
             hint = (
                 nearest(name, ALGORITHM_NAMES) or f"; choose {' or '.join(RECIPES)}, also with _empg or _aem"
             )
             raise ValueError(f"algorithm.name={name} is unknown{hint}")
-        base, _, kind = (name, "", "") if name in RECIPES else name.rpartition("_")
+        base, kind = split_name(name) if name else (None, "")
         explicit = data.get("modulation", kind)
         if kind and explicit != kind:
             raise ValueError(
                 f"algorithm.name={name} and algorithm.modulation={explicit} name two modulations: use "
                 f"algorithm.name={base} with algorithm.modulation={explicit}, or leave one out"
             )
-        return {**RECIPES[base], **({"modulation": kind} if kind else {}), **data, "name": base}
+        try:
+            spec = start_spec({"name": name, "entry_point": entry})
+        except ValueError:
+            if entry is None or not isinstance(entry, str) or ":" not in entry:
+                return data
+            raise
+        return _nested(_filled(spec, flatten(data))) | {"name": base}
 
     @model_validator(mode="after")
     def _check(self) -> AlgorithmConfig:
-        problems = [*self._idle_keys(), *self._contradictions()]
+        problems = list(self._contradictions())
+        if not any("set together" in problem for problem in problems):
+            problems += self._idle_keys()
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     def _idle_keys(self) -> Iterator[str]:
-        for key, (decider, values) in _ACTS_WITH.items():
-            (value, default), (choice, _) = self._lookup(key), self._lookup(decider)
-            if choice not in values and value != default:
-                yield (
-                    f"algorithm.{key}={value} has no effect with algorithm.{decider}={choice}: it belongs to "
-                    f"{' and '.join(values)}"
-                )
-
-    def _lookup(self, key: str) -> tuple[Any, Any]:
-        """Value and default of a key of this section."""
-        section: BaseModel = self
-        *parents, last = key.split(".")
-        for parent in parents:
-            section = getattr(section, parent)
-        return getattr(section, last), type(section).model_fields[last].default
+        defaults = flat_defaults()
+        values = {key: value for key, value in flatten(self.model_dump()).items() if key not in NOT_OF_PARTS}
+        spec = start_spec({"name": self.name, "entry_point": self.entry_point})
+        read = read_keys(choose(spec, values))
+        given = {key: value for key, value in values.items() if key in read or value != defaults[key]}
+        yield from resolve(spec, given, self.name or self.entry_point).idle.values()
 
     def _contradictions(self) -> Iterator[str]:
         correction = self.correction
@@ -249,9 +269,119 @@ class AlgorithmConfig(Section):
                 "algorithm.correction.kind=tis with algorithm.loss=decoupled_ppo: that loss has weights of "
                 "its own; use algorithm.correction.kind=none"
             )
-        if correction.kind != "none" and self.entropy_source == "engine":
-            yield (
-                f"algorithm.correction.kind={correction.kind} compares learner and sampler, but "
-                "algorithm.entropy_source=engine takes the sampler's word for the learner's: use "
-                "algorithm.entropy_source=learner"
-            )
+        if self.entropy_source == "engine":
+            compared = [f"correction.kind={correction.kind}"] if correction.kind not in (OFF, None) else []
+            compared += ["loss=decoupled_ppo"] if self.loss == "decoupled_ppo" else []
+            for key in compared:
+                yield (
+                    f"algorithm.{key} compares learner and sampler, but algorithm.entropy_source=engine "
+                    "takes "
+                    "the sampler's word for the learner's: use algorithm.entropy_source=learner"
+                )
+
+
+def flat_defaults() -> dict[str, Any]:
+    """The default of every key of the section."""
+    found: dict[str, Any] = {}
+    for name, field in AlgorithmConfig.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        found |= (
+            flatten(default.model_dump(), f"{name}.") if isinstance(default, Section) else {name: default}
+        )
+    return found
+
+
+def _filled(spec: Spec, given: dict[str, Any]) -> dict[str, Any]:
+    """The keys given, and what the parts chosen by them set themselves."""
+    try:
+        chosen = choose(spec, given)
+    except (ValueError, TypeError):  # a bad choice: told with the others
+        return given
+    return {**written_out(chosen), **given}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested tables."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        node = nested
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return nested
+
+
+# --- A command over a file ---------------------------------------------------------------------------------
+
+
+def overlay(filed: Any, commanded: Any, *, source: str, is_packaged: bool) -> tuple[Any, list[str]]:
+    """Lay the algorithm keys of a command over those of a file.
+
+    A name (or entry point) in the command decides the whole algorithm, modulation included, unless the
+    command names a modulation too. What a packaged file had set for parts that the command replaced is
+    dropped, and said so; a file of the user's own keeps every key, and one that nothing reads is refused
+    later.
+
+    Args:
+      filed: the file's ``algorithm`` section.
+      commanded: the command's.
+      source: what notes call the file.
+      is_packaged: whether it came with the package.
+
+    Returns:
+      The section, and the notes.
+    """
+    if not isinstance(filed, dict) or not isinstance(commanded, dict):
+        return (filed if commanded is None else commanded), []
+    before, command = flatten(filed), flatten(commanded)
+    kept = dict(before)
+    renames = command.get("name") is not None or command.get("entry_point") is not None
+    if renames:
+        for key in ("name", "entry_point", "modulation"):
+            kept.pop(key, None)
+    elif "modulation" in command and isinstance(before.get("name"), str):
+        kept["name"] = split_name(before["name"])[0]
+    try:
+        notes = _drop_replaced(before, command, kept, source, is_packaged, renames)
+    except (ValueError, TypeError, KeyError):  # something is wrong with the keys, which is told with all else
+        notes = []
+    return _nested({**kept, **command}), notes
+
+
+def _drop_replaced(
+    before: dict[str, Any],
+    command: dict[str, Any],
+    kept: dict[str, Any],
+    source: str,
+    is_packaged: bool,
+    renames: bool,
+) -> list[str]:
+    """Take from ``kept`` what was set for replaced parts; the notes that say so."""
+    old, new = start_spec(before), start_spec({**kept, **command})
+    if before.get("modulation") in MODULATIONS:
+        old = old | choose(old, {"modulation": before["modulation"]})
+    notes = []
+    cause = " ".join(f"algorithm.{key}={value}" for key, value in command.items())
+    for key, slot in (("loss", "objective"), ("aggregation", "aggregate")):
+        if renames and key in kept and key not in command and old.get(slot) != new.get(slot):
+            notes.append(f"algorithm.{key}={kept.pop(key)} of {source} is dropped: {cause} brings its own")
+    if not is_packaged:
+        return notes
+    was = choose(old, before)
+    now = choose(new, {**kept, **command})
+    for key, (slot, factory) in read_keys(was).items():
+        if key in kept and key not in command and was.get(slot) != now.get(slot):
+            value = kept.pop(key)
+            notes.append(f"algorithm.{key}={value} of {source} is dropped: {cause} replaces {factory}")
+    return notes
+
+
+def check_command(algorithm: AlgorithmConfig, commanded: Any) -> Iterator[str]:
+    """Say which keys of a command nothing reads, even where their value is the default."""
+    values = {k: v for k, v in flatten(algorithm.model_dump()).items() if k not in NOT_OF_PARTS}
+    spec = choose(start_spec({"name": algorithm.name, "entry_point": algorithm.entry_point}), values)
+    read = read_keys(spec)
+    for key, value in flatten(commanded if isinstance(commanded, dict) else {}).items():
+        if readers(key) and key not in read and not is_off(key, value):
+            yield explain_idle(key, value, spec, algorithm.name or algorithm.entry_point)

@@ -4,21 +4,22 @@ Every key carries one sentence (`describe` lists them all). Whatever is wrong wi
 unknown key, a wrong type, an impossible combination, a missing or malformed file, a bad override) is a
 `ConfigError`: one readable message with the full key path, the value, and the nearest valid key or choice.
 
-The sections stand in `config_model`, `config_run` and `config_algorithm`; here are the whole, the checks that
+The sections stand in `model`, `sections` and `algorithm` beside this file; here are the whole, the checks that
 look across sections, and loading.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from empg_jax.config.algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section
+from empg_jax.config.algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section, check_command, overlay
 from empg_jax.config.explain import explain, list_keys
 from empg_jax.config.model import MeshConfig, ModelConfig
 from empg_jax.config.sections import (
@@ -31,7 +32,7 @@ from empg_jax.config.sections import (
     TrainConfig,
     WorkersConfig,
 )
-from empg_jax.config.yaml import apply_override, find_file, read_yaml
+from empg_jax.config.yaml import apply_override, find_file, is_packaged, read_yaml
 from empg_jax.errors import ConfigError
 
 # Keys that may change when a run goes on; all others would make the resumed run a different experiment.
@@ -55,6 +56,7 @@ class Config(Section):
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="Devices.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     log: LogConfig = Field(default_factory=LogConfig, description="Logs.")
+    _notes: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="before")
     @classmethod
@@ -72,6 +74,11 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of this configuration before it runs: keys dropped, risks taken."""
+        return (*self._notes, *_lag_note(self))
 
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` reads it back to an equal object."""
@@ -94,12 +101,13 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.max_response_tokens={rollout.max_response_tokens} must be smaller than "
             f"rollout.max_tokens={rollout.max_tokens}, which also holds the prompts"
         )
-    if rollout.group_size == 1 and algorithm.name not in NO_GROUP_BASELINE:
+    compares_attempts = algorithm.name is not None and algorithm.name not in NO_GROUP_BASELINE
+    if rollout.group_size == 1 and compares_attempts:
         yield (
             f"rollout.group_size=1 with algorithm.name={algorithm.name}: its baseline compares the attempts "
             "of one task, so every advantage would be 0; use rollout.group_size=2 or more"
         )
-    lowest = 1 if algorithm.name in NO_GROUP_BASELINE else 2
+    lowest = 2 if compares_attempts else 1
     if rollout.min_group_size is not None and not lowest <= rollout.min_group_size <= rollout.group_size:
         yield (
             f"rollout.min_group_size={rollout.min_group_size} must lie between {lowest} and "
@@ -143,10 +151,41 @@ def _learner_problems(config: Config) -> Iterator[str]:
         )
     if 0 < train.updates < train.warmup_updates:  # 0: a run of the warm start alone, which may go on later
         yield f"train.warmup_updates={train.warmup_updates} exceeds train.updates={train.updates}"
+    yield from _length_problems(config)
     if config.algorithm.entropy_source == "engine" and train.max_lag > 0:
         yield (
             f"algorithm.entropy_source=engine needs on-policy data, but train.max_lag={train.max_lag}: "
             "use train.max_lag=0 or algorithm.entropy_source=learner"
+        )
+
+
+def _length_problems(config: Config) -> Iterator[str]:
+    """What an episode can be, against what the algorithm expects of it."""
+    algorithm, rollout = config.algorithm, config.rollout
+    longest = config.env.max_turns * rollout.max_response_tokens
+    if algorithm.overlong_length is not None and algorithm.overlong_length > longest:
+        yield (
+            f"algorithm.overlong_length={algorithm.overlong_length} is never reached: an episode samples "
+            "at most "
+            f"{longest} tokens (env.max_turns={config.env.max_turns} x rollout.max_response_tokens="
+            f"{rollout.max_response_tokens})"
+        )
+    if algorithm.ratio_unit == "trajectory" and config.env.context == "window":
+        yield (
+            "algorithm.ratio_unit=trajectory with env.context=window: a trajectory is spread over many "
+            "rows there, "
+            "and a ratio sees one row; use algorithm.ratio_unit=turn or segment"
+        )
+
+
+def _lag_note(config: Config) -> Iterator[str]:
+    """Old samples without a correction are allowed, and said."""
+    algorithm = config.algorithm
+    corrected = algorithm.correction.kind != "none" or algorithm.loss == "decoupled_ppo"
+    if config.train.max_lag > 0 and not corrected:
+        yield (
+            f"train.max_lag={config.train.max_lag} trains on samples of older weights without a correction: "
+            "algorithm.correction.kind=tis (or mis), or algorithm.loss=decoupled_ppo corrects for that"
         )
 
 
@@ -168,15 +207,29 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     """
     path = find_file(name_or_path)
     values = {"name": path.stem} | read_yaml(path)
+    filed, command = copy.deepcopy(values.get("algorithm", {})), dict[str, Any]()
     for override in overrides:
         apply_override(values, override)
+        if override.partition("=")[0].strip().partition(".")[0] == "algorithm":
+            apply_override(command, override)
+    commanded, notes = command.get("algorithm"), list[str]()
+    if commanded is not None:
+        values["algorithm"], notes = overlay(
+            filed, commanded, source=path.name, is_packaged=is_packaged(path)
+        )
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
+        if idle := list(check_command(config.algorithm, commanded)):
+            raise ConfigError(_unusable(name_or_path, idle))
+        config._notes = tuple(notes)
+        return config
     except ValidationError as error:
         lines = [line for item in error.errors() for line in explain(Config, item)]
-        raise ConfigError(
-            f"the configuration {name_or_path} cannot be used:\n  " + "\n  ".join(lines)
-        ) from None
+        raise ConfigError(_unusable(name_or_path, lines)) from None
+
+
+def _unusable(name_or_path: str | Path, lines: Sequence[str]) -> str:
+    return f"the configuration {name_or_path} cannot be used:\n  " + "\n  ".join(lines)
 
 
 def check_resumable(overrides: Iterable[str]) -> None:

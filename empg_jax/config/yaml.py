@@ -114,6 +114,11 @@ def _one_line(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}: {problem}" if mark else problem
 
 
+def is_packaged(path: Path) -> bool:
+    """Whether a file is one of the package's configurations."""
+    return path.resolve().parent == _packaged_folder().resolve()
+
+
 def _packaged_folder() -> Path:
     """Inside the package in an installed wheel, one level up in a source checkout."""
     here = Path(__file__).resolve().parents[1]

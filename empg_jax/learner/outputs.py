@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -37,6 +38,7 @@ def compute_outputs(
     temperature: float = 1.0,
     *,
     has_critic: bool = False,
+    detach_critic: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"] | None]:
     """What one forward pass says of every token: log-probability, entropy and, with a critic, value.
 
@@ -52,6 +54,7 @@ def compute_outputs(
       segment_ids: packed sequence in the row.
       temperature: the rollout temperature; divides the logits.
       has_critic: also the value of the state that each token was drawn in.
+      detach_critic: the value's gradient stops at the head.
 
     Returns:
       ``(logprobs, entropies, values)``, float32, entropies in nats; values None without a critic.
@@ -61,7 +64,8 @@ def compute_outputs(
     # Rolled, not cut: where time is split over devices, all of them keep equal parts.
     predicted = jnp.roll(tokens, -1, axis=1)
     logprobs, entropies = compute_head(hidden, weights, predicted, temperature)
-    values = _shift(compute_values(params, hidden)) if has_critic else None
+    state = jax.lax.stop_gradient(hidden) if detach_critic else hidden
+    values = _shift(compute_values(params, state)) if has_critic else None
     return _shift(logprobs), _shift(entropies), values
 
 

@@ -44,6 +44,9 @@ def make_optimizer(
     beta2: float = 0.99,
     weight_decay: float = 0.0,
     grad_clip: float = 1.0,
+    critic_learning_rate: float | None = None,
+    critic_grad_clip: float | None = None,
+    critic_warmup_steps: int = 0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW behind global-norm clipping, with warm-up and decay; in float32 whatever the parameters are.
 
@@ -57,13 +60,51 @@ def make_optimizer(
       beta2: second moment decay.
       weight_decay: decoupled decay of matrices (norms and biases are left alone).
       grad_clip: largest global gradient norm.
+      critic_learning_rate: peak of the critic's head, on the same schedule; None = the policy's.
+      critic_grad_clip: largest gradient norm of the critic's head alone; None = the policy's number.
+      critic_warmup_steps: steps that train the critic's head alone, before the policy moves.
 
     Returns:
-      ``(optimizer, schedule)``.
+      ``(optimizer, schedule)``; the schedule is the policy's. With any of the critic's settings the head has
+      an optimizer of its own, and each of the two is clipped by its own norm.
 
     Raises:
       ValueError: unknown schedule.
     """
+    decay = _schedule(learning_rate, final_learning_rate, total_steps, schedule, warmup_steps)
+
+    def adam(rate: optax.Schedule, clip: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(clip),
+            optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_decayed),
+        )
+
+    if critic_learning_rate is None and critic_grad_clip is None and not critic_warmup_steps:
+        return _relaxed(adam(decay, grad_clip)), decay
+    ratio = 1.0 if critic_learning_rate is None else critic_learning_rate / learning_rate
+    of_critic = adam(lambda step: ratio * decay(step), critic_grad_clip or grad_clip)
+    policy = decay
+    if critic_warmup_steps:
+        # A rate of 0 leaves the policy where it is; the schedule itself goes on counting every step.
+        def policy(step: Any) -> Any:
+            return jnp.where(step < critic_warmup_steps, 0.0, decay(step))
+
+    return _relaxed(
+        optax.multi_transform({"policy": adam(policy, grad_clip), "critic": of_critic}, _owners)
+    ), policy
+
+
+def _owners(params: Params) -> Params:
+    """Which optimizer each parameter belongs to."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "critic" if path[0].key == "value_head" else "policy", params
+    )
+
+
+def _schedule(
+    learning_rate: float, final_learning_rate: float, total_steps: int, schedule: str, warmup_steps: int
+) -> optax.Schedule:
+    """Warm-up from zero and decay."""
     decay_steps = max(1, total_steps - warmup_steps)
     if schedule == "linear":
         decay = optax.linear_schedule(learning_rate, final_learning_rate, decay_steps)
@@ -76,11 +117,7 @@ def make_optimizer(
     if warmup_steps:
         warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
         decay = optax.join_schedules([warmup, decay], [warmup_steps])
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(grad_clip),
-        optax.adamw(decay, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_decayed),
-    )
-    return _relaxed(optimizer), decay
+    return decay
 
 
 def _relaxed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -163,10 +200,12 @@ def state_shardings(mesh: Mesh, model: DecoderConfig, optimizer: optax.GradientT
     opt_state = jax.eval_shape(optimizer.init, params)
     opt_shardings = optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        # Where critic and policy have an optimizer each, the other's parameters are left out of its state.
+        lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
         opt_state,
         of_params,
         transform_non_params=lambda _: replicated(mesh),
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     return TrainState(params=of_params, opt_state=opt_shardings, step=replicated(mesh))
 

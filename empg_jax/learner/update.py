@@ -210,6 +210,7 @@ class _Spec:
             segment_ids,
             self.temperature,
             has_critic=has_critic,
+            detach_critic=self.algorithm.detach_critic,
         )
 
     def micro(self, array: jax.Array, index: jax.Array) -> jax.Array:

@@ -13,7 +13,19 @@ import optax
 
 from empg_envs import EnvSpec, resolve_spec
 from empg_envs.base import ActionParser
-from empg_jax.algorithms import ALGORITHMS, Algorithm, make_algorithm
+from empg_jax.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    Recipe,
+    build,
+    describe_recipe,
+    load_recipe,
+    make_recipe,
+)
+from empg_jax.algorithms.configure import spec_of
+from empg_jax.algorithms.entry import try_recipe
+from empg_jax.algorithms.keys import NOT_OF_PARTS, readable
+from empg_jax.algorithms.recipes import for_single_attempts
 from empg_jax.engine.engine import Engine, EngineConfig
 from empg_jax.errors import ConfigError
 from empg_jax.hf.config import config_from_hf, read_hf_config
@@ -137,7 +149,7 @@ def shape_model(config: Config, section: ModelConfig, vocab_size: int) -> Decode
         "scan_layers": m.scan_layers,
         "attention": m.attention,
         "lora": LoraConfig(m.lora.rank, m.lora.alpha, tuple(m.lora.targets)) if m.lora.rank else None,
-        "value_head": ALGORITHMS[config.algorithm.name].value_targets is not None,
+        "value_head": make_recipe_from(config).critic is not None,
     }
     if m.path is not None:
         try:
@@ -279,43 +291,64 @@ def make_group_filter(config: Config) -> GroupFilter | None:
     return GroupFilter(config.rollout.max_refills, config.env.invalid_penalty)
 
 
-def make_algorithm_from(config: Config) -> Algorithm:
-    """The algorithm, from plain numbers."""
+def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe:
+    """The recipe that a configuration composes, penalties of the environment included.
+
+    Args:
+      config: the configuration.
+      group_size: attempts of each task; with 1, AEM's scope ``group`` becomes ``batch``, and warns.
+
+    Raises:
+      ConfigError: parts that do not go together, or an entry point that cannot be used.
+    """
     a = config.algorithm
-    overrides: dict[str, Any] = {
-        "loss": a.loss,
-        "loss_aggregation": a.aggregation,
-        "loss_scale": a.loss_scale,
-        "clip_low": a.clip_low,
-        "clip_high": a.clip_high,
-        "dual_clip": a.dual_clip,
-        "kl_coef": a.kl_coef,
-        "kl_kind": a.kl_kind,
-        "reward_kl_coef": a.reward_kl_coef,
-        "entropy_coef": a.entropy_coef,
-        "scale_by_std": a.scale_by_std,
-        "singleton": a.singleton,
-        "omega": a.omega,
-        "gamma": a.gamma,
-        "overlong_length": a.overlong_length,
-        "overlong_cache": a.overlong_cache,
-        "empg": dict(vars(a.empg)),
-        "aem": dict(vars(a.aem)),
-        "correction": dict(vars(a.correction)),
-        "critic": dict(vars(a.critic)),
-    }
-    return make_algorithm(
-        a.name,
-        modulation=a.modulation,
-        num_minibatches=config.train.num_minibatches,
-        group_size=config.rollout.group_size,
-        **overrides,
-    )
+    try:
+        base: str | Recipe = a.name if a.entry_point is None else load_recipe(a.entry_point)
+        start = base if isinstance(base, Recipe) else ALGORITHMS[base]
+        keys = {key: value for key, value in flat(a).items() if key not in NOT_OF_PARTS}
+        keys["invalid_penalty"] = config.env.invalid_penalty
+        values = readable(spec_of(start), keys)
+        return make_recipe(base, values, group_size=group_size)
+    except ValueError as error:
+        where = "algorithm" if a.entry_point is None else "algorithm.entry_point"
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """The keys of a section and of those inside it, dotted; a resolved file without pydantic has them too."""
+    found: dict[str, Any] = {}
+    for key, value in vars(section).items():
+        found |= flat(value, f"{prefix}{key}.") if hasattr(value, "__dict__") else {prefix + key: value}
+    return found
+
+
+def make_algorithm_from(config: Config) -> Algorithm:
+    """The algorithm: the recipe's functions, tried once where it is the user's own.
+
+    Raises:
+      ConfigError: as `make_recipe_from`; and a function of the user's own that fails, or returns a wrong
+        shape or NaN, named.
+    """
+    recipe = make_recipe_from(config, group_size=config.rollout.group_size)
+    if config.algorithm.entry_point is not None:
+        try:
+            try_recipe(recipe, f"algorithm.entry_point={config.algorithm.entry_point}")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return build(recipe, num_minibatches=config.train.num_minibatches)
+
+
+def describe_algorithm(config: Config) -> str:
+    """The algorithm in one line: ``GRPO + EMPG (k=1, k'=1, zeta=0.05, batch)``; the first line of a run."""
+    name = config.algorithm.name or config.algorithm.entry_point
+    recipe = make_recipe_from(config)
+    recipe = for_single_attempts(recipe) if config.rollout.group_size == 1 else recipe
+    return describe_recipe(recipe, name, ALGORITHMS.get(name))
 
 
 def needs_reference(config: Config) -> bool:
     """Whether the frozen reference policy is scored beside the policy."""
-    return config.algorithm.kl_coef > 0 or config.algorithm.reward_kl_coef > 0
+    return make_recipe_from(config).needs_reference
 
 
 def make_batch_shape(config: Config) -> BatchShape:
@@ -345,6 +378,7 @@ def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, opt
     """The optimizer of the RL phase; its schedule counts optimizer steps."""
     t = config.train
     steps = t.num_minibatches * t.epochs
+    critic = getattr(make_recipe_from(config).critic, "options", {})
     return make_optimizer(
         learning_rate=t.learning_rate,
         final_learning_rate=t.final_learning_rate,
@@ -355,4 +389,7 @@ def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, opt
         beta2=t.beta2,
         weight_decay=t.weight_decay,
         grad_clip=t.grad_clip,
+        critic_learning_rate=critic.get("learning_rate"),
+        critic_grad_clip=critic.get("grad_clip"),
+        critic_warmup_steps=critic.get("warmup_updates", 0) * steps,
     )

@@ -29,6 +29,10 @@ def make_batch(seed=0, *, junk=0.0):
     def stream(values):
         return jnp.asarray(np.where(loss_mask, values, junk).astype(np.float32))
 
+    returns = np.float32([1, 0, 1, 1, 0.5, 0, 7, 7])
+    turn_rewards = np.zeros((N, K), np.float32)
+    turn_rewards[np.arange(N), np.arange(N) % K] = returns  # on each trajectory's last turn
+
     old = -rng.gamma(2.0, 0.4, (B, T))
     batch = Batch(
         tokens=jnp.asarray(rng.integers(0, 9, (B, T)), jnp.int32),
@@ -41,12 +45,12 @@ def make_batch(seed=0, *, junk=0.0):
         behavior_logprobs=stream(old + rng.normal(scale=0.3, size=(B, T))),
         behavior_entropies=stream(rng.gamma(2.0, 0.4, (B, T))),
         minibatch_ids=jnp.asarray(minibatch_ids),
-        returns=jnp.asarray([1, 0, 1, 1, 0.5, 0, 7, 7], jnp.float32),
+        returns=jnp.asarray(returns),
         group_ids=jnp.asarray([0, 0, 1, 1, 4, 4, -1, 4], jnp.int32),
         trajectory_mask=jnp.asarray([1, 1, 1, 1, 1, 1, 0, 0], bool),
         truncated=jnp.zeros(N, bool),
         scored_zero=jnp.zeros(N, bool),
-        turn_rewards=jnp.zeros((N, K), jnp.float32),
+        turn_rewards=jnp.asarray(turn_rewards),
         turn_truncated=jnp.zeros((N, K), bool),
         turn_returns=jnp.asarray(rng.normal(size=(N, K)), jnp.float32),
         turn_valid=jnp.asarray(rng.random((N, K)) < 0.7),

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from empg_jax import algorithms as al
 from empg_jax.algorithms.aggregation import AGGREGATIONS, minibatch_weights
-from empg_jax.algorithms.estimators import reinforce_pp_tokens
+from empg_jax.algorithms.credit import compute_worth, make_turns
 from empg_jax.types import Credit
 
 from .batches import B, K, N, T, make_batch
@@ -152,8 +152,12 @@ def test_switched_off_modulation_is_the_base():
 def test_reinforce_pp_tokens_follow_the_padded_form():
     """One packed sequence per trajectory: gathered rows through `reinforce_pp` give the same."""
     batch, scores, *_ = make_batch()
-    recipe = dataclasses.replace(al.ALGORITHMS["reinforce_pp"], gamma=0.9, reward_kl_coef=0.3)
-    result = np.asarray(jax.jit(lambda *data: reinforce_pp_tokens(*data, recipe))(batch, scores))
+    estimate = al.parts.reinforce_pp(gamma=0.9, reward_kl_coef=0.3)
+
+    def tokens(batch, scores):
+        return estimate(batch, scores, compute_worth(batch, make_turns(batch, scores), ())).advantages
+
+    result = np.asarray(jax.jit(tokens)(batch, scores))
     mask, owner = np.asarray(batch.loss_mask), np.asarray(batch.trajectory_ids)
     rewards, valid = np.zeros((6, T), np.float32), np.zeros((6, T), bool)
     for i in range(6):
@@ -243,7 +247,9 @@ def test_penalties_come_before_the_estimator():
     lengths = np.array([1, 3, 4, 1, 3, 4])
     turns = np.arange(K)[None] < (1 + np.arange(6) % K)[:, None]
     invalid = (turns & ~np.asarray(batch.turn_valid)[:6]).sum(1)
-    returns = np.asarray(batch.returns)[:6] - 0.5 * invalid + np.minimum(0, -(lengths - 2) / 2)
+    returns = (
+        np.asarray(batch.returns)[:6] - 0.5 * invalid + np.maximum(-1, np.minimum(0, -(lengths - 2) / 2))
+    )
     expected = (returns - returns.mean())[np.asarray(batch.trajectory_ids)] * np.asarray(batch.loss_mask)
     np.testing.assert_allclose(credit.advantages, expected, atol=1e-5)
 
@@ -265,13 +271,15 @@ def test_corrections_act_in_the_loss_and_before_the_weights():
     np.testing.assert_allclose(mis.loss_weights, al.loss_weights(kept), rtol=1e-6)
     np.testing.assert_allclose(mis.metrics["correction_kept"], kept.sum() / batch.loss_mask.sum())
 
-    dropped = al.make_algorithm("grpo", correction={"sequence_delta": -1.0})
-    masked, _ = dropped.loss(logprobs, entropies, batch, scores, credit.advantages)
-    mask = al.offpolicy_sequence_mask(
-        logprobs, scores.old_logprobs, credit.advantages, batch.loss_mask, batch.sequence_ids, delta=-1.0
-    )
-    assert mask.sum() < batch.loss_mask.sum()
-    np.testing.assert_array_equal(masked, np.where(mask, loss, 0))
+    for start, of in ((batch.behavior_logprobs, "sampler"), (scores.old_logprobs, "learner")):
+        options = {"sequence_delta": -1.0} | ({"sequence_logprobs": of} if of == "learner" else {})
+        dropped = al.make_algorithm("grpo", correction=options)
+        masked, _ = dropped.loss(logprobs, entropies, batch, scores, credit.advantages)
+        mask = al.offpolicy_sequence_mask(
+            logprobs, start, credit.advantages, batch.loss_mask, batch.sequence_ids, delta=-1.0
+        )
+        assert mask.sum() < batch.loss_mask.sum()
+        np.testing.assert_array_equal(masked, np.where(mask, loss, 0))
 
 
 def test_kl_and_entropy_terms():
@@ -320,7 +328,7 @@ def test_vmap_over_batches():
         ({"modulation": "both"}, "modulation='both'.*'none', 'empg', 'aem'"),
         ({"clip_hgih": 0.3}, "unknown option clip_hgih; did you mean 'clip_high'"),
         ({"empg": {"zeta_": 0.3}}, "unknown option empg.zeta_; did you mean 'zeta'"),
-        ({"aem": {"scope": "turn"}}, "aem.scope='turn'"),
+        ({"modulation": "aem", "aem": {"scope": "turn"}}, "aem.scope='turn'"),
         ({"loss": "ppo"}, "loss='ppo'.*'ppo_clip'"),
         ({"dual_clip": 0.5}, "dual_clip=0.5 must be above 1"),
         ({"num_minibatches": 0}, "num_minibatches=0 must be at least 1"),
@@ -343,12 +351,12 @@ def test_group_size_one_falls_back_to_the_batch():
 
 
 def test_a_new_algorithm_is_a_function_and_a_line(monkeypatch):
-    def best_of_group(batch, turn_mask, recipe):
+    def best_of_group(batch, scores, worth):
         """Only the best of a group gets credit."""
-        best = al.has_spread(batch.returns, batch.group_ids) & (batch.returns == jnp.max(batch.returns))
-        return jnp.broadcast_to(best.astype(jnp.float32)[:, None], turn_mask.shape)
+        best = al.has_spread(worth.returns, batch.group_ids) & (worth.returns == jnp.max(worth.returns))
+        return jnp.broadcast_to(best.astype(jnp.float32)[:, None], worth.mask.shape)
 
-    monkeypatch.setitem(al.ALGORITHMS, "best", al.Recipe(estimator=best_of_group))
+    monkeypatch.setitem(al.ALGORITHMS, "best", al.Recipe(estimate=best_of_group))
     batch, scores, *_ = make_batch()
     batch = dataclasses.replace(batch, returns=batch.returns.at[6:].set(0))
     advantages = np.asarray(al.make_algorithm("best", modulation="aem").credit(batch, scores).advantages)

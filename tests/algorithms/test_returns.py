@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from empg_jax import algorithms as al
-from empg_jax.algorithms.estimators import token_reward_to_go
+from empg_jax.algorithms.timeline import token_reward_to_go
 
 from . import oracles
 

@@ -11,13 +11,14 @@ import yaml
 
 from empg_jax.algorithms.advantages import SINGLETONS
 from empg_jax.algorithms.aggregation import AGGREGATIONS
-from empg_jax.algorithms.clipped import STALE_MODES
+from empg_jax.algorithms.configure import spec_of
 from empg_jax.algorithms.corrections import LEVELS
+from empg_jax.algorithms.keys import flatten, key_of, read_keys, spelled
 from empg_jax.algorithms.losses import KL_KINDS
 from empg_jax.algorithms.modulation import CENTERS, MEANS, SCOPES
-from empg_jax.algorithms.objectives import OBJECTIVES
-from empg_jax.algorithms.recipe import CORRECTIONS, MODULATIONS
 from empg_jax.algorithms.recipes import ALGORITHMS
+from empg_jax.algorithms.signatures import FACTORIES
+from empg_jax.algorithms.surrogates import STALE_MODES
 from empg_jax.config import Config, check_resumable, describe, load_config
 from empg_jax.config.algorithm import (
     ALGORITHM_NAMES,
@@ -25,8 +26,10 @@ from empg_jax.config.algorithm import (
     AlgorithmConfig,
     CorrectionConfig,
     EmpgConfig,
+    flat_defaults,
 )
 from empg_jax.errors import ConfigError
+from empg_jax.run.assembly import make_recipe_from
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -213,37 +216,49 @@ def test_described_defaults_are_the_defaults():
 
 def test_every_algorithm_is_known_and_resolves_to_its_recipe():
     assert set(ALGORITHMS) == set(ALGORITHM_NAMES)
-    sections = {"empg", "aem", "correction", "critic"}
     for name, recipe in ALGORITHMS.items():
         resolved = Config(algorithm={"name": name}).algorithm
-        for key in AlgorithmConfig.model_fields.keys() & vars(recipe).keys() - sections:
-            assert getattr(resolved, key) == getattr(recipe, key), (name, key)
-        assert resolved.aggregation == recipe.loss_aggregation, name
-        assert resolved.empg.model_dump() == vars(recipe.empg)
-        assert resolved.aem.model_dump() == vars(recipe.aem)
-        assert resolved.critic.model_dump() == vars(recipe.critic)
-        assert resolved.correction.model_dump() == vars(recipe.correction)
+        keys = flatten(resolved.model_dump())
+        found = vars(make_recipe_from(Config(algorithm={"name": name})))
+        for slot, part in vars(recipe).items():
+            assert getattr(found[slot], "options", None) == getattr(part, "options", None), (name, slot)
+        for slot, parts in spec_of(recipe).items():
+            for part in parts:
+                for option, value in part.options.items():
+                    if option in FACTORIES[slot][part.factory]:
+                        # null: the part's own default
+                        assert keys[key_of(part.factory, option)] in (value, None), (name, option)
+        assert resolved.aggregation == recipe.aggregate.name, name
+        assert resolved.modulation == (recipe.modulate.name if recipe.modulate else "none")
+        unread = keys.keys() - read_keys(spec_of(recipe)) - {"name", "modulation", "loss", "aggregation"}
+        assert all(keys[key] == flat_defaults()[key] for key in unread), name
 
 
 @pytest.mark.parametrize(
     ("section", "key", "choices"),
     [
-        (AlgorithmConfig, "loss", OBJECTIVES),
+        (AlgorithmConfig, "loss", map(spelled, FACTORIES["objective"])),
         (AlgorithmConfig, "aggregation", AGGREGATIONS),
         (AlgorithmConfig, "kl_kind", KL_KINDS),
         (AlgorithmConfig, "singleton", SINGLETONS),
-        (AlgorithmConfig, "modulation", MODULATIONS),
+        (AlgorithmConfig, "modulation", ("none", *FACTORIES["modulate"])),
         (EmpgConfig, "scope", SCOPES),
         (EmpgConfig, "center", CENTERS),
         (AemConfig, "scope", SCOPES),
         (AemConfig, "mean", MEANS),
-        (CorrectionConfig, "kind", CORRECTIONS),
+        (CorrectionConfig, "kind", ("none", *(FACTORIES["correct"].keys() - {"sequence_mask"}))),
         (CorrectionConfig, "level", LEVELS),
         (CorrectionConfig, "stale_mode", STALE_MODES),
     ],
 )
 def test_choices_are_those_of_the_algorithms(section, key, choices):
-    assert set(get_args(section.model_fields[key].annotation)) == set(choices)
+    assert literal_choices(section.model_fields[key].annotation) == set(choices)
+
+
+def literal_choices(annotation):
+    """The choices of a literal, or of one that may be null."""
+    inner = (literal_choices(part) if get_args(part) else {part} for part in get_args(annotation))
+    return set().union(*inner) - {type(None)}
 
 
 def test_only_length_and_logs_may_change_on_resume():

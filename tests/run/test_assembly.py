@@ -2,7 +2,9 @@
 
 import pytest
 
-from empg_jax.algorithms import ALGORITHMS
+from empg_jax.algorithms import ALGORITHMS, Recipe, parts
+from empg_jax.algorithms.configure import spec_of
+from empg_jax.algorithms.keys import flatten, written_out
 from empg_jax.config import Config, load_config
 from empg_jax.config.algorithm import AlgorithmConfig
 from empg_jax.errors import ConfigError
@@ -12,8 +14,22 @@ from empg_jax.run import assembly
 CHANGED = {
     "name": "rloo",
     "modulation": "aem",
-    "empg": {"k": 2.0, "center": "token", "mixed_groups_only": True},
+    "entry_point": "tests.test_assembly:OWN",
+    "empg": {"k": 2.0, "center": "token", "mixed_groups_only": True, "reverse": True, "shuffle_seed": 5},
     "aem": {"lam": 0.5, "mean": "token", "shuffle_seed": 3},
+    "baseline": "none",
+    "eps": 1e-5,
+    "rows": "mean",
+    "statistics": "step_rows",
+    "turn_gamma": 0.8,
+    "group_baseline": True,
+    "overlong_factor": 0.5,
+    "ratio_unit": "turn",
+    "tau_pos": 2.0,
+    "tau_neg": 3.0,
+    "mask_truncated": "turn",
+    "drop_void": "trajectory",
+    "aggregation_unit": "trajectory",
     "loss": "cispo",
     "aggregation": "seq-mean-token-mean",
     "loss_scale": 7.0,
@@ -28,16 +44,32 @@ CHANGED = {
     "singleton": "raw",
     "omega": 0.5,
     "gamma": 0.9,
-    "critic": {"lam": 0.9, "value_coef": 1.0, "value_clip": 0.2},
+    "critic": {"lam": 0.9, "value_coef": 1.0, "value_clip": 0.2, "learning_rate": 0.1, "bootstrap": True},
     "overlong_length": 9,
     "overlong_cache": 3,
-    "correction": {"kind": "mis", "level": "sequence", "low": 0.9, "high": 1.1, "sequence_delta": 0.2},
+    "correction": {
+        **{"kind": "mis", "level": "sequence", "low": 0.9, "high": 1.1, "sequence_delta": 0.2},
+        "sequence_logprobs": "learner",
+    },
 }
-NOT_OF_THE_RECIPE = {"turn_gamma", "entropy_source"}  # of batching and of scoring
+NOT_OF_THE_RECIPE = {"entropy_source"}  # of scoring
 NEEDS = {
     "loss_scale": {"aggregation": "seq-mean-token-sum-norm"},
     "omega": {"name": "gigpo"},
     "gamma": {"name": "reinforce_pp"},
+    "aem": {"modulation": "aem"},
+    "empg": {"modulation": "empg"},
+    "baseline": {"name": "reinforce"},
+    "rows": {"name": "grpo_turn_rows"},
+    "statistics": {"name": "gigpo"},
+    "turn_gamma": {"name": "gigpo"},
+    "group_baseline": {"name": "reinforce_pp"},
+    "kl_kind": {"kl_coef": 0.1},
+    "overlong_factor": {"overlong_length": 9, "overlong_cache": 3},
+    "ratio_unit": {"loss": "gspo"},
+    "tau_pos": {"name": "sapo"},
+    "tau_neg": {"name": "sapo"},
+    "aggregation_unit": {"aggregation": "seq-mean-token-mean"},
     "reward_kl_coef": {"name": "reinforce_pp"},
     "critic": {"name": "ppo"},
     "overlong_length": {"overlong_cache": 3},
@@ -46,39 +78,42 @@ NEEDS = {
 }
 
 
-@pytest.fixture
-def built(monkeypatch):
-    """What `make_algorithm` was asked for: name, keywords."""
-    calls = []
-    monkeypatch.setattr(assembly, "make_algorithm", lambda name, **options: calls.append((name, options)))
+OWN = Recipe(estimate=parts.gigpo(omega=0.25), modulate=parts.aem(lam=0.75), correct=parts.tis(cap=3.0))
 
-    def build(overrides):
-        assembly.make_algorithm_from(load_config("quickstart", overrides))
-        return calls[-1]
 
-    return build
+def built(overrides):
+    """The keys that the parts of the composed recipe were made with."""
+    recipe = assembly.make_recipe_from(load_config("quickstart", overrides))
+    keys = written_out(spec_of(recipe)) | {"entropy_coef": recipe.entropy_coef}
+    return keys | {"name": recipe.estimate.name}
 
 
 def test_every_key_of_the_section_is_covered():
     assert CHANGED.keys() == AlgorithmConfig.model_fields.keys() - NOT_OF_THE_RECIPE
 
 
-@pytest.mark.parametrize("key", CHANGED)
-def test_every_key_reaches_the_algorithm(built, key):
+@pytest.mark.parametrize("key", [key for key in CHANGED if key != "entry_point"])
+def test_every_key_reaches_the_algorithm(key):
     values = {key: CHANGED[key]} | NEEDS.get(key, {})
-    name, options = built([f"algorithm.{k}={v}" for k, v in values.items()])
-    options |= {"name": name, "aggregation": options["loss_aggregation"]}
-    for k, v in values.items():
-        if k in NOT_OF_THE_RECIPE:
-            continue
-        found = {inner: options[k][inner] for inner in v} if isinstance(v, dict) else options[k]
-        assert found == v, k
+    found = built([f"algorithm.{k}={v}" for k, v in values.items()])
+    for k, v in flatten(values).items():
+        if k not in NOT_OF_THE_RECIPE and (k, v) != ("name", "sapo"):
+            assert found[k] == v, k
 
 
-def test_the_size_of_groups_is_told(built):
-    overrides = ["rollout.group_size=1", "algorithm.name=reinforce", "train.num_minibatches=2"]
-    _, options = built(overrides)
-    assert (options["group_size"], options["num_minibatches"]) == (1, 2)
+def test_a_recipe_of_ones_own_keeps_its_parts_and_takes_keys():
+    entry = ["algorithm.entry_point=tests.test_assembly:OWN", "algorithm.entropy_source=learner"]
+    found = built(entry)
+    assert (found["omega"], found["aem.lam"], found["correction.cap"]) == (0.25, 0.75, 3.0)
+    found = built([*entry, "algorithm.aem.lam=0.5", "algorithm.modulation=aem", "algorithm.clip_high=0.3"])
+    assert (found["omega"], found["aem.lam"], found["clip_high"]) == (0.25, 0.5, 0.3)
+
+
+def test_the_size_of_groups_is_told():
+    overrides = ["rollout.group_size=1", "algorithm.name=reinforce_aem"]
+    with pytest.warns(UserWarning, match="falls back"):
+        assembly.make_algorithm_from(load_config("quickstart", overrides))
+    assert "batch" in assembly.describe_algorithm(load_config("quickstart", overrides))
 
 
 def test_aem_on_single_attempts_warns():

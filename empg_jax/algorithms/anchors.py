@@ -2,15 +2,18 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
-from empg_jax.algorithms.advantages import SINGLETONS, grpo
+from empg_jax.algorithms.advantages import SINGLETONS, grpo, grpo_turn_rows
 from empg_jax.algorithms.masking import Arr, Scalar, as_floats, as_ids, as_mask, check_choice, check_shapes
 from empg_jax.algorithms.segments import center_by_group
+
+STATISTICS = ("trajectories", "step_rows")
 
 
 def anchor_groups(
@@ -45,14 +48,19 @@ def gigpo(
     scale_by_std: bool = False,
     eps: Scalar = 1e-6,
     singleton: str = "zero",
+    statistics: str = "trajectories",
+    turn_scores: Real[Arr, "N K"] | None = None,
 ) -> Float[Array, "N K"]:
     """Group-in-group advantages (GiGPO).
 
-        A_it = A^E_i + ω A^S_it
+        A_it = A^E_it + ω A^S_it
 
     A^E is group-relative on the episode return; A^S is group-relative on the turn's discounted return, among
     the turns of the same task group that answer the same observation. An anchor group of one gives A^S = 0.
-    Source: GiGPO, https://arxiv.org/abs/2505.10978, Eq. 3 and 5-8.
+    Where a turn has a score of its own (the return less the penalty of its action), A^E differs between
+    turns.
+    Source: GiGPO, https://arxiv.org/abs/2505.10978, Eq. 3 and 5-8; the scores and statistics of turns are
+    those of verl-agent, https://github.com/langfengQ/verl-agent.
 
     Args:
       returns: episode returns.
@@ -64,25 +72,35 @@ def gigpo(
       scale_by_std: divide both parts by their group's standard deviation.
       eps: added to the standard deviations.
       singleton: episode part of a task group of one: ``"zero"`` or the ``"raw"`` return.
+      statistics: what enters the mean and standard deviation of the episode part: each of ``"trajectories"``
+        once (the paper), or every turn, so that long trajectories weigh more (``"step_rows"``).
+      turn_scores: score of each turn for the episode part; None = the return, whatever the turn.
 
     Returns:
       Advantages [N, K], 0 off the mask.
 
     Raises:
-      ValueError: for an unknown ``singleton`` or different shapes.
+      ValueError: for an unknown choice or different shapes.
     """
     check_choice("singleton", singleton, SINGLETONS)
+    check_choice("statistics", statistics, STATISTICS)
     check_shapes(turn_returns=turn_returns, anchor_ids=anchor_ids, turn_mask=turn_mask)
     returns, turn_returns = as_floats(jax.lax.stop_gradient(returns), jax.lax.stop_gradient(turn_returns))
     ids = as_ids(group_ids)
     mask = as_mask(turn_mask) & (ids >= 0)[:, None]
-    episode = grpo(returns, ids, scale_by_std=scale_by_std, eps=eps, singleton=singleton)
+    options: dict[str, Any] = {"scale_by_std": scale_by_std, "eps": eps, "singleton": singleton}
+    if turn_scores is None and statistics == "trajectories":
+        episode = grpo(returns, ids, **options)[:, None]
+    else:
+        scores = jnp.broadcast_to(returns[:, None], mask.shape) if turn_scores is None else turn_scores
+        rows = "all" if statistics == "step_rows" else "mean"
+        episode = grpo_turn_rows(scores, mask, ids, rows=rows, **options)
     members = anchor_groups(as_ids(anchor_ids), mask, ids).ravel()
     step, std, _ = center_by_group(turn_returns.ravel(), members, members.size)
     if scale_by_std:
         step = step / (std + jnp.asarray(eps, std.dtype))
     step = jnp.asarray(omega, step.dtype) * step.reshape(mask.shape)
-    return jnp.where(mask, episode[:, None] + step, 0)
+    return jnp.where(mask, episode + step, 0)
 
 
 def similarity_anchors(

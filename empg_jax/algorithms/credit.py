@@ -1,0 +1,210 @@
+"""Credit assignment on the whole global batch: penalties → estimator → modulation → tokens → weights."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from empg_jax.algorithms.contract import Modulation, Penalties, TokenCredit, Turns, Worth
+from empg_jax.algorithms.corrections import effective_sample_size
+from empg_jax.algorithms.diagnostics import (
+    credit_metrics,
+    explained_variance,
+    mixed_group_share,
+    predicted_entropy_drift,
+)
+from empg_jax.algorithms.masking import masked_mean
+from empg_jax.algorithms.part import name_of
+from empg_jax.algorithms.recipe import Recipe
+from empg_jax.algorithms.segments import compute_turn_entropies, count_turn_tokens, turns_to_tokens
+from empg_jax.algorithms.timeline import last_turns
+from empg_jax.types import Batch, Credit, Scores, TurnCredit
+
+
+def drop_absent(batch: Batch) -> Batch:
+    """Mark absent trajectories by group id -1, and mask their tokens and those of rows in no mini-batch."""
+    group_ids = jnp.where(batch.trajectory_mask, batch.group_ids, -1)
+    owner = group_ids[jnp.clip(batch.trajectory_ids, 0, group_ids.shape[0] - 1)]
+    present = batch.loss_mask & (batch.minibatch_ids >= 0)[:, None] & (owner >= 0)
+    return dataclasses.replace(batch, loss_mask=present, group_ids=group_ids)
+
+
+def make_turns(batch: Batch, scores: Scores) -> Turns:
+    """Gather the table of turns; rows of absent trajectories have no turn.
+
+    Args:
+      batch: with ``group_ids`` -1 where a trajectory is absent.
+      scores: the entropies.
+    """
+    place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
+    num_trajectories, num_turns = batch.turn_valid.shape
+    size: dict[str, Any] = {"num_trajectories": num_trajectories, "num_turns": num_turns}
+    entropies, mask = compute_turn_entropies(scores.entropies, *place, **size)
+    counts = count_turn_tokens(*place, **size).astype(jnp.float32)
+    return Turns(entropies, mask & (batch.group_ids >= 0)[:, None], counts)
+
+
+def compute_worth(batch: Batch, turns: Turns, penalties: tuple[Penalties, ...]) -> Worth:
+    """Apply penalties and the rule about limits, in returns and in the table of turns alike.
+
+    The rule: an episode in which the policy broke a limit is worth ``min(0, rewards and penalties)``.
+    Whatever it had gained is taken off its last turn, so that breaking a limit never pays. Its penalties are
+    in its return then, so a turn's score takes none of them a second time.
+
+    Args:
+      batch: raw rewards.
+      turns: which turns exist.
+      penalties: what each part of the recipe takes off.
+    """
+    mask = turns.mask
+    of_turns, of_episodes = jnp.zeros(mask.shape, jnp.float32), jnp.zeros(mask.shape[0], jnp.float32)
+    for taken in penalties:
+        of_turns = of_turns + jnp.where(mask, taken.turns, 0)
+        of_episodes = of_episodes + taken.episodes
+    raw = batch.returns.astype(jnp.float32)
+    total = raw - jnp.sum(of_turns, axis=1) - of_episodes
+    gained = jnp.where(batch.scored_zero, jnp.maximum(total, 0), 0)
+    returns = total - gained
+    off_last = jnp.where(last_turns(mask), (of_episodes + gained)[:, None], 0)
+    own = raw[:, None] - of_episodes[:, None] - of_turns
+    return Worth(
+        returns=returns,
+        turn_scores=jnp.where(mask, jnp.where(batch.scored_zero[:, None], returns[:, None], own), 0),
+        turn_rewards=jnp.where(mask, batch.turn_rewards.astype(jnp.float32), 0) - off_last,
+        turn_penalties=of_turns,
+        mask=mask,
+    )
+
+
+def _checked(part: Any, values: Any, shape: tuple[int, ...], legend: str) -> Any:
+    """What a part returned, if it is an array of that shape.
+
+    Raises:
+      ValueError: naming the part.
+    """
+    found = getattr(values, "shape", None)
+    if found != shape:
+        what = type(values).__name__ if found is None else f"shape {tuple(found)}"
+        raise ValueError(f"{name_of(part)} returned {what}; expected float{legend} = {shape}")
+    return values
+
+
+def _modulate(recipe: Recipe, base: Float[Array, "N K"], turns: Turns, batch: Batch) -> Modulation:
+    """The recipe's modulation of the turns, or none."""
+    if recipe.modulate is None:
+        return Modulation(base, jnp.where(turns.mask, jnp.ones_like(base), 0), jnp.zeros_like(base))
+    found = recipe.modulate(base, turns, batch)
+    if not isinstance(found, Modulation):
+        raise ValueError(
+            f"{name_of(recipe.modulate)} returned {type(found).__name__}; expected a Modulation: advantages, "
+            "factors, bonuses"
+        )
+    parts = (_checked(recipe.modulate, part, base.shape, "[N, K]") for part in found)
+    return Modulation(*(jnp.where(turns.mask, part, 0) for part in parts))
+
+
+def assign(
+    recipe: Recipe, batch: Batch, scores: Scores, turns: Turns, worth: Worth
+) -> tuple[TokenCredit, Float[Array, "N K"], Modulation]:
+    """Estimate and modulate.
+
+    Args:
+      recipe: the algorithm.
+      batch: with absent trajectories marked.
+      scores: of the same rows.
+      turns: the table of turns.
+      worth: what they are worth.
+
+    Returns:
+      The tokens' advantages (and value targets); of the turns: base, and what modulation made of it.
+    """
+    place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
+    found = recipe.estimate(batch, scores, worth)
+    if not isinstance(found, TokenCredit):
+        base = jnp.where(turns.mask, _checked(recipe.estimate, found, turns.mask.shape, "[N, K]"), 0)
+        modulated = _modulate(recipe, base, turns, batch)
+        return TokenCredit(turns_to_tokens(modulated.advantages, *place)), base, modulated
+    tokens = _checked(recipe.estimate, found.advantages, batch.loss_mask.shape, "[B, T]")
+    size: dict[str, Any] = {"num_trajectories": turns.mask.shape[0], "num_turns": turns.mask.shape[1]}
+    base, _ = compute_turn_entropies(tokens, *place, **size)
+    modulated = _modulate(recipe, base, turns, batch)
+    # Inside a turn the factor scales; bonus and centering shift all of its tokens alike.
+    shift = turns_to_tokens(modulated.advantages - base * modulated.factors, *place)
+    scaled = jnp.where(batch.loss_mask, tokens, 0) * turns_to_tokens(modulated.factors, *place) + shift
+    return TokenCredit(scaled, found.value_targets), base, modulated
+
+
+def trained_tokens(
+    recipe: Recipe, batch: Batch, scores: Scores, turns: Turns
+) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
+    """The sampled tokens that corrections accept, and those of them whose turn the loss covers."""
+    accepted = batch.loss_mask
+    for correction in recipe.correct:  # type: ignore[union-attr]
+        if correction.accept is not None:
+            accepted = accepted & correction.accept(batch, scores)
+    covered = turns.mask
+    for keep in recipe.keep:  # type: ignore[union-attr]
+        covered = covered & _checked(keep, keep(batch, turns), turns.mask.shape, "[N, K]")
+    place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
+    return accepted, accepted & (turns_to_tokens(covered.astype(jnp.float32), *place) > 0)
+
+
+def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch, Scores], Credit]:
+    """Build credit assignment, with loss weights, turn by turn credit and metrics of all that.
+
+    Args:
+      recipe: the algorithm.
+      num_minibatches: optimizer steps that the batch is split into.
+    """
+
+    def credit(batch: Batch, scores: Scores) -> Credit:
+        batch = drop_absent(batch)
+        mask = batch.loss_mask
+        turns = make_turns(batch, scores)
+        penalties = tuple(part(batch, turns) for part in recipe.penalise)  # type: ignore[union-attr]
+        worth = compute_worth(batch, turns, penalties)
+        tokens, base, modulated = assign(recipe, batch, scores, turns, worth)
+        advantages = tokens.advantages
+        for correction in recipe.correct:  # type: ignore[union-attr]
+            if correction.mean_weight is not None:
+                advantages = advantages / correction.mean_weight(batch, scores)
+        accepted, kept = trained_tokens(recipe, batch, scores, turns)
+        weights = recipe.aggregate(batch, kept, num_minibatches)  # type: ignore[operator]
+        weights = _checked(recipe.aggregate, weights, mask.shape, "[B, T]").astype(jnp.float32)
+        metrics = credit_metrics(base, modulated.advantages, modulated.factors, turns.entropies, turns.mask)
+        metrics |= {
+            "mixed_groups": mixed_group_share(
+                batch.returns, batch.group_ids
+            ),  # raw, as dynamic sampling does
+            "behavior_ess": effective_sample_size(scores.old_logprobs, batch.behavior_logprobs, mask),
+            "correction_kept": masked_mean(accepted.astype(jnp.float32), mask),
+            "entropy_drift_predicted": predicted_entropy_drift(
+                advantages, scores.old_logprobs, scores.entropies, mask
+            ),
+        }
+        targets = tokens.value_targets if recipe.critic is not None else None
+        if recipe.critic is not None:
+            targets = _checked(recipe.estimate, targets, mask.shape, "[B, T] as value_targets")
+            targets = targets.astype(jnp.float32)
+            metrics["explained_variance"] = explained_variance(scores.values, targets, mask)
+        table = TurnCredit(
+            entropies=turns.entropies,
+            base=base,
+            factors=modulated.factors,
+            bonuses=modulated.bonuses,
+            advantages=modulated.advantages,
+            mask=turns.mask,
+        )
+        result = Credit(
+            advantages=advantages.astype(jnp.float32),
+            loss_weights=weights,
+            metrics={name: value.astype(jnp.float32) for name, value in metrics.items()},
+            turns=table,
+            value_targets=targets,
+        )
+        return jax.lax.stop_gradient(result)
+
+    return credit

@@ -1,0 +1,63 @@
+"""A bound part: a pure function with its settings, which remembers the factory and the options it came from.
+
+The memory is what lets a configuration replace one option of a named recipe, and refuse a key that no chosen
+part reads. A plain function is a part as well; it only has no options.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from empg_jax.algorithms.contract import Accept, MeanWeight, Weigh
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A pure function bound to its settings.
+
+    Attributes:
+      name: the factory's name.
+      options: every keyword of the factory, with its value.
+      function: the bound function.
+      needs: fields of `Scores` that it reads beyond the policy's own: ``ref_logprobs``, ``values``.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    function: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the bound function."""
+        return self.function(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """What is done about tokens that another policy sampled: some are rejected, or all are weighed.
+
+    Attributes:
+      name: the factory's name.
+      options: every keyword of the factory, with its value.
+      accept: which tokens stay in the loss; None = all.
+      weigh: constants that multiply the policy loss; None = 1.
+      mean_weight: what normalizes these constants; None = 1. `weigh` sees some rows only, so credit divides
+        the advantages by it, which objectives are proportional to.
+    """
+
+    name: str = "correction"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    accept: Accept | None = None
+    weigh: Weigh | None = None
+    mean_weight: MeanWeight | None = None
+
+
+def default_of(function: Callable[..., Any], name: str) -> Any:
+    """Read the default of a pure function's keyword, so that it is written down once."""
+    return inspect.signature(function).parameters[name].default
+
+
+def name_of(part: Any) -> str:
+    """Name a part, or a function of the user's own, in a message."""
+    return getattr(part, "name", None) or getattr(part, "__qualname__", None) or type(part).__name__

@@ -1,0 +1,46 @@
+"""Which turns the loss covers. What is left out leaves the denominator too; statistics of credit keep it."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from empg_jax.algorithms.contract import Turns
+from empg_jax.algorithms.masking import check_choice
+from empg_jax.algorithms.part import Part
+from empg_jax.types import Batch
+
+UNITS = ("turn", "trajectory")
+
+
+def _without(bad: Bool[Array, "N K"], unit: str) -> Bool[Array, "N K"]:
+    """The turns that stay: all but the bad ones, or all but those of a trajectory with a bad one."""
+    return ~bad if unit == "turn" else jnp.broadcast_to(~jnp.any(bad, axis=1, keepdims=True), bad.shape)
+
+
+def mask_truncated(*, unit: Literal["turn", "trajectory"] = "turn") -> Part:
+    """Leave out responses that the token limit cut: overlong filtering (DAPO, arXiv 2503.14476).
+
+    Args:
+      unit: Leave out turns whose response the token limit cut, or whole episodes with such a turn.
+    """
+    check_choice("mask_truncated", unit, UNITS)
+
+    def keep(batch: Batch, turns: Turns) -> Bool[Array, "N K"]:
+        return _without(turns.mask & batch.turn_truncated, unit)
+
+    return Part("mask_truncated", {"unit": unit}, keep)
+
+
+def drop_void(*, unit: Literal["turn", "trajectory"] = "turn") -> Part:
+    """Leave out turns without a valid action: void-turn filtering (SimpleTIR, arXiv 2509.02479).
+
+    Args:
+      unit: Leave out turns without a valid action, or whole episodes with such a turn.
+    """
+    check_choice("drop_void", unit, UNITS)
+
+    def keep(batch: Batch, turns: Turns) -> Bool[Array, "N K"]:
+        return _without(turns.mask & ~batch.turn_valid, unit)
+
+    return Part("drop_void", {"unit": unit}, keep)

@@ -1,0 +1,199 @@
+"""Objectives: each binds a per-token loss to the carriers that the learner hands over."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from empg_jax.algorithms import losses, surrogates
+from empg_jax.algorithms.contract import LossResult
+from empg_jax.algorithms.masking import AboveOne, Positive, check_choice
+from empg_jax.algorithms.part import Part, default_of
+from empg_jax.algorithms.parts.aggregate import UNITS, unit_ids
+from empg_jax.algorithms.surrogates import log_ratio, segment_log_ratio
+from empg_jax.types import Batch, Scores
+
+
+def clipped_share(
+    log_ratios: Float[Array, "B T"], advantages: Float[Array, "B T"], bounds: dict[str, Any]
+) -> dict[str, Float[Array, "B T"]]:
+    """1 where the ratio is beyond the range on the side that the advantage pushes to."""
+    ratios = jnp.exp(log_ratios)
+    above = (ratios > 1 + bounds["clip_high"]) & (advantages > 0)
+    below = (ratios < 1 - bounds["clip_low"]) & (advantages < 0)
+    return {"clip_fraction": (above | below).astype(ratios.dtype)}
+
+
+def ppo_clip(
+    *,
+    clip_low: Positive = default_of(surrogates.ppo_clip, "clip_low"),
+    clip_high: Positive = default_of(surrogates.ppo_clip, "clip_high"),
+    dual_clip: AboveOne | None = default_of(surrogates.ppo_clip, "dual_clip"),
+) -> Part:
+    """Bind the clipped surrogate of PPO.
+
+    Args:
+      clip_low: Ratios are clipped at 1 - clip_low.
+      clip_high: Ratios are clipped at 1 + clip_high.
+      dual_clip: Bound of ppo_clip at negative advantages, above 1; null is off.
+    """
+    surrogates.check_dual_clip(dual_clip)
+    bounds = {"clip_low": clip_low, "clip_high": clip_high}
+
+    def objective(
+        logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
+    ) -> LossResult:
+        loss = surrogates.ppo_clip(logprobs, scores.old_logprobs, advantages, dual_clip=dual_clip, **bounds)
+        change = log_ratio(logprobs, scores.old_logprobs)
+        metrics = clipped_share(change, advantages, bounds)
+        if dual_clip is not None:
+            bound = (advantages < 0) & (jnp.exp(change) > dual_clip)
+            metrics["dual_clip_fraction"] = bound.astype(loss.dtype)
+        return loss, metrics
+
+    return Part("ppo_clip", {**bounds, "dual_clip": dual_clip}, objective)
+
+
+def _ratio_ids(rows: Batch, unit: str) -> Int[Array, "B T"]:
+    """The unit of each trained token, inside its row: a micro-batch holds any rows, but whole ones."""
+    ids = unit_ids(rows, unit)
+    if unit != "trajectory":
+        return ids
+    own = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None] * rows.group_ids.shape[0]
+    return jnp.where(ids >= 0, ids + own, -1)
+
+
+def _unit_objective(
+    loss_of: Callable[..., Float[Array, "B T"]], unit: str, bounds: dict[str, Any]
+) -> Callable[..., LossResult]:
+    def objective(
+        logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
+    ) -> LossResult:
+        ids = _ratio_ids(rows, unit)
+        loss = loss_of(logprobs, scores.old_logprobs, advantages, ids, **bounds)
+        change = segment_log_ratio(logprobs, scores.old_logprobs, ids)
+        return loss, clipped_share(jnp.minimum(change, 10), advantages, bounds)
+
+    return objective
+
+
+def gspo(
+    *,
+    clip_low: Positive = default_of(surrogates.gspo, "clip_low"),
+    clip_high: Positive = default_of(surrogates.gspo, "clip_high"),
+    unit: Literal["segment", "trajectory", "turn"] = "segment",
+) -> Part:
+    """Bind `gspo`: one ratio for a packed segment, a trajectory (as far as its row holds it) or a turn.
+
+    Args:
+      clip_low: Ratios are clipped at 1 - clip_low.
+      clip_high: Ratios are clipped at 1 + clip_high.
+      unit: What a sequence is in the ratio of gspo.
+    """
+    check_choice("ratio_unit", unit, UNITS)
+    bounds = {"clip_low": clip_low, "clip_high": clip_high}
+    return Part("gspo", {**bounds, "unit": unit}, _unit_objective(surrogates.gspo, unit, bounds))
+
+
+def turn_ratio_clip(
+    *,
+    clip_low: Positive = default_of(surrogates.turn_ratio_clip, "clip_low"),
+    clip_high: Positive = default_of(surrogates.turn_ratio_clip, "clip_high"),
+) -> Part:
+    """Bind `turn_ratio_clip`: one ratio for a turn.
+
+    Args:
+      clip_low: Ratios are clipped at 1 - clip_low.
+      clip_high: Ratios are clipped at 1 + clip_high.
+    """
+    bounds = {"clip_low": clip_low, "clip_high": clip_high}
+    return Part("turn_ratio_clip", bounds, _unit_objective(surrogates.turn_ratio_clip, "turn", bounds))
+
+
+def cispo(
+    *,
+    clip_low: Positive = default_of(losses.cispo, "clip_low"),
+    clip_high: Positive = default_of(losses.cispo, "clip_high"),
+) -> Part:
+    """Bind `cispo`.
+
+    Args:
+      clip_low: Ratios are clipped at 1 - clip_low.
+      clip_high: Ratios are clipped at 1 + clip_high.
+    """
+    bounds = {"clip_low": clip_low, "clip_high": clip_high}
+
+    def objective(
+        logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
+    ) -> LossResult:
+        change = log_ratio(logprobs, scores.old_logprobs)
+        loss = losses.cispo(logprobs, scores.old_logprobs, advantages, **bounds)
+        return loss, clipped_share(change, advantages, bounds)
+
+    return Part("cispo", bounds, objective)
+
+
+def sapo(
+    *,
+    tau_pos: Positive = default_of(losses.sapo, "tau_pos"),
+    tau_neg: Positive = default_of(losses.sapo, "tau_neg"),
+) -> Part:
+    """Bind `sapo`.
+
+    Args:
+      tau_pos: Steepness of sapo's gate at positive advantages.
+      tau_neg: Steepness of sapo's gate at the others.
+    """
+    options = {"tau_pos": tau_pos, "tau_neg": tau_neg}
+
+    def objective(
+        logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
+    ) -> LossResult:
+        return losses.sapo(logprobs, scores.old_logprobs, advantages, **options), {}
+
+    return Part("sapo", options, objective)
+
+
+def reinforce_loss() -> Part:
+    """Bind `reinforce_loss`."""
+
+    def objective(
+        logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
+    ) -> LossResult:
+        return losses.reinforce_loss(logprobs, advantages), {}
+
+    return Part("reinforce_loss", {}, objective)
+
+
+def decoupled_ppo(
+    *,
+    clip_low: Positive = default_of(surrogates.decoupled_ppo, "clip_low"),
+    clip_high: Positive = default_of(surrogates.decoupled_ppo, "clip_high"),
+    cap: Positive = default_of(surrogates.decoupled_ppo, "cap"),
+    mode: Literal["mask", "clamp"] = default_of(surrogates.decoupled_ppo, "mode"),
+) -> Part:
+    """Bind `decoupled_ppo`: clip against the learner before the update, weigh by its distance from the
+    sampler.
+
+    Args:
+      clip_low: Ratios are clipped at 1 - clip_low.
+      clip_high: Ratios are clipped at 1 + clip_high.
+      cap: Largest weight of a token in decoupled_ppo.
+      mode: What decoupled_ppo does beyond that weight.
+    """
+    check_choice("correction.stale_mode", mode, surrogates.STALE_MODES)
+    bounds = {"clip_low": clip_low, "clip_high": clip_high}
+
+    def objective(
+        logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
+    ) -> LossResult:
+        behavior = jnp.where(rows.loss_mask, rows.behavior_logprobs, 0)
+        loss = surrogates.decoupled_ppo(
+            logprobs, scores.old_logprobs, behavior, advantages, cap=cap, mode=mode, **bounds
+        )
+        stale = jnp.exp(log_ratio(scores.old_logprobs, behavior)) > cap
+        metrics = clipped_share(log_ratio(logprobs, scores.old_logprobs), advantages, bounds)
+        return loss, metrics | {"stale_fraction": stale.astype(loss.dtype)}
+
+    return Part("decoupled_ppo", {**bounds, "cap": cap, "mode": mode}, objective)
