@@ -31,7 +31,7 @@ class RunRecord:
     Attributes:
       phase: the warm start, or RL.
       sft_update: updates of the warm start that are made.
-      sft_data: hash of its data; empty for demonstrations, which are recorded again on resume, None before it.
+      sft_data: hash of its data; empty for demonstrations (recorded again on resume), None before it.
       sft_eval_loss: the last held-out loss of the warm start, in nats per token.
       panels: results by time, ``before`` and ``after``.
       tokens_sampled: tokens of the trajectories that were learned from.

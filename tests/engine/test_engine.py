@@ -9,6 +9,7 @@ import pytest
 
 from empg_jax.engine import engine as engine_module
 from empg_jax.engine.engine import Engine, EngineConfig
+from empg_jax.engine.programs import Chunk, Request
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.parallel.mesh import make_mesh
@@ -398,11 +399,11 @@ def test_nothing_compiles_after_the_warm_up(make):
 def test_no_program_copies_the_cache(make, name):
     engine = make()
     if name == "decode":
-        inputs = (engine._key, np.zeros((4, 8), np.int32), np.zeros(2, np.int32), np.float32(1))
+        inputs = Request(engine._key, np.zeros((4, 8), np.int32), np.zeros(2, np.int32), np.float32(1))
     else:
-        inputs = (np.zeros(1, np.int32), np.zeros((1, 16), np.int32), np.zeros((1, 2), np.int32))
+        inputs = Chunk(np.zeros(1, np.int32), np.zeros((1, 16), np.int32), np.zeros((1, 2), np.int32))
     program = getattr(engine._programs, name)
-    compiled = program.lower(engine._params, engine._cache, *inputs).compile()
+    compiled = program.lower(engine._params, engine._cache, inputs).compile()
     shape = ",".join(map(str, engine._cache[0][0].shape))
     copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and f"[{shape}]" in line]
     assert copies == []

@@ -118,7 +118,9 @@ def test_parent_that_is_away_longer_than_the_deadline_blames_nobody():
 
 def test_misuse_is_refused():
     with open_pool() as pool:
-        with pytest.raises(ValueError, match="did you mean 'train'"):
+        with pytest.raises(
+            ValueError, match=r"unknown split 'trian' \(did you mean train\?\); known: test, train"
+        ):
             pool.reset(0, seed=0, split="trian", index=0)
         with pytest.raises(ValueError, match="'train' has 100 tasks"):
             pool.reset(0, seed=0, split="train", index=100)
