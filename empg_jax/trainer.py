@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from empg_jax import sft
+from empg_jax.algorithms.anchors import join_alike
 from empg_jax.assembly import describe_algorithm, make_language, make_pool
 from empg_jax.checkpoint import Checkpoints
 from empg_jax.evaluate import Evaluation
@@ -134,7 +135,10 @@ def rl_loop(run: Run) -> None:
             trajectories = run.source.collect(run.update, run.should_stop)
         with run.clock.phase("update"):
             host_batch, layout = make_batch(
-                trajectories, run.shape, seed=(config.seed, run.update), gamma=config.algorithm.turn_gamma
+                join_alike(trajectories, config.algorithm.anchor_similarity),
+                run.shape,
+                seed=(config.seed, run.update),
+                gamma=config.algorithm.turn_gamma,
             )
             batch = learner.put(host_batch)
             own_scores, measured = score(run, batch, layout)
