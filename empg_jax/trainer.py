@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from empg_jax.algorithms.anchors import join_alike
 from empg_jax.errors import RunError, Stopped
 from empg_jax.learner.batching import Layout, make_batch
 from empg_jax.learner.state import restart_optimizer
@@ -140,7 +141,10 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             trajectories = parts.source.collect(run.update, parts.should_stop)
         with parts.clock.phase("update"):
             host_batch, layout = make_batch(
-                trajectories, parts.shape, seed=(config.seed, run.update), gamma=config.algorithm.turn_gamma
+                join_alike(trajectories, config.algorithm.anchor_similarity),
+                parts.shape,
+                seed=(config.seed, run.update),
+                gamma=config.algorithm.turn_gamma,
             )
             batch = learner.put(host_batch)
             own_scores, measured = score(parts, run, batch, layout)

@@ -1,5 +1,6 @@
 """GiGPO: episode-level plus step-level groups, the latter made of equal (or similar) observations."""
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 from empg_jax.algorithms.advantages import SINGLETONS, grpo, grpo_turn_rows
 from empg_jax.algorithms.masking import Arr, Scalar, as_floats, as_ids, as_mask, check_choice, check_shapes
 from empg_jax.algorithms.segments import center_by_group
+from empg_jax.types import Trajectory
 
 STATISTICS = ("trajectories", "step_rows")
 
@@ -147,6 +149,35 @@ def similarity_anchors(
                 known[group, text] = found
             anchors[row, turn] = found
     return anchors
+
+
+def join_alike(trajectories: Sequence[Trajectory], threshold: float) -> list[Trajectory]:
+    """Give turns whose observations are alike one anchor (host code, before the batch is built).
+
+    Args:
+      trajectories: those of a batch.
+      threshold: as in `similarity_anchors`; 1 leaves them as they are.
+
+    Returns:
+      The same trajectories with other anchors.
+    """
+    if threshold == 1:
+        return list(trajectories)
+    numbers: dict[int, int] = {}
+    groups = [numbers.setdefault(trajectory.group_id, len(numbers)) for trajectory in trajectories]
+    texts = [[turn.observation for turn in trajectory.turns] for trajectory in trajectories]
+    width = max((len(row) for row in texts), default=0)
+    found = similarity_anchors(texts, groups, num_turns=width, threshold=threshold)
+    return [
+        dataclasses.replace(
+            trajectory,
+            turns=tuple(
+                dataclasses.replace(turn, anchor=int(anchor))
+                for turn, anchor in zip(trajectory.turns, row, strict=False)
+            ),
+        )
+        for trajectory, row in zip(trajectories, found, strict=True)
+    ]
 
 
 def _alike(first: str, text: str, threshold: float) -> bool:

@@ -161,6 +161,7 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
     """
 
     def credit(batch: Batch, scores: Scores) -> Credit:
+        batch, scores = jax.tree.map(jnp.asarray, (batch, scores))  # the host's arrays are welcome
         batch = drop_absent(batch)
         mask = batch.loss_mask
         turns = make_turns(batch, scores)

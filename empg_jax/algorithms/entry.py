@@ -114,7 +114,7 @@ def _small_batch() -> tuple[Batch, Scores]:
     def table(values: Any) -> jax.Array:
         return jnp.broadcast_to(jnp.asarray(values), (rows, turns))
 
-    logprobs, behavior, values = stream(-2, -0.1), stream(-2, -0.1), stream(-1, 1)
+    logprobs, behavior, values = stream(-2.0, -0.1), stream(-2.0, -0.1), stream(-1.0, 1.0)
     rewards = np.zeros((rows, turns), np.float32)
     rewards[0, 1] = 1.0
     batch = Batch(
@@ -126,7 +126,7 @@ def _small_batch() -> tuple[Batch, Scores]:
         trajectory_ids=ints(owner),
         turn_ids=ints(place // 4),
         behavior_logprobs=behavior,
-        behavior_entropies=stream(0.1, 2),
+        behavior_entropies=stream(0.1, 2.0),
         minibatch_ids=ints(np.zeros(rows)),
         returns=jnp.asarray(rewards.sum(1)),
         group_ids=ints([0, 0, 1, 1]),
@@ -140,4 +140,4 @@ def _small_batch() -> tuple[Batch, Scores]:
         anchor_ids=ints(np.tile([0, 1], (rows, 1))),
         versions=ints(np.zeros((rows, turns))),
     )
-    return batch, Scores(logprobs, stream(0.1, 2), logprobs, values)
+    return batch, Scores(logprobs, stream(0.1, 2.0), logprobs, values)

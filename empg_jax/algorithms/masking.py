@@ -24,6 +24,7 @@ Scalar = float | int | np.number | jax.Array
 NonNegative = Scalar
 Positive = Scalar
 Share = Scalar  # in [0, 1]
+Portion = Scalar  # in (0, 1]
 AboveOne = Scalar
 Count = int  # at least 0
 Length = int  # at least 1

@@ -53,6 +53,7 @@ _TYPES: dict[str, Any] = {
     "Positive": Annotated[float, Field(gt=0)],
     "AboveOne": Annotated[float, Field(gt=1)],
     "Share": Annotated[float, Field(ge=0, le=1)],
+    "Portion": Annotated[float, Field(gt=0, le=1)],
     "Count": Annotated[int, Field(ge=0)],
     "Length": Annotated[int, Field(ge=1)],
 }

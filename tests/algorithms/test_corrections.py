@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from empg_jax import algorithms as al
+from empg_jax.algorithms.anchors import join_alike
+from tests.episodes import Episodes
 
 # Two packed sequences in the first row, one in the second; the rest is padding with junk.
 IDS = np.int32([[40, 40, 7, 7, -1], [3, 3, 3, -1, -1]])
@@ -66,6 +68,14 @@ def test_offpolicy_sequences_are_dropped_only_when_bad():
     np.testing.assert_array_equal(near, MASK > 0)
 
 
+def test_the_samplers_log_probs_see_what_the_learners_hide():
+    """Means: sampler −1.0, learner before −1.8, now −1.85: 0.85 nats from the one, 0.05 from the other."""
+    now, before, sampler = (np.full((1, 6), x, np.float32) for x in (-1.85, -1.8, -1.0))
+    advantages, mask = -np.ones((1, 6), np.float32), np.ones((1, 6), bool)
+    assert not al.offpolicy_sequence_mask(now, sampler, advantages, mask, None).any()
+    assert al.offpolicy_sequence_mask(now, before, advantages, mask, None).all()
+
+
 def test_effective_sample_size():
     np.testing.assert_allclose(al.effective_sample_size(BEHAVIOR, BEHAVIOR, MASK), 1)
     ratios = RATIOS[MASK > 0]
@@ -77,6 +87,10 @@ def test_effective_sample_size():
 def test_overlong_penalty():
     result = al.overlong_penalty(np.int32([0, 16384, 18432, 20480]), max_length=20480, cache_length=4096)
     np.testing.assert_allclose(result, [0, 0, -0.5, -1])
+    bounded = al.overlong_penalty(np.int32([30, 35, 40, 60, 400]), max_length=40, cache_length=10)
+    np.testing.assert_allclose(bounded, [0, -0.5, -1, -1, -1])
+    halved = al.overlong_penalty(np.int32([400]), max_length=40, cache_length=10, factor=0.5)
+    np.testing.assert_allclose(halved, [-0.5])
     with pytest.raises(ValueError, match="cache_length=9"):
         al.overlong_penalty(np.int32([1]), max_length=8, cache_length=9)
 
@@ -88,3 +102,18 @@ def test_similarity_anchors():
     np.testing.assert_array_equal(result, [[0, 1, -1], [0, 0, -1], [2, -1, -1]])
     exact = al.similarity_anchors(texts, [0, 0, -1], num_turns=3, threshold=1.0)
     np.testing.assert_array_equal(exact, [[0, 1, -1], [2, 0, -1], [-1, -1, -1]])
+
+
+def test_alike_observations_are_joined_before_the_batch():
+    episodes = Episodes()
+    hall = "You are in the hall. On the table you see an apple."
+    texts = [[hall, "A kitchen."], [hall.replace("apple", "apples"), hall]]
+    made = [
+        episodes.trajectory(
+            [episodes.turn([1], 1, observation=text, anchor=n) for n, text in enumerate(row)], group_id=7
+        )
+        for row in texts
+    ]
+    joined = join_alike(made, 0.95)
+    assert [[turn.anchor for turn in trajectory.turns] for trajectory in joined] == [[0, 1], [0, 0]]
+    assert join_alike(made, 1.0) == made

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from empg_jax.algorithms import advantages, anchors, returns
 from empg_jax.algorithms.contract import TokenCredit, Worth
-from empg_jax.algorithms.masking import NonNegative, Share, check_choice, whiten
+from empg_jax.algorithms.masking import NonNegative, Portion, Share, check_choice, whiten
 from empg_jax.algorithms.part import Part, default_of
 from empg_jax.algorithms.segments import center_by_group, turn_slots
 from empg_jax.algorithms.timeline import last_turns, make_line, place_turn_values, token_reward_to_go
@@ -112,6 +112,7 @@ def gigpo(
     eps: NonNegative = default_of(anchors.gigpo, "eps"),
     singleton: Literal["zero", "raw"] = default_of(anchors.gigpo, "singleton"),
     statistics: Literal["trajectories", "step_rows"] = default_of(anchors.gigpo, "statistics"),
+    anchor_similarity: Portion = 1.0,
 ) -> Part:
     """Bind `gigpo` on episode scores and discounted returns of turns.
 
@@ -122,11 +123,12 @@ def gigpo(
       eps: Added to that standard deviation.
       singleton: Advantage of a group of one.
       statistics: What enters the statistics of GiGPO's episode part: episodes, or all turns (verl-agent).
+      anchor_similarity: Observations at least this alike (difflib ratio) are one anchor; 1 is equal ones.
     """
     options: dict[str, Any] = dict(locals())
     check_choice("singleton", singleton, advantages.SINGLETONS)
     check_choice("statistics", statistics, anchors.STATISTICS)
-    kept = {key: value for key, value in options.items() if key != "turn_gamma"}
+    kept = {key: value for key, value in options.items() if key not in ("turn_gamma", "anchor_similarity")}
 
     def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
         return anchors.gigpo(

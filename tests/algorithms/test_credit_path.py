@@ -1,0 +1,388 @@
+"""Every named recipe from a YAML file through the batch builder and the composed algorithm to worked numbers.
+
+The episodes hold all that a path can get wrong: invalid actions, rewards inside an episode, responses that
+the token limit cut, episodes that broke a limit, in both context styles. The oracle is a loop over episodes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from empg_jax.assembly import describe_algorithm, make_algorithm_from
+from empg_jax.replay.batching import BatchShape, make_batch
+
+from empg_jax.algorithms import ALGORITHMS
+from empg_jax.algorithms.recipes import RECIPES
+from empg_jax.config import load_config
+from empg_jax.types import Outcome, Scores, Status
+from tests.episodes import Episodes
+
+from . import oracles
+
+PENALTY = 0.1
+TURNS = 4
+# group, rewards, valid, anchors, what is special. The first group is the worked example of the specification.
+EPISODES = [
+    (0, [0, 0, 1], [1, 1, 1], [0, 1, 2], ""),
+    (0, [0, 0], [1, 0], [0, 1], ""),
+    (0, [0, 0, 0, 0.25], [0, 1, 1, 1], [0, 3, 3, 4], ""),
+    (0, [0, 1], [1, 1], [0, 3], ""),
+    (1, [-0.5, 0, 1], [1, 1, 1], [5, 6, 7], "cut"),  # the token limit cut its second response
+    (1, [0.3, 0, 0], [1, 0, 1], [5, 6, 6], "limit"),  # had gained 0.2 when it broke a limit
+    (1, [0, 0, 0, 0], [0, 0, 0, 0], [5, 5, 5, 8], ""),  # fails honestly
+    (1, [0, 0, 0, 0], [0, 0, 0, 0], [5, 5, 5, 8], "limit"),  # the same, and breaks a limit
+]
+GROUPS = np.array([episode[0] for episode in EPISODES])
+MASK = np.array([[t < len(episode[1]) for t in range(TURNS)] for episode in EPISODES])
+
+
+def table(column):
+    values = np.zeros(MASK.shape)
+    for i, episode in enumerate(EPISODES):
+        values[i, : len(episode[column])] = episode[column]
+    return values
+
+
+REWARDS, VALID, ANCHORS = table(1), table(2) > 0, table(3).astype(int)
+LIMIT = np.array([episode[4] == "limit" for episode in EPISODES])
+
+
+def make_trajectories(context):
+    """The episodes as the rollout hands them over: raw rewards."""
+    episodes, made = Episodes(), []
+    for number, (group, rewards, valid, anchors, special) in enumerate(EPISODES):
+        so_far, turns = np.zeros(0, np.int32), []
+        for t, (reward, ok, anchor) in enumerate(zip(rewards, valid, anchors, strict=True)):
+            is_growing = context == "transcript"
+            prompt = np.concatenate([so_far, episodes.draw(2)]) if is_growing else episodes.draw(3)
+            cut = "length" if special == "cut" and t == 1 else "stop"
+            fields = dict(reward=float(reward), is_valid=bool(ok), anchor=anchor, finish_reason=cut)
+            turns.append(episodes.turn(prompt, 1 + (number + t) % 2, **fields))
+            so_far = np.concatenate([prompt, turns[-1].response_tokens])
+        status = Status.SCORED_ZERO if special == "limit" else Status.TRAINED
+        fields = dict(group_id=group, member=number % 4, episode_return=float(sum(rewards)))
+        fields |= dict(outcome=Outcome(status, "x"), truncated=special in ("cut", "limit"))
+        made.append(episodes.trajectory(turns, **fields))
+    return made
+
+
+def run(tmp_path, algorithm, context="transcript", penalty=PENALTY, overrides=()):
+    """A YAML file's algorithm on the episodes: batch, scores and credit."""
+    path = tmp_path / "own.yaml"
+    lines = [f"{key}: {value}" for key, value in algorithm.items()]
+    path.write_text(
+        f"env: {{context: {context}, max_turns: {TURNS}, invalid_penalty: {penalty}}}\n"
+        "rollout: {tasks_per_update: 2, group_size: 4, max_tokens: 32, max_response_tokens: 4}\n"
+        "train: {num_minibatches: 1, micro_tokens: 64}\n"
+        "algorithm: {" + ", ".join(lines) + "}\n"
+    )
+    config = load_config(path, overrides)
+    batch, _ = make_batch(make_trajectories(context), BatchShape(9, TURNS, 32, 2, 24, 1), seed=(0,))
+    rng = np.random.default_rng(1)
+    old = batch.behavior_logprobs
+    noise = rng.normal(size=(2, *old.shape)).astype(np.float32)
+    scores = Scores(old, batch.behavior_entropies, old + noise[0], noise[1])
+    algorithm = make_algorithm_from(config)
+    if algorithm.value_loss is None:
+        scores = scores.replace(values=None)
+    return batch, scores, algorithm.credit(batch, scores), config
+
+
+# --------------------------------------------------------------------------------------------- the oracle
+
+
+def settled(penalty):
+    """Returns, the turns' rewards (what a broken limit takes back is off the last) and their penalties."""
+    costs = penalty * (MASK & ~VALID)
+    total = REWARDS.sum(1) - costs.sum(1)
+    gained = np.where(LIMIT, np.maximum(total, 0), 0)
+    rewards = REWARDS.copy()
+    rewards[np.arange(len(EPISODES)), MASK.sum(1) - 1] -= gained
+    return total - gained, rewards, costs
+
+
+def tokens_of(batch, i):
+    """The places of an episode's sampled tokens, turn by turn."""
+    places = np.argwhere(batch.loss_mask & (batch.trajectory_ids == i))
+    return sorted(map(tuple, places), key=lambda place: (batch.turn_ids[place], place))
+
+
+def turn_estimates(name, penalty):
+    """Base advantages of the recipes that give one number to a turn."""
+    returns, rewards, costs = settled(penalty)
+    scores = np.where(LIMIT[:, None], returns[:, None], REWARDS.sum(1)[:, None] - costs)
+    if name == "reinforce":
+        base = np.repeat((returns - returns.mean())[:, None], TURNS, 1)
+    elif name == "grpo_turn_rows":
+        base = np.zeros(MASK.shape)
+        for i, t in np.argwhere(MASK):
+            rows = scores[(GROUPS[i] == GROUPS)[:, None] & MASK]
+            base[i, t] = (scores[i, t] - rows.mean()) / (rows.std(ddof=1) + 1e-6)
+    elif name == "gigpo":
+        later = np.zeros(MASK.shape)
+        for i in range(len(EPISODES)):
+            for t in reversed(range(MASK[i].sum())):
+                later[i, t] = rewards[i, t] + 0.95 * (later[i, t + 1] if t + 1 < TURNS else 0)
+        base = oracles.anchor_advantages(later - costs, ANCHORS, MASK, GROUPS)
+        means = np.array([scores[i][MASK[i]].mean() for i in range(len(EPISODES))])
+        base += scores - np.array([means[group == GROUPS].mean() for group in GROUPS])[:, None]
+    else:
+        kind = {"rloo": "rloo", "dr_grpo": "mean"}.get(name, "std")
+        base = np.repeat(oracles.group_advantages(returns, GROUPS, kind)[:, None], TURNS, 1)
+    return base * MASK
+
+
+def token_estimates(name, penalty, batch, scores):
+    """The same for the recipes whose advantages differ inside a turn: tokens and critic's targets."""
+    returns, rewards, costs = settled(penalty)
+    found, targets = np.zeros(batch.tokens.shape), np.zeros(batch.tokens.shape)
+    for i in range(len(EPISODES)):
+        later = following = 0.0
+        places = tokens_of(batch, i)
+        last = {batch.turn_ids[place]: place for place in places}
+        for n, place in enumerate(places[::-1]):
+            turn = batch.turn_ids[place]
+            reward = (rewards - costs)[i, turn] if last[turn] == place else 0.0
+            if name == "reinforce_pp":
+                reward -= 0.001 * (scores.old_logprobs - scores.ref_logprobs)[place]
+            if name == "reinforce_pp_baseline" and n == 0:
+                reward -= returns[GROUPS[i] == GROUPS].mean()
+            value = scores.values[place] if name == "ppo" else 0.0
+            later = found[place] = reward + following - value + later
+            targets[place], following = later + value, value
+    mask = batch.loss_mask
+    found[mask] = (found[mask] - found[mask].mean()) / np.sqrt(found[mask].var(ddof=1) + 1e-8)
+    return found, targets
+
+
+def turn_means(batch, tokens):
+    return np.array(
+        [
+            [np.mean([tokens[p] for p in tokens_of(batch, i) if batch.turn_ids[p] == t]) if MASK[i, t] else 0
+             for t in range(TURNS)]
+            for i in range(len(EPISODES))
+        ]
+    )  # fmt: skip
+
+
+def expect(name, penalty, batch, scores):
+    base, _, kind = name.rpartition("_") if name not in RECIPES else (name, "", "")
+    if base in ("reinforce_pp", "reinforce_pp_baseline", "ppo"):
+        tokens, targets = token_estimates(base, penalty, batch, scores)
+        estimated = turn_means(batch, tokens)
+    else:
+        estimated, targets = turn_estimates(base, penalty), None
+    entropies = turn_means(batch, np.asarray(scores.entropies))
+    advantages = estimated
+    if kind:
+        segments = np.zeros_like(GROUPS) if kind == "empg" else GROUPS
+        options = dict(zeta=0.1, center=True) if kind == "empg" else dict(min_range=0.1)
+        advantages = oracles.modulation(estimated, entropies, MASK, segments, k=1.0, **options)
+    return estimated, advantages, targets
+
+
+# ---------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("context", ["transcript", "window"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_recipe_from_a_file_to_its_numbers(tmp_path, name, context):
+    batch, scores, credit, _ = run(tmp_path, {"name": name}, context)
+    base, advantages, targets = expect(name, PENALTY, batch, scores)
+    number = len(EPISODES)
+    np.testing.assert_array_equal(np.asarray(credit.turns.mask)[:number], MASK)
+    np.testing.assert_allclose(np.asarray(credit.turns.base)[:number], base, atol=2e-5)
+    np.testing.assert_allclose(np.asarray(credit.turns.advantages)[:number], advantages, atol=5e-5)
+    rebuilt = credit.turns.base * credit.turns.factors + credit.turns.bonuses
+    shift = np.asarray(rebuilt - credit.turns.advantages)[:number][MASK]
+    np.testing.assert_allclose(shift, shift.mean(), atol=5e-5)  # centering alone is left
+    means = turn_means(batch, np.asarray(credit.advantages))
+    np.testing.assert_allclose(means, advantages, atol=5e-5)
+    assert not np.asarray(credit.advantages)[~batch.loss_mask].any()
+    if targets is not None and name.startswith("ppo"):
+        np.testing.assert_allclose(np.asarray(credit.value_targets), targets, atol=2e-5)
+    # Uniformity is judged before penalties: the second group differs in raw returns as well.
+    assert credit.metrics["mixed_groups"] == 1
+
+
+def first_group(credit):
+    return np.asarray(credit.turns.advantages)[:4]
+
+
+def assert_rows(found, rows):
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(found[i, : len(row)], row, atol=3e-6)
+
+
+@pytest.mark.parametrize("context", ["transcript", "window"])
+def test_the_specifications_step_rows(tmp_path, context):
+    """Its section 2.9 with the penalty at (1, 1) and (2, 0), from a configuration."""
+    _, _, credit, _ = run(tmp_path, {"name": "grpo_turn_rows"}, context)
+    expected = [[1.016717] * 3, [-1.134031, -1.349105], [-0.811418, *[-0.596344] * 3], [1.016717] * 2]
+    assert_rows(first_group(credit), expected)
+
+
+GIGPO = {
+    ("trajectories", 0.0): [
+        [0.823289, 0.912500, 0.437500],
+        [-1.079211, -1.037500],
+        [-0.614867, -0.574583, -0.562708, -0.312500],
+        [0.870789, 0.949792],
+    ],
+    ("step_rows", 0.0): [
+        [0.840335, 0.929545, 0.454545],
+        [-1.062165, -1.020455],
+        [-0.597822, -0.557538, -0.545663, -0.295455],
+        [0.887835, 0.966837],
+    ],
+    ("step_rows", 0.1): [
+        [0.883516, 0.997727, 0.472727],
+        [-1.018984, -1.152273],
+        [-0.754640, -0.539356, -0.527481, -0.277273],
+        [0.931016, 0.985019],
+    ],
+}
+
+
+@pytest.mark.parametrize("statistics, penalty", GIGPO)
+def test_the_specifications_gigpo(tmp_path, statistics, penalty):
+    options = {"name": "gigpo", "statistics": statistics}
+    _, _, credit, _ = run(tmp_path, options, penalty=penalty)
+    assert_rows(first_group(credit), GIGPO[statistics, penalty])
+
+
+def test_a_penalty_does_not_reach_earlier_turns(tmp_path):
+    """GiGPO's step part: with and without the penalty, the valid turn before an invalid one is worth the "
+    "same."""
+    parts = [
+        np.asarray(run(tmp_path, {"name": "gigpo"}, penalty=penalty)[2].turns.base)
+        - np.asarray(run(tmp_path, {"name": "gigpo", "omega": 0.0}, penalty=penalty)[2].turns.base)
+        for penalty in (0.0, 0.1)
+    ]
+    # (1, 0) is valid and stands before (1, 1); its anchor's group has the penalty of (2, 0) in the mean only.
+    np.testing.assert_allclose((parts[1] - parts[0])[1, 0], 0.1 / 4, atol=1e-6)
+    np.testing.assert_allclose((parts[1] - parts[0])[2, 0], 0.1 / 4 - 0.1, atol=1e-6)
+
+
+def test_breaking_a_limit_never_pays(tmp_path):
+    """The same failure with and without a broken limit gets the same; a gain before a limit is taken back."""
+    for name in ("grpo", "gigpo", "grpo_turn_rows", "reinforce_pp_baseline"):
+        credit = run(tmp_path, {"name": name})[2]
+        advantages = np.asarray(credit.turns.advantages)
+        if name == "grpo":
+            np.testing.assert_allclose(advantages[6], advantages[7], atol=1e-6)
+        assert (advantages[7] <= advantages[6] + 0.05).all(), name
+    returns, rewards, costs = settled(PENALTY)
+    np.testing.assert_allclose(returns[5], 0, atol=1e-12)
+    np.testing.assert_allclose((rewards - costs)[5, :3], [0.3, -0.1, -0.2])
+
+
+def test_a_reward_counts_where_it_came(tmp_path):
+    """Turn rewards −0.5, 0, +1, values 0: the critic is to learn 0.5, 1, 1."""
+    path = tmp_path / "ppo.yaml"
+    path.write_text(
+        "rollout: {group_size: 1, tasks_per_update: 1}\ntrain: {num_minibatches: 1}\nalgorithm: {name: ppo}\n"
+    )
+    episodes = Episodes()
+    turns = [episodes.turn(episodes.draw(2), 2, reward=reward) for reward in (-0.5, 0.0, 1.0)]
+    episode = episodes.trajectory(turns, episode_return=0.5)
+    batch, _ = make_batch([episode], BatchShape(1, 3, 16, 1, 3, 1), seed=(0,))
+    scores = Scores(
+        batch.behavior_logprobs,
+        batch.behavior_entropies,
+        batch.behavior_logprobs,
+        np.zeros_like(batch.behavior_logprobs),
+    )
+    credit = make_algorithm_from(load_config(path)).credit(batch, scores)
+    for turn, expected in enumerate((0.5, 1.0, 1.0)):
+        targets = np.asarray(credit.value_targets)[batch.loss_mask & (batch.turn_ids == turn)]
+        np.testing.assert_allclose(targets, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("unit", ["turn", "trajectory"])
+def test_truncated_and_void_turns_leave_the_loss(tmp_path, unit):
+    whole = np.asarray(run(tmp_path, {"name": "grpo"})[2].loss_weights)
+    for key, bad in (("mask_truncated", np.array([[4, 1]])), ("drop_void", np.argwhere(MASK & ~VALID))):
+        batch, _, credit, _ = run(tmp_path, {"name": "grpo", key: unit})
+        gone = np.zeros(MASK.shape, bool)
+        gone[tuple(bad.T)] = True
+        if unit == "trajectory":
+            gone = np.repeat(gone.any(1, keepdims=True), TURNS, 1)
+        tokens = batch.loss_mask.copy()
+        tokens[batch.loss_mask] &= ~gone[batch.trajectory_ids, batch.turn_ids][batch.loss_mask]
+        assert 0 < tokens.sum() < batch.loss_mask.sum() == (whole > 0).sum()
+        np.testing.assert_allclose(credit.loss_weights, tokens / tokens.sum(), rtol=1e-5)
+
+
+def test_a_limit_is_bootstrapped_on_request(tmp_path):
+    """An episode that a turn limit ended goes on with the critic's last value; one that broke a limit "
+    "does not."""
+    batch, scores, plain, _ = run(tmp_path, {"name": "ppo"})
+    options = {"name": "ppo", "critic": "{bootstrap: true}"}
+    longer = run(tmp_path, options)[2]
+    change = np.asarray(longer.value_targets) - np.asarray(plain.value_targets)
+    for i in range(len(EPISODES)):
+        places = tokens_of(batch, i)
+        expected = scores.values[places[-1]] if i == 4 else 0.0
+        np.testing.assert_allclose([change[place] for place in places], expected, atol=1e-5)
+
+
+def test_the_overlong_penalty_is_bounded_and_reaches_the_return(tmp_path):
+    options = {"name": "dr_grpo", "overlong_length": 6, "overlong_cache": 2, "overlong_factor": 0.5}
+    batch, _, credit, _ = run(tmp_path, options)
+    lengths = np.array([len(tokens_of(batch, i)) for i in range(len(EPISODES))])
+    total = REWARDS.sum(1) - PENALTY * (MASK & ~VALID).sum(1) - 0.5 * np.clip((lengths - 4) / 2, 0, 1)
+    expected = oracles.group_advantages(np.where(LIMIT, np.minimum(total, 0), total), GROUPS, "mean")
+    np.testing.assert_allclose(np.asarray(credit.turns.base)[:8, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", ["segment", "trajectory", "turn"])
+def test_a_sequence_is_what_the_unit_says(tmp_path, unit):
+    """In window context a segment is a turn; in both, every unit weighs the same."""
+    options = {"name": "grpo", "aggregation": "seq-mean-token-mean", "aggregation_unit": unit}
+    batch, _, credit, _ = run(tmp_path, options, "window")
+    weights = np.asarray(credit.loss_weights)
+    for i in range(len(EPISODES)):
+        mine = weights[batch.loss_mask & (batch.trajectory_ids == i)].sum()
+        share = 1 / len(EPISODES) if unit == "trajectory" else MASK[i].sum() / MASK.sum()
+        np.testing.assert_allclose(mine, share, rtol=1e-5)
+
+
+def test_dr_grpo_divides_by_a_constant(tmp_path):
+    batch, _, credit, _ = run(tmp_path, {"name": "dr_grpo"})
+    np.testing.assert_allclose(np.asarray(credit.loss_weights)[batch.loss_mask], 1 / (8 * 32), rtol=1e-6)
+    scaled = run(tmp_path, {"name": "dr_grpo", "loss_scale": 5.0})[2]
+    np.testing.assert_allclose(np.asarray(scaled.loss_weights)[batch.loss_mask], 1 / (8 * 5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["empg", "aem"])
+def test_controls_keep_the_factors_and_lose_their_place(tmp_path, kind):
+    plain = run(tmp_path, {"name": f"grpo_{kind}"})[2].turns
+    shuffled = run(tmp_path, {"name": f"grpo_{kind}", kind: "{shuffle_seed: 3}"})[2].turns
+    reverse = run(tmp_path, {"name": f"grpo_{kind}", kind: "{reverse: true}"})[2].turns
+    for rows in (slice(0, 4), slice(4, 8)) if kind == "aem" else (slice(0, 8),):
+        here, there = (np.asarray(t.factors)[rows][MASK[rows]] for t in (plain, shuffled))
+        np.testing.assert_allclose(np.sort(here), np.sort(there), atol=1e-6)
+        assert np.abs(here - there).max() > 0.1
+    order = np.asarray(plain.factors)[:4][MASK[:4]], np.asarray(reverse.factors)[:4][MASK[:4]]
+    assert np.corrcoef(*order)[0, 1] < -0.9
+    config = run(tmp_path, {"name": f"grpo_{kind}", kind: "{shuffle_seed: 3}"})[3]
+    assert describe_algorithm(config).endswith("shuffled); turn_penalty(amount=0.1)")
+
+
+def test_normalized_weights_have_mean_one_over_the_batch(tmp_path):
+    """The mean is that of the whole batch, whatever rows the loss sees."""
+    algorithm = {"name": "grpo", "correction": "{kind: tis, normalize: true}"}
+    batch, scores, _, config = run(tmp_path, algorithm)
+    batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
+    old = scores.old_logprobs + 0.3 * batch.loss_mask.astype(jnp.float32)
+    moved = dataclasses.replace(scores, old_logprobs=old)
+    composed = make_algorithm_from(config)
+    credit = composed.credit(batch, moved)
+    plain = run(tmp_path, {"name": "grpo"})[2]
+    np.testing.assert_allclose(credit.advantages * np.exp(0.3), plain.advantages, rtol=1e-4, atol=1e-6)
+    streams = (moved.old_logprobs, moved.entropies, batch, moved, credit.advantages)
+    loss, _ = composed.loss(*streams)
+    np.testing.assert_allclose(loss, -np.asarray(plain.advantages), rtol=1e-4, atol=1e-6)
