@@ -112,7 +112,7 @@ def _read_moe(keys: Mapping[str, Any]) -> MoeConfig:
         num_experts=keys.get("num_experts") or keys.get("num_local_experts") or 128,
         top_k=keys["num_experts_per_tok"],
         expert_size=keys["moe_intermediate_size"],
-        is_normalised=bool(keys["norm_topk_prob"]),
+        is_normalized=bool(keys["norm_topk_prob"]),
     )
 
 
@@ -161,7 +161,7 @@ def config_to_hf(config: DecoderConfig, base: Mapping[str, Any] | None = None) -
             "num_experts": config.moe.num_experts,
             "num_experts_per_tok": config.moe.top_k,
             "moe_intermediate_size": config.moe.expert_size,
-            "norm_topk_prob": config.moe.is_normalised,
+            "norm_topk_prob": config.moe.is_normalized,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
@@ -216,7 +216,7 @@ def _unsupported(family: str, keys: Mapping[str, Any], max_length: int | None) -
     if keys.get("mlp_only_layers") or keys.get("decoder_sparse_step", 1) != 1:
         problems.append("layers without experts among layers with them")
     if keys.get("quantization_config"):
-        problems.append("quantization_config (load the unquantised weights)")
+        problems.append("quantization_config (load the unquantized weights)")
     if keys.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor={keys['partial_rotary_factor']}")
     window = keys.get("sliding_window") if keys.get("use_sliding_window", family == "mistral") else None

@@ -25,7 +25,7 @@ from empg_jax.hf.layout import INDEX, Leaf, get_leaf, list_leaves, set_leaf
 from empg_jax.hf.safetensors import SafetensorsFile
 from empg_jax.hf.save import save_hf as save_hf
 from empg_jax.models.decoder import DecoderConfig
-from empg_jax.models.quantize import quantise_module
+from empg_jax.models.quantize import quantize_module
 from empg_jax.types import Params
 
 _FILES = ("config.json", "generation_config.json", "*.safetensors", INDEX)
@@ -50,7 +50,7 @@ def load_hf(
     *,
     shardings: Params | None = None,
     max_length: int | None = None,
-    quantise: str = "none",
+    quantize: str = "none",
 ) -> tuple[DecoderConfig, Params]:
     """Loads a model from a local folder or a hub id.
 
@@ -60,7 +60,7 @@ def load_hf(
       shardings: a ``Sharding`` for every parameter, in a tree like the parameters; None puts all of it on the
         default device.
       max_length: the longest row that will be used (see `config_from_hf`).
-      quantise: how matrices are stored (`models.quantize`); each is quantised as it is read.
+      quantize: how matrices are stored (`models.quantize`); each is quantized as it is read.
 
     Returns:
       The config and the parameters, in ``config.param_dtype``.
@@ -77,7 +77,7 @@ def load_hf(
     params: Params = {}
     for leaf in weights.leaves:
         if leaf.stacked:
-            module = _read_stacked(leaf, weights.files, shardings, quantise)
+            module = _read_stacked(leaf, weights.files, shardings, quantize)
             for name, array in module.items():
                 set_leaf(params, (*leaf.path[:-1], name), array)
         else:
@@ -172,18 +172,18 @@ def copy_part(view: np.ndarray, index: tuple[slice, ...], dtype: Any) -> np.ndar
 
 
 def _read_stacked(
-    leaf: Leaf, files: Mapping[str, SafetensorsFile], shardings: Params | None, quantise: str
+    leaf: Leaf, files: Mapping[str, SafetensorsFile], shardings: Params | None, quantize: str
 ) -> Params:
-    """All tensors of a parameter in one array, or in those that stand for it when it is quantised."""
+    """All tensors of a parameter in one array, or in those that stand for it when it is quantized."""
     name, depth = leaf.path[-1], len(leaf.stacked)
     one = jax.ShapeDtypeStruct(leaf.shape[depth:], leaf.dtype)
-    kept = jax.eval_shape(lambda kernel: quantise_module({name: kernel}, quantise), one)
+    kept = jax.eval_shape(lambda kernel: quantize_module({name: kernel}, quantize), one)
     stacked_shapes = {k: jax.ShapeDtypeStruct((*leaf.stacked, *s.shape), s.dtype) for k, s in kept.items()}
     places, part_place = None, None
     if shardings is not None:
         places = {k: get_leaf(shardings, (*leaf.path[:-1], k)) for k in kept}
         part_place = _of_one(next(iter(places.values())), depth)  # the codes' axes are the matrix's
-    start, insert = _stacking(name, quantise, _frozen(stacked_shapes), _frozen(places))
+    start, insert = _stacking(name, quantize, _frozen(stacked_shapes), _frozen(places))
     stacked = start()
     for place, tensor in zip(np.ndindex(leaf.stacked), leaf.names, strict=True):
         part = _read_tensor(leaf, tensor, files, part_place)
@@ -210,14 +210,14 @@ def _put(stacked: jax.Array, part: jax.Array, place: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _stacking(name: str, quantise: str, shapes: tuple, places: tuple | None) -> tuple[Any, Any]:
+def _stacking(name: str, quantize: str, shapes: tuple, places: tuple | None) -> tuple[Any, Any]:
     """Programs that make an empty stack, and that write one tensor into it in place."""
 
     def start() -> Params:
         return {k: jnp.zeros(s.shape, s.dtype) for k, s in shapes}
 
     def insert(stacked: Params, part: jax.Array, place: jax.Array) -> Params:
-        parts = quantise_module({name: part}, quantise)
+        parts = quantize_module({name: part}, quantize)
         return {k: _put(stacked[k], parts[k], place) for k in parts}
 
     out = None if places is None else dict(places)

@@ -1,6 +1,6 @@
 """Shapes of well-known models, to be filled with random weights (`model.preset`).
 
-Numbers from the models' own ``config.json``. A preset fixes everything but types and rematerialisation.
+Numbers from the models' own ``config.json``. A preset fixes everything but types and rematerialization.
 """
 
 from __future__ import annotations

@@ -66,14 +66,14 @@ class SafetensorsFile:
         """A tensor as a view of the mapped file: bytes are read when it is sliced or copied.
 
         Raises:
-          ValueError: for a type that is not a plain float (quantised weights).
+          ValueError: for a type that is not a plain float (quantized weights).
         """
         entry = self._entries[name]
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ValueError(
                 f"{self.path}: tensor {name} is {entry['dtype']}; only {', '.join(_DTYPES)} can be loaded "
-                "(quantised checkpoints are not supported)"
+                "(quantized checkpoints are not supported)"
             )
         begin, end = (self._start + offset for offset in entry["data_offsets"])
         return self._bytes[begin:end].view(dtype).reshape(self.shape(name))

@@ -46,7 +46,7 @@ def param_axes(params: Params, head_dim: int = 1) -> Params:
     """Logical axes of every parameter, in a tree of the same structure.
 
     Args:
-      params: stacked parameters or their shapes, adapters and quantised matrices too.
+      params: stacked parameters or their shapes, adapters and quantized matrices too.
       head_dim: width of a head; splits of heads keep whole heads together.
     """
 

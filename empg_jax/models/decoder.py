@@ -1,7 +1,7 @@
 """The decoder of the Llama / Qwen2 / Qwen3 line, read top-down: config, block, parameters, forward, cache.
 
 One block (Flax Linen, used through its functional ``init`` / ``apply``) serves the learner, which scans over
-stacked layers with rematerialisation, and the engine, which unrolls over unstacked layers with a KV cache.
+stacked layers with rematerialization, and the engine, which unrolls over unstacked layers with a KV cache.
 On a mesh (`parallel.layout.on_mesh`) the learner's pass is split as described there.
 Parameters are a plain dictionary::
 
@@ -37,7 +37,7 @@ from empg_jax.parallel.layout import constrain, current_mesh, embed_tokens, spli
 from empg_jax.types import Params
 
 KVCache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer (keys, values), each [S K C d]
-# What the backward pass finds ready, beside each layer's input, by rematerialisation policy. ``full``: only
+# What the backward pass finds ready, beside each layer's input, by rematerialization policy. ``full``: only
 # attention's result, all else is computed again; ``dots``: the results of all matrix products, so that only
 # cheap things are; ``none``: everything.
 REMAT: dict[str, tuple[str, ...] | None] = {

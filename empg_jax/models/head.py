@@ -186,7 +186,7 @@ def _head_forward(
 def _head_backward(
     temperature: float, chunks: int, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, None]:
-    hidden, weights, tokens, normaliser, mean_logit = residuals
+    hidden, weights, tokens, normalizer, mean_logit = residuals
     g_logprob, g_entropy = cotangents
     vocab, wide = weights.shape[0], _wide(hidden.dtype)
 
@@ -194,7 +194,7 @@ def _head_backward(
         index, chunk = inputs
         chunk = gather_weight(chunk, _TABLE)
         logits = _chunk_logits(hidden, chunk, index, vocab, chunks, temperature)
-        probabilities = jnp.exp(logits - normaliser[..., None])
+        probabilities = jnp.exp(logits - normalizer[..., None])
         surprise = logits - mean_logit[..., None]
         slope = -probabilities * (g_logprob[..., None] + g_entropy[..., None] * surprise)
         is_target = _entries(chunk, index, chunks, hidden.ndim) == tokens[..., None]

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from empg_jax.models.quantize import dequantise_module, matrix_shape
+from empg_jax.models.quantize import dequantize_module, matrix_shape
 from empg_jax.types import Params
 
 
@@ -53,7 +53,7 @@ def make_lora(key: jax.Array, base: Params, config: LoraConfig) -> Params:
 
     Args:
       key: PRNG key.
-      base: stacked base parameters, quantised or not, or their shapes.
+      base: stacked base parameters, quantized or not, or their shapes.
       config: rank and targets.
 
     Raises:
@@ -120,7 +120,7 @@ def merge(base: Params, adapters: Params, scale: float, dtype: Any = None) -> Pa
     """Parameters without adapters that compute the same: ``W + scale A B``, added in float32.
 
     Args:
-      base: stacked base parameters; quantised matrices become plain ones.
+      base: stacked base parameters; quantized matrices become plain ones.
       adapters: their adapters; further leaves (a critic's head) stay as they are.
       scale: `LoraConfig.scale`.
       dtype: type of the merged matrices; default that of the base's norms.
@@ -144,7 +144,7 @@ def _merge_module(module: Params, scale: float, dtype: Any) -> Params:
     matrices = {name: leaf for name, leaf in module.items() if name not in kept}
 
     def fold(layer: Params) -> jax.Array:
-        unpack: Callable[[Params], jax.Array] = functools.partial(dequantise_module, dtype=jnp.float32)
+        unpack: Callable[[Params], jax.Array] = functools.partial(dequantize_module, dtype=jnp.float32)
         for _ in range(num_experts_axes):
             unpack = jax.vmap(unpack)
         kernel = unpack({k: v for k, v in layer.items() if k not in names})

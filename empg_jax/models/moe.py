@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from empg_jax.models.quantize import SCHEMES, dequantise_module
+from empg_jax.models.quantize import SCHEMES, dequantize_module
 from empg_jax.parallel.layout import ACTIVATIONS, current_mesh
 from empg_jax.parallel.mesh import RULES, fit_spec
 from empg_jax.types import Params
@@ -33,13 +33,13 @@ class MoeConfig:
       num_experts: experts of a layer.
       top_k: experts that a token goes through.
       expert_size: width of an expert's gated feed-forward layer.
-      is_normalised: whether a token's router probabilities are scaled to a sum of 1 over its experts.
+      is_normalized: whether a token's router probabilities are scaled to a sum of 1 over its experts.
     """
 
     num_experts: int
     top_k: int
     expert_size: int
-    is_normalised: bool = True
+    is_normalized: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a choice among too few."""
@@ -48,7 +48,7 @@ class MoeConfig:
 
 
 class Experts(nn.Module):
-    """One matrix ``[in, out]`` per expert, held plain or quantised."""
+    """One matrix ``[in, out]`` per expert, held plain or quantized."""
 
     shape: tuple[int, int, int]
     dtype: Any
@@ -61,7 +61,7 @@ class Experts(nn.Module):
         for scheme in SCHEMES.values():
             if self.has_variable("params", scheme.leaves[0]):
                 held: Params = {name: self.get_variable("params", name) for name in scheme.leaves}
-                return jax.vmap(lambda module: dequantise_module(module, self.dtype))(held)
+                return jax.vmap(lambda module: dequantize_module(module, self.dtype))(held)
         start = nn.initializers.variance_scaling(self.scale, "fan_in", "normal", batch_axis=(0,))
         return self.param("kernel", start, self.shape, self.param_dtype).astype(self.dtype)
 
@@ -141,6 +141,6 @@ def _route(logits: Array, config: MoeConfig) -> tuple[Array, Array]:
     """Share and number of each of a token's experts, ``[tokens, top_k]``."""
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     shares, chosen = jax.lax.top_k(probabilities, config.top_k)
-    if config.is_normalised:
+    if config.is_normalized:
         shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
     return shares, chosen

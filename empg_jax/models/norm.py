@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalise the last axis of ``x``."""
+        """Normalize the last axis of ``x``."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         return rms_norm(x, scale, self.eps)
 

@@ -1,6 +1,6 @@
-"""The linear layer of every block: a kernel, plain or quantised, and low-rank adapters where there are any.
+"""The linear layer of every block: a kernel, plain or quantized, and low-rank adapters where there are any.
 
-What a layer holds is read from its parameters: ``kernel`` or a quantised form of it (`models.quantize`),
+What a layer holds is read from its parameters: ``kernel`` or a quantized form of it (`models.quantize`),
 ``bias``, and ``lora_a``, ``lora_b`` (`models.lora`). The product has a weight gradient that comes out in a
 layout which the platform multiplies fast.
 """

@@ -1,7 +1,7 @@
-"""Weight-only quantisation of frozen matrices: int8 per output channel, and 4-bit NormalFloat in blocks.
+"""Weight-only quantization of frozen matrices: int8 per output channel, and 4-bit NormalFloat in blocks.
 
-A quantised matrix stands in its module under other names than ``kernel`` (`Scheme.leaves`); the linear layer
-multiplies with it directly. Only matrices that are not trained can be quantised.
+A quantized matrix stands in its module under other names than ``kernel`` (`Scheme.leaves`); the linear layer
+multiplies with it directly. Only matrices that are not trained can be quantized.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Scheme:
     Attributes:
       leaves: names of the arrays that replace the kernel.
       axes: which axes of the matrix each of them has (0: in, 1: out).
-      quantise: kernel to those arrays; any leading axes.
+      quantize: kernel to those arrays; any leading axes.
       unpack: ``(dtype, *arrays)`` to a matrix ``[in, out]`` of that type, and the factors of its columns that
         are best multiplied after a product (float32 ``[out]``; None: none).
       packing: numbers of the input axis in one stored number.
@@ -37,7 +37,7 @@ class Scheme:
 
     leaves: tuple[str, ...]
     axes: tuple[tuple[int, ...], ...]
-    quantise: Callable[[jax.Array], tuple[jax.Array, ...]]
+    quantize: Callable[[jax.Array], tuple[jax.Array, ...]]
     unpack: Callable[..., tuple[jax.Array, jax.Array | None]]
     packing: int = 1
 
@@ -45,7 +45,7 @@ class Scheme:
 # ---------------------------------------------------------------------------------------------- int8
 
 
-def quantise_int8(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
+def quantize_int8(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
     """Codes ``int8[..., D, E]`` in -127 .. 127, and scales ``float32[..., E]``: a column's largest / 127."""
     wide = kernel.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=-2, keepdims=True) / 127.0
@@ -77,7 +77,7 @@ def normal_float_table() -> tuple[float, ...]:
     return tuple(level / levels[-1] for level in levels)
 
 
-def quantise_nf4(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
+def quantize_nf4(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
     """Two codes per byte along the input axis, ``uint8[..., D/2, E]``, and the blocks' largest magnitudes.
 
     The blocks run along the input axis (as they do in a ``[out, in]`` matrix that is read row by row); the
@@ -111,15 +111,15 @@ def unpack_nf4(dtype: Any, packed: Array, scale: Array) -> tuple[Array, None]:
 # ---------------------------------------------------------------------------------------------- trees
 
 SCHEMES = {
-    "int8": Scheme(("kernel_int8", "kernel_scale"), ((0, 1), (1,)), quantise_int8, unpack_int8),
-    "nf4": Scheme(("kernel_nf4", "block_scale"), ((0, 1), (0, 1)), quantise_nf4, unpack_nf4, packing=2),
+    "int8": Scheme(("kernel_int8", "kernel_scale"), ((0, 1), (1,)), quantize_int8, unpack_int8),
+    "nf4": Scheme(("kernel_nf4", "block_scale"), ((0, 1), (0, 1)), quantize_nf4, unpack_nf4, packing=2),
 }
 # Names of arrays that only mean something in the types in which they are stored.
-QUANTISED_LEAVES = frozenset(leaf for scheme in SCHEMES.values() for leaf in scheme.leaves)
+QUANTIZED_LEAVES = frozenset(leaf for scheme in SCHEMES.values() for leaf in scheme.leaves)
 
 
-def quantise_params(params: Params, scheme: str) -> Params:
-    """Parameters with every layer's matrices quantised; embeddings, head, norms and biases stay.
+def quantize_params(params: Params, scheme: str) -> Params:
+    """Parameters with every layer's matrices quantized; embeddings, head, norms and biases stay.
 
     Args:
       params: stacked parameters.
@@ -127,16 +127,16 @@ def quantise_params(params: Params, scheme: str) -> Params:
     """
     if scheme == "none":
         return params
-    layers = {name: quantise_module(module, scheme) for name, module in params["layers"].items()}
+    layers = {name: quantize_module(module, scheme) for name, module in params["layers"].items()}
     return {**params, "layers": layers}
 
 
-def quantise_module(module: Params, scheme: str) -> Params:
-    """One module's parameters with its kernel quantised, if it has one."""
+def quantize_module(module: Params, scheme: str) -> Params:
+    """One module's parameters with its kernel quantized, if it has one."""
     if scheme == "none" or "kernel" not in module:
         return module
     rest = {name: leaf for name, leaf in module.items() if name != "kernel"}
-    return rest | dict(zip(SCHEMES[scheme].leaves, SCHEMES[scheme].quantise(module["kernel"]), strict=True))
+    return rest | dict(zip(SCHEMES[scheme].leaves, SCHEMES[scheme].quantize(module["kernel"]), strict=True))
 
 
 def matrix_shape(module: Params) -> tuple[int, ...] | None:
@@ -150,7 +150,7 @@ def matrix_shape(module: Params) -> tuple[int, ...] | None:
     return None
 
 
-def dequantise_module(module: Params, dtype: Any) -> jax.Array:
+def dequantize_module(module: Params, dtype: Any) -> jax.Array:
     """The matrix ``[in, out]`` of one linear layer, in whatever form it is held."""
     for scheme in SCHEMES.values():
         if scheme.leaves[0] in module:

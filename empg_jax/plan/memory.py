@@ -21,7 +21,7 @@ from empg_jax.learner.state import base_model, init_trained
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.head import LARGE_SLAB
-from empg_jax.models.quantize import quantise_params
+from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.layout import head_shards
 from empg_jax.parallel.mesh import AXES, fit_spec
 from empg_jax.run.assembly import make_batch_shape, micro_rows, needs_reference
@@ -101,7 +101,7 @@ def _plain(model: DecoderConfig) -> Params:
 def _base_shapes(config: Config, model: DecoderConfig) -> Params | None:
     if model.lora is None:
         return None
-    return jax.eval_shape(lambda: quantise_params(_plain(model), config.model.quantize))
+    return jax.eval_shape(lambda: quantize_params(_plain(model), config.model.quantize))
 
 
 # -------------------------------------------------------------------------------------------- weights

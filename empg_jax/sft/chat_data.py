@@ -1,4 +1,4 @@
-"""Chat files as training examples: read once, tokenised once, kept as flat arrays.
+"""Chat files as training examples: read once, tokenized once, kept as flat arrays.
 
 A row of a conversation (`text.rows`) is an example; it is given out as a `Trajectory`, so that packing, loss
 and update are those of every other episode.
@@ -161,7 +161,7 @@ def load_chat_data(
     holdout: float = 0.0,
     advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
 ) -> ChatData:
-    """Read, check and tokenise chat files.
+    """Read, check and tokenize chat files.
 
     Args:
       paths: JSON-lines files.

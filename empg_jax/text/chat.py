@@ -1,6 +1,6 @@
 """Chat renderer: messages → *token delta*.
 
-A conversation is tokenised once and only grows: what the policy sampled stays as the ids it sampled, and a
+A conversation is tokenized once and only grows: what the policy sampled stays as the ids it sampled, and a
 new message costs only its own tokens. Whether a chat template allows that is not assumed but shown: the
 template's text with the new messages must start with the template's text before them plus the response. When
 it does not (reasoning stripped from history, trimmed white space), `ChatRenderer.follow` says so with None,
@@ -98,7 +98,7 @@ class ChatRenderer:
         if delta is None:
             return None
         ids = self._encode(delta)
-        # An end-of-turn control token is never merged with its neighbours, so ids before and after it are
+        # An end-of-turn control token is never merged with its neighbors, so ids before and after it are
         # those of the whole text.
         if not ids or ids[0] != self.end_id:
             return None
@@ -142,7 +142,7 @@ def encode_behind(
     """Returns the ids of a prompt and those of a text behind it.
 
     Some tokenizers mark the beginning of a text, so ids of the text alone may differ. Where a token would
-    span the seam no sampler could produce it; there the text is tokenised alone all the same.
+    span the seam no sampler could produce it; there the text is tokenized alone all the same.
     """
     before, whole = list(encode(prompt)), list(encode(prompt + text))
     return before, whole[len(before) :] if whole[: len(before)] == before else list(encode(text))

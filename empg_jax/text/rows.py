@@ -38,7 +38,7 @@ class TokenRow:
 
 
 def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) -> list[TokenRow]:
-    """Render and tokenise a conversation.
+    """Render and tokenize a conversation.
 
     Args:
       renderer: renderer of the model's chat template.
@@ -99,7 +99,7 @@ def _encode(
     """Ids of a prompt's new text and of the answer to it.
 
     A sampler gets the prompt's own ids, so the answer's are those that follow them. Within a row the end of
-    the turn before is encoded along and dropped: what stands behind a control token is tokenised as in the
+    the turn before is encoded along and dropped: what stands behind a control token is tokenized as in the
     whole text.
     """
     lead = "" if is_first else renderer.end_token

@@ -70,7 +70,7 @@ class EnvHost:
             return _encode(
                 {**head, "ok": True, **self._run(handle, command["op"], command.get("args") or {})}
             )
-        # An environment may even call sys.exit(); that must not end its neighbours.
+        # An environment may even call sys.exit(); that must not end its neighbors.
         except BaseException as error:
             failure = {
                 "ok": False,

@@ -2,12 +2,12 @@
 
 A back end is a pair of functions::
 
-    forward(queries, keys, values, segment_ids) -> (output, normaliser)
-    backward(queries, keys, values, segment_ids, output, normaliser, slope) -> (d_queries, d_keys, d_values)
+    forward(queries, keys, values, segment_ids) -> (output, normalizer)
+    backward(queries, keys, values, segment_ids, output, normalizer, slope) -> (d_queries, d_keys, d_values)
 
-``normaliser [B H T]`` is the logarithm of the soft-max's denominator: all that a backward pass needs beyond
+``normalizer [B H T]`` is the logarithm of the soft-max's denominator: all that a backward pass needs beyond
 inputs and output, and the same number in every back end. The custom derivative therefore stands outside of
-the choice by platform. A program carries one set of residuals, rematerialisation can keep them by name, and
+the choice by platform. A program carries one set of residuals, rematerialization can keep them by name, and
 a module exported for several platforms holds each platform's own kernel.
 
 Not used: cuDNN's fused attention. Through ``jax.nn.dot_product_attention`` it knows padding but no segments;
@@ -88,9 +88,9 @@ def _forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     inputs = queries, keys, values, segment_ids
     forward = _fused_forward if is_fused else tiles.forward
-    # Named, so that rematerialisation may keep these two and skip the whole forward pass.
-    output, normaliser = (checkpoint_name(x, SAVED) for x in forward(*inputs, block=block))
-    return output, (*inputs, output, normaliser)
+    # Named, so that rematerialization may keep these two and skip the whole forward pass.
+    output, normalizer = (checkpoint_name(x, SAVED) for x in forward(*inputs, block=block))
+    return output, (*inputs, output, normalizer)
 
 
 def _backward(

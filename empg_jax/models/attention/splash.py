@@ -27,24 +27,24 @@ def forward(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B H T"]]:
-    """Output and normaliser (`packed`). ``interpret`` runs the kernel on a CPU, for tests."""
+    """Output and normalizer (`packed`). ``interpret`` runs the kernel on a CPU, for tests."""
     length = queries.shape[1]
     kernel = _make_kernel(queries, interpret)
 
     def one_row(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, Array]:
-        output, (normaliser,) = kernel(q, k, v, segment_ids=kernels.SegmentIds(segments, segments))
-        return output, normaliser
+        output, (normalizer,) = kernel(q, k, v, segment_ids=kernels.SegmentIds(segments, segments))
+        return output, normalizer
 
-    output, normaliser = jax.vmap(one_row)(
+    output, normalizer = jax.vmap(one_row)(
         _rows(_scaled(queries)), _rows(keys), _rows(values), _pad(segment_ids, axis=1)
     )
-    return jnp.swapaxes(output, 1, 2)[:, :length], normaliser[:, :, :length]
+    return jnp.swapaxes(output, 1, 2)[:, :length], normalizer[:, :, :length]
 
 
 def backward(
     operands: Operands,
     output: Float[Array, "B T H d"],
-    normaliser: Float[Array, "B H T"],
+    normalizer: Float[Array, "B H T"],
     slope: Float[Array, "B T H d"],
     *,
     interpret: bool = False,
@@ -54,17 +54,17 @@ def backward(
     kernel = _make_kernel(queries, interpret)
 
     def one_row(
-        row: tuple[Array, Array, Array], segments: Array, output: Array, normaliser: Array, slope: Array
+        row: tuple[Array, Array, Array], segments: Array, output: Array, normalizer: Array, slope: Array
     ) -> tuple[Array, Array, Array]:
         ids = kernels.SegmentIds(segments, segments)
-        known = (*row, ids, None, output, normaliser, kernel.dq_mask_info, kernel.dkv_mask_info)
+        known = (*row, ids, None, output, normalizer, kernel.dq_mask_info, kernel.dkv_mask_info)
         return kernels._splash_attention_bwd(**kernel.kwargs, res=known, do=slope)[3:6]
 
     slopes = jax.vmap(one_row)(
         (_rows(_scaled(queries)), _rows(keys), _rows(values)),
         _pad(segment_ids, axis=1),
         _rows(output),
-        _pad(normaliser, axis=2),
+        _pad(normalizer, axis=2),
         _rows(slope.astype(queries.dtype)),
     )
     d_queries, d_keys, d_values = (jnp.swapaxes(x, 1, 2)[:, : queries.shape[1]] for x in slopes)

@@ -1,7 +1,7 @@
 """The XLA back end: attention in tiles, its backward pass written by hand.
 
 The queries go in blocks, each of which sees only the keys up to its own end, so the masked upper triangle
-is never computed. The backward pass recomputes each block's weights from the normaliser, so no weights are
+is never computed. The backward pass recomputes each block's weights from the normalizer, so no weights are
 kept.
 """
 
@@ -24,10 +24,10 @@ def forward(
     *,
     block: int,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B H T"]]:
-    """Output and normaliser (`packed`), in query blocks of ``block`` tokens or more."""
+    """Output and normalizer (`packed`), in query blocks of ``block`` tokens or more."""
     length, kv_heads, depth = queries.shape[1], keys.shape[2], queries.shape[3]
     q, k, v = _grouped(queries, kv_heads), jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
-    outputs, normalisers = [], []
+    outputs, normalizers = [], []
     for start, stop in _blocks(length, block):
         causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         same = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
@@ -46,15 +46,15 @@ def forward(
             preferred_element_type=jnp.float32,
         )
         outputs.append(output / total[..., None])
-        normalisers.append(largest + jnp.log(total))
+        normalizers.append(largest + jnp.log(total))
     output = _ungrouped(jnp.concatenate(outputs, axis=3).astype(queries.dtype))
-    return output, jnp.concatenate(normalisers, axis=3).reshape(len(queries), -1, length)
+    return output, jnp.concatenate(normalizers, axis=3).reshape(len(queries), -1, length)
 
 
 def backward(
     operands: Operands,
     output: Float[Array, "B T H d"],
-    normaliser: Float[Array, "B H T"],
+    normalizer: Float[Array, "B H T"],
     slope: Float[Array, "B T H d"],
     *,
     block: int,
@@ -68,7 +68,7 @@ def backward(
     kv_heads, groups, scale = keys.shape[2], heads // keys.shape[2], jnp.float32(depth**-0.5)
     q, k, v = _grouped(queries, kv_heads), jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     g = _grouped(slope, kv_heads)
-    normaliser = normaliser.reshape(batch, kv_heads, groups, length)
+    normalizer = normalizer.reshape(batch, kv_heads, groups, length)
     mean_slope = jnp.sum(g.astype(jnp.float32) * _grouped(output, kv_heads).astype(jnp.float32), axis=-1)
     d_queries = []
     d_keys = d_values = jnp.zeros(k.shape, jnp.float32)
@@ -82,7 +82,7 @@ def backward(
         visible = jnp.logical_and(causal[None], same)[:, None, :, None]
         scores = dot("bksd,bktd->bkst", k[:, :, :stop], q_block).reshape(table)
         scores = jnp.where(visible, scores * scale, jnp.float32(MASKED))
-        weights = jnp.exp(scores - normaliser[:, :, None, :, start:stop])
+        weights = jnp.exp(scores - normalizer[:, :, None, :, start:stop])
         d_weights = dot("bksd,bktd->bkst", v[:, :, :stop], g_block).reshape(table)
         d_scores = weights * (d_weights - mean_slope[:, :, None, :, start:stop]) * scale
         weights = weights.astype(values.dtype).reshape(batch, kv_heads, stop, groups * count)

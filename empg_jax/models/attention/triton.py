@@ -2,7 +2,7 @@
 
 The kernel wants one key/value head per query head and a whole number of blocks, so keys and values are
 repeated over their groups and rows are padded at the end, where no causal query looks. Its own derivative
-hides the normaliser; the forward kernel is therefore asked for it, and the backward kernels are called with
+hides the normalizer; the forward kernel is therefore asked for it, and the backward kernels are called with
 it, so that nothing is computed twice.
 """
 
@@ -29,7 +29,7 @@ def forward(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B H T"]]:
-    """Output and normaliser (`packed`). ``interpret`` runs the kernel on a CPU, for tests."""
+    """Output and normalizer (`packed`). ``interpret`` runs the kernel on a CPU, for tests."""
     length, depth = queries.shape[1], queries.shape[3]
     q, k, v, segments = _prepare(queries, keys, values, segment_ids)
     output, log2_total = kernels.mha(
@@ -49,7 +49,7 @@ def forward(
 def backward(
     operands: Operands,
     output: Float[Array, "B T H d"],
-    normaliser: Float[Array, "B H T"],
+    normalizer: Float[Array, "B H T"],
     slope: Float[Array, "B T H d"],
     *,
     interpret: bool = False,
@@ -58,7 +58,7 @@ def backward(
     queries, keys, values, segment_ids = operands
     length, depth = queries.shape[1], queries.shape[3]
     prepared = _prepare(queries, keys, values, segment_ids)
-    log2_total = normaliser * jnp.float32(1 / math.log(2))
+    log2_total = normalizer * jnp.float32(1 / math.log(2))
     log2_total = jnp.pad(log2_total, ((0, 0), (0, 0), (0, -length % GRAIN)))
     d_queries, d_keys, d_values, _ = kernels._mha_backward(
         sm_scale=depth**-0.5,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from empg_envs.alfworld.goal import class_name, recognise
+from empg_envs.alfworld.goal import class_name, recognize
 from empg_envs.alfworld.problem import GameFileError, Problem, parse_problem
 from empg_envs.household.goals import HouseholdGoal
 from empg_envs.household.tables import EXAMINE, PICK_TWO
@@ -81,7 +81,7 @@ def parse_game(content: Mapping[str, Any]) -> Game:
     task = TASK.search(content["grammar"])
     if task is None or NO_TASK in task.group(1):
         raise GameFileError("grammar: no task sentence ('Your task is to: …')")
-    goal = recognise(problem)
+    goal = recognize(problem)
     scene = make_scene(problem)
     _check(scene, goal)
     text = "\n".join((task.group(1), " ".join(content["pddl_problem"].lower().split())))

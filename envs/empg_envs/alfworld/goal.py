@@ -1,4 +1,4 @@
-"""Recognises which of the six task families a PDDL goal states, and about what.
+"""Recognizes which of the six task families a PDDL goal states, and about what.
 
 A goal is compared with a family's formula up to the names of its variables, the order of its parts and
 how its quantifiers nest. What matches means the same as `HouseholdGoal`; nothing else is accepted.
@@ -33,7 +33,7 @@ FORMULAS = {
 TYPE_SUFFIX = "type"
 
 
-def recognise(problem: Problem) -> HouseholdGoal:
+def recognize(problem: Problem) -> HouseholdGoal:
     """The goal of a problem.
 
     Raises:

@@ -24,7 +24,7 @@ class DeepSearchEnv:
     An action is a response, or what a parser made of one: its first complete ``<search>``, ``<open>`` or
     ``<answer>`` block is carried out, of several answers the last one counts, everything else is passed
     over. An answer ends the episode with reward 1.0 if it matches a golden answer exactly after
-    normalisation, else 0.0. A search engine that fails raises: such an episode is lost, not scored.
+    normalization, else 0.0. A search engine that fails raises: such an episode is lost, not scored.
 
     ``info`` holds ``task`` (the question), ``won``, ``tools`` (those on offer), ``metrics``
     (``exact_match``, ``sub_match``, ``f1``, ``answered``, ``searches``, ``opens``, and ``exact_match_GROUP``

@@ -1,4 +1,4 @@
-"""Small steps that experts share: towards a receptacle, into it, and getting rid of what is carried."""
+"""Small steps that experts share: toward a receptacle, into it, and getting rid of what is carried."""
 
 from __future__ import annotations
 

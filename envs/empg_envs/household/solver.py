@@ -45,7 +45,7 @@ def _is_wanted(world: World, goal: HouseholdGoal, thing: str) -> bool:
 
 
 def _fetch(world: World, goal: HouseholdGoal) -> str:
-    """Towards the wanted object that is done with soonest."""
+    """Toward the wanted object that is done with soonest."""
     settled = _choose_target(world, goal, None) if goal.family == PICK_TWO else None
     best: tuple[int, str, str] | None = None
     for receptacle, things in world.contents.items():
@@ -63,7 +63,7 @@ def _fetch(world: World, goal: HouseholdGoal) -> str:
 
 
 def _light(world: World, goal: HouseholdGoal) -> str:
-    """Towards a lamp with the object in hand, and on with it."""
+    """Toward a lamp with the object in hand, and on with it."""
     lamps = [
         (_distance(world, receptacle) - (thing in world.toggled), receptacle, thing)
         for receptacle, things in world.contents.items()

@@ -171,7 +171,7 @@ class SweEnv:
         return reply.text, 0.0, False, False, self._info(won=False)
 
     def expert_action(self) -> str:
-        """The next action towards the gold patch, through the same tools.
+        """The next action toward the gold patch, through the same tools.
 
         Raises:
           RuntimeError: before the first reset, after the episode ended, or for tasks inside an image.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 Parser = Callable[[str], dict[str, str]]
 
 _STATUSES = ("PASSED", "FAILED", "ERROR", "SKIPPED", "XFAIL", "XPASS")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _DJANGO = re.compile(r"(.+?) \.\.\. (ok|skipped|FAIL|ERROR|expected failure|unexpected success)\b")
 _DJANGO_STATUSES = {
     "ok": "PASSED",
@@ -25,7 +25,7 @@ _SYMPY_STATUSES = {"ok": "PASSED", "F": "FAILED", "E": "ERROR", "f": "XFAIL", "s
 def parse_pytest(log: str) -> dict[str, str]:
     """The summary that ``-rA`` prints: ``STATUS test id - message``; ids end at the first `` - ``."""
     found = {}
-    for line in _COLOUR.sub("", log).split("\n"):
+    for line in _COLOR.sub("", log).split("\n"):
         status, _, rest = line.strip().partition(" ")
         if status in _STATUSES and rest and not rest.startswith("["):
             found[rest.partition(" - ")[0].strip()] = status

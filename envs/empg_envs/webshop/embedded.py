@@ -1,4 +1,4 @@
-"""Our own catalogues, generated in memory from `assortment.py`: the same products and goals everywhere.
+"""Our own catalogs, generated in memory from `assortment.py`: the same products and goals everywhere.
 
 ``tiny`` has few words, three results to a page, and a closed vocabulary; ``standard`` is a shop of more than
 a thousand products with pages like the original's. Which split a goal is in depends on its product alone, so
@@ -54,12 +54,12 @@ LEVELS = {
 
 
 class Shop(NamedTuple):
-    """A generated catalogue with what belongs to it.
+    """A generated catalog with what belongs to it.
 
     Attributes:
       store: products, search, goals.
       panels: split to its goals' positions.
-      tagger: knows the nouns of the catalogue.
+      tagger: knows the nouns of the catalog.
       kinds: names of all kinds of goods, sorted.
     """
 
@@ -76,7 +76,7 @@ def find_level(name: str) -> Level:
 
 @functools.lru_cache(maxsize=len(LEVELS))
 def load_shop(name: str) -> Shop:
-    """Generates the catalogue of a level; one object for all environments of a process."""
+    """Generates the catalog of a level; one object for all environments of a process."""
     level = find_level(name)
     connection = sqlite3.connect(":memory:", check_same_thread=False)
     writer = StoreWriter(connection)

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class Shop(NamedTuple):
-    """What an environment plays in: catalogue, goal positions by split, tagger, kinds of goods, page size."""
+    """What an environment plays in: catalog, goal positions by split, tagger, kinds of goods, page size."""
 
     store: Store
     panels: Mapping[str, Sequence[int]]
@@ -81,7 +81,7 @@ class WebShopEnv:
             held-out goals differ from worker to worker and leak into training; for comparisons only.
           worker_seed: the seed of that shuffle.
           fallback: play the standard shop when the official files are missing.
-          cache_dir: where catalogues of official files are kept.
+          cache_dir: where catalogs of official files are kept.
 
         Raises:
           ValueError: an unknown choice.
@@ -116,7 +116,7 @@ class WebShopEnv:
 
     @functools.cached_property
     def shop(self) -> Shop:
-        """The catalogue and what belongs to it, opened when first needed."""
+        """The catalog and what belongs to it, opened when first needed."""
         if self._files is None:
             from empg_envs.webshop.embedded import find_level, load_shop
 
@@ -163,7 +163,7 @@ class WebShopEnv:
         }
 
     def describe(self) -> dict[str, Any]:
-        """What is played, for reports: catalogue, skipped rows, tagger, seed of the order of goals."""
+        """What is played, for reports: catalog, skipped rows, tagger, seed of the order of goals."""
         meta = self.shop.store.meta
         return {
             "level": self.level,
@@ -226,7 +226,7 @@ class WebShopEnv:
         return self._style.write(self._expert(visit, self.shop.store), visit)
 
     def close(self) -> None:
-        """Ends the episode; the catalogue stays, for the other environments of the process."""
+        """Ends the episode; the catalog stays, for the other environments of the process."""
         self._visit = None
 
     def _pay(self, visit: Visit) -> Reward:

@@ -1,4 +1,4 @@
-"""Goals of a catalogue, by the original rules, from fixed seeds.
+"""Goals of a catalog, by the original rules, from fixed seeds.
 
 The original draws prices at start-up, then each price limit, then shuffles all goals; it fixes the seed of
 the shuffle alone, and a popular fork of it not even that. Here one generator seeded with `PRICE_SEED` gives

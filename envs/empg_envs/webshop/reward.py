@@ -17,7 +17,7 @@ from empg_envs.webshop.schema import CATEGORY_MARK, Goal, Product
 from empg_envs.webshop.tagger import Tagger
 
 _ALIKE = 85  # a fuzzy score above this is a match
-# The colour words of the original's table (princeton-nlp/WebShop, MIT): the first that occurs stands for all.
+# The color words of the original's table (princeton-nlp/WebShop, MIT): the first that occurs stands for all.
 _COLORS = (
     *("alabaster", "apricot", "aqua", "ash", "asphalt", "azure", "banana", "beige", "black", "blue"),
     *("blush", "bordeaux", "bronze", "brown", "burgundy", "camel", "camo", "caramel", "champagne"),

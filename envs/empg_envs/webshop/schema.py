@@ -22,7 +22,7 @@ _TEXTS = ("name", "full_description", "product_category", "category", "query")
 
 
 class BadRow(ValueError):
-    """A catalogue row that cannot become a product; the message says why."""
+    """A catalog row that cannot become a product; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""A catalogue in one SQLite database: products, goals, search index.
+"""A catalog in one SQLite database: products, goals, search index.
 
 Read-only once written, and read by memory map, so that any number of workers share one copy in the page
-cache; a process keeps only what it used lately. A small catalogue can live in memory instead.
+cache; a process keeps only what it used lately. A small catalog can live in memory instead.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class StoreWriter:
 
 
 class Store:
-    """A finished catalogue.
+    """A finished catalog.
 
     Attributes:
       meta: what was written down when it was built, with the numbers of ``products`` and ``goals``.
@@ -163,13 +163,13 @@ class Store:
     def _one(self, query: str, key: str | int) -> tuple[Any, ...]:
         row: tuple[Any, ...] | None = self._connection.execute(query, (key,)).fetchone()
         if row is None:
-            raise KeyError(f"the webshop catalogue has nothing under {key!r}")
+            raise KeyError(f"the webshop catalog has nothing under {key!r}")
         return row
 
 
 @functools.lru_cache(maxsize=8)
 def open_store(path: Path) -> Store:
-    """Opens a finished catalogue file for reading, memory-mapped; one object for all who ask in a process."""
+    """Opens a finished catalog file for reading, memory-mapped; one object for all who ask in a process."""
     connection = sqlite3.connect(
         f"file:{quote(str(path))}?mode=ro&immutable=1", uri=True, check_same_thread=False
     )

@@ -49,7 +49,7 @@ def make_tagger(name: str) -> Tagger:
 
 
 def lexicon_tagger(nouns: Iterable[str]) -> Tagger:
-    """Exactly these words are nouns: for a catalogue whose vocabulary is known."""
+    """Exactly these words are nouns: for a catalog whose vocabulary is known."""
     known = frozenset(nouns)
     return Tagger("lexicon", lambda title: tuple(word for word in _every_token(title) if word in known))
 

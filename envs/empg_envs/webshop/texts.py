@@ -13,7 +13,7 @@ from typing import Protocol
 from empg_envs.webshop.actions import CLICK, SEARCH, Action, parse_action
 from empg_envs.webshop.pages import render
 from empg_envs.webshop.reward import Reward
-from empg_envs.webshop.shop import BACK, BUY, NEXT, PREVIOUS, Catalogue, Page, Visit
+from empg_envs.webshop.shop import BACK, BUY, NEXT, PREVIOUS, Catalog, Page, Visit
 
 SEARCH_HINT = "search[<your query>]"
 
@@ -44,13 +44,13 @@ class PageStyle:
     A query can be any words; the page where a search is natural offers `SEARCH_HINT` in their place.
     """
 
-    def __init__(self, catalogue: Catalogue) -> None:
-        """``catalogue``: where titles and prices are looked up."""
-        self._catalogue = catalogue
+    def __init__(self, catalog: Catalog) -> None:
+        """``catalog``: where titles and prices are looked up."""
+        self._catalog = catalog
 
     def render(self, visit: Visit, reward: Reward | None) -> str:
         """See `pages.render`."""
-        return render(visit, self._catalogue, reward)
+        return render(visit, self._catalog, reward)
 
     def read(self, text: str, visit: Visit) -> Action:
         """See `actions.parse_action`."""
@@ -79,9 +79,9 @@ class TerseStyle:
     are shown, which the original's text mode does not do.
     """
 
-    def __init__(self, catalogue: Catalogue, queries: Sequence[str]) -> None:
+    def __init__(self, catalog: Catalog, queries: Sequence[str]) -> None:
         """``queries``: words that the search page offers to search for."""
-        self._catalogue = catalogue
+        self._catalog = catalog
         self._queries = queries
 
     def render(self, visit: Visit, reward: Reward | None) -> str:
@@ -95,7 +95,7 @@ class TerseStyle:
         if visit.page is Page.SEARCH:
             return ["search page"]
         if visit.page is Page.RESULTS:
-            shown = [self._catalogue.product(asin) for asin in visit.shown]
+            shown = [self._catalog.product(asin) for asin in visit.shown]
             items = [f"item {n} {product.title} {product.price_tag}" for n, product in enumerate(shown, 1)]
             return [*(["previous page"] if visit.number > 1 else []), *(items or ["nothing"])]
         product = visit.product
