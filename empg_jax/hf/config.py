@@ -47,7 +47,7 @@ _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 
 def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns a folder's config.json.
+    """Return a folder's config.json.
 
     Raises:
       FileNotFoundError: when there is none.
@@ -65,7 +65,7 @@ def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> DecoderConfig:
-    """Builds a decoder config from the keys of a config.json.
+    """Build a decoder config from the keys of a config.json.
 
     Args:
       raw: the keys.
@@ -117,7 +117,7 @@ def _read_moe(keys: Mapping[str, Any]) -> MoeConfig:
 
 
 def config_to_hf(config: DecoderConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the keys of a config.json for a decoder config.
+    """Return the keys of a config.json for a decoder config.
 
     Args:
       config: the decoder's config.
@@ -193,7 +193,7 @@ def _family_of(config: DecoderConfig, base_family: str | None) -> str:
 
 
 def _read_rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
-    """Returns theta, scaling and problems; newer files have ``rope_parameters``, older two separate keys."""
+    """Return theta, scaling and problems; newer files have ``rope_parameters``, older two separate keys."""
     rope = dict(keys.get("rope_parameters") or keys.get("rope_scaling") or {})
     theta = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))

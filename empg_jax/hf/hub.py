@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def find_folder(path: str | pathlib.Path, patterns: Sequence[str], what: str) -> pathlib.Path:
-    """Returns a local folder; a path that is none is taken for a hub id (``owner/name``) and downloaded.
+    """Return a local folder; a path that is none is taken for a hub id (``owner/name``) and downloaded.
 
     Args:
       path: a folder or a hub id.

@@ -31,7 +31,7 @@ def save_adapter(
     tokenizer: Tokenizer | None = None,
     dtype: Any = np.float32,
 ) -> None:
-    """Writes adapters for PEFT.
+    """Write adapters for PEFT.
 
     The folder appears only when it is complete. With several processes all must call this; the first writes.
 
@@ -65,7 +65,7 @@ def save_adapter(
 
 
 def _tensors(adapters: Params) -> Iterator[tuple[str, jax.Array, int]]:
-    """PEFT's name, our stacked array and the layer of every tensor."""
+    """Yield PEFT's name, our stacked array and the layer of every tensor."""
     for key_path, array in jax.tree_util.tree_leaves_with_path({"layers": adapters["layers"]}):
         path = tuple(entry.key for entry in key_path)
         for layer in range(array.shape[0]):

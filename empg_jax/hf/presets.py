@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_preset(name: str, **changes: Any) -> DecoderConfig:
-    """The config of a preset.
+    """Return the config of a preset.
 
     Args:
       name: a key of `PRESETS`.

@@ -55,15 +55,15 @@ class SafetensorsFile:
         self._bytes = np.memmap(path, np.uint8, mode="r")
 
     def names(self) -> list[str]:
-        """Names of the tensors."""
+        """Return the names of the tensors."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Return the shape of a tensor."""
         return tuple(self._entries[name]["shape"])
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor as a view of the mapped file: bytes are read when it is sliced or copied.
+        """Return a tensor as a view of the mapped file: bytes are read when it is sliced or copied.
 
         Raises:
           ValueError: for a type that is not a plain float (quantized weights).
@@ -99,7 +99,7 @@ def write_safetensors(
     shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     read: Callable[[str], np.ndarray],
 ) -> None:
-    """Writes one file, fetching each tensor only when its turn comes.
+    """Write one file, fetching each tensor only when its turn comes.
 
     Args:
       path: the file.

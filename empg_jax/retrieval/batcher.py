@@ -29,7 +29,7 @@ class Batcher:
     """
 
     def __init__(self, retriever: Retriever, *, cache_size: int = 65536, max_batch: int = 64) -> None:
-        """Starts the thread.
+        """Start the thread.
 
         Args:
           retriever: the engine; its better results do not depend on how many are asked for.
@@ -62,7 +62,7 @@ class Batcher:
         return [known[query][1][:topk] for query in queries]
 
     def close(self) -> None:
-        """Ends the thread after the searches that are queued; later ones fail."""
+        """End the thread after the searches that are queued; later ones fail."""
         self._is_closed = True
         self._jobs.put(None)
         self._thread.join()

@@ -22,7 +22,7 @@ QUERY_BATCHES = (1, 8, 64)  # queries are padded to one of these
 
 @functools.partial(jax.jit, static_argnames="topk")
 def find_nearest(queries: jax.Array, passages: jax.Array, *, topk: int) -> tuple[jax.Array, jax.Array]:
-    """Inner products and numbers of the ``topk`` nearest passages.
+    """Return inner products and numbers of the ``topk`` nearest passages.
 
     Args:
       queries: float32[Q D].
@@ -48,7 +48,7 @@ class DenseRetriever:
         cache: str | Path | None = None,
         advance: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Encodes the corpus, or reads its vectors from a file that an earlier run wrote.
+        """Encode the corpus, or reads its vectors from a file that an earlier run wrote.
 
         Args:
           passages: the corpus.
@@ -74,7 +74,7 @@ class DenseRetriever:
         self._vectors = jax.device_put(vectors)
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """The nearest passages for each query; see `empg_envs.deepsearch.passages.Retriever`."""
+        """Return the nearest passages for each query; see `empg_envs.deepsearch.passages.Retriever`."""
         found: list[list[Hit]] = []
         for start in range(0, len(queries), QUERY_BATCHES[-1]):
             found += self._search(queries[start : start + QUERY_BATCHES[-1]], topk)
@@ -97,7 +97,9 @@ class DenseRetriever:
 
 
 def _identify(texts: Sequence[str], encoder: TextEncoder) -> str:
-    """A hash of what vectors depend on: the texts, and the encoder as seen in the vector of one of them."""
+    """Return a hash of what vectors depend on: the texts, and the encoder as seen in the vector of one of
+    them.
+    """
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode(errors="surrogatepass") + b"\0")
@@ -116,7 +118,7 @@ def _read(cache: str | Path | None, identity: str) -> np.ndarray | None:
 
 
 def _write(path: Path, vectors: np.ndarray, identity: str) -> None:
-    """Writes beside the file first: a killed process leaves no half one."""
+    """Write beside the file first: a killed process leaves no half one."""
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".npz")
     try:
         with os.fdopen(handle, "wb") as file:

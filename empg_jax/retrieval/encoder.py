@@ -50,7 +50,7 @@ class EncoderConfig:
 
 
 def read_config(folder: Path) -> EncoderConfig:
-    """Reads ``config.json`` and, where there is one, ``1_Pooling/config.json``.
+    """Read ``config.json`` and, where there is one, ``1_Pooling/config.json``.
 
     Raises:
       EncoderError: not there, or another architecture.
@@ -85,7 +85,7 @@ def _read_pooling(path: Path) -> str:
 
 
 def load_params(folder: Path, config: EncoderConfig) -> Params:
-    """Reads ``model.safetensors``.
+    """Read ``model.safetensors``.
 
     Raises:
       EncoderError: no such file, or a tensor is missing.
@@ -128,7 +128,7 @@ def load_params(folder: Path, config: EncoderConfig) -> Params:
 
 
 def compute_states(params: Params, tokens: jax.Array, mask: jax.Array, config: EncoderConfig) -> jax.Array:
-    """Last hidden states.
+    """Return the last hidden states.
 
     Args:
       params: as `load_params` gives them.
@@ -154,7 +154,7 @@ def compute_states(params: Params, tokens: jax.Array, mask: jax.Array, config: E
 def compute_embeddings(
     params: Params, tokens: jax.Array, mask: jax.Array, *, config: EncoderConfig
 ) -> jax.Array:
-    """Sentence vectors of length 1: the pooled last hidden states.
+    """Return sentence vectors of length 1: the pooled last hidden states.
 
     Args:
       params: as `load_params` gives them.
@@ -179,7 +179,7 @@ class TextEncoder:
     """Texts to vectors, in batches of few fixed shapes."""
 
     def __init__(self, folder: str | Path, *, batch_size: int = 32, max_tokens: int = 256) -> None:
-        """Loads weights and tokenizer.
+        """Load weights and tokenizer.
 
         Args:
           folder: with ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
@@ -207,7 +207,7 @@ class TextEncoder:
         return int(self._params["words"].shape[1])
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns float32[len(texts) D]."""
+        """Return float32[len(texts) D]."""
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         vectors = np.zeros((len(ids), self.width), np.float32)
         by_length = sorted(range(len(ids)), key=lambda number: len(ids[number]))

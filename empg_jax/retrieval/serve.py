@@ -25,7 +25,7 @@ def make_engine(
     encoder: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Retriever:
-    """Builds the search engine.
+    """Build the search engine.
 
     Args:
       retriever: ``dense``, or one of `empg_envs.deepsearch.passages.RETRIEVERS` that searches a corpus.
@@ -68,7 +68,7 @@ def open_server(
     topk: int = 3,
     cache_size: int = 65536,
 ) -> Iterator[RetrievalServer]:
-    """A bound server (call its ``serve_forever``); everything is closed on the way out.
+    """Yield a bound server (call its ``serve_forever``); everything is closed on the way out.
 
     Raises:
       ServeError: the address cannot be bound.
@@ -94,7 +94,7 @@ def serve_corpus(
     say: Callable[[str], None],
     **options: Any,
 ) -> None:
-    """Reads a corpus, indexes it, and serves until an exception (a signal) ends it.
+    """Read a corpus, index it, and serve until an exception (a signal) ends it.
 
     Args:
       corpus: a wiki-18-format file.

@@ -28,7 +28,7 @@ class RequestError(Exception):
     """A request that cannot be served: HTTP status and the reason."""
 
     def __init__(self, status: int, detail: str) -> None:
-        """``status``: of the answer; ``detail``: what was wrong and what would be right."""
+        """Initialize with ``status``: of the answer; ``detail``: what was wrong and what would be right."""
         super().__init__(detail)
         self.status = status
 
@@ -42,7 +42,7 @@ class RetrievalServer(ThreadingHTTPServer):
     def __init__(
         self, batcher: Batcher, num_passages: int, *, host: str = "127.0.0.1", port: int = 8000, topk: int = 3
     ) -> None:
-        """Binds the address.
+        """Bind the address.
 
         Args:
           batcher: does the searches.
@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def parse_request(body: bytes, usual_topk: int) -> tuple[list[str], int, bool]:
-    """Queries, topk and whether scores are wanted.
+    """Return queries, topk and whether scores are wanted.
 
     Raises:
       RequestError: status 400 for what is not JSON, 422 for a field that is wrong.
@@ -155,7 +155,7 @@ def parse_request(body: bytes, usual_topk: int) -> tuple[list[str], int, bool]:
 
 
 def write_hit(hit: Hit, with_scores: bool) -> dict[str, Any]:
-    """A found passage in the server's language."""
+    """Return a found passage in the server's language."""
     passage = hit.passage
     document = {**passage.to_row(), "title": passage.title, "text": passage.text}
     return {"document": document, "score": hit.score} if with_scores else document

@@ -40,11 +40,11 @@ class ChatCorpus(Sequence[Trajectory]):
     offsets: np.ndarray
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Trajectory:  # type: ignore[override]  # no slices
-        """One row as a trajectory: every learned answer is a turn."""
+        """Return one row as a trajectory: every learned answer is a turn."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         start, stop = self.offsets[index % len(self) :][:2]
@@ -136,7 +136,7 @@ class ChatData:
     unknown: int
 
     def describe(self, max_tokens: int, too_long: str) -> str:
-        """A line for the person."""
+        """Return a line for the person."""
         tokens = len(self.train.tokens) + len(self.held_out.tokens)
         learned = int(self.train.loss_mask.sum())
         parts = [
@@ -161,7 +161,7 @@ def load_chat_data(
     holdout: float = 0.0,
     advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
 ) -> ChatData:
-    """Read, check and tokenize chat files.
+    """Return read, check and tokenize chat files.
 
     Args:
       paths: JSON-lines files.
@@ -209,7 +209,7 @@ def load_chat_data(
 
 
 def epoch_batch(count: int, size: int, seed: int, update: int) -> list[int]:
-    """The examples of an update: each comes once per epoch, in an order drawn anew for every epoch.
+    """Return the examples of an update: each comes once per epoch, in an order drawn anew for every epoch.
 
     Args:
       count: number of examples.

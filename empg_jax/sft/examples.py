@@ -55,7 +55,7 @@ class Examples:
 
 
 def gather_examples(config: Config, language: Language, progress: Progress) -> Examples:
-    """The conversations of ``sft.data``, else demonstrations of the environment's expert.
+    """Return the conversations of ``sft.data``, else demonstrations of the environment's expert.
 
     Raises:
       ConfigError: a file of ``sft.data`` does not exist.

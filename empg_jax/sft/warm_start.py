@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 
 def make_cross_entropy() -> Algorithm:
-    """Cross-entropy on sampled tokens as an `Algorithm`: loss ``-logprob``, every token weighing the same."""
+    """Return cross-entropy on sampled tokens as an `Algorithm`: loss ``-logprob``, every token weighing the
+    same.
+    """
 
     def credit(batch: Batch, scores: Scores) -> Credit:
         del scores
@@ -56,7 +58,7 @@ def warm_start(
     first: int = 0,
     on_update: Callable[[int, TrainState, dict[str, float]], None],
 ) -> TrainState:
-    """Train on examples for ``sft.updates`` updates (AdamW, cosine decay).
+    """Return train on examples for ``sft.updates`` updates (AdamW, cosine decay).
 
     Args:
       config: the run's configuration (``sft.*``).
@@ -112,7 +114,9 @@ def warm_start(
 def measure_loss(
     learner: Learner, params: Params, examples: Sequence[Trajectory], shape: BatchShape
 ) -> float:
-    """Mean cross-entropy in nats over the learned tokens of all examples; every token weighs the same."""
+    """Return mean cross-entropy in nats over the learned tokens of all examples; every token weighs the
+    same.
+    """
     total, tokens = 0.0, 0
     for start in range(0, len(examples), shape.trajectories):
         chosen = [examples[index] for index in range(start, min(start + shape.trajectories, len(examples)))]

@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 def build_phrase_tokenizer(phrases: Sequence[str]) -> Tokenizer:
-    """Builds a word-level tokenizer over multi-word phrases.
+    """Build a word-level tokenizer over multi-word phrases.
 
     Text is read with the longest phrase first; white space only separates. A word outside the vocabulary
     becomes one ``<|unk|>``. Decoding joins with single spaces and attaches punctuation to the left, so
@@ -86,7 +86,7 @@ def _normalize(phrase: str) -> str:
 
 
 def _phrase_pattern(phrases: Iterable[str]) -> str:
-    """Returns a regular expression that prefers the longest phrase and never ends inside a word.
+    """Return a regular expression that prefers the longest phrase and never ends inside a word.
 
     The phrases are merged into a tree of words: trying hundreds of alternatives one by one at every
     position would take most of the time of a short turn.

@@ -54,16 +54,16 @@ class ChatRenderer:
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """Returns the template's text of a conversation; ``variables`` go before the renderer's options."""
+        """Return the template's text of a conversation; ``variables`` go before the renderer's options."""
         variables = {**self._options, **variables}
         return self.tokenizer.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def start(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the ids of the whole conversation so far, the generation prompt included."""
+        """Return the ids of the whole conversation so far, the generation prompt included."""
         return list(self._encode(self.render(messages)))
 
     def encode_response(self, text: str) -> list[int]:
-        """Returns the ids of a response that a person or an expert wrote, as the template writes it.
+        """Return the ids of a response that a person or an expert wrote, as the template writes it.
 
         That is behind the template's ``lead`` and with its end of turn; `follow` is to be told the lead too.
         """
@@ -77,7 +77,7 @@ class ChatRenderer:
         *,
         stopped: bool,
     ) -> list[int] | None:
-        """Returns the ids to append after a sampled response, so that the model can answer the new messages.
+        """Return the ids to append after a sampled response, so that the model can answer the new messages.
 
         Args:
           prefix_messages: the conversation that the response answers.
@@ -120,7 +120,7 @@ class ChatRenderer:
     def _quick_delta(
         self, prefix: Sequence[Message], response: str, new_messages: Sequence[Message]
     ) -> str | None:
-        """Returns the text after the response from remembered seams, or None when they may not be trusted."""
+        """Return the text after the response from remembered seams, or None when they may not be trusted."""
         new_roles = tuple(message["role"] for message in new_messages)
         seam = self._seams.find(prefix[-1]["role"], new_roles, len(prefix))
         if seam is None or not _fits(seam, prefix, response, new_messages):
@@ -130,7 +130,7 @@ class ChatRenderer:
     def _exact_delta(
         self, prefix: Sequence[Message], response: str, new_messages: Sequence[Message]
     ) -> str | None:
-        """Returns the text after the response by rendering both conversations; None if it is no extension."""
+        """Return the text after the response by rendering both conversations; None if it is no extension."""
         before = self.render(prefix) + response
         after = self.render([*prefix, {"role": "assistant", "content": response}, *new_messages])
         return after[len(before) :] if after.startswith(before) else None
@@ -139,7 +139,7 @@ class ChatRenderer:
 def encode_behind(
     encode: Callable[[str], Sequence[int]], prompt: str, text: str
 ) -> tuple[list[int], list[int]]:
-    """Returns the ids of a prompt and those of a text behind it.
+    """Return the ids of a prompt and those of a text behind it.
 
     Some tokenizers mark the beginning of a text, so ids of the text alone may differ. Where a token would
     span the seam no sampler could produce it; there the text is tokenized alone all the same.

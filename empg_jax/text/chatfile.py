@@ -69,7 +69,7 @@ def read_chat_file(path: Path) -> Iterator[tuple[int, Conversation | ChatDataErr
 
 
 def parse_conversation(record: Any) -> Conversation:
-    """The conversation of one line.
+    """Return the conversation of one line.
 
     Args:
       record: what the line's JSON says.
@@ -100,7 +100,7 @@ def parse_conversation(record: Any) -> Conversation:
 
 
 def _mark(messages: Sequence[Message], learned_from: int) -> tuple[tuple[Message, ...], tuple[bool, ...]]:
-    """The messages, and which are to be learned; an assistant's ``weight`` of 0 leaves it out."""
+    """Return the messages, and which are to be learned; an assistant's ``weight`` of 0 leaves it out."""
     if messages[0]["role"] == "assistant":
         raise ChatDataError("begins with the assistant: there is no prompt to answer")
     is_trained = tuple(
@@ -147,7 +147,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _translate(turns: Any) -> Any:
-    """ShareGPT's ``from`` and ``value`` as ``role`` and ``content``; what is not of that form stays."""
+    """Return ShareGPT's ``from`` and ``value`` as ``role`` and ``content``; what is not of that form stays."""
     if not isinstance(turns, list):
         return turns
     return [

@@ -29,7 +29,7 @@ class TokenRow:
         self.loss_mask += [is_trained] * len(ids)
 
     def cut(self, limit: int | None = None) -> TokenRow | None:
-        """The row up to its last learned token among the first ``limit``; None when there is none."""
+        """Return the row up to its last learned token among the first ``limit``; None when there is none."""
         mask = self.loss_mask[:limit]
         if not any(mask):
             return None
@@ -96,7 +96,7 @@ def _answer(prompt: str, whole: str, content: str, end: str) -> str:
 def _encode(
     renderer: ChatRenderer, delta: str, answer: str, *, is_first: bool
 ) -> tuple[list[int], list[int]]:
-    """Ids of a prompt's new text and of the answer to it.
+    """Return the ids of a prompt's new text and of the answer to it.
 
     A sampler gets the prompt's own ids, so the answer's are those that follow them. Within a row the end of
     the turn before is encoded along and dropped: what stands behind a control token is tokenized as in the

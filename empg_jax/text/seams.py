@@ -45,7 +45,7 @@ class Seam:
     takes_any: bool
 
     def fill(self, contents: Sequence[str]) -> str:
-        """Returns the text after the response with the contents in place."""
+        """Return the text after the response with the contents in place."""
         parts = [self.pieces[0]]
         for content, piece in zip(contents, self.pieces[1:], strict=True):
             parts += (content, piece)
@@ -53,7 +53,9 @@ class Seam:
 
 
 def is_plain(content: str) -> bool:
-    """Whether a content has nothing that templates treat specially: markup, outer white space, no text."""
+    """Return whether a content has nothing that templates treat specially: markup, outer white space, no
+    text.
+    """
     return "<" not in content and content == content.strip() and content != ""
 
 
@@ -69,7 +71,7 @@ class SeamFinder:
         self._seams: dict[tuple[str, tuple[str, ...]], tuple[Seam | None, int]] = {}
 
     def find(self, last_role: str, new_roles: tuple[str, ...], length: int) -> Seam | None:
-        """Returns the seam after a response, or None when the template must be rendered in full.
+        """Return the seam after a response, or None when the template must be rendered in full.
 
         Args:
           last_role: role of the message that the response answers.
@@ -117,7 +119,9 @@ class SeamFinder:
         new_roles: tuple[str, ...],
         contents: Sequence[str],
     ) -> bool:
-        """Whether the seam predicts the template's text for probe conversations made of these contents."""
+        """Return whether the seam predicts the template's text for probe conversations made of these
+        contents.
+        """
         agreed = False
         for opening in openings:
             for index, (old, response) in enumerate(itertools.product(contents, repeat=2)):

@@ -51,7 +51,7 @@ class ChatTemplate:
             ) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **options: Any) -> str:
-        """Returns the text of a conversation.
+        """Return the text of a conversation.
 
         Args:
           messages: the conversation, oldest first.

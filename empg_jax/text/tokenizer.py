@@ -90,29 +90,29 @@ class Tokenizer:
         self.pad_id: int = self._require_id(pad, "pad_token") if pad is not None else self.stop_ids[0]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text; nothing (no begin-of-text token) is added to it."""
+        """Return the ids of a text; nothing (no begin-of-text token) is added to it."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Returns the text of ids, without control tokens unless ``skip_special`` is False."""
+        """Return the text of ids, without control tokens unless ``skip_special`` is False."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_to_id(self, token: str) -> int | None:
-        """Returns the id of a token's exact string, or None."""
+        """Return the id of a token's exact string, or None."""
         return self._backend.token_to_id(token)
 
     def id_to_token(self, index: int) -> str | None:
-        """Returns the string of one id, or None for an id outside the vocabulary."""
+        """Return the string of one id, or None for an id outside the vocabulary."""
         return self._backend.id_to_token(index)
 
     def vocabulary(self) -> dict[str, int]:
-        """Returns every token's string with its id."""
+        """Return every token's string with its id."""
         return self._backend.get_vocab(with_added_tokens=True)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **options: Any
     ) -> str:
-        """Returns the chat template's text of a conversation.
+        """Return the chat template's text of a conversation.
 
         Raises:
           ChatTemplateError: when there is no template, or it refuses the conversation.
@@ -125,7 +125,7 @@ class Tokenizer:
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **options)
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json (Hugging Face format)."""
+        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json (Hugging Face format)."""
         path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **self.special_tokens}
@@ -155,7 +155,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None) -> Tokenizer:
-    """Loads a tokenizer from a local folder or, when there is no such folder, from a hub id (``owner/name``).
+    """Load a tokenizer from a local folder or, when there is no such folder, from a hub id (``owner/name``).
 
     Args:
       path: folder with ``tokenizer.json`` (or files that ``transformers`` can convert), or a hub id.
@@ -193,7 +193,7 @@ def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None
 
 
 def load_backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
-    """Reads a folder's tokenizer without its special tokens' names and its template.
+    """Read a folder's tokenizer without its special tokens' names and its template.
 
     Raises:
       FileNotFoundError: the folder holds none.

@@ -43,7 +43,9 @@ def check_vocabulary(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
 
 
 def _end_ids(file: pathlib.Path) -> list[int]:
-    """The end-of-text ids of a config.json; none without a readable file (whoever loads the model tells)."""
+    """Return the end-of-text ids of a config.json; none without a readable file (whoever loads the model
+    tells).
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError):

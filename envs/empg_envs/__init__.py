@@ -36,7 +36,7 @@ __all__ = [
 
 
 def _lazy(module: str, attribute: str) -> Callable[..., Any]:
-    """A factory that imports ``module`` when it is called."""
+    """Return a factory that imports ``module`` when it is called."""
 
     def factory(**options: Any) -> Any:
         return getattr(importlib.import_module(module), attribute)(**options)
@@ -46,7 +46,9 @@ def _lazy(module: str, attribute: str) -> Callable[..., Any]:
 
 
 def _packaged(name: str, env: str) -> EnvSpec:
-    """The spec of ``empg_envs/<name>``, whose class is ``env``; nothing is imported before it is used."""
+    """Return the spec of ``empg_envs/<name>``, whose class is ``env``; nothing is imported before it is
+    used.
+    """
     prompt = f"empg_envs.{name}.prompt"
     return EnvSpec(
         name=name,
@@ -67,7 +69,7 @@ ENVS: dict[str, EnvSpec] = {
 
 
 def resolve_spec(name_or_entry_point: str) -> EnvSpec:
-    """Finds an environment by name or by entry point.
+    """Find an environment by name or by entry point.
 
     Args:
       name_or_entry_point: a key of ``ENVS``, or ``package.module:attribute`` naming an `EnvSpec` or a
@@ -114,7 +116,7 @@ def resolve_spec(name_or_entry_point: str) -> EnvSpec:
 
 
 def make_env(name_or_entry_point: str, **options: Any) -> TextEnv:
-    """Builds one environment, for example ``make_env("household", level="tiny")``.
+    """Build one environment, for example ``make_env("household", level="tiny")``.
 
     Raises:
       ValueError: unknown name, or an option that the environment refuses.

@@ -26,27 +26,27 @@ class TextEnv(Protocol):
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Starts an episode of task ``index`` of ``split``; returns its first observation and info."""
+        """Start an episode of task ``index`` of ``split``; return its first observation and info."""
         ...
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Returns observation, reward, terminated, truncated, info. Any text is a defined action."""
+        """Return observation, reward, terminated, truncated, info. Any text is a defined action."""
         ...
 
     def close(self) -> None:
-        """Releases what the environment holds; may be called more than once."""
+        """Release what the environment holds; may be called more than once."""
         ...
 
     def list_splits(self) -> list[str]:
-        """Names of the task panels."""
+        """Return the names of the task panels."""
         ...
 
     def num_tasks(self, split: str) -> int:
-        """Number of tasks of a panel."""
+        """Return the number of tasks of a panel."""
         ...
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """A JSON-able description of one task, with its ``content_hash``."""
+        """Return a JSON-able description of one task, with its ``content_hash``."""
         ...
 
 
@@ -121,7 +121,7 @@ class EnvSpec:
 
 
 def quote_turns(history: Sequence[tuple[str, str]], turn: int) -> str:
-    """The remembered (observation, action) pairs before turn ``turn`` (from 0): a numbered line each."""
+    """Return the remembered (observation, action) pairs before turn ``turn`` (from 0): a numbered line each."""
     return "\n".join(
         f"[Observation {number}: '{seen}', Action {number}: '{done}']"
         for number, (seen, done) in enumerate(history, start=turn - len(history) + 1)
@@ -132,11 +132,11 @@ class PlainPrompts:
     """The observation is the user message, and nothing else is said."""
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """One user message: the observation."""
+        """Return one user message: the observation."""
         return [{"role": "user", "content": observation}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """The observation."""
+        """Return the observation."""
         return observation
 
     def window(
@@ -146,7 +146,7 @@ class PlainPrompts:
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """The remembered turns as user and assistant messages, then the observation."""
+        """Return the remembered turns as user and assistant messages, then the observation."""
         messages = []
         for past_observation, past_action in history:
             messages.append({"role": "user", "content": past_observation})
@@ -158,7 +158,7 @@ class PlainParser:
     """The stripped first line of the response is the action; an empty one is invalid."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Reads the first line that is not blank."""
+        """Read the first line that is not blank."""
         lines = response.strip().splitlines()
         action = lines[0].strip() if lines else ""
         return ParsedAction(action=action, is_valid=bool(action))

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def look_up(kind: str, name: object, table: Mapping[str, T]) -> T:
-    """The entry of that name.
+    """Return the entry of that name.
 
     Args:
       kind: what the table holds, for the message, such as ``household level``.
@@ -26,6 +26,6 @@ def look_up(kind: str, name: object, table: Mapping[str, T]) -> T:
 
 
 def suggest(name: object, choices: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the nearest choice, or nothing."""
+    """Return ``; did you mean 'x'?`` for the nearest choice, or nothing."""
     nearest = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""

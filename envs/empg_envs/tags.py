@@ -23,11 +23,13 @@ class TagParser:
     """
 
     def __init__(self, fallback_characters: int = 30) -> None:
-        """``fallback_characters``: how much of the end of a response without action tags is sent."""
+        """Initialize with ``fallback_characters``: how much of the end of a response without action tags is
+        sent.
+        """
         self._fallback_characters = fallback_characters
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Reads the tagged action."""
+        """Read the tagged action."""
         lowered = response.lower()
         start, end = lowered.find(_OPEN), lowered.find(_CLOSE)
         if start < 0 or end < 0:

@@ -47,18 +47,18 @@ class EnvHost:
     """
 
     def __init__(self, env: str, options: dict[str, Any]):
-        """Builds one environment at once, so that a bad name or option is found at the start."""
+        """Build one environment at once, so that a bad name or option is found at the start."""
         self._build: Callable[[], TextEnv] = lambda: make_env(env, **options)
         self._spare: list[TextEnv] = [self._build()]
         self._envs: dict[int, TextEnv] = {}
 
     def splits(self) -> dict[str, int]:
-        """Number of tasks of every split."""
+        """Return the number of tasks of every split."""
         env = self._spare[0]
         return {str(split): int(env.num_tasks(split)) for split in env.list_splits()}
 
     def execute(self, command: dict[str, Any], **extra: Any) -> bytes:
-        """Runs one command; whatever the environment does, the result is one encoded reply.
+        """Run one command; whatever the environment does, the result is one encoded reply.
 
         Args:
           command: ``id``, ``env`` (the handle), ``op`` and ``args``.
@@ -82,7 +82,7 @@ class EnvHost:
         return _encode({**head, **failure})
 
     def close(self) -> None:
-        """Closes every environment; errors are ignored, the process ends anyway."""
+        """Close every environment; errors are ignored, the process ends anyway."""
         for handle in list(self._envs):
             self._drop(handle)
         for env in self._spare:
@@ -137,7 +137,7 @@ class EnvHost:
 
 
 def main() -> int:
-    """Serves until the other side closes stdin. Returns the exit status."""
+    """Serve until the other side closes stdin. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the parent
     source, sink = _take_channel()
     # A parent that gives up on a hanging worker sends SIGABRT: the stack then lands in stderr.
@@ -163,14 +163,14 @@ def main() -> int:
 
 
 def serve(host: EnvHost, commands: Iterator[dict[str, Any]], write: Callable[[bytes], None]) -> None:
-    """Executes commands in order; every `RSS_EVERY`-th reply also carries ``rss_mb``."""
+    """Execute commands in order; every `RSS_EVERY`-th reply also carries ``rss_mb``."""
     for count, command in enumerate(commands, start=1):
         extra = {} if count % RSS_EVERY else {"rss_mb": resident_mb()}
         write(host.execute(command, **extra))
 
 
 def resident_mb() -> float:
-    """Resident memory of this process in MiB (its maximum so far where /proc is missing)."""
+    """Return the resident memory of this process in MiB (its maximum so far where /proc is missing)."""
     try:
         with open("/proc/self/statm", "rb") as statm:
             return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
@@ -186,7 +186,7 @@ def _commands(source: BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 def _take_channel() -> tuple[BinaryIO, int]:
-    """Moves stdin and stdout to private descriptors that no environment or child of it sees."""
+    """Move stdin and stdout to private descriptors that no environment or child of it sees."""
     source, sink = os.dup(0), os.dup(1)  # dup() makes them non-inheritable
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -196,7 +196,7 @@ def _take_channel() -> tuple[BinaryIO, int]:
 
 
 def _encode(reply: Reply) -> bytes:
-    """One line of compact JSON.
+    """Return one line of compact JSON.
 
     Raises:
       GarbageError: the reply is not JSON-able (only ``info`` can be the cause), or too long.
@@ -219,7 +219,7 @@ def _write(sink: int, line: bytes) -> None:
 
 
 def _follow_parent() -> None:
-    """Ends this process soon after its parent, even while an environment hangs.
+    """End this process soon after its parent, even while an environment hangs.
 
     End of file on stdin ends an idle worker; this covers a busy one. (Linux' parent-death signal
     would also fire when only the parent's *thread* that started the worker ends.)
@@ -235,14 +235,14 @@ def _follow_parent() -> None:
 
 
 def _limit_memory(limit_mb: int | None) -> None:
-    """Bounds the address space, so that one runaway allocation raises MemoryError here."""
+    """Bound the address space, so that one runaway allocation raises MemoryError here."""
     if limit_mb is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (limit_mb << 20, hard))
 
 
 def _check(observation: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> Reply:
-    """Turns an environment's answer into a reply.
+    """Turn an environment's answer into a reply.
 
     Raises:
       GarbageError: naming the first part that is not what it should be.

@@ -1,8 +1,8 @@
-"""The XLA back end: attention in tiles, its backward pass written by hand.
+"""The XLA back end: attention in tiles, with a hand-written backward pass.
 
-The queries go in blocks, each of which sees only the keys up to its own end, so the masked upper triangle
-is never computed. The backward pass recomputes each block's weights from the normalizer, so no weights are
-kept.
+The queries are processed in blocks. Each block sees only the keys up to its own end, so the blocks above the
+diagonal are never computed. The backward pass recomputes each block's weights from the normalizer, so that no
+attention weights stay in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def forward(
     *,
     block: int,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B H T"]]:
-    """Output and normalizer (`packed`), in query blocks of ``block`` tokens or more."""
+    """Compute output and normalizer (see `packed`) in query blocks of at least ``block`` tokens."""
     length, kv_heads, depth = queries.shape[1], keys.shape[2], queries.shape[3]
     q, k, v = _grouped(queries, kv_heads), jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     outputs, normalizers = [], []
@@ -59,9 +59,9 @@ def backward(
     *,
     block: int,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
-    """Slopes of queries, keys and values (`packed`).
+    """Compute the gradients of queries, keys and values (see `packed`).
 
-    Keys stand first in every matrix here, so that no matrix of weights is ever transposed.
+    Every weight matrix here has the keys as its first axis, so that no weight matrix is ever transposed.
     """
     queries, keys, values, segment_ids = operands
     batch, length, heads, depth = queries.shape
@@ -69,6 +69,7 @@ def backward(
     q, k, v = _grouped(queries, kv_heads), jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     g = _grouped(slope, kv_heads)
     normalizer = normalizer.reshape(batch, kv_heads, groups, length)
+    # The softmax's gradient is w * (dw - sum(w dw)), and sum(w dw) equals the dot product of slope and output.
     mean_slope = jnp.sum(g.astype(jnp.float32) * _grouped(output, kv_heads).astype(jnp.float32), axis=-1)
     d_queries = []
     d_keys = d_values = jnp.zeros(k.shape, jnp.float32)
@@ -100,6 +101,7 @@ def backward(
 
 
 def _blocks(length: int, block: int) -> list[tuple[int, int]]:
+    # Each block is unrolled into the program, so their number is limited to 16 to keep compilation short.
     block = max(block, -(-length // 16))
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 

@@ -36,7 +36,7 @@ class AlfworldEnv(HouseEnv):
         win_reward: float = 1.0,
         expert: str = "solver",
     ) -> None:
-        """Chooses games and how they are told.
+        """Choose games and how they are told.
 
         Args:
           source: ``official`` (files of ``data``), ``generated``, or ``auto`` (official, and generated when
@@ -71,7 +71,7 @@ class AlfworldEnv(HouseEnv):
 
 
 def open_panels(source: str | None, data: str | None, level: str) -> OfficialPanels | GeneratedPanels:
-    """The games that options ask for.
+    """Return the games that options ask for.
 
     Raises:
       ValueError: an unknown source or level, or a folder for generated games.

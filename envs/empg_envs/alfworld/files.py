@@ -66,7 +66,7 @@ class OfficialPanels:
     """
 
     def __init__(self, data: str | os.PathLike[str] | None = None) -> None:
-        """Opens a data folder and parses every game in it once (about 1 ms each).
+        """Open a data folder and parses every game in it once (about 1 ms each).
 
         Args:
           data: the folder that holds ``json_2.1.1`` (or ``json_2.1.2``), or that folder itself; by default
@@ -82,15 +82,15 @@ class OfficialPanels:
         _warn(self.root, self.skipped)
 
     def list_splits(self) -> list[str]:
-        """Names of the splits that hold games: ``train`` first."""
+        """Return the names of the splits that hold games: ``train`` first."""
         return list(self._panels)
 
     def num_tasks(self, split: str) -> int:
-        """Number of playable games of a split."""
+        """Return the number of playable games of a split."""
         return len(self._panel(split))
 
     def load(self, split: str, index: int) -> Game:
-        """One game, parsed once for the several attempts that a group makes at it."""
+        """Return one game, parsed once for the several attempts that a group makes at it."""
         return _load(self._file(split, index).path)
 
     def content(self, split: str, index: int) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class OfficialPanels:
         }
 
     def panel_hash(self, split: str) -> str:
-        """Hash of the ordered content hashes."""
+        """Return the hash of the ordered content hashes."""
         hashes = "".join(file.content_hash for file in self._panel(split))
         return hashlib.sha256(hashes.encode()).hexdigest()
 
@@ -133,7 +133,7 @@ class OfficialPanels:
 
 
 def find_root(data: str | os.PathLike[str] | None) -> Path:
-    """The folder that holds the splits.
+    """Return the folder that holds the splits.
 
     Raises:
       FileNotFoundError: naming the folder that was looked for, and how to get the data.
@@ -194,7 +194,7 @@ def _count(skipped: list[Skipped]) -> str:
 
 
 def _warn(root: Path, skipped: list[Skipped]) -> None:
-    """Names what is broken; games that official filters leave out are no surprise."""
+    """Name what is broken; games that official filters leave out are no surprise."""
     broken = [each for each in skipped if each.kind == "malformed"]
     if broken:
         named = "; ".join(f"{each.path.relative_to(root)}: {each.reason}" for each in broken[:_NAMED])

@@ -107,7 +107,7 @@ _STATES = (
 
 
 def make_domain() -> str:
-    """The domain in PDDL."""
+    """Return the domain in PDDL."""
     actions = "\n".join(
         f"(:action {name}\n  :parameters ({parameters})\n  :precondition (and {condition})\n"
         f"  :effect (and {effect}))"
@@ -121,7 +121,7 @@ def make_domain() -> str:
 
 
 def make_grammar(task: str, help_text: str) -> str:
-    """The text grammar of one game.
+    """Return the text grammar of one game.
 
     Args:
       task: the task sentence.

@@ -43,7 +43,7 @@ class Game:
 
 
 def read_game(path: Path) -> dict[str, Any]:
-    """The content of a game file.
+    """Return the content of a game file.
 
     Raises:
       GameFileError: it cannot be read, is no JSON object, or lacks a key.
@@ -63,7 +63,7 @@ def read_game(path: Path) -> dict[str, Any]:
 
 
 def load_game(path: Path) -> Game:
-    """The game in a file; whether it says ``solvable`` is not asked here.
+    """Return the game in a file; whether it says ``solvable`` is not asked here.
 
     Raises:
       GameFileError: it cannot be played.
@@ -72,7 +72,7 @@ def load_game(path: Path) -> Game:
 
 
 def parse_game(content: Mapping[str, Any]) -> Game:
-    """A game from the content of its file.
+    """Return a game from the content of its file.
 
     Raises:
       GameFileError: it cannot be played: malformed, or about what does not exist.
@@ -89,7 +89,7 @@ def parse_game(content: Mapping[str, Any]) -> Game:
 
 
 def name_entities(identifiers: Iterable[str]) -> dict[str, str]:
-    """Identifier to display name, as ALFWorld gives them.
+    """Return identifier to display name, as ALFWorld gives them.
 
     The class is what stands before the first ``_bar_``, with ``basin`` behind it if the identifier contains
     that; numbers of a class are handed out from the end, so the first identifier has the highest.
@@ -106,7 +106,7 @@ def name_entities(identifiers: Iterable[str]) -> dict[str, str]:
 
 
 def make_scene(problem: Problem) -> Scene:
-    """The room of a problem, with display names for everything in it.
+    """Return the room of a problem, with display names for everything in it.
 
     Raises:
       GameFileError: facts have the wrong number of arguments, or speak of what has no place or type.
@@ -170,7 +170,7 @@ def _make_scene(facts: Mapping[str, list[tuple[str, ...]]]) -> Scene:
 
 
 def _check(scene: Scene, goal: HouseholdGoal) -> None:
-    """Refuses a game that nobody can win, as far as a look at what exists can tell."""
+    """Refuse a game that nobody can win, as far as a look at what exists can tell."""
     contained = {thing for things in scene.start.values() for thing in things}
     wanted = {thing for thing in contained & scene.pickupable if scene.class_of[thing] == goal.thing}
     if goal.family in CHANGES:

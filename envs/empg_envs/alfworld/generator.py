@@ -24,7 +24,7 @@ class GeneratedPanels:
     """
 
     def __init__(self, level: str = "rooms") -> None:
-        """``level``: a key of `PRESETS`.
+        """Initialize with ``level``: a key of `PRESETS`.
 
         Raises:
           ValueError: there is none of that name; the nearest is named.
@@ -32,15 +32,15 @@ class GeneratedPanels:
         self._name, self._levels = level, look_up("alfworld level", level, PRESETS)
 
     def list_splits(self) -> list[str]:
-        """``train``, ``valid``, ``test``."""
+        """Return ``train``, ``valid``, ``test``."""
         return list(tasks.SPLITS)
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel."""
+        """Return the size of a panel."""
         return sum(tasks.num_tasks(level, split) for level in self._levels)
 
     def make(self, split: str, index: int) -> tasks.Game:
-        """One game before it is written: with the house's own order of listing.
+        """Return one game before it is written: with the house's own order of listing.
 
         Raises:
           ValueError: unknown split.
@@ -57,11 +57,11 @@ class GeneratedPanels:
         return make_content(self.make(split, index))
 
     def load(self, split: str, index: int) -> Game:
-        """One game, made once for the several attempts that a group makes at it."""
+        """Return one game, made once for the several attempts that a group makes at it."""
         return _load(self._name, split, index)
 
     def describe(self, split: str, index: int) -> dict[str, Any]:
-        """Room, goal, sentence and content hash."""
+        """Return room, goal, sentence and content hash."""
         game = self.load(split, index)
         return {
             "source": "generated",
@@ -77,7 +77,7 @@ class GeneratedPanels:
         }
 
     def panel_hash(self, split: str) -> str:
-        """Hash of the ordered content hashes; generates the whole panel."""
+        """Return the hash of the ordered content hashes; generates the whole panel."""
         hashes: Sequence[str] = [self.make(split, i).content_hash for i in range(self.num_tasks(split))]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 

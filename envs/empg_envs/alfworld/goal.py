@@ -34,7 +34,7 @@ TYPE_SUFFIX = "type"
 
 
 def recognize(problem: Problem) -> HouseholdGoal:
-    """The goal of a problem.
+    """Return the goal of a problem.
 
     Raises:
       GameFileError: it belongs to no family, or speaks of what the problem does not declare.
@@ -66,7 +66,7 @@ def recognize(problem: Problem) -> HouseholdGoal:
 
 
 def class_name(kind: str) -> str:
-    """A PDDL type as a class: ``mugtype`` is ``mug``."""
+    """Return a PDDL type as a class: ``mugtype`` is ``mug``."""
     return kind.removesuffix(TYPE_SUFFIX)
 
 
@@ -76,7 +76,7 @@ def _typed(goal: frozenset[Literal], predicate: str) -> list[Literal]:
 
 @functools.cache
 def _shapes() -> dict[tuple, str]:
-    """Shape of every family's formula to the family."""
+    """Return the shape of every family's formula to the family."""
     return {
         _shape(frozenset(parse_goal(f"(:goal (and {text}))".format(thing="x", target="y")))): family
         for family, text in FORMULAS.items()

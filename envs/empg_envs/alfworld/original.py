@@ -35,7 +35,7 @@ class OriginalEnv:
         max_turns: int = MAX_TURNS,
         win_reward: float = 1.0,
     ) -> None:
-        """Takes the options of `AlfworldEnv`.
+        """Take the options of `AlfworldEnv`.
 
         Raises:
           ImportError: the extra is not installed.
@@ -56,21 +56,21 @@ class OriginalEnv:
         self._is_done = True
 
     def list_splits(self) -> list[str]:
-        """Names of the task panels."""
+        """Return the names of the task panels."""
         return self._panels.list_splits()
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel."""
+        """Return the size of a panel."""
         return self._panels.num_tasks(split)
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """The task as `AlfworldEnv` describes it."""
+        """Return the task as `AlfworldEnv` describes it."""
         return self._panels.describe(split, index)
 
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Starts an episode; takes a fraction of a second, or a minute for the largest rooms."""
+        """Start an episode; takes a fraction of a second, or a minute for the largest rooms."""
         if seed is not None:
             self._draw = Draw("alfworld", "reset", seed)
         split = self.list_splits()[0] if split is None else split
@@ -86,7 +86,7 @@ class OriginalEnv:
         return state.feedback, self._info(state)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Hands the text to TextWorld.
+        """Hand the text to TextWorld.
 
         Raises:
           RuntimeError: before the first reset, or after the episode ended.
@@ -103,7 +103,7 @@ class OriginalEnv:
         return state.feedback, self._win_reward * won, won, truncated, self._info(state)
 
     def close(self) -> None:
-        """Ends the episode."""
+        """End the episode."""
         self._env, self._is_done = None, True
 
     def _info(self, state: Any) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class OriginalEnv:
 
 
 def _convert(content: dict[str, Any]) -> dict[str, Any]:
-    """A file of any release with the domain and grammar of the installed package."""
+    """Return a file of any release with the domain and grammar of the installed package."""
     spec = importlib.util.find_spec("alfworld")
     assert spec is not None and spec.origin is not None  # it was imported above
     data = Path(spec.origin).parent / "data"

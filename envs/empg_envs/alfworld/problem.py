@@ -30,7 +30,7 @@ class GameFileError(ValueError):
     """
 
     def __init__(self, message: str, kind: str = "malformed") -> None:
-        """``kind``: what sort of reason it is."""
+        """Initialize with ``kind``: what sort of reason it is."""
         super().__init__(message)
         self.kind = kind
 
@@ -52,7 +52,7 @@ class Problem:
 
 
 def parse_problem(text: str) -> Problem:
-    """Parses the text of a PDDL problem.
+    """Parse the text of a PDDL problem.
 
     Raises:
       GameFileError: it is not one, or its goal is of another kind.
@@ -81,7 +81,7 @@ def parse_problem(text: str) -> Problem:
 
 
 def parse_goal(text: str) -> list[Literal]:
-    """The literals of a ``(:goal …)`` section; what follows its end is not read.
+    """Return the literals of a ``(:goal …)`` section; what follows its end is not read.
 
     Raises:
       GameFileError: not a conjunction of atoms under ``exists``.
@@ -114,7 +114,7 @@ def _read(tokens: Iterator[re.Match[str]]) -> list | str:
 
 
 def _flatten(tree: list | str, scope: dict[str, str], found: list[Literal]) -> None:
-    """Collects the literals of a formula; ``scope`` renames its variables apart."""
+    """Collect the literals of a formula; ``scope`` renames its variables apart."""
     match tree:
         case ["and", *parts]:
             for part in parts:

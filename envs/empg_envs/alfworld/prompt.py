@@ -25,7 +25,7 @@ _MAX_NUMBER = 20  # instances of one class in a generated room
 
 
 def make_prompts(style: str = "verl", list_admissible: bool = True, parser: str = "tags") -> PromptBuilder:
-    """Builds the prompt builder.
+    """Build the prompt builder.
 
     Args:
       style: ``verl`` (role, observation, admissible commands, request to think and act in tags; with
@@ -45,7 +45,7 @@ def make_prompts(style: str = "verl", list_admissible: bool = True, parser: str 
 
 
 def make_parser(parser: str = "tags", *, style: str = "verl", list_admissible: bool = True) -> ActionParser:
-    """Builds the action parser; it takes the options of `make_prompts`.
+    """Build the action parser; it takes the options of `make_prompts`.
 
     Args:
       parser: ``tags`` (think and action tags, verl-agent's rules) or ``line`` (the first line is the
@@ -64,7 +64,7 @@ class _Line(LineParser):
     """The household's line parser, which also knows the older release's ``put … in/on …``."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Reads the first line."""
+        """Read the first line."""
         parsed = super().__call__(response, info)
         as_new = parsed.action.replace("put ", "move ", 1).replace(" in/on ", " to ", 1)
         is_valid = parsed.is_valid or commands.parse_exact(as_new) is not None
@@ -78,11 +78,11 @@ class CompactPrompts(PlainPrompts):
     """
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """One user message: the opening without its banner; it ends with the task."""
+        """Return one user message: the opening without its banner; it ends with the task."""
         return [{"role": "user", "content": " ".join(observation.removeprefix(_BANNER).split())}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """Observation and task on one line; the list of commands that ``help`` gives is left out."""
+        """Return observation and task on one line; the list of commands that ``help`` gives is left out."""
         seen = "help" if observation == HELP else observation
         return f"{seen} Your task is to: {info['task']}"
 
@@ -93,14 +93,14 @@ class CompactPrompts(PlainPrompts):
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """The remembered turns as messages, then the observation with the task behind it."""
+        """Return the remembered turns as messages, then the observation with the task behind it."""
         if turn == 0:
             return self.start(observation, info)
         return super().window(history, self.follow(observation, info), info, turn)
 
 
 def phrases(level: str = "rooms", **options: Any) -> list[str]:
-    """The closed vocabulary of ``compact`` prompts and well-formed commands about a level's things.
+    """Return the closed vocabulary of ``compact`` prompts and well-formed commands about a level's things.
 
     Class and number of a name are two phrases, so that the task's ``book`` and the list's ``book 1`` begin
     with the same token.

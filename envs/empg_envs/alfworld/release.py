@@ -23,11 +23,11 @@ class ReleaseTexts(AlfworldTexts):
     """ALFWorld's texts, to the letter."""
 
     def __init__(self, release: str = "2.1.2") -> None:
-        """``release``: one of `RELEASES`."""
+        """Initialize with ``release``: one of `RELEASES`."""
         self._is_old = release == "2.1.1"
 
     def opening(self, game: Game, world: World) -> str:
-        """The receptacles of the room, then the task sentence."""
+        """Return the receptacles of the room, then the task sentence."""
         seen = list_names([name for names in world.scene.rooms.values() for name in names])
         room = self._look(world) if world.here else self._room(seen)
         return f"-= Welcome to TextWorld, ALFRED! =-\n\n{room}\n\nYour task is to: {game.task}"
@@ -52,11 +52,11 @@ class ReleaseGrammar:
     """The commands of a release, exactly as written: case and inner blanks matter, outer ones do not."""
 
     def __init__(self, release: str = "2.1.2") -> None:
-        """``release``: one of `RELEASES`."""
+        """Initialize with ``release``: one of `RELEASES`."""
         self._is_old = release == "2.1.1"
 
     def parse(self, text: str) -> Command | None:
-        """Reads a command; None when this release has no such command."""
+        """Read a command; None when this release has no such command."""
         text = text.strip()
         if not self._is_old:
             return commands.parse_exact(text)
@@ -67,7 +67,7 @@ class ReleaseGrammar:
         return None if command is not None and command.verb in ("move", "help") else command
 
     def spell(self, admissible: list[str]) -> list[str]:
-        """Commands of `World.admissible` as this release writes them, sorted."""
+        """Return commands of `World.admissible` as this release writes them, sorted."""
         if not self._is_old:
             return admissible
         return sorted(_as_old(command) for command in admissible if command != "help")

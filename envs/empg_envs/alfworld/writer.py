@@ -27,7 +27,9 @@ TASK_TYPES = {
 
 
 def make_content(game: tasks.Game) -> dict[str, Any]:
-    """A game as the JSON content of a file: what `empg_envs.alfworld.game.parse_game` and TextWorld read."""
+    """Return a game as the JSON content of a file: what `empg_envs.alfworld.game.parse_game` and TextWorld
+    read.
+    """
     return {
         "pddl_domain": make_domain(),
         "grammar": make_grammar(game.task, HELP),
@@ -37,7 +39,7 @@ def make_content(game: tasks.Game) -> dict[str, Any]:
 
 
 def write_game(game: tasks.Game, root: Path, split: str, name: str) -> Path:
-    """Writes ``root/split/<task type>-<object>-None-<receptacle>-generated/<name>/game.tw-pddl``.
+    """Write ``root/split/<task type>-<object>-None-<receptacle>-generated/<name>/game.tw-pddl``.
 
     Returns:
       The file; it appears whole or not at all.
@@ -55,7 +57,7 @@ def write_game(game: tasks.Game, root: Path, split: str, name: str) -> Path:
 
 
 def make_problem(game: tasks.Game) -> str:
-    """The problem in PDDL; display names come out as they are in the game."""
+    """Return the problem in PDDL; display names come out as they are in the game."""
     scene = game.scene
     names = _identify(scene)
     places = {name: f"loc_bar_{n}_bar_0_bar_0_bar_60" for n, name in enumerate(scene.location_of, start=1)}
@@ -110,7 +112,7 @@ def _facts(scene: Scene, names: dict[str, str], places: dict[str, str]) -> Itera
 
 
 def _identify(scene: Scene) -> dict[str, str]:
-    """Display name to identifier, so that ALFWorld's numbering gives the display name back."""
+    """Return display name to identifier, so that ALFWorld's numbering gives the display name back."""
     counts = collections.Counter(scene.class_of[name] for name in scene.class_of)
     identifiers = {}
     for name, cls in scene.class_of.items():

@@ -11,7 +11,7 @@ from empg_envs.webshop import files, official
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Builds and reports; returns the exit status."""
+    """Build and reports; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m empg_envs.webshop", description=__doc__)
     parser.add_argument("folder", nargs="?", help=f"data folder (default: ${files.DATA_VARIABLE})")
     parser.add_argument("--size", choices=files.SIZES, default="small")

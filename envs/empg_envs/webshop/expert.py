@@ -46,7 +46,7 @@ def choose_by_goal(visit: Visit, catalog: Catalog) -> Action:
 
 
 def _complete(visit: Visit, product: Product, wanted: list[str]) -> Action:
-    """Clicks the next wanted value that is not chosen, or buys."""
+    """Click the next wanted value that is not chosen, or buys."""
     for values in product.options.values():
         for value in wanted:
             if value in values and value in visit.values and value not in visit.chosen.values():
@@ -94,6 +94,6 @@ def _read_limit(instruction: str) -> float:
 
 
 def _named_value(values: tuple[str, ...], instruction: str) -> str | None:
-    """The longest value that stands in the instruction as whole words."""
+    """Return the longest value that stands in the instruction as whole words."""
     named = [v for v in values if re.search(rf"(?<!\w){re.escape(v.strip())}(?!\w)", instruction)]
     return max(named, key=len, default=None)

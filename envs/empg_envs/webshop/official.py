@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 def load(files: Files, cache_dir: str | None = None, *, build_large: bool = False) -> Store:
-    """Opens the catalog of these files, building it first when it is not in the cache.
+    """Open the catalog of these files, building it first when it is not in the cache.
 
     Args:
       files: what to read.
@@ -74,7 +74,7 @@ def _build(files: Files, path: Path) -> None:
 
 
 def fill(writer: StoreWriter, connection: sqlite3.Connection, files: Files) -> None:
-    """Reads the official files into a database that ``writer`` was made for."""
+    """Read the official files into a database that ``writer`` was made for."""
     skipped: list[str] = []
     connection.execute("CREATE TEMP TABLE attributes (asin TEXT PRIMARY KEY, record TEXT)")
     connection.executemany(
@@ -119,7 +119,7 @@ def fill(writer: StoreWriter, connection: sqlite3.Connection, files: Files) -> N
 
 
 def _fingerprint(files: Files) -> str:
-    """Names a catalog: layout, files (name, size, time, both ends of their content), kind of goals."""
+    """Name a catalog: layout, files (name, size, time, both ends of their content), kind of goals."""
     digest = hashlib.sha256(f"webshop/{VERSION}".encode())
     for path in files:
         if path is None:

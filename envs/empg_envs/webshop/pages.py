@@ -29,7 +29,7 @@ _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&'"}
 
 
 def render(visit: Visit, catalog: Catalog, reward: Reward | None = None) -> str:
-    """The text of the page that a visit is on; ``reward`` is shown on the page after a purchase."""
+    """Return the text of the page that a visit is on; ``reward`` is shown on the page after a purchase."""
     if visit.page is Page.DONE:
         assert reward is not None
         segments: Iterable[str] = _receipt(visit, reward)

@@ -56,7 +56,7 @@ class Reward:
 def compute_reward(
     goal: Goal, bought: Product, price: float, chosen: Iterable[str], tagger: Tagger
 ) -> Reward:
-    """Rewards the purchase of ``bought`` at ``price`` dollars with the ``chosen`` option values."""
+    """Reward the purchase of ``bought`` at ``price`` dollars with the ``chosen`` option values."""
     type_factor, title_score = _compare_types(goal, bought, tagger)
     attributes = sum(_has_attribute(bought, attribute) for attribute in goal.attributes)
     options = _count_options(tuple(chosen), goal.options)

@@ -24,11 +24,11 @@ class Catalog(Protocol):
     """What a visit needs of a shop."""
 
     def product(self, asin: str) -> Product:
-        """The product of that id."""
+        """Return the product of that id."""
         ...
 
     def search(self, query: str) -> Sequence[str]:
-        """Ids of the best products for a query, at most `MAX_RESULTS`, best first."""
+        """Return the ids of the best products for a query, at most `MAX_RESULTS`, best first."""
         ...
 
 
@@ -62,7 +62,7 @@ class Visit:
     )
 
     def __init__(self, catalog: Catalog, goal: Goal, page_size: int = 10) -> None:
-        """Starts on the search page; ``page_size``: results per page."""
+        """Start on the search page; ``page_size``: results per page."""
         self._catalog = catalog
         self.goal = goal
         self.page_size = page_size
@@ -100,14 +100,14 @@ class Visit:
         return [BACK, PREVIOUS] if self.page is Page.DETAIL else []
 
     def search(self, query: str) -> None:
-        """Searches; possible on every page."""
+        """Search; possible on every page."""
         self._leave()
         self.page = Page.RESULTS
         self.query = query
         self.results = self._catalog.search(query)
 
     def click(self, name: str) -> bool:
-        """Follows a click.
+        """Follow a click.
 
         Args:
           name: what is clicked, lower-case.

@@ -27,7 +27,7 @@ class Tagger(NamedTuple):
 
 
 def make_tagger(name: str) -> Tagger:
-    """Builds a tagger.
+    """Build a tagger.
 
     Args:
       name: ``spacy`` (the first of the small, medium, large English web models that is installed),
