@@ -1,6 +1,7 @@
-"""``config.json`` of the Hugging Face families ↔ `DecoderConfig`.
+"""Conversion between ``config.json`` of the Hugging Face families and `DecoderConfig`.
 
-Whatever the decoder cannot reproduce is refused by name: a model that loads computes what its authors meant.
+Settings that the decoder cannot reproduce are refused by name. A model that loads therefore computes the same
+function as in ``transformers``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from empg_jax.models.decoder import DecoderConfig, RopeScaling
 from empg_jax.models.moe import MoeConfig
 
-# What the family's own config class assumes when a key is absent.
+# Defaults of each family's own config class for absent keys.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False},
     "qwen3": {
@@ -47,11 +48,11 @@ _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 
 def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Return a folder's config.json.
+    """Read a folder's config.json.
 
     Raises:
-      FileNotFoundError: when there is none.
-      ValueError: when it is not JSON.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not JSON.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -69,11 +70,11 @@ def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> 
 
     Args:
       raw: the keys.
-      max_length: the longest row that will be used. A model with sliding-window attention equals full
-        attention up to its window, and is refused beyond (or when this is None).
+      max_length: the longest row that will be used. Sliding-window attention equals full attention for rows
+        up to the window, so such a model is refused if this is longer than the window, or None.
 
     Raises:
-      ValueError: listing everything that is missing or not supported.
+      ValueError: keys are missing or not supported; all are listed.
     """
     family = raw.get("model_type")
     if family not in _DEFAULTS:
@@ -124,11 +125,11 @@ def config_to_hf(config: DecoderConfig, base: Mapping[str, Any] | None = None) -
       base: the config.json that the model was loaded from; keys that the decoder does not know are kept.
 
     Raises:
-      ValueError: when no family has this combination of biases and norms.
+      ValueError: no family has this combination of biases and norms.
     """
     base = dict(base or {})
     family = _family_of(config, base.get("model_type"))
-    # Older and newer readers alike understand the two separate keys.
+    # Old and new versions of transformers both understand the two separate keys written below.
     base.pop("rope_parameters", None)
     rope = config.rope_scaling
     scaling = rope and {
@@ -193,7 +194,10 @@ def _family_of(config: DecoderConfig, base_family: str | None) -> str:
 
 
 def _read_rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
-    """Return theta, scaling and problems; newer files have ``rope_parameters``, older two separate keys."""
+    """Return theta, scaling and problems.
+
+    Newer files have ``rope_parameters``; older files have ``rope_theta`` and ``rope_scaling``.
+    """
     rope = dict(keys.get("rope_parameters") or keys.get("rope_scaling") or {})
     theta = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))

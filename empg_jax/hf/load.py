@@ -211,7 +211,7 @@ def _put(stacked: jax.Array, part: jax.Array, place: jax.Array) -> jax.Array:
 
 @functools.cache
 def _stacking(name: str, quantize: str, shapes: tuple, places: tuple | None) -> tuple[Any, Any]:
-    """Return two compiled programs: one creates an empty stack, the other writes a tensor into it in place."""
+    """Return two programs: one creates an empty stack, the other writes a tensor into it in place."""
 
     def start() -> Params:
         return {k: jnp.zeros(s.shape, s.dtype) for k, s in shapes}

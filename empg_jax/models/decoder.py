@@ -1,4 +1,4 @@
-"""The decoder of the Llama / Qwen2 / Qwen3 family. The file reads top-down: config, block, parameters, forward.
+"""The decoder of the Llama / Qwen2 / Qwen3 family, in the order config, block, parameters, forward, cache.
 
 The learner and the engine use the same block (Flax Linen through its functional ``init`` / ``apply``). The
 learner scans over stacked layers with rematerialization. The engine unrolls over unstacked layers with a KV
@@ -226,7 +226,7 @@ def compute_values(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array
 def unstack_layers(params: Params, num_layers: int) -> Params:
     """Return the same parameters with ``layers`` as a tuple of single layers."""
     leaves, structure = jax.tree.flatten(params["layers"])
-    # The gradient of one split is one concatenation. The gradient of L indexings would add up L padded copies.
+    # The gradient of one split is one concatenation. The gradient of L indexings would sum L padded copies.
     split = [jax.lax.split(leaf, (1,) * num_layers) for leaf in leaves]
     layers = (
         jax.tree.unflatten(structure, [jax.lax.squeeze(s[i], (0,)) for s in split]) for i in range(num_layers)

@@ -88,8 +88,8 @@ def quantize_nf4(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
     A ``[out, in]`` matrix that is read row by row has the same blocks.
 
     Returns:
-      Codes ``uint8[..., D/2, E]``, two per byte along the input axis, and scales ``float32[..., D/block, E]``:
-      the largest magnitude of each block.
+      Codes ``uint8[..., D/2, E]``, two per byte along the input axis, and scales
+      ``float32[..., D/block, E]``: the largest magnitude of each block.
 
     Raises:
       ValueError: the input axis is odd.

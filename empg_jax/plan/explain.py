@@ -24,8 +24,8 @@ GIB = 2**30
 def find_shape(config: Config) -> DecoderConfig:
     """Return the decoder's shape without reading weights.
 
-    It comes from a folder's config.json, a preset, or the configuration. A hub id whose model is also a preset
-    (``Qwen/Qwen2.5-7B-Instruct``) uses the preset, so that planning needs no download.
+    It comes from a folder's config.json, a preset, or the configuration. A hub id whose model is also a
+    preset (``Qwen/Qwen2.5-7B-Instruct``) uses the preset, so that planning needs no download.
 
     Raises:
       ConfigError: see `assembly.make_model`.
@@ -143,7 +143,8 @@ def suggest(config: Config, plan: Plan, load: Load, memory: float) -> list[str]:
     Args:
       config: the configuration.
       plan: its plan.
-      load: function from further overrides to the configuration; a change that raises ConfigError is left out.
+      load: function from further overrides to the configuration. A change that raises ConfigError is left
+        out.
       memory: bytes of a device.
 
     Returns:

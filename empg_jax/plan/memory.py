@@ -1,7 +1,7 @@
 """The memory that a run needs on each device, computed from shapes alone: no weights, devices or compilation.
 
 The sizes of weights, moments and caches are exact. The sizes of activations are estimates by the formulas of
-`activation_bytes`; `tests/test_plan.py` compares them with the compiler's memory (within a fifth). Memory
+`activation_bytes`; `tests/plan/test_memory.py` compares them with the compiler's memory (within a fifth). Memory
 fragmentation and the memory of a platform's runtime (about 1 GiB on GPUs) are not counted.
 """
 

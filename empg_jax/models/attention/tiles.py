@@ -69,7 +69,7 @@ def backward(
     q, k, v = _grouped(queries, kv_heads), jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     g = _grouped(slope, kv_heads)
     normalizer = normalizer.reshape(batch, kv_heads, groups, length)
-    # The softmax's gradient is w * (dw - sum(w dw)), and sum(w dw) equals the dot product of slope and output.
+    # The softmax's gradient is w * (dw - sum(w dw)); sum(w dw) equals the dot product of slope and output.
     mean_slope = jnp.sum(g.astype(jnp.float32) * _grouped(output, kv_heads).astype(jnp.float32), axis=-1)
     d_queries = []
     d_keys = d_values = jnp.zeros(k.shape, jnp.float32)
