@@ -1,8 +1,9 @@
 """Mixture of experts in place of a block's MLP (Qwen3-MoE): a router, and experts that get different tokens.
 
 The tokens are sorted by expert, and `jax.lax.ragged_dot` multiplies each expert's group of rows with its
-matrices. The results are weighted and sorted back. No token is dropped or padded. On a mesh the experts are split over
-``tensor``: every device computes its own experts for its tokens, and the partial results are summed.
+matrices. The results are weighted and sorted back. No token is dropped or padded. On a mesh the experts are
+split over ``tensor``: every device computes its own experts for its tokens, and the partial results are
+summed.
 """
 
 from __future__ import annotations

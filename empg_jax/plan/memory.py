@@ -1,8 +1,8 @@
 """The memory that a run needs on each device, computed from shapes alone: no weights, devices or compilation.
 
 The sizes of weights, moments and caches are exact. The sizes of activations are estimates by the formulas of
-`activation_bytes`; `tests/plan/test_memory.py` compares them with the compiler's memory (within a fifth). Memory
-fragmentation and the memory of a platform's runtime (about 1 GiB on GPUs) are not counted.
+`activation_bytes`; `tests/plan/test_memory.py` compares them with the compiler's memory (within a fifth).
+Memory fragmentation and the memory of a platform's runtime (about 1 GiB on GPUs) are not counted.
 """
 
 from __future__ import annotations
