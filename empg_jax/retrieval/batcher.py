@@ -24,8 +24,8 @@ class _Job:
 class Batcher:
     """A thread-safe front of a search engine; one thread owns the engine.
 
-    While a search runs, the queries of other callers wait in a queue. The next search takes all of them (up to
-    a limit) at once. A cache holds the results of the most recently used queries.
+    While a search runs, the queries of other callers wait in a queue. The next search takes all of them (up
+    to a limit) at once. A cache holds the results of the most recently used queries.
     """
 
     def __init__(self, retriever: Retriever, *, cache_size: int = 65536, max_batch: int = 64) -> None:

@@ -22,7 +22,7 @@ QUERY_BATCHES = (1, 8, 64)  # queries are padded to one of these sizes, so that 
 
 @functools.partial(jax.jit, static_argnames="topk")
 def find_nearest(queries: jax.Array, passages: jax.Array, *, topk: int) -> tuple[jax.Array, jax.Array]:
-    """Find the ``topk`` passages with the largest inner products; return the products and the passage indices.
+    """Find the ``topk`` passages with the largest inner products; return products and passage indices.
 
     Args:
       queries: float32[Q D].
@@ -116,7 +116,7 @@ def _read(cache: str | Path | None, identity: str) -> np.ndarray | None:
 
 
 def _write(path: Path, vectors: np.ndarray, identity: str) -> None:
-    """Write the vectors to a temporary file and rename it, so that a killed process leaves no partial file."""
+    """Write to a temporary file and rename it, so that a killed process leaves no partial file."""
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".npz")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -149,7 +149,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _translate(turns: Any) -> Any:
-    """Return ShareGPT's ``from`` and ``value`` as ``role`` and ``content``; what is not of that form stays."""
+    """Convert ShareGPT's ``from`` and ``value`` to ``role`` and ``content``; keep other values unchanged."""
     if not isinstance(turns, list):
         return turns
     return [

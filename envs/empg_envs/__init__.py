@@ -1,7 +1,7 @@
-"""Environments for text agents: a table of names, and a way to reach ones defined elsewhere.
+"""Environments for text agents: a table of names, and entry points for environments of other packages.
 
-``ENVS`` is a plain dictionary. Its factories import an environment's folder only when called, so
-that listing names costs nothing and one environment's extra packages never burden another.
+``ENVS`` is a plain dictionary. Its factories import an environment only when they are called. Listing the
+names is therefore cheap, and no environment needs another one's extra packages.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def _lazy(module: str, attribute: str) -> Callable[..., Any]:
 
 
 def _packaged(name: str, env: str) -> EnvSpec:
-    """Return the spec of ``empg_envs/<name>``, whose class is ``env``; nothing is imported before it is
-    used.
-    """
+    """Return the spec of the package ``empg_envs.<name>`` with the class ``env``, without importing it."""
     prompt = f"empg_envs.{name}.prompt"
     return EnvSpec(
         name=name,
@@ -72,14 +70,14 @@ def resolve_spec(name_or_entry_point: str) -> EnvSpec:
     """Find an environment by name or by entry point.
 
     Args:
-      name_or_entry_point: a key of ``ENVS``, or ``package.module:attribute`` naming an `EnvSpec` or a
-        callable that builds a `TextEnv`; the latter gets plain prompts and the plain parser.
+      name_or_entry_point: a key of ``ENVS``, or ``package.module:attribute`` of an `EnvSpec` or of a callable
+        that builds a `TextEnv`. A callable gets plain prompts and the plain parser.
 
     Returns:
       The spec.
 
     Raises:
-      ValueError: unknown name (the nearest known one is named), or an attribute that does not exist.
+      ValueError: the name is unknown (the message suggests the nearest one), or the attribute does not exist.
       TypeError: the attribute is neither a spec nor callable.
     """
     if ":" not in name_or_entry_point:
@@ -119,6 +117,6 @@ def make_env(name_or_entry_point: str, **options: Any) -> TextEnv:
     """Build one environment, for example ``make_env("household", level="tiny")``.
 
     Raises:
-      ValueError: unknown name, or an option that the environment refuses.
+      ValueError: the name is unknown, or the environment refuses an option.
     """
     return resolve_spec(name_or_entry_point).make(**options)

@@ -1,4 +1,4 @@
-"""Random choices that follow from a name."""
+"""Reproducible random choices that are seeded by a name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Draw:
-    """Random choices from a name: the same on every machine and in every process."""
+    """A random generator seeded by a name; it is the same on every machine and in every process."""
 
     def __init__(self, *name: object) -> None:
-        """Initialize with ``name``: what the choices are for; different names give independent choices."""
+        """Seed the generator with the parts of a name; different names give independent choices."""
         digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=16).digest()
         self._random = random.Random(int.from_bytes(digest, "big")).random
 
@@ -34,6 +34,6 @@ class Draw:
         raise AssertionError("weights must be positive")
 
     def sample(self, items: Sequence[Any], count: int) -> list[Any]:
-        """Some of the items, none twice, in random order."""
+        """Return ``count`` different items in random order."""
         pool = list(items)
         return [pool.pop(self.below(len(pool))) for _ in range(count)]

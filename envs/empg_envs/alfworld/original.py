@@ -1,8 +1,7 @@
-"""The original engine, TextWorld, behind the same interface: an oracle for the native one.
+"""The original engine, TextWorld, behind the same interface: a reference for tests of the native engine.
 
-It comes with the extra ``alfworld`` (MIT; its planner, a package of its own, is GPL).
-
-It is a thousand times slower and holds its state in a library that allows one game per process. Entry point:
+It needs the extra ``alfworld`` (MIT; its planner, a separate package, is GPL). It is a thousand times slower,
+and its library allows only one game per process. Entry point:
 ``env.entry_point=empg_envs.alfworld.original:OriginalEnv``.
 """
 
@@ -20,10 +19,10 @@ _HOW = "the original ALFWorld engine needs its packages: pip install 'empg-jax[a
 
 
 class OriginalEnv:
-    """`AlfworldEnv` played by TextWorld; options and texts are the same, an expert there is not.
+    """`AlfworldEnv` played by TextWorld, with the same options and texts but without an expert.
 
-    Release 2.1.2 is what the installed ``alfworld`` package brings (its domain and grammar replace those of
-    official files); release 2.1.1 plays official files as they are.
+    Release 2.1.2 uses the domain and grammar of the installed ``alfworld`` package instead of those in the
+    official files. Release 2.1.1 plays official files unchanged.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class OriginalEnv:
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Start an episode; takes a fraction of a second, or a minute for the largest rooms."""
+        """Start an episode. It takes a fraction of a second, but up to a minute for the largest rooms."""
         if seed is not None:
             self._draw = Draw("alfworld", "reset", seed)
         split = self.list_splits()[0] if split is None else split
@@ -86,10 +85,10 @@ class OriginalEnv:
         return state.feedback, self._info(state)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Hand the text to TextWorld.
+        """Pass the text to TextWorld.
 
         Raises:
-          RuntimeError: before the first reset, or after the episode ended.
+          RuntimeError: before the first reset, or after the end of the episode.
         """
         if self._is_done:
             raise RuntimeError(
@@ -116,7 +115,7 @@ class OriginalEnv:
 
 
 def _convert(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a file of any release with the domain and grammar of the installed package."""
+    """Replace the domain and grammar of a file by those of the installed package."""
     spec = importlib.util.find_spec("alfworld")
     assert spec is not None and spec.origin is not None  # it was imported above
     data = Path(spec.origin).parent / "data"
