@@ -46,7 +46,7 @@ class Stopped(UserError):
 
 
 def closest(wrong: str, choices: Iterable[str]) -> str | None:
-    """The choice spelt most alike, or None when none is close."""
+    """The choice spelled most alike, or None when none is close."""
     found = difflib.get_close_matches(wrong, list(choices), n=1, cutoff=0.6)
     return found[0] if found else None
 

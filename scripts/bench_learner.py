@@ -2,7 +2,7 @@
 
 The default shape is a 12.07M-parameter Qwen2; every row is one conversation of half prompt and half response.
 ``mfu`` counts the products that the mathematics needs: 6 operations for each parameter and token (without the
-input embedding, which is looked up) and causal attention; nothing for what rematerialisation computes again.
+input embedding, which is looked up) and causal attention; nothing for what rematerialization computes again.
 It is a share of the fastest matrix product measured in the same process, in CPU time on a CPU.
 
     python scripts/bench_learner.py --pin 0 --out learner.json
@@ -48,7 +48,7 @@ from empg_jax.learner.state import init_state, make_optimizer
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.lora import LoraConfig
-from empg_jax.models.quantize import quantise_params
+from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
 from empg_jax.types import Outcome, Status, Trajectory, Turn
@@ -137,7 +137,7 @@ def main() -> None:
     optimizer, _ = make_optimizer(learning_rate=1e-6, final_learning_rate=1e-6, total_steps=1000)
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), MODEL))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    base = quantise_params(init_params(jax.random.key(0), MODEL), args.quantize) if args.lora_rank else None
+    base = quantize_params(init_params(jax.random.key(0), MODEL), args.quantize) if args.lora_rank else None
     learner = make_learner(
         MODEL, make_algorithm("grpo"), optimizer, make_mesh(), micro_rows=args.micro_rows, base=base
     )

@@ -1,4 +1,4 @@
-"""Measures the cages of the repair environment: start, reset, command, judgement, eight judgements at a time.
+"""Measures the cages of the repair environment: start, reset, command, judgment, eight judgments at a time.
 
 python scripts/bench_swe.py
 """

@@ -1,7 +1,7 @@
 """Measures WebShop: steps per second with searches, and what eight workers cost together.
 
 Prints one JSON object. ``--data FOLDER`` adds the official 1,000-product set; ``--products N`` builds the
-catalogue of a made-up file of N products in the official format, to see it shared at size. Memory is the
+catalog of a made-up file of N products in the official format, to see it shared at size. Memory is the
 proportional set size (PSS) of worker processes after each has played some episodes.
 
     python scripts/bench_webshop.py --data FOLDER --products 100000
@@ -157,7 +157,7 @@ def write_made_up_files(folder: Path, count: int) -> None:
 
 
 def measure_large(count: int, seconds: float, episodes: int) -> dict[str, Any]:
-    """Builds a catalogue of that size, then measures as for the others."""
+    """Builds a catalog of that size, then measures as for the others."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_made_up_files(folder, count)
@@ -165,10 +165,10 @@ def measure_large(count: int, seconds: float, episodes: int) -> dict[str, Any]:
         started = time.perf_counter()
         make_env("webshop", **options).list_splits()
         built = time.perf_counter() - started
-        (catalogue,) = (folder / "cache").glob("*.sqlite")
+        (catalog,) = (folder / "cache").glob("*.sqlite")
         return {
             "built_seconds": round(built, 1),
-            "catalogue_mb": round(catalogue.stat().st_size / 2**20, 1),
+            "catalog_mb": round(catalog.stat().st_size / 2**20, 1),
             **measure_steps(options, seconds),
             **measure_memory(options, episodes),
         }
@@ -177,7 +177,7 @@ def measure_large(count: int, seconds: float, episodes: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="folder of the official files")
-    parser.add_argument("--products", type=int, default=0, help="size of a made-up catalogue")
+    parser.add_argument("--products", type=int, default=0, help="size of a made-up catalog")
     parser.add_argument("--seconds", type=float, default=4.0, help="CPU seconds per measurement of steps")
     parser.add_argument(
         "--episodes", type=int, default=20, help="episodes per worker before its memory is read"

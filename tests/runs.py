@@ -119,7 +119,7 @@ def weights(run_dir, step=None):
 
 @contextlib.contextmanager
 def quick_compilations():
-    """Leaves out most of XLA's optimisations: for programs that run a few times on tiny shapes."""
+    """Leaves out most of XLA's optimizations: for programs that run a few times on tiny shapes."""
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield

@@ -6,7 +6,7 @@ import pytest
 
 from empg_jax.errors import ConfigError
 from empg_jax.evaluate import evaluate_run
-from empg_jax.rollout.evaluator import EvaluationError, summarise
+from empg_jax.rollout.evaluator import EvaluationError, summarize
 from empg_jax.run import assembly
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.types import Outcome, Status
@@ -93,7 +93,7 @@ def test_summary_by_hand():
     won = EPISODES.trajectory([EPISODES.turn([1], 3), EPISODES.turn([1], 1, is_valid=False)])
     lost = EPISODES.transcript([(2, 2)], episode_return=-0.5, is_success=False)
     tokens = [token for t in (won, lost) for turn in t.turns for token in turn.response_tokens.tolist()]
-    assert summarise([won, lost]) == {
+    assert summarize([won, lost]) == {
         "eval_success": 0.5,
         "eval_return": 0.25,
         "eval_turns": 1.5,
@@ -101,7 +101,7 @@ def test_summary_by_hand():
         "eval_invalid_actions": pytest.approx(1 / 3),
     }
     scored = [dataclasses.replace(t, metrics=m) for t, m in [(won, {"task_score": 0.5}), (lost, {})]]
-    assert summarise(scored)["eval_env_task_score"] == 0.5  # over the episodes that report it
+    assert summarize(scored)["eval_env_task_score"] == 0.5  # over the episodes that report it
 
 
 def test_what_is_no_run_is_named(tmp_path):

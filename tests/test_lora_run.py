@@ -1,4 +1,4 @@
-"""Whole runs that train adapters: with a reference, on quantised weights, stopped, resumed, evaluated."""
+"""Whole runs that train adapters: with a reference, on quantized weights, stopped, resumed, evaluated."""
 
 import json
 

@@ -46,7 +46,7 @@ def test_the_functions_in_a_loop_of_ones_own():
     names = run(block_with("with_empg"))
     base, mask = names["base"], names["turn_mask"]
     assert names["with_empg"].shape == names["with_aem"].shape == mask.shape
-    np.testing.assert_allclose(names["with_empg"].mean(), 0, atol=1e-6)  # centred
+    np.testing.assert_allclose(names["with_empg"].mean(), 0, atol=1e-6)  # centered
     np.testing.assert_array_equal(np.sign(names["with_aem"]), np.sign(base))
     assert np.abs(names["with_aem"] - base).max() > 0.05
 

@@ -4,8 +4,8 @@ Every key carries one sentence (`describe` lists them all). Whatever is wrong wi
 unknown key, a wrong type, an impossible combination, a missing or malformed file, a bad override) is a
 `ConfigError`: one readable message with the full key path, the value, and the nearest valid key or choice.
 
-The sections stand in `model`, `sections` and `algorithm` beside this file; here are the whole, the checks that
-look across sections, and loading.
+The sections stand in `model`, `sections` and `algorithm` beside this file. This file holds the whole
+configuration, the checks that look across sections, and loading.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from empg_jax.models.decoder import (
     output_embedding,
     unstack_layers,
 )
-from empg_jax.models.quantize import QUANTISED_LEAVES
+from empg_jax.models.quantize import QUANTIZED_LEAVES
 from empg_jax.parallel.mesh import named_sharding, replicated
 from empg_jax.types import Leaf, Params
 
@@ -159,7 +159,7 @@ def _cast_and_unstack(model: DecoderConfig, params: Params) -> Params:
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         # A copy even where nothing changes: the learner donates its own buffers to the next update.
         leaf = jnp.copy(leaf)
-        return leaf if path[-1].key in QUANTISED_LEAVES else leaf.astype(model.dtype)
+        return leaf if path[-1].key in QUANTIZED_LEAVES else leaf.astype(model.dtype)
 
     placed = unstack_layers(jax.tree_util.tree_map_with_path(cast, params), model.num_layers)
     if not model.fused_projections:

@@ -1,1 +1,1 @@
-"""Exchange with Hugging Face: hub, configuration, names of tensors, weights files, adapters, presets."""
+"""Import from and export to Hugging Face formats: configuration, tensor names, weights files, adapters."""

@@ -1,6 +1,7 @@
-"""``config.json`` of the Hugging Face families ↔ `DecoderConfig`.
+"""Conversion between ``config.json`` of the Hugging Face families and `DecoderConfig`.
 
-Whatever the decoder cannot reproduce is refused by name: a model that loads computes what its authors meant.
+Settings that the decoder cannot reproduce are refused by name. A model that loads therefore computes the same
+function as in ``transformers``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from empg_jax.models.decoder import DecoderConfig, RopeScaling
 from empg_jax.models.moe import MoeConfig
 
-# What the family's own config class assumes when a key is absent.
+# Defaults of each family's own config class for absent keys.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False},
     "qwen3": {
@@ -47,11 +48,11 @@ _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 
 def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns a folder's config.json.
+    """Read a folder's config.json.
 
     Raises:
-      FileNotFoundError: when there is none.
-      ValueError: when it is not JSON.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not JSON.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -65,15 +66,15 @@ def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> DecoderConfig:
-    """Builds a decoder config from the keys of a config.json.
+    """Build a decoder config from the keys of a config.json.
 
     Args:
       raw: the keys.
-      max_length: the longest row that will be used. A model with sliding-window attention equals full
-        attention up to its window, and is refused beyond (or when this is None).
+      max_length: the longest row that will be used. Sliding-window attention equals full attention for rows
+        up to the window, so such a model is refused if this is longer than the window, or None.
 
     Raises:
-      ValueError: listing everything that is missing or not supported.
+      ValueError: keys are missing or not supported; all are listed.
     """
     family = raw.get("model_type")
     if family not in _DEFAULTS:
@@ -112,23 +113,23 @@ def _read_moe(keys: Mapping[str, Any]) -> MoeConfig:
         num_experts=keys.get("num_experts") or keys.get("num_local_experts") or 128,
         top_k=keys["num_experts_per_tok"],
         expert_size=keys["moe_intermediate_size"],
-        is_normalised=bool(keys["norm_topk_prob"]),
+        is_normalized=bool(keys["norm_topk_prob"]),
     )
 
 
 def config_to_hf(config: DecoderConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the keys of a config.json for a decoder config.
+    """Return the keys of a config.json for a decoder config.
 
     Args:
       config: the decoder's config.
       base: the config.json that the model was loaded from; keys that the decoder does not know are kept.
 
     Raises:
-      ValueError: when no family has this combination of biases and norms.
+      ValueError: no family has this combination of biases and norms.
     """
     base = dict(base or {})
     family = _family_of(config, base.get("model_type"))
-    # Older and newer readers alike understand the two separate keys.
+    # Old and new versions of transformers both understand the two separate keys written below.
     base.pop("rope_parameters", None)
     rope = config.rope_scaling
     scaling = rope and {
@@ -161,7 +162,7 @@ def config_to_hf(config: DecoderConfig, base: Mapping[str, Any] | None = None) -
             "num_experts": config.moe.num_experts,
             "num_experts_per_tok": config.moe.top_k,
             "moe_intermediate_size": config.moe.expert_size,
-            "norm_topk_prob": config.moe.is_normalised,
+            "norm_topk_prob": config.moe.is_normalized,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
@@ -193,7 +194,10 @@ def _family_of(config: DecoderConfig, base_family: str | None) -> str:
 
 
 def _read_rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
-    """Returns theta, scaling and problems; newer files have ``rope_parameters``, older two separate keys."""
+    """Return theta, scaling and problems.
+
+    Newer files have ``rope_parameters``; older files have ``rope_theta`` and ``rope_scaling``.
+    """
     rope = dict(keys.get("rope_parameters") or keys.get("rope_scaling") or {})
     theta = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -216,7 +220,7 @@ def _unsupported(family: str, keys: Mapping[str, Any], max_length: int | None) -
     if keys.get("mlp_only_layers") or keys.get("decoder_sparse_step", 1) != 1:
         problems.append("layers without experts among layers with them")
     if keys.get("quantization_config"):
-        problems.append("quantization_config (load the unquantised weights)")
+        problems.append("quantization_config (load the unquantized weights)")
     if keys.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor={keys['partial_rotary_factor']}")
     window = keys.get("sliding_window") if keys.get("use_sliding_window", family == "mistral") else None

@@ -1,4 +1,4 @@
-"""Where a model or tokenizer lies: a local folder, or a download of a hub id."""
+"""The folder of a model or tokenizer: a local one, or a download from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 
 def find_folder(path: str | pathlib.Path, patterns: Sequence[str], what: str) -> pathlib.Path:
-    """Returns a local folder; a path that is none is taken for a hub id (``owner/name``) and downloaded.
+    """Return a local folder; a path that is no folder is a hub id (``owner/name``) and is downloaded.
 
     Args:
       path: a folder or a hub id.
       patterns: names of the files to download.
-      what: what is looked for, for the error.
+      what: kind of the folder ("model", "tokenizer"), for the error message.
 
     Raises:
-      FileNotFoundError: when there is neither such a folder nor such a hub id.
+      FileNotFoundError: there is neither such a folder nor such a hub id.
     """
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
@@ -27,7 +27,7 @@ def find_folder(path: str | pathlib.Path, patterns: Sequence[str], what: str) ->
         raise FileNotFoundError(
             f"no {what} folder at {str(path)!r} (and it is not a hub id like 'owner/name')"
         )
-    import huggingface_hub  # only when something is to be downloaded
+    import huggingface_hub  # imported late, because only downloads need it
     from huggingface_hub import errors
 
     try:

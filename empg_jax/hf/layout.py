@@ -1,7 +1,7 @@
-"""Which Hugging Face tensors make which of our parameters.
+"""The mapping between Hugging Face tensors and our parameters.
 
-Hugging Face stores matrices as ``[out, in]``, one per layer, or one per layer and expert; ours stand as
-``[layer, in, out]`` and ``[layer, expert, in, out]``.
+Hugging Face stores matrices as ``[out, in]``, one per layer, or one per layer and expert. Our parameters are
+stacked: ``[layer, in, out]`` and ``[layer, expert, in, out]``.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One of our parameters and the tensors that it is made of.
+    """One of our parameters and its tensors in the files.
 
     Attributes:
       path: keys of the parameter.
-      names: the tensors: one, or one per place of the stacked axes, the last axis fastest.
-      stacked: sizes of the leading axes that count tensors: none, layers, or layers and experts.
+      names: names of the tensors: one, or one per index of the stacked axes with the last axis fastest.
+      stacked: sizes of the stacked axes: none, layers, or layers and experts.
       is_matrix: whether the tensors are transposed.
-      shape: our shape.
-      dtype: our type.
+      shape: shape of the parameter.
+      dtype: type of the parameter.
     """
 
     path: tuple[str, ...]
@@ -70,7 +70,7 @@ class Leaf:
 
 
 def list_leaves(config: DecoderConfig) -> Iterator[Leaf]:
-    """Yields every parameter that Hugging Face knows (a critic's head is ours alone), in the tree's order."""
+    """Yield every parameter that Hugging Face has, in the tree's order; a critic's head is left out."""
     config = dataclasses.replace(config, value_head=False)
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -84,19 +84,19 @@ def list_leaves(config: DecoderConfig) -> Iterator[Leaf]:
 
 
 def tensor_name(path: tuple[str, ...], layer: int, *expert: int) -> str:
-    """The tensor of one layer (and expert) that a stacked parameter of ours holds."""
+    """Return the Hugging Face name of one layer's (and expert's) tensor of a stacked parameter."""
     return f"model.layers.{layer}.{_MODULES[path[1]].format(*expert)}.{_LEAVES[path[2]]}"
 
 
 def get_leaf(tree: Params, path: tuple[str, ...]) -> Any:
-    """Returns the leaf at a path."""
+    """Return the leaf at a path."""
     for key in path:
         tree = tree[key]
     return tree
 
 
 def set_leaf(tree: Params, path: tuple[str, ...], value: Any) -> None:
-    """Puts a leaf at a path, making the dictionaries on the way."""
+    """Set the leaf at a path; missing dictionaries are created."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

@@ -1,9 +1,9 @@
 """Hugging Face checkpoints: Qwen2, Qwen3, Llama and Mistral, as safetensors.
 
-Reading goes straight into (sharded) arrays, tensor by tensor: each device's part of a tensor is cut out of
-the mapped file, moved, and written into its place in the stacked parameter on the devices. So a host holds
-about one tensor at a time and copies only what its devices need. Everything is checked before the first array
-is made, and all problems are listed together. `save_hf` writes the same format (`models.export_folder`).
+Tensors are read one by one directly into (sharded) arrays. Each device's part is copied from the mapped file,
+moved to the device, and written into its place in the stacked parameter. A host therefore holds about one
+tensor at a time and copies only the parts of its own devices. All tensors are checked before the first array
+is created, and all problems are reported together. `save_hf` writes the same format (`hf.save`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from empg_jax.hf.layout import INDEX, Leaf, get_leaf, list_leaves, set_leaf
 from empg_jax.hf.safetensors import SafetensorsFile
 from empg_jax.hf.save import save_hf as save_hf
 from empg_jax.models.decoder import DecoderConfig
-from empg_jax.models.quantize import quantise_module
+from empg_jax.models.quantize import quantize_module
 from empg_jax.types import Params
 
 _FILES = ("config.json", "generation_config.json", "*.safetensors", INDEX)
@@ -33,10 +33,10 @@ _FILES = ("config.json", "generation_config.json", "*.safetensors", INDEX)
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Checked weights that are not read yet.
+    """Weights files that are checked but not read yet.
 
     Attributes:
-      leaves: the parameters to make.
+      leaves: the parameters to create.
       files: the file that holds each tensor.
     """
 
@@ -50,25 +50,25 @@ def load_hf(
     *,
     shardings: Params | None = None,
     max_length: int | None = None,
-    quantise: str = "none",
+    quantize: str = "none",
 ) -> tuple[DecoderConfig, Params]:
-    """Loads a model from a local folder or a hub id.
+    """Load a model from a local folder or a hub id.
 
     Args:
       path: folder with config.json and safetensors (one file, or several with an index), or ``owner/name``.
-      config: shapes and types to load into; None takes the shapes from config.json and float32.
-      shardings: a ``Sharding`` for every parameter, in a tree like the parameters; None puts all of it on the
-        default device.
+      config: shapes and types to load into; None takes the shapes from config.json, and float32.
+      shardings: a ``Sharding`` for every parameter, in a tree like the parameters. None loads everything to
+        the default device.
       max_length: the longest row that will be used (see `config_from_hf`).
-      quantise: how matrices are stored (`models.quantize`); each is quantised as it is read.
+      quantize: format of the matrices (`models.quantize`). Each matrix is quantized right after it is read.
 
     Returns:
       The config and the parameters, in ``config.param_dtype``.
 
     Raises:
-      FileNotFoundError: when the folder, config.json or a weights file is missing.
-      ValueError: listing all missing, unexpected and misshaped tensors; for an unsupported architecture; for
-        a damaged file.
+      FileNotFoundError: the folder, config.json or a weights file is missing.
+      ValueError: tensors are missing, unexpected or misshaped (all are listed), the architecture is not
+        supported, or a file is damaged.
     """
     folder = find_folder(path, _FILES, "model")
     if config is None:
@@ -77,7 +77,7 @@ def load_hf(
     params: Params = {}
     for leaf in weights.leaves:
         if leaf.stacked:
-            module = _read_stacked(leaf, weights.files, shardings, quantise)
+            module = _read_stacked(leaf, weights.files, shardings, quantize)
             for name, array in module.items():
                 set_leaf(params, (*leaf.path[:-1], name), array)
         else:
@@ -87,11 +87,11 @@ def load_hf(
 
 
 def open_weights(path: str | pathlib.Path, config: DecoderConfig) -> Weights:
-    """Checks the weights files of a folder (or hub id) against a config, reading only their headers.
+    """Check the weights files of a folder (or hub id) against a config; only the files' headers are read.
 
     Raises:
-      FileNotFoundError: when the folder or a weights file is missing.
-      ValueError: listing all missing, unexpected and misshaped tensors, or for a damaged file.
+      FileNotFoundError: the folder or a weights file is missing.
+      ValueError: tensors are missing, unexpected or misshaped (all are listed), or a file is damaged.
     """
     folder = find_folder(path, _FILES, "model")
     files = _open_files(folder)
@@ -101,7 +101,7 @@ def open_weights(path: str | pathlib.Path, config: DecoderConfig) -> Weights:
 
 
 def _open_files(folder: pathlib.Path) -> dict[str, SafetensorsFile]:
-    """Returns the file that holds each tensor."""
+    """Open the weights files; return the file of each tensor."""
     index = folder / INDEX
     if index.is_file():
         try:
@@ -132,7 +132,7 @@ def _check_tensors(
         for name, shape in expected.items()
         if name in files and files[name].shape(name) != shape
     ]
-    # Rotary tables of old exports and a second copy of a tied head carry nothing of their own.
+    # Old exports contain rotary tables, and a tied head may be stored twice. Both are redundant.
     redundant = {"lm_head.weight"} if tied else set()
     extra = [
         name
@@ -149,7 +149,7 @@ def _check_tensors(
 
 
 def _read_tensor(leaf: Leaf, name: str, files: Mapping[str, SafetensorsFile], sharding: Any) -> jax.Array:
-    """One tensor, in our orientation, split over devices."""
+    """Read one tensor, transpose it to ``[in, out]``, and split it over devices."""
     array = files[name].array(name)
     view = array.T if leaf.is_matrix else array
 
@@ -167,29 +167,29 @@ def _read_tensor(leaf: Leaf, name: str, files: Mapping[str, SafetensorsFile], sh
 
 
 def copy_part(view: np.ndarray, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-    """A part of a mapped tensor in memory of its own: the only place where bytes of a file are read."""
+    """Copy a part of a mapped tensor to memory. All bytes of weights files are read here."""
     return np.array(view[index], dtype, order="C")
 
 
 def _read_stacked(
-    leaf: Leaf, files: Mapping[str, SafetensorsFile], shardings: Params | None, quantise: str
+    leaf: Leaf, files: Mapping[str, SafetensorsFile], shardings: Params | None, quantize: str
 ) -> Params:
-    """All tensors of a parameter in one array, or in those that stand for it when it is quantised."""
+    """Read all tensors of a parameter into one stacked array, or into the arrays of its quantized form."""
     name, depth = leaf.path[-1], len(leaf.stacked)
     one = jax.ShapeDtypeStruct(leaf.shape[depth:], leaf.dtype)
-    kept = jax.eval_shape(lambda kernel: quantise_module({name: kernel}, quantise), one)
+    kept = jax.eval_shape(lambda kernel: quantize_module({name: kernel}, quantize), one)
     stacked_shapes = {k: jax.ShapeDtypeStruct((*leaf.stacked, *s.shape), s.dtype) for k, s in kept.items()}
     places, part_place = None, None
     if shardings is not None:
         places = {k: get_leaf(shardings, (*leaf.path[:-1], k)) for k in kept}
-        part_place = _of_one(next(iter(places.values())), depth)  # the codes' axes are the matrix's
-    start, insert = _stacking(name, quantise, _frozen(stacked_shapes), _frozen(places))
+        # The first array holds the kernel or its codes, and the codes have the axes of the matrix.
+        part_place = _of_one(next(iter(places.values())), depth)
+    start, insert = _stacking(name, quantize, _frozen(stacked_shapes), _frozen(places))
     stacked = start()
     for place, tensor in zip(np.ndindex(leaf.stacked), leaf.names, strict=True):
         part = _read_tensor(leaf, tensor, files, part_place)
-        stacked = jax.block_until_ready(
-            insert(stacked, part, np.array(place, np.int32))
-        )  # else parts pile up
+        # Wait for each insertion: with asynchronous dispatch the parts of many tensors would fill the memory.
+        stacked = jax.block_until_ready(insert(stacked, part, np.array(place, np.int32)))
     return stacked
 
 
@@ -198,7 +198,7 @@ def _frozen(table: dict[str, Any] | None) -> tuple[tuple[str, Any], ...] | None:
 
 
 def _of_one(sharding: jax.sharding.Sharding, depth: int) -> jax.sharding.Sharding:
-    """The sharding of one tensor of an array that is stacked along its first ``depth`` axes."""
+    """Return the sharding of one tensor, given the sharding of an array with ``depth`` stacked axes."""
     if isinstance(sharding, jax.NamedSharding):
         return jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec[depth:]))
     return sharding
@@ -210,14 +210,14 @@ def _put(stacked: jax.Array, part: jax.Array, place: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _stacking(name: str, quantise: str, shapes: tuple, places: tuple | None) -> tuple[Any, Any]:
-    """Programs that make an empty stack, and that write one tensor into it in place."""
+def _stacking(name: str, quantize: str, shapes: tuple, places: tuple | None) -> tuple[Any, Any]:
+    """Return two programs: one creates an empty stack, the other writes a tensor into it in place."""
 
     def start() -> Params:
         return {k: jnp.zeros(s.shape, s.dtype) for k, s in shapes}
 
     def insert(stacked: Params, part: jax.Array, place: jax.Array) -> Params:
-        parts = quantise_module({name: part}, quantise)
+        parts = quantize_module({name: part}, quantize)
         return {k: _put(stacked[k], parts[k], place) for k in parts}
 
     out = None if places is None else dict(places)

@@ -1,7 +1,7 @@
-"""Adapters as a folder that PEFT and vLLM load beside the base model (``adapter_model.safetensors``).
+"""Export of adapters as a folder that PEFT and vLLM load with the base model (``adapter_model.safetensors``).
 
 PEFT names a layer's matrices ``base_model.model.<module>.lora_A.weight [r in]`` and ``lora_B.weight``
-``[out r]``, and scales their product by ``lora_alpha / r``, as we do.
+``[out r]``. It scales their product by ``lora_alpha / r``, like `models.lora`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ def save_adapter(
     tokenizer: Tokenizer | None = None,
     dtype: Any = np.float32,
 ) -> None:
-    """Writes adapters for PEFT.
+    """Write adapters for PEFT.
 
-    The folder appears only when it is complete. With several processes all must call this; the first writes.
+    The folder appears only when it is complete. With several processes, all must call this function; the
+    first process writes.
 
     Args:
       adapters: stacked adapters; a critic's head is left out.
       config: their rank and scale.
-      folder: must not exist or be empty.
-      base_path: the folder or hub id of the base model, noted for PEFT.
-      tokenizer: its files are added.
+      folder: target folder; it must be empty or not exist.
+      base_path: folder or hub id of the base model, written to PEFT's config.
+      tokenizer: if given, its files are added.
       dtype: type of the tensors in the file.
 
     Raises:
-      FileExistsError: when the folder has contents.
+      FileExistsError: the folder is not empty.
     """
     sources = {name: (array, layer) for name, array, layer in _tensors(adapters)}
 
@@ -60,12 +61,12 @@ def save_adapter(
                 write_tokenizer(partial, tokenizer)
             write_safetensors(partial / "adapter_model.safetensors", shapes, read)
         else:
-            for name in shapes:  # fetching is a collective: every process takes part
+            for name in shapes:  # fetching a sharded array is a collective, so every process takes part
                 read(name)
 
 
 def _tensors(adapters: Params) -> Iterator[tuple[str, jax.Array, int]]:
-    """PEFT's name, our stacked array and the layer of every tensor."""
+    """Yield PEFT's name, our stacked array, and the layer of every tensor."""
     for key_path, array in jax.tree_util.tree_leaves_with_path({"layers": adapters["layers"]}):
         path = tuple(entry.key for entry in key_path)
         for layer in range(array.shape[0]):

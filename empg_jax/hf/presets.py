@@ -1,6 +1,7 @@
-"""Shapes of well-known models, to be filled with random weights (`model.preset`).
+"""Shapes of well-known models, for runs with random weights and for the memory plan (`model.preset`).
 
-Numbers from the models' own ``config.json``. A preset fixes everything but types and rematerialisation.
+The numbers come from the models' own ``config.json``. A preset defines everything except types and
+rematerialization.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_preset(name: str, **changes: Any) -> DecoderConfig:
-    """The config of a preset.
+    """Build the config of a preset.
 
     Args:
       name: a key of `PRESETS`.
-      **changes: fields of `DecoderConfig` that differ.
+      **changes: fields of `DecoderConfig` that differ from the preset.
 
     Raises:
-      ValueError: unknown name.
+      ValueError: the name is unknown.
     """
     if name not in PRESETS:
         hint = nearest(name, PRESETS)

@@ -1,8 +1,8 @@
 """The safetensors format, read by byte ranges and written tensor by tensor.
 
-A file is an 8-byte little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, and
-the raw bytes. Files are memory-mapped, so that a slice costs only the pages it touches, and written one
-tensor at a time, so that a model never has to be in host memory as a whole.
+A file consists of an 8-byte little-endian header length, a JSON header ``{name: {dtype, shape,
+data_offsets}}``, and the raw bytes. Files are memory-mapped for reading, so that a slice reads only its own
+pages. They are written one tensor at a time, so that host memory never holds a whole model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _ALIGNMENT = 8
 
 
 class SafetensorsFile:
-    """Lazy tensors of one file.
+    """A safetensors file whose tensors are read on demand.
 
     Raises:
-      ValueError: when the file is cut short or its header is not consistent.
+      ValueError: the file is cut short, or its header is inconsistent.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -55,25 +55,25 @@ class SafetensorsFile:
         self._bytes = np.memmap(path, np.uint8, mode="r")
 
     def names(self) -> list[str]:
-        """Names of the tensors."""
+        """Return the names of the tensors."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Return the shape of a tensor."""
         return tuple(self._entries[name]["shape"])
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor as a view of the mapped file: bytes are read when it is sliced or copied.
+        """Return a tensor as a view of the mapped file; its bytes are read when it is sliced or copied.
 
         Raises:
-          ValueError: for a type that is not a plain float (quantised weights).
+          ValueError: the type is not a plain float (quantized weights).
         """
         entry = self._entries[name]
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ValueError(
                 f"{self.path}: tensor {name} is {entry['dtype']}; only {', '.join(_DTYPES)} can be loaded "
-                "(quantised checkpoints are not supported)"
+                "(quantized checkpoints are not supported)"
             )
         begin, end = (self._start + offset for offset in entry["data_offsets"])
         return self._bytes[begin:end].view(dtype).reshape(self.shape(name))
@@ -99,14 +99,14 @@ def write_safetensors(
     shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     read: Callable[[str], np.ndarray],
 ) -> None:
-    """Writes one file, fetching each tensor only when its turn comes.
+    """Write one file; each tensor is fetched only right before it is written.
 
     Args:
       path: the file.
       shapes: shape and type of every tensor, in the order of writing.
-      read: returns a tensor by name, with that shape and type.
+      read: function from a name to the tensor of that shape and type.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on this entry
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this entry
     offset = 0
     for name, (shape, dtype) in shapes.items():
         end = offset + math.prod(shape) * dtype.itemsize

@@ -1,6 +1,6 @@
-"""A folder that ``transformers`` and vLLM load: config.json, safetensors, tokenizer.
+"""Export of a model folder that ``transformers`` and vLLM load: config.json, safetensors, tokenizer.
 
-It is written under another name beside its place and appears only when it is complete.
+The folder is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What an export needs of a tokenizer."""
+    """The part of a tokenizer that an export needs."""
 
     vocab_size: int
     pad_id: int
     stop_ids: tuple[int, ...]
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes its files."""
+        """Write the tokenizer's files."""
 
 
 def save_hf(
@@ -47,22 +47,23 @@ def save_hf(
     base_config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a folder that ``transformers.AutoModelForCausalLM`` and vLLM load.
+    """Write a folder that ``transformers.AutoModelForCausalLM`` and vLLM load.
 
-    The folder appears only when it is complete. With several processes all must call this; the first writes.
+    The folder appears only when it is complete. With several processes, all must call this function; the
+    first process writes.
 
     Args:
-      params: the parameters (sharded ones too); a critic's value head is left out.
+      params: the parameters, sharded or not. A critic's value head is left out.
       config: their config.
-      folder: must not exist or be empty.
-      tokenizer: its files are added, and its stop tokens go into generation_config.json.
-      base_config: the config.json that the model came from; keys unknown to the decoder are kept.
-      max_shard_bytes: weights files are split at this size.
+      folder: target folder; it must be empty or not exist.
+      tokenizer: if given, its files are added, and its stop tokens are written to generation_config.json.
+      base_config: the model's original config.json; keys unknown to the decoder are kept.
+      max_shard_bytes: largest size of one weights file.
 
     Raises:
-      FileExistsError: when the folder has contents.
-      ValueError: when no Hugging Face family fits the config, the parameters do not fit it, or the tokenizer
-        has more tokens than the model; nothing is written then.
+      FileExistsError: the folder is not empty.
+      ValueError: no Hugging Face architecture matches the config, the parameters do not match it, or the
+        tokenizer has more tokens than the model. Nothing is written then.
     """
     keys = config_to_hf(config, base_config)
     leaves = _check_params(params, config)
@@ -83,10 +84,10 @@ def save_hf(
 
 @contextlib.contextmanager
 def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into that takes its place when all went well, and vanishes otherwise.
+    """Yield a temporary folder; rename it to ``folder`` on success, and delete it after an exception.
 
     Raises:
-      FileExistsError: when the place has contents.
+      FileExistsError: ``folder`` is not empty.
     """
     target = pathlib.Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -106,14 +107,14 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """The tokenizer's files, and its stop tokens in generation_config.json."""
+    """Write the tokenizer's files, and its stop tokens to generation_config.json."""
     tokenizer.save(folder)
     stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
     write_json(folder / "generation_config.json", stops)
 
 
 def _check_params(params: Params, config: DecoderConfig) -> list[Leaf]:
-    """Returns the leaves with the types that the parameters have."""
+    """Check the parameters' paths and shapes; return the leaves with the parameters' types."""
     leaves = list(list_leaves(config))
     params = {name: part for name, part in params.items() if name != "value_head"}
     found = {
@@ -158,7 +159,7 @@ def _write_weights(folder: pathlib.Path, params: Params, leaves: list[Leaf], max
         if is_writer:
             write_safetensors(folder / file, shapes, read)
         else:
-            for name in shapes:  # fetching is a collective: every process takes part
+            for name in shapes:  # fetching a sharded array is a collective, so every process takes part
                 read(name)
     if is_writer and len(shards) > 1:
         total = sum(_num_bytes(*shape) for shapes in shards for shape in shapes.values())
@@ -185,7 +186,7 @@ def _num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def to_host(array: Any) -> np.ndarray:
-    """The whole of an array, on every process."""
+    """Return a whole array as NumPy on every process; with several processes this is a collective."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         from jax.experimental import multihost_utils  # only with several processes
 
@@ -194,5 +195,5 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file."""
+    """Write a JSON file."""
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Logical axes of every parameter: what `parallel.mesh.RULES` are applied to."""
+"""Logical axes of every parameter. `parallel.mesh.RULES` map them to axes of the device mesh."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KERNEL_AXES: dict[str, tuple[str | None, str | None]] = {
     "down_experts": (None, "embed"),
     "router": ("embed", None),
 }
-# Which axes of its module's matrix (0: in, 1: out) a leaf has; None: one that is never split.
+# Axes of its module's matrix that a leaf has (0: in, 1: out). None stands for an axis that is never split.
 _LEAF_AXES: dict[str, tuple[int | None, ...]] = {
     "kernel": (0, 1),
     "bias": (1,),
@@ -43,11 +43,11 @@ _PACKED = SCHEMES["nf4"].leaves
 
 
 def param_axes(params: Params, head_dim: int = 1) -> Params:
-    """Logical axes of every parameter, in a tree of the same structure.
+    """Return the logical axes of every parameter, in a tree of the same structure.
 
     Args:
-      params: stacked parameters or their shapes, adapters and quantised matrices too.
-      head_dim: width of a head; splits of heads keep whole heads together.
+      params: stacked parameters or their shapes, including adapters and quantized matrices.
+      head_dim: width of a head. An axis of heads is only split between heads, never inside one.
     """
 
     def axes_of(path: tuple[Any, ...], leaf: Any) -> tuple[Axis, ...]:
@@ -64,16 +64,18 @@ def param_axes(params: Params, head_dim: int = 1) -> Params:
 
 
 def param_shardings(mesh: Mesh, params: Params, head_dim: int) -> Params:
-    """The sharding of every parameter (arguments as in `param_axes`)."""
+    """Return the sharding of every parameter (arguments as in `param_axes`)."""
     return tree_shardings(mesh, param_axes(params, head_dim), params)
 
 
 def gather_layer(layer: Params, head_dim: int, dtype: Any) -> Params:
-    """A single layer's parameters as the layer needs them: whole along ``fsdp``, matrices in ``dtype``."""
+    """Return a single layer's parameters as the layer needs them: whole along ``fsdp``, matrices in
+    ``dtype``.
+    """
 
     def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
-        # The type of the computation is the smaller one to send.
+        # Convert before sending: the computation's type is often smaller than the parameter's type.
         leaf = leaf.astype(dtype) if names[-1] == "kernel" else leaf
         return gather_weight(leaf, _layer_axes(names, head_dim))
 
@@ -87,6 +89,6 @@ def _layer_axes(names: list[str], head_dim: int) -> tuple[Axis, ...]:
     own = [None if axis is None else matrix[axis] for axis in _LEAF_AXES[names[-1]]]
     if names[-2].endswith("_experts"):
         return ("experts", *own)
-    # Of the input axis nf4 keeps several numbers in one, so heads cannot be counted in it.
+    # nf4 stores several numbers of the input axis in one byte, so this axis cannot be split by heads.
     whole = {"heads", "kv_heads"} - ({matrix[0]} if names[-1] in _PACKED else set())
     return tuple(Blocks(a, head_dim) if a in whole and head_dim > 1 else a for a in own)

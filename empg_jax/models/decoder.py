@@ -1,14 +1,14 @@
-"""The decoder of the Llama / Qwen2 / Qwen3 line, read top-down: config, block, parameters, forward, cache.
+"""The decoder of the Llama / Qwen2 / Qwen3 family, in the order config, block, parameters, forward, cache.
 
-One block (Flax Linen, used through its functional ``init`` / ``apply``) serves the learner, which scans over
-stacked layers with rematerialisation, and the engine, which unrolls over unstacked layers with a KV cache.
-On a mesh (`parallel.layout.on_mesh`) the learner's pass is split as described there.
+The learner and the engine use the same block (Flax Linen through its functional ``init`` / ``apply``). The
+learner scans over stacked layers with rematerialization. The engine unrolls over unstacked layers with a KV
+cache. On a mesh, the learner's pass is split as `parallel.layout` describes.
 Parameters are a plain dictionary::
 
     embed/embedding [V D]    layers/<block parameter> [L ...]    final_norm/scale [D]    head/embedding [V D]
 
-``head`` is absent when embeddings are tied; ``value_head`` (``kernel [D]``, ``bias []``) is there only for
-algorithms with a critic. Matrices stand as ``[in, out]``.
+``head`` is absent if embeddings are tied. ``value_head`` (``kernel [D]``, ``bias []``) exists only for
+algorithms with a critic. Matrices have the axes ``[in, out]``.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from empg_jax.parallel.layout import constrain, current_mesh, embed_tokens, spli
 from empg_jax.types import Params
 
 KVCache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer (keys, values), each [S K C d]
-# What the backward pass finds ready, beside each layer's input, by rematerialisation policy. ``full``: only
-# attention's result, all else is computed again; ``dots``: the results of all matrix products, so that only
-# cheap things are; ``none``: everything.
+# Checkpoint names that each rematerialization policy keeps for the backward pass, besides each layer's input.
+# ``full`` keeps only attention's result and recomputes the rest. ``dots`` keeps the results of all matrix
+# products, so that only elementwise operations are recomputed. ``none`` keeps everything.
 REMAT: dict[str, tuple[str, ...] | None] = {
     "full": (SAVED,),
     "dots": (SAVED, "qkv", "residual", "mlp"),
@@ -49,7 +49,7 @@ REMAT: dict[str, tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and numerics of a decoder. Hashable, so that it can be a static argument."""
+    """Shape and numerics of a decoder. It is hashable, so that it can be a static argument of `jax.jit`."""
 
     vocab_size: int
     hidden_size: int = 64
@@ -68,14 +68,14 @@ class DecoderConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "full"  # a key of REMAT
-    scan_layers: bool = True  # one program for all layers; else each is written out
-    attention: str = "auto"  # one of attention.BACKENDS: the platform's kernel where it fits, or plain XLA
+    scan_layers: bool = True  # True: one scanned program for all layers; False: unrolled layers
+    attention: str = "auto"  # a key of attention.BACKENDS: the platform's kernel if it fits, or plain XLA
     moe: MoeConfig | None = None  # None: one MLP of intermediate_size
     lora: LoraConfig | None = None  # None: every parameter is trained
-    fused_projections: bool = False  # parameters are those of `fuse_projections` (the engine's copy)
+    fused_projections: bool = False  # the layers come from `fuse_projections` (the engine's copy)
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot work."""
+        """Refuse inconsistent shapes and unknown options."""
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
@@ -91,17 +91,21 @@ class DecoderConfig:
 # --------------------------------------------------------------------------------------------- block
 
 
-_RESIDUAL = ("rows", "time", None)  # axes of what runs from layer to layer
+_RESIDUAL = ("rows", "time", None)  # logical axes of the residual stream
 
 
 class Block(nn.Module):
-    """Attention and gated MLP with pre-norms. ``attend`` decides where keys and values live."""
+    """A pre-norm block: attention, then a gated MLP or a mixture of experts."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Array, rope: tuple[Array, Array], attend: Callable[..., tuple[Array, Any]]) -> Any:
-        """Map ``x [B T D]`` to the next layer's input; ``attend(q, k, v)`` returns ``(output, cache)``."""
+        """Map ``x [B T D]`` to the next layer's input.
+
+        ``attend(q, k, v)`` returns ``(output, cache)``. The caller supplies it, because the learner attends
+        over packed rows and the engine over a KV cache.
+        """
         c = self.config
         batch, length, _ = x.shape
         norm = functools.partial(RMSNorm, c.norm_eps, c.param_dtype)
@@ -112,7 +116,7 @@ class Block(nn.Module):
             lora_scale=1.0 if c.lora is None else c.lora.scale,
             kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
         )
-        # What a block adds starts small, so that the token itself is not drowned in a deep stack.
+        # Small initial outputs: the sum over a deep stack of blocks must not drown the token's embedding.
         onto_residual = functools.partial(
             dense,
             use_bias=False,
@@ -160,7 +164,7 @@ class Block(nn.Module):
 
 
 def compute_rope(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """Cosine and sine ``[B, T, 1, head_dim / 2]`` of the rotary angles, in float32."""
+    """Compute cosine and sine ``[B, T, 1, head_dim / 2]`` of the rotary angles, in float32."""
     return compute_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
 
@@ -168,11 +172,12 @@ def compute_rope(config: DecoderConfig, positions: Int[Array, "B T"]) -> tuple[A
 
 
 def init_params(key: jax.Array, config: DecoderConfig) -> Params:
-    """Random parameters.
+    """Initialize random parameters.
 
-    Matrices are normal with std 1/sqrt(fan-in); those that write onto the residual stream are smaller by
-    sqrt(2 layers). Input embeddings have std 1, so that a token is not drowned by what the blocks add, and
-    the head 1/sqrt(D); a tied table serves as both and takes the latter. Norms start at 1, biases at 0.
+    Matrices are normal with standard deviation 1/sqrt(fan-in). Matrices that write onto the residual stream
+    are smaller by the factor sqrt(2 layers). Input embeddings have standard deviation 1, so that the outputs
+    of the blocks do not drown them. The head has 1/sqrt(D); a tied table has the head's value. Norm scales
+    start at 1, biases at 0.
     """
     embed_key, layers_key, head_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
@@ -200,7 +205,7 @@ def init_params(key: jax.Array, config: DecoderConfig) -> Params:
 
 
 def init_value_head(config: DecoderConfig) -> Params:
-    """A critic's parameters: zeros, so that the first values are 0 whatever the model says."""
+    """Initialize a critic's parameters with zeros, so that all first values are 0."""
     return {
         "kernel": jnp.zeros((config.hidden_size,), config.param_dtype),
         "bias": jnp.zeros((), config.param_dtype),
@@ -208,20 +213,20 @@ def init_value_head(config: DecoderConfig) -> Params:
 
 
 def output_embedding(params: Params) -> Array:
-    """The ``[V, D]`` matrix of the head, tied or not."""
+    """Return the ``[V, D]`` matrix of the head, tied or not."""
     return params["head" if "head" in params else "embed"]["embedding"]
 
 
 def compute_values(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
-    """The critic's value of each state, in float32."""
+    """Compute the critic's value of each state, in float32."""
     head = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params["value_head"])
     return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
 
 
 def unstack_layers(params: Params, num_layers: int) -> Params:
-    """The same parameters with ``layers`` as a tuple of single layers; nothing else of them changes."""
+    """Return the same parameters with ``layers`` as a tuple of single layers."""
     leaves, structure = jax.tree.flatten(params["layers"])
-    # One split, whose gradient is one concatenation; an index per layer would add up L padded copies.
+    # The gradient of one split is one concatenation. The gradient of L indexings would sum L padded copies.
     split = [jax.lax.split(leaf, (1,) * num_layers) for leaf in leaves]
     layers = (
         jax.tree.unflatten(structure, [jax.lax.squeeze(s[i], (0,)) for s in split]) for i in range(num_layers)
@@ -229,13 +234,15 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
     return {**params, "layers": tuple(layers)}
 
 
+# Fused projection -> the projections that it joins; they all multiply the same input.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def fuse_projections(layer: Params) -> Params:
-    """A layer's parameters with the matrices that read one input side by side in one, as decoding wants them.
+    """Join the matrices of a layer that multiply the same input (see `FUSED`).
 
-    A decode step has so few rows that each product costs one reading of its matrix and one launch.
+    A decode step has few rows, so that a product costs one kernel launch and one read of its matrix. Fewer
+    products mean fewer launches.
 
     Args:
       layer: parameters of a single layer, without adapters, not quantized.
@@ -258,11 +265,11 @@ def forward(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """Normed final hidden states of packed rows.
+    """Compute the normalized final hidden states of packed rows.
 
     Args:
-      params: stacked parameters, or unstacked ones, whose layers are then written out.
-      config: the model's config; ``remat`` and ``scan_layers`` say how the layers run.
+      params: stacked parameters, or unstacked ones, whose layers are then unrolled.
+      config: the model's config; ``remat`` and ``scan_layers`` control how the layers run.
       tokens: packed rows.
       positions: position inside the segment.
       segment_ids: packed sequence of each token.
@@ -286,7 +293,8 @@ def forward(
     is_written_out = isinstance(layers, tuple)
     if (kept := REMAT[config.remat]) is not None:
         policy = jax.checkpoint_policies.save_only_these_names(*kept)
-        # The loop of a scan keeps the compiler from reusing what should be computed again.
+        # Inside a scan the loop already keeps the compiler from merging the recomputation with the forward
+        # pass (common subexpression elimination); unrolled layers need `prevent_cse`.
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=is_written_out)
     x = constrain(embed(params, config, tokens), *_RESIDUAL)
     if is_written_out:
@@ -298,12 +306,12 @@ def forward(
 
 
 def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Input embeddings in the compute type."""
+    """Look up the input embeddings, in the compute type."""
     return embed_tokens(params["embed"]["embedding"], tokens, config.dtype)
 
 
 def init_cache(config: DecoderConfig, slots: int, capacity: int) -> KVCache:
-    """An empty KV cache: per layer keys and values ``[slots, K, capacity, d]``."""
+    """Return an empty KV cache: per layer keys and values ``[slots, K, capacity, d]``."""
     shape = (slots, config.num_kv_heads, capacity, config.head_dim)
 
     def zeros() -> Array:
@@ -320,19 +328,20 @@ def forward_cached(
     cache: KVCache,
     rows: Int[Array, "R"] | None = None,
 ) -> tuple[Float[Array, "R T D"], KVCache]:
-    """Forward of new tokens over the cache (unstacked parameters).
+    """Compute the final hidden states of new tokens over a KV cache.
 
     Args:
       params: parameters from `unstack_layers`.
       config: the model's config.
       tokens: new tokens of each row.
-      positions: their positions; a position at or beyond the capacity is a pad and is not written.
-      cache: keys and values so far; the new ones are written into it.
-      rows: cache row of each token row; None means row ``i`` is cache row ``i``. A row index beyond the
-        cache is a pad.
+      positions: position of each token. A position at or beyond the capacity marks a pad, which is not
+        written to the cache.
+      cache: keys and values of the earlier tokens; the new ones are written into it.
+      rows: cache row of each token row; None means that row ``i`` is cache row ``i``. A row index beyond
+        the cache marks a pad.
 
     Returns:
-      Normed final hidden states and the cache.
+      Normalized final hidden states and the new cache.
     """
     rope = compute_rope(config, positions)
     block = Block(config)

@@ -1,8 +1,8 @@
-"""The head: log-probability and entropy of given tokens, without ever holding ``[tokens, V]`` at once.
+"""The head: log-probability and entropy of given tokens, without all logits ``[tokens, V]`` in memory.
 
-The learner and the warm start score with it; the engine has the logits of one position at a time and uses
+The learner and the warm start use it; the engine has the logits of one position at a time and uses
 `engine.sampling`. On a mesh each device computes the logits of its own tokens and its own part of the
-vocabulary, and what crosses devices is one number per token, and the embedding rows of one chunk.
+vocabulary. The devices exchange only one number per token and the embedding rows of one chunk.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from empg_jax.parallel.layout import constrain, gather_weight, num_shards, shard_weight
 
-# Most float32 logits [tokens, chunk] alive at one time on a device. 64 MiB stay near a CPU's caches; an
-# accelerator wants large products: with 16k tokens and V = 152k an H100 takes 60 ms in place of 99.
+# Largest number of float32 logits [tokens, chunk] in memory at one time on a device. On a CPU, 64 MiB stay
+# near the caches. An accelerator needs large products: with 16k tokens and V = 152k the larger slab takes an
+# H100 60 ms instead of 99 ms.
 SLABS = {"cpu": 2**24}
 LARGE_SLAB = 2**28
-# The logit of a vocabulary entry that does not exist, and where running maxima start: finite, exp of it is 0.
+# Logit of a padded vocabulary entry, and initial value of running maxima. It is finite, and its exp is 0.
 LOWEST = -1e30
 
 
@@ -31,25 +32,25 @@ def compute_head(
     temperature: float = 1.0,
     slab: int | None = None,
 ) -> tuple[Float[Array, "*M"], Float[Array, "*M"]]:
-    """Log-probability and full-vocabulary entropy of each token, differentiable in both.
+    """Compute log-probability and full-vocabulary entropy of each token; both have gradients.
 
     With ``z = hidden @ weights.T / temperature``: ``logprob = z[token] - logsumexp(z)`` and
-    ``entropy = logsumexp(z) - sum(softmax(z) * z)``. The vocabulary goes in chunks with a running maximum;
-    the backward pass recomputes each chunk from two numbers per token:
-    ``dz = g_lp (1[v = token] - p) - g_H p (z - E_p z)``.
+    ``entropy = logsumexp(z) - sum(softmax(z) * z)``. The vocabulary is processed in chunks with a running
+    maximum. The backward pass recomputes each chunk from two saved numbers per token, ``logsumexp(z)`` and
+    ``E_p z``: ``dz = g_lp (1[v = token] - p) - g_H p (z - E_p z)``.
 
     Args:
-      hidden: normed final hidden states; on a mesh ``[B T D]``, rows and time split.
+      hidden: normalized final hidden states; on a mesh ``[B T D]`` with rows and time split.
       weights: output embedding, one row per vocabulary entry.
       tokens: the tokens to score.
       temperature: divides the logits.
-      slab: largest number of logits alive at one time on a device; default by platform (`slab_size`).
+      slab: largest number of logits in memory at one time on a device; default by platform (`slab_size`).
 
     Returns:
       ``(logprobs, entropies)`` in float32, entropies in nats.
     """
     chunks = num_chunks(tokens.size, weights.shape[0], slab or slab_size())
-    if num_shards("time") > 1:  # one axis of both rows and time would have to be gathered
+    if num_shards("time") > 1:  # flattening two split axes into one would gather the states
         return _head(hidden, weights, tokens, temperature, chunks)
     flat = hidden.reshape(-1, hidden.shape[-1]), weights, tokens.reshape(-1)  # faster products on CPUs
     logprobs, entropies = _head(*flat, temperature, chunks)
@@ -57,16 +58,17 @@ def compute_head(
 
 
 def slab_size() -> int:
-    """Logits alive at one time on a device of this process's platform."""
+    """Return the largest number of logits in memory at one time on a device of this platform."""
     return SLABS.get(jax.default_backend(), LARGE_SLAB)
 
 
 def num_chunks(num_tokens: int, vocab: int, slab: int) -> int:
-    """Chunks that the vocabulary is cut into, so that a device's part of the logits fits the slab."""
+    """Return the number of vocabulary chunks for which a device's part of the logits fits the slab."""
     shards = num_shards("vocab")
     devices = shards * num_shards("rows") * num_shards("time")
     chunks = max(1, -(-num_tokens * vocab // (slab * devices)))
-    # A divisor close above avoids padding the embedding, and its chunks are as easily split as the whole.
+    # Prefer a divisor of the vocabulary: it avoids a padded copy of the embedding, and its chunks can be
+    # split over the devices like the whole vocabulary.
     for candidate in range(chunks, min(2 * chunks, vocab) + 1):
         if vocab % (candidate * (shards if vocab % shards == 0 else 1)) == 0:
             return candidate
@@ -74,9 +76,10 @@ def num_chunks(num_tokens: int, vocab: int, slab: int) -> int:
 
 
 def _chunked(weights: Array, chunks: int) -> Array:
-    """``[C, ceil(V / C), D]``: chunk ``c`` holds rows ``v`` with ``v % C == c``.
+    """Split the embedding into ``[C, ceil(V / C), D]``: chunk ``c`` holds the rows ``v`` with ``v % C == c``.
 
-    Strided chunks span every device when the vocabulary is sharded, so each scan step keeps all busy.
+    The chunks are strided because a sharded vocabulary is split into contiguous parts. Every chunk then has
+    rows on every device, and each scan step keeps all devices busy.
     """
     vocab, depth = weights.shape
     per_chunk = -(-vocab // chunks)
@@ -84,16 +87,16 @@ def _chunked(weights: Array, chunks: int) -> Array:
     return shard_weight(jnp.swapaxes(padded.reshape(per_chunk, chunks, depth), 0, 1), (None, *_TABLE))
 
 
-_TABLE = ("vocab", "embed")
+_TABLE = ("vocab", "embed")  # logical axes of the output embedding
 
 
 def _split_tokens(x: Array, *axes: str | None) -> Array:
-    """``x [*M ...]`` with its tokens split over the mesh as the learner's rows are."""
+    """Split the tokens of ``x [*M ...]`` over the mesh like the learner's rows."""
     return constrain(x, *("rows", "time")[: x.ndim - len(axes)], *axes)
 
 
 def wide_type(dtype: Any) -> Any:
-    """The type that sums are kept in: float32, or float64 for float64 inputs."""
+    """Return the accumulation type: float32, or float64 for float64 inputs."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
@@ -110,14 +113,14 @@ def _chunk_logits(
 
 
 def _entries(chunk: Array, index: Array, chunks: int, ndim: int) -> Array:
-    """The vocabulary entry of each row of a chunk, along the last of ``ndim`` axes."""
+    """Return the vocabulary entry of each row of a chunk, along the last of ``ndim`` axes."""
     entries = jnp.arange(chunk.shape[0], dtype=index.dtype) * chunks + index
     return entries.reshape((1,) * (ndim - 1) + entries.shape)
 
 
 def _logit_of(tokens: Array, logits: Array, chunk: Array, index: Array, chunks: int) -> tuple[Array, Array]:
-    """Which tokens are in the chunk, and their logits there (anything for the others)."""
-    if num_shards("vocab") > 1:  # to look one up would gather the logits of all devices
+    """Return which tokens are in the chunk, and their logits there (arbitrary for the others)."""
+    if num_shards("vocab") > 1:  # an index lookup would gather the logits of all devices
         is_mine = _entries(chunk, index, chunks, logits.ndim) == tokens[..., None]
         found = jnp.sum(jnp.where(is_mine, logits, jnp.zeros((), logits.dtype)), axis=-1)
     else:
@@ -151,7 +154,7 @@ def _head_forward(
         decay = jnp.exp(largest - new_largest)
         shifted = logits - new_largest[..., None]
         exponentials = jnp.exp(shifted)
-        # Sums of shifted logits: else the entropy would be a small difference of large numbers.
+        # Sum shifted logits. With plain logits the entropy would be a small difference of large numbers.
         weighted = decay * (weighted + total * (largest - new_largest))
         weighted = weighted + jnp.sum(exponentials * shifted, axis=-1)
         total = total * decay + jnp.sum(exponentials, axis=-1)
@@ -171,7 +174,7 @@ def _head_forward(
 def _head_backward(
     temperature: float, chunks: int, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, None]:
-    hidden, weights, tokens, normaliser, mean_logit = residuals
+    hidden, weights, tokens, normalizer, mean_logit = residuals
     g_logprob, g_entropy = cotangents
     vocab, wide = weights.shape[0], wide_type(hidden.dtype)
 
@@ -179,7 +182,7 @@ def _head_backward(
         index, chunk = inputs
         chunk = gather_weight(chunk, _TABLE)
         logits = _chunk_logits(hidden, chunk, index, vocab, chunks, temperature)
-        probabilities = jnp.exp(logits - normaliser[..., None])
+        probabilities = jnp.exp(logits - normalizer[..., None])
         surprise = logits - mean_logit[..., None]
         slope = -probabilities * (g_logprob[..., None] + g_entropy[..., None] * surprise)
         is_target = _entries(chunk, index, chunks, hidden.ndim) == tokens[..., None]

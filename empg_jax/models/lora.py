@@ -1,11 +1,11 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) as a tree of their own, beside frozen base parameters.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) as a parameter tree separate from the frozen base.
 
 An adapted layer computes ``x W + (alpha / rank) (x A) B``. ``A [in r]`` starts random and ``B [r out]`` at
-zero, so a fresh adapter changes nothing. The tree of adapters mirrors the base's modules::
+zero, so that a new adapter changes nothing. The tree of adapters has the base's module names::
 
     layers/<module>/lora_a [L in r]    layers/<module>/lora_b [L r out]
 
-`combine` lays it over the base without copying; `merge` folds it into the matrices.
+`combine` joins both trees without copying. `merge` adds the adapters to the matrices.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from empg_jax.models.quantize import dequantise_module, matrix_shape
+from empg_jax.models.quantize import dequantize_module, matrix_shape
 from empg_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which linear layers are adapted, and how.
+    """The configuration of adapters.
 
     Attributes:
-      rank: columns of A.
+      rank: number of columns of A.
       alpha: the adapter's product is scaled by ``alpha / rank``.
-      targets: patterns (``*``, ``?``) over module names; a module is adapted if one fits.
+      targets: patterns (``*``, ``?``) over module names. A linear layer is adapted if one of them matches.
     """
 
     rank: int
@@ -38,7 +38,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("*_proj",)
 
     def __post_init__(self) -> None:
-        """Refuse what adapts nothing."""
+        """Refuse a configuration that adapts nothing."""
         if self.rank < 1 or not self.targets:
             raise ValueError(f"LoRA needs rank >= 1 and a target, not rank={self.rank}, {self.targets}")
 
@@ -49,15 +49,15 @@ class LoraConfig:
 
 
 def make_lora(key: jax.Array, base: Params, config: LoraConfig) -> Params:
-    """Fresh adapters in float32: A normal with standard deviation ``1 / sqrt(in)``, B zero.
+    """Initialize adapters in float32: A normal with standard deviation ``1 / sqrt(in)``, B zero.
 
     Args:
       key: PRNG key.
-      base: stacked base parameters, quantised or not, or their shapes.
+      base: stacked base parameters, quantized or not, or their shapes.
       config: rank and targets.
 
     Raises:
-      ValueError: a pattern fits no linear layer.
+      ValueError: a pattern matches no linear layer.
     """
     adapters: Params = {}
     modules = find_targets(base, config.targets)
@@ -73,10 +73,13 @@ def make_lora(key: jax.Array, base: Params, config: LoraConfig) -> Params:
 
 
 def find_targets(base: Params, patterns: tuple[str, ...]) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The linear layers that some pattern fits: path of the module, shape ``[L in out]`` of its matrix.
+    """Find the linear layers that match at least one pattern.
+
+    Returns:
+      Path of each module, and the shape ``[L in out]`` of its matrix.
 
     Raises:
-      ValueError: a pattern fits none.
+      ValueError: a pattern matches no linear layer.
     """
     modules = dict(_linear_modules(base["layers"], ("layers",)))
     names = sorted({path[-1] for path in modules})
@@ -102,10 +105,10 @@ def _linear_modules(tree: Params, path: tuple[str, ...]) -> Iterator[tuple[tuple
 
 
 def combine(base: Params, adapters: Params) -> Params:
-    """One tree with the leaves of both: what the model sees. Nothing is copied.
+    """Join base and adapters to the one tree that the model applies; nothing is copied.
 
     Raises:
-      ValueError: both have a leaf at the same place.
+      ValueError: both trees have a leaf at the same path.
     """
     if isinstance(base, tuple):  # unstacked layers
         return tuple(combine(*pair) for pair in zip(base, adapters, strict=True))
@@ -117,13 +120,13 @@ def combine(base: Params, adapters: Params) -> Params:
 
 
 def merge(base: Params, adapters: Params, scale: float, dtype: Any = None) -> Params:
-    """Parameters without adapters that compute the same: ``W + scale A B``, added in float32.
+    """Merge adapters into their matrices as ``W + scale A B``, added in float32.
 
     Args:
-      base: stacked base parameters; quantised matrices become plain ones.
-      adapters: their adapters; further leaves (a critic's head) stay as they are.
+      base: stacked base parameters; quantized matrices become plain ones.
+      adapters: their adapters; other leaves (a critic's head) are kept unchanged.
       scale: `LoraConfig.scale`.
-      dtype: type of the merged matrices; default that of the base's norms.
+      dtype: type of the merged matrices; the default is the type of the base's norms.
     """
     dtype = dtype or base["final_norm"]["scale"].dtype
 
@@ -138,13 +141,13 @@ def merge(base: Params, adapters: Params, scale: float, dtype: Any = None) -> Pa
 
 
 def _merge_module(module: Params, scale: float, dtype: Any) -> Params:
-    """One stacked linear layer, folded layer by layer so that float32 copies stay small."""
+    """Merge one stacked linear layer, layer by layer so that only one float32 copy exists at a time."""
     names = ("lora_a", "lora_b")
     kept = {name: module[name] for name in module.keys() & {"bias"}}
     matrices = {name: leaf for name, leaf in module.items() if name not in kept}
 
     def fold(layer: Params) -> jax.Array:
-        unpack: Callable[[Params], jax.Array] = functools.partial(dequantise_module, dtype=jnp.float32)
+        unpack: Callable[[Params], jax.Array] = functools.partial(dequantize_module, dtype=jnp.float32)
         for _ in range(num_experts_axes):
             unpack = jax.vmap(unpack)
         kernel = unpack({k: v for k, v in layer.items() if k not in names})

@@ -18,13 +18,13 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalise the last axis of ``x``."""
+        """Normalize the last axis of ``x``."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         return rms_norm(x, scale, self.eps)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32, returned in the type of ``x``."""
+    """Compute ``x / sqrt(mean(x^2) + eps) * scale`` over the last axis in float32, in the type of ``x``."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(eps))
     scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)

@@ -1,8 +1,8 @@
-"""The linear layer of every block: a kernel, plain or quantised, and low-rank adapters where there are any.
+"""The linear layer of every block: a kernel, plain or quantized, and optional low-rank adapters.
 
-What a layer holds is read from its parameters: ``kernel`` or a quantised form of it (`models.quantize`),
-``bias``, and ``lora_a``, ``lora_b`` (`models.lora`). The product has a weight gradient that comes out in a
-layout which the platform multiplies fast.
+The names of its parameters decide how a layer computes: ``kernel`` or a quantized form of it
+(`models.quantize`), ``bias``, and ``lora_a``, ``lora_b`` (`models.lora`). `project` has a custom gradient,
+because XLA:CPU computes the automatic gradient of a kernel slowly.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from empg_jax.parallel.layout import num_shards
 
 
 class Linear(nn.Module):
-    """``inputs @ kernel + adapter + bias``, in ``dtype``; same parameters and start as `flax.linen.Dense`.
+    """The layer ``inputs @ kernel + adapter + bias``, with parameters and initializers as `flax.linen.Dense`.
 
     Attributes:
       features: size of the output.
       dtype: type of the computation.
       param_dtype: type of the parameters.
-      kernel_init: start of the kernel.
+      kernel_init: initializer of the kernel.
       use_bias: whether a bias is added.
-      lora_scale: factor of the adapter's product, where there is an adapter.
+      lora_scale: factor of the adapter's product, if there is an adapter.
     """
 
     features: int
@@ -71,10 +71,10 @@ def _row(vector: Array, ndim: int) -> Array:
 
 @jax.custom_vjp
 def project(inputs: Float[Array, "*batch D"], kernel: Float[Array, "D E"]) -> Float[Array, "*batch E"]:
-    """``inputs @ kernel``, both of one type.
+    """Compute ``inputs @ kernel``; both have the same type.
 
-    The automatic gradient of the kernel is a product of two transposed matrices, which XLA:CPU computes
-    from a physically transposed copy of the output's gradient, with a slower routine.
+    The gradient is hand-written. The automatic gradient of the kernel is a product of two transposed
+    matrices; XLA:CPU computes it from a transposed copy of the output's gradient, with a slower routine.
     """
     return inputs @ kernel
 
@@ -86,7 +86,7 @@ def _forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(residuals: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
     inputs, kernel = residuals
     d_inputs = jnp.einsum("...e,de->...d", slope, kernel)
-    if num_shards("time") > 1:  # one axis of both rows and time would have to be gathered
+    if num_shards("time") > 1:  # flattening two split axes into one would gather the inputs
         return d_inputs, jnp.einsum("...d,...e->de", inputs, slope)
     rows = inputs.reshape(-1, inputs.shape[-1]), slope.reshape(-1, slope.shape[-1])
     d_kernel = jax.lax.platform_dependent(*rows, cpu=_transposed_first, default=_contract_rows)

@@ -1,7 +1,7 @@
-"""Weight-only quantisation of frozen matrices: int8 per output channel, and 4-bit NormalFloat in blocks.
+"""Weight-only quantization of frozen matrices: int8 per output channel, and 4-bit NormalFloat in blocks.
 
-A quantised matrix stands in its module under other names than ``kernel`` (`Scheme.leaves`); the linear layer
-multiplies with it directly. Only matrices that are not trained can be quantised.
+In its module a quantized matrix has other names than ``kernel`` (`Scheme.leaves`). The linear layer finds it
+by these names. Only frozen matrices can be quantized.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ BLOCK = 64  # numbers along the input axis that share a scale (nf4)
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """One way to store a matrix ``[..., in, out]``.
+    """A quantized format of a matrix ``[..., in, out]``.
 
     Attributes:
       leaves: names of the arrays that replace the kernel.
-      axes: which axes of the matrix each of them has (0: in, 1: out).
-      quantise: kernel to those arrays; any leading axes.
-      unpack: ``(dtype, *arrays)`` to a matrix ``[in, out]`` of that type, and the factors of its columns that
-        are best multiplied after a product (float32 ``[out]``; None: none).
-      packing: numbers of the input axis in one stored number.
+      axes: axes of the matrix that each of these arrays has (0: in, 1: out).
+      quantize: function from a kernel with any leading axes to these arrays.
+      unpack: function from ``(dtype, *arrays)`` to a matrix ``[in, out]`` of that type and column scales
+        (float32 ``[out]``, or None). The scales are applied after the product, where they cost less.
+      packing: how many numbers of the input axis share one stored number.
     """
 
     leaves: tuple[str, ...]
     axes: tuple[tuple[int, ...], ...]
-    quantise: Callable[[jax.Array], tuple[jax.Array, ...]]
+    quantize: Callable[[jax.Array], tuple[jax.Array, ...]]
     unpack: Callable[..., tuple[jax.Array, jax.Array | None]]
     packing: int = 1
 
@@ -45,8 +45,13 @@ class Scheme:
 # ---------------------------------------------------------------------------------------------- int8
 
 
-def quantise_int8(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
-    """Codes ``int8[..., D, E]`` in -127 .. 127, and scales ``float32[..., E]``: a column's largest / 127."""
+def quantize_int8(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
+    """Quantize each column to int8.
+
+    Returns:
+      Codes ``int8[..., D, E]`` in -127 .. 127, and scales ``float32[..., E]``: the column's largest magnitude
+      divided by 127.
+    """
     wide = kernel.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=-2, keepdims=True) / 127.0
     codes = jnp.round(wide / jnp.where(scale == 0, jnp.float32(1.0), scale)).astype(jnp.int8)
@@ -54,7 +59,7 @@ def quantise_int8(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
 
 
 def unpack_int8(dtype: Any, codes: Array, scale: Array) -> tuple[Array, Array]:
-    """The codes as they are, which every float type holds exactly, and the scales."""
+    """Return the codes converted to ``dtype``, which is exact for every float type, and the scales."""
     return codes.astype(dtype), scale
 
 
@@ -63,11 +68,11 @@ def unpack_int8(dtype: Any, codes: Array, scale: Array) -> tuple[Array, Array]:
 
 @functools.cache
 def normal_float_table() -> tuple[float, ...]:
-    """The 16 levels of NormalFloat4 in [-1, 1] (QLoRA, arXiv 2305.14314, section 3 and appendix E).
+    """Compute the 16 levels of NormalFloat4 in [-1, 1] (QLoRA, arXiv 2305.14314, section 3 and appendix E).
 
-    Quantiles of the standard normal, scaled to [-1, 1]: eight above zero and seven below it, each side with
-    evenly spaced probabilities, so that zero itself is a level. The outermost probability is the mean of
-    1 - 1/32 and 1 - 1/30: half a step from 1 for sixteen and for fifteen levels.
+    The levels are quantiles of the standard normal, scaled to [-1, 1]. Eight lie above zero and seven below,
+    each side with evenly spaced probabilities, so that zero itself is a level. The outermost probability is
+    the mean of 1 - 1/32 and 1 - 1/30: half a step from 1 for sixteen and for fifteen levels.
     """
     outermost = (1 - 1 / 32 + 1 - 1 / 30) / 2
     quantile = statistics.NormalDist().inv_cdf
@@ -77,11 +82,14 @@ def normal_float_table() -> tuple[float, ...]:
     return tuple(level / levels[-1] for level in levels)
 
 
-def quantise_nf4(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
-    """Two codes per byte along the input axis, ``uint8[..., D/2, E]``, and the blocks' largest magnitudes.
+def quantize_nf4(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
+    """Quantize blocks of the input axis to 4-bit NormalFloat.
 
-    The blocks run along the input axis (as they do in a ``[out, in]`` matrix that is read row by row); the
-    scales are ``float32[..., D/block, E]``.
+    A ``[out, in]`` matrix that is read row by row has the same blocks.
+
+    Returns:
+      Codes ``uint8[..., D/2, E]``, two per byte along the input axis, and scales
+      ``float32[..., D/block, E]``: the largest magnitude of each block.
 
     Raises:
       ValueError: the input axis is odd.
@@ -101,7 +109,7 @@ def quantise_nf4(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
 
 
 def unpack_nf4(dtype: Any, packed: Array, scale: Array) -> tuple[Array, None]:
-    """The matrix, looked up and scaled in float32 and rounded once."""
+    """Return the matrix, computed in float32 and rounded once to ``dtype``; there are no column scales."""
     codes = jnp.stack([packed & jnp.uint8(15), packed >> jnp.uint8(4)], axis=1)
     levels = jnp.asarray(normal_float_table(), jnp.float32)[codes]
     blocks = levels.reshape(scale.shape[0], -1, scale.shape[1]) * scale[:, None, :]
@@ -111,15 +119,15 @@ def unpack_nf4(dtype: Any, packed: Array, scale: Array) -> tuple[Array, None]:
 # ---------------------------------------------------------------------------------------------- trees
 
 SCHEMES = {
-    "int8": Scheme(("kernel_int8", "kernel_scale"), ((0, 1), (1,)), quantise_int8, unpack_int8),
-    "nf4": Scheme(("kernel_nf4", "block_scale"), ((0, 1), (0, 1)), quantise_nf4, unpack_nf4, packing=2),
+    "int8": Scheme(("kernel_int8", "kernel_scale"), ((0, 1), (1,)), quantize_int8, unpack_int8),
+    "nf4": Scheme(("kernel_nf4", "block_scale"), ((0, 1), (0, 1)), quantize_nf4, unpack_nf4, packing=2),
 }
-# Names of arrays that only mean something in the types in which they are stored.
-QUANTISED_LEAVES = frozenset(leaf for scheme in SCHEMES.values() for leaf in scheme.leaves)
+# Names of arrays that must keep their stored type: a conversion of codes or scales would destroy the matrix.
+QUANTIZED_LEAVES = frozenset(leaf for scheme in SCHEMES.values() for leaf in scheme.leaves)
 
 
-def quantise_params(params: Params, scheme: str) -> Params:
-    """Parameters with every layer's matrices quantised; embeddings, head, norms and biases stay.
+def quantize_params(params: Params, scheme: str) -> Params:
+    """Quantize every layer's matrices; embeddings, head, norms and biases are kept unchanged.
 
     Args:
       params: stacked parameters.
@@ -127,20 +135,20 @@ def quantise_params(params: Params, scheme: str) -> Params:
     """
     if scheme == "none":
         return params
-    layers = {name: quantise_module(module, scheme) for name, module in params["layers"].items()}
+    layers = {name: quantize_module(module, scheme) for name, module in params["layers"].items()}
     return {**params, "layers": layers}
 
 
-def quantise_module(module: Params, scheme: str) -> Params:
-    """One module's parameters with its kernel quantised, if it has one."""
+def quantize_module(module: Params, scheme: str) -> Params:
+    """Quantize one module's kernel; a module without a kernel is returned unchanged."""
     if scheme == "none" or "kernel" not in module:
         return module
     rest = {name: leaf for name, leaf in module.items() if name != "kernel"}
-    return rest | dict(zip(SCHEMES[scheme].leaves, SCHEMES[scheme].quantise(module["kernel"]), strict=True))
+    return rest | dict(zip(SCHEMES[scheme].leaves, SCHEMES[scheme].quantize(module["kernel"]), strict=True))
 
 
 def matrix_shape(module: Params) -> tuple[int, ...] | None:
-    """Shape ``[..., in, out]`` of a linear layer's matrix, in whatever form; None for other modules."""
+    """Return the shape ``[..., in, out]`` of a linear layer's plain matrix; None for other modules."""
     if "kernel" in module:
         return module["kernel"].shape
     for scheme in SCHEMES.values():
@@ -150,8 +158,8 @@ def matrix_shape(module: Params) -> tuple[int, ...] | None:
     return None
 
 
-def dequantise_module(module: Params, dtype: Any) -> jax.Array:
-    """The matrix ``[in, out]`` of one linear layer, in whatever form it is held."""
+def dequantize_module(module: Params, dtype: Any) -> jax.Array:
+    """Return the plain matrix ``[in, out]`` of one linear layer, quantized or not."""
     for scheme in SCHEMES.values():
         if scheme.leaves[0] in module:
             matrix, scale = scheme.unpack(jnp.float32, *(module[name] for name in scheme.leaves))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's frequency-dependent stretch of the rotary angles (all four numbers from the HF config)."""
+    """Llama 3's frequency-dependent scaling of the rotary angles; the fields are those of the HF config."""
 
     factor: float
     low_freq_factor: float
@@ -21,7 +21,7 @@ class RopeScaling:
 def compute_angles(
     positions: Int[Array, "B T"], head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Array, Array]:
-    """Cosine and sine ``[B, T, 1, head_dim / 2]`` of the rotary angles, in float32."""
+    """Compute cosine and sine ``[B, T, 1, head_dim / 2]`` of the rotary angles, in float32."""
     half = head_dim // 2
     frequencies = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / jnp.float32(half))
     if scaling is not None:

@@ -1,16 +1,17 @@
-"""How activations lie on the mesh of the program that is being traced.
+"""The layout of activations and weights on the device mesh.
 
-A program enters its mesh with `on_mesh`; inside, the functions here pin arrays by logical axes and split
-lookups and attention over devices. Outside of any mesh they do nothing, so the same model code runs on one
-device and on many.
+A program enters its mesh with `on_mesh`. Inside it, the functions of this module constrain arrays by their
+logical axes, and split embedding lookups and attention over devices. Outside of a mesh they do nothing, so
+that the same model code runs on one device and on many.
 
 ============  =======================================================================================
-rows          over ``data`` x ``fsdp``
-time          over ``sequence``; for attention the axis changes places with heads (all-to-all), so every
-              device sees whole rows of some heads
-heads, mlp    over ``tensor``
-vocabulary    over ``tensor``; log-probabilities are put together from one number per token and device
-weights       kept over ``fsdp``; a layer's are gathered when it runs, and its gradient is scattered again
+rows          split over ``data`` x ``fsdp``
+time          split over ``sequence``. For attention an all-to-all splits the heads instead of the time, so
+              that every device has whole rows of some heads.
+heads, mlp    split over ``tensor``
+vocabulary    split over ``tensor``; log-probabilities are combined from one number per token and device
+weights       stored split over ``fsdp``. A layer's weights are gathered when the layer runs, and their
+              gradients are scattered again.
 ============  =======================================================================================
 """
 
@@ -40,7 +41,7 @@ ACTIVATIONS: dict[str | None, MeshAxes] = {
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, traced with the mesh as its surroundings; unchanged where there is one device."""
+    """Wrap a function so that it is traced inside the mesh; a mesh of one device returns it unchanged."""
     if mesh.size == 1:
         return function
 
@@ -53,14 +54,17 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The surrounding mesh; None outside of `on_mesh`, and inside a function that sees one device's part."""
+    """Return the mesh of the current `on_mesh`, or None outside of it.
+
+    The result is also None inside of `jax.shard_map`, where a function sees only one device's part.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     is_ours = mesh.axis_names == AXES and all(kind == AxisType.Auto for kind in mesh.axis_types)
     return mesh if is_ours else None
 
 
 def num_shards(axis: str) -> int:
-    """Parts that an activation's logical axis is split into; 1 outside of a mesh."""
+    """Return the number of parts that an activation's logical axis is split into; 1 outside of a mesh."""
     mesh = current_mesh()
     names = ACTIVATIONS[axis]
     if mesh is None or names is None:
@@ -69,7 +73,10 @@ def num_shards(axis: str) -> int:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """``x``, laid out by the logical axes of its dimensions; an axis that does not divide is replicated."""
+    """Constrain the layout of ``x`` by the logical axes of its dimensions.
+
+    A dimension that its mesh axes do not divide is replicated.
+    """
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -81,10 +88,10 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather_weight(weight: Array, axes: tuple[Axis, ...]) -> Array:
-    """A weight put together from its ``fsdp`` shards for use now; its gradient goes back into shards.
+    """Gather a weight from its ``fsdp`` shards; its gradient is scattered to shards again.
 
     Args:
-      weight: a parameter, in the type that is worth sending.
+      weight: a parameter, already in the type in which it should be sent.
       axes: its logical axes (`models.decoder.param_axes`).
     """
     return _pin(weight, axes, is_whole=True)
@@ -102,7 +109,7 @@ gather_weight.defvjp(_gather, _scatter)
 
 
 def shard_weight(weight: Array, axes: tuple[Axis, ...]) -> Array:
-    """Something of a parameter's shape (a gradient), laid out as the parameter is."""
+    """Constrain an array of a parameter's shape, such as its gradient, to the parameter's layout."""
     return _pin(weight, axes, is_whole=False)
 
 
@@ -117,11 +124,11 @@ def _pin(weight: Array, axes: tuple[Axis, ...], *, is_whole: bool) -> Array:
 
 
 def embed_tokens(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-    """Rows of the embedding, in ``dtype``.
+    """Look up the embeddings of tokens, in ``dtype``.
 
-    On a mesh every device looks up the tokens of its ``fsdp`` group in its own part of the table (other
-    parts' tokens give zeros), and the pieces change places: no device holds the whole table, and its
-    gradient never leaves the device that owns it.
+    On a mesh every device looks up all tokens of its ``fsdp`` group in its own part of the table; tokens of
+    other parts give zeros. An all-to-all then sends each device the embeddings of its own rows. No device
+    holds the whole table, and the gradient of a part stays on the device that owns it.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -132,7 +139,7 @@ def embed_tokens(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: A
         for name in fit_spec(mesh, ("vocab", "embed"), table.shape, RULES)
     )
     if rows is None:
-        depth = None  # rows that are not split have nothing to change places with
+        depth = None  # rows that are not split need no all-to-all
 
     def local(table: Array, tokens: Array) -> Array:
         if depth is not None:
@@ -165,20 +172,21 @@ def split_attention(
     values: Float[Array, "B T K d"],
     segment_ids: Int[Array, "B T"],
 ) -> Float[Array, "B T H d"]:
-    """``attention(queries, keys, values, segment_ids)``, each device doing some rows and heads.
+    """Compute ``attention(queries, keys, values, segment_ids)`` split over devices by rows and heads.
 
-    Rows stay whole inside a device: where time is split, it changes places with the heads. Key/value heads
-    fewer than the devices are repeated, so that each device has those that its query heads need.
+    Attention needs whole rows on a device. If time is split, an all-to-all therefore splits the heads instead
+    of the time. If there are fewer key/value heads than devices, they are repeated, so that each device has
+    the heads that its queries need.
 
     Args:
-      attention: sees whole rows of ``H / n`` query heads and their key/value heads.
+      attention: attention over whole rows of ``H / n`` query heads and their key/value heads.
       queries: rotated queries.
       keys: rotated keys.
       values: values.
       segment_ids: packed sequence of each token.
 
     Raises:
-      ValueError: time is split, and the heads cannot be.
+      ValueError: time is split, but the heads cannot be divided over the devices.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -203,19 +211,19 @@ def split_attention(
         local,
         in_specs=(spec, spec, spec, PartitionSpec(rows, None)),
         out_specs=spec,
-        check_vma=False,  # kernels do not say how their results vary over devices
+        check_vma=False,  # kernels do not declare how their results vary over devices
     )(queries, keys, values, segment_ids)
 
 
 def head_shards(mesh_shape: dict[str, int], num_heads: int) -> int:
-    """Parts that attention's heads are split into: the ``tensor`` x ``sequence`` devices, or 1.
+    """Return the number of parts that attention's heads are split into: ``tensor`` x ``sequence``, or 1.
 
     Args:
       mesh_shape: size of each mesh axis.
-      num_heads: query heads.
+      num_heads: number of query heads.
 
     Raises:
-      ValueError: ``sequence`` is larger than 1 and does not divide the heads (with ``tensor``).
+      ValueError: ``sequence`` is larger than 1, and ``tensor`` x ``sequence`` does not divide the heads.
     """
     tensor, sequence = mesh_shape["tensor"], mesh_shape["sequence"]
     if num_heads % (tensor * sequence) == 0:

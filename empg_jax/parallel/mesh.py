@@ -1,7 +1,7 @@
 """The device mesh and the rules that map logical axes to it.
 
-Parameters carry logical axis names (`models.decoder.param_axes`); `RULES` says which mesh axis each one is
-split over. Batch rows are split over ``data`` and ``fsdp`` together.
+Parameters have logical axis names (`models.decoder.param_axes`). `RULES` gives the mesh axis that splits each
+of them. Batch rows are split over ``data`` and ``fsdp`` together.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 class Blocks(NamedTuple):
-    """A logical axis that is made of blocks of ``size`` numbers (attention heads), which stay whole."""
+    """A logical axis of blocks of ``size`` numbers (attention heads). It is only split between blocks."""
 
     axis: str
     size: int
 
 
-Axis = str | Blocks | None  # logical
+Axis = str | Blocks | None  # a logical axis
 MeshAxes = str | tuple[str, ...] | None
 
 # Logical axis of a parameter -> mesh axis. None: replicated.
@@ -51,17 +51,17 @@ def make_mesh(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of ``data * fsdp * tensor * sequence`` devices, from the front of ``devices``.
+    """Make a mesh from the first ``data * fsdp * tensor * sequence`` devices.
 
     Args:
-      data: size of the axis of that name, as are the next three.
-      fsdp: see there.
-      tensor: see there.
-      sequence: see there.
-      devices: what to take from; default ``jax.devices()``, those of every host.
+      data: size of the axis of data parallelism.
+      fsdp: size of the axis that splits rows and weights.
+      tensor: size of the axis that splits heads, MLP, experts and vocabulary.
+      sequence: size of the axis that splits time.
+      devices: the devices to choose from; default ``jax.devices()``, the devices of all hosts.
 
     Raises:
-      ValueError: fewer devices are there than the mesh asks for.
+      ValueError: the mesh needs more devices than there are.
     """
     shape = (data, fsdp, tensor, sequence)
     needed = int(np.prod(shape))
@@ -81,7 +81,10 @@ def fit_spec(
     shape: Sequence[int],
     rules: Mapping[str | None, MeshAxes] = RULES,
 ) -> PartitionSpec:
-    """How an array is split: by its logical axes, where the devices divide the size; else replicated."""
+    """Return how an array is split by its logical axes.
+
+    A dimension is replicated if the number of devices does not divide its size, or its number of `Blocks`.
+    """
 
     def fit(axis: Axis, size: int) -> MeshAxes:
         name, block = axis if isinstance(axis, Blocks) else (axis, 1)
@@ -94,12 +97,12 @@ def fit_spec(
 
 
 def named_sharding(mesh: Mesh, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """Sharding of one array by its logical axes; an axis that its mesh axis does not divide is replicated."""
+    """Return the sharding of one array by its logical axes (see `fit_spec`)."""
     return NamedSharding(mesh, fit_spec(mesh, axes, shape))
 
 
 def tree_shardings(mesh: Mesh, axes: Any, tree: Any) -> Any:
-    """Shardings for a tree of arrays or shapes from its tree of logical axes."""
+    """Return the shardings of a tree of arrays or shapes, given the tree of their logical axes."""
     return jax.tree.map(
         lambda leaf, names: named_sharding(mesh, names, leaf.shape),
         tree,
@@ -109,15 +112,15 @@ def tree_shardings(mesh: Mesh, axes: Any, tree: Any) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array whose first axis is batch rows."""
+    """Return the sharding of an array whose first axis is batch rows."""
     return NamedSharding(mesh, ROWS)
 
 
 def token_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array ``[rows, time]``."""
+    """Return the sharding of an array ``[rows, time]``."""
     return NamedSharding(mesh, PartitionSpec(*ROWS, "sequence"))

@@ -1,1 +1,1 @@
-"""The memory that a run needs on each device: the arithmetic, and the words."""
+"""The memory plan: the bytes that a run needs on each device, and their presentation as text."""

@@ -1,4 +1,4 @@
-"""The memory plan in words: a table, a line, and what to change when it does not fit."""
+"""The memory plan as text: a table, one line, and suggestions for a run that does not fit."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ GIB = 2**30
 
 
 def find_shape(config: Config) -> DecoderConfig:
-    """The decoder's shape, without weights: from a folder's config.json, a preset, or the configuration.
+    """Return the decoder's shape without reading weights.
 
-    A hub id whose model is also a preset (``Qwen/Qwen2.5-7B-Instruct``) is not looked up.
+    It comes from a folder's config.json, a preset, or the configuration. A hub id whose model is also a
+    preset (``Qwen/Qwen2.5-7B-Instruct``) uses the preset, so that planning needs no download.
 
     Raises:
       ConfigError: as `run.assembly.shape_model` does.
@@ -42,10 +43,10 @@ def _preset_of(hub_id: str) -> str | None:
 
 
 def spread(config: Config, devices: int) -> list[str]:
-    """The overrides that put a configuration on this many devices, by its ``fsdp`` axis.
+    """Return the overrides that make a configuration use this number of devices, by its ``fsdp`` axis.
 
     Raises:
-      ConfigError: the other axes do not divide the number.
+      ConfigError: the other mesh axes do not divide the number of devices.
     """
     mesh = config.mesh
     others = mesh.data * mesh.tensor * mesh.sequence
@@ -65,11 +66,11 @@ def spread(config: Config, devices: int) -> list[str]:
 
 
 def as_lines(plan: Plan, memory: float | None = None) -> list[str]:
-    """The plan as a table in plain text.
+    """Return the plan as a table in plain text.
 
     Args:
       plan: the plan.
-      memory: bytes of a device, to compare with.
+      memory: bytes of a device, for the comparison in the last line.
     """
     mesh = " x ".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     head = f"{plan.name}: {plan.num_params / 1e9:.3g} billion parameters, {mesh}"
@@ -79,7 +80,7 @@ def as_lines(plan: Plan, memory: float | None = None) -> list[str]:
 
 
 def as_line(plan: Plan, memory: float | None = None) -> str:
-    """The plan in one line, with its largest items."""
+    """Return the plan in one line, with its largest items."""
     largest = sorted(plan.items, key=lambda item: -item.size)[:4]
     parts = ", ".join(f"{item.name} {_gib(item.size)}" for item in largest)
     return f"memory: at most {_gib(plan.total)} GiB a device ({parts}){_verdict(plan.total, memory)}"
@@ -97,7 +98,7 @@ def _gib(size: int) -> str:
 
 
 def device_memory() -> int | None:
-    """Bytes that a local device has for arrays; None where it does not say (CPUs)."""
+    """Return the bytes that a local device has for arrays; None if it does not report them (CPUs)."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
@@ -108,15 +109,15 @@ Load = Callable[[Sequence[str]], "Config"]
 
 
 def explain(load: Load, devices: int | None = None, memory: float | None = None) -> list[str]:
-    """A configuration's plan as text, with suggestions where it does not fit.
+    """Return a configuration's plan as text, with suggestions if it does not fit.
 
     Args:
-      load: gives the configuration with some overrides.
-      devices: devices to use (`spread`); default those of its mesh.
+      load: function from overrides to the configuration.
+      devices: number of devices to use (`spread`); the default is the size of the configuration's mesh.
       memory: bytes of a device.
 
     Raises:
-      ConfigError: the configuration cannot be used, or not on these devices.
+      ConfigError: the configuration is invalid, or cannot use this number of devices.
     """
     config = load([])
     changes = [] if devices is None else spread(config, devices)
@@ -132,12 +133,13 @@ def explain(load: Load, devices: int | None = None, memory: float | None = None)
 
 
 def suggest(config: Config, plan: Plan, load: Load, memory: float) -> list[str]:
-    """What would make a plan smaller that does not fit, largest saving first.
+    """Return the changes that make a plan smaller, with the largest saving first.
 
     Args:
       config: the configuration.
       plan: its plan.
-      load: the same configuration with further overrides; a ConfigError leaves a suggestion out.
+      load: function from further overrides to the configuration. A change that raises ConfigError is left
+        out.
       memory: bytes of a device.
 
     Returns:

@@ -1,8 +1,8 @@
-"""How much memory a run needs on each device, by arithmetic on shapes: no weights, no devices, no compiling.
+"""The memory that a run needs on each device, computed from shapes alone: no weights, devices or compilation.
 
-Weights, moments and caches are exact. Activations are counted from the formulas of `activation_bytes`;
-`tests/test_plan.py` holds them against what the compiler reserves (within a fifth). Nothing here knows of
-fragmentation, or of what a platform's runtime keeps for itself (on GPUs about 1 GiB).
+The sizes of weights, moments and caches are exact. The sizes of activations are estimates by the formulas of
+`activation_bytes`; `tests/plan/test_memory.py` compares them with the compiler's memory (within a fifth).
+Memory fragmentation and the memory of a platform's runtime (about 1 GiB on GPUs) are not counted.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from empg_jax.types import Params
 if TYPE_CHECKING:
     from empg_jax.config import Config
 
-_BATCH_BYTES = 56  # per token of a batch: ids, masks, scores, credit
+_BATCH_BYTES = 56  # bytes per token of a batch: ids, masks, scores, credit
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """Something that takes memory on a device.
+    """One item of a device's memory.
 
     Attributes:
-      name: what it is, in the words of the table.
+      name: its name in the table.
       size: bytes on the fullest device.
-      phase: when it is there: ``always``; in an ``update``, and in it either while a ``layer`` or while the
-        ``head`` runs; in a ``rollout``.
-      note: what the size comes from.
+      phase: when the memory is in use: ``always``, during an ``update``, during a ``rollout``, or within an
+        update while one ``layer`` or the ``head`` runs.
+      note: the origin of the size.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The memory of one device, item by item; phases that exclude each other share their memory."""
+    """The memory of one device, item by item. Phases that never overlap share their memory."""
 
     name: str
     mesh: dict[str, int]
@@ -62,12 +62,12 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        """Devices of the learner."""
+        """Number of devices of the learner."""
         return math.prod(self.mesh.values())
 
     @property
     def total(self) -> int:
-        """Bytes at the worst moment."""
+        """Peak bytes."""
         sums = dict.fromkeys(("always", "update", "layer", "head", "rollout"), 0)
         for item in self.items:
             sums[item.phase] += item.size
@@ -76,10 +76,10 @@ class Plan:
 
 
 def compute_plan(config: Config, model: DecoderConfig) -> Plan:
-    """The plan of a configuration.
+    """Compute the plan of a configuration.
 
     Args:
-      config: the configuration; its ``mesh`` need not exist here.
+      config: the configuration. The devices of its ``mesh`` need not exist.
       model: the decoder's shape (`plan.explain.find_shape`).
     """
     mesh = AbstractMesh(tuple(vars(config.mesh)[axis] for axis in AXES), AXES)
@@ -114,18 +114,18 @@ def _state_items(
     if needs_reference(config) and (base is None or config.sft.updates > 0):
         yield Item("reference", size, "always", f"frozen copy of the {kind} for the KL term")
     yield Item("optimizer", 2 * wide, "always", "two moments, float32")
-    # The sum over micro-batches, and the newest micro-batch's.
+    # The float32 sum over micro-batches, and the newest micro-batch's gradients in the parameters' type.
     yield Item("gradients", wide + size, "update", "sum in float32, and one micro-batch's")
 
 
 def shard_bytes(params: Params, head_dim: int, mesh: AbstractMesh, itemsize: int | None = None) -> int:
-    """Bytes of parameters on the fullest device.
+    """Compute the bytes of parameters on the fullest device.
 
     Args:
       params: shapes and types.
       head_dim: width of a head.
       mesh: sizes of the mesh's axes.
-      itemsize: bytes of a number, where not that of its type.
+      itemsize: bytes of a number; the default is the size of each leaf's type.
     """
     axes = jax.tree.leaves(param_axes(params, head_dim), is_leaf=lambda node: isinstance(node, tuple))
     total = 0
@@ -145,9 +145,9 @@ class _Widths:
 
     stream: int
     queries: int
-    keys: int  # keys, and as many values
+    keys: int  # as many values as keys exist besides
     hidden: int
-    routed: int  # copies of the stream for experts, before and after them
+    routed: int  # copies of the residual stream that are the experts' inputs and outputs
     heads: int
 
 
@@ -159,7 +159,7 @@ def _widths(model: DecoderConfig, mesh: AbstractMesh) -> _Widths:
         stream=model.hidden_size,
         queries=model.num_heads * model.head_dim // q_parts,
         keys=model.num_kv_heads * model.head_dim // k_parts,
-        # A device keeps a row for every expert of a token, its own or not.
+        # A device has one row for each of a token's experts, even for experts of other devices.
         hidden=-(-model.intermediate_size // tensor) if moe is None else moe.top_k * moe.expert_size,
         routed=0 if moe is None else 2 * moe.top_k * model.hidden_size,
         heads=model.num_heads // q_parts,
@@ -167,30 +167,33 @@ def _widths(model: DecoderConfig, mesh: AbstractMesh) -> _Widths:
 
 
 def activation_bytes(model: DecoderConfig, mesh: AbstractMesh, tokens: int, row: int) -> tuple[int, int]:
-    """Bytes that the forward pass leaves for the backward pass, and bytes in use while one layer runs.
+    """Compute the bytes of activations on one device.
 
     Args:
-      model: the decoder's config; ``remat`` says what is left.
+      model: the decoder's config; ``remat`` decides which activations are kept.
       mesh: sizes of the mesh's axes.
       tokens: tokens of a micro-batch on one device.
       row: tokens of a row.
+
+    Returns:
+      Bytes that all layers keep for the backward pass, and bytes in use while one layer runs.
     """
     w, wide = _widths(model, mesh), 4
     narrow = jnp.dtype(model.dtype).itemsize
     full = narrow * (w.stream + w.queries) + wide * w.heads
     dots = full + narrow * (w.stream + w.queries + 2 * w.keys + 2 * w.hidden)
-    # The norms and rotations in float32, the norms' results, and what lies between gate and down.
+    # The norms and rotations in float32, the norms' results, and the arrays between gate and down.
     between = 2 * w.stream + 3 * w.hidden + 2 * w.routed
     everything = dots + wide * (5 * w.stream + w.queries + w.keys) + narrow * between
     kept = {"full": full, "dots": dots, "none": everything}[model.remat]
-    # While a layer's gradient is computed: all that its forward pass makes, and slopes of the widest part.
+    # A layer's gradient needs all arrays of its forward pass, and the gradients of its widest part.
     slopes = wide * 2 * w.stream + narrow * 3 * w.hidden
     attention = _score_bytes(model, mesh, tokens, row)
     return tokens * kept * model.num_layers, tokens * (everything + slopes) + attention
 
 
 def _score_bytes(model: DecoderConfig, mesh: AbstractMesh, tokens: int, row: int) -> int:
-    """Attention weights of one tile of queries: three float32 tables (`models.attention.tiles`)."""
+    """Compute the bytes of one tile's three float32 tables (`models.attention.tiles`)."""
     heads = model.num_heads // head_shards(dict(mesh.shape), model.num_heads)
     rows = -(-tokens * mesh.shape["sequence"] // row)
     return 3 * 4 * rows * heads * max(64, -(-row // 16)) * row
@@ -218,7 +221,7 @@ def _update_items(
 
 
 def _gathered_bytes(model: DecoderConfig, mesh: AbstractMesh, params: Params) -> int:
-    """A layer's weights, whole along fsdp: as they are sent, and their gradient."""
+    """Compute the bytes of one layer's gathered weights and of their gradients."""
     layer = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2)
     return 2 * layer // mesh.shape["tensor"] * jnp.dtype(model.dtype).itemsize
 

@@ -1,1 +1,1 @@
-"""A search server for agents, and a neural encoder in JAX for it."""
+"""A search server for agents, with a neural text encoder in JAX."""

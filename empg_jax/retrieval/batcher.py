@@ -1,4 +1,4 @@
-"""Many callers, one search engine: concurrent queries are searched together, repeated ones remembered."""
+"""Batching and caching of searches: many callers share one search engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 from empg_envs.deepsearch.passages import Hit, Retriever
 
-Found = tuple[int, list[Hit]]  # how many were asked for, and what was found
+Found = tuple[int, list[Hit]]  # requested number of results, and the results
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,19 +22,20 @@ class _Job:
 
 
 class Batcher:
-    """Thread-safe searches through one thread that owns the engine.
+    """A thread-safe front of a search engine; one thread owns the engine.
 
-    While a search runs, queries of other callers gather; the next search takes all of them (up to a limit)
-    at once. Results are remembered, least recently used ones forgotten first.
+    While a search runs, the queries of other callers wait in a queue. The next search takes all of them (up
+    to a limit) at once. A cache holds the results of the most recently used queries.
     """
 
     def __init__(self, retriever: Retriever, *, cache_size: int = 65536, max_batch: int = 64) -> None:
-        """Starts the thread.
+        """Start the thread.
 
         Args:
-          retriever: the engine; its better results do not depend on how many are asked for.
-          cache_size: queries to remember; 0 remembers none.
-          max_batch: queries in a search (one call with more of them is still one search).
+          retriever: the engine. Its best results must not depend on the requested number, because a cached
+            result also serves requests for fewer passages.
+          cache_size: number of cached queries; 0 turns the cache off.
+          max_batch: number of queries in one search. A single call with more queries is still one search.
         """
         self._retriever, self._cache_size, self._max_batch = retriever, cache_size, max_batch
         self._cache: collections.OrderedDict[str, Found] = collections.OrderedDict()
@@ -46,10 +47,10 @@ class Batcher:
         self._thread.start()
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """What the engine finds for each query; raises what it raises.
+        """Return the engine's results for each query. Exceptions of the engine are raised here.
 
         Raises:
-          RuntimeError: after `close`.
+          RuntimeError: the batcher is closed.
         """
         if self._is_closed:
             raise RuntimeError("the search engine is closed")
@@ -62,7 +63,7 @@ class Batcher:
         return [known[query][1][:topk] for query in queries]
 
     def close(self) -> None:
-        """Ends the thread after the searches that are queued; later ones fail."""
+        """Finish the queued searches and end the thread; later searches fail."""
         self._is_closed = True
         self._jobs.put(None)
         self._thread.join()
@@ -103,7 +104,7 @@ class Batcher:
         try:
             results = self._retriever.search(queries, topk)
             found = {query: (topk, hits) for query, hits in zip(queries, results, strict=True)}
-        except Exception as error:  # the callers' to handle; this thread goes on
+        except Exception as error:  # passed on to the callers; this thread continues
             for job in jobs:
                 job.future.set_exception(error)
             return

@@ -1,4 +1,4 @@
-"""Dense retrieval: passages and queries as vectors, the largest inner products win."""
+"""Dense retrieval: the results of a query are the passages whose vectors have the largest inner products."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from empg_envs.deepsearch.passages import Hit, Passage
 from empg_jax.files import replacing
 from empg_jax.retrieval.encoder import TextEncoder
 
-CHUNK = 1024  # passages between two calls of the progress display
-QUERY_BATCHES = (1, 8, 64)  # queries are padded to one of these
+CHUNK = 1024  # number of passages between two progress messages
+QUERY_BATCHES = (1, 8, 64)  # queries are padded to one of these sizes, so that few programs are compiled
 
 
 @functools.partial(jax.jit, static_argnames="topk")
 def find_nearest(queries: jax.Array, passages: jax.Array, *, topk: int) -> tuple[jax.Array, jax.Array]:
-    """Inner products and numbers of the ``topk`` nearest passages.
+    """Find the ``topk`` passages with the largest inner products; return products and passage indices.
 
     Args:
       queries: float32[Q D].
       passages: float32[P D].
-      topk: at most P.
+      topk: number of results; at most P.
 
     Returns:
       float32[Q topk] descending, int32[Q topk].
@@ -35,7 +35,7 @@ def find_nearest(queries: jax.Array, passages: jax.Array, *, topk: int) -> tuple
 
 
 class DenseRetriever:
-    """A `Retriever` over vectors that an encoder makes."""
+    """A `Retriever` over vectors of a text encoder."""
 
     def __init__(
         self,
@@ -47,16 +47,16 @@ class DenseRetriever:
         cache: str | Path | None = None,
         advance: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Encodes the corpus, or reads its vectors from a file that an earlier run wrote.
+        """Encode the corpus, or read its vectors from the cache file of an earlier run.
 
         Args:
           passages: the corpus.
-          encoder: for passages and queries alike.
-          query_prefix: put before queries (E5: ``query: ``).
-          passage_prefix: put before passages (E5: ``passage: ``).
-          cache: an ``.npz`` file for the vectors; written when missing or made for another corpus, encoder
-            width or prefix.
-          advance: told how many passages are encoded.
+          encoder: the encoder of passages and queries.
+          query_prefix: text before each query (E5: ``query: ``).
+          passage_prefix: text before each passage (E5: ``passage: ``).
+          cache: an ``.npz`` file for the vectors. It is written if it does not exist or belongs to another
+            corpus, encoder or prefix.
+          advance: called with the number of encoded passages.
         """
         self._passages, self._encoder, self._query_prefix = passages, encoder, query_prefix
         texts = [f"{passage_prefix}{passage.title}\n{passage.text}" for passage in passages]
@@ -74,14 +74,14 @@ class DenseRetriever:
         self._vectors = jax.device_put(vectors)
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """The nearest passages for each query; see `empg_envs.deepsearch.passages.Retriever`."""
+        """Return the nearest passages for each query; see `empg_envs.deepsearch.passages.Retriever`."""
         found: list[list[Hit]] = []
         for start in range(0, len(queries), QUERY_BATCHES[-1]):
             found += self._search(queries[start : start + QUERY_BATCHES[-1]], topk)
         return found
 
     def close(self) -> None:
-        """Nothing is held but memory."""
+        """Do nothing: the retriever holds no resources except memory."""
 
     def _search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         vectors = self._encoder.encode([self._query_prefix + query for query in queries])
@@ -97,7 +97,7 @@ class DenseRetriever:
 
 
 def _identify(texts: Sequence[str], encoder: TextEncoder) -> str:
-    """A hash of what vectors depend on: the texts, and the encoder as seen in the vector of one of them."""
+    """Return a hash of the texts and of the encoder; the vector of the first text identifies the encoder."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode(errors="surrogatepass") + b"\0")
@@ -112,4 +112,4 @@ def _read(cache: str | Path | None, identity: str) -> np.ndarray | None:
         with open(cache, "rb") as file, np.load(file) as stored:
             return np.asarray(stored["vectors"]) if str(stored["identity"]) == identity else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # not ours, or cut short: made anew
+        return None  # another format, or cut short: encode again

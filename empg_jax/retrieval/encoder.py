@@ -1,7 +1,7 @@
-"""BERT-style sentence encoders (MiniLM, E5, BGE): a text becomes a vector of length 1.
+"""BERT-style sentence encoders (MiniLM, E5, BGE): they map a text to a vector of length 1.
 
-Devlin et al., "BERT", arXiv 1810.04805; the pooling is that of Reimers and Gurevych, "Sentence-BERT",
-arXiv 1908.10084. Weights are read from a local folder in Hugging Face's layout.
+The encoder is BERT (Devlin et al., arXiv 1810.04805) with the pooling of Sentence-BERT (Reimers and Gurevych,
+arXiv 1908.10084). Weights are read from a local folder in Hugging Face's layout.
 
 Shapes: B texts, T tokens, D width, H heads.
 """
@@ -24,11 +24,11 @@ from empg_jax.errors import UserError
 from empg_jax.hf.safetensors import SafetensorsFile
 
 Params = dict[str, Any]
-LENGTHS = (16, 32, 64, 128, 256, 512)  # texts are padded to one of these, so that few programs are compiled
+LENGTHS = (16, 32, 64, 128, 256, 512)  # texts are padded to one of these: few programs are compiled
 
 
 class EncoderError(UserError, ValueError):
-    """A folder that holds no usable encoder; the message says what is missing."""
+    """A folder without a usable encoder. The message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,9 @@ class EncoderConfig:
     """Shape of an encoder.
 
     Attributes:
-      num_layers, num_heads: of the transformer.
-      max_positions: longest text in tokens.
+      num_layers: number of transformer layers.
+      num_heads: number of attention heads.
+      max_positions: length of the longest text in tokens.
       norm_eps: epsilon of the layer norms.
       pooling: ``mean`` over tokens, or ``cls`` (the first token).
     """
@@ -50,13 +51,13 @@ class EncoderConfig:
 
 
 def read_config(folder: Path) -> EncoderConfig:
-    """Reads ``config.json`` and, where there is one, ``1_Pooling/config.json``.
+    """Read ``config.json`` and, if it exists, ``1_Pooling/config.json``.
 
     Raises:
-      EncoderError: not there, or another architecture.
+      EncoderError: the config is missing, or it describes another architecture.
     """
     raw = _read_json(folder / "config.json")
-    usual = {"hidden_act": "gelu", "position_embedding_type": "absolute"}  # where a file does not say
+    usual = {"hidden_act": "gelu", "position_embedding_type": "absolute"}  # defaults of absent keys
     for key, value in {"model_type": "bert", **usual}.items():
         given = raw.get(key, usual.get(key))
         if given != value:
@@ -85,10 +86,10 @@ def _read_pooling(path: Path) -> str:
 
 
 def load_params(folder: Path, config: EncoderConfig) -> Params:
-    """Reads ``model.safetensors``.
+    """Read ``model.safetensors``.
 
     Raises:
-      EncoderError: no such file, or a tensor is missing.
+      EncoderError: the file or a tensor is missing.
     """
     path = folder / "model.safetensors"
     if not path.is_file():
@@ -128,13 +129,13 @@ def load_params(folder: Path, config: EncoderConfig) -> Params:
 
 
 def compute_states(params: Params, tokens: jax.Array, mask: jax.Array, config: EncoderConfig) -> jax.Array:
-    """Last hidden states.
+    """Compute the last hidden states.
 
     Args:
-      params: as `load_params` gives them.
+      params: parameters from `load_params`.
       tokens: int32[B T].
-      mask: bool[B T], False at padding, which no token attends to.
-      config: the shape.
+      mask: bool[B T], False at padding; no token attends to padding.
+      config: the encoder's shape.
 
     Returns:
       float32[B T D].
@@ -154,13 +155,13 @@ def compute_states(params: Params, tokens: jax.Array, mask: jax.Array, config: E
 def compute_embeddings(
     params: Params, tokens: jax.Array, mask: jax.Array, *, config: EncoderConfig
 ) -> jax.Array:
-    """Sentence vectors of length 1: the pooled last hidden states.
+    """Compute sentence vectors: the pooled last hidden states, scaled to length 1.
 
     Args:
-      params: as `load_params` gives them.
+      params: parameters from `load_params`.
       tokens: int32[B T].
       mask: bool[B T], False at padding.
-      config: the shape.
+      config: the encoder's shape.
 
     Returns:
       float32[B D].
@@ -176,18 +177,18 @@ def compute_embeddings(
 
 
 class TextEncoder:
-    """Texts to vectors, in batches of few fixed shapes."""
+    """An encoder of texts to vectors, in batches of a few fixed shapes."""
 
     def __init__(self, folder: str | Path, *, batch_size: int = 32, max_tokens: int = 256) -> None:
-        """Loads weights and tokenizer.
+        """Load weights and tokenizer.
 
         Args:
-          folder: with ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
-          batch_size: texts in a program call.
-          max_tokens: longer texts are cut (never beyond the encoder's own limit).
+          folder: folder with ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
+          batch_size: number of texts in a batch.
+          max_tokens: texts are cut to this length, or to the encoder's own limit if that is smaller.
 
         Raises:
-          EncoderError: the folder holds no usable encoder.
+          EncoderError: the folder contains no usable encoder.
         """
         folder = Path(folder).expanduser()
         if not folder.is_dir():
@@ -197,7 +198,7 @@ class TextEncoder:
         self.config = read_config(folder)
         self._params = load_params(folder, self.config)
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_padding()  # padding is ours: to few lengths
+        self._tokenizer.no_padding()  # `_pad` pads, to a few fixed lengths
         self._tokenizer.enable_truncation(min(max_tokens, self.config.max_positions))
         self._batch_size = batch_size
 
@@ -207,9 +208,10 @@ class TextEncoder:
         return int(self._params["words"].shape[1])
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns float32[len(texts) D]."""
+        """Encode texts to vectors float32[len(texts) D]."""
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         vectors = np.zeros((len(ids), self.width), np.float32)
+        # Texts of similar length share a batch, so that little of it is padding.
         by_length = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         for start in range(0, len(ids), self._batch_size):
             chosen = by_length[start : start + self._batch_size]
@@ -221,7 +223,7 @@ class TextEncoder:
     def _pad(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         longest = max(map(len, rows))
         width = min(next((n for n in LENGTHS if n >= longest), longest), self.config.max_positions)
-        # A lone query is common enough to have a program of its own.
+        # Single queries are frequent, so that a compiled program for one row pays off.
         height = 1 if len(rows) == 1 else self._batch_size
         tokens = np.zeros((height, width), np.int32)
         mask = np.zeros((height, width), bool)

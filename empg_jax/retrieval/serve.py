@@ -1,4 +1,4 @@
-"""``empg-jax retrieve``: builds a search engine over a corpus and serves it until it is told to stop."""
+"""The command ``empg-jax retrieve``: build a search engine over a corpus and serve it until a signal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DENSE = "dense"
 
 
 class ServeError(UserError):
-    """The server cannot start; the message says why."""
+    """A server that cannot start. The message gives the reason."""
 
 
 def make_engine(
@@ -25,17 +25,17 @@ def make_engine(
     encoder: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Retriever:
-    """Builds the search engine.
+    """Build the search engine.
 
     Args:
       retriever: ``dense``, or one of `empg_envs.deepsearch.passages.RETRIEVERS` that searches a corpus.
       passages: the corpus.
-      encoder: for ``dense``: ``model`` (a folder), ``query_prefix``, ``passage_prefix``, ``cache``.
-      say: told of progress.
+      encoder: options of ``dense``: ``model`` (a folder), ``query_prefix``, ``passage_prefix``, ``cache``.
+      say: called with progress messages.
 
     Raises:
-      ServeError: an unknown name, ``dense`` without a model, or a model without ``dense``.
-      ValueError: a package that is not installed, or a folder without an encoder.
+      ServeError: the name is unknown, ``dense`` has no model, or another retriever has one.
+      ValueError: a package is not installed, or the folder contains no encoder.
     """
     options = dict(encoder or {})
     model = options.pop("model", None)
@@ -46,7 +46,7 @@ def make_engine(
         raise ServeError(f"unknown retriever {retriever!r}; a server has {', '.join(known)}")
     if retriever != DENSE:
         return make_retriever(retriever, passages)
-    # Only here: a lexical server needs no JAX, and starts at once.
+    # Imported late, because a lexical server needs no JAX and starts faster without it.
     from empg_jax.retrieval.dense import DenseRetriever
     from empg_jax.retrieval.encoder import TextEncoder
 
@@ -68,7 +68,7 @@ def open_server(
     topk: int = 3,
     cache_size: int = 65536,
 ) -> Iterator[RetrievalServer]:
-    """A bound server (call its ``serve_forever``); everything is closed on the way out.
+    """Yield a bound server (call its ``serve_forever``); close server and engine at the end.
 
     Raises:
       ServeError: the address cannot be bound.
@@ -94,17 +94,17 @@ def serve_corpus(
     say: Callable[[str], None],
     **options: Any,
 ) -> None:
-    """Reads a corpus, indexes it, and serves until an exception (a signal) ends it.
+    """Read a corpus, index it, and serve until an exception, such as a signal's, ends the server.
 
     Args:
-      corpus: a wiki-18-format file.
+      corpus: a file in the format of wiki-18.
       retriever: see `make_engine`.
       encoder: see `make_engine`.
-      say: told what happens, line by line.
-      **options: of `open_server`.
+      say: called with progress messages.
+      **options: options of `open_server`.
 
     Raises:
-      DataError: the corpus is wrong.
+      DataError: the corpus is malformed.
       ServeError, ValueError: see `make_engine` and `open_server`.
     """
     began = time.monotonic()

@@ -1,11 +1,11 @@
-"""A search server that speaks Search-R1's ``/retrieve``.
+"""A search server with Search-R1's ``/retrieve`` protocol.
 
 ``POST /retrieve`` with ``{"queries": [text], "topk": number, "return_scores": bool}`` answers
 ``{"result": [[{"document": {"id", "contents", "title", "text"}, "score": number}]]}``; without
-``return_scores`` the bare documents. ``GET /health`` tells the number of passages. A request that is wrong
-gets a status of 4xx and ``{"detail": message}``; a search that fails gets 500.
+``return_scores`` the results are bare documents. ``GET /health`` returns the number of passages. An invalid
+request gets a status of 4xx and ``{"detail": message}``; a failed search gets 500.
 
-Standard library only; a thread per connection, which is kept open between requests.
+The server needs only the standard library. Each connection has a thread and stays open between requests.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from empg_envs.deepsearch.passages import MAX_TOPK, Hit
 from empg_jax.retrieval.batcher import Batcher
 
 MAX_BODY_BYTES = 4 << 20
-MAX_QUERIES = 1024  # in a request
-IDLE_SECONDS = 60.0  # after which a silent connection is closed
+MAX_QUERIES = 1024  # largest number of queries in a request
+IDLE_SECONDS = 60.0  # an idle connection is closed after this time
 
 
 class RequestError(Exception):
-    """A request that cannot be served: HTTP status and the reason."""
+    """An invalid request, with its HTTP status and the reason."""
 
     def __init__(self, status: int, detail: str) -> None:
-        """``status``: of the answer; ``detail``: what was wrong and what would be right."""
+        """Store the answer's HTTP ``status``; ``detail`` gives the error and a valid alternative."""
         super().__init__(detail)
         self.status = status
 
 
 class RetrievalServer(ThreadingHTTPServer):
-    """Serves a `Batcher` until `shutdown`."""
+    """An HTTP server in front of a `Batcher`."""
 
     daemon_threads = True
     request_queue_size = 1024  # clients that connect at the same moment
@@ -42,14 +42,14 @@ class RetrievalServer(ThreadingHTTPServer):
     def __init__(
         self, batcher: Batcher, num_passages: int, *, host: str = "127.0.0.1", port: int = 8000, topk: int = 3
     ) -> None:
-        """Binds the address.
+        """Bind the address.
 
         Args:
-          batcher: does the searches.
-          num_passages: for ``/health``.
-          host: the default is reached from this machine only.
-          port: 0 takes a free one.
-          topk: passages for requests that do not say how many.
+          batcher: the search engine.
+          num_passages: size of the corpus, for ``/health``.
+          host: address to listen on; the default accepts connections from this machine only.
+          port: port to listen on; 0 takes a free one.
+          topk: number of results for requests without ``topk``.
 
         Raises:
           OSError: the address cannot be bound.
@@ -64,7 +64,7 @@ class RetrievalServer(ThreadingHTTPServer):
         return f"http://{host!s}:{port}/retrieve"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is nobody's error; all else is reported to stderr."""
+        """Ignore clients that disconnect; report all other errors to stderr."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             socketserver.BaseServer.handle_error(self, request, client_address)
 
@@ -73,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: RetrievalServer
     protocol_version = "HTTP/1.1"  # keeps connections open
     timeout = IDLE_SECONDS
-    wbufsize = -1  # head and body leave in one packet
+    wbufsize = -1  # buffered, so that head and body are sent in one packet
     disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
@@ -83,9 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
             answer, status = self._retrieve(), 200
         except RequestError as error:
             answer, status = {"detail": str(error)}, error.status
-        except (ConnectionError, TimeoutError):  # of the client: there is nobody to answer
+        except (ConnectionError, TimeoutError):  # the client is gone, so nobody can receive an answer
             raise
-        except Exception as error:  # of the engine: this request fails, the server goes on
+        except Exception as error:  # an error of the engine fails this request; the server continues
             answer, status = {"detail": f"{type(error).__name__}: {error}"}, 500
         self._send(status, answer)
 
@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"detail": f"no {self.path}; POST /retrieve, GET /health"})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not logged: there are thousands."""
+        """Do nothing: a log line for each of thousands of requests would be noise."""
 
     def _retrieve(self) -> dict[str, Any]:
         queries, topk, with_scores = parse_request(self._read_body(), self.server.topk)
@@ -109,10 +109,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             length = int(self.headers.get("Content-Length", ""))
         except ValueError:
-            self.close_connection = True  # where the body ends is unknown
+            self.close_connection = True  # the end of the body is unknown
             raise RequestError(411, "the request says no Content-Length") from None
         if not 0 <= length <= MAX_BODY_BYTES:
-            self.close_connection = True  # the body is not read
+            self.close_connection = True  # the unread body would be taken for the next request
             raise RequestError(413, f"the request has {length} bytes; at most {MAX_BODY_BYTES} are read")
         return self.rfile.read(length)
 
@@ -128,10 +128,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def parse_request(body: bytes, usual_topk: int) -> tuple[list[str], int, bool]:
-    """Queries, topk and whether scores are wanted.
+    """Parse a request's body; return the queries, ``topk`` and ``return_scores``.
 
     Raises:
-      RequestError: status 400 for what is not JSON, 422 for a field that is wrong.
+      RequestError: with status 400 if the body is not JSON, with 422 if a field is invalid.
     """
     try:
         request = json.loads(body)
@@ -155,7 +155,7 @@ def parse_request(body: bytes, usual_topk: int) -> tuple[list[str], int, bool]:
 
 
 def write_hit(hit: Hit, with_scores: bool) -> dict[str, Any]:
-    """A found passage in the server's language."""
+    """Return a search result in the protocol's JSON form."""
     passage = hit.passage
     document = {**passage.to_row(), "title": passage.title, "text": passage.text}
     return {"document": document, "score": hit.score} if with_scores else document

@@ -80,10 +80,10 @@ class Evaluator:
                         f"{trajectory.outcome.reason}: {trajectory.outcome.detail}"
                     )
         trajectories = [found[task] for task in range(self.num_tasks)]
-        return Evaluation(summarise(trajectories), trajectories)
+        return Evaluation(summarize(trajectories), trajectories)
 
 
-def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Mean success, return, turns, entropy, validity and the environment's own numbers, as ``eval_*``."""
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     entropies = np.concatenate([turn.entropies for turn in turns])

@@ -13,7 +13,7 @@ from empg_jax.hf.load import load_hf, open_weights
 from empg_jax.learner.state import base_model, init_trained
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, init_params, init_value_head
-from empg_jax.models.quantize import quantise_params
+from empg_jax.models.quantize import quantize_params
 from empg_jax.run.assembly import make_language, make_model
 from empg_jax.types import Params
 
@@ -53,10 +53,10 @@ def make_base(config: Config, model: DecoderConfig, mesh: Mesh) -> Params | None
     bare, scheme = base_model(model), config.model.quantize
     shardings = param_shardings(mesh, base_shapes(config, model), model.head_dim)
     if config.model.path is not None:
-        return load_hf(config.model.path, bare, shardings=shardings, quantise=scheme)[1]
+        return load_hf(config.model.path, bare, shardings=shardings, quantize=scheme)[1]
 
     def init(key: jax.Array) -> Params:
-        return quantise_params(init_params(key, bare), scheme)
+        return quantize_params(init_params(key, bare), scheme)
 
     return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
@@ -65,7 +65,7 @@ def base_shapes(config: Config, model: DecoderConfig) -> Params:
     """Shapes and types of the frozen weights below adapters, as they are kept."""
 
     def init() -> Params:
-        return quantise_params(init_params(jax.random.key(0), base_model(model)), config.model.quantize)
+        return quantize_params(init_params(jax.random.key(0), base_model(model)), config.model.quantize)
 
     return jax.eval_shape(init)
 

@@ -1,1 +1,1 @@
-"""Supervised warm start: demonstrations of an expert or chat files, before RL."""
+"""The supervised warm start before RL, on an expert's demonstrations or on chat files."""

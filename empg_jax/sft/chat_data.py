@@ -1,7 +1,7 @@
-"""Chat files as training examples: read once, tokenised once, kept as flat arrays.
+"""Chat files as training examples: they are read and tokenized once and stored as flat arrays.
 
-A row of a conversation (`text.rows`) is an example; it is given out as a `Trajectory`, so that packing, loss
-and update are those of every other episode.
+Each row of a conversation (`text.rows`) is one example. An example is returned as a `Trajectory`, so that
+packing, loss and update are the same as for episodes.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from empg_jax.text.rows import TokenRow, tokenize_conversation
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.types import Outcome, Status, Trajectory, Turn
 
-SHOWN_PROBLEMS = 10  # of all that were found
+SHOWN_PROBLEMS = 10  # number of unusable lines that an error message lists
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatCorpus(Sequence[Trajectory]):
-    """Examples in three arrays: about five bytes per token, whatever the file's size.
+    """Examples in three flat arrays, which take about five bytes per token.
 
     Attributes:
-      tokens: int32, all rows behind each other.
-      loss_mask: bool, the same length: learned tokens.
-      offsets: int64[rows + 1], where each row begins and ends.
+      tokens: int32, the concatenated rows.
+      loss_mask: bool of the same length, True for trained tokens.
+      offsets: int64[rows + 1]; row ``i`` has the tokens from ``offsets[i]`` to ``offsets[i + 1]``.
     """
 
     tokens: np.ndarray
@@ -40,11 +40,11 @@ class ChatCorpus(Sequence[Trajectory]):
     offsets: np.ndarray
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Trajectory:  # type: ignore[override]  # no slices
-        """One row as a trajectory: every learned answer is a turn."""
+        """Return one row as a trajectory, with a turn for every trained answer."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         start, stop = self.offsets[index % len(self) :][:2]
@@ -66,7 +66,7 @@ class ChatCorpus(Sequence[Trajectory]):
 
     @property
     def max_turns(self) -> int:
-        """Most learned answers in one row (0 without rows)."""
+        """Largest number of trained answers in one row; 0 without rows."""
         starts = np.concatenate([self.loss_mask[:1], self.loss_mask[1:] & ~self.loss_mask[:-1]])
         starts[self.offsets[:-1]] = self.loss_mask[self.offsets[:-1]]
         totals = np.concatenate([[0], np.cumsum(starts)])
@@ -74,7 +74,7 @@ class ChatCorpus(Sequence[Trajectory]):
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of everything that is learned from."""
+        """A short hash of all tokens and masks."""
         digest = hashlib.blake2b(digest_size=8)
         for part in (self.tokens, self.loss_mask, self.offsets):
             digest.update(np.ascontiguousarray(part).data)
@@ -97,7 +97,7 @@ def _turn(prompt: np.ndarray, response: np.ndarray) -> Turn:
 
 
 class _Builder:
-    """Collects the rows of one part of the data."""
+    """A collector of the rows of one part of the data (training or held out)."""
 
     def __init__(self) -> None:
         self.tokens, self.mask, self.offsets = array.array("i"), bytearray(), array.array("q", [0])
@@ -117,15 +117,15 @@ class _Builder:
 
 @dataclasses.dataclass
 class ChatData:
-    """What was read from chat files.
+    """The examples of chat files, with counts for the report.
 
     Attributes:
-      train: examples to learn from.
-      held_out: examples to measure the loss on; may be empty.
-      conversations: conversations read.
-      held_out_conversations: those of them that are held out.
-      too_long: rows longer than the limit.
-      unknown: tokens that the tokenizer has no word for.
+      train: training examples.
+      held_out: examples for the held-out loss; may be empty.
+      conversations: number of conversations read.
+      held_out_conversations: number of held-out conversations.
+      too_long: number of rows longer than the limit.
+      unknown: number of tokens that are the tokenizer's unknown token.
     """
 
     train: ChatCorpus
@@ -136,7 +136,7 @@ class ChatData:
     unknown: int
 
     def describe(self, max_tokens: int, too_long: str) -> str:
-        """A line for the person."""
+        """Return a one-line summary for the user."""
         tokens = len(self.train.tokens) + len(self.held_out.tokens)
         learned = int(self.train.loss_mask.sum())
         parts = [
@@ -161,21 +161,21 @@ def load_chat_data(
     holdout: float = 0.0,
     advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
 ) -> ChatData:
-    """Read, check and tokenise chat files.
+    """Read, check and tokenize chat files.
 
     Args:
       paths: JSON-lines files.
       renderer: renderer of the model's chat template.
-      max_tokens: longest row.
-      loss_on: learn ``all`` answers of a conversation, or the ``last``.
+      max_tokens: length limit of a row.
+      loss_on: train on ``all`` answers of a conversation, or only on the ``last``.
       too_long: ``skip`` a longer row, or ``truncate`` it.
-      holdout: share of the conversations that is held out, by a hash of their content: the choice depends
-        neither on order nor on seed, and the same conversation never stands on both sides.
-      advance: told of conversations read, for a progress display.
+      holdout: share of the conversations that is held out. A hash of the content selects them, so that the
+        choice depends neither on order nor on seed, and copies of a conversation are never on both sides.
+      advance: progress display, called after each conversation.
 
     Raises:
-      ChatDataError: lines that are no conversations (all are counted, the first ten told), or nothing to
-        learn from.
+      ChatDataError: some lines are no conversations (all are counted, the first ten are listed), or there are
+        no training examples.
     """
     parts = (_Builder(), _Builder())
     problems: list[str] = []
@@ -209,13 +209,16 @@ def load_chat_data(
 
 
 def epoch_batch(count: int, size: int, seed: int, update: int) -> list[int]:
-    """The examples of an update: each comes once per epoch, in an order drawn anew for every epoch.
+    """Return the indices of an update's examples.
+
+    Every example occurs once per epoch, and every epoch has its own random order.
 
     Args:
       count: number of examples.
-      size: examples per update; at most ``count`` are given.
+      size: number of examples per update; it is limited to ``count``.
       seed: the run's seed.
-      update: number of the update; the result depends on nothing before it.
+      update: index of the update. The result does not depend on earlier updates, so a resumed run continues
+        with the same examples.
     """
     size = min(size, count)
     chosen: list[int] = []
@@ -242,7 +245,7 @@ def _select(conversation: Conversation, loss_on: str) -> Conversation:
 
 
 def _position(conversation: Conversation) -> float:
-    """Where a conversation falls in [0, 1): uniform over contents."""
+    """Map a conversation to [0, 1) by a hash of its content, uniformly over contents."""
     text = json.dumps([conversation.messages, conversation.tools], sort_keys=True, ensure_ascii=False)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -1,4 +1,4 @@
-"""Demonstrations: an environment's own expert plays tasks, and its episodes become trajectories."""
+"""Demonstrations: trajectories of tasks that an environment's own expert plays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class DemonstrationError(RunError):
-    """The environment's expert cannot give demonstrations."""
+    """A failure to record demonstrations."""
 
 
 def record_demonstrations(
@@ -27,9 +27,10 @@ def record_demonstrations(
     *,
     advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
 ) -> list[Trajectory]:
-    """Let the expert play ``count`` tasks of ``sft.split``; with probability ``sft.noise`` a turn is random.
+    """Record the expert's episodes of ``count`` tasks of ``sft.split``.
 
-    A demonstration that would not fit ``rollout.max_tokens`` is left out.
+    Each action is replaced by a random admissible one with probability ``sft.noise``. A demonstration longer
+    than ``rollout.max_tokens`` is left out.
 
     Raises:
       DemonstrationError: the environment has no expert or fails, or no demonstration fits.
@@ -46,7 +47,7 @@ def record_demonstrations(
         task = int(tasks[number % len(tasks)])
         try:
             trajectory = _play(env, config, language, task, number, rng)
-        except Exception as error:  # whatever an environment raises, in words that name it
+        except Exception as error:  # an environment may raise anything; the message names it
             raise DemonstrationError(
                 f"environment {config.env.target} failed while its expert played task "
                 f"{config.sft.split}/{task}: {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What a warm start learns from: conversations of files, or demonstrations of the environment's expert."""
+"""The examples of a warm start: conversations from files, or demonstrations of the environment's expert."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What a warm start learns from.
+    """The training and held-out examples of a warm start.
 
     Attributes:
-      train: episodes or conversations.
-      draw: the ones that an update takes, by number; depends on nothing but the update.
-      max_turns: most turns that one has.
-      rows: most rows that one needs.
-      held_out: others, on which the loss is measured.
-      fingerprint: hash of the data; empty where they were recorded by an expert (they are again on resume).
+      train: training episodes or conversations.
+      draw: function from the index of an update to the indices of its examples. It depends on nothing else.
+      max_turns: largest number of turns of an example.
+      rows: largest number of rows of an example.
+      held_out: examples for the held-out loss.
+      fingerprint: hash of the data. It is empty for an expert's demonstrations, which are recorded again on
+        resume.
     """
 
     train: Sequence[Trajectory]
@@ -44,10 +45,10 @@ class Examples:
     fingerprint: str = ""
 
     def note(self, record: RunRecord) -> None:
-        """Write into a run's record which data this is.
+        """Write the fingerprint to a run's record.
 
         Raises:
-          ChatDataError: the record says that the run began with other data.
+          ChatDataError: the record has a fingerprint of other data.
         """
         if record.sft_data not in (None, self.fingerprint):
             raise ChatDataError("sft.data was changed since this run began: resume needs the same files")
@@ -55,12 +56,12 @@ class Examples:
 
 
 def gather_examples(config: Config, language: Language, progress: Progress) -> Examples:
-    """The conversations of ``sft.data``, else demonstrations of the environment's expert.
+    """Read the conversations of ``sft.data``, or record demonstrations if it is not set.
 
     Raises:
       ConfigError: a file of ``sft.data`` does not exist.
-      ChatDataError: it holds lines that are no conversations, or nothing to learn from.
-      DemonstrationError: the expert cannot give demonstrations.
+      ChatDataError: a file has lines that are no conversations, or there are no training examples.
+      DemonstrationError: the demonstrations cannot be recorded.
     """
     s = config.sft
     if s.data is not None:
@@ -92,7 +93,7 @@ def _read_examples(config: Config, paths: Sequence[str], language: Language, pro
         holdout=s.holdout,
         advance=progress.advance,
     )
-    progress.close()  # the phase ends here, not with the compilation that comes next
+    progress.close()  # the phase ends here, before the next phase's compilation
     epochs = s.updates * s.batch_size / len(data.train)
     progress.message(
         f"{data.describe(config.rollout.max_tokens, s.too_long)}; {s.updates} updates of {s.batch_size} are "

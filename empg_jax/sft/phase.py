@@ -1,4 +1,4 @@
-"""The warm start as a phase of a run: its metrics, its progress, its checkpoints."""
+"""The warm start as a phase of a run, with metrics, progress display and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from empg_jax.sft.warm_start import warm_start
 
 
 def train_on_examples(parts: Parts, run: RunState, examples: Examples | None = None) -> None:
-    """Make the updates of the warm start that are still to be made.
+    """Run the remaining updates of the warm start.
 
     Args:
       parts: the run's parts.
-      run: its state; afterwards it holds the trained parameters.
-      examples: what to learn from; None gathers it.
+      run: the run's state; it receives the trained parameters.
+      examples: the examples; None gathers them (`gather_examples`).
 
     Raises:
-      ChatDataError: on resume, ``sft.data`` is not what the run began with.
+      ChatDataError: ``sft.data`` was changed since the run began.
       Interrupted: the run was asked to stop.
     """
     config, progress = parts.config, parts.progress
@@ -59,7 +59,7 @@ def _after_update(
             f"warm start update {number + 1}: loss {values['sft_loss']:.4f}, "
             f"held-out {values['sft_eval_loss']:.4f}"
         )
-    # Demonstrations are soon learned anew; a large file is not.
+    # A warm start on demonstrations is short enough to repeat; one on large files is saved regularly.
     is_saved = config.sft.data is not None and (number + 1) % config.checkpoint.every == 0
     should_stop = parts.should_stop()
     if is_saved or should_stop:

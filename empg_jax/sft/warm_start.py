@@ -1,7 +1,7 @@
-"""Supervised warm start on an environment's expert or on chat files: a random policy never sees a reward.
+"""The supervised warm start. It is needed because a random policy hardly ever gets a reward.
 
-Demonstrations become trajectories like any other, so packing, loss and update are the learner's own; the
-"algorithm" is a cross-entropy on the agent's tokens.
+Its examples are trajectories, so that packing, loss and update are the learner's own. Its "algorithm" is the
+cross-entropy of the agent's tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def make_cross_entropy() -> Algorithm:
-    """Cross-entropy on sampled tokens as an `Algorithm`: loss ``-logprob``, every token weighing the same."""
+    """Make the `Algorithm` with the loss ``-logprob``, averaged over all trained tokens."""
 
     def credit(batch: Batch, scores: Scores) -> Credit:
         del scores
@@ -62,14 +62,14 @@ def warm_start(
       config: the run's configuration (``sft.*``).
       model: decoder config.
       mesh: the learner's mesh.
-      state: where to start; its optimizer is only used when ``first`` > 0.
-      examples: what to learn from.
-      base: the frozen parameters, where only adapters are trained.
-      first: update to go on with (0: from the start, with a fresh optimizer).
-      on_update: told of every update: its number, the state after it, its metrics.
+      state: the initial state; its optimizer state is used only if ``first`` > 0.
+      examples: the training and held-out examples.
+      base: the frozen parameters if only adapters are trained, else None.
+      first: index of the first update to run; 0 starts with a fresh optimizer.
+      on_update: called after every update with its index, the new state, and its metrics.
 
     Returns:
-      The last state.
+      The final state.
 
     Raises:
       FloatingPointError: the loss is not finite.
@@ -112,7 +112,7 @@ def warm_start(
 def measure_loss(
     learner: Learner, params: Params, examples: Sequence[Trajectory], shape: BatchShape
 ) -> float:
-    """Mean cross-entropy in nats over the learned tokens of all examples; every token weighs the same."""
+    """Compute the mean cross-entropy in nats over the trained tokens of all examples."""
     total, tokens = 0.0, 0
     for start in range(0, len(examples), shape.trajectories):
         chosen = [examples[index] for index in range(start, min(start + shape.trajectories, len(examples)))]

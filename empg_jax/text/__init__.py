@@ -1,4 +1,4 @@
-"""Text in and out of token ids: tokenizers and the exact chat renderer."""
+"""Conversion between text and token ids: tokenizers, chat templates, and the chat renderer."""
 
 from empg_jax.text.builtin import build_phrase_tokenizer
 from empg_jax.text.chat import ChatRenderer

@@ -1,7 +1,7 @@
 """Small tokenizers for small models: one token per phrase of a closed vocabulary.
 
-A tiny model that learns in minutes has no capacity to spare for spelling, so a whole phrase ("go to",
-"apple 1") is one token, and a chat turn costs two control tokens besides its content.
+A tiny model that trains in minutes should not spend its capacity on spelling. A whole phrase ("go to",
+"apple 1") is therefore one token, and a chat turn adds only two control tokens to its content.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ CHAT_TEMPLATE = (
 
 
 def build_phrase_tokenizer(phrases: Sequence[str]) -> Tokenizer:
-    """Builds a word-level tokenizer over multi-word phrases.
+    """Build a word-level tokenizer over multi-word phrases.
 
-    Text is read with the longest phrase first; white space only separates. A word outside the vocabulary
-    becomes one ``<|unk|>``. Decoding joins with single spaces and attaches punctuation to the left, so
-    ``decode(encode(text)) == text`` for text that is spaced like that and made of known phrases.
+    Encoding prefers the longest phrase; white space only separates phrases. A word outside the vocabulary
+    becomes one ``<|unk|>``. Decoding joins phrases with single spaces and attaches punctuation to the left.
+    Hence ``decode(encode(text)) == text`` for text of known phrases with this spacing.
 
-    Ids: control tokens, punctuation, then the phrases in the given order (duplicates dropped), so the same
-    list always gives the same ids.
+    The ids are control tokens, punctuation, then the phrases in the given order (duplicates are dropped). The
+    same list always gives the same ids.
 
     Args:
       phrases: the closed vocabulary, for example ``["go to", "apple 1", "fridge 1"]``. Case matters.
 
     Raises:
-      ValueError: for an empty phrase, or one that contains a control token.
+      ValueError: a phrase is empty or contains a control token.
     """
     controls = (PAD, END, USER, ASSISTANT, SYSTEM, UNKNOWN)
     vocabulary = list(dict.fromkeys([*controls, *PUNCTUATION, *(_normalize(phrase) for phrase in phrases)]))
@@ -64,14 +64,14 @@ def build_phrase_tokenizer(phrases: Sequence[str]) -> Tokenizer:
         models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token=UNKNOWN)
     )
     backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
-    # Inverted removal keeps what matches and drops what lies between, which is white space only.
+    # Inverted removal keeps the matches and drops the text between them, which is only white space.
     pattern = rf"{_phrase_pattern(vocabulary[len(controls) :])}|\w+|[^\w\s]"
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     closing = re.escape(PUNCTUATION)
     backend.decoder = decoders.Sequence(
         [decoders.Replace(Regex(rf"\A(?![{closing}]\z)"), " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    # <|unk|> stays visible in decoded text: a word that was lost must not go unnoticed.
+    # <|unk|> is no special token, so that lost words stay visible in decoded text.
     backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in controls[:-1]])
     backend.add_tokens([tokenizers.AddedToken(UNKNOWN, special=False)])
     return Tokenizer(
@@ -86,10 +86,10 @@ def _normalize(phrase: str) -> str:
 
 
 def _phrase_pattern(phrases: Iterable[str]) -> str:
-    """Returns a regular expression that prefers the longest phrase and never ends inside a word.
+    """Build a regular expression that prefers the longest phrase and never ends inside a word.
 
-    The phrases are merged into a tree of words: trying hundreds of alternatives one by one at every
-    position would take most of the time of a short turn.
+    The phrases are merged into a tree of words. Without it, the expression would try hundreds of alternatives
+    at every position, which would take most of the time of a short turn.
     """
     tree: dict[str, Any] = {}
     for phrase in phrases:
@@ -97,7 +97,7 @@ def _phrase_pattern(phrases: Iterable[str]) -> str:
         for word in phrase.split(" "):
             node = node.setdefault(word, {})
         node[""] = {}  # a phrase may end here
-    # A phrase starts where no word is being cut; one that starts with punctuation may start anywhere.
+    # A phrase must not start inside a word, but a phrase that starts with punctuation may start anywhere.
     words = {word: node for word, node in tree.items() if re.match(r"\w", word)}
     marks = {word: node for word, node in tree.items() if word not in words}
     return "|".join([rf"(?<!\w){_alternatives(words)}"] * bool(words) + [_alternatives(marks)] * bool(marks))

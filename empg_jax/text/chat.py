@@ -1,10 +1,10 @@
-"""Chat renderer: messages → *token delta*.
+"""The chat renderer: it turns new messages into a *token delta*, the ids to append to a conversation.
 
-A conversation is tokenised once and only grows: what the policy sampled stays as the ids it sampled, and a
-new message costs only its own tokens. Whether a chat template allows that is not assumed but shown: the
-template's text with the new messages must start with the template's text before them plus the response. When
-it does not (reasoning stripped from history, trimmed white space), `ChatRenderer.follow` says so with None,
-and the caller starts a new row from a full rendering.
+A conversation is tokenized once and only grows. Sampled ids are never tokenized again, and a new message adds
+only its own tokens. Not every chat template allows this, so the renderer checks it: the template's text with
+the new messages must start with the text before them plus the response. If it does not (a template may strip
+reasoning from history or trim white space), `ChatRenderer.follow` returns None, and the caller starts a new
+row from a full rendering.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from empg_jax.text.tokenizer import Tokenizer
 
 
 class ChatRenderer:
-    """Renders a growing conversation as token deltas.
+    """A renderer of growing conversations as token deltas.
 
     Args:
       tokenizer: a tokenizer with a chat template.
       options: variables for the template, for example ``{"enable_thinking": False}``.
-      cache_size: how many encoded texts to keep.
+      cache_size: number of encoded texts to keep.
 
     Raises:
-      ChatTemplateError: when there is no template, or it does not end an assistant's turn with a single
-        control token (then a turn has no end that a sampler could stop at).
+      ChatTemplateError: there is no template, or it does not end an assistant's turn with a single control
+        token. A sampler could then not detect the end of a turn.
 
     Attributes:
-      end_id: the control token with which the template ends an assistant's turn.
-      end_token: its text.
-      lead: white space that the template puts before an answer and that a sampler has to say (mostly none).
+      end_id: id of the control token with which the template ends an assistant's turn.
+      end_token: text of this token.
+      lead: white space that the template prints before an answer and that the policy has to sample (usually
+        empty).
     """
 
     def __init__(
@@ -54,18 +55,19 @@ class ChatRenderer:
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """Returns the template's text of a conversation; ``variables`` go before the renderer's options."""
+        """Return the template's text of a conversation; ``variables`` override the renderer's options."""
         variables = {**self._options, **variables}
         return self.tokenizer.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def start(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the ids of the whole conversation so far, the generation prompt included."""
+        """Return the ids of the whole conversation so far, including the generation prompt."""
         return list(self._encode(self.render(messages)))
 
     def encode_response(self, text: str) -> list[int]:
-        """Returns the ids of a response that a person or an expert wrote, as the template writes it.
+        """Return the ids of a written response (by a person or an expert), as a sampler would produce it.
 
-        That is behind the template's ``lead`` and with its end of turn; `follow` is to be told the lead too.
+        The ids begin with the template's ``lead`` and end with its end-of-turn token. The response passed to
+        `follow` must then begin with the lead, too.
         """
         return [*encode_behind(self._encode, self._opening, self.lead + text)[1], self.end_id]
 
@@ -77,18 +79,18 @@ class ChatRenderer:
         *,
         stopped: bool,
     ) -> list[int] | None:
-        """Returns the ids to append after a sampled response, so that the model can answer the new messages.
+        """Return the ids to append after a sampled response, so that the model can answer the new messages.
 
         Args:
           prefix_messages: the conversation that the response answers.
           response_text: the decoded response without its end-of-turn token.
-          new_messages: what comes after the response, oldest first; not empty.
-          stopped: True when the sampled ids end with ``end_id``; when False (cut by a length limit) the
-            end-of-turn token is part of the result.
+          new_messages: the messages after the response, oldest first; at least one.
+          stopped: whether the sampled ids end with ``end_id``. If not (the response was cut by a length
+            limit), the result begins with the end-of-turn token.
 
         Returns:
-          The ids after the response, generation prompt included, or None when the template renders the
-          longer conversation differently and a full rendering must start afresh.
+          The ids after the response, including the generation prompt. None if the template renders the longer
+          conversation differently, so that a full rendering is needed.
         """
         if not new_messages:
             raise ValueError("follow needs at least one new message after the response")
@@ -98,8 +100,8 @@ class ChatRenderer:
         if delta is None:
             return None
         ids = self._encode(delta)
-        # An end-of-turn control token is never merged with its neighbours, so ids before and after it are
-        # those of the whole text.
+        # A tokenizer never merges a control token with its neighbors. The ids before and after the end of the
+        # turn are therefore the same as in a tokenization of the whole text.
         if not ids or ids[0] != self.end_id:
             return None
         return list(ids[1:] if stopped else ids)
@@ -111,7 +113,7 @@ class ChatRenderer:
         return "" if lead.strip() else lead
 
     def _find_opening(self) -> str:
-        """What a response stands behind: the end of a prompt, from its last control token on."""
+        """Return the end of a prompt, from its last control token on: the text right before a response."""
         prompt = self.render([{"role": "user", "content": "question"}])
         controls = [index for index in self._encode(prompt) if index in self.tokenizer.special_ids]
         last = self.tokenizer.id_to_token(controls[-1]) if controls else None
@@ -120,7 +122,7 @@ class ChatRenderer:
     def _quick_delta(
         self, prefix: Sequence[Message], response: str, new_messages: Sequence[Message]
     ) -> str | None:
-        """Returns the text after the response from remembered seams, or None when they may not be trusted."""
+        """Return the text after the response from a cached seam, or None if no seam is valid here."""
         new_roles = tuple(message["role"] for message in new_messages)
         seam = self._seams.find(prefix[-1]["role"], new_roles, len(prefix))
         if seam is None or not _fits(seam, prefix, response, new_messages):
@@ -130,7 +132,10 @@ class ChatRenderer:
     def _exact_delta(
         self, prefix: Sequence[Message], response: str, new_messages: Sequence[Message]
     ) -> str | None:
-        """Returns the text after the response by rendering both conversations; None if it is no extension."""
+        """Return the text after the response by rendering both conversations.
+
+        The result is None if the longer conversation's text does not extend the shorter one's.
+        """
         before = self.render(prefix) + response
         after = self.render([*prefix, {"role": "assistant", "content": response}, *new_messages])
         return after[len(before) :] if after.startswith(before) else None
@@ -139,20 +144,21 @@ class ChatRenderer:
 def encode_behind(
     encode: Callable[[str], Sequence[int]], prompt: str, text: str
 ) -> tuple[list[int], list[int]]:
-    """Returns the ids of a prompt and those of a text behind it.
+    """Return the ids of a prompt and the ids of a text after it.
 
-    Some tokenizers mark the beginning of a text, so ids of the text alone may differ. Where a token would
-    span the seam no sampler could produce it; there the text is tokenised alone all the same.
+    Both are tokenized together, because some tokenizers mark the beginning of a text, so that the ids of the
+    text alone may differ. If a token would span the border, no sampler could produce it; the text is then
+    tokenized alone.
     """
     before, whole = list(encode(prompt)), list(encode(prompt + text))
     return before, whole[len(before) :] if whole[: len(before)] == before else list(encode(text))
 
 
 def _fits(seam: Seam, prefix: Sequence[Message], response: str, new_messages: Sequence[Message]) -> bool:
-    # Reasoning in an earlier answer may vanish when a later message arrives: all of the conversation counts.
+    # A new message can make a template strip the reasoning of any earlier answer: check all messages.
     for message in itertools.chain(new_messages, () if seam.takes_any else prefix):
         content = message["content"]
-        # More keys than role and content (tool calls and the like) may be printed anywhere.
+        # A template may print keys other than role and content (tool calls, for example) anywhere.
         if len(message) != 2 or not isinstance(content, str) or not (seam.takes_any or is_plain(content)):
             return False
     return seam.takes_any or is_plain(response)
@@ -162,7 +168,7 @@ def _require_turn_end(tokenizer: Tokenizer) -> int:
     if tokenizer.turn_end_id is not None:
         return tokenizer.turn_end_id
     probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    text = tokenizer.render(probe, add_generation_prompt=False)  # raises when that is what is wrong
+    text = tokenizer.render(probe, add_generation_prompt=False)  # raises if there is no template at all
     raise ChatTemplateError(
         "the chat template does not end an assistant's turn with a control token of the tokenizer, so a "
         f"sampler could not stop there; after the answer it prints {text.rpartition('answer')[2]!r}"

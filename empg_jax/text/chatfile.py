@@ -1,8 +1,8 @@
-"""Written conversations from JSON-lines files, in the spellings that people use.
+"""Written conversations from JSON-lines files, in the common formats.
 
-A line is an object with ``messages`` (``[{"role", "content"}, ...]``, optionally ``tools`` beside it),
+A line is an object with ``messages`` (``[{"role", "content"}, ...]``, and optionally ``tools``),
 ``conversations`` (``[{"from", "value"}, ...]``), or ``prompt`` and ``completion`` (two texts, or two lists of
-messages). What a line lacks is said in words and never guessed at.
+messages). A line in another format raises an error that names the problem; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _SENDERS = {
 
 
 class ChatDataError(UserError, ValueError):
-    """Conversations that cannot be learned from; the message names file, line and cause."""
+    """An unusable conversation file or line. The message gives the cause; the caller adds file and line."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, and which of them are to be learned.
+    """Messages, with a flag for those that are trained on.
 
     Attributes:
-      messages: as a chat template takes them.
-      is_trained: one flag per message; True only for the assistant's.
-      tools: definitions for the template, None without.
+      messages: messages in the format of chat templates.
+      is_trained: one flag per message; only an assistant's message can be True.
+      tools: tool definitions for the template, or None.
     """
 
     messages: tuple[Message, ...]
@@ -50,10 +50,12 @@ class Conversation:
 
 
 def read_chat_file(path: Path) -> Iterator[tuple[int, Conversation | ChatDataError]]:
-    """Yield line number and conversation, or what is wrong with the line. Blank lines are passed over.
+    """Yield the number and the conversation of every line, or the error of an unusable line.
+
+    Blank lines are skipped.
 
     Raises:
-      ChatDataError: the file cannot be read, or is no text.
+      ChatDataError: the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -69,24 +71,24 @@ def read_chat_file(path: Path) -> Iterator[tuple[int, Conversation | ChatDataErr
 
 
 def parse_conversation(record: Any) -> Conversation:
-    """The conversation of one line.
+    """Parse the conversation of one line.
 
     Args:
-      record: what the line's JSON says.
+      record: the decoded JSON of the line.
 
     Raises:
-      ChatDataError: it is none; says why.
+      ChatDataError: the record is no conversation; the message gives the reason.
     """
     if not isinstance(record, dict):
         raise ChatDataError(f"is a JSON {type(record).__name__}, not an object with messages")
-    learned_from = 0  # of a prompt with a completion, only the completion is learned
+    learned_from = 0  # index of the first message that may be trained on
     if "messages" in record:
         messages = _messages(record["messages"], "messages")
     elif "conversations" in record:
         messages = _messages(_translate(record["conversations"]), "conversations")
     elif "prompt" in record and "completion" in record:
         prompt = _messages(_as_messages(record["prompt"], "user"), "prompt")
-        learned_from = len(prompt)
+        learned_from = len(prompt)  # train on the completion only
         messages = (*prompt, *_messages(_as_messages(record["completion"], "assistant"), "completion"))
     else:
         raise ChatDataError(
@@ -100,7 +102,7 @@ def parse_conversation(record: Any) -> Conversation:
 
 
 def _mark(messages: Sequence[Message], learned_from: int) -> tuple[tuple[Message, ...], tuple[bool, ...]]:
-    """The messages, and which are to be learned; an assistant's ``weight`` of 0 leaves it out."""
+    """Return the messages and their training flags; an assistant's ``weight`` of 0 excludes the message."""
     if messages[0]["role"] == "assistant":
         raise ChatDataError("begins with the assistant: there is no prompt to answer")
     is_trained = tuple(
@@ -147,7 +149,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _translate(turns: Any) -> Any:
-    """ShareGPT's ``from`` and ``value`` as ``role`` and ``content``; what is not of that form stays."""
+    """Convert ShareGPT's ``from`` and ``value`` to ``role`` and ``content``; keep other values unchanged."""
     if not isinstance(turns, list):
         return turns
     return [

@@ -1,9 +1,9 @@
-"""A written conversation as the token rows that a policy would have seen and sampled.
+"""Tokenization of written conversations into the rows that a policy would have seen and sampled.
 
-Every answer that is learned stands behind exactly the prompt that the template would have put before a
-sampler, and holds exactly the tokens that it would have had to sample, its end-of-turn token included. Where
-the template prints the longer conversation as an extension of the shorter, both share a row; where it does
-not (reasoning stripped from history), the later answer gets a row of its own. No answer is learned twice.
+Each trained answer follows exactly the prompt that the template would give to a sampler. It consists of
+exactly the tokens that the policy would have to sample, including the end-of-turn token. If the template
+prints the longer conversation as an extension of the shorter one, both answers share a row. Otherwise (a
+template may strip reasoning from history) the later answer starts a new row. No answer is trained on twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from empg_jax.text.chatfile import ChatDataError, Conversation
 
 @dataclasses.dataclass(slots=True)
 class TokenRow:
-    """Tokens and which of them are learned (two lists of one length); grows while it is built."""
+    """Tokens and the mask of trained tokens: two lists of the same length that grow while a row is built."""
 
     tokens: list[int]
     loss_mask: list[bool]
@@ -29,7 +29,7 @@ class TokenRow:
         self.loss_mask += [is_trained] * len(ids)
 
     def cut(self, limit: int | None = None) -> TokenRow | None:
-        """The row up to its last learned token among the first ``limit``; None when there is none."""
+        """Return the row up to its last trained token among the first ``limit``; None without such a token."""
         mask = self.loss_mask[:limit]
         if not any(mask):
             return None
@@ -38,14 +38,14 @@ class TokenRow:
 
 
 def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) -> list[TokenRow]:
-    """Render and tokenise a conversation.
+    """Render and tokenize a conversation.
 
     Args:
       renderer: renderer of the model's chat template.
-      conversation: messages and which of them are learned.
+      conversation: messages with their training flags.
 
     Returns:
-      Rows that end with a learned answer; nothing after the last one is kept.
+      Rows that end with a trained answer; later tokens are dropped.
 
     Raises:
       ChatDataError: a content holds the end-of-turn token.
@@ -59,7 +59,7 @@ def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) ->
     if conversation.tools is not None:
         render = functools.partial(render, tools=conversation.tools)
     rows: list[TokenRow] = []
-    row, shown = TokenRow([], []), ""  # shown: the row's text
+    row, shown = TokenRow([], []), ""  # shown: the text of the row so far
     for index, message in enumerate(conversation.messages):
         if message["role"] != "assistant":
             continue
@@ -78,29 +78,29 @@ def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) ->
 
 
 def _answer(prompt: str, whole: str, content: str, end: str) -> str:
-    """What a sampler would have to say after the prompt, as the template writes it, its end included.
+    """Return the text that the policy would have to sample after the prompt, including the end of the turn.
 
     Args:
       prompt: the template's text up to the generation prompt.
-      whole: its text with the answer in place.
+      whole: the template's text with the answer.
       content: the answer's own text.
       end: the end-of-turn token.
     """
     if whole.startswith(prompt) and end in whole[len(prompt) :]:
         said = whole[len(prompt) :]
         return said[: said.index(end) + len(end)]
-    # The generation prompt is not part of history (an empty thought, say): the content follows it directly.
+    # The template does not repeat its generation prompt in history (an empty thought, for example). The
+    # policy then samples the content right after the generation prompt.
     return content + end
 
 
 def _encode(
     renderer: ChatRenderer, delta: str, answer: str, *, is_first: bool
 ) -> tuple[list[int], list[int]]:
-    """Ids of a prompt's new text and of the answer to it.
+    """Return the ids of a prompt's new text and of its answer.
 
-    A sampler gets the prompt's own ids, so the answer's are those that follow them. Within a row the end of
-    the turn before is encoded along and dropped: what stands behind a control token is tokenised as in the
-    whole text.
+    The end-of-turn token before the new text is encoded with it and dropped again: text after a control token
+    has the same ids as in a tokenization of the whole row.
     """
     lead = "" if is_first else renderer.end_token
     prompt_ids, answer_ids = encode_behind(renderer.tokenizer.encode, lead + delta, answer)

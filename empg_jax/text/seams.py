@@ -1,9 +1,9 @@
-"""What a chat template prints between two messages, found once per template and remembered.
+"""Seams: the fixed text that a chat template prints between messages, found once per template and cached.
 
-A *seam* is the fixed text around new messages: end of the assistant's turn, headers, generation prompt. For
-templates that only concatenate (ChatML and its like) the seam is all there is to know, and the next prompt
-costs no rendering. That a template is of this kind is tested by rendering probe conversations, with ordinary
-and with awkward contents; a template that fails a probe is rendered in full every time.
+A *seam* is the text around new messages: end of the assistant's turn, headers, generation prompt. Many
+templates (ChatML, for example) only concatenate messages and fixed text. With such a template the seam gives
+the next prompt without rendering. Probe conversations with plain and with awkward contents test whether a
+template is of this kind. A template that fails a probe is rendered in full every time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 
 from empg_jax.text.template import ChatTemplateError, Message
 
-Render = Callable[[Sequence[Message]], str]  # whole conversation with the generation prompt
+Render = Callable[[Sequence[Message]], str]  # renders a conversation with the generation prompt
 
-# Contents that templates are known to treat specially: trimmed, split at reasoning tags, seen as tool output.
+# _AWKWARD holds contents that some templates change: they trim white space, split at reasoning tags, or
+# recognize tool output.
 _PLAIN = ("alpha", "beta 2, gamma.\ndelta")
 _AWKWARD = (
     "",
@@ -29,7 +30,7 @@ _AWKWARD = (
     '<tool_call>\n{"name": "act"}\n</tool_call>',
 )
 _ANCHOR = "empgseam{}x"
-_FIRST_LENGTH = 16  # messages of the longest conversation of the first probe
+_FIRST_LENGTH = 16  # number of messages of the longest conversation in the first probe
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,15 +38,16 @@ class Seam:
     """The fixed text around the messages that follow a response.
 
     Attributes:
-      pieces: text after the response, between the new messages, and after the last (one more than messages).
-      takes_any: contents of every kind were shown to be printed as they are; otherwise only plain ones.
+      pieces: text after the response, between the new messages, and after the last one. There is one piece
+        more than new messages.
+      takes_any: whether the template printed every probed content unchanged, not only plain ones.
     """
 
     pieces: tuple[str, ...]
     takes_any: bool
 
     def fill(self, contents: Sequence[str]) -> str:
-        """Returns the text after the response with the contents in place."""
+        """Return the text after the response, with these contents of the new messages."""
         parts = [self.pieces[0]]
         for content, piece in zip(contents, self.pieces[1:], strict=True):
             parts += (content, piece)
@@ -53,15 +55,15 @@ class Seam:
 
 
 def is_plain(content: str) -> bool:
-    """Whether a content has nothing that templates treat specially: markup, outer white space, no text."""
+    """Return whether a content is safe from special treatment: not empty, no markup, no outer white space."""
     return "<" not in content and content == content.strip() and content != ""
 
 
 class SeamFinder:
-    """Finds and remembers the seams of one template.
+    """A finder and cache of one template's seams.
 
     Args:
-      render: the template, with the generation prompt.
+      render: function that renders a conversation with the generation prompt.
     """
 
     def __init__(self, render: Render):
@@ -69,13 +71,13 @@ class SeamFinder:
         self._seams: dict[tuple[str, tuple[str, ...]], tuple[Seam | None, int]] = {}
 
     def find(self, last_role: str, new_roles: tuple[str, ...], length: int) -> Seam | None:
-        """Returns the seam after a response, or None when the template must be rendered in full.
+        """Return the seam after a response, or None if the template must be rendered in full.
 
         Args:
           last_role: role of the message that the response answers.
           new_roles: roles of the messages that follow the response.
-          length: number of messages up to the response. Some templates drop what is old, so a seam is
-            trusted only up to the length that it was probed with, and probed again beyond.
+          length: number of messages up to the response. Some templates drop old messages, so a seam is valid
+            only up to the length of its probes. Longer conversations are probed again.
         """
         seam, probed = self._seams.get((last_role, new_roles), (None, 0))
         if length > probed:
@@ -117,12 +119,12 @@ class SeamFinder:
         new_roles: tuple[str, ...],
         contents: Sequence[str],
     ) -> bool:
-        """Whether the seam predicts the template's text for probe conversations made of these contents."""
+        """Return whether the seam predicts the template's text for probe conversations of these contents."""
         agreed = False
         for opening in openings:
             for index, (old, response) in enumerate(itertools.product(contents, repeat=2)):
                 prefix = [_message(role, old) for role in opening]
-                # Rotating pairs every content with every other in some position.
+                # Rotation combines every content with every other one in some position.
                 new = [contents[(index + shift) % len(contents)] for shift in range(len(new_roles))]
                 try:
                     before = self._render(prefix)
@@ -130,7 +132,7 @@ class SeamFinder:
                         [*prefix, _message("assistant", response), *map(_message, new_roles, new)]
                     )
                 except ChatTemplateError:
-                    break  # not allowed (no system role, alternation), so it cannot come up either
+                    break  # the template refuses these roles, so they cannot occur in an episode either
                 if after != before + response + seam.fill(new):
                     return False
                 agreed = True

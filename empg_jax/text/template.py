@@ -1,9 +1,9 @@
-"""Chat templates: the Jinja text that turns messages into the string a model was trained on.
+"""Chat templates: Jinja sources that turn messages into the text that a model was trained on.
 
-Rendering follows the rules that Hugging Face documents for chat templates (trimmed blocks, sandboxed
-environment, ``tojson``, ``raise_exception``, ``strftime_now``, loop controls, ``{% generation %}``), so that
-a template gives the same text here as in ``transformers``. It does not need ``transformers``, whose import
-alone costs about a second.
+Rendering follows Hugging Face's documented rules for chat templates (trimmed blocks, sandboxed environment,
+``tojson``, ``raise_exception``, ``strftime_now``, loop controls, ``{% generation %}``). A template therefore
+gives the same text as in ``transformers``. This module does not import ``transformers``, because the import
+alone takes about a second.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import jinja2.sandbox
 
 from empg_jax.errors import UserError
 
-Message = Mapping[str, Any]  # {"role": ..., "content": ...} and whatever else a template reads
+Message = Mapping[str, Any]  # {"role": ..., "content": ...} and other keys that a template may read
 
 
 class ChatTemplateError(UserError, ValueError):
-    """A chat template that is missing, does not parse, or refuses a conversation."""
+    """A missing or invalid chat template, or a conversation that the template refuses."""
 
 
 class ChatTemplate:
@@ -37,7 +37,7 @@ class ChatTemplate:
       special_tokens: names that the template may print, for example ``{"eos_token": "<|im_end|>"}``.
 
     Raises:
-      ChatTemplateError: when the source is not valid Jinja.
+      ChatTemplateError: the source is not valid Jinja.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
@@ -51,15 +51,15 @@ class ChatTemplate:
             ) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **options: Any) -> str:
-        """Returns the text of a conversation.
+        """Return the text of a conversation.
 
         Args:
           messages: the conversation, oldest first.
-          add_generation_prompt: append whatever opens the assistant's next turn.
+          add_generation_prompt: whether to append the header of the assistant's next turn.
           **options: further variables that the template reads, for example ``enable_thinking=False``.
 
         Raises:
-          ChatTemplateError: when the template refuses the conversation (its own message is kept).
+          ChatTemplateError: the template refuses the conversation (its own message is kept).
         """
         variables = {"tools": None, "documents": None, **self.special_tokens, **options}
         try:
@@ -74,7 +74,7 @@ class ChatTemplate:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """``{% generation %}…{% endgeneration %}`` marks assistant text for masks; here it prints its body."""
+    """The block ``{% generation %}…{% endgeneration %}``, which marks assistant text; it prints its body."""
 
     tags = {"generation"}  # noqa: RUF012 (the base class declares it as a plain set)
 
@@ -95,7 +95,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own filter escapes HTML characters, which a prompt must not have.
+    # Jinja's own filter would escape HTML characters in the prompt.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 

@@ -1,7 +1,7 @@
-"""A thin wrapper over a Hugging Face fast tokenizer: text ↔ ids, stop ids, chat template, save and load.
+"""A thin wrapper over a Hugging Face fast tokenizer: encoding, stop ids, chat template, saving and loading.
 
-It holds a ``tokenizers.Tokenizer`` directly. ``transformers`` is imported only for a folder that has no
-``tokenizer.json`` (slow tokenizers, which it converts).
+It wraps a ``tokenizers.Tokenizer``. ``transformers`` is imported only for a folder without
+``tokenizer.json``, to convert a slow tokenizer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from empg_jax.hf.hub import find_folder
 from empg_jax.text.template import ChatTemplate, ChatTemplateError
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_PROBE = "empgprobe"  # a content that no template treats specially
+_PROBE = "empgprobe"  # a content that no template changes
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,21 +32,21 @@ _FILES = (
 
 
 class Tokenizer:
-    """Text to ids and back, with the facts that sampling and chat rendering need.
+    """A tokenizer with its chat template and its special ids.
 
     Args:
       backend: the fast tokenizer.
       chat_template: Jinja source, or None for a model without one.
       special_tokens: named special tokens, for example ``{"eos_token": "<|im_end|>"}``.
-      stop_tokens: tokens that end a turn; ``eos_token`` always counts as one of them.
-      config: further keys to carry along into ``tokenizer_config.json``.
+      stop_tokens: tokens that end a turn; ``eos_token`` is always added to them.
+      config: additional keys for ``tokenizer_config.json``.
 
     Raises:
-      ValueError: when a special or stop token is not in the vocabulary, or no token ends a turn.
+      ValueError: a special or stop token is not in the vocabulary, or no token ends a turn.
 
     Attributes:
-      pad_id: the padding token (the first stop token when the tokenizer has none).
-      turn_end_id: the control token with which the chat template ends an assistant's turn, None without one.
+      pad_id: id of the padding token, or of the first stop token if the tokenizer has none.
+      turn_end_id: id of the control token with which the chat template ends an assistant's turn, or None.
       stop_ids: ids at which a sampler stops: ``turn_end_id`` first, then the stop tokens.
       special_ids: ids of all control tokens.
     """
@@ -61,14 +61,14 @@ class Tokenizer:
         config: Mapping[str, Any] | None = None,
     ):
         self._backend = backend
-        # Shapes are static downstream: a tokenizer file that pads or truncates on its own would corrupt ids.
+        # Some tokenizer files enable padding or truncation, which would change the ids silently.
         backend.no_padding()
         backend.no_truncation()
         self._config = dict(config or {})
         self.special_tokens = dict(special_tokens or {})
         for name, token in self.special_tokens.items():
             self._require_id(token, name)
-        # Ids may have holes, so the count of entries is not enough to size an embedding.
+        # Ids may have gaps, so the size of the embedding follows from the largest id, not from the count.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.chat_template = (
             None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
@@ -80,7 +80,7 @@ class Tokenizer:
         eos = self.special_tokens.get("eos_token")
         self.stop_tokens: tuple[str, ...] = tuple(dict.fromkeys([*stop_tokens, *([eos] if eos else [])]))
         named = [self._require_id(name, "stop token") for name in self.stop_tokens]
-        # A base model's eos_token is not what its chat template ends turns with: stop at both.
+        # A base model's eos_token often differs from the token that ends its chat turns: stop at both.
         first = [] if self.turn_end_id is None else [self.turn_end_id]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*first, *named]))
         if not self.stop_ids:
@@ -90,32 +90,32 @@ class Tokenizer:
         self.pad_id: int = self._require_id(pad, "pad_token") if pad is not None else self.stop_ids[0]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text; nothing (no begin-of-text token) is added to it."""
+        """Return the ids of a text; no special token (begin of text) is added."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Returns the text of ids, without control tokens unless ``skip_special`` is False."""
+        """Return the text of ids, without control tokens unless ``skip_special`` is False."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_to_id(self, token: str) -> int | None:
-        """Returns the id of a token's exact string, or None."""
+        """Return the id of a token's exact string, or None."""
         return self._backend.token_to_id(token)
 
     def id_to_token(self, index: int) -> str | None:
-        """Returns the string of one id, or None for an id outside the vocabulary."""
+        """Return the string of one id, or None for an id outside the vocabulary."""
         return self._backend.id_to_token(index)
 
     def vocabulary(self) -> dict[str, int]:
-        """Returns every token's string with its id."""
+        """Return every token's string with its id."""
         return self._backend.get_vocab(with_added_tokens=True)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **options: Any
     ) -> str:
-        """Returns the chat template's text of a conversation.
+        """Return the chat template's text of a conversation.
 
         Raises:
-          ChatTemplateError: when there is no template, or it refuses the conversation.
+          ChatTemplateError: there is no template, or it refuses the conversation.
         """
         if self.chat_template is None:
             raise ChatTemplateError(
@@ -125,7 +125,7 @@ class Tokenizer:
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **options)
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json (Hugging Face format)."""
+        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json (Hugging Face format)."""
         path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **self.special_tokens}
@@ -155,15 +155,15 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None) -> Tokenizer:
-    """Loads a tokenizer from a local folder or, when there is no such folder, from a hub id (``owner/name``).
+    """Load a tokenizer from a local folder or, when there is no such folder, from a hub id (``owner/name``).
 
     Args:
       path: folder with ``tokenizer.json`` (or files that ``transformers`` can convert), or a hub id.
       chat_template: Jinja source that replaces the folder's own template.
 
     Raises:
-      FileNotFoundError: when there is neither such a folder nor such a hub id.
-      ValueError: when a file does not parse, or a special or stop token is unknown.
+      FileNotFoundError: there is neither such a folder nor such a hub id.
+      ValueError: a file does not parse, or a special or stop token is unknown.
     """
     folder = find_folder(path, _FILES, "tokenizer")
     config = _read_json(folder / "tokenizer_config.json")
@@ -193,10 +193,10 @@ def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None
 
 
 def load_backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
-    """Reads a folder's tokenizer without its special tokens' names and its template.
+    """Read only the ``tokenizers`` backend of a folder, without special token names and template.
 
     Raises:
-      FileNotFoundError: the folder holds none.
+      FileNotFoundError: the folder contains no tokenizer.
       ValueError: the file does not parse.
     """
     file = folder / "tokenizer.json"
@@ -209,7 +209,7 @@ def load_backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
     if not slow:
         found = sorted(entry.name for entry in folder.iterdir())
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; it holds {found}")
-    import transformers  # costs about a second: only for tokenizers that need conversion
+    import transformers  # imported late: it takes about a second, and only slow tokenizers need it
 
     return transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=True).backend_tokenizer
 

@@ -1,4 +1,4 @@
-"""Whether a tokenizer is the one that a model was trained with, as far as the model's folder can tell."""
+"""The check that a tokenizer belongs to a model, based on the files in the model's folder."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from empg_jax.text.tokenizer import Tokenizer, load_backend
 
 
 def check_vocabulary(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    """Compare a tokenizer with what stands in a model's folder.
+    """Check that a tokenizer matches the files in a model's folder.
 
-    The model's own ``tokenizer.json``, where there is one, must give no id another meaning (a tokenizer may
-    lack tokens, or know more); the end-of-text tokens that ``config.json`` names by id must exist.
+    If the folder has a ``tokenizer.json``, ids that both tokenizers know must have the same string; either
+    may have additional tokens. The end-of-text ids in ``config.json`` must exist in the tokenizer.
 
     Args:
-      tokenizer: the tokenizer that is to be used with the model.
+      tokenizer: the tokenizer to use with the model.
       folder: the model's folder.
 
     Raises:
-      ValueError: they do not fit; says where they differ.
+      ValueError: the tokenizer does not match; the message gives the first difference.
     """
     for index in _end_ids(folder / "config.json"):
         if tokenizer.id_to_token(index) is None:
@@ -43,7 +43,10 @@ def check_vocabulary(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
 
 
 def _end_ids(file: pathlib.Path) -> list[int]:
-    """The end-of-text ids of a config.json; none without a readable file (whoever loads the model tells)."""
+    """Return the end-of-text ids of a config.json.
+
+    An unreadable file gives no ids; loading the model reports that error.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Environments for text agents: a table of names, and a way to reach ones defined elsewhere.
+"""Environments for text agents: a table of names, and entry points for environments of other packages.
 
-``ENVS`` is a plain dictionary. Its factories import an environment's folder only when called, so
-that listing names costs nothing and one environment's extra packages never burden another.
+``ENVS`` is a plain dictionary. Its factories import an environment only when they are called. Listing the
+names is therefore cheap, and no environment needs another one's extra packages.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def _lazy(module: str, attribute: str) -> Callable[..., Any]:
-    """A factory that imports ``module`` when it is called."""
+    """Return a factory that imports ``module`` when it is called."""
 
     def factory(**options: Any) -> Any:
         return getattr(importlib.import_module(module), attribute)(**options)
@@ -46,7 +46,7 @@ def _lazy(module: str, attribute: str) -> Callable[..., Any]:
 
 
 def _packaged(name: str, env: str) -> EnvSpec:
-    """The spec of ``empg_envs/<name>``, whose class is ``env``; nothing is imported before it is used."""
+    """Return the spec of the package ``empg_envs.<name>`` with the class ``env``, without importing it."""
     prompt = f"empg_envs.{name}.prompt"
     return EnvSpec(
         name=name,
@@ -67,17 +67,17 @@ ENVS: dict[str, EnvSpec] = {
 
 
 def resolve_spec(name_or_entry_point: str) -> EnvSpec:
-    """Finds an environment by name or by entry point.
+    """Find an environment by name or by entry point.
 
     Args:
-      name_or_entry_point: a key of ``ENVS``, or ``package.module:attribute`` naming an `EnvSpec` or a
-        callable that builds a `TextEnv`; the latter gets plain prompts and the plain parser.
+      name_or_entry_point: a key of ``ENVS``, or ``package.module:attribute`` of an `EnvSpec` or of a callable
+        that builds a `TextEnv`. A callable gets plain prompts and the plain parser.
 
     Returns:
       The spec.
 
     Raises:
-      ValueError: unknown name (the nearest known one is named), or an attribute that does not exist.
+      ValueError: the name is unknown (the message suggests the nearest one), or the attribute does not exist.
       TypeError: the attribute is neither a spec nor callable.
     """
     if ":" not in name_or_entry_point:
@@ -114,9 +114,9 @@ def resolve_spec(name_or_entry_point: str) -> EnvSpec:
 
 
 def make_env(name_or_entry_point: str, **options: Any) -> TextEnv:
-    """Builds one environment, for example ``make_env("household", level="tiny")``.
+    """Build one environment, for example ``make_env("household", level="tiny")``.
 
     Raises:
-      ValueError: unknown name, or an option that the environment refuses.
+      ValueError: the name is unknown, or the environment refuses an option.
     """
     return resolve_spec(name_or_entry_point).make(**options)

@@ -1,8 +1,8 @@
-"""What every environment, prompt builder and action parser looks like.
+"""The interfaces of environments, prompt builders and action parsers.
 
-An environment talks text: Gymnasium's reset and five-tuple step over strings, plus a listing of its
-task panels. Prompts and parsing stand beside an engine, never inside it, so that one engine serves a
-growing transcript and a fresh windowed prompt alike. Nothing here knows of models, tokens or JAX.
+An environment reads and writes text: Gymnasium's ``reset`` and five-tuple ``step`` over strings, and a
+listing of its task panels. Prompts and parsing are separate from the environment, so that it works with a
+growing transcript and with a fresh windowed prompt. Nothing here depends on models, tokens or JAX.
 """
 
 from __future__ import annotations
@@ -16,49 +16,52 @@ Message = dict[str, str]
 
 @runtime_checkable
 class TextEnv(Protocol):
-    """One episode at a time, text in and text out.
+    """A text environment that plays one episode at a time.
 
-    ``info`` holds JSON-able values only: ``task`` (the goal sentence), ``won`` (bool), optionally
-    ``admissible`` (sorted list of commands) and ``metrics`` (dict of floats). An environment that has
-    an expert also offers ``expert_action(self) -> str``.
+    ``info`` contains only JSON-able values: ``task`` (the goal sentence), ``won`` (bool), and optionally
+    ``admissible`` (sorted list of commands) and ``metrics`` (dict of floats). An environment with an expert
+    also has the method ``expert_action(self) -> str``.
     """
 
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Starts an episode of task ``index`` of ``split``; returns its first observation and info."""
+        """Start an episode of task ``index`` of ``split``; return its first observation and info."""
         ...
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Returns observation, reward, terminated, truncated, info. Any text is a defined action."""
+        """Carry out an action; return observation, reward, terminated, truncated, info.
+
+        Every text is a valid argument: the environment defines a result even for nonsense.
+        """
         ...
 
     def close(self) -> None:
-        """Releases what the environment holds; may be called more than once."""
+        """Release the environment's resources; it may be called more than once."""
         ...
 
     def list_splits(self) -> list[str]:
-        """Names of the task panels."""
+        """Return the names of the task panels."""
         ...
 
     def num_tasks(self, split: str) -> int:
-        """Number of tasks of a panel."""
+        """Return the number of tasks of a panel."""
         ...
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """A JSON-able description of one task, with its ``content_hash``."""
+        """Return a JSON-able description of one task, with its ``content_hash``."""
         ...
 
 
 class PromptBuilder(Protocol):
-    """Turns observations into chat messages, for either context style."""
+    """A builder of chat messages from observations, for both context styles (transcript and window)."""
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """Transcript style: the first messages, ending with a user message."""
+        """Return the first messages of a transcript; the last one is a user message."""
         ...
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """Transcript style: content of the next user message."""
+        """Return the content of a transcript's next user message."""
         ...
 
     def window(
@@ -68,12 +71,12 @@ class PromptBuilder(Protocol):
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """Window style: a fresh prompt.
+        """Return a fresh prompt with a window of the last turns.
 
         Args:
           history: the last ``h`` pairs (observation, action), oldest first.
-          observation: what is to be answered now.
-          info: the info that came with the observation.
+          observation: the current observation, which the model answers.
+          info: the info of the current observation.
           turn: number of actions taken so far.
         """
         ...
@@ -81,11 +84,12 @@ class PromptBuilder(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ParsedAction:
-    """What a response means to the environment.
+    """The action in a model's response.
 
     Attributes:
-      action: the text handed to ``step``; may be nonsense when not valid.
-      is_valid: whether the response is well formed (it need not be admissible in the current state).
+      action: the text that is passed to ``step``; it may be nonsense if the response is not valid.
+      is_valid: whether the response is well formed. A valid action may still be impossible in the current
+        state.
     """
 
     action: str
@@ -93,24 +97,24 @@ class ParsedAction:
 
 
 class ActionParser(Protocol):
-    """Reads the action out of a model's response."""
+    """A parser of the action in a model's response."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Never raises; a malformed response gives ``is_valid=False``."""
+        """Parse a response; a malformed one gives ``is_valid=False`` and never an exception."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class EnvSpec:
-    """An environment with what stands beside it.
+    """The factories of an environment, its prompts, its parser and its vocabulary.
 
     Attributes:
       name: the key in ``ENVS``.
       make: builds the environment from ``env.options``.
       prompts: builds the prompt builder from ``env.prompt_options``.
       parser: builds the action parser from ``env.prompt_options``.
-      phrases: from ``env.options``, the closed vocabulary for a small tokenizer (phrases may hold
-        spaces); None where there is none.
+      phrases: returns the closed vocabulary for a small tokenizer, given ``env.options``; phrases may contain
+        spaces. None for an environment without a closed vocabulary.
     """
 
     name: str
@@ -121,7 +125,7 @@ class EnvSpec:
 
 
 def quote_turns(history: Sequence[tuple[str, str]], turn: int) -> str:
-    """The remembered (observation, action) pairs before turn ``turn`` (from 0): a numbered line each."""
+    """Return a numbered line for each (observation, action) pair of a window before turn ``turn`` (from 0)."""
     return "\n".join(
         f"[Observation {number}: '{seen}', Action {number}: '{done}']"
         for number, (seen, done) in enumerate(history, start=turn - len(history) + 1)
@@ -129,17 +133,17 @@ def quote_turns(history: Sequence[tuple[str, str]], turn: int) -> str:
 
 
 class PlainPrompts:
-    """The observation is the user message, and nothing else is said.
+    """A prompt builder whose user messages are the bare observations.
 
-    A base for other prompts: they say `start`, `follow` and `recall` in their own words.
+    It is the base of other prompt builders, which override `start`, `follow` and `recall`.
     """
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """One user message: the observation."""
+        """Return one user message: the observation."""
         return [{"role": "user", "content": observation}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """The observation."""
+        """Return the observation."""
         return observation
 
     def window(
@@ -149,7 +153,7 @@ class PlainPrompts:
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """A fresh prompt: the start of a transcript, or once something has happened what `recall` tells."""
+        """Return a fresh prompt: `start` at the first turn, `recall` at every later one."""
         return self.start(observation, info) if turn == 0 else self.recall(history, observation, info, turn)
 
     def recall(
@@ -159,7 +163,7 @@ class PlainPrompts:
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """The remembered turns as user and assistant messages, then the observation."""
+        """Return the remembered turns as user and assistant messages, then the observation."""
         messages = []
         for past_observation, past_action in history:
             messages.append({"role": "user", "content": past_observation})
@@ -168,10 +172,10 @@ class PlainPrompts:
 
 
 class PlainParser:
-    """The stripped first line of the response is the action; an empty one is invalid."""
+    """A parser that takes the first non-blank line as the action; a blank response is invalid."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Reads the first line that is not blank."""
+        """Return the first non-blank line as the action."""
         lines = response.strip().splitlines()
         action = lines[0].strip() if lines else ""
         return ParsedAction(action=action, is_valid=bool(action))

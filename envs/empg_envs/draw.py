@@ -1,4 +1,4 @@
-"""Random choices that follow from a name."""
+"""Reproducible random choices that are seeded by a name."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 
 class Draw:
-    """Random choices from a name: the same on every machine and in every process."""
+    """A random generator seeded by a name; it is the same on every machine and in every process."""
 
     def __init__(self, *name: object) -> None:
-        """``name``: what the choices are for; different names give independent choices."""
+        """Seed the generator with the parts of a name; different names give independent choices."""
         digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=16).digest()
         self._random = random.Random(int.from_bytes(digest, "big")).random
 
     def below(self, stop: int) -> int:
-        """An integer in [0, stop)."""
+        """Return an integer in [0, stop)."""
         return int(self._random() * stop)
 
     def between(self, bounds: tuple[int, int]) -> int:
-        """An integer in [fewest, most]."""
+        """Return an integer in [fewest, most]."""
         return bounds[0] + self.below(bounds[1] - bounds[0] + 1)
 
     def weighted(self, items: Sequence[Any], weights: Sequence[int]) -> Any:
-        """One item, with probability in proportion to its weight."""
+        """Return one item, with probability in proportion to its weight."""
         left = self.below(sum(weights))
         for item, weight in zip(items, weights, strict=True):
             left -= weight
@@ -34,6 +34,6 @@ class Draw:
         raise AssertionError("weights must be positive")
 
     def sample(self, items: Sequence[Any], count: int) -> list[Any]:
-        """Some of the items, none twice, in random order."""
+        """Return ``count`` different items in random order."""
         pool = list(items)
         return [pool.pop(self.below(len(pool))) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Looking things up by a name that a person has typed."""
+"""Lookup of names that a user has typed, with a suggestion for misspelled ones."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ T = TypeVar("T")
 
 
 def look_up(kind: str, name: object, table: Mapping[str, T]) -> T:
-    """The entry of that name.
+    """Return the entry of that name.
 
     Args:
-      kind: what the table holds, for the message, such as ``household level``.
+      kind: kind of the entries, such as ``household level``, for the error message.
       name: the name.
-      table: what there is.
+      table: the known entries by name.
 
     Raises:
-      ValueError: there is none of that name; the nearest known one is named.
+      ValueError: the name is unknown; the message suggests the nearest one.
     """
     if isinstance(name, str) and name in table:
         return table[name]
@@ -26,6 +26,6 @@ def look_up(kind: str, name: object, table: Mapping[str, T]) -> T:
 
 
 def suggest(name: object, choices: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the nearest choice, or nothing."""
+    """Return ``; did you mean 'x'?`` for the nearest choice, or the empty string."""
     nearest = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,4 +1,4 @@
-"""Answers as ``<think>…</think><action>…</action>``, read by the rules of verl-agent, for any environment."""
+"""A parser of responses ``<think>…</think><action>…</action>`` by the rules of verl-agent."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ _CJK = re.compile("[\u4e00-\u9fff]")
 
 
 class TagParser:
-    """``<think>…</think><action>…</action>`` by the rules of verl-agent.
+    """A parser of ``<think>…</think><action>…</action>`` by the rules of verl-agent.
 
     The action is the text between the first ``<action>`` and the first ``</action>``, lower-cased and
-    stripped (nothing, if the closing tag comes first). A response without both action tags, without both
-    think tags (these in lower case), or with CJK characters is invalid; without both action tags its last
-    characters are what is sent. Validity says nothing about whether the action follows the environment's
-    grammar.
+    stripped. It is empty if the closing tag comes first. A response is invalid without both action tags,
+    without both think tags (in lower case), or with CJK characters. Without both action tags, the action is
+    the end of the response. The parser does not check the environment's grammar.
     """
 
     def __init__(self, fallback_characters: int = 30) -> None:
-        """``fallback_characters``: how much of the end of a response without action tags is sent."""
+        """Store how many last characters of a response without action tags become the action."""
         self._fallback_characters = fallback_characters
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Reads the tagged action."""
+        """Parse the tagged action."""
         lowered = response.lower()
         start, end = lowered.find(_OPEN), lowered.find(_CLOSE)
         if start < 0 or end < 0:

@@ -1,12 +1,13 @@
-"""The main of a worker process: many environments, driven by JSON lines over stdin and stdout.
+"""The main program of a worker process: many environments, driven by JSON lines over stdin and stdout.
 
-Run as ``python -m empg_envs.worker``. The first line received names the environment; the answer tells its
-splits. Afterwards each line received is a list of commands, executed in order; one line is answered
-per command as soon as it is done, so the other side always knows which command hangs.
+It is started as ``python -m empg_envs.worker``. The first input line names the environment, and the answer
+lists its splits. Each later line is a list of commands, which are executed in order. Every command is answered
+by one line as soon as it is done, so that the parent always knows which command hangs.
 
-What an environment raises or garbles is data (``"ok": false``), never the end of the worker. Its
-prints cannot disturb the protocol: the real stdin and stdout are moved away before anything of it is
-imported. The module needs the standard library and ``envs`` only, so a worker starts in about 0.1 s.
+An exception or an invalid result of an environment becomes an answer (``"ok": false``); it never ends the
+worker. Prints of an environment cannot disturb the protocol, because the real stdin and stdout are moved to
+other descriptors before an environment is imported. The module needs only the standard library and
+``empg_envs``, so that a worker starts in about 0.1 s.
 """
 
 from __future__ import annotations
@@ -28,41 +29,41 @@ from typing import Any, BinaryIO
 from empg_envs import make_env
 from empg_envs.base import TextEnv
 
-RSS_EVERY = 50  # commands between two reports of the resident memory
-MAX_REPLY_BYTES = 8 << 20  # a longer reply is garbage: it would fill the parent's memory
+RSS_EVERY = 50  # number of commands between two reports of the resident memory
+MAX_REPLY_BYTES = 8 << 20  # longer replies are refused, because they could fill the parent's memory
 TRACEBACK_CHARS = 2000
 
 Reply = dict[str, Any]
 
 
 class GarbageError(Exception):
-    """An environment answered with something that its protocol does not allow."""
+    """A result of an environment that violates the protocol."""
 
 
 class EnvHost:
     """The environments of one worker, by handle.
 
-    An instance is kept when its episode ends and is reset for the next one. After a failure it is
-    thrown away, because nothing is known of its state.
+    An instance stays after the end of its episode and is reset for the next one. After a failure it is
+    dropped, because its state is unknown.
     """
 
     def __init__(self, env: str, options: dict[str, Any]):
-        """Builds one environment at once, so that a bad name or option is found at the start."""
+        """Build one environment immediately, so that a wrong name or option is found at the start."""
         self._build: Callable[[], TextEnv] = lambda: make_env(env, **options)
         self._spare: list[TextEnv] = [self._build()]
         self._envs: dict[int, TextEnv] = {}
 
     def splits(self) -> dict[str, int]:
-        """Number of tasks of every split."""
+        """Return the number of tasks of every split."""
         env = self._spare[0]
         return {str(split): int(env.num_tasks(split)) for split in env.list_splits()}
 
     def execute(self, command: dict[str, Any], **extra: Any) -> bytes:
-        """Runs one command; whatever the environment does, the result is one encoded reply.
+        """Run one command and return one encoded reply, whether the environment fails or not.
 
         Args:
           command: ``id``, ``env`` (the handle), ``op`` and ``args``.
-          **extra: further fields of the reply.
+          **extra: additional fields of the reply.
         """
         handle = command.get("env")
         head = {"id": command["id"], "env": handle, **extra}
@@ -70,7 +71,7 @@ class EnvHost:
             return _encode(
                 {**head, "ok": True, **self._run(handle, command["op"], command.get("args") or {})}
             )
-        # An environment may even call sys.exit(); that must not end its neighbours.
+        # An environment may even call sys.exit(), which must not end the worker's other environments.
         except BaseException as error:
             failure = {
                 "ok": False,
@@ -82,7 +83,7 @@ class EnvHost:
         return _encode({**head, **failure})
 
     def close(self) -> None:
-        """Closes every environment; errors are ignored, the process ends anyway."""
+        """Close every environment; errors are ignored, because the process ends anyway."""
         for handle in list(self._envs):
             self._drop(handle)
         for env in self._spare:
@@ -137,10 +138,10 @@ class EnvHost:
 
 
 def main() -> int:
-    """Serves until the other side closes stdin. Returns the exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the parent
+    """Serve until the parent closes stdin; return the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     source, sink = _take_channel()
-    # A parent that gives up on a hanging worker sends SIGABRT: the stack then lands in stderr.
+    # The parent kills a hanging worker with SIGABRT; faulthandler then writes the stack to stderr.
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _follow_parent()
@@ -163,19 +164,19 @@ def main() -> int:
 
 
 def serve(host: EnvHost, commands: Iterator[dict[str, Any]], write: Callable[[bytes], None]) -> None:
-    """Executes commands in order; every `RSS_EVERY`-th reply also carries ``rss_mb``."""
+    """Execute commands in order; every `RSS_EVERY`-th reply also carries ``rss_mb``."""
     for count, command in enumerate(commands, start=1):
         extra = {} if count % RSS_EVERY else {"rss_mb": resident_mb()}
         write(host.execute(command, **extra))
 
 
 def resident_mb() -> float:
-    """Resident memory of this process in MiB (its maximum so far where /proc is missing)."""
+    """Return the resident memory of this process in MiB; without /proc, its maximum so far."""
     try:
         with open("/proc/self/statm", "rb") as statm:
             return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
     except OSError:
-        # Bytes on macOS, kibibytes elsewhere (getrusage(2)).
+        # ru_maxrss is in bytes on macOS and in kibibytes elsewhere (getrusage(2)).
         unit = 2**20 if sys.platform == "darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -186,7 +187,7 @@ def _commands(source: BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 def _take_channel() -> tuple[BinaryIO, int]:
-    """Moves stdin and stdout to private descriptors that no environment or child of it sees."""
+    """Move stdin and stdout to private descriptors that environments and their children do not inherit."""
     source, sink = os.dup(0), os.dup(1)  # dup() makes them non-inheritable
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -196,10 +197,10 @@ def _take_channel() -> tuple[BinaryIO, int]:
 
 
 def _encode(reply: Reply) -> bytes:
-    """One line of compact JSON.
+    """Encode a reply as one line of compact JSON.
 
     Raises:
-      GarbageError: the reply is not JSON-able (only ``info`` can be the cause), or too long.
+      GarbageError: the reply is not JSON-able (only ``info`` can be the cause), or it is too long.
     """
     try:
         line = json.dumps(reply, separators=(",", ":"), allow_nan=False).encode()
@@ -219,10 +220,10 @@ def _write(sink: int, line: bytes) -> None:
 
 
 def _follow_parent() -> None:
-    """Ends this process soon after its parent, even while an environment hangs.
+    """End this process soon after its parent, even while an environment hangs.
 
-    End of file on stdin ends an idle worker; this covers a busy one. (Linux' parent-death signal
-    would also fire when only the parent's *thread* that started the worker ends.)
+    An idle worker ends at the end of stdin; this thread ends a busy one. Linux' parent-death signal is not
+    used, because it also fires when only the parent's *thread* that started the worker ends.
     """
     parent = os.getppid()
 
@@ -235,17 +236,17 @@ def _follow_parent() -> None:
 
 
 def _limit_memory(limit_mb: int | None) -> None:
-    """Bounds the address space, so that one runaway allocation raises MemoryError here."""
+    """Limit the address space, so that a runaway allocation raises MemoryError in this process."""
     if limit_mb is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (limit_mb << 20, hard))
 
 
 def _check(observation: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> Reply:
-    """Turns an environment's answer into a reply.
+    """Convert the result of ``reset`` or ``step`` to a reply.
 
     Raises:
-      GarbageError: naming the first part that is not what it should be.
+      GarbageError: a part has the wrong type; the message names the first one.
     """
     if not isinstance(observation, str):
         raise GarbageError(f"observation is {_describe(observation)}; expected str")
@@ -280,5 +281,5 @@ def _close_quietly(env: TextEnv) -> None:
 if __name__ == "__main__":
     status = main()
     sys.stderr.flush()
-    # Not sys.exit(): threads that an environment left behind must not keep the process alive.
+    # os._exit instead of sys.exit: threads left by an environment must not keep the process alive.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Plain Python loops in float64 that the vectorised functions are compared with."""
+"""Plain Python loops in float64 that the vectorized functions are compared with."""
 
 import numpy as np
 

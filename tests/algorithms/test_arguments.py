@@ -115,14 +115,14 @@ def test_whitened_empg_is_whiten_of_empg():
     np.testing.assert_allclose(al.empg(BASE, H, MASK, whiten=True), al.whiten(plain, MASK), atol=1e-5)
 
 
-def test_reversed_aem_favours_uncertain_turns():
+def test_reversed_aem_favors_uncertain_turns():
     groups, units = np.zeros(N, np.int32), np.ones((N, K))
     normal = (H - H[MASK > 0].min()) / np.ptp(H[MASK > 0])
     expected = np.exp(normal) / np.exp(normal)[MASK > 0].mean() * MASK
     np.testing.assert_allclose(al.aem(units, H, MASK, group_ids=groups, reverse=True), expected, rtol=1e-5)
 
 
-def test_centred_aem_has_mean_zero():
+def test_centered_aem_has_mean_zero():
     result = np.asarray(al.aem(BASE, H, MASK, group_ids=GROUPS, center="turn"))
     np.testing.assert_allclose(result[:3][MASK[:3] > 0].mean(), 0, atol=1e-6)
 

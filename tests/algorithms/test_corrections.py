@@ -32,7 +32,7 @@ def test_truncated_weights(level, expected, compiled):
     np.testing.assert_allclose((jax.jit(weights) if compiled else weights)(OLD), expected, rtol=1e-5)
 
 
-def test_normalised_weights_have_mean_one():
+def test_normalized_weights_have_mean_one():
     tokens = np.asarray(al.tis_weights(OLD, BEHAVIOR, MASK, normalize=True))
     np.testing.assert_allclose(tokens[MASK > 0].mean(), 1, rtol=1e-6)
     sequences = np.asarray(

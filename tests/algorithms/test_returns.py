@@ -65,7 +65,7 @@ def test_reinforce_pp_is_whitened_reward_to_go(rows):
 
 
 def test_reward_to_go_follows_the_trajectory_through_packed_rows():
-    """Trajectory 0 continues from row 0 into row 1, past the packed neighbour 1."""
+    """Trajectory 0 continues from row 0 into row 1, past the packed neighbor 1."""
     slots = np.int32([[0, -1, 0, 3, 3, -1], [1, 1, -1, 2, 4, -1]])  # K = 3
     rewards = np.float32([[1, 9, 2, 100, 200, 9], [4, 8, 9, 16, 400, 9]])
     result = jax.jit(functools.partial(token_reward_to_go, num_turns=3, gamma=0.5))(rewards, slots)

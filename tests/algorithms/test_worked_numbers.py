@@ -41,7 +41,7 @@ def spread_copies(function, arrays):
 
 @pytest.fixture(params=["plain", "jit", "vmap on eight devices"])
 def run(request):
-    """Calls ``f(*arrays, **keywords)`` as it is, compiled, or compiled, vectorised and sharded."""
+    """Calls ``f(*arrays, **keywords)`` as it is, compiled, or compiled, vectorized and sharded."""
 
     def call(function, *arrays, **keywords):
         named = {name: value for name, value in keywords.items() if isinstance(value, np.ndarray)}
@@ -86,9 +86,9 @@ def test_grpo_over_turn_rows(run):
     scores = np.broadcast_to(RETURNS[:, None], TURNS.shape)
     whole = [[1.022217] * 3, [-1.226660] * 2, [-0.664441] * 4, [1.022217] * 2]
     assert_turns(run(al.grpo_turn_rows, scores, TURNS, ONE), whole)
-    penalised = scores - 0.1 * EXAMPLE["invalid"].astype(np.float32)
+    penalized = scores - 0.1 * EXAMPLE["invalid"].astype(np.float32)
     expected = [[1.016717] * 3, [-1.134031, -1.349105], [-0.811418, *[-0.596344] * 3], [1.016717] * 2]
-    assert_turns(run(al.grpo_turn_rows, penalised, TURNS, ONE), expected)
+    assert_turns(run(al.grpo_turn_rows, penalized, TURNS, ONE), expected)
 
 
 @pytest.mark.parametrize("rows", ["first", "mean"])
@@ -175,7 +175,7 @@ EMPG = [
 ]
 
 
-def test_empg_centred_by_tokens(run):
+def test_empg_centered_by_tokens(run):
     expected = [
         [0.347537, 0.581096, 0.612805],
         [-0.280476, -0.470150],

@@ -76,7 +76,7 @@ def test_temperature_zero_takes_the_first_of_the_best_with_statistics_at_one():
     np.testing.assert_allclose(logprobs, log_softmax(logits)[np.arange(3), tokens], atol=2e-6)
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_its_neighbors():
     logits, uniforms = make_logits(8, 300), np.linspace(0.1, 0.9, 8, dtype=np.float32)
     together = draw(logits, uniforms, np.float32(1))
     reordered = draw(logits[::-1], uniforms[::-1], np.float32(1))

@@ -12,7 +12,7 @@ from empg_envs.alfworld.env import AlfworldEnv
 from empg_envs.alfworld.files import OfficialPanels
 from empg_envs.alfworld.game import Game, name_entities, parse_game
 from empg_envs.alfworld.generator import GeneratedPanels
-from empg_envs.alfworld.goal import recognise
+from empg_envs.alfworld.goal import recognize
 from empg_envs.alfworld.problem import GameFileError, parse_problem
 from empg_envs.alfworld.release import ReleaseGrammar, ReleaseTexts
 from empg_envs.alfworld.writer import make_content, write_game
@@ -79,7 +79,7 @@ def test_opening_lists_all_and_a_look_from_nowhere_none() -> None:
     assert replies(["look"]) == [f"{room} nothing."]
 
 
-def test_what_was_moved_between_neighbours_lies_next_to_them() -> None:
+def test_what_was_moved_between_neighbors_lies_next_to_them() -> None:
     told = replies(
         [
             *("go to drawer 1", "look", "take knife 1 from drawer 1", "examine knife 1", "open drawer 2"),
@@ -95,7 +95,7 @@ def test_what_was_moved_between_neighbours_lies_next_to_them() -> None:
     assert told[9] == f"{facing} a knife 1."
 
 
-def test_it_is_listed_once_for_every_neighbour_that_it_was_taken_from() -> None:
+def test_it_is_listed_once_for_every_neighbor_that_it_was_taken_from() -> None:
     third = "(receptacleType Drawer_bar_3 DrawerType) (receptacleAtLocation Drawer_bar_3 loc_bar_1)"
     told = replies(
         [
@@ -170,7 +170,7 @@ def test_every_family_is_recognised_however_its_goal_is_nested_and_named() -> No
             renamed,
             problem.replace("(:goal (and", "(:goal (and (and").rstrip()[:-1] + "))",
         ):
-            assert recognise(parse_problem(text)) == game.goal
+            assert recognize(parse_problem(text)) == game.goal
         families.add(game.goal.family)
     assert len(families) == 6
 

@@ -135,7 +135,7 @@ def test_options_quirks_of_the_original() -> None:
     assert score(pairs, chosen=("large", "blue")) == 1.0  # part of the printed pair
     assert score(pairs, chosen=("small", "navy")) == 0.5
     plain = make_goal(options=("navy blue",))
-    assert score(plain, chosen=("sky blue",)) == 1.0  # both are "blue", the first colour word in the table
+    assert score(plain, chosen=("sky blue",)) == 1.0  # both are "blue", the first color word in the table
     assert score(plain, chosen=("navy",)) == 2 / 3
 
 

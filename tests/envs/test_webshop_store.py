@@ -89,7 +89,7 @@ def test_human_goals(tmp_path: Path) -> None:
         load(write_files(tmp_path / "none", [make_row(9)]), "human")
 
 
-def test_the_catalogue_is_built_once_and_appears_whole(tmp_path: Path) -> None:
+def test_the_catalog_is_built_once_and_appears_whole(tmp_path: Path) -> None:
     folder = write_files(tmp_path, [make_row(n) for n in range(4)])
     assert load(folder) is load(folder)  # one object for all environments of a process
     (built,) = (folder / "cache").glob("*.sqlite")
@@ -108,7 +108,7 @@ def test_the_catalogue_is_built_once_and_appears_whole(tmp_path: Path) -> None:
     assert [process.communicate()[0].strip() for process in running] == [b"4", b"4"]
     assert built.stat().st_mtime_ns == first
     assert sorted(path.suffix for path in Path(fresh).iterdir()) == [".lock", ".sqlite"]
-    write_files(folder, [make_row(n) for n in range(6)])  # other files, another catalogue
+    write_files(folder, [make_row(n) for n in range(6)])  # other files, another catalog
     assert load(folder).meta["products"] == 6
 
 
@@ -160,7 +160,7 @@ def test_panels_and_the_legacy_switch(tmp_path: Path) -> None:
     folder = write_files(tmp_path, [make_row(n) for n in range(1200)])
     options = {"level": "official", "data": str(folder), "cache_dir": str(folder / "cache")}
     env = WebShopEnv(**options)
-    total = 1200  # 600 products with an instruction, two colours each
+    total = 1200  # 600 products with an instruction, two colors each
     assert env.list_splits() == ["train", "test"]
     assert (env.num_tasks("test"), env.num_tasks("train")) == (500, total - 500)
     store, order = env.shop.store, shuffled(total)

@@ -38,7 +38,7 @@ CLASHING = {
 
 
 class Shelf:
-    """A catalogue of which every search finds everything but what it names."""
+    """A catalog of which every search finds everything but what it names."""
 
     def __init__(self, count: int = 23) -> None:
         found = [make_product(n) for n in range(count - 1)]

@@ -72,11 +72,11 @@ def test_failure_is_data_and_costs_one_episode(action, kind, error):
     commands = batch("x", handle=1) + batch(action, "y", handle=2) + batch("z", handle=2)
     commands.append({"id": 9, "env": 1, "op": "step", "args": {"action": "w"}})
     _, replies, _, status = converse(commands)
-    failed, after, again, _, neighbour = replies[3:]
+    failed, after, again, _, neighbor = replies[3:]
     assert not failed["ok"] and failed["kind"] == kind and error in failed["error"]
-    # The broken instance is gone; a reset builds another one; the neighbour did not notice.
+    # The broken instance is gone; a reset builds another one; the neighbor did not notice.
     assert "reset it first" in after["error"]
-    assert again["ok"] and neighbour["observation"] == "train/2/3 step 2 after 'w'"
+    assert again["ok"] and neighbor["observation"] == "train/2/3 step 2 after 'w'"
     assert status == 0
 
 
@@ -116,7 +116,7 @@ def test_memory_limit_turns_a_leap_into_an_error():
     ("env", "options", "message"),
     [
         ("houshold", {}, "did you mean 'household'"),
-        ("tests.fakes:CountingEnv", {"colour": 1}, "unexpected keyword argument 'colour'"),
+        ("tests.fakes:CountingEnv", {"color": 1}, "unexpected keyword argument 'color'"),
         ("no_such_module:Env", {}, "cannot import"),
     ],
 )

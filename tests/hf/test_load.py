@@ -16,7 +16,7 @@ from empg_jax.hf.config import config_from_hf, config_to_hf
 from empg_jax.hf.load import load_hf, save_hf
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, RopeScaling, init_params
-from empg_jax.models.quantize import quantise_params
+from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.text import build_phrase_tokenizer, load_tokenizer
 
@@ -177,11 +177,11 @@ def test_only_what_a_device_needs_is_copied(deep, monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
-def test_matrices_are_quantised_as_they_are_read(saved, scheme):
+def test_matrices_are_quantized_as_they_are_read(saved, scheme):
     folder, _, params = saved
-    expected = jax.jit(quantise_params, static_argnums=1)(params, scheme)
+    expected = jax.jit(quantize_params, static_argnums=1)(params, scheme)
     places = param_shardings(make_mesh(fsdp=2, tensor=2), expected, TINY.head_dim)
-    found = load_hf(folder, shardings=places, quantise=scheme)[1]
+    found = load_hf(folder, shardings=places, quantize=scheme)[1]
     assert_same(found, expected)
     assert found["layers"]["up_proj"][f"kernel_{scheme}"].sharding.spec == jax.P(None, "fsdp", "tensor")
 
@@ -247,7 +247,7 @@ def test_a_file_with_a_broken_header(saved):
         load_hf(folder)
 
 
-def test_quantised_tensors_are_refused(saved):
+def test_quantized_tensors_are_refused(saved):
     folder, *_ = saved
     rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(16, np.int8)}))
     with pytest.raises(ValueError, match=r"tensor model\.norm\.weight is I8; only F64, F32"):

@@ -15,7 +15,7 @@ from empg_jax.learner.update import make_learner
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import init_params
 from empg_jax.models.lora import LoraConfig
-from empg_jax.models.quantize import quantise_params
+from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.mesh import make_mesh
 from tests.learner.problems import (
     MODEL,
@@ -112,7 +112,7 @@ def test_splits_over_devices_and_micro_batches_change_nothing(one_device):
 
 def test_the_reference_is_the_base_itself():
     """Fresh adapters score exactly as the empty reference, trained ones do not; moments are float32."""
-    base = jax.device_get(quantise_params(jax.tree.map(jnp.asarray, base_weights("bfloat16")), "int8"))
+    base = jax.device_get(quantize_params(jax.tree.map(jnp.asarray, base_weights("bfloat16")), "int8"))
     learner = make_adapter_learner(base, ADAM, has_reference=True)
     host_batch, layout = make_problem(8)
     batch, stop = learner.put(host_batch), np.int32(layout.bounds[-1][1])

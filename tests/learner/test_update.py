@@ -265,7 +265,7 @@ def temporary_bytes(num_layers, remat):
 
 def test_memory_grows_slowly_with_layers():
     few, many, dots = (temporary_bytes(n, remat=r) for n, r in ((2, "full"), (10, "full"), (10, "dots")))
-    block_input = 4 * 128 * 32 * 4  # bytes that rematerialisation has to keep of each layer
+    block_input = 4 * 128 * 32 * 4  # bytes that rematerialization has to keep of each layer
     assert many - few < 8 * 4 * block_input
     assert dots - few > 3 * (many - few)
     assert temporary_bytes(10, remat="none") > dots

@@ -58,8 +58,8 @@ def exact(inputs, slope):
 @functools.partial(jax.jit, static_argnums=0)
 def run(backend, inputs, slope):
     forward, backward = BACKENDS[backend]
-    output, normaliser = forward(*inputs)
-    return output, normaliser, *backward(Operands(*inputs), output, normaliser, slope)
+    output, normalizer = forward(*inputs)
+    return output, normalizer, *backward(Operands(*inputs), output, normalizer, slope)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -73,8 +73,8 @@ def run(backend, inputs, slope):
 )
 def test_a_back_end_equals_the_reference(backend, length, kv_heads, dtype, tolerance):
     inputs, slope = make_inputs(length, kv_heads=kv_heads, dtype=dtype)
-    output, normaliser, *slopes = run(backend, inputs, slope)
-    assert normaliser.dtype == jnp.float32
+    output, normalizer, *slopes = run(backend, inputs, slope)
+    assert normalizer.dtype == jnp.float32
     seen = inputs[3] > 0  # padding attends to padding; nobody reads what comes out
     for found, expected in zip((output, *slopes), exact(inputs, slope), strict=True):
         assert found.dtype == dtype
@@ -83,7 +83,7 @@ def test_a_back_end_equals_the_reference(backend, length, kv_heads, dtype, toler
 
 
 @pytest.mark.parametrize("backend", ["triton", "splash"])
-def test_the_normaliser_is_the_same_number_in_every_back_end(backend):
+def test_the_normalizer_is_the_same_number_in_every_back_end(backend):
     """So that one back end's residuals are another's: the derivative stands outside of the choice."""
     inputs, slope = make_inputs(200)
     _, expected, *_ = run("tiles", inputs, slope)
@@ -122,7 +122,7 @@ def test_an_unknown_back_end_is_refused():
 
 
 def loss(q, k, v, segments, backend="auto"):
-    """Attention twice, as a model has it: scanned and rematerialised, its residuals kept by name."""
+    """Attention twice, as a model has it: scanned and rematerialized, its residuals kept by name."""
 
     def layer(q, _):
         return packed_attention(q, k, v, segments, backend=backend), None
@@ -155,7 +155,7 @@ def test_each_platform_has_its_own_kernel(platform):
 
 @pytest.mark.parametrize("platform, kernel", [("cuda", "mha_forward"), ("tpu", "splash_mha_fwd")])
 def test_the_forward_kernel_runs_once(platform, kernel):
-    """Kept residuals serve the backward pass: rematerialisation does not run the kernel again."""
+    """Kept residuals serve the backward pass: rematerialization does not run the kernel again."""
     inputs, _ = make_inputs(128)
     assert lowered([platform], inputs).count(f'name = "{kernel}') == 1
 

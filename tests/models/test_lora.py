@@ -17,7 +17,7 @@ from empg_jax.models.decoder import (
     unstack_layers,
 )
 from empg_jax.models.lora import LoraConfig, combine, find_targets, make_lora, merge
-from empg_jax.models.quantize import quantise_module, quantise_params
+from empg_jax.models.quantize import quantize_module, quantize_params
 from tests.runs import quick_compilations
 
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -73,7 +73,7 @@ def test_the_product_is_that_of_the_definition():
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
 def test_merged_equals_unmerged(base, scheme):
-    base = quantise_params(base, scheme)
+    base = quantize_params(base, scheme)
     adapters = trained(base)
     merged = merge(base, adapters, LORA.scale)
     plain = jax.eval_shape(lambda: init_params(jax.random.key(0), CONFIG))
@@ -87,10 +87,10 @@ def test_merging_in_another_type(base):
     assert merged["layers"]["q_proj"]["bias"] is base["layers"]["q_proj"]["bias"]
 
 
-def test_quantised_experts_become_plain_matrices_too():
+def test_quantized_experts_become_plain_matrices_too():
     """They are not adapted, but whoever loads the merged model knows no codes."""
     kernel = jax.random.normal(jax.random.key(0), (2, 3, 8, 4))
-    held = {"layers": {"up_experts": quantise_module({"kernel": kernel}, "int8")}}
+    held = {"layers": {"up_experts": quantize_module({"kernel": kernel}, "int8")}}
     found = merge(held, {"layers": {}}, 1.0, jnp.float32)["layers"]["up_experts"]
     assert found.keys() == {"kernel"}
     np.testing.assert_allclose(found["kernel"], kernel, atol=float(jnp.abs(kernel).max()) / 254 * 1.01)
@@ -144,14 +144,14 @@ def test_axes_follow_the_matrix(base):
         layers, depth, width = matrices[name]["kernel"]
         assert module == {"lora_a": (layers, depth, None), "lora_b": (layers, None, width)}
     for scheme in ("int8", "nf4"):
-        quantised = param_axes(quantise_params(base, scheme))["layers"]
-        assert quantised["up_proj"][f"kernel_{scheme}"] == matrices["up_proj"]["kernel"]
+        quantized = param_axes(quantize_params(base, scheme))["layers"]
+        assert quantized["up_proj"][f"kernel_{scheme}"] == matrices["up_proj"]["kernel"]
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
 def test_only_adapters_get_a_gradient_and_the_base_may_be_bfloat16(scheme):
     config = dataclasses.replace(CONFIG, param_dtype=jnp.bfloat16)
-    base = quantise_params(init_params(jax.random.key(0), config), scheme)
+    base = quantize_params(init_params(jax.random.key(0), config), scheme)
     adapters = trained(base)
 
     def loss(adapters, base):

@@ -1,4 +1,4 @@
-"""Mixture of experts: against a loop over tokens and experts, on a mesh, quantised, cached."""
+"""Mixture of experts: against a loop over tokens and experts, on a mesh, quantized, cached."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from empg_jax.models.decoder import (
     unstack_layers,
 )
 from empg_jax.models.moe import MoeConfig, mix_experts
-from empg_jax.models.quantize import quantise_params
+from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.layout import on_mesh
 from empg_jax.parallel.mesh import make_mesh
 from tests.runs import quick_compilations
@@ -58,7 +58,7 @@ def mix_in_a_loop(hidden, logits, gate, up, down, config):
         shares = np.exp(logits[place].astype(float))
         shares /= shares.sum()
         chosen = np.argsort(-shares)[: config.top_k]
-        whole = shares[chosen].sum() if config.is_normalised else 1.0
+        whole = shares[chosen].sum() if config.is_normalized else 1.0
         for e in chosen:
             first = hidden[place] @ gate[e]
             inner = first / (1 + np.exp(-first)) * (hidden[place] @ up[e])
@@ -66,7 +66,7 @@ def mix_in_a_loop(hidden, logits, gate, up, down, config):
     return mixed
 
 
-@pytest.mark.parametrize("config", [MOE, MoeConfig(6, 3, 10, is_normalised=False), MoeConfig(6, 1, 10)])
+@pytest.mark.parametrize("config", [MOE, MoeConfig(6, 3, 10, is_normalized=False), MoeConfig(6, 1, 10)])
 def test_every_token_goes_through_its_experts(config):
     inputs = make_inputs()
     found = jax.jit(functools.partial(mix_experts, config=config))(*inputs)
@@ -89,7 +89,7 @@ def test_on_a_mesh(mesh):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(expected[1]))
 
 
-def test_the_whole_model_cached_quantised_and_rematerialised():
+def test_the_whole_model_cached_quantized_and_rematerialized():
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), MODEL)
     layers = params["layers"]
     assert layers["gate_experts"]["kernel"].shape == (1, 6, 16, 10)
@@ -105,9 +105,9 @@ def test_the_whole_model_cached_quantised_and_rematerialised():
         )
         found.append(hidden)
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=1e-5)
-    quantised = quantise_params(params, "int8")
-    assert quantised["layers"]["down_experts"]["kernel_int8"].dtype == jnp.int8
-    rough = run(quantised, MODEL, tokens, positions, np.ones_like(tokens))
+    quantized = quantize_params(params, "int8")
+    assert quantized["layers"]["down_experts"]["kernel_int8"].dtype == jnp.int8
+    rough = run(quantized, MODEL, tokens, positions, np.ones_like(tokens))
     assert 0 < np.abs(rough - expected).max() < 0.2
 
     def slopes(model):

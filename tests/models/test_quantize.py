@@ -1,4 +1,4 @@
-"""Quantised matrices: how far they are from the original, and that the layer multiplies with them."""
+"""Quantized matrices: how far they are from the original, and that the layer multiplies with them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ import pytest
 from empg_jax.models.decoder import DecoderConfig, forward, init_params
 from empg_jax.models.quantize import (
     SCHEMES,
-    dequantise_module,
+    dequantize_module,
     matrix_shape,
     normal_float_table,
-    quantise_module,
-    quantise_params,
+    quantize_module,
+    quantize_params,
 )
 from tests.runs import quick_compilations
 
@@ -30,7 +30,7 @@ def random_kernel(*shape, seed=0):
 
 
 def round_trip(kernel, scheme):
-    return dequantise_module(quantise_module({"kernel": kernel}, scheme), jnp.float32)
+    return dequantize_module(quantize_module({"kernel": kernel}, scheme), jnp.float32)
 
 
 def test_the_table_is_that_of_the_normal_distribution():
@@ -76,16 +76,16 @@ def test_relative_error_of_normal_matrices(scheme, error):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_bytes_and_shapes(scheme):
     kernel = random_kernel(3, 128, 64)
-    module = quantise_module({"kernel": kernel, "bias": jnp.zeros((3, 64))}, scheme)
+    module = quantize_module({"kernel": kernel, "bias": jnp.zeros((3, 64))}, scheme)
     assert matrix_shape(module) == (3, 128, 64) and "kernel" not in module
     bits = sum(leaf.nbytes for name, leaf in module.items() if name != "bias") * 8 / kernel.size
     assert bits < {"int8": 8.3, "nf4": 4.6}[scheme]
-    assert quantise_module({"scale": kernel}, scheme) == {"scale": kernel}
+    assert quantize_module({"scale": kernel}, scheme) == {"scale": kernel}
 
 
 def test_an_odd_input_axis_cannot_be_packed():
     with pytest.raises(ValueError, match="packs pairs along the input axis, which is 7: use int8"):
-        quantise_module({"kernel": random_kernel(7, 4)}, "nf4")
+        quantize_module({"kernel": random_kernel(7, 4)}, "nf4")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -94,16 +94,16 @@ def test_the_decoder_computes_with_them(scheme, dtype):
     """The same as with the matrices that the codes stand for."""
     config = DecoderConfig(**{**vars(CONFIG), "dtype": dtype})
     params = init_params(jax.random.key(0), config)
-    quantised = quantise_params(params, scheme)
+    quantized = quantize_params(params, scheme)
     restored = jax.tree.map(lambda leaf: leaf, params)
-    for name, module in quantised["layers"].items():
+    for name, module in quantized["layers"].items():
         if matrix_shape(module) is not None:
-            layers = [dequantise_module(jax.tree.map(lambda x, i=i: x[i], module), dtype) for i in range(2)]
+            layers = [dequantize_module(jax.tree.map(lambda x, i=i: x[i], module), dtype) for i in range(2)]
             restored["layers"][name] = {**params["layers"][name], "kernel": jnp.stack(layers)}
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 40)
     rows = tokens, jnp.broadcast_to(jnp.arange(9)[None], (2, 9)), jnp.ones_like(tokens)
     run = jax.jit(forward, static_argnums=1)
-    found, expected, plain = (run(p, config, *rows) for p in (quantised, restored, params))
+    found, expected, plain = (run(p, config, *rows) for p in (quantized, restored, params))
     tolerance = 1e-5 if dtype == jnp.float32 else 0.1
     np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=tolerance)
-    assert np.abs(np.float32(found) - np.float32(plain)).max() > 1e-3  # they really are quantised
+    assert np.abs(np.float32(found) - np.float32(plain)).max() > 1e-3  # they really are quantized

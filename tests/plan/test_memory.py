@@ -92,7 +92,7 @@ def test_weights_moments_and_cache_are_counted_exactly():
     assert split["engine weights"] == found["engine weights"]
 
 
-def test_adapters_freeze_and_quantise_the_rest():
+def test_adapters_freeze_and_quantize_the_rest():
     sections = {"model": {"preset": "qwen2.5-7b", "dtype": "bfloat16", "lora": {"rank": 16}}}
     plain = make_config({}, 8, 256, **sections, algorithm={"kl_coef": 0.1})
     sections["model"] |= {"quantize": "nf4"}

@@ -91,7 +91,7 @@ def _read(path):
     return reader
 
 
-def test_the_viewer_shows_every_token_once_in_its_colour(tmp_path):
+def test_the_viewer_shows_every_token_once_in_its_color(tmp_path):
     trajectory = _trajectory(turns=(_turn("go <b>"),))
     advantages = [[np.array([1.0, 0.5, 0.0, -0.5, -1.0, -2.0], np.float32)]]
     reader = _read(write_viewer(tmp_path / "v.html", [trajectory], _decode, advantages=advantages))

@@ -8,7 +8,7 @@ from tests.text.families import build_bpe
 
 
 class Prompts:
-    """Records nothing, decorates a little, so that every part of a prompt is recognisable."""
+    """Records nothing, decorates a little, so that every part of a prompt is recognizable."""
 
     def start(self, observation, info):
         return [

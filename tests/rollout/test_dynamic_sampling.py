@@ -85,15 +85,15 @@ def test_when_the_refills_are_used_up_uniform_groups_count(max_refills):
 
 def test_returns_are_compared_before_the_penalty_of_invalid_actions():
     turn = EPISODES.turn([1], 1, reward=-0.1, is_valid=False)
-    lost = [episode(0, 0, 0.0), penalised(turn, episode_return=-0.1)]
+    lost = [episode(0, 0, 0.0), penalized(turn, episode_return=-0.1)]
     assert is_uniform(lost, invalid_penalty=0.1) and not is_uniform(lost, invalid_penalty=0.0)
-    assert not is_uniform([episode(0, 0, 0.0), penalised(turn, episode_return=0.9)], invalid_penalty=0.1)
+    assert not is_uniform([episode(0, 0, 0.0), penalized(turn, episode_return=0.9)], invalid_penalty=0.1)
     # An episode that is scored zero has return 0 as it stands.
-    scored = penalised(turn, episode_return=0.0, outcome=Outcome(Status.SCORED_ZERO, "context_limit"))
+    scored = penalized(turn, episode_return=0.0, outcome=Outcome(Status.SCORED_ZERO, "context_limit"))
     assert is_uniform([episode(0, 0, 0.0), scored], invalid_penalty=0.1)
 
 
-def penalised(turn, *, episode_return, outcome=None):
+def penalized(turn, *, episode_return, outcome=None):
     whole = episode(0, 1, episode_return)
     fields = {name: getattr(whole, name) for name in Trajectory.__slots__}
     return Trajectory(**fields | {"turns": (turn,), "outcome": outcome or whole.outcome})

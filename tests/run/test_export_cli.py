@@ -144,7 +144,7 @@ def test_the_type_of_the_weights_can_be_chosen(adapted, tmp_path):
     assert loaded.dtype == torch.bfloat16
 
 
-def test_the_loaded_model_is_recognised(whole, adapted):
+def test_the_loaded_model_is_recognized(whole, adapted):
     """The fingerprint that is noted at the start is the base's, since fresh adapters change nothing."""
     noted = json.loads((adapted / "environment.json").read_text())["model"]
     assert noted["path"] == str(whole[1])

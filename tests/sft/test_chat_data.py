@@ -47,7 +47,7 @@ MANY = [record(f"task {i}", f"go {i}", "then?", f"stop {i}") for i in range(60)]
 
 
 @pytest.mark.parametrize(("family", "count"), [("chatml", 3), ("thinking", 6)])
-def test_flat_arrays_hold_what_was_tokenised(family, count, tmp_path):
+def test_flat_arrays_hold_what_was_tokenized(family, count, tmp_path):
     renderer = ChatRenderer(build_bpe(family))
     records = [record("a", "b"), record("a", THOUGHT, "c", "d", "e", "f"), record("a", "b", "c", "d", "tail")]
     data = load(write(tmp_path / "chat.jsonl", records), renderer)

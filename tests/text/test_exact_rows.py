@@ -37,15 +37,15 @@ class Said:
     Attributes:
       text: what it says.
       is_stopped: whether it also says the end of turn (otherwise a length limit cut it).
-      is_spelt: whether it says the text letter by letter, as no tokenizer would.
+      is_spelled: whether it says the text letter by letter, as no tokenizer would.
     """
 
-    def __init__(self, text, is_stopped=True, is_spelt=False):
-        self.text, self.is_stopped, self.is_spelt = text, is_stopped, is_spelt
+    def __init__(self, text, is_stopped=True, is_spelled=False):
+        self.text, self.is_stopped, self.is_spelled = text, is_stopped, is_spelled
 
     def tokens(self, renderer):
         encode = renderer.tokenizer.encode
-        ids = [i for letter in self.text for i in encode(letter)] if self.is_spelt else encode(self.text)
+        ids = [i for letter in self.text for i in encode(letter)] if self.is_spelled else encode(self.text)
         return np.asarray([*ids, *[renderer.end_id] * self.is_stopped], np.int32)
 
 
@@ -144,7 +144,7 @@ def test_every_row_is_the_templates_text_and_holds_the_sampled_ids(family, optio
     trajectory, messages = play(renderer, observations, said, has_system)
     rows = rows_of(trajectory)
 
-    # Nothing that was sampled is lost, added or tokenised again.
+    # Nothing that was sampled is lost, added or tokenized again.
     sampled = [response.tokens(renderer).tolist() for response in said]
     learned = np.concatenate([tokens[mask] for tokens, mask in rows]).tolist()
     assert learned == [token for tokens in sampled for token in tokens]
@@ -171,7 +171,7 @@ def test_every_row_is_the_templates_text_and_holds_the_sampled_ids(family, optio
 
 
 def whole_ids(renderer, messages, ends, said, sampled):
-    """Ids of a row before its last answer: the text around the answers, tokenised piece by piece."""
+    """Ids of a row before its last answer: the text around the answers, tokenized piece by piece."""
     ids, shown = [], ""
     for stop, response, tokens in zip(ends, said, sampled, strict=True):
         text = renderer.render(messages[:stop])
@@ -188,7 +188,7 @@ def whole_ids(renderer, messages, ends, said, sampled):
     are_stopped=st.lists(st.booleans(), min_size=8, max_size=8),
 )
 def test_incremental_ids_are_those_of_the_whole_conversation(family, words, are_stopped):
-    """Where answers are spelt as the tokenizer spells them, the row is one tokenisation of one text."""
+    """Where answers are spelled as the tokenizer spells them, the row is one tokenization of one text."""
     renderer = make_renderer(family)
     lead = " " if family == "spaced" else ""
     said = [Said(lead + word, stop) for word, stop in zip(words, are_stopped, strict=False)]

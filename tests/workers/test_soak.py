@@ -76,7 +76,7 @@ def parse(text, info):
 
 
 def check_trajectory(trajectory):
-    """Every turn answers the right observation: nothing lost, doubled or mixed up with a neighbour."""
+    """Every turn answers the right observation: nothing lost, doubled or mixed up with a neighbor."""
     previous = ""
     for number, turn in enumerate(trajectory.turns):
         assert turn.observation == f"train/{trajectory.task}/{SEED} step {number} after {previous!r}"
@@ -163,7 +163,7 @@ def test_soak_loses_and_doubles_nothing(capsys):
     assert discarded == stats.failures.total()
     assert outcomes["trained:won"] + discarded == outcomes.total()
     assert set(stats.failures) <= {"timeout", "worker_died", "quarantined"}
-    # The faults did happen, and neighbours survived them.
+    # The faults did happen, and neighbors survived them.
     assert stats.failures["timeout"] and stats.failures["worker_died"] and stats.recovered
     assert len(soak.released) > SECONDS
     # Nothing grows: memory, processes, descriptors beyond the three that each living worker takes.

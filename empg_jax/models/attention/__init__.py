@@ -1,7 +1,7 @@
 """Causal attention: packed rows for the learner, a KV cache for the engine.
 
-``packed_attention`` is one function with three back ends that are written as the same pair, ``forward`` and
-``backward``; which one runs is settled when the program is lowered, by platform (`packed`):
+``packed_attention`` has three back ends. Each is a pair of functions, ``forward`` and ``backward``. The
+platform selects the back end when a program is lowered (`packed`):
 
 ==============  ==============================================================================  ===========
 `tiles`         blocks of plain XLA operations: CPU, ROCm, and every shape the kernels refuse   any
@@ -9,14 +9,18 @@
 `splash`        JAX's splash kernel with segments and grouped heads                             TPU
 ==============  ==============================================================================  ===========
 
-The kernels are checked on a CPU, interpreted, and compiled ahead of time by the compilers of both platforms
-(``scripts/compile_ahead.py``). Their speed is not measured yet: ``scripts/bench_attention.py`` does it on a
-device, and ``model.attention=xla`` does without them.
+``cached_attention`` is attention over the engine's KV cache. On GPUs its decode step uses the Pallas kernel
+of `ragged`, which reads only the filled part of the cache; elsewhere it is two dense products (`cached`).
 
-`reference` is what all of them must equal; `cached` is attention over the engine's cache.
+`reference` is the dense definition that every back end must equal. ``model.attention=xla`` turns the kernels
+of packed attention off.
+
+The tests run the packed kernels on a CPU in interpreted mode. ``scripts/compile_ahead.py`` compiles them for
+both platforms without a device. The GPU kernels are measured on an H100 (``scripts/README.md``,
+``scripts/bench_attention.py``); the TPU kernel has not run on a TPU yet.
 
 Shapes: queries ``[B, T, H, d]``, keys and values ``[B, T, K, d]`` with ``H = K * G`` query heads in groups of
-``G`` per key/value head. Soft-max in float32 whatever the input type.
+``G`` per key/value head. The softmax is computed in float32 for every input type.
 """
 
 from empg_jax.models.attention.cached import cached_attention as cached_attention

@@ -1,7 +1,7 @@
-"""Attention of new tokens over a KV cache: two batched products, or a kernel that reads what is filled.
+"""Attention of new tokens over a KV cache: two batched products, or a GPU kernel for the decode step.
 
-With one query per row the products are bound by reading the cache, whatever computes them. The products read
-all of it; on GPUs a decode step therefore takes the kernel of `ragged` where the cache's length allows.
+A decode step has one query per row, so its time is the time to read the cache. The products read the whole
+cache. The GPU kernel of `ragged` reads only the filled part; it is used if it supports the cache's shape.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from empg_jax.models.attention import ragged
 from empg_jax.models.attention.dispatch import by_platform
 
-# Finite, so that a row without any visible key stays finite.
+# Score of a hidden key. It is finite, so that a row without any visible key gives no NaN.
 MASKED = -1e30
 
 
@@ -23,28 +23,28 @@ def cached_attention(
     values: Float[Array, "R K C d"],
     positions: Int[Array, "R T"],
 ) -> Float[Array, "R T H d"]:
-    """Attention of new tokens over a KV cache that already holds them.
+    """Compute attention of new tokens over a KV cache that already holds them.
 
     Args:
       queries: rotated queries of the new tokens.
-      keys: the cache, key ``c`` at position ``c`` of its row.
-      values: likewise.
-      positions: position of each new token; it sees the keys at positions up to its own. What comes out for
-        a pad, a position beyond the cache, is finite and otherwise not defined.
+      keys: the cached keys; key ``c`` has position ``c`` in its row.
+      values: the cached values, in the same order.
+      positions: position of each new token. A token sees the keys at positions up to its own. A position
+        beyond the cache marks a pad, whose output is finite but otherwise undefined.
 
     Returns:
       The attention output, in the type of the queries.
     """
     capacity = keys.shape[2]
     if queries.shape[1] == 1 and ragged.takes(capacity, queries.shape[3], queries.dtype):
-        # A pad sees nothing, so that idle rows cost no reading.
+        # Length 0 for pads: the kernel then reads nothing for idle rows.
         lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
         return _decode(queries[:, 0], keys, values, lengths)[0][:, None]
     return _attend(queries, keys, values, positions)
 
 
 def _dense_decode(queries: Array, keys: Array, values: Array, lengths: Array) -> tuple[Array]:
-    """The decode step by products over the whole cache."""
+    """Compute a decode step by products over the whole cache."""
     return (_attend(queries[:, None], keys, values, lengths[:, None] - 1)[:, 0],)
 
 
@@ -55,7 +55,7 @@ def _attend(queries: Array, keys: Array, values: Array, positions: Array) -> Arr
     rows, length, heads, depth = queries.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     groups = heads // kv_heads
-    # Batch axes first: on a CPU the two products are then a fifth of a decode step cheaper.
+    # With the batch axes first, the two products make a decode step on a CPU a fifth faster.
     grouped = jnp.swapaxes(queries.reshape(rows, length, kv_heads, groups, depth), 1, 2)
     grouped = grouped.reshape(rows, kv_heads, length * groups, depth)
     scores = jnp.einsum("rkqd,rkcd->rkqc", grouped, keys, preferred_element_type=jnp.float32)

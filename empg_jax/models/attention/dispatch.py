@@ -1,9 +1,9 @@
-"""A function with one body per platform, settled when a program is lowered.
+"""Functions with one body per platform, selected when a program is lowered.
 
-``jax.lax.platform_dependent`` says the same, with two costs that matter here: every body is traced for every
-program, and a module exported for several platforms is refused, because each body is lowered for all of the
-platforms, and a Pallas kernel lowers for its own only. A primitive with a lowering rule per platform has
-neither: a CPU's program is traced without sight of a kernel.
+``jax.lax.platform_dependent`` does the same with two disadvantages. It traces every body for every program.
+It also cannot export a module for several platforms: it lowers each body for all platforms, and a Pallas
+kernel can be lowered for its own platform only. A primitive with a lowering rule per platform avoids both: a
+CPU program never traces a GPU kernel.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from jax.interpreters import batching, mlir
 def by_platform(
     name: str, default: Callable[..., tuple[Any, ...]], **bodies: Callable[..., tuple[Any, ...]]
 ) -> Callable[..., tuple[Any, ...]]:
-    """One function of arrays whose first axis is rows, each of which is worked on by itself.
+    """Build one function from bodies for different platforms.
 
-    It has no derivative of its own.
+    Every array's first axis is rows, and every body computes each row independently. The function has no
+    derivative: wrap it in `jax.custom_vjp`.
 
     Args:
-      name: what the operation is called in a jaxpr.
-      default: the body for every platform without another; it also gives the shapes of the results.
-        Takes the arrays, and options by keyword.
-      **bodies: bodies by platform (``cuda``, ``rocm``, ``tpu``, ``cpu``), which take the arrays only.
+      name: name of the operation in a jaxpr.
+      default: the body for all other platforms. It takes the arrays, and options by keyword. It also
+        defines the shapes of the results.
+      **bodies: bodies by platform (``cuda``, ``rocm``, ``tpu``, ``cpu``); they take the arrays only.
 
     Returns:
-      A function like ``default``; it may be mapped over (`jax.vmap`).
+      A function with the signature of ``default``; it supports `jax.vmap`.
     """
     operation = Primitive(name)
     operation.multiple_results = True
@@ -47,7 +48,7 @@ def by_platform(
         return [jax.core.ShapedArray(x.shape, x.dtype) for x in found]
 
     def map_over(arrays: Any, axes: Any, **options: Any) -> Any:
-        """More of the same: the mapped axis becomes part of the rows."""
+        """Map by merging the mapped axis into the rows, which are independent anyway."""
         size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
         moved = [
             jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
@@ -65,12 +66,12 @@ def by_platform(
 
 
 def _lower_for(platform: str, body: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
-    """Lowering of a body whose operations need not exist on other platforms of the module."""
+    """Return a lowering rule for a body whose operations exist on one platform only."""
     rule = mlir.lower_fun(body, multiple_results=True)
 
     def lower(context: mlir.LoweringRuleContext, *arrays: Any, **options: Any) -> Any:
         del options
-        # A cache of its own: what is lowered for one platform must not serve the others.
+        # An empty cache, so that an operation lowered for this platform is not reused for another one.
         module = context.module_context.replace(platforms=(platform,), cached_primitive_lowerings={})
         return rule(context.replace(module_context=module), *arrays)
 

@@ -1,4 +1,4 @@
-"""What attention works on, in one piece."""
+"""The operands of packed attention as one named tuple."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 
 class Operands(NamedTuple):
-    """Queries, keys and values of packed rows; tokens see earlier ones of their own segment only."""
+    """Queries, keys, values and segment ids of packed rows."""
 
     queries: Float[Array, "B T H d"]
     keys: Float[Array, "B T K d"]

@@ -1,17 +1,18 @@
-"""Packed attention: the interface, the rule that selects a back end, and the one backward pass around them.
+"""Packed attention: the interface, the choice of a back end, and the custom derivative around all back ends.
 
 A back end is a pair of functions::
 
-    forward(queries, keys, values, segment_ids) -> (output, normaliser)
-    backward(queries, keys, values, segment_ids, output, normaliser, slope) -> (d_queries, d_keys, d_values)
+    forward(queries, keys, values, segment_ids) -> (output, normalizer)
+    backward(queries, keys, values, segment_ids, output, normalizer, slope) -> (d_queries, d_keys, d_values)
 
-``normaliser [B H T]`` is the logarithm of the soft-max's denominator: all that a backward pass needs beyond
-inputs and output, and the same number in every back end. The custom derivative therefore stands outside of
-the choice by platform. A program carries one set of residuals, rematerialisation can keep them by name, and
-a module exported for several platforms holds each platform's own kernel.
+``normalizer [B H T]`` is the logarithm of the softmax's denominator. Beyond inputs and output it is the only
+residual that a backward pass needs, and every back end computes the same number. The custom derivative can
+therefore stand outside of the choice by platform. This has three effects: a program has one set of residuals,
+rematerialization can keep them by name, and a module exported for several platforms holds the kernel of each.
 
-Not used: cuDNN's fused attention. Through ``jax.nn.dot_product_attention`` it knows padding but no segments;
-packed rows would need a ``[B, 1, T, T]`` mask in memory.
+cuDNN's fused attention is not used. Through ``jax.nn.dot_product_attention`` it supports padding but no
+segments, so packed rows would need a ``[B, 1, T, T]`` mask in memory. On an H100 its causal kernel without
+segments is faster than the Triton kernel (``scripts/README.md``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from empg_jax.models.attention import splash, tiles, triton
 from empg_jax.models.attention.dispatch import by_platform
 from empg_jax.models.attention.operands import Operands
 
-# Checkpoint name of what the backward pass of attention needs besides queries, keys and values.
+# Checkpoint name of attention's residuals (output and normalizer); `jax.checkpoint` policies keep them by it.
 SAVED = "attention"
 BACKENDS = ("auto", "xla")
 
@@ -42,25 +43,25 @@ def packed_attention(
     backend: str = "auto",
     block: int = 64,
 ) -> Float[Array, "B T H d"]:
-    """Causal attention inside each segment of packed rows.
+    """Compute causal attention inside each segment of packed rows.
 
-    On several devices, call it on each device's own rows and heads (`parallel.layout.split_attention`): the
-    compiler cannot split a kernel by itself.
+    On several devices, call it on each device's own rows and heads (`parallel.layout.split_attention`),
+    because the compiler cannot split a kernel.
 
     Args:
       queries: rotated queries.
       keys: rotated keys.
       values: values.
       segment_ids: packed sequence of each token; tokens attend inside their own segment only.
-      backend: "auto": the platform's fused kernel where the shape is one of `is_fusible`, else tiles;
-        "xla": tiles on every platform.
-      block: query block length of the tiles; at most 16 blocks are made, longer rows get larger blocks.
+      backend: "auto" is the platform's fused kernel if `is_fusible` accepts the shape, else tiles. "xla" is
+        tiles on every platform.
+      block: query block length of the tiles. A row has at most 16 blocks, so longer rows get larger blocks.
 
     Returns:
       The attention output, in the type of the queries.
 
     Raises:
-      ValueError: the back end has no such name.
+      ValueError: the back end is unknown.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention back end {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -69,9 +70,9 @@ def packed_attention(
 
 
 def is_fusible(length: int, head_dim: int, dtype: jnp.dtype) -> bool:
-    """Whether the GPU and TPU kernels take rows of this length, heads of this size and this type.
+    """Return whether the GPU and TPU kernels support this row length, head size and type.
 
-    A row shorter than one kernel block is better off as a tile; heads of another size would be padded.
+    A row shorter than one kernel block is faster as a tile. The kernels would pad heads of another size.
     """
     return length >= 128 and head_dim in (64, 128, 256) and dtype in (jnp.float32, jnp.bfloat16)
 
@@ -88,9 +89,9 @@ def _forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     inputs = queries, keys, values, segment_ids
     forward = _fused_forward if is_fused else tiles.forward
-    # Named, so that rematerialisation may keep these two and skip the whole forward pass.
-    output, normaliser = (checkpoint_name(x, SAVED) for x in forward(*inputs, block=block))
-    return output, (*inputs, output, normaliser)
+    # With a name, a rematerialization policy can keep these two and skip attention's whole forward pass.
+    output, normalizer = (checkpoint_name(x, SAVED) for x in forward(*inputs, block=block))
+    return output, (*inputs, output, normalizer)
 
 
 def _backward(
@@ -102,7 +103,7 @@ def _backward(
 
 
 def _from_arrays(backward: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
-    """The backward pass as a function of seven arrays: a primitive takes no other."""
+    """Return the backward pass as a function of seven arrays, because a primitive takes no tuples."""
 
     def run(*arrays: Array, **options: int) -> tuple[Array, ...]:
         return backward(Operands(*arrays[:4]), *arrays[4:], **options)

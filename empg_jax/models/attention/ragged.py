@@ -1,7 +1,7 @@
-"""Decode on GPUs: JAX's Pallas Triton kernel (``jax.experimental.pallas.ops.gpu.decode_attention``).
+"""The GPU decode step: JAX's Pallas Triton kernel (``jax.experimental.pallas.ops.gpu.decode_attention``).
 
-One query per row against a cache of which each row has filled its own share. The kernel reads the filled part
-only, and cuts it into pieces that run side by side, so that a single conversation keeps a whole device busy.
+Each row has one query and its own number of filled cache positions. The kernel reads only the filled part. It
+splits this part into pieces that run in parallel, so that even one conversation keeps a whole device busy.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import decode_attention as kernels
 from jaxtyping import Array, Float, Int
 
-# Keys that a program reads at a time; the cache's length must be a multiple of it.
+# Number of keys that a kernel program reads at a time; the cache's length must be a multiple of it.
 BLOCK = 128
-# Programs that keep a large device busy: two for each of an H100's 132 multiprocessors.
+# Number of kernel programs that keeps a large device busy: two for each of an H100's 132 multiprocessors.
 PROGRAMS = 264
 
 
 def takes(capacity: int, head_dim: int, dtype: jnp.dtype) -> bool:
-    """Whether the kernel takes a cache of this length, heads of this size and this type."""
+    """Return whether the kernel supports this cache length, head size and type."""
     return capacity % BLOCK == 0 and head_dim in (64, 128, 256) and dtype in (jnp.float32, jnp.bfloat16)
 
 
@@ -30,19 +30,22 @@ def decode(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "R H d"]]:
-    """Attention of one query per row over the first ``lengths[r]`` keys of its row; zeros where none is.
+    """Compute attention of one query per row over the first ``lengths[r]`` keys of row ``r``.
 
     Args:
       queries: rotated queries.
-      keys: the cache.
-      values: likewise.
-      lengths: keys that each row sees.
+      keys: the cached keys.
+      values: the cached values.
+      lengths: number of keys that each row sees; a row of length 0 returns zeros.
       interpret: run the kernel on a CPU, for tests.
+
+    Returns:
+      A tuple with the attention output, in the type of the queries.
     """
     rows, heads, depth = queries.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     flat = rows * kv_heads
-    # The kernel mixes truth values and floats.
+    # The kernel multiplies booleans with floats, which strict dtype promotion would refuse.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = kernels.mqa(
             queries.reshape(flat, heads // kv_heads, depth),
@@ -57,6 +60,9 @@ def decode(
 
 
 def count_splits(rows: int, blocks: int) -> int:
-    """Pieces that each row is cut into: a divisor of its blocks, as many as keep the device busy."""
+    """Return the number of pieces that each row is split into.
+
+    It is the largest divisor of ``blocks`` for which all rows together have at most `PROGRAMS` programs.
+    """
     wanted = max(1, PROGRAMS // rows)
     return max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= wanted)

@@ -1,4 +1,4 @@
-"""What packed attention is, in a few lines of dense matrices: the oracle of tests and parity checks."""
+"""Packed attention by dense matrices: the reference of tests and parity checks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def reference_attention(
     values: Float[Array, "B T K d"],
     segment_ids: Int[Array, "B T"],
 ) -> Float[Array, "B T H d"]:
-    """``softmax(q k^T / sqrt(d)) v`` over earlier positions of the same segment.
+    """Compute ``softmax(q k^T / sqrt(d)) v`` over the token itself and earlier tokens of its segment.
 
-    Computed in float32 (float64 for such inputs) with all of ``[B, H, T, T]`` in memory.
+    The computation is in float32 (float64 for float64 inputs) and holds ``[B, H, T, T]`` scores in memory.
 
     Args:
       queries: rotated queries.

@@ -1,8 +1,8 @@
 """The TPU back end: JAX's splash attention (``jax.experimental.pallas.ops.tpu.splash_attention``).
 
-The kernel works on one row, ``[H T d]``, is mapped over the batch, knows grouped heads and segments, skips
-blocks above the diagonal, and does not scale: the queries are scaled before. Rows are padded at the end to a
-whole number of blocks, where no causal query looks.
+The kernel works on one row ``[H T d]`` and is mapped over the batch. It supports grouped heads and segments
+and skips the blocks above the diagonal. It does not scale the scores, so the queries are scaled before. Rows
+are padded at the end to a whole number of blocks; no causal query of a real token sees the padding.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from empg_jax.models.attention.operands import Operands
 
-GRAIN = 128  # lanes: rows are padded to a multiple of it
-BLOCKS = (512, 256, 128)  # the largest that divides the padded row
+GRAIN = 128  # lanes of a TPU register; rows are padded to a multiple of it
+BLOCKS = (512, 256, 128)  # block lengths; the largest one that divides the padded row is used
 
 
 def forward(
@@ -27,44 +27,44 @@ def forward(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B H T"]]:
-    """Output and normaliser (`packed`). ``interpret`` runs the kernel on a CPU, for tests."""
+    """Compute output and normalizer (see `packed`). ``interpret`` runs the kernel on a CPU, for tests."""
     length = queries.shape[1]
     kernel = _make_kernel(queries, interpret)
 
     def one_row(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, Array]:
-        output, (normaliser,) = kernel(q, k, v, segment_ids=kernels.SegmentIds(segments, segments))
-        return output, normaliser
+        output, (normalizer,) = kernel(q, k, v, segment_ids=kernels.SegmentIds(segments, segments))
+        return output, normalizer
 
-    output, normaliser = jax.vmap(one_row)(
+    output, normalizer = jax.vmap(one_row)(
         _rows(_scaled(queries)), _rows(keys), _rows(values), _pad(segment_ids, axis=1)
     )
-    return jnp.swapaxes(output, 1, 2)[:, :length], normaliser[:, :, :length]
+    return jnp.swapaxes(output, 1, 2)[:, :length], normalizer[:, :, :length]
 
 
 def backward(
     operands: Operands,
     output: Float[Array, "B T H d"],
-    normaliser: Float[Array, "B H T"],
+    normalizer: Float[Array, "B H T"],
     slope: Float[Array, "B T H d"],
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
-    """Slopes of queries, keys and values (`packed`)."""
+    """Compute the gradients of queries, keys and values (see `packed`)."""
     queries, keys, values, segment_ids = operands
     kernel = _make_kernel(queries, interpret)
 
     def one_row(
-        row: tuple[Array, Array, Array], segments: Array, output: Array, normaliser: Array, slope: Array
+        row: tuple[Array, Array, Array], segments: Array, output: Array, normalizer: Array, slope: Array
     ) -> tuple[Array, Array, Array]:
         ids = kernels.SegmentIds(segments, segments)
-        known = (*row, ids, None, output, normaliser, kernel.dq_mask_info, kernel.dkv_mask_info)
+        known = (*row, ids, None, output, normalizer, kernel.dq_mask_info, kernel.dkv_mask_info)
         return kernels._splash_attention_bwd(**kernel.kwargs, res=known, do=slope)[3:6]
 
     slopes = jax.vmap(one_row)(
         (_rows(_scaled(queries)), _rows(keys), _rows(values)),
         _pad(segment_ids, axis=1),
         _rows(output),
-        _pad(normaliser, axis=2),
+        _pad(normalizer, axis=2),
         _rows(slope.astype(queries.dtype)),
     )
     d_queries, d_keys, d_values = (jnp.swapaxes(x, 1, 2)[:, : queries.shape[1]] for x in slopes)
@@ -98,7 +98,10 @@ def _scaled(queries: Array) -> Array:
 
 
 def _rows(x: Float[Array, "B T n d"]) -> Float[Array, "B n P d"]:
-    """Heads first, time padded to ``P``; with a slope of zero the pads have no part in the backward pass."""
+    """Return ``x`` with heads first and time padded to ``P``.
+
+    Padding needs no mask in the backward pass, because its output gradient is zero.
+    """
     return _pad(jnp.swapaxes(x, 1, 2), axis=2)
 
 

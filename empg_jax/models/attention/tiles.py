@@ -1,8 +1,8 @@
-"""The XLA back end: attention in tiles, its backward pass written by hand.
+"""The XLA back end: attention in tiles, with a hand-written backward pass.
 
-The queries go in blocks, each of which sees only the keys up to its own end, so the masked upper triangle
-is never computed. The backward pass recomputes each block's weights from the normaliser, so no weights are
-kept.
+The queries are processed in blocks. Each block sees only the keys up to its own end, so the blocks above the
+diagonal are never computed. The backward pass recomputes each block's weights from the normalizer, so that no
+attention weights stay in memory.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def forward(
     *,
     block: int,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B H T"]]:
-    """Output and normaliser (`packed`), in query blocks of ``block`` tokens or more."""
+    """Compute output and normalizer (see `packed`) in query blocks of at least ``block`` tokens."""
     length, kv_heads, depth = queries.shape[1], keys.shape[2], queries.shape[3]
     q, k, v = _grouped(queries, kv_heads), jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
-    outputs, normalisers = [], []
+    outputs, normalizers = [], []
     for start, stop in _blocks(length, block):
         causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         same = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
@@ -46,29 +46,30 @@ def forward(
             preferred_element_type=jnp.float32,
         )
         outputs.append(output / total[..., None])
-        normalisers.append(largest + jnp.log(total))
+        normalizers.append(largest + jnp.log(total))
     output = _ungrouped(jnp.concatenate(outputs, axis=3).astype(queries.dtype))
-    return output, jnp.concatenate(normalisers, axis=3).reshape(len(queries), -1, length)
+    return output, jnp.concatenate(normalizers, axis=3).reshape(len(queries), -1, length)
 
 
 def backward(
     operands: Operands,
     output: Float[Array, "B T H d"],
-    normaliser: Float[Array, "B H T"],
+    normalizer: Float[Array, "B H T"],
     slope: Float[Array, "B T H d"],
     *,
     block: int,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
-    """Slopes of queries, keys and values (`packed`).
+    """Compute the gradients of queries, keys and values (see `packed`).
 
-    Keys stand first in every matrix here, so that no matrix of weights is ever transposed.
+    Every weight matrix here has the keys as its first axis, so that no weight matrix is ever transposed.
     """
     queries, keys, values, segment_ids = operands
     batch, length, heads, depth = queries.shape
     kv_heads, groups, scale = keys.shape[2], heads // keys.shape[2], jnp.float32(depth**-0.5)
     q, k, v = _grouped(queries, kv_heads), jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     g = _grouped(slope, kv_heads)
-    normaliser = normaliser.reshape(batch, kv_heads, groups, length)
+    normalizer = normalizer.reshape(batch, kv_heads, groups, length)
+    # The softmax's gradient is w * (dw - sum(w dw)); sum(w dw) equals the dot product of slope and output.
     mean_slope = jnp.sum(g.astype(jnp.float32) * _grouped(output, kv_heads).astype(jnp.float32), axis=-1)
     d_queries = []
     d_keys = d_values = jnp.zeros(k.shape, jnp.float32)
@@ -82,7 +83,7 @@ def backward(
         visible = jnp.logical_and(causal[None], same)[:, None, :, None]
         scores = dot("bksd,bktd->bkst", k[:, :, :stop], q_block).reshape(table)
         scores = jnp.where(visible, scores * scale, jnp.float32(MASKED))
-        weights = jnp.exp(scores - normaliser[:, :, None, :, start:stop])
+        weights = jnp.exp(scores - normalizer[:, :, None, :, start:stop])
         d_weights = dot("bksd,bktd->bkst", v[:, :, :stop], g_block).reshape(table)
         d_scores = weights * (d_weights - mean_slope[:, :, None, :, start:stop]) * scale
         weights = weights.astype(values.dtype).reshape(batch, kv_heads, stop, groups * count)
@@ -100,6 +101,7 @@ def backward(
 
 
 def _blocks(length: int, block: int) -> list[tuple[int, int]]:
+    # Each block is unrolled into the program, so their number is limited to 16 to keep compilation short.
     block = max(block, -(-length // 16))
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 

@@ -1,9 +1,9 @@
 """The GPU back end: JAX's Pallas Triton kernel (``jax.experimental.pallas.ops.gpu.attention``).
 
-The kernel wants one key/value head per query head and a whole number of blocks, so keys and values are
-repeated over their groups and rows are padded at the end, where no causal query looks. Its own derivative
-hides the normaliser; the forward kernel is therefore asked for it, and the backward kernels are called with
-it, so that nothing is computed twice.
+The kernel needs one key/value head per query head and a whole number of blocks. Keys and values are therefore
+repeated over their groups, and rows are padded at the end, where no causal query of a real token looks. The
+kernel's own custom derivative does not expose the normalizer. This module therefore calls the forward kernel
+with residuals and the backward kernels directly, so that nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from empg_jax.models.attention.operands import Operands
 
-# Rows are padded to a multiple of it; every block length below divides it.
+# Rows are padded to a multiple of this length; every block length below divides it.
 GRAIN = 128
 
 
@@ -29,7 +29,7 @@ def forward(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B H T"]]:
-    """Output and normaliser (`packed`). ``interpret`` runs the kernel on a CPU, for tests."""
+    """Compute output and normalizer (see `packed`). ``interpret`` runs the kernel on a CPU, for tests."""
     length, depth = queries.shape[1], queries.shape[3]
     q, k, v, segments = _prepare(queries, keys, values, segment_ids)
     output, log2_total = kernels.mha(
@@ -43,22 +43,23 @@ def forward(
         return_residuals=True,
         interpret=interpret,
     )
+    # The kernel works with powers of 2; the interface uses the natural logarithm.
     return output[:, :length], log2_total[:, :, :length] * jnp.float32(math.log(2))
 
 
 def backward(
     operands: Operands,
     output: Float[Array, "B T H d"],
-    normaliser: Float[Array, "B H T"],
+    normalizer: Float[Array, "B H T"],
     slope: Float[Array, "B T H d"],
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T K d"], Float[Array, "B T K d"]]:
-    """Slopes of queries, keys and values (`packed`)."""
+    """Compute the gradients of queries, keys and values (see `packed`)."""
     queries, keys, values, segment_ids = operands
     length, depth = queries.shape[1], queries.shape[3]
     prepared = _prepare(queries, keys, values, segment_ids)
-    log2_total = normaliser * jnp.float32(1 / math.log(2))
+    log2_total = normalizer * jnp.float32(1 / math.log(2))
     log2_total = jnp.pad(log2_total, ((0, 0), (0, 0), (0, -length % GRAIN)))
     d_queries, d_keys, d_values, _ = kernels._mha_backward(
         sm_scale=depth**-0.5,
@@ -85,24 +86,27 @@ def _prepare(queries: Array, keys: Array, values: Array, segment_ids: Array) -> 
 
 
 def _pad(x: Array) -> Array:
-    """Zeros after the end of each row; with a slope of zero they have no part in the backward pass either."""
+    """Pad the end of each row with zeros.
+
+    Padding needs no mask in the backward pass, because its output gradient is zero.
+    """
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % GRAIN)) + ((0, 0),) * (x.ndim - 2))
 
 
 def _sum_groups(slope: Array, like: Array) -> Array:
-    """Slopes of repeated heads ``[B T' H d]``, added up in float32 to those of ``like [B T K d]``."""
+    """Sum the gradients ``[B T' H d]`` of repeated heads in float32 to gradients of ``like [B T K d]``."""
     batch, length, kv_heads, depth = like.shape
     grouped = slope[:, :length].reshape(batch, length, kv_heads, -1, depth)
     return jnp.sum(grouped, axis=3, dtype=jnp.float32).astype(like.dtype)
 
 
 def _block_sizes(depth: int, dtype: jnp.dtype) -> kernels.BlockSizes:
-    """Tiles that fit shared memory: queries beside two stages of keys and of values.
+    """Return block sizes that fit shared memory: one block of queries, two stages of keys and of values.
 
-    The kernel's own defaults do not compile for float32 or heads of 256; these do from an L4 (99 KB) up
-    (``scripts/compile_ahead.py``). Where a block may take more, backward tiles are twice as long: on an H100
-    with heads of 128 in bfloat16, forward and backward together then take 3.2 ms in place of 5.8 ms
-    (4 rows of 4,096 tokens, 12 heads).
+    The kernel's default sizes do not compile for float32 or for heads of 256. These sizes compile for every
+    GPU from an L4 (99 KB of shared memory) up (``scripts/compile_ahead.py``). On GPUs with more shared memory
+    the backward blocks are twice as long: on an H100 with heads of 128 in bfloat16, forward and backward
+    together then take 3.2 ms instead of 5.8 ms (4 rows of 4,096 tokens, 12 heads).
     """
     rows = 16384 // (depth * jnp.dtype(dtype).itemsize)
     small = min(rows, 64 if _shared_memory_kb() >= 160 else 32)
@@ -110,7 +114,10 @@ def _block_sizes(depth: int, dtype: jnp.dtype) -> kernels.BlockSizes:
 
 
 def _shared_memory_kb() -> int:
-    """Shared memory that a block may take on this process's first device; without a GPU the least known."""
+    """Return the shared memory in KB that a block may use on this process's first device.
+
+    An unknown device, or no GPU at all, counts as the smallest known GPU.
+    """
     device = jax.devices()[0]
     by_capability = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227}
     return by_capability.get(str(getattr(device, "compute_capability", "")), 99)

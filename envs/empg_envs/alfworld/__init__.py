@@ -1,1 +1,1 @@
-"""ALFWorld's text games without TextWorld: official files, both releases, new games in their format."""
+"""ALFWorld's text games without TextWorld: official games, both text releases, and generated games."""

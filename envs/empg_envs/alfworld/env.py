@@ -1,4 +1,4 @@
-"""ALFWorld as a `TextEnv`: official games where there are any, generated ones everywhere."""
+"""ALFWorld as a `TextEnv`, with official or generated games."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from empg_envs.household.world import TOOLS, Scene, World
 SOURCES = ("official", "generated", "auto")
 EXPERTS = {"solver": solver.choose_command, "search": search.choose_command}
 MAX_TURNS = 50
-# Release 2.1.1 also cleans things in what is a sink without being its basin.
+# Release 2.1.1 also cleans objects in a sink, not only in its basin.
 OLD_TOOLS = {**TOOLS, "clean": TOOLS["clean"] | {"sink"}}
 
 
 class AlfworldEnv(HouseEnv):
-    """One room, one task, ALFWorld's commands and texts to the letter.
+    """ALFWorld with exactly its commands and texts: one room and one task per episode.
 
-    ``info`` is the household's: ``task``, ``family``, ``admissible``, ``won``.
+    ``info`` has the keys of the household: ``task``, ``family``, ``admissible``, ``won``.
     """
 
     def __init__(
@@ -36,21 +36,21 @@ class AlfworldEnv(HouseEnv):
         win_reward: float = 1.0,
         expert: str = "solver",
     ) -> None:
-        """Chooses games and how they are told.
+        """Set up the games, their texts and the expert.
 
         Args:
-          source: ``official`` (files of ``data``), ``generated``, or ``auto`` (official, and generated when
-            there are no files). By default official if ``data`` or ``ALFWORLD_DATA`` names a folder.
-          data: folder of the official games; by default what ``ALFWORLD_DATA`` names.
-          level: of generated games: a room, ``rooms`` (all four) or ``tiny``.
-          release: text release, ``2.1.2`` or ``2.1.1``; files of either are told in it.
-          max_turns: steps after which an episode is truncated.
+          source: ``official`` (files of ``data``), ``generated``, or ``auto`` (official if there are files,
+            else generated). The default is official if ``data`` or ``ALFWORLD_DATA`` names a folder.
+          data: folder of the official games; the default is the folder in ``ALFWORLD_DATA``.
+          level: preset of generated games: a room, ``rooms`` (all four) or ``tiny``.
+          release: text release, ``2.1.2`` or ``2.1.1``; files of both releases can be played in either.
+          max_turns: number of steps after which an episode is truncated.
           win_reward: reward of the step that meets the goal.
-          expert: ``solver`` knows where everything is; ``search`` only what has been shown so far.
+          expert: ``solver`` knows where everything is; ``search`` knows only what the agent has seen.
 
         Raises:
-          ValueError: an unknown choice.
-          FileNotFoundError: official games were asked for and are not there.
+          ValueError: an option has an unknown value.
+          FileNotFoundError: official games are requested but not found.
         """
         for name, value, known in (("release", release, RELEASES), ("expert", expert, tuple(EXPERTS))):
             if value not in known:
@@ -71,11 +71,11 @@ class AlfworldEnv(HouseEnv):
 
 
 def open_panels(source: str | None, data: str | None, level: str) -> OfficialPanels | GeneratedPanels:
-    """The games that options ask for.
+    """Open the panels that the options select.
 
     Raises:
       ValueError: an unknown source or level, or a folder for generated games.
-      FileNotFoundError: official games were asked for and are not there.
+      FileNotFoundError: official games are requested but not found.
     """
     if source is None:
         source = "official" if data is not None or os.environ.get(VARIABLE) else "generated"

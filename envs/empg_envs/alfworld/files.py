@@ -1,8 +1,8 @@
-"""Panels of official games, from a folder as ``alfworld-download`` leaves it.
+"""Panels of official games, from a folder that ``alfworld-download`` has written.
 
-The filters are those of ALFWorld's own loader: no path with ``movable`` or ``Sliced`` in it, and only games
-whose file says that they are solvable. Beyond them, every file is parsed once when the folder is opened,
-and one that cannot be played is left out, named and counted.
+The filters are those of ALFWorld's own loader: paths with ``movable`` or ``Sliced`` are left out, and so are
+games whose file does not say that they are solvable. In addition, every file is parsed once when the folder
+is opened. A file that cannot be played is left out, named in a warning, and counted.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from empg_envs.alfworld.problem import GameFileError
 
 VARIABLE = "ALFWORLD_DATA"
 GAME_FILE = "game.tw-pddl"
-# Newer first: both hold the same problems.
+# The newer release first; both have the same problems.
 FOLDERS = ("json_2.1.2", "json_2.1.1")
-# Order of listing; ALFWorld's papers call the last two "seen" and "unseen".
+# Order of the splits; ALFWorld's papers call the last two "seen" and "unseen".
 SPLITS = ("train", "valid_train", "valid_seen", "valid_unseen")
 UNSUPPORTED = ("movable", "Sliced")
-_NAMED = 5  # skipped files that a warning names
+_NAMED = 5  # number of skipped files that a warning names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Skipped:
     Attributes:
       path: the file.
       kind: ``unsupported`` (by its path), ``unsolvable`` or ``malformed``.
-      reason: what is wrong with it.
+      reason: the problem.
     """
 
     path: Path
@@ -47,7 +47,7 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class GameFile:
-    """A game that can be played: its id inside the data (``split/task/trial``) and where it is."""
+    """A playable game: its id inside the data (``split/task/trial``) and its file."""
 
     id: str
     path: Path
@@ -57,23 +57,24 @@ class GameFile:
 class OfficialPanels:
     """The splits found in a data folder.
 
-    A panel is ordered by a hash of the games' ids, so that its beginning is a fair sample of task families
-    wherever the folder lies and however the file system lists it.
+    A panel is ordered by a hash of the games' ids. Its beginning is therefore a fair sample of task families,
+    and the order depends neither on the folder's location nor on the file system.
 
     Attributes:
-      root: the folder that holds the splits.
+      root: the folder of the splits.
       skipped: files that were left out.
     """
 
     def __init__(self, data: str | os.PathLike[str] | None = None) -> None:
-        """Opens a data folder and parses every game in it once (about 1 ms each).
+        """Open a data folder and parse every game in it once (about 1 ms each).
 
         Args:
-          data: the folder that holds ``json_2.1.1`` (or ``json_2.1.2``), or that folder itself; by default
-            what ``ALFWORLD_DATA`` names.
+          data: the folder that contains ``json_2.1.1`` (or ``json_2.1.2``), or that folder itself. The
+            default is the folder in ``ALFWORLD_DATA``.
 
         Raises:
-          FileNotFoundError: there is no such folder, or no game in it; the message says how to get the data.
+          FileNotFoundError: the folder does not exist or contains no game. The message tells how to get the
+            data.
         """
         self.root = find_root(data)
         self._panels, self.skipped = _scan(self.root)
@@ -82,23 +83,23 @@ class OfficialPanels:
         _warn(self.root, self.skipped)
 
     def list_splits(self) -> list[str]:
-        """Names of the splits that hold games: ``train`` first."""
+        """Return the names of the splits with games, ``train`` first."""
         return list(self._panels)
 
     def num_tasks(self, split: str) -> int:
-        """Number of playable games of a split."""
+        """Return the number of playable games of a split."""
         return len(self._panel(split))
 
     def load(self, split: str, index: int) -> Game:
-        """One game, parsed once for the several attempts that a group makes at it."""
+        """Return one game; it is cached, because a group plays the same game several times."""
         return _load(self._file(split, index).path)
 
     def content(self, split: str, index: int) -> dict[str, Any]:
-        """What the game's file holds."""
+        """Return the content of the game's file."""
         return read_game(self._file(split, index).path)
 
     def describe(self, split: str, index: int) -> dict[str, Any]:
-        """Where the game is from, its goal and its sentence."""
+        """Return the game's origin, its goal and its task sentence."""
         file, game = self._file(split, index), self.load(split, index)
         return {
             "source": "official",
@@ -113,7 +114,7 @@ class OfficialPanels:
         }
 
     def panel_hash(self, split: str) -> str:
-        """Hash of the ordered content hashes."""
+        """Return the hash of the ordered content hashes."""
         hashes = "".join(file.content_hash for file in self._panel(split))
         return hashlib.sha256(hashes.encode()).hexdigest()
 
@@ -133,10 +134,10 @@ class OfficialPanels:
 
 
 def find_root(data: str | os.PathLike[str] | None) -> Path:
-    """The folder that holds the splits.
+    """Find the folder of the splits.
 
     Raises:
-      FileNotFoundError: naming the folder that was looked for, and how to get the data.
+      FileNotFoundError: the folder does not exist. The message names it and tells how to get the data.
     """
     named = os.environ.get(VARIABLE) if data is None else os.fspath(data)
     if not named:
@@ -194,7 +195,7 @@ def _count(skipped: list[Skipped]) -> str:
 
 
 def _warn(root: Path, skipped: list[Skipped]) -> None:
-    """Names what is broken; games that official filters leave out are no surprise."""
+    """Warn about broken files, but not about games that the official filters leave out."""
     broken = [each for each in skipped if each.kind == "malformed"]
     if broken:
         named = "; ".join(f"{each.path.relative_to(root)}: {each.reason}" for each in broken[:_NAMED])

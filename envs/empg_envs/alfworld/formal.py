@@ -1,7 +1,7 @@
-"""PDDL domain and text grammar for game files that this package writes.
+"""The PDDL domain and the text grammar for game files that this package writes.
 
-The native engine reads neither. They are there for the original TextWorld engine, which needs both to
-play a file; action and predicate names are those of ALFWorld's format, release 2.1.2.
+The original TextWorld engine needs both to play a file; the native engine reads neither. The names of actions
+and predicates are those of ALFWorld's format, release 2.1.2.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ _ACTIONS = {
         "(isSliced ?co)", "slice {co} with {ko}", "You sliced the {co.name} with the {ko.name}.",
     ),
 }  # fmt: skip
-# Types that the domain names, which every problem must therefore declare.
+# Types that occur in the domain; every problem must therefore declare them.
 DOMAIN_RTYPES = ("SinkbasinType", "MicrowaveType", "FridgeType")
 DOMAIN_OTYPES = ("KnifeType", "ButterknifeType")
 
@@ -107,7 +107,7 @@ _STATES = (
 
 
 def make_domain() -> str:
-    """The domain in PDDL."""
+    """Return the domain in PDDL."""
     actions = "\n".join(
         f"(:action {name}\n  :parameters ({parameters})\n  :precondition (and {condition})\n"
         f"  :effect (and {effect}))"
@@ -121,11 +121,11 @@ def make_domain() -> str:
 
 
 def make_grammar(task: str, help_text: str) -> str:
-    """The text grammar of one game.
+    """Return the text grammar of one game.
 
     Args:
       task: the task sentence.
-      help_text: what ``help`` answers.
+      help_text: the answer to ``help``.
     """
     rules: dict[str, list[dict[str, str]]] = {
         "intro": [{"rhs": "-= Welcome to TextWorld, ALFRED! =-\n\n#view#\n\n#task#"}],

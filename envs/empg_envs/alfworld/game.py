@@ -1,4 +1,4 @@
-"""Builds a playable game from the content of a ``game.tw-pddl`` file."""
+"""Parsing of ``game.tw-pddl`` files into playable games."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from empg_envs.alfworld.goal import class_name, recognise
+from empg_envs.alfworld.goal import class_name, recognize
 from empg_envs.alfworld.problem import GameFileError, Problem, parse_problem
 from empg_envs.household.goals import HouseholdGoal
 from empg_envs.household.tables import EXAMINE, PICK_TWO
@@ -34,7 +34,7 @@ _KNIVES = ("knifetype", "butterknifetype")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Game:
-    """One game: the room, what is wanted, how that is said, and the identity of its content."""
+    """One game: the room, the goal, the task sentence, and the hash of its content."""
 
     scene: Scene
     goal: HouseholdGoal
@@ -43,10 +43,10 @@ class Game:
 
 
 def read_game(path: Path) -> dict[str, Any]:
-    """The content of a game file.
+    """Read the content of a game file.
 
     Raises:
-      GameFileError: it cannot be read, is no JSON object, or lacks a key.
+      GameFileError: the file cannot be read, is no JSON object, or lacks a key.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -63,25 +63,25 @@ def read_game(path: Path) -> dict[str, Any]:
 
 
 def load_game(path: Path) -> Game:
-    """The game in a file; whether it says ``solvable`` is not asked here.
+    """Load the game of a file, without a check of its ``solvable`` flag.
 
     Raises:
-      GameFileError: it cannot be played.
+      GameFileError: the game cannot be played.
     """
     return parse_game(read_game(path))
 
 
 def parse_game(content: Mapping[str, Any]) -> Game:
-    """A game from the content of its file.
+    """Build a game from the content of its file.
 
     Raises:
-      GameFileError: it cannot be played: malformed, or about what does not exist.
+      GameFileError: the content is malformed, or refers to objects that do not exist.
     """
     problem = parse_problem(content["pddl_problem"])
     task = TASK.search(content["grammar"])
     if task is None or NO_TASK in task.group(1):
         raise GameFileError("grammar: no task sentence ('Your task is to: …')")
-    goal = recognise(problem)
+    goal = recognize(problem)
     scene = make_scene(problem)
     _check(scene, goal)
     text = "\n".join((task.group(1), " ".join(content["pddl_problem"].lower().split())))
@@ -89,10 +89,10 @@ def parse_game(content: Mapping[str, Any]) -> Game:
 
 
 def name_entities(identifiers: Iterable[str]) -> dict[str, str]:
-    """Identifier to display name, as ALFWorld gives them.
+    """Map identifiers to display names, by ALFWorld's rule.
 
-    The class is what stands before the first ``_bar_``, with ``basin`` behind it if the identifier contains
-    that; numbers of a class are handed out from the end, so the first identifier has the highest.
+    The class is the text before the first ``_bar_``, followed by ``basin`` if the identifier contains it. The
+    numbers of a class are assigned from the end, so that the first identifier has the highest number.
     """
     ordered = sorted(identifiers)
     classes = {name: name.split("_bar_", 1)[0] + "basin" * ("basin" in name) for name in ordered}
@@ -106,10 +106,10 @@ def name_entities(identifiers: Iterable[str]) -> dict[str, str]:
 
 
 def make_scene(problem: Problem) -> Scene:
-    """The room of a problem, with display names for everything in it.
+    """Build the room of a problem, with display names for everything in it.
 
     Raises:
-      GameFileError: facts have the wrong number of arguments, or speak of what has no place or type.
+      GameFileError: facts have the wrong number of arguments, or refer to objects without place or type.
     """
     try:
         return _make_scene(problem.facts)
@@ -170,7 +170,7 @@ def _make_scene(facts: Mapping[str, list[tuple[str, ...]]]) -> Scene:
 
 
 def _check(scene: Scene, goal: HouseholdGoal) -> None:
-    """Refuses a game that nobody can win, as far as a look at what exists can tell."""
+    """Refuse a game that cannot be won because the objects or receptacles for its goal do not exist."""
     contained = {thing for things in scene.start.values() for thing in things}
     wanted = {thing for thing in contained & scene.pickupable if scene.class_of[thing] == goal.thing}
     if goal.family in CHANGES:

@@ -1,4 +1,4 @@
-"""Panels of generated games, each made through the file format of the official ones."""
+"""Panels of generated games. Each game passes through the file format of the official ones."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ from empg_envs.names import look_up
 class GeneratedPanels:
     """Train, valid and test games of a preset, disjoint by content.
 
-    Rooms of a preset take turns: game ``i`` is of room ``i mod n``. What is said of the household's panels
-    (`empg_envs.household.tasks`) holds here: the content's hash alone decides the split, and every game has a
-    goal that is not met at the start and can be reached.
+    The rooms of a preset alternate: game ``i`` has room ``i mod n``. As in the household's panels
+    (`empg_envs.household.tasks`), only the hash of the content decides the split, and every game has a goal
+    that is reachable and not met at the start.
     """
 
     def __init__(self, level: str = "rooms") -> None:
-        """``level``: a key of `PRESETS`.
+        """Set the preset.
+
+        Args:
+          level: a key of `PRESETS`.
 
         Raises:
-          ValueError: there is none of that name; the nearest is named.
+          ValueError: the level is unknown; the message suggests the nearest one.
         """
         self._name, self._levels = level, look_up("alfworld level", level, PRESETS)
 
     def list_splits(self) -> list[str]:
-        """``train``, ``valid``, ``test``."""
+        """Return ``train``, ``valid``, ``test``."""
         return list(tasks.SPLITS)
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel."""
+        """Return the size of a panel."""
         return sum(tasks.num_tasks(level, split) for level in self._levels)
 
     def make(self, split: str, index: int) -> tasks.Game:
-        """One game before it is written: with the house's own order of listing.
+        """Generate one game before it is written, with the household's order of listing.
 
         Raises:
           ValueError: unknown split.
@@ -53,15 +56,15 @@ class GeneratedPanels:
         return tasks.make_game(self._levels[room], split, turn)
 
     def content(self, split: str, index: int) -> dict[str, Any]:
-        """What the game's file would hold."""
+        """Return the content that the game's file would have."""
         return make_content(self.make(split, index))
 
     def load(self, split: str, index: int) -> Game:
-        """One game, made once for the several attempts that a group makes at it."""
+        """Return one game; it is cached, because a group plays the same game several times."""
         return _load(self._name, split, index)
 
     def describe(self, split: str, index: int) -> dict[str, Any]:
-        """Room, goal, sentence and content hash."""
+        """Return room, goal, sentence and content hash."""
         game = self.load(split, index)
         return {
             "source": "generated",
@@ -77,7 +80,7 @@ class GeneratedPanels:
         }
 
     def panel_hash(self, split: str) -> str:
-        """Hash of the ordered content hashes; generates the whole panel."""
+        """Return the hash of the ordered content hashes; generates the whole panel."""
         hashes: Sequence[str] = [self.make(split, i).content_hash for i in range(self.num_tasks(split))]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 

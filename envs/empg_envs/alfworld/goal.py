@@ -1,7 +1,8 @@
-"""Recognises which of the six task families a PDDL goal states, and about what.
+"""Recognition of the task family and of the object classes of a PDDL goal.
 
-A goal is compared with a family's formula up to the names of its variables, the order of its parts and
-how its quantifiers nest. What matches means the same as `HouseholdGoal`; nothing else is accepted.
+A goal is compared with the formula of each of the six families. The comparison ignores names of variables,
+the order of parts, and the nesting of quantifiers. A goal that matches has exactly the meaning of the
+`HouseholdGoal`; all other goals are refused.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ FORMULAS = {
 TYPE_SUFFIX = "type"
 
 
-def recognise(problem: Problem) -> HouseholdGoal:
-    """The goal of a problem.
+def recognize(problem: Problem) -> HouseholdGoal:
+    """Recognize the goal of a problem.
 
     Raises:
-      GameFileError: it belongs to no family, or speaks of what the problem does not declare.
+      GameFileError: the goal belongs to no family, or refers to classes that the problem does not declare.
     """
     unknown = sorted(
         name
@@ -66,7 +67,7 @@ def recognise(problem: Problem) -> HouseholdGoal:
 
 
 def class_name(kind: str) -> str:
-    """A PDDL type as a class: ``mugtype`` is ``mug``."""
+    """Return the object class of a PDDL type: ``mugtype`` is ``mug``."""
     return kind.removesuffix(TYPE_SUFFIX)
 
 
@@ -76,7 +77,7 @@ def _typed(goal: frozenset[Literal], predicate: str) -> list[Literal]:
 
 @functools.cache
 def _shapes() -> dict[tuple, str]:
-    """Shape of every family's formula to the family."""
+    """Return the family of each formula, by the formula's shape."""
     return {
         _shape(frozenset(parse_goal(f"(:goal (and {text}))".format(thing="x", target="y")))): family
         for family, text in FORMULAS.items()
@@ -84,11 +85,14 @@ def _shapes() -> dict[tuple, str]:
 
 
 def _shape(goal: frozenset[Literal]) -> tuple:
-    """What a goal is but for names: each literal with its variables described by where else they stand."""
+    """Return a form of a goal that does not depend on the names of variables.
+
+    A variable is replaced by the list of all places (predicate, position) where it occurs.
+    """
     places: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
     for predicate, *arguments in goal:
         for position, name in enumerate(arguments):
-            # The two sides of an inequality mean the same.
+            # An inequality is symmetric, so both sides count as one position.
             places[name].append((predicate, 0 if predicate == DIFFER else position))
 
     def describe(name: str) -> tuple:

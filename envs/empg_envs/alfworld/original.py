@@ -1,8 +1,7 @@
-"""The original engine, TextWorld, behind the same interface: an oracle for the native one.
+"""The original engine, TextWorld, behind the same interface: a reference for tests of the native engine.
 
-It comes with the extra ``alfworld`` (MIT; its planner, a package of its own, is GPL).
-
-It is a thousand times slower and holds its state in a library that allows one game per process. Entry point:
+It needs the extra ``alfworld`` (MIT; its planner, a separate package, is GPL). It is a thousand times slower,
+and its library allows only one game per process. Entry point:
 ``env.entry_point=empg_envs.alfworld.original:OriginalEnv``.
 """
 
@@ -20,10 +19,10 @@ _HOW = "the original ALFWorld engine needs its packages: pip install 'empg-jax[a
 
 
 class OriginalEnv:
-    """`AlfworldEnv` played by TextWorld; options and texts are the same, an expert there is not.
+    """`AlfworldEnv` played by TextWorld, with the same options and texts but without an expert.
 
-    Release 2.1.2 is what the installed ``alfworld`` package brings (its domain and grammar replace those of
-    official files); release 2.1.1 plays official files as they are.
+    Release 2.1.2 uses the domain and grammar of the installed ``alfworld`` package instead of those in the
+    official files. Release 2.1.1 plays official files unchanged.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class OriginalEnv:
         max_turns: int = MAX_TURNS,
         win_reward: float = 1.0,
     ) -> None:
-        """Takes the options of `AlfworldEnv`.
+        """Take the options of `AlfworldEnv`.
 
         Raises:
           ImportError: the extra is not installed.
@@ -56,21 +55,21 @@ class OriginalEnv:
         self._is_done = True
 
     def list_splits(self) -> list[str]:
-        """Names of the task panels."""
+        """Return the names of the task panels."""
         return self._panels.list_splits()
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel."""
+        """Return the size of a panel."""
         return self._panels.num_tasks(split)
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """The task as `AlfworldEnv` describes it."""
+        """Return the task as `AlfworldEnv` describes it."""
         return self._panels.describe(split, index)
 
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Starts an episode; takes a fraction of a second, or a minute for the largest rooms."""
+        """Start an episode. It takes a fraction of a second, but up to a minute for the largest rooms."""
         if seed is not None:
             self._draw = Draw("alfworld", "reset", seed)
         split = self.list_splits()[0] if split is None else split
@@ -86,10 +85,10 @@ class OriginalEnv:
         return state.feedback, self._info(state)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Hands the text to TextWorld.
+        """Pass the text to TextWorld.
 
         Raises:
-          RuntimeError: before the first reset, or after the episode ended.
+          RuntimeError: before the first reset, or after the end of the episode.
         """
         if self._is_done:
             raise RuntimeError(
@@ -103,7 +102,7 @@ class OriginalEnv:
         return state.feedback, self._win_reward * won, won, truncated, self._info(state)
 
     def close(self) -> None:
-        """Ends the episode."""
+        """End the episode."""
         self._env, self._is_done = None, True
 
     def _info(self, state: Any) -> dict[str, Any]:
@@ -116,7 +115,7 @@ class OriginalEnv:
 
 
 def _convert(content: dict[str, Any]) -> dict[str, Any]:
-    """A file of any release with the domain and grammar of the installed package."""
+    """Replace the domain and grammar of a file by those of the installed package."""
     spec = importlib.util.find_spec("alfworld")
     assert spec is not None and spec.origin is not None  # it was imported above
     data = Path(spec.origin).parent / "data"

@@ -1,6 +1,6 @@
-"""Reads the PDDL problem of a game: facts of the start, and the goal as a list of literals.
+"""A parser of a game's PDDL problem: the initial facts, and the goal as a list of literals.
 
-Only what ALFWorld's problems consist of is understood: lower-cased S-expressions, an ``:init`` of ground
+The parser supports only the PDDL of ALFWorld's problems: lower-cased S-expressions, an ``:init`` of ground
 atoms, and a goal of nested ``and`` and ``exists`` over atoms and ``(not (= ?a ?b))``.
 """
 
@@ -11,26 +11,26 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 
-# An atom of the goal: predicate and arguments; arguments that start with "?" are variables.
+# An atom of the goal: predicate and arguments. Arguments that start with "?" are variables.
 Literal = tuple[str, ...]
 DIFFER = "not ="
 
 _COMMENT = re.compile(r";[^\n]*")
 _ATOM = re.compile(r"\(([^()]+)\)")
 _TOKEN = re.compile(r"[()]|[^\s()]+")
-# Costs of moving about: no part of the state.
+# Costs of movement, which are no part of the state.
 _IGNORED = frozenset({"distance", "total-cost", "="})
 
 
 class GameFileError(ValueError):
-    """A game file that is not played; the message says why.
+    """A game file that cannot be played. The message gives the reason.
 
     Attributes:
       kind: ``malformed``, ``unsolvable`` or ``unsupported``.
     """
 
     def __init__(self, message: str, kind: str = "malformed") -> None:
-        """``kind``: what sort of reason it is."""
+        """Store the message and the ``kind`` of the reason."""
         super().__init__(message)
         self.kind = kind
 
@@ -40,10 +40,10 @@ class Problem:
     """A parsed problem.
 
     Attributes:
-      objects: every declared identifier.
-      facts: predicate to the argument tuples for which it holds at the start.
-      goal: literals that must hold together for some binding of their variables; variables of different
-        scopes have different names.
+      objects: all declared identifiers.
+      facts: predicate -> argument tuples for which it holds at the start.
+      goal: literals that must all hold for some binding of their variables. Variables of different scopes
+        have different names.
     """
 
     objects: frozenset[str]
@@ -52,10 +52,10 @@ class Problem:
 
 
 def parse_problem(text: str) -> Problem:
-    """Parses the text of a PDDL problem.
+    """Parse the text of a PDDL problem.
 
     Raises:
-      GameFileError: it is not one, or its goal is of another kind.
+      GameFileError: the text is no PDDL problem, or its goal has an unsupported form.
     """
     if not text.isascii():
         raise GameFileError("pddl_problem holds characters outside ASCII")
@@ -81,10 +81,10 @@ def parse_problem(text: str) -> Problem:
 
 
 def parse_goal(text: str) -> list[Literal]:
-    """The literals of a ``(:goal …)`` section; what follows its end is not read.
+    """Parse the literals of a ``(:goal …)`` section; text after its end is ignored.
 
     Raises:
-      GameFileError: not a conjunction of atoms under ``exists``.
+      GameFileError: the goal is not a conjunction of atoms under ``exists``.
     """
     tokens = _TOKEN.finditer(text)
     tree = _read(tokens)
@@ -114,7 +114,7 @@ def _read(tokens: Iterator[re.Match[str]]) -> list | str:
 
 
 def _flatten(tree: list | str, scope: dict[str, str], found: list[Literal]) -> None:
-    """Collects the literals of a formula; ``scope`` renames its variables apart."""
+    """Append the literals of a formula to ``found``; ``scope`` maps its variables to unique names."""
     match tree:
         case ["and", *parts]:
             for part in parts:

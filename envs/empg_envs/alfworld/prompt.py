@@ -1,4 +1,4 @@
-"""Beside the engine: prompts by the conventions of verl-agent, and a closed vocabulary for small models."""
+"""Prompts in the conventions of verl-agent, action parsers, and a closed vocabulary for small models."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _ROLE = (
     "observation and give one command."
 )
 _BANNER = "-= Welcome to TextWorld, ALFRED! =-"
-_MAX_NUMBER = 20  # instances of one class in a generated room
+_MAX_NUMBER = 20  # largest number of instances of one class in a generated room
 
 
 def make_prompts(style: str = "verl", list_admissible: bool = True, parser: str = "tags") -> PromptBuilder:
-    """Builds the prompt builder.
+    """Build the prompt builder.
 
     Args:
-      style: ``verl`` (role, observation, admissible commands, request to think and act in tags; with
-        ``env.context=window`` also task, step and remembered turns, as verl-agent arranges them) or
-        ``compact`` (the observation with the task behind it, for a small model with its own tokenizer).
-      list_admissible: whether ``verl`` prompts list the admissible commands (``help`` is left out).
-      parser: the parser that will read the answer, which is what a ``verl`` prompt asks for.
+      style: ``verl`` or ``compact``. ``verl`` has role, observation, admissible commands, and the request to
+        think and act in tags; with ``env.context=window`` it also has task, step and past turns, in
+        verl-agent's order. ``compact`` is the observation followed by the task, for a small model with its
+        own tokenizer.
+      list_admissible: whether ``verl`` prompts list the admissible commands (without ``help``).
+      parser: the parser of the answers; a ``verl`` prompt asks for its format.
 
     Raises:
       ValueError: an unknown style or parser.
@@ -45,13 +46,13 @@ def make_prompts(style: str = "verl", list_admissible: bool = True, parser: str 
 
 
 def make_parser(parser: str = "tags", *, style: str = "verl", list_admissible: bool = True) -> ActionParser:
-    """Builds the action parser; it takes the options of `make_prompts`.
+    """Build the action parser; it accepts the options of `make_prompts`.
 
     Args:
-      parser: ``tags`` (think and action tags, verl-agent's rules) or ``line`` (the first line is the
-        command, lower-cased, blanks collapsed; valid when it follows the grammar of either release).
-      style: concerns the prompts alone.
-      list_admissible: concerns the prompts alone.
+      parser: ``tags`` (think and action tags, verl-agent's rules) or ``line``: the first line is the command,
+        lower-cased and with single blanks. It is valid if it follows the grammar of either release.
+      style: ignored; it only affects the prompts.
+      list_admissible: ignored; it only affects the prompts.
 
     Raises:
       ValueError: an unknown parser.
@@ -61,10 +62,10 @@ def make_parser(parser: str = "tags", *, style: str = "verl", list_admissible: b
 
 
 class _Line(LineParser):
-    """The household's line parser, which also knows the older release's ``put … in/on …``."""
+    """The household's line parser, extended by the older release's ``put … in/on …``."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Reads the first line."""
+        """Parse the first line."""
         parsed = super().__call__(response, info)
         as_new = parsed.action.replace("put ", "move ", 1).replace(" in/on ", " to ", 1)
         is_valid = parsed.is_valid or commands.parse_exact(as_new) is not None
@@ -72,33 +73,34 @@ class _Line(LineParser):
 
 
 class CompactPrompts(PlainPrompts):
-    """The observation, then the task once more, next to the decision.
+    """A prompt builder that repeats the task after every observation.
 
-    ALFWorld says its task at the start only; a small model would have to carry it through the episode.
+    ALFWorld states the task only at the start, and a small model would have to remember it for the whole
+    episode.
     """
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """One user message: the opening without its banner; it ends with the task."""
+        """Return one user message: the first observation without its banner; it ends with the task."""
         return [{"role": "user", "content": " ".join(observation.removeprefix(_BANNER).split())}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """Observation and task on one line; the list of commands that ``help`` gives is left out."""
+        """Return observation and task on one line; the answer to ``help`` is left out."""
         seen = "help" if observation == HELP else observation
         return f"{seen} Your task is to: {info['task']}"
 
 
 def phrases(level: str = "rooms", **options: Any) -> list[str]:
-    """The closed vocabulary of ``compact`` prompts and well-formed commands about a level's things.
+    """Return the closed vocabulary of ``compact`` prompts and of well-formed commands about a level's objects.
 
-    Class and number of a name are two phrases, so that the task's ``book`` and the list's ``book 1`` begin
+    Class and number of a name are two phrases, so that ``book`` in the task and ``book 1`` in a list begin
     with the same token.
 
     Args:
-      level: of generated games.
-      **options: the environment's other options; official games have no closed vocabulary.
+      level: preset of the generated games.
+      **options: the environment's other options. Official games have no closed vocabulary.
 
     Returns:
-      Phrases (some hold spaces or punctuation), sorted, none twice.
+      Sorted phrases without duplicates; some contain spaces or punctuation.
 
     Raises:
       ValueError: an unknown level, or official games.

@@ -1,8 +1,9 @@
-"""The two text releases of ALFWorld: how commands are written and what is read.
+"""The commands and texts of ALFWorld's two text releases.
 
-Both tell the same games. Release 2.1.1 says ``put X in/on Y`` where 2.1.2 says ``move X to Y``, names the
-place one arrives at (``loc 12``) in place of the receptacle, and has no ``help``. A file of either release
-can be played in the texts of the other, for only the problem and the task sentence are taken from it.
+Both releases have the same games. Release 2.1.1 has ``put X in/on Y`` instead of ``move X to Y`` in 2.1.2,
+names a place by its location (``loc 12``) instead of its receptacle, and has no ``help``. Files of either
+release can be played with the texts of the other one, because only the problem and the task sentence are read
+from a file.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ _PUT = re.compile(r"put ([a-z]+ [0-9]+) in/on ([a-z]+ [0-9]+)")
 
 
 class ReleaseTexts(AlfworldTexts):
-    """ALFWorld's texts, to the letter."""
+    """ALFWorld's exact texts in one release."""
 
     def __init__(self, release: str = "2.1.2") -> None:
-        """``release``: one of `RELEASES`."""
+        """Set the release, one of `RELEASES`."""
         self._is_old = release == "2.1.1"
 
     def opening(self, game: Game, world: World) -> str:
-        """The receptacles of the room, then the task sentence."""
+        """Return the receptacles of the room, then the task sentence."""
         seen = list_names([name for names in world.scene.rooms.values() for name in names])
         room = self._look(world) if world.here else self._room(seen)
         return f"-= Welcome to TextWorld, ALFRED! =-\n\n{room}\n\nYour task is to: {game.task}"
 
     def _house(self, world: World) -> str:
-        # Looking around where no receptacle is shows none, although the opening listed them all.
+        # As in ALFWorld, looking around at a place without receptacles shows none of the room's receptacles.
         return self._room("nothing")
 
     def _room(self, seen: str) -> str:
@@ -49,14 +50,14 @@ class ReleaseTexts(AlfworldTexts):
 
 
 class ReleaseGrammar:
-    """The commands of a release, exactly as written: case and inner blanks matter, outer ones do not."""
+    """The exact commands of a release: case and inner blanks matter, outer blanks do not."""
 
     def __init__(self, release: str = "2.1.2") -> None:
-        """``release``: one of `RELEASES`."""
+        """Set the release, one of `RELEASES`."""
         self._is_old = release == "2.1.1"
 
     def parse(self, text: str) -> Command | None:
-        """Reads a command; None when this release has no such command."""
+        """Parse a command; return None if this release has no such command."""
         text = text.strip()
         if not self._is_old:
             return commands.parse_exact(text)
@@ -67,7 +68,7 @@ class ReleaseGrammar:
         return None if command is not None and command.verb in ("move", "help") else command
 
     def spell(self, admissible: list[str]) -> list[str]:
-        """Commands of `World.admissible` as this release writes them, sorted."""
+        """Return the commands of `World.admissible` in this release's wording, sorted."""
         if not self._is_old:
             return admissible
         return sorted(_as_old(command) for command in admissible if command != "help")

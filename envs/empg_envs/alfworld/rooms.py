@@ -1,7 +1,7 @@
-"""What generated ALFWorld games look like: one room each, as in the official games.
+"""Presets of generated ALFWorld games: one room per game, as in the official games.
 
-A preset is one or more levels of the household generator with a single room; the tables of what is kept
-where, and of what can be done with it, are the household's own.
+A preset consists of one or more levels of the household generator with a single room. The tables of the
+objects' places and properties are the household's own.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ _BATHROOM = _level(
     num_classes=7,
     families={PICK: 2, CLEAN: 1, PICK_TWO: 2},
 )
-# For a small policy: one family, six receptacles without doors, few objects.
+# A preset for a small policy: one family, six receptacles without doors, few objects.
 _TINY = Level(
     name="alfworld-tiny",
     rooms=(Room("room", ("bed", "coffeetable", "countertop", "desk", "diningtable", "sofa")),),

@@ -1,4 +1,4 @@
-"""Writes a generated game in the format of the official ``game.tw-pddl`` files."""
+"""Export of generated games in the format of the official ``game.tw-pddl`` files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TASK_TYPES = {
 
 
 def make_content(game: tasks.Game) -> dict[str, Any]:
-    """A game as the JSON content of a file: what `empg_envs.alfworld.game.parse_game` and TextWorld read."""
+    """Return the JSON content of a game's file, for `empg_envs.alfworld.game.parse_game` and TextWorld."""
     return {
         "pddl_domain": make_domain(),
         "grammar": make_grammar(game.task, HELP),
@@ -37,10 +37,10 @@ def make_content(game: tasks.Game) -> dict[str, Any]:
 
 
 def write_game(game: tasks.Game, root: Path, split: str, name: str) -> Path:
-    """Writes ``root/split/<task type>-<object>-None-<receptacle>-generated/<name>/game.tw-pddl``.
+    """Write ``root/split/<task type>-<object>-None-<receptacle>-generated/<name>/game.tw-pddl``.
 
     Returns:
-      The file; it appears whole or not at all.
+      The file. It is written atomically.
     """
     goal = game.goal
     target = "None" if goal.family == "examine" else goal.target.capitalize()
@@ -55,7 +55,7 @@ def write_game(game: tasks.Game, root: Path, split: str, name: str) -> Path:
 
 
 def make_problem(game: tasks.Game) -> str:
-    """The problem in PDDL; display names come out as they are in the game."""
+    """Return the problem in PDDL, with identifiers that keep the game's display names."""
     scene = game.scene
     names = _identify(scene)
     places = {name: f"loc_bar_{n}_bar_0_bar_0_bar_60" for n, name in enumerate(scene.location_of, start=1)}
@@ -110,11 +110,11 @@ def _facts(scene: Scene, names: dict[str, str], places: dict[str, str]) -> Itera
 
 
 def _identify(scene: Scene) -> dict[str, str]:
-    """Display name to identifier, so that ALFWorld's numbering gives the display name back."""
+    """Map display names to identifiers from which ALFWorld's numbering gives the same display names."""
     counts = collections.Counter(scene.class_of[name] for name in scene.class_of)
     identifiers = {}
     for name, cls in scene.class_of.items():
-        # Numbers are handed out from the end: the highest number has the first identifier.
+        # ALFWorld assigns numbers from the end: the highest number belongs to the first identifier.
         rank = counts[cls] - int(name.rpartition(" ")[2])
         stem = cls.removesuffix("basin")
         part = f"_bar_{cls.capitalize()}" if stem != cls else ""

@@ -21,7 +21,7 @@ class BuiltinBm25:
     def __init__(
         self, passages: Sequence[Passage], *, k1: float = K1, b: float = B, ignore: Collection[str] = ()
     ) -> None:
-        """Builds the index.
+        """Build the index.
 
         Args:
           passages: the corpus.
@@ -46,7 +46,7 @@ class BuiltinBm25:
                 self._postings[word].append((number, rarity * times / (times + scale)))
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """The best passages for each query; see `Retriever`."""
+        """Return the best passages for each query; see `Retriever`."""
         return [self._search(query, topk) for query in queries]
 
     def close(self) -> None:

@@ -13,7 +13,8 @@ from empg_envs.deepsearch.passages import Hit, Passage, index_words, words_of
 
 
 def _import_bm25s() -> Any:
-    """The package, without JAX: it would import that where it is installed, for a selection not used here.
+    """Return the package, without JAX: it would import that where it is installed, for a selection not used
+    here.
 
     An environment's worker is to start in a fraction of a second and stay small.
     """
@@ -40,14 +41,14 @@ class NumpyBm25:
     """
 
     def __init__(self, passages: Sequence[Passage], *, k1: float = K1, b: float = B) -> None:
-        """Builds the index; ``k1`` and ``b`` are BM25's parameters."""
+        """Build the index; ``k1`` and ``b`` are BM25's parameters."""
         self._passages = passages
         self._engine = bm25s.BM25(method="lucene", k1=k1, b=b)
         self._engine.index([index_words(passage) for passage in passages], show_progress=False)
         self._ids: dict[str, int] = self._engine.vocab_dict
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """The best passages for each query; see `Retriever`."""
+        """Return the best passages for each query; see `Retriever`."""
         return [self._search(query, topk) for query in queries]
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ class TantivyBm25:
     _FIELD = "terms"
 
     def __init__(self, passages: Sequence[Passage]) -> None:
-        """Builds the index in memory."""
+        """Build the index in memory."""
         self._passages = passages
         builder = tantivy.SchemaBuilder()
         # Terms come ready-made, divided by blanks.
@@ -37,7 +37,7 @@ class TantivyBm25:
         self._searcher = index.searcher()
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """The best passages for each query; see `Retriever`."""
+        """Return the best passages for each query; see `Retriever`."""
         return [self._search(query, topk) for query in queries]
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ class DeepSearchEnv:
     An action is a response, or what a parser made of one: its first complete ``<search>``, ``<open>`` or
     ``<answer>`` block is carried out, of several answers the last one counts, everything else is passed
     over. An answer ends the episode with reward 1.0 if it matches a golden answer exactly after
-    normalisation, else 0.0. A search engine that fails raises: such an episode is lost, not scored.
+    normalization, else 0.0. A search engine that fails raises: such an episode is lost, not scored.
 
     ``info`` holds ``task`` (the question), ``won``, ``tools`` (those on offer), ``metrics``
     (``exact_match``, ``sub_match``, ``f1``, ``answered``, ``searches``, ``opens``, and ``exact_match_GROUP``
@@ -46,7 +46,7 @@ class DeepSearchEnv:
         snippet_words: int | None = None,
         passage_words: int | None = None,
     ) -> None:
-        """Chooses questions, search engine and limits.
+        """Choose questions, search engine and limits.
 
         Args:
           level: of the embedded worlds (``tiny``, ``easy``, ``medium``, ``hard``).
@@ -100,11 +100,11 @@ class DeepSearchEnv:
         return self._source.list_splits()
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel."""
+        """Return the size of a panel."""
         return self._source.num_tasks(split)
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """The question as FlashRAG spells it, its group, and the corpus of an embedded world."""
+        """Return the question as FlashRAG spells it, its group, and the corpus of an embedded world."""
         task = self._source.load(split, index)
         described = {
             **task.question.to_row(),
@@ -119,13 +119,13 @@ class DeepSearchEnv:
         return described
 
     def panel_hash(self, split: str) -> str:
-        """Hash of the ordered content hashes of a panel."""
+        """Return the hash of the ordered content hashes of a panel."""
         return self._source.panel_hash(split)
 
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
           seed: restarts the stream that chooses an index when none is given.
@@ -146,7 +146,7 @@ class DeepSearchEnv:
         return self._texts.opening(self._task.question.text), self._info()
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Carries out one response; one without a call costs the turn and says what would be right.
+        """Carry out one response; one without a call costs the turn and say what would be right.
 
         Raises:
           RuntimeError: before the first reset, or after the episode ended.
@@ -179,7 +179,7 @@ class DeepSearchEnv:
         return str(expert.choose_call(task, self._shown, self._texts))
 
     def close(self) -> None:
-        """Ends the episode. The corpus stays loaded: other environments of the process share it."""
+        """End the episode. The corpus stays loaded: other environments of the process share it."""
         self._task = None
 
     def _begin(self) -> None:
@@ -252,7 +252,7 @@ class DeepSearchEnv:
 
 
 def find_level(name: str) -> Level:
-    """The preset of that name; an unknown one is a `ValueError` that names the nearest."""
+    """Return the preset of that name; an unknown one is a `ValueError` that names the nearest."""
     return look_up("deepsearch level", name, LEVELS)
 
 
@@ -277,7 +277,7 @@ def _open_source(
 
 
 def _first_words(text: str, limit: int | None) -> str:
-    """The text up to its so-manieth word, as it is written."""
+    """Return the text up to its so-manieth word, as it is written."""
     if limit is None:
         return text
     words = text.split(None, limit)

@@ -14,7 +14,7 @@ from empg_envs.deepsearch.texts import Texts
 
 
 def choose_call(task: Task, shown: Mapping[str, str], texts: Texts) -> Call:
-    """The next call of the expert.
+    """Return the next call of the expert.
 
     Args:
       task: an embedded task.
@@ -38,7 +38,7 @@ def choose_call(task: Task, shown: Mapping[str, str], texts: Texts) -> Call:
 
 
 def list_calls(task: Task, shown: Mapping[str, str], with_open: bool) -> list[Call]:
-    """Calls that a curious agent may try: searches for names seen so far, results that can be opened.
+    """Call that a curious agent may try: searches for names seen so far, results that can be opened.
 
     Answers are not among them, because a wrong one ends the episode.
     """

@@ -17,7 +17,7 @@ class DataError(ValueError):
 
 
 def find_file(path: str) -> Path:
-    """A local file; ``hub:owner/name/path/in/data/set`` is downloaded (and kept in the hub's cache).
+    """Return a local file; ``hub:owner/name/path/in/data/set`` is downloaded (and kept in the hub's cache).
 
     Raises:
       DataError: there is no such file.
@@ -41,7 +41,7 @@ def find_file(path: str) -> Path:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON-lines file, each with a name for its place (``FILE line N``).
+    """Yield the objects of a JSON-lines file, each with a name for its place (``FILE line N``).
 
     Blank lines are passed over.
 
@@ -63,7 +63,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def require_text(row: dict[str, Any], key: str, place: str) -> str:
-    """A field that must be text with something in it; numbers are taken as their digits.
+    """Return a field that must be text with something in it; numbers are taken as their digits.
 
     Raises:
       DataError: the field is missing, of another type, or blank.

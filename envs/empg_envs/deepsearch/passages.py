@@ -39,7 +39,7 @@ class Passage:
         return f'"{self.title}"\n{self.text}'
 
     def to_row(self) -> dict[str, str]:
-        """A line of a corpus file."""
+        """Return a line of a corpus file."""
         return {"id": self.id, "contents": self.contents}
 
 
@@ -62,7 +62,7 @@ class Retriever(Protocol):
         ...
 
     def close(self) -> None:
-        """Releases what is held; may be called more than once."""
+        """Release what is held; may be called more than once."""
         ...
 
 
@@ -80,7 +80,7 @@ RETRIEVERS = {
 
 
 def make_retriever(name: str, passages: Sequence[Passage] | None = None, **options: Any) -> Retriever:
-    """Builds a retriever.
+    """Build a retriever.
 
     Args:
       name: a key of `RETRIEVERS`.
@@ -108,7 +108,7 @@ def make_retriever(name: str, passages: Sequence[Passage] | None = None, **optio
 
 
 def read_corpus(path: str) -> list[Passage]:
-    """Reads a corpus: JSON lines with ``id`` and ``contents`` (or ``title`` and ``text``), maybe gzipped.
+    """Read a corpus: JSON lines with ``id`` and ``contents`` (or ``title`` and ``text``), maybe gzipped.
 
     Raises:
       DataError: naming the line that is wrong, repeats an id, or that nothing is there.
@@ -130,7 +130,7 @@ def read_corpus(path: str) -> list[Passage]:
 
 
 def parse_contents(key: str, contents: str) -> Passage:
-    """Splits ``"Title"`` + newline + text."""
+    """Split ``"Title"`` + newline + text."""
     title, _, text = contents.partition("\n")
     title = title.strip()
     if len(title) > 1 and title[0] == title[-1] == '"':
@@ -149,7 +149,7 @@ def index_words(passage: Passage) -> list[str]:
 
 
 def check_topk(topk: int) -> int:
-    """Returns ``topk``.
+    """Return ``topk``.
 
     Raises:
       ValueError: it is not an integer in 1 to `MAX_TOPK`.
@@ -168,5 +168,5 @@ def _fold(text: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def load_corpus(path: str) -> tuple[Passage, ...]:
-    """`read_corpus`, once per process: many environments of a worker share a corpus."""
+    """Return `read_corpus`, once per process: many environments of a worker share a corpus."""
     return tuple(read_corpus(path))

@@ -38,7 +38,7 @@ _ANSWER = (
 
 
 def make_prompts(style: str = "terse", parser: str = "search_r1") -> PromptBuilder:
-    """Builds the prompt builder that fits an environment's style.
+    """Build the prompt builder that fits an environment's style.
 
     Args:
       style: ``terse`` (nothing but the observation) or ``search_r1`` (with instructions).
@@ -54,7 +54,7 @@ def make_prompts(style: str = "terse", parser: str = "search_r1") -> PromptBuild
 
 
 def make_parser(parser: str = "search_r1", *, style: str = "terse") -> ActionParser:
-    """Builds the action parser.
+    """Build the action parser.
 
     Args:
       parser: ``search_r1`` (the first complete block) or ``verl_agent`` (stricter about what is valid).
@@ -76,7 +76,7 @@ class SearchPrompts(PlainPrompts):
     """Instructions and question; one growing transcript, or fresh windows that tell the last calls."""
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """One user message: what to do, and the question."""
+        """Return one user message: what to do, and the question."""
         parts = [_ROLE, _SEARCH, *([_OPEN] if OPEN in info.get("tools", ()) else []), _ANSWER]
         return [{"role": "user", "content": f"{' '.join(parts)}\nQuestion: {info['task']}\n"}]
 
@@ -91,7 +91,7 @@ class SearchPrompts(PlainPrompts):
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """A fresh prompt: instructions, question, and the remembered calls with what they brought."""
+        """Return a fresh prompt: instructions, question, and the remembered calls with what they brought."""
         (message,) = self.start(observation, info)
         # An observation answers the call before it: pair each call with what came next.
         brought = [*(seen for seen, _ in history[1:]), observation]
@@ -113,7 +113,7 @@ class FirstBlockParser:
     """
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Reads the call."""
+        """Read the call."""
         call = read_call(response, info.get("tools", TOOLS))
         return ParsedAction("" if call is None else str(call), call is not None)
 
@@ -127,7 +127,7 @@ class OneBlockParser:
     """
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Reads the call."""
+        """Read the call."""
         tools = info.get("tools", TOOLS)
         text = _lower_tags(response, tools)
         call = next(iter_blocks(cut_after_first_close(text, tools), tools), None)
@@ -143,7 +143,7 @@ def _lower_tags(text: str, tools: Sequence[str]) -> str:
 
 
 def phrases(level: str = "tiny", style: str | None = None, **options: Any) -> list[str]:
-    """The closed vocabulary of a level in the terse style, for a small tokenizer.
+    """Return the closed vocabulary of a level in the terse style, for a small tokenizer.
 
     Every observation of the terse style, and every call about names of the level, is a sequence of these
     phrases when the longest match is taken each time.

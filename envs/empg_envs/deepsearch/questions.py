@@ -43,7 +43,7 @@ class Question:
         return hashlib.sha256(" ".join(self.text.lower().split()).encode()).hexdigest()
 
     def to_row(self) -> dict[str, Any]:
-        """The question as FlashRAG spells it."""
+        """Return the question as FlashRAG spells it."""
         return {
             "id": self.id,
             "question": self.text,
@@ -53,7 +53,7 @@ class Question:
 
 
 def read_questions(path: str, group: str = "") -> list[Question]:
-    """Reads a question file.
+    """Read a question file.
 
     Raises:
       DataError: naming the line that is wrong, or that nothing is there.
@@ -86,7 +86,7 @@ class Panels:
     """Ordered lists of questions by split."""
 
     def __init__(self, panels: Mapping[str, Sequence[Question]]) -> None:
-        """Drops repetitions inside a panel, and from training what a held-out panel holds.
+        """Drop repetitions inside a panel, and from training what a held-out panel holds.
 
         Raises:
           DataError: a panel is left with nothing.
@@ -114,7 +114,7 @@ class Panels:
         return list(self._panels)
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel.
+        """Return the size of a panel.
 
         Raises:
           ValueError: there is no such split.
@@ -124,7 +124,7 @@ class Panels:
         return len(self._panels[split])
 
     def get(self, split: str, index: int) -> Question:
-        """One question.
+        """Return one question.
 
         Raises:
           ValueError: there is no such split.
@@ -137,7 +137,7 @@ class Panels:
         return self._panels[split][index]
 
     def panel_hash(self, split: str) -> str:
-        """Hash of the ordered content hashes of a panel: the panel's identity."""
+        """Return the hash of the ordered content hashes of a panel: the panel's identity."""
         digest = hashlib.sha256()
         for index in range(self.num_tasks(split)):
             digest.update(self._panels[split][index].content_hash.encode())
@@ -145,7 +145,7 @@ class Panels:
 
 
 def make_panels(files: str | Sequence[str] | Mapping[str, Any]) -> Panels:
-    """Reads question files into panels.
+    """Read question files into panels.
 
     Args:
       files: one file or several, divided by hash into train, valid and test; or a mapping from the

@@ -24,7 +24,7 @@ class RemoteRetriever:
     def __init__(
         self, urls: str | Sequence[str], *, timeout: float = 2.0, attempts: int = 3, wait: float = 0.2
     ) -> None:
-        """Connects nowhere yet.
+        """Connect nowhere yet.
 
         Args:
           urls: addresses such as ``http://127.0.0.1:8000/retrieve``.
@@ -49,7 +49,7 @@ class RemoteRetriever:
         self._next = 0
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """The best passages for each query; see `Retriever`."""
+        """Return the best passages for each query; see `Retriever`."""
         request = {"queries": list(queries), "topk": check_topk(topk), "return_scores": True}
         body = json.dumps(request).encode()  # escapes whatever is not ASCII, lone surrogates included
         problems = []
@@ -66,7 +66,7 @@ class RemoteRetriever:
         raise RetrieverError(f"{self._attempts} requests failed; " + "; ".join(problems))
 
     def close(self) -> None:
-        """Hangs up."""
+        """Hang up."""
         for server in self._servers:
             server.close()
 
@@ -86,7 +86,7 @@ class _Server:
         self._connection = kind(parts.hostname, parts.port, timeout=timeout)
 
     def post(self, body: bytes) -> bytes:
-        """Sends a request; returns the answer's body."""
+        """Send a request; return the answer's body."""
         if self._connection.sock is None:
             self._connection.connect()
         self._connection.request("POST", self._path, body, {"Content-Type": "application/json"})
@@ -103,7 +103,7 @@ class _Server:
 
 
 def read_reply(text: bytes, num_queries: int, topk: int) -> list[list[Hit]]:
-    """Reads an answer: a list per query of ``{"document", "score"}``, or of bare documents.
+    """Read an answer: a list per query of ``{"document", "score"}``, or of bare documents.
 
     A document has ``contents``, or ``title`` and ``text``; its id may be missing, and the contents stand in.
 

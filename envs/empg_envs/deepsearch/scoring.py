@@ -1,6 +1,6 @@
-"""How an answer is judged: exact match, sub-match and token F1 after the customary normalisation.
+"""How an answer is judged: exact match, sub-match and token F1 after the customary normalization.
 
-The normalisation is SQuAD's (lower case, no ASCII punctuation, no articles, single spaces); the F1 of a
+The normalization is SQuAD's (lower case, no ASCII punctuation, no articles, single spaces); the F1 of a
 wrong yes or no is 0, as in HotpotQA's scorer. An empty answer scores 0, whatever the golden answers are.
 """
 
@@ -17,22 +17,22 @@ _CLOSED = ("yes", "no", "noanswer")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, punctuation dropped, then articles, then runs of blanks made one."""
+    """Return lower case, punctuation dropped, then articles, then runs of blanks made one."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, golden: Sequence[str]) -> float:
-    """1.0 if the normalised answer equals any normalised golden answer, else 0.0."""
+    """Return 1.0 if the normalized answer equals any normalized golden answer, else 0.0."""
     return _best(answer, golden, lambda given, gold: float(given == gold))
 
 
 def sub_match(answer: str, golden: Sequence[str]) -> float:
-    """1.0 if any normalised golden answer occurs inside the normalised answer, else 0.0."""
+    """Return 1.0 if any normalized golden answer occurs inside the normalized answer, else 0.0."""
     return _best(answer, golden, lambda given, gold: float(bool(gold) and gold in given))
 
 
 def token_f1(answer: str, golden: Sequence[str]) -> float:
-    """Largest F1 of shared words with any golden answer."""
+    """Return the largest F1 of shared words with any golden answer."""
     return _best(answer, golden, _f1)
 
 

@@ -41,19 +41,19 @@ class Source(Protocol):
     """Panels of tasks."""
 
     def list_splits(self) -> list[str]:
-        """Names of the panels."""
+        """Return the names of the panels."""
         ...
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel."""
+        """Return the size of a panel."""
         ...
 
     def load(self, split: str, index: int) -> Task:
-        """One task."""
+        """Return one task."""
         ...
 
     def panel_hash(self, split: str) -> str:
-        """A panel's identity."""
+        """Return a panel's identity."""
         ...
 
 
@@ -61,24 +61,24 @@ class EmbeddedSource:
     """Generated worlds; each task brings its own corpus and its own index over names."""
 
     def __init__(self, level: Level, style: str) -> None:
-        """``style`` decides how worlds are told, not what they are."""
+        """Initialize with ``style`` decides how worlds are told, not what they are."""
         self._level, self._style = level, style
 
     def list_splits(self) -> list[str]:
-        """``train``, ``valid``, ``test``, ``test_ood``."""
+        """Return ``train``, ``valid``, ``test``, ``test_ood``."""
         return list(worlds.SPLITS)
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel."""
+        """Return the size of a panel."""
         return worlds.num_tasks(self._level, split)
 
     def load(self, split: str, index: int) -> Task:
-        """Generates a task, or remembers it for the several attempts that a group makes."""
+        """Generate a task, or remembers it for the several attempts that a group makes."""
         self.num_tasks(split)
         return _load_world(self._level.name, self._style, split, index)
 
     def panel_hash(self, split: str) -> str:
-        """Hash of all worlds of a panel; generates them once."""
+        """Return the hash of all worlds of a panel; generates them once."""
         self.num_tasks(split)
         return worlds.panel_hash(self._level.name, split)
 
@@ -87,24 +87,24 @@ class FileSource:
     """Questions from files, all answered from one corpus."""
 
     def __init__(self, panels: Panels, retriever: Retriever) -> None:
-        """Takes both as they are; see `open_files`."""
+        """Take both as they are; see `open_files`."""
         self._panels, self._retriever = panels, retriever
 
     def list_splits(self) -> list[str]:
-        """The panels that the files give."""
+        """Return the panels that the files give."""
         return self._panels.splits
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel."""
+        """Return the size of a panel."""
         return self._panels.num_tasks(split)
 
     def load(self, split: str, index: int) -> Task:
-        """A question with the common retriever."""
+        """Return a question with the common retriever."""
         question = self._panels.get(split, index)
         return Task(question, self._retriever, question.content_hash)
 
     def panel_hash(self, split: str) -> str:
-        """Hash of a panel's questions."""
+        """Return the hash of a panel's questions."""
         return self._panels.panel_hash(split)
 
 
@@ -114,7 +114,7 @@ def open_files(
     retriever: str | None,
     retriever_options: Mapping[str, Any] | None,
 ) -> FileSource:
-    """Questions and corpus from files; what is read is shared by all environments of a process.
+    """Return questions and corpus from files; what is read is shared by all environments of a process.
 
     Raises:
       DataError: a file is wrong.
@@ -151,7 +151,7 @@ def _load_world(level_name: str, style: str, split: str, index: int) -> Task:
 
 
 def write_passages(puzzle: worlds.Puzzle, texts: Texts) -> tuple[Passage, ...]:
-    """The corpus of a world in a style; ids are ``1``, ``2``, ..."""
+    """Return the corpus of a world in a style; ids are ``1``, ``2``, ..."""
     return tuple(
         dataclasses.replace(texts.describe(name, facts), id=str(number))
         for number, (name, facts) in enumerate(puzzle.pages.items(), start=1)

@@ -42,7 +42,7 @@ def iter_blocks(text: str, tools: Collection[str] = TOOLS) -> Iterator[Call]:
 
 
 def read_call(text: str, tools: Collection[str] = TOOLS) -> Call | None:
-    """The call that a response makes, None when it makes none.
+    """Return the call that a response makes, None when it makes none.
 
     The first complete block decides what is done. Of several answers in one response the last one counts.
     A block with nothing in it is no call.
@@ -63,6 +63,6 @@ def count_openings(text: str, tools: Collection[str] = TOOLS) -> int:
 
 
 def cut_after_first_close(text: str, tools: Collection[str] = TOOLS) -> str:
-    """The text up to and including the first closing tag of these tools; all of it without one."""
+    """Return the text up to and including the first closing tag of these tools; all of it without one."""
     match = re.search(rf"</({'|'.join(tools)})>", text)
     return text if match is None else text[: match.end()]

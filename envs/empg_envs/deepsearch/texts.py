@@ -16,15 +16,15 @@ class Texts(Protocol):
     """A style: everything that the environment says."""
 
     def opening(self, question: str) -> str:
-        """First observation."""
+        """Return first observation."""
         ...
 
     def results(self, question: str, found: Sequence[Shown], with_ids: bool) -> str:
-        """Passages that a search found; with their ids when they can be opened."""
+        """Return the passages that a search found; with their ids when they can be opened."""
         ...
 
     def page(self, question: str, passage: Passage) -> str:
-        """A passage that was opened."""
+        """Return a passage that was opened."""
         ...
 
     def notice(self, question: str, kind: str) -> str:
@@ -32,11 +32,11 @@ class Texts(Protocol):
         ...
 
     def ask(self, start: str, relations: Sequence[str]) -> str:
-        """The question about an embedded world."""
+        """Return the question about an embedded world."""
         ...
 
     def describe(self, name: str, facts: Mapping[str, str]) -> Passage:
-        """A passage of an embedded world, without its id."""
+        """Return a passage of an embedded world, without its id."""
         ...
 
     def fact(self, name: str, relation: str, value: str) -> str:
@@ -44,7 +44,7 @@ class Texts(Protocol):
         ...
 
     def name(self, name: str) -> str:
-        """A name as it is written."""
+        """Return a name as it is written."""
         ...
 
 
@@ -54,16 +54,16 @@ class TerseTexts:
     _NOTICES: Mapping[str, str] = {"invalid": "invalid .", "unknown_id": "nothing .", "budget": "no more ."}
 
     def opening(self, question: str) -> str:
-        """The question."""
+        """Return the question."""
         return f"question : {question}"
 
     def results(self, question: str, found: Sequence[Shown], with_ids: bool) -> str:
-        """The passages one after the other, or ``nothing .``."""
+        """Return the passages one after the other, or ``nothing .``."""
         lines = [f"{passage.id} : {text}" if with_ids else text for passage, text in found]
         return f"{' '.join(lines) or 'nothing .'} {self.opening(question)}"
 
     def page(self, question: str, passage: Passage) -> str:
-        """The passage."""
+        """Return the passage."""
         return f"{passage.text} {self.opening(question)}"
 
     def notice(self, question: str, kind: str) -> str:
@@ -71,16 +71,16 @@ class TerseTexts:
         return f"{self._NOTICES[kind]} {self.opening(question)}"
 
     def ask(self, start: str, relations: Sequence[str]) -> str:
-        """Relations from the last to the first, then the start: ``mother of founder of acme``."""
+        """Return the relations from the last to the first, then the start: ``mother of founder of acme``."""
         return " of ".join([*reversed(relations), start])
 
     def describe(self, name: str, facts: Mapping[str, str]) -> Passage:
-        """``acme : founder dana fox , seat oslo .``"""
+        """Return ``acme : founder dana fox , seat oslo .``"""
         told = " , ".join(self.fact(name, relation, value) for relation, value in facts.items())
         return Passage("", name, f"{name} : {told} .")
 
     def fact(self, name: str, relation: str, value: str) -> str:
-        """``founder dana fox``."""
+        """Return ``founder dana fox``."""
         return f"{relation} {value}"
 
     def name(self, name: str) -> str:
@@ -107,11 +107,11 @@ class SearchR1Texts:
     }
 
     def opening(self, question: str) -> str:
-        """The question."""
+        """Return the question."""
         return question
 
     def results(self, question: str, found: Sequence[Shown], with_ids: bool) -> str:
-        """Numbered passages between information tags."""
+        """Return numbered passages between information tags."""
         lines = [
             f"Doc {number}({f'Id: {passage.id}, ' if with_ids else ''}Title: {passage.title}) {text}\n"
             for number, (passage, text) in enumerate(found, start=1)
@@ -119,25 +119,25 @@ class SearchR1Texts:
         return _wrap("".join(lines) or "Nothing was found.")
 
     def page(self, question: str, passage: Passage) -> str:
-        """The whole passage between information tags."""
+        """Return the whole passage between information tags."""
         return _wrap(f"(Id: {passage.id}, Title: {passage.title}) {passage.text}")
 
     def notice(self, question: str, kind: str) -> str:
-        """A sentence that says what would be right."""
+        """Return a sentence that says what would be right."""
         return f"\n{self._NOTICES[kind]}\n"
 
     def ask(self, start: str, relations: Sequence[str]) -> str:
-        """``Who is the mother of the founder of Acme?``"""
+        """Return ``Who is the mother of the founder of Acme?``"""
         links = " of ".join(f"the {relation}" for relation in reversed(relations))
         return f"{self._ASKING[KIND_OF_VALUE[relations[-1]]]} {links} of {self.name(start)}?"
 
     def describe(self, name: str, facts: Mapping[str, str]) -> Passage:
-        """A sentence for each fact."""
+        """Return a sentence for each fact."""
         sentences = [self.fact(name, relation, value) for relation, value in facts.items()]
         return Passage("", self.name(name), " ".join(sentences))
 
     def fact(self, name: str, relation: str, value: str) -> str:
-        """``The founder of Acme is Dana Fox.``"""
+        """Return ``The founder of Acme is Dana Fox.``"""
         return f"The {relation} of {self.name(name)} is {self.name(value)}."
 
     def name(self, name: str) -> str:

@@ -57,7 +57,7 @@ class Puzzle:
         return things
 
     def to_question(self, split: str, index: int, text: str) -> Question:
-        """The question in the common form."""
+        """Return the question in the common form."""
         return Question(
             id=f"{split}-{index}",
             text=text,
@@ -68,7 +68,7 @@ class Puzzle:
 
 
 def num_tasks(level: Level, split: str) -> int:
-    """Size of a panel.
+    """Return the size of a panel.
 
     Raises:
       ValueError: there is no such split.
@@ -79,7 +79,7 @@ def num_tasks(level: Level, split: str) -> int:
 
 
 def make_puzzle(level: Level, split: str, index: int) -> Puzzle:
-    """Generates task ``index`` of a panel.
+    """Generate task ``index`` of a panel.
 
     Raises:
       ValueError: unknown split.
@@ -98,14 +98,14 @@ def make_puzzle(level: Level, split: str, index: int) -> Puzzle:
 
 
 def split_of(content_hash: str) -> str:
-    """The in-domain split that a world belongs to, in whatever level it occurs."""
+    """Return the in-domain split that a world belongs to, in whatever level it occurs."""
     share = int(content_hash[:8], 16) / 2**32
     return next(split for split, (low, high) in _SHARES.items() if low <= share < high)
 
 
 @functools.lru_cache(maxsize=64)
 def panel_hash(level_name: str, split: str) -> str:
-    """Hash of the ordered content hashes of a panel: the panel's identity."""
+    """Return the hash of the ordered content hashes of a panel: the panel's identity."""
     level = LEVELS[level_name]
     digest = hashlib.sha256()
     for index in range(num_tasks(level, split)):
@@ -114,13 +114,15 @@ def panel_hash(level_name: str, split: str) -> str:
 
 
 def names_of(level: Level) -> dict[str, tuple[str, ...]]:
-    """Kind -> the names that a level uses."""
+    """Return kind -> the names that a level uses."""
     return {kind: names[: round(len(names) * level.share)] for kind, names in NAMES.items()}
 
 
 @functools.lru_cache(maxsize=64)
 def paths(hops: int, is_held_out: bool) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Kind of the start and relations of every chain that is held out for ``test_ood``, or is not."""
+    """Return the kind of the start and relations of every chain that is held out for ``test_ood``, or is
+    not.
+    """
 
     def extend(kind: str, left: int) -> Iterator[tuple[str, ...]]:
         if left == 0:
@@ -140,7 +142,7 @@ def _is_held_out(path: tuple[str, ...]) -> bool:
 
 
 def _attempt(level: Level, split: str, draw: Draw) -> Puzzle:
-    """One random world with its question."""
+    """Return one random world with its question."""
     options = paths(draw.between(level.hops), split == "test_ood")
     kind, relations = options[draw.below(len(options))]
     names = names_of(level)
@@ -193,7 +195,7 @@ def _facts(
     draw: Draw,
     fixed: dict[str, str],
 ) -> dict[str, str]:
-    """The facts of a page in random order: the fixed ones, and others with values of their own."""
+    """Return the facts of a page in random order: the fixed ones, and others with values of their own."""
     free = [relation for relation in RELATIONS[kind] if relation not in fixed]
     chosen = draw.sample(free, min(level.facts - len(fixed), len(free)))
     values = dict(fixed)

@@ -34,12 +34,12 @@ class Command(NamedTuple):
 
 
 def normalize(text: str) -> str:
-    """Lower case, outer blanks removed, runs of blanks made one space."""
+    """Return lower case, outer blanks removed, runs of blanks made one space."""
     return " ".join(text.lower().split())
 
 
 def parse(text: str) -> Command | None:
-    """Reads a command; None when the text is not well formed.
+    """Read a command; None when the text is not well formed.
 
     Well formed means that it follows the grammar; whether anything of that name exists, or the
     command does anything now, is the world's business.
@@ -48,7 +48,7 @@ def parse(text: str) -> Command | None:
 
 
 def parse_exact(text: str) -> Command | None:
-    """Reads a command whose case and blanks are right; None when they are not, or it is not well formed."""
+    """Read a command whose case and blanks are right; None when they are not, or it is not well formed."""
     match = _PATTERN.fullmatch(text)
     if match is None:
         return None
@@ -60,9 +60,9 @@ class Lenient:
     """The household's grammar: case and blanks do not matter, and commands are written as they are."""
 
     def parse(self, text: str) -> Command | None:
-        """Reads a command after `normalize`."""
+        """Read a command after `normalize`."""
         return parse(text)
 
     def spell(self, admissible: list[str]) -> list[str]:
-        """The commands themselves."""
+        """Return the commands themselves."""
         return admissible

@@ -20,7 +20,7 @@ class HouseholdEnv(HouseEnv):
     """
 
     def __init__(self, level: str = "tiny", style: str = "terse", max_turns: int | None = None) -> None:
-        """Chooses what houses look like and how they are told.
+        """Choose what houses look like and how they are told.
 
         Args:
           level: ``tiny``, ``easy``, ``medium`` or ``hard``.
@@ -46,23 +46,23 @@ class GeneratedPanels:
     """The panels of a level."""
 
     def __init__(self, level: Level) -> None:
-        """``level``: what houses look like."""
+        """Initialize with ``level``: what houses look like."""
         self._level = level
 
     def list_splits(self) -> list[str]:
-        """``train``, ``valid``, ``test``."""
+        """Return ``train``, ``valid``, ``test``."""
         return list(tasks.SPLITS)
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel."""
+        """Return the size of a panel."""
         return tasks.num_tasks(self._level, split)
 
     def load(self, split: str, index: int) -> tasks.Game:
-        """A task, generated once for the several attempts that a group makes at it."""
+        """Return a task, generated once for the several attempts that a group makes at it."""
         return _load(self._level.name, split, index)
 
     def describe(self, split: str, index: int) -> dict[str, Any]:
-        """House, goal, sentence and content hash."""
+        """Return house, goal, sentence and content hash."""
         game = self.load(split, index)
         return {
             "level": self._level.name,
@@ -78,13 +78,13 @@ class GeneratedPanels:
         }
 
     def panel_hash(self, split: str) -> str:
-        """Identity of a panel; generates the whole panel once."""
+        """Return the identity of a panel; generates the whole panel once."""
         tasks.num_tasks(self._level, split)
         return tasks.panel_hash(self._level.name, split)
 
 
 def find_level(name: str) -> Level:
-    """The preset of that name; an unknown one is a `ValueError` that names the nearest."""
+    """Return the preset of that name; an unknown one is a `ValueError` that names the nearest."""
     return look_up("household level", name, LEVELS)
 
 

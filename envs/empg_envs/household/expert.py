@@ -13,7 +13,7 @@ from empg_envs.household.world import World
 
 
 def choose_command(world: World, goal: HouseholdGoal) -> str:
-    """The next command of the search expert.
+    """Return the next command of the search expert.
 
     It looks through receptacles in the order of how likely they hold what is missing, picks it up,
     brings it into the wanted state, and takes it where it belongs.
@@ -57,7 +57,7 @@ def _bring_to_lamp(world: World, goal: HouseholdGoal) -> str:
 
 
 def _search(world: World, places: dict[str, int]) -> str:
-    """Goes to, or opens, the likeliest receptacle that has not been seen into."""
+    """Go to, or opens, the likeliest receptacle that has not been seen into."""
     class_of, here = world.scene.class_of, world.here
     unseen = [name for name in world.scene.location_of if name not in world.seen]
     if not unseen:
@@ -72,7 +72,7 @@ def _search(world: World, places: dict[str, int]) -> str:
 
 
 def _target(world: World, goal: HouseholdGoal) -> str:
-    """The receptacle to fill: of the target class, the one that holds most of what is wanted."""
+    """Return the receptacle to fill: of the target class, the one that holds most of what is wanted."""
     class_of = world.scene.class_of
 
     def count(receptacle: str) -> int:

@@ -43,7 +43,7 @@ class HouseholdGoal:
     target: str
 
     def is_met(self, world: World) -> bool:
-        """Whether the world is as the task wants it."""
+        """Return whether the world is as the task wants it."""
         if self.family == EXAMINE:
             return self._is_lit(world)
         class_of = world.scene.class_of
@@ -55,7 +55,7 @@ class HouseholdGoal:
         )
 
     def is_ready(self, world: World, thing: str) -> bool:
-        """Whether an object is in the state (clean, hot, cool) that the task wants."""
+        """Return whether an object is in the state (clean, hot, cool) that the task wants."""
         scene = world.scene
         if self.family == CLEAN:
             return thing in world.clean and thing in scene.cleanable
@@ -76,9 +76,9 @@ class HouseholdGoal:
         )
 
     def sentence(self, wording: int) -> str:
-        """The task sentence in one of ALFWorld's wordings."""
+        """Return the task sentence in one of ALFWorld's wordings."""
         return _SENTENCES[self.family][wording].format(thing=self.thing, target=self.target)
 
     def terse(self, thing: str, target: str) -> str:
-        """The goal in few words, with the given names for the object and the target."""
+        """Return the goal in few words, with the given names for the object and the target."""
         return _TERSE[self.family].format(thing=thing, target=target)

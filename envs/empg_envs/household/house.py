@@ -25,11 +25,11 @@ class Panels(Protocol):
     """Where games come from."""
 
     def list_splits(self) -> list[str]:
-        """Names of the panels."""
+        """Return the names of the panels."""
         ...
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel.
+        """Return the size of a panel.
 
         Raises:
           ValueError: unknown split.
@@ -37,7 +37,7 @@ class Panels(Protocol):
         ...
 
     def load(self, split: str, index: int) -> Game:
-        """One game.
+        """Return one game.
 
         Raises:
           ValueError: unknown split.
@@ -46,11 +46,11 @@ class Panels(Protocol):
         ...
 
     def describe(self, split: str, index: int) -> dict[str, Any]:
-        """A JSON-able description of one game, with its ``content_hash``."""
+        """Return a JSON-able description of one game, with its ``content_hash``."""
         ...
 
     def panel_hash(self, split: str) -> str:
-        """Identity of a panel: a hash over the content hashes of its games, in order."""
+        """Return the identity of a panel: a hash over the content hashes of its games, in order."""
         ...
 
 
@@ -58,11 +58,11 @@ class Grammar(Protocol):
     """How commands are written."""
 
     def parse(self, text: str) -> Command | None:
-        """Reads a command; None when the text is not well formed."""
+        """Read a command; None when the text is not well formed."""
         ...
 
     def spell(self, admissible: list[str]) -> list[str]:
-        """Sorted commands of `World.admissible` as this grammar writes them, sorted."""
+        """Return sorted commands of `World.admissible` as this grammar writes them, sorted."""
         ...
 
 
@@ -87,7 +87,7 @@ class HouseEnv:
         win_reward: float = 1.0,
         name: str = "household",
     ) -> None:
-        """Puts the parts together.
+        """Put the parts together.
 
         Args:
           panels: where games come from.
@@ -117,25 +117,25 @@ class HouseEnv:
         return self._max_turns
 
     def list_splits(self) -> list[str]:
-        """Names of the task panels."""
+        """Return the names of the task panels."""
         return self._panels.list_splits()
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel."""
+        """Return the size of a panel."""
         return self._panels.num_tasks(split)
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """The whole task: house, goal, sentence and content hash."""
+        """Return the whole task: house, goal, sentence and content hash."""
         return self._panels.describe(split, index)
 
     def panel_hash(self, split: str) -> str:
-        """Hash of the ordered content hashes of a panel; goes through the whole panel once."""
+        """Return the hash of the ordered content hashes of a panel; goes through the whole panel once."""
         return self._panels.panel_hash(split)
 
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
           seed: restarts the stream that chooses an index when none is given.
@@ -158,7 +158,7 @@ class HouseEnv:
         return self._texts.opening(self._game, self._world), self._info(won=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Carries out one command; any other text does nothing and costs the turn.
+        """Carry out one command; any other text does nothing and costs the turn.
 
         Raises:
           RuntimeError: before the first reset, or after the episode ended.
@@ -184,7 +184,7 @@ class HouseEnv:
         return self._grammar.spell([self._expert(world, game.goal)])[0]
 
     def close(self) -> None:
-        """Ends the episode."""
+        """End the episode."""
         self._game = self._world = None
 
     def _enter(self, scene: Scene) -> World:

@@ -44,7 +44,7 @@ def make_prompts(
     parser: str = "plain",
     require_admissible: bool = False,
 ) -> PromptBuilder:
-    """Builds the prompt builder that fits an environment's style.
+    """Build the prompt builder that fits an environment's style.
 
     Args:
       style: ``terse`` (nothing but the observation) or ``alfworld`` (with instructions).
@@ -74,7 +74,7 @@ def make_parser(
     list_admissible: bool = False,
     require_admissible: bool = False,
 ) -> ActionParser:
-    """Builds the action parser.
+    """Build the action parser.
 
     It takes the same options as `make_prompts`; style and listing do not change how an answer is read.
 
@@ -105,15 +105,17 @@ class TersePrompts(PlainPrompts):
     """The observation itself, followed by the admissible commands if they are to be listed."""
 
     def __init__(self, list_admissible: bool = False) -> None:
-        """``list_admissible``: whether to list the admissible commands after the observation."""
+        """Initialize with ``list_admissible``: whether to list the admissible commands after the
+        observation.
+        """
         self._list_admissible = list_admissible
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """One user message."""
+        """Return one user message."""
         return [{"role": "user", "content": self.follow(observation, info)}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """The observation, and the commands after ``actions :`` divided by commas."""
+        """Return the observation, and the commands after ``actions :`` divided by commas."""
         if not self._list_admissible:
             return observation
         return f"{observation} . actions : {' , '.join(_offered(info))}"
@@ -123,7 +125,7 @@ class AlfworldPrompts(PlainPrompts):
     """Instructions, observation, admissible commands; one growing transcript or fresh windows."""
 
     def __init__(self, list_admissible: bool = False, parser: str = "plain", role: str = _ROLE) -> None:
-        """Chooses what is said beside the observations.
+        """Choose what is said beside the observations.
 
         Args:
           list_admissible: list admissible commands.
@@ -134,12 +136,12 @@ class AlfworldPrompts(PlainPrompts):
         self._answer = (_CHOICE if list_admissible else _ANSWER)[parser]
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """One user message: role, observation (which holds the task), commands, answer format."""
+        """Return one user message: role, observation (which holds the task), commands, answer format."""
         parts = [self._role, f"Observation: {observation}", *self._offer(info), self._answer]
         return [{"role": "user", "content": "\n\n".join(parts)}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """The observation, with the admissible commands if they are to be listed."""
+        """Return the observation, with the admissible commands if they are to be listed."""
         return "\n\n".join([f"Observation: {observation}", *self._offer(info)])
 
     def recall(
@@ -149,7 +151,7 @@ class AlfworldPrompts(PlainPrompts):
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """A fresh prompt: role, task, the remembered turns with their numbers, the present."""
+        """Return a fresh prompt: role, task, the remembered turns with their numbers, the present."""
         past = quote_turns(history, turn)
         parts = [f"{self._role}\nYour task is to: {info['task']}"]
         if past:
@@ -181,11 +183,11 @@ class LineParser:
     """
 
     def __init__(self, require_admissible: bool = False) -> None:
-        """Chooses what counts as valid."""
+        """Choose what counts as valid."""
         self._require_admissible = require_admissible
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Strips, lower-cases and collapses blanks; an ill-formed line is passed on as it is."""
+        """Strip, lower-cases and collapses blanks; an ill-formed line is passed on as it is."""
         lines = response.strip().splitlines()
         action = commands.normalize(lines[0]) if lines else ""
         is_valid = commands.parse(action) is not None
@@ -195,7 +197,7 @@ class LineParser:
 
 
 def phrases(level: str = "tiny", style: str = "terse", max_turns: int | None = None) -> list[str]:
-    """The closed vocabulary of a level in the terse style, for a small tokenizer.
+    """Return the closed vocabulary of a level in the terse style, for a small tokenizer.
 
     Every text of the terse style and every well-formed command about things of the level is a
     sequence of these phrases divided by single spaces, when the longest match is taken each time.

@@ -13,7 +13,7 @@ from empg_envs.household.world import CHANGES, World
 
 
 def choose_command(world: World, goal: HouseholdGoal) -> str:
-    """The next command on a short way to the goal.
+    """Return the next command on a short way to the goal.
 
     Args:
       world: the state, all of which is used.
@@ -38,14 +38,14 @@ def choose_command(world: World, goal: HouseholdGoal) -> str:
 
 
 def _is_wanted(world: World, goal: HouseholdGoal, thing: str) -> bool:
-    """Whether an object can become what the goal asks for."""
+    """Return whether an object can become what the goal asks for."""
     scene = world.scene
     is_fit = goal.family not in CHANGES or thing in getattr(scene, CHANGES[goal.family])
     return is_fit and scene.class_of[thing] == goal.thing and thing in scene.pickupable
 
 
 def _fetch(world: World, goal: HouseholdGoal) -> str:
-    """Towards the wanted object that is done with soonest."""
+    """Toward the wanted object that is done with soonest."""
     settled = _choose_target(world, goal, None) if goal.family == PICK_TWO else None
     best: tuple[int, str, str] | None = None
     for receptacle, things in world.contents.items():
@@ -63,7 +63,7 @@ def _fetch(world: World, goal: HouseholdGoal) -> str:
 
 
 def _light(world: World, goal: HouseholdGoal) -> str:
-    """Towards a lamp with the object in hand, and on with it."""
+    """Toward a lamp with the object in hand, and on with it."""
     lamps = [
         (_distance(world, receptacle) - (thing in world.toggled), receptacle, thing)
         for receptacle, things in world.contents.items()
@@ -77,7 +77,7 @@ def _light(world: World, goal: HouseholdGoal) -> str:
 
 
 def _choose_target(world: World, goal: HouseholdGoal, holding: str | None) -> str:
-    """The receptacle to fill: the one that holds most of what is wanted already, then the nearest."""
+    """Return the receptacle to fill: the one that holds most of what is wanted already, then the nearest."""
     class_of = world.scene.class_of
     candidates = [
         name
@@ -95,5 +95,5 @@ def _choose_target(world: World, goal: HouseholdGoal, holding: str | None) -> st
 
 
 def _distance(world: World, receptacle: str) -> int:
-    """Commands until the hands are in a receptacle."""
+    """Return commands until the hands are in a receptacle."""
     return (receptacle not in world.here) + (not world.is_accessible(receptacle))

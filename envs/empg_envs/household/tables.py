@@ -86,7 +86,7 @@ MAX_INSTANCES = 3  # of one object class in a house
 
 
 def can_contain(receptacle: str, thing: str) -> bool:
-    """Whether objects of class ``thing`` may be put into receptacles of class ``receptacle``."""
+    """Return whether objects of class ``thing`` may be put into receptacles of class ``receptacle``."""
     return receptacle in SURFACES or receptacle in PLACES.get(KIND_OF.get(thing, ""), ())
 
 
@@ -133,7 +133,7 @@ class Level:
 
 
 def of_kinds(*kinds: str) -> tuple[str, ...]:
-    """The object classes of some kinds, sorted."""
+    """Return the object classes of some kinds, sorted."""
     return tuple(sorted(name for kind in kinds for name in KINDS[kind]))
 
 

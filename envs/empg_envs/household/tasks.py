@@ -70,7 +70,7 @@ class Game:
 
 
 def num_tasks(level: Level, split: str) -> int:
-    """Size of a panel.
+    """Return the size of a panel.
 
     Raises:
       ValueError: there is no such split.
@@ -83,13 +83,13 @@ def num_tasks(level: Level, split: str) -> int:
 
 
 def split_of(content_hash: str) -> str:
-    """The split that a content belongs to, in whatever level it occurs."""
+    """Return the split that a content belongs to, in whatever level it occurs."""
     share = int(content_hash[:8], 16) / 2**32
     return next(split for split, (low, high) in _SHARES.items() if low <= share < high)
 
 
 def make_game(level: Level, split: str, index: int) -> Game:
-    """Generates task ``index`` of a panel.
+    """Generate task ``index`` of a panel.
 
     Raises:
       ValueError: unknown split.
@@ -111,7 +111,7 @@ def make_game(level: Level, split: str, index: int) -> Game:
 
 @functools.lru_cache(maxsize=64)
 def panel_hash(level_name: str, split: str) -> str:
-    """Hash of the ordered content hashes of a panel: the panel's identity."""
+    """Return the hash of the ordered content hashes of a panel: the panel's identity."""
     level = LEVELS[level_name]
     digest = hashlib.sha256()
     for index in range(num_tasks(level, split)):
@@ -120,7 +120,7 @@ def panel_hash(level_name: str, split: str) -> str:
 
 
 def _classes_of(level: Level, split: str, index: int) -> list[str]:
-    """The object classes of a task: a different set for every index of the panel."""
+    """Return the object classes of a task: a different set for every index of the panel."""
     total = math.comb(len(level.objects), level.num_classes)
     step, offset = _affine(level.name, split, total)
     return unrank(level.objects, level.num_classes, (step * index + offset) % total)
@@ -136,7 +136,7 @@ def _affine(level_name: str, split: str, total: int) -> tuple[int, int]:
 
 
 def unrank(items: Sequence[str], count: int, rank: int) -> list[str]:
-    """The set number ``rank`` among all sets of ``count`` items, in lexicographic order."""
+    """Return the set number ``rank`` among all sets of ``count`` items, in lexicographic order."""
     chosen: list[str] = []
     for position, item in enumerate(items):
         if len(chosen) == count:
@@ -150,7 +150,7 @@ def unrank(items: Sequence[str], count: int, rank: int) -> list[str]:
 
 
 def _attempt(level: Level, classes: list[str], draw: Draw) -> Game | None:
-    """One random house with these object classes; None when it happens to allow no task."""
+    """Return one random house with these object classes; None when it happens to allow no task."""
     rooms, class_of = _furnish(level, draw)
     receptacles = [name for names in rooms.values() for name in names]
     things = _place(level, classes, receptacles, class_of, draw)
@@ -163,7 +163,7 @@ def _attempt(level: Level, classes: list[str], draw: Draw) -> Game | None:
 
 
 def _furnish(level: Level, draw: Draw) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """Rooms with their receptacles, numbered through the house, and the classes of those."""
+    """Return rooms with their receptacles, numbered through the house, and the classes of those."""
     rooms: dict[str, tuple[str, ...]] = {}
     class_of: dict[str, str] = {}
     used: dict[str, int] = {}
@@ -180,7 +180,7 @@ def _furnish(level: Level, draw: Draw) -> tuple[dict[str, tuple[str, ...]], dict
 def _place(
     level: Level, classes: list[str], receptacles: list[str], class_of: dict[str, str], draw: Draw
 ) -> dict[str, str]:
-    """Object to receptacle; adds the objects' classes to ``class_of``."""
+    """Return object to receptacle; adds the objects' classes to ``class_of``."""
     copies = draw.sample(classes * (MAX_INSTANCES - 1), draw.between(level.copies))
     where: dict[str, str] = {}
     used: dict[str, int] = {}
@@ -199,7 +199,7 @@ def _place(
 def _choose_goal(
     level: Level, things: dict[str, str], class_of: dict[str, str], draw: Draw
 ) -> HouseholdGoal | None:
-    """A goal that is not met at the start, of a random family."""
+    """Return a goal that is not met at the start, of a random family."""
     families, weights = zip(*level.families, strict=True)
     family = draw.weighted(families, weights)
     counts: dict[str, int] = {}
@@ -226,7 +226,7 @@ def _choose_goal(
 def _hash_content(
     rooms: dict[str, tuple[str, ...]], things: dict[str, str], class_of: dict[str, str], goal: HouseholdGoal
 ) -> str:
-    """Hash of the initial state and the goal, without numbers, names or order."""
+    """Return the hash of the initial state and the goal, without numbers, names or order."""
     inside: dict[str, list[str]] = {name: [] for names in rooms.values() for name in names}
     for thing, place in things.items():
         inside[place].append(class_of[thing])

@@ -46,7 +46,7 @@ class Texts(Protocol):
     """A style of observation."""
 
     def opening(self, game: Game, world: World) -> str:
-        """The first observation of an episode: rooms, receptacles, task."""
+        """Return the first observation of an episode: rooms, receptacles, task."""
         ...
 
     def reply(self, game: Game, world: World, command: Command | None) -> str:
@@ -55,7 +55,7 @@ class Texts(Protocol):
 
 
 def list_names(names: Sequence[str]) -> str:
-    """``a x 2, a x 1, and a y 1``, or ``nothing``."""
+    """Return ``a x 2, a x 1, and a y 1``, or ``nothing``."""
     if not names:
         return "nothing"
     if len(names) == 1:
@@ -67,11 +67,11 @@ class AlfworldTexts:
     """The feedback of ALFWorld 2.1.2; only what is seen of the whole house differs: it tells rooms apart."""
 
     def opening(self, game: Game, world: World) -> str:
-        """The house, then the task sentence after ``Your task is to:``."""
+        """Return the house, then the task sentence after ``Your task is to:``."""
         return f"-= Welcome to the household! =-\n\n{self._house(world)}\n\nYour task is to: {game.task}"
 
     def reply(self, game: Game, world: World, command: Command | None) -> str:
-        """ALFWorld's sentence for the command."""
+        """Return ALFWorld's sentence for the command."""
         if command is None:
             return NOTHING_HAPPENS
         verb, first, second = command
@@ -152,12 +152,12 @@ class TerseTexts:
     """
 
     def opening(self, game: Game, world: World) -> str:
-        """Rooms and their receptacles, then the state."""
+        """Return rooms and their receptacles, then the state."""
         rooms = " ".join(f"{room} : {' '.join(names)} ." for room, names in world.scene.rooms.items())
         return f"{rooms} {self.reply(game, world, Command('look'))}"
 
     def reply(self, game: Game, world: World, command: Command | None) -> str:
-        """The state; after a command that did nothing, preceded by ``nothing happens .``."""
+        """Return the state; after a command that did nothing, preceded by ``nothing happens .``."""
         goal = game.goal.terse(self._name(world, game.goal.thing), self._name(world, game.goal.target))
         view = f"at {self._surroundings(world)} . holding {self._carried(world)} . {goal}"
         return view if command is not None else f"nothing happens . {view}"

@@ -25,7 +25,7 @@ class Goal(Protocol):
     """What an episode is about."""
 
     def is_met(self, world: World) -> bool:
-        """Whether the world is as the task wants it."""
+        """Return whether the world is as the task wants it."""
         ...
 
 
@@ -74,7 +74,7 @@ class Scene:
     tools: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=lambda: TOOLS)
 
     def __post_init__(self) -> None:
-        """Derives the objects' places when they are not given."""
+        """Derive the objects' places when they are not given."""
         if self.spots is None:
             spots = ((t, self.location_of[r]) for r, things in self.start.items() for t in things)
             object.__setattr__(self, "spots", frozenset(spots))
@@ -101,7 +101,7 @@ class World:
     )
 
     def __init__(self, scene: Scene) -> None:
-        """Starts at the scene's start: empty-handed, nothing seen."""
+        """Start at the scene's start: empty-handed, nothing seen."""
         self.scene = scene
         self.location = scene.start_at
         self.holding: str | None = None
@@ -123,16 +123,16 @@ class World:
         return self.scene.at_location.get(self.location, ()) if self.location is not None else ()
 
     def is_accessible(self, receptacle: str) -> bool:
-        """Whether hands and eyes reach into a receptacle, were the agent there."""
+        """Return whether hands and eyes reach into a receptacle, were the agent there."""
         return receptacle not in self.scene.openable or receptacle in self.opened
 
     def is_fitting(self, thing: str, receptacle: str) -> bool:
-        """Whether an object may be put into a receptacle."""
+        """Return whether an object may be put into a receptacle."""
         class_of = self.scene.class_of
         return (class_of[receptacle], class_of[thing]) in self.scene.fits
 
     def is_here(self, thing: str) -> bool:
-        """Whether an object is at the agent's location, behind a door or not."""
+        """Return whether an object is at the agent's location, behind a door or not."""
         return self.location is not None and (thing, self.location) in self.spots
 
     def displaced(self) -> list[str]:
@@ -146,7 +146,7 @@ class World:
         return sorted(found, key=self.scene.order.__getitem__)
 
     def apply(self, command: Command) -> bool:
-        """Carries out a command.
+        """Carry out a command.
 
         Returns:
           Whether anything came of it: True exactly for commands that `admissible` lists. A False
@@ -157,7 +157,7 @@ class World:
         return True if rule is None else rule(self, first, second)
 
     def admissible(self) -> list[str]:
-        """Every command that would do something now, sorted, none twice."""
+        """Return every command that would do something now, sorted, none twice."""
         scene, holding = self.scene, self.holding
         location_of, here = scene.location_of, self.here
         found = ["look", "inventory", "help"]

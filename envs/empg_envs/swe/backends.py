@@ -24,7 +24,7 @@ class Backend(Protocol):
     """Opens sandboxes for tasks, takes an agent's patch out of them, and grades patches."""
 
     def open(self, task: Task, sandbox: Sandbox | None = None) -> Sandbox:
-        """A sandbox with the task's broken files; a given one of this backend may be used again."""
+        """Return a sandbox with the task's broken files; a given one of this backend may be used again."""
         ...
 
     def collect(self, task: Task, sandbox: Sandbox) -> str:
@@ -32,7 +32,7 @@ class Backend(Protocol):
         ...
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
-        """Judges a patch in a fresh sandbox."""
+        """Judge a patch in a fresh sandbox."""
         ...
 
 
@@ -47,7 +47,7 @@ class TreeBackend:
         limits: Limits | None = None,
         sources: str | Path | None = None,
     ) -> None:
-        """Chooses cage and interpreter.
+        """Choose cage and interpreter.
 
         Args:
           is_caged: whether commands run under bubblewrap.
@@ -71,13 +71,15 @@ class TreeBackend:
         return f"exec {self._interpreter.executable} -I -B {home}/runner.py"
 
     def open(self, task: Task, sandbox: Sandbox | None = None) -> Sandbox:
-        """A sandbox with the task's broken files."""
+        """Return a sandbox with the task's broken files."""
         found = sandbox if isinstance(sandbox, GuestSandbox) else self._make()
         found.reset(broken_tree(task, self._sources))
         return found
 
     def collect(self, task: Task, sandbox: Sandbox) -> str:
-        """The difference between the broken files and what is there now; links and binaries are left out."""
+        """Return the difference between the broken files and what is there now; links and binaries are left
+        out.
+        """
         try:
             now = sandbox.snapshot()
         except FileError:
@@ -86,7 +88,7 @@ class TreeBackend:
         return patch
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
-        """Applies the patch to fresh files, puts the tests back, runs them in a fresh sandbox."""
+        """Apply the patch to fresh files, puts the tests back, runs them in a fresh sandbox."""
         if not patch.strip():
             return Grade(False, "no_patch")
         if len(patch) > grading.MAX_PATCH_CHARS:
@@ -99,7 +101,7 @@ class TreeBackend:
         return self.run_tests(task, tree, timeout, dropped)
 
     def run_tests(self, task: Task, tree: Tree, timeout: float, dropped: tuple[str, ...] = ()) -> Grade:
-        """Runs the task's tests over a tree and judges them."""
+        """Run the task's tests over a tree and judge them."""
         sandbox = self._make()
         try:
             sandbox.reset(tree)
@@ -134,7 +136,7 @@ def make_backend(
     sources: str | None = None,
     **options: Any,
 ) -> Backend:
-    """Builds a backend by name.
+    """Build a backend by name.
 
     Args:
       name: ``bubblewrap``, ``docker``, ``swerex``, or ``local``, which is no cage and needs ``allow_local``.
@@ -176,7 +178,7 @@ def _limits(values: Mapping[str, Any]) -> Limits:
 
 
 def check_has_files(tasks: list[Task], name: str) -> None:
-    """Raises TaskError if a backend cannot open the tasks."""
+    """Raise TaskError if a backend cannot open the tasks."""
     for task in tasks:
         if name in ("bubblewrap", "local") and not task.has_tree:
             raise TaskError(

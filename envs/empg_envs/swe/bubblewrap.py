@@ -38,7 +38,7 @@ class Interpreter:
     prefixes: tuple[str, ...]
 
     def environment(self, root: str, scratch: str) -> dict[str, str]:
-        """The variables of every command."""
+        """Return the variables of every command."""
         folders = [os.path.dirname(self.executable), os.path.dirname(self.base)]
         return {
             "PATH": ":".join([*folders, "/usr/local/bin", "/usr/bin", "/bin", NAMES]),
@@ -55,7 +55,7 @@ class Interpreter:
 
 @functools.cache
 def find_interpreter(python: str | None = None) -> Interpreter:
-    """Looks at an interpreter; None is the one that runs this.
+    """Look at an interpreter; None is the one that runs this.
 
     Raises:
       SandboxError: it does not run, or it lies in a folder that is too much to show.
@@ -125,7 +125,7 @@ def command_line(interpreter: Interpreter, size: int, *, seccomp: int) -> list[s
 
 @functools.cache
 def probe() -> None:
-    """Runs one empty cage.
+    """Run one empty cage.
 
     Raises:
       SandboxError: bubblewrap is missing or cannot make namespaces here; says how to get it.
@@ -139,7 +139,7 @@ def probe() -> None:
 
 
 def _under(executable: str, prefixes: list[str]) -> str:
-    """The executable by a path that exists inside the cage."""
+    """Return the executable by a path that exists inside the cage."""
     real = os.path.realpath(prefixes[0])
     candidate = os.path.join(real, "bin", os.path.basename(executable))
     return candidate if os.path.exists(candidate) else executable

@@ -68,7 +68,7 @@ class GuestSandbox(abc.ABC):
         env: Mapping[str, str] | None = None,
         stdin: bytes = b"",
     ) -> ExecResult:
-        """Runs ``bash -c command``; see `empg_envs.swe.sandbox.Sandbox`."""
+        """Run ``bash -c command``; see `empg_envs.swe.sandbox.Sandbox`."""
         argv = ["/bin/bash", "--noprofile", "--norc", "-c", command.replace("\0", "")]
         variables = {**self._environment, **(env or {})}
         request = ("run", argv, variables, self.root, stdin, float(timeout), KEEP_BYTES, REPORT_BYTES)
@@ -78,15 +78,15 @@ class GuestSandbox(abc.ABC):
         return ExecResult(output, int(code), reason.decode(), int(omitted), report)
 
     def read(self, path: str) -> bytes:
-        """A file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
+        """Return a file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
         return self._ask("read", path.replace("\0", ""), READ_BYTES)[0]
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes a file; see `empg_envs.swe.sandbox.Sandbox`."""
+        """Write a file; see `empg_envs.swe.sandbox.Sandbox`."""
         self._ask("write", path.replace("\0", ""), data)
 
     def snapshot(self) -> Tree:
-        """The files of the task's folder; names that no patch can hold are left out.
+        """Return the files of the task's folder; names that no patch can hold are left out.
 
         Raises:
           FileError: there are too many.
@@ -99,19 +99,19 @@ class GuestSandbox(abc.ABC):
         return dict(sorted(tree.items()))
 
     def reset(self, tree: Tree) -> None:
-        """Ends what runs and starts afresh; see `empg_envs.swe.sandbox.Sandbox`."""
+        """End what runs and starts afresh; see `empg_envs.swe.sandbox.Sandbox`."""
         self.close()
         self._start()
         self._ask("unpack", [(path, mode, data) for path, (data, mode) in tree.items()])
 
     def close(self) -> None:
-        """Kills the sandbox; its files, which live in its memory, end with it."""
+        """Kill the sandbox; its files, which live in its memory, end with it."""
         self._process = None
         self._finalizer()
 
     @abc.abstractmethod
     def _launch(self) -> subprocess.Popen[bytes]:
-        """The process that speaks the guest's frames on its pipes."""
+        """Return the process that speaks the guest's frames on its pipes."""
 
     def _config(self) -> dict[str, Any]:
         limits = self._limits
@@ -145,7 +145,7 @@ class GuestSandbox(abc.ABC):
             raise SandboxError(f"the sandbox started with {fields!r}")
 
     def _ask(self, operation: str, *arguments: Any, seconds: float = 0.0) -> list[bytes]:
-        """One request and its reply.
+        """Return one request and its reply.
 
         Raises:
           FileError: the guest refused.
@@ -173,7 +173,7 @@ class GuestSandbox(abc.ABC):
             raise SandboxError(f"the sandbox has ended ({error})") from None
 
     def _receive(self, deadline: float) -> list[bytes]:
-        """A frame: nothing in it is trusted, so every length is checked."""
+        """Return a frame: nothing in it is trusted, so every length is checked."""
         size = int.from_bytes(self._read(4, deadline), "big")
         if size > MAX_FRAME:
             raise SandboxError(f"the sandbox answered with {size} bytes")
@@ -213,7 +213,7 @@ class BubblewrapSandbox(GuestSandbox):
     root = ROOT
 
     def __init__(self, interpreter: Interpreter, limits: Limits | None = None) -> None:
-        """Checks once per process that bubblewrap runs here.
+        """Check once per process that bubblewrap runs here.
 
         Args:
           interpreter: the Python that tasks run with.
@@ -247,7 +247,7 @@ class LocalSandbox(GuestSandbox):
     """
 
     def __init__(self, interpreter: Interpreter, limits: Limits | None = None) -> None:
-        """Removes what ended workers left, and makes a folder."""
+        """Remove what ended workers left, and make a folder."""
         self._home = Path(tempfile.gettempdir()) / f"empg-swe-{os.getuid()}"
         self._home.mkdir(mode=0o700, exist_ok=True)
         _remove_orphans(self._home)
@@ -262,7 +262,7 @@ class LocalSandbox(GuestSandbox):
         super().reset({path: file for path, file in tree.items() if file.mode != LINK})
 
     def close(self) -> None:
-        """Ends the guest and removes the folder's contents."""
+        """End the guest and remove the folder's contents."""
         super().close()
         for folder in (self.root, self._scratch):
             shutil.rmtree(folder, ignore_errors=True)
@@ -280,7 +280,7 @@ class LocalSandbox(GuestSandbox):
 
 @functools.cache
 def _compile_guest() -> None:
-    """Keeps the guest's compiled form beside its source, where that may be written."""
+    """Keep the guest's compiled form beside its source, where that may be written."""
     for source in GUEST.glob("*.py"):
         with contextlib.suppress(OSError):
             py_compile.compile(str(source), doraise=True)
@@ -302,7 +302,7 @@ def _popen(argv: list[str], pass_fds: tuple[int, ...] = ()) -> subprocess.Popen[
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kills the outermost process of a sandbox; the kernel ends all inside with it."""
+    """Kill the outermost process of a sandbox; the kernel ends all inside with it."""
     process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout, process.stderr):
@@ -312,7 +312,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _remove_orphans(home: Path) -> None:
-    """Removes the folders of processes that do not live any more."""
+    """Remove the folders of processes that do not live any more."""
     for folder in home.iterdir():
         owner = folder.name.partition("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():

@@ -62,7 +62,7 @@ class DockerSandbox:
     root = ROOT
 
     def __init__(self, image: str, limits: Limits, docker: str = "docker") -> None:
-        """``docker``: the program; podman's command line is the same."""
+        """Initialize with ``docker``: the program; podman's command line is the same."""
         self._image, self._limits, self._docker = image, limits, docker
         self._name: str | None = None
 
@@ -74,7 +74,7 @@ class DockerSandbox:
         env: Mapping[str, str] | None = None,
         stdin: bytes = b"",
     ) -> ExecResult:
-        """Runs a command in the image's environment; see `empg_envs.swe.sandbox.Sandbox`."""
+        """Run a command in the image's environment; see `empg_envs.swe.sandbox.Sandbox`."""
         variables = [part for key, value in (env or {}).items() for part in ("--env", f"{key}={value}")]
         argv = ["exec", "--interactive", "--workdir", ROOT, *variables, self._running()]
         seconds = ["timeout", "--signal=KILL", f"{timeout:g}"]
@@ -95,7 +95,7 @@ class DockerSandbox:
         return ExecResult(output, -9 if late else code, "timeout" if late else "exit", omitted)
 
     def read(self, path: str) -> bytes:
-        """A file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
+        """Return a file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
         code, capture = self._script(_READ, path, str(READ_BYTES + 1))
         self._check(code, path)
         data = capture.parts()[0]
@@ -104,11 +104,11 @@ class DockerSandbox:
         return data
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes a file; see `empg_envs.swe.sandbox.Sandbox`."""
+        """Write a file; see `empg_envs.swe.sandbox.Sandbox`."""
         self._check(self._script(_WRITE, path, stdin=data)[0], path)
 
     def snapshot(self) -> Tree:
-        """The files of the task's folder, without version control."""
+        """Return the files of the task's folder, without version control."""
         argv = ["exec", self._running(), "tar", "-C", ROOT, "--exclude=.git", "-cf", "-", "."]
         code, capture = self._call(argv, FILE_SECONDS)
         head, tail, omitted = capture.parts()
@@ -139,7 +139,7 @@ class DockerSandbox:
             self.write(path, data)
 
     def close(self) -> None:
-        """Removes the container."""
+        """Remove the container."""
         name, self._name = self._name, None
         if name is not None:
             self._call(["rm", "--force", name], FILE_SECONDS)
@@ -160,7 +160,7 @@ class DockerSandbox:
     def _call(
         self, arguments: list[str], seconds: float, stdin: bytes = b"", name: str = ""
     ) -> tuple[int, Capture]:
-        """Runs the docker program.
+        """Run the docker program.
 
         Raises:
           SandboxError: it is not there, or does not end in time.
@@ -197,7 +197,7 @@ class DockerSandbox:
 
 
 def remove_orphans(docker: str = "docker") -> list[str]:
-    """Removes containers whose owners do not live any more; returns their ids."""
+    """Remove containers whose owners do not live any more; return their ids."""
     listing = [
         docker,
         "ps",
@@ -222,7 +222,7 @@ def remove_orphans(docker: str = "docker") -> list[str]:
 
 
 def _owner(pid: int) -> str:
-    """A process by number and start time, so that a number used again is not mistaken for it."""
+    """Return a process by number and start time, so that a number used again is not mistaken for it."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -239,7 +239,7 @@ class SweRexSandbox:
     root = ROOT
 
     def __init__(self, deployment: Any) -> None:
-        """``deployment``: an object of ``swerex.deployment``, not started yet."""
+        """Initialize with ``deployment``: an object of ``swerex.deployment``, not started yet."""
         self._deployment = deployment
         self._loop = asyncio.new_event_loop()
         self._is_started = False
@@ -252,7 +252,7 @@ class SweRexSandbox:
         env: Mapping[str, str] | None = None,
         stdin: bytes = b"",
     ) -> ExecResult:
-        """Runs a command in the image's environment; see `empg_envs.swe.sandbox.Sandbox`."""
+        """Run a command in the image's environment; see `empg_envs.swe.sandbox.Sandbox`."""
         from swerex.exceptions import CommandTimeoutError
         from swerex.runtime.abstract import Command
 
@@ -268,7 +268,7 @@ class SweRexSandbox:
         return ExecResult(response.stdout, int(response.exit_code or 0))
 
     def read(self, path: str) -> bytes:
-        """A file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
+        """Return a file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
         encoded = self.exec(
             f"bash -c {shlex.quote(_READ)} bash {shlex.quote(path)} {READ_BYTES} | base64; "
             "exit ${PIPESTATUS[0]}",
@@ -279,7 +279,7 @@ class SweRexSandbox:
         return base64.b64decode(encoded.output)
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes a file; see `empg_envs.swe.sandbox.Sandbox`."""
+        """Write a file; see `empg_envs.swe.sandbox.Sandbox`."""
         result = self.exec(
             f"bash -c {shlex.quote(_WRITE)} bash {shlex.quote(path)}", FILE_SECONDS, stdin=data
         )
@@ -287,7 +287,7 @@ class SweRexSandbox:
             raise FileError(_REFUSED.get(result.returncode, f"OSError: {path}").format(path=path))
 
     def snapshot(self) -> Tree:
-        """The files of the task's folder, without version control."""
+        """Return the files of the task's folder, without version control."""
         result = self.exec(f"tar -C {ROOT} --exclude=.git -czf - . | base64", FILE_SECONDS)
         try:
             return read_archive(base64.b64decode(result.output), ROOT, has_top=False)
@@ -295,7 +295,7 @@ class SweRexSandbox:
             raise FileError(str(error)) from None
 
     def reset(self, tree: Tree) -> None:
-        """Starts the deployment anew, with these files on top of its own."""
+        """Start the deployment anew, with these files on top of its own."""
         self.close()
         self._loop = asyncio.new_event_loop()
         self._wait(self._deployment.start())
@@ -304,7 +304,7 @@ class SweRexSandbox:
             self.write(path, data)
 
     def close(self) -> None:
-        """Stops the deployment."""
+        """Stop the deployment."""
         if self._is_started:
             self._is_started = False
             self._wait(self._deployment.stop())

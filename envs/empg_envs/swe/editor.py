@@ -20,12 +20,12 @@ class FileEditor:
     """Edits files of one sandbox; remembers what they were, for ``undo_edit``."""
 
     def __init__(self, sandbox: Sandbox) -> None:
-        """Begins with nothing to undo."""
+        """Begin with nothing to undo."""
         self._sandbox = sandbox
         self._past: dict[str, list[str]] = {}
 
     def run(self, arguments: dict[str, str]) -> str:
-        """Carries out one call.
+        """Carry out one call.
 
         Raises:
           EditorError: wrong arguments, or a file that cannot be read or written.

@@ -46,7 +46,7 @@ class SweEnv:
         model_name: str = "empg-jax",
         **backend_options: Any,
     ) -> None:
-        """Reads the tasks and checks that their sandboxes can run here.
+        """Read the tasks and check that their sandboxes can run here.
 
         Args:
           tasks: ``tiny``, a file of rows, or split → file; see `empg_envs.swe.tasks.load_panels`.
@@ -92,11 +92,11 @@ class SweEnv:
         self._is_done = False
 
     def list_splits(self) -> list[str]:
-        """The panels that the tasks have."""
+        """Return the panels that the tasks have."""
         return list(self._panels)
 
     def num_tasks(self, split: str) -> int:
-        """Size of a panel.
+        """Return the size of a panel.
 
         Raises:
           ValueError: there is no such panel.
@@ -106,7 +106,7 @@ class SweEnv:
         return len(self._panels[split])
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """A task without its solution, with its content hash."""
+        """Return a task without its solution, with its content hash."""
         task = self._find(split, index)
         return {
             "split": split,
@@ -124,7 +124,7 @@ class SweEnv:
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Starts an episode in a sandbox of its own.
+        """Start an episode in a sandbox of its own.
 
         Args:
           seed: restarts the stream that chooses an index when none is given.
@@ -150,7 +150,7 @@ class SweEnv:
         return observation, self._info(won=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Carries out one action; any text has a defined answer.
+        """Carry out one action; any text has a defined answer.
 
         Raises:
           RuntimeError: before the first reset, or after the episode ended.
@@ -171,7 +171,7 @@ class SweEnv:
         return reply.text, 0.0, False, False, self._info(won=False)
 
     def expert_action(self) -> str:
-        """The next action towards the gold patch, through the same tools.
+        """Return the next action toward the gold patch, through the same tools.
 
         Raises:
           RuntimeError: before the first reset, after the episode ended, or for tasks inside an image.
@@ -184,7 +184,7 @@ class SweEnv:
         return expert.ACTIONS[self._kind](_text_files(sandbox.snapshot()), _text_files(goal), self._actions)
 
     def close(self) -> None:
-        """Ends the episode and its sandbox."""
+        """End the episode and its sandbox."""
         if self._sandbox is not None:
             self._sandbox.close()
         self._sandbox = self._task = self._tools = None
@@ -200,7 +200,7 @@ class SweEnv:
     def _cut(
         self, task: Task, sandbox: Sandbox, text: str, reason: str
     ) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Truncates the episode."""
+        """Truncate the episode."""
         self._is_done = True
         if not self._submit_at_limit:
             return text, 0.0, False, True, {**self._info(won=False), "reason": reason}

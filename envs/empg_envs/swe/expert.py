@@ -14,7 +14,9 @@ from empg_envs.swe.tree import File, Tree
 
 
 def next_change(now: Tree, goal: Tree) -> tuple[str, File | None, File | None] | None:
-    """The first path that is not as it should be, with both its versions; caches and links do not count."""
+    """Return the first path that is not as it should be, with both its versions; caches and links do not
+    count.
+    """
     for path in sorted(now.keys() | goal.keys()):
         if now.get(path) != goal.get(path):
             return path, now.get(path), goal.get(path)
@@ -22,14 +24,14 @@ def next_change(now: Tree, goal: Tree) -> tuple[str, File | None, File | None] |
 
 
 def first_hunk(path: str, before: File, after: File) -> patches.Hunk | None:
-    """The first stretch of lines that differs; None where a text patch cannot say it."""
+    """Return the first stretch of lines that differs; None where a text patch cannot say it."""
     patch, _ = patches.diff({path: before}, {path: after})
     sections = patches.parse(patch)
     return sections[0].hunks[0] if sections and sections[0].hunks else None
 
 
 def function_action(now: Tree, goal: Tree, seen: list[str]) -> str:
-    """The next call: look at the place, replace it, hand in."""
+    """Return the next call: look at the place, replace it, hand in."""
     change = next_change(now, goal)
     if change is None:
         return tools.render_call("finish", command="submit")
@@ -48,7 +50,7 @@ def function_action(now: Tree, goal: Tree, seen: list[str]) -> str:
 
 
 def bash_action(now: Tree, goal: Tree, seen: list[str]) -> str:
-    """The next shell command: show the place, rewrite it, hand in."""
+    """Return the next shell command: show the place, rewrite it, hand in."""
     change = next_change(now, goal)
     if change is None:
         return f"echo {tools.SUBMIT}"
@@ -74,7 +76,7 @@ def bash_action(now: Tree, goal: Tree, seen: list[str]) -> str:
 
 
 def terse_action(now: Tree, goal: Tree, seen: list[str]) -> str:
-    """The next terse command; what it cannot say (more or fewer lines) ends with handing in."""
+    """Return the next terse command; what it cannot say (more or fewer lines) ends with handing in."""
     change = next_change(now, goal)
     if change is None or change[1] is None or change[2] is None:
         return "submit"
@@ -100,7 +102,7 @@ ACTIONS = {"functions": function_action, "bash": bash_action, "terse": terse_act
 
 
 def _survives(text: str) -> bool:
-    """Whether text comes through a call unchanged: one line break at either end is markup's."""
+    """Return whether text comes through a call unchanged: one line break at either end is markup's."""
     return not text.startswith("\n") and text == tools.clean(text, len(text))
 
 

@@ -15,7 +15,7 @@ class FetchError(RuntimeError):
 
 
 def fetch_sdist(name: str, version: str, sha256: str | None, folder: Path, python: str | None = None) -> Path:
-    """Downloads a source distribution through pip, unless the folder already has it.
+    """Download a source distribution through pip, unless the folder already has it.
 
     pip asks the package for its metadata, which runs the package's build code on this machine, outside of
     any sandbox: fetch only what you would install.

@@ -42,7 +42,7 @@ class Repository:
 
 
 def open_repository(source: str, sources: Path) -> Repository:
-    """Reads a folder, an archive, ``embedded:NAME`` or ``pypi:NAME==VERSION``; keeps what it needs later.
+    """Read a folder, an archive, ``embedded:NAME`` or ``pypi:NAME==VERSION``; keep what it needs later.
 
     Raises:
       TaskError, ArchiveError, FileNotFoundError, FetchError: it cannot be read.
@@ -70,7 +70,9 @@ def open_repository(source: str, sources: Path) -> Repository:
 
 
 def bugs(tree: Tree, seed: int, *, one_line: bool = False) -> Iterator[tuple[str, str, int, Tree]]:
-    """Family, path, line and broken tree of every mutation of code that is no test, in an order by seed."""
+    """Yield family, path, line and broken tree of every mutation of code that is no test, in an order by
+    seed.
+    """
     found = []
     for path, file in tree.items():
         if not path.endswith(".py") or grading.is_test(path) or path in ("setup.py", "conftest.py"):
@@ -103,7 +105,7 @@ def generate(
     one_line: bool = False,
     tries: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of tasks, verified.
+    """Yield the rows of tasks, verified.
 
     Args:
       repository: the unbroken files.
@@ -173,7 +175,7 @@ def _row(
 
 
 def embedded_repositories() -> list[str]:
-    """The names of the packaged repositories."""
+    """Return the names of the packaged repositories."""
     return sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir() and path.name.isidentifier())
 
 

@@ -74,7 +74,7 @@ def judge(
     output: str = "",
     limit: str | None = None,
 ) -> Grade:
-    """Applies the task's rule to the statuses of its tests.
+    """Apply the task's rule to the statuses of its tests.
 
     SWE-bench: every FAIL_TO_PASS test in {PASSED, XFAIL}, every PASS_TO_PASS test in {PASSED, XFAIL,
     SKIPPED}, a missing one failed. R2E-Gym: the statuses are exactly the expected ones.
@@ -102,7 +102,9 @@ def judge(
 
 
 def find_status(name: str, statuses: Mapping[str, str]) -> str | None:
-    """The status of a test; a name cut off inside its parameters matches by prefix if only one test does."""
+    """Return the status of a test; a name cut off inside its parameters matches by prefix if only one test
+    does.
+    """
     if name in statuses or "[" not in name or name.endswith("]"):
         return statuses.get(name)
     matching = [found for found in statuses if found.startswith(name)]
@@ -110,12 +112,14 @@ def find_status(name: str, statuses: Mapping[str, str]) -> str | None:
 
 
 def short_name(name: str) -> str:
-    """A test's name as R2E-Gym writes it: without file and message."""
+    """Return a test's name as R2E-Gym writes it: without file and message."""
     return name.partition(" - ")[0]
 
 
 def read_report(report: bytes, root: str = "") -> dict[str, str]:
-    """Statuses from what the runner wrote; broken lines are skipped, the last word about a test counts."""
+    """Return the statuses from what the runner wrote; broken lines are skipped, the last word about a test
+    counts.
+    """
     statuses = {}
     for line in report.split(b"\n"):
         try:
@@ -128,7 +132,7 @@ def read_report(report: bytes, root: str = "") -> dict[str, str]:
 
 
 def protected(path: str, task: Task) -> bool:
-    """Whether a file is a test or decides how tests run, so that an agent's version takes no part."""
+    """Return whether a file is a test or decides how tests run, so that an agent's version takes no part."""
     parts = PurePosixPath(path).parts
     name = parts[-1]
     return (
@@ -141,7 +145,7 @@ def protected(path: str, task: Task) -> bool:
 
 
 def is_test(path: str) -> bool:
-    """Whether a file belongs to the tests by its name or folder."""
+    """Return whether a file belongs to the tests by its name or folder."""
     *folders, name = PurePosixPath(path).parts
     if TEST_FOLDERS & set(folders) or name in ("test.py", "tests.py"):
         return True
@@ -149,7 +153,7 @@ def is_test(path: str) -> bool:
 
 
 def candidate(task: Task, broken: Tree, patch: str) -> tuple[Tree, tuple[str, ...]]:
-    """The tree to be tested: the broken one, the patch, and the original tests and configuration.
+    """Return the tree to be tested: the broken one, the patch, and the original tests and configuration.
 
     New top-level modules with the name of a standard or testing module are left out as well.
 

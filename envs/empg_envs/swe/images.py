@@ -27,7 +27,7 @@ class ImageBackend:
     """Opens a container per episode, takes ``git diff`` out of it, and grades in a fresh one."""
 
     def __init__(self, kind: str, limits: Limits, *, docker: str = "docker", deployment: str = "") -> None:
-        """Chooses how containers are run.
+        """Choose how containers are run.
 
         Args:
           kind: ``docker`` or ``swerex``.
@@ -42,7 +42,7 @@ class ImageBackend:
         self._deployment = _load(deployment) if kind == "swerex" else None
 
     def open(self, task: Task, sandbox: Sandbox | None = None) -> Sandbox:
-        """A new container of the task's image."""
+        """Return a new container of the task's image."""
         if sandbox is not None:
             sandbox.close()
         found = self._make(task)
@@ -61,7 +61,7 @@ class ImageBackend:
         return result.output if result.returncode == 0 and not result.omitted else ""
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
-        """Applies the patch in a fresh container, restores the tests, runs them, reads the log."""
+        """Apply the patch in a fresh container, restore the tests, runs them, read the log."""
         if not patch.strip():
             return Grade(False, "no_patch")
         sandbox = self._make(task)
@@ -80,7 +80,7 @@ class ImageBackend:
         return grading.judge(task, parser(result.output), output=result.output[-OUTPUT_CHARS:], limit=limit)
 
     def _tests(self, task: Task, sandbox: Sandbox) -> tuple[str, reports.Parser]:
-        """Puts the tests in place; returns the command that runs them and how its output is read."""
+        """Put the tests in place; return the command that runs them and how its output is read."""
         if task.expected is not None:
             return RUN_R2E, reports.parse_r2e
         command, parser = reports.COMMANDS.get(task.repo, reports.DEFAULT)
@@ -108,7 +108,7 @@ class ImageBackend:
 
 
 def make_image_backend(kind: str, limits: Limits, **options: Any) -> ImageBackend:
-    """Builds the backend; see `ImageBackend`.
+    """Build the backend; see `ImageBackend`.
 
     Raises:
       ValueError: an option that there is not.

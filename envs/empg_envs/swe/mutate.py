@@ -55,7 +55,7 @@ class Source:
     """A source text with the offsets of its lines."""
 
     def __init__(self, text: str) -> None:
-        """Raises SyntaxError if the text does not parse."""
+        """Raise SyntaxError if the text does not parse."""
         self.text = text
         self.tree = ast.parse(text)
         self._starts = [0]
@@ -73,7 +73,7 @@ class Source:
         return self._offset(node.end_lineno, node.end_col_offset)
 
     def segment(self, node: ast.expr | ast.stmt) -> str:
-        """Its text."""
+        """Return its text."""
         return self.text[self.start(node) : self.end(node)]
 
     def _offset(self, line: int, column: int) -> int:
@@ -83,7 +83,7 @@ class Source:
 
 
 def mutations(text: str) -> list[Mutation]:
-    """Every single-change bug of a source text that still parses, in the order of the text.
+    """Return every single-change bug of a source text that still parses, in the order of the text.
 
     Families: ``compare``, ``boolean``, ``arithmetic``, ``constant``, ``condition`` (negated), ``guard`` (an
     ``if`` without ``else`` dropped), ``arguments`` (two of a call swapped). Docstrings and annotations are
@@ -104,7 +104,7 @@ def mutations(text: str) -> list[Mutation]:
 
 
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those of annotations, decorators and ``__name__`` guards."""
+    """Yield all nodes but those of annotations, decorators and ``__name__`` guards."""
     for field, value in ast.iter_fields(tree):
         if field in ("annotation", "returns", "decorator_list", "type_comment"):
             continue
@@ -125,7 +125,7 @@ def _parses(text: str) -> bool:
 
 
 def _between(source: Source, left: ast.expr, right: ast.expr, old: str, new: str) -> Iterator[_Edit]:
-    """Exchanges an operator that stands between two operands."""
+    """Exchange an operator that stands between two operands."""
     start, end = source.end(left), source.start(right)
     edge = r"\b" if old[0].isalpha() else ""
     pattern = edge + r"\s+".join(map(re.escape, old.split())) + edge

@@ -56,7 +56,7 @@ class Section:
 
 
 def diff(old: Tree, new: Tree) -> tuple[str, list[str]]:
-    """The patch from one tree to another.
+    """Return the patch from one tree to another.
 
     Returns:
       The patch, and the changed paths that it cannot hold: links, files that are not UTF-8 text, and files
@@ -76,7 +76,7 @@ def diff(old: Tree, new: Tree) -> tuple[str, list[str]]:
 
 
 def apply(tree: Tree, patch: str) -> Tree:
-    """The tree after a patch.
+    """Return the tree after a patch.
 
     Raises:
       PatchError: naming the file and the place that does not fit.
@@ -88,7 +88,7 @@ def apply(tree: Tree, patch: str) -> Tree:
 
 
 def parse(patch: str) -> list[Section]:
-    """Reads a patch: git's extended headers or plain ``---``/``+++`` pairs.
+    """Read a patch: git's extended headers or plain ``---``/``+++`` pairs.
 
     Raises:
       PatchError: it is not a patch, is cut off, holds binary changes, or names a path outside.
@@ -124,12 +124,12 @@ def parse(patch: str) -> list[Section]:
 
 
 def touched(patch: str) -> set[str]:
-    """The paths that a patch names."""
+    """Return the paths that a patch names."""
     return {path for section in parse(patch) for path in (section.old, section.new) if path is not None}
 
 
 def _lines(file: File | None) -> list[str] | None:
-    """Lines with their ends; None for what a text patch cannot hold."""
+    """Return lines with their ends; None for what a text patch cannot hold."""
     if file is None:
         return []
     if file.mode == LINK or b"\0" in file.data or len(file.data) > MAX_TEXT:
@@ -218,7 +218,7 @@ def _line(mark: str, line: str) -> str:
 
 
 def _git_names(line: str) -> Section:
-    """Names from ``diff --git a/X b/X``: the only ones that a mode change or an empty file has."""
+    """Return the names from ``diff --git a/X b/X``: the only ones that a mode change or an empty file has."""
     names = line[len("diff --git ") :]
     half = len(names) // 2
     if (

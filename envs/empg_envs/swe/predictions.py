@@ -14,12 +14,12 @@ FIELDS = ("instance_id", "model_name_or_path", "model_patch")
 
 
 def prediction(instance_id: str, model: str, patch: str) -> dict[str, str]:
-    """One row."""
+    """Return one row."""
     return dict(zip(FIELDS, (instance_id, model, patch), strict=True))
 
 
 def append_prediction(path: str | Path, row: Mapping[str, str]) -> None:
-    """Adds a row; whole lines of several processes do not mix."""
+    """Add a row; whole lines of several processes do not mix."""
     line = json.dumps({field: row[field] for field in FIELDS}).encode() + b"\n"
     number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -29,7 +29,7 @@ def append_prediction(path: str | Path, row: Mapping[str, str]) -> None:
 
 
 def write_predictions(path: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Writes the whole file, or leaves the old one."""
+    """Write the whole file, or leaves the old one."""
     target = Path(path)
     fresh = target.with_name(target.name + ".new")
     text = "".join(json.dumps({field: row[field] for field in FIELDS}) + "\n" for row in rows)
@@ -38,7 +38,7 @@ def write_predictions(path: str | Path, rows: Iterable[Mapping[str, str]]) -> No
 
 
 def read_predictions(path: str | Path) -> dict[str, str]:
-    """Patches by task; of several rows for one task the last counts. JSON lines, a list, or a mapping.
+    """Return patches by task; of several rows for one task the last counts. JSON lines, a list, or a mapping.
 
     Raises:
       TaskError: naming the row that lacks a field.

@@ -52,7 +52,7 @@ _TASK = "The repository lies in {root}. This is the task:\n\n{task}"
 
 
 def make_prompts(tools: str = "functions", root: str = "/testbed") -> PromptBuilder:
-    """Builds the prompt builder for a tool protocol.
+    """Build the prompt builder for a tool protocol.
 
     Args:
       tools: ``functions``, ``bash`` or ``terse``, as the environment's option.
@@ -70,7 +70,7 @@ def make_prompts(tools: str = "functions", root: str = "/testbed") -> PromptBuil
 
 
 def make_parser(tools: str = "functions", root: str = "/testbed") -> ActionParser:
-    """Builds the parser for a tool protocol; ``root`` concerns the prompts alone.
+    """Build the parser for a tool protocol; ``root`` concerns the prompts alone.
 
     Raises:
       ValueError: an unknown protocol.
@@ -93,16 +93,16 @@ class EngineerPrompts(PlainPrompts):
     """Instructions and task first; then observations, as one transcript or in fresh windows."""
 
     def __init__(self, instructions: str, root: str) -> None:
-        """``instructions``: what the tools are; ``root``: where the repository lies."""
+        """Initialize with ``instructions``: what the tools are; ``root``: where the repository lies."""
         self._instructions, self._root = instructions, root
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """The instructions as the system's message, the task as the user's."""
+        """Return the instructions as the system's message, the task as the user's."""
         task = _TASK.format(root=self._root, task=info["task"])
         return [{"role": "system", "content": self._instructions}, {"role": "user", "content": task}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """The observation."""
+        """Return the observation."""
         return observation
 
     def recall(
@@ -112,7 +112,7 @@ class EngineerPrompts(PlainPrompts):
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """Instructions and task, the remembered turns, the present observation."""
+        """Return instructions and task, the remembered turns, the present observation."""
         messages = self.start(observation, info)
         past = "\n\n".join(
             f"Action {number}:\n{action}\nObservation {number}:\n{seen}"
@@ -126,7 +126,7 @@ class EngineerPrompts(PlainPrompts):
 
 
 def _follow_ups(history: Sequence[tuple[str, str]], observation: str) -> list[tuple[str, str]]:
-    """Actions with what they gave: the observation that a turn answers stands one turn later."""
+    """Return actions with what they gave: the observation that a turn answers stands one turn later."""
     seen = [observed for observed, _ in history[1:]] + [observation]
     return [(action, gave) for (_, action), gave in zip(history, seen, strict=True)]
 
@@ -135,7 +135,7 @@ class FunctionParser:
     """The first function call of a response; valid when there is one and the function exists."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Reads the call; without one the end of the response is passed on."""
+        """Read the call; without one the end of the response is passed on."""
         text = find_call(response)
         call = None if text is None else parse_call(text)
         if text is None or call is None:
@@ -149,14 +149,14 @@ class BashParser:
     _BLOCK = re.compile(r"```(?:bash|sh)[ \t]*\n(.*?)\n?```", re.DOTALL)
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Reads the block."""
+        """Read the block."""
         found = self._BLOCK.findall(response)
         command = found[0].strip() if len(found) == 1 else ""
         return ParsedAction(action=command, is_valid=bool(command))
 
 
 def phrases(tools: str = "functions", tasks: str = "tiny", **options: Any) -> list[str]:
-    """The closed vocabulary of the embedded tasks under the terse tools, for a small tokenizer.
+    """Return the closed vocabulary of the embedded tasks under the terse tools, for a small tokenizer.
 
     Args:
       tools: the environment's tools; only ``terse`` has a closed vocabulary.

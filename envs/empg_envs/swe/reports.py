@@ -8,7 +8,7 @@ from collections.abc import Callable
 Parser = Callable[[str], dict[str, str]]
 
 _STATUSES = ("PASSED", "FAILED", "ERROR", "SKIPPED", "XFAIL", "XPASS")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _DJANGO = re.compile(r"(.+?) \.\.\. (ok|skipped|FAIL|ERROR|expected failure|unexpected success)\b")
 _DJANGO_STATUSES = {
     "ok": "PASSED",
@@ -23,9 +23,9 @@ _SYMPY_STATUSES = {"ok": "PASSED", "F": "FAILED", "E": "ERROR", "f": "XFAIL", "s
 
 
 def parse_pytest(log: str) -> dict[str, str]:
-    """The summary that ``-rA`` prints: ``STATUS test id - message``; ids end at the first `` - ``."""
+    """Return the summary that ``-rA`` prints: ``STATUS test id - message``; ids end at the first `` - ``."""
     found = {}
-    for line in _COLOUR.sub("", log).split("\n"):
+    for line in _COLOR.sub("", log).split("\n"):
         status, _, rest = line.strip().partition(" ")
         if status in _STATUSES and rest and not rest.startswith("["):
             found[rest.partition(" - ")[0].strip()] = status
@@ -33,12 +33,14 @@ def parse_pytest(log: str) -> dict[str, str]:
 
 
 def parse_r2e(log: str) -> dict[str, str]:
-    """R2E-Gym's names: the summary's ids without their file, parts joined by dots."""
+    """Return R2E-Gym's names: the summary's ids without their file, parts joined by dots."""
     return {".".join(name.split("::")[1:]) or name: status for name, status in parse_pytest(log).items()}
 
 
 def parse_django(log: str) -> dict[str, str]:
-    """Lines of the verbose unittest runner: ``test_x (package.Class) ... ok``; later failures count."""
+    """Return the lines of the verbose unittest runner: ``test_x (package.Class) ... ok``; later failures
+    count.
+    """
     found = {}
     for line in log.split("\n"):
         if match := _DJANGO.match(line.strip()):
@@ -50,7 +52,7 @@ def parse_django(log: str) -> dict[str, str]:
 
 
 def parse_sympy(log: str) -> dict[str, str]:
-    """Lines of ``bin/test --verbose``: ``test_x ok``."""
+    """Return the lines of ``bin/test --verbose``: ``test_x ok``."""
     return {match[1]: _SYMPY_STATUSES[match[2]] for match in map(_SYMPY.match, log.split("\n")) if match}
 
 

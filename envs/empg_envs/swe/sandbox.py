@@ -46,7 +46,7 @@ class Limits:
     cpus: float = 2.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a limit that is not positive."""
+        """Raise ValueError for a limit that is not positive."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
@@ -81,7 +81,7 @@ class Sandbox(Protocol):
     def exec(
         self, command: str, timeout: float, *, env: Mapping[str, str] | None = None, stdin: bytes = b""
     ) -> ExecResult:
-        """Runs a shell command in the task's folder; nothing that it started outlives the call.
+        """Run a shell command in the task's folder; nothing that it started outlives the call.
 
         Raises:
           SandboxError: the sandbox does not answer any more.
@@ -89,7 +89,7 @@ class Sandbox(Protocol):
         ...
 
     def read(self, path: str) -> bytes:
-        """A file of the task's folder or of /tmp.
+        """Return a file of the task's folder or of /tmp.
 
         Raises:
           FileError: it cannot be read.
@@ -97,7 +97,7 @@ class Sandbox(Protocol):
         ...
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes a file, with its folders.
+        """Write a file, with its folders.
 
         Raises:
           FileError: it cannot be written.
@@ -105,13 +105,13 @@ class Sandbox(Protocol):
         ...
 
     def snapshot(self) -> Tree:
-        """The files of the task's folder."""
+        """Return the files of the task's folder."""
         ...
 
     def reset(self, tree: Tree) -> None:
-        """Begins anew with these files: no process and no other file of the past is left."""
+        """Begin anew with these files: no process and no other file of the past is left."""
         ...
 
     def close(self) -> None:
-        """Ends everything; may be called more than once."""
+        """End everything; may be called more than once."""
         ...

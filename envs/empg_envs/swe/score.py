@@ -30,7 +30,7 @@ def score(
     jobs: int = 1,
     on_grade: Callable[[Task, Grade], None] = lambda task, grade: None,
 ) -> dict[str, Any]:
-    """Judges every task; one without a prediction counts as unresolved.
+    """Judge every task; one without a prediction counts as unresolved.
 
     Args:
       backend: where the tests run.

@@ -71,7 +71,7 @@ NUMBER_AT, ARCH_AT = 0, 4  # offsets in struct seccomp_data
 
 @functools.cache
 def program(machine: str = platform.machine()) -> bytes:
-    """The filter in the form that ``bwrap --seccomp`` reads.
+    """Return the filter in the form that ``bwrap --seccomp`` reads.
 
     Raises:
       SandboxError: this machine's system-call numbers are not known here.

@@ -81,7 +81,7 @@ class Task:
 
 
 def parse_row(row: Mapping[str, Any]) -> Task:
-    """Reads a row of SWE-bench(-Verified), R2E-Gym, or the generator.
+    """Read a row of SWE-bench(-Verified), R2E-Gym, or the generator.
 
     Raises:
       TaskError: naming the field that is missing or malformed.
@@ -146,7 +146,7 @@ def _field(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _names(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
-    """Test names from a list, or from a JSON string of one as in the files of the hub."""
+    """Return test names from a list, or from a JSON string of one as in the files of the hub."""
     value = _field(row, field)
     if isinstance(value, str):
         try:
@@ -161,7 +161,7 @@ def _names(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file, or of a JSON file that holds a list.
+    """Yield the rows of a JSON-lines file, or of a JSON file that holds a list.
 
     Raises:
       TaskError: naming the file and the line.
@@ -185,7 +185,7 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
-    """Tasks by split.
+    """Return tasks by split.
 
     Args:
       tasks: ``tiny`` (the embedded ones), a file, or a mapping of split → file. Rows of a single file go
@@ -212,7 +212,7 @@ def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
 
 
 def hashed_split(instance_id: str) -> str:
-    """The split of a task that names none."""
+    """Return the split of a task that names none."""
     tenth = hashlib.sha256(instance_id.encode()).digest()[0] % 10
     return "test" if tenth < 2 else "valid" if tenth == 2 else "train"
 
@@ -226,12 +226,12 @@ def _check_unique(panels: Iterable[list[Task]]) -> None:
 
 
 def default_sources() -> Path:
-    """The folder where source archives are kept: below ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the folder where source archives are kept: below ``XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "empg-jax" / "swe"
 
 
 def broken_tree(task: Task, sources: str | Path | None = None) -> Tree:
-    """The files that an agent starts from.
+    """Return the files that an agent starts from.
 
     Raises:
       TaskError: the source is not there, or is not the one that the task was made from.
@@ -247,7 +247,7 @@ def broken_tree(task: Task, sources: str | Path | None = None) -> Tree:
 
 @functools.lru_cache(maxsize=16)
 def load_base(base: str, sources: str | None = None) -> Tree:
-    """The unbroken files of a base; see `Task.base`.
+    """Return the unbroken files of a base; see `Task.base`.
 
     Raises:
       TaskError: it is not there, or its hash differs.

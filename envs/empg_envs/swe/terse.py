@@ -31,7 +31,7 @@ _WORDS = {
 
 
 def code_tokens(line: str) -> list[str]:
-    """The Python tokens of a line; its words where it is not Python by itself."""
+    """Return the Python tokens of a line; its words where it is not Python by itself."""
     skipped = (
         tokenize.NL,
         tokenize.NEWLINE,
@@ -51,22 +51,22 @@ def code_tokens(line: str) -> list[str]:
 
 
 def show_line(number: int, line: str) -> str:
-    """``12 : return a + b``."""
+    """Return ``12 : return a + b``."""
     return f"{number} : {' '.join(code_tokens(line))}".rstrip()
 
 
 def short_test(name: str) -> str:
-    """The last part of a test's id."""
+    """Return the last part of a test's id."""
     return name.rpartition("::")[2]
 
 
 def opening(task: Task) -> str:
-    """The first observation: which repository, and which tests fail."""
+    """Return the first observation: which repository, and which tests fail."""
     return f"fix {task.repo} . {failing(task.fail_to_pass)}"
 
 
 def failing(names: Iterable[str]) -> str:
-    """``failing test_a , test_b``."""
+    """Return ``failing test_a , test_b``."""
     shown = sorted({short_test(name) for name in names})[:NAMED]
     return f"failing {' , '.join(shown)}" if shown else "failing nothing"
 
@@ -75,11 +75,11 @@ class TerseTools:
     """Carries out terse commands."""
 
     def __init__(self, sandbox: Sandbox, task: Task, test_command: str) -> None:
-        """``test_command`` runs the tests' runner; it takes its request from stdin."""
+        """Initialize with ``test_command`` runs the tests' runner; it takes its request from stdin."""
         self._sandbox, self._task, self._test_command = sandbox, task, test_command
 
     def run(self, action: str, seconds: float) -> Reply:
-        """Carries out one command; anything else is unknown."""
+        """Carry out one command; anything else is unknown."""
         text = " ".join(action.split())
         if text == "submit":
             return Reply("handed in .", is_final=True)
@@ -125,7 +125,7 @@ class TerseTools:
 
 
 def vocabulary(trees: Iterable[Tree]) -> list[str]:
-    """Every token that the terse tools show of these trees or their one-token bugs, sorted."""
+    """Return every token that the terse tools show of these trees or their one-token bugs, sorted."""
     found, longest = set(_WORDS), 0
     operators = (
         "<",

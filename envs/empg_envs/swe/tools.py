@@ -53,7 +53,7 @@ class Tools(Protocol):
 
 
 def parse_call(text: str) -> Call | None:
-    """The first ``<function=name><parameter=key>value</parameter></function>`` of a text.
+    """Return the first ``<function=name><parameter=key>value</parameter></function>`` of a text.
 
     One line break after an opening tag and before a closing one belongs to the markup.
     """
@@ -67,13 +67,13 @@ def parse_call(text: str) -> Call | None:
 
 
 def find_call(text: str) -> str | None:
-    """The text of the first call."""
+    """Return the text of the first call."""
     found = next(_blocks(text, _CALL, _CALL_END), None)
     return None if found is None else found[2]
 
 
 def _blocks(text: str, opening: re.Pattern[str], closing: str) -> Iterator[tuple[str, str, str]]:
-    """Name, content and whole text of every block; in linear time, whatever the text."""
+    """Yield name, content and whole text of every block; in linear time, whatever the text."""
     place = 0
     while match := opening.search(text, place):
         end = text.find(closing, match.end())
@@ -84,13 +84,15 @@ def _blocks(text: str, opening: re.Pattern[str], closing: str) -> Iterator[tuple
 
 
 def render_call(name: str, **arguments: str) -> str:
-    """The text of a call."""
+    """Return the text of a call."""
     parts = [f"  <parameter={key}>{value}</parameter>\n" for key, value in arguments.items()]
     return f"<function={name}>\n{''.join(parts)}</function>"
 
 
 def clean(text: str, most: int = MAX_OUTPUT) -> str:
-    """Text fit for a prompt: no escape sequences or control characters, the middle of a long one cut out."""
+    """Return text fit for a prompt: no escape sequences or control characters, the middle of a long one cut
+    out.
+    """
     text = _ESCAPES.sub("", text.replace("\r\n", "\n"))
     text = _CONTROLS.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
     if len(text) <= most:
@@ -100,7 +102,7 @@ def clean(text: str, most: int = MAX_OUTPUT) -> str:
 
 
 def describe(result: ExecResult, seconds: float) -> str:
-    """One line about how a command ended; empty when it ended well."""
+    """Return one line about how a command ended; empty when it ended well."""
     if result.reason != "exit":
         why = _LIMITS.get(result.reason, result.reason).format(seconds=seconds)
         return f"[the command was ended: {why}]"
@@ -111,12 +113,12 @@ class FunctionTools:
     """``file_editor``, ``execute_bash``, ``search``, ``finish``."""
 
     def __init__(self, sandbox: Sandbox, max_output: int = MAX_OUTPUT) -> None:
-        """Works in one sandbox for one episode."""
+        """Work in one sandbox for one episode."""
         self._sandbox, self._most = sandbox, max_output
         self._editor = FileEditor(sandbox)
 
     def run(self, action: str, seconds: float) -> Reply:
-        """Carries out the first call in the text."""
+        """Carry out the first call in the text."""
         call = parse_call(action)
         if call is None:
             return Reply("No function call was found. Write one as <function=name>…</function>.")
@@ -166,11 +168,11 @@ class BashTools:
     """A new shell for every command; a command whose output begins with `SUBMIT` hands in."""
 
     def __init__(self, sandbox: Sandbox, max_output: int = MAX_OUTPUT) -> None:
-        """Works in one sandbox for one episode."""
+        """Work in one sandbox for one episode."""
         self._sandbox, self._most = sandbox, max_output
 
     def run(self, action: str, seconds: float) -> Reply:
-        """Runs the text as a shell command."""
+        """Run the text as a shell command."""
         if not action.strip():
             return Reply("There was no command.")
         result = self._sandbox.exec(action, seconds)

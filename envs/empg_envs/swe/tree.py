@@ -35,7 +35,7 @@ class ArchiveError(ValueError):
 
 
 def content_hash(tree: Tree) -> str:
-    """SHA-256 over paths, modes and contents."""
+    """Return SHA-256 over paths, modes and contents."""
     digest = hashlib.sha256()
     for path in sorted(tree):
         data, mode = tree[path]
@@ -45,7 +45,7 @@ def content_hash(tree: Tree) -> str:
 
 
 def read_folder(folder: str | Path) -> Tree:
-    """The files below a folder, without version control and caches.
+    """Return the files below a folder, without version control and caches.
 
     Raises:
       FileNotFoundError: there is no such folder.
@@ -58,7 +58,8 @@ def read_folder(folder: str | Path) -> Tree:
 
 
 def read_archive(source: str | Path | bytes, name: str = "", *, has_top: bool = True) -> Tree:
-    """The files of a ``.tar.*`` or ``.zip`` archive, with ``has_top`` without the single folder they share.
+    """Return the files of a ``.tar.*`` or ``.zip`` archive, with ``has_top`` without the single folder they
+    share.
 
     Every path must stay inside: absolute paths, ``..``, devices, and links that leave the tree are refused,
     as is an archive whose contents are larger than `MAX_BYTES` or more than `MAX_FILES` files.
@@ -83,7 +84,7 @@ def read_archive(source: str | Path | bytes, name: str = "", *, has_top: bool = 
 
 
 def pack(tree: Tree) -> bytes:
-    """A ``.tar.gz`` of a tree: the same bytes for the same tree."""
+    """Return a ``.tar.gz`` of a tree: the same bytes for the same tree."""
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path, (data, mode) in sorted(tree.items()):
@@ -98,7 +99,7 @@ def pack(tree: Tree) -> bytes:
 
 
 def check_path(path: str) -> str:
-    """Returns the path if it is a plain relative one.
+    """Return the path if it is a plain relative one.
 
     Raises:
       ArchiveError: it is absolute, holds ``..`` or a control character, or is not text.

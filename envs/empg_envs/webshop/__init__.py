@@ -7,5 +7,5 @@ names a goal; ``weight`` is kept in the task); and steps after the purchase, whi
 
 Read from the inside out: ``shop`` (what a click does), ``pages`` and ``texts`` (what it reads like),
 ``reward``, ``bm25`` with ``analyzer`` and ``porter`` (search), ``schema`` and ``goals`` (the loader's rules),
-``store`` (the shared catalogue), ``official`` and ``embedded`` (where catalogues come from), ``env``.
+``store`` (the shared catalog), ``official`` and ``embedded`` (where catalogs come from), ``env``.
 """

@@ -15,7 +15,7 @@ class Action(NamedTuple):
 
 
 def parse_action(text: str) -> Action:
-    """Reads an action as the original does, in time linear in the text.
+    """Read an action as the original does, in time linear in the text.
 
     Of the first line, the name is what stands before the last ``[`` that some ``]`` follows at a distance,
     the argument what stands between it and the last ``]``, lower-cased; whatever follows is ignored. A name

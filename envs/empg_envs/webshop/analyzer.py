@@ -120,7 +120,7 @@ _TOKENS = re.compile(f"(?P<token>{_EMOJI}|{_WORD}|I{_ATTACHED}|(?:S{_ATTACHED})+
 
 
 def tokenize(text: str) -> Iterator[str]:
-    """The words of a text, as they stand in it."""
+    """Yield the words of a text, as they stand in it."""
     classes = text.translate(_CLASSES)
     for match in _TOKENS.finditer(classes):
         if match["token"] is None:
@@ -132,7 +132,7 @@ def tokenize(text: str) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _term(token: str) -> str:
-    """The term of one word; empty when it is none."""
+    """Return the term of one word; empty when it is none."""
     if len(token) > 2 and token[-1] in "sS" and token[-2] in "'\u2019\uff07":
         token = token[:-2]
     lowered = token.lower()
@@ -145,5 +145,5 @@ def iter_terms(text: str) -> Iterator[str]:
 
 
 def analyze(text: str) -> list[str]:
-    """All of `iter_terms`."""
+    """Return all of `iter_terms`."""
     return list(iter_terms(text))

@@ -1,4 +1,4 @@
-"""What our own shop sells: the words from which its catalogues are made.
+"""What our own shop sells: the words from which its catalogs are made.
 
 All of it is our own; no text comes from a real shop.
 """

@@ -41,7 +41,9 @@ _LENGTHS = tuple(_byte_to_length(code) for code in range(256))
 
 
 def length_to_byte(length: int) -> int:
-    """Lucene's one-byte code of a document's length: a float with three bits of mantissa, rounded down."""
+    """Return Lucene's one-byte code of a document's length: a float with three bits of mantissa, rounded
+    down.
+    """
     if length < _EXACT:
         return length
     rest = length - _EXACT
@@ -69,13 +71,13 @@ class IndexBuilder:
     """Collects documents in the order of their ids, then gives the postings of every term."""
 
     def __init__(self) -> None:
-        """Starts empty."""
+        """Start empty."""
         self._terms: dict[str, array[int]] = {}
         self._norms = bytearray()
         self._total = 0
 
     def add(self, text: str) -> None:
-        """Adds the next document."""
+        """Add the next document."""
         terms = analyze(text)
         document = len(self._norms)
         self._norms.append(length_to_byte(len(terms)))
@@ -84,7 +86,7 @@ class IndexBuilder:
             self._terms.setdefault(term, array("I")).extend((document, count))
 
     def finish(self) -> Iterator[tuple[str, bytes]]:
-        """Terms in order, each with its postings as bytes for `Index`; empties the builder."""
+        """Yield terms in order, each with its postings as bytes for `Index`; empties the builder."""
         mean = np.float32(self._total / max(len(self._norms), 1))
         lengths = np.array(_LENGTHS, np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -102,13 +104,13 @@ class Index:
     """Ranks documents by a query."""
 
     def __init__(self, num_documents: int, lookup: Callable[[str], bytes | None]) -> None:
-        """``lookup`` gives the bytes that `IndexBuilder.finish` made for a term, or None."""
+        """Initialize with ``lookup`` gives the bytes that `IndexBuilder.finish` made for a term, or None."""
         self._count = num_documents
         self._lookup = lookup
         self._short = functools.lru_cache(maxsize=_CACHED_TERMS)(self._read_short)
 
     def search(self, query: str, limit: int) -> list[tuple[int, float]]:
-        """The best documents for a query.
+        """Return the best documents for a query.
 
         Args:
           query: any text.

@@ -1,4 +1,4 @@
-"""Our own catalogues, generated in memory from `assortment.py`: the same products and goals everywhere.
+"""Our own catalogs, generated in memory from `assortment.py`: the same products and goals everywhere.
 
 ``tiny`` has few words, three results to a page, and a closed vocabulary; ``standard`` is a shop of more than
 a thousand products with pages like the original's. Which split a goal is in depends on its product alone, so
@@ -54,12 +54,12 @@ LEVELS = {
 
 
 class Shop(NamedTuple):
-    """A generated catalogue with what belongs to it.
+    """A generated catalog with what belongs to it.
 
     Attributes:
       store: products, search, goals.
       panels: split to its goals' positions.
-      tagger: knows the nouns of the catalogue.
+      tagger: knows the nouns of the catalog.
       kinds: names of all kinds of goods, sorted.
     """
 
@@ -70,13 +70,13 @@ class Shop(NamedTuple):
 
 
 def find_level(name: str) -> Level:
-    """The level of that name; an unknown one is a `ValueError` that names the nearest."""
+    """Return the level of that name; an unknown one is a `ValueError` that names the nearest."""
     return look_up("webshop level", name, LEVELS)
 
 
 @functools.lru_cache(maxsize=len(LEVELS))
 def load_shop(name: str) -> Shop:
-    """Generates the catalogue of a level; one object for all environments of a process."""
+    """Generate the catalog of a level; one object for all environments of a process."""
     level = find_level(name)
     connection = sqlite3.connect(":memory:", check_same_thread=False)
     writer = StoreWriter(connection)
@@ -107,7 +107,7 @@ def _split_of(product: Product, level: Level) -> str:
 
 
 def _id(*name: object) -> str:
-    """A product id of ten characters; their order has nothing to do with what the product is."""
+    """Return a product id of ten characters; their order has nothing to do with what the product is."""
     return "E" + hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).hexdigest()[:9].upper()
 
 
@@ -139,7 +139,9 @@ def _make_goal(
 
 
 def _tiny(rng: random.Random) -> Iterator[tuple[Product, list[Goal]]]:
-    """Every kind with every pair of attributes, at one price or two; a goal per combination of options."""
+    """Yield every kind with every pair of attributes, at one price or two; a goal per combination of
+    options.
+    """
     for kind in words.TINY_KINDS:
         for pair in itertools.combinations(words.TINY_ATTRIBUTES, 2):
             title = " ".join([*pair, kind])

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class Shop(NamedTuple):
-    """What an environment plays in: catalogue, goal positions by split, tagger, kinds of goods, page size."""
+    """What an environment plays in: catalog, goal positions by split, tagger, kinds of goods, page size."""
 
     store: Store
     panels: Mapping[str, Sequence[int]]
@@ -64,7 +64,7 @@ class WebShopEnv:
         fallback: bool = False,
         cache_dir: str | None = None,
     ) -> None:
-        """Chooses shop, style and rules.
+        """Choose shop, style and rules.
 
         Args:
           level: ``tiny`` or ``standard`` (generated), or ``official`(the original's data files).
@@ -81,7 +81,7 @@ class WebShopEnv:
             held-out goals differ from worker to worker and leak into training; for comparisons only.
           worker_seed: the seed of that shuffle.
           fallback: play the standard shop when the official files are missing.
-          cache_dir: where catalogues of official files are kept.
+          cache_dir: where catalogs of official files are kept.
 
         Raises:
           ValueError: an unknown choice.
@@ -116,7 +116,7 @@ class WebShopEnv:
 
     @functools.cached_property
     def shop(self) -> Shop:
-        """The catalogue and what belongs to it, opened when first needed."""
+        """The catalog and what belongs to it, opened when first needed."""
         if self._files is None:
             from empg_envs.webshop.embedded import find_level, load_shop
 
@@ -135,11 +135,11 @@ class WebShopEnv:
         return TerseStyle(self.shop.store, self.shop.kinds)
 
     def list_splits(self) -> list[str]:
-        """``train``, ``valid`` (not for official synthetic goals), ``test``."""
+        """Return ``train``, ``valid`` (not for official synthetic goals), ``test``."""
         return list(self.shop.panels)
 
     def num_tasks(self, split: str) -> int:
-        """Number of goals of a split.
+        """Return the number of goals of a split.
 
         Raises:
           ValueError: unknown split.
@@ -147,7 +147,7 @@ class WebShopEnv:
         return len(self._panel(split))
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """The goal, with the number that the official list gives it and its content hash."""
+        """Return the goal, with the number that the official list gives it and its content hash."""
         goal = self._goal(split, index)
         return {
             "level": self.level,
@@ -163,7 +163,7 @@ class WebShopEnv:
         }
 
     def describe(self) -> dict[str, Any]:
-        """What is played, for reports: catalogue, skipped rows, tagger, seed of the order of goals."""
+        """What is played, for reports: catalog, skipped rows, tagger, seed of the order of goals."""
         meta = self.shop.store.meta
         return {
             "level": self.level,
@@ -175,7 +175,7 @@ class WebShopEnv:
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
           seed: restarts the stream that chooses an index when none is given.
@@ -196,7 +196,7 @@ class WebShopEnv:
         return self._style.render(self._visit, None), self._info(self._visit, 0.0)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Follows one action; any other text does nothing and costs the turn.
+        """Follow one action; any other text does nothing and costs the turn.
 
         Raises:
           RuntimeError: before the first reset, or after the episode ended.
@@ -226,7 +226,7 @@ class WebShopEnv:
         return self._style.write(self._expert(visit, self.shop.store), visit)
 
     def close(self) -> None:
-        """Ends the episode; the catalogue stays, for the other environments of the process."""
+        """End the episode; the catalog stays, for the other environments of the process."""
         self._visit = None
 
     def _pay(self, visit: Visit) -> Reward:
@@ -272,7 +272,7 @@ def _check(option: str, value: str, known: Sequence[str]) -> str:
 
 
 def _find_files(data: str | None, size: str, goals: str, fallback: bool) -> files.Files | None:
-    """The official files; None where they are missing and a fallback was asked for."""
+    """Return the official files; None where they are missing and a fallback was asked for."""
     try:
         return files.find_files(data, size, goals)
     except files.MissingData as error:
@@ -283,14 +283,16 @@ def _find_files(data: str | None, size: str, goals: str, fallback: bool) -> file
 
 
 def _check_unused(**options: tuple[object, object]) -> None:
-    """Refuses official-only options that are not at their defaults; each is a pair of value and default."""
+    """Refuse official-only options that are not at their defaults; each is a pair of value and default."""
     for name, (value, default) in options.items():
         if value != default:
             raise ValueError(f"webshop option {name}={value!r} has an effect with level={OFFICIAL!r} only")
 
 
 def _official_panels(count: int, seed: int, *, is_human: bool) -> dict[str, Sequence[int]]:
-    """Goals 0 to 499 are for testing, of human ones the next 1,000 for validation, the rest for training."""
+    """Return goals 0 to 499 are for testing, of human ones the next 1,000 for validation, the rest for
+    training.
+    """
     order = array("I", shuffled(count, seed))
     valid_end = TEST_GOALS + (VALID_GOALS if is_human else 0)
     panels = {"train": order[valid_end:], "valid": order[TEST_GOALS:valid_end], "test": order[:TEST_GOALS]}

@@ -9,7 +9,7 @@ import re
 
 from empg_envs.webshop.actions import CLICK, SEARCH, Action
 from empg_envs.webshop.schema import Product
-from empg_envs.webshop.shop import BACK, BUY, NEXT, PREVIOUS, Catalogue, Page, Visit
+from empg_envs.webshop.shop import BACK, BUY, NEXT, PREVIOUS, Catalog, Page, Visit
 
 _PAGES_LOOKED_AT = 3  # before the product's whole title is searched for instead
 _LIMIT = re.compile(r"(?:(?:lower|less) than|at most|under|budget is) \$?(\d+(?:\.\d+)?)")
@@ -17,7 +17,7 @@ _PRICE_PART = re.compile(r",? ?(?:and )?price (?:lower|less) than .*$", re.DOTAL
 _WORD = re.compile(r"\w+")
 
 
-def choose_by_goal(visit: Visit, catalogue: Catalogue) -> Action:
+def choose_by_goal(visit: Visit, catalog: Catalog) -> Action:
     """What the expert does: find the goal's product, choose its options, buy.
 
     It searches for the wanted attributes and the kind of product, as an instruction names them; only when
@@ -46,7 +46,7 @@ def choose_by_goal(visit: Visit, catalogue: Catalogue) -> Action:
 
 
 def _complete(visit: Visit, product: Product, wanted: list[str]) -> Action:
-    """Clicks the next wanted value that is not chosen, or buys."""
+    """Click the next wanted value that is not chosen, or buys."""
     for values in product.options.values():
         for value in wanted:
             if value in values and value in visit.values and value not in visit.chosen.values():
@@ -54,7 +54,7 @@ def _complete(visit: Visit, product: Product, wanted: list[str]) -> Action:
     return Action(CLICK, BUY)
 
 
-def choose_by_rules(visit: Visit, catalogue: Catalogue) -> Action:
+def choose_by_rules(visit: Visit, catalog: Catalog) -> Action:
     """What the rule-based baseline does, from the shown texts alone.
 
     It searches for the instruction without its price, opens the first affordable result whose title shares
@@ -66,7 +66,7 @@ def choose_by_rules(visit: Visit, catalogue: Catalogue) -> Action:
     if visit.page is Page.RESULTS:
         if not visit.shown:
             return Action(CLICK, BACK) if visit.results else Action(SEARCH, _last_words(instruction))
-        return Action(CLICK, _best_result(visit, catalogue, instruction).lower())
+        return Action(CLICK, _best_result(visit, catalog, instruction).lower())
     if visit.page is Page.ITEM and visit.product is not None:
         named = [_named_value(values, instruction) for values in visit.product.options.values()]
         return _complete(visit, visit.product, [value for value in named if value])
@@ -77,11 +77,11 @@ def _last_words(instruction: str) -> str:
     return " ".join(_WORD.findall(instruction)[-3:]) or "shop"
 
 
-def _best_result(visit: Visit, catalogue: Catalogue, instruction: str) -> str:
+def _best_result(visit: Visit, catalog: Catalog, instruction: str) -> str:
     wanted, limit = {*_WORD.findall(instruction)}, _read_limit(instruction)
 
     def merit(asin: str) -> tuple[bool, int]:
-        product = catalogue.product(asin)
+        product = catalog.product(asin)
         shared = len(wanted & {*_WORD.findall(product.title.lower())})
         return min(product.prices, default=0.0) <= limit, shared
 
@@ -94,6 +94,6 @@ def _read_limit(instruction: str) -> float:
 
 
 def _named_value(values: tuple[str, ...], instruction: str) -> str | None:
-    """The longest value that stands in the instruction as whole words."""
+    """Return the longest value that stands in the instruction as whole words."""
     named = [v for v in values if re.search(rf"(?<!\w){re.escape(v.strip())}(?!\w)", instruction)]
     return max(named, key=len, default=None)

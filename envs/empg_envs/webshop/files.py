@@ -30,7 +30,7 @@ class Files(NamedTuple):
 
 
 def find_files(folder: str | None, size: str, goals: str) -> Files:
-    """Finds the files of a set in a folder.
+    """Find the files of a set in a folder.
 
     Args:
       folder: the data folder; None takes the environment variable ``WEBSHOP_DATA``.

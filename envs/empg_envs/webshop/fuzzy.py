@@ -21,7 +21,7 @@ def _prepare(value: object) -> str:
 
 
 def _common_length(first: str, second: str) -> int:
-    """Length of the longest common subsequence, one machine word of any width per character.
+    """Return the length of the longest common subsequence, one machine word of any width per character.
 
     Hyyrö's bit-parallel recurrence: bit i of ``row`` is 0 where the subsequence grows at character i.
     """
@@ -42,7 +42,8 @@ def _similarity(distance: int, length: int) -> float:
 
 @functools.lru_cache(maxsize=1 << 14)
 def token_set_ratio(first: object, second: object) -> int:
-    """Similarity from 0 to 100 of the sets of words of two hashable values (strings, or tuples of them).
+    """Return the similarity from 0 to 100 of the sets of words of two hashable values (strings, or tuples of
+    them).
 
     100 when one set holds the other and they meet; 0 when either is empty.
     """

@@ -1,4 +1,4 @@
-"""Goals of a catalogue, by the original rules, from fixed seeds.
+"""Goals of a catalog, by the original rules, from fixed seeds.
 
 The original draws prices at start-up, then each price limit, then shuffles all goals; it fixes the seed of
 the shuffle alone, and a popular fork of it not even that. Here one generator seeded with `PRICE_SEED` gives
@@ -24,14 +24,14 @@ _LIMITS_DRAWN = 4
 
 
 def draw_price(product: Product, rng: random.Random) -> float:
-    """The price that the till asks for: drawn from the range where the tag shows one."""
+    """Return the price that the till asks for: drawn from the range where the tag shows one."""
     if not product.prices:
         return DEFAULT_PRICE
     return product.prices[0] if len(product.prices) == 1 else rng.uniform(*product.prices[:2])
 
 
 def _draw_limit(price: float, rng: random.Random) -> tuple[float, str]:
-    """A price limit, and how the instruction says it."""
+    """Return a price limit, and how the instruction says it."""
     above = [limit for limit in _LIMITS if limit > price][:_LIMITS_DRAWN]
     if len(above) < 2:
         return NO_LIMIT, ""
@@ -59,7 +59,7 @@ def _make(product: Product, **fields: Any) -> Goal:
 def synthetic_goals(
     product: Product, entry: dict[str, Any], price: float, rng: random.Random
 ) -> Iterator[Goal]:
-    """A goal per combination of option values of one product.
+    """Yield a goal per combination of option values of one product.
 
     Args:
       product: the product.
@@ -94,7 +94,7 @@ def synthetic_goals(
 def human_goals(
     product: Product, entries: Iterable[dict[str, Any]], price: float, rng: random.Random
 ) -> Iterator[Goal]:
-    """A goal per human instruction of one product; those without attributes are left out.
+    """Yield a goal per human instruction of one product; those without attributes are left out.
 
     Raises:
       BadRow: an instruction with a field missing.
@@ -115,13 +115,15 @@ def human_goals(
 
 
 def synthetic_weight(attributes: Iterable[str], counts: Counter[str]) -> float:
-    """Weight of a synthetic goal: the rarer its attributes, the likelier the original draws it."""
+    """Return the weight of a synthetic goal: the rarer its attributes, the likelier the original draws it."""
     shares = [1.0 / counts[attribute] for attribute in attributes]
     return sum(shares) / len(shares)
 
 
 def shuffled(count: int, seed: int = SHUFFLE_SEED) -> list[int]:
-    """Positions of goals, in the order in which they are numbered: ``random.shuffle``'s with that seed."""
+    """Return the positions of goals, in the order in which they are numbered: ``random.shuffle``'s with that
+    seed.
+    """
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order

@@ -1,6 +1,6 @@
-"""WebShop's own data files: finding them, reading them as a stream, building their catalogue once.
+"""WebShop's own data files: finding them, reading them as a stream, building their catalog once.
 
-Rows that cannot be read are left out, counted, and the first of them named. The finished catalogue lies in a
+Rows that cannot be read are left out, counted, and the first of them named. The finished catalog lies in a
 cache folder under a name that depends on files and choices; the first process that wants it builds it under a
 temporary name while others wait, and renames it when it is whole.
 """
@@ -32,15 +32,15 @@ _log = logging.getLogger(__name__)
 
 
 def load(files: Files, cache_dir: str | None = None, *, build_large: bool = False) -> Store:
-    """Opens the catalogue of these files, building it first when it is not in the cache.
+    """Open the catalog of these files, building it first when it is not in the cache.
 
     Args:
       files: what to read.
-      cache_dir: where catalogues are kept; None is ``$XDG_CACHE_HOME/empg-jax/webshop``.
+      cache_dir: where catalogs are kept; None is ``$XDG_CACHE_HOME/empg-jax/webshop``.
       build_large: whether a product file above `LARGE_BYTES` may be built now, which takes long.
 
     Raises:
-      MissingData: the catalogue is not in the cache and too large to be built on the way.
+      MissingData: the catalog is not in the cache and too large to be built on the way.
       ValueError: a file is no JSON of the expected kind, or holds no goal.
       OSError: the cache folder cannot be written.
     """
@@ -50,7 +50,7 @@ def load(files: Files, cache_dir: str | None = None, *, build_large: bool = Fals
         return open_store(path)
     if files.products.stat().st_size > LARGE_BYTES and not build_large:
         raise MissingData(
-            f"the catalogue of {files.products} is not in {folder} yet, and building it takes minutes: run "
+            f"the catalog of {files.products} is not in {folder} yet, and building it takes minutes: run "
             f"python -m empg_envs.webshop {files.products.parent} --size full "
             f"--goals {'human' if files.human else 'synthetic'} once"
         )
@@ -74,7 +74,7 @@ def _build(files: Files, path: Path) -> None:
 
 
 def fill(writer: StoreWriter, connection: sqlite3.Connection, files: Files) -> None:
-    """Reads the official files into a database that ``writer`` was made for."""
+    """Read the official files into a database that ``writer`` was made for."""
     skipped: list[str] = []
     connection.execute("CREATE TEMP TABLE attributes (asin TEXT PRIMARY KEY, record TEXT)")
     connection.executemany(
@@ -119,7 +119,7 @@ def fill(writer: StoreWriter, connection: sqlite3.Connection, files: Files) -> N
 
 
 def _fingerprint(files: Files) -> str:
-    """Names a catalogue: layout, files (name, size, time, both ends of their content), kind of goals."""
+    """Name a catalog: layout, files (name, size, time, both ends of their content), kind of goals."""
     digest = hashlib.sha256(f"webshop/{VERSION}".encode())
     for path in files:
         if path is None:

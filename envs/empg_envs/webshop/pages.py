@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 
 from empg_envs.webshop.reward import Reward
-from empg_envs.webshop.shop import MAX_RESULTS, Catalogue, Page, Visit
+from empg_envs.webshop.shop import MAX_RESULTS, Catalog, Page, Visit
 
 SEPARATOR = " [SEP] "
 # The till's page as the original prints it in text mode, where its details are not filled in.
@@ -28,18 +28,18 @@ _RECEIPT_REST = (
 _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&'"}
 
 
-def render(visit: Visit, catalogue: Catalogue, reward: Reward | None = None) -> str:
-    """The text of the page that a visit is on; ``reward`` is shown on the page after a purchase."""
+def render(visit: Visit, catalog: Catalog, reward: Reward | None = None) -> str:
+    """Return the text of the page that a visit is on; ``reward`` is shown on the page after a purchase."""
     if visit.page is Page.DONE:
         assert reward is not None
         segments: Iterable[str] = _receipt(visit, reward)
     else:
-        segments = _page(visit, catalogue)
+        segments = _page(visit, catalog)
     # Texts of nothing, or of one line break, are no visible text; all others are stripped, even to nothing.
     return SEPARATOR.join(text.strip() for text in segments if text not in ("", "\n"))
 
 
-def _page(visit: Visit, catalogue: Catalogue) -> Iterator[str]:
+def _page(visit: Visit, catalog: Catalog) -> Iterator[str]:
     if visit.page is Page.SEARCH:
         yield "WebShop"
     yield "Instruction:"
@@ -49,19 +49,19 @@ def _page(visit: Visit, catalogue: Catalogue) -> Iterator[str]:
         return
     yield "Back to Search"
     if visit.page is Page.RESULTS:
-        yield from _results(visit, catalogue)
+        yield from _results(visit, catalog)
         return
     yield "< Prev"
     yield from _item(visit) if visit.page is Page.ITEM else _detail(visit)
 
 
-def _results(visit: Visit, catalogue: Catalogue) -> Iterator[str]:
+def _results(visit: Visit, catalog: Catalog) -> Iterator[str]:
     yield f"Page {visit.number} (Total results: {min(len(visit.results), MAX_RESULTS)})"
     if visit.number > 1:
         yield "< Prev"
     yield "Next >"
     for asin in visit.shown:
-        product = catalogue.product(asin)
+        product = catalog.product(asin)
         yield asin
         yield product.title
         yield product.price_tag

@@ -68,7 +68,7 @@ def _is_consonant(word: str, at: int) -> bool:
 
 
 def _measure(stem: str) -> int:
-    """Number of vowel-consonant sequences."""
+    """Return the number of vowel-consonant sequences."""
     count, was_vowel = 0, False
     previous_is_consonant = False
     for at, letter in enumerate(stem):
@@ -88,7 +88,7 @@ def _ends_double(word: str) -> bool:
 
 
 def _ends_short(word: str) -> bool:
-    """Ends consonant, vowel, consonant other than w, x, y."""
+    """End consonant, vowel, consonant other than w, x, y."""
     return (
         len(word) > 2
         and _is_consonant(word, len(word) - 3)
@@ -157,7 +157,7 @@ def _final(word: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 16)
 def stem(word: str) -> str:
-    """The stem of a lower-case word."""
+    """Return the stem of a lower-case word."""
     if len(word) <= 2:
         return word
     word = _participles(_plurals(word))

@@ -33,7 +33,7 @@ _ANSWER = {
 
 
 def make_prompts(style: str = "terse", parser: str = "plain") -> PromptBuilder:
-    """Builds the prompt builder that fits an environment's style.
+    """Build the prompt builder that fits an environment's style.
 
     Args:
       style: ``terse`` (nothing but the observation) or ``page`` (role, request, page, admissible actions).
@@ -53,7 +53,7 @@ def make_prompts(style: str = "terse", parser: str = "plain") -> PromptBuilder:
 
 
 def make_parser(parser: str = "plain", *, style: str = "terse") -> ActionParser:
-    """Builds the action parser; it takes the same options as `make_prompts`.
+    """Build the action parser; it takes the same options as `make_prompts`.
 
     Args:
       parser: ``plain`` (the first line) or ``tags`` (think and action tags).
@@ -77,11 +77,11 @@ class LineParser:
     """The first line that is not blank is the action; it is valid when it follows the style's grammar."""
 
     def __init__(self, style: str) -> None:
-        """``style``: ``terse`` or ``page``."""
+        """Initialize with ``style``: ``terse`` or ``page``."""
         self._style = style
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Strips the line; an ill-formed one is passed on as it is."""
+        """Strip the line; an ill-formed one is passed on as it is."""
         lines = response.strip().splitlines()
         action = lines[0].strip() if lines else ""
         if self._style == "page":
@@ -94,16 +94,16 @@ class PagePrompts(PlainPrompts):
     """The structure of verl-agent's WebShop prompts in our words: request, past, page, actions, format."""
 
     def __init__(self, parser: str = "plain") -> None:
-        """``parser``: the answer format to ask for."""
+        """Initialize with ``parser``: the answer format to ask for."""
         self._answer = _ANSWER[parser]
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """One user message: role, request, page, actions, answer format."""
+        """Return one user message: role, request, page, actions, answer format."""
         parts = [f"{_ROLE}\nThe request is: {info['task']}", *self._now(observation, info)]
         return [{"role": "user", "content": "\n\n".join(parts)}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """Page and actions."""
+        """Return page and actions."""
         return "\n\n".join(self._now(observation, info))
 
     def recall(
@@ -113,7 +113,7 @@ class PagePrompts(PlainPrompts):
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """A fresh prompt: role, request, the remembered turns with their numbers, the present.
+        """Return a fresh prompt: role, request, the remembered turns with their numbers, the present.
 
         Beyond `MAX_PROMPT_CHARACTERS` it falls back to the prompt without a past.
         """
@@ -137,7 +137,7 @@ class PagePrompts(PlainPrompts):
 
 
 def quote_page(observation: str, task: str) -> str:
-    """The texts of a page that follow the instruction, each in quotes.
+    """Return the texts of a page that follow the instruction, each in quotes.
 
     A page without the instruction (after the purchase) is quoted whole.
     """
@@ -148,13 +148,13 @@ def quote_page(observation: str, task: str) -> str:
 
 
 def offered_actions(info: Mapping[str, Any]) -> list[str]:
-    """Actions in the order of the page, the search first where there is a search bar."""
+    """Return actions in the order of the page, the search first where there is a search bar."""
     search = [SEARCH_HINT] if info.get("has_search") else []
     return [*search, *(f"click[{name}]" for name in info.get("clickables", ()) if name != SEARCH)]
 
 
 def phrases(level: str = "tiny", style: str | None = None, **options: Any) -> list[str]:
-    """The closed vocabulary of the tiny level in the terse style, for a small tokenizer.
+    """Return the closed vocabulary of the tiny level in the terse style, for a small tokenizer.
 
     Args:
       level: the environment's level; only ``tiny`` has a closed vocabulary.

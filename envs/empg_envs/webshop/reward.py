@@ -17,7 +17,7 @@ from empg_envs.webshop.schema import CATEGORY_MARK, Goal, Product
 from empg_envs.webshop.tagger import Tagger
 
 _ALIKE = 85  # a fuzzy score above this is a match
-# The colour words of the original's table (princeton-nlp/WebShop, MIT): the first that occurs stands for all.
+# The color words of the original's table (princeton-nlp/WebShop, MIT): the first that occurs stands for all.
 _COLORS = (
     *("alabaster", "apricot", "aqua", "ash", "asphalt", "azure", "banana", "beige", "black", "blue"),
     *("blush", "bordeaux", "bronze", "brown", "burgundy", "camel", "camo", "caramel", "champagne"),
@@ -56,7 +56,7 @@ class Reward:
 def compute_reward(
     goal: Goal, bought: Product, price: float, chosen: Iterable[str], tagger: Tagger
 ) -> Reward:
-    """Rewards the purchase of ``bought`` at ``price`` dollars with the ``chosen`` option values."""
+    """Reward the purchase of ``bought`` at ``price`` dollars with the ``chosen`` option values."""
     type_factor, title_score = _compare_types(goal, bought, tagger)
     attributes = sum(_has_attribute(bought, attribute) for attribute in goal.attributes)
     options = _count_options(tuple(chosen), goal.options)

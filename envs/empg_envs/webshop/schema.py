@@ -22,7 +22,7 @@ _TEXTS = ("name", "full_description", "product_category", "category", "query")
 
 
 class BadRow(ValueError):
-    """A catalogue row that cannot become a product; the message says why."""
+    """A catalog row that cannot become a product; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,12 +59,12 @@ class Product:
         return " ".join([self.title, self.description, *(self.bullets[:1] or ("",)), options]).lower()
 
     def to_json(self) -> str:
-        """A compact record; `product_from_json` reads it back."""
+        """Return a compact record; `product_from_json` reads it back."""
         return _to_json(self)
 
 
 def product_from_json(record: str) -> Product:
-    """Reads what `Product.to_json` wrote."""
+    """Read what `Product.to_json` wrote."""
     fields = json.loads(record)
     for name in ("bullets", "prices", "attributes"):
         fields[name] = tuple(fields[name])
@@ -98,17 +98,17 @@ class Goal:
     weight: float = 1.0
 
     def content_hash(self) -> str:
-        """Hash of what the task is: product, sentence and what is asked of the purchase."""
+        """Return the hash of what the task is: product, sentence and what is asked of the purchase."""
         content = [self.asin, self.instruction, self.attributes, self.price_upper, self.options]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """A compact record; `goal_from_json` reads it back."""
+        """Return a compact record; `goal_from_json` reads it back."""
         return _to_json(self)
 
 
 def goal_from_json(record: str) -> Goal:
-    """Reads what `Goal.to_json` wrote."""
+    """Read what `Goal.to_json` wrote."""
     fields = json.loads(record)
     fields["attributes"] = tuple(fields["attributes"])
     fields["options"] = tuple(tuple(o) if isinstance(o, list) else o for o in fields["options"])
@@ -122,7 +122,7 @@ def _to_json(record: Product | Goal) -> str:
 
 
 def read_product(row: Any, attributes: Any) -> Product:
-    """Builds a product from a raw row by the official loader's rules.
+    """Build a product from a raw row by the official loader's rules.
 
     Args:
       row: an entry of the product file.

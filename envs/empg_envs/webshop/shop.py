@@ -1,6 +1,6 @@
 """The shop floor: which page a shopper is on, what can be clicked there, and where a click leads.
 
-A `Visit` is one episode over a `Catalogue`. It knows nothing of texts: `pages.py` says what a page reads
+A `Visit` is one episode over a `Catalog`. It knows nothing of texts: `pages.py` says what a page reads
 like. Its transitions are those of WebShop's text mode, quirks included: a search is possible from every
 page, leaving an item's page by ``< prev`` forgets the chosen options, a value that occurs under two options
 belongs to the later one, and beyond the last result there are empty pages without end.
@@ -20,15 +20,15 @@ DETAILS = ("description", "features", "reviews")
 _SEARCH = "search"
 
 
-class Catalogue(Protocol):
+class Catalog(Protocol):
     """What a visit needs of a shop."""
 
     def product(self, asin: str) -> Product:
-        """The product of that id."""
+        """Return the product of that id."""
         ...
 
     def search(self, query: str) -> Sequence[str]:
-        """Ids of the best products for a query, at most `MAX_RESULTS`, best first."""
+        """Return the ids of the best products for a query, at most `MAX_RESULTS`, best first."""
         ...
 
 
@@ -57,13 +57,13 @@ class Visit:
     """
 
     __slots__ = (
-        *("_catalogue", "_owners", "goal", "page", "page_size", "query", "results", "number"),
+        *("_catalog", "_owners", "goal", "page", "page_size", "query", "results", "number"),
         *("product", "detail", "chosen"),
     )
 
-    def __init__(self, catalogue: Catalogue, goal: Goal, page_size: int = 10) -> None:
-        """Starts on the search page; ``page_size``: results per page."""
-        self._catalogue = catalogue
+    def __init__(self, catalog: Catalog, goal: Goal, page_size: int = 10) -> None:
+        """Start on the search page; ``page_size``: results per page."""
+        self._catalog = catalog
         self.goal = goal
         self.page_size = page_size
         self.query = ""
@@ -100,14 +100,14 @@ class Visit:
         return [BACK, PREVIOUS] if self.page is Page.DETAIL else []
 
     def search(self, query: str) -> None:
-        """Searches; possible on every page."""
+        """Search; possible on every page."""
         self._leave()
         self.page = Page.RESULTS
         self.query = query
-        self.results = self._catalogue.search(query)
+        self.results = self._catalog.search(query)
 
     def click(self, name: str) -> bool:
-        """Follows a click.
+        """Follow a click.
 
         Args:
           name: what is clicked, lower-case.
@@ -142,7 +142,7 @@ class Visit:
             self.number -= 1
         else:
             self.page = Page.ITEM
-            self.product = self._catalogue.product(next(a for a in self.shown if a.lower() == name))
+            self.product = self._catalog.product(next(a for a in self.shown if a.lower() == name))
             self._owners = {
                 value: option for option, values in self.product.options.items() for value in values
             }

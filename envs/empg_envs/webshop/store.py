@@ -1,7 +1,7 @@
-"""A catalogue in one SQLite database: products, goals, search index.
+"""A catalog in one SQLite database: products, goals, search index.
 
 Read-only once written, and read by memory map, so that any number of workers share one copy in the page
-cache; a process keeps only what it used lately. A small catalogue can live in memory instead.
+cache; a process keeps only what it used lately. A small catalog can live in memory instead.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class StoreWriter:
     """Fills an empty database: products first, then goals, then `finish`."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        """``connection``: to a database with nothing in it."""
+        """Initialize with ``connection``: to a database with nothing in it."""
         self._connection = connection
         self._num_products = self._num_goals = 0
         self._counts: Counter[str] = Counter()
@@ -51,7 +51,7 @@ class StoreWriter:
         return self._num_goals
 
     def add_product(self, product: Product, price: float) -> bool:
-        """Adds a product with the price that the till asks for; False when its id is there already."""
+        """Add a product with the price that the till asks for; False when its id is there already."""
         cursor = self._connection.execute(
             "INSERT OR IGNORE INTO incoming VALUES (?, ?, ?, ?)",
             (self._num_products, product.asin, price, product.to_json()),
@@ -60,12 +60,12 @@ class StoreWriter:
         return cursor.rowcount == 1
 
     def products(self) -> Iterable[tuple[Product, float]]:
-        """Products and prices in the order in which they were added."""
+        """Return products and prices in the order in which they were added."""
         rows = self._connection.execute("SELECT record, price FROM incoming ORDER BY number")
         return ((product_from_json(record), price) for record, price in rows)
 
     def add_goals(self, goals: Iterable[Goal]) -> None:
-        """Adds goals, numbered from 0 in the order of adding."""
+        """Add goals, numbered from 0 in the order of adding."""
         for goal in goals:
             self._connection.execute(
                 "INSERT INTO goal VALUES (?, ?, ?)", (self._num_goals, goal.weight, goal.to_json())
@@ -74,7 +74,7 @@ class StoreWriter:
             self._counts.update(goal.attributes)
 
     def weigh_goals(self) -> None:
-        """Gives every goal the weight of a synthetic one."""
+        """Give every goal the weight of a synthetic one."""
         for first in range(0, self._num_goals, _GOALS_AT_ONCE):
             rows = self._connection.execute(
                 "SELECT position, record FROM goal WHERE position >= ? ORDER BY position LIMIT ?",
@@ -86,7 +86,7 @@ class StoreWriter:
             )
 
     def finish(self, meta: dict[str, Any]) -> None:
-        """Sorts products by id, indexes them, and writes down ``meta`` (JSON-able)."""
+        """Sort products by id, index them, and write down ``meta`` (JSON-able)."""
         connection = self._connection
         connection.execute(
             "INSERT INTO product "
@@ -106,14 +106,14 @@ class StoreWriter:
 
 
 class Store:
-    """A finished catalogue.
+    """A finished catalog.
 
     Attributes:
       meta: what was written down when it was built, with the numbers of ``products`` and ``goals``.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        """``connection``: to a database that `StoreWriter` finished."""
+        """Initialize with ``connection``: to a database that `StoreWriter` finished."""
         self._connection = connection
         self.meta: dict[str, Any] = {
             key: json.loads(value) for key, value in connection.execute("SELECT key, value FROM meta")
@@ -133,12 +133,14 @@ class Store:
         return float(self._one("SELECT price FROM product WHERE asin = ?", asin)[0])
 
     def goal(self, position: int) -> Goal:
-        """The goal at a position of the order of building."""
+        """Return the goal at a position of the order of building."""
         record, weight = self._one("SELECT record, weight FROM goal WHERE position = ?", position)
         return dataclasses.replace(goal_from_json(record), weight=weight)
 
     def search_afresh(self, query: str) -> Sequence[str]:
-        """Ids of the best products for a query; `search` is the same, and remembers the last queries."""
+        """Return the ids of the best products for a query; `search` is the same, and remembers the last
+        queries.
+        """
         found = [document for document, _ in self._index.search(query, MAX_RESULTS)]
         missing = [document for document in found if document not in self._ids]
         if missing:
@@ -163,13 +165,13 @@ class Store:
     def _one(self, query: str, key: str | int) -> tuple[Any, ...]:
         row: tuple[Any, ...] | None = self._connection.execute(query, (key,)).fetchone()
         if row is None:
-            raise KeyError(f"the webshop catalogue has nothing under {key!r}")
+            raise KeyError(f"the webshop catalog has nothing under {key!r}")
         return row
 
 
 @functools.lru_cache(maxsize=8)
 def open_store(path: Path) -> Store:
-    """Opens a finished catalogue file for reading, memory-mapped; one object for all who ask in a process."""
+    """Open a finished catalog file for reading, memory-mapped; one object for all who ask in a process."""
     connection = sqlite3.connect(
         f"file:{quote(str(path))}?mode=ro&immutable=1", uri=True, check_same_thread=False
     )

@@ -14,7 +14,7 @@ _AFTER_VALUE = tuple(",:]} \t\r\n")
 
 
 def stream_json(path: Path, kind: type) -> Iterator[tuple[Any, Any]]:
-    """Reads the elements of a JSON array or object one after the other, in little memory.
+    """Read the elements of a JSON array or object one after the other, in little memory.
 
     Args:
       path: a JSON file, gzipped when its name ends so.
@@ -65,7 +65,7 @@ class _Reader:
                 return
 
     def next_mark(self) -> str:
-        """The next character that is no blank; empty at the end."""
+        """Return the next character that is no blank; empty at the end."""
         self._skip_blanks()
         mark = self._text[self._at : self._at + 1]
         if not mark:
@@ -74,11 +74,11 @@ class _Reader:
         return mark
 
     def push_back(self) -> None:
-        """Undoes the last `next_mark`."""
+        """Undo the last `next_mark`."""
         self._at -= 1
 
     def decode(self, decoder: json.JSONDecoder) -> Any:
-        """The next JSON value."""
+        """Return the next JSON value."""
         self._skip_blanks()
         while True:
             try:

@@ -27,7 +27,7 @@ class Tagger(NamedTuple):
 
 
 def make_tagger(name: str) -> Tagger:
-    """Builds a tagger.
+    """Build a tagger.
 
     Args:
       name: ``spacy`` (the first of the small, medium, large English web models that is installed),
@@ -49,7 +49,7 @@ def make_tagger(name: str) -> Tagger:
 
 
 def lexicon_tagger(nouns: Iterable[str]) -> Tagger:
-    """Exactly these words are nouns: for a catalogue whose vocabulary is known."""
+    """Exactly these words are nouns: for a catalog whose vocabulary is known."""
     known = frozenset(nouns)
     return Tagger("lexicon", lambda title: tuple(word for word in _every_token(title) if word in known))
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from empg_envs.webshop.actions import CLICK, SEARCH, Action, parse_action
 from empg_envs.webshop.pages import render
 from empg_envs.webshop.reward import Reward
-from empg_envs.webshop.shop import BACK, BUY, NEXT, PREVIOUS, Catalogue, Page, Visit
+from empg_envs.webshop.shop import BACK, BUY, NEXT, PREVIOUS, Catalog, Page, Visit
 
 SEARCH_HINT = "search[<your query>]"
 
@@ -22,7 +22,7 @@ class Style(Protocol):
     """How a visit is told and understood."""
 
     def render(self, visit: Visit, reward: Reward | None) -> str:
-        """The page shown now."""
+        """Return the page shown now."""
         ...
 
     def read(self, text: str, visit: Visit) -> Action:
@@ -30,11 +30,11 @@ class Style(Protocol):
         ...
 
     def write(self, action: Action, visit: Visit) -> str:
-        """The text that `read` understands as that action."""
+        """Return the text that `read` understands as that action."""
         ...
 
     def admissible(self, visit: Visit) -> list[str]:
-        """Action texts that do something now; not sorted."""
+        """Return action texts that do something now; not sorted."""
         ...
 
 
@@ -44,24 +44,24 @@ class PageStyle:
     A query can be any words; the page where a search is natural offers `SEARCH_HINT` in their place.
     """
 
-    def __init__(self, catalogue: Catalogue) -> None:
-        """``catalogue``: where titles and prices are looked up."""
-        self._catalogue = catalogue
+    def __init__(self, catalog: Catalog) -> None:
+        """Initialize with ``catalog``: where titles and prices are looked up."""
+        self._catalog = catalog
 
     def render(self, visit: Visit, reward: Reward | None) -> str:
         """See `pages.render`."""
-        return render(visit, self._catalogue, reward)
+        return render(visit, self._catalog, reward)
 
     def read(self, text: str, visit: Visit) -> Action:
         """See `actions.parse_action`."""
         return parse_action(text)
 
     def write(self, action: Action, visit: Visit) -> str:
-        """``search[words]`` or ``click[name]``."""
+        """Return ``search[words]`` or ``click[name]``."""
         return f"{action.name}[{action.argument}]"
 
     def admissible(self, visit: Visit) -> list[str]:
-        """The search hint on the search page, and all clicks."""
+        """Return the search hint on the search page, and all clicks."""
         if visit.page is Page.SEARCH:
             return [SEARCH_HINT]
         return [f"{CLICK}[{name}]" for name in visit.clickables()]
@@ -79,9 +79,9 @@ class TerseStyle:
     are shown, which the original's text mode does not do.
     """
 
-    def __init__(self, catalogue: Catalogue, queries: Sequence[str]) -> None:
-        """``queries``: words that the search page offers to search for."""
-        self._catalogue = catalogue
+    def __init__(self, catalog: Catalog, queries: Sequence[str]) -> None:
+        """Initialize with ``queries``: words that the search page offers to search for."""
+        self._catalog = catalog
         self._queries = queries
 
     def render(self, visit: Visit, reward: Reward | None) -> str:
@@ -95,7 +95,7 @@ class TerseStyle:
         if visit.page is Page.SEARCH:
             return ["search page"]
         if visit.page is Page.RESULTS:
-            shown = [self._catalogue.product(asin) for asin in visit.shown]
+            shown = [self._catalog.product(asin) for asin in visit.shown]
             items = [f"item {n} {product.title} {product.price_tag}" for n, product in enumerate(shown, 1)]
             return [*(["previous page"] if visit.number > 1 else []), *(items or ["nothing"])]
         product = visit.product
@@ -108,7 +108,7 @@ class TerseStyle:
         return [*words, "chosen", *(visit.chosen.values() or ["nothing"])]
 
     def read(self, text: str, visit: Visit) -> Action:
-        """Reads a terse command; blanks and case do not matter."""
+        """Read a terse command; blanks and case do not matter."""
         words = " ".join(text.lower().split())
         verb, _, rest = words.partition(" ")
         if words in VERBS:
@@ -123,7 +123,7 @@ class TerseStyle:
         return Action("")
 
     def write(self, action: Action, visit: Visit) -> str:
-        """The terse command."""
+        """Return the terse command."""
         if action.name == SEARCH:
             return f"{SEARCH} {action.argument}"
         verb = next((verb for verb, name in VERBS.items() if name == action.argument), None)
@@ -135,7 +135,7 @@ class TerseStyle:
         return f"pick {action.argument}"
 
     def admissible(self, visit: Visit) -> list[str]:
-        """Every command that does something; on the search page, a search for each of the queries."""
+        """Return every command that does something; on the search page, a search for each of the queries."""
         if visit.page is Page.SEARCH:
             return [f"{SEARCH} {query}" for query in self._queries]
         if visit.page is Page.RESULTS:

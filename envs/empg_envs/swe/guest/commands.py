@@ -24,12 +24,12 @@ class Capture:
     """The beginning and the end of a stream that may be endless."""
 
     def __init__(self, keep: int) -> None:
-        """Keeps ``keep`` bytes, half of them from the end."""
+        """Keep ``keep`` bytes, half of them from the end."""
         self._half = keep // 2
         self._head, self._tail, self.total = bytearray(), bytearray(), 0
 
     def add(self, data: bytes) -> None:
-        """Takes the next piece."""
+        """Take the next piece."""
         self.total += len(data)
         room = self._half - len(self._head)
         self._head += data[:room]
@@ -38,7 +38,7 @@ class Capture:
             del self._tail[: -self._half]
 
     def parts(self) -> tuple[bytes, bytes, int]:
-        """Head, tail and the number of bytes left out between them."""
+        """Return head, tail and the number of bytes left out between them."""
         tail = bytes(self._tail[-self._half :]) if self._half else b""
         return bytes(self._head), tail, self.total - len(self._head) - len(tail)
 
@@ -47,14 +47,14 @@ class Usage:
     """What all processes of the namespace use together; PID 1 itself is left out."""
 
     def __init__(self, config: Config) -> None:
-        """Takes the limits from the sandbox's configuration."""
+        """Take the limits from the sandbox's configuration."""
         self._config = config
         self._page = resource.getpagesize()
         # A command that finds too many files may still remove some.
         self._most = [max(config["files"], _count_files(folder)) for folder in config["scratch"]]
 
     def excess(self) -> bytes | None:
-        """The name of a limit that is passed, or None."""
+        """Return the name of a limit that is passed, or None."""
         if not self._config["namespace"]:
             return None
         pids = [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
@@ -76,7 +76,7 @@ class Usage:
 
 
 def _count_files(folder: str) -> int:
-    """Files and folders in the file system that a folder is the root of."""
+    """Return files and folders in the file system that a folder is the root of."""
     room = os.statvfs(folder)
     return room.f_files - room.f_ffree
 
@@ -91,7 +91,7 @@ def run(
     keep: int,
     report_keep: int,
 ) -> list[bytes]:
-    """Runs one command to its end or limit, then ends everything it left behind.
+    """Run one command to its end or limit, then end everything it left behind.
 
     Returns:
       Fields: why it ended (``exit`` or the name of a limit), return code, head, tail and omitted count of
@@ -128,7 +128,7 @@ def _become(
     ends: tuple[int, int, int],
     seconds: float,
 ) -> None:
-    """Turns the forked child into the command; never returns."""
+    """Turn the forked child into the command; never returns."""
     try:
         os.setsid()
         # The channel took 3 and 4, so no pipe's number is one of these.
@@ -172,7 +172,7 @@ def _watch(
     stdin: bytes,
     seconds: float,
 ) -> bytes:
-    """Feeds and reads the command until it exits or passes a limit; returns why it ended."""
+    """Feed and read the command until it exits or passes a limit; return why it ended."""
     usage, pending = Usage(config), memoryview(stdin)
     poll = select.poll()
     if given_end is not None:
@@ -224,7 +224,7 @@ def _feed(number: int, pending: memoryview) -> memoryview:
 
 
 def _end(config: Config, pid: int) -> int:
-    """Kills the command and all that it started; returns its code (negative: the signal)."""
+    """Kill the command and all that it started; return its code (negative: the signal)."""
     code = None
     while True:
         try:
@@ -244,7 +244,7 @@ def _end(config: Config, pid: int) -> int:
 
 
 def _drain(number: int, capture: Capture) -> None:
-    """Reads what is left in a pipe whose writers are dead (or, without a namespace, may be alive)."""
+    """Read what is left in a pipe whose writers are dead (or, without a namespace, may be alive)."""
     os.set_blocking(number, False)
     try:
         while data := os.read(number, CHUNK):

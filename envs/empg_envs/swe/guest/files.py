@@ -17,7 +17,7 @@ MAX_DEPTH = 64
 
 
 def unpack(config: Config, files: list[tuple[str, int, bytes]]) -> list[bytes]:
-    """Writes files of a trusted tree: (relative path, mode, data); mode 0o120000 is a symbolic link."""
+    """Write files of a trusted tree: (relative path, mode, data); mode 0o120000 is a symbolic link."""
     root, made = config["root"], set()
     for path, mode, data in files:
         target = f"{root}/{path}"
@@ -41,7 +41,8 @@ def _write_all(sink: io.RawIOBase, data: bytes) -> None:
 
 
 def snapshot(config: Config, most: int) -> list[bytes]:
-    """All files below the root as path, mode, data, path, …; links are not followed, specials left out.
+    """Return all files below the root as path, mode, data, path, …; links are not followed, specials left
+    out.
 
     Raises:
       ValueError: they hold more than ``most`` bytes.
@@ -79,7 +80,7 @@ def _walk(folder: bytes, prefix: bytes, depth: int, most: int, fields: list[byte
 
 
 def _inside(config: Config, path: str) -> str:
-    """The real path, which must lie in a folder where files may be touched.
+    """Return the real path, which must lie in a folder where files may be touched.
 
     Raises:
       ValueError: it lies elsewhere, for example behind a symbolic link or ``..``.
@@ -92,7 +93,7 @@ def _inside(config: Config, path: str) -> str:
 
 
 def read(config: Config, path: str, most: int) -> list[bytes]:
-    """A regular file's bytes, at most ``most``."""
+    """Return a regular file's bytes, at most ``most``."""
     real = _inside(config, path)
     number = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     with os.fdopen(number, "rb") as source:
@@ -108,7 +109,7 @@ def read(config: Config, path: str, most: int) -> list[bytes]:
 
 
 def write(config: Config, path: str, data: bytes) -> list[bytes]:
-    """Writes a file as a whole or not at all; folders on the way are made."""
+    """Write a file as a whole or not at all; folders on the way are made."""
     real = _inside(config, path)
     if os.path.isdir(real):
         raise IsADirectoryError(f"{path} is a folder")

@@ -30,7 +30,7 @@ class Channel:
     """Frames on two private descriptors that no command inherits."""
 
     def __init__(self) -> None:
-        """Moves stdin and stdout away, and points the standard descriptors at nothing."""
+        """Move stdin and stdout away, and points the standard descriptors at nothing."""
         self._source, self._sink = os.dup(0), os.dup(1)
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
@@ -38,7 +38,7 @@ class Channel:
         os.close(nothing)
 
     def receive(self) -> Any:
-        """The next request; None at the end."""
+        """Return the next request; None at the end."""
         head = self._read(4)
         if head is None:
             return None
@@ -46,7 +46,7 @@ class Channel:
         return None if body is None else marshal.loads(body)
 
     def send(self, fields: list[bytes]) -> None:
-        """Writes a list of byte strings as one frame."""
+        """Write a list of byte strings as one frame."""
         body = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
         view = memoryview(len(body).to_bytes(4, "big") + body)
         while view:
@@ -73,7 +73,7 @@ OPERATIONS: dict[str, Any] = {
 
 
 def _shut_off() -> None:
-    """Closes this process's memory and descriptors (/proc/1) to the commands, which have the same user."""
+    """Close this process's memory and descriptors (/proc/1) to the commands, which have the same user."""
     import ctypes  # only now: whoever waits for the start need not wait for this
 
     if ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
@@ -81,7 +81,7 @@ def _shut_off() -> None:
 
 
 def main() -> None:
-    """Serves requests until the other side closes."""
+    """Serve requests until the other side closes."""
     # Process 1 gets no signal of its namespace that it has no handler for, and Python handles this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel()

@@ -35,12 +35,12 @@ class Report:
     """Writes one JSON line per status; a later line about the same test counts."""
 
     def __init__(self) -> None:
-        """Takes the descriptor away from what the tests may start."""
+        """Take the descriptor away from what the tests may start."""
         self._number = os.dup(REPORT_FD)
         os.close(REPORT_FD)
 
     def __call__(self, name: str, status: str) -> None:
-        """Says how a test ended."""
+        """Say how a test ended."""
         os.write(self._number, json.dumps([name, status]).encode() + b"\n")
 
 
@@ -48,11 +48,11 @@ class PytestReporter:
     """A pytest plugin that reports what ``-rA`` prints."""
 
     def __init__(self, report: Say) -> None:
-        """``report``: called with test id and status."""
+        """Initialize with ``report``: called with test id and status."""
         self._report = report
 
     def pytest_collection_finish(self) -> None:
-        """Keeps what was loaded out of later garbage collections, which disturb tests that compare times."""
+        """Keep what was loaded out of later garbage collections, which disturb tests that compare times."""
         gc.collect()
         gc.freeze()
 
@@ -71,7 +71,7 @@ class UnittestReporter(unittest.TestResult):
     """A result that reports test by test, with the ids that pytest would give."""
 
     def __init__(self, report: Say, path: str) -> None:
-        """``path``: the test file, relative to the root."""
+        """Initialize with ``path``: the test file, relative to the root."""
         super().__init__()
         self._report, self._path = report, path
 
@@ -114,7 +114,7 @@ class UnittestReporter(unittest.TestResult):
 
 
 def run_unittest(root: str, paths: Iterable[str], report: Say) -> None:
-    """Runs the test cases of files (``test_*.py`` below a folder)."""
+    """Run the test cases of files (``test_*.py`` below a folder)."""
     for path in _test_files(root, paths):
         name = os.path.splitext(path)[0].replace(os.sep, ".")
         result = UnittestReporter(report, path)
@@ -146,7 +146,7 @@ def _test_files(root: str, paths: Iterable[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Reads the request, runs the tests, reports."""
+    """Read the request, runs the tests, report."""
     request = json.loads(sys.stdin.buffer.read())
     root, paths = request["root"], request["paths"]
     report = Report()
