@@ -24,6 +24,7 @@ from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.context import ContextFactory, make_context
 from empg_jax.rollout.engine import Engine, EngineConfig
 from empg_jax.rollout.episode import EpisodeRules
+from empg_jax.rollout.faults import Tell, tell_nobody
 from empg_jax.rollout.pool import EnvPool, PoolTimeouts
 from empg_jax.rollout.source import GroupFilter
 from empg_jax.text.builtin import build_phrase_tokenizer
@@ -197,8 +198,8 @@ def make_engine(
     )
 
 
-def make_pool(config: Config) -> EnvPool:
-    """The environment workers, started."""
+def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
+    """Start the environment workers; ``tell`` takes their faults."""
     w = config.workers
     timeouts = PoolTimeouts(start=w.start_timeout, reset=w.reset_timeout, step=w.step_timeout)
     return EnvPool(
@@ -207,6 +208,7 @@ def make_pool(config: Config) -> EnvPool:
         num_workers=w.num,
         timeouts=timeouts,
         memory_limit_mb=w.memory_limit_mb,
+        tell=tell,
     )
 
 
@@ -214,7 +216,7 @@ def make_collector(
     config: Config, engine: Engine, pool: EnvPool, language: Language, *, stream: int, first_handle: int = 0
 ) -> Collector:
     """A collector for training (``stream`` 0) or evaluation (1)."""
-    rules = EpisodeRules(config.env.max_turns, config.env.invalid_penalty, config.env.timeout_outcome)
+    rules = EpisodeRules(config.env.max_turns, config.env.timeout_outcome)
     return Collector(
         engine,
         pool,
@@ -234,7 +236,7 @@ def make_group_filter(config: Config) -> GroupFilter | None:
     """Dynamic sampling, if it is switched on."""
     if not config.rollout.filter_groups:
         return None
-    return GroupFilter(config.rollout.max_refills, config.env.invalid_penalty)
+    return GroupFilter(config.rollout.max_refills)
 
 
 def make_algorithm_from(config: Config) -> Algorithm:
@@ -257,6 +259,7 @@ def make_algorithm_from(config: Config) -> Algorithm:
         "gamma": a.gamma,
         "overlong_length": a.overlong_length,
         "overlong_cache": a.overlong_cache,
+        "invalid_penalty": config.env.invalid_penalty,
         "empg": dict(vars(a.empg)),
         "aem": dict(vars(a.aem)),
         "correction": dict(vars(a.correction)),
@@ -279,18 +282,20 @@ def needs_reference(config: Config) -> bool:
 def make_batch_shape(config: Config) -> BatchShape:
     """The static sizes of every training batch.
 
-    A transcript needs at most one row per trajectory, a window at most one per turn.
+    A transcript needs at most one row per trajectory, a window at most one per turn. Each mini-batch has
+    room for the largest share of trajectories, so that no split of them outgrows the batch.
     """
-    r = config.rollout
+    r, num_minibatches = config.rollout, config.train.num_minibatches
     trajectories = r.tasks_per_update * r.group_size
-    rows = trajectories * (config.env.max_turns if config.env.context == "window" else 1)
+    share = -(-trajectories // num_minibatches)
+    rows = share * num_minibatches * (config.env.max_turns if config.env.context == "window" else 1)
     return BatchShape(
         trajectories=trajectories,
         turns=config.env.max_turns,
         row_tokens=r.max_tokens,
         micro_rows=micro_rows(config),
         max_rows=rows,
-        num_minibatches=config.train.num_minibatches,
+        num_minibatches=num_minibatches,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from empg_jax.assembly import Language, make_collector, make_engine, make_pool
 from empg_jax.rollout.engine import Engine
-from empg_jax.rollout.episode import Attempt
+from empg_jax.rollout.episode import Attempt, tell_discarded
 from empg_jax.rollout.pool import EnvPool
 from empg_jax.types import Params, Trajectory
 
@@ -54,7 +54,7 @@ class Evaluator:
     def __init__(
         self, config: Config, pool: EnvPool, language: Language, engine: Engine, *, first_handle: int
     ) -> None:
-        self.engine, self._split = engine, config.env.eval_split
+        self.engine, self._split, self._tell = engine, config.env.eval_split, pool.tell
         if self._split not in pool.splits:
             raise EvaluationError(
                 f"env.eval_split={self._split} does not exist; the environment has {', '.join(pool.splits)}"
@@ -89,7 +89,9 @@ class Evaluator:
                 if trajectory.outcome.is_trained:
                     found[attempt.task] = trajectory
                     advance(1, {})
-                elif attempt.retry + 1 < MAX_RETRIES:
+                    continue
+                tell_discarded(self._tell, attempt, trajectory.outcome)
+                if attempt.retry + 1 < MAX_RETRIES:
                     self._collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
                 else:
                     self._collector.cancel_all()

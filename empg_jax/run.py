@@ -32,6 +32,7 @@ from empg_jax.parallel.mesh import make_mesh
 from empg_jax.plan import compute_plan
 from empg_jax.replay.batching import BatchShape, make_batch
 from empg_jax.replay.buffer import ReplayBuffer
+from empg_jax.report.events import EventLog
 from empg_jax.report.plan import as_line, device_memory
 from empg_jax.report.progress import Progress
 from empg_jax.report.runinfo import add_run_info
@@ -61,6 +62,7 @@ class Run:
     evaluator: Evaluator
     checkpoints: Checkpoints
     progress: Progress
+    events: EventLog
     log: MetricsLog
     clock: PhaseClock
     compiles: CompileCounter
@@ -83,6 +85,7 @@ def open_run(
     compiles: CompileCounter,
     stop: StopRequest,
     is_resumed: bool,
+    events: EventLog,
 ) -> Run:
     """Build every part, compile every program, and restore the newest checkpoint on resume."""
     clock = PhaseClock()
@@ -132,6 +135,7 @@ def open_run(
             min_group_size=config.rollout.min_group_size,
             group_timeout=config.rollout.episode_timeout,
             group_filter=make_group_filter(config),
+            tell=events.tell,
         )
         evaluator = Evaluator(config, pool, language, eval_engine, first_handle=engine.config.slots)
     run = Run(
@@ -146,6 +150,7 @@ def open_run(
         evaluator=evaluator,
         checkpoints=checkpoints,
         progress=progress,
+        events=events,
         log=None,  # type: ignore[arg-type]  # opened below, once it is known where to go on
         clock=clock,
         compiles=compiles,
@@ -185,6 +190,7 @@ def has_begun(run_dir: Path, checkpoints: Checkpoints) -> bool:
 def _resume(run: Run) -> None:
     restored = restore_state(run.config, run.checkpoints, run.learner)
     saved = restored.progress
+    run.events.update = saved["update"]
     check_base(saved.get("base"), run.base_checksum)
     run.state, run.update, run.record = restored.state, saved["update"], saved["record"]
     for name, seconds in saved["seconds"].items():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,14 @@ from empg_jax.checkpoint import Checkpoints
 from empg_jax.evaluate import Evaluation
 from empg_jax.learner.state import TrainState, restart_optimizer
 from empg_jax.metrics import MetricsLog
-from empg_jax.replay.batching import Layout, make_batch
+from empg_jax.replay.batching import Layout, find_tokens, make_batch
+from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.results import count_episodes, describe_update, dump_batch, write_results
+from empg_jax.report.rollouts import drop_rollouts, is_due, write_rollouts
 from empg_jax.report.runinfo import create_run_dir, write_run_info
+from empg_jax.rollout.incidents import IncidentMeter
+from empg_jax.rollout.record import describe_episodes, describe_tokens
 from empg_jax.rollout.source import Interrupted
 from empg_jax.run import (
     Run,
@@ -33,7 +39,7 @@ from empg_jax.run import (
     save,
 )
 from empg_jax.runtime import CompileCounter, StopRequest
-from empg_jax.types import Batch, Scores
+from empg_jax.types import Batch, Credit, Scores, Trajectory
 from empg_jax.weights import check_model
 
 if TYPE_CHECKING:
@@ -91,14 +97,17 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         compiles = stack.enter_context(CompileCounter())
         write_run_info(run_dir, config, resumed=resume is not None)
         directory = Path(config.checkpoint.dir or run_dir / "checkpoints")
-        checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=progress.message)
+        events = stack.enter_context(EventLog(run_dir))
+        warn = functools.partial(tell_passed_over, progress, events)
+        checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=warn)
         stack.callback(checkpoints.close)
-        pool = stack.enter_context(make_pool(config))
+        pool = stack.enter_context(make_pool(config, events.tell))
         is_resumed = resume is not None and has_begun(run_dir, checkpoints)
         if resume is not None and not is_resumed:
             progress.message("the run ended before its first checkpoint: it begins anew")
-        run = open_run(config, run_dir, checkpoints, pool, progress, compiles, stop, is_resumed)
+        run = open_run(config, run_dir, checkpoints, pool, progress, compiles, stop, is_resumed, events)
         stack.callback(run.log.close)
+        drop_rollouts(run_dir, after=run.update)
         try:
             final = None
             if run.record.get("phase", "sft") == "sft":
@@ -107,6 +116,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
             if final is None or config.train.updates:  # a warm start alone was evaluated at its end
                 final = evaluate(run, "after")
         except Interrupted:
+            events.tell("stop_requested", signal=stop.signum)
             save(run)
             checkpoints.wait()
             raise Stopped(stop.signum, run_dir) from None
@@ -117,38 +127,39 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     return run_dir
 
 
+def tell_passed_over(progress: Progress, events: EventLog, line: str) -> None:
+    """Tell the person and the diary of a checkpoint that could not be read."""
+    progress.message(line)
+    events.tell("checkpoint_skipped", detail=line)
+
+
 def rl_loop(run: Run) -> None:
     """Rollout, score, credit, update, publish; until ``train.updates``."""
     config, learner = run.config, run.learner
-    run.progress.phase("RL", config.train.updates, "updates")
-    run.progress.advance(run.update, {})
+    run.progress.phase("RL", config.train.updates, "updates", done=run.update)
     run.compiled = run.compiles.count
+    incidents = IncidentMeter(run.source)
     while run.update < config.train.updates:
-        began, compiled = time.monotonic(), run.compiles.count
+        began = Beginning(time.monotonic(), run.compiles.count, dict(run.clock.seconds))
+        run.events.update = run.update + 1
         mark_boundary(run)
         with run.clock.phase("rollout"):
             run.engine.load(run.state.params, run.update)
             trajectories = run.source.collect(run.update, run.should_stop)
         with run.clock.phase("update"):
-            host_batch, layout = make_batch(
-                trajectories, run.shape, seed=(config.seed, run.update), gamma=config.algorithm.turn_gamma
-            )
+            host_batch, layout = split_batch(run, trajectories, epoch=0)
             batch = learner.put(host_batch)
             own_scores, measured = score(run, batch, layout)
             scores = choose_scores(run, batch, own_scores)
             credit = learner.credit(batch, scores)
-            steps = []
-            for _ in range(config.train.epochs):
-                for start, stop in layout.bounds:
-                    run.state, metrics = learner.update(
-                        run.state, batch, scores, credit, np.int32(start), np.int32(stop)
-                    )
-                    steps.append(metrics)
+            first = Pass(host_batch, layout, batch, scores, credit)
+            steps = [step for each in passes(run, trajectories, first) for step in make_steps(run, each)]
             credit_metrics, steps = jax.device_get((credit.metrics, steps))
             measured |= measure_drift(run, batch, layout, own_scores)
         run.update += 1
         check_steps(run, steps, host_batch)
         run.source.collector.settle()
+        write_record(run, trajectories, first)
         values = describe_update(
             trajectories,
             layout,
@@ -157,19 +168,95 @@ def rl_loop(run: Run) -> None:
             engine=run.engine.take_stats(),
             credit=credit_metrics,
             steps=steps,
-            seconds=time.monotonic() - began,
+            seconds=time.monotonic() - began.time,
         )
-        values |= measured | run.source.metrics | {"recompiles": run.compiles.count - compiled}
-        values |= {"learning_rate": float(run.schedule(run.state.step))}
-        count_episodes(run.record, trajectories, run.source.outcomes)
-        if config.eval.every and run.update % config.eval.every == 0 and run.update < config.train.updates:
-            values |= evaluate(run, "during").metrics
-        if run.update % config.log.every == 0:
-            run.log.write(run.update, values)
-        run.progress.advance(1, values)
-        if run.update % config.checkpoint.every == 0 or run.update == config.train.updates:
-            mark_boundary(run)
-            save(run)
+        values |= measured | run.source.metrics | {"learning_rate": float(run.schedule(run.state.step))}
+        finish_update(run, trajectories, values, began, incidents)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What the clock and the counters said when an update began."""
+
+    time: float
+    compiled: int
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One pass over a global batch: how its rows are split, and what they are worth."""
+
+    host: Batch
+    layout: Layout
+    batch: Batch  # the same on the mesh
+    scores: Scores
+    credit: Credit
+
+
+def split_batch(run: Run, trajectories: Sequence[Trajectory], *, epoch: int) -> tuple[Batch, Layout]:
+    """Build the global batch; every update and epoch deals its trajectories to other optimizer steps."""
+    seed = (run.config.seed, run.update, epoch)
+    return make_batch(trajectories, run.shape, seed=seed, gamma=run.config.algorithm.turn_gamma)
+
+
+def passes(run: Run, trajectories: Sequence[Trajectory], first: Pass) -> Iterator[Pass]:
+    """Yield the pass of every epoch: the given one, then the same trajectories split anew.
+
+    Scores stay those of the policy before the update; only their place in the batch changes.
+    """
+    yield first
+    for epoch in range(1, run.config.train.epochs):
+        host, layout = split_batch(run, trajectories, epoch=epoch)
+        batch = run.learner.put(host)
+        scores = run.learner.rearrange(first.scores, find_tokens(first.host, host))
+        yield Pass(host, layout, batch, scores, run.learner.credit(batch, scores))
+
+
+def make_steps(run: Run, each: Pass) -> Iterator[dict[str, Any]]:
+    """Make the optimizer steps of a pass; yield the metrics of each."""
+    for start, stop in each.layout.bounds:
+        run.state, metrics = run.learner.update(
+            run.state, each.batch, each.scores, each.credit, np.int32(start), np.int32(stop)
+        )
+        yield metrics
+
+
+def write_record(run: Run, trajectories: Sequence[Trajectory], first: Pass) -> None:
+    """Write the episodes of the update with their credit, where that is due."""
+    log = run.config.log
+    if not is_due(run.update, every=log.rollouts_every, last=run.config.train.updates):
+        return
+    table, tokens = jax.device_get(first.credit.turns), None
+    if log.rollouts_tokens:
+        entropies, advantages = jax.device_get((first.scores.entropies, first.credit.advantages))
+        tokens = describe_tokens(trajectories, first.host, entropies, advantages)
+    records = describe_episodes(trajectories, table, update=run.update, tokens=tokens)
+    write_rollouts(run.run_dir, run.update, records)
+
+
+def finish_update(
+    run: Run,
+    trajectories: Sequence[Trajectory],
+    values: dict[str, float],
+    began: Beginning,
+    incidents: IncidentMeter,
+) -> None:
+    """Count, evaluate, log and save what is due after an update."""
+    config = run.config
+    values["recompiles"] = float(run.compiles.count - began.compiled)
+    count_episodes(run.record, trajectories, run.source.outcomes)
+    if config.eval.every and run.update % config.eval.every == 0 and run.update < config.train.updates:
+        values |= evaluate(run, "during").metrics
+    for name, seconds in run.clock.seconds.items():
+        if (spent := seconds - began.seconds.get(name, 0.0)) > 0:
+            values[f"seconds_{name}"] = spent
+    if run.update % config.log.every == 0:
+        run.log.write(run.update, values | incidents.take())
+    run.progress.advance(1, values)
+    if run.update % config.checkpoint.every == 0 or run.update == config.train.updates:
+        mark_boundary(run)
+        save(run)
 
 
 def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores | None, dict[str, float]]:
@@ -254,7 +341,9 @@ def check_steps(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:
             run.checkpoints.wait()
             raise TrainingError(f"{what}; those steps changed nothing; checkpoints: {run.checkpoints.steps}")
         run.progress.message(f"{what}; {policy}")
+        run.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
         if policy == "rollback":
+            run.events.tell("rollback", reason=name, steps=run.checkpoints.steps)
             run.checkpoints.wait()
             run.state = restore_state(run.config, run.checkpoints, run.learner).state
 
@@ -278,9 +367,8 @@ def warm_start_phase(run: Run, examples: sft.Examples | None = None) -> Evaluati
             if examples is None:
                 examples = sft.gather_examples(config, run.language, run.progress)
             examples.note(run.record)
-            run.progress.phase("warm start", config.sft.updates, "updates")
             first = run.record.get("sft_update", 0)
-            run.progress.advance(first, {})
+            run.progress.phase("warm start", config.sft.updates, "updates", done=first)
             with MetricsLog(run.run_dir, filename="sft_metrics.jsonl", resume_at=first) as log:
                 run.state = sft.warm_start(
                     config,

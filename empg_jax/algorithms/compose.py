@@ -40,7 +40,7 @@ from empg_jax.algorithms.modulation import aem, empg
 from empg_jax.algorithms.objectives import OBJECTIVES, LossResult
 from empg_jax.algorithms.recipe import Recipe
 from empg_jax.algorithms.segments import compute_turn_entropies, count_turn_tokens, turns_to_tokens
-from empg_jax.types import Batch, Credit, Scores
+from empg_jax.types import Batch, Credit, Scores, TurnCredit
 
 # Estimators that take the penalty of an invalid action off the turn itself, not off the episode.
 TURN_PENALTIES = (grpo_row_turns, gigpo_turns)
@@ -150,6 +150,26 @@ def modulate(
     return base, jnp.where(turns.mask, ones, 0)
 
 
+def turn_bonuses(
+    turns: Turns, batch: Batch, active: Bool[Array, " N"], recipe: Recipe
+) -> Float[Array, "N K"]:
+    """What the modulation adds to each turn before centring."""
+    zeros = jnp.zeros_like(turns.entropies)
+    if recipe.modulation != "empg":
+        return zeros
+    settings = dataclasses.asdict(recipe.empg) | {"center": "none", "whiten": False}
+    members = active if settings.pop("mixed_groups_only") else jnp.ones_like(active)
+    return empg(
+        zeros,
+        turns.entropies,
+        turns.mask,
+        **settings,
+        active_mask=members,
+        group_ids=batch.group_ids,
+        token_counts=turns.token_counts,
+    )
+
+
 def assign(
     batch: Batch, scores: Scores, turns: Turns, active: Bool[Array, " N"], recipe: Recipe
 ) -> tuple[Float[Array, "B T"], Float[Array, "N K"], Float[Array, "N K"], Float[Array, "N K"]]:
@@ -230,7 +250,15 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
             targets = recipe.value_targets(shaped, scores, recipe).astype(jnp.float32)
             metrics["explained_variance"] = explained_variance(scores.values, targets, mask)
         metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
-        result = Credit(tokens.astype(jnp.float32), weights, metrics, value_targets=targets)
+        table = TurnCredit(
+            entropies=turns.entropies,
+            base=base,
+            factors=factors,
+            bonuses=turn_bonuses(turns, batch, active, recipe),
+            advantages=advantages,
+            mask=turns.mask,
+        )
+        result = Credit(tokens.astype(jnp.float32), weights, metrics, turns=table, value_targets=targets)
         return jax.lax.stop_gradient(result)
 
     return credit

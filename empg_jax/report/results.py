@@ -45,15 +45,18 @@ def describe_update(
       engine: the engine's counts during the update.
       credit: metrics of the credit assignment.
       steps: metrics of each optimizer step, with their token counts.
-      seconds: wall time of the update, rollout included.
+      seconds: wall time of the whole cycle: rollout, credit and optimizer steps.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     values = reduce_metrics((dict(step), float(step["tokens"])) for step in steps)
     values.pop("tokens", None)
+    left_out = 0.0
     for guard in ("nonfinite", "kl_exceeded"):
         values.pop(guard, None)
         values[f"{guard}_steps"] = float(sum(float(step[guard]) for step in steps))
+        left_out += values[f"{guard}_steps"]
     values |= {name: float(value) for name, value in credit.items()}
+    num_tokens = sum(len(turn.response_tokens) for turn in turns)
     values |= {
         "success_rate": float(np.mean([t.is_success for t in trajectories])),
         "episode_return": float(np.mean([t.episode_return for t in trajectories])),
@@ -64,12 +67,13 @@ def describe_update(
         "episodes_trained": float(len(trajectories)),
         "lag": float(np.mean([version - turn.version for turn in turns])),
         "tokens_sampled": float(engine.sampled_tokens),
-        "tokens_trained": float(sum(len(turn.response_tokens) for turn in turns)),
+        "optimizer_steps": len(steps) - left_out,
+        "tokens_trained": float(round(num_tokens * values["correction_kept"])),
         "tokens_prefilled": float(engine.prefilled_tokens),
         "tokens_per_second": engine.sampled_tokens / seconds,
         "slot_occupancy": engine.occupancy,
         "packing_efficiency": layout.num_tokens / (layout.num_rows * shape.row_tokens),
-        "seconds_update": seconds,
+        "seconds_cycle": seconds,
     }
     for name in sorted({name for t in trajectories for name in t.metrics}):
         values[f"env_{name}"] = float(np.mean([t.metrics[name] for t in trajectories if name in t.metrics]))
