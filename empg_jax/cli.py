@@ -24,6 +24,7 @@ from rich.table import Table
 
 from empg_jax import __version__
 from empg_jax.config import Config, ConfigError, check_resumable, describe, load_config
+from empg_jax.report.runinfo import is_finished
 
 # Failures that are told in one message. Their modules are looked up, not imported: one that raised is loaded.
 REPORTED = (
@@ -89,6 +90,11 @@ def train(
             changes.insert(0, config)  # there is no CONFIG beside --resume: the first word is an override
         if resume is not None:
             resolved = _load_run(resume, changes)
+            if is_finished(resume, resolved):
+                told = f"{resume} is finished: all {resolved.train.updates} updates are made"
+                typer.echo(f"{told}; more with train.updates=N", err=True)
+                typer.echo(resume.absolute())
+                return
         elif config is None:
             raise ConfigError("name a configuration (empg-jax train quickstart), or go on with --resume RUN")
         else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from empg_jax.assembly import Language, make_collector, make_engine, make_pool
+from empg_jax.config_text import ConfigError
 from empg_jax.rollout.engine import Engine
 from empg_jax.rollout.episode import Attempt, tell_discarded
 from empg_jax.rollout.pool import EnvPool
@@ -56,7 +57,7 @@ class Evaluator:
     ) -> None:
         self.engine, self._split, self._tell = engine, config.env.eval_split, pool.tell
         if self._split not in pool.splits:
-            raise EvaluationError(
+            raise ConfigError(
                 f"env.eval_split={self._split} does not exist; the environment has {', '.join(pool.splits)}"
             )
         self.num_tasks = min(config.eval.tasks, pool.splits[self._split])
@@ -145,6 +146,9 @@ def evaluate_run(path: Path, overrides: list[str]) -> dict[str, Any]:
     with make_pool(config) as pool:
         evaluator = Evaluator(config, pool, saved.language, engine, first_handle=0)
         result = evaluator.run(saved.params, saved.step)
+    if evaluator.num_tasks < config.eval.tasks:
+        found = f"the panel {config.env.eval_split} has {evaluator.num_tasks} tasks"
+        _warn(f"eval.tasks={config.eval.tasks}, but {found}; all of them were attempted")
     fingerprint = {} if config.model.path is None else {"text_logprob": saved.text_logprob()}
     return (
         result.metrics

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from empg_jax.config_text import ConfigError
 from empg_jax.hub import find_folder
 from empg_jax.models.export_adapter import save_adapter
 from empg_jax.models.export_folder import MAX_SHARD_BYTES, save_hf
@@ -19,8 +20,8 @@ from empg_jax.saved import SavedRun, open_saved
 from empg_jax.types import Params
 
 
-class ExportError(RuntimeError):
-    """A policy could not be exported; nothing was written."""
+class ExportError(ConfigError):
+    """What was asked for cannot be exported; nothing was written."""
 
 
 def export_run(

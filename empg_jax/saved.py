@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from jax.sharding import Mesh
 
 from empg_jax.assembly import Language, make_language, make_model
-from empg_jax.checkpoint import CheckpointError, Checkpoints, check_base
+from empg_jax.checkpoint import Checkpoints, check_base
+from empg_jax.config_text import ConfigError
 from empg_jax.learner.fingerprint import TEXT, checksum, text_logprob
 from empg_jax.learner.state import state_shapes, state_shardings
 from empg_jax.models.decoder import DecoderConfig
@@ -60,7 +61,8 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
       warn: takes a line for the person.
 
     Raises:
-      CheckpointError: there is no run or no usable checkpoint at the path, or its adapters belong to another
+      ConfigError: there is no run at the path.
+      CheckpointError: there is no usable checkpoint at the path, or its adapters belong to another
         base.
     """
     from empg_jax.config import load_config
@@ -69,7 +71,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
     step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
     run_dir = path.parent.parent if step is not None else path
     if not (run_dir / "config.yaml").exists():
-        raise CheckpointError(
+        raise ConfigError(
             f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP"
         )
     config = load_config(str(run_dir / "config.yaml"), overrides)

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from empg_jax import assembly, evaluate
-from empg_jax.checkpoint import CheckpointError
+from empg_jax.config import ConfigError
 from empg_jax.evaluate import EvaluationError, Evaluator, evaluate_run, summarise
+from empg_jax.rollout.faults import tell_nobody
 from empg_jax.types import Outcome, Status
 from tests import runs
 from tests.episodes import Episodes, entropy_of
@@ -43,6 +44,7 @@ class Engine:
 
 class Pool:
     splits = {"train": 9, "test": 5}  # noqa: RUF012
+    tell = staticmethod(tell_nobody)
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_a_task_that_keeps_failing_is_named(make_evaluator):
 
 
 def test_an_unknown_split_is_named(make_evaluator):
-    with pytest.raises(EvaluationError, match=r"env\.eval_split=valid does not exist.* train, test"):
+    with pytest.raises(ConfigError, match=r"env\.eval_split=valid does not exist.* train, test"):
         make_evaluator(lambda a: False, "env.eval_split=valid")
 
 
@@ -104,7 +106,7 @@ def test_summary_by_hand():
 
 def test_what_is_no_run_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "checkpoints" / "3"):
-        with pytest.raises(CheckpointError, match="is neither a run folder"):
+        with pytest.raises(ConfigError, match="is neither a run folder"):
             evaluate_run(path, [])
 
 

@@ -113,8 +113,9 @@ def write_results(
     summary |= {"seed": config.seed, "algorithm": config.algorithm.name}
     summary["modulation"] = config.algorithm.modulation
     wins = [summary.get(f"eval_wins_{when}", "") for when in ("before", "after")]
-    if len(wins[0]) == len(wins[1]) >= 2:
-        summary["eval_gain_interval"] = [round(bound, 4) for bound in paired_interval(*wins)]
+    if len(wins[0]) == len(wins[1]) >= 1:
+        interval = paired_interval(*wins)
+        summary["eval_gain_interval"] = None if interval is None else [round(bound, 4) for bound in interval]
     summary.setdefault("tokens_sampled", 0)
     summary.setdefault("trajectories", {})
     write_json_atomic(run_dir / "summary.json", summary)

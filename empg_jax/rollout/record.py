@@ -127,7 +127,8 @@ def describe_tokens(
     # A turn lies in one row, its tokens in order of time: a stable sort keeps that order.
     places = places[np.lexsort((turns, owners))]
     streams = {"token_entropies": np.ravel(entropies), "token_advantages": np.ravel(advantages)}
-    found, start = [], 0
+    found: list[list[Record]] = []
+    start = 0
     for trajectory in trajectories:
         found.append([])
         for turn in trajectory.turns:
