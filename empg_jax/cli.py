@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from rich.table import Table
 from empg_jax import __version__
 from empg_jax.config import Config, check_resumable, describe, load_config
 from empg_jax.errors import ConfigError, Stopped, UserError
+from empg_jax.run.folder import is_finished
 
 app = typer.Typer(
     name="empg-jax",
@@ -72,6 +74,11 @@ def train(
             changes.insert(0, config)  # there is no CONFIG beside --resume: the first word is an override
         if resume is not None:
             resolved = _load_run(resume, changes)
+            if is_finished(resume, resolved):
+                told = f"{resume} is finished: all {resolved.train.updates} updates are made"
+                typer.echo(f"{told}; more with train.updates=N", err=True)
+                typer.echo(resume.absolute())
+                return
         elif config is None:
             raise ConfigError("name a configuration (empg-jax train quickstart), or go on with --resume RUN")
         else:
@@ -171,6 +178,44 @@ def show_config(
             raise ConfigError("name a configuration (empg-jax config quickstart), or ask for --keys")
         else:
             typer.echo(_load(config, overrides or []).to_yaml(), nl=False)
+
+
+@app.command()
+def credit(
+    config: ConfigArgument,
+    episodes: Annotated[
+        Path, typer.Argument(metavar="EPISODES", help="Episode records (.jsonl or .jsonl.gz): one batch.")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="File to write in place of stdout.")] = None,
+) -> None:
+    """Recompute the credit of recorded or hand-made episodes, and print the records with it."""
+    with _reporting():
+        resolved = load_config(config, overrides or [])
+        # A small batch and no model: an accelerator would take longer to start than to compute.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from empg_jax.report.rollouts import format_record, write_records
+        from empg_jax.run.credit import recompute_credit
+
+        records, notes = recompute_credit(resolved, episodes)
+        for note in notes:
+            typer.echo(note, err=True)
+        if out is None:
+            typer.echo("\n".join(format_record(record) for record in records))
+            return
+        try:
+            write_records(out, records)
+        except OSError as error:
+            raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+@app.command()
+def metrics() -> None:
+    """Print every metric that a run logs, with its meaning."""
+    from empg_jax.metrics import METRICS
+
+    width = max(map(len, METRICS))
+    typer.echo("\n".join(f"{name:<{width}}  {meaning}" for name, meaning in METRICS.items()))
 
 
 @app.command()

@@ -32,6 +32,9 @@ def evaluate_run(path: Path, overrides: list[str]) -> dict[str, Any]:
     with make_pool(config) as pool:
         evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0)
         result = evaluator.run(saved.params, saved.step)
+    if evaluator.num_tasks < config.eval.tasks:
+        found = f"the panel {config.env.eval_split} has {evaluator.num_tasks} tasks"
+        _warn(f"eval.tasks={config.eval.tasks}, but {found}; all of them were attempted")
     fingerprint = {} if config.model.path is None else {"text_logprob": saved.text_logprob()}
     return (
         result.metrics

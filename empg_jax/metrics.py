@@ -31,7 +31,12 @@ METRICS: dict[str, str] = {
     "groups_uniform": "Groups of equal returns in the batch all the same, because the refills were used up.",
     "episodes_trained": "Episodes that the policy was trained on.",
     "episodes_discarded": "Episodes thrown away for a cause outside the policy, and sampled again.",
-    "outcome_*": "Episodes that ended for the reason in the name.",
+    "outcome_*": "Episodes that ended for the reason in the name, since the last line.",
+    "groups_stale": "Groups thrown away because their oldest token was beyond train.max_lag.",
+    "groups_failed": "Groups thrown away because an attempt failed again and again outside the policy.",
+    "worker_restarts": "Environment workers replaced after a death, a hang, or for their memory.",
+    "episodes_recovered": "Episodes that went on in a new worker after theirs was lost.",
+    "tasks_quarantined": "Tasks that are left alone now, because their environment failed too often.",
     "env_*": "Mean of a number that the environment reports at the end of an episode.",
     "lag": "Mean age of the sampling policy in updates.",
     # Entropy and modulation
@@ -67,19 +72,21 @@ METRICS: dict[str, str] = {
     "correction_kept": "Share of sampled tokens that the off-policy correction kept.",
     "grad_norm": "Global gradient norm before clipping.",
     "learning_rate": "Learning rate of the update.",
+    "optimizer_steps": "Optimizer steps of the update; those left out are not among them.",
     "nonfinite_steps": "Optimizer steps left out because loss or gradient was not finite.",
     "kl_exceeded_steps": "Optimizer steps left out because the policy was beyond train.max_kl.",
     "logprob_gap": "Mean absolute difference of the sampler's and the learner's log-probabilities.",
     "logprob_gap_max": "Largest such difference.",
     # Speed
     "tokens_sampled": "Tokens that the policy sampled for the update.",
-    "tokens_trained": "Sampled tokens that the loss covers.",
+    "tokens_trained": "Sampled tokens that the loss covers: those that the off-policy correction kept.",
     "tokens_prefilled": "Prompt and observation tokens that went through the model when sampling.",
-    "tokens_per_second": "Sampled tokens per second of the whole update.",
-    "slot_occupancy": "Share of the sampler's slots that held a live episode, mean over decode steps.",
+    "tokens_per_second": "Sampled tokens per second of seconds_cycle.",
+    "slot_occupancy": "Share of the sampler's slots that sampled a response's token, mean over decode steps.",
     "packing_efficiency": "Share of the learner's row tokens that are not padding.",
     "recompiles": "Programs compiled during the update; 0 after the warm-up.",
-    "seconds_*": "Wall seconds of the phase in the name.",
+    "seconds_cycle": "Wall seconds of the whole update: rollout, credit and optimizer steps.",
+    "seconds_*": "Wall seconds of the phase in the name, as in wall_seconds of summary.json.",
     # Held-out evaluation
     "eval_success": "Share of the held-out tasks solved.",
     "eval_return": "Mean return on the held-out tasks.",
@@ -128,21 +135,22 @@ def reduce_metrics(parts: Iterable[tuple[Mapping[str, float], float]]) -> dict[s
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a ``metrics.jsonl``; a last line cut off by a crash is left out.
+    """Read the objects of a ``metrics.jsonl`` or ``events.jsonl``; a damaged last line is left out.
 
     Raises:
       ValueError: a line before the last is no JSON object; names the line.
     """
-    lines = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never completed
     records = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never completed
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict):
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):  # a crash of the machine may leave the last line whole and its bytes not
             raise ValueError(f"{path}, line {number}: not a JSON object")
-        records.append(record)
     return records
 
 

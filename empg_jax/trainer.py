@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +15,18 @@ import numpy as np
 
 from empg_jax.algorithms.anchors import join_alike
 from empg_jax.errors import RunError, Stopped
-from empg_jax.learner.batching import Layout, make_batch
+from empg_jax.learner.batching import Layout, find_tokens, make_batch
 from empg_jax.learner.state import restart_optimizer
 from empg_jax.plan.explain import as_line, device_memory
 from empg_jax.plan.memory import compute_plan
+from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import PanelResult
 from empg_jax.report.results import describe_update, dump_batch, write_results
+from empg_jax.report.rollouts import drop_rollouts, is_due, write_rollouts
 from empg_jax.rollout.evaluator import Evaluation
+from empg_jax.rollout.incidents import IncidentMeter
+from empg_jax.rollout.record import describe_episodes, describe_tokens
 from empg_jax.rollout.source import Interrupted
 from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
@@ -39,7 +45,7 @@ from empg_jax.run.process import CompileCounter, StopRequest
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.phase import train_on_examples
-from empg_jax.types import Batch, Scores, Trajectory
+from empg_jax.types import Batch, Credit, Scores, Trajectory
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -88,9 +94,11 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         compiles = stack.enter_context(CompileCounter())
         write_run_info(run_dir, config, resumed=resume is not None)
         directory = Path(config.checkpoint.dir or run_dir / "checkpoints")
-        checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=progress.message)
+        events = stack.enter_context(EventLog(run_dir))
+        warn = functools.partial(tell_passed_over, progress, events)
+        checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=warn)
         stack.callback(checkpoints.close)
-        pool = stack.enter_context(make_pool(config))
+        pool = stack.enter_context(make_pool(config, events.tell))
         is_resumed = resume is not None and has_begun(run_dir, checkpoints)
         if resume is not None and not is_resumed:
             progress.message("the run ended before its first checkpoint: it begins anew")
@@ -100,11 +108,13 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
             checkpoints,
             pool,
             progress=progress,
+            events=events,
             compiles=compiles,
             stop=stop,
             is_resumed=is_resumed,
         )
         stack.callback(parts.log.close)
+        drop_rollouts(run_dir, after=run.update)
         try:
             final = None
             if run.record.phase == "sft":
@@ -113,6 +123,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
             if final is None or config.train.updates:  # a warm start alone was evaluated at its end
                 final = evaluate(parts, run, "after")
         except Interrupted:
+            events.tell("stop_requested", signal=stop.signum)
             save(parts, run)
             checkpoints.wait()
             raise Stopped(stop.signum, run_dir) from None
@@ -120,6 +131,12 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     decode = parts.language.tokenizer.decode
     write_results(run_dir, run.record, parts.clock.seconds, final.trajectories, decode, config)
     return run_dir
+
+
+def tell_passed_over(progress: Progress, events: EventLog, line: str) -> None:
+    """Tell the person and the diary of a checkpoint that could not be read."""
+    progress.message(line)
+    events.tell("checkpoint_skipped", detail=line)
 
 
 def run_sft(config: Config) -> Path:
@@ -130,38 +147,32 @@ def run_sft(config: Config) -> Path:
 def rl_loop(parts: Parts, run: RunState) -> None:
     """Rollout, score, credit, update, publish; until ``train.updates``."""
     config, learner = parts.config, parts.learner
-    parts.progress.phase("RL", config.train.updates, "updates")
-    parts.progress.advance(run.update, {})
+    parts.progress.phase("RL", config.train.updates, "updates", done=run.update)
     run.compiled = parts.compiles.count
+    incidents = IncidentMeter(parts.source)
     while run.update < config.train.updates:
-        began, compiled = time.monotonic(), parts.compiles.count
+        began = Beginning(time.monotonic(), parts.compiles.count, dict(parts.clock.seconds))
+        parts.events.update = run.update + 1
         mark_boundary(parts, run)
         with parts.clock.phase("rollout"):
             parts.engine.load(run.state.params, run.update)
             trajectories = parts.source.collect(run.update, parts.should_stop)
         with parts.clock.phase("update"):
-            host_batch, layout = make_batch(
-                join_alike(trajectories, config.algorithm.anchor_similarity),
-                parts.shape,
-                seed=(config.seed, run.update),
-                gamma=config.algorithm.turn_gamma,
-            )
+            host_batch, layout = split_batch(parts, run, trajectories, epoch=0)
             batch = learner.put(host_batch)
             own_scores, measured = score(parts, run, batch, layout)
             scores = choose_scores(parts, batch, own_scores)
             credit = learner.credit(batch, scores)
-            steps = []
-            for _ in range(config.train.epochs):
-                for start, stop in layout.bounds:
-                    run.state, metrics = learner.update(
-                        run.state, batch, scores, credit, np.int32(start), np.int32(stop)
-                    )
-                    steps.append(metrics)
+            first = Pass(host_batch, layout, batch, scores, credit)
+            steps = [
+                s for each in passes(parts, run, trajectories, first) for s in make_steps(parts, run, each)
+            ]
             credit_metrics, steps = jax.device_get((credit.metrics, steps))
             measured |= measure_drift(parts, run, batch, layout, own_scores)
         run.update += 1
         check_steps(parts, run, steps, host_batch)
         parts.source.collector.settle()  # new weights are taken up at a turn boundary
+        write_episodes(parts, run, trajectories, first)
         values = describe_update(
             trajectories,
             layout,
@@ -170,24 +181,104 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             engine=parts.engine.take_stats(),
             credit=credit_metrics,
             steps=steps,
-            seconds=time.monotonic() - began,
+            seconds=time.monotonic() - began.time,
         )
-        measured |= parts.source.metrics | {"recompiles": parts.compiles.count - compiled}
-        record_update(parts, run, trajectories, values | measured)
+        values |= measured | parts.source.metrics
+        finish_update(parts, run, trajectories, values=values, began=began, incidents=incidents)
 
 
-def record_update(
-    parts: Parts, run: RunState, trajectories: list[Trajectory], values: dict[str, float]
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """Readings of the clock and the counters when an update began."""
+
+    time: float
+    compiled: int
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One pass over a global batch: how its rows are split, and their credit."""
+
+    host: Batch
+    layout: Layout
+    batch: Batch  # the same on the mesh
+    scores: Scores
+    credit: Credit
+
+
+def split_batch(
+    parts: Parts, run: RunState, trajectories: Sequence[Trajectory], *, epoch: int
+) -> tuple[Batch, Layout]:
+    """Build the global batch; every update and epoch deals its trajectories to other optimizer steps."""
+    algorithm = parts.config.algorithm
+    return make_batch(
+        join_alike(trajectories, algorithm.anchor_similarity),
+        parts.shape,
+        seed=(parts.config.seed, run.update, epoch),
+        gamma=algorithm.turn_gamma,
+    )
+
+
+def passes(parts: Parts, run: RunState, trajectories: Sequence[Trajectory], first: Pass) -> Iterator[Pass]:
+    """Yield the pass of every epoch: the given one, then the same trajectories split anew.
+
+    Scores stay those of the policy before the update; only their place in the batch changes.
+    """
+    yield first
+    for epoch in range(1, parts.config.train.epochs):
+        host, layout = split_batch(parts, run, trajectories, epoch=epoch)
+        batch = parts.learner.put(host)
+        scores = parts.learner.rearrange(first.scores, find_tokens(first.host, host))
+        yield Pass(host, layout, batch, scores, parts.learner.credit(batch, scores))
+
+
+def make_steps(parts: Parts, run: RunState, each: Pass) -> Iterator[dict[str, Any]]:
+    """Make the optimizer steps of a pass; yield the metrics of each."""
+    for start, stop in each.layout.bounds:
+        run.state, metrics = parts.learner.update(
+            run.state, each.batch, each.scores, each.credit, np.int32(start), np.int32(stop)
+        )
+        yield metrics
+
+
+def write_episodes(parts: Parts, run: RunState, trajectories: Sequence[Trajectory], first: Pass) -> None:
+    """Write the episodes of the update with their credit, where that is due."""
+    log = parts.config.log
+    if not is_due(run.update, every=log.rollouts_every, last=parts.config.train.updates):
+        return
+    table, tokens = jax.device_get(first.credit.turns), None
+    if log.rollouts_tokens:
+        entropies, advantages = jax.device_get((first.scores.entropies, first.credit.advantages))
+        tokens = describe_tokens(trajectories, first.host, entropies, advantages)
+    records = describe_episodes(trajectories, table, update=run.update, tokens=tokens)
+    write_rollouts(parts.run_dir, run.update, records)
+
+
+def finish_update(
+    parts: Parts,
+    run: RunState,
+    trajectories: Sequence[Trajectory],
+    *,
+    values: dict[str, float],
+    began: Beginning,
+    incidents: IncidentMeter,
 ) -> None:
-    """After an update: count its episodes, evaluate, log and write a checkpoint, where these are due."""
+    """Count the episodes of an update, evaluate, log and write a checkpoint, where these are due."""
     config = parts.config
     is_last = run.update == config.train.updates
-    values |= {"learning_rate": float(parts.schedule(run.state.step))}
+    values |= {
+        "learning_rate": float(parts.schedule(run.state.step)),
+        "recompiles": float(parts.compiles.count - began.compiled),
+    }
     run.record.count(trajectories, parts.source.outcomes)
     if config.eval.every and run.update % config.eval.every == 0 and not is_last:
         values |= evaluate(parts, run, "during").metrics
+    for name, seconds in parts.clock.seconds.items():
+        if (spent := seconds - began.seconds.get(name, 0.0)) > 0:
+            values[f"seconds_{name}"] = spent
     if run.update % config.log.every == 0:
-        parts.log.write(run.update, values)
+        parts.log.write(run.update, values | incidents.take())
     parts.progress.advance(1, values)
     if run.update % config.checkpoint.every == 0 or is_last:
         mark_boundary(parts, run)
@@ -282,7 +373,9 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
                 f"{what}; those steps changed nothing; checkpoints: {parts.checkpoints.steps}"
             )
         parts.progress.message(f"{what}; {policy}")
+        parts.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
         if policy == "rollback":
+            parts.events.tell("rollback", reason=name, steps=parts.checkpoints.steps)
             parts.checkpoints.wait()
             run.state = restore_state(parts.config, parts.checkpoints, parts.learner).state
 

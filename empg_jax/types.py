@@ -32,7 +32,7 @@ class Status(enum.StrEnum):
     """What becomes of an episode. An infrastructure failure is never a reward of zero."""
 
     TRAINED = "trained"  # the policy caused what happened: learn from it
-    SCORED_ZERO = "scored_zero"  # the policy broke a limit: learn from it with return 0
+    SCORED_ZERO = "scored_zero"  # the policy broke a limit: learn from it as worth at most 0
     DISCARDED = "discarded"  # something else broke: never learned from, refilled
 
 
@@ -66,7 +66,7 @@ class Turn:
       response_tokens: int32[R], the sampled ids, end-of-turn token included when it was sampled.
       behavior_logprobs: float32[R], log-probabilities at the rollout temperature.
       entropies: float32[R], full-vocabulary entropies in nats at the rollout temperature.
-      reward: the environment's reward for this turn.
+      reward: the environment's own reward for this turn; no penalty of ours is inside.
       version: the policy version that sampled it.
       anchor: hash of the observation that the turn answers (GiGPO's state key).
       is_valid: whether the parser accepted the response as an action.
@@ -99,7 +99,8 @@ class Trajectory:
       member: which attempt of the group, in [0, group_size).
       turns: the turns in order; empty only for discarded episodes.
       outcome: trained, scored zero, or discarded.
-      episode_return: sum of rewards (0 for a scored-zero episode).
+      episode_return: plain sum of the turns' rewards, whatever the outcome; what breaking a limit costs
+        is up to the algorithm.
       is_success: the environment's own verdict.
       terminated: ended by the task.
       truncated: ended by a limit.

@@ -53,7 +53,8 @@ class NoisyHouse(HouseholdEnv):
                 case "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
         won = zlib.crc32(f"{self._turn} {action}".encode()) % 3 == 0
-        return observation, float(won), won, truncated and not won, {**info, "won": won}
+        told = {**info, "won": won, "metrics": {"steps": self._turn}}
+        return observation, float(won), won, truncated and not won, told
 
     def _write_diary(self) -> int:
         """Counts one more; returns the count."""

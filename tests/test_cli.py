@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from empg_jax.cli import app
 from empg_jax.config import load_config
 from empg_jax.errors import RunError, Stopped
+from empg_jax.metrics import METRICS
 from empg_jax.run.folder import write_run_info
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,41 @@ def test_resume_refuses_to_become_another_experiment(run, trained, tmp_path):
     write_run_info(tmp_path, load_config("quickstart"))
     code, _, err = run("train", "--resume", tmp_path, "seed=5")
     assert code == 2 and "seed=5: a resumed run may change only" in err and not trained
+
+
+def _made(run_dir, *, updates, finished):
+    """A run folder that says so many updates were made."""
+    write_run_info(run_dir, load_config("quickstart", ["train.updates=5", "train.warmup_updates=0"]))
+    (run_dir / "checkpoints" / str(updates)).mkdir(parents=True)
+    if finished:
+        (run_dir / "summary.json").write_text(json.dumps({"updates": updates}))
+
+
+def test_a_finished_run_is_not_begun_again(run, trained, tmp_path):
+    _made(tmp_path, updates=5, finished=True)
+    code, out, err = run("train", "--resume", tmp_path)
+    assert (code, out) == (0, f"{tmp_path}\n") and not trained
+    assert "is finished: all 5 updates are made" in err
+    assert run("train", "--resume", tmp_path, "train.updates=6")[0] == 0 and len(trained) == 1
+
+
+def test_a_run_cut_off_at_its_last_update_goes_on(run, trained, tmp_path):
+    _made(tmp_path, updates=5, finished=False)
+    assert run("train", "--resume", tmp_path)[0] == 0 and len(trained) == 1
+
+
+def test_updates_cannot_be_unmade(run, trained, tmp_path):
+    _made(tmp_path, updates=5, finished=True)
+    code, out, err = run("train", "--resume", tmp_path, "train.updates=2")
+    assert (code, out) == (2, "") and not trained
+    assert "train.updates=2" in err and "has made 5 updates already" in err
+
+
+def test_the_glossary_is_printed(run):
+    code, out, _ = run("metrics")
+    assert code == 0 and len(out.splitlines()) == len(METRICS)
+    for line, (name, meaning) in zip(out.splitlines(), METRICS.items(), strict=True):
+        assert line.split(maxsplit=1) == [name, meaning]
 
 
 @pytest.mark.parametrize(

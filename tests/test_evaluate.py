@@ -10,6 +10,7 @@ from empg_jax.rollout.evaluator import EvaluationError, summarize
 from empg_jax.run import assembly
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.types import Outcome, Status
+from empg_jax.workers.faults import tell_nobody
 from tests import runs
 from tests.episodes import Episodes, entropy_of
 
@@ -45,6 +46,7 @@ class Engine:
 
 class Pool:
     splits = {"train": 9, "test": 5}  # noqa: RUF012
+    tell = staticmethod(tell_nobody)
 
 
 @pytest.fixture

@@ -53,6 +53,12 @@ def summary_of(run):
     return json.loads((run / "summary.json").read_text())
 
 
+def told(run, name, *fields):
+    """These fields of every event of a name."""
+    events = [event for event in read_metrics(run / "events.jsonl") if event["event"] == name]
+    return [tuple(event[field] for field in fields) for event in events]
+
+
 # ------------------------------------------------------------------------------------ loss and gradient
 
 
@@ -168,6 +174,8 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
     (run / "checkpoints" / "2" / "stray").mkdir()
     runs.resume(run)
     assert "checkpoint 3: " in capsys.readouterr().err
+    ((detail,),) = told(run, "checkpoint_skipped", "detail")
+    assert detail.startswith("3: ") or "checkpoint 3: " in detail
     assert runs.lines(run) == lines and runs.weights(run) == weights
     for folder in (run / "checkpoints").iterdir():
         damage(folder)
@@ -179,26 +187,37 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------- environments
 
 
-def test_an_environment_that_raises_is_discarded_and_refilled_and_never_a_reward(tmp_path, opened):
-    diary = tmp_path / "diary"
-    diary.write_text("x" * 10**6)  # evaluation before RL goes well
-    collected = []
+def trouble_after_evaluation(diary):
+    """Evaluation before RL goes well: the diary says that every trouble has been had."""
+    diary.write_text("x" * 10**6)
 
     def change(parts):
-        evaluate = parts.evaluator.run
+        evaluate, begun = parts.evaluator.run, []
 
         def run_and_begin(*args, **kwargs):
             result = evaluate(*args, **kwargs)
-            diary.write_text("")
+            if not begun:
+                diary.write_text("")
+            begun.append(True)
             return result
 
         parts.evaluator.run = run_and_begin
-        _record(parts, collected)
 
-    opened.changes.append(change)
+    return change
+
+
+def test_an_environment_that_raises_is_discarded_and_refilled_and_never_a_reward(tmp_path, opened):
+    diary, collected = tmp_path / "diary", []
+    opened.changes += [trouble_after_evaluation(diary), lambda parts: _record(parts, collected)]
     options = ["env.options.trouble=raise", "env.options.times=2", f"env.options.diary={diary}"]
     run = runs.train(tmp_path / "run", *HOUSE, *options)
     assert summary_of(run)["trajectories"]["discarded:env_error"] == 2
+    assert told(run, "episode_discarded", "reason", "split") == [("env_error", "train")] * 2
+    lines = read_metrics(run / "metrics.jsonl")
+    assert sum(line["episodes_discarded"] for line in lines) == 2
+    assert sum(line.get("outcome_env_error", 0) for line in lines) == 2
+    ended = sum(line.get(f"outcome_{reason}", 0) for line in lines for reason in ("won", "turn_limit"))
+    assert ended == sum(line["episodes_trained"] for line in lines) == 12
     assert len(collected) == 12 and all(t.outcome.is_trained and t.turns for t in collected)
     keys = [(t.group_id, t.member) for t in collected]
     assert keys == [(group, member) for group in range(6) for member in range(2)]
@@ -212,6 +231,11 @@ def test_a_hang_or_a_dead_worker_costs_its_episode(tmp_path, trouble, opened):
     stats = opened.runs[0][0].source.collector.pool.stats
     assert stats.failures == {{"hang": "timeout", "kill": "worker_died"}[trouble]: 1}
     assert stats.restarts == 1
+    reason = {"hang": "timeout", "kill": "worker_died"}[trouble]
+    assert told(run, "worker_restarted", "worker", "reason") == [(0, reason)]
+    # The diary and the summary count alike, wherever it happened: evaluation is told too.
+    discarded = told(run, "episode_discarded", "reason", "split")
+    assert [name for name, _ in discarded] == [reason]
     outcomes = summary_of(run)["trajectories"]
     assert sum(count for name, count in outcomes.items() if name.startswith("trained:")) == 12
     assert sum(count for name, count in outcomes.items() if name.startswith("discarded:")) <= 1
@@ -233,8 +257,29 @@ def test_a_worker_killed_from_outside_costs_at_most_its_episode(tmp_path, opened
     run = runs.train(tmp_path / "run", *HOUSE)
     stats = opened.runs[0][0].source.collector.pool.stats
     assert stats.restarts == 2 and sum(stats.failures.values()) <= 2
+    assert told(run, "worker_restarted", "reason") == [("worker_died",)] * 2
+    lines = read_metrics(run / "metrics.jsonl")
+    assert sum(line["worker_restarts"] for line in lines) == 2
+    assert sum(line["episodes_recovered"] for line in lines) == stats.recovered
+    assert {event["update"] for event in read_metrics(run / "events.jsonl")} <= {1, 2, 3}
     outcomes = summary_of(run)["trajectories"]
     assert sum(count for name, count in outcomes.items() if name.startswith("trained:")) == 12
+
+
+def test_a_task_that_never_works_is_given_up_and_told(tmp_path, opened):
+    """Every step fails for a while: attempts are tried again, tasks quarantined, groups replaced."""
+    diary = tmp_path / "diary"
+    opened.changes.append(trouble_after_evaluation(diary))
+    options = ["env.options.trouble=raise", "env.options.times=14", f"env.options.diary={diary}"]
+    run = runs.train(tmp_path / "run", *HOUSE, *options, "eval.tasks=1")
+    lines = read_metrics(run / "metrics.jsonl")
+    assert told(run, "task_quarantined", "reason")
+    replaced = told(run, "group_replaced", "reason", "group_id")
+    assert replaced and {reason for reason, _ in replaced} == {"failed"}
+    assert sum(line["groups_failed"] for line in lines) == len(replaced)
+    train = [split for (split,) in told(run, "episode_discarded", "split") if split == "train"]
+    assert sum(line["episodes_discarded"] for line in lines) == len(train)
+    assert max(line["tasks_quarantined"] for line in lines) >= 1
 
 
 def _record(parts, collected):

@@ -43,6 +43,7 @@ def test_every_update_is_one_line(run):
     assert [line["update"] for line in lines] == [1, 2, 3]
     for line in lines:
         assert line["episodes_trained"] == 4 and line["lag"] == 0 and line["nonfinite_steps"] == 0
+        assert line["optimizer_steps"] == 2  # num_minibatches, however well the episodes pack
         assert line["recompiles"] == 0 and 0 < line["entropy"] < np.log(200)
         assert line["grad_norm"] > 0 and line["tokens_trained"] == line["tokens_sampled"] > 0
     assert [line["update"] for line in read_metrics(run / "sft_metrics.jsonl")] == [0, 1]
@@ -83,7 +84,8 @@ def test_a_folder_is_not_used_twice(run):
     ("overrides", "expected"),
     [
         (["algorithm.entropy_source=learner"], {"logprob_gap"}),
-        (["algorithm.kl_coef=0.1"], {"kl", "logprob_gap"}),
+        # One step: the KL is measured before it, so that of the first update is zero.
+        (["algorithm.kl_coef=0.1", "train.num_minibatches=1"], {"kl", "logprob_gap"}),
         (["train.epochs=2", "eval.every=2"], {"eval_success"}),
         (["env.context=window", "env.history=1", "algorithm.modulation=aem"], set()),
     ],
@@ -100,8 +102,19 @@ def test_variants_of_the_loop(tmp_path, overrides, expected):
     assert expected <= {name for line in lines for name in line}
     for line in lines:
         assert line.get("logprob_gap_max", 0.0) < 1e-4
+    steps = 4 if "train.epochs=2" in overrides else 1 if "kl" in expected else 2
+    assert all(line["optimizer_steps"] == steps for line in lines)
     if "kl" in expected:  # the reference is where RL began, and the policy moves away from it
         assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-4) and lines[-1]["kl"] > lines[0]["kl"]
+
+
+def test_the_schedule_counts_the_steps_that_are_made(tmp_path):
+    """Four short episodes fit into one row, and still make two steps an update: the decay reaches its end."""
+    options = ["train.schedule=linear", "train.learning_rate=1e-3", "train.final_learning_rate=1e-4"]
+    run = runs.train(tmp_path / "run", *runs.HOUSE, "sft.updates=0", *options)
+    rates = [line["learning_rate"] for line in read_metrics(run / "metrics.jsonl")]
+    assert rates == pytest.approx([7e-4, 4e-4, 1e-4], rel=1e-5)
+    assert runs.restored(run).state.step == 3 * 2
 
 
 def test_the_engine_may_run_ahead_of_the_learner(tmp_path):

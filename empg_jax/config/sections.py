@@ -31,7 +31,7 @@ class EnvConfig(Section):
     )
     history: int = Field(2, ge=0, description="Past turns in a fresh prompt (env.context=window).")
     invalid_penalty: float = Field(
-        0.0, ge=0, description="Subtracted from the reward of a turn whose response is no valid action."
+        0.0, ge=0, description="Taken off by the algorithm for every turn whose response is no valid action."
     )
     timeout_outcome: Literal["discard", "zero"] = Field(
         "discard", description="What becomes of an episode that overruns its time: refilled, or scored zero."
@@ -195,4 +195,10 @@ class LogConfig(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     wandb: bool = Field(False, description="Send metrics to Weights & Biases (extra: wandb).")
     progress: bool = Field(True, description="Show live progress.")
+    rollouts_every: int = Field(
+        10,
+        ge=0,
+        description="Updates between two files of training episodes with their credit; 0 is never.",
+    )
+    rollouts_tokens: bool = Field(False, description="Write the numbers of every token into these files.")
     transcripts: int = Field(8, ge=0, description="Sample episodes written out at the end.")

@@ -1,4 +1,7 @@
-"""Trajectories to a `Batch`: merge turns by prefix proof, pack segments into rows, place rows.
+"""Trajectories to a `Batch`: merge turns by prefix proof, deal trajectories to optimizer steps, pack, place.
+
+A mini-batch takes whole trajectories, dealt out at random, and packs its rows for itself. So the number of
+optimizer steps does not depend on how well the episodes pack, and an episode never spans two steps.
 
 Layout of the row axis. A micro-batch is ``R`` rows, the batch has room for ``M`` micro-batches, and row
 ``r`` of micro-batch ``m`` stands at index ``r * M + m``: reshaped to ``[R, M, T]``, the axis that is sharded
@@ -141,12 +144,12 @@ def make_batch(
     Args:
       trajectories: at most ``shape.trajectories``; discarded ones must not be among them.
       shape: the run's static sizes.
-      seed: numbers that decide the order of rows (run seed, update).
+      seed: numbers that decide which trajectories share an optimizer step (run seed, update, epoch).
       gamma: discount of ``turn_returns``.
 
     Returns:
-      ``(batch, layout)``. Trajectories in another order give the same segments; those of equal
-      length may trade places.
+      ``(batch, layout)``. The segments and their ``sequence_ids`` depend on the trajectories alone, the
+      split into optimizer steps on the seed.
 
     Raises:
       ValueError: too many trajectories or turns for ``shape``, or a discarded trajectory.
@@ -161,30 +164,70 @@ def make_batch(
                 f"a trajectory of {len(trajectory.turns)} turns exceeds env.max_turns={shape.turns}"
             )
     segments = [s for i, trajectory in enumerate(trajectories) for s in merge_turns(trajectory, i)]
-    rows = pack_rows([len(segment.tokens) for segment in segments], shape.row_tokens)
-    while len(rows) > shape.max_rows:
+    steps = _deal_segments(segments, shape, seed)
+    while sum(-(-len(rows) // shape.micro_rows) for rows in steps) > shape.micro_batches:
         shape = dataclasses.replace(shape, max_rows=2 * shape.max_rows)
-    order = np.random.default_rng(seed).permutation(len(rows))
-    places, minibatch_ids, bounds = _place_rows(len(rows), shape)
+    places, minibatch_ids, bounds = _place_rows([len(rows) for rows in steps], shape)
     fields = empty_fields(token=(shape.micro_rows * shape.micro_batches, shape.row_tokens))
-    for place, row in zip(places, order, strict=True):
-        _fill_row(fields, place, rows[row], segments)
+    rows = [row for rows in steps for row in rows]
+    for place, row in zip(places, rows, strict=True):
+        _fill_row(fields, place, row, segments)
     batch = Batch(minibatch_ids=minibatch_ids, **fields, **_trajectory_table(trajectories, shape, gamma))
     num_tokens = sum(len(segment.tokens) for segment in segments)
     return batch, Layout(bounds, len(rows), num_tokens, len(segments))
 
 
+def find_tokens(before: Batch, after: Batch) -> np.ndarray:
+    """Say where each token of a batch stood in another layout of the same trajectories.
+
+    Args:
+      before: one layout, on the host.
+      after: another one.
+
+    Returns:
+      int32[B T], for every token of ``after`` its place in ``before``, rows laid end to end; -1 at padding.
+    """
+    is_real = before.sequence_ids >= 0
+    begins = np.zeros(int(before.sequence_ids.max(initial=-1)) + 1, np.int32)
+    places = np.flatnonzero(is_real & (before.positions == 0))
+    begins[before.sequence_ids.ravel()[places]] = places
+    found = np.full(after.sequence_ids.shape, -1, np.int32)
+    kept = after.sequence_ids >= 0
+    found[kept] = begins[after.sequence_ids[kept]] + after.positions[kept]
+    return found
+
+
+def _deal_segments(
+    segments: Sequence[Segment], shape: BatchShape, seed: tuple[int, ...]
+) -> list[list[list[int]]]:
+    """Deal whole trajectories evenly to the optimizer steps and pack each step's segments into rows.
+
+    Returns:
+      Segment indices per row per step. Fewer steps than ``num_minibatches`` only where there are fewer
+      trajectories.
+    """
+    items_of: dict[int, list[int]] = {}
+    for item, segment in enumerate(segments):
+        items_of.setdefault(segment.trajectory, []).append(item)
+    order = np.random.default_rng(seed).permutation(list(items_of))
+    steps = []
+    for owners in np.array_split(order, max(1, min(shape.num_minibatches, len(order)))):
+        items = [item for owner in owners for item in items_of[int(owner)]]
+        rows = pack_rows([len(segments[item].tokens) for item in items], shape.row_tokens)
+        steps.append([[items[index] for index in row] for row in rows])
+    return [rows for rows in steps if rows]
+
+
 def _place_rows(
-    num_rows: int, shape: BatchShape
+    counts: Sequence[int], shape: BatchShape
 ) -> tuple[list[int], np.ndarray, tuple[tuple[int, int], ...]]:
-    """Spread rows evenly over mini-batches; each starts at a fresh micro-batch."""
+    """Place ``counts[j]`` rows for mini-batch ``j``; each mini-batch starts at a fresh micro-batch."""
     micro_batches, micro_rows = shape.micro_batches, shape.micro_rows
     minibatch_ids = np.full(micro_batches * micro_rows, -1, np.int32)
     places: list[int] = []
     bounds = []
     micro = 0
-    for j in range(min(shape.num_minibatches, num_rows)):
-        count = num_rows // shape.num_minibatches + (j < num_rows % shape.num_minibatches)
+    for j, count in enumerate(counts):
         for i in range(count):
             place = (i % micro_rows) * micro_batches + micro + i // micro_rows
             places.append(place)

@@ -37,6 +37,7 @@ class Learner:
     micro-batches ``[start, stop)``; ``recorded_scores(batch)`` takes what the engine recorded instead of
     scoring, and ``logprob_gap(batch, scores) -> (mean, max)`` measures how far the two are apart;
     ``entropy_drift(batch, before, after)`` is the change of the mean entropy between two scorings.
+    ``rearrange(scores, places)`` carries scores to another layout of the same trajectories (`find_tokens`).
     ``put(batch)`` moves a host batch onto the mesh.
 
     Where only adapters are trained, parameters are adapters everywhere here and ``base`` is what lies below
@@ -54,6 +55,7 @@ class Learner:
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     logprob_gap: Callable[[Batch, Scores], tuple[jax.Array, jax.Array]]
     entropy_drift: Callable[[Batch, Scores, Scores], jax.Array]
+    rearrange: Callable[[Scores, np.ndarray], Scores]
     needs_score: bool  # what the engine records is not enough
 
     def warm_up(self, state: TrainState, batch: Batch, reference: Params | None = None) -> None:
@@ -70,6 +72,7 @@ class Learner:
         self.entropy_drift(batch, scores, scores)
         recorded = self.recorded_scores(batch)
         scores = scores if self.needs_score else recorded
+        self.rearrange(scores, np.zeros(batch.tokens.shape, np.int32))
         jax.block_until_ready(self.update(state, batch, scores, self.credit(batch, scores), none, none))
 
 
@@ -142,6 +145,7 @@ def make_learner(
         update=above(jit(spec.update, donate_argnums=0, out_shardings=(shardings, whole))),
         logprob_gap=jit(_logprob_gap, out_shardings=whole),
         entropy_drift=jit(_entropy_drift, out_shardings=whole),
+        rearrange=jit(_rearrange, out_shardings=tokens),
         needs_score=has_reference or has_critic,
     )
 
@@ -173,6 +177,15 @@ def _logprob_gap(batch: Batch, scores: Scores) -> tuple[jax.Array, jax.Array]:
 def _entropy_drift(batch: Batch, before: Scores, after: Scores) -> jax.Array:
     """Mean over sampled tokens of the entropy after less the entropy before."""
     return _sampled_mean(batch, after.entropies - before.entropies)
+
+
+def _rearrange(scores: Scores, places: jax.Array) -> Scores:
+    """Scores where ``places`` says that their tokens stand now; zeros at padding."""
+
+    def move(stream: jax.Array) -> jax.Array:
+        return jnp.where(places >= 0, stream.reshape(-1)[jnp.maximum(places, 0)], jnp.float32(0.0))
+
+    return jax.tree.map(move, scores)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Learning curves: one PNG with six panels, drawn from a run's ``metrics.jsonl``."""
+"""Learning curves: one PNG with six panels, drawn from ``metrics.jsonl`` and ``summary.json`` of a run."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def plot_curves(run_dir: Path) -> Path:
     figure = Figure(figsize=(13, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3).flat
-    _success(next(panels), records)
+    _success(next(panels), records, held_out_points(run_dir, records))
     _line(next(panels), records, "entropy", "entropy (nats per token)", floor=0.0)
     _line(next(panels), records, "episode_turns", "turns per episode", floor=0.0)
     _modulation(next(panels), records)
@@ -64,15 +65,29 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
-def _success(axes: Any, records: Sequence[dict[str, Any]]) -> None:
-    recorded = _draw(axes, records, "success_rate", "train")
+def held_out_points(run_dir: Path, records: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """Success on the held-out panel by update: before training, during it, and after it."""
     updates, values = column(records, "eval_success")
-    if len(updates):
-        axes.plot(updates, values, "o--", color=HELD_OUT, label="held out", markersize=5, linewidth=1)
+    points = dict(zip(updates.tolist(), values.tolist(), strict=True))
+    path = run_dir / "summary.json"
+    if path.exists():
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        for when, update in (("before", 0), ("after", summary.get("updates", 0))):
+            if summary.get(f"eval_success_{when}") is not None:
+                points[update] = summary[f"eval_success_{when}"]
+    return dict(sorted(points.items()))
+
+
+def _success(axes: Any, records: Sequence[dict[str, Any]], held_out: dict[int, float]) -> None:
+    recorded = _draw(axes, records, "success_rate", "train")
+    if held_out:
+        line = {"color": HELD_OUT, "markersize": 5, "linewidth": 1}
+        axes.plot(list(held_out), list(held_out.values()), "o--", label="held out", **line)
     axes.set_ylim(-0.02, 1.02)
-    _finish(axes, "success", recorded or len(updates) > 0)
-    if recorded or len(updates):
-        axes.legend(loc="lower right", frameon=False)
+    _finish(axes, "success", recorded or len(held_out) > 0)
+    if recorded or held_out:
+        # Above the frame, where no curve can run through it.
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.1)
 
 
 def _modulation(axes: Any, records: Sequence[dict[str, Any]]) -> None:
@@ -88,7 +103,8 @@ def _line(
 ) -> None:
     recorded = _draw(axes, records, name, name)
     if recorded and floor is not None:
-        axes.set_ylim(bottom=floor)
+        # Room above: a line that falls from its start would run along the frame.
+        axes.set_ylim(floor, max(axes.get_ylim()[1], floor + 1e-3) * 1.05)
     _finish(axes, title, recorded)
 
 
@@ -105,6 +121,7 @@ def _draw(axes: Any, records: Sequence[dict[str, Any]], name: str, label: str) -
 def _finish(axes: Any, title: str, recorded: bool) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("update", fontsize=9)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if not recorded:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 # Metric -> (label, format); shown in this order when present.
 SHOWN: dict[str, tuple[str, str]] = {
@@ -54,16 +55,25 @@ class Progress:
         self._name, self._unit, self._total, self._done = "", "", 0, 0
         self._values: dict[str, float] = {}
         self._began = self._said = clock()
+        self._first: tuple[float, int] | None = None  # when the first units were done, and how many then were
 
-    def phase(self, name: str, total: int, unit: str) -> None:
-        """Begin a phase of ``total`` units, for example ``("warm start", 200, "updates")``."""
+    def phase(self, name: str, total: int, unit: str, *, done: int = 0) -> None:
+        """Begin a phase of ``total`` units, for example ``("warm start", 200, "updates")``.
+
+        Args:
+          name: what is done.
+          total: units in all.
+          unit: what is counted.
+          done: units that an earlier process did; they say nothing of this one's speed.
+        """
         self._finish()
-        self._name, self._unit, self._total, self._done, self._values = name, unit, total, 0, {}
+        self._name, self._unit, self._total, self._done, self._values = name, unit, total, done, {}
         self._began = self._said = self._clock()
+        self._first = None
         if self._live:
             self._bars = self._make_bars()
             self._bars.start()
-            self._task = self._bars.add_task(name, total=total, unit=unit, values="")
+            self._task = self._bars.add_task(name, total=total, completed=done, unit=unit, values="")
         elif self._enabled:
             self._print(f"{name}: {total} {unit}")
 
@@ -71,6 +81,8 @@ class Progress:
         """Count ``n`` more units and show the newest values (unknown names are not shown)."""
         self._done += n
         self._values |= values
+        if self._first is None:
+            self._first = self._clock(), self._done
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, advance=n, values=self._text(", "))
         elif self._enabled and self._name:
@@ -103,11 +115,11 @@ class Progress:
         self._bars, self._task, self._name = None, None, ""
 
     def _make_bars(self) -> RichProgress:
-        return RichProgress(
+        return _Bars(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}  [cyan]{task.fields[values]}"),
+            TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -129,12 +141,30 @@ class Progress:
             self._text(", "),
             _duration(elapsed),
         ]
-        if 0 < self._done < self._total:
-            parts.append(f"{_duration(elapsed / self._done * (self._total - self._done))} left")
+        if (left := self._seconds_left()) is not None:
+            parts.append(f"{_duration(left)} left")
         return ", ".join(part for part in parts if part)
+
+    def _seconds_left(self) -> float | None:
+        """Time left at this process's speed since its first units, which hold what is done only once."""
+        if self._first is None or not self._first[1] < self._done < self._total:
+            return None
+        when, count = self._first
+        return (self._clock() - when) / (self._done - count) * (self._total - self._done)
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
+
+
+class _Bars(RichProgress):
+    """Bars with the values below, so that a narrow terminal still shows how far the run is."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the bars, then one line of values for each."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["values"]:
+                yield Text(task.fields["values"], style="cyan", no_wrap=True, overflow="ellipsis")
 
 
 def _duration(seconds: float) -> str:

@@ -44,15 +44,18 @@ def describe_update(
       engine: the engine's counts during the update.
       credit: metrics of the credit assignment.
       steps: metrics of each optimizer step, with their token counts.
-      seconds: wall time of the update, rollout included.
+      seconds: wall time of the whole cycle: rollout, credit and optimizer steps.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     values = reduce_metrics((dict(step), float(step["tokens"])) for step in steps)
     values.pop("tokens", None)
+    left_out = 0.0
     for guard in ("nonfinite", "kl_exceeded"):
         values.pop(guard, None)
         values[f"{guard}_steps"] = float(sum(float(step[guard]) for step in steps))
+        left_out += values[f"{guard}_steps"]
     values |= {name: float(value) for name, value in credit.items()}
+    num_tokens = sum(len(turn.response_tokens) for turn in turns)
     values |= {
         "success_rate": float(np.mean([t.is_success for t in trajectories])),
         "episode_return": float(np.mean([t.episode_return for t in trajectories])),
@@ -63,12 +66,13 @@ def describe_update(
         "episodes_trained": float(len(trajectories)),
         "lag": float(np.mean([version - turn.version for turn in turns])),
         "tokens_sampled": float(engine.sampled_tokens),
-        "tokens_trained": float(sum(len(turn.response_tokens) for turn in turns)),
+        "optimizer_steps": len(steps) - left_out,
+        "tokens_trained": float(round(num_tokens * values["correction_kept"])),
         "tokens_prefilled": float(engine.prefilled_tokens),
         "tokens_per_second": engine.sampled_tokens / seconds,
         "slot_occupancy": engine.occupancy,
         "packing_efficiency": layout.num_tokens / (layout.num_rows * shape.row_tokens),
-        "seconds_update": seconds,
+        "seconds_cycle": seconds,
     }
     for name in sorted({name for t in trajectories for name in t.metrics}):
         values[f"env_{name}"] = float(np.mean([t.metrics[name] for t in trajectories if name in t.metrics]))
@@ -98,8 +102,11 @@ def write_results(
     summary |= {"seed": config.seed, "algorithm": config.algorithm.name}
     summary["modulation"] = config.algorithm.modulation
     wins = [summary.get(f"eval_wins_{when}", "") for when in ("before", "after")]
-    if len(wins[0]) == len(wins[1]) >= 2:
-        summary["eval_gain_interval"] = [round(bound, 4) for bound in paired_interval(*wins)]
+    if len(wins[0]) == len(wins[1]) >= 1:
+        interval = paired_interval(*wins)
+        summary["eval_gain_interval"] = None if interval is None else [round(bound, 4) for bound in interval]
+    summary.setdefault("tokens_sampled", 0)
+    summary.setdefault("trajectories", {})
     write_json_atomic(run_dir / "summary.json", summary)
     plot_curves(run_dir)
     if config.log.transcripts:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
 
+Z = 1.959964  # of the normal distribution, for 95 %
 # Rows of the before/after table: key stem in summary.json -> (label, format).
 COMPARED: dict[str, tuple[str, str]] = {
     "eval_success": ("success", "{:.1%}"),
@@ -43,45 +43,88 @@ def _comparison(summary: Mapping[str, Any]) -> Table:
         cells = ["-" if value is None else template.format(value) for value in values]
         if stem == "eval_success" and tasks:
             cells = [
-                cell if value is None else f"{cell} ± {half_width(value, tasks):.1%}"
+                cell if value is None else f"{cell} {_interval(wilson_interval(round(value * tasks), tasks))}"
                 for cell, value in zip(cells, values, strict=True)
             ]
         before, after = values
         change = _change(before, after, template)
-        if stem == "eval_success" and summary.get("eval_gain_interval"):
-            low, high = summary["eval_gain_interval"]
-            change += f" [{low * 100:+.1f}, {high * 100:+.1f}]"
+        if stem == "eval_success" and "eval_gain_interval" in summary:
+            interval = summary["eval_gain_interval"]
+            change += " (n/a)" if interval is None else f" {_interval(interval, sign='+')}"
         table.add_row(label, *cells, change)
     return table
 
 
-def paired_interval(before: str, after: str) -> tuple[float, float]:
-    """The 95 % interval of the gain in success rate, the same tasks attempted before and after.
+def paired_interval(before: str, after: str) -> tuple[float, float] | None:
+    """Compute the 95 % interval of the gain in success rate, the same tasks attempted before and after.
 
-    Tasks are the units: the interval is that of the mean of their differences (-1, 0 or 1; normal
-    approximation, standard deviation with ddof 1), so what makes a task easy or hard cancels.
+    Only tasks whose result changed say anything (McNemar). Given how many changed, those that changed for
+    the better are binomial; the bounds are exact (Clopper-Pearson), however few they are.
 
     Args:
       before: ``1`` or ``0`` for every task, in a fixed order.
       after: the same tasks later.
 
     Returns:
-      Lower and upper bound.
+      Lower and upper bound; None where no result changed, so that there is no interval.
 
     Raises:
-      ValueError: the two are not of the same tasks, or of fewer than two.
+      ValueError: the two are not of the same tasks, or there are none.
     """
-    if len(before) != len(after) or len(before) < 2:
+    if len(before) != len(after) or not before:
         raise ValueError(f"{len(before)} tasks before and {len(after)} after cannot be paired")
-    gains = [int(late) - int(early) for early, late in zip(before, after, strict=True)]
-    mean = statistics.fmean(gains)
-    half = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains))
-    return mean - half, mean + half
+    pairs = list(zip(before, after, strict=True))
+    gained, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
+    changed = gained + lost
+    if changed == 0:
+        return None
+    low, high = exact_interval(gained, changed)
+    return (2 * low - 1) * changed / len(pairs), (2 * high - 1) * changed / len(pairs)
 
 
-def half_width(rate: float, count: int) -> float:
-    """Half of the 95 % interval of a success rate over ``count`` independent tasks (normal approximation)."""
-    return 1.96 * math.sqrt(rate * (1 - rate) / count)
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
+    """Compute Wilson's 95 % interval of a success rate: not empty at 0 and at 1, unlike the normal one.
+
+    Args:
+      count: successes.
+      total: independent tasks, at least 1.
+    """
+    rate, z2 = count / total, Z * Z
+    center = (rate + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z / (1 + z2 / total) * math.sqrt(rate * (1 - rate) / total + z2 / (4 * total * total))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def exact_interval(count: int, total: int) -> tuple[float, float]:
+    """Compute the exact 95 % interval of a binomial rate (Clopper-Pearson).
+
+    Args:
+      count: successes.
+      total: trials, at least 1.
+    """
+    low = 0.0 if count == 0 else 1 - _rate_at(total - count, total)
+    high = 1.0 if count == total else _rate_at(count, total)
+    return low, high
+
+
+def _rate_at(count: int, total: int) -> float:
+    """The rate at which ``count`` successes or fewer have the chance 2.5 %; by bisection."""
+    weights = [math.comb(total, k) for k in range(count + 1)]
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        rate = (low + high) / 2
+        # Logarithms, since powers of a small rate underflow; a binomial coefficient may be huge.
+        logs = [
+            math.log(weight) + k * math.log(rate) + (total - k) * math.log1p(-rate)
+            for k, weight in enumerate(weights)
+        ]
+        low, high = (rate, high) if sum(map(math.exp, logs)) > 0.025 else (low, rate)
+    return (low + high) / 2
+
+
+def _interval(bounds: Sequence[float], *, sign: str = "") -> str:
+    low, high = bounds
+    return f"[{low * 100:{sign}.1f}, {high * 100:{sign}.1f}]"
 
 
 def _change(before: float | None, after: float | None, template: str) -> str:

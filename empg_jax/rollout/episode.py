@@ -14,6 +14,9 @@ from typing import Any
 from empg_jax.engine.engine import Response
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.types import Outcome, Status, Trajectory, Turn
+from empg_jax.workers.faults import Tell
+
+MAX_DETAIL = 500  # characters of a failure's text in the diary; a traceback for every episode would fill it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,16 +32,14 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EpisodeRules:
-    """What ends an episode and what it costs.
+    """What ends an episode.
 
     Attributes:
       max_turns: responses after which the episode is truncated.
-      invalid_penalty: subtracted from the reward of a turn whose response was no action.
       timeout_outcome: ``discard`` or ``zero``: what becomes of an episode that overran its time.
     """
 
     max_turns: int
-    invalid_penalty: float = 0.0
     timeout_outcome: str = "discard"
 
 
@@ -106,16 +107,15 @@ class Episode:
     def _take_response(self, reward: float) -> Response:
         response = self._response
         assert response is not None, "the environment answered before the policy acted"
-        penalty = 0.0 if self._is_valid else self._rules.invalid_penalty
         self._turns.append(
             Turn(
                 prompt_tokens=response.prompt_tokens,
                 response_tokens=response.tokens,
                 behavior_logprobs=response.logprobs,
                 entropies=response.entropies,
-                reward=float(reward) - penalty,
+                reward=float(reward),
                 version=response.version,
-                anchor=_anchor(self._observation),
+                anchor=anchor_of(self._observation),
                 is_valid=self._is_valid,
                 finish_reason=response.finish_reason,
                 observation=self._observation,
@@ -136,7 +136,6 @@ class Episode:
         *,
         detail: str = "",
     ) -> Trajectory:
-        trained = status is Status.TRAINED
         return Trajectory(
             task=self.attempt.task,
             split=self.attempt.split,
@@ -144,7 +143,7 @@ class Episode:
             member=self.attempt.member,
             turns=tuple(self._turns),
             outcome=Outcome(status, reason, detail),
-            episode_return=sum(turn.reward for turn in self._turns) if trained else 0.0,
+            episode_return=float(sum(turn.reward for turn in self._turns)),
             is_success=won,
             terminated=terminated,
             truncated=truncated,
@@ -152,6 +151,19 @@ class Episode:
         )
 
 
-def _anchor(observation: str) -> int:
-    """A stable key of an observation: equal texts, equal keys, in every process."""
+def tell_discarded(tell: Tell, attempt: Attempt, outcome: Outcome) -> None:
+    """Tell the run's diary of an attempt that nothing is learned from."""
+    tell(
+        "episode_discarded",
+        reason=outcome.reason,
+        split=attempt.split,
+        task=attempt.task,
+        group_id=attempt.group_id,
+        member=attempt.member,
+        detail=outcome.detail[:MAX_DETAIL],
+    )
+
+
+def anchor_of(observation: str) -> int:
+    """Hash an observation: equal texts have equal keys, in every process."""
     return int.from_bytes(hashlib.blake2b(observation.encode(), digest_size=8).digest(), "big")

@@ -10,9 +10,10 @@ import numpy as np
 from empg_jax.engine.engine import Engine
 from empg_jax.errors import RunError
 from empg_jax.rollout.collector import Collector
-from empg_jax.rollout.episode import Attempt
+from empg_jax.rollout.episode import Attempt, tell_discarded
 from empg_jax.rollout.source import MAX_RETRIES
 from empg_jax.types import Params, Trajectory
+from empg_jax.workers.faults import Tell, tell_nobody
 
 
 class EvaluationError(RunError):
@@ -40,11 +41,14 @@ class Evaluator:
       engine: that engine, at ``eval.temperature``.
       split: panel of tasks.
       num_tasks: its first so many tasks are attempted.
+      tell: takes an event for every attempt that was discarded.
     """
 
-    def __init__(self, collector: Collector, engine: Engine, *, split: str, num_tasks: int) -> None:
+    def __init__(
+        self, collector: Collector, engine: Engine, *, split: str, num_tasks: int, tell: Tell = tell_nobody
+    ) -> None:
         self.engine, self.num_tasks = engine, num_tasks
-        self._collector, self._split = collector, split
+        self._collector, self._split, self._tell = collector, split, tell
 
     def run(
         self,
@@ -71,7 +75,9 @@ class Evaluator:
                 if trajectory.outcome.is_trained:
                     found[attempt.task] = trajectory
                     advance(1, {})
-                elif attempt.retry + 1 < MAX_RETRIES:
+                    continue
+                tell_discarded(self._tell, attempt, trajectory.outcome)
+                if attempt.retry + 1 < MAX_RETRIES:
                     self._collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
                 else:
                     self._collector.cancel_all()

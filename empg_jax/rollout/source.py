@@ -18,11 +18,12 @@ import numpy as np
 
 from empg_jax.rollout.buffer import ReplayBuffer
 from empg_jax.rollout.collector import Collector
-from empg_jax.rollout.episode import Attempt
-from empg_jax.types import Status, Trajectory
+from empg_jax.rollout.episode import Attempt, tell_discarded
+from empg_jax.types import Outcome, Status, Trajectory
+from empg_jax.workers.faults import Tell, tell_nobody
 
 MAX_RETRIES = 3
-# Returns that differ by less are equal: taking a penalty off and putting it back rounds.
+# Returns that differ by less are equal: sums of the same rewards in another order round differently.
 SAME_RETURN = 1e-6
 
 
@@ -45,19 +46,9 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def is_uniform(group: Sequence[Trajectory], invalid_penalty: float) -> bool:
-    """Whether all attempts of a group returned the same, before the penalty of invalid actions.
-
-    Args:
-      group: trained or scored-zero trajectories, at least one.
-      invalid_penalty: what the rewards lost for each action that was not valid.
-    """
-    returns = [
-        t.episode_return + invalid_penalty * sum(not turn.is_valid for turn in t.turns)
-        if t.outcome.status is Status.TRAINED
-        else t.episode_return
-        for t in group
-    ]
+def is_uniform(group: Sequence[Trajectory]) -> bool:
+    """Whether all attempts of a group returned the same: raw returns, as `mixed_groups` sees them."""
+    returns = [trajectory.episode_return for trajectory in group]
     return max(returns) - min(returns) < SAME_RETURN
 
 
@@ -67,11 +58,9 @@ class GroupFilter:
 
     Attributes:
       max_refills: batches' worth of groups that may be replaced before each update; later ones count.
-      invalid_penalty: the penalty that the returns are compared without.
     """
 
     max_refills: int
-    invalid_penalty: float = 0.0
 
 
 class Interrupted(Exception):  # a request, not an error
@@ -92,6 +81,12 @@ class GroupSource:
       min_group_size: attempts that suffice to close a group once ``group_timeout`` is over; None: all.
       group_timeout: seconds from a group's admission to its deadline.
       group_filter: replace groups of equal returns; None lets every group count.
+      tell: takes episodes that are discarded and groups that are replaced.
+
+    Attributes:
+      outcomes: episodes that ended since the start of the run, by ``status:reason``.
+      failed_groups: groups given up because of their task, since this object was made.
+      metrics: of the batch that left last; empty without a filter.
     """
 
     def __init__(
@@ -104,13 +99,15 @@ class GroupSource:
         min_group_size: int | None = None,
         group_timeout: float = 300.0,
         group_filter: GroupFilter | None = None,
+        tell: Tell = tell_nobody,
     ) -> None:
         self.collector, self.buffer, self.order = collector, buffer, order
         self.outcomes: collections.Counter[str] = collections.Counter()
-        self.metrics: dict[str, float] = {}  # of the batch that left last; empty without a filter
+        self.failed_groups = 0
+        self.metrics: dict[str, float] = {}
         self._groups_per_batch = groups_per_batch
         self._min_group_size, self._group_timeout = min_group_size, group_timeout
-        self._filter = group_filter
+        self._filter, self._tell = group_filter, tell
         self._replaced = 0  # groups since the last batch
         self._next_group = 0
         self._open: dict[int, set[int]] = {}  # group -> members that are still to come
@@ -129,7 +126,7 @@ class GroupSource:
         while True:
             for group_id in self.buffer.drop_stale(version):
                 self.collector.cancel(group_id)
-                self._forget(group_id)
+                self._replace(group_id, "stale")
             self._admit()
             batch = self.buffer.release(self._groups_per_batch)
             if batch is not None:
@@ -157,6 +154,8 @@ class GroupSource:
 
     def _finish(self, attempt: Attempt, trajectory: Trajectory) -> None:
         self.outcomes[f"{trajectory.outcome.status}:{trajectory.outcome.reason}"] += 1
+        if not trajectory.outcome.is_trained:
+            tell_discarded(self._tell, attempt, trajectory.outcome)
         if attempt.group_id not in self._open:  # its group was given up or closed meanwhile
             return
         if trajectory.outcome.is_trained:
@@ -168,9 +167,9 @@ class GroupSource:
             self.buffer.stats.refilled += 1
             self.collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
         else:  # the task itself is broken: another group takes its place
+            self.failed_groups += 1
             self.collector.cancel(attempt.group_id)
-            self.buffer.forget(attempt.group_id)
-            self._forget(attempt.group_id)
+            self._replace(attempt.group_id, "failed")
 
     def _close_late_groups(self) -> None:
         if self._min_group_size is None:
@@ -179,7 +178,9 @@ class GroupSource:
         for group_id, missing in list(self._open.items()):
             present = self.buffer.group_size - len(missing)
             if missing and now > self._deadlines[group_id] and present >= self._min_group_size:
-                self.outcomes["discarded:group_closed"] += len(self.collector.cancel(group_id))
+                for attempt in self.collector.cancel(group_id):
+                    self.outcomes["discarded:group_closed"] += 1
+                    tell_discarded(self._tell, attempt, Outcome(Status.DISCARDED, "group_closed"))
                 missing.clear()
                 self.buffer.close_group(group_id)
                 self._replace_uniform(group_id)
@@ -188,17 +189,23 @@ class GroupSource:
         """Drop a complete group whose returns are all equal, so that another one is admitted."""
         if self._filter is None or self._replaced >= self._filter.max_refills * self._groups_per_batch:
             return
-        if is_uniform(self.buffer.members(group_id), self._filter.invalid_penalty):
+        if is_uniform(self.buffer.members(group_id)):
             self._replaced += 1
-            self.buffer.forget(group_id)
-            self._forget(group_id)
+            self._replace(group_id, "uniform")
+
+    def _replace(self, group_id: int, reason: str) -> None:
+        """Give up a group; the next admission puts another one in its place."""
+        task = self.order.task_of(group_id)
+        self._tell("group_replaced", reason=reason, group_id=group_id, split=self.order.split, task=task)
+        self.buffer.forget(group_id)
+        self._forget(group_id)
 
     def _describe(self, batch: list[Trajectory]) -> None:
         """Set the metrics of a batch that leaves, and begin to count anew."""
         if self._filter is None:
             return
         groups = [list(group) for _, group in itertools.groupby(batch, key=lambda t: t.group_id)]
-        uniform = sum(is_uniform(group, self._filter.invalid_penalty) for group in groups)
+        uniform = sum(is_uniform(group) for group in groups)
         self.metrics = {"groups_replaced": float(self._replaced), "groups_uniform": float(uniform)}
         self._replaced = 0
 

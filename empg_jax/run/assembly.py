@@ -47,6 +47,7 @@ from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer, load_tokenizer
 from empg_jax.text.vocabulary import check_vocabulary
+from empg_jax.workers.faults import Tell, tell_nobody
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
 
 if TYPE_CHECKING:
@@ -225,8 +226,8 @@ def make_engine(
     )
 
 
-def make_pool(config: Config) -> EnvPool:
-    """The environment workers, started."""
+def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
+    """Start the environment workers; ``tell`` takes their faults."""
     w = config.workers
     timeouts = PoolTimeouts(start=w.start_timeout, reset=w.reset_timeout, step=w.step_timeout)
     return EnvPool(
@@ -235,6 +236,7 @@ def make_pool(config: Config) -> EnvPool:
         num_workers=w.num,
         timeouts=timeouts,
         memory_limit_mb=w.memory_limit_mb,
+        tell=tell,
     )
 
 
@@ -242,7 +244,7 @@ def make_collector(
     config: Config, engine: Engine, pool: EnvPool, language: Language, *, stream: int, first_handle: int = 0
 ) -> Collector:
     """A collector for training (``stream`` 0) or evaluation (1)."""
-    rules = EpisodeRules(config.env.max_turns, config.env.invalid_penalty, config.env.timeout_outcome)
+    rules = EpisodeRules(config.env.max_turns, config.env.timeout_outcome)
     return Collector(
         engine,
         pool,
@@ -281,14 +283,15 @@ def make_evaluator(
     collector = make_collector(
         config, engine, pool, language, stream=EVALUATION_STREAM, first_handle=first_handle
     )
-    return Evaluator(collector, engine, split=split, num_tasks=min(config.eval.tasks, pool.splits[split]))
+    num_tasks = min(config.eval.tasks, pool.splits[split])
+    return Evaluator(collector, engine, split=split, num_tasks=num_tasks, tell=pool.tell)
 
 
 def make_group_filter(config: Config) -> GroupFilter | None:
     """Dynamic sampling, if it is switched on."""
     if not config.rollout.filter_groups:
         return None
-    return GroupFilter(config.rollout.max_refills, config.env.invalid_penalty)
+    return GroupFilter(config.rollout.max_refills)
 
 
 def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe:
@@ -354,18 +357,20 @@ def needs_reference(config: Config) -> bool:
 def make_batch_shape(config: Config) -> BatchShape:
     """The static sizes of every training batch.
 
-    A transcript needs at most one row per trajectory, a window at most one per turn.
+    A transcript needs at most one row per trajectory, a window at most one per turn. Each mini-batch has
+    room for the largest share of trajectories, so that no split of them outgrows the batch.
     """
-    r = config.rollout
+    r, num_minibatches = config.rollout, config.train.num_minibatches
     trajectories = r.tasks_per_update * r.group_size
-    rows = trajectories * (config.env.max_turns if config.env.context == "window" else 1)
+    share = -(-trajectories // num_minibatches)
+    rows = share * num_minibatches * (config.env.max_turns if config.env.context == "window" else 1)
     return BatchShape(
         trajectories=trajectories,
         turns=config.env.max_turns,
         row_tokens=r.max_tokens,
         micro_rows=micro_rows(config),
         max_rows=rows,
-        num_minibatches=config.train.num_minibatches,
+        num_minibatches=num_minibatches,
     )
 
 

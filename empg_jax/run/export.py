@@ -21,7 +21,7 @@ from empg_jax.types import Params
 
 
 class ExportError(UserError):
-    """A policy could not be exported; nothing was written."""
+    """What was asked for cannot be exported; nothing was written."""
 
 
 def export_run(

@@ -38,6 +38,24 @@ def create_run_dir(config: Config) -> Path:
     raise ConfigError(f"runs/{config.name}-{stamp} and its numbered siblings exist: set run_dir")
 
 
+def is_finished(run_dir: Path, config: Config) -> bool:
+    """Say whether a run that is to be resumed has nothing left to do.
+
+    Raises:
+      ConfigError: it has made more updates than it is asked for; they cannot be unmade.
+    """
+    folder = Path(config.checkpoint.dir or run_dir / "checkpoints")
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    made, wanted = max(steps, default=0), config.train.updates
+    if wanted < made:
+        raise ConfigError(
+            f"train.updates={wanted}: the run {run_dir} has made {made} updates already; give "
+            f"train.updates={made} or more"
+        )
+    summary = run_dir / "summary.json"  # written when all is done
+    return summary.exists() and json.loads(summary.read_text(encoding="utf-8")).get("updates") == wanted
+
+
 def write_run_info(run_dir: Path, config: Config, *, resumed: bool = False) -> None:
     """Write ``config.yaml`` (resolved) and ``environment.json``.
 

@@ -21,6 +21,7 @@ from empg_jax.learner.update import Learner, make_learner
 from empg_jax.metrics import MetricsLog
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
+from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import RunRecord
 from empg_jax.rollout.buffer import ReplayBuffer
@@ -44,6 +45,7 @@ from empg_jax.run.folder import add_run_info
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
 from empg_jax.run.weights import make_base, make_params
 from empg_jax.types import Params, Trajectory
+from empg_jax.workers.faults import Tell
 from empg_jax.workers.pool import EnvPool
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class Parts:
     evaluator: Evaluator
     checkpoints: Checkpoints
     progress: Progress
+    events: EventLog
     log: MetricsLog
     clock: PhaseClock
     compiles: CompileCounter
@@ -141,6 +144,7 @@ def open_run(
     pool: EnvPool,
     *,
     progress: Progress,
+    events: EventLog,
     compiles: CompileCounter,
     stop: StopRequest,
     is_resumed: bool,
@@ -161,7 +165,7 @@ def open_run(
         shape = make_batch_shape(config)
         learner, schedule, state = _start_learner(config, model, shape)
         engine, eval_engine = _start_engines(config, learner, language, state.params)
-        source = _make_source(config, engine, pool, language)
+        source = _make_source(config, engine, pool, language, tell=events.tell)
         evaluator = make_evaluator(config, eval_engine, pool, language, first_handle=engine.config.slots)
     if config.model.path is not None:
         announce_model(config, run_dir, learner, language, state.params, say=progress.message)
@@ -171,6 +175,7 @@ def open_run(
         restored = restore_state(config, checkpoints, learner)
         check_base(restored.progress.get("base"), base_checksum)
         run = _go_on(restored, source, clock)
+        events.update = run.update
         run.reference = _find_reference(config, run, checkpoints, learner)
         progress.message(f"resumed at update {run.update} of {config.train.updates}")
     log = MetricsLog(
@@ -191,6 +196,7 @@ def open_run(
         evaluator=evaluator,
         checkpoints=checkpoints,
         progress=progress,
+        events=events,
         log=log,
         clock=clock,
         compiles=compiles,
@@ -242,7 +248,9 @@ def _start_engines(
     return engine, eval_engine
 
 
-def _make_source(config: Config, engine: Engine, pool: EnvPool, language: Language) -> GroupSource:
+def _make_source(
+    config: Config, engine: Engine, pool: EnvPool, language: Language, *, tell: Tell
+) -> GroupSource:
     if config.env.split not in pool.splits:
         raise ConfigError(
             f"env.split={config.env.split} does not exist; the environment has {', '.join(pool.splits)}"
@@ -255,6 +263,7 @@ def _make_source(config: Config, engine: Engine, pool: EnvPool, language: Langua
         min_group_size=config.rollout.min_group_size,
         group_timeout=config.rollout.episode_timeout,
         group_filter=make_group_filter(config),
+        tell=tell,
     )
 
 

@@ -59,7 +59,8 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
       warn: takes a line for the person.
 
     Raises:
-      CheckpointError: there is no run or no usable checkpoint at the path, or its adapters belong to another
+      ConfigError: there is no run at the path.
+      CheckpointError: there is no usable checkpoint at the path, or its adapters belong to another
         base.
     """
     from empg_jax.config import load_config

@@ -1,17 +1,28 @@
-"""What can go wrong with an environment, how it is counted, and when enough is enough."""
+"""Faults of environments: their reasons, their counts, and the limits beyond which a pool gives up."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import logging
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from empg_jax.errors import RunError
 
 logger = logging.getLogger(__name__)
 
 Reason = Literal["env_error", "env_garbage", "timeout", "worker_died", "nondeterministic", "quarantined"]
+
+
+class Tell(Protocol):
+    """Takes an event: its name, and what there is to say of it."""
+
+    def __call__(self, event: str, /, **fields: Any) -> None:
+        """Note one event."""
+
+
+def tell_nobody(event: str, /, **fields: Any) -> None:
+    """Take an event where nobody keeps a diary."""
 
 
 class PoolError(RunError):
@@ -93,16 +104,16 @@ class PoolStats:
     failures: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for logs and ``summary.json``."""
+        """Return plain numbers, for the output of benchmarks."""
         return {**vars(self), "failures": dict(self.failures)}
 
 
 class FaultLedger:
     """Remembers how episodes ended: which tasks to leave alone, and when to stop altogether."""
 
-    def __init__(self, policy: FaultPolicy):
-        """Starts with a clean record."""
-        self._policy = policy
+    def __init__(self, policy: FaultPolicy, tell: Tell = tell_nobody):
+        """Start with a clean record; ``tell`` hears of tasks that are given up."""
+        self._policy, self._tell = policy, tell
         self._in_a_row: collections.Counter[tuple[str, int]] = collections.Counter()
         self._window: collections.deque[str] = collections.deque(maxlen=policy.breaker_window)
         self._last: dict[str, str] = {}
@@ -132,6 +143,7 @@ class FaultLedger:
                 "task %s/%d is quarantined after %d failures in a row; the last: %s: %s",
                 *(split, index, self._policy.quarantine_after, failure.reason, failure.detail),
             )
+            self._tell("task_quarantined", split=split, task=index, reason=failure.reason)
 
     def check(self) -> None:
         """Stops a pool in which most episodes fail.

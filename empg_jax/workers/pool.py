@@ -30,6 +30,8 @@ from empg_jax.workers.faults import (
     PoolStats,
     PoolTimeouts,
     Reason,
+    Tell,
+    tell_nobody,
 )
 from empg_jax.workers.record import EpisodeRecord
 from empg_jax.workers.supervisor import Supervisor
@@ -68,6 +70,7 @@ class EnvPool:
     Attributes:
       splits: number of tasks by split, as the environment tells it.
       stats: counts so far.
+      tell: takes the events of this pool, and of those who run episodes in it.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class EnvPool:
         timeouts: PoolTimeouts | None = None,
         memory_limit_mb: int | None = None,
         faults: FaultPolicy | None = None,
+        tell: Tell = tell_nobody,
     ):
         """Starts the workers and waits until all are ready.
 
@@ -91,6 +95,7 @@ class EnvPool:
             commands. As a guard against a sudden leap inside a command, its address space is limited
             to twice this plus 512 MiB (it always exceeds resident memory: libraries, thread stacks).
           faults: when to give up on a task or on everything.
+          tell: takes restarts of workers and tasks that are given up.
 
         Raises:
           ValueError: ``num_workers`` below 1.
@@ -98,11 +103,11 @@ class EnvPool:
         """
         if num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}; expected at least 1")
-        self.stats = PoolStats()
+        self.stats, self.tell = PoolStats(), tell
         policy = faults or FaultPolicy()
         address_space = None if memory_limit_mb is None else 2 * memory_limit_mb + 512
         hello = {"env": env, "options": dict(options or {}), "memory_limit_mb": address_space}
-        self._ledger = FaultLedger(policy)
+        self._ledger = FaultLedger(policy, tell)
         self._waiting: set[int] = set()  # handles with a request that is not answered
         self._ready: list[EnvReply] = []
         self._is_closed = False
@@ -116,6 +121,7 @@ class EnvPool:
                 memory_limit_mb=memory_limit_mb,
                 selector=self._selector,
                 stats=self.stats,
+                tell=tell,
                 sink=self,
             )
             for number in range(num_workers)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from empg_jax.workers.faults import FaultPolicy, PoolError, PoolStats, PoolTimeouts, Reason
+from empg_jax.workers.faults import FaultPolicy, PoolError, PoolStats, PoolTimeouts, Reason, Tell
 from empg_jax.workers.process import KILL_SECONDS, ProtocolError, WorkerProcess
 from empg_jax.workers.record import EpisodeRecord
 
@@ -72,6 +72,7 @@ class Supervisor:
         memory_limit_mb: int | None,
         selector: selectors.BaseSelector,
         stats: PoolStats,
+        tell: Tell,
         sink: Sink,
     ):
         """Takes a place; `pump` starts the process."""
@@ -81,6 +82,7 @@ class Supervisor:
         self.is_ready = False
         self._hello, self._timeouts, self._policy = dict(hello), timeouts, policy
         self._memory_limit, self._selector, self._stats, self._sink = memory_limit_mb, selector, stats, sink
+        self._tell = tell
         self._process: WorkerProcess | None = None
         self._queue: list[EpisodeRecord] = []  # with a request that is not sent
         self._inflight: collections.deque[_Command] = collections.deque()
@@ -278,6 +280,7 @@ class Supervisor:
             self._fail(head.episode, reason, detail)
         logger.info("worker %d is replaced: %s (%s)", self.number, reason, how)
         self._stats.restarts += 1
+        self._tell("worker_restarted", worker=self.number, reason=reason, detail=how)
         self._start_at = time.monotonic() + self._policy.wait_before_start(self._barren)
         self._barren += 1
         self._orphan()
@@ -294,6 +297,7 @@ class Supervisor:
         self.hang_up()
         self._stop(KILL_SECONDS)
         self._stats.recycled += 1
+        self._tell("worker_restarted", worker=self.number, reason="memory", detail="")
         self._orphan()
         self._start()
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from empg_jax.assembly import describe_algorithm, make_algorithm_from
-from empg_jax.replay.batching import BatchShape, make_batch
 
 from empg_jax.algorithms import ALGORITHMS
 from empg_jax.algorithms.recipes import RECIPES
 from empg_jax.config import load_config
+from empg_jax.learner.batching import BatchShape, make_batch
+from empg_jax.run.assembly import describe_algorithm, make_algorithm_from
 from empg_jax.types import Outcome, Scores, Status
 from tests.episodes import Episodes
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from empg_jax.learner.batching import BatchShape, make_batch, merge_turns, pack_rows
+from empg_jax.learner.batching import BatchShape, find_tokens, make_batch, merge_turns, pack_rows
 from empg_jax.types import Outcome, Status
 from tests.episodes import Episodes, entropy_of, logprob_of
 
@@ -119,7 +119,7 @@ def test_every_sampled_token_appears_exactly_once(plans, micro_rows, num_minibat
     assert found == wanted
     assert layout.num_tokens == np.sum(batch.segment_ids > 0)
     check_segments(batch, layout)
-    check_rows(batch, layout, shape)
+    check_rows(batch, layout, shape, len(trajectories))
 
 
 def check_segments(batch, layout):
@@ -140,24 +140,66 @@ def check_segments(batch, layout):
         assert not np.any(getattr(batch, name)[padding])
 
 
-def check_rows(batch, layout, shape):
-    """Mini-batches own contiguous micro-batches, of even size; row r of micro-batch m is at r * M + m."""
+def check_rows(batch, layout, shape, num_trajectories):
+    """Mini-batches own contiguous micro-batches and trajectories; row r of micro-batch m is r * M + m."""
     micro_batches = len(batch.tokens) // shape.micro_rows
     ids = batch.minibatch_ids.reshape(shape.micro_rows, micro_batches)
     real = (batch.segment_ids > 0).any(axis=1).reshape(ids.shape)
     np.testing.assert_array_equal(real, ids >= 0)
     assert real.sum() == layout.num_rows
-    assert len(layout.bounds) == min(layout.num_rows, shape.num_minibatches)
-    before, sizes = 0, []
+    assert len(layout.bounds) == min(num_trajectories, shape.num_minibatches)
+    before = 0
     for j, (start, stop) in enumerate(layout.bounds):
         assert start == before < stop
         assert set(ids[:, start:stop].ravel()) <= {j, -1}
-        sizes.append((ids == j).sum())
-        assert sizes[-1] == (ids[:, start:stop] == j).sum()
+        assert (ids == j).sum() == (ids[:, start:stop] == j).sum()
         before = stop
     assert np.all(ids[:, before:] == -1)
-    if sizes:
-        assert max(sizes) - min(sizes) <= 1
+    owned = owners_of_steps(batch)
+    sizes = [len(owners) for owners in owned.values()]
+    assert sum(sizes) == num_trajectories  # nobody stands in two steps
+    assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+def owners_of_steps(batch):
+    """Trajectories by optimizer step."""
+    owned = collections.defaultdict(set)
+    for b, t in np.argwhere(batch.loss_mask):
+        owned[int(batch.minibatch_ids[b])].add(int(batch.trajectory_ids[b, t]))
+    return dict(sorted(owned.items()))
+
+
+@pytest.mark.parametrize("kind", ["transcript", "window"])
+def test_short_episodes_make_as_many_steps_as_long_ones(kind):
+    """All four would fit in one row of 64."""
+    episodes = Episodes()
+    made = [getattr(episodes, kind)([(2, 2), (2, 2)], group_id=i // 2, member=i % 2) for i in range(4)]
+    batch, layout = make_batch(made, BatchShape(4, 4, 64, 2, 4, num_minibatches=4), seed=(0,))
+    assert len(layout.bounds) == 4
+    assert [len(owners) for owners in owners_of_steps(batch).values()] == [1, 1, 1, 1]
+
+
+def test_every_epoch_splits_anew_and_the_same_seed_splits_alike():
+    episodes = Episodes()
+    made = [episodes.transcript([(2 + i, 2)], group_id=i // 2, member=i % 2) for i in range(8)]
+    shape = BatchShape(8, 1, 64, 2, 8, num_minibatches=2)
+    splits = [owners_of_steps(make_batch(made, shape, seed=(3, 7, epoch))[0]) for epoch in (0, 0, 1, 2)]
+    assert splits[0] == splits[1]
+    assert len({str(split) for split in splits}) == 3
+    assert all(set.union(*split.values()) == set(range(8)) for split in splits)
+    # Lengths grow with the number of the episode; a step is no class of length.
+    assert all(abs(np.mean(list(split[0])) - 3.5) < 3 for split in splits)
+
+
+def test_tokens_are_found_in_another_layout():
+    plans = [(True, [(3, 2), (2, 2)]), (False, [(5, 1), (4, 2)]), (True, [(2, 4)]), (False, [(6, 3)])]
+    before, after = (make_batch(make_trajectories(plans), SHAPE, seed=(0, epoch))[0] for epoch in (0, 1))
+    assert not np.array_equal(before.tokens, after.tokens)
+    places = find_tokens(before, after)
+    real = after.segment_ids > 0
+    np.testing.assert_array_equal(before.tokens.ravel()[places[real]], after.tokens[real])
+    np.testing.assert_array_equal(before.loss_mask.ravel()[places[real]], after.loss_mask[real])
+    assert len(set(places[real])) == real.sum() and np.all(places[~real] == -1)
 
 
 def test_the_table_of_trajectories():

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from empg_jax.replay.batching import BatchShape, make_batch
 
 from empg_jax.algorithms import make_algorithm
+from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import init_state, make_optimizer, state_shapes, state_shardings
 from empg_jax.learner.update import make_learner
 from empg_jax.parallel.mesh import make_mesh

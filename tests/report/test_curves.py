@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from empg_jax.report.curves import column, plot_curves, smooth
+from empg_jax.report.curves import column, held_out_points, plot_curves, smooth
 
 
 def _write(folder, records):
@@ -48,3 +48,24 @@ def test_smoothing_divides_by_what_it_summed():
 def test_a_folder_without_metrics_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         plot_curves(tmp_path)
+
+
+def test_the_evaluations_before_and_after_are_points_of_the_curve(tmp_path):
+    records = [{"update": 1}, {"update": 2, "eval_success": 0.4}, {"update": 3}]
+    assert held_out_points(tmp_path, records) == {2: 0.4}
+    summary = {"eval_success_before": 0.2, "eval_success_after": 0.6, "updates": 3}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert list(held_out_points(tmp_path, records).items()) == [(0, 0.2), (2, 0.4), (3, 0.6)]
+
+
+def test_ticks_are_whole_updates(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self) or path.touch())
+    _write(tmp_path, [{"update": n, "success_rate": 0.5, "loss": 0.1 * n} for n in (1, 2, 3)])
+    plot_curves(tmp_path)
+    for axes in drawn[0].axes:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert all(float(tick).is_integer() for tick in ticks), axes.get_title(loc="left")

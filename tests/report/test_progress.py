@@ -1,6 +1,7 @@
 """Progress: plain lines without a terminal, a bar with one, silence when switched off."""
 
 import io
+import re
 
 from rich.console import Console
 
@@ -59,3 +60,35 @@ def test_a_new_phase_ends_the_one_before():
         "RL: 3 updates",
         "RL: 0/3 updates, 0 s",
     ]
+
+
+def _lines(total, *, done, seconds, terminal=False, width=160):
+    """What is shown when each unit takes so many seconds."""
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, force_terminal=terminal, width=width, highlight=False)
+    with Progress(console=console, interval=0.0, clock=clock) as progress:
+        progress.phase("RL", total, "updates", done=done)
+        for spent in seconds:
+            clock.now += spent
+            values = {"success_rate": 0.5, "eval_success": 0.41, "episode_return": 0.5, "entropy": 0.7}
+            progress.advance(1, values)
+    return out.getvalue().splitlines()
+
+
+def test_what_an_earlier_process_did_says_nothing_of_the_speed():
+    """79 updates of 6 s are left, whatever share of the run was done before."""
+    lines = _lines(180, done=99, seconds=[6.0, 6.0])
+    assert lines[2].startswith("RL: 101/180 updates") and lines[2].endswith("12 s, 7 min 54 s left")
+
+
+def test_the_first_update_which_compiles_is_no_measure():
+    lines = _lines(8, done=0, seconds=[60.0, 1.0, 1.0])
+    assert lines[1].endswith(", 1 min 00 s")  # nothing is known yet
+    assert lines[3].endswith("1 min 02 s, 5 s left")
+
+
+def test_a_narrow_terminal_shows_phase_count_and_time():
+    lines = _lines(10, done=0, seconds=[2.0] * 3, terminal=True, width=80)
+    shown = [re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", line).strip() for line in lines]
+    assert re.fullmatch(r"RL ━+╸?━+ +3/10 updates \S+ left \S+", shown[-3]), shown
+    assert shown[-2] == "success 50%, held-out 41.0%, reward 0.50, entropy 0.700"

@@ -1,12 +1,13 @@
 """Dynamic sampling: groups of equal returns are replaced, within a limit, and a resumed run goes on alike."""
 
 import collections
+import dataclasses
 
 import pytest
 
 from empg_jax.rollout.buffer import ReplayBuffer
 from empg_jax.rollout.source import GroupFilter, GroupSource, Interrupted, TaskOrder, is_uniform
-from empg_jax.types import Outcome, Status, Trajectory
+from empg_jax.types import Outcome, Status
 from tests.episodes import Episodes
 
 EPISODES = Episodes()
@@ -39,10 +40,10 @@ def episode(group_id, member, episode_return):
     return EPISODES.transcript([(2, 1)], group_id=group_id, member=member, episode_return=episode_return)
 
 
-def make_source(returns_of, *, size=2, group_filter, max_lag=0, pace=3):
+def make_source(returns_of, *, size=2, group_filter, max_lag=0, pace=3, **options):
     buffer = ReplayBuffer(group_size=size, max_lag=max_lag)
     collector = ScriptedCollector(returns_of, pace)
-    return GroupSource(collector, buffer, TASKS, groups_per_batch=3, group_filter=group_filter)
+    return GroupSource(collector, buffer, TASKS, groups_per_batch=3, group_filter=group_filter, **options)
 
 
 def go_on():
@@ -83,20 +84,28 @@ def test_when_the_refills_are_used_up_uniform_groups_count(max_refills):
     assert source.metrics == {"groups_replaced": 3.0 * max_refills, "groups_uniform": 2.0}
 
 
-def test_returns_are_compared_before_the_penalty_of_invalid_actions():
-    turn = EPISODES.turn([1], 1, reward=-0.1, is_valid=False)
-    lost = [episode(0, 0, 0.0), penalized(turn, episode_return=-0.1)]
-    assert is_uniform(lost, invalid_penalty=0.1) and not is_uniform(lost, invalid_penalty=0.0)
-    assert not is_uniform([episode(0, 0, 0.0), penalized(turn, episode_return=0.9)], invalid_penalty=0.1)
-    # An episode that is scored zero has return 0 as it stands.
-    scored = penalized(turn, episode_return=0.0, outcome=Outcome(Status.SCORED_ZERO, "context_limit"))
-    assert is_uniform([episode(0, 0, 0.0), scored], invalid_penalty=0.1)
+def test_raw_returns_are_compared():
+    """Invalid actions cost nothing here, and an episode that broke a limit returned what it was paid."""
+    turn = EPISODES.turn([1], 1, reward=0.0, is_valid=False)
+    assert is_uniform([episode(0, 0, 0.0), changed(turns=(turn,), episode_return=0.0)])
+    assert not is_uniform([episode(0, 0, 0.0), episode(0, 1, 1.0)])
+    broken = Outcome(Status.SCORED_ZERO, "context_limit")
+    assert not is_uniform([episode(0, 0, 0.0), changed(episode_return=0.5, outcome=broken)])
 
 
-def penalized(turn, *, episode_return, outcome=None):
-    whole = episode(0, 1, episode_return)
-    fields = {name: getattr(whole, name) for name in Trajectory.__slots__}
-    return Trajectory(**fields | {"turns": (turn,), "outcome": outcome or whole.outcome})
+def changed(**fields):
+    return dataclasses.replace(episode(0, 1, 0.0), **fields)
+
+
+def test_a_group_that_is_replaced_is_told():
+    told = []
+
+    def tell(event, **fields):
+        told.append((event, fields["reason"], fields["group_id"]))
+
+    source = make_source(every_third, group_filter=GroupFilter(10), tell=tell)
+    source.collect(0, go_on)
+    assert told == [("group_replaced", "uniform", group) for group in (0, 1, 3, 4, 6, 7)]
 
 
 @pytest.mark.parametrize("rounds", range(1, 14, 3))

@@ -160,14 +160,14 @@ def test_the_loaded_model_is_recognized(whole, adapted):
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(whole, adapted, tmp_path):
     run, folder = whole
-    for arguments, message in [
-        ((run, "--out", folder), "is not empty: export into a new folder"),
-        ((run, "--out", tmp_path / "x", "--adapter"), "trained every parameter"),
-        ((tmp_path, "--out", tmp_path / "x"), "neither a run folder"),
-        ((adapted, "--out", tmp_path / "x", "seed=1", "model.path=null"), "belong to the base"),
+    for arguments, expected, message in [
+        ((run, "--out", folder), 2, "is not empty: export into a new folder"),
+        ((run, "--out", tmp_path / "x", "--adapter"), 2, "trained every parameter"),
+        ((tmp_path, "--out", tmp_path / "x"), 2, "neither a run folder"),
+        ((adapted, "--out", tmp_path / "x", "seed=1", "model.path=null"), 1, "belong to the base"),
     ]:
         code, _, said = export(*arguments)
-        assert code == 2 and message in said
+        assert code == expected and message in said
     code, _, said = export(run, "--out", tmp_path / "x", "--dtype", "int8")
     assert code == 2 and "--dtype int8 is unknown" in said
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,324 @@
+"""The episode record: one JSON object for an episode, its turns, and the credit that they were given.
+
+A run writes records of its training episodes (`empg_jax.report.rollouts`), and ``empg-jax credit`` reads and
+writes them. Of a hand-made turn only ``reward``, ``valid``, ``tokens`` and ``entropy`` are needed; everything
+else has a default, so a record says nothing of prompts: `make_trajectory` puts placeholders in their place.
+"""
+
+from __future__ import annotations
+
+import collections
+import gzip
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from empg_jax.errors import ConfigError
+from empg_jax.rollout.episode import anchor_of
+from empg_jax.types import Batch, Outcome, Status, Trajectory, Turn, TurnCredit
+
+Record = dict[str, Any]
+
+NUMBER = (int, float)
+# Field -> its JSON type and how a person calls it. All are optional but for those in NEEDED.
+EPISODE_FIELDS: dict[str, tuple[Any, str]] = {
+    "update": (int, "an integer"),
+    "group_id": (int, "an integer"),
+    "member": (int, "an integer"),
+    "task": (int, "an integer"),
+    "split": (str, "a string"),
+    "status": (str, "a string"),
+    "reason": (str, "a string"),
+    "return": (NUMBER, "a number"),
+    "success": (bool, "true or false"),
+    "terminated": (bool, "true or false"),
+    "truncated": (bool, "true or false"),
+    "metrics": (dict, "an object"),
+    "turns": (list, "a list of turns"),
+}
+TURN_FIELDS: dict[str, tuple[Any, str]] = {
+    "observation": (str, "a string"),
+    "response": (str, "a string"),
+    "reward": (NUMBER, "a number"),
+    "valid": (bool, "true or false"),
+    "finish_reason": (str, "a string"),
+    "version": (int, "an integer"),
+    "tokens": (int, "an integer"),
+    "entropy": (NUMBER, "a number"),
+    "logprob": (NUMBER, "a number"),
+    "anchor": (str, "a string"),
+    "token_ids": (list, "a list of integers"),
+    "token_logprobs": (list, "a list of numbers"),
+    "token_entropies": (list, "a list of numbers"),
+}
+NEEDED = ("turns", "reward", "valid", "tokens", "entropy")
+CREDIT_FIELDS = ("factor", "bonus", "advantage_base", "advantage")
+
+
+class RecordError(ConfigError):
+    """A file of episode records cannot be used; the message names file, line and field."""
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def describe_episodes(
+    trajectories: Sequence[Trajectory],
+    credit: TurnCredit,
+    *,
+    update: int,
+    tokens: Sequence[Sequence[Record]] | None = None,
+) -> list[Record]:
+    """Describe the episodes of a batch, with the credit that the learner trained on.
+
+    Args:
+      trajectories: in the order of the batch's table.
+      credit: the table of turns, on the host.
+      update: the update that trains on them.
+      tokens: further fields per trajectory and turn, of `describe_tokens`.
+
+    Returns:
+      One record per trajectory.
+    """
+    return [
+        {
+            "update": update,
+            "group_id": trajectory.group_id,
+            "member": trajectory.member,
+            "task": trajectory.task,
+            "split": trajectory.split,
+            "status": trajectory.outcome.status.value,
+            "reason": trajectory.outcome.reason,
+            "return": as_number(trajectory.episode_return),
+            "success": trajectory.is_success,
+            "terminated": trajectory.terminated,
+            "truncated": trajectory.truncated,
+            "metrics": {name: as_number(value) for name, value in trajectory.metrics.items()},
+            "turns": [
+                _describe_turn(turn)
+                | {"entropy": as_number(credit.entropies[i, k]), "logprob": _mean(turn.behavior_logprobs)}
+                | {"anchor": f"{turn.anchor:016x}"}
+                | credit_fields(credit, i, k)
+                | (tokens[i][k] if tokens is not None else {})
+                for k, turn in enumerate(trajectory.turns)
+            ],
+        }
+        for i, trajectory in enumerate(trajectories)
+    ]
+
+
+def describe_tokens(
+    trajectories: Sequence[Trajectory], batch: Batch, entropies: np.ndarray, advantages: np.ndarray
+) -> list[list[Record]]:
+    """Token arrays of every turn: ids, log-probs at sampling, entropies that credit read, advantages.
+
+    Args:
+      trajectories: in the order of the batch's table.
+      batch: on the host.
+      entropies: float32[B T] that the credit read, on the host.
+      advantages: float32[B T] after modulation, on the host.
+    """
+    places = np.flatnonzero(batch.loss_mask)
+    owners, turns = (np.ravel(ids)[places] for ids in (batch.trajectory_ids, batch.turn_ids))
+    # A turn lies in one row, its tokens in order of time: a stable sort keeps that order.
+    places = places[np.lexsort((turns, owners))]
+    streams = {"token_entropies": np.ravel(entropies), "token_advantages": np.ravel(advantages)}
+    found: list[list[Record]] = []
+    start = 0
+    for trajectory in trajectories:
+        found.append([])
+        for turn in trajectory.turns:
+            stop = start + len(turn.response_tokens)
+            fields: Record = {"token_ids": turn.response_tokens.tolist()}
+            fields["token_logprobs"] = [as_number(value) for value in turn.behavior_logprobs]
+            for name, stream in streams.items():
+                fields[name] = [as_number(value) for value in stream[places[start:stop]]]
+            found[-1].append(fields)
+            start = stop
+    return found
+
+
+def credit_fields(credit: TurnCredit, i: int, k: int) -> Record:
+    """What the algorithm made of turn ``k`` of trajectory ``i``; the table is on the host."""
+    columns = (credit.factors, credit.bonuses, credit.base, credit.advantages)
+    return {name: as_number(column[i, k]) for name, column in zip(CREDIT_FIELDS, columns, strict=True)}
+
+
+def as_number(value: Any) -> float | None:
+    """A number as JSON holds it: the shortest decimal that gives the same float32, or null if not finite."""
+    return float(str(np.float32(value))) if math.isfinite(value) else None
+
+
+def _describe_turn(turn: Turn) -> Record:
+    return {
+        "observation": turn.observation,
+        "response": turn.response,
+        "reward": as_number(turn.reward),
+        "valid": turn.is_valid,
+        "finish_reason": turn.finish_reason,
+        "version": turn.version,
+        "tokens": len(turn.response_tokens),
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return as_number(np.mean(values, dtype=np.float64)) if len(values) else None
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def read_episodes(path: Path) -> list[Record]:
+    """Read and check the records of a ``.jsonl`` or ``.jsonl.gz`` file.
+
+    Group and member are filled in: episodes of one task are one group (all are one group where no task is
+    given either), and members are numbered in the order of the file.
+
+    Raises:
+      RecordError: the file cannot be read, or a field is missing or of another type.
+    """
+    records: list[Record] = []
+    taken: set[tuple[int, int]] = set()
+    sizes: collections.Counter[int] = collections.Counter()
+    for number, line in _read_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise RecordError(f"{where}: not JSON ({error})") from None
+        _check_episode(record, where)
+        record.setdefault("group_id", record.get("task", 0))
+        record.setdefault("member", sizes[record["group_id"]])
+        sizes[record["group_id"]] += 1
+        place = (record["group_id"], record["member"])
+        if place in taken:
+            raise RecordError(f"{where}: member {place[1]} of group {place[0]} stands there twice")
+        taken.add(place)
+        records.append(record)
+    if not records:
+        raise RecordError(f"{path}: no episodes in it")
+    return records
+
+
+def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
+    """Build the trajectory of a checked record; prompts are placeholders.
+
+    Args:
+      record: of `read_episodes`.
+      is_transcript: each prompt extends the turn before it (``env.context=transcript``), so that the episode
+        is one row of tokens; else every turn is a row of its own.
+    """
+    so_far, turns = np.zeros(1, np.int32), []
+    for k, fields in enumerate(record["turns"]):
+        turn = _make_turn(fields, prompt=so_far, fallback=f"{record['group_id']} {record['member']} {k}")
+        turns.append(turn)
+        if is_transcript:
+            so_far = np.concatenate([so_far, turn.response_tokens])
+    truncated = record.get("truncated", False)
+    return Trajectory(
+        task=record.get("task", 0),
+        split=record.get("split", "train"),
+        group_id=record["group_id"],
+        member=record["member"],
+        turns=tuple(turns),
+        outcome=Outcome(Status(record.get("status", "trained")), record.get("reason", "ended")),
+        episode_return=float(sum(turn.reward for turn in turns)),
+        is_success=record.get("success", False),
+        terminated=record.get("terminated", not truncated),
+        truncated=truncated,
+        metrics=record.get("metrics", {}),
+    )
+
+
+def _make_turn(fields: Mapping[str, Any], *, prompt: np.ndarray, fallback: str) -> Turn:
+    count = fields["tokens"]
+    # Without an observation nothing is known to be the same state, so the turn's place is its anchor.
+    anchor = fields.get("anchor") or fields.get("observation") or fallback
+    return Turn(
+        prompt_tokens=prompt,
+        response_tokens=np.asarray(fields.get("token_ids", [0] * count), np.int32),
+        behavior_logprobs=np.asarray(
+            fields.get("token_logprobs", [fields.get("logprob", 0.0)] * count), np.float32
+        ),
+        entropies=np.asarray(fields.get("token_entropies", [fields["entropy"]] * count), np.float32),
+        reward=float(fields["reward"]),
+        version=fields.get("version", 0),
+        anchor=anchor_of(anchor),
+        is_valid=fields["valid"],
+        finish_reason=fields.get("finish_reason", "stop"),
+        observation=fields.get("observation", ""),
+        response=fields.get("response", ""),
+    )
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of every line that is not empty."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise RecordError(f"{path}: no such file") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read ({error})") from None
+
+
+def _check_episode(record: Any, where: str) -> None:
+    if not isinstance(record, dict):
+        raise RecordError(f"{where}: expected one JSON object, an episode")
+    _check_fields(record, EPISODE_FIELDS, where, "")
+    if record.get("status", "trained") not in ("trained", "scored_zero"):
+        raise RecordError(f"{where}, status: expected trained or scored_zero, got {record['status']!r}")
+    if not record["turns"]:
+        raise RecordError(f"{where}, turns: expected at least one turn")
+    for k, turn in enumerate(record["turns"]):
+        name = f"turns[{k}]"
+        if not isinstance(turn, dict):
+            raise RecordError(f"{where}, {name}: expected an object")
+        _check_fields(turn, TURN_FIELDS, where, f"{name}.")
+        if turn["tokens"] < 1:
+            raise RecordError(f"{where}, {name}.tokens: expected at least 1, got {turn['tokens']}")
+        for array in ("token_ids", "token_logprobs", "token_entropies"):
+            _check_array(turn, array, where, f"{name}.{array}")
+    total = sum(turn["reward"] for turn in record["turns"])
+    if abs(record.get("return", total) - total) > 1e-4 * max(1.0, abs(total)):
+        raise RecordError(
+            f"{where}, return: {record['return']:g} is not the sum of the turns' rewards, {total:g}"
+        )
+
+
+def _check_fields(fields: Record, known: Mapping[str, tuple[Any, str]], where: str, prefix: str) -> None:
+    for name, (kind, words) in known.items():
+        if name not in fields:
+            if name in NEEDED:
+                raise RecordError(f"{where}, {prefix}{name}: missing; expected {words}")
+            continue
+        if not _is_of(fields[name], kind):
+            found = json.dumps(fields[name])[:60]
+            raise RecordError(f"{where}, {prefix}{name}: expected {words}, got {found}")
+
+
+def _check_array(turn: Record, name: str, where: str, field: str) -> None:
+    if name not in turn:
+        return
+    values, kind = turn[name], int if name == "token_ids" else NUMBER
+    if len(values) != turn["tokens"]:
+        raise RecordError(f"{where}, {field}: {len(values)} values for {turn['tokens']} tokens")
+    wrong = [value for value in values if not _is_of(value, kind)]
+    if wrong:
+        raise RecordError(
+            f"{where}, {field}: expected {TURN_FIELDS[name][1]}, got {json.dumps(wrong[0])[:60]} among them"
+        )
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value has a type; a truth value is no number, and a number is finite."""
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))

@@ -1,0 +1,58 @@
+"""Credit for recorded or hand-made episodes, by the same batch builder and algorithm as training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from empg_jax.learner.batching import BatchShape, make_batch, merge_turns
+from empg_jax.rollout.record import Record, credit_fields, make_trajectory, read_episodes
+from empg_jax.run.assembly import make_algorithm_from, needs_reference
+from empg_jax.types import Scores
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+
+def recompute_credit(config: Config, path: Path) -> tuple[list[Record], list[str]]:
+    """Recompute the credit of the episodes in a file, which are one global batch.
+
+    Args:
+      config: whose algorithm and ``env.context`` count; no model and no environment is made.
+      path: a ``.jsonl`` or ``.jsonl.gz`` file of episode records.
+
+    Returns:
+      ``(records, notes)``: the records in the order of the file with group, member and credit set, and lines
+      for the person about what a record cannot hold.
+
+    Raises:
+      RecordError: the file cannot be read, or a field is missing or mistyped.
+    """
+    records = read_episodes(path)
+    is_transcript = config.env.context == "transcript"
+    trajectories = [make_trajectory(record, is_transcript=is_transcript) for record in records]
+    lengths = [len(segment.tokens) for t in trajectories for segment in merge_turns(t, 0)]
+    shape = BatchShape(
+        trajectories=len(trajectories),
+        turns=max(config.env.max_turns, *(len(t.turns) for t in trajectories)),
+        row_tokens=max(lengths),
+        micro_rows=1,
+        max_rows=len(lengths),
+        num_minibatches=config.train.num_minibatches,
+    )
+    batch, _ = make_batch(trajectories, shape, seed=(config.seed,), gamma=config.algorithm.turn_gamma)
+    algorithm = make_algorithm_from(config)
+    has_critic = algorithm.value_loss is not None
+    values = np.zeros(batch.tokens.shape, np.float32) if has_critic else None
+    recorded = (batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
+    credit = jax.device_get(jax.jit(algorithm.credit)(batch, Scores(*recorded, values)).turns)
+    for i, record in enumerate(records):
+        turns = enumerate(record["turns"])
+        record["turns"] = [turn | credit_fields(credit, i, k) for k, turn in turns]
+    notes = ["the critic's values are taken as 0: a record does not hold them"] if has_critic else []
+    if needs_reference(config):
+        notes.append("the reference's log-probs are taken as the policy's: a record does not hold them")
+    return records, notes

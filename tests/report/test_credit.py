@@ -1,0 +1,174 @@
+"""``empg-jax credit``: the numbers of training, from a file, without a model and without an environment."""
+
+import gzip
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from empg_jax.cli import app
+from tests import runs
+
+TURN = {"reward": 0.0, "valid": True, "tokens": 3, "entropy": 0.5}
+PLAIN = ["algorithm.modulation=none"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, ["credit", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def credit(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def column(records, name):
+    return np.array([turn[name] for record in records for turn in record["turns"]])
+
+
+# ------------------------------------------------------------------------------------ hand-made episodes
+
+
+def test_two_episodes_by_hand(tmp_path):
+    """Returns 1 and 0: mean 0.5, standard deviation (ddof 1) 0.7071, so the advantages are ±0.7071."""
+    won = {"turns": [TURN, TURN | {"reward": 1.0}], "note": "mine"}
+    lost = {"turns": [TURN | {"valid": False, "wording": 3}]}
+    first, second = credit("quickstart", write(tmp_path / "e.jsonl", [won, lost]), *PLAIN)
+    assert [(r["group_id"], r["member"]) for r in (first, second)] == [(0, 0), (0, 1)]
+    assert first["note"] == "mine" and second["turns"][0]["wording"] == 3  # what it does not know it keeps
+    assert column([first], "advantage") == pytest.approx([0.70711, 0.70711], abs=1e-4)
+    assert column([second], "advantage") == pytest.approx([-0.70711], abs=1e-4)
+    assert set(column([first, second], "factor")) == {1.0} and set(column([first], "bonus")) == {0.0}
+    assert column([first], "advantage_base").tolist() == column([first], "advantage").tolist()
+
+
+def test_the_order_of_the_file_is_kept_and_changes_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    made = [
+        {
+            "group_id": i // 4,
+            "turns": [
+                TURN | {"reward": float(rng.integers(3)), "entropy": float(rng.random())} for _ in range(3)
+            ],
+        }
+        for i in range(8)
+    ]
+    order = rng.permutation(8)
+    forwards = credit("quickstart", write(tmp_path / "a.jsonl", made))
+    mixed = credit("quickstart", write(tmp_path / "b.jsonl", [made[i] for i in order]))
+    assert [record["group_id"] for record in mixed] == [made[i]["group_id"] for i in order]
+    for place, i in enumerate(order):
+        found, wanted = (column([record], "advantage") for record in (mixed[place], forwards[i]))
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_out_takes_the_records(tmp_path):
+    path = write(tmp_path / "e.jsonl", [{"turns": [TURN]}, {"turns": [TURN]}])
+    result = call("quickstart", path, "--out", tmp_path / "credited.jsonl.gz")
+    assert (result.exit_code, result.stdout) == (0, "")
+    lines = gzip.decompress((tmp_path / "credited.jsonl.gz").read_bytes()).splitlines()
+    assert [json.loads(line)["turns"][0]["advantage"] for line in lines] == [0.0, 0.0]
+    assert call("quickstart", path, "--out", tmp_path / "no" / "folder.jsonl").exit_code == 2
+
+
+def test_a_critic_is_taken_as_zero_and_that_is_said(tmp_path):
+    path = write(tmp_path / "e.jsonl", [{"turns": [TURN, TURN | {"reward": 1.0}]}, {"turns": [TURN]}])
+    result = call("quickstart", path, "algorithm.name=ppo", *PLAIN)
+    assert result.exit_code == 0 and "values are taken as 0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"turns": [{"reward": 1.0, "valid": True, "tokens": 2}]}, "line 1, turns[0].entropy: missing"),
+        ({"turns": [TURN | {"reward": "much"}]}, "line 1, turns[0].reward: expected a number"),
+    ],
+)
+def test_bad_records_end_with_one_message(tmp_path, record, says):
+    path = write(tmp_path / "e.jsonl", [record])
+    result = call("quickstart", path)
+    assert result.exit_code == 2 and f"{path}, {says}" in result.stderr and "Traceback" not in result.output
+
+
+def test_a_missing_file_and_a_bad_key_end_with_one_message(tmp_path):
+    assert call("quickstart", tmp_path / "none.jsonl").exit_code == 2
+    path = write(tmp_path / "e.jsonl", [{"turns": [TURN]}])
+    result = call("quickstart", path, "algorithm.nam=ppo")
+    assert result.exit_code == 2 and "algorithm.nam" in result.stderr
+
+
+def test_it_is_quick_and_loads_no_model(tmp_path):
+    """128 episodes of 12 turns, start included. The limit is 5 s; a busy machine gets three times that."""
+    rng = np.random.default_rng(1)
+    turns = [TURN | {"entropy": float(rng.random()), "tokens": int(rng.integers(1, 30))} for _ in range(12)]
+    path = write(tmp_path / "e.jsonl", [{"group_id": i // 8, "turns": turns} for i in range(128)])
+    code = (
+        "import sys; sys.argv[0] = 'empg-jax'; from empg_jax.cli import app; app(standalone_mode=False); "
+        "print([name for name in ('transformers', 'orbax') if name in sys.modules], file=sys.stderr)"
+    )
+    began = time.monotonic()
+    command = [sys.executable, "-c", code, "credit", "quickstart", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 15
+    assert len(done.stdout.splitlines()) == 128
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+# -------------------------------------------------------------------------------- records of training
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["env.context=window", "env.history=1", "algorithm.modulation=aem", "env.invalid_penalty=0.1"],
+        ["algorithm.name=gigpo", "env.context=window", "env.history=1", "algorithm.entropy_source=learner"],
+        ["algorithm.name=reinforce_pp", "algorithm.reward_kl_coef=0", "log.rollouts_tokens=true"],
+    ],
+    ids=["transcript, empg", "window, aem, penalty", "window, gigpo", "tokens"],
+)
+def test_credit_gives_what_training_used(tmp_path, options):
+    """Every file that a run wrote, credited again with the run's own configuration."""
+    run = runs.train(tmp_path / "run", *runs.HOUSE, "sft.updates=0", "rollout.group_size=4", *options)
+    files = sorted((run / "rollouts").iterdir())
+    assert [file.name for file in files] == ["update-000001.jsonl.gz", "update-000003.jsonl.gz"]
+    spread = 0.0
+    for file in files:
+        trained = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+        again = credit(run / "config.yaml", file)
+        assert [r["member"] for r in trained] == [0, 1, 2, 3] * 2
+        for name in ("factor", "bonus", "advantage_base", "advantage"):
+            np.testing.assert_allclose(column(again, name), column(trained, name), atol=1e-5, err_msg=name)
+        spread = max(spread, float(np.ptp(column(trained, "advantage"))))
+        if "log.rollouts_tokens=true" in options:
+            check_tokens(trained)
+    assert spread > 0.1
+
+
+def check_tokens(records):
+    """Token arrays agree with what the turn says of itself."""
+    for turn in (turn for record in records for turn in record["turns"]):
+        arrays = [turn[f"token_{name}"] for name in ("ids", "logprobs", "entropies", "advantages")]
+        assert {len(array) for array in arrays} == {turn["tokens"]}
+        means = [np.mean(array) for array in arrays[1:]]
+        assert means == pytest.approx([turn["logprob"], turn["entropy"], turn["advantage"]], abs=1e-5)

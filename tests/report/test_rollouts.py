@@ -1,0 +1,36 @@
+"""Files of training episodes: when they are written, and what a resumed run finds of them."""
+
+import gzip
+import json
+
+import pytest
+
+from empg_jax.report.rollouts import drop_rollouts, is_due, rollouts_path, write_rollouts
+
+
+@pytest.mark.parametrize(
+    ("every", "last", "due"),
+    [(10, 25, [1, 10, 20, 25]), (0, 25, []), (1, 3, [1, 2, 3]), (100, 5, [1, 5])],
+)
+def test_the_first_the_last_and_every_so_many(every, last, due):
+    assert [update for update in range(1, last + 1) if is_due(update, every=every, last=last)] == due
+
+
+def test_records_are_lines_of_utf8_and_equal_episodes_equal_files(tmp_path):
+    records = [{"observation": "eine Tür"}, {"observation": "a door"}]
+    path = write_rollouts(tmp_path, 12, records)
+    assert path == tmp_path / "rollouts" / "update-000012.jsonl.gz"
+    content = path.read_bytes()
+    assert "Tür" in gzip.decompress(content).decode()
+    assert [json.loads(line) for line in gzip.decompress(content).splitlines()] == records
+    assert write_rollouts(tmp_path, 12, records).read_bytes() == content
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_resumed_run_drops_what_it_will_write_again(tmp_path):
+    drop_rollouts(tmp_path, after=0)  # there is no folder yet
+    for update in (1, 10, 20):
+        write_rollouts(tmp_path, update, [])
+    (tmp_path / "rollouts" / ".update-000030.jsonl.gz.77.tmp").write_bytes(b"half")
+    drop_rollouts(tmp_path, after=10)
+    assert sorted((tmp_path / "rollouts").iterdir()) == [rollouts_path(tmp_path, n) for n in (1, 10)]
