@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from empg_jax import sft
 from empg_jax.assembly import make_language, make_pool
 from empg_jax.checkpoint import Checkpoints
 from empg_jax.evaluate import Evaluation
+from empg_jax.learner.passes import Pass, Scorer, optimize
 from empg_jax.learner.state import TrainState, restart_optimizer
 from empg_jax.metrics import MetricsLog
-from empg_jax.replay.batching import Layout, find_tokens, make_batch
+from empg_jax.replay.batching import Layout, make_batch
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.results import count_episodes, describe_update, dump_batch, write_results
-from empg_jax.report.rollouts import drop_rollouts, is_due, write_rollouts
+from empg_jax.report.rollouts import drop_rollouts, is_due, write_update
 from empg_jax.report.runinfo import create_run_dir, write_run_info
 from empg_jax.rollout.incidents import IncidentMeter
-from empg_jax.rollout.record import describe_episodes, describe_tokens
 from empg_jax.rollout.source import Interrupted
 from empg_jax.run import (
     Run,
@@ -39,7 +37,7 @@ from empg_jax.run import (
     save,
 )
 from empg_jax.runtime import CompileCounter, StopRequest
-from empg_jax.types import Batch, Credit, Scores, Trajectory
+from empg_jax.types import Batch, Trajectory
 from empg_jax.weights import check_model
 
 if TYPE_CHECKING:
@@ -47,7 +45,6 @@ if TYPE_CHECKING:
 
 # Sampler and learner run the same model: a larger mean gap of their log-probs means that one is wrong.
 GAP_LIMIT = 0.05
-GAP_CHECK_EVERY = 25
 MAX_ROLLBACKS = 3
 
 
@@ -136,30 +133,38 @@ def tell_passed_over(progress: Progress, events: EventLog, line: str) -> None:
 def rl_loop(run: Run) -> None:
     """Rollout, score, credit, update, publish; until ``train.updates``."""
     config, learner = run.config, run.learner
+    scorer = make_scorer(run)
     run.progress.phase("RL", config.train.updates, "updates", done=run.update)
     run.compiled = run.compiles.count
     incidents = IncidentMeter(run.source)
     while run.update < config.train.updates:
-        began = Beginning(time.monotonic(), run.compiles.count, dict(run.clock.seconds))
+        began, compiled = time.monotonic(), run.compiles.count
+        run.clock.lap()
         run.events.update = run.update + 1
         mark_boundary(run)
         with run.clock.phase("rollout"):
             run.engine.load(run.state.params, run.update)
             trajectories = run.source.collect(run.update, run.should_stop)
         with run.clock.phase("update"):
-            host_batch, layout = split_batch(run, trajectories, epoch=0)
+            split = functools.partial(split_batch, run, trajectories)
+            host_batch, layout = split(0)
             batch = learner.put(host_batch)
-            own_scores, measured = score(run, batch, layout)
-            scores = choose_scores(run, batch, own_scores)
+            own, measured = scorer.score(run.state.params, run.reference, batch, layout, run.update)
+            check_gap(run, measured)
+            scores = scorer.choose(batch, own)
             credit = learner.credit(batch, scores)
-            first = Pass(host_batch, layout, batch, scores, credit)
-            steps = [step for each in passes(run, trajectories, first) for step in make_steps(run, each)]
+            first, steps = Pass(host_batch, layout, batch, scores, credit), []
+            for state, metrics in optimize(learner, run.state, first, split, config.train.epochs):
+                run.state = state
+                steps.append(metrics)
             credit_metrics, steps = jax.device_get((credit.metrics, steps))
-            measured |= measure_drift(run, batch, layout, own_scores)
+            measured |= scorer.measure_drift(run.state.params, run.reference, first, own, run.update)
         run.update += 1
         check_steps(run, steps, host_batch)
         run.source.collector.settle()
-        write_record(run, trajectories, first)
+        if is_due(run.update, every=config.log.rollouts_every, last=config.train.updates):
+            tokens = config.log.rollouts_tokens
+            write_update(run.run_dir, run.update, trajectories, first, with_tokens=tokens)
         values = describe_update(
             trajectories,
             layout,
@@ -168,89 +173,28 @@ def rl_loop(run: Run) -> None:
             engine=run.engine.take_stats(),
             credit=credit_metrics,
             steps=steps,
-            seconds=time.monotonic() - began.time,
+            seconds=time.monotonic() - began,
         )
-        values |= measured | run.source.metrics | {"learning_rate": float(run.schedule(run.state.step))}
-        finish_update(run, trajectories, values, began, incidents)
+        values |= measured | run.source.metrics | {"recompiles": run.compiles.count - compiled}
+        values |= {"learning_rate": float(run.schedule(run.state.step))}
+        finish_update(run, trajectories, values, incidents)
 
 
-@dataclasses.dataclass(frozen=True)
-class Beginning:
-    """What the clock and the counters said when an update began."""
-
-    time: float
-    compiled: int
-    seconds: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """One pass over a global batch: how its rows are split, and what they are worth."""
-
-    host: Batch
-    layout: Layout
-    batch: Batch  # the same on the mesh
-    scores: Scores
-    credit: Credit
-
-
-def split_batch(run: Run, trajectories: Sequence[Trajectory], *, epoch: int) -> tuple[Batch, Layout]:
+def split_batch(run: Run, trajectories: Sequence[Trajectory], epoch: int) -> tuple[Batch, Layout]:
     """Build the global batch; every update and epoch deals its trajectories to other optimizer steps."""
     seed = (run.config.seed, run.update, epoch)
     return make_batch(trajectories, run.shape, seed=seed, gamma=run.config.algorithm.turn_gamma)
 
 
-def passes(run: Run, trajectories: Sequence[Trajectory], first: Pass) -> Iterator[Pass]:
-    """Yield the pass of every epoch: the given one, then the same trajectories split anew.
-
-    Scores stay those of the policy before the update; only their place in the batch changes.
-    """
-    yield first
-    for epoch in range(1, run.config.train.epochs):
-        host, layout = split_batch(run, trajectories, epoch=epoch)
-        batch = run.learner.put(host)
-        scores = run.learner.rearrange(first.scores, find_tokens(first.host, host))
-        yield Pass(host, layout, batch, scores, run.learner.credit(batch, scores))
-
-
-def make_steps(run: Run, each: Pass) -> Iterator[dict[str, Any]]:
-    """Make the optimizer steps of a pass; yield the metrics of each."""
-    for start, stop in each.layout.bounds:
-        run.state, metrics = run.learner.update(
-            run.state, each.batch, each.scores, each.credit, np.int32(start), np.int32(stop)
-        )
-        yield metrics
-
-
-def write_record(run: Run, trajectories: Sequence[Trajectory], first: Pass) -> None:
-    """Write the episodes of the update with their credit, where that is due."""
-    log = run.config.log
-    if not is_due(run.update, every=log.rollouts_every, last=run.config.train.updates):
-        return
-    table, tokens = jax.device_get(first.credit.turns), None
-    if log.rollouts_tokens:
-        entropies, advantages = jax.device_get((first.scores.entropies, first.credit.advantages))
-        tokens = describe_tokens(trajectories, first.host, entropies, advantages)
-    records = describe_episodes(trajectories, table, update=run.update, tokens=tokens)
-    write_rollouts(run.run_dir, run.update, records)
-
-
 def finish_update(
-    run: Run,
-    trajectories: Sequence[Trajectory],
-    values: dict[str, float],
-    began: Beginning,
-    incidents: IncidentMeter,
+    run: Run, trajectories: Sequence[Trajectory], values: dict[str, float], incidents: IncidentMeter
 ) -> None:
     """Count, evaluate, log and save what is due after an update."""
     config = run.config
-    values["recompiles"] = float(run.compiles.count - began.compiled)
     count_episodes(run.record, trajectories, run.source.outcomes)
     if config.eval.every and run.update % config.eval.every == 0 and run.update < config.train.updates:
         values |= evaluate(run, "during").metrics
-    for name, seconds in run.clock.seconds.items():
-        if (spent := seconds - began.seconds.get(name, 0.0)) > 0:
-            values[f"seconds_{name}"] = spent
+    values |= {f"seconds_{name}": seconds for name, seconds in run.clock.lap().items()}
     if run.update % config.log.every == 0:
         run.log.write(run.update, values | incidents.take())
     run.progress.advance(1, values)
@@ -259,60 +203,30 @@ def finish_update(
         save(run)
 
 
-def score(run: Run, batch: Batch, layout: Layout) -> tuple[Scores | None, dict[str, float]]:
-    """The learner's own pass over a batch, where one is due, and its gap to the engine.
+def make_scorer(run: Run) -> Scorer:
+    """The scorer of a run's batches."""
+    config = run.config
+    return Scorer(
+        run.learner,
+        is_source=config.algorithm.entropy_source == "learner",
+        drift_every=config.log.drift_every,
+        is_on_policy=config.train.max_lag == 0,
+    )
 
-    It is due where the algorithm needs what no engine records (entropies by the learner, the reference's
-    log-probs, the critic's values), where a drift is measured, and now and then to check the engine. The gap
-    is measured on data of the learner's own version.
+
+def check_gap(run: Run, measured: Mapping[str, float]) -> None:
+    """Stop where sampler and learner disagree about data of the learner's own version.
 
     Raises:
       TrainingError: the gap is beyond the gate.
     """
-    config = run.config
-    is_needed = config.algorithm.entropy_source == "learner" or run.learner.needs_score
-    if not is_needed and run.update % GAP_CHECK_EVERY and not drift_is_due(run):
-        return None, {}
-    scores = score_pass(run, batch, layout)
-    if config.train.max_lag > 0:
-        return scores, {}
-    mean, largest = (float(gap) for gap in run.learner.logprob_gap(batch, scores))
+    mean = measured.get("logprob_gap", 0.0)
     if mean > GAP_LIMIT:
         raise TrainingError(
             f"sampler and learner disagree: the mean log-prob difference is {mean:.3g} at update "
             f"{run.update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
-            f"(model.dtype={config.model.dtype})"
+            f"(model.dtype={run.config.model.dtype})"
         )
-    return scores, {"logprob_gap": mean, "logprob_gap_max": largest}
-
-
-def score_pass(run: Run, batch: Batch, layout: Layout) -> Scores:
-    """Scores of a batch under the current weights (and the reference's)."""
-    reference = run.state.params if run.reference is None else run.reference
-    return run.learner.score(run.state.params, reference, batch, np.int32(layout.bounds[-1][1]))
-
-
-def choose_scores(run: Run, batch: Batch, own: Scores | None) -> Scores:
-    """What credit and loss work with: the learner's scores, or the engine's where it is their source."""
-    if own is not None and run.config.algorithm.entropy_source == "learner":
-        return own
-    recorded = run.learner.recorded_scores(batch)
-    if own is None or not run.learner.needs_score:
-        return recorded
-    return dataclasses.replace(own, old_logprobs=recorded.old_logprobs, entropies=recorded.entropies)
-
-
-def drift_is_due(run: Run) -> bool:
-    """Whether the entropy is measured before and after this update."""
-    return run.config.log.drift_every > 0 and run.update % run.config.log.drift_every == 0
-
-
-def measure_drift(run: Run, batch: Batch, layout: Layout, before: Scores | None) -> dict[str, float]:
-    """How the update changed the mean entropy of the batch's sampled tokens, where that is due."""
-    if before is None or not drift_is_due(run):
-        return {}
-    after = score_pass(run, batch, layout)
-    return {"entropy_drift_measured": float(run.learner.entropy_drift(batch, before, after))}
 
 
 def check_steps(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:
