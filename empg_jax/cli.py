@@ -194,28 +194,17 @@ def credit(
         resolved = load_config(config, overrides or [])
         # A small batch and no model: an accelerator would take longer to start than to compute.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from empg_jax.report.rollouts import format_record, write_records
-        from empg_jax.run.credit import recompute_credit
+        from empg_jax.run.credit import print_credit
 
-        records, notes = recompute_credit(resolved, episodes)
-        for note in notes:
-            typer.echo(note, err=True)
-        if out is None:
-            typer.echo("\n".join(format_record(record) for record in records))
-            return
-        try:
-            write_records(out, records)
-        except OSError as error:
-            raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+        print_credit(resolved, episodes, out, say=lambda line: typer.echo(line, err=True))
 
 
 @app.command()
 def metrics() -> None:
     """Print every metric that a run logs, with its meaning."""
-    from empg_jax.metrics import METRICS
+    from empg_jax.metrics import format_glossary
 
-    width = max(map(len, METRICS))
-    typer.echo("\n".join(f"{name:<{width}}  {meaning}" for name, meaning in METRICS.items()))
+    typer.echo(format_glossary())
 
 
 @app.command()

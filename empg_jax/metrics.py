@@ -108,6 +108,12 @@ def describe_metric(name: str) -> str | None:
     return next((METRICS[key] for key in families), None)
 
 
+def format_glossary() -> str:
+    """One line per metric: its name and its meaning."""
+    width = max(map(len, METRICS))
+    return "\n".join(f"{name:<{width}}  {meaning}" for name, meaning in METRICS.items())
+
+
 def reduce_metrics(parts: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
     """Weighted mean per name.
 

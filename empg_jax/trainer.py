@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from empg_jax.algorithms.anchors import join_alike
 from empg_jax.errors import RunError, Stopped
-from empg_jax.learner.batching import Layout, find_tokens, make_batch
+from empg_jax.learner.batching import Layout, make_batch
+from empg_jax.learner.passes import Pass, Scorer, optimize
 from empg_jax.learner.state import restart_optimizer
 from empg_jax.plan.explain import as_line, device_memory
 from empg_jax.plan.memory import compute_plan
@@ -23,10 +22,8 @@ from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import PanelResult
 from empg_jax.report.results import describe_update, dump_batch, write_results
-from empg_jax.report.rollouts import drop_rollouts, is_due, write_rollouts
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter
-from empg_jax.rollout.record import describe_episodes, describe_tokens
 from empg_jax.rollout.source import Interrupted
 from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
@@ -42,17 +39,17 @@ from empg_jax.run.parts import (
     save,
 )
 from empg_jax.run.process import CompileCounter, StopRequest
+from empg_jax.run.rollouts import drop_rollouts, is_due, write_update
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.phase import train_on_examples
-from empg_jax.types import Batch, Credit, Scores, Trajectory
+from empg_jax.types import Batch, Trajectory
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
 
 # Sampler and learner run the same model: a larger mean gap of their log-probs means that one is wrong.
 GAP_LIMIT = 0.05
-GAP_CHECK_EVERY = 25
 MAX_ROLLBACKS = 3
 
 
@@ -147,32 +144,38 @@ def run_sft(config: Config) -> Path:
 def rl_loop(parts: Parts, run: RunState) -> None:
     """Rollout, score, credit, update, publish; until ``train.updates``."""
     config, learner = parts.config, parts.learner
+    scorer = make_scorer(parts)
     parts.progress.phase("RL", config.train.updates, "updates", done=run.update)
     run.compiled = parts.compiles.count
     incidents = IncidentMeter(parts.source)
     while run.update < config.train.updates:
-        began = Beginning(time.monotonic(), parts.compiles.count, dict(parts.clock.seconds))
+        began, compiled = time.monotonic(), parts.compiles.count
+        parts.clock.lap()
         parts.events.update = run.update + 1
         mark_boundary(parts, run)
         with parts.clock.phase("rollout"):
             parts.engine.load(run.state.params, run.update)
             trajectories = parts.source.collect(run.update, parts.should_stop)
         with parts.clock.phase("update"):
-            host_batch, layout = split_batch(parts, run, trajectories, epoch=0)
+            split = functools.partial(split_batch, parts, run.update, trajectories)
+            host_batch, layout = split(0)
             batch = learner.put(host_batch)
-            own_scores, measured = score(parts, run, batch, layout)
-            scores = choose_scores(parts, batch, own_scores)
+            own, measured = scorer.score(run.state.params, run.reference, batch, layout, run.update)
+            check_gap(config, run.update, measured)
+            scores = scorer.choose(batch, own)
             credit = learner.credit(batch, scores)
-            first = Pass(host_batch, layout, batch, scores, credit)
-            steps = [
-                s for each in passes(parts, run, trajectories, first) for s in make_steps(parts, run, each)
-            ]
+            first, steps = Pass(host_batch, layout, batch, scores, credit), []
+            for state, metrics in optimize(learner, run.state, first, split, config.train.epochs):
+                run.state = state
+                steps.append(metrics)
             credit_metrics, steps = jax.device_get((credit.metrics, steps))
-            measured |= measure_drift(parts, run, batch, layout, own_scores)
+            measured |= scorer.measure_drift(run.state.params, run.reference, first, own, run.update)
         run.update += 1
         check_steps(parts, run, steps, host_batch)
         parts.source.collector.settle()  # new weights are taken up at a turn boundary
-        write_episodes(parts, run, trajectories, first)
+        if is_due(run.update, every=config.log.rollouts_every, last=config.train.updates):
+            tokens = config.log.rollouts_tokens
+            write_update(parts.run_dir, run.update, trajectories, first, with_tokens=tokens)
         values = describe_update(
             trajectories,
             layout,
@@ -181,102 +184,40 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             engine=parts.engine.take_stats(),
             credit=credit_metrics,
             steps=steps,
-            seconds=time.monotonic() - began.time,
+            seconds=time.monotonic() - began,
         )
-        values |= measured | parts.source.metrics
-        finish_update(parts, run, trajectories, values=values, began=began, incidents=incidents)
-
-
-@dataclasses.dataclass(frozen=True)
-class Beginning:
-    """Readings of the clock and the counters when an update began."""
-
-    time: float
-    compiled: int
-    seconds: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """One pass over a global batch: how its rows are split, and their credit."""
-
-    host: Batch
-    layout: Layout
-    batch: Batch  # the same on the mesh
-    scores: Scores
-    credit: Credit
+        values |= measured | parts.source.metrics | {"recompiles": parts.compiles.count - compiled}
+        values |= {"learning_rate": float(parts.schedule(run.state.step))}
+        finish_update(parts, run, trajectories, values, incidents)
 
 
 def split_batch(
-    parts: Parts, run: RunState, trajectories: Sequence[Trajectory], *, epoch: int
+    parts: Parts, update: int, trajectories: Sequence[Trajectory], epoch: int
 ) -> tuple[Batch, Layout]:
     """Build the global batch; every update and epoch deals its trajectories to other optimizer steps."""
     algorithm = parts.config.algorithm
     return make_batch(
         join_alike(trajectories, algorithm.anchor_similarity),
         parts.shape,
-        seed=(parts.config.seed, run.update, epoch),
+        seed=(parts.config.seed, update, epoch),
         gamma=algorithm.turn_gamma,
     )
-
-
-def passes(parts: Parts, run: RunState, trajectories: Sequence[Trajectory], first: Pass) -> Iterator[Pass]:
-    """Yield the pass of every epoch: the given one, then the same trajectories split anew.
-
-    Scores stay those of the policy before the update; only their place in the batch changes.
-    """
-    yield first
-    for epoch in range(1, parts.config.train.epochs):
-        host, layout = split_batch(parts, run, trajectories, epoch=epoch)
-        batch = parts.learner.put(host)
-        scores = parts.learner.rearrange(first.scores, find_tokens(first.host, host))
-        yield Pass(host, layout, batch, scores, parts.learner.credit(batch, scores))
-
-
-def make_steps(parts: Parts, run: RunState, each: Pass) -> Iterator[dict[str, Any]]:
-    """Make the optimizer steps of a pass; yield the metrics of each."""
-    for start, stop in each.layout.bounds:
-        run.state, metrics = parts.learner.update(
-            run.state, each.batch, each.scores, each.credit, np.int32(start), np.int32(stop)
-        )
-        yield metrics
-
-
-def write_episodes(parts: Parts, run: RunState, trajectories: Sequence[Trajectory], first: Pass) -> None:
-    """Write the episodes of the update with their credit, where that is due."""
-    log = parts.config.log
-    if not is_due(run.update, every=log.rollouts_every, last=parts.config.train.updates):
-        return
-    table, tokens = jax.device_get(first.credit.turns), None
-    if log.rollouts_tokens:
-        entropies, advantages = jax.device_get((first.scores.entropies, first.credit.advantages))
-        tokens = describe_tokens(trajectories, first.host, entropies, advantages)
-    records = describe_episodes(trajectories, table, update=run.update, tokens=tokens)
-    write_rollouts(parts.run_dir, run.update, records)
 
 
 def finish_update(
     parts: Parts,
     run: RunState,
     trajectories: Sequence[Trajectory],
-    *,
     values: dict[str, float],
-    began: Beginning,
     incidents: IncidentMeter,
 ) -> None:
     """Count the episodes of an update, evaluate, log and write a checkpoint, where these are due."""
     config = parts.config
     is_last = run.update == config.train.updates
-    values |= {
-        "learning_rate": float(parts.schedule(run.state.step)),
-        "recompiles": float(parts.compiles.count - began.compiled),
-    }
     run.record.count(trajectories, parts.source.outcomes)
     if config.eval.every and run.update % config.eval.every == 0 and not is_last:
         values |= evaluate(parts, run, "during").metrics
-    for name, seconds in parts.clock.seconds.items():
-        if (spent := seconds - began.seconds.get(name, 0.0)) > 0:
-            values[f"seconds_{name}"] = spent
+    values |= {f"seconds_{name}": seconds for name, seconds in parts.clock.lap().items()}
     if run.update % config.log.every == 0:
         parts.log.write(run.update, values | incidents.take())
     parts.progress.advance(1, values)
@@ -285,64 +226,30 @@ def finish_update(
         save(parts, run)
 
 
-def score(
-    parts: Parts, run: RunState, batch: Batch, layout: Layout
-) -> tuple[Scores | None, dict[str, float]]:
-    """The learner's own pass over a batch, where one is due, and its gap to the engine.
+def make_scorer(parts: Parts) -> Scorer:
+    """Build the scorer of a run's batches."""
+    config = parts.config
+    return Scorer(
+        parts.learner,
+        is_source=config.algorithm.entropy_source == "learner",
+        drift_every=config.log.drift_every,
+        is_on_policy=config.train.max_lag == 0,
+    )
 
-    It is due where the algorithm needs what no engine records (entropies by the learner, the reference's
-    log-probs, the critic's values), where a drift is measured, and now and then to check the engine. The gap
-    is measured on data of the learner's own version.
+
+def check_gap(config: Config, update: int, measured: Mapping[str, float]) -> None:
+    """Stop where sampler and learner disagree about data of the learner's own version.
 
     Raises:
       TrainingError: the gap is beyond the gate.
     """
-    config = parts.config
-    is_needed = config.algorithm.entropy_source == "learner" or parts.learner.needs_score
-    if not is_needed and run.update % GAP_CHECK_EVERY and not drift_is_due(parts, run):
-        return None, {}
-    scores = score_pass(parts, run, batch, layout)
-    if config.train.max_lag > 0:
-        return scores, {}
-    mean, largest = (float(gap) for gap in parts.learner.logprob_gap(batch, scores))
+    mean = measured.get("logprob_gap", 0.0)
     if mean > GAP_LIMIT:
         raise TrainingError(
             f"sampler and learner disagree: the mean log-prob difference is {mean:.3g} at update "
-            f"{run.update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
+            f"{update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
             f"(model.dtype={config.model.dtype})"
         )
-    return scores, {"logprob_gap": mean, "logprob_gap_max": largest}
-
-
-def score_pass(parts: Parts, run: RunState, batch: Batch, layout: Layout) -> Scores:
-    """Scores of a batch under the current weights (and the reference's)."""
-    reference = run.state.params if run.reference is None else run.reference
-    return parts.learner.score(run.state.params, reference, batch, np.int32(layout.bounds[-1][1]))
-
-
-def choose_scores(parts: Parts, batch: Batch, own: Scores | None) -> Scores:
-    """What credit and loss work with: the learner's scores, or the engine's where it is their source."""
-    if own is not None and parts.config.algorithm.entropy_source == "learner":
-        return own
-    recorded = parts.learner.recorded_scores(batch)
-    if own is None or not parts.learner.needs_score:
-        return recorded
-    return dataclasses.replace(own, old_logprobs=recorded.old_logprobs, entropies=recorded.entropies)
-
-
-def drift_is_due(parts: Parts, run: RunState) -> bool:
-    """Whether the entropy is measured before and after this update."""
-    return parts.config.log.drift_every > 0 and run.update % parts.config.log.drift_every == 0
-
-
-def measure_drift(
-    parts: Parts, run: RunState, batch: Batch, layout: Layout, before: Scores | None
-) -> dict[str, float]:
-    """How the update changed the mean entropy of the batch's sampled tokens, where that is due."""
-    if before is None or not drift_is_due(parts, run):
-        return {}
-    after = score_pass(parts, run, batch, layout)
-    return {"entropy_drift_measured": float(parts.learner.entropy_drift(batch, before, after))}
 
 
 def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch: Batch) -> None:

@@ -1,6 +1,6 @@
 """The episode record: one JSON object for an episode, its turns, and the credit that they were given.
 
-A run writes records of its training episodes (`empg_jax.report.rollouts`), and ``empg-jax credit`` reads and
+A run writes records of its training episodes (`empg_jax.run.rollouts`), and ``empg-jax credit`` reads and
 writes them. Of a hand-made turn only ``reward``, ``valid``, ``tokens`` and ``entropy`` are needed; everything
 else has a default, so a record says nothing of prompts: `make_trajectory` puts placeholders in their place.
 """

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
+from empg_jax.errors import ConfigError
 from empg_jax.learner.batching import BatchShape, make_batch, merge_turns
 from empg_jax.rollout.record import Record, credit_fields, make_trajectory, read_episodes
 from empg_jax.run.assembly import make_algorithm_from, needs_reference
+from empg_jax.run.rollouts import format_record, write_records
 from empg_jax.types import Scores
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
+
+
+def print_credit(config: Config, path: Path, out: Path | None, *, say: Callable[[str], None]) -> None:
+    """Recompute the credit of the episodes in a file; print the records, or write them to ``out``.
+
+    Args:
+      config: whose algorithm and ``env.context`` count.
+      path: a ``.jsonl`` or ``.jsonl.gz`` file of episode records.
+      out: the file to write; None is stdout.
+      say: takes lines for the person.
+
+    Raises:
+      ConfigError: ``path`` cannot be used, or ``out`` cannot be written.
+    """
+    records, notes = recompute_credit(config, path)
+    for note in notes:
+        say(note)
+    if out is None:
+        print("\n".join(format_record(record) for record in records))
+        return
+    try:
+        write_records(out, records)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
 def recompute_credit(config: Config, path: Path) -> tuple[list[Record], list[str]]:

@@ -57,6 +57,7 @@ class PhaseClock:
 
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
         self.seconds: dict[str, float] = dict(seconds or {})
+        self._lap = dict(self.seconds)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -66,6 +67,12 @@ class PhaseClock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    def lap(self) -> dict[str, float]:
+        """Wall seconds of the phases since the last call; phases that were not entered are absent."""
+        spent = {name: total - self._lap.get(name, 0.0) for name, total in self.seconds.items()}
+        self._lap = dict(self.seconds)
+        return {name: seconds for name, seconds in spent.items() if seconds > 0}
 
 
 class CompileCounter:

@@ -55,6 +55,7 @@ def test_phases_add_up_even_when_one_fails(monkeypatch):
     with clock.phase("update"):
         pass
     assert clock.seconds == {"rollout": 3.0, "update": 3.5}
+    assert clock.lap() == {"rollout": 2.0, "update": 3.5} and clock.lap() == {}
 
 
 def test_every_new_shape_is_counted_once():

@@ -6,9 +6,17 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from empg_jax.rollout.record import describe_episodes, describe_tokens
+
+if TYPE_CHECKING:
+    from empg_jax.learner.passes import Pass
+    from empg_jax.types import Trajectory
 
 FOLDER = "rollouts"
 _NAME = re.compile(r"update-(\d+)\.jsonl\.gz")
@@ -22,6 +30,27 @@ def is_due(update: int, *, every: int, last: int) -> bool:
 def rollouts_path(run_dir: Path, update: int) -> Path:
     """Name the file of an update."""
     return Path(run_dir) / FOLDER / f"update-{update:06d}.jsonl.gz"
+
+
+def write_update(
+    run_dir: Path, update: int, trajectories: Sequence[Trajectory], first: Pass, *, with_tokens: bool
+) -> Path:
+    """Write the episodes of an update with the credit that was trained on; returns the path.
+
+    Args:
+      run_dir: the run's folder.
+      update: its number.
+      trajectories: in the order of the batch's table.
+      first: the first pass over them.
+      with_tokens: add the numbers of every token.
+    """
+    table, tokens = jax.device_get(first.credit.turns), None
+    if with_tokens:
+        entropies, advantages = jax.device_get((first.scores.entropies, first.credit.advantages))
+        tokens = describe_tokens(trajectories, first.host, entropies, advantages)
+    return write_rollouts(
+        run_dir, update, describe_episodes(trajectories, table, update=update, tokens=tokens)
+    )
 
 
 def write_rollouts(run_dir: Path, update: int, records: Iterable[Mapping[str, Any]]) -> Path:

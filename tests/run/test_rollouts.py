@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from empg_jax.report.rollouts import drop_rollouts, is_due, rollouts_path, write_rollouts
+from empg_jax.run.rollouts import drop_rollouts, is_due, rollouts_path, write_rollouts
 
 
 @pytest.mark.parametrize(
