@@ -15,6 +15,7 @@ LAYERS = {
     "empg_jax.config": 1,  # its keys are those of the algorithms' parts
     "empg_jax.config_algorithm": 1,
     "empg_jax.config_model": 1,
+    "empg_jax.config_overlay": 1,
     "empg_jax.config_run": 1,
     "empg_jax.config_text": 0,
     "empg_jax.config_errors": 0,
