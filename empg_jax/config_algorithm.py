@@ -204,6 +204,8 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
                 "algorithm.name=null"
             )
         if entry is not None:
+            if not (isinstance(entry, str) and ":" in entry):
+                return data  # its own check says what is wrong
             name = None
         elif not isinstance(name, str):
             return data
@@ -219,12 +221,7 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
                 f"algorithm.name={name} and algorithm.modulation={explicit} name two modulations: use "
                 f"algorithm.name={base} with algorithm.modulation={explicit}, or leave one out"
             )
-        try:
-            spec = start_spec({"name": name, "entry_point": entry})
-        except ValueError:
-            if entry is None or not isinstance(entry, str) or ":" not in entry:
-                return data
-            raise
+        spec = start_spec({"name": name, "entry_point": entry})
         return nested(_filled(spec, flatten(data))) | {"name": base}
 
     @model_validator(mode="after")
@@ -296,7 +293,8 @@ def _filled(spec: Spec, given: dict[str, Any]) -> dict[str, Any]:
         chosen = choose(spec, given)
     except (ValueError, TypeError):  # a bad choice: told with the others
         return given
-    return {**written_out(chosen), **given}
+    said = {key: value for key, value in written_out(chosen).items() if key != "invalid_penalty"}
+    return {**said, **given}  # the penalty's key is env.invalid_penalty
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
