@@ -177,7 +177,10 @@ def show_config(
         elif config is None:
             raise ConfigError("name a configuration (empg-jax config quickstart), or ask for --keys")
         else:
-            typer.echo(_load(config, overrides or []).to_yaml(), nl=False)
+            resolved = _load(config, overrides or [])
+            for note in resolved.notes:
+                typer.echo(f"note: {note}", err=True)
+            typer.echo(resolved.to_yaml(), nl=False)
 
 
 @app.command()

@@ -26,13 +26,14 @@ def _factory(slot: str, part: Any) -> str | None:
 
 def spec_of(recipe: Recipe) -> Spec:
     """Describe a recipe by names and options."""
-    return {
+    spec = {
         slot: tuple(
             Chosen(_factory(slot, part), dict(getattr(part, "options", {})), name_of(part))
             for part in _parts_of(recipe, slot)
         )
         for slot in SLOTS
     }
+    return spec | {"entropy": (Chosen(None, {"entropy_coef": recipe.entropy_coef}),)}
 
 
 def _make(slot: str, chosen: Chosen) -> Any:

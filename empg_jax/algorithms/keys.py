@@ -146,6 +146,8 @@ def written_out(spec: Spec) -> dict[str, Any]:
         for part in parts:
             names = part.options if part.factory is not None else ()
             keys |= {key_of(str(part.factory), name): part.options[name] for name in names}
+    for bonus in spec.get("entropy", ()):
+        keys |= bonus.options
     if spec.get("kl") and spec["kl"][0].factory is None:
         keys["kl_coef"] = None
     return {key: value for key, value in keys.items() if key in _KNOWN}

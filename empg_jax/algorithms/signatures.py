@@ -128,7 +128,7 @@ def _read_factories() -> dict[str, dict[str, dict[str, Parameter]]]:
     return table
 
 
-def _read_recipes() -> dict[str, dict[str, tuple[str, dict[str, Any]]]]:
+def _read_recipes() -> dict[str, dict[str, tuple[str | None, dict[str, Any]]]]:
     """Name -> slot -> (factory, options) of the table `RECIPES`."""
     tree = ast.parse((_HERE / "recipes.py").read_text(encoding="utf-8"))
     (table,) = (
@@ -139,16 +139,21 @@ def _read_recipes() -> dict[str, dict[str, tuple[str, dict[str, Any]]]]:
         and node.target.id == "RECIPES"
     )
     assert isinstance(table, ast.Dict)
-    recipes: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {}
+    recipes: dict[str, dict[str, tuple[str | None, dict[str, Any]]]] = {}
     for key, recipe in zip(table.keys, table.values, strict=True):
         assert isinstance(key, ast.Constant) and isinstance(recipe, ast.Call)
-        recipes[str(key.value)] = {str(part.arg): _read_part(part.value) for part in recipe.keywords}
+        recipes[str(key.value)] = {
+            "entropy" if part.arg == "entropy_coef" else str(part.arg): _read_part(part.value)
+            for part in recipe.keywords
+        }
     return recipes
 
 
-def _read_part(node: ast.expr) -> tuple[str, dict[str, Any]]:
-    if isinstance(node, ast.Constant):  # aggregate="seq-mean-token-sum"
-        return str(node.value), {}
+def _read_part(node: ast.expr) -> tuple[str | None, dict[str, Any]]:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # aggregate="seq-mean-token-sum"
+        return node.value, {}
+    if isinstance(node, ast.Constant):  # entropy_coef=0.01, which is no part
+        return None, {"entropy_coef": node.value}
     assert isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
     return node.func.attr, {str(item.arg): ast.literal_eval(item.value) for item in node.keywords}
 

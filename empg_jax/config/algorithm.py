@@ -20,9 +20,7 @@ from empg_jax.algorithms.keys import (
     Spec,
     all_keys,
     choose,
-    explain_idle,
     flatten,
-    is_off,
     named_spec,
     read_keys,
     readers,
@@ -206,6 +204,8 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
                 "algorithm.name=null"
             )
         if entry is not None:
+            if not (isinstance(entry, str) and ":" in entry):
+                return data  # its own check says what is wrong
             name = None
         elif not isinstance(name, str):
             return data
@@ -221,13 +221,8 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
                 f"algorithm.name={name} and algorithm.modulation={explicit} name two modulations: use "
                 f"algorithm.name={base} with algorithm.modulation={explicit}, or leave one out"
             )
-        try:
-            spec = start_spec({"name": name, "entry_point": entry})
-        except ValueError:
-            if entry is None or not isinstance(entry, str) or ":" not in entry:
-                return data
-            raise
-        return _nested(_filled(spec, flatten(data))) | {"name": base}
+        spec = start_spec({"name": name, "entry_point": entry})
+        return nested(_filled(spec, flatten(data))) | {"name": base}
 
     @model_validator(mode="after")
     def _check(self) -> AlgorithmConfig:
@@ -298,10 +293,11 @@ def _filled(spec: Spec, given: dict[str, Any]) -> dict[str, Any]:
         chosen = choose(spec, given)
     except (ValueError, TypeError):  # a bad choice: told with the others
         return given
-    return {**written_out(chosen), **given}
+    said = {key: value for key, value in written_out(chosen).items() if key != "invalid_penalty"}
+    return {**said, **given}  # the penalty's key is env.invalid_penalty
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as nested tables."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
@@ -311,78 +307,3 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = value
     return nested
-
-
-# --- A command over a file ---------------------------------------------------------------------------------
-
-
-def overlay(filed: Any, commanded: Any, *, source: str, is_packaged: bool) -> tuple[Any, list[str]]:
-    """Lay the algorithm keys of a command over those of a file.
-
-    A name (or entry point) in the command decides the whole algorithm, modulation included, unless the
-    command names a modulation too. What a packaged file had set for parts that the command replaced is
-    dropped, and said so; a file of the user's own keeps every key, and one that nothing reads is refused
-    later.
-
-    Args:
-      filed: the file's ``algorithm`` section.
-      commanded: the command's.
-      source: what notes call the file.
-      is_packaged: whether it came with the package.
-
-    Returns:
-      The section, and the notes.
-    """
-    if not isinstance(filed, dict) or not isinstance(commanded, dict):
-        return (filed if commanded is None else commanded), []
-    before, command = flatten(filed), flatten(commanded)
-    kept = dict(before)
-    renames = command.get("name") is not None or command.get("entry_point") is not None
-    if renames:
-        for key in ("name", "entry_point", "modulation"):
-            kept.pop(key, None)
-    elif "modulation" in command and isinstance(before.get("name"), str):
-        kept["name"] = split_name(before["name"])[0]
-    try:
-        notes = _drop_replaced(before, command, kept, source, is_packaged, renames)
-    except (ValueError, TypeError, KeyError):  # something is wrong with the keys, which is told with all else
-        notes = []
-    return _nested({**kept, **command}), notes
-
-
-def _drop_replaced(
-    before: dict[str, Any],
-    command: dict[str, Any],
-    kept: dict[str, Any],
-    source: str,
-    is_packaged: bool,
-    renames: bool,
-) -> list[str]:
-    """Take from ``kept`` what was set for replaced parts; the notes that say so."""
-    old, new = start_spec(before), start_spec({**kept, **command})
-    if before.get("modulation") in MODULATIONS:
-        old = old | choose(old, {"modulation": before["modulation"]})
-    notes = []
-    cause = " ".join(f"algorithm.{key}={value}" for key, value in command.items())
-    for key, slot in (("loss", "objective"), ("aggregation", "aggregate")):
-        if renames and key in kept and key not in command and old.get(slot) != new.get(slot):
-            notes.append(f"algorithm.{key}={kept.pop(key)} of {source} is dropped: {cause} brings its own")
-    if not is_packaged:
-        return notes
-    was = choose(old, before)
-    now = choose(new, {**kept, **command})
-    for key, (slot, factory) in read_keys(was).items():
-        if key in kept and key not in command and was.get(slot) != now.get(slot):
-            value = kept.pop(key)
-            notes.append(f"algorithm.{key}={value} of {source} is dropped: {cause} replaces {factory}")
-    return notes
-
-
-def check_command(algorithm: AlgorithmConfig, commanded: Any) -> Iterator[str]:
-    """Say which keys of a command nothing reads, even where their value is the default."""
-    values = {k: v for k, v in flatten(algorithm.model_dump()).items() if k not in NOT_OF_PARTS}
-    spec = choose(start_spec({"name": algorithm.name, "entry_point": algorithm.entry_point}), values)
-    read = read_keys(spec)
-    for key, value in flatten(commanded if isinstance(commanded, dict) else {}).items():
-        if readers(key) and key not in read and not is_off(key, value):
-            yield explain_idle(key, value, spec, algorithm.name or algorithm.entry_point)

@@ -19,9 +19,10 @@ from typing import Any
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from empg_jax.config.algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section, check_command, overlay
+from empg_jax.config.algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section
 from empg_jax.config.explain import explain, list_keys
 from empg_jax.config.model import MeshConfig, ModelConfig
+from empg_jax.config.overlay import check_command, overlay
 from empg_jax.config.sections import (
     CheckpointConfig,
     EnvConfig,

@@ -309,7 +309,8 @@ def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe
         base: str | Recipe = a.name if a.entry_point is None else load_recipe(a.entry_point)
         start = base if isinstance(base, Recipe) else ALGORITHMS[base]
         keys = {key: value for key, value in flat(a).items() if key not in NOT_OF_PARTS}
-        keys["invalid_penalty"] = config.env.invalid_penalty
+        if config.env.invalid_penalty:  # else a recipe of one's own keeps the penalty that it has
+            keys["invalid_penalty"] = config.env.invalid_penalty
         values = readable(spec_of(start), keys)
         return make_recipe(base, values, group_size=group_size)
     except ValueError as error:

@@ -38,6 +38,7 @@ def test_every_factory_is_read():
 def test_the_table_of_recipes_is_read_as_python_reads_it(name):
     assert READ.keys() == RECIPES.keys()
     whole, read = spec_of(RECIPES[name]), named_spec(name)
+    assert whole.pop("entropy")[0].options == {"entropy_coef": RECIPES[name].entropy_coef}
     for slot, chosen in whole.items():
         assert [part.factory for part in chosen] == [part.factory for part in read.get(slot, ())], slot
         for part, text in zip(chosen, read.get(slot, ()), strict=True):

@@ -80,7 +80,15 @@ NEEDS = {
 }
 
 
-OWN = Recipe(estimate=parts.gigpo(omega=0.25), modulate=parts.aem(lam=0.75), correct=parts.tis(cap=3.0))
+OWN = Recipe(
+    estimate=parts.gigpo(omega=0.25),
+    penalise=(parts.turn_penalty(0.2), parts.overlong(40, 20)),
+    modulate=parts.aem(lam=0.75),
+    correct=(parts.tis(cap=3.0), parts.sequence_mask(delta=0.5)),
+    keep=parts.mask_truncated(unit="trajectory"),
+    kl=parts.kl(0.01, kind="k2"),
+    entropy_coef=0.03,
+)
 
 
 def built(overrides):
@@ -105,8 +113,10 @@ def test_every_key_reaches_the_algorithm(key):
 
 def test_a_recipe_of_ones_own_keeps_its_parts_and_takes_keys():
     entry = ["algorithm.entry_point=tests.test_assembly:OWN", "algorithm.entropy_source=learner"]
+    assert built(entry) == written_out(spec_of(OWN)) | {"name": "gigpo"}
     found = built(entry)
     assert (found["omega"], found["aem.lam"], found["correction.cap"]) == (0.25, 0.75, 3.0)
+    assert built([*entry, "env.invalid_penalty=0.3"])["invalid_penalty"] == 0.3
     found = built([*entry, "algorithm.aem.lam=0.5", "algorithm.modulation=aem", "algorithm.clip_high=0.3"])
     assert (found["omega"], found["aem.lam"], found["clip_high"]) == (0.25, 0.5, 0.3)
 

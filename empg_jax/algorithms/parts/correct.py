@@ -84,7 +84,7 @@ def sequence_mask(
 
     Args:
       delta: Drop a sequence of negative advantage that moved further than this (nats); null is off.
-      logprobs_of: Whose log-probabilities that distance starts from.
+      logprobs_of: Whose log-probabilities the distance in sequence_delta starts from.
     """
     check_choice("correction.sequence_logprobs", logprobs_of, ("sampler", "learner"))
 

@@ -32,7 +32,7 @@ def overlong(
     Args:
       length: Sampled tokens from which on an episode loses the whole penalty (DAPO); null is off.
       cache: Width in tokens of the ramp that leads to that penalty.
-      factor: The whole penalty.
+      factor: Penalty of an episode that is too long by far.
     """
 
     def penalise(batch: Batch, turns: Turns) -> Penalties:

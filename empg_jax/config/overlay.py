@@ -1,0 +1,91 @@
+"""A command's algorithm keys over a file's: what the command replaces, and what it sets in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from empg_jax.algorithms.keys import (
+    MODULATIONS,
+    NOT_OF_PARTS,
+    choose,
+    explain_idle,
+    flatten,
+    is_off,
+    read_keys,
+    readers,
+    split_name,
+)
+from empg_jax.config.algorithm import AlgorithmConfig, nested, start_spec
+
+
+def overlay(filed: Any, commanded: Any, *, source: str, is_packaged: bool) -> tuple[Any, list[str]]:
+    """Lay the algorithm keys of a command over those of a file.
+
+    A name (or entry point) in the command decides the whole algorithm, modulation included, unless the
+    command names a modulation too. What a packaged file had set for parts that the command replaced is
+    dropped, and said so; a file of the user's own keeps every key, and one that nothing reads is refused
+    later.
+
+    Args:
+      filed: the file's ``algorithm`` section.
+      commanded: the command's.
+      source: what notes call the file.
+      is_packaged: whether it came with the package.
+
+    Returns:
+      The section, and the notes.
+    """
+    if not isinstance(filed, dict) or not isinstance(commanded, dict):
+        return (filed if commanded is None else commanded), []
+    before, command = flatten(filed), flatten(commanded)
+    kept = dict(before)
+    renames = command.get("name") is not None or command.get("entry_point") is not None
+    if renames:
+        for key in ("name", "entry_point", "modulation"):
+            kept.pop(key, None)
+    elif "modulation" in command and isinstance(before.get("name"), str):
+        kept["name"] = split_name(before["name"])[0]
+    try:
+        notes = _drop_replaced(before, command, kept, source, is_packaged, renames)
+    except (ValueError, TypeError, KeyError):  # something is wrong with the keys, which is told with all else
+        notes = []
+    return nested({**kept, **command}), notes
+
+
+def _drop_replaced(
+    before: dict[str, Any],
+    command: dict[str, Any],
+    kept: dict[str, Any],
+    source: str,
+    is_packaged: bool,
+    renames: bool,
+) -> list[str]:
+    """Take from ``kept`` what was set for replaced parts; the notes that say so."""
+    old, new = start_spec(before), start_spec({**kept, **command})
+    if before.get("modulation") in MODULATIONS:
+        old = old | choose(old, {"modulation": before["modulation"]})
+    notes = []
+    cause = " ".join(f"algorithm.{key}={value}" for key, value in command.items())
+    for key, slot in (("loss", "objective"), ("aggregation", "aggregate")):
+        if renames and key in kept and key not in command and old.get(slot) != new.get(slot):
+            notes.append(f"algorithm.{key}={kept.pop(key)} of {source} is dropped: {cause} brings its own")
+    if not is_packaged:
+        return notes
+    was = choose(old, before)
+    now = choose(new, {**kept, **command})
+    for key, (slot, factory) in read_keys(was).items():
+        if key in kept and key not in command and was.get(slot) != now.get(slot):
+            value = kept.pop(key)
+            notes.append(f"algorithm.{key}={value} of {source} is dropped: {cause} replaces {factory}")
+    return notes
+
+
+def check_command(algorithm: AlgorithmConfig, commanded: Any) -> Iterator[str]:
+    """Say which keys of a command nothing reads, even where their value is the default."""
+    values = {k: v for k, v in flatten(algorithm.model_dump()).items() if k not in NOT_OF_PARTS}
+    spec = choose(start_spec({"name": algorithm.name, "entry_point": algorithm.entry_point}), values)
+    read = read_keys(spec)
+    for key, value in flatten(commanded if isinstance(commanded, dict) else {}).items():
+        if readers(key) and key not in read and not is_off(key, value):
+            yield explain_idle(key, value, spec, algorithm.name or algorithm.entry_point)
