@@ -11,15 +11,15 @@ look across sections, and loading.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from empg_jax.config.algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section
-from empg_jax.config.explain import explain, list_keys
+from empg_jax.config.algorithm import ALGORITHM_NAMES, NO_GROUP_BASELINE, AlgorithmConfig, Section
+from empg_jax.config.explain import explain, list_keys, list_literals
 from empg_jax.config.model import MeshConfig, ModelConfig
 from empg_jax.config.sections import (
     CheckpointConfig,
@@ -31,7 +31,7 @@ from empg_jax.config.sections import (
     TrainConfig,
     WorkersConfig,
 )
-from empg_jax.config.yaml import apply_override, find_file, read_yaml
+from empg_jax.config.yaml import apply_override, drop_options, find_file, read_yaml
 from empg_jax.errors import ConfigError
 
 # Keys that may change when a run goes on; all others would make the resumed run a different experiment.
@@ -118,6 +118,10 @@ def _rollout_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _num_devices(mesh: MeshConfig) -> int:
+    return mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence
+
+
 def _learner_problems(config: Config) -> Iterator[str]:
     rollout, train, mesh, model = config.rollout, config.train, config.mesh, config.model
     rows, shards = train.micro_tokens // rollout.max_tokens, mesh.data * mesh.fsdp
@@ -126,7 +130,7 @@ def _learner_problems(config: Config) -> Iterator[str]:
         yield (
             f"train.micro_tokens={train.micro_tokens} holds {rows} rows of rollout.max_tokens="
             f"{rollout.max_tokens}, which mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} cannot divide: "
-            f"use train.micro_tokens={right}"
+            f"use train.micro_tokens={right} (this mesh takes {_num_devices(mesh)} devices)"
         )
     if rollout.max_tokens % mesh.sequence:
         yield f"mesh.sequence={mesh.sequence} must divide rollout.max_tokens={rollout.max_tokens}"
@@ -153,12 +157,19 @@ def _learner_problems(config: Config) -> Iterator[str]:
 # --- Loading -----------------------------------------------------------------------------------------------
 
 
-def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    name_or_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    note: Callable[[str], None] = lambda line: None,
+) -> Config:
     """Read a configuration.
 
     Args:
       name_or_path: a packaged name (``quickstart``), or the path of a YAML file.
-      overrides: ``section.key=value`` each, the value in YAML; later ones win.
+      overrides: ``section.key=value`` each, the value in YAML; later ones win. With another environment by
+        ``env.entry_point`` the file's options of its environment are left out.
+      note: told of that, in a line.
 
     Returns:
       The checked, frozen configuration; its name is the file's unless the file sets one.
@@ -168,6 +179,8 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     """
     path = find_file(name_or_path)
     values = {"name": path.stem} | read_yaml(path)
+    if (dropped := drop_options(values, overrides)) is not None:
+        note(dropped)
     for override in overrides:
         apply_override(values, override)
     try:
@@ -185,6 +198,13 @@ def check_resumable(overrides: Iterable[str]) -> None:
         key = override.partition("=")[0].strip()
         if key != "train.updates" and not key.startswith("log."):
             raise ConfigError(f"{override}: a resumed run may change only {' and '.join(RESUMABLE_KEYS)}")
+
+
+def list_choices() -> dict[str, list[str]]:
+    """The choices of every key that has a closed list of them, by key."""
+    return {"algorithm.name": list(ALGORITHM_NAMES)} | {
+        path: choices for path, choices in list_literals(Config).items() if choices
+    }
 
 
 def describe() -> list[tuple[str, Any, str]]:
