@@ -58,7 +58,7 @@ def make_engine(
     retriever = choose_retriever(retriever, model is not None, say)
     if (retriever == DENSE) != (model is not None):
         raise ServeError("a dense retriever needs the folder of an encoder (--model), and no other takes one")
-    known = (AUTO, *(name for name in RETRIEVERS if name != "remote"), DENSE)
+    known = (*(name for name in RETRIEVERS if name != "remote"), DENSE, AUTO)
     if retriever not in known:
         raise ServeError(f"unknown retriever {retriever!r}; a server has {', '.join(known)}")
     if retriever != DENSE:
