@@ -12,17 +12,18 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from empg_jax import __version__
-from empg_jax.config import Config, check_resumable, describe, load_config
+from empg_jax.config import Config, check_resumable, describe, list_choices, load_config
+from empg_jax.config.yaml import find_packaged
 from empg_jax.errors import ConfigError, Stopped, UserError
 from empg_jax.run.folder import is_finished
 
@@ -155,7 +156,7 @@ def export(
             adapter=adapter,
             dtype=dtype,
             overrides=overrides or [],
-            say=lambda line: typer.echo(line, err=True),
+            say=_say,
         )
         typer.echo(written.absolute())
 
@@ -167,15 +168,18 @@ def show_config(
     ] = None,
     overrides: Overrides = None,
     keys: Annotated[
-        bool, typer.Option("--keys", help="List every key with its default and meaning.")
+        bool, typer.Option("--keys", help="List every key with its default, its choices and its meaning.")
     ] = False,
+    packaged: Annotated[bool, typer.Option("--list", help="List the packaged configurations.")] = False,
 ) -> None:
     """Check a configuration and print it resolved."""
     with _reporting():
         if keys:
             _print_keys()
+        elif packaged:
+            _print_packaged()
         elif config is None:
-            raise ConfigError("name a configuration (empg-jax config quickstart), or ask for --keys")
+            raise ConfigError("name a configuration (empg-jax config quickstart), or ask for --list, --keys")
         else:
             resolved = _load(config, overrides or [])
             for note in resolved.notes:
@@ -238,7 +242,7 @@ def retrieve(
     corpus: Annotated[
         str, typer.Option(help="JSON lines with 'id' and 'contents' (wiki-18's format), maybe gzipped.")
     ],
-    retriever: Annotated[str, typer.Option(help="bm25s, builtin, tantivy, or dense.")] = "bm25s",
+    retriever: Annotated[str, typer.Option(help="auto, bm25s, builtin, tantivy, or dense.")] = "auto",
     model: Annotated[str | None, typer.Option(help="Folder of a BERT-style encoder, for dense.")] = None,
     query_prefix: Annotated[str, typer.Option(help="Put before queries (E5: 'query: ').")] = "",
     passage_prefix: Annotated[str, typer.Option(help="Put before passages (E5: 'passage: ').")] = "",
@@ -260,7 +264,7 @@ def retrieve(
                 corpus,
                 retriever=retriever,
                 encoder={"model": model, "cache": vectors, **prefixes} if model is not None else None,
-                say=lambda text: typer.echo(text, err=True),
+                say=_say,
                 host=host,
                 port=port,
                 topk=topk,
@@ -293,6 +297,11 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
+def _say(line: str) -> None:
+    """A line for the person; stdout is for results."""
+    typer.echo(line, err=True)
+
+
 @contextlib.contextmanager
 def _reporting() -> Iterator[None]:
     """Turn expected failures into one message and an exit code."""
@@ -306,8 +315,11 @@ def _reporting() -> Iterator[None]:
 
 
 def _load(config: str, overrides: list[str]) -> Config:
+    notes: list[str] = []
     resolved = load_config(config, overrides)
-    _check_environment(resolved)
+    _check_environment(resolved, notes.append)
+    for note in notes:  # not before all is well: a refusal is one message
+        _say(note)
     return resolved
 
 
@@ -319,19 +331,31 @@ def _load_run(run: Path, overrides: list[str]) -> Config:
     return load_config(path, overrides)
 
 
-def _check_environment(config: Config) -> None:
-    """Find the environment now, not after the model was built."""
-    from empg_envs import resolve_spec
+def _check_environment(config: Config, note: Callable[[str], None]) -> None:
+    """Find the environment and its options now, not after the model was built."""
+    from empg_jax.run.environment import find_spec, reads_bytes
 
-    try:
-        resolve_spec(config.env.target)
-    except (TypeError, ValueError) as error:
-        key = "env.entry_point" if config.env.entry_point else "env.name"
-        raise ConfigError(f"{key}={config.env.target}: {error}") from None
+    if reads_bytes(config, find_spec(config)):
+        note(
+            f"{config.env.target} has no closed vocabulary and no tokenizer is named: a token is a byte "
+            "(model.tokenizer=bytes), of which rollout.max_tokens and rollout.max_response_tokens are counted"
+        )
 
 
 def _print_keys() -> None:
-    table = Table("key", "default", "meaning")
+    from empg_envs import ENVS
+
+    choices = {"env.name": list(ENVS), **list_choices()}
+    table = Table(Column("key", no_wrap=True), Column("default", overflow="fold"), "meaning")
     for path, default, meaning in describe():
-        table.add_row(path, "null" if default is None else str(default), meaning)
+        shown = "null" if default is None else str(default)
+        choose = f" Choices: {', '.join(choices[path])}." if path in choices else ""
+        table.add_row(path, shown, meaning + choose)
+    Console(highlight=False).print(table)
+
+
+def _print_packaged() -> None:
+    table = Table(Column("configuration", no_wrap=True), "what it is")
+    for name, sentence in find_packaged().items():
+        table.add_row(name, sentence)
     Console(highlight=False).print(table)

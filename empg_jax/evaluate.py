@@ -31,6 +31,11 @@ def evaluate_run(path: Path, overrides: list[str]) -> dict[str, Any]:
         engine.base = engine.place(saved.base)
     with make_pool(config) as pool:
         evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0)
+        if evaluator.num_tasks < config.eval.tasks:
+            _warn(
+                f"eval.tasks={config.eval.tasks}: {config.env.eval_split} has {evaluator.num_tasks} tasks; "
+                "all of them are attempted"
+            )
         result = evaluator.run(saved.params, saved.step)
     if evaluator.num_tasks < config.eval.tasks:
         found = f"the panel {config.env.eval_split} has {evaluator.num_tasks} tasks"

@@ -250,7 +250,7 @@ def _open_wandb(run_dir: Path, *, resume: bool) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ConfigError("log.wandb=true needs wandb: pip install 'empg-jax[wandb]'") from None
+        raise ConfigError("log.wandb=true needs wandb; in the clone: pip install -e '.[wandb]'") from None
     name = Path(run_dir).resolve().name
     return wandb.init(
         project="empg-jax", name=name, id=name, dir=str(run_dir), resume="allow" if resume else None

@@ -1,6 +1,6 @@
 """Plays games in the original TextWorld engine and in the native one side by side and counts differences.
 
-Needs the extra: ``pip install 'empg-jax[alfworld]'`` (builds a planner: C++ compiler, CMake, two minutes).
+Needs the extra: ``pip install -e '.[alfworld]'`` (builds a planner: C++ compiler, CMake, two minutes).
 Every third command is the solver's, the others are random, some of them nonsense. Exits with 1 if a single
 observation, list of admissible commands, reward or end differs.
 

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from empg_jax.config.load import Config as Config
     from empg_jax.config.load import check_resumable as check_resumable
     from empg_jax.config.load import describe as describe
+    from empg_jax.config.load import list_choices as list_choices
     from empg_jax.config.load import load_config as load_config
 
-__all__ = ["Config", "check_resumable", "describe", "load_config"]
+__all__ = ["Config", "check_resumable", "describe", "list_choices", "load_config"]
 
 
 def __getattr__(name: str) -> Any:

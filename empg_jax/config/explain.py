@@ -25,6 +25,17 @@ def list_keys(root: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
     return keys
 
 
+def list_literals(root: Any, prefix: str = "") -> dict[str, list[str]]:
+    """The choices of every key below a section, by path; empty for keys that are free."""
+    found: dict[str, list[str]] = {}
+    for name, field in root.model_fields.items():
+        if _is_section(field.annotation):
+            found |= list_literals(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = _choices(field.annotation)
+    return found
+
+
 def explain(root: Any, error: Mapping[str, Any]) -> list[str]:
     """The lines that tell a person about one entry of ``ValidationError.errors()``."""
     kind, parts = error["type"], [str(part) for part in error["loc"]]

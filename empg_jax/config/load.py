@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from empg_jax.config.algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section
-from empg_jax.config.explain import explain, list_keys
+from empg_jax.config.algorithm import ALGORITHM_NAMES, NO_GROUP_BASELINE, AlgorithmConfig, Section
+from empg_jax.config.explain import explain, list_keys, list_literals
 from empg_jax.config.model import MeshConfig, ModelConfig
 from empg_jax.config.overlay import check_command, overlay
 from empg_jax.config.sections import (
@@ -33,7 +33,7 @@ from empg_jax.config.sections import (
     TrainConfig,
     WorkersConfig,
 )
-from empg_jax.config.yaml import apply_override, find_file, is_packaged, read_yaml
+from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, read_yaml
 from empg_jax.errors import ConfigError
 
 # Keys that may change when a run goes on; all others would make the resumed run a different experiment.
@@ -127,6 +127,10 @@ def _rollout_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _num_devices(mesh: MeshConfig) -> int:
+    return mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence
+
+
 def _learner_problems(config: Config) -> Iterator[str]:
     rollout, train, mesh, model = config.rollout, config.train, config.mesh, config.model
     rows, shards = train.micro_tokens // rollout.max_tokens, mesh.data * mesh.fsdp
@@ -135,7 +139,7 @@ def _learner_problems(config: Config) -> Iterator[str]:
         yield (
             f"train.micro_tokens={train.micro_tokens} holds {rows} rows of rollout.max_tokens="
             f"{rollout.max_tokens}, which mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} cannot divide: "
-            f"use train.micro_tokens={right}"
+            f"use train.micro_tokens={right} (this mesh takes {_num_devices(mesh)} devices)"
         )
     if rollout.max_tokens % mesh.sequence:
         yield f"mesh.sequence={mesh.sequence} must divide rollout.max_tokens={rollout.max_tokens}"
@@ -193,31 +197,38 @@ def _lag_note(config: Config) -> Iterator[str]:
 # --- Loading -----------------------------------------------------------------------------------------------
 
 
-def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    name_or_path: str | Path,
+    overrides: Sequence[str] = (),
+) -> Config:
     """Read a configuration.
 
     Args:
       name_or_path: a packaged name (``quickstart``), or the path of a YAML file.
-      overrides: ``section.key=value`` each, the value in YAML; later ones win.
+      overrides: ``section.key=value`` each, the value in YAML; later ones win. If they name an
+        ``env.entry_point``, the file's options for its own environment are left out.
 
     Returns:
-      The checked, frozen configuration; its name is the file's unless the file sets one.
+      The checked, frozen configuration; its name is the file's unless the file sets one. Its ``notes`` say
+      which keys of the file were dropped.
 
     Raises:
       ConfigError: one message that lists everything that is wrong.
     """
     path = find_file(name_or_path)
     values = {"name": path.stem} | read_yaml(path)
+    notes = drop_options(values, overrides)
     filed, command = copy.deepcopy(values.get("algorithm", {})), dict[str, Any]()
     for override in overrides:
         apply_override(values, override)
         if override.partition("=")[0].strip().partition(".")[0] == "algorithm":
             apply_override(command, override)
-    commanded, notes = command.get("algorithm"), list[str]()
+    commanded = command.get("algorithm")
     if commanded is not None:
-        values["algorithm"], notes = overlay(
+        values["algorithm"], dropped = overlay(
             filed, commanded, source=path.name, is_packaged=is_packaged(path)
         )
+        notes += dropped
     try:
         config = Config.model_validate(values)
         if idle := list(check_command(config.algorithm, commanded)):
@@ -239,6 +250,13 @@ def check_resumable(overrides: Iterable[str]) -> None:
         key = override.partition("=")[0].strip()
         if key != "train.updates" and not key.startswith("log."):
             raise ConfigError(f"{override}: a resumed run may change only {' and '.join(RESUMABLE_KEYS)}")
+
+
+def list_choices() -> dict[str, list[str]]:
+    """The choices of every key that has a closed list of them, by key."""
+    return {"algorithm.name": list(ALGORITHM_NAMES)} | {
+        path: choices for path, choices in list_literals(Config).items() if choices
+    }
 
 
 def describe() -> list[tuple[str, Any, str]]:

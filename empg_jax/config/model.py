@@ -14,6 +14,14 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def as_mapping(value: Any) -> Any:
+    """Null stands for a mapping without entries."""
+    return {} if value is None else value
+
+
+Options = Annotated[dict[str, Any], BeforeValidator(as_mapping)]
+
+
 class LoraConfig(Section):
     """Low-rank adapters: they are trained and published, and the model below them stays as it is."""
 
@@ -30,12 +38,14 @@ class ModelConfig(Section):
     path: str | None = Field(None, description="Folder (or hub id) of a Hugging Face model to start from.")
     preset: str | None = Field(None, description="Named model shape to fill with random weights.")
     tokenizer: str | None = Field(
-        None, description="Folder of a tokenizer; by default the model's, else one built for the environment."
+        None,
+        description="Folder (or hub id) of a tokenizer, or bytes (built in: a token per byte of a text); by "
+        "default the model's, else one built for the environment, or bytes where its vocabulary is open.",
     )
     chat_template: str | None = Field(
         None, description="File with a chat template (Jinja) in place of the tokenizer's own."
     )
-    chat_options: dict[str, Any] = Field(
+    chat_options: Options = Field(
         default_factory=dict,
         description="Variables for the chat template, for example {enable_thinking: false}.",
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from empg_jax.config.algorithm import Section
-from empg_jax.config.model import as_list
+from empg_jax.config.model import Options, as_list
 
 
 class EnvConfig(Section):
@@ -19,8 +19,8 @@ class EnvConfig(Section):
         pattern=r"^[\w.]+:\w+$",
         description="An environment of your own, as package.module:attribute, in place of env.name.",
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the environment.")
-    prompt_options: dict[str, Any] = Field(
+    options: Options = Field(default_factory=dict, description="Keyword arguments of the environment.")
+    prompt_options: Options = Field(
         default_factory=dict, description="Keyword arguments of its prompt builder and action parser."
     )
     split: str = Field("train", description="Panel of tasks that are trained on.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +96,52 @@ def apply_override(values: dict[str, Any], override: str) -> None:
                 f"override {override!r}: {'.'.join(parts[:depth])} is {node[part]!r} and has no keys below it"
             )
         node = node[part]
-    # A section given as a table is merged, so that `algorithm={empg: {k: 2}}` keeps the other keys.
-    if isinstance(value, dict) and isinstance(node.get(parts[-1]), dict):
+    # A section given as a table is merged, so that `algorithm={empg: {k: 2}}` keeps the other keys; an empty
+    # table takes away what stood there.
+    if value and isinstance(value, dict) and isinstance(node.get(parts[-1]), dict):
         node[parts[-1]] = _merge(node[parts[-1]], value)
     else:
         node[parts[-1]] = value
 
 
+def drop_options(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Take a file's environment options out where an override names another environment's entry point.
+
+    Args:
+      values: of the file; changed in place.
+      overrides: what is to be applied to them; options among these stay.
+
+    Returns:
+      A line for the person if anything was taken out.
+    """
+    given: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(given, override)
+    env, named = values.get("env"), given.get("env")
+    entry_point = named.get("entry_point") if isinstance(named, dict) else None
+    if not isinstance(env, dict) or entry_point in (None, env.get("entry_point")):
+        return []
+    dropped = [key for key in ("options", "prompt_options") if env.pop(key, None)]
+    if not dropped:
+        return []
+    names = " and ".join(f"env.{key}" for key in dropped)
+    return [f"env.entry_point={entry_point}: {names} of the configuration are left out"]
+
+
+def find_packaged() -> dict[str, str]:
+    """The packaged configurations: name and the first sentence of the comment at the file's top."""
+    found = {}
+    for path in sorted(_packaged_folder().glob("*.yaml")):
+        lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
+        text = " ".join(line.removeprefix("#").strip() for line in lines)
+        found[path.stem] = re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
+    return found
+
+
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     merged = dict(old)
     for key, value in new.items():
-        both = isinstance(value, dict) and isinstance(old.get(key), dict)
+        both = value and isinstance(value, dict) and isinstance(old.get(key), dict)
         merged[key] = _merge(old[key], value) if both else value
     return merged
 

@@ -32,7 +32,12 @@ def find_folder(path: str | pathlib.Path, patterns: Sequence[str], what: str) ->
 
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(patterns)))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+    except errors.LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"no {what} folder at {str(path)!r}, and the hub did not give one of that name: {error}"
+            f"no {what} folder at {str(path)!r}, and the hub cannot be reached (nor is it in the cache)"
+        ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"no {what} folder at {str(path)!r}, and the hub did not give one of that name: {first}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,11 +13,25 @@ from empg_jax.errors import UserError
 from empg_jax.retrieval.batcher import Batcher
 from empg_jax.retrieval.server import RetrievalServer
 
-DENSE = "dense"
+AUTO, DENSE = "auto", "dense"
 
 
 class ServeError(UserError):
     """A server that cannot start. The message gives the reason."""
+
+
+def choose_retriever(name: str, has_encoder: bool, say: Callable[[str], None]) -> str:
+    """The name itself; for ``auto`` the best engine that this installation can run, told in one line."""
+    if name != AUTO:
+        return name
+    if has_encoder:
+        found, why = DENSE, "an encoder is named"
+    elif importlib.util.find_spec("bm25s") is not None:
+        found, why = "bm25s", "it is installed"
+    else:
+        found, why = "builtin", "bm25s, which is faster, is not installed (pip install -e '.[deepsearch]')"
+    say(f"retriever {found}: {why}")
+    return found
 
 
 def make_engine(
@@ -28,7 +43,8 @@ def make_engine(
     """Build the search engine.
 
     Args:
-      retriever: ``dense``, or one of `empg_envs.deepsearch.passages.RETRIEVERS` that searches a corpus.
+      retriever: ``auto``, ``dense``, or one of `empg_envs.deepsearch.passages.RETRIEVERS` that searches a
+        corpus.
       passages: the corpus.
       encoder: options of ``dense``: ``model`` (a folder), ``query_prefix``, ``passage_prefix``, ``cache``.
       say: called with progress messages.
@@ -39,9 +55,10 @@ def make_engine(
     """
     options = dict(encoder or {})
     model = options.pop("model", None)
+    retriever = choose_retriever(retriever, model is not None, say)
     if (retriever == DENSE) != (model is not None):
         raise ServeError("a dense retriever needs the folder of an encoder (--model), and no other takes one")
-    known = (*(name for name in RETRIEVERS if name != "remote"), DENSE)
+    known = (*(name for name in RETRIEVERS if name != "remote"), DENSE, AUTO)
     if retriever not in known:
         raise ServeError(f"unknown retriever {retriever!r}; a server has {', '.join(known)}")
     if retriever != DENSE:
@@ -109,6 +126,7 @@ def serve_corpus(
     """
     began = time.monotonic()
     passages = read_corpus(corpus)
+    retriever = choose_retriever(retriever, encoder is not None, say)
     engine = make_engine(retriever, passages, encoder, say)
     with open_server(engine, len(passages), **options) as server:
         seconds = time.monotonic() - began

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from empg_envs import EnvSpec, resolve_spec
+from empg_envs import EnvSpec
 from empg_envs.base import ActionParser
 from empg_jax.algorithms import (
     ALGORITHMS,
@@ -42,7 +42,8 @@ from empg_jax.rollout.context import ContextFactory, make_context
 from empg_jax.rollout.episode import EpisodeRules
 from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.source import GroupFilter
-from empg_jax.text.builtin import build_phrase_tokenizer
+from empg_jax.run.environment import find_spec, reads_bytes
+from empg_jax.text.builtin import BYTES, build_byte_tokenizer, build_phrase_tokenizer
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -75,10 +76,10 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
       tokenizer_path: a saved tokenizer to use instead of what the configuration names (a run's own).
 
     Raises:
-      ConfigError: no tokenizer is named and the environment offers no vocabulary to build one from, the
-        tokenizer or its chat template cannot be used, or the environment refuses its options.
+      ConfigError: there is no such environment, it refuses its options, or the tokenizer or its chat template
+        cannot be used.
     """
-    spec = resolve_spec(config.env.target)
+    spec = find_spec(config)
     tokenizer = _make_tokenizer(config, tokenizer_path, spec)
     try:
         renderer = ChatRenderer(tokenizer, options=config.model.chat_options)
@@ -91,12 +92,14 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
 
 
 def _make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
-    """The run's saved tokenizer, else the one that is named, else one built for the environment."""
+    """The run's saved tokenizer, else the one that is named, else one for the environment, else bytes."""
     m = config.model
     try:
         if saved is not None:
             return load_tokenizer(saved)
         template = None if m.chat_template is None else Path(m.chat_template).expanduser().read_text("utf-8")
+        if m.tokenizer == BYTES or reads_bytes(config, spec):
+            return build_byte_tokenizer(template)
         if (path := m.tokenizer or m.path) is not None:
             tokenizer = load_tokenizer(path, chat_template=template)
             if m.path is not None:
@@ -104,17 +107,18 @@ def _make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokeni
             return tokenizer
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer cannot be loaded: {error}") from None
-    if spec.phrases is None:
-        raise ConfigError(
-            f"environment {config.env.target} has no closed vocabulary, so no tokenizer can be built for it: "
-            "set model.tokenizer (a folder) or model.path"
-        )
     if template is not None:
         raise ConfigError(
             "model.chat_template needs a tokenizer of your own (model.tokenizer or model.path): the one that "
             f"is built for {config.env.target} brings its template"
         )
-    return build_phrase_tokenizer(_call("env.options", spec.phrases, config.env.options))
+    assert spec.phrases is not None
+    try:
+        return build_phrase_tokenizer(spec.phrases(**config.env.options))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"env.options={config.env.options}: {error}; model.tokenizer={BYTES} reads any text, byte by byte"
+        ) from None
 
 
 def _call(key: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:

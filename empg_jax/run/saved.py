@@ -15,6 +15,7 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.assembly import Language, make_language, make_model, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints, RefusedCheckpoint, check_base
+from empg_jax.run.devices import check_devices
 from empg_jax.run.weights import make_base
 from empg_jax.types import Params
 
@@ -62,6 +63,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
       ConfigError: there is no run at the path.
       CheckpointError: there is no usable checkpoint at the path, or its adapters belong to another
         base.
+      ConfigError: an override does not fit, or devices are missing (``mesh.fsdp=1`` takes one).
     """
     from empg_jax.config import load_config
 
@@ -73,6 +75,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
             f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP"
         )
     config = load_config(str(run_dir / "config.yaml"), overrides)
+    check_devices(config)
     language = make_language(config, run_dir / "tokenizer")
     model = make_model(config, language.tokenizer)
     optimizer, _ = make_rl_optimizer(config)

@@ -15,6 +15,7 @@ from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, init_params, init_value_head
 from empg_jax.models.quantize import quantize_params
 from empg_jax.run.assembly import make_language, make_model
+from empg_jax.run.devices import check_devices
 from empg_jax.types import Params
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ def check_model(config: Config) -> DecoderConfig:
       The model.
 
     Raises:
-      ConfigError: naming what is wrong with the model's folder, shape, weights or tokenizer.
+      ConfigError: naming what is wrong with the model's folder, shape, weights or tokenizer, or how many
+        devices are missing.
     """
+    check_devices(config)
     model = make_model(config, make_language(config).tokenizer)
     try:
         if config.model.path is not None:

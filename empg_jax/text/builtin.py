@@ -1,4 +1,4 @@
-"""Small tokenizers for small models: one token per phrase of a closed vocabulary.
+"""Small tokenizers for small models: a token per phrase of a closed vocabulary, or per byte of any text.
 
 A tiny model that trains in minutes should not spend its capacity on spelling. A whole phrase ("go to",
 "apple 1") is therefore one token, and a chat turn adds only two control tokens to its content.
@@ -23,6 +23,7 @@ PAD, END, USER, ASSISTANT, SYSTEM, UNKNOWN = (
     "<|system|>",
     "<|unk|>",
 )
+BYTES = "bytes"  # the name of `build_byte_tokenizer` in a configuration
 PUNCTUATION = ".,:;!?"  # always in the vocabulary; printed without a space before it
 
 CHAT_TEMPLATE = (
@@ -79,6 +80,35 @@ def build_phrase_tokenizer(phrases: Sequence[str]) -> Tokenizer:
         chat_template=CHAT_TEMPLATE,
         special_tokens={"eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN},
     )
+
+
+def build_byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
+    """Builds a tokenizer with one token for each byte of UTF-8, so that any text comes back exactly.
+
+    The id of a byte is its value; the control tokens come behind. In a text they mean themselves, as with any
+    tokenizer: write no ``<|end|>`` into an observation.
+
+    Args:
+      chat_template: Jinja source in place of the built-in one, which ends every message with ``<|end|>``.
+    """
+    backend = tokenizers.Tokenizer(models.BPE(_byte_characters(), []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    controls = (PAD, END, USER, ASSISTANT, SYSTEM)
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in controls])
+    return Tokenizer(
+        backend,
+        chat_template=chat_template or CHAT_TEMPLATE,
+        special_tokens={"eos_token": END, "pad_token": PAD},
+    )
+
+
+def _byte_characters() -> dict[str, int]:
+    """The printable character that a byte-level model shows for each byte (GPT-2's table), with the byte."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    pairs = [*((byte, byte) for byte in shown), *((byte, 256 + place) for place, byte in enumerate(hidden))]
+    return {chr(code): byte for byte, code in sorted(pairs)}
 
 
 def _normalize(phrase: str) -> str:

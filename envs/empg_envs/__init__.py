@@ -7,7 +7,12 @@ names is therefore cheap, and no environment needs another one's extra packages.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from empg_envs.base import (
@@ -30,6 +35,7 @@ __all__ = [
     "PlainPrompts",
     "PromptBuilder",
     "TextEnv",
+    "check_options",
     "make_env",
     "resolve_spec",
 ]
@@ -42,6 +48,7 @@ def _lazy(module: str, attribute: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), attribute)(**options)
 
     factory.__name__ = attribute
+    factory.resolve = lambda: getattr(importlib.import_module(module), attribute)  # type: ignore[attr-defined]
     return factory
 
 
@@ -71,13 +78,15 @@ def resolve_spec(name_or_entry_point: str) -> EnvSpec:
 
     Args:
       name_or_entry_point: a key of ``ENVS``, or ``package.module:attribute`` of an `EnvSpec` or of a callable
-        that builds a `TextEnv`. A callable gets plain prompts and the plain parser.
+        that builds a `TextEnv`. A callable gets plain prompts and the plain parser. The
+        module is looked for in the current folder first.
 
     Returns:
       The spec.
 
     Raises:
-      ValueError: the name is unknown (the message suggests the nearest one), or the attribute does not exist.
+      ValueError: the name is unknown (the message suggests the nearest one), the module cannot be imported, or
+        the attribute does not exist.
       TypeError: the attribute is neither a spec nor callable.
     """
     if ":" not in name_or_entry_point:
@@ -89,13 +98,7 @@ def resolve_spec(name_or_entry_point: str) -> EnvSpec:
             "or an entry point 'package.module:attribute'"
         )
     module_name, _, attribute = name_or_entry_point.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"environment entry point {name_or_entry_point!r}: cannot import {error.name!r}; "
-            "expected 'package.module:attribute'"
-        ) from error
+    module = _import_module(module_name, name_or_entry_point)
     target = getattr(module, attribute, None) if attribute else None
     if target is None:
         public = [name for name in vars(module) if not name.startswith("_")]
@@ -117,6 +120,87 @@ def make_env(name_or_entry_point: str, **options: Any) -> TextEnv:
     """Build one environment, for example ``make_env("household", level="tiny")``.
 
     Raises:
-      ValueError: the name is unknown, or the environment refuses an option.
+      ValueError: the name is unknown, or an option does not exist or is refused.
     """
-    return resolve_spec(name_or_entry_point).make(**options)
+    spec = resolve_spec(name_or_entry_point)
+    check_options(spec, options)
+    return spec.make(**options)
+
+
+def check_options(
+    spec: EnvSpec, options: Mapping[str, Any], prompt_options: Mapping[str, Any] | None = None
+) -> None:
+    """Looks at the names of options only; an environment that takes any name is believed.
+
+    Args:
+      spec: the environment.
+      options: keyword arguments of the environment.
+      prompt_options: keyword arguments of its prompt builder and its parser.
+
+    Raises:
+      ValueError: an option does not exist; names the environment, the nearest option, and all of them.
+    """
+    _check_names(spec, "option", options, spec.make)
+    for build in (spec.prompts, spec.parser):
+        _check_names(spec, "prompt option", prompt_options or {}, build)
+
+
+def _check_names(spec: EnvSpec, kind: str, options: Mapping[str, Any], build: Callable[..., Any]) -> None:
+    known = _option_names(build) if options else None
+    for name in options:
+        if known is None or name in known:
+            continue
+        there = f"its {kind}s are {', '.join(known)}" if known else f"it has no {kind}s"
+        hint = suggest(name, known).removeprefix(";").strip()
+        raise ValueError(
+            f"environment {spec.name} has no {kind} {name!r}{f' ({hint[:-1]}?)' if hint else ''}; {there}"
+        )
+
+
+def _option_names(build: Callable[..., Any]) -> list[str] | None:
+    """The keyword arguments of a callable; None where it takes any name, or does not tell.
+
+    A callable with ``**options`` may list the names that it takes there in an attribute ``more_options``.
+    """
+    target = build.resolve() if hasattr(build, "resolve") else build
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return None
+    more = getattr(target, "more_options", ())
+    if not more and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [*(parameter.name for parameter in parameters if parameter.kind in named), *more]
+
+
+def _import_module(name: str, entry_point: str) -> ModuleType:
+    """Imports a module of the user's, which may lie in the current folder.
+
+    Raises:
+      ValueError: it does not exist, or its own code fails; says where.
+    """
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        # A console script does not look here, other than `python -m`; in front, as there.
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"environment entry point {entry_point!r}: cannot import {error.name!r}; "
+            "expected 'package.module:attribute', in the current folder or installed"
+        ) from error
+    except Exception as error:  # whatever the code of the module raises
+        raise ValueError(
+            f"environment entry point {entry_point!r}: {name} cannot be imported: "
+            f"{type(error).__name__}: {error}{_place_of(error)}"
+        ) from error
+
+
+def _place_of(error: Exception) -> str:
+    """Where an exception was raised; a syntax error says it itself."""
+    if isinstance(error, SyntaxError):
+        return ""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({frame.filename}, line {frame.lineno})"

@@ -210,7 +210,8 @@ def test_a_package_that_is_missing_is_named(monkeypatch) -> None:
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(
-        ValueError, match=r"'bm25s' needs the package 'bm25s': pip install 'empg-jax\[deepsearch"
+        ValueError,
+        match=r"'bm25s' needs the package 'bm25s': in the clone: pip install -e '\.\[deepsearch\]'",
     ):
         make_retriever("bm25s", PASSAGES)
 

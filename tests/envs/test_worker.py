@@ -116,7 +116,11 @@ def test_memory_limit_turns_a_leap_into_an_error():
     ("env", "options", "message"),
     [
         ("houshold", {}, "did you mean 'household'"),
-        ("tests.fakes:CountingEnv", {"color": 1}, "unexpected keyword argument 'color'"),
+        (
+            "tests.fakes:CountingEnv",
+            {"colour": 1},
+            "CountingEnv has no option 'colour'; its options are length, tasks, pad",
+        ),
         ("no_such_module:Env", {}, "cannot import"),
     ],
 )

@@ -15,7 +15,7 @@ from empg_envs.alfworld.env import MAX_TURNS, open_panels
 from empg_envs.alfworld.game import TASK
 from empg_envs.draw import Draw
 
-_HOW = "the original ALFWorld engine needs its packages: pip install 'empg-jax[alfworld]'"
+_HOW = "the original ALFWorld engine needs its packages: in the clone, pip install -e '.[alfworld]'"
 
 
 class OriginalEnv:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from empg_envs.deepsearch.files import DataError, read_rows, require_text
 
 MAX_TOPK = 100
-EXTRA = "empg-jax[deepsearch]"
+EXTRA = ".[deepsearch]"
 
 _WORD = re.compile(r"\w+")
 # Function words of English; they say nothing about what a passage is about.
@@ -27,16 +27,25 @@ STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Passage:
-    """A piece of a corpus."""
+    """A piece of a corpus.
+
+    Attributes:
+      id: its name in the corpus.
+      title: without the quotes that wiki-18 puts around it.
+      text: what it says.
+      is_quoted: whether `contents` has the title in quotes; a passage from a file says it as the file does.
+    """
 
     id: str
     title: str
     text: str
+    is_quoted: bool = dataclasses.field(default=True, compare=False)
 
     @property
     def contents(self) -> str:
-        """The spelling of wiki-18: the title in quotes on the first line, then the text."""
-        return f'"{self.title}"\n{self.text}'
+        """The title on the first line, in quotes in wiki-18's spelling, then the text."""
+        title = f'"{self.title}"' if self.is_quoted else self.title
+        return f"{title}\n{self.text}"
 
     def to_row(self) -> dict[str, str]:
         """Return a line of a corpus file."""
@@ -100,7 +109,7 @@ def make_retriever(name: str, passages: Sequence[Passage] | None = None, **optio
         build = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"retriever {name!r} needs the package {error.name!r}: pip install '{EXTRA}', "
+            f"retriever {name!r} needs the package {error.name!r}: in the clone: pip install -e '{EXTRA}', "
             "or use retriever 'builtin'"
         ) from error
     retriever: Retriever = build(**options) if passages is None else build(passages, **options)
@@ -123,19 +132,19 @@ def read_corpus(path: str) -> list[Passage]:
         if "contents" in row:
             passages.append(parse_contents(key, require_text(row, "contents", place)))
         else:
-            passages.append(Passage(key, require_text(row, "title", place), require_text(row, "text", place)))
+            title, text = require_text(row, "title", place), require_text(row, "text", place)
+            passages.append(Passage(key, title, text, is_quoted=False))
     if not passages:
         raise DataError(f"{path}: no passages; expected one JSON object per line")
     return passages
 
 
 def parse_contents(key: str, contents: str) -> Passage:
-    """Split ``"Title"`` + newline + text."""
+    """Split ``"Title"`` + newline + text; the quotes may be missing."""
     title, _, text = contents.partition("\n")
     title = title.strip()
-    if len(title) > 1 and title[0] == title[-1] == '"':
-        title = title[1:-1]
-    return Passage(key, title, text.strip())
+    is_quoted = len(title) > 1 and title[0] == title[-1] == '"'
+    return Passage(key, title[1:-1] if is_quoted else title, text.strip(), is_quoted=is_quoted)
 
 
 def words_of(text: str) -> list[str]:

@@ -137,7 +137,7 @@ def _read_hit(row: Any) -> Hit:
     if isinstance(contents, str):
         passage = parse_contents(str(row.get("id", contents)), contents)
     elif isinstance(title, str) and isinstance(text, str):
-        passage = Passage(str(row.get("id", f"{title}\n{text}")), title, text)
+        passage = Passage(str(row.get("id", f"{title}\n{text}")), title, text, is_quoted=False)
     else:
         raise RetrieverError(f"a document has neither 'contents' nor 'title' and 'text': {sorted(row)}")
     return Hit(passage, score)

@@ -31,6 +31,9 @@ class SweEnv:
     judged ``reason`` and ``metrics`` (shares of tests that are as they should be).
     """
 
+    # What `make_backend` takes besides the name; which of them fit depends on the backend.
+    more_options = ("allow_local", "python", "limits", "sources", "docker", "deployment")
+
     def __init__(
         self,
         tasks: str | Mapping[str, str] = "tiny",

@@ -39,7 +39,9 @@ def fetch_sdist(name: str, version: str, sha256: str | None, folder: Path, pytho
         found = subprocess.run([*command, f"{name}=={version}"], capture_output=True, text=True)
         files = sorted(Path(scratch).iterdir())
         if found.returncode or len(files) != 1:
-            raise FetchError(f"pip cannot download the source of {name} {version}: {found.stderr[-500:]}")
+            said = [line for line in found.stderr.splitlines() if line.strip()]
+            reason = said[-1] if said else f"{len(files)} files came"
+            raise FetchError(f"pip cannot download the source of {name} {version}: {reason}")
         digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
         if sha256 not in (None, digest):
             raise FetchError(f"{files[0].name} has SHA-256 {digest}, not {sha256}")

@@ -19,13 +19,14 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from empg_envs.swe import grading, mutate, patches
 from empg_envs.swe.backends import TreeBackend
 from empg_envs.swe.fetch import fetch_sdist
+from empg_envs.swe.refusals import FAILED, check_out, one_line
 from empg_envs.swe.tasks import EMBEDDED, Task, default_sources, hashed_split, load_base, parse_row
 from empg_envs.swe.tree import File, Tree, content_hash, pack, read_archive, read_folder
 
@@ -45,7 +46,7 @@ def open_repository(source: str, sources: Path) -> Repository:
     """Read a folder, an archive, ``embedded:NAME`` or ``pypi:NAME==VERSION``; keep what it needs later.
 
     Raises:
-      TaskError, ArchiveError, FileNotFoundError, FetchError: it cannot be read.
+      TaskError, ArchiveError, FileNotFoundError, FetchError, ValueError: it cannot be read.
     """
     kind, _, rest = source.partition(":")
     if kind == "embedded":
@@ -53,11 +54,17 @@ def open_repository(source: str, sources: Path) -> Repository:
         return Repository(rest, f"embedded:{rest}@{content_hash(tree)}", tree)
     if kind == "pypi":
         name, _, version = rest.partition("==")
+        if not name or not version:
+            raise ValueError(f"{source} names no release; expected pypi:NAME==VERSION")
         data = fetch_sdist(name, version, None, sources).read_bytes()
         return Repository(
             f"{name}-{version}", f"sdist:{hashlib.sha256(data).hexdigest()}", read_archive(data)
         )
     path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no folder or archive {source}; a source is one of these, embedded:NAME or pypi:NAME==VERSION"
+        )
     tree = read_folder(path) if path.is_dir() else read_archive(path)
     data = pack(tree)
     digest = hashlib.sha256(data).hexdigest()
@@ -179,8 +186,7 @@ def embedded_repositories() -> list[str]:
     return sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir() and path.name.isidentifier())
 
 
-def main() -> None:
-    """The command line; see the module's text."""
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("source", nargs="+", help="folder, archive, embedded:NAME or pypi:NAME==VERSION")
     parser.add_argument("--out", required=True, type=Path, help="JSON-lines file to write")
@@ -192,27 +198,38 @@ def main() -> None:
     parser.add_argument("--python", default=None, help="interpreter that has the repository's needs")
     parser.add_argument("--sources", type=Path, default=None, help="folder that keeps source archives")
     parser.add_argument("--one-line", action="store_true", help="only bugs that keep the number of lines")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see the module's text."""
+    options = _parse(argv)
     sources = options.sources or default_sources()
-    backend = TreeBackend(python=options.python, sources=sources)
+    with one_line():
+        check_out(options.out)
+        # All of them before the first is worked on, which takes minutes.
+        repositories = [open_repository(source, sources) for source in options.source]
+        backend = TreeBackend(python=options.python, sources=sources)
     rows = []
-    for source in options.source:
-        repository = open_repository(source, sources)
-        for row in generate(
-            repository,
-            backend,
-            count=options.count,
-            seed=options.seed,
-            runner=options.runner,
-            test_path=options.tests,
-            timeout=options.timeout,
-            one_line=options.one_line,
-        ):
-            rows.append({**row, "split": hashed_split(row["instance_id"])})
-            print(f"{row['instance_id']}: {row['family']}, {len(row['FAIL_TO_PASS'])} red", file=sys.stderr)
-    fresh = options.out.with_name(options.out.name + ".new")
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    fresh.replace(options.out)
+    with one_line(FAILED):
+        for repository in repositories:
+            for row in generate(
+                repository,
+                backend,
+                count=options.count,
+                seed=options.seed,
+                runner=options.runner,
+                test_path=options.tests,
+                timeout=options.timeout,
+                one_line=options.one_line,
+            ):
+                rows.append({**row, "split": hashed_split(row["instance_id"])})
+                print(
+                    f"{row['instance_id']}: {row['family']}, {len(row['FAIL_TO_PASS'])} red", file=sys.stderr
+                )
+        fresh = options.out.with_name(options.out.name + ".new")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        fresh.replace(options.out)
     print(f"{len(rows)} tasks in {options.out}", file=sys.stderr)
 
 

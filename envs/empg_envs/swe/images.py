@@ -128,7 +128,8 @@ def _load(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise ValueError(
-            f"swe backend 'swerex' needs the package swe-rex (pip install 'empg-jax[swerex]'): {error}"
+            f"swe backend 'swerex' needs the package swe-rex ({error}); "
+            "in the clone: pip install -e '.[swerex]'"
         ) from error
     except AttributeError:
         raise ValueError(f"swe-rex deployment {path!r}: {module} has no {name!r}") from None

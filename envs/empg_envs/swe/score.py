@@ -18,6 +18,7 @@ from typing import Any
 from empg_envs.swe.backends import NAMES, Backend, check_has_files, make_backend
 from empg_envs.swe.grading import Grade
 from empg_envs.swe.predictions import read_predictions
+from empg_envs.swe.refusals import FAILED, check_out, one_line
 from empg_envs.swe.tasks import Task, load_panels
 
 
@@ -67,8 +68,7 @@ def score(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see the module's text."""
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("tasks", help="tiny, or a file of task rows")
     parser.add_argument("predictions", help="file of predictions, or gold")
@@ -79,10 +79,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=None, help="write the report as JSON")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def _read(options: argparse.Namespace) -> tuple[list[Task], dict[str, str], Backend]:
+    """Tasks, predictions and the backend that the command line names."""
+    check_out(options.out)
     panels = load_panels(options.tasks)
     if options.split is not None and options.split not in panels:
-        parser.error(f"unknown split {options.split!r}; the splits are {', '.join(panels)}")
+        raise ValueError(f"unknown split {options.split!r}; the splits are {', '.join(panels)}")
     chosen = panels.values() if options.split is None else [panels[options.split]]
     tasks = [task for panel in chosen for task in panel]
     check_has_files(tasks, options.backend)
@@ -90,19 +95,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         predictions = {task.instance_id: task.patch for task in tasks}
     else:
         predictions = read_predictions(options.predictions)
-    backend = make_backend(options.backend, python=options.python, sources=options.sources)
-    report = score(
-        backend,
-        tasks,
-        predictions,
-        timeout=options.timeout,
-        jobs=options.jobs,
-        on_grade=lambda task, grade: print(f"{task.instance_id}: {grade.reason}", flush=True),
-    )
-    if options.out is not None:
-        fresh = options.out.with_name(options.out.name + ".new")
-        fresh.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        fresh.replace(options.out)
+    return tasks, predictions, make_backend(options.backend, python=options.python, sources=options.sources)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see the module's text."""
+    options = _parse(argv)
+    with one_line():
+        tasks, predictions, backend = _read(options)
+    with one_line(FAILED):
+        report = score(
+            backend,
+            tasks,
+            predictions,
+            timeout=options.timeout,
+            jobs=options.jobs,
+            on_grade=lambda task, grade: print(f"{task.instance_id}: {grade.reason}", flush=True),
+        )
+        if options.out is not None:
+            fresh = options.out.with_name(options.out.name + ".new")
+            fresh.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            fresh.replace(options.out)
     print(f"resolved {report['resolved']} of {report['total']}")
 
 

@@ -1,0 +1,36 @@
+"""The environment that a configuration names, and whether it can be had: no JAX, no worker, nothing built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from empg_envs import EnvSpec, check_options, resolve_spec
+from empg_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+
+def find_spec(config: Config) -> EnvSpec:
+    """The environment with what stands beside it.
+
+    Raises:
+      ConfigError: there is no such environment, or it has no option of a name that is set.
+    """
+    env = config.env
+    try:
+        spec = resolve_spec(env.target)
+    except (TypeError, ValueError) as error:
+        key = "env.entry_point" if env.entry_point else "env.name"
+        raise ConfigError(f"{key}={env.target}: {error}") from None
+    for key, options in (("options", (env.options, {})), ("prompt_options", ({}, env.prompt_options))):
+        try:
+            check_options(spec, *options)
+        except ValueError as error:
+            raise ConfigError(f"env.{key}: {error}") from None
+    return spec
+
+
+def reads_bytes(config: Config, spec: EnvSpec) -> bool:
+    """Whether the built-in byte-level tokenizer is taken because nothing else can be had."""
+    return config.model.tokenizer is None and config.model.path is None and spec.phrases is None

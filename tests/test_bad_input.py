@@ -1,0 +1,161 @@
+"""Bad input of commands: one readable message, exit code 2, nothing written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from empg_jax.cli import app
+from empg_jax.hf.hub import find_folder
+from tests import runs
+
+OWN = ["env.name=null", "env.entry_point=mine:Env"]
+ENV = "class Env:\n    def __init__(self, length=3, *, width=1): pass\n"
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """The current folder, on no path yet; what is imported from it is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def refuse(*arguments):
+    """Runs a command line that must be refused; returns its message."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 2 and result.stdout == "", result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "says"),
+    [
+        (
+            "quickstart",
+            "env.options.levle=tiny",
+            "env.options: environment household has no option 'levle' (did you mean 'level'?); "
+            "its options are level, style, max_turns\n",
+        ),
+        (
+            "alfworld_verl",
+            "env.prompt_options.stile=verl",
+            "env.prompt_options: environment alfworld has no prompt option 'stile' (did you mean 'style'?); "
+            "its prompt options are style, list_admissible, parser\n",
+        ),
+        ("deepsearch_tiny", "env.options.topn=1", "deepsearch has no option 'topn' (did you mean 'topk'?)"),
+        ("webshop_tiny", "env.options.qqq=1", "webshop has no option 'qqq'; its options are level, style,"),
+        ("swe_tiny", "env.options.bakend=docker", "swe has no option 'bakend' (did you mean 'backend'?)"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_named(tmp_path, name, override, says):
+    line = refuse("train", name, override, f"run_dir={tmp_path / 'run'}")
+    assert says in line and not (tmp_path / "run").exists()
+
+
+def test_options_of_an_environment_of_ones_own_are_checked(folder):
+    (folder / "mine.py").write_text(ENV)
+    line = refuse("train", "quickstart", *OWN, "env.options.lenght=2")
+    assert "mine:Env has no option 'lenght' (did you mean 'length'?); its options are length, width" in line
+    line = refuse("train", "quickstart", *OWN, "env.prompt_options.style=a")
+    assert "mine:Env has no prompt option 'style'; it has no prompt options" in line
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (
+            None,
+            "cannot import 'mine'; expected 'package.module:attribute', in the current folder or installed",
+        ),
+        ("class Env(:\n", "mine cannot be imported: SyntaxError: "),
+        ("\n\nundefined\n", "mine cannot be imported: NameError: name 'undefined' is not defined ("),
+        ("class Evn: pass\n", "module 'mine' has no attribute 'Env'; did you mean 'Evn'?"),
+        ("Env = 3\n", "is a int; expected an EnvSpec or a callable"),
+        ("import no_such_thing\n", "cannot import 'no_such_thing'"),
+    ],
+)
+def test_what_is_wrong_with_an_entry_point_is_told(folder, source, says):
+    if source is not None:
+        (folder / "mine.py").write_text(source)
+    line = refuse("train", "quickstart", *OWN)
+    assert line.startswith("error: env.entry_point=mine:Env: ") and says in line
+
+
+def test_an_open_vocabulary_is_read_as_bytes_and_said_first(folder):
+    (folder / "mine.py").write_text(ENV)
+    done = CliRunner().invoke(app, ["config", "quickstart", *OWN])
+    assert done.exit_code == 0
+    first, second = done.stderr.splitlines()
+    assert "env.options of the configuration are left out" in first
+    assert "mine:Env has no closed vocabulary" in second and "model.tokenizer=bytes" in second
+    assert CliRunner().invoke(app, ["config", "quickstart", *OWN, "model.tokenizer=bytes"]).stderr == (
+        first + "\n"
+    )
+
+
+def test_a_style_without_closed_vocabulary_names_the_byte_tokenizer(tmp_path):
+    run = ["train", "quickstart", f"run_dir={tmp_path / 'run'}"]
+    assert "model.tokenizer=bytes reads any text" in refuse(*run, "env.options.style=alfworld")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_devices_are_counted_before_a_folder_is_made(tmp_path):
+    run = ["train", "quickstart", f"run_dir={tmp_path / 'run'}", "train.micro_tokens=4096"]
+    line = refuse(*run, "mesh.data=16")
+    assert "mesh.data=16 needs 16 devices, but 8 devices are there (cpu)" in line
+    line = refuse(*run, "rollout.data=16")
+    assert "rollout.data=16 needs 16 devices" in line and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    for command in (["eval"], ["export", "--out", tmp_path / "out"]):
+        assert "is neither a run folder" in refuse(command[0], tmp_path, *command[1:])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_into_a_folder_with_contents(tmp_path):
+    (tmp_path / "kept").write_text("mine")
+    assert "is not empty" in refuse("export", tmp_path, "--out", tmp_path)
+    assert (tmp_path / "kept").read_text() == "mine"
+
+
+def test_the_hub_out_of_reach_is_one_short_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = (
+        "from empg_jax.hf.hub import find_folder\n"
+        "try: find_folder('empg-jax/no-such-model', ['config.json'], 'model')\n"
+        "except FileNotFoundError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.stdout == (
+        "no model folder at 'empg-jax/no-such-model', and the hub cannot be reached "
+        "(nor is it in the cache)\n"
+    )
+    with pytest.raises(FileNotFoundError, match="and it is not a hub id"):
+        find_folder("no-such-folder", [], "model")
+
+
+def test_lists_of_configurations_and_choices():
+    listed = CliRunner().invoke(app, ["config", "--list"])
+    assert listed.exit_code == 0 and "quickstart" in listed.stdout and "household_qwen2.5_7b" in listed.stdout
+    keys = " ".join(CliRunner().invoke(app, ["config", "--keys"]).stdout.replace("│", " ").split())
+    assert "Choices: linear, cosine, constant." in keys and "model.intermediate_size" in keys
+    assert json.dumps(keys).count("Choices: ") > 10
+
+
+def test_help_of_the_theory_script_loads_no_jax():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['theory.py', '--help']\n"
+        "try: runpy.run_path('scripts/theory.py', run_name='__main__')\n"
+        "except SystemExit: print(sorted({'jax', 'matplotlib', 'empg_jax.hf'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--samples" in done.stdout and done.stdout.endswith("[]\n"), done.stderr
