@@ -85,8 +85,8 @@ def resolve_spec(name_or_entry_point: str) -> EnvSpec:
       The spec.
 
     Raises:
-      ValueError: the name is unknown (the message suggests the nearest one), the module cannot be imported, or
-        the attribute does not exist.
+      ValueError: the name is unknown (the message suggests the nearest one), the module cannot be imported,
+        or the attribute does not exist.
       TypeError: the attribute is neither a spec nor callable.
     """
     if ":" not in name_or_entry_point:
