@@ -261,7 +261,9 @@ def test_nothing_is_left_of_a_killed_worker(caged: None) -> None:
         "env = make_env('swe', tools='bash'); env.reset(split='train', index=0)\n"
         f"env.step('head -c 1M /dev/zero > big; sleep {mark}')"
     )
-    worker = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    worker = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT / "envs")}
+    )
     try:
         _wait_for(lambda: bool(_running(mark)))
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import empg_envs
 from empg_envs.swe.bubblewrap import find_interpreter
 from empg_envs.swe.caged import BubblewrapSandbox
 from empg_envs.swe.sandbox import FileError, Limits
