@@ -39,7 +39,8 @@ def overlay(filed: Any, commanded: Any, *, source: str, is_packaged: bool) -> tu
     if not isinstance(filed, dict) or not isinstance(commanded, dict):
         return (filed if commanded is None else commanded), []
     before, command = flatten(filed), flatten(commanded)
-    kept = dict(before)
+    emptied = tuple(f"{path}." for path in _empty_tables(commanded))
+    kept = {key: value for key, value in before.items() if not key.startswith(emptied)}
     renames = command.get("name") is not None or command.get("entry_point") is not None
     if renames:
         for key in ("name", "entry_point", "modulation"):
@@ -51,6 +52,15 @@ def overlay(filed: Any, commanded: Any, *, source: str, is_packaged: bool) -> tu
     except (ValueError, TypeError, KeyError):  # something is wrong with the keys, which is told with all else
         notes = []
     return nested({**kept, **command}), notes
+
+
+def _empty_tables(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of every empty table: it replaces the keys that stood there."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            if not value:
+                yield prefix + key
+            yield from _empty_tables(value, f"{prefix}{key}.")
 
 
 def _drop_replaced(
