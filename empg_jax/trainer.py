@@ -249,15 +249,15 @@ def check_steps(run: Run, steps: list[dict[str, Any]], batch: Batch) -> None:
         if not counts[name]:
             continue
         what = f"update {run.update}: {why} in {counts[name]} of {len(steps)} optimizer steps; batch: {path}"
+        run.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
         if policy == "rollback":
             run.record["rollbacks_in_a_row"] = run.record.get("rollbacks_in_a_row", 0) + 1
         if policy == "stop" or run.record.get("rollbacks_in_a_row", 0) > MAX_ROLLBACKS:
             run.checkpoints.wait()
             raise TrainingError(f"{what}; those steps changed nothing; checkpoints: {run.checkpoints.steps}")
         run.progress.message(f"{what}; {policy}")
-        run.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
         if policy == "rollback":
-            run.events.tell("rollback", reason=name, steps=run.checkpoints.steps)
+            run.events.tell("rollback", reason=name, checkpoints=run.checkpoints.steps)
             run.checkpoints.wait()
             run.state = restore_state(run.config, run.checkpoints, run.learner).state
 
