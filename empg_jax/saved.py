@@ -71,9 +71,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
     step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
     run_dir = path.parent.parent if step is not None else path
     if not (run_dir / "config.yaml").exists():
-        raise ConfigError(
-            f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP"
-        )
+        raise ConfigError(f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP")
     config = load_config(str(run_dir / "config.yaml"), overrides)
     language = make_language(config, run_dir / "tokenizer")
     model = make_model(config, language.tokenizer)
