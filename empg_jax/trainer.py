@@ -272,6 +272,7 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
         if not counts[name]:
             continue
         what = f"update {run.update}: {why} in {counts[name]} of {len(steps)} optimizer steps; batch: {path}"
+        run.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
         if policy == "rollback":
             run.record.rollbacks_in_a_row += 1
         if policy == "stop" or run.record.rollbacks_in_a_row > MAX_ROLLBACKS:
@@ -280,9 +281,8 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
                 f"{what}; those steps changed nothing; checkpoints: {parts.checkpoints.steps}"
             )
         parts.progress.message(f"{what}; {policy}")
-        parts.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
         if policy == "rollback":
-            parts.events.tell("rollback", reason=name, steps=parts.checkpoints.steps)
+            parts.events.tell("rollback", reason=name, checkpoints=parts.checkpoints.steps)
             parts.checkpoints.wait()
             run.state = restore_state(parts.config, parts.checkpoints, parts.learner).state
 

@@ -85,6 +85,7 @@ def test_nan_stops_with_the_batch_and_the_last_good_checkpoint(tmp_path, opened)
     (dumped,) = (tmp_path / "run").glob("bad_batch_*")
     with np.load(dumped) as batch:
         assert batch["loss_mask"].any() and batch["tokens"].shape == batch["loss_mask"].shape
+    assert told(tmp_path / "run", "steps_left_out", "update", "reason", "steps") == [(2, "nonfinite", 1)]
     found = runs.restored(tmp_path / "run")
     assert found.step == 1 and found.progress["update"] == 1
     assert all(np.isfinite(leaf).all() for leaf in _arrays(found.state))
@@ -108,6 +109,7 @@ def test_nan_may_be_skipped(tmp_path, opened):
 def test_nan_may_roll_back(tmp_path, opened, capsys):
     opened.changes.append(poison(4))
     run = runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=rollback")
+    assert told(run, "rollback", "reason") == [("nonfinite",)] and told(run, "steps_left_out", "update")
     assert int(opened.runs[0][1].state.step) == 2 + 0 + 2  # update 2 was undone
     assert runs.weights(run, 2) == runs.weights(run, 1)
     assert "update 2: loss or gradient was not finite" in capsys.readouterr().err

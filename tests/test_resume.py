@@ -12,7 +12,7 @@ from empg_jax.metrics import read_metrics
 from empg_jax.run.process import StopRequest
 from tests import runs
 
-STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9"]
+STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9", "log.rollouts_every=1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,6 +58,12 @@ def whole(tmp_path_factory):
 def assert_same(run, other):
     assert runs.lines(run) == runs.lines(other)
     assert runs.weights(run) == runs.weights(other)
+    assert rollouts(run) == rollouts(other)
+
+
+def rollouts(run):
+    """Every file of training episodes, by name."""
+    return {path.name: path.read_bytes() for path in (run / "rollouts").iterdir()}
 
 
 def test_the_same_run_twice_is_the_same(whole, tmp_path):
@@ -74,6 +80,8 @@ def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, shar
     stop_at(None)
     runs.resume(tmp_path / "run")
     assert_same(tmp_path / "run", run)
+    events = read_metrics(tmp_path / "run" / "events.jsonl")
+    assert [(event["event"], event["signal"]) for event in events] == [("stop_requested", signal.SIGTERM)]
 
 
 def test_stopped_twice(whole, tmp_path, stop_at):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from empg_jax.errors import ConfigError
+from empg_jax.errors import UserError
 from empg_jax.rollout.episode import anchor_of
 from empg_jax.types import Batch, Outcome, Status, Trajectory, Turn, TurnCredit
 
@@ -59,7 +59,7 @@ NEEDED = ("turns", "reward", "valid", "tokens", "entropy")
 CREDIT_FIELDS = ("factor", "bonus", "advantage_base", "advantage")
 
 
-class RecordError(ConfigError):
+class RecordError(UserError):
     """A file of episode records cannot be used; the message names file, line and field."""
 
 

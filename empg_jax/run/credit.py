@@ -12,7 +12,7 @@ import numpy as np
 from empg_jax.errors import ConfigError
 from empg_jax.learner.batching import BatchShape, make_batch, merge_turns
 from empg_jax.rollout.record import Record, credit_fields, make_trajectory, read_episodes
-from empg_jax.run.assembly import make_algorithm_from, needs_reference
+from empg_jax.run.assembly import make_algorithm_from
 from empg_jax.run.rollouts import format_record, write_records
 from empg_jax.types import Scores
 
@@ -80,6 +80,6 @@ def recompute_credit(config: Config, path: Path) -> tuple[list[Record], list[str
         turns = enumerate(record["turns"])
         record["turns"] = [turn | credit_fields(credit, i, k) for k, turn in turns]
     notes = ["the critic's values are taken as 0: a record does not hold them"] if has_critic else []
-    if needs_reference(config):
+    if config.algorithm.reward_kl_coef > 0:  # the KL of the loss is no part of credit
         notes.append("the reference's log-probs are taken as the policy's: a record does not hold them")
     return records, notes

@@ -165,6 +165,24 @@ def test_credit_gives_what_training_used(tmp_path, options):
     assert spread > 0.1
 
 
+def test_records_hold_the_environments_rewards_whatever_the_penalty(tmp_path):
+    """Every response of a policy that knows nothing is invalid; a short context breaks some episodes."""
+    options = ["env.invalid_penalty=0.25", "rollout.max_tokens=64", "train.micro_tokens=256", "eval.tasks=1"]
+    run = runs.train(tmp_path / "run", *runs.HOUSE, "sft.updates=0", "train.updates=2", *options)
+    found = [
+        json.loads(line)
+        for file in (run / "rollouts").iterdir()
+        for line in gzip.decompress(file.read_bytes()).splitlines()
+    ]
+    assert not any(turn["valid"] for record in found for turn in record["turns"])
+    for record in found:
+        rewards = [turn["reward"] for turn in record["turns"]]
+        assert rewards == [0.0] * (len(rewards) - 1) + [float(record["success"])]
+        assert record["return"] == sum(rewards)
+        assert (record["status"] == "scored_zero") == (record["reason"] == "context_limit")
+    assert {record["status"] for record in found} == {"trained", "scored_zero"}
+
+
 def check_tokens(records):
     """Token arrays agree with what the turn says of itself."""
     for turn in (turn for record in records for turn in record["turns"]):
