@@ -272,7 +272,7 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
         if not counts[name]:
             continue
         what = f"update {run.update}: {why} in {counts[name]} of {len(steps)} optimizer steps; batch: {path}"
-        run.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
+        parts.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
         if policy == "rollback":
             run.record.rollbacks_in_a_row += 1
         if policy == "stop" or run.record.rollbacks_in_a_row > MAX_ROLLBACKS:
