@@ -70,7 +70,7 @@ HOUSE = EnvSpec(
     make=NoisyHouse,
     prompts=make_prompts,
     parser=make_parser,
-    phrases=lambda level, style, **options: phrases(level=level, style=style),
+    phrases=lambda level="tiny", style="terse", **options: phrases(level=level, style=style),
 )
 
 

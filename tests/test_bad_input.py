@@ -1,8 +1,10 @@
 """Bad input of commands: one readable message, exit code 2, nothing written."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from typer.testing import CliRunner
@@ -159,3 +161,15 @@ def test_help_of_the_theory_script_loads_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--samples" in done.stdout and done.stdout.endswith("[]\n"), done.stderr
+
+
+def test_what_is_to_be_installed_can_be_installed_in_a_clone():
+    extras = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = []
+    for folder in ("empg_jax", "envs", "scripts", "configs"):
+        for path in (runs.ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".md", ".yaml"):
+                text = path.read_text(encoding="utf-8")
+                assert "install 'empg-jax" not in text, path
+                found += re.findall(r"'?\.\[(\w+)\]'", text)
+    assert {"deepsearch", "wandb", "swerex", "alfworld"} <= set(found) <= extras.keys()

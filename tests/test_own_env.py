@@ -67,6 +67,14 @@ def test_evaluation_of_a_split_that_does_not_exist(trained):
     )
 
 
+def test_an_export_says_how_to_read_the_byte_tokenizer(trained, tmp_path):
+    folder, _ = trained
+    done = call(folder, "export", "run", "--out", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    assert "the tokenizer has a token per byte: read it with transformers.PreTrained" in done.stderr
+    assert load_tokenizer(tmp_path / "model").encode("e\u0301") == list("e\u0301".encode())
+
+
 def test_from_another_folder_the_module_is_missed_in_one_line(trained, tmp_path):
     folder, _ = trained
     for command in (["eval", folder / "run"], ["train", "--resume", folder / "run", "train.updates=3"]):

@@ -127,8 +127,9 @@ def _rollout_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _num_devices(mesh: MeshConfig) -> int:
-    return mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence
+def _devices_hint(mesh: MeshConfig) -> str:
+    devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence
+    return f" (this mesh takes {devices} devices)" if devices > 1 else ""
 
 
 def _learner_problems(config: Config) -> Iterator[str]:
@@ -139,7 +140,7 @@ def _learner_problems(config: Config) -> Iterator[str]:
         yield (
             f"train.micro_tokens={train.micro_tokens} holds {rows} rows of rollout.max_tokens="
             f"{rollout.max_tokens}, which mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} cannot divide: "
-            f"use train.micro_tokens={right} (this mesh takes {_num_devices(mesh)} devices)"
+            f"use train.micro_tokens={right}{_devices_hint(mesh)}"
         )
     if rollout.max_tokens % mesh.sequence:
         yield f"mesh.sequence={mesh.sequence} must divide rollout.max_tokens={rollout.max_tokens}"

@@ -65,9 +65,11 @@ def export_run(
         raise ExportError(str(error)) from error
     if "value_head" in saved.params:
         say("the critic's value head was left out: it is no part of the policy")
-    if json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]["type"] == "WordLevel":
+    words = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    if words["type"] == "WordLevel" or not words.get("merges", True):
+        origin = "was built for the environment" if words["type"] == "WordLevel" else "has a token per byte"
         say(
-            "the tokenizer was built for the environment: read it with transformers.PreTrainedTokenizerFast, "
+            f"the tokenizer {origin}: read it with transformers.PreTrainedTokenizerFast, "
             "since AutoTokenizer takes that of a Qwen2 model for Qwen's own"
         )
     kind = "adapter" if adapter else "model"

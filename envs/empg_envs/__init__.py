@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -140,21 +140,28 @@ def check_options(
     Raises:
       ValueError: an option does not exist; names the environment, the nearest option, and all of them.
     """
-    _check_names(spec, "option", options, spec.make)
-    for build in (spec.prompts, spec.parser):
-        _check_names(spec, "prompt option", prompt_options or {}, build)
+    _check_names(spec, "option", options, (spec.make,))
+    _check_names(spec, "prompt option", prompt_options or {}, (spec.prompts, spec.parser))
 
 
-def _check_names(spec: EnvSpec, kind: str, options: Mapping[str, Any], build: Callable[..., Any]) -> None:
-    known = _option_names(build) if options else None
+def _check_names(
+    spec: EnvSpec, kind: str, options: Mapping[str, Any], builders: Sequence[Callable[..., Any]]
+) -> None:
+    if not options:
+        return
+    known: list[str] = []
+    for build in builders:
+        names = _option_names(build)
+        if names is None:
+            return
+        known += (name for name in names if name not in known)
     for name in options:
-        if known is None or name in known:
-            continue
-        there = f"its {kind}s are {', '.join(known)}" if known else f"it has no {kind}s"
-        hint = suggest(name, known).removeprefix(";").strip()
-        raise ValueError(
-            f"environment {spec.name} has no {kind} {name!r}{f' ({hint[:-1]}?)' if hint else ''}; {there}"
-        )
+        if name not in known:
+            there = f"its {kind}s are {', '.join(known)}" if known else f"it has no {kind}s"
+            hint = suggest(name, known).removeprefix("; ")
+            raise ValueError(
+                f"environment {spec.name} has no {kind} {name!r}{f' ({hint})' if hint else ''}; {there}"
+            )
 
 
 def _option_names(build: Callable[..., Any]) -> list[str] | None:
