@@ -1,8 +1,8 @@
 """The main program of a worker process: many environments, driven by JSON lines over stdin and stdout.
 
 It is started as ``python -m empg_envs.worker``. The first input line names the environment, and the answer
-lists its splits. Each later line is a list of commands, which are executed in order. Every command is answered
-by one line as soon as it is done, so that the parent always knows which command hangs.
+lists its splits. Each later line is a list of commands, which are executed in order. Every command is
+answered by one line as soon as it is done, so that the parent always knows which command hangs.
 
 An exception or an invalid result of an environment becomes an answer (``"ok": false``); it never ends the
 worker. Prints of an environment cannot disturb the protocol, because the real stdin and stdout are moved to

@@ -18,9 +18,9 @@ from empg_envs.household.tables import EXAMINE, PICK_TWO
 from empg_envs.household.world import CHANGES, Scene
 
 KEYS = ("pddl_problem", "grammar", "solvable")
-NO_TASK = "UNKNOWN GOAL"  # what a grammar says whose task sentence was never filled in
+NO_TASK = "UNKNOWN GOAL"  # the placeholder in a grammar without a task sentence
 TASK = re.compile(r"Your task is to: ([^\"\\]*)")
-# PDDL predicate of the start to the state's name in `World`.
+# PDDL predicate of the initial state -> name of the state in `World`.
 _STATES = {
     "opened": "opened",
     "isclean": "clean",
