@@ -5,10 +5,10 @@ A `Scene` never changes during an episode. It comes from the generator (`tasks`)
 names (``fridge 1``). `texts` writes the observations.
 
 The rules are those of ALFWorld. The agent reaches every receptacle in one step and carries at most one
-object. Closed receptacles hide their contents. Heating undoes cooling, and cooling undoes heating. A lamp that is on
-stays on. The commands clean, heat, cool and use work even if a door is closed. An impossible command changes
-nothing. Official games also put one object into two receptacles, or at a place without a receptacle;
-`World.spots` and `World.left` represent these cases.
+object. Closed receptacles hide their contents. Heating undoes cooling, and cooling undoes heating. A lamp
+that is on stays on. The commands clean, heat, cool and use work even if a door is closed. An impossible
+command changes nothing. Official games also put one object into two receptacles, or at a place without a
+receptacle; `World.spots` and `World.left` represent these cases.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ class Action(NamedTuple):
 def parse_action(text: str) -> Action:
     """Parse an action by the original's rule, in time linear in the text.
 
-    In the first line, take the last ``[`` with a ``]`` at least two characters later. The name is the text
-    before this ``[``. The argument is the lower-cased text between it and the last ``]``. The rest is ignored.
-    A name other than exactly ``search`` or ``click`` gives an action without a name.
+    Only the first line counts. Its last ``[`` that has a ``]`` at least two characters later ends the name.
+    The argument is the lower-cased text between this ``[`` and the last ``]``. The rest is ignored. A name
+    other than exactly ``search`` or ``click`` gives an action without a name.
     """
     line = text.partition("\n")[0]
     end = line.rfind("]")

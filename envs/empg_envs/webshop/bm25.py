@@ -23,7 +23,7 @@ import numpy as np
 from empg_envs.webshop.analyzer import analyze, iter_terms
 
 K1, B = 0.9, 0.4
-MAX_QUERY_TERMS = 1024  # Lucene's limit of clauses; it fails beyond, here the rest of the query is not read
+MAX_QUERY_TERMS = 1024  # Lucene refuses queries with more clauses; here further terms are ignored
 _CACHED_TERMS = 2048
 _CACHED_POSTINGS = 4096  # longer lists stay in the store that all workers share
 _EXACT = 24  # lengths below this plus 16 are kept exactly
@@ -84,7 +84,7 @@ class IndexBuilder:
             self._terms.setdefault(term, array("I")).extend((document, count))
 
     def finish(self) -> Iterator[tuple[str, bytes]]:
-        """Yield the sorted terms with their postings as bytes for `Index`; the builder is empty afterwards."""
+        """Yield the sorted terms with their postings as bytes for `Index`; this empties the builder."""
         mean = np.float32(self._total / max(len(self._norms), 1))
         lengths = np.array(_LENGTHS, np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -72,8 +72,8 @@ class WebShopEnv:
           style: ``terse`` or ``page``; the default is terse for tiny and page for the others.
           max_turns: number of steps after which an episode is truncated; the default is 8 for tiny, else 15.
           win_reward: reward of a perfect purchase, where all others give 0; None gives the score as reward.
-          expert: ``goal`` (knows the product) or ``rules`` (uses only the shown texts). The default is goal in
-            generated shops and rules with official data.
+          expert: ``goal`` (knows the product) or ``rules`` (uses only the shown texts). The default is goal
+            in generated shops and rules with official data.
           tagger: ``auto``, ``spacy`` or ``tokens``; generated shops have their own list of nouns.
           data: folder of the official files; None takes ``$WEBSHOP_DATA``.
           size: ``small`` (1,000 products) or ``full``.

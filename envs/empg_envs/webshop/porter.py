@@ -1,8 +1,8 @@
 """Porter's stemmer as in Lucene.
 
 Source: M. F. Porter, "An algorithm for suffix stripping", Program 14(3), 1980, with the two changes of the
-author's own later code (``bli`` -> ``ble``, ``logi`` -> ``log``). Words of up to two letters are unchanged. The
-caller converts words to lower case.
+author's own later code (``bli`` -> ``ble``, ``logi`` -> ``log``). Words of up to two letters are unchanged.
+The caller converts words to lower case.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _participles(word: str) -> str:
 
 
 def _repair(stem: str) -> str:
-    """Restore the end of a word after the removal of ``ed`` or ``ing``: "hop" from "hopp", "size" from "siz"."""
+    """Restore the end of a word after removal of ``ed`` or ``ing``: "hopp" to "hop", "siz" to "size"."""
     if stem.endswith(("at", "bl", "iz")):
         return stem + "e"
     if _ends_double(stem):

@@ -1,9 +1,9 @@
 """The shop's state machine: the current page, its clickable elements, and the effects of clicks.
 
-A `Visit` is one episode over a `Catalog`. It contains no texts of pages; `pages` renders them. The transitions
-are those of WebShop's text mode, including its quirks. A search is possible from every page. Leaving an item's
-page by ``< prev`` forgets the chosen options. A value of two options belongs to the later one. After the last
-result there are infinitely many empty pages.
+A `Visit` is one episode over a `Catalog`. It contains no texts of pages; `pages` renders them. The
+transitions are those of WebShop's text mode, including its quirks. A search is possible from every page.
+Leaving an item's page by ``< prev`` forgets the chosen options. A value of two options belongs to the later
+one. After the last result there are infinitely many empty pages.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What runs inside a sandbox: its first process, and the runner of tests. Standard library only."""
+"""The programs inside a sandbox: its first process and the test runner. They need only the standard library."""
