@@ -47,7 +47,7 @@ class TreeBackend:
         limits: Limits | None = None,
         sources: str | Path | None = None,
     ) -> None:
-        """Choose cage and interpreter.
+        """Set up the sandbox and the interpreter.
 
         Args:
           is_caged: whether commands run under bubblewrap.
@@ -56,7 +56,7 @@ class TreeBackend:
           sources: folder of source archives.
 
         Raises:
-          SandboxError: bubblewrap cannot run here, or the interpreter does not.
+          SandboxError: bubblewrap or the interpreter cannot run here.
         """
         self._is_caged = is_caged
         self._interpreter = find_interpreter(python)

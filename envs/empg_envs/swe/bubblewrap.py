@@ -14,12 +14,12 @@ from empg_envs.swe.sandbox import INSTALL, SandboxError
 
 ROOT, SCRATCH = "/testbed", "/tmp"
 HERE = Path(__file__).resolve().parent
-GUEST = HERE / "guest"  # what runs inside
-GUEST_HOME = "/run"  # where it lies there, below the folders of its package
-ETC = HERE / "etc"  # accounts and hosts of the cage, in place of the machine's own
-NAMES = "/run/bin"  # holds `python` where the interpreter's own folder has only `python3`
+GUEST = HERE / "guest"  # the program inside the sandbox
+GUEST_HOME = "/run"  # the root of the guest's package inside the sandbox
+ETC = HERE / "etc"  # accounts and hosts of the sandbox, instead of the machine's own
+NAMES = "/run/bin"  # provides `python` if the interpreter's own folder has only `python3`
 SHM_BYTES = 16 << 20
-# Of the machine's /etc only what programs need to find their libraries and alternatives.
+# The only files of the machine's /etc: programs need them to find their libraries and alternatives.
 ETC_OF_HOST = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives")
 
 
@@ -55,10 +55,10 @@ class Interpreter:
 
 @functools.cache
 def find_interpreter(python: str | None = None) -> Interpreter:
-    """Look at an interpreter; None is the one that runs this.
+    """Inspect an interpreter; None is the current one.
 
     Raises:
-      SandboxError: it does not run, or it lies in a folder that is too much to show.
+      SandboxError: the interpreter does not run, or its folder is too general to be shown (such as ``/``).
     """
     if python is None:
         executable, base = sys.executable, getattr(sys, "_base_executable", sys.executable)

@@ -24,10 +24,10 @@ ROOT = "/testbed"
 KEEP_BYTES = 8 << 20
 READ_BYTES = 1 << 20
 FILE_SECONDS = 60.0
-MARGIN_SECONDS = 10.0  # on top of a command's own deadline, which the container keeps
-START_SECONDS = 600.0  # an image may have to be pulled
+MARGIN_SECONDS = 10.0  # added to a command's own deadline, which the container enforces
+START_SECONDS = 600.0  # long enough to pull an image
 OWNER = "empg-jax.owner"
-# Process 1 of a container: ends children that lost their parent, and survives `kill -9 -1` from inside.
+# Process 1 of a container: it reaps orphaned children, and `kill -9 -1` from inside does not kill it.
 INIT = "while :; do sleep 3600 & wait $!; done"
 # The Python environments in the images of SWE-bench and of R2E-Gym.
 PRELUDE = (

@@ -23,9 +23,9 @@ class SweEnv:
     """A repository with a bug, tools to fix it, and its own tests as the judge.
 
     An episode has one sandbox. It terminates when the agent submits its work. The changes are then collected
-    as a patch, applied to fresh files with the original tests, and tested in a fresh sandbox. The reward is 1.0
-    if the task is solved, else 0.0. At the limit of turns or time the episode is truncated with reward 0.0,
-    unless ``submit_at_limit`` is set.
+    as a patch, applied to fresh files with the original tests, and tested in a fresh sandbox. The reward is
+    1.0 if the task is solved, else 0.0. At the limit of turns or time the episode is truncated with reward
+    0.0, unless ``submit_at_limit`` is set.
 
     ``info`` contains ``task`` (the problem statement), ``instance_id``, ``repo`` and ``won``. After the
     grading it also contains ``reason`` and ``metrics`` (shares of tests with the wanted status).

@@ -74,7 +74,7 @@ def bash_action(now: Tree, goal: Tree, seen: list[str]) -> str:
 
 
 def terse_action(now: Tree, goal: Tree, seen: list[str]) -> str:
-    """Return the next terse command; what it cannot say (more or fewer lines) ends with handing in."""
+    """Return the next terse command; submit if terse commands cannot express the change (added lines)."""
     change = next_change(now, goal)
     if change is None or change[1] is None or change[2] is None:
         return "submit"
@@ -82,7 +82,7 @@ def terse_action(now: Tree, goal: Tree, seen: list[str]) -> str:
     old, new = (file.data.decode("utf-8", "replace").split("\n") for file in (before, after))
     if len(old) != len(new):
         return "submit"
-    # A line may differ in its blanks only, once it was written as tokens.
+    # After an edit by tokens a line may differ only in its blanks, so compare tokens.
     wrong = [
         number
         for number, (one, two) in enumerate(zip(old, new, strict=True), start=1)

@@ -13,10 +13,10 @@ from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import Tree
 
 PASSED = frozenset(("PASSED", "XFAIL"))
-KEPT = PASSED | {"SKIPPED"}  # enough for a test that worked before
+KEPT = PASSED | {"SKIPPED"}  # accepted statuses of a test that passed before
 MAX_PATCH_CHARS = 2 << 20
 
-# Files that decide how tests are found and run. Changes of an agent to them take no part in grading.
+# Files that control the collection and execution of tests. Grading ignores an agent's changes to them.
 CONFIGURATION = frozenset(
     (
         *("conftest.py", "sitecustomize.py", "usercustomize.py", "pytest.ini", ".pytest.ini", "pytest.toml"),

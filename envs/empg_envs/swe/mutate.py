@@ -129,7 +129,7 @@ def _parses(text: str) -> bool:
 
 
 def _between(source: Source, left: ast.expr, right: ast.expr, old: str, new: str) -> Iterator[_Edit]:
-    """Exchange an operator that stands between two operands."""
+    """Yield the edit that replaces the operator between two operands."""
     start, end = source.end(left), source.start(right)
     edge = r"\b" if old[0].isalpha() else ""
     pattern = edge + r"\s+".join(map(re.escape, old.split())) + edge

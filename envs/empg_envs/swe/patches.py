@@ -1,7 +1,7 @@
 """Computation and application of patches in git's format, without git.
 
-A patch is applied exactly, as by ``git apply``: its context must match line by line, at the stated place or at
-the nearest matching place. Every path must be inside of the tree.
+A patch is applied exactly, as by ``git apply``: its context must match line by line, at the stated place or
+at the nearest matching place. Every path must be inside of the tree.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def touched(patch: str) -> set[str]:
 
 
 def _lines(file: File | None) -> list[str] | None:
-    """Return lines with their ends; None for what a text patch cannot hold."""
+    """Return lines with their line ends, or None for a file that a text patch cannot contain."""
     if file is None:
         return []
     if file.mode == LINK or b"\0" in file.data or len(file.data) > MAX_TEXT:
@@ -142,7 +142,7 @@ def _lines(file: File | None) -> list[str] | None:
 
 
 def _split(text: str) -> list[str]:
-    # Not splitlines(): it also splits at form feeds and the like, which are not line ends to a patch.
+    # Not splitlines(), which also splits at form feeds and similar characters; patches do not.
     lines = [line + "\n" for line in text.split("\n")]
     lines[-1] = lines[-1][:-1]
     return lines if lines[-1] else lines[:-1]

@@ -60,8 +60,8 @@ def read_folder(folder: str | Path) -> Tree:
 def read_archive(source: str | Path | bytes, name: str = "", *, has_top: bool = True) -> Tree:
     """Read the files of a ``.tar.*`` or ``.zip`` archive; ``has_top`` removes their common top folder.
 
-    Every path must be inside of the archive: absolute paths, ``..``, devices and links that leave the tree are
-    refused. An archive with more than `MAX_BYTES` bytes or `MAX_FILES` files is refused, too.
+    Every path must be inside of the archive: absolute paths, ``..``, devices and links that leave the tree
+    are refused. An archive with more than `MAX_BYTES` bytes or `MAX_FILES` files is refused, too.
 
     Raises:
       ArchiveError: the archive is refused; the message names the archive and the member.

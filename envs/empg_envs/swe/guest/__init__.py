@@ -1,1 +1,1 @@
-"""The programs inside a sandbox: its first process and the test runner. They need only the standard library."""
+"""The programs inside a sandbox (first process, test runner), which need only the standard library."""

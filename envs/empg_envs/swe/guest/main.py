@@ -82,7 +82,8 @@ def _shut_off() -> None:
 
 def main() -> None:
     """Serve requests until the end of stdin."""
-    # The kernel drops signals of the namespace to process 1 unless it has a handler. Python has one for SIGINT.
+    # The kernel drops signals of the namespace to process 1 unless it has a handler; Python has one for
+    # SIGINT.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel()
     config = channel.receive()

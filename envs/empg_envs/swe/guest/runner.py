@@ -1,8 +1,8 @@
 """The test runner inside a sandbox, which reports the status of each test on descriptor 3.
 
-It is started as ``python -I``. The tree under test, ``PYTHON*`` variables and ``sitecustomize`` therefore have
-no effect before the test framework is loaded, and never precede the standard library. The request is JSON on
-stdin: ``runner`` (``pytest`` or ``unittest``), ``root``, ``paths``.
+It is started as ``python -I``. The tree under test, ``PYTHON*`` variables and ``sitecustomize`` therefore
+have no effect before the test framework is loaded, and never precede the standard library. The request is
+JSON on stdin: ``runner`` (``pytest`` or ``unittest``), ``root``, ``paths``.
 """
 
 from __future__ import annotations
