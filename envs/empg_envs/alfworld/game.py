@@ -118,7 +118,7 @@ def make_scene(problem: Problem) -> Scene:
     except ValueError as error:
         raise GameFileError(f"a fact of :init has the wrong number of arguments: {error}") from error
     except KeyError as error:
-        raise GameFileError(f":init says nothing about where or what {error} is") from error
+        raise GameFileError(f":init gives no place or no type of {error}") from error
 
 
 def _make_scene(facts: Mapping[str, list[tuple[str, ...]]]) -> Scene:

@@ -51,8 +51,8 @@ class TreeBackend:
 
         Args:
           is_caged: whether commands run under bubblewrap.
-          python: interpreter of the tasks; None is the one that runs this.
-          limits: of every sandbox.
+          python: interpreter of the tests; None is the current interpreter.
+          limits: limits of every sandbox.
           sources: folder of source archives.
 
         Raises:
@@ -155,7 +155,7 @@ def make_backend(
             raise ValueError(f"swe backend {name!r} has no option {sorted(options)[0]!r}")
         if name == "local" and not allow_local:
             raise ValueError(
-                "swe backend 'local' runs whatever an agent writes as the present user, without a cage: set "
+                "swe backend 'local' runs the agent's commands as the current user without isolation: set "
                 "allow_local=true to accept that, or use 'bubblewrap'"
             )
         return TreeBackend(is_caged=name == "bubblewrap", python=python, limits=bounds, sources=sources)

@@ -59,7 +59,7 @@ class Grade:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Return the shares of tests with the wanted status."""
+        """Shares of the tests with the wanted status."""
         return {
             "fail_to_pass": self.fail_to_pass[0] / max(1, self.fail_to_pass[1]),
             "pass_to_pass": self.pass_to_pass[0] / max(1, self.pass_to_pass[1]),

@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", help=f"data folder (default: ${files.DATA_VARIABLE})")
     parser.add_argument("--size", choices=files.SIZES, default="small")
     parser.add_argument("--goals", choices=files.GOALS, default="synthetic")
-    parser.add_argument("--cache-dir", help="where catalogs are kept")
+    parser.add_argument("--cache-dir", help="folder for built catalogs")
     chosen = parser.parse_args(arguments)
     started = time.perf_counter()
     try:
