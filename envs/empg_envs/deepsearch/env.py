@@ -214,12 +214,14 @@ class DeepSearchEnv:
             text = _first_words(passage.text, self._passage_words)
             snippet = _first_words(text, self._snippet_words)
             self._seen[passage.id] = passage
+            # Keep the longer text: a search must not hide the parts of an already opened passage.
             if len(snippet) > len(self._shown.get(passage.id, "")):
                 self._shown[passage.id] = snippet
             found.append((passage, snippet))
         return self._texts.results(question, found, with_ids=OPEN in self._tools)
 
     def _open(self, question: str, key: str) -> str:
+        # Only search results can be opened, so that guessed ids reveal nothing.
         if key not in self._seen:
             return self._texts.notice(question, "unknown_id")
         passage = self._seen[key]

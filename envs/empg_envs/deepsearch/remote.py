@@ -59,6 +59,7 @@ class RemoteRetriever:
             try:
                 return read_reply(server.post(body), len(queries), topk)
             except (OSError, http.client.HTTPException, RetrieverError) as error:
+                # Close the connection, because a late answer would be taken for that of the next request.
                 server.close()
                 problems.append(f"{server.url}: {type(error).__name__}: {error}")
             if attempt + 1 < self._attempts:
@@ -91,6 +92,7 @@ class _Server:
             self._connection.connect()
         self._connection.request("POST", self._path, body, {"Content-Type": "application/json"})
         response = self._connection.getresponse()
+        # Read one byte more than allowed to detect a longer answer without reading all of it.
         text = response.read(MAX_REPLY_BYTES + 1)
         if response.status != 200:
             raise RetrieverError(f"status {response.status}: {text[:200].decode(errors='replace')}")

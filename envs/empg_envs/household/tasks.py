@@ -131,6 +131,7 @@ def _classes_of(level: Level, split: str, index: int) -> list[str]:
 def _affine(level_name: str, split: str, total: int) -> tuple[int, int]:
     draw = Draw("household", level_name, split, "permutation")
     step = 1 + draw.below(total - 1)
+    # A step without a common divisor with ``total`` makes index -> rank a permutation.
     while math.gcd(step, total) != 1:
         step += 1
     return step, draw.below(total)
@@ -142,6 +143,7 @@ def unrank(items: Sequence[str], count: int, rank: int) -> list[str]:
     for position, item in enumerate(items):
         if len(chosen) == count:
             break
+        # Number of sets that contain ``item`` and the items chosen so far; they precede all others.
         with_item = math.comb(len(items) - position - 1, count - len(chosen) - 1)
         if rank < with_item:
             chosen.append(item)
@@ -185,6 +187,7 @@ def _place(
     level: Level, classes: list[str], receptacles: list[str], class_of: dict[str, str], draw: Draw
 ) -> dict[str, str]:
     """Draw a receptacle for every object; the objects' classes are added to ``class_of``."""
+    # Each class occurs MAX_INSTANCES - 1 times in the pool, so that no class gets more instances.
     copies = draw.sample(classes * (MAX_INSTANCES - 1), draw.between(level.copies))
     where: dict[str, str] = {}
     used: dict[str, int] = {}
@@ -220,6 +223,8 @@ def _choose_goal(
     cls = wanted[draw.below(len(wanted))]
     if family == EXAMINE:
         return HouseholdGoal(family, cls, LAMP)
+    # A class that already contains a wanted object is no target, because the goal could be met at the start.
+    # The tools of the family are excluded, too.
     taken = {class_of[place] for thing, place in things.items() if class_of[thing] == cls}
     taken |= TOOLS.get(family, frozenset())
     receptacle_classes = sorted({class_of[name] for name in class_of if name not in things})
@@ -231,6 +236,7 @@ def _hash_content(
     rooms: dict[str, tuple[str, ...]], things: dict[str, str], class_of: dict[str, str], goal: HouseholdGoal
 ) -> str:
     """Return the hash of the initial state and the goal, without numbers, names or order."""
+    # Sorted classes instead of names: houses that differ only in numbering must have the same hash.
     inside: dict[str, list[str]] = {name: [] for names in rooms.values() for name in names}
     for thing, place in things.items():
         inside[place].append(class_of[thing])

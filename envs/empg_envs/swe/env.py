@@ -142,6 +142,7 @@ class SweEnv:
         if index is None:
             index = self._draw.randrange(self.num_tasks(split))
         task = self._find(split, index)
+        # The backend may reuse the sandbox of the last episode.
         self._sandbox = self._backend.open(task, self._sandbox)
         self._task, self._actions, self._is_done = task, [], False
         self._deadline = time.monotonic() + self._episode_timeout
@@ -161,6 +162,7 @@ class SweEnv:
         if left <= 0:
             return self._cut(task, sandbox, "The time for this task is over.", "episode_timeout")
         self._actions.append(action)
+        # The command's limit includes the episode's limit, so that a last command cannot run past it.
         reply = tools.run(action, min(self._command_timeout, left))
         if reply.is_final:
             grade = self._judge(task, sandbox)
@@ -208,6 +210,7 @@ class SweEnv:
         return text, float(grade.resolved), False, True, self._info(grade.resolved, grade)
 
     def _judge(self, task: Task, sandbox: Sandbox) -> Grade:
+        # Only the patch leaves the agent's sandbox, which may be manipulated. Grading uses a fresh one.
         patch = self._backend.collect(task, sandbox)
         grade = self._backend.grade(task, patch, self._grade_timeout)
         if self._predictions is not None:

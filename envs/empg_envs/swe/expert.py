@@ -74,7 +74,7 @@ def bash_action(now: Tree, goal: Tree, seen: list[str]) -> str:
 
 
 def terse_action(now: Tree, goal: Tree, seen: list[str]) -> str:
-    """Return the next terse command; submit if terse commands cannot express the change (added lines)."""
+    """Return the next terse command; submit if the rest needs more or fewer lines."""
     change = next_change(now, goal)
     if change is None or change[1] is None or change[2] is None:
         return "submit"

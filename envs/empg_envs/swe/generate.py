@@ -135,7 +135,7 @@ def generate(
         if made >= count or (tries is not None and number >= tries):
             return
         result = backend.run_tests(probe, broken, patience)
-        if result.reason not in ("resolved", "unresolved"):
+        if result.reason not in ("resolved", "unresolved"):  # the tests exceeded a limit
             continue
         failing = sorted(name for name in passing if result.statuses.get(name) not in grading.KEPT)
         if not failing or len(failing) > MAX_BROKEN_SHARE * len(passing):

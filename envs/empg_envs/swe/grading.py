@@ -88,6 +88,7 @@ def judge(
     """
     if task.expected is not None:
         expected = {short_name(name): status for name, status in task.expected.items()}
+        # R2E-Gym also demands that no unexpected test is reported, hence the comparison with all statuses.
         right = sum(statuses.get(name) == status for name, status in expected.items())
         resolved = right == len(expected) == len(statuses) and bool(expected)
         fail, kept = (right, len(expected)), (0, 0)
@@ -106,6 +107,7 @@ def find_status(name: str, statuses: Mapping[str, str]) -> str | None:
 
     A name that is cut off inside its parameters matches by prefix if this is unique.
     """
+    # Some rows of SWE-bench contain test names that are cut off inside the parameters.
     if name in statuses or "[" not in name or name.endswith("]"):
         return statuses.get(name)
     matching = [found for found in statuses if found.startswith(name)]
@@ -170,11 +172,13 @@ def candidate(task: Task, broken: Tree, patch: str) -> tuple[Tree, tuple[str, ..
             tree[path] = broken[path]
         else:
             del tree[path]
+    # The test patch comes last, because it applies to the original tests, which are restored now.
     if task.test_patch:
         tree = patches.apply(tree, task.test_patch)
     return dict(sorted(tree.items())), tuple(dropped)
 
 
+# A new module such as `json.py` or `pytest.py` could replace the test tools and report success.
 def _shadows(path: str, broken: Tree) -> bool:
     name = path.removeprefix("src/").partition("/")[0]
     module = name.partition(".")[0]

@@ -78,6 +78,7 @@ def find_level(name: str) -> Level:
 def load_shop(name: str) -> Shop:
     """Generate the catalog of a level; all environments of a process share one object."""
     level = find_level(name)
+    # The finished database is only read, so several threads may share the connection.
     connection = sqlite3.connect(":memory:", check_same_thread=False)
     writer = StoreWriter(connection)
     goals: dict[str, list[Goal]] = {split: [] for split in SPLITS}
@@ -166,6 +167,7 @@ def _tiny(rng: random.Random) -> Iterator[tuple[Product, list[Goal]]]:
 
 
 def _tiny_goal(product: Product, price: int, color: str, size: str) -> Goal:
+    # Half a step above the price: the same product at the next higher price does not meet the goal.
     limit = price + _LIMIT_STEP / 2
     instruction = f"{product.title} {color} {size} under {limit:.0f}"
     return _make_goal(product, instruction, product.attributes, limit, (color, size))

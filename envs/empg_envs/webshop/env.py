@@ -122,6 +122,7 @@ class WebShopEnv:
         if self._files is None:
             from empg_envs.webshop.embedded import find_level, load_shop
 
+            # Imported late in both branches: each kind of shop needs only its own modules.
             made = load_shop(self.level)
             return Shop(*made, find_level(self.level).page_size)
         from empg_envs.webshop import official
