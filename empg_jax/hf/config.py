@@ -194,7 +194,7 @@ def _family_of(config: DecoderConfig, base_family: str | None) -> str:
 
 
 def _read_rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
-    """Return theta, scaling and problems.
+    """Return the rotary theta, the scaling and a list of problems.
 
     Newer files have ``rope_parameters``; older files have ``rope_theta`` and ``rope_scaling``.
     """

@@ -92,6 +92,7 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
     target = pathlib.Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty: export into a new folder")
+    # In the same parent folder, so that the final rename is atomic.
     partial = target.with_name(target.name + ".partial")
     is_writer = jax.process_index() == 0
     if is_writer:

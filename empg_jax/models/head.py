@@ -182,6 +182,7 @@ def _head_backward(
         index, chunk = inputs
         chunk = gather_weight(chunk, _TABLE)
         logits = _chunk_logits(hidden, chunk, index, vocab, chunks, temperature)
+        # Softmax of this chunk from the saved normalizer; d entropy / dz = -p (z - E_p z).
         probabilities = jnp.exp(logits - normalizer[..., None])
         surprise = logits - mean_logit[..., None]
         slope = -probabilities * (g_logprob[..., None] + g_entropy[..., None] * surprise)

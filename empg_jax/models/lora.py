@@ -63,6 +63,7 @@ def make_lora(key: jax.Array, base: Params, config: LoraConfig) -> Params:
     modules = find_targets(base, config.targets)
     for number, (path, shape) in enumerate(modules.items()):
         *layers, depth, width = shape
+        # A separate key for each module, so that no two adapters start equal.
         down = jax.random.normal(jax.random.fold_in(key, number), (*layers, depth, config.rank))
         node = adapters
         for name in path:
@@ -99,6 +100,7 @@ def _linear_modules(tree: Params, path: tuple[str, ...]) -> Iterator[tuple[tuple
     for name, node in sorted(tree.items()):
         if isinstance(node, dict):
             shape = matrix_shape(node)
+            # Three axes are layer, in, out. Matrices of experts have a fourth axis and no adapters.
             if shape is not None and len(shape) == 3:
                 yield (*path, name), shape
             yield from _linear_modules(node, (*path, name))
@@ -156,7 +158,7 @@ def _merge_module(module: Params, scale: float, dtype: Any) -> Params:
             kernel = kernel + jnp.float32(scale) * (down @ up)
         return kernel.astype(dtype)
 
-    if matrices.keys() == {"kernel"}:
+    if matrices.keys() == {"kernel"}:  # neither quantized nor adapted
         return module
     num_experts_axes = len(matrix_shape(module) or ()) - 3
     return {"kernel": jax.jit(lambda stacked: jax.lax.map(fold, stacked))(matrices), **kept}

@@ -120,7 +120,7 @@ def _mix(
     states = hidden.reshape(-1, hidden.shape[-1])
     shares, chosen = _route(logits.reshape(len(states), -1), config)
     held = gate.shape[0]
-    if axis is not None:
+    if axis is not None:  # indices relative to this device's first expert
         chosen = chosen - jax.lax.axis_index(axis) * held
     is_here = jnp.logical_and(chosen >= 0, chosen < held).reshape(-1)
     # Rows of other devices' experts get the largest key, so that they are sorted behind all own groups.

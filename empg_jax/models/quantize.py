@@ -101,6 +101,7 @@ def quantize_nf4(kernel: Float[Array, "*layers D E"]) -> tuple[Array, Array]:
     blocks = kernel.astype(jnp.float32).reshape(*layers, depth // block, block, width)
     scale = jnp.max(jnp.abs(blocks), axis=-2, keepdims=True)
     level = jnp.asarray(normal_float_table(), jnp.float32)
+    # The nearest level is the number of midpoints between neighboring levels below the value.
     borders = (level[1:] + level[:-1]) / 2
     unit = blocks / jnp.where(scale == 0, jnp.float32(1.0), scale)
     codes = jnp.searchsorted(borders, unit).astype(jnp.uint8).reshape(*layers, depth // 2, 2, width)

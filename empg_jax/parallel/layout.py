@@ -59,6 +59,7 @@ def current_mesh() -> AbstractMesh | None:
     The result is also None inside of `jax.shard_map`, where a function sees only one device's part.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    # Inside of `jax.shard_map` the axes are manual instead of automatic.
     is_ours = mesh.axis_names == AXES and all(kind == AxisType.Auto for kind in mesh.axis_types)
     return mesh if is_ours else None
 
@@ -146,6 +147,7 @@ def embed_tokens(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: A
             tokens = jax.lax.all_gather(tokens, depth, axis=0, tiled=True)
         if vocab is not None:
             tokens = tokens - jax.lax.axis_index(vocab) * table.shape[0]
+        # Tokens of other devices' parts read row 0, which the mask replaces by zeros before the sum.
         is_mine = jnp.logical_and(tokens >= 0, tokens < table.shape[0])
         found = jnp.take(table, jnp.where(is_mine, tokens, 0), axis=0).astype(dtype)
         found = jnp.where(is_mine[:, :, None], found, jnp.zeros((), dtype))

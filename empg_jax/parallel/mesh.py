@@ -69,7 +69,7 @@ def make_mesh(
     if needed > len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True))
         raise ValueError(
-            f"mesh {asked} needs {needed} devices, but {len(devices)} are there: {devices[0].platform}"
+            f"mesh {asked} needs {needed} devices, but there are only {len(devices)} ({devices[0].platform})"
         )
     grid = np.asarray(devices[:needed]).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

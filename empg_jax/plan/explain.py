@@ -127,7 +127,7 @@ def explain(load: Load, devices: int | None = None, memory: float | None = None)
     if changes:
         lines.insert(1, f"with {' '.join(changes)}, to use {devices} devices")
     if memory is not None and plan.total > memory:
-        lines.append("one change, and what is then needed at most:")
+        lines.append("each change, and the peak memory with it:")
         lines += suggest(config, plan, lambda more: load([*changes, *more]), memory)
     return lines
 

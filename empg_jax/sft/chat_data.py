@@ -49,6 +49,7 @@ class ChatCorpus(Sequence[Trajectory]):
             raise IndexError(index)
         start, stop = self.offsets[index % len(self) :][:2]
         tokens, mask = self.tokens[start:stop], self.loss_mask[start:stop]
+        # Pairs of first and last + 1 index of every run of trained tokens.
         edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
         turns = tuple(_turn(tokens[:first], tokens[first:last]) for first, last in edges)
         return Trajectory(
@@ -67,6 +68,8 @@ class ChatCorpus(Sequence[Trajectory]):
     @property
     def max_turns(self) -> int:
         """Largest number of trained answers in one row; 0 without rows."""
+        # A run starts after an untrained token, and also at the first token of a row: the token before it
+        # in the flat array belongs to another row.
         starts = np.concatenate([self.loss_mask[:1], self.loss_mask[1:] & ~self.loss_mask[:-1]])
         starts[self.offsets[:-1]] = self.loss_mask[self.offsets[:-1]]
         totals = np.concatenate([[0], np.cumsum(starts)])

@@ -40,6 +40,7 @@ def record_demonstrations(
         raise DemonstrationError(
             f"environment {config.env.target} has no expert (no expert_action method): set sft.updates=0"
         )
+    # The second number separates this stream from the other random streams of the run's seed.
     rng = np.random.default_rng((config.seed, 1))
     tasks = rng.permutation(env.num_tasks(config.sft.split))
     demonstrations = []

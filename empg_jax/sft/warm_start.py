@@ -90,9 +90,11 @@ def warm_start(
     if first == 0:
         state = restart_optimizer(state.params, optimizer, learner.shardings)
     for update in range(first, s.updates):
+        # The draw depends only on the update, so that a resumed run sees the same examples.
         chosen = [examples.train[index] for index in examples.draw(update)]
         batch, layout = make_batch(chosen, shape, seed=(config.seed, update))
         batch = learner.put(batch)
+        # The cross-entropy uses no scores, so the recorded zeros suffice and no forward pass is needed.
         scores = learner.recorded_scores(batch)
         credit = learner.credit(batch, scores)
         start, stop = layout.bounds[0]

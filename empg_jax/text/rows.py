@@ -29,7 +29,7 @@ class TokenRow:
         self.loss_mask += [is_trained] * len(ids)
 
     def cut(self, limit: int | None = None) -> TokenRow | None:
-        """Return the row up to its last trained token among the first ``limit``; None if there is none."""
+        """Return the row up to its last trained token among the first ``limit``, or None if there is none."""
         mask = self.loss_mask[:limit]
         if not any(mask):
             return None

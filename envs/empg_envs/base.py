@@ -125,7 +125,7 @@ class EnvSpec:
 
 
 def quote_turns(history: Sequence[tuple[str, str]], turn: int) -> str:
-    """Return one numbered line per (observation, action) pair of the window before turn ``turn`` (from 0)."""
+    """Return a numbered line for each (observation, action) pair of the window before turn ``turn``."""
     return "\n".join(
         f"[Observation {number}: '{seen}', Action {number}: '{done}']"
         for number, (seen, done) in enumerate(history, start=turn - len(history) + 1)

@@ -29,7 +29,7 @@ def test_axes_and_devices():
 
 def test_too_few_devices_are_refused():
     with pytest.raises(
-        ValueError, match=r"data=2 x fsdp=8 x tensor=1 x sequence=1 needs 16 devices, but 8 are there"
+        ValueError, match=r"data=2 x fsdp=8 x tensor=1 x sequence=1 needs 16 devices, but there are only 8"
     ):
         make_mesh(data=2, fsdp=8)
 

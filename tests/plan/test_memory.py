@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_said_with_what_would():
 
     text = "\n".join(explain(load, memory=80 * GIB))
     assert "of 80 GiB: does not fit" in text
-    suggestions = text.partition("one change, and what is then needed at most:\n")[2].splitlines()
+    suggestions = text.partition("each change, and the peak memory with it:\n")[2].splitlines()
     assert any(line.startswith("  model.lora.rank=16 model.quantize=nf4: ") for line in suggestions)
     needed = [float(line.rpartition(": ")[2].split()[0]) for line in suggestions]
     assert needed == sorted(needed) and len(needed) > 4

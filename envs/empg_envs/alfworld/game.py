@@ -18,9 +18,9 @@ from empg_envs.household.tables import EXAMINE, PICK_TWO
 from empg_envs.household.world import CHANGES, Scene
 
 KEYS = ("pddl_problem", "grammar", "solvable")
-NO_TASK = "UNKNOWN GOAL"  # what a grammar says whose task sentence was never filled in
+NO_TASK = "UNKNOWN GOAL"  # the placeholder in a grammar without a task sentence
 TASK = re.compile(r"Your task is to: ([^\"\\]*)")
-# PDDL predicate of the start to the state's name in `World`.
+# PDDL predicate of the initial state -> name of the state in `World`.
 _STATES = {
     "opened": "opened",
     "isclean": "clean",
@@ -118,7 +118,7 @@ def make_scene(problem: Problem) -> Scene:
     except ValueError as error:
         raise GameFileError(f"a fact of :init has the wrong number of arguments: {error}") from error
     except KeyError as error:
-        raise GameFileError(f":init says nothing about where or what {error} is") from error
+        raise GameFileError(f":init gives no place or no type of {error}") from error
 
 
 def _make_scene(facts: Mapping[str, list[tuple[str, ...]]]) -> Scene:

@@ -90,7 +90,7 @@ class CompactPrompts(PlainPrompts):
 
 
 def phrases(level: str = "rooms", **options: Any) -> list[str]:
-    """Return the closed vocabulary of ``compact`` prompts and well-formed commands about a level's objects.
+    """Return the closed vocabulary of ``compact`` prompts and of commands about a level's objects.
 
     Class and number of a name are two phrases, so that ``book`` in the task and ``book 1`` in a list begin
     with the same token.

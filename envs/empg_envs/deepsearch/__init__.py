@@ -1,1 +1,1 @@
-"""Multi-turn question answering with a search engine: Deep Search in the conventions of Search-R1."""
+"""Deep Search: multi-turn question answering with a search engine, in the conventions of Search-R1."""

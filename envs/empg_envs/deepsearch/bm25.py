@@ -9,13 +9,13 @@ from collections.abc import Collection, Sequence
 
 from empg_envs.deepsearch.passages import Hit, Passage, index_words, words_of
 
-K1, B = 0.9, 0.4  # Anserini's values, which suit short passages
+K1, B = 0.9, 0.4  # Anserini's defaults, which work well for short passages
 
 
 class BuiltinBm25:
-    """BM25 (Lucene's variant) over an inverted index of ready-made scores.
+    """BM25 (Lucene's variant) over an inverted index of precomputed scores.
 
-    Only passages that share a term with the query are found; equal scores keep the order of the corpus.
+    Only passages that share a term with the query are found. Passages of equal score keep the corpus order.
     """
 
     def __init__(
@@ -25,8 +25,8 @@ class BuiltinBm25:
 
         Args:
           passages: the corpus.
-          k1: how soon repetitions of a term stop counting.
-          b: how much long passages are marked down.
+          k1: saturation of repeated terms; with 0 repetitions do not count.
+          b: penalty of long passages, from 0 (none) to 1.
           ignore: terms that are not indexed.
         """
         self._passages = passages
@@ -50,7 +50,7 @@ class BuiltinBm25:
         return [self._search(query, topk) for query in queries]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the index is only memory."""
 
     def _search(self, query: str, topk: int) -> list[Hit]:
         scores: dict[int, float] = {}

@@ -13,10 +13,10 @@ from empg_envs.deepsearch.passages import Hit, Passage, index_words, words_of
 
 
 def _import_bm25s() -> Any:
-    """Return the package, without JAX: it would import that where it is installed, for a selection not used
-    here.
+    """Import the package while JAX is hidden from it.
 
-    An environment's worker is to start in a fraction of a second and stay small.
+    It would import an installed JAX for a top-k function that is not used here. A worker process should start
+    in a fraction of a second and stay small.
     """
     loaded = {name: sys.modules.get(name) for name in ("jax", "jax.lax")}
     sys.modules.update(dict.fromkeys(loaded))  # type: ignore[arg-type]  # None makes an import fail
@@ -37,7 +37,7 @@ bm25s = _import_bm25s()
 class NumpyBm25:
     """BM25 (Lucene's variant) with the whole index in NumPy arrays.
 
-    Only passages that share a term with the query are found; equal scores keep the order of the corpus.
+    Only passages that share a term with the query are found. Passages of equal score keep the corpus order.
     """
 
     def __init__(self, passages: Sequence[Passage], *, k1: float = K1, b: float = B) -> None:
@@ -52,7 +52,7 @@ class NumpyBm25:
         return [self._search(query, topk) for query in queries]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the index is only memory."""
 
     def _search(self, query: str, topk: int) -> list[Hit]:
         terms = [self._ids[word] for word in words_of(query) if word in self._ids]
@@ -60,7 +60,7 @@ class NumpyBm25:
             return []
         scores = self._engine.get_scores_from_ids(np.asarray(terms, np.int32))
         k = min(topk, len(scores))
-        # Everything at least as good as the k-th, so that ties are settled by position, not by chance.
+        # Keep all passages at least as good as the k-th, so that the corpus order decides between ties.
         least = np.partition(scores, len(scores) - k)[len(scores) - k]
         candidates = np.flatnonzero(scores >= max(least, np.finfo(scores.dtype).tiny))
         best = candidates[np.argsort(-scores[candidates], kind="stable")[:k]]

@@ -10,7 +10,7 @@ from empg_envs.deepsearch.passages import Hit, Passage, index_words, words_of
 
 
 class TantivyBm25:
-    """BM25 with tantivy's own constants (k1 1.2, b 0.75) over terms made by our analysis.
+    """BM25 with tantivy's own constants (k1 1.2, b 0.75) over terms of `index_words`.
 
     Only passages that share a term with the query are found.
     """
@@ -21,7 +21,7 @@ class TantivyBm25:
         """Build the index in memory."""
         self._passages = passages
         builder = tantivy.SchemaBuilder()
-        # Terms come ready-made, divided by blanks.
+        # The indexed text consists of analyzed terms, separated by blanks.
         builder.add_text_field(self._FIELD, tokenizer_name="whitespace")
         builder.add_unsigned_field("number", stored=True)
         schema = builder.build()
@@ -41,13 +41,13 @@ class TantivyBm25:
         return [self._search(query, topk) for query in queries]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the index is only memory."""
 
     def _search(self, query: str, topk: int) -> list[Hit]:
         terms = words_of(query)
         if not terms:
             return []
-        # Built term by term: a query is text, never tantivy's query language.
+        # Build the query term by term, so that no text is taken for tantivy's query language.
         parts = [
             (tantivy.Occur.Should, tantivy.Query.term_query(self._schema, self._FIELD, term))
             for term in terms

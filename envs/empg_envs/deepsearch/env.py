@@ -14,21 +14,22 @@ from empg_envs.deepsearch.texts import TEXTS, Shown, Texts
 from empg_envs.draw import Draw
 from empg_envs.names import look_up
 
-FILE_MAX_TURNS = 4  # Search-R1's
-MAX_QUERY_CHARS = 2000  # what is longer was not meant as a query
+FILE_MAX_TURNS = 4  # the limit of Search-R1
+MAX_QUERY_CHARS = 2000  # longer queries are cut
 
 
 class DeepSearchEnv:
-    """Questions that are answered by searching.
+    """Questions that are answered with the help of a search engine.
 
-    An action is a response, or what a parser made of one: its first complete ``<search>``, ``<open>`` or
-    ``<answer>`` block is carried out, of several answers the last one counts, everything else is passed
-    over. An answer ends the episode with reward 1.0 if it matches a golden answer exactly after
-    normalization, else 0.0. A search engine that fails raises: such an episode is lost, not scored.
+    An action is a response or a parser's extract of it. Its first complete ``<search>``, ``<open>`` or
+    ``<answer>`` block is carried out; of several answers the last one counts. All other text is ignored. An
+    answer ends the episode with reward 1.0 if it matches a golden answer exactly after normalization, else
+    0.0. A failure of the search engine raises an exception, so that such an episode is lost but not scored.
 
-    ``info`` holds ``task`` (the question), ``won``, ``tools`` (those on offer), ``metrics``
+    ``info`` contains ``task`` (the question), ``won``, ``tools`` (the available ones) and ``metrics``
     (``exact_match``, ``sub_match``, ``f1``, ``answered``, ``searches``, ``opens``, and ``exact_match_GROUP``
-    where questions are grouped) and, in embedded worlds, ``admissible`` (tool calls about what is known).
+    for grouped questions). In embedded worlds it also contains ``admissible``: tool calls about names that
+    the agent has seen.
     """
 
     def __init__(
@@ -46,26 +47,27 @@ class DeepSearchEnv:
         snippet_words: int | None = None,
         passage_words: int | None = None,
     ) -> None:
-        """Choose questions, search engine and limits.
+        """Set up the questions, the search engine and the limits.
 
         Args:
-          level: of the embedded worlds (``tiny``, ``easy``, ``medium``, ``hard``).
+          level: level of the embedded worlds (``tiny``, ``easy``, ``medium``, ``hard``).
           style: ``terse`` (few words, for small models; the default of embedded worlds) or ``search_r1``.
           questions: FlashRAG-format file or files, or a mapping from panels to files; see
-            `empg_envs.deepsearch.questions.make_panels`. None takes the embedded worlds.
-          corpus: wiki-18-format file that the questions are answered from.
+            `empg_envs.deepsearch.questions.make_panels`. None selects the embedded worlds.
+          corpus: wiki-18-format file with the passages.
           retriever: ``bm25s`` (default for a corpus), ``builtin``, ``tantivy``, or ``remote``.
           retriever_options: keyword arguments of the retriever.
-          topk: passages that a search shows.
-          max_turns: steps after which an episode is truncated; by default the level's, or 4 with files.
-          tool_budget: searches and opened passages allowed for a question; None: as many as turns.
-          snippet_words: a search shows so many words of each passage, with its id, and ``<open>`` shows
-            the whole; None shows whole passages, and there is no ``<open>``.
-          passage_words: words after which any passage is cut; None: no limit.
+          topk: number of passages that a search shows.
+          max_turns: number of steps after which an episode is truncated. The default is the level's limit, or
+            4 for files.
+          tool_budget: number of searches and opened passages per question; None allows as many as turns.
+          snippet_words: number of words of each passage that a search shows, with the passage's id;
+            ``<open>`` shows the whole passage. None shows whole passages and removes ``<open>``.
+          passage_words: number of words after which every passage is cut; None sets no limit.
 
         Raises:
-          ValueError: an unknown name, a limit below 1, or options that do not go together.
-          DataError: a file is wrong.
+          ValueError: a name is unknown, a limit is below 1, or options exclude each other.
+          DataError: a file is malformed.
         """
         limits = {
             "max_turns": max_turns,
@@ -92,11 +94,11 @@ class DeepSearchEnv:
 
     @property
     def max_turns(self) -> int:
-        """Steps after which an episode is truncated."""
+        """Number of steps after which an episode is truncated."""
         return self._max_turns
 
     def list_splits(self) -> list[str]:
-        """Embedded: ``train``, ``valid``, ``test``, ``test_ood``; else what the files give."""
+        """Return the panels; those of embedded worlds are ``train``, ``valid``, ``test``, ``test_ood``."""
         return self._source.list_splits()
 
     def num_tasks(self, split: str) -> int:
@@ -104,7 +106,7 @@ class DeepSearchEnv:
         return self._source.num_tasks(split)
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """Return the question as FlashRAG spells it, its group, and the corpus of an embedded world."""
+        """Return the question in FlashRAG's format, its group, and the corpus of an embedded world."""
         task = self._source.load(split, index)
         described = {
             **task.question.to_row(),
@@ -128,13 +130,13 @@ class DeepSearchEnv:
         """Start an episode.
 
         Args:
-          seed: restarts the stream that chooses an index when none is given.
-          split: the panel; the first one when not given.
-          index: the task in its panel.
+          seed: seeds the random choice of an index, for resets without ``index``.
+          split: the panel; the default is the first one.
+          index: index of the task in its panel.
 
         Raises:
-          ValueError: unknown split.
-          IndexError: index outside the panel.
+          ValueError: the split is unknown.
+          IndexError: the index is outside of the panel.
         """
         if seed is not None:
             self._draw = Draw("deepsearch", "reset", seed)
@@ -146,10 +148,10 @@ class DeepSearchEnv:
         return self._texts.opening(self._task.question.text), self._info()
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Carry out one response; one without a call costs the turn and say what would be right.
+        """Carry out one response; a response without a call costs the turn and gets a hint.
 
         Raises:
-          RuntimeError: before the first reset, or after the episode ended.
+          RuntimeError: before the first reset, or after the end of the episode.
           RetrieverError: the search engine failed.
         """
         task = self._playing("step")
@@ -167,11 +169,11 @@ class DeepSearchEnv:
         return observation, float(info["won"]), terminated, truncated, info
 
     def expert_action(self) -> str:
-        """What the expert does next, knowing only what has been shown so far.
+        """Return the expert's next action; it uses only the texts that were shown so far.
 
         Raises:
-          RuntimeError: before the first reset, after the episode ended, or for questions from files,
-            whose links nobody has written down.
+          RuntimeError: before the first reset, after the end of the episode, or for questions from files,
+            whose chains of links are unknown.
         """
         task = self._playing("expert_action")
         if task.puzzle is None:
@@ -179,14 +181,14 @@ class DeepSearchEnv:
         return str(expert.choose_call(task, self._shown, self._texts))
 
     def close(self) -> None:
-        """End the episode. The corpus stays loaded: other environments of the process share it."""
+        """End the episode. The corpus stays loaded, because other environments of the process share it."""
         self._task = None
 
     def _begin(self) -> None:
         self._turn = self._searches = self._opens = 0
         self._answer = None
-        self._seen: dict[str, Passage] = {}  # what searches have brought, by id
-        self._shown: dict[str, str] = {}  # how much of it has been shown
+        self._seen: dict[str, Passage] = {}  # passages in search results, by id
+        self._shown: dict[str, str] = {}  # the shown part of their texts
         self._is_done = False
 
     def _playing(self, caller: str) -> Task:
@@ -212,12 +214,14 @@ class DeepSearchEnv:
             text = _first_words(passage.text, self._passage_words)
             snippet = _first_words(text, self._snippet_words)
             self._seen[passage.id] = passage
+            # Keep the longer text: a search must not hide the parts of an already opened passage.
             if len(snippet) > len(self._shown.get(passage.id, "")):
                 self._shown[passage.id] = snippet
             found.append((passage, snippet))
         return self._texts.results(question, found, with_ids=OPEN in self._tools)
 
     def _open(self, question: str, key: str) -> str:
+        # Only search results can be opened, so that guessed ids reveal nothing.
         if key not in self._seen:
             return self._texts.notice(question, "unknown_id")
         passage = self._seen[key]
@@ -252,7 +256,7 @@ class DeepSearchEnv:
 
 
 def find_level(name: str) -> Level:
-    """Return the preset of that name; an unknown one is a `ValueError` that names the nearest."""
+    """Return the preset of that name; an unknown name raises a `ValueError` with the nearest one."""
     return look_up("deepsearch level", name, LEVELS)
 
 
@@ -277,7 +281,7 @@ def _open_source(
 
 
 def _first_words(text: str, limit: int | None) -> str:
-    """Return the text up to its so-manieth word, as it is written."""
+    """Return the first ``limit`` words of a text with the original white space between them."""
     if limit is None:
         return text
     words = text.split(None, limit)

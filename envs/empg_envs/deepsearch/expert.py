@@ -1,7 +1,7 @@
-"""An expert that follows the links of an embedded world, knowing only what it has been shown.
+"""An expert that follows the links of an embedded world and uses only the texts shown to the agent.
 
-It keeps no plan: its next call is a function of the question and of the texts on the agent's screen so far,
-so it goes on correctly from any state, whoever brought it there.
+It has no internal plan. Its next call is a function of the question and of the texts shown so far, so that it
+continues correctly from every state, even after the actions of another policy.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def choose_call(task: Task, shown: Mapping[str, str], texts: Texts) -> Call:
 
     Args:
       task: an embedded task.
-      shown: passage id -> as much of its text as has been shown.
-      texts: the style that the texts are written in.
+      shown: passage id -> the shown part of its text.
+      texts: the style of the texts.
 
     Returns:
-      The answer if the chain is known to its end; else the way to the first missing link: the rest of a
-      passage of which the beginning is known, or a search.
+      The answer if all links are known. Otherwise the call that leads to the first missing link: it opens a
+      passage whose beginning is known, or searches.
     """
     puzzle = task.puzzle
     assert puzzle is not None, "only embedded questions have an expert"
@@ -38,9 +38,9 @@ def choose_call(task: Task, shown: Mapping[str, str], texts: Texts) -> Call:
 
 
 def list_calls(task: Task, shown: Mapping[str, str], with_open: bool) -> list[Call]:
-    """Call that a curious agent may try: searches for names seen so far, results that can be opened.
+    """Return plausible calls for exploration: searches for names seen so far, and results to open.
 
-    Answers are not among them, because a wrong one ends the episode.
+    Answers are not included, because a wrong answer ends the episode.
     """
     seen = f"{task.question.text}\n" + "\n".join(shown.values())
     calls = [Call(SEARCH, passage.title) for passage in task.passages if passage.title in seen]

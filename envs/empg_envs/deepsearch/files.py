@@ -1,4 +1,4 @@
-"""Files of JSON lines: plain or gzipped, on disk or in a data set of the hub; errors name the line."""
+"""A reader of JSON-lines files, plain or gzipped, on disk or in a data set of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ HUB = "hub:"
 
 
 class DataError(ValueError):
-    """A file of questions or passages cannot be used; the message names file, line and cause."""
+    """An unusable file of questions or passages. The message gives file, line and cause."""
 
 
 def find_file(path: str) -> Path:
-    """Return a local file; ``hub:owner/name/path/in/data/set`` is downloaded (and kept in the hub's cache).
+    """Return a local file; ``hub:owner/name/path/in/data/set`` is downloaded to the hub's cache.
 
     Raises:
       DataError: there is no such file.
@@ -41,12 +41,12 @@ def find_file(path: str) -> Path:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a JSON-lines file, each with a name for its place (``FILE line N``).
+    """Yield the objects of a JSON-lines file with their places (``FILE line N``) for error messages.
 
-    Blank lines are passed over.
+    Blank lines are skipped.
 
     Raises:
-      DataError: no such file, broken compression, a line that is not UTF-8 or not a JSON object.
+      DataError: the file does not exist or is damaged, or a line is not UTF-8 or no JSON object.
     """
     source = find_file(path)
     with source.open("rb") as probe:
@@ -63,7 +63,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def require_text(row: dict[str, Any], key: str, place: str) -> str:
-    """Return a field that must be text with something in it; numbers are taken as their digits.
+    """Return a field that must be a non-blank text; a number is converted to text.
 
     Raises:
       DataError: the field is missing, of another type, or blank.

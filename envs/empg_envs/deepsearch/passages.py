@@ -1,4 +1,4 @@
-"""Passages and how they are found: the corpus format of wiki-18, and the protocol of all retrievers."""
+"""Passages, the corpus format of wiki-18, and the protocol of all retrievers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_TOPK = 100
 EXTRA = ".[deepsearch]"
 
 _WORD = re.compile(r"\w+")
-# Function words of English; they say nothing about what a passage is about.
+# English function words. They are not indexed, because they do not tell the topic of a passage.
 _FUNCTION_WORDS = """
 a an and are as at be but by for from had has have he her his if in into is it its no not of on or she such
 that the their them then there these they this to was were what when where which who whom whose why how will
@@ -27,13 +27,13 @@ STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Passage:
-    """A piece of a corpus.
+    """A passage of a corpus.
 
     Attributes:
       id: its name in the corpus.
-      title: without the quotes that wiki-18 puts around it.
-      text: what it says.
-      is_quoted: whether `contents` has the title in quotes; a passage from a file says it as the file does.
+      title: its title, without the quotes that wiki-18 puts around it.
+      text: its text.
+      is_quoted: whether `contents` has the title in quotes; a passage from a file keeps the file's spelling.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Passage:
 
     @property
     def contents(self) -> str:
-        """The title on the first line, in quotes in wiki-18's spelling, then the text."""
+        """The title on the first line, in quotes where the corpus has them, then the text."""
         title = f'"{self.title}"' if self.is_quoted else self.title
         return f"{title}\n{self.text}"
 
@@ -53,30 +53,30 @@ class Passage:
 
 
 class Hit(NamedTuple):
-    """A passage that was found, and how well it fits (larger is better; scales differ by retriever)."""
+    """A search result and its score. Larger scores are better; the scale depends on the retriever."""
 
     passage: Passage
     score: float
 
 
 class Retriever(Protocol):
-    """Finds passages. Every search engine, in this process or on another machine, looks like this."""
+    """The protocol of search engines, in this process or on another machine."""
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """For each query at most ``topk`` passages, best first; fewer, or none, when fewer fit.
+        """Return at most ``topk`` passages for each query, best first.
 
         Raises:
-          RetrieverError: the engine cannot answer. That is never the agent's doing.
+          RetrieverError: the engine cannot answer. The agent is never the cause of this error.
         """
         ...
 
     def close(self) -> None:
-        """Release what is held; may be called more than once."""
+        """Release resources; it may be called more than once."""
         ...
 
 
 class RetrieverError(RuntimeError):
-    """A search engine that cannot answer: down, too slow, or talking nonsense."""
+    """A failure of a search engine: it is down, too slow, or sends an invalid answer."""
 
 
 # Name -> where it lives. The first three search a corpus in this process.
@@ -93,11 +93,11 @@ def make_retriever(name: str, passages: Sequence[Passage] | None = None, **optio
 
     Args:
       name: a key of `RETRIEVERS`.
-      passages: the corpus; None for ``remote``, which has its own.
-      **options: of that retriever.
+      passages: the corpus; None for ``remote``, whose server has its own corpus.
+      **options: options of that retriever.
 
     Raises:
-      ValueError: unknown name, a corpus too many or missing, or a package that is not installed.
+      ValueError: the name is unknown, the corpus is missing or not allowed, or a package is not installed.
     """
     if name not in RETRIEVERS:
         raise ValueError(f"unknown retriever {name!r}; the retrievers are {', '.join(RETRIEVERS)}")
@@ -117,10 +117,10 @@ def make_retriever(name: str, passages: Sequence[Passage] | None = None, **optio
 
 
 def read_corpus(path: str) -> list[Passage]:
-    """Read a corpus: JSON lines with ``id`` and ``contents`` (or ``title`` and ``text``), maybe gzipped.
+    """Read a corpus: JSON lines, also gzipped, with ``id`` and ``contents`` (or ``title`` and ``text``).
 
     Raises:
-      DataError: naming the line that is wrong, repeats an id, or that nothing is there.
+      DataError: a line is malformed or repeats an id, or the file is empty.
     """
     passages = []
     seen: dict[str, str] = {}
@@ -140,7 +140,7 @@ def read_corpus(path: str) -> list[Passage]:
 
 
 def parse_contents(key: str, contents: str) -> Passage:
-    """Split ``"Title"`` + newline + text; the quotes may be missing."""
+    """Split contents of the form ``"Title"`` + newline + text; the quotes may be missing."""
     title, _, text = contents.partition("\n")
     title = title.strip()
     is_quoted = len(title) > 1 and title[0] == title[-1] == '"'
@@ -148,17 +148,17 @@ def parse_contents(key: str, contents: str) -> Passage:
 
 
 def words_of(text: str) -> list[str]:
-    """Search terms of a text: words without accents or case, function words left out."""
+    """Return the search terms of a text: lower-case words without accents and without function words."""
     return [word for word in _WORD.findall(_fold(text)) if word not in STOP_WORDS]
 
 
 def index_words(passage: Passage) -> list[str]:
-    """Search terms of a passage. Its title counts twice: it says what the passage is about."""
+    """Return the search terms of a passage. The title counts twice, because it tells the topic."""
     return words_of(passage.title) * 2 + words_of(passage.text)
 
 
 def check_topk(topk: int) -> int:
-    """Return ``topk``.
+    """Check and return ``topk``.
 
     Raises:
       ValueError: it is not an integer in 1 to `MAX_TOPK`.
@@ -177,5 +177,5 @@ def _fold(text: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def load_corpus(path: str) -> tuple[Passage, ...]:
-    """Return `read_corpus`, once per process: many environments of a worker share a corpus."""
+    """Read a corpus once per process (`read_corpus`), because a worker's environments share it."""
     return tuple(read_corpus(path))

@@ -1,4 +1,4 @@
-"""Beside the engine: prompts made of observations, calls read out of responses, a closed vocabulary."""
+"""Prompts, parsers of tool calls, and a closed vocabulary for small models."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def make_prompts(style: str = "terse", parser: str = "search_r1") -> PromptBuild
     """Build the prompt builder that fits an environment's style.
 
     Args:
-      style: ``terse`` (nothing but the observation) or ``search_r1`` (with instructions).
-      parser: concerns the parser alone.
+      style: ``terse`` (only the observation) or ``search_r1`` (with instructions).
+      parser: ignored; it only affects the parser.
 
     Raises:
       ValueError: an unknown style or parser.
@@ -57,8 +57,8 @@ def make_parser(parser: str = "search_r1", *, style: str = "terse") -> ActionPar
     """Build the action parser.
 
     Args:
-      parser: ``search_r1`` (the first complete block) or ``verl_agent`` (stricter about what is valid).
-      style: concerns the prompts alone.
+      parser: ``search_r1`` (the first complete block) or ``verl_agent`` (stricter about validity).
+      style: ignored; it only affects the prompts.
 
     Raises:
       ValueError: an unknown parser.
@@ -73,15 +73,15 @@ def _check_parser(parser: str) -> None:
 
 
 class SearchPrompts(PlainPrompts):
-    """Instructions and question; one growing transcript, or fresh windows that tell the last calls."""
+    """A prompt builder with instructions and question, for a transcript or for windows of the last calls."""
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """Return one user message: what to do, and the question."""
+        """Return one user message: instructions and question."""
         parts = [_ROLE, _SEARCH, *([_OPEN] if OPEN in info.get("tools", ()) else []), _ANSWER]
         return [{"role": "user", "content": f"{' '.join(parts)}\nQuestion: {info['task']}\n"}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """What the search engine said."""
+        """Return the observation, which is the search engine's answer."""
         return observation
 
     def recall(
@@ -91,9 +91,9 @@ class SearchPrompts(PlainPrompts):
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """Return a fresh prompt: instructions, question, and the remembered calls with what they brought."""
+        """Return a fresh prompt: instructions, question, and the last calls with their results."""
         (message,) = self.start(observation, info)
-        # An observation answers the call before it: pair each call with what came next.
+        # An observation is the result of the call before it, so pair each call with the next observation.
         brought = [*(seen for seen, _ in history[1:]), observation]
         first = turn - len(history) + 1
         past = "\n".join(
@@ -107,9 +107,9 @@ class SearchPrompts(PlainPrompts):
 
 
 class FirstBlockParser:
-    """The rules of Search-R1: the first complete block counts, whatever stands around it.
+    """A parser by the rules of Search-R1: the action is the first complete block.
 
-    The action is the block alone. A response without one is invalid and is passed on as the empty action.
+    The text around the block is ignored. A response without a block is invalid and gives the empty action.
     """
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
@@ -119,11 +119,11 @@ class FirstBlockParser:
 
 
 class OneBlockParser:
-    """The rules of verl-agent's search set-up, where more than one block is a fault.
+    """A parser by the rules of verl-agent's search environment, where more than one block is an error.
 
-    What follows the first closing tag is cut off; of what is left the first block is carried out. A response
-    with blocks of two tools or with an opening tag twice is invalid, and its call is carried out all the
-    same. Without a block the action is empty and invalid. Case does not matter in tags.
+    The text after the first closing tag is dropped, and the first block of the rest is the action. A response
+    with blocks of two tools or with two opening tags is invalid, but its action is still carried out. A
+    response without a block is invalid and gives the empty action. The case of tags does not matter.
     """
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
@@ -146,18 +146,18 @@ def phrases(level: str = "tiny", style: str | None = None, **options: Any) -> li
     """Return the closed vocabulary of a level in the terse style, for a small tokenizer.
 
     Every observation of the terse style, and every call about names of the level, is a sequence of these
-    phrases when the longest match is taken each time.
+    phrases, with the longest match taken each time.
 
     Args:
       level: the level's name.
       style: the environment's style; only ``terse`` has a closed vocabulary.
-      **options: the environment's others. With ``questions`` there is no closed vocabulary.
+      **options: the environment's other options. With ``questions`` there is no closed vocabulary.
 
     Returns:
-      Phrases (some hold spaces), none twice.
+      Phrases without duplicates; some contain spaces.
 
     Raises:
-      ValueError: an unknown level, another style, or questions from files.
+      ValueError: the level is unknown, or the style or the questions have no closed vocabulary.
     """
     if style not in (None, "terse") or options.get("questions") is not None:
         raise ValueError(
@@ -170,6 +170,6 @@ def phrases(level: str = "tiny", style: str | None = None, **options: Any) -> li
     if options.get("snippet_words") is not None:
         found += [str(number) for number in range(1, preset.pages + 1)]
     if options.get("snippet_words") is not None or options.get("passage_words") is not None:
-        # A passage may be cut inside a name.
+        # A passage may be cut inside a name, so single words of names are phrases too.
         found += [word for names in names_of(preset).values() for name in names for word in name.split()]
     return list(dict.fromkeys(found))

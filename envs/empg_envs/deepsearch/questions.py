@@ -1,7 +1,8 @@
-"""Questions: the format of FlashRAG, and panels of them that are fixed by hashes.
+"""Questions in FlashRAG's format, and their panels.
 
-A file goes to train, valid and test by the hash of each question (8 : 1 : 1), or whole to the panel that
-the configuration names. A training question that also occurs in a held-out panel is dropped from training.
+The questions of a file are split into train, valid and test (8 : 1 : 1) by their hashes, or all belong to the
+panel that the configuration names. A question in both a training and a held-out panel is dropped from
+training.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class Question:
     """A question with its accepted answers.
 
     Attributes:
-      id: as in its file.
+      id: id in the question's file.
       text: the question.
-      golden_answers: any of these counts.
-      group: what it is reported under (``in_domain``, ``out_of_domain``, or a data set's name).
-      metadata: whatever else its file said; JSON-able.
+      golden_answers: accepted answers; one match is enough.
+      group: group of the reported scores (``in_domain``, ``out_of_domain``, or a data set's name).
+      metadata: other JSON-able fields of the file.
     """
 
     id: str
@@ -43,7 +44,7 @@ class Question:
         return hashlib.sha256(" ".join(self.text.lower().split()).encode()).hexdigest()
 
     def to_row(self) -> dict[str, Any]:
-        """Return the question as FlashRAG spells it."""
+        """Return the question in FlashRAG's format."""
         return {
             "id": self.id,
             "question": self.text,
@@ -56,7 +57,7 @@ def read_questions(path: str, group: str = "") -> list[Question]:
     """Read a question file.
 
     Raises:
-      DataError: naming the line that is wrong, or that nothing is there.
+      DataError: a line is malformed, or the file is empty.
     """
     questions = []
     for place, row in read_rows(path):
@@ -86,10 +87,10 @@ class Panels:
     """Ordered lists of questions by split."""
 
     def __init__(self, panels: Mapping[str, Sequence[Question]]) -> None:
-        """Drop repetitions inside a panel, and from training what a held-out panel holds.
+        """Drop duplicates inside a panel, and training questions that a held-out panel contains.
 
         Raises:
-          DataError: a panel is left with nothing.
+          DataError: a panel is empty afterwards.
         """
         held_out = {
             question.content_hash
@@ -105,7 +106,7 @@ class Panels:
                     kept.setdefault(question.content_hash, question)
             if not kept:
                 raise DataError(f"panel {split!r} holds no question")
-            # By hash, so that neither the files' order nor their sorting by topic shows.
+            # Sort by hash: the files may be sorted by topic, and their order must not matter.
             self._panels[split] = [kept[key] for key in sorted(kept)]
 
     @property
@@ -148,13 +149,13 @@ def make_panels(files: str | Sequence[str] | Mapping[str, Any]) -> Panels:
     """Read question files into panels.
 
     Args:
-      files: one file or several, divided by hash into train, valid and test; or a mapping from the
-        panel's name to the file or files that it consists of. There a name may carry a group after a colon
-        (``test:hotpotqa``) under which its scores are reported; without one the group is
-        ``out_of_domain`` for a panel whose name ends in ``_ood``, else ``in_domain``.
+      files: one file or several, which are split by hash into train, valid and test; or a mapping from the
+        name of a panel to its file or files. Such a name may contain a group after a colon
+        (``test:hotpotqa``), under which its scores are reported. The default group is ``out_of_domain`` for
+        a panel whose name ends in ``_ood``, else ``in_domain``.
 
     Raises:
-      DataError: a file is wrong, or a panel is empty.
+      DataError: a file is malformed, or a panel is empty.
     """
     if isinstance(files, Mapping):
         panels: dict[str, list[Question]] = {}

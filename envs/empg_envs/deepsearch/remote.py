@@ -1,7 +1,7 @@
-"""A search server spoken to over HTTP in the language of Search-R1's ``/retrieve``.
+"""A client of search servers with Search-R1's ``/retrieve`` protocol over HTTP.
 
-Standard library only. A server that cannot be reached, is too slow or talks nonsense is a `RetrieverError`:
-the episode is then lost and sampled again, never scored.
+It needs only the standard library. A server that is unreachable, too slow or sends an invalid answer raises a
+`RetrieverError`. The episode is then sampled again and never scored.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ MAX_REPLY_BYTES = 64 << 20
 
 
 class RemoteRetriever:
-    """Asks one of several equal servers in turn, and the next one when it fails."""
+    """A retriever that asks equivalent servers in turn, and the next one after a failure."""
 
     def __init__(
         self, urls: str | Sequence[str], *, timeout: float = 2.0, attempts: int = 3, wait: float = 0.2
     ) -> None:
-        """Connect nowhere yet.
+        """Store the addresses; connections are opened at the first request.
 
         Args:
           urls: addresses such as ``http://127.0.0.1:8000/retrieve``.
           timeout: seconds for a request. All attempts together should stay below
             ``workers.step_timeout``.
-          attempts: requests before giving up.
-          wait: seconds before the second attempt; doubles each time.
+          attempts: number of requests before a failure is reported.
+          wait: seconds before the second attempt; they double for each further attempt.
 
         Raises:
-          ValueError: an address that is not http(s), or a limit that is not positive.
+          ValueError: an address is not http(s), or a limit is not positive.
         """
         listed = [urls] if isinstance(urls, str) else list(urls)
         if not listed:
@@ -51,7 +51,7 @@ class RemoteRetriever:
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """Return the best passages for each query; see `Retriever`."""
         request = {"queries": list(queries), "topk": check_topk(topk), "return_scores": True}
-        body = json.dumps(request).encode()  # escapes whatever is not ASCII, lone surrogates included
+        body = json.dumps(request).encode()  # non-ASCII characters, even lone surrogates, are escaped
         problems = []
         for attempt in range(self._attempts):
             server = self._servers[self._next % len(self._servers)]
@@ -59,6 +59,7 @@ class RemoteRetriever:
             try:
                 return read_reply(server.post(body), len(queries), topk)
             except (OSError, http.client.HTTPException, RetrieverError) as error:
+                # Close the connection, because a late answer would be taken for that of the next request.
                 server.close()
                 problems.append(f"{server.url}: {type(error).__name__}: {error}")
             if attempt + 1 < self._attempts:
@@ -66,13 +67,13 @@ class RemoteRetriever:
         raise RetrieverError(f"{self._attempts} requests failed; " + "; ".join(problems))
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         for server in self._servers:
             server.close()
 
 
 class _Server:
-    """A connection that is kept open between requests."""
+    """A server whose connection is kept open between requests."""
 
     def __init__(self, url: str, timeout: float) -> None:
         parts = urlsplit(url)
@@ -91,6 +92,7 @@ class _Server:
             self._connection.connect()
         self._connection.request("POST", self._path, body, {"Content-Type": "application/json"})
         response = self._connection.getresponse()
+        # Read one byte more than allowed to detect a longer answer without reading all of it.
         text = response.read(MAX_REPLY_BYTES + 1)
         if response.status != 200:
             raise RetrieverError(f"status {response.status}: {text[:200].decode(errors='replace')}")
@@ -103,12 +105,12 @@ class _Server:
 
 
 def read_reply(text: bytes, num_queries: int, topk: int) -> list[list[Hit]]:
-    """Read an answer: a list per query of ``{"document", "score"}``, or of bare documents.
+    """Parse an answer: for each query a list of ``{"document", "score"}`` or of bare documents.
 
-    A document has ``contents``, or ``title`` and ``text``; its id may be missing, and the contents stand in.
+    A document has ``contents``, or ``title`` and ``text``. Without an id, its contents serve as the id.
 
     Raises:
-      RetrieverError: the answer is not of that shape.
+      RetrieverError: the answer has another form.
     """
     try:
         result = json.loads(text)["result"]

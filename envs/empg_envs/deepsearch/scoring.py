@@ -1,7 +1,7 @@
-"""How an answer is judged: exact match, sub-match and token F1 after the customary normalization.
+"""Scores of answers: exact match, sub-match and token F1 after normalization.
 
-The normalization is SQuAD's (lower case, no ASCII punctuation, no articles, single spaces); the F1 of a
-wrong yes or no is 0, as in HotpotQA's scorer. An empty answer scores 0, whatever the golden answers are.
+The normalization is SQuAD's (lower case, no ASCII punctuation, no articles, single spaces). The F1 of a wrong
+yes or no is 0, as in HotpotQA's scorer. An empty answer always scores 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CLOSED = ("yes", "no", "noanswer")
 
 
 def normalize_answer(text: str) -> str:
-    """Return lower case, punctuation dropped, then articles, then runs of blanks made one."""
+    """Convert to lower case, drop punctuation, then articles, and collapse blanks."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 

@@ -1,4 +1,4 @@
-"""Where questions come from: embedded worlds, or files with a corpus or a search server."""
+"""Sources of questions: embedded worlds, or files with a corpus or a search server."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FILE_RETRIEVER = "bm25s"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """A question, and what it is to be answered with.
+    """A question with the search engine for its answer.
 
     Attributes:
       question: text and golden answers.
       retriever: the search engine.
-      content_hash: identity of the task.
-      puzzle: the world, where it is an embedded one.
-      passages: its corpus.
+      content_hash: hash that identifies the task.
+      puzzle: the embedded world, or None for a question from a file.
+      passages: the corpus of the embedded world.
     """
 
     question: Question
@@ -53,15 +53,15 @@ class Source(Protocol):
         ...
 
     def panel_hash(self, split: str) -> str:
-        """Return a panel's identity."""
+        """Return the hash that identifies a panel."""
         ...
 
 
 class EmbeddedSource:
-    """Generated worlds; each task brings its own corpus and its own index over names."""
+    """A source of generated worlds. Each task has its own corpus and its own index over names."""
 
     def __init__(self, level: Level, style: str) -> None:
-        """Initialize with ``style`` decides how worlds are told, not what they are."""
+        """Set the level and the style; the style affects only the texts, not the worlds."""
         self._level, self._style = level, style
 
     def list_splits(self) -> list[str]:
@@ -73,7 +73,7 @@ class EmbeddedSource:
         return worlds.num_tasks(self._level, split)
 
     def load(self, split: str, index: int) -> Task:
-        """Generate a task, or remembers it for the several attempts that a group makes."""
+        """Generate a task; it is cached, because a group plays the same task several times."""
         self.num_tasks(split)
         return _load_world(self._level.name, self._style, split, index)
 
@@ -84,10 +84,10 @@ class EmbeddedSource:
 
 
 class FileSource:
-    """Questions from files, all answered from one corpus."""
+    """A source of questions from files with one common retriever."""
 
     def __init__(self, panels: Panels, retriever: Retriever) -> None:
-        """Take both as they are; see `open_files`."""
+        """Store panels and retriever; `open_files` builds them."""
         self._panels, self._retriever = panels, retriever
 
     def list_splits(self) -> list[str]:
@@ -114,11 +114,11 @@ def open_files(
     retriever: str | None,
     retriever_options: Mapping[str, Any] | None,
 ) -> FileSource:
-    """Return questions and corpus from files; what is read is shared by all environments of a process.
+    """Open questions and corpus from files; all environments of a process share them.
 
     Raises:
-      DataError: a file is wrong.
-      ValueError: no corpus for a retriever that needs one, or one for ``remote``.
+      DataError: a file is malformed.
+      ValueError: a retriever needs a corpus but has none, or ``remote`` has one.
     """
     name = retriever or (FILE_RETRIEVER if corpus is not None else "remote")
     if name == "remote" and not (retriever_options or {}).get("urls"):
@@ -151,7 +151,7 @@ def _load_world(level_name: str, style: str, split: str, index: int) -> Task:
 
 
 def write_passages(puzzle: worlds.Puzzle, texts: Texts) -> tuple[Passage, ...]:
-    """Return the corpus of a world in a style; ids are ``1``, ``2``, ..."""
+    """Write the corpus of a world in a style; ids are ``1``, ``2``, ..."""
     return tuple(
         dataclasses.replace(texts.describe(name, facts), id=str(number))
         for number, (name, facts) in enumerate(puzzle.pages.items(), start=1)

@@ -1,4 +1,4 @@
-"""What embedded worlds are made of: kinds of things, their names, how they are related, and levels."""
+"""Tables of embedded worlds: kinds of things, names, relations, and levels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(" ".join(name.split()) for name in text.split(","))
 
 
-# No two names share a word, and none is a relation or a function word.
+# Names share no words with each other, and no word of a name is a relation or a function word.
 NAMES: dict[str, tuple[str, ...]] = {
     PERSON: _names(
         """anna reed, boris vale, clara hunt, dmitri lang, elena frost, felix ward, greta moss, henry pike,
@@ -48,16 +48,16 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Level:
-    """How hard the questions of a level are.
+    """A level of difficulty.
 
     Attributes:
-      name: of the level.
-      hops: links from the thing named in the question to the answer, fewest and most.
-      pages: passages of a world.
-      facts: facts on a page, at most (a kind may have fewer relations).
-      mentions: pages, beside those on the way, that mention something on the way.
+      name: name of the level.
+      hops: smallest and largest number of links from the name in the question to the answer.
+      pages: number of passages of a world.
+      facts: largest number of facts on a page (a kind may have fewer relations).
+      mentions: number of distractor pages that mention something on the chain.
       share: fraction of the names that is in use.
-      max_turns: steps after which an episode is truncated.
+      max_turns: number of steps after which an episode is truncated.
       train_tasks: size of the training panel.
     """
 

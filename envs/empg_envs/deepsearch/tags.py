@@ -1,4 +1,4 @@
-"""The agent's language: a call is a block between tags, such as ``<search>…</search>``."""
+"""Tool calls of the agent: blocks between tags, such as ``<search>…</search>``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OPENING = re.compile(rf"<({'|'.join(TOOLS)})>")
 
 
 class Call(NamedTuple):
-    """What the agent asks for: the tool's name and the text between its tags, stripped."""
+    """A tool call: the tool's name and the stripped text between its tags."""
 
     tool: str
     content: str
@@ -23,9 +23,9 @@ class Call(NamedTuple):
 
 
 def iter_blocks(text: str, tools: Collection[str] = TOOLS) -> Iterator[Call]:
-    """Complete blocks from left to right, none inside another.
+    """Yield the complete blocks from left to right; blocks are not nested.
 
-    An opening tag that is never closed is text. The work is linear in the text, however many tags it holds.
+    An opening tag that is never closed is text. The time is linear in the length of the text.
     """
     position = 0
     unclosed: set[str] = set()
@@ -42,14 +42,14 @@ def iter_blocks(text: str, tools: Collection[str] = TOOLS) -> Iterator[Call]:
 
 
 def read_call(text: str, tools: Collection[str] = TOOLS) -> Call | None:
-    """Return the call that a response makes, None when it makes none.
+    """Return the call of a response, or None if it has none.
 
-    The first complete block decides what is done. Of several answers in one response the last one counts.
-    A block with nothing in it is no call.
+    The call is the first complete block. If that is an answer, the last answer of the response counts. An
+    empty block is no call.
 
     Args:
       text: the response.
-      tools: names that are on offer; blocks of other names are text.
+      tools: names of the available tools; blocks of other names are text.
     """
     first = next(iter_blocks(text, tools), None)
     if first is not None and first.tool == ANSWER:
@@ -58,11 +58,11 @@ def read_call(text: str, tools: Collection[str] = TOOLS) -> Call | None:
 
 
 def count_openings(text: str, tools: Collection[str] = TOOLS) -> int:
-    """How many opening tags of these tools a text holds, closed or not."""
+    """Count the opening tags of these tools in a text, closed or not."""
     return sum(match.group(1) in tools for match in _OPENING.finditer(text))
 
 
 def cut_after_first_close(text: str, tools: Collection[str] = TOOLS) -> str:
-    """Return the text up to and including the first closing tag of these tools; all of it without one."""
+    """Return the text up to and including the first closing tag of these tools, or all of the text."""
     match = re.search(rf"</({'|'.join(tools)})>", text)
     return text if match is None else text[: match.end()]

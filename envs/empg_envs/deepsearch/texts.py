@@ -1,4 +1,4 @@
-"""How questions and results are worded: in few words for small models, or as Search-R1 shows them."""
+"""Texts of questions and results in two styles: few words for small models, or Search-R1's format."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Protocol
 from empg_envs.deepsearch.passages import Passage
 from empg_envs.deepsearch.tables import BOOK, CITY, COMPANY, KIND_OF_VALUE, PERSON
 
-# What a search shows: result number, passage, how much of its text.
+# A shown search result: the passage, and the shown part of its text.
 Shown = tuple[Passage, str]
 
 
 class Texts(Protocol):
-    """A style: everything that the environment says."""
+    """A style: all texts of the environment."""
 
     def opening(self, question: str) -> str:
-        """Return first observation."""
+        """Return the first observation."""
         ...
 
     def results(self, question: str, found: Sequence[Shown], with_ids: bool) -> str:
-        """Return the passages that a search found; with their ids when they can be opened."""
+        """Return the text of search results, with ids if passages can be opened."""
         ...
 
     def page(self, question: str, passage: Passage) -> str:
-        """Return a passage that was opened."""
+        """Return the text of an opened passage."""
         ...
 
     def notice(self, question: str, kind: str) -> str:
-        """Why a call brought nothing: ``invalid``, ``unknown_id`` or ``budget``."""
+        """Return the message for a failed call of kind ``invalid``, ``unknown_id`` or ``budget``."""
         ...
 
     def ask(self, start: str, relations: Sequence[str]) -> str:
@@ -40,16 +40,16 @@ class Texts(Protocol):
         ...
 
     def fact(self, name: str, relation: str, value: str) -> str:
-        """What `describe` writes for one fact, word for word."""
+        """Return the exact words that `describe` writes for one fact."""
         ...
 
     def name(self, name: str) -> str:
-        """Return a name as it is written."""
+        """Return a name in the style's spelling."""
         ...
 
 
 class TerseTexts:
-    """Few words of a closed vocabulary. Every observation ends with the question."""
+    """A style with few words of a closed vocabulary. Every observation ends with the question."""
 
     _NOTICES: Mapping[str, str] = {"invalid": "invalid .", "unknown_id": "nothing .", "budget": "no more ."}
 
@@ -67,7 +67,7 @@ class TerseTexts:
         return f"{passage.text} {self.opening(question)}"
 
     def notice(self, question: str, kind: str) -> str:
-        """Two words."""
+        """Return a message of two words."""
         return f"{self._NOTICES[kind]} {self.opening(question)}"
 
     def ask(self, start: str, relations: Sequence[str]) -> str:
@@ -84,12 +84,12 @@ class TerseTexts:
         return f"{relation} {value}"
 
     def name(self, name: str) -> str:
-        """As it is."""
+        """Return the name unchanged."""
         return name
 
 
 class SearchR1Texts:
-    """Search-R1's wrapping of results, and whole sentences."""
+    """A style with whole sentences and with Search-R1's format of results."""
 
     _NOTICES: Mapping[str, str] = {
         "invalid": (
@@ -123,7 +123,7 @@ class SearchR1Texts:
         return _wrap(f"(Id: {passage.id}, Title: {passage.title}) {passage.text}")
 
     def notice(self, question: str, kind: str) -> str:
-        """Return a sentence that says what would be right."""
+        """Return a sentence with a hint at valid calls."""
         return f"\n{self._NOTICES[kind]}\n"
 
     def ask(self, start: str, relations: Sequence[str]) -> str:
@@ -141,7 +141,7 @@ class SearchR1Texts:
         return f"The {relation} of {self.name(name)} is {self.name(value)}."
 
     def name(self, name: str) -> str:
-        """With capitals."""
+        """Return the name with capital letters."""
         return name.title()
 
 

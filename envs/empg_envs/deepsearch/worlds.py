@@ -1,15 +1,15 @@
-"""Embedded worlds: a question that hangs on a chain of links, and the little corpus that holds the links.
+"""Embedded worlds: a question about a chain of links, and a small corpus that contains the links.
 
-Every task has a world of its own. Names are shared, facts are not: who somebody's mother is changes from
-world to world, so nothing can be remembered, and the closed vocabulary suits a small tokenizer.
+Every task has its own world. All worlds share their names but not their facts: somebody's mother differs from
+world to world. A policy can therefore not memorize facts, and the closed vocabulary suits a small tokenizer.
 
-Why one search is not enough, whatever its words. The world's index ignores the words for relations, so a
-search finds only passages that mention a name in the query. The question holds one name, the start of its
-chain, and no passage that mentions it mentions the answer: the answer stands on one page only, that of the
-last thing before it, which does not mention the start. So no query made of the question's words brings it.
+One search is never enough to answer. The world's index ignores the words for relations, so that a search
+finds only passages that mention a name in the query. The question contains one name, the start of its chain.
+The answer occurs on one page only, the page of the last thing before it, and this page does not mention the
+start. No query of the question's words therefore finds the answer.
 
-Panels: the hash of a world says whether it belongs to train, valid or test. Chains of some relations are
-kept out of these three; they make up ``test_ood``, the out-of-domain panel.
+Panels: the hash of a world decides whether it belongs to train, valid or test. Some chains of relations never
+occur in these three panels; they form ``test_ood``, the out-of-domain panel.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _MAX_ATTEMPTS = 10_000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Puzzle:
-    """A world and what is asked about it.
+    """A world with its question.
 
     Attributes:
-      start: the name that the question starts from.
+      start: the name in the question, where the chain starts.
       relations: the links to follow, in this order.
       pages: thing -> its facts (relation -> value), in the order of the corpus.
-      content_hash: of all the above.
+      content_hash: hash of the fields above.
     """
 
     start: str
@@ -50,14 +50,14 @@ class Puzzle:
 
     @property
     def chain(self) -> list[str]:
-        """The things on the way: start, ..., answer."""
+        """The things on the chain: start, ..., answer."""
         things = [self.start]
         for relation in self.relations:
             things.append(self.pages[things[-1]][relation])
         return things
 
     def to_question(self, split: str, index: int, text: str) -> Question:
-        """Return the question in the common form."""
+        """Return the question as a `Question`."""
         return Question(
             id=f"{split}-{index}",
             text=text,
@@ -98,7 +98,7 @@ def make_puzzle(level: Level, split: str, index: int) -> Puzzle:
 
 
 def split_of(content_hash: str) -> str:
-    """Return the in-domain split that a world belongs to, in whatever level it occurs."""
+    """Return the in-domain split of a world; it is the same in every level."""
     share = int(content_hash[:8], 16) / 2**32
     return next(split for split, (low, high) in _SHARES.items() if low <= share < high)
 
@@ -114,14 +114,15 @@ def panel_hash(level_name: str, split: str) -> str:
 
 
 def names_of(level: Level) -> dict[str, tuple[str, ...]]:
-    """Return kind -> the names that a level uses."""
+    """Return the names that a level uses, by kind."""
     return {kind: names[: round(len(names) * level.share)] for kind, names in NAMES.items()}
 
 
 @functools.lru_cache(maxsize=64)
 def paths(hops: int, is_held_out: bool) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return the kind of the start and relations of every chain that is held out for ``test_ood``, or is
-    not.
+    """Return the kind of the start and the relations of every chain with this number of links.
+
+    ``is_held_out`` selects the chains of ``test_ood``, or all others.
     """
 
     def extend(kind: str, left: int) -> Iterator[tuple[str, ...]]:
@@ -149,7 +150,7 @@ def _attempt(level: Level, split: str, draw: Draw) -> Puzzle:
     kinds = [kind, *(KIND_OF_VALUE[relation] for relation in relations)]
     shuffled = {kind: draw.sample(names[kind], len(names[kind])) for kind in names}
     chain = [shuffled[kind].pop() for kind in kinds]
-    # What is left fills the other pages and their facts; nothing of the chain occurs there by chance.
+    # The other pages use only the remaining names, so that nothing of the chain occurs there by chance.
     others = {kind: tuple(left) for kind, left in shuffled.items()}
     facts = {
         thing: _facts(level, kinds[place], thing, others, draw, {relations[place]: chain[place + 1]})
@@ -170,13 +171,16 @@ def _add_other_pages(
     way: list[tuple[str, str]],
     draw: Draw,
 ) -> None:
-    """Pages off the way: first of what is mentioned on it, so that wrong turns lead somewhere too."""
+    """Add pages outside of the chain.
+
+    Things that the chain's pages mention get their pages first, so that wrong turns also lead to a page.
+    """
     kind_of = {name: kind for kind, names in others.items() for name in names}
     mentioned = [value for page in facts.values() for value in page.values() if value in kind_of]
     rest = draw.sample(list(kind_of), len(kind_of))
     todo = list(dict.fromkeys([*mentioned, *rest]))[: level.pages - len(facts)]
     mentions = level.mentions
-    for name in reversed(todo):  # from the remotest, which are the ones to mention the way
+    for name in reversed(todo):  # start with the most distant pages: these mention the chain
         kind = kind_of[name]
         thing, thing_kind = way[draw.below(len(way))]
         fitting = [relation for relation, value in RELATIONS[kind].items() if value == thing_kind]
@@ -195,7 +199,7 @@ def _facts(
     draw: Draw,
     fixed: dict[str, str],
 ) -> dict[str, str]:
-    """Return the facts of a page in random order: the fixed ones, and others with values of their own."""
+    """Return the facts of a page in random order: the fixed ones, and others with random values."""
     free = [relation for relation in RELATIONS[kind] if relation not in fixed]
     chosen = draw.sample(free, min(level.facts - len(fixed), len(free)))
     values = dict(fixed)

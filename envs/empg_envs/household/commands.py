@@ -1,4 +1,4 @@
-"""The command grammar of ALFWorld 2.1.2: text to command and back."""
+"""The command grammar of ALFWorld 2.1.2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 BARE = ("look", "inventory", "help")
 ONE_NOUN = ("go to", "open", "close", "examine", "use")
-# Verb to the preposition between its two nouns.
+# Verb -> the preposition between its two nouns.
 TWO_NOUNS = {"take": "from", "move": "to", "clean": "with", "heat": "with", "cool": "with", "slice": "with"}
 
 _NOUN = r"([a-z]+ [0-9]+)"
@@ -26,7 +26,7 @@ _PATTERN = re.compile(
 
 
 class Command(NamedTuple):
-    """A well-formed command: verb, and up to two nouns in the order in which they are said."""
+    """A well-formed command: a verb and up to two nouns in their order in the text."""
 
     verb: str
     first: str = ""
@@ -34,21 +34,21 @@ class Command(NamedTuple):
 
 
 def normalize(text: str) -> str:
-    """Return lower case, outer blanks removed, runs of blanks made one space."""
+    """Convert to lower case, strip outer blanks, and collapse runs of blanks to one space."""
     return " ".join(text.lower().split())
 
 
 def parse(text: str) -> Command | None:
-    """Read a command; None when the text is not well formed.
+    """Parse a command; return None if the text is not well formed.
 
-    Well formed means that it follows the grammar; whether anything of that name exists, or the
-    command does anything now, is the world's business.
+    Only the grammar is checked here. Whether the named objects exist and whether the command has an effect
+    depends on the world.
     """
     return parse_exact(normalize(text))
 
 
 def parse_exact(text: str) -> Command | None:
-    """Read a command whose case and blanks are right; None when they are not, or it is not well formed."""
+    """Parse a command with exact case and blanks; return None if the text is not well formed."""
     match = _PATTERN.fullmatch(text)
     if match is None:
         return None
@@ -57,12 +57,12 @@ def parse_exact(text: str) -> Command | None:
 
 
 class Lenient:
-    """The household's grammar: case and blanks do not matter, and commands are written as they are."""
+    """The household's grammar: case and blanks do not matter, and commands have their canonical spelling."""
 
     def parse(self, text: str) -> Command | None:
-        """Read a command after `normalize`."""
+        """Parse a command after `normalize`."""
         return parse(text)
 
     def spell(self, admissible: list[str]) -> list[str]:
-        """Return the commands themselves."""
+        """Return the commands unchanged."""
         return admissible

@@ -13,22 +13,22 @@ from empg_envs.names import look_up
 
 
 class HouseholdEnv(HouseEnv):
-    """A house full of things, and one sentence that says what to do with them.
+    """A generated house with objects, and a task sentence about them.
 
-    Everything is a function of (level, style, split, index). The expert searches: it knows only what has
-    been shown so far.
+    Everything is a function of (level, style, split, index). The expert is the search expert, which uses only
+    what the agent has seen so far.
     """
 
     def __init__(self, level: str = "tiny", style: str = "terse", max_turns: int | None = None) -> None:
-        """Choose what houses look like and how they are told.
+        """Set the level of the houses and the style of the texts.
 
         Args:
           level: ``tiny``, ``easy``, ``medium`` or ``hard``.
-          style: ``terse`` (the state in few words, for small models) or ``alfworld`` (its sentences).
-          max_turns: steps after which an episode is truncated; None takes the level's own limit.
+          style: ``terse`` (the state in few words, for small models) or ``alfworld`` (ALFWorld's sentences).
+          max_turns: number of steps after which an episode is truncated; None takes the level's limit.
 
         Raises:
-          ValueError: an unknown level or style, or a limit below 1.
+          ValueError: the level or style is unknown, or the limit is below 1.
         """
         preset = find_level(level)
         if style not in TEXTS:
@@ -46,7 +46,7 @@ class GeneratedPanels:
     """The panels of a level."""
 
     def __init__(self, level: Level) -> None:
-        """Initialize with ``level``: what houses look like."""
+        """Set the level of the houses."""
         self._level = level
 
     def list_splits(self) -> list[str]:
@@ -58,7 +58,7 @@ class GeneratedPanels:
         return tasks.num_tasks(self._level, split)
 
     def load(self, split: str, index: int) -> tasks.Game:
-        """Return a task, generated once for the several attempts that a group makes at it."""
+        """Generate a task; it is cached, because a group plays the same task several times."""
         return _load(self._level.name, split, index)
 
     def describe(self, split: str, index: int) -> dict[str, Any]:
@@ -78,13 +78,13 @@ class GeneratedPanels:
         }
 
     def panel_hash(self, split: str) -> str:
-        """Return the identity of a panel; generates the whole panel once."""
+        """Return the hash that identifies a panel; this generates the whole panel once."""
         tasks.num_tasks(self._level, split)
         return tasks.panel_hash(self._level.name, split)
 
 
 def find_level(name: str) -> Level:
-    """Return the preset of that name; an unknown one is a `ValueError` that names the nearest."""
+    """Return the preset of that name; an unknown name raises a `ValueError` with the nearest one."""
     return look_up("household level", name, LEVELS)
 
 

@@ -1,7 +1,7 @@
-"""A search expert: it acts only on what the agent has been shown.
+"""A search expert, which uses only what the agent has seen.
 
-It keeps no plan. Its next command is a function of the world as far as it has been seen, so it goes
-on correctly from any state, whoever brought it there.
+It has no internal plan. Its next command is a function of the seen part of the world, so that it continues
+correctly from every state, even after the commands of another policy.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from empg_envs.household.world import World
 def choose_command(world: World, goal: HouseholdGoal) -> str:
     """Return the next command of the search expert.
 
-    It looks through receptacles in the order of how likely they hold what is missing, picks it up,
-    brings it into the wanted state, and takes it where it belongs.
+    It searches receptacles in the order of their probability to contain a missing object. It then takes the
+    object, brings it into the wanted state, and puts it into the target.
 
     Args:
-      world: the state; receptacles outside ``world.seen`` are treated as unknown.
-      goal: what is wanted, not met yet.
+      world: the state; the contents of receptacles outside ``world.seen`` are not used.
+      goal: the goal, which is not met yet.
 
     Returns:
       An admissible command.
@@ -57,14 +57,14 @@ def _bring_to_lamp(world: World, goal: HouseholdGoal) -> str:
 
 
 def _search(world: World, places: dict[str, int]) -> str:
-    """Go to, or opens, the likeliest receptacle that has not been seen into."""
+    """Go to, open or examine the likeliest receptacle whose contents are not known yet."""
     class_of, here = world.scene.class_of, world.here
     unseen = [name for name in world.scene.location_of if name not in world.seen]
     if not unseen:
         raise RuntimeError(
             "the search expert has seen everything and still misses something: the game is unsolvable"
         )
-    # A plausible closed door right here is opened first; equals keep the order of the house.
+    # A plausible receptacle at the agent's location comes first; ties keep the order of the house.
     likeliest = sorted(
         unseen, key=lambda r: (not (r in here and class_of[r] in places), -places.get(class_of[r], 0))
     )
@@ -72,7 +72,7 @@ def _search(world: World, places: dict[str, int]) -> str:
 
 
 def _target(world: World, goal: HouseholdGoal) -> str:
-    """Return the receptacle to fill: of the target class, the one that holds most of what is wanted."""
+    """Return the receptacle of the target class that already contains the most wanted objects."""
     class_of = world.scene.class_of
 
     def count(receptacle: str) -> int:

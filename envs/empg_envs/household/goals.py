@@ -1,4 +1,4 @@
-"""The six task families: when each is met, and how it is said."""
+"""The six task families: their conditions and their task sentences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from empg_envs.household.tables import CLEAN, COOL, EXAMINE, HEAT, PICK, PICK_TWO
 from empg_envs.household.world import World
 
-# Two ways to say each goal, as in ALFWorld's data.
+# Two wordings of each goal, as in ALFWorld's data.
 _SENTENCES = {
     PICK: ("put a {thing} in {target}.", "put some {thing} on {target}."),
     EXAMINE: ("examine the {thing} with the {target}.", "look at {thing} under the {target}."),
@@ -30,12 +30,12 @@ _TERSE = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HouseholdGoal:
-    """A goal over classes: any instances will do.
+    """A goal over classes, which any instances of the classes can meet.
 
     Attributes:
       family: one of the six task families.
-      thing: object class that is wanted.
-      target: receptacle class to put it in; for ``examine`` the lamp's class.
+      thing: class of the wanted object.
+      target: class of the receptacle to put it in; for ``examine`` the class of the lamp.
     """
 
     family: str
@@ -43,7 +43,7 @@ class HouseholdGoal:
     target: str
 
     def is_met(self, world: World) -> bool:
-        """Return whether the world is as the task wants it."""
+        """Return whether the world meets the goal."""
         if self.family == EXAMINE:
             return self._is_lit(world)
         class_of = world.scene.class_of
@@ -55,7 +55,7 @@ class HouseholdGoal:
         )
 
     def is_ready(self, world: World, thing: str) -> bool:
-        """Return whether an object is in the state (clean, hot, cool) that the task wants."""
+        """Return whether an object is in the wanted state (clean, hot, cool)."""
         scene = world.scene
         if self.family == CLEAN:
             return thing in world.clean and thing in scene.cleanable
@@ -80,5 +80,5 @@ class HouseholdGoal:
         return _SENTENCES[self.family][wording].format(thing=self.thing, target=self.target)
 
     def terse(self, thing: str, target: str) -> str:
-        """Return the goal in few words, with the given names for the object and the target."""
+        """Return the goal in few words, with these names of the object and the target."""
         return _TERSE[self.family].format(thing=thing, target=target)

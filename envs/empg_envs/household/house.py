@@ -1,4 +1,4 @@
-"""One episode in a house, whoever made the house: what the household and ALFWorld environments share."""
+"""The common base of the household and ALFWorld environments: one episode in a house."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from empg_envs.household.world import Scene, World
 
 
 class Game(texts.Game, Protocol):
-    """One task: a house, what is wanted in it, and how that is said."""
+    """One task: a house, its goal, and the task sentence."""
 
     @property
     def scene(self) -> Scene:
@@ -22,7 +22,7 @@ class Game(texts.Game, Protocol):
 
 
 class Panels(Protocol):
-    """Where games come from."""
+    """A source of games."""
 
     def list_splits(self) -> list[str]:
         """Return the names of the panels."""
@@ -50,30 +50,30 @@ class Panels(Protocol):
         ...
 
     def panel_hash(self, split: str) -> str:
-        """Return the identity of a panel: a hash over the content hashes of its games, in order."""
+        """Return the hash that identifies a panel: a hash over the ordered content hashes of its games."""
         ...
 
 
 class Grammar(Protocol):
-    """How commands are written."""
+    """The spelling of commands."""
 
     def parse(self, text: str) -> Command | None:
-        """Read a command; None when the text is not well formed."""
+        """Parse a command; return None if the text is not well formed."""
         ...
 
     def spell(self, admissible: list[str]) -> list[str]:
-        """Return sorted commands of `World.admissible` as this grammar writes them, sorted."""
+        """Return the commands of `World.admissible` in this grammar's spelling, sorted."""
         ...
 
 
 class HouseEnv:
     """A `TextEnv` over panels of games.
 
-    Rewards are ``win_reward`` for the step that meets the goal and 0 otherwise. Everything is a function of
-    panels, split and index; a seed only chooses the index when none is given.
+    The reward is ``win_reward`` for the step that meets the goal and 0 otherwise. An episode is a function of
+    panels, split and index; a seed only selects an index if none is given.
 
-    ``info`` holds ``task`` (the goal sentence), ``family``, ``admissible`` (every command that would do
-    something, sorted) and ``won``.
+    ``info`` contains ``task`` (the task sentence), ``family``, ``admissible`` (the sorted commands that have
+    an effect now) and ``won``.
     """
 
     def __init__(
@@ -87,19 +87,19 @@ class HouseEnv:
         win_reward: float = 1.0,
         name: str = "household",
     ) -> None:
-        """Put the parts together.
+        """Combine the parts of an environment.
 
         Args:
-          panels: where games come from.
-          style: what the agent reads.
-          grammar: how commands are written.
-          expert: chooses the expert's next command, in the canonical spelling of `World.admissible`.
-          max_turns: steps after which an episode is truncated.
+          panels: the source of games.
+          style: the texts for the agent.
+          grammar: the spelling of commands.
+          expert: function that returns the expert's next command in the spelling of `World.admissible`.
+          max_turns: number of steps after which an episode is truncated.
           win_reward: reward of the step that meets the goal.
-          name: of the environment, in messages and in the stream of random indices.
+          name: name of the environment, for messages and as a seed of random indices.
 
         Raises:
-          ValueError: a limit below 1.
+          ValueError: the limit is below 1.
         """
         if max_turns < 1:
             raise ValueError(f"{name} max_turns must be at least 1, not {max_turns}")
@@ -113,7 +113,7 @@ class HouseEnv:
 
     @property
     def max_turns(self) -> int:
-        """Steps after which an episode is truncated."""
+        """Number of steps after which an episode is truncated."""
         return self._max_turns
 
     def list_splits(self) -> list[str]:
@@ -129,7 +129,7 @@ class HouseEnv:
         return self._panels.describe(split, index)
 
     def panel_hash(self, split: str) -> str:
-        """Return the hash of the ordered content hashes of a panel; goes through the whole panel once."""
+        """Return the hash of the ordered content hashes of a panel; this loads the whole panel once."""
         return self._panels.panel_hash(split)
 
     def reset(
@@ -138,13 +138,13 @@ class HouseEnv:
         """Start an episode.
 
         Args:
-          seed: restarts the stream that chooses an index when none is given.
-          split: the panel; the first of `list_splits` when not given.
-          index: the task in its panel.
+          seed: seeds the random choice of an index, for resets without ``index``.
+          split: the panel; the default is the first of `list_splits`.
+          index: index of the task in its panel.
 
         Raises:
-          ValueError: unknown split.
-          IndexError: index outside the panel.
+          ValueError: the split is unknown.
+          IndexError: the index is outside of the panel.
         """
         if seed is not None:
             self._draw = Draw(self._name, "reset", seed)
@@ -158,10 +158,10 @@ class HouseEnv:
         return self._texts.opening(self._game, self._world), self._info(won=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Carry out one command; any other text does nothing and costs the turn.
+        """Carry out one command; any other text has no effect and costs the turn.
 
         Raises:
-          RuntimeError: before the first reset, or after the episode ended.
+          RuntimeError: before the first reset, or after the end of the episode.
         """
         game, world = self._playing("step")
         command = self._grammar.parse(action)
@@ -175,10 +175,10 @@ class HouseEnv:
         return observation, self._win_reward * won, won, truncated, self._info(won)
 
     def expert_action(self) -> str:
-        """What the expert does next.
+        """Return the expert's next command.
 
         Raises:
-          RuntimeError: before the first reset, or after the episode ended.
+          RuntimeError: before the first reset, or after the end of the episode.
         """
         game, world = self._playing("expert_action")
         return self._grammar.spell([self._expert(world, game.goal)])[0]

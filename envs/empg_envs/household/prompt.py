@@ -1,4 +1,4 @@
-"""Beside the engine: prompts made of observations, actions read out of responses, a closed vocabulary."""
+"""Prompts, action parsers, and a closed vocabulary for small models."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ def make_prompts(
     """Build the prompt builder that fits an environment's style.
 
     Args:
-      style: ``terse`` (nothing but the observation) or ``alfworld`` (with instructions).
+      style: ``terse`` (only the observation) or ``alfworld`` (with instructions).
       list_admissible: whether every prompt ends with the admissible commands.
-      parser: the parser that will read the answer; the instructions ask for its format.
-      require_admissible: concerns the parser alone.
+      parser: the parser of the answers; the instructions ask for its format.
+      require_admissible: ignored; it only affects the parser.
 
     Raises:
-      ValueError: an unknown style or parser, or ``terse`` with ``tags``, which it cannot ask for.
+      ValueError: the style or parser is unknown, or ``terse``, which has no instructions, is combined with
+        ``tags``.
     """
     _check_parser(parser)
     if style == "terse":
@@ -76,17 +77,17 @@ def make_parser(
 ) -> ActionParser:
     """Build the action parser.
 
-    It takes the same options as `make_prompts`; style and listing do not change how an answer is read.
+    It accepts the options of `make_prompts`.
 
     Args:
       parser: ``plain`` (the first line) or ``tags`` (think and action tags).
-      style: concerns the prompts alone.
-      list_admissible: concerns the prompts alone.
-      require_admissible: a well-formed command that would do nothing is invalid too (``plain`` only), so
-        that ``env.invalid_penalty`` tells the policy at once what a sparse reward tells it late.
+      style: ignored; it only affects the prompts.
+      list_admissible: ignored; it only affects the prompts.
+      require_admissible: whether a well-formed command without effect is invalid, too (``plain`` only).
+        ``env.invalid_penalty`` then gives the policy an immediate signal in addition to the sparse reward.
 
     Raises:
-      ValueError: an unknown parser, or ``tags`` with ``require_admissible``.
+      ValueError: the parser is unknown, or ``tags`` is combined with ``require_admissible``.
     """
     _check_parser(parser)
     if parser == "plain":
@@ -102,12 +103,10 @@ def _check_parser(parser: str) -> None:
 
 
 class TersePrompts(PlainPrompts):
-    """The observation itself, followed by the admissible commands if they are to be listed."""
+    """A prompt builder for the terse style: the observation, and optionally the admissible commands."""
 
     def __init__(self, list_admissible: bool = False) -> None:
-        """Initialize with ``list_admissible``: whether to list the admissible commands after the
-        observation.
-        """
+        """Set whether the admissible commands are listed after the observation."""
         self._list_admissible = list_admissible
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
@@ -115,33 +114,33 @@ class TersePrompts(PlainPrompts):
         return [{"role": "user", "content": self.follow(observation, info)}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """Return the observation, and the commands after ``actions :`` divided by commas."""
+        """Return the observation; the listed commands follow ``actions :`` and are separated by commas."""
         if not self._list_admissible:
             return observation
         return f"{observation} . actions : {' , '.join(_offered(info))}"
 
 
 class AlfworldPrompts(PlainPrompts):
-    """Instructions, observation, admissible commands; one growing transcript or fresh windows."""
+    """A prompt builder with instructions, observation and admissible commands, for transcript or window."""
 
     def __init__(self, list_admissible: bool = False, parser: str = "plain", role: str = _ROLE) -> None:
-        """Choose what is said beside the observations.
+        """Set the text around the observations.
 
         Args:
-          list_admissible: list admissible commands.
-          parser: the answer format to ask for.
-          role: who the agent is; the first words of every prompt.
+          list_admissible: whether to list the admissible commands.
+          parser: the parser whose answer format the prompt asks for.
+          role: description of the agent's role, the first words of every prompt.
         """
         self._list_admissible, self._role = list_admissible, role
         self._answer = (_CHOICE if list_admissible else _ANSWER)[parser]
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """Return one user message: role, observation (which holds the task), commands, answer format."""
+        """Return one user message: role, observation (which contains the task), commands, answer format."""
         parts = [self._role, f"Observation: {observation}", *self._offer(info), self._answer]
         return [{"role": "user", "content": "\n\n".join(parts)}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """Return the observation, with the admissible commands if they are to be listed."""
+        """Return the observation, with the admissible commands if they are listed."""
         return "\n\n".join([f"Observation: {observation}", *self._offer(info)])
 
     def recall(
@@ -151,7 +150,7 @@ class AlfworldPrompts(PlainPrompts):
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """Return a fresh prompt: role, task, the remembered turns with their numbers, the present."""
+        """Return a fresh prompt: role, task, the numbered past turns, and the current observation."""
         past = quote_turns(history, turn)
         parts = [f"{self._role}\nYour task is to: {info['task']}"]
         if past:
@@ -177,17 +176,17 @@ def _offered(info: Mapping[str, Any]) -> list[str]:
 
 
 class LineParser:
-    """The first line of the response is the command; it is valid when it follows the grammar.
+    """A parser that takes the first line as the command; it is valid if it follows the grammar.
 
-    With ``require_admissible`` it must also be a command that would do something in the present state.
+    With ``require_admissible`` a valid command must also have an effect in the current state.
     """
 
     def __init__(self, require_admissible: bool = False) -> None:
-        """Choose what counts as valid."""
+        """Set whether a valid command must have an effect."""
         self._require_admissible = require_admissible
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Strip, lower-cases and collapses blanks; an ill-formed line is passed on as it is."""
+        """Normalize the command's case and blanks; an ill-formed line is returned unchanged as invalid."""
         lines = response.strip().splitlines()
         action = commands.normalize(lines[0]) if lines else ""
         is_valid = commands.parse(action) is not None
@@ -199,8 +198,8 @@ class LineParser:
 def phrases(level: str = "tiny", style: str = "terse", max_turns: int | None = None) -> list[str]:
     """Return the closed vocabulary of a level in the terse style, for a small tokenizer.
 
-    Every text of the terse style and every well-formed command about things of the level is a
-    sequence of these phrases divided by single spaces, when the longest match is taken each time.
+    Every text of the terse style, and every well-formed command about objects of the level, is a sequence of
+    these phrases separated by single spaces, with the longest match taken each time.
 
     Args:
       level: the level's name.
@@ -208,10 +207,10 @@ def phrases(level: str = "tiny", style: str = "terse", max_turns: int | None = N
       max_turns: the environment's limit; the vocabulary does not depend on it.
 
     Returns:
-      Phrases (some hold spaces), sorted, none twice.
+      Sorted phrases without duplicates; some contain spaces.
 
     Raises:
-      ValueError: an unknown level, or another style.
+      ValueError: the level is unknown, or the style has no closed vocabulary.
     """
     if style != "terse":
         raise ValueError(f"household style {style!r} has no closed vocabulary; use 'terse' or a tokenizer")

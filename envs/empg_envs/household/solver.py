@@ -1,7 +1,7 @@
-"""An expert with full information: it knows where everything is, and wins every game that can be won.
+"""An expert with full information, which wins every winnable game.
 
-Like the search expert it keeps no plan: its next command is a function of world and goal, so it goes on
-correctly from any state.
+Like the search expert it has no internal plan. Its next command is a function of world and goal, so that it
+continues correctly from every state.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ def choose_command(world: World, goal: HouseholdGoal) -> str:
     """Return the next command on a short way to the goal.
 
     Args:
-      world: the state, all of which is used.
-      goal: what is wanted, not met yet.
+      world: the state, including unseen contents.
+      goal: the goal, which is not met yet.
 
     Returns:
       An admissible command.
 
     Raises:
-      RuntimeError: the game cannot be won any more, or never could.
+      RuntimeError: the game cannot be won (any more).
     """
     holding = world.holding
     if holding is None:
@@ -38,14 +38,14 @@ def choose_command(world: World, goal: HouseholdGoal) -> str:
 
 
 def _is_wanted(world: World, goal: HouseholdGoal, thing: str) -> bool:
-    """Return whether an object can become what the goal asks for."""
+    """Return whether an object can be brought into the state that the goal asks for."""
     scene = world.scene
     is_fit = goal.family not in CHANGES or thing in getattr(scene, CHANGES[goal.family])
     return is_fit and scene.class_of[thing] == goal.thing and thing in scene.pickupable
 
 
 def _fetch(world: World, goal: HouseholdGoal) -> str:
-    """Toward the wanted object that is done with soonest."""
+    """Return the next command to fetch the wanted object that needs the fewest further commands."""
     settled = _choose_target(world, goal, None) if goal.family == PICK_TWO else None
     best: tuple[int, str, str] | None = None
     for receptacle, things in world.contents.items():
@@ -63,7 +63,7 @@ def _fetch(world: World, goal: HouseholdGoal) -> str:
 
 
 def _light(world: World, goal: HouseholdGoal) -> str:
-    """Toward a lamp with the object in hand, and on with it."""
+    """Return the next command to carry the object to a lamp and to turn the lamp on."""
     lamps = [
         (_distance(world, receptacle) - (thing in world.toggled), receptacle, thing)
         for receptacle, things in world.contents.items()
@@ -77,7 +77,7 @@ def _light(world: World, goal: HouseholdGoal) -> str:
 
 
 def _choose_target(world: World, goal: HouseholdGoal, holding: str | None) -> str:
-    """Return the receptacle to fill: the one that holds most of what is wanted already, then the nearest."""
+    """Return the nearest target receptacle; with two wanted objects, first the one that contains more."""
     class_of = world.scene.class_of
     candidates = [
         name
@@ -95,5 +95,5 @@ def _choose_target(world: World, goal: HouseholdGoal, holding: str | None) -> st
 
 
 def _distance(world: World, receptacle: str) -> int:
-    """Return commands until the hands are in a receptacle."""
+    """Return the number of commands until the agent can reach into a receptacle."""
     return (receptacle not in world.here) + (not world.is_accessible(receptacle))

@@ -1,8 +1,8 @@
-"""What a household is made of: rooms, receptacles, objects, and the levels built from them.
+"""Tables of households: rooms, receptacles, objects, and the levels built from them.
 
-Class names are ALFWorld's (one lower-case word); an instance is a class and a number, ``apple 1``.
-A *kind* groups objects that are kept in the same places, so that where to search is a regularity
-that a policy can learn: ``PLACES[kind]`` weighs the receptacle classes, likeliest first.
+Class names are ALFWorld's (one lower-case word). The name of an instance is a class and a number:
+``apple 1``. A *kind* is a group of objects that are kept in the same places, so that a policy can learn where
+to search. ``PLACES[kind]`` gives the weights of the receptacle classes, likeliest first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LAMP_PLACES = {"desk": 4, "sidetable": 2, "dresser": 1}
 
 OPENABLE = frozenset({"cabinet", "drawer", "fridge", "microwave", "safe"})
 
-# Open surfaces take every object; other receptacles only the kinds that list them below.
+# Open surfaces accept every object. Other receptacles accept only the kinds that list them below.
 SURFACES = frozenset(
     {
         "armchair",
@@ -44,7 +44,9 @@ KINDS = {
     "bath": ("soapbar", "soapbottle", "spraybottle", "toiletpaper"),
     "wash": ("dishsponge", "handtowel", "plunger", "scrubbrush", "toiletpaperroll", "wateringcan"),
 }
-_HOUSEHOLD_KINDS = tuple(kind for kind in KINDS if kind != "wash")  # its levels are older than that kind
+_HOUSEHOLD_KINDS = tuple(
+    kind for kind in KINDS if kind != "wash"
+)  # the household's levels are older than this kind; adding it would change their tasks
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 
 PLACES: dict[str, dict[str, int]] = {
@@ -82,7 +84,7 @@ KNIVES = frozenset({"butterknife", "knife"})
 CHANGEABLE = {CLEAN: CLEANABLE, HEAT: HEATABLE, COOL: COOLABLE}
 
 
-MAX_INSTANCES = 3  # of one object class in a house
+MAX_INSTANCES = 3  # largest number of instances of one object class in a house
 
 
 def can_contain(receptacle: str, thing: str) -> bool:
@@ -95,10 +97,10 @@ class Room:
     """A room of a level.
 
     Attributes:
-      name: for example ``kitchen``.
-      always: receptacle classes that every house of the level has there (repeat for several).
+      name: name, for example ``kitchen``.
+      always: receptacle classes that the room has in every house; a repeated class gives several instances.
       sometimes: further receptacle classes; ``some`` of them are drawn.
-      some: how many of ``sometimes`` a house has: fewest, most.
+      some: smallest and largest number of receptacles drawn from ``sometimes``.
     """
 
     name: str
@@ -112,11 +114,11 @@ class Level:
     """A preset of difficulty.
 
     Attributes:
-      name: how the ``level`` option calls it.
+      name: value of the ``level`` option.
       rooms: the rooms of every house.
-      objects: classes that may occur; a house has ``num_classes`` of them.
+      objects: object classes that may occur.
       num_classes: number of different object classes in a house.
-      copies: how many additional instances of those classes a house has: fewest, most.
+      copies: smallest and largest number of additional instances of these classes.
       families: task families with their weights.
       max_turns: default turn limit; the search expert always stays within it.
       train_tasks: size of the training panel.

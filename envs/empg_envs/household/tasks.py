@@ -1,17 +1,18 @@
 """Panels of generated tasks: train, valid and test, disjoint by content.
 
-How index becomes task, so that all of this holds by construction:
+The map from index to task has these properties by construction:
 
 * *No duplicates in a panel.* A house of a level has ``num_classes`` different object classes out of
-  the level's pool. An affine permutation takes the index to the rank of that set among all such sets,
-  so two indices of one panel never have the same classes, hence never the same content.
-* *Disjoint panels.* The canonical content of a game (rooms, receptacles, which classes lie where, the
-  goal; no instance numbers, no wording) is hashed, and the hash alone says which split it belongs to.
-  Attempts 0, 1, 2, ... of an index are drawn until one belongs to the wanted split.
-* *Cheap and lazy.* A task costs about 1.25 attempts for train and 10 for valid and test, whatever its
-  index; nothing is precomputed.
+  the level's pool. An affine permutation maps the index to the rank of that set among all such sets. Two
+  indices of one panel therefore never have the same classes, and hence never the same content.
+* *Disjoint panels.* The canonical content of a game (rooms, receptacles, places of the object classes, and
+  the goal, without instance numbers and wording) is hashed. Only the hash decides the split. Attempts 0, 1,
+  2, ... of an index are drawn until one belongs to the wanted split.
+* *Cheap and lazy.* A task needs about 1.25 attempts for train and 10 for valid and test, for every index.
+  Nothing is precomputed.
 
-Only `random.Random(int).random()` is used, the one generator that Python promises to keep.
+The only random function is `random.Random(int).random()`, because Python guarantees its results for all
+versions.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _MAX_ATTEMPTS = 10_000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Game:
-    """One task: the house, what is wanted, and how that is said."""
+    """One task: the house, the goal, and the wording of the task sentence."""
 
     scene: Scene
     goal: HouseholdGoal
@@ -83,7 +84,7 @@ def num_tasks(level: Level, split: str) -> int:
 
 
 def split_of(content_hash: str) -> str:
-    """Return the split that a content belongs to, in whatever level it occurs."""
+    """Return the split of a content; it is the same in every level."""
     share = int(content_hash[:8], 16) / 2**32
     return next(split for split, (low, high) in _SHARES.items() if low <= share < high)
 
@@ -130,17 +131,19 @@ def _classes_of(level: Level, split: str, index: int) -> list[str]:
 def _affine(level_name: str, split: str, total: int) -> tuple[int, int]:
     draw = Draw("household", level_name, split, "permutation")
     step = 1 + draw.below(total - 1)
+    # A step without a common divisor with ``total`` makes index -> rank a permutation.
     while math.gcd(step, total) != 1:
         step += 1
     return step, draw.below(total)
 
 
 def unrank(items: Sequence[str], count: int, rank: int) -> list[str]:
-    """Return the set number ``rank`` among all sets of ``count`` items, in lexicographic order."""
+    """Return the set with index ``rank`` among all sets of ``count`` items in lexicographic order."""
     chosen: list[str] = []
     for position, item in enumerate(items):
         if len(chosen) == count:
             break
+        # Number of sets that contain ``item`` and the items chosen so far; they precede all others.
         with_item = math.comb(len(items) - position - 1, count - len(chosen) - 1)
         if rank < with_item:
             chosen.append(item)
@@ -150,7 +153,7 @@ def unrank(items: Sequence[str], count: int, rank: int) -> list[str]:
 
 
 def _attempt(level: Level, classes: list[str], draw: Draw) -> Game | None:
-    """Return one random house with these object classes; None when it happens to allow no task."""
+    """Return one random house with these object classes, or None if the house allows no task."""
     rooms, class_of = _furnish(level, draw)
     receptacles = [name for names in rooms.values() for name in names]
     things = _place(level, classes, receptacles, class_of, draw)
@@ -163,7 +166,10 @@ def _attempt(level: Level, classes: list[str], draw: Draw) -> Game | None:
 
 
 def _furnish(level: Level, draw: Draw) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """Return rooms with their receptacles, numbered through the house, and the classes of those."""
+    """Return the rooms with their receptacles, and the receptacles' classes.
+
+    The numbers of a class run through the whole house.
+    """
     rooms: dict[str, tuple[str, ...]] = {}
     class_of: dict[str, str] = {}
     used: dict[str, int] = {}
@@ -180,7 +186,8 @@ def _furnish(level: Level, draw: Draw) -> tuple[dict[str, tuple[str, ...]], dict
 def _place(
     level: Level, classes: list[str], receptacles: list[str], class_of: dict[str, str], draw: Draw
 ) -> dict[str, str]:
-    """Return object to receptacle; adds the objects' classes to ``class_of``."""
+    """Draw a receptacle for every object; the objects' classes are added to ``class_of``."""
+    # Each class occurs MAX_INSTANCES - 1 times in the pool, so that no class gets more instances.
     copies = draw.sample(classes * (MAX_INSTANCES - 1), draw.between(level.copies))
     where: dict[str, str] = {}
     used: dict[str, int] = {}
@@ -199,7 +206,7 @@ def _place(
 def _choose_goal(
     level: Level, things: dict[str, str], class_of: dict[str, str], draw: Draw
 ) -> HouseholdGoal | None:
-    """Return a goal that is not met at the start, of a random family."""
+    """Draw a goal of a random family that is not met at the start."""
     families, weights = zip(*level.families, strict=True)
     family = draw.weighted(families, weights)
     counts: dict[str, int] = {}
@@ -216,6 +223,8 @@ def _choose_goal(
     cls = wanted[draw.below(len(wanted))]
     if family == EXAMINE:
         return HouseholdGoal(family, cls, LAMP)
+    # A class that already contains a wanted object is no target, because the goal could be met at the start.
+    # The tools of the family are excluded, too.
     taken = {class_of[place] for thing, place in things.items() if class_of[thing] == cls}
     taken |= TOOLS.get(family, frozenset())
     receptacle_classes = sorted({class_of[name] for name in class_of if name not in things})
@@ -227,6 +236,7 @@ def _hash_content(
     rooms: dict[str, tuple[str, ...]], things: dict[str, str], class_of: dict[str, str], goal: HouseholdGoal
 ) -> str:
     """Return the hash of the initial state and the goal, without numbers, names or order."""
+    # Sorted classes instead of names: houses that differ only in numbering must have the same hash.
     inside: dict[str, list[str]] = {name: [] for names in rooms.values() for name in names}
     for thing, place in things.items():
         inside[place].append(class_of[thing])
@@ -241,7 +251,7 @@ def _hash_content(
 
 def _make_scene(rooms: dict[str, tuple[str, ...]], things: dict[str, str], class_of: dict[str, str]) -> Scene:
     receptacles = [name for names in rooms.values() for name in names]
-    # Listings run by class, highest number first, as ALFWorld's do.
+    # Listings are sorted by class with the highest number first, as in ALFWorld.
     listed = sorted(things, key=lambda name: (class_of[name], -int(name.split()[1])))
     start: dict[str, list[str]] = {name: [] for name in receptacles}
     for thing in listed:

@@ -1,4 +1,4 @@
-"""What the agent reads: ALFWorld's feedback texts, or a terse view of the state."""
+"""Observations in two styles: ALFWorld's feedback texts, or a terse view of the state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HELP = """Available commands:
 
 
 class Game(Protocol):
-    """What a text needs to know of a game beside its world."""
+    """The parts of a game that the texts need."""
 
     @property
     def task(self) -> str:
@@ -38,7 +38,7 @@ class Game(Protocol):
 
     @property
     def goal(self) -> HouseholdGoal:
-        """What is wanted."""
+        """The goal."""
         ...
 
 
@@ -50,7 +50,7 @@ class Texts(Protocol):
         ...
 
     def reply(self, game: Game, world: World, command: Command | None) -> str:
-        """What is read after a command was carried out; None when nothing happened."""
+        """Return the observation after a command; ``command`` is None if nothing happened."""
         ...
 
 
@@ -64,10 +64,10 @@ def list_names(names: Sequence[str]) -> str:
 
 
 class AlfworldTexts:
-    """The feedback of ALFWorld 2.1.2; only what is seen of the whole house differs: it tells rooms apart."""
+    """The feedback of ALFWorld 2.1.2, except that the view of the whole house is divided into rooms."""
 
     def opening(self, game: Game, world: World) -> str:
-        """Return the house, then the task sentence after ``Your task is to:``."""
+        """Return the description of the house, then the task sentence after ``Your task is to:``."""
         return f"-= Welcome to the household! =-\n\n{self._house(world)}\n\nYour task is to: {game.task}"
 
     def reply(self, game: Game, world: World, command: Command | None) -> str:
@@ -127,7 +127,7 @@ class AlfworldTexts:
         return f"On the {receptacle}, you see {names}."
 
     def _object(self, world: World, thing: str) -> str:
-        if thing in world.scene.vessels:  # ALFWorld looks into them instead of at them
+        if thing in world.scene.vessels:  # ALFWorld describes the contents of vessels
             inside = list_names(world.scene.inside.get(thing, ()))
             return f"This is a normal {thing}. In it, you see {inside}."
         cleanliness = "clean" if thing in world.clean else ""
@@ -143,21 +143,21 @@ class AlfworldTexts:
 
 
 class TerseTexts:
-    """The state in as few words as will do, every time whole.
+    """The whole state in few words after every command.
 
-    ``at sofa 1 : egg 1 mug 1 . holding nothing . put apple 1 in desk 1``: where the agent is and what
-    it sees there, what is carried, then the goal. The goal comes last, next to the decision and after
-    what it must be compared with, and both use the same name: the only instance of a class in the
-    house is called by its full name in the goal as well, so that the comparison is between equal tokens.
+    An example is ``at sofa 1 : egg 1 mug 1 . holding nothing . put apple 1 in desk 1``: the agent's place and
+    the visible objects, the carried object, then the goal. The goal comes last, next to the decision. If a
+    class has only one instance in the house, the goal uses the full name of this instance. The policy then
+    compares equal tokens.
     """
 
     def opening(self, game: Game, world: World) -> str:
-        """Return rooms and their receptacles, then the state."""
+        """Return the rooms with their receptacles, then the state."""
         rooms = " ".join(f"{room} : {' '.join(names)} ." for room, names in world.scene.rooms.items())
         return f"{rooms} {self.reply(game, world, Command('look'))}"
 
     def reply(self, game: Game, world: World, command: Command | None) -> str:
-        """Return the state; after a command that did nothing, preceded by ``nothing happens .``."""
+        """Return the state, after ``nothing happens .`` if the command had no effect."""
         goal = game.goal.terse(self._name(world, game.goal.thing), self._name(world, game.goal.target))
         view = f"at {self._surroundings(world)} . holding {self._carried(world)} . {goal}"
         return view if command is not None else f"nothing happens . {view}"

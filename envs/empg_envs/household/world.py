@@ -1,15 +1,14 @@
-"""The household engine: what there is, what a command changes, when the goal is met.
+"""The household engine: the scene, the state, and the effects of commands.
 
-`Scene` never changes during an episode and may come from any source (the generator beside this file, or
-an official game file: `empg_envs.alfworld`); `World` is the state of one episode as plain sets and
-dictionaries keyed by display names (``fridge 1``). Texts are made elsewhere (`texts.py`) from the
-command and the world.
+A `Scene` never changes during an episode. It comes from the generator (`tasks`) or from an official game file
+(`empg_envs.alfworld`). A `World` is the state of one episode: plain sets and dictionaries keyed by display
+names (``fridge 1``). `texts` writes the observations.
 
-The rules are those of ALFWorld: any receptacle is reached in one step, one object can be carried, closed
-receptacles hide what is in them, heating undoes cooling and the reverse, a lamp that is on stays on,
-clean/heat/cool/use ignore whether a door is open, and whatever is not possible changes nothing. Official
-games also put one object into two receptacles, or at a place without a receptacle; `World.spots` and
-`World.left` keep track of that.
+The rules are those of ALFWorld. The agent reaches every receptacle in one step and carries at most one
+object. Closed receptacles hide their contents. Heating undoes cooling, and cooling undoes heating. A lamp
+that is on stays on. The commands clean, heat, cool and use work even if a door is closed. An impossible
+command changes nothing. Official games also put one object into two receptacles, or at a place without a
+receptacle; `World.spots` and `World.left` represent these cases.
 """
 
 from __future__ import annotations
@@ -22,32 +21,32 @@ from empg_envs.household.commands import Command
 
 
 class Goal(Protocol):
-    """What an episode is about."""
+    """The goal of an episode."""
 
     def is_met(self, world: World) -> bool:
-        """Return whether the world is as the task wants it."""
+        """Return whether the world meets the goal."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything about a game that no command changes.
+    """The constant part of a game.
 
     Attributes:
-      rooms: room name to its receptacles; rooms only group receptacles in texts.
+      rooms: room name -> its receptacles; rooms only group receptacles in texts.
       class_of: class of every receptacle and object, by display name.
       order: position of every object in listings.
       location_of: location of every receptacle; several may share one.
       at_location: receptacles of every location, in listing order.
       openable: receptacles with a door.
       start: contents of every receptacle at the start, in listing order.
-      fits: pairs (receptacle class, object class) that can go together.
-      pickupable, toggleable, cleanable, heatable, coolable, sliceable, knives, vessels: objects by what
-        can be done with them; vessels (cups, bowls) only differ in how ALFWorld describes them.
-      start_at: location of the agent at the start; None is nowhere in particular.
-      spots: pairs (object, location) at the start; None is where the receptacles are that hold the objects.
-      initial: objects (and open receptacles) that start in a state, by the state's name in `World`.
-      inside: what lies in a vessel, which no command changes.
+      fits: pairs (receptacle class, object class) for which the receptacle accepts the object.
+      pickupable, toggleable, cleanable, heatable, coolable, sliceable, knives, vessels: objects by their
+        properties. Vessels (cups, bowls) differ only in ALFWorld's description of them.
+      start_at: location of the agent at the start; None is no particular location.
+      spots: pairs (object, location) at the start; None derives them from the receptacles' contents.
+      initial: objects and receptacles that have a state at the start, by the state's name in `World`.
+      inside: contents of the vessels, which no command changes.
       tools: receptacle classes that clean, heat or cool.
     """
 
@@ -74,7 +73,7 @@ class Scene:
     tools: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=lambda: TOOLS)
 
     def __post_init__(self) -> None:
-        """Derive the objects' places when they are not given."""
+        """Derive the objects' locations if they are not given."""
         if self.spots is None:
             spots = ((t, self.location_of[r]) for r, things in self.start.items() for t in things)
             object.__setattr__(self, "spots", frozenset(spots))
@@ -84,15 +83,15 @@ class World:
     """State of one episode.
 
     Attributes:
-      scene: what does not change.
-      location: where the agent is; None before the first ``go to``.
+      scene: the constant part of the game.
+      location: the agent's location; None before the first ``go to``.
       holding: the carried object, or None.
-      contents: receptacle to the objects in it, in listing order.
+      contents: receptacle -> the objects in it, in listing order.
       opened: open receptacles among the openable ones.
       clean, hot, cool, toggled, sliced: objects by state.
       seen: receptacles whose contents have been shown to the agent.
       spots: pairs (object, location).
-      left: pairs (object, receptacle) of what was taken out and not put back.
+      left: pairs (object, receptacle) of objects that were taken out and not put back.
     """
 
     __slots__ = (
@@ -101,7 +100,7 @@ class World:
     )
 
     def __init__(self, scene: Scene) -> None:
-        """Start at the scene's start: empty-handed, nothing seen."""
+        """Start with the scene's initial state: nothing carried, nothing seen."""
         self.scene = scene
         self.location = scene.start_at
         self.holding: str | None = None
@@ -123,22 +122,23 @@ class World:
         return self.scene.at_location.get(self.location, ()) if self.location is not None else ()
 
     def is_accessible(self, receptacle: str) -> bool:
-        """Return whether hands and eyes reach into a receptacle, were the agent there."""
+        """Return whether the agent could see and reach into a receptacle if it were at its location."""
         return receptacle not in self.scene.openable or receptacle in self.opened
 
     def is_fitting(self, thing: str, receptacle: str) -> bool:
-        """Return whether an object may be put into a receptacle."""
+        """Return whether a receptacle accepts an object."""
         class_of = self.scene.class_of
         return (class_of[receptacle], class_of[thing]) in self.scene.fits
 
     def is_here(self, thing: str) -> bool:
-        """Return whether an object is at the agent's location, behind a door or not."""
+        """Return whether an object is at the agent's location, even inside a closed receptacle."""
         return self.location is not None and (thing, self.location) in self.spots
 
     def displaced(self) -> list[str]:
-        """What lies here but was once taken out of a receptacle here, once for each such receptacle.
+        """Return the objects at this location that were taken out of a receptacle at this location.
 
-        ALFWorld lists these objects as being next to the receptacles.
+        An object occurs once for each such receptacle. ALFWorld lists these objects as lying next to the
+        receptacles.
         """
         if not self.left:
             return []
@@ -149,15 +149,15 @@ class World:
         """Carry out a command.
 
         Returns:
-          Whether anything came of it: True exactly for commands that `admissible` lists. A False
-          means that nothing changed.
+          Whether the command was possible: True exactly for the commands of `admissible`. False means that
+          nothing changed.
         """
         verb, first, second = command
         rule = _RULES.get(verb)
         return True if rule is None else rule(self, first, second)
 
     def admissible(self) -> list[str]:
-        """Return every command that would do something now, sorted, none twice."""
+        """Return every command that is possible now, sorted and without duplicates."""
         scene, holding = self.scene, self.holding
         location_of, here = scene.location_of, self.here
         found = ["look", "inventory", "help"]
@@ -185,7 +185,7 @@ class World:
                         found.append(f"{verb} {holding} with {receptacle}")
         if holding in scene.knives:
             found += [f"slice {thing} with {holding}" for thing in scene.sliceable if self.is_here(thing)]
-        # An object can be in two receptacles at one place, and is then found twice.
+        # An object in two receptacles at this place gives its commands twice.
         return sorted(set(found) if len(here) > 1 else found)
 
     def _show(self, receptacle: str) -> None:
@@ -286,15 +286,16 @@ class World:
         return True
 
 
-# Command verb to the scene's set of objects that allow it, and to the receptacle classes that it needs.
+# Command verb -> the scene's set of objects that allow it.
 CHANGES = {"clean": "cleanable", "heat": "heatable", "cool": "coolable"}
+# Command verb -> the receptacle classes that it needs.
 TOOLS: Mapping[str, frozenset[str]] = {
     "clean": frozenset({"sinkbasin"}),
     "heat": frozenset({"microwave"}),
     "cool": frozenset({"fridge"}),
 }
 
-# Verbs without a rule (look, inventory, help) are always possible and change nothing.
+# Verbs without a rule (look, inventory, help) are always possible and have no effect.
 _RULES = {
     "go to": World._go,
     "open": World._open,

@@ -1,1 +1,1 @@
-"""Repository repair: an agent with a shell mends a bug in a cage, and the repository's own tests judge it."""
+"""Repository repair: an agent fixes a bug in a sandbox, and the repository's own tests judge the fix."""

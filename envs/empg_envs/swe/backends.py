@@ -1,4 +1,4 @@
-"""Where tasks live and are judged: one small object per kind of sandbox."""
+"""Backends, which open sandboxes for tasks and grade patches: one class per kind of sandbox."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ OUTPUT_CHARS = 4000
 
 
 class Backend(Protocol):
-    """Opens sandboxes for tasks, takes an agent's patch out of them, and grades patches."""
+    """The protocol of backends: open sandboxes for tasks, collect an agent's patch, and grade patches."""
 
     def open(self, task: Task, sandbox: Sandbox | None = None) -> Sandbox:
-        """Return a sandbox with the task's broken files; a given one of this backend may be used again."""
+        """Return a sandbox with the task's broken files; a given sandbox of this backend may be reused."""
         ...
 
     def collect(self, task: Task, sandbox: Sandbox) -> str:
-        """What the agent changed, as a patch."""
+        """Return the agent's changes as a patch."""
         ...
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
-        """Judge a patch in a fresh sandbox."""
+        """Grade a patch in a fresh sandbox."""
         ...
 
 
 class TreeBackend:
-    """Tasks whose files we hold: in a bubblewrap cage, or in a plain folder."""
+    """A backend for tasks with local files, in a bubblewrap sandbox or in a plain folder."""
 
     def __init__(
         self,
@@ -47,16 +47,16 @@ class TreeBackend:
         limits: Limits | None = None,
         sources: str | Path | None = None,
     ) -> None:
-        """Choose cage and interpreter.
+        """Set up the sandbox and the interpreter.
 
         Args:
           is_caged: whether commands run under bubblewrap.
-          python: interpreter of the tasks; None is the one that runs this.
-          limits: of every sandbox.
+          python: interpreter of the tests; None is the current interpreter.
+          limits: limits of every sandbox.
           sources: folder of source archives.
 
         Raises:
-          SandboxError: bubblewrap cannot run here, or the interpreter does not.
+          SandboxError: bubblewrap or the interpreter cannot run here.
         """
         self._is_caged = is_caged
         self._interpreter = find_interpreter(python)
@@ -66,7 +66,7 @@ class TreeBackend:
 
     @property
     def test_command(self) -> str:
-        """Runs the tests' runner, which takes its request from stdin."""
+        """Shell command of the test runner, which reads its request from stdin."""
         home = f"{GUEST_HOME}/empg_envs/swe/guest" if self._is_caged else str(GUEST)
         return f"exec {self._interpreter.executable} -I -B {home}/runner.py"
 
@@ -77,9 +77,7 @@ class TreeBackend:
         return found
 
     def collect(self, task: Task, sandbox: Sandbox) -> str:
-        """Return the difference between the broken files and what is there now; links and binaries are left
-        out.
-        """
+        """Return the difference between the broken and the current files, without links and binaries."""
         try:
             now = sandbox.snapshot()
         except FileError:
@@ -88,7 +86,7 @@ class TreeBackend:
         return patch
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
-        """Apply the patch to fresh files, puts the tests back, runs them in a fresh sandbox."""
+        """Apply the patch to fresh files, restore the tests, and run them in a fresh sandbox."""
         if not patch.strip():
             return Grade(False, "no_patch")
         if len(patch) > grading.MAX_PATCH_CHARS:
@@ -139,16 +137,17 @@ def make_backend(
     """Build a backend by name.
 
     Args:
-      name: ``bubblewrap``, ``docker``, ``swerex``, or ``local``, which is no cage and needs ``allow_local``.
-      allow_local: accept that agents' commands run as the present user.
-      python: interpreter of tasks whose files we hold.
+      name: ``bubblewrap``, ``docker``, ``swerex`` or ``local``; ``local`` isolates nothing and needs
+        ``allow_local``.
+      allow_local: whether agents' commands may run as the current user without isolation.
+      python: interpreter of tasks with local files.
       limits: fields of `Limits`.
       sources: folder of source archives.
-      **options: of the docker and swerex backends.
+      **options: options of the docker and swerex backends.
 
     Raises:
-      ValueError: an unknown name or option, or ``local`` without the flag.
-      SandboxError: it cannot run here.
+      ValueError: a name or option is unknown, or ``local`` is given without the flag.
+      SandboxError: the backend cannot run here.
     """
     bounds = _limits(limits or {})
     if name in ("bubblewrap", "local"):
@@ -156,7 +155,7 @@ def make_backend(
             raise ValueError(f"swe backend {name!r} has no option {sorted(options)[0]!r}")
         if name == "local" and not allow_local:
             raise ValueError(
-                "swe backend 'local' runs whatever an agent writes as the present user, without a cage: set "
+                "swe backend 'local' runs the agent's commands as the current user without isolation: set "
                 "allow_local=true to accept that, or use 'bubblewrap'"
             )
         return TreeBackend(is_caged=name == "bubblewrap", python=python, limits=bounds, sources=sources)

@@ -1,4 +1,4 @@
-"""The cage: a bubblewrap command line that shows a read-only base and nothing else of the machine."""
+"""The bubblewrap command line of a sandbox, which shows a read-only base and nothing else of the machine."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from empg_envs.swe.sandbox import INSTALL, SandboxError
 
 ROOT, SCRATCH = "/testbed", "/tmp"
 HERE = Path(__file__).resolve().parent
-GUEST = HERE / "guest"  # what runs inside
-GUEST_HOME = "/run"  # where it lies there, below the folders of its package
-ETC = HERE / "etc"  # accounts and hosts of the cage, in place of the machine's own
-NAMES = "/run/bin"  # holds `python` where the interpreter's own folder has only `python3`
+GUEST = HERE / "guest"  # the program inside the sandbox
+GUEST_HOME = "/run"  # the root of the guest's package inside the sandbox
+ETC = HERE / "etc"  # accounts and hosts of the sandbox, instead of the machine's own
+NAMES = "/run/bin"  # provides `python` if the interpreter's own folder has only `python3`
 SHM_BYTES = 16 << 20
-# Of the machine's /etc only what programs need to find their libraries and alternatives.
+# The only files of the machine's /etc: programs need them to find their libraries and alternatives.
 ETC_OF_HOST = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives")
 
 
 @dataclasses.dataclass(frozen=True)
 class Interpreter:
-    """A Python that tasks run with, and the folders it needs.
+    """A Python interpreter for tasks, with the folders that it needs.
 
     Attributes:
-      executable: what ``python`` means inside.
-      base: the same without a virtual environment; it runs the guest.
-      prefixes: folders outside of /usr that are shown read-only.
+      executable: path of ``python`` inside the sandbox.
+      base: the interpreter without its virtual environment; it runs the guest.
+      prefixes: folders outside of /usr that are mounted read-only.
     """
 
     executable: str
@@ -38,7 +38,7 @@ class Interpreter:
     prefixes: tuple[str, ...]
 
     def environment(self, root: str, scratch: str) -> dict[str, str]:
-        """Return the variables of every command."""
+        """Return the environment variables of every command."""
         folders = [os.path.dirname(self.executable), os.path.dirname(self.base)]
         return {
             "PATH": ":".join([*folders, "/usr/local/bin", "/usr/bin", "/bin", NAMES]),
@@ -55,10 +55,10 @@ class Interpreter:
 
 @functools.cache
 def find_interpreter(python: str | None = None) -> Interpreter:
-    """Look at an interpreter; None is the one that runs this.
+    """Inspect an interpreter; None is the current one.
 
     Raises:
-      SandboxError: it does not run, or it lies in a folder that is too much to show.
+      SandboxError: the interpreter does not run, or its folder is too general to be shown (such as ``/``).
     """
     if python is None:
         executable, base = sys.executable, getattr(sys, "_base_executable", sys.executable)
@@ -80,17 +80,17 @@ def find_interpreter(python: str | None = None) -> Interpreter:
         if prefix == "/" or Path.home().is_relative_to(prefix):
             raise SandboxError(f"the interpreter's folder {prefix!r} is too much to show to an agent")
         shown.append(prefix)
-    # A virtual environment's executable is a link: what it means is the base's own file.
+    # The executable of a virtual environment is a link to the base interpreter's file.
     return Interpreter(_under(executable, prefixes), os.path.realpath(base), tuple(shown))
 
 
 def command_line(interpreter: Interpreter, size: int, *, seccomp: int) -> list[str]:
-    """Everything up to the program that is run.
+    """Return the bubblewrap command line without the program to run.
 
     Args:
       interpreter: the Python to show.
-      size: bytes of the task's folder and of /tmp, each.
-      seccomp: descriptor to read the system-call filter from.
+      size: bytes of the task's folder, and also of /tmp.
+      seccomp: descriptor from which bubblewrap reads the system-call filter.
     """
     argv = [
         *("bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"),
@@ -108,16 +108,18 @@ def command_line(interpreter: Interpreter, size: int, *, seccomp: int) -> list[s
     for file in sorted(ETC.iterdir()):
         argv += ["--ro-bind", str(file), f"/etc/{file.name}"]
     argv += ["--proc", "/proc", "--dev", "/dev", "--size", str(SHM_BYTES), "--tmpfs", "/dev/shm"]
-    # Before what is bound below it: an interpreter may lie in the machine's /tmp.
+    # Mount /tmp before the binds below it, because the interpreter may be in the machine's /tmp.
     argv += ["--size", str(size), "--tmpfs", SCRATCH, "--size", str(size), "--tmpfs", ROOT]
     for prefix in interpreter.prefixes:
         argv += ["--ro-bind", prefix, prefix]
-        if HERE.is_relative_to(prefix):  # the embedded tasks' solutions, where this package is installed
+        if HERE.is_relative_to(
+            prefix
+        ):  # hide this package, because it contains the solutions of the embedded tasks
             argv += ["--size", "4096", "--tmpfs", str(HERE), "--remount-ro", str(HERE)]
     argv += ["--ro-bind", str(GUEST), f"{GUEST_HOME}/empg_envs/swe/guest"]
     argv += ["--symlink", interpreter.executable, f"{NAMES}/python"]
-    # The kernel lets the machine's root write its settings below /proc, and when root runs this, root is who
-    # the commands are to the kernel. The other two are in memory without a limit of their own.
+    # Read-only /proc: if root starts the sandbox, the kernel would accept writes of its commands to the
+    # machine's settings there. Read-only /dev and /: they are in memory without a size limit.
     for path in ("/proc", "/dev", "/"):
         argv += ["--remount-ro", path]
     return [*argv, "--chdir", ROOT, "--"]
@@ -125,10 +127,11 @@ def command_line(interpreter: Interpreter, size: int, *, seccomp: int) -> list[s
 
 @functools.cache
 def probe() -> None:
-    """Run one empty cage.
+    """Run one empty sandbox as a test.
 
     Raises:
-      SandboxError: bubblewrap is missing or cannot make namespaces here; says how to get it.
+      SandboxError: bubblewrap is missing or cannot create namespaces here. The message tells how to install
+        it.
     """
     if shutil.which("bwrap") is None:
         raise SandboxError(INSTALL)
@@ -139,7 +142,7 @@ def probe() -> None:
 
 
 def _under(executable: str, prefixes: list[str]) -> str:
-    """Return the executable by a path that exists inside the cage."""
+    """Return the executable's path inside the sandbox."""
     real = os.path.realpath(prefixes[0])
     candidate = os.path.join(real, "bin", os.path.basename(executable))
     return candidate if os.path.exists(candidate) else executable

@@ -1,4 +1,4 @@
-"""Sandboxes whose first process is our guest: started, asked and ended from outside."""
+"""Sandboxes whose first process is our guest program, which is controlled from outside."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ from empg_envs.swe.sandbox import ExecResult, FileError, Limits, SandboxError
 from empg_envs.swe.seccomp import program
 from empg_envs.swe.tree import LINK, ArchiveError, File, Tree, check_path
 
-# Imported, not run as a script: so its compiled form is used, which saves a sixth of the start.
+# The guest is imported instead of run as a script, so that Python uses its compiled form: this saves a sixth
+# of the start.
 START = "import sys; sys.path.insert(0, sys.argv[1]); from empg_envs.swe.guest.main import main; main()"
 START_SECONDS = 30.0
-GRACE_SECONDS = 30.0  # on top of a command's own deadline, on a busy machine
-KEEP_BYTES = 64 << 10  # of a command's output
+GRACE_SECONDS = 30.0  # added to a command's own deadline, for busy machines
+KEEP_BYTES = 64 << 10  # kept bytes of a command's output
 REPORT_BYTES = 4 << 20
 MAX_FRAME = 128 << 20
 READ_BYTES = 1 << 20
 
 
 class GuestSandbox(abc.ABC):
-    """A sandbox that our guest serves; see `BubblewrapSandbox` for the cage around it."""
+    """A sandbox that is served by our guest; `BubblewrapSandbox` isolates it."""
 
     root: str
 
     def __init__(self, limits: Limits, environment: Mapping[str, str]) -> None:
-        """Nothing is started before `reset`.
+        """Store the settings; `reset` starts the sandbox.
 
         Args:
-          limits: what the sandbox may use.
-          environment: variables of every command.
+          limits: limits of the sandbox.
+          environment: environment variables of every command.
         """
         self._limits = limits
         self._environment = dict(environment)
@@ -86,10 +87,10 @@ class GuestSandbox(abc.ABC):
         self._ask("write", path.replace("\0", ""), data)
 
     def snapshot(self) -> Tree:
-        """Return the files of the task's folder; names that no patch can hold are left out.
+        """Return the files of the task's folder; names that no patch can contain are left out.
 
         Raises:
-          FileError: there are too many.
+          FileError: there are too many files.
         """
         fields = self._ask("snapshot", self._limits.disk_mb << 20)
         tree: Tree = {}
@@ -99,19 +100,19 @@ class GuestSandbox(abc.ABC):
         return dict(sorted(tree.items()))
 
     def reset(self, tree: Tree) -> None:
-        """End what runs and starts afresh; see `empg_envs.swe.sandbox.Sandbox`."""
+        """End all processes and start again; see `empg_envs.swe.sandbox.Sandbox`."""
         self.close()
         self._start()
         self._ask("unpack", [(path, mode, data) for path, (data, mode) in tree.items()])
 
     def close(self) -> None:
-        """Kill the sandbox; its files, which live in its memory, end with it."""
+        """Kill the sandbox; its files are in memory and disappear with it."""
         self._process = None
         self._finalizer()
 
     @abc.abstractmethod
     def _launch(self) -> subprocess.Popen[bytes]:
-        """Return the process that speaks the guest's frames on its pipes."""
+        """Start and return the process whose pipes carry the guest's frames."""
 
     def _config(self) -> dict[str, Any]:
         limits = self._limits
@@ -121,7 +122,7 @@ class GuestSandbox(abc.ABC):
             "scratch": [self.root, "/tmp"],
             "memory": limits.memory_mb << 20,
             "processes": limits.processes,
-            # Before Linux 5.14 the count went over all processes of the user, wherever they run.
+            # Before Linux 5.14 the kernel counts all processes of the user on the machine, so set no limit.
             "threads": 4 * limits.processes if _kernel() >= (5, 14) else None,
             "files": limits.files,
             "file_size": limits.file_mb << 20,
@@ -131,7 +132,7 @@ class GuestSandbox(abc.ABC):
 
     def _start(self) -> None:
         self._process = self._launch()
-        # Also when nobody calls close(): the object is collected, or the interpreter exits.
+        # The finalizer also ends the sandbox without a call of close(): at garbage collection or exit.
         self._finalizer = weakref.finalize(self, _end, self._process)
         try:
             self._send(self._config())
@@ -145,11 +146,11 @@ class GuestSandbox(abc.ABC):
             raise SandboxError(f"the sandbox started with {fields!r}")
 
     def _ask(self, operation: str, *arguments: Any, seconds: float = 0.0) -> list[bytes]:
-        """Return one request and its reply.
+        """Send one request and return its reply.
 
         Raises:
-          FileError: the guest refused.
-          SandboxError: it does not answer; the sandbox is closed then.
+          FileError: the guest refused the request.
+          SandboxError: the guest does not answer; the sandbox is then closed.
         """
         if self._process is None:
             raise SandboxError("the sandbox is closed: reset it first")
@@ -173,7 +174,7 @@ class GuestSandbox(abc.ABC):
             raise SandboxError(f"the sandbox has ended ({error})") from None
 
     def _receive(self, deadline: float) -> list[bytes]:
-        """Return a frame: nothing in it is trusted, so every length is checked."""
+        """Receive one frame. The guest is not trusted, so every length is checked."""
         size = int.from_bytes(self._read(4, deadline), "big")
         if size > MAX_FRAME:
             raise SandboxError(f"the sandbox answered with {size} bytes")
@@ -208,7 +209,7 @@ class GuestSandbox(abc.ABC):
 
 
 class BubblewrapSandbox(GuestSandbox):
-    """Namespaces, no network, a read-only base, and the task's files in a memory of limited size."""
+    """A sandbox by namespaces: no network, a read-only base, and the task's files in limited memory."""
 
     root = ROOT
 
@@ -216,11 +217,11 @@ class BubblewrapSandbox(GuestSandbox):
         """Check once per process that bubblewrap runs here.
 
         Args:
-          interpreter: the Python that tasks run with.
-          limits: what the sandbox may use.
+          interpreter: the Python interpreter of tasks.
+          limits: limits of the sandbox.
 
         Raises:
-          SandboxError: it does not, with the command that installs it.
+          SandboxError: bubblewrap does not run here. The message contains the command to install it.
         """
         probe()
         _compile_guest()
@@ -241,13 +242,14 @@ class BubblewrapSandbox(GuestSandbox):
 
 
 class LocalSandbox(GuestSandbox):
-    """No cage at all: commands run as the present user, with resource limits only. By opt-in alone.
+    """A backend without isolation: commands run as the current user, with resource limits only.
 
-    Files live in a temporary folder; folders of workers that were killed are removed at the next start.
+    It must be enabled explicitly. Files are in a temporary folder. The folders of killed workers are removed
+    at the next start.
     """
 
     def __init__(self, interpreter: Interpreter, limits: Limits | None = None) -> None:
-        """Remove what ended workers left, and make a folder."""
+        """Remove the folders of ended workers, and create a new folder."""
         self._home = Path(tempfile.gettempdir()) / f"empg-swe-{os.getuid()}"
         self._home.mkdir(mode=0o700, exist_ok=True)
         _remove_orphans(self._home)
@@ -258,7 +260,7 @@ class LocalSandbox(GuestSandbox):
         super().__init__(limits or Limits(), interpreter.environment(self.root, self._scratch))
 
     def reset(self, tree: Tree) -> None:
-        """As `GuestSandbox.reset`, without links: outside of a cage they could lead anywhere."""
+        """Reset as in `GuestSandbox`, but without links, which could lead outside of the folder."""
         super().reset({path: file for path, file in tree.items() if file.mode != LINK})
 
     def close(self) -> None:
@@ -280,7 +282,7 @@ class LocalSandbox(GuestSandbox):
 
 @functools.cache
 def _compile_guest() -> None:
-    """Keep the guest's compiled form beside its source, where that may be written."""
+    """Compile the guest next to its source if that folder is writable."""
     for source in GUEST.glob("*.py"):
         with contextlib.suppress(OSError):
             py_compile.compile(str(source), doraise=True)
@@ -302,7 +304,7 @@ def _popen(argv: list[str], pass_fds: tuple[int, ...] = ()) -> subprocess.Popen[
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the outermost process of a sandbox; the kernel ends all inside with it."""
+    """Kill the outermost process of a sandbox; the kernel then ends all processes inside."""
     process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout, process.stderr):
@@ -312,7 +314,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _remove_orphans(home: Path) -> None:
-    """Remove the folders of processes that do not live any more."""
+    """Remove the folders of processes that no longer exist."""
     for folder in home.iterdir():
         owner = folder.name.partition("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():

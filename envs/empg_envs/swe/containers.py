@@ -1,4 +1,4 @@
-"""Sandboxes in container images: through the docker command line, or through swe-rex."""
+"""Sandboxes in container images, by the docker command line or by swe-rex."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ROOT = "/testbed"
 KEEP_BYTES = 8 << 20
 READ_BYTES = 1 << 20
 FILE_SECONDS = 60.0
-MARGIN_SECONDS = 10.0  # on top of a command's own deadline, which the container keeps
-START_SECONDS = 600.0  # an image may have to be pulled
+MARGIN_SECONDS = 10.0  # added to a command's own deadline, which the container enforces
+START_SECONDS = 600.0  # long enough to pull an image
 OWNER = "empg-jax.owner"
-# Process 1 of a container: ends children that lost their parent, and survives `kill -9 -1` from inside.
+# Process 1 of a container: it reaps orphaned children, and `kill -9 -1` from inside does not kill it.
 INIT = "while :; do sleep 3600 & wait $!; done"
-# The environments that the images of SWE-bench and of R2E-Gym keep their Python in.
+# The Python environments in the images of SWE-bench and of R2E-Gym.
 PRELUDE = (
     "if [ -f /opt/miniconda3/bin/activate ]; then . /opt/miniconda3/bin/activate testbed; fi; "
     "if [ -d /testbed/.venv/bin ]; then PATH=/testbed/.venv/bin:$PATH; fi; "
@@ -49,20 +49,20 @@ _REFUSED = {
 
 
 class LateError(SandboxError):
-    """The docker program did not end in time."""
+    """A timeout of the docker program."""
 
 
 class DockerSandbox:
-    """A container of one image: no network, limits, no capabilities; removed when closed.
+    """A container of one image, without network and capabilities and with limits; `close` removes it.
 
-    Containers carry the process that owns them as a label; those of processes that do not live any more are
-    removed when the next one is started.
+    A label of the container names its owner process. The containers of ended processes are removed when the
+    next container is started.
     """
 
     root = ROOT
 
     def __init__(self, image: str, limits: Limits, docker: str = "docker") -> None:
-        """Initialize with ``docker``: the program; podman's command line is the same."""
+        """Store image, limits and the docker program; podman has the same command line."""
         self._image, self._limits, self._docker = image, limits, docker
         self._name: str | None = None
 
@@ -85,9 +85,9 @@ class DockerSandbox:
                 [*argv, *seconds, "bash", "-c", script], timeout + MARGIN_SECONDS, stdin
             )
             late = code == 137 and time.monotonic() - started >= timeout
-        except LateError:  # something that left the command's process group holds its output
+        except LateError:  # a process outside of the command's process group keeps its output open
             code, capture, late = -9, Capture(0), True
-        # What the command left running; process 1 stays.
+        # Kill the processes that the command left; process 1 survives.
         self._call(["exec", self._running(), "bash", "-c", "kill -9 -1"], FILE_SECONDS)
         head, tail, omitted = capture.parts()
         middle = f"\n[{omitted} bytes left out]\n".encode() if omitted else b""
@@ -120,7 +120,7 @@ class DockerSandbox:
             raise FileError(str(error)) from None
 
     def reset(self, tree: Tree) -> None:
-        """A new container of the image, with these files on top of its own."""
+        """Start a new container of the image, with these files added to its own."""
         self.close()
         remove_orphans(self._docker)
         limits, name = self._limits, f"empg-jax-{uuid.uuid4().hex[:12]}"
@@ -163,7 +163,7 @@ class DockerSandbox:
         """Run the docker program.
 
         Raises:
-          SandboxError: it is not there, or does not end in time.
+          SandboxError: the program is not installed, or does not end in time.
         """
         capture = Capture(KEEP_BYTES)
         with tempfile.TemporaryFile() as given:
@@ -197,7 +197,7 @@ class DockerSandbox:
 
 
 def remove_orphans(docker: str = "docker") -> list[str]:
-    """Remove containers whose owners do not live any more; return their ids."""
+    """Remove the containers whose owner processes no longer exist; return their ids."""
     listing = [
         docker,
         "ps",
@@ -222,7 +222,7 @@ def remove_orphans(docker: str = "docker") -> list[str]:
 
 
 def _owner(pid: int) -> str:
-    """Return a process by number and start time, so that a number used again is not mistaken for it."""
+    """Identify a process by its id and start time, because the system reuses ids."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -233,13 +233,13 @@ def _owner(pid: int) -> str:
 class SweRexSandbox:
     """A sandbox of the ``swe-rex`` package: docker, modal, fargate or a remote server, behind one interface.
 
-    A thin adapter: every call is one of its runtime's. What the cage keeps in is the deployment's business.
+    This is a thin adapter, and every method is one call of the runtime. The deployment defines the isolation.
     """
 
     root = ROOT
 
     def __init__(self, deployment: Any) -> None:
-        """Initialize with ``deployment``: an object of ``swerex.deployment``, not started yet."""
+        """Store the deployment, an object of ``swerex.deployment`` that is not started yet."""
         self._deployment = deployment
         self._loop = asyncio.new_event_loop()
         self._is_started = False
@@ -295,7 +295,7 @@ class SweRexSandbox:
             raise FileError(str(error)) from None
 
     def reset(self, tree: Tree) -> None:
-        """Start the deployment anew, with these files on top of its own."""
+        """Restart the deployment, with these files added to its own."""
         self.close()
         self._loop = asyncio.new_event_loop()
         self._wait(self._deployment.start())
@@ -322,5 +322,5 @@ class SweRexSandbox:
             return self._loop.run_until_complete(awaitable)
         except CommandTimeoutError:
             raise
-        except Exception as error:  # whatever a remote deployment raises
+        except Exception as error:  # a remote deployment may raise anything
             raise SandboxError(f"swe-rex: {type(error).__name__}: {error}") from error

@@ -8,19 +8,19 @@ import shlex
 from empg_envs.swe.sandbox import FileError, Sandbox
 
 COMMANDS = ("view", "create", "str_replace", "insert", "undo_edit")
-SNIPPET = 4  # lines shown on either side of a change
+SNIPPET = 4  # number of lines shown on either side of a change
 MAX_UNDO = 20
 
 
 class EditorError(ValueError):
-    """A call that the editor refuses; the message is for the agent."""
+    """A call that the editor refuses. The agent reads the message."""
 
 
 class FileEditor:
-    """Edits files of one sandbox; remembers what they were, for ``undo_edit``."""
+    """An editor of one sandbox's files, with a history for ``undo_edit``."""
 
     def __init__(self, sandbox: Sandbox) -> None:
-        """Begin with nothing to undo."""
+        """Start with an empty history."""
         self._sandbox = sandbox
         self._past: dict[str, list[str]] = {}
 
@@ -28,7 +28,7 @@ class FileEditor:
         """Carry out one call.
 
         Raises:
-          EditorError: wrong arguments, or a file that cannot be read or written.
+          EditorError: the arguments are wrong, or a file cannot be read or written.
         """
         command, path = arguments.get("command", ""), arguments.get("path", "").strip()
         if command not in COMMANDS:

@@ -20,15 +20,15 @@ from empg_envs.swe.tree import LINK, Tree
 
 
 class SweEnv:
-    """A repository with a bug, tools to work on it, and its own tests as the judge.
+    """A repository with a bug, tools to fix it, and its own tests as the judge.
 
-    An episode has one sandbox. It ends when the agent hands in (terminated): its changes are taken as a
-    patch, applied to fresh files with the original tests, and tested in a fresh sandbox; the reward is 1.0
-    if the task is solved, else 0.0. At the limit of turns or of time it is truncated, with reward 0.0
-    unless the work is to be judged as it is then.
+    An episode has one sandbox. It terminates when the agent submits its work. The changes are then collected
+    as a patch, applied to fresh files with the original tests, and tested in a fresh sandbox. The reward is
+    1.0 if the task is solved, else 0.0. At the limit of turns or time the episode is truncated with reward
+    0.0, unless ``submit_at_limit`` is set.
 
-    ``info`` holds ``task`` (the problem statement), ``instance_id``, ``repo``, ``won``, and once the work was
-    judged ``reason`` and ``metrics`` (shares of tests that are as they should be).
+    ``info`` contains ``task`` (the problem statement), ``instance_id``, ``repo`` and ``won``. After the
+    grading it also contains ``reason`` and ``metrics`` (shares of tests with the wanted status).
     """
 
     # What `make_backend` takes besides the name; which of them fit depends on the backend.
@@ -55,18 +55,18 @@ class SweEnv:
           tasks: ``tiny``, a file of rows, or split → file; see `empg_envs.swe.tasks.load_panels`.
           tools: ``functions``, ``bash`` or ``terse``.
           backend: ``bubblewrap``, ``docker``, ``swerex`` or ``local``.
-          max_turns: steps after which an episode is truncated.
-          command_timeout: seconds that one command may run.
+          max_turns: number of steps after which an episode is truncated.
+          command_timeout: time limit of one command in seconds.
           episode_timeout: seconds after which an episode is truncated at its next step.
-          grade_timeout: seconds that the tests may run.
-          submit_at_limit: whether a truncated episode's work is judged.
-          predictions: file that every judged patch is added to, in SWE-bench's format.
-          model_name: the name that it is added under.
+          grade_timeout: time limit of the tests in seconds.
+          submit_at_limit: whether the work of a truncated episode is graded.
+          predictions: file to which every graded patch is appended, in SWE-bench's format.
+          model_name: the model's name in this file.
           **backend_options: see `empg_envs.swe.backends.make_backend`.
 
         Raises:
-          ValueError: an option that is not what it should be.
-          SandboxError: the backend cannot run here, with what would help.
+          ValueError: an option has an invalid value.
+          SandboxError: the backend cannot run here. The message tells how to fix this.
         """
         if tools not in TOOLS:
             raise ValueError(f"unknown swe tools {tools!r}; the tools are {', '.join(TOOLS)}")
@@ -95,7 +95,7 @@ class SweEnv:
         self._is_done = False
 
     def list_splits(self) -> list[str]:
-        """Return the panels that the tasks have."""
+        """Return the names of the task panels."""
         return list(self._panels)
 
     def num_tasks(self, split: str) -> int:
@@ -130,13 +130,13 @@ class SweEnv:
         """Start an episode in a sandbox of its own.
 
         Args:
-          seed: restarts the stream that chooses an index when none is given.
-          split: the panel; the first one when not given.
-          index: the task in its panel.
+          seed: seeds the random choice of an index, for resets without ``index``.
+          split: the panel; the default is the first one.
+          index: index of the task in its panel.
 
         Raises:
-          ValueError: unknown split.
-          IndexError: index outside the panel.
+          ValueError: the split is unknown.
+          IndexError: the index is outside of the panel.
           SandboxError: the sandbox does not start.
         """
         if seed is not None:
@@ -145,6 +145,7 @@ class SweEnv:
         if index is None:
             index = self._draw.randrange(self.num_tasks(split))
         task = self._find(split, index)
+        # The backend may reuse the sandbox of the last episode.
         self._sandbox = self._backend.open(task, self._sandbox)
         self._task, self._actions, self._is_done = task, [], False
         self._deadline = time.monotonic() + self._episode_timeout
@@ -153,17 +154,18 @@ class SweEnv:
         return observation, self._info(won=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Carry out one action; any text has a defined answer.
+        """Carry out one action; every text has a defined result.
 
         Raises:
-          RuntimeError: before the first reset, or after the episode ended.
-          SandboxError: the sandbox died, which no action can bring about: a failure of the machine.
+          RuntimeError: before the first reset, or after the end of the episode.
+          SandboxError: the sandbox died. No action can cause this; it is a failure of the machine.
         """
         task, sandbox, tools = self._playing("step")
         left = self._deadline - time.monotonic()
         if left <= 0:
             return self._cut(task, sandbox, "The time for this task is over.", "episode_timeout")
         self._actions.append(action)
+        # The command's limit includes the episode's limit, so that a last command cannot run past it.
         reply = tools.run(action, min(self._command_timeout, left))
         if reply.is_final:
             grade = self._judge(task, sandbox)
@@ -174,10 +176,10 @@ class SweEnv:
         return reply.text, 0.0, False, False, self._info(won=False)
 
     def expert_action(self) -> str:
-        """Return the next action toward the gold patch, through the same tools.
+        """Return the next action to reproduce the gold patch with the agent's tools.
 
         Raises:
-          RuntimeError: before the first reset, after the episode ended, or for tasks inside an image.
+          RuntimeError: before the first reset, after the end of the episode, or for tasks inside an image.
         """
         task, sandbox, _ = self._playing("expert_action")
         if not task.has_tree:
@@ -211,6 +213,7 @@ class SweEnv:
         return text, float(grade.resolved), False, True, self._info(grade.resolved, grade)
 
     def _judge(self, task: Task, sandbox: Sandbox) -> Grade:
+        # Only the patch leaves the agent's sandbox, which may be manipulated. Grading uses a fresh one.
         patch = self._backend.collect(task, sandbox)
         grade = self._backend.grade(task, patch, self._grade_timeout)
         if self._predictions is not None:
@@ -244,5 +247,5 @@ class SweEnv:
 
 
 def _text_files(tree: Tree) -> Tree:
-    """What a patch can change."""
+    """Return the files that a patch can change."""
     return {path: file for path, file in tree.items() if b"\0" not in file.data and file.mode != LINK}

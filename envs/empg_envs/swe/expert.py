@@ -1,7 +1,7 @@
-"""An expert that knows the gold patch and brings it about through the agent's own tools.
+"""An expert that knows the gold patch and reproduces it with the agent's own tools.
 
-It keeps no plan: each time it compares the files with what they should be, so that it also finds its way
-after actions that were not its own.
+It has no internal plan. Before each action it compares the current files with the fixed ones, so that it also
+continues correctly after the actions of another policy.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from empg_envs.swe.tree import File, Tree
 
 
 def next_change(now: Tree, goal: Tree) -> tuple[str, File | None, File | None] | None:
-    """Return the first path that is not as it should be, with both its versions; caches and links do not
-    count.
-    """
+    """Return the first path that differs, with both versions; caches and links are ignored."""
     for path in sorted(now.keys() | goal.keys()):
         if now.get(path) != goal.get(path):
             return path, now.get(path), goal.get(path)
@@ -24,14 +22,14 @@ def next_change(now: Tree, goal: Tree) -> tuple[str, File | None, File | None] |
 
 
 def first_hunk(path: str, before: File, after: File) -> patches.Hunk | None:
-    """Return the first stretch of lines that differs; None where a text patch cannot say it."""
+    """Return the first differing run of lines, or None if a text patch cannot express it."""
     patch, _ = patches.diff({path: before}, {path: after})
     sections = patches.parse(patch)
     return sections[0].hunks[0] if sections and sections[0].hunks else None
 
 
 def function_action(now: Tree, goal: Tree, seen: list[str]) -> str:
-    """Return the next call: look at the place, replace it, hand in."""
+    """Return the next call: show the lines, replace them, or submit."""
     change = next_change(now, goal)
     if change is None:
         return tools.render_call("finish", command="submit")
@@ -50,7 +48,7 @@ def function_action(now: Tree, goal: Tree, seen: list[str]) -> str:
 
 
 def bash_action(now: Tree, goal: Tree, seen: list[str]) -> str:
-    """Return the next shell command: show the place, rewrite it, hand in."""
+    """Return the next shell command: show the lines, rewrite them, or submit."""
     change = next_change(now, goal)
     if change is None:
         return f"echo {tools.SUBMIT}"
@@ -76,7 +74,7 @@ def bash_action(now: Tree, goal: Tree, seen: list[str]) -> str:
 
 
 def terse_action(now: Tree, goal: Tree, seen: list[str]) -> str:
-    """Return the next terse command; what it cannot say (more or fewer lines) ends with handing in."""
+    """Return the next terse command; submit if the rest needs more or fewer lines."""
     change = next_change(now, goal)
     if change is None or change[1] is None or change[2] is None:
         return "submit"
@@ -84,7 +82,7 @@ def terse_action(now: Tree, goal: Tree, seen: list[str]) -> str:
     old, new = (file.data.decode("utf-8", "replace").split("\n") for file in (before, after))
     if len(old) != len(new):
         return "submit"
-    # A line may differ in its blanks only, once it was written as tokens.
+    # After an edit by tokens a line may differ only in its blanks, so compare tokens.
     wrong = [
         number
         for number, (one, two) in enumerate(zip(old, new, strict=True), start=1)
@@ -102,7 +100,7 @@ ACTIONS = {"functions": function_action, "bash": bash_action, "terse": terse_act
 
 
 def _survives(text: str) -> bool:
-    """Return whether text comes through a call unchanged: one line break at either end is markup's."""
+    """Return whether a call keeps the text unchanged; one line break at each end belongs to the markup."""
     return not text.startswith("\n") and text == tools.clean(text, len(text))
 
 

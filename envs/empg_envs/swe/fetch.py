@@ -1,4 +1,4 @@
-"""Source distributions from the package index, kept by their SHA-256."""
+"""Download of source distributions from the package index, stored by their SHA-256."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 
 
 class FetchError(RuntimeError):
-    """A source distribution cannot be had, or is not the one that was asked for."""
+    """A source distribution that cannot be downloaded or has another hash."""
 
 
 def fetch_sdist(name: str, version: str, sha256: str | None, folder: Path, python: str | None = None) -> Path:
-    """Download a source distribution through pip, unless the folder already has it.
+    """Download a source distribution with pip, unless the folder already has it.
 
-    pip asks the package for its metadata, which runs the package's build code on this machine, outside of
-    any sandbox: fetch only what you would install.
+    To get the metadata, pip runs the package's build code on this machine, outside of any sandbox. Fetch only
+    packages that you would also install.
 
     Args:
-      name: the project.
+      name: name of the project.
       version: its release.
-      sha256: what the file must hash to; None takes what comes.
-      folder: where it is kept, as ``SHA256.tar.gz`` (or ``.zip``).
-      python: an interpreter with pip; None is this one.
+      sha256: expected hash of the file; None accepts every file.
+      folder: folder for the file ``SHA256.tar.gz`` (or ``.zip``).
+      python: an interpreter with pip; None is the current one.
 
     Raises:
       FetchError: pip fails, or the hash differs.

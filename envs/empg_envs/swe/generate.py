@@ -1,12 +1,12 @@
-"""Makes repair tasks out of a repository with tests: one bug at a time, kept when it breaks some of them.
+"""Generate repair tasks from a repository with tests: insert one bug, and keep it if it breaks some tests.
 
     python -m empg_envs.swe.generate path/to/repository --out tasks.jsonl --count 20
     python -m empg_envs.swe.generate archive-1.0.tar.gz --out tasks.jsonl --tests tests
     python -m empg_envs.swe.generate embedded:spans --out tasks.jsonl --runner unittest
     python -m empg_envs.swe.generate pypi:toolz==1.0.0 --out tasks.jsonl --tests toolz
 
-Every kept task was run three times in sandboxes of its own: the unbroken files, the broken ones, and the
-gold patch by the grader itself.
+Every task is verified by three test runs in separate sandboxes: with the original files, with the broken
+files, and with the gold patch by the grader.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from empg_envs.swe.refusals import FAILED, check_out, one_line
 from empg_envs.swe.tasks import EMBEDDED, Task, default_sources, hashed_split, load_base, parse_row
 from empg_envs.swe.tree import File, Tree, content_hash, pack, read_archive, read_folder
 
-MAX_BROKEN_SHARE = 0.5  # a bug that breaks more tests than that hides nowhere
+MAX_BROKEN_SHARE = 0.5  # a bug that breaks a larger share of the tests is too easy to find
 
 
 @dataclasses.dataclass(frozen=True)
 class Repository:
-    """Unbroken files, their name, and how to find them again."""
+    """The original files of a repository, its name, and the source to load them again."""
 
     name: str
     base: str
@@ -43,10 +43,12 @@ class Repository:
 
 
 def open_repository(source: str, sources: Path) -> Repository:
-    """Read a folder, an archive, ``embedded:NAME`` or ``pypi:NAME==VERSION``; keep what it needs later.
+    """Read a folder, an archive, ``embedded:NAME`` or ``pypi:NAME==VERSION``.
+
+    Its archive is stored in ``sources``, where tasks find it later.
 
     Raises:
-      TaskError, ArchiveError, FileNotFoundError, FetchError, ValueError: it cannot be read.
+      TaskError, ArchiveError, FileNotFoundError, FetchError, ValueError: the repository cannot be read.
     """
     kind, _, rest = source.partition(":")
     if kind == "embedded":
@@ -77,9 +79,7 @@ def open_repository(source: str, sources: Path) -> Repository:
 
 
 def bugs(tree: Tree, seed: int, *, one_line: bool = False) -> Iterator[tuple[str, str, int, Tree]]:
-    """Yield family, path, line and broken tree of every mutation of code that is no test, in an order by
-    seed.
-    """
+    """Yield family, path, line and broken tree of every mutation outside of tests, in a seeded order."""
     found = []
     for path, file in tree.items():
         if not path.endswith(".py") or grading.is_test(path) or path in ("setup.py", "conftest.py"):
@@ -112,27 +112,27 @@ def generate(
     one_line: bool = False,
     tries: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of tasks, verified.
+    """Yield the rows of verified tasks.
 
     Args:
-      repository: the unbroken files.
-      backend: runs the tests.
-      count: how many to make at most.
-      seed: decides the order in which bugs are tried.
+      repository: the original files.
+      backend: the backend that runs the tests.
+      count: largest number of tasks.
+      seed: seed of the order in which bugs are tried.
       runner: ``pytest`` or ``unittest``.
-      test_path: what the runner is pointed at.
-      timeout: seconds that a run of the tests may take.
-      one_line: only bugs that keep the number of lines.
-      tries: how many bugs to try at most.
+      test_path: path argument of the runner.
+      timeout: time limit of a test run in seconds.
+      one_line: whether to use only bugs that keep the number of lines.
+      tries: largest number of bugs to try.
 
     Raises:
-      ValueError: no test of the unbroken files passes.
+      ValueError: no test of the original files passes.
     """
     probe = Task(repository.name, repository.name, "", "", "", (), (), repository.base)
     probe = dataclasses.replace(probe, runner=runner, test_path=test_path)
     started = time.monotonic()
     sound = backend.run_tests(probe, repository.tree, timeout)
-    # A bug that makes an endless loop is not worth the whole time.
+    # A bug may cause an endless loop, so broken files get a limit based on the time of the original run.
     patience = min(timeout, 5.0 + 10.0 * (time.monotonic() - started))
     passing = {name for name, status in sound.statuses.items() if status == "PASSED"}
     if not passing:
@@ -142,7 +142,7 @@ def generate(
         if made >= count or (tries is not None and number >= tries):
             return
         result = backend.run_tests(probe, broken, patience)
-        if result.reason not in ("resolved", "unresolved"):
+        if result.reason not in ("resolved", "unresolved"):  # the tests exceeded a limit
             continue
         failing = sorted(name for name in passing if result.statuses.get(name) not in grading.KEPT)
         if not failing or len(failing) > MAX_BROKEN_SHARE * len(passing):
@@ -193,10 +193,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=20, help="tasks per source")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runner", choices=("pytest", "unittest"), default="pytest")
-    parser.add_argument("--tests", default=".", help="what the runner is pointed at")
+    parser.add_argument("--tests", default=".", help="path argument of the test runner")
     parser.add_argument("--timeout", type=float, default=120.0)
-    parser.add_argument("--python", default=None, help="interpreter that has the repository's needs")
-    parser.add_argument("--sources", type=Path, default=None, help="folder that keeps source archives")
+    parser.add_argument("--python", default=None, help="interpreter with the repository's dependencies")
+    parser.add_argument("--sources", type=Path, default=None, help="folder for source archives")
     parser.add_argument("--one-line", action="store_true", help="only bugs that keep the number of lines")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""What makes a task solved: the rules of SWE-bench and of R2E-Gym, and what of a patch takes part."""
+"""Grading by the rules of SWE-bench and of R2E-Gym, and the selection of the changes that are graded."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import Tree
 
 PASSED = frozenset(("PASSED", "XFAIL"))
-KEPT = PASSED | {"SKIPPED"}  # enough for a test that worked before
+KEPT = PASSED | {"SKIPPED"}  # accepted statuses of a test that passed before
 MAX_PATCH_CHARS = 2 << 20
 
-# Files that decide how tests are found and run. Changes of an agent to them take no part in grading.
+# Files that control the collection and execution of tests. Grading ignores an agent's changes to them.
 CONFIGURATION = frozenset(
     (
         *("conftest.py", "sitecustomize.py", "usercustomize.py", "pytest.ini", ".pytest.ini", "pytest.toml"),
@@ -35,18 +35,18 @@ TEST_TOOLS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """The verdict over one patch.
+    """The grade of one patch.
 
     Attributes:
       resolved: whether the task is solved.
       reason: ``resolved``, ``unresolved``, ``no_patch``, ``patch_does_not_apply``, ``patch_too_large``,
         ``does_not_fit`` (the files are too many for the sandbox), or the limit that ended
         the tests (``timeout``, ``memory``, …).
-      fail_to_pass: broken tests that pass now, and how many there are.
-      pass_to_pass: the same for tests that worked before.
-      dropped: changed files that took no part.
-      statuses: status of every test that was reported.
-      output: end of what the tests printed.
+      fail_to_pass: number of broken tests that pass now, and number of broken tests.
+      pass_to_pass: the same numbers for tests that passed before.
+      dropped: changed files that are ignored in grading.
+      statuses: status of every reported test.
+      output: end of the tests' output.
     """
 
     resolved: bool
@@ -59,7 +59,7 @@ class Grade:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Shares of tests that are as they should be."""
+        """Shares of the tests with the wanted status."""
         return {
             "fail_to_pass": self.fail_to_pass[0] / max(1, self.fail_to_pass[1]),
             "pass_to_pass": self.pass_to_pass[0] / max(1, self.pass_to_pass[1]),
@@ -76,18 +76,19 @@ def judge(
 ) -> Grade:
     """Apply the task's rule to the statuses of its tests.
 
-    SWE-bench: every FAIL_TO_PASS test in {PASSED, XFAIL}, every PASS_TO_PASS test in {PASSED, XFAIL,
-    SKIPPED}, a missing one failed. R2E-Gym: the statuses are exactly the expected ones.
+    SWE-bench: every FAIL_TO_PASS test must be in {PASSED, XFAIL} and every PASS_TO_PASS test in {PASSED,
+    XFAIL, SKIPPED}. A missing test counts as failed. R2E-Gym: the statuses must equal the expected ones.
 
     Args:
-      task: whose rule it is.
-      statuses: what the tests reported.
-      dropped: passed on.
-      output: passed on.
-      limit: the limit that ended the tests; then nothing is resolved.
+      task: the task, which defines the rule.
+      statuses: reported status of each test.
+      dropped: value of `Grade.dropped`.
+      output: value of `Grade.output`.
+      limit: the limit that ended the tests, if any; the task then counts as unresolved.
     """
     if task.expected is not None:
         expected = {short_name(name): status for name, status in task.expected.items()}
+        # R2E-Gym also demands that no unexpected test is reported, hence the comparison with all statuses.
         right = sum(statuses.get(name) == status for name, status in expected.items())
         resolved = right == len(expected) == len(statuses) and bool(expected)
         fail, kept = (right, len(expected)), (0, 0)
@@ -102,9 +103,11 @@ def judge(
 
 
 def find_status(name: str, statuses: Mapping[str, str]) -> str | None:
-    """Return the status of a test; a name cut off inside its parameters matches by prefix if only one test
-    does.
+    """Return the status of a test.
+
+    A name that is cut off inside its parameters matches by prefix if this is unique.
     """
+    # Some rows of SWE-bench contain test names that are cut off inside the parameters.
     if name in statuses or "[" not in name or name.endswith("]"):
         return statuses.get(name)
     matching = [found for found in statuses if found.startswith(name)]
@@ -112,14 +115,12 @@ def find_status(name: str, statuses: Mapping[str, str]) -> str | None:
 
 
 def short_name(name: str) -> str:
-    """Return a test's name as R2E-Gym writes it: without file and message."""
+    """Return a test's name in R2E-Gym's form: without file and message."""
     return name.partition(" - ")[0]
 
 
 def read_report(report: bytes, root: str = "") -> dict[str, str]:
-    """Return the statuses from what the runner wrote; broken lines are skipped, the last word about a test
-    counts.
-    """
+    """Parse the statuses in the runner's report; malformed lines are skipped, and the last status counts."""
     statuses = {}
     for line in report.split(b"\n"):
         try:
@@ -132,7 +133,7 @@ def read_report(report: bytes, root: str = "") -> dict[str, str]:
 
 
 def protected(path: str, task: Task) -> bool:
-    """Return whether a file is a test or decides how tests run, so that an agent's version takes no part."""
+    """Return whether a file is a test or controls how tests run; grading uses the original version."""
     parts = PurePosixPath(path).parts
     name = parts[-1]
     return (
@@ -153,12 +154,12 @@ def is_test(path: str) -> bool:
 
 
 def candidate(task: Task, broken: Tree, patch: str) -> tuple[Tree, tuple[str, ...]]:
-    """Return the tree to be tested: the broken one, the patch, and the original tests and configuration.
+    """Build the tree to be tested: the broken files with the patch, and the original tests and configuration.
 
-    New top-level modules with the name of a standard or testing module are left out as well.
+    New top-level modules with the name of a standard or testing module are left out, too.
 
     Returns:
-      The tree and the changed paths that were put back.
+      The tree, and the changed paths that were restored.
 
     Raises:
       PatchError: the patch or the task's test patch does not apply.
@@ -171,11 +172,13 @@ def candidate(task: Task, broken: Tree, patch: str) -> tuple[Tree, tuple[str, ..
             tree[path] = broken[path]
         else:
             del tree[path]
+    # The test patch comes last, because it applies to the original tests, which are restored now.
     if task.test_patch:
         tree = patches.apply(tree, task.test_patch)
     return dict(sorted(tree.items())), tuple(dropped)
 
 
+# A new module such as `json.py` or `pytest.py` could replace the test tools and report success.
 def _shadows(path: str, broken: Tree) -> bool:
     name = path.removeprefix("src/").partition("/")[0]
     module = name.partition(".")[0]

@@ -1,4 +1,4 @@
-"""Tasks that live in container images: SWE-bench's per-instance ones and R2E-Gym's."""
+"""The backend for tasks inside container images: SWE-bench's images per instance, and R2E-Gym's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from empg_envs.swe.tasks import Task, TaskError
 GIT_SECONDS = 120.0
 OUTPUT_CHARS = 4000
 PATCH_FILE, TEST_PATCH_FILE = "/tmp/agent.patch", "/tmp/tests.patch"
-# R2E-Gym's tests lie beside the repository; an agent must not see them.
+# In R2E-Gym's images the tests are next to the repository; an agent must not see them.
 HIDE = f"rm -rf /r2e_tests {ROOT}/r2e_tests {ROOT}/run_tests.sh /run_tests.sh"
 RUN_R2E = (
     f"for d in {ROOT} /root /; do if [ -f $d/run_tests.sh ]; then script=$d/run_tests.sh; break; fi; done; "
@@ -24,16 +24,16 @@ RUN_R2E = (
 
 
 class ImageBackend:
-    """Opens a container per episode, takes ``git diff`` out of it, and grades in a fresh one."""
+    """A backend with one container per episode; it collects ``git diff`` and grades in a fresh container."""
 
     def __init__(self, kind: str, limits: Limits, *, docker: str = "docker", deployment: str = "") -> None:
-        """Choose how containers are run.
+        """Set up the kind of containers.
 
         Args:
           kind: ``docker`` or ``swerex``.
-          limits: of a container (docker; a swe-rex deployment has its own).
-          docker: the program of the docker command line.
-          deployment: swe-rex's deployment as ``package.module:Class``; it is given ``image``.
+          limits: limits of a docker container; a swe-rex deployment has its own limits.
+          docker: the docker program.
+          deployment: swe-rex's deployment class as ``package.module:Class``; its argument is ``image``.
 
         Raises:
           ValueError: swe-rex is not installed, or the deployment does not exist.
@@ -52,7 +52,7 @@ class ImageBackend:
         return found
 
     def collect(self, task: Task, sandbox: Sandbox) -> str:
-        """What the agent changed, by git."""
+        """Return the agent's changes by ``git diff``."""
         base = shlex.quote(task.base) if task.base and task.expected is None else "HEAD"
         git = f"git -c core.fileMode=false -c safe.directory={ROOT}"
         exclude = "-- . ':!run_tests.sh' ':!r2e_tests'" if task.expected is not None else ""
@@ -61,7 +61,7 @@ class ImageBackend:
         return result.output if result.returncode == 0 and not result.omitted else ""
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
-        """Apply the patch in a fresh container, restore the tests, runs them, read the log."""
+        """Apply the patch in a fresh container, restore the tests, run them, and parse the log."""
         if not patch.strip():
             return Grade(False, "no_patch")
         sandbox = self._make(task)
@@ -80,7 +80,7 @@ class ImageBackend:
         return grading.judge(task, parser(result.output), output=result.output[-OUTPUT_CHARS:], limit=limit)
 
     def _tests(self, task: Task, sandbox: Sandbox) -> tuple[str, reports.Parser]:
-        """Put the tests in place; return the command that runs them and how its output is read."""
+        """Restore the tests; return the command that runs them and the parser of its output."""
         if task.expected is not None:
             return RUN_R2E, reports.parse_r2e
         command, parser = reports.COMMANDS.get(task.repo, reports.DEFAULT)
@@ -89,7 +89,7 @@ class ImageBackend:
             git = f"git -c safe.directory={ROOT}"
             names = " ".join(map(shlex.quote, sorted(files)))
             sandbox.write(TEST_PATCH_FILE, task.test_patch.encode())
-            # The files as they were, one by one: those that the test patch adds are not there yet.
+            # Restore each file separately, because files that the test patch adds do not exist in git yet.
             restore = f"for f in {names}; do {git} checkout {shlex.quote(task.base)} -- $f || rm -f $f; done"
             placed = sandbox.exec(f"{restore}; {git} apply --verbose {TEST_PATCH_FILE}", GIT_SECONDS)
             if placed.returncode:
@@ -111,7 +111,7 @@ def make_image_backend(kind: str, limits: Limits, **options: Any) -> ImageBacken
     """Build the backend; see `ImageBackend`.
 
     Raises:
-      ValueError: an option that there is not.
+      ValueError: an option is unknown.
     """
     known = {"docker": ("docker",), "swerex": ("deployment",)}[kind]
     for name in options:

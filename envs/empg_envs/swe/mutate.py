@@ -1,7 +1,7 @@
-"""Small bugs for Python source: one syntactic change at a time, in families.
+"""Small bugs for Python source code: single syntactic changes, grouped in families.
 
-Every mutation is an edit of the text at the place of one node of the syntax tree, so the rest of the file
-keeps its layout and the undoing patch is as small as a real one.
+Every mutation edits the text of one node of the syntax tree. The rest of the file keeps its layout, so that
+the gold patch is as small as a real one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Mutation(NamedTuple):
-    """A family's name, the line it touches (from 1), and the whole changed source."""
+    """A mutation: the name of its family, its line (from 1), and the whole changed source."""
 
     family: str
     line: int
@@ -21,7 +21,7 @@ class Mutation(NamedTuple):
 
 
 class _Edit(NamedTuple):
-    """Replace ``source[start:end]`` by ``text``."""
+    """A replacement of ``source[start:end]`` by ``text``."""
 
     start: int
     end: int
@@ -55,7 +55,11 @@ class Source:
     """A source text with the offsets of its lines."""
 
     def __init__(self, text: str) -> None:
-        """Raise SyntaxError if the text does not parse."""
+        """Parse the text.
+
+        Raises:
+          SyntaxError: the text does not parse.
+        """
         self.text = text
         self.tree = ast.parse(text)
         self._starts = [0]
@@ -64,20 +68,20 @@ class Source:
         self._lines = text.split("\n")
 
     def start(self, node: ast.expr | ast.stmt) -> int:
-        """Where a node begins, in characters."""
+        """Return the offset of a node's first character."""
         return self._offset(node.lineno, node.col_offset)
 
     def end(self, node: ast.expr | ast.stmt) -> int:
-        """Where it ends."""
+        """Return the offset after a node's last character."""
         assert node.end_lineno is not None and node.end_col_offset is not None
         return self._offset(node.end_lineno, node.end_col_offset)
 
     def segment(self, node: ast.expr | ast.stmt) -> str:
-        """Return its text."""
+        """Return a node's text."""
         return self.text[self.start(node) : self.end(node)]
 
     def _offset(self, line: int, column: int) -> int:
-        # Columns count UTF-8 bytes.
+        # The columns of syntax trees count UTF-8 bytes, not characters.
         characters = len(self._lines[line - 1].encode()[:column].decode())
         return self._starts[line - 1] + characters
 
@@ -85,9 +89,9 @@ class Source:
 def mutations(text: str) -> list[Mutation]:
     """Return every single-change bug of a source text that still parses, in the order of the text.
 
-    Families: ``compare``, ``boolean``, ``arithmetic``, ``constant``, ``condition`` (negated), ``guard`` (an
-    ``if`` without ``else`` dropped), ``arguments`` (two of a call swapped). Docstrings and annotations are
-    left alone.
+    The families are ``compare``, ``boolean``, ``arithmetic``, ``constant``, ``condition`` (negated),
+    ``guard`` (an ``if`` without ``else`` is dropped) and ``arguments`` (two arguments of a call are swapped).
+    Docstrings and annotations are not changed.
 
     Raises:
       SyntaxError: the text does not parse.
@@ -104,7 +108,7 @@ def mutations(text: str) -> list[Mutation]:
 
 
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield all nodes but those of annotations, decorators and ``__name__`` guards."""
+    """Yield all nodes except those of annotations, decorators and ``__name__`` guards."""
     for field, value in ast.iter_fields(tree):
         if field in ("annotation", "returns", "decorator_list", "type_comment"):
             continue
@@ -125,12 +129,12 @@ def _parses(text: str) -> bool:
 
 
 def _between(source: Source, left: ast.expr, right: ast.expr, old: str, new: str) -> Iterator[_Edit]:
-    """Exchange an operator that stands between two operands."""
+    """Yield the edit that replaces the operator between two operands."""
     start, end = source.end(left), source.start(right)
     edge = r"\b" if old[0].isalpha() else ""
     pattern = edge + r"\s+".join(map(re.escape, old.split())) + edge
     matches = list(re.finditer(pattern, source.text[start:end]))
-    if len(matches) == 1:  # else a comment in between may hold it too
+    if len(matches) == 1:  # with several matches, one may be in a comment
         yield _Edit(start + matches[0].start(), start + matches[0].end(), new)
 
 
@@ -189,7 +193,7 @@ def _condition(source: Source, node: ast.AST) -> Iterator[_Edit]:
 def _guard(source: Source, node: ast.AST) -> Iterator[_Edit]:
     if isinstance(node, ast.If) and not node.orelse:
         start, end = source.start(node), source.end(node)
-        if source.text[start : start + 2] == "if":  # an elif would need its chain mended
+        if source.text[start : start + 2] == "if":  # dropping an elif would break its chain
             yield _Edit(start, end, "pass")
 
 

@@ -1,7 +1,7 @@
-"""Differences between two trees in git's format, and their application, without git.
+"""Computation and application of patches in git's format, without git.
 
-A patch is applied exactly: context must match line by line, at the stated place or at the nearest other
-place where it does (as ``git apply`` does), and every path must stay inside the tree.
+A patch is applied exactly, as by ``git apply``: its context must match line by line, at the stated place or
+at the nearest matching place. Every path must be inside of the tree.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import NamedTuple
 from empg_envs.swe.tree import EXECUTABLE, LINK, PLAIN, ArchiveError, File, Tree, check_path
 
 CONTEXT = 3
-# Above this many pairs of lines a changed stretch is replaced as a whole: finding the smallest difference
-# takes quadratic time, and the files are an agent's.
+# A changed run with more pairs of lines is replaced as a whole. The smallest difference takes quadratic time,
+# and an agent could write files for which this never ends.
 MAX_PAIRS = 250_000
-MAX_TEXT = 1 << 20  # bytes of a file that a patch may hold
+MAX_TEXT = 1 << 20  # largest size in bytes of a file in a patch
 _HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
 _NO_NEWLINE = "\\ No newline at end of file"
 
 
 class PatchError(ValueError):
-    """A patch cannot be read, or does not fit the tree."""
+    """A patch that is malformed or does not match the tree."""
 
 
 class Change(NamedTuple):
-    """Lines ``old[start:end]`` become ``new[begin:finish]``."""
+    """A replacement of the lines ``old[start:end]`` by ``new[begin:finish]``."""
 
     start: int
     end: int
@@ -38,7 +38,7 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass
 class Hunk:
-    """One stretch of a file: the lines it expects and the lines it leaves."""
+    """One hunk of a patch: the expected lines and the new lines."""
 
     start: int
     old: list[str] = dataclasses.field(default_factory=list)
@@ -47,7 +47,7 @@ class Hunk:
 
 @dataclasses.dataclass
 class Section:
-    """What a patch does to one file; a missing name stands for no file."""
+    """The part of a patch about one file; a missing name means that the file does not exist."""
 
     old: str | None = None
     new: str | None = None
@@ -56,11 +56,11 @@ class Section:
 
 
 def diff(old: Tree, new: Tree) -> tuple[str, list[str]]:
-    """Return the patch from one tree to another.
+    """Compute the patch from one tree to another.
 
     Returns:
-      The patch, and the changed paths that it cannot hold: links, files that are not UTF-8 text, and files
-      above `MAX_TEXT`.
+      The patch, and the changed paths that it cannot contain: links, files that are not UTF-8 text, and files
+      larger than `MAX_TEXT`.
     """
     parts, left_out = [], []
     for path in sorted(old.keys() | new.keys()):
@@ -76,10 +76,10 @@ def diff(old: Tree, new: Tree) -> tuple[str, list[str]]:
 
 
 def apply(tree: Tree, patch: str) -> Tree:
-    """Return the tree after a patch.
+    """Apply a patch to a tree and return the new tree.
 
     Raises:
-      PatchError: naming the file and the place that does not fit.
+      PatchError: the patch does not match; the message names the file and the place.
     """
     result = dict(tree)
     for section in parse(patch):
@@ -88,10 +88,10 @@ def apply(tree: Tree, patch: str) -> Tree:
 
 
 def parse(patch: str) -> list[Section]:
-    """Read a patch: git's extended headers or plain ``---``/``+++`` pairs.
+    """Parse a patch with git's extended headers or plain ``---``/``+++`` pairs.
 
     Raises:
-      PatchError: it is not a patch, is cut off, holds binary changes, or names a path outside.
+      PatchError: the text is no patch or is cut off, contains binary changes, or names a path outside.
     """
     sections: list[Section] = []
     lines = patch.split("\n")
@@ -124,12 +124,12 @@ def parse(patch: str) -> list[Section]:
 
 
 def touched(patch: str) -> set[str]:
-    """Return the paths that a patch names."""
+    """Return the paths in a patch."""
     return {path for section in parse(patch) for path in (section.old, section.new) if path is not None}
 
 
 def _lines(file: File | None) -> list[str] | None:
-    """Return lines with their ends; None for what a text patch cannot hold."""
+    """Return lines with their line ends, or None for a file that a text patch cannot contain."""
     if file is None:
         return []
     if file.mode == LINK or b"\0" in file.data or len(file.data) > MAX_TEXT:
@@ -142,7 +142,7 @@ def _lines(file: File | None) -> list[str] | None:
 
 
 def _split(text: str) -> list[str]:
-    # Not splitlines(): it also splits at form feeds and the like, which are not line ends to a patch.
+    # Not splitlines(), which also splits at form feeds and similar characters; patches do not.
     lines = [line + "\n" for line in text.split("\n")]
     lines[-1] = lines[-1][:-1]
     return lines if lines[-1] else lines[:-1]
@@ -209,7 +209,7 @@ def _hunks(old: list[str], new: list[str]) -> Iterator[str]:
 
 
 def _span(start: int, end: int) -> str:
-    # An empty span names the line before it.
+    # In git's format an empty range has the number of the line before it.
     return f"{start + 1 if end > start else start},{end - start}"
 
 
@@ -218,7 +218,7 @@ def _line(mark: str, line: str) -> str:
 
 
 def _git_names(line: str) -> Section:
-    """Return the names from ``diff --git a/X b/X``: the only ones that a mode change or an empty file has."""
+    """Parse the names in ``diff --git a/X b/X``; mode changes and empty files have no other names."""
     names = line[len("diff --git ") :]
     half = len(names) // 2
     if (
@@ -327,7 +327,7 @@ def _patched(old: list[str], section: Section) -> list[str]:
 
 
 def _find(lines: list[str], wanted: list[str], start: int, lowest: int) -> int | None:
-    """Where ``wanted`` stands, nearest to ``start`` and not before ``lowest``."""
+    """Return the place of the lines ``wanted`` that is nearest to ``start`` and not before ``lowest``."""
     if not wanted:
         return start if lowest <= start <= len(lines) else None
     if start >= lowest and lines[start : start + len(wanted)] == wanted:

@@ -1,4 +1,4 @@
-"""Answer files in SWE-bench's format: one JSON object per line with an agent's patch for a task."""
+"""Prediction files in SWE-bench's format: one JSON object per line with an agent's patch for a task."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ FIELDS = ("instance_id", "model_name_or_path", "model_patch")
 
 
 def prediction(instance_id: str, model: str, patch: str) -> dict[str, str]:
-    """Return one row."""
+    """Return one row of a prediction file."""
     return dict(zip(FIELDS, (instance_id, model, patch), strict=True))
 
 
 def append_prediction(path: str | Path, row: Mapping[str, str]) -> None:
-    """Add a row; whole lines of several processes do not mix."""
+    """Append a row; several processes may append to the same file."""
     line = json.dumps({field: row[field] for field in FIELDS}).encode() + b"\n"
     number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(number, line)  # one write to a file opened for appending goes to its end as a whole
+        os.write(number, line)  # a single write in append mode is atomic
     finally:
         os.close(number)
 
 
 def write_predictions(path: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write the whole file, or leaves the old one."""
+    """Write the file atomically."""
     target = Path(path)
     fresh = target.with_name(target.name + ".new")
     text = "".join(json.dumps({field: row[field] for field in FIELDS}) + "\n" for row in rows)
@@ -38,10 +38,12 @@ def write_predictions(path: str | Path, rows: Iterable[Mapping[str, str]]) -> No
 
 
 def read_predictions(path: str | Path) -> dict[str, str]:
-    """Return patches by task; of several rows for one task the last counts. JSON lines, a list, or a mapping.
+    """Read the patches by task from JSON lines, a JSON list, or a JSON mapping.
+
+    Of several rows for one task the last one counts.
 
     Raises:
-      TaskError: naming the row that lacks a field.
+      TaskError: a row lacks a field; the message names the row.
     """
     patches: dict[str, str] = {}
     for number, row in enumerate(_rows(path), start=1):

@@ -1,4 +1,4 @@
-"""Beside the engine: what the agent is told about its tools, and how its answers are read."""
+"""Prompts with descriptions of the tools, action parsers, and a closed vocabulary for small models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from empg_envs.swe.tasks import load_base, load_panels
 from empg_envs.swe.tools import FUNCTIONS, SUBMIT, find_call, parse_call
 
 TOOLS = ("functions", "bash", "terse")
-FALLBACK_CHARACTERS = 200  # of an answer without a call; the environment answers that it found none
+FALLBACK_CHARACTERS = 200  # number of last characters that are the action of an answer without a call
 
 _FUNCTIONS = """\
 You are a software engineer who mends a bug in a repository. You act by calling functions, one per answer:
@@ -55,11 +55,11 @@ def make_prompts(tools: str = "functions", root: str = "/testbed") -> PromptBuil
     """Build the prompt builder for a tool protocol.
 
     Args:
-      tools: ``functions``, ``bash`` or ``terse``, as the environment's option.
-      root: where the repository lies for the agent.
+      tools: ``functions``, ``bash`` or ``terse``; it must equal the environment's option.
+      root: path of the repository inside the sandbox.
 
     Raises:
-      ValueError: an unknown protocol.
+      ValueError: the protocol is unknown.
     """
     _check(tools)
     return (
@@ -70,10 +70,10 @@ def make_prompts(tools: str = "functions", root: str = "/testbed") -> PromptBuil
 
 
 def make_parser(tools: str = "functions", root: str = "/testbed") -> ActionParser:
-    """Build the parser for a tool protocol; ``root`` concerns the prompts alone.
+    """Build the parser for a tool protocol; ``root`` is ignored, it only affects the prompts.
 
     Raises:
-      ValueError: an unknown protocol.
+      ValueError: the protocol is unknown.
     """
     _check(tools)
     parsers: dict[str, Callable[[], ActionParser]] = {
@@ -90,14 +90,14 @@ def _check(tools: str) -> None:
 
 
 class EngineerPrompts(PlainPrompts):
-    """Instructions and task first; then observations, as one transcript or in fresh windows."""
+    """A prompt builder with instructions and task, then observations, for transcript or window."""
 
     def __init__(self, instructions: str, root: str) -> None:
-        """Initialize with ``instructions``: what the tools are; ``root``: where the repository lies."""
+        """Store the instructions about the tools, and the path ``root`` of the repository."""
         self._instructions, self._root = instructions, root
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """Return the instructions as the system's message, the task as the user's."""
+        """Return the instructions as a system message and the task as a user message."""
         task = _TASK.format(root=self._root, task=info["task"])
         return [{"role": "system", "content": self._instructions}, {"role": "user", "content": task}]
 
@@ -112,7 +112,7 @@ class EngineerPrompts(PlainPrompts):
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """Return instructions and task, the remembered turns, the present observation."""
+        """Return instructions and task, the past turns, and the current observation."""
         messages = self.start(observation, info)
         past = "\n\n".join(
             f"Action {number}:\n{action}\nObservation {number}:\n{seen}"
@@ -126,16 +126,16 @@ class EngineerPrompts(PlainPrompts):
 
 
 def _follow_ups(history: Sequence[tuple[str, str]], observation: str) -> list[tuple[str, str]]:
-    """Return actions with what they gave: the observation that a turn answers stands one turn later."""
+    """Pair actions with their results; the result of an action is the observation one turn later."""
     seen = [observed for observed, _ in history[1:]] + [observation]
     return [(action, gave) for (_, action), gave in zip(history, seen, strict=True)]
 
 
 class FunctionParser:
-    """The first function call of a response; valid when there is one and the function exists."""
+    """A parser of the first function call of a response; it is valid if the function exists."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Read the call; without one the end of the response is passed on."""
+        """Parse the call; a response without a call gives its end as an invalid action."""
         text = find_call(response)
         call = None if text is None else parse_call(text)
         if text is None or call is None:
@@ -144,12 +144,12 @@ class FunctionParser:
 
 
 class BashParser:
-    """The one fenced block of a response; none or several are invalid, and then nothing is run."""
+    """A parser of the only fenced block of a response; none or several blocks are invalid and run nothing."""
 
     _BLOCK = re.compile(r"```(?:bash|sh)[ \t]*\n(.*?)\n?```", re.DOTALL)
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Read the block."""
+        """Parse the block."""
         found = self._BLOCK.findall(response)
         command = found[0].strip() if len(found) == 1 else ""
         return ParsedAction(action=command, is_valid=bool(command))
@@ -160,11 +160,11 @@ def phrases(tools: str = "functions", tasks: str = "tiny", **options: Any) -> li
 
     Args:
       tools: the environment's tools; only ``terse`` has a closed vocabulary.
-      tasks: the environment's tasks; only the embedded ones have one.
+      tasks: the environment's tasks; only the embedded tasks have a closed vocabulary.
       **options: further options of the environment; the vocabulary does not depend on them.
 
     Raises:
-      ValueError: other tools or tasks.
+      ValueError: the tools or tasks have no closed vocabulary.
     """
     if tools != "terse" or tasks != "tiny":
         raise ValueError(

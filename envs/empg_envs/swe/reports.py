@@ -1,4 +1,4 @@
-"""Reads statuses of tests out of what test runners print, where there is no better channel (images)."""
+"""Parsers of test statuses in the output of test runners, for images, which have no better channel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SYMPY_STATUSES = {"ok": "PASSED", "F": "FAILED", "E": "ERROR", "f": "XFAIL", "s
 
 
 def parse_pytest(log: str) -> dict[str, str]:
-    """Return the summary that ``-rA`` prints: ``STATUS test id - message``; ids end at the first `` - ``."""
+    """Parse the summary of ``-rA``: ``STATUS test id - message``; ids end at the first `` - ``."""
     found = {}
     for line in _COLOR.sub("", log).split("\n"):
         status, _, rest = line.strip().partition(" ")
@@ -33,14 +33,12 @@ def parse_pytest(log: str) -> dict[str, str]:
 
 
 def parse_r2e(log: str) -> dict[str, str]:
-    """Return R2E-Gym's names: the summary's ids without their file, parts joined by dots."""
+    """Parse the summary with R2E-Gym's names: ids without their file, with parts joined by dots."""
     return {".".join(name.split("::")[1:]) or name: status for name, status in parse_pytest(log).items()}
 
 
 def parse_django(log: str) -> dict[str, str]:
-    """Return the lines of the verbose unittest runner: ``test_x (package.Class) ... ok``; later failures
-    count.
-    """
+    """Parse the verbose unittest runner: ``test_x (package.Class) ... ok``; later failures override."""
     found = {}
     for line in log.split("\n"):
         if match := _DJANGO.match(line.strip()):
@@ -52,11 +50,11 @@ def parse_django(log: str) -> dict[str, str]:
 
 
 def parse_sympy(log: str) -> dict[str, str]:
-    """Return the lines of ``bin/test --verbose``: ``test_x ok``."""
+    """Parse the lines of ``bin/test --verbose``: ``test_x ok``."""
     return {match[1]: _SYMPY_STATUSES[match[2]] for match in map(_SYMPY.match, log.split("\n")) if match}
 
 
-# Repository → its test command in the images of SWE-bench, and how its output is read; others run pytest.
+# Repository → its test command in SWE-bench's images, and the parser of its output; all others run pytest.
 COMMANDS: dict[str, tuple[str, Parser]] = {
     "django/django": (
         "./tests/runtests.py --verbosity 2 --settings=test_sqlite --parallel 1",
@@ -72,7 +70,7 @@ DEFAULT = ("pytest --no-header -rA", parse_pytest)
 
 
 def test_targets(repo: str, files: set[str]) -> list[str]:
-    """What the test command is pointed at: the files, or Django's labels for them."""
+    """Return the arguments of the test command: the files, or Django's labels for them."""
     names = sorted(name for name in files if name.endswith(".py"))
     if repo == "django/django":
         return [name.removeprefix("tests/").removesuffix(".py").replace("/", ".") for name in names]

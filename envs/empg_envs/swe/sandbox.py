@@ -1,4 +1,4 @@
-"""What every sandbox offers, its limits, and the errors it may raise."""
+"""The protocol of sandboxes, their limits, and their errors."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ INSTALL = (
 
 
 class SandboxError(RuntimeError):
-    """A sandbox could not be started, or does not answer any more: a failure of the machine."""
+    """A sandbox that cannot be started or does not answer: a failure of the machine, not of the agent."""
 
 
 class FileError(ValueError):
-    """A file inside a sandbox cannot be read or written; the message is fit for the agent."""
+    """A file inside a sandbox that cannot be read or written. The agent may read the message."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
-    """What one sandbox may use.
+    """The resource limits of one sandbox.
 
     Attributes:
-      memory_mb: address space of a process, and resident memory of all together.
-      processes: processes at a time.
-      disk_mb: the task's folder, which lives in memory; ``/tmp`` gets the same.
-      files: files and folders in each of the two.
-      file_mb: size of one file.
-      output_mb: what one command may print before it is ended.
+      memory_mb: MiB of address space of a process, and of resident memory of all processes together.
+      processes: number of simultaneous processes.
+      disk_mb: MiB of the task's folder, which is in memory; ``/tmp`` has the same limit.
+      files: number of files and folders in each of the two.
+      file_mb: MiB of one file.
+      output_mb: MiB that one command may print before it is ended.
       cpus: processor seconds of a process per second of its deadline.
     """
 
@@ -46,7 +46,7 @@ class Limits:
     cpus: float = 2.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a limit that is not positive."""
+        """Refuse limits that are not positive."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
@@ -55,15 +55,15 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExecResult:
-    """How a command ended.
+    """The result of a command.
 
     Attributes:
-      output: stdout and stderr as they came; the middle of a long one is left out.
-      omitted: bytes left out.
-      returncode: its exit code; negative for a signal.
-      reason: ``exit``, or the limit that ended it: ``timeout``, ``memory``, ``processes``, ``files``,
-        ``output``.
-      report: what it wrote to descriptor 3, where the backend has one.
+      output: interleaved stdout and stderr; the middle of a long output is left out.
+      omitted: number of bytes left out.
+      returncode: exit code; negative for a signal.
+      reason: ``exit``, or the limit that ended the command: ``timeout``, ``memory``, ``processes``,
+        ``files``, ``output``.
+      report: bytes that the command wrote to descriptor 3, if the backend supports it.
     """
 
     output: str
@@ -74,33 +74,33 @@ class ExecResult:
 
 
 class Sandbox(Protocol):
-    """A place where an agent's commands run and its files lie; it holds one episode."""
+    """The protocol of sandboxes: an isolated file system and processes for one episode."""
 
-    root: str  # the task's folder inside
+    root: str  # path of the task's folder inside the sandbox
 
     def exec(
         self, command: str, timeout: float, *, env: Mapping[str, str] | None = None, stdin: bytes = b""
     ) -> ExecResult:
-        """Run a shell command in the task's folder; nothing that it started outlives the call.
+        """Run a shell command in the task's folder; all processes that it started end with the call.
 
         Raises:
-          SandboxError: the sandbox does not answer any more.
+          SandboxError: the sandbox no longer answers.
         """
         ...
 
     def read(self, path: str) -> bytes:
-        """Return a file of the task's folder or of /tmp.
+        """Return the bytes of a file in the task's folder or in /tmp.
 
         Raises:
-          FileError: it cannot be read.
+          FileError: the file cannot be read.
         """
         ...
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file, with its folders.
+        """Write a file; missing folders are created.
 
         Raises:
-          FileError: it cannot be written.
+          FileError: the file cannot be written.
         """
         ...
 
@@ -109,9 +109,9 @@ class Sandbox(Protocol):
         ...
 
     def reset(self, tree: Tree) -> None:
-        """Begin anew with these files: no process and no other file of the past is left."""
+        """Start again with these files; all earlier processes and other files are removed."""
         ...
 
     def close(self) -> None:
-        """End everything; may be called more than once."""
+        """End the sandbox; this may be called more than once."""
         ...

@@ -1,9 +1,9 @@
-"""Judges a predictions file in SWE-bench's format.
+"""Grade a predictions file in SWE-bench's format.
 
     python -m empg_envs.swe.score tasks.jsonl predictions.jsonl --out report.json
     python -m empg_envs.swe.score swe_bench_verified.jsonl predictions.jsonl --backend docker --jobs 8
 
-``gold`` in place of the predictions file judges the tasks' own patches.
+``gold`` instead of a predictions file grades the tasks' own patches.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def score(
     jobs: int = 1,
     on_grade: Callable[[Task, Grade], None] = lambda task, grade: None,
 ) -> dict[str, Any]:
-    """Judge every task; one without a prediction counts as unresolved.
+    """Grade every task; a task without a prediction counts as unresolved.
 
     Args:
-      backend: where the tests run.
-      tasks: what is judged.
+      backend: the backend that runs the tests.
+      tasks: the tasks.
       predictions: patches by instance id.
-      timeout: seconds that the tests of one task may run.
-      jobs: how many are judged at a time.
-      on_grade: called with each verdict, in the tasks' order.
+      timeout: time limit of one task's tests in seconds.
+      jobs: number of tasks graded at the same time.
+      on_grade: called with each grade, in the order of the tasks.
 
     Returns:
       Counts and the ids behind them: ``total``, ``resolved``, ``resolved_ids``, ``unresolved_ids``,

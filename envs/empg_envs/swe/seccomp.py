@@ -1,9 +1,9 @@
-"""The system-call filter of the cage, as a classic BPF program (seccomp(2)).
+"""The system-call filter of the sandbox, as a classic BPF program (seccomp(2)).
 
-It is a list of calls that no repository's tests need, and that would widen what the kernel offers to an
-attacker or reserve memory that no limit counts (System V shared memory, memory files). A filtered call
-fails with EPERM; ``clone3`` with ENOSYS, for which the C library falls back to ``clone``. Calls of another
-architecture's table end the process.
+It denies calls that tests of repositories do not need. These calls would increase the attack surface of the
+kernel, or allocate memory outside of all limits (System V shared memory, memory files). A denied call fails
+with EPERM. ``clone3`` fails with ENOSYS, so that the C library falls back to ``clone``. Calls by another
+architecture's table kill the process.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ NUMBER_AT, ARCH_AT = 0, 4  # offsets in struct seccomp_data
 
 @functools.cache
 def program(machine: str = platform.machine()) -> bytes:
-    """Return the filter in the form that ``bwrap --seccomp`` reads.
+    """Return the filter in the format of ``bwrap --seccomp``.
 
     Raises:
-      SandboxError: this machine's system-call numbers are not known here.
+      SandboxError: the system-call numbers of this architecture are unknown.
     """
     if machine not in MACHINES:
         raise SandboxError(f"no system-call filter for {machine}; known: {', '.join(MACHINES)}")

@@ -1,4 +1,4 @@
-"""Repair tasks: rows of SWE-bench, of R2E-Gym, and of our own generator, read into one shape."""
+"""Repair tasks: rows of SWE-bench, of R2E-Gym and of our own generator in one common form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TREE_KINDS = ("sdist", "archive", "embedded")
 
 
 class TaskError(ValueError):
-    """A task row or file is not what it should be."""
+    """A malformed task row or file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,22 +29,22 @@ class Task:
     """One repair task.
 
     Attributes:
-      instance_id: its name.
-      repo: the repository's name.
-      problem_statement: what the agent is told.
+      instance_id: name of the task.
+      repo: name of the repository.
+      problem_statement: description of the problem for the agent.
       patch: the gold patch.
       test_patch: changes to the tests that grading applies.
       fail_to_pass: tests that the bug breaks.
-      pass_to_pass: tests that worked all along.
-      base: where the files come from: ``sdist:HASH``, ``archive:HASH`` (a file of the sources folder by its
+      pass_to_pass: tests that pass with and without the bug.
+      base: source of the files: ``sdist:HASH``, ``archive:HASH`` (a file of the sources folder by its
         SHA-256), ``embedded:NAME`` (a packaged repository), or a commit inside an image.
-      bug_patch: makes the broken tree from the base.
+      bug_patch: patch from the base to the broken tree.
       runner: ``pytest`` or ``unittest``.
-      test_path: what the runner is pointed at.
-      version: the repository's version.
-      image: container image of tasks that live in one.
-      expected: R2E-Gym's status of every test; None elsewhere.
-      row: the row as it was read.
+      test_path: path argument of the runner.
+      version: version of the repository.
+      image: container image, for tasks inside an image.
+      expected: R2E-Gym's expected status of every test; None for other tasks.
+      row: the original row.
     """
 
     instance_id: str
@@ -65,7 +65,7 @@ class Task:
 
     @property
     def has_tree(self) -> bool:
-        """Whether its files can be had without a container image."""
+        """Whether the files are available without a container image."""
         return self.base.partition(":")[0] in TREE_KINDS
 
     @property
@@ -76,15 +76,15 @@ class Task:
 
     @property
     def test_files(self) -> set[str]:
-        """The files that hold the tests named."""
+        """The files of the named tests."""
         return {name.partition("::")[0] for name in (*self.fail_to_pass, *self.pass_to_pass)}
 
 
 def parse_row(row: Mapping[str, Any]) -> Task:
-    """Read a row of SWE-bench(-Verified), R2E-Gym, or the generator.
+    """Parse a row of SWE-bench(-Verified), R2E-Gym, or the generator.
 
     Raises:
-      TaskError: naming the field that is missing or malformed.
+      TaskError: a field is missing or malformed; the message names it.
     """
     if "expected_output_json" in row:
         return _parse_r2e(row)
@@ -146,7 +146,7 @@ def _field(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _names(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
-    """Return test names from a list, or from a JSON string of one as in the files of the hub."""
+    """Return test names from a list, or from a JSON string of a list as in the hub's files."""
     value = _field(row, field)
     if isinstance(value, str):
         try:
@@ -161,10 +161,10 @@ def _names(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON-lines file, or of a JSON file that holds a list.
+    """Yield the rows of a JSON-lines file, or of a JSON file with a list.
 
     Raises:
-      TaskError: naming the file and the line.
+      TaskError: a row is malformed; the message names the file and the line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -185,15 +185,15 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
-    """Return tasks by split.
+    """Load the tasks by split.
 
     Args:
-      tasks: ``tiny`` (the embedded ones), a file, or a mapping of split → file. Rows of a single file go
-        to the split that their field ``split`` names, else to one chosen by a hash of their id: about 70 %
-        train, 10 % valid, 20 % test.
+      tasks: ``tiny`` (the embedded tasks), a file, or a mapping of split → file. The field ``split`` gives
+        the split of a row of a single file. Without this field a hash of the id decides: about 70 % train,
+        10 % valid, 20 % test.
 
     Raises:
-      TaskError: a file cannot be read or holds no task, or an id occurs twice.
+      TaskError: a file cannot be read or contains no task, or an id occurs twice.
     """
     panels: dict[str, list[Task]] = {}
     if isinstance(tasks, Mapping):
@@ -212,7 +212,7 @@ def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
 
 
 def hashed_split(instance_id: str) -> str:
-    """Return the split of a task that names none."""
+    """Return the split of a task without the field ``split``."""
     tenth = hashlib.sha256(instance_id.encode()).digest()[0] % 10
     return "test" if tenth < 2 else "valid" if tenth == 2 else "train"
 
@@ -226,15 +226,15 @@ def _check_unique(panels: Iterable[list[Task]]) -> None:
 
 
 def default_sources() -> Path:
-    """Return the folder where source archives are kept: below ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the default folder of source archives, below ``XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "empg-jax" / "swe"
 
 
 def broken_tree(task: Task, sources: str | Path | None = None) -> Tree:
-    """Return the files that an agent starts from.
+    """Return the broken files, with which an agent starts.
 
     Raises:
-      TaskError: the source is not there, or is not the one that the task was made from.
+      TaskError: the source is missing, or it differs from the source of the task.
     """
     base = load_base(task.base, None if sources is None else str(sources))
     try:
@@ -247,10 +247,10 @@ def broken_tree(task: Task, sources: str | Path | None = None) -> Tree:
 
 @functools.lru_cache(maxsize=16)
 def load_base(base: str, sources: str | None = None) -> Tree:
-    """Return the unbroken files of a base; see `Task.base`.
+    """Return the original files of a base; see `Task.base`.
 
     Raises:
-      TaskError: it is not there, or its hash differs.
+      TaskError: the base is missing, or its hash differs.
     """
     kind, _, rest = base.partition(":")
     if kind == "embedded":

@@ -1,7 +1,7 @@
-"""Tools in few words, over a closed vocabulary, for a model that is too small to spell.
+"""Terse tools with a closed vocabulary, for models that are too small to spell words.
 
-Commands: ``view FILE LINE``, ``edit FILE LINE : CODE`` (the line keeps its indentation), ``test``,
-``submit``. Code is shown and given as Python tokens divided by single spaces.
+The commands are ``view FILE LINE``, ``edit FILE LINE : CODE`` (the line keeps its indentation), ``test`` and
+``submit``. Code is written as Python tokens separated by single spaces.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from empg_envs.swe.tasks import Task
 from empg_envs.swe.tools import Reply, describe
 from empg_envs.swe.tree import Tree
 
-AROUND = 3  # lines shown on either side
-NAMED = 3  # failing tests that are named
+AROUND = 3  # number of lines shown on either side
+NAMED = 3  # largest number of failing tests in an observation
 TEST_SECONDS = 30.0
 _VIEW = re.compile(r"view (\S+) (\d{1,6})")
 _EDIT = re.compile(r"edit (\S+) (\d{1,6}) ?: ?(.*)", re.DOTALL)
@@ -31,7 +31,7 @@ _WORDS = {
 
 
 def code_tokens(line: str) -> list[str]:
-    """Return the Python tokens of a line; its words where it is not Python by itself."""
+    """Return the Python tokens of a line, or its words if it is no Python code."""
     skipped = (
         tokenize.NL,
         tokenize.NEWLINE,
@@ -46,7 +46,7 @@ def code_tokens(line: str) -> list[str]:
             if token.type not in skipped and token.string:
                 found.append(token.string)
     except (tokenize.TokenError, SyntaxError):
-        pass  # an open bracket or string: what was read until there counts
+        pass  # an open bracket or string continues on the next line; keep the tokens before it
     return found
 
 
@@ -61,7 +61,7 @@ def short_test(name: str) -> str:
 
 
 def opening(task: Task) -> str:
-    """Return the first observation: which repository, and which tests fail."""
+    """Return the first observation: the repository and the failing tests."""
     return f"fix {task.repo} . {failing(task.fail_to_pass)}"
 
 
@@ -72,14 +72,14 @@ def failing(names: Iterable[str]) -> str:
 
 
 class TerseTools:
-    """Carries out terse commands."""
+    """The terse tools of one sandbox."""
 
     def __init__(self, sandbox: Sandbox, task: Task, test_command: str) -> None:
-        """Initialize with ``test_command`` runs the tests' runner; it takes its request from stdin."""
+        """Store sandbox and task; ``test_command`` is the test runner, which reads its request from stdin."""
         self._sandbox, self._task, self._test_command = sandbox, task, test_command
 
     def run(self, action: str, seconds: float) -> Reply:
-        """Carry out one command; anything else is unknown."""
+        """Carry out one command; any other text gives the reply for unknown commands."""
         text = " ".join(action.split())
         if text == "submit":
             return Reply("handed in .", is_final=True)
@@ -125,7 +125,7 @@ class TerseTools:
 
 
 def vocabulary(trees: Iterable[Tree]) -> list[str]:
-    """Return every token that the terse tools show of these trees or their one-token bugs, sorted."""
+    """Return all tokens that the terse tools can show for these trees and their one-token bugs, sorted."""
     found, longest = set(_WORDS), 0
     operators = (
         "<",
@@ -160,7 +160,7 @@ def vocabulary(trees: Iterable[Tree]) -> list[str]:
             for line in text.split("\n"):
                 for token in code_tokens(line):
                     found.add(token)
-                    if token.isdigit():  # what a changed constant may be
+                    if token.isdigit():  # a mutation may change a constant to these values
                         found |= {str(int(token) + 1), str(max(0, int(token) - 1))}
             found.add(path.partition("/")[0].removesuffix(".py"))
     return sorted(found | {str(number) for number in range(longest + 1)})

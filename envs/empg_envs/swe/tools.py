@@ -1,4 +1,4 @@
-"""What an agent can call: R2E-Gym's four functions, or a plain shell."""
+"""The agent's tools: R2E-Gym's four functions, or a plain shell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 from empg_envs.swe.editor import EditorError, FileEditor
 from empg_envs.swe.sandbox import ExecResult, Sandbox
 
-MAX_OUTPUT = 10_000  # characters of an observation; of a longer one the two ends remain
+MAX_OUTPUT = 10_000  # characters of an observation; the middle of a longer one is cut out
 SUBMIT = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 FUNCTIONS = ("file_editor", "execute_bash", "search", "finish")
 _CALL, _CALL_END = re.compile(r"<function=(\w+)>"), "</function>"
@@ -27,24 +27,24 @@ _LIMITS = {
 
 
 class Call(NamedTuple):
-    """A function call that was read out of text."""
+    """A function call in a text."""
 
     name: str
     arguments: dict[str, str]
 
 
 class Reply(NamedTuple):
-    """What the agent sees, and whether it has handed in its work."""
+    """The observation after an action, and whether the agent has submitted its work."""
 
     text: str
     is_final: bool = False
 
 
 class Tools(Protocol):
-    """Carries out actions in one sandbox."""
+    """The protocol of tools, which carry out actions in one sandbox."""
 
     def run(self, action: str, seconds: float) -> Reply:
-        """Any text is a defined action, which may take ``seconds``.
+        """Carry out an action within ``seconds``; every text has a defined result.
 
         Raises:
           SandboxError: the sandbox died.
@@ -53,9 +53,9 @@ class Tools(Protocol):
 
 
 def parse_call(text: str) -> Call | None:
-    """Return the first ``<function=name><parameter=key>value</parameter></function>`` of a text.
+    """Parse the first ``<function=name><parameter=key>value</parameter></function>`` of a text.
 
-    One line break after an opening tag and before a closing one belongs to the markup.
+    One line break after an opening tag, and one before a closing tag, belong to the markup.
     """
     found = next(_blocks(text, _CALL, _CALL_END), None)
     if found is None:
@@ -73,7 +73,7 @@ def find_call(text: str) -> str | None:
 
 
 def _blocks(text: str, opening: re.Pattern[str], closing: str) -> Iterator[tuple[str, str, str]]:
-    """Yield name, content and whole text of every block; in linear time, whatever the text."""
+    """Yield name, content and whole text of every block, in time linear in the text."""
     place = 0
     while match := opening.search(text, place):
         end = text.find(closing, match.end())
@@ -90,9 +90,7 @@ def render_call(name: str, **arguments: str) -> str:
 
 
 def clean(text: str, most: int = MAX_OUTPUT) -> str:
-    """Return text fit for a prompt: no escape sequences or control characters, the middle of a long one cut
-    out.
-    """
+    """Remove escape sequences and control characters, and cut out the middle of a long text."""
     text = _ESCAPES.sub("", text.replace("\r\n", "\n"))
     text = _CONTROLS.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
     if len(text) <= most:
@@ -102,7 +100,7 @@ def clean(text: str, most: int = MAX_OUTPUT) -> str:
 
 
 def describe(result: ExecResult, seconds: float) -> str:
-    """Return one line about how a command ended; empty when it ended well."""
+    """Return one line about the end of a command, or the empty string after a success."""
     if result.reason != "exit":
         why = _LIMITS.get(result.reason, result.reason).format(seconds=seconds)
         return f"[the command was ended: {why}]"
@@ -110,7 +108,7 @@ def describe(result: ExecResult, seconds: float) -> str:
 
 
 class FunctionTools:
-    """``file_editor``, ``execute_bash``, ``search``, ``finish``."""
+    """R2E-Gym's functions ``file_editor``, ``execute_bash``, ``search`` and ``finish``."""
 
     def __init__(self, sandbox: Sandbox, max_output: int = MAX_OUTPUT) -> None:
         """Work in one sandbox for one episode."""
@@ -153,7 +151,7 @@ class FunctionTools:
         if not term:
             return "ERROR: the parameter 'search_term' is missing"
         quoted, place = shlex.quote(term), shlex.quote(path)
-        # A file: the lines. A folder: the files, with the number of lines that match.
+        # For a file show the matching lines; for a folder show the files with their numbers of matches.
         command = (
             f"if [ -d {place} ]; then grep -rIcF --exclude-dir='.?*' -e {quoted} -- {place} "
             f"| grep -v ':0$' | sort; else grep -nF -e {quoted} -- {place}; fi"
@@ -165,7 +163,7 @@ class FunctionTools:
 
 
 class BashTools:
-    """A new shell for every command; a command whose output begins with `SUBMIT` hands in."""
+    """A new shell for every command; an output that begins with `SUBMIT` submits the work."""
 
     def __init__(self, sandbox: Sandbox, max_output: int = MAX_OUTPUT) -> None:
         """Work in one sandbox for one episode."""

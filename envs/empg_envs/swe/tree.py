@@ -1,4 +1,4 @@
-"""A repository's files as a value: read from folders and archives, hashed, never trusted."""
+"""A repository's files as a value, with readers for untrusted folders and archives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_FILES = 10_000
 
 
 class File(NamedTuple):
-    """One file; of a symbolic link (mode `LINK`) the data is its target."""
+    """One file; the data of a symbolic link (mode `LINK`) is its target."""
 
     data: bytes
     mode: int = PLAIN
@@ -31,11 +31,11 @@ Tree = dict[str, File]  # relative POSIX path → file, sorted by path
 
 
 class ArchiveError(ValueError):
-    """An archive or folder holds something that must not be unpacked."""
+    """An archive or folder with contents that must not be unpacked."""
 
 
 def content_hash(tree: Tree) -> str:
-    """Return SHA-256 over paths, modes and contents."""
+    """Return the SHA-256 over paths, modes and contents."""
     digest = hashlib.sha256()
     for path in sorted(tree):
         data, mode = tree[path]
@@ -45,11 +45,11 @@ def content_hash(tree: Tree) -> str:
 
 
 def read_folder(folder: str | Path) -> Tree:
-    """Return the files below a folder, without version control and caches.
+    """Read the files below a folder, without version control and caches.
 
     Raises:
-      FileNotFoundError: there is no such folder.
-      ArchiveError: a link leaves it, or it is too large.
+      FileNotFoundError: the folder does not exist.
+      ArchiveError: a link leaves the folder, or the folder is too large.
     """
     base = Path(folder)
     if not base.is_dir():
@@ -58,14 +58,13 @@ def read_folder(folder: str | Path) -> Tree:
 
 
 def read_archive(source: str | Path | bytes, name: str = "", *, has_top: bool = True) -> Tree:
-    """Return the files of a ``.tar.*`` or ``.zip`` archive, with ``has_top`` without the single folder they
-    share.
+    """Read the files of a ``.tar.*`` or ``.zip`` archive; ``has_top`` removes their common top folder.
 
-    Every path must stay inside: absolute paths, ``..``, devices, and links that leave the tree are refused,
-    as is an archive whose contents are larger than `MAX_BYTES` or more than `MAX_FILES` files.
+    Every path must be inside of the archive: absolute paths, ``..``, devices and links that leave the tree
+    are refused. An archive with more than `MAX_BYTES` bytes or `MAX_FILES` files is refused, too.
 
     Raises:
-      ArchiveError: naming the archive and the member.
+      ArchiveError: the archive is refused; the message names the archive and the member.
     """
     label = name or (str(source) if not isinstance(source, bytes) else "archive")
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -84,7 +83,7 @@ def read_archive(source: str | Path | bytes, name: str = "", *, has_top: bool = 
 
 
 def pack(tree: Tree) -> bytes:
-    """Return a ``.tar.gz`` of a tree: the same bytes for the same tree."""
+    """Pack a tree as ``.tar.gz``; equal trees give equal bytes."""
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path, (data, mode) in sorted(tree.items()):
@@ -99,10 +98,10 @@ def pack(tree: Tree) -> bytes:
 
 
 def check_path(path: str) -> str:
-    """Return the path if it is a plain relative one.
+    """Check and return a plain relative path.
 
     Raises:
-      ArchiveError: it is absolute, holds ``..`` or a control character, or is not text.
+      ArchiveError: the path is absolute, contains ``..`` or a control character, or is not text.
     """
     parts = PurePosixPath(path).parts
     bad = path.startswith("/") or "\\" in path or ".." in parts or not parts
@@ -167,7 +166,7 @@ def _tar_members(archive: tarfile.TarFile) -> Iterator[tuple[str, File]]:
         if not member.isreg():
             raise ArchiveError(f"{member.name!r} is a device or hard link")
         total += member.size
-        if total > MAX_BYTES:  # before it is unpacked
+        if total > MAX_BYTES:  # checked before unpacking
             raise ArchiveError(f"archive holds more than {MAX_BYTES >> 20} MiB")
         stream = archive.extractfile(member)
         assert stream is not None
@@ -182,7 +181,7 @@ def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, File]]:
             continue
         mode = info.external_attr >> 16
         with archive.open(info) as stream:
-            data = stream.read(MAX_BYTES + 1)  # the header may lie about the size
+            data = stream.read(MAX_BYTES + 1)  # the size in the header may be wrong
         if stat.S_ISLNK(mode):
             yield info.filename, File(data, LINK)
         else:

@@ -1,11 +1,13 @@
-"""WebShop's text mode without a browser, a web server or a JVM, and shops of our own to train in.
+"""WebShop's text mode without a browser, a web server or a JVM, and generated shops for training.
 
-Pages, clicks, goals, prices, rewards and search results are those of the original simulator over the same
-data. Three things are left out on purpose: the search words ``<r>``, ``<a>``, ``<c>`` and ``<q>``, with which
-its developers listed products behind the search engine's back; the drawing of goals by weight (an index
-names a goal; ``weight`` is kept in the task); and steps after the purchase, which are refused.
+Pages, clicks, goals, prices, rewards and search results equal those of the original simulator over the same
+data. Three features are left out on purpose:
 
-Read from the inside out: ``shop`` (what a click does), ``pages`` and ``texts`` (what it reads like),
-``reward``, ``bm25`` with ``analyzer`` and ``porter`` (search), ``schema`` and ``goals`` (the loader's rules),
-``store`` (the shared catalog), ``official`` and ``embedded`` (where catalogs come from), ``env``.
+* the search words ``<r>``, ``<a>``, ``<c>`` and ``<q>``, by which the developers bypassed the search engine;
+* the random choice of goals by weight: an index selects a goal, and the task keeps the ``weight``;
+* steps after the purchase, which are refused.
+
+A good reading order is ``shop`` (effects of clicks), ``pages`` and ``texts`` (observations), ``reward``,
+``bm25`` with ``analyzer`` and ``porter`` (search), ``schema`` and ``goals`` (the loader's rules), ``store``
+(the shared catalog), ``official`` and ``embedded`` (sources of catalogs), ``env``.
 """

@@ -1,4 +1,4 @@
-"""Builds the official files' catalog ahead of time: ``python -m empg_envs.webshop FOLDER --size full``."""
+"""Build the official files' catalog ahead of time: ``python -m empg_envs.webshop FOLDER --size full``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from empg_envs.webshop import files, official
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build and reports; return the exit status."""
+    """Build the catalog and report its size; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m empg_envs.webshop", description=__doc__)
     parser.add_argument("folder", nargs="?", help=f"data folder (default: ${files.DATA_VARIABLE})")
     parser.add_argument("--size", choices=files.SIZES, default="small")
     parser.add_argument("--goals", choices=files.GOALS, default="synthetic")
-    parser.add_argument("--cache-dir", help="where catalogs are kept")
+    parser.add_argument("--cache-dir", help="folder for built catalogs")
     chosen = parser.parse_args(arguments)
     started = time.perf_counter()
     try:

@@ -8,18 +8,18 @@ SEARCH, CLICK = "search", "click"
 
 
 class Action(NamedTuple):
-    """What an action text means; an empty name means nothing."""
+    """A parsed action; an empty name stands for an action without effect."""
 
     name: str
     argument: str = ""
 
 
 def parse_action(text: str) -> Action:
-    """Read an action as the original does, in time linear in the text.
+    """Parse an action by the original's rule, in time linear in the text.
 
-    Of the first line, the name is what stands before the last ``[`` that some ``]`` follows at a distance,
-    the argument what stands between it and the last ``]``, lower-cased; whatever follows is ignored. A name
-    other than ``search`` and ``click``, in this very spelling, gives an action without a name.
+    Only the first line counts. Its last ``[`` that has a ``]`` at least two characters later ends the name.
+    The argument is the lower-cased text between this ``[`` and the last ``]``. The rest is ignored. A name
+    other than exactly ``search`` or ``click`` gives an action without a name.
     """
     line = text.partition("\n")[0]
     end = line.rfind("]")

@@ -1,9 +1,9 @@
-"""Text to search terms, as Lucene's English analyzer makes them.
+"""Conversion of text to search terms, equal to Lucene's English analyzer.
 
-Unicode word breaks (UAX #29 with emoji as words), possessive ``'s`` removed, lower case, English stop
-words removed, Porter stems. Every character is mapped to a one-letter class first, so that one small
-expression over the string of classes finds the words; the expression is possessive throughout, so its
-time is linear in the text whatever the text is.
+The steps are Unicode word breaks (UAX #29 with emoji as words), removal of the possessive ``'s``, lower case,
+removal of English stop words, and Porter stems. Every character is first mapped to a one-letter class. One
+small regular expression over the string of classes then finds the words. All of its quantifiers are
+possessive, so that its time is linear in every text.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ _CATEGORIES = {
 
 
 class _Classes(dict[int, str]):
-    """Code point to class, looked up when first met."""
+    """A cache from code points to classes."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -115,12 +115,12 @@ _DIGITS = f"N{_ATTACHED}(?:(?:[MB]{_ATTACHED})?N{_ATTACHED})*+"
 _RUN = f"(?:(?:{_LETTERS}|{_DIGITS})++|(?:K{_ATTACHED})++)"
 _WORD = f"(?:X{_ATTACHED})*+{_RUN}(?:(?:X{_ATTACHED})++{_RUN})*+(?:X{_ATTACHED})*+"
 _EMOJI = "PE*+(?:Z++PE*+)*+|RRE*+"
-# Connectors alone are no word; the last alternative passes over them in one go.
+# Connectors alone are no word; the last alternative skips a run of them in one match.
 _TOKENS = re.compile(f"(?P<token>{_EMOJI}|{_WORD}|I{_ATTACHED}|(?:S{_ATTACHED})++)|[XEZ]++")
 
 
 def tokenize(text: str) -> Iterator[str]:
-    """Yield the words of a text, as they stand in it."""
+    """Yield the words of a text in their original spelling."""
     classes = text.translate(_CLASSES)
     for match in _TOKENS.finditer(classes):
         if match["token"] is None:
@@ -132,7 +132,7 @@ def tokenize(text: str) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _term(token: str) -> str:
-    """Return the term of one word; empty when it is none."""
+    """Return the search term of one word, or the empty string for a stop word."""
     if len(token) > 2 and token[-1] in "sS" and token[-2] in "'\u2019\uff07":
         token = token[:-2]
     lowered = token.lower()
@@ -140,10 +140,10 @@ def _term(token: str) -> str:
 
 
 def iter_terms(text: str) -> Iterator[str]:
-    """Search terms of a text, in order, repeated as often as they occur."""
+    """Yield the search terms of a text in order, with repetitions."""
     return filter(None, map(_term, tokenize(text)))
 
 
 def analyze(text: str) -> list[str]:
-    """Return all of `iter_terms`."""
+    """Return the terms of `iter_terms` as a list."""
     return list(iter_terms(text))

@@ -1,6 +1,6 @@
-"""What our own shop sells: the words from which its catalogs are made.
+"""The words from which the generated shops' catalogs are made.
 
-All of it is our own; no text comes from a real shop.
+They were written for this package; no text comes from a real shop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BRANDS = (
     *("Jorrick", "Kestelle", "Lorrimar", "Maplin & Roe", "Norvik", "Oakhurst", "Pellworth", "Quillon"),
     *("Rosenby", "Sandrel", "Tavimore", "Umberlin", "Varnholm", "Wexcombe", "Yarrowfield", "Zephyrine"),
 )
-# No two values of a list may look alike to the reward, to which "small" is as good as "x-small".
+# The reward compares values fuzzily ("small" matches "x-small"), so no two values of a list may be similar.
 CLOTHES = ("xs", "s", "m", "l", "xl", "xxl")
 SHOES = ("6", "7", "8", "9", "10", "11", "12")
 BEDS = ("twin", "full", "queen", "king")
@@ -38,16 +38,16 @@ WIDTHS = ("24 inch", "36 inch", "58 inch", "71 inch")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Department:
-    """A department with what can be said of its goods.
+    """A department with the words for its goods.
 
     Attributes:
       name: the short category.
       path: first part of the category path.
-      kinds: shelf to its kinds of goods, singular.
-      attributes: what goods of the department can be.
-      materials: what they can be made of, or taste or smell of.
-      uses: what they are for.
-      options: option name to the values that it can offer.
+      kinds: shelf -> its kinds of goods, singular.
+      attributes: attributes of its goods.
+      materials: materials, flavors or scents of its goods.
+      uses: purposes of its goods.
+      options: option name -> its possible values.
       prices: lowest and highest price in whole dollars.
     """
 
@@ -207,7 +207,7 @@ DEPARTMENTS = (
         (8, 210),
     ),
 )
-PER_KIND = 16  # products of every kind
+PER_KIND = 16  # number of products of every kind
 
 # Wordings of an instruction: {a} attributes, {k} kind, {m} material, {o} options, {p} price.
 WORDINGS = (
@@ -228,7 +228,7 @@ PRICE_WORDINGS = (
     ". My budget is {limit:.0f} dollars",
 )
 
-# The tiny shop: few words, short pages.
+# The tiny shop has few words and short pages.
 TINY_KINDS = ("shirt", "dress", "hat", "bag", "lamp", "chair", "towel", "mug")
 TINY_ATTRIBUTES = ("soft", "warm", "sturdy", "striped", "handmade", "woven", "plain")
 TINY_COLORS = ("red", "blue", "black", "white", "yellow", "pink")

@@ -1,12 +1,12 @@
-"""BM25 as Lucene computes it: lengths kept in one byte, float32 arithmetic, ties in the order of ids.
+"""BM25 exactly as in Lucene: lengths in one byte, float32 arithmetic, ties in the order of ids.
 
 score(q, d) = sum over terms t of  c_t * w_t * (1 - 1 / (1 + f_td * r_d)),
 w_t = ln(1 + (N - n_t + 1/2) / (n_t + 1/2)),
 r_d = 1 / (k1 * (1 - b + b * l_d / l)),
 
-with c_t the count of t in the query, f_td its count in d, n_t the number of documents that hold it, l_d the
-length of d through Lucene's byte, l the exact mean length. Robertson and Zaragoza 2009, without the constant
-factor k1 + 1, as Lucene has it since version 8.
+with c_t the count of t in the query, f_td its count in d, n_t the number of documents that contain it, l_d
+the length of d after rounding to Lucene's byte, and l the exact mean length. The formula is that of Robertson
+and Zaragoza 2009 without the constant factor k1 + 1, as in Lucene since version 8.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from empg_envs.webshop.analyzer import analyze, iter_terms
 
 K1, B = 0.9, 0.4
-MAX_QUERY_TERMS = 1024  # Lucene's limit of clauses; it fails beyond, here the rest of the query is not read
+MAX_QUERY_TERMS = 1024  # Lucene refuses queries with more clauses; here further terms are ignored
 _CACHED_TERMS = 2048
 _CACHED_POSTINGS = 4096  # longer lists stay in the store that all workers share
 _EXACT = 24  # lengths below this plus 16 are kept exactly
@@ -41,9 +41,7 @@ _LENGTHS = tuple(_byte_to_length(code) for code in range(256))
 
 
 def length_to_byte(length: int) -> int:
-    """Return Lucene's one-byte code of a document's length: a float with three bits of mantissa, rounded
-    down.
-    """
+    """Return Lucene's one-byte code of a length: a float with 3 bits of mantissa, rounded down."""
     if length < _EXACT:
         return length
     rest = length - _EXACT
@@ -52,12 +50,12 @@ def length_to_byte(length: int) -> int:
 
 
 class Postings(NamedTuple):
-    """Where a term occurs.
+    """The documents of a term.
 
     Attributes:
       documents: ``int32[n]``, ascending.
       factors: ``float32[n]``, f_td * r_d.
-      gains: ``float32[n]``, scores of the term asked for once.
+      gains: ``float32[n]``, scores for a query that contains the term once.
       weight: w_t.
     """
 
@@ -68,10 +66,10 @@ class Postings(NamedTuple):
 
 
 class IndexBuilder:
-    """Collects documents in the order of their ids, then gives the postings of every term."""
+    """A builder of an index: it takes documents in the order of their ids and returns all postings."""
 
     def __init__(self) -> None:
-        """Start empty."""
+        """Start without documents."""
         self._terms: dict[str, array[int]] = {}
         self._norms = bytearray()
         self._total = 0
@@ -86,7 +84,7 @@ class IndexBuilder:
             self._terms.setdefault(term, array("I")).extend((document, count))
 
     def finish(self) -> Iterator[tuple[str, bytes]]:
-        """Yield terms in order, each with its postings as bytes for `Index`; empties the builder."""
+        """Yield the sorted terms with their postings as bytes for `Index`; this empties the builder."""
         mean = np.float32(self._total / max(len(self._norms), 1))
         lengths = np.array(_LENGTHS, np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -101,10 +99,15 @@ class IndexBuilder:
 
 
 class Index:
-    """Ranks documents by a query."""
+    """A search index that ranks documents by BM25."""
 
     def __init__(self, num_documents: int, lookup: Callable[[str], bytes | None]) -> None:
-        """Initialize with ``lookup`` gives the bytes that `IndexBuilder.finish` made for a term, or None."""
+        """Set up the index.
+
+        Args:
+          num_documents: number of documents.
+          lookup: function from a term to its bytes from `IndexBuilder.finish`, or None.
+        """
         self._count = num_documents
         self._lookup = lookup
         self._short = functools.lru_cache(maxsize=_CACHED_TERMS)(self._read_short)
@@ -114,10 +117,10 @@ class Index:
 
         Args:
           query: any text.
-          limit: how many at most.
+          limit: largest number of results.
 
         Returns:
-          (document, score), best first, equals by document number.
+          Pairs (document, score), best first; ties are sorted by document.
         """
         wanted: Counter[str] = Counter()
         for term in iter_terms(query):
@@ -142,7 +145,7 @@ class Index:
         return found
 
     def _read_short(self, term: str) -> Postings | None:
-        """Like `_read`, but an empty list in place of a long one, which must not be remembered."""
+        """Read postings for the cache; a long list is replaced by an empty one, so that it is not cached."""
         found = self._read(term)
         if found is not None and found.documents.size > _CACHED_POSTINGS:
             return Postings(found.documents[:0], found.factors[:0], found.gains[:0], found.weight)

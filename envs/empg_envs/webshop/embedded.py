@@ -1,8 +1,8 @@
-"""Our own catalogs, generated in memory from `assortment.py`: the same products and goals everywhere.
+"""Generated catalogs from the words of `assortment`; products and goals are the same on every machine.
 
-``tiny`` has few words, three results to a page, and a closed vocabulary; ``standard`` is a shop of more than
-a thousand products with pages like the original's. Which split a goal is in depends on its product alone, so
-that held-out goals ask for products that no training goal asks for.
+``tiny`` has few words, three results per page, and a closed vocabulary. ``standard`` has more than a thousand
+products and pages like the original's. Only the product decides the split of a goal, so that held-out goals
+ask for products that no training goal asks for.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Level:
     """A generated shop.
 
     Attributes:
-      name: what it is called.
-      page_size: results on a page.
-      max_turns: steps after which an episode is truncated, unless told otherwise.
-      shares: share of the products that each of `SPLITS` asks for.
+      name: name of the level.
+      page_size: number of results on a page.
+      max_turns: default number of steps after which an episode is truncated.
+      shares: share of the products in each of `SPLITS`.
     """
 
     name: str
@@ -54,12 +54,12 @@ LEVELS = {
 
 
 class Shop(NamedTuple):
-    """A generated catalog with what belongs to it.
+    """A generated catalog with its panels and its tagger.
 
     Attributes:
       store: products, search, goals.
-      panels: split to its goals' positions.
-      tagger: knows the nouns of the catalog.
+      panels: split -> positions of its goals.
+      tagger: tagger of the catalog's nouns.
       kinds: names of all kinds of goods, sorted.
     """
 
@@ -70,14 +70,15 @@ class Shop(NamedTuple):
 
 
 def find_level(name: str) -> Level:
-    """Return the level of that name; an unknown one is a `ValueError` that names the nearest."""
+    """Return the level of that name; an unknown name raises a `ValueError` with the nearest one."""
     return look_up("webshop level", name, LEVELS)
 
 
 @functools.lru_cache(maxsize=len(LEVELS))
 def load_shop(name: str) -> Shop:
-    """Generate the catalog of a level; one object for all environments of a process."""
+    """Generate the catalog of a level; all environments of a process share one object."""
     level = find_level(name)
+    # The finished database is only read, so several threads may share the connection.
     connection = sqlite3.connect(":memory:", check_same_thread=False)
     writer = StoreWriter(connection)
     goals: dict[str, list[Goal]] = {split: [] for split in SPLITS}
@@ -88,7 +89,7 @@ def load_shop(name: str) -> Shop:
     panels: dict[str, Sequence[int]] = {}
     for split in SPLITS:
         first = writer.num_goals
-        # The order of the hashes mixes goals of one product with those of the others.
+        # Sorting by hash mixes the goals of different products.
         writer.add_goals(sorted(goals[split], key=Goal.content_hash))
         panels[split] = range(first, writer.num_goals)
     writer.finish({"skipped": 0, "skipped_rows": []})
@@ -107,17 +108,17 @@ def _split_of(product: Product, level: Level) -> str:
 
 
 def _id(*name: object) -> str:
-    """Return a product id of ten characters; their order has nothing to do with what the product is."""
+    """Return a product id of ten characters whose order is independent of the product's content."""
     return "E" + hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).hexdigest()[:9].upper()
 
 
 def _pick(rng: random.Random, items: Sequence[T]) -> T:
-    # Only random() is promised to stay the same in every version of Python.
+    # Only random() gives guaranteed equal results in every version of Python.
     return items[int(rng.random() * len(items))]
 
 
 def _some(rng: random.Random, items: Iterable[T], count: int) -> list[T]:
-    """Some of the items, none twice, in their own order."""
+    """Draw ``count`` different items; they keep their order."""
     pool = list(enumerate(items))
     chosen = [pool.pop(int(rng.random() * len(pool))) for _ in range(count)]
     return [item for _, item in sorted(chosen, key=lambda pair: pair[0])]
@@ -139,8 +140,9 @@ def _make_goal(
 
 
 def _tiny(rng: random.Random) -> Iterator[tuple[Product, list[Goal]]]:
-    """Yield every kind with every pair of attributes, at one price or two; a goal per combination of
-    options.
+    """Yield products of every kind with every pair of attributes, and a goal per combination of options.
+
+    Each product occurs at one or two prices.
     """
     for kind in words.TINY_KINDS:
         for pair in itertools.combinations(words.TINY_ATTRIBUTES, 2):
@@ -165,6 +167,7 @@ def _tiny(rng: random.Random) -> Iterator[tuple[Product, list[Goal]]]:
 
 
 def _tiny_goal(product: Product, price: int, color: str, size: str) -> Goal:
+    # Half a step above the price: the same product at the next higher price does not meet the goal.
     limit = price + _LIMIT_STEP / 2
     instruction = f"{product.title} {color} {size} under {limit:.0f}"
     return _make_goal(product, instruction, product.attributes, limit, (color, size))

@@ -1,4 +1,4 @@
-"""WebShop as a `TextEnv`: our own generated shops, or the original's data."""
+"""WebShop as a `TextEnv`, with generated shops or the original data."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ OFFICIAL = "official"
 LEVELS = ("tiny", "standard", OFFICIAL)
 STYLES = ("terse", "page")
 EXPERTS = {"goal": expert.choose_by_goal, "rules": expert.choose_by_rules}
-TEST_GOALS, VALID_GOALS = 500, 1000  # of the official goals; human ones alone have a validation part
+TEST_GOALS, VALID_GOALS = 500, 1000  # of the official goals; only human goals have a validation panel
 _log = logging.getLogger(__name__)
 
 
 class Shop(NamedTuple):
-    """What an environment plays in: catalog, goal positions by split, tagger, kinds of goods, page size."""
+    """The shop of an environment: catalog, goal positions by split, tagger, kinds of goods, page size."""
 
     store: Store
     panels: Mapping[str, Sequence[int]]
@@ -41,11 +41,12 @@ class Shop(NamedTuple):
 
 
 class WebShopEnv:
-    """Find a product, choose its options, buy it.
+    """A shop where the agent searches a product, chooses its options and buys it.
 
-    The reward of a purchase is WebShop's score in [0, 1]; every other step gives 0. ``info`` holds ``task``,
-    ``won`` (score 1.0), ``admissible``, ``clickables`` in page order, ``has_search``, ``tagger`` (what counts
-    words as nouns) and ``metrics`` with ``task_score``, the raw score whatever the reward is.
+    The reward of a purchase is WebShop's score in [0, 1]; every other step gives 0. ``info`` contains
+    ``task``, ``won`` (score 1.0), ``admissible``, ``clickables`` in page order, ``has_search``, ``tagger``
+    (name of the noun tagger) and ``metrics`` with ``task_score``, which is WebShop's score even if
+    ``win_reward`` changes the reward.
     """
 
     def __init__(
@@ -64,28 +65,29 @@ class WebShopEnv:
         fallback: bool = False,
         cache_dir: str | None = None,
     ) -> None:
-        """Choose shop, style and rules.
+        """Set up the shop, the style and the rules.
 
         Args:
-          level: ``tiny`` or ``standard`` (generated), or ``official`(the original's data files).
-          style: ``terse`` or ``page``; by default terse for tiny and page for the others.
-          max_turns: steps after which an episode is truncated; by default 8 for tiny, else 15.
-          win_reward: reward of a perfect purchase, all others giving 0; None rewards with the score.
-          expert: ``goal`` (knows the product) or ``rules`` (reads only what is shown); by default goal in
-            generated shops and rules with official data.
-          tagger: ``auto``, ``spacy`` or ``tokens``; generated shops know their nouns themselves.
+          level: ``tiny`` or ``standard`` (generated), or ``official`` (the original data files).
+          style: ``terse`` or ``page``; the default is terse for tiny and page for the others.
+          max_turns: number of steps after which an episode is truncated; the default is 8 for tiny, else 15.
+          win_reward: reward of a perfect purchase, where all others give 0; None gives the score as reward.
+          expert: ``goal`` (knows the product) or ``rules`` (uses only the shown texts). The default is goal
+            in generated shops and rules with official data.
+          tagger: ``auto``, ``spacy`` or ``tokens``; generated shops have their own list of nouns.
           data: folder of the official files; None takes ``$WEBSHOP_DATA``.
           size: ``small`` (1,000 products) or ``full``.
           goals: official goals, ``synthetic`` or ``human``.
-          legacy_panel: number goals as verl-agent's fork does, by a shuffle seeded with ``worker_seed``: its
-            held-out goals differ from worker to worker and leak into training; for comparisons only.
+          legacy_panel: whether to number goals as verl-agent's fork does, by a shuffle with the seed
+            ``worker_seed``. Held-out goals then differ between workers and leak into training, so this is for
+            comparisons only.
           worker_seed: the seed of that shuffle.
-          fallback: play the standard shop when the official files are missing.
-          cache_dir: where catalogs of official files are kept.
+          fallback: whether to play the standard shop if the official files are missing.
+          cache_dir: folder for catalogs of official files.
 
         Raises:
-          ValueError: an unknown choice.
-          MissingData: official files are missing, and no fallback was asked for.
+          ValueError: an option has an unknown value.
+          MissingData: official files are missing, and ``fallback`` is not set.
         """
         _check("level", level, LEVELS)
         _check("tagger", tagger, TAGGERS)
@@ -111,15 +113,16 @@ class WebShopEnv:
 
     @property
     def max_turns(self) -> int:
-        """Steps after which an episode is truncated."""
+        """Number of steps after which an episode is truncated."""
         return self._max_turns
 
     @functools.cached_property
     def shop(self) -> Shop:
-        """The catalog and what belongs to it, opened when first needed."""
+        """The shop, which is opened at its first use."""
         if self._files is None:
             from empg_envs.webshop.embedded import find_level, load_shop
 
+            # Imported late in both branches: each kind of shop needs only its own modules.
             made = load_shop(self.level)
             return Shop(*made, find_level(self.level).page_size)
         from empg_envs.webshop import official
@@ -147,7 +150,7 @@ class WebShopEnv:
         return len(self._panel(split))
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
-        """Return the goal, with the number that the official list gives it and its content hash."""
+        """Return the goal with its number in the official list and its content hash."""
         goal = self._goal(split, index)
         return {
             "level": self.level,
@@ -163,7 +166,7 @@ class WebShopEnv:
         }
 
     def describe(self) -> dict[str, Any]:
-        """What is played, for reports: catalog, skipped rows, tagger, seed of the order of goals."""
+        """Return facts for reports: catalog, skipped rows, tagger, seed of the order of goals."""
         meta = self.shop.store.meta
         return {
             "level": self.level,
@@ -178,13 +181,13 @@ class WebShopEnv:
         """Start an episode.
 
         Args:
-          seed: restarts the stream that chooses an index when none is given.
-          split: the panel; ``train`` when not given.
-          index: the goal in its panel.
+          seed: seeds the random choice of an index, for resets without ``index``.
+          split: the panel; the default is ``train``.
+          index: index of the goal in its panel.
 
         Raises:
-          ValueError: unknown split.
-          IndexError: index outside the panel.
+          ValueError: the split is unknown.
+          IndexError: the index is outside of the panel.
         """
         if seed is not None:
             self._rng = random.Random(f"webshop/reset/{seed}")
@@ -196,10 +199,10 @@ class WebShopEnv:
         return self._style.render(self._visit, None), self._info(self._visit, 0.0)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Follow one action; any other text does nothing and costs the turn.
+        """Carry out one action; any other text has no effect and costs the turn.
 
         Raises:
-          RuntimeError: before the first reset, or after the episode ended.
+          RuntimeError: before the first reset, or after the end of the episode.
         """
         visit = self._playing("step")
         name, argument = self._style.read(action, visit)
@@ -217,16 +220,16 @@ class WebShopEnv:
         return observation, float(reward), result is not None, truncated, self._info(visit, score)
 
     def expert_action(self) -> str:
-        """What the expert does next.
+        """Return the expert's next action.
 
         Raises:
-          RuntimeError: before the first reset, or after the episode ended.
+          RuntimeError: before the first reset, or after the end of the episode.
         """
         visit = self._playing("expert_action")
         return self._style.write(self._expert(visit, self.shop.store), visit)
 
     def close(self) -> None:
-        """End the episode; the catalog stays, for the other environments of the process."""
+        """End the episode. The catalog stays open, because other environments of the process share it."""
         self._visit = None
 
     def _pay(self, visit: Visit) -> Reward:
@@ -272,7 +275,7 @@ def _check(option: str, value: str, known: Sequence[str]) -> str:
 
 
 def _find_files(data: str | None, size: str, goals: str, fallback: bool) -> files.Files | None:
-    """Return the official files; None where they are missing and a fallback was asked for."""
+    """Return the official files, or None if they are missing and ``fallback`` is set."""
     try:
         return files.find_files(data, size, goals)
     except files.MissingData as error:
@@ -283,15 +286,16 @@ def _find_files(data: str | None, size: str, goals: str, fallback: bool) -> file
 
 
 def _check_unused(**options: tuple[object, object]) -> None:
-    """Refuse official-only options that are not at their defaults; each is a pair of value and default."""
+    """Refuse options of official data that differ from their defaults; each is a pair (value, default)."""
     for name, (value, default) in options.items():
         if value != default:
             raise ValueError(f"webshop option {name}={value!r} has an effect with level={OFFICIAL!r} only")
 
 
 def _official_panels(count: int, seed: int, *, is_human: bool) -> dict[str, Sequence[int]]:
-    """Return goals 0 to 499 are for testing, of human ones the next 1,000 for validation, the rest for
-    training.
+    """Return the goal positions of each panel.
+
+    Goals 0 to 499 are for testing. The next 1,000 human goals are for validation. The rest is for training.
     """
     order = array("I", shuffled(count, seed))
     valid_end = TEST_GOALS + (VALID_GOALS if is_human else 0)

@@ -1,6 +1,7 @@
-"""Two shoppers: one that knows which product the goal was written for, one that knows only what it reads.
+"""Two experts: one knows the product of the goal, the other one uses only the shown texts.
 
-Neither keeps a plan: the next action is a function of the page, so each goes on sensibly from anywhere.
+Neither has an internal plan. The next action is a function of the page, so that both continue sensibly from
+every state.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from empg_envs.webshop.actions import CLICK, SEARCH, Action
 from empg_envs.webshop.schema import Product
 from empg_envs.webshop.shop import BACK, BUY, NEXT, PREVIOUS, Catalog, Page, Visit
 
-_PAGES_LOOKED_AT = 3  # before the product's whole title is searched for instead
+_PAGES_LOOKED_AT = 3  # number of result pages before a search for the product's whole title
 _LIMIT = re.compile(r"(?:(?:lower|less) than|at most|under|budget is) \$?(\d+(?:\.\d+)?)")
 _PRICE_PART = re.compile(r",? ?(?:and )?price (?:lower|less) than .*$", re.DOTALL)
 _WORD = re.compile(r"\w+")
 
 
 def choose_by_goal(visit: Visit, catalog: Catalog) -> Action:
-    """What the expert does: find the goal's product, choose its options, buy.
+    """Return the next action to find the goal's product, to choose its options and to buy it.
 
-    It searches for the wanted attributes and the kind of product, as an instruction names them; only when
-    that does not bring the product near the top does it search for the title.
+    The expert searches for the wanted attributes and the kind of product, as an instruction names them. If
+    the product is not among the first results, it searches for the title.
     """
     goal, product = visit.goal, visit.product
     if visit.page is Page.DETAIL:
@@ -46,7 +47,7 @@ def choose_by_goal(visit: Visit, catalog: Catalog) -> Action:
 
 
 def _complete(visit: Visit, product: Product, wanted: list[str]) -> Action:
-    """Click the next wanted value that is not chosen, or buys."""
+    """Click the next wanted value that is not chosen yet, or buy."""
     for values in product.options.values():
         for value in wanted:
             if value in values and value in visit.values and value not in visit.chosen.values():
@@ -55,10 +56,10 @@ def _complete(visit: Visit, product: Product, wanted: list[str]) -> Action:
 
 
 def choose_by_rules(visit: Visit, catalog: Catalog) -> Action:
-    """What the rule-based baseline does, from the shown texts alone.
+    """Return the next action of the rule-based baseline, which uses only the shown texts.
 
-    It searches for the instruction without its price, opens the first affordable result whose title shares
-    most words with the instruction, chooses of each option the value that the instruction names, and buys.
+    It searches for the instruction without its price. It opens the affordable result whose title shares the
+    most words with the instruction. It chooses the option values that the instruction names, and buys.
     """
     instruction = visit.goal.instruction.lower()
     if visit.page is Page.SEARCH:
@@ -85,7 +86,7 @@ def _best_result(visit: Visit, catalog: Catalog, instruction: str) -> str:
         shared = len(wanted & {*_WORD.findall(product.title.lower())})
         return min(product.prices, default=0.0) <= limit, shared
 
-    return max(visit.shown, key=merit)  # of equals the first, which the search engine prefers
+    return max(visit.shown, key=merit)  # ties go to the first, which the search engine ranks higher
 
 
 def _read_limit(instruction: str) -> float:
@@ -94,6 +95,6 @@ def _read_limit(instruction: str) -> float:
 
 
 def _named_value(values: tuple[str, ...], instruction: str) -> str | None:
-    """Return the longest value that stands in the instruction as whole words."""
+    """Return the longest value that occurs in the instruction as whole words."""
     named = [v for v in values if re.search(rf"(?<!\w){re.escape(v.strip())}(?!\w)", instruction)]
     return max(named, key=len, default=None)

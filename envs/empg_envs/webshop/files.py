@@ -1,4 +1,4 @@
-"""Where WebShop's own data files are, and how to get them."""
+"""Lookup of WebShop's own data files, with instructions to get them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _HOW = (
 
 
 class MissingData(FileNotFoundError):
-    """WebShop's data files are not there; the message says how to get them."""
+    """Missing WebShop data files. The message tells how to get them."""
 
 
 class Files(NamedTuple):
-    """Where the official files are; ``human`` is None with synthetic goals."""
+    """Paths of the official files; ``human`` is None for synthetic goals."""
 
     products: Path
     attributes: Path
@@ -38,8 +38,8 @@ def find_files(folder: str | None, size: str, goals: str) -> Files:
       goals: ``synthetic`` or ``human``.
 
     Raises:
-      MissingData: the folder or a file is not there.
-      ValueError: unknown size or goals.
+      MissingData: the folder or a file does not exist.
+      ValueError: the size or the goals are unknown.
     """
     if size not in SIZES or goals not in GOALS:
         raise ValueError(

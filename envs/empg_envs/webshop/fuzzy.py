@@ -1,8 +1,9 @@
-"""How alike two phrases are whatever the order of their words: the score that WebShop's reward compares with.
+"""The similarity of two phrases independent of word order, which WebShop's reward uses.
 
-The score of RapidFuzz's ``token_set_ratio`` behind the preparation of ``thefuzz`` 0.22 (text of any
-object, characters 128 to 255 dropped, lower case, everything but letters and digits a space), rounded to
-an integer. Written out here so that a worker needs no further package; compared with the original in a test.
+It equals RapidFuzz's ``token_set_ratio`` after the preprocessing of ``thefuzz`` 0.22 (text of any object,
+characters 128 to 255 dropped, lower case, everything except letters and digits replaced by a space), rounded
+to an integer. It is implemented here so that a worker needs no further package. A test compares it with the
+original.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 
-# Dropped characters; and the one letter whose lower case would be two characters.
+# Dropped characters, and the only letter whose lower case has two characters.
 _FOLDED: dict[int, str | None] = {**dict.fromkeys(range(128, 256)), 0x130: "i"}
 _NOT_WORD = re.compile(r"[\W_]")
 
@@ -21,9 +22,10 @@ def _prepare(value: object) -> str:
 
 
 def _common_length(first: str, second: str) -> int:
-    """Return the length of the longest common subsequence, one machine word of any width per character.
+    """Return the length of the longest common subsequence.
 
-    Hyyrö's bit-parallel recurrence: bit i of ``row`` is 0 where the subsequence grows at character i.
+    This is Hyyrö's bit-parallel recurrence with Python's unbounded integers as bit vectors: bit i of ``row``
+    is 0 if the subsequence grows at character i.
     """
     where: dict[str, int] = {}
     for position, character in enumerate(first):
@@ -42,10 +44,10 @@ def _similarity(distance: int, length: int) -> float:
 
 @functools.lru_cache(maxsize=1 << 14)
 def token_set_ratio(first: object, second: object) -> int:
-    """Return the similarity from 0 to 100 of the sets of words of two hashable values (strings, or tuples of
-    them).
+    """Return the similarity, from 0 to 100, of the word sets of two hashable values.
 
-    100 when one set holds the other and they meet; 0 when either is empty.
+    The values are strings or tuples of strings. The result is 100 if one set contains the other one, and 0 if
+    either is empty.
     """
     left, right = set(_prepare(first).split()), set(_prepare(second).split())
     if not left or not right:

@@ -1,9 +1,9 @@
-"""Goals of a catalog, by the original rules, from fixed seeds.
+"""Goals of a catalog, by the original rules but with fixed seeds.
 
-The original draws prices at start-up, then each price limit, then shuffles all goals; it fixes the seed of
-the shuffle alone, and a popular fork of it not even that. Here one generator seeded with `PRICE_SEED` gives
-prices and limits, and one seeded with `SHUFFLE_SEED` the order, so that a goal's number means the same goal
-in every process, and goals 0 to 499 are held out for good.
+At start-up the original draws prices, then price limits, and then shuffles all goals. It fixes only the seed
+of the shuffle, and a popular fork fixes no seed at all. Here one generator with the seed `PRICE_SEED` draws
+prices and limits, and another one with `SHUFFLE_SEED` shuffles. A number therefore denotes the same goal in
+every process, and goals 0 to 499 are always held out.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _LIMITS_DRAWN = 4
 
 
 def draw_price(product: Product, rng: random.Random) -> float:
-    """Return the price that the till asks for: drawn from the range where the tag shows one."""
+    """Return the price of a purchase; if the price tag shows a range, draw a price from it."""
     if not product.prices:
         return DEFAULT_PRICE
     return product.prices[0] if len(product.prices) == 1 else rng.uniform(*product.prices[:2])
 
 
 def _draw_limit(price: float, rng: random.Random) -> tuple[float, str]:
-    """Return a price limit, and how the instruction says it."""
+    """Draw a price limit; return it with its wording in the instruction."""
     above = [limit for limit in _LIMITS if limit > price][:_LIMITS_DRAWN]
     if len(above) < 2:
         return NO_LIMIT, ""
@@ -63,8 +63,8 @@ def synthetic_goals(
 
     Args:
       product: the product.
-      entry: its row of the attribute file; without an instruction there is no goal and nothing is drawn.
-      price: what `draw_price` gave.
+      entry: its row of the attribute file. Without an instruction there is no goal, and nothing is drawn.
+      price: the price from `draw_price`.
       rng: the generator that drew all prices.
 
     Raises:
@@ -79,7 +79,7 @@ def synthetic_goals(
     limit, limit_text = _draw_limit(price, rng)
     names = sorted(product.options)
     for values in itertools.product(*(product.options[name] for name in names)):
-        # A dictionary, as in the original: of two options of one name the last value counts.
+        # A dictionary as in the original: of two options with the same name the last value counts.
         wanted = dict(zip(names, values, strict=True))
         said = ", and ".join(f"{name}: {value}" for name, value in wanted.items())
         yield _make(
@@ -97,7 +97,7 @@ def human_goals(
     """Yield a goal per human instruction of one product; those without attributes are left out.
 
     Raises:
-      BadRow: an instruction with a field missing.
+      BadRow: a field of an instruction is missing.
     """
     for entry in entries:
         attributes = tuple(_texts(entry, "instruction_attributes"))
@@ -115,15 +115,13 @@ def human_goals(
 
 
 def synthetic_weight(attributes: Iterable[str], counts: Counter[str]) -> float:
-    """Return the weight of a synthetic goal: the rarer its attributes, the likelier the original draws it."""
+    """Return the weight of a synthetic goal, with which the original draws it; rare attributes weigh more."""
     shares = [1.0 / counts[attribute] for attribute in attributes]
     return sum(shares) / len(shares)
 
 
 def shuffled(count: int, seed: int = SHUFFLE_SEED) -> list[int]:
-    """Return the positions of goals, in the order in which they are numbered: ``random.shuffle``'s with that
-    seed.
-    """
+    """Return the positions of goals in the order of their numbers: a ``random.shuffle`` with this seed."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order

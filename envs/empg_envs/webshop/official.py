@@ -1,8 +1,8 @@
-"""WebShop's own data files: finding them, reading them as a stream, building their catalog once.
+"""Catalogs from WebShop's own data files, which are read as a stream and built once.
 
-Rows that cannot be read are left out, counted, and the first of them named. The finished catalog lies in a
-cache folder under a name that depends on files and choices; the first process that wants it builds it under a
-temporary name while others wait, and renames it when it is whole.
+Malformed rows are left out and counted, and the first of them are named. The finished catalog is stored in a
+cache folder under a name that depends on the files and options. The first process that needs a catalog builds
+it under a temporary name and renames it when it is complete; other processes wait.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from empg_envs.webshop.schema import BadRow, read_product
 from empg_envs.webshop.store import VERSION, Store, StoreWriter, open_store
 from empg_envs.webshop.stream import stream_json
 
-LARGE_BYTES = 256 << 20  # larger product files take longer to build than a worker may take to start
+LARGE_BYTES = 256 << 20  # building from larger product files takes longer than a worker may take to start
 _NAMED_ROWS = 20
 _SAMPLE = 1 << 16
 _log = logging.getLogger(__name__)
 
 
 def load(files: Files, cache_dir: str | None = None, *, build_large: bool = False) -> Store:
-    """Open the catalog of these files, building it first when it is not in the cache.
+    """Open the catalog of these files; build it first if it is not in the cache.
 
     Args:
-      files: what to read.
-      cache_dir: where catalogs are kept; None is ``$XDG_CACHE_HOME/empg-jax/webshop``.
-      build_large: whether a product file above `LARGE_BYTES` may be built now, which takes long.
+      files: the official files.
+      cache_dir: folder of the catalogs; None is ``$XDG_CACHE_HOME/empg-jax/webshop``.
+      build_large: whether a catalog may be built from a product file above `LARGE_BYTES`, which takes long.
 
     Raises:
-      MissingData: the catalog is not in the cache and too large to be built on the way.
-      ValueError: a file is no JSON of the expected kind, or holds no goal.
+      MissingData: the catalog is not in the cache and too large to be built now.
+      ValueError: a file is no JSON of the expected form, or contains no goal.
       OSError: the cache folder cannot be written.
     """
     folder = Path(cache_dir) if cache_dir else _default_cache()
@@ -74,7 +74,7 @@ def _build(files: Files, path: Path) -> None:
 
 
 def fill(writer: StoreWriter, connection: sqlite3.Connection, files: Files) -> None:
-    """Read the official files into a database that ``writer`` was made for."""
+    """Read the official files into the database ``connection`` of ``writer``."""
     skipped: list[str] = []
     connection.execute("CREATE TEMP TABLE attributes (asin TEXT PRIMARY KEY, record TEXT)")
     connection.executemany(
@@ -94,7 +94,7 @@ def fill(writer: StoreWriter, connection: sqlite3.Connection, files: Files) -> N
             asin = row.get("asin") if isinstance(row, dict) else None
             skipped.append(f"row {number} ({asin!r}): {error}")
             continue
-        # Of products with one id the first counts; only it draws a price.
+        # Of several products with the same id the first one counts, and only it draws a price.
         state = rng.getstate() if len(product.prices) > 1 else None
         if not writer.add_product(product, draw_price(product, rng)) and state is not None:
             rng.setstate(state)
@@ -119,7 +119,7 @@ def fill(writer: StoreWriter, connection: sqlite3.Connection, files: Files) -> N
 
 
 def _fingerprint(files: Files) -> str:
-    """Name a catalog: layout, files (name, size, time, both ends of their content), kind of goals."""
+    """Return a hash of layout, files (name, size, time, both ends of their content) and kind of goals."""
     digest = hashlib.sha256(f"webshop/{VERSION}".encode())
     for path in files:
         if path is None:

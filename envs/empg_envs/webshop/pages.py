@@ -1,4 +1,4 @@
-"""What pages read like in WebShop's text mode: visible texts of the page, divided by `` [SEP] ``."""
+"""Pages of WebShop's text mode: the visible texts of a page, separated by `` [SEP] ``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from empg_envs.webshop.reward import Reward
 from empg_envs.webshop.shop import MAX_RESULTS, Catalog, Page, Visit
 
 SEPARATOR = " [SEP] "
-# The till's page as the original prints it in text mode, where its details are not filled in.
+# The page after a purchase. In text mode the original does not fill in its details.
 _RECEIPT_HEAD = (
     "Thank you for shopping with us!",
     "Your code:",
@@ -24,7 +24,7 @@ _RECEIPT_REST = (
     *("category", "product category", "query", "Goal", "None"),
     *("Reward", "Your score (min 0.0, max 1.0)"),
 )
-# Characters that mean something in HTML stand escaped in JSON within a page.
+# In JSON within a page, the special characters of HTML are escaped.
 _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&'"}
 
 
@@ -35,7 +35,8 @@ def render(visit: Visit, catalog: Catalog, reward: Reward | None = None) -> str:
         segments: Iterable[str] = _receipt(visit, reward)
     else:
         segments = _page(visit, catalog)
-    # Texts of nothing, or of one line break, are no visible text; all others are stripped, even to nothing.
+    # As in the original, empty texts and single line breaks are dropped; all others are stripped and kept,
+    # even if nothing remains.
     return SEPARATOR.join(text.strip() for text in segments if text not in ("", "\n"))
 
 

@@ -1,8 +1,8 @@
-"""Porter's stemmer as Lucene applies it.
+"""Porter's stemmer as in Lucene.
 
-Source: M. F. Porter, "An algorithm for suffix stripping", Program 14(3), 1980, with the two departures
-of the author's own later code (``bli`` -> ``ble``, ``logi`` -> ``log``), and words of up to two letters
-left alone. Letters are compared as they are: the caller lower-cases.
+Source: M. F. Porter, "An algorithm for suffix stripping", Program 14(3), 1980, with the two changes of the
+author's own later code (``bli`` -> ``ble``, ``logi`` -> ``log``). Words of up to two letters are unchanged.
+The caller converts words to lower case.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _is_consonant(word: str, at: int) -> bool:
     letter = word[at]
     if letter != "y":
         return letter not in "aeiou"
-    # A y is a consonant at the start and after a vowel; runs of y are counted, not recursed into.
+    # A y is a consonant at the start and after a vowel. Counting a run of y avoids deep recursion.
     start = at
     while start > 0 and word[start - 1] == "y":
         start -= 1
@@ -88,7 +88,7 @@ def _ends_double(word: str) -> bool:
 
 
 def _ends_short(word: str) -> bool:
-    """End consonant, vowel, consonant other than w, x, y."""
+    """Return whether a word ends with consonant, vowel, consonant, and the last one is not w, x or y."""
     return (
         len(word) > 2
         and _is_consonant(word, len(word) - 3)
@@ -119,7 +119,7 @@ def _participles(word: str) -> str:
 
 
 def _repair(stem: str) -> str:
-    """What is left of a word that lost ``ed`` or ``ing`` is made a word again."""
+    """Restore the end of a word after removal of ``ed`` or ``ing``: "hopp" to "hop", "siz" to "size"."""
     if stem.endswith(("at", "bl", "iz")):
         return stem + "e"
     if _ends_double(stem):
@@ -138,7 +138,7 @@ def _replace(word: str, suffixes: tuple[str, ...], endings: dict[str, str]) -> s
 def _residues(word: str) -> str:
     for suffix in _STEP_4:
         if word.endswith(suffix):
-            # Of "sion" and "tion" only "ion" is taken.
+            # Only the "ion" of "sion" and "tion" is removed.
             stem = word[:-3] if suffix in ("sion", "tion") else word[: -len(suffix)]
             return stem if _measure(stem) > 1 else word
     return word

@@ -1,4 +1,4 @@
-"""Beside the engine: prompts made of pages, actions read out of responses, a closed vocabulary."""
+"""Prompts, action parsers, and a closed vocabulary for small models."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from empg_envs.webshop.texts import SEARCH_HINT, VERBS
 
 PARSERS = ("plain", "tags")
 STYLES = ("terse", "page")
-MAX_PROMPT_CHARACTERS = 13_000  # a longer windowed prompt leaves its history out
-_TAIL_CHARACTERS = 20  # what is sent of a response without action tags
+MAX_PROMPT_CHARACTERS = 13_000  # a longer windowed prompt is built without its history
+_TAIL_CHARACTERS = 20  # number of last characters of a response without action tags that are the action
 _VERBS = (*VERBS, f"{SEARCH} ", "open item ", "pick ")
 
 _ROLE = (
@@ -36,11 +36,12 @@ def make_prompts(style: str = "terse", parser: str = "plain") -> PromptBuilder:
     """Build the prompt builder that fits an environment's style.
 
     Args:
-      style: ``terse`` (nothing but the observation) or ``page`` (role, request, page, admissible actions).
-      parser: the parser that will read the answer; the instructions ask for its format.
+      style: ``terse`` (only the observation) or ``page`` (role, request, page, admissible actions).
+      parser: the parser of the answers; the instructions ask for its format.
 
     Raises:
-      ValueError: an unknown style or parser, or ``terse`` with ``tags``, which it cannot ask for.
+      ValueError: the style or parser is unknown, or ``terse``, which has no instructions, is combined with
+        ``tags``.
     """
     _check(style, parser)
     if style == "page":
@@ -53,14 +54,14 @@ def make_prompts(style: str = "terse", parser: str = "plain") -> PromptBuilder:
 
 
 def make_parser(parser: str = "plain", *, style: str = "terse") -> ActionParser:
-    """Build the action parser; it takes the same options as `make_prompts`.
+    """Build the action parser; it accepts the options of `make_prompts`.
 
     Args:
       parser: ``plain`` (the first line) or ``tags`` (think and action tags).
-      style: whose grammar a plain answer must follow to be valid.
+      style: the style whose grammar a valid plain answer follows.
 
     Raises:
-      ValueError: an unknown style or parser.
+      ValueError: the style or parser is unknown.
     """
     _check(style, parser)
     return TagParser(_TAIL_CHARACTERS) if parser == "tags" else LineParser(style)
@@ -74,14 +75,14 @@ def _check(style: str, parser: str) -> None:
 
 
 class LineParser:
-    """The first line that is not blank is the action; it is valid when it follows the style's grammar."""
+    """A parser that takes the first non-blank line; the action is valid if it follows the style's grammar."""
 
     def __init__(self, style: str) -> None:
-        """Initialize with ``style``: ``terse`` or ``page``."""
+        """Set the style, ``terse`` or ``page``."""
         self._style = style
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Strip the line; an ill-formed one is passed on as it is."""
+        """Return the stripped line; an ill-formed one is returned unchanged as invalid."""
         lines = response.strip().splitlines()
         action = lines[0].strip() if lines else ""
         if self._style == "page":
@@ -91,10 +92,10 @@ class LineParser:
 
 
 class PagePrompts(PlainPrompts):
-    """The structure of verl-agent's WebShop prompts in our words: request, past, page, actions, format."""
+    """A prompt builder with the structure of verl-agent's prompts: request, past, page, actions, format."""
 
     def __init__(self, parser: str = "plain") -> None:
-        """Initialize with ``parser``: the answer format to ask for."""
+        """Set the parser whose answer format the prompts ask for."""
         self._answer = _ANSWER[parser]
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
@@ -103,7 +104,7 @@ class PagePrompts(PlainPrompts):
         return [{"role": "user", "content": "\n\n".join(parts)}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
-        """Return page and actions."""
+        """Return the page and the actions."""
         return "\n\n".join(self._now(observation, info))
 
     def recall(
@@ -113,9 +114,9 @@ class PagePrompts(PlainPrompts):
         info: Mapping[str, Any],
         turn: int,
     ) -> list[Message]:
-        """Return a fresh prompt: role, request, the remembered turns with their numbers, the present.
+        """Return a fresh prompt: role, request, the numbered past turns, and the current page.
 
-        Beyond `MAX_PROMPT_CHARACTERS` it falls back to the prompt without a past.
+        A prompt longer than `MAX_PROMPT_CHARACTERS` is built without past turns.
         """
         past = quote_turns([(quote_page(seen, info["task"]), done) for seen, done in history], turn)
         parts = [f"{_ROLE}\nThe request is: {info['task']}"]
@@ -137,9 +138,9 @@ class PagePrompts(PlainPrompts):
 
 
 def quote_page(observation: str, task: str) -> str:
-    """Return the texts of a page that follow the instruction, each in quotes.
+    """Return the texts of a page after the instruction, each in quotes.
 
-    A page without the instruction (after the purchase) is quoted whole.
+    For a page without the instruction (after the purchase), return all texts.
     """
     segments = observation.split(SEPARATOR)
     if task in segments:
@@ -148,7 +149,7 @@ def quote_page(observation: str, task: str) -> str:
 
 
 def offered_actions(info: Mapping[str, Any]) -> list[str]:
-    """Return actions in the order of the page, the search first where there is a search bar."""
+    """Return the actions in the order of the page; with a search bar, the search comes first."""
     search = [SEARCH_HINT] if info.get("has_search") else []
     return [*search, *(f"click[{name}]" for name in info.get("clickables", ()) if name != SEARCH)]
 
@@ -158,14 +159,14 @@ def phrases(level: str = "tiny", style: str | None = None, **options: Any) -> li
 
     Args:
       level: the environment's level; only ``tiny`` has a closed vocabulary.
-      style: the environment's style; only ``terse`` (tiny's own) has one.
-      options: other options of the environment; the vocabulary does not depend on them.
+      style: the environment's style; only ``terse`` (the default of ``tiny``) has a closed vocabulary.
+      **options: other options of the environment; the vocabulary does not depend on them.
 
     Returns:
-      Phrases (some hold spaces), sorted, none twice.
+      Sorted phrases without duplicates; some contain spaces.
 
     Raises:
-      ValueError: another level or style.
+      ValueError: the level or style has no closed vocabulary.
     """
     if level != "tiny" or style not in (None, "terse"):
         raise ValueError(

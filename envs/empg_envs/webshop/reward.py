@@ -1,10 +1,10 @@
-"""The reward of a purchase, as WebShop computes it.
+"""WebShop's reward of a purchase.
 
 r = r_type * (n_att + n_opt + [price <= limit]) / (|attributes| + |options| + 1)
 
-Source: Yao et al., "WebShop", NeurIPS 2022, section 4.1 and appendix; where paper and original code differ,
-the code is followed, its quirks included: with (name, value) pairs as wanted options the pair is compared as
-its printed form, so that "large" satisfies ("size", "3x-large").
+Source: Yao et al., "WebShop", NeurIPS 2022, section 4.1 and appendix. If paper and original code differ, this
+module follows the code, including its quirks. For example, a wanted option that is a (name, value) pair is
+compared by its printed form, so that "large" satisfies ("size", "3x-large").
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from empg_envs.webshop.schema import CATEGORY_MARK, Goal, Product
 from empg_envs.webshop.tagger import Tagger
 
 _ALIKE = 85  # a fuzzy score above this is a match
-# The color words of the original's table (princeton-nlp/WebShop, MIT): the first that occurs stands for all.
+# The color words of the original's table (princeton-nlp/WebShop, MIT). A value is reduced to the first of
+# these words that occurs in it.
 _COLORS = (
     *("alabaster", "apricot", "aqua", "ash", "asphalt", "azure", "banana", "beige", "black", "blue"),
     *("blush", "bordeaux", "bronze", "brown", "burgundy", "camel", "camo", "caramel", "champagne"),
@@ -40,8 +41,8 @@ class Reward:
     Attributes:
       total: the reward in [0, 1].
       type_factor: r_type.
-      title_score: share of the goal title's nouns that the bought title has.
-      attributes, options: how many wanted ones are met.
+      title_score: share of the nouns in the goal's title that occur in the bought product's title.
+      attributes, options: number of wanted attributes and options that are met.
       price: whether the price is within the limit.
     """
 
@@ -56,7 +57,7 @@ class Reward:
 def compute_reward(
     goal: Goal, bought: Product, price: float, chosen: Iterable[str], tagger: Tagger
 ) -> Reward:
-    """Reward the purchase of ``bought`` at ``price`` dollars with the ``chosen`` option values."""
+    """Compute the reward of buying ``bought`` at ``price`` dollars with the ``chosen`` option values."""
     type_factor, title_score = _compare_types(goal, bought, tagger)
     attributes = sum(_has_attribute(bought, attribute) for attribute in goal.attributes)
     options = _count_options(tuple(chosen), goal.options)

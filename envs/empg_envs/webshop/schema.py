@@ -1,8 +1,8 @@
-"""Products and goals, and how the official loader turns raw rows into them.
+"""Products and goals, and the official loader's conversion of raw rows.
 
-A raw row is an entry of ``items_shuffle*.json`` beside its entries in ``items_ins_v2*.json`` (attributes,
+A raw row is an entry of ``items_shuffle*.json`` with its entries in ``items_ins_v2*.json`` (attributes,
 synthetic instruction) and ``items_human_ins.json`` (human instructions). The rules are those of WebShop's
-text mode; what the simulator never reads is left out.
+text mode. Fields that the simulator never reads are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-CATEGORY_MARK = "\u203a"  # divides the parts of a category path
+CATEGORY_MARK = "\u203a"  # separates the parts of a category path
 NO_ATTRIBUTES = ("DUMMY_ATTR",)
 DEFAULT_PRICE = 100.0
 _MAX_ID = 10  # rows with longer ids are not products
@@ -22,23 +22,23 @@ _TEXTS = ("name", "full_description", "product_category", "category", "query")
 
 
 class BadRow(ValueError):
-    """A catalog row that cannot become a product; the message says why."""
+    """A catalog row that cannot become a product. The message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Product:
-    """One product as pages, search and reward see it.
+    """One product, with the fields that pages, search and reward use.
 
     Attributes:
       asin: id, at most ten characters.
       title, description: texts of the item page and its sub-page.
       bullets: paragraphs of the features sub-page.
-      price_tag: what pages show, for example ``$1.99 to $8.99``.
+      price_tag: price text on pages, for example ``$1.99 to $8.99``.
       prices: one price in dollars, or the two ends of a range.
-      options: option name to its values, in page order.
-      attributes: what the reward compares goal attributes with.
-      category, query: the shop's department, and the query that the product was found with.
-      product_category: path of categories divided by `CATEGORY_MARK`.
+      options: option name -> its values, in page order.
+      attributes: attributes that the reward compares with those of the goal.
+      category, query: department of the product, and the query by which it was collected.
+      product_category: path of categories separated by `CATEGORY_MARK`.
     """
 
     asin: str
@@ -54,17 +54,17 @@ class Product:
     product_category: str
 
     def search_text(self) -> str:
-        """What the search engine indexes: title, description, first bullet, options; lower case."""
+        """Return the indexed text: title, description, first bullet and options in lower case."""
         options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in self.options.items())
         return " ".join([self.title, self.description, *(self.bullets[:1] or ("",)), options]).lower()
 
     def to_json(self) -> str:
-        """Return a compact record; `product_from_json` reads it back."""
+        """Return a compact JSON record for `product_from_json`."""
         return _to_json(self)
 
 
 def product_from_json(record: str) -> Product:
-    """Read what `Product.to_json` wrote."""
+    """Parse a record of `Product.to_json`."""
     fields = json.loads(record)
     for name in ("bullets", "prices", "attributes"):
         fields[name] = tuple(fields[name])
@@ -79,12 +79,12 @@ class Goal:
     Attributes:
       asin: the product that the instruction was written for.
       instruction: the task sentence.
-      attributes: what the bought product must have.
-      price_upper: highest acceptable price in dollars; a million where the instruction names none.
-      options: wanted option values; a synthetic goal wants (name, value) pairs, which the official reward
-        compares as pairs.
-      title, query, product_category: of the product, for the comparison of types.
-      weight: how often the original simulator draws it, relative to the others.
+      attributes: wanted attributes of the bought product.
+      price_upper: highest acceptable price in dollars; a million if the instruction names none.
+      options: wanted option values. Those of a synthetic goal are (name, value) pairs, which the official
+        reward compares as pairs.
+      title, query, product_category: fields of the product, for the comparison of types.
+      weight: relative frequency with which the original simulator draws the goal.
     """
 
     asin: str
@@ -98,17 +98,17 @@ class Goal:
     weight: float = 1.0
 
     def content_hash(self) -> str:
-        """Return the hash of what the task is: product, sentence and what is asked of the purchase."""
+        """Return the hash of the task: product, task sentence and requirements of the purchase."""
         content = [self.asin, self.instruction, self.attributes, self.price_upper, self.options]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Return a compact record; `goal_from_json` reads it back."""
+        """Return a compact JSON record for `goal_from_json`."""
         return _to_json(self)
 
 
 def goal_from_json(record: str) -> Goal:
-    """Read what `Goal.to_json` wrote."""
+    """Parse a record of `Goal.to_json`."""
     fields = json.loads(record)
     fields["attributes"] = tuple(fields["attributes"])
     fields["options"] = tuple(tuple(o) if isinstance(o, list) else o for o in fields["options"])
@@ -116,7 +116,7 @@ def goal_from_json(record: str) -> Goal:
 
 
 def _to_json(record: Product | Goal) -> str:
-    # Without dataclasses.asdict, which copies every value deeply and takes three times as long.
+    # Not dataclasses.asdict, which makes deep copies of all values and takes three times as long.
     fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 

@@ -1,9 +1,9 @@
-"""The shop floor: which page a shopper is on, what can be clicked there, and where a click leads.
+"""The shop's state machine: the current page, its clickable elements, and the effects of clicks.
 
-A `Visit` is one episode over a `Catalog`. It knows nothing of texts: `pages.py` says what a page reads
-like. Its transitions are those of WebShop's text mode, quirks included: a search is possible from every
-page, leaving an item's page by ``< prev`` forgets the chosen options, a value that occurs under two options
-belongs to the later one, and beyond the last result there are empty pages without end.
+A `Visit` is one episode over a `Catalog`. It contains no texts of pages; `pages` renders them. The
+transitions are those of WebShop's text mode, including its quirks. A search is possible from every page.
+Leaving an item's page by ``< prev`` forgets the chosen options. A value of two options belongs to the later
+one. After the last result there are infinitely many empty pages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SEARCH = "search"
 
 
 class Catalog(Protocol):
-    """What a visit needs of a shop."""
+    """The part of a catalog that a visit uses."""
 
     def product(self, asin: str) -> Product:
         """Return the product of that id."""
@@ -33,7 +33,7 @@ class Catalog(Protocol):
 
 
 class Page(enum.Enum):
-    """Kinds of pages."""
+    """The kind of a page."""
 
     SEARCH = "search"
     RESULTS = "results"
@@ -43,17 +43,17 @@ class Page(enum.Enum):
 
 
 class Visit:
-    """One shopper's visit.
+    """The state of one episode.
 
     Attributes:
-      goal: what is wanted.
-      page: kind of the page shown now.
+      goal: the goal.
+      page: kind of the current page.
       number: number of the results page, from 1.
       query: words of the last search.
-      results: ids that it found.
-      product: the product looked at, or None.
-      detail: which of `DETAILS` is open on a detail page.
-      chosen: option name to chosen value.
+      results: ids of its results.
+      product: the opened product, or None.
+      detail: the open page of `DETAILS` on a detail page.
+      chosen: option name -> chosen value.
     """
 
     __slots__ = (
@@ -62,7 +62,7 @@ class Visit:
     )
 
     def __init__(self, catalog: Catalog, goal: Goal, page_size: int = 10) -> None:
-        """Start on the search page; ``page_size``: results per page."""
+        """Start on the search page; ``page_size`` is the number of results per page."""
         self._catalog = catalog
         self.goal = goal
         self.page_size = page_size
@@ -80,7 +80,7 @@ class Visit:
 
     @property
     def shown(self) -> Sequence[str]:
-        """Ids on the present results page."""
+        """Product ids on the current results page."""
         return self.results[(self.number - 1) * self.page_size : self.number * self.page_size]
 
     @property
@@ -89,7 +89,7 @@ class Visit:
         return self._owners.keys() if self.page is Page.ITEM else ()
 
     def clickables(self) -> list[str]:
-        """What can be clicked, in the order of the page."""
+        """Return the names of the clickable elements, in the order of the page."""
         if self.page is Page.SEARCH:
             return [_SEARCH]
         if self.page is Page.RESULTS:
@@ -100,20 +100,20 @@ class Visit:
         return [BACK, PREVIOUS] if self.page is Page.DETAIL else []
 
     def search(self, query: str) -> None:
-        """Search; possible on every page."""
+        """Search for a query; this is possible on every page."""
         self._leave()
         self.page = Page.RESULTS
         self.query = query
         self.results = self._catalog.search(query)
 
     def click(self, name: str) -> bool:
-        """Follow a click.
+        """Click an element of the page.
 
         Args:
-          name: what is clicked, lower-case.
+          name: name of the element in lower case.
 
         Returns:
-          Whether there was such a thing; if not, nothing changed.
+          Whether the page has such an element; if not, nothing changed.
         """
         if name == _SEARCH or name not in self.clickables():
             return False

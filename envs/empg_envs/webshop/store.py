@@ -1,7 +1,7 @@
 """A catalog in one SQLite database: products, goals, search index.
 
-Read-only once written, and read by memory map, so that any number of workers share one copy in the page
-cache; a process keeps only what it used lately. A small catalog can live in memory instead.
+A finished database is read-only and memory-mapped, so that all workers share one copy in the page cache. Each
+process caches only recently used entries. A small catalog can be an in-memory database instead.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from empg_envs.webshop.goals import synthetic_weight
 from empg_envs.webshop.schema import Goal, Product, goal_from_json, product_from_json
 from empg_envs.webshop.shop import MAX_RESULTS
 
-VERSION = 1  # of the layout below; another version is built anew
-_MAPPED_BYTES = (1 << 31) - (1 << 16)  # SQLite's limit; what lies beyond is read through the page cache
+VERSION = 1  # version of the layout below; a catalog of another version is built again
+_MAPPED_BYTES = (1 << 31) - (1 << 16)  # SQLite's limit of a map; later bytes are read without it
 _GOALS_AT_ONCE = 10_000
 _KEPT_PRODUCTS, _KEPT_QUERIES, _KEPT_IDS = 2048, 256, 1 << 16
 
@@ -36,10 +36,10 @@ CREATE TABLE term (term TEXT PRIMARY KEY, postings BLOB NOT NULL);
 
 
 class StoreWriter:
-    """Fills an empty database: products first, then goals, then `finish`."""
+    """A writer of a new database: first the products, then the goals, then `finish`."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        """Initialize with ``connection``: to a database with nothing in it."""
+        """Create the tables in the empty database of ``connection``."""
         self._connection = connection
         self._num_products = self._num_goals = 0
         self._counts: Counter[str] = Counter()
@@ -47,11 +47,11 @@ class StoreWriter:
 
     @property
     def num_goals(self) -> int:
-        """Goals added so far."""
+        """Number of goals added so far."""
         return self._num_goals
 
     def add_product(self, product: Product, price: float) -> bool:
-        """Add a product with the price that the till asks for; False when its id is there already."""
+        """Add a product with the price of its purchase; return False if its id exists already."""
         cursor = self._connection.execute(
             "INSERT OR IGNORE INTO incoming VALUES (?, ?, ?, ?)",
             (self._num_products, product.asin, price, product.to_json()),
@@ -60,12 +60,12 @@ class StoreWriter:
         return cursor.rowcount == 1
 
     def products(self) -> Iterable[tuple[Product, float]]:
-        """Return products and prices in the order in which they were added."""
+        """Return the products and prices in their order of insertion."""
         rows = self._connection.execute("SELECT record, price FROM incoming ORDER BY number")
         return ((product_from_json(record), price) for record, price in rows)
 
     def add_goals(self, goals: Iterable[Goal]) -> None:
-        """Add goals, numbered from 0 in the order of adding."""
+        """Add goals; their positions count from 0 in the order of insertion."""
         for goal in goals:
             self._connection.execute(
                 "INSERT INTO goal VALUES (?, ?, ?)", (self._num_goals, goal.weight, goal.to_json())
@@ -74,7 +74,7 @@ class StoreWriter:
             self._counts.update(goal.attributes)
 
     def weigh_goals(self) -> None:
-        """Give every goal the weight of a synthetic one."""
+        """Set the weight of every goal by the rule for synthetic goals."""
         for first in range(0, self._num_goals, _GOALS_AT_ONCE):
             rows = self._connection.execute(
                 "SELECT position, record FROM goal WHERE position >= ? ORDER BY position LIMIT ?",
@@ -86,7 +86,7 @@ class StoreWriter:
             )
 
     def finish(self, meta: dict[str, Any]) -> None:
-        """Sort products by id, index them, and write down ``meta`` (JSON-able)."""
+        """Sort the products by id, index them, and store ``meta`` (JSON-able)."""
         connection = self._connection
         connection.execute(
             "INSERT INTO product "
@@ -109,11 +109,11 @@ class Store:
     """A finished catalog.
 
     Attributes:
-      meta: what was written down when it was built, with the numbers of ``products`` and ``goals``.
+      meta: the ``meta`` of `StoreWriter.finish`, with the numbers of ``products`` and ``goals``.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        """Initialize with ``connection``: to a database that `StoreWriter` finished."""
+        """Open the database of ``connection``, which a `StoreWriter` has finished."""
         self._connection = connection
         self.meta: dict[str, Any] = {
             key: json.loads(value) for key, value in connection.execute("SELECT key, value FROM meta")
@@ -129,18 +129,16 @@ class Store:
         return int(self.meta["goals"])
 
     def price(self, asin: str) -> float:
-        """What the till asks for a product."""
+        """Return the price of a purchase of a product."""
         return float(self._one("SELECT price FROM product WHERE asin = ?", asin)[0])
 
     def goal(self, position: int) -> Goal:
-        """Return the goal at a position of the order of building."""
+        """Return the goal at a position in the order of insertion."""
         record, weight = self._one("SELECT record, weight FROM goal WHERE position = ?", position)
         return dataclasses.replace(goal_from_json(record), weight=weight)
 
     def search_afresh(self, query: str) -> Sequence[str]:
-        """Return the ids of the best products for a query; `search` is the same, and remembers the last
-        queries.
-        """
+        """Return the ids of the best products for a query without a cache; `search` has one."""
         found = [document for document, _ in self._index.search(query, MAX_RESULTS)]
         missing = [document for document in found if document not in self._ids]
         if missing:
@@ -171,10 +169,12 @@ class Store:
 
 @functools.lru_cache(maxsize=8)
 def open_store(path: Path) -> Store:
-    """Open a finished catalog file for reading, memory-mapped; one object for all who ask in a process."""
+    """Open a finished catalog file, memory-mapped; all callers in a process get the same object."""
     connection = sqlite3.connect(
         f"file:{quote(str(path))}?mode=ro&immutable=1", uri=True, check_same_thread=False
     )
     connection.execute(f"PRAGMA mmap_size = {_MAPPED_BYTES}")
-    connection.execute("PRAGMA cache_size = -256")  # KiB of private copies; the map makes them needless
+    connection.execute(
+        "PRAGMA cache_size = -256"
+    )  # a private cache of 256 KiB suffices, because the map serves reads
     return Store(connection)

@@ -1,4 +1,4 @@
-"""Large JSON files, read one element at a time."""
+"""A reader of large JSON files, one element at a time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _AFTER_VALUE = tuple(",:]} \t\r\n")
 
 
 def stream_json(path: Path, kind: type) -> Iterator[tuple[Any, Any]]:
-    """Read the elements of a JSON array or object one after the other, in little memory.
+    """Yield the elements of a JSON array or object one after the other, with little memory.
 
     Args:
-      path: a JSON file, gzipped when its name ends so.
-      kind: ``list`` (gives number and element) or ``dict`` (gives key and value).
+      path: a JSON file; a name that ends in ``.gz`` marks a gzipped one.
+      kind: ``list`` (yields index and element) or ``dict`` (yields key and value).
 
     Raises:
       ValueError: the file is no JSON array or object.
@@ -65,7 +65,7 @@ class _Reader:
                 return
 
     def next_mark(self) -> str:
-        """Return the next character that is no blank; empty at the end."""
+        """Return the next non-blank character, or the empty string at the end."""
         self._skip_blanks()
         mark = self._text[self._at : self._at + 1]
         if not mark:
@@ -83,7 +83,7 @@ class _Reader:
         while True:
             try:
                 value, end = decoder.raw_decode(self._text, self._at)
-                # What ends with the window, or not before a mark, may be the first part of a number.
+                # A number may continue after the end of the window, so a value must be followed by a mark.
                 if self._text[end : end + 1] in _AFTER_VALUE or not self._more():
                     self._at = end
                     return value

@@ -1,7 +1,7 @@
-"""Which words of a product title are nouns: the one part of WebShop's reward that wants a language model.
+"""Taggers that find the nouns of a product title, the only part of WebShop's reward with a language model.
 
-The original asks spaCy. Its models are not on the package index, so the tagger is exchangeable, and the one
-in use is named in every ``info``: ``spacy:<model>`` where a model is installed, else ``tokens``.
+The original uses spaCy. Its models are not on the package index, so the tagger is replaceable. Every ``info``
+contains the name of the used tagger: ``spacy:<model>`` if a model is installed, else ``tokens``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CACHED_TITLES = 4096
 
 
 class Tagger(NamedTuple):
-    """A named function from a title to its nouns, lower-case, in order, repeated as they occur."""
+    """A named function from a title to its nouns in lower case, in order and with repetitions."""
 
     name: str
     nouns: Callable[[str], tuple[str, ...]]
@@ -30,12 +30,12 @@ def make_tagger(name: str) -> Tagger:
     """Build a tagger.
 
     Args:
-      name: ``spacy`` (the first of the small, medium, large English web models that is installed),
-        ``tokens`` (every word and every punctuation mark counts as a noun; this never changes the reward of
-        the goal's own product), or ``auto`` (spaCy where a model is installed, else tokens).
+      name: ``spacy`` (the first installed one of the small, medium and large English web models), ``tokens``
+        (every word and every punctuation mark counts as a noun; this never changes the reward of the goal's
+        own product), or ``auto`` (spaCy if a model is installed, else tokens).
 
     Raises:
-      ValueError: an unknown name, or ``spacy`` without an installed model.
+      ValueError: the name is unknown, or ``spacy`` has no installed model.
     """
     if name not in TAGGERS:
         raise ValueError(f"unknown webshop tagger {name!r}; the taggers are {', '.join(TAGGERS)}")
@@ -49,7 +49,7 @@ def make_tagger(name: str) -> Tagger:
 
 
 def lexicon_tagger(nouns: Iterable[str]) -> Tagger:
-    """Exactly these words are nouns: for a catalog whose vocabulary is known."""
+    """Make a tagger for which exactly these words are nouns, for a catalog with a known vocabulary."""
     known = frozenset(nouns)
     return Tagger("lexicon", lambda title: tuple(word for word in _every_token(title) if word in known))
 

@@ -1,7 +1,7 @@
-"""Two ways to tell a visit: as pages like the original's, or in few words for small models.
+"""Two styles of observations and actions: pages like the original's, or few words for small models.
 
-A style says what a page reads like, which actions it offers, and what an action text means. The engine below
-is the same.
+A style defines the text of a page, the offered actions, and the meaning of an action text. The state machine
+(`shop`) is the same for both.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ SEARCH_HINT = "search[<your query>]"
 
 
 class Style(Protocol):
-    """How a visit is told and understood."""
+    """A style of observations and actions."""
 
     def render(self, visit: Visit, reward: Reward | None) -> str:
-        """Return the page shown now."""
+        """Return the text of the current page."""
         ...
 
     def read(self, text: str, visit: Visit) -> Action:
-        """What an action text means on that page; an action without a name means nothing."""
+        """Parse an action text on the current page; an action without a name has no effect."""
         ...
 
     def write(self, action: Action, visit: Visit) -> str:
-        """Return the text that `read` understands as that action."""
+        """Return the text that `read` parses to this action."""
         ...
 
     def admissible(self, visit: Visit) -> list[str]:
-        """Return action texts that do something now; not sorted."""
+        """Return the texts of the possible actions, not sorted."""
         ...
 
 
 class PageStyle:
-    """Pages and actions of the original's text mode.
+    """The pages and actions of the original's text mode.
 
-    A query can be any words; the page where a search is natural offers `SEARCH_HINT` in their place.
+    A query can be any text; the search page offers `SEARCH_HINT` instead of all queries.
     """
 
     def __init__(self, catalog: Catalog) -> None:
-        """Initialize with ``catalog``: where titles and prices are looked up."""
+        """Store the catalog, which gives titles and prices."""
         self._catalog = catalog
 
     def render(self, visit: Visit, reward: Reward | None) -> str:
-        """See `pages.render`."""
+        """Render the page by `pages.render`."""
         return render(visit, self._catalog, reward)
 
     def read(self, text: str, visit: Visit) -> Action:
-        """See `actions.parse_action`."""
+        """Parse the action by `actions.parse_action`."""
         return parse_action(text)
 
     def write(self, action: Action, visit: Visit) -> str:
@@ -72,20 +72,20 @@ _OPEN = re.compile(r"open item ([0-9]{1,4})")
 
 
 class TerseStyle:
-    """A page in a few words, what is wanted at its end.
+    """Pages in few words, with the instruction at the end.
 
-    ``search WORDS``, ``open item 2``, ``pick VALUE``, ``next page``, ``previous page``, ``leave`` (to the
-    search page), ``buy``. Results are numbered on their page; descriptions are not offered. Chosen values
-    are shown, which the original's text mode does not do.
+    The actions are ``search WORDS``, ``open item 2``, ``pick VALUE``, ``next page``, ``previous page``,
+    ``leave`` (to the search page) and ``buy``. Results are numbered on their page. Descriptions cannot be
+    opened. Chosen values are shown, unlike in the original's text mode.
     """
 
     def __init__(self, catalog: Catalog, queries: Sequence[str]) -> None:
-        """Initialize with ``queries``: words that the search page offers to search for."""
+        """Store the catalog, and the queries that the search page offers."""
         self._catalog = catalog
         self._queries = queries
 
     def render(self, visit: Visit, reward: Reward | None) -> str:
-        """What the page shows, then ``want`` and the instruction."""
+        """Return the page's content, then ``want`` and the instruction."""
         if visit.page is Page.DONE:
             assert reward is not None
             return f"bought . score {reward.total:.2f}"
@@ -108,7 +108,7 @@ class TerseStyle:
         return [*words, "chosen", *(visit.chosen.values() or ["nothing"])]
 
     def read(self, text: str, visit: Visit) -> Action:
-        """Read a terse command; blanks and case do not matter."""
+        """Parse a terse command; blanks and case do not matter."""
         words = " ".join(text.lower().split())
         verb, _, rest = words.partition(" ")
         if words in VERBS:
@@ -135,7 +135,7 @@ class TerseStyle:
         return f"pick {action.argument}"
 
     def admissible(self, visit: Visit) -> list[str]:
-        """Return every command that does something; on the search page, a search for each of the queries."""
+        """Return every possible command; the search page has a search for each of the queries."""
         if visit.page is Page.SEARCH:
             return [f"{SEARCH} {query}" for query in self._queries]
         if visit.page is Page.RESULTS:

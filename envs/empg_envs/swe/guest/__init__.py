@@ -1,1 +1,1 @@
-"""What runs inside a sandbox: its first process, and the runner of tests. Standard library only."""
+"""The programs inside a sandbox (first process, test runner), which need only the standard library."""

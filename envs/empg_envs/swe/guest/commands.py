@@ -1,8 +1,8 @@
-"""Commands inside a sandbox: run, bounded, watched, and ended with all that they started."""
+"""Execution of commands inside a sandbox, with limits, until all of their processes have ended."""
 
 from __future__ import annotations
 
-# The module behind `signal`: that one makes enumerations of its numbers, which takes a third of the start.
+# The module `signal` builds enumerations, which takes a third of the start; `_signal` does not.
 import _signal as signal  # type: ignore[import-not-found]
 import os
 import resource
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     Config = dict[str, Any]  # limits and folders; see empg_envs.swe.caged
 
-REPORT_FD = 3  # a command that was asked for a report writes it there
-LOOK_EVERY = 0.02  # seconds between two looks at what a running command uses
+REPORT_FD = 3  # descriptor for the report of a command
+LOOK_EVERY = 0.02  # seconds between two checks of a running command's resources
 CHUNK = 1 << 16
 
 
 class Capture:
-    """The beginning and the end of a stream that may be endless."""
+    """The beginning and the end of a stream of any length."""
 
     def __init__(self, keep: int) -> None:
         """Keep ``keep`` bytes, half of them from the end."""
@@ -29,7 +29,7 @@ class Capture:
         self._head, self._tail, self.total = bytearray(), bytearray(), 0
 
     def add(self, data: bytes) -> None:
-        """Take the next piece."""
+        """Add the next piece of the stream."""
         self.total += len(data)
         room = self._half - len(self._head)
         self._head += data[:room]
@@ -44,17 +44,17 @@ class Capture:
 
 
 class Usage:
-    """What all processes of the namespace use together; PID 1 itself is left out."""
+    """The resources of all processes of the namespace together, without PID 1."""
 
     def __init__(self, config: Config) -> None:
         """Take the limits from the sandbox's configuration."""
         self._config = config
         self._page = resource.getpagesize()
-        # A command that finds too many files may still remove some.
+        # If there are too many files already, a command must still be able to run and remove some.
         self._most = [max(config["files"], _count_files(folder)) for folder in config["scratch"]]
 
     def excess(self) -> bytes | None:
-        """Return the name of a limit that is passed, or None."""
+        """Return the name of an exceeded limit, or None."""
         if not self._config["namespace"]:
             return None
         pids = [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
@@ -76,7 +76,7 @@ class Usage:
 
 
 def _count_files(folder: str) -> int:
-    """Return files and folders in the file system that a folder is the root of."""
+    """Return the number of files and folders in the file system of a root folder."""
     room = os.statvfs(folder)
     return room.f_files - room.f_ffree
 
@@ -91,11 +91,11 @@ def run(
     keep: int,
     report_keep: int,
 ) -> list[bytes]:
-    """Run one command to its end or limit, then end everything it left behind.
+    """Run one command until it ends or exceeds a limit, then end all processes that it left.
 
     Returns:
-      Fields: why it ended (``exit`` or the name of a limit), return code, head, tail and omitted count of
-      its output, and what it wrote to the report descriptor.
+      Fields: the reason of the end (``exit`` or the name of a limit), return code, head, tail and omitted
+      count of the output, and the bytes of the report descriptor.
     """
     out, out_end = os.pipe()
     report, report_end = os.pipe()
@@ -131,7 +131,7 @@ def _become(
     """Turn the forked child into the command; never returns."""
     try:
         os.setsid()
-        # The channel took 3 and 4, so no pipe's number is one of these.
+        # The channel has the descriptors 3 and 4, so no pipe has one of the target numbers.
         for source, target in ((ends[0], 0), (ends[1], 1), (ends[1], 2), (ends[2], REPORT_FD)):
             os.dup2(source, target)
         os.closerange(REPORT_FD + 1, 256)
@@ -161,7 +161,7 @@ def _limit(config: Config, seconds: float) -> None:
             hard = resource.getrlimit(what)[1]
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(what, (most, most))
-    os.nice(1)  # so that this process, which watches, is not starved by what it watches
+    os.nice(1)  # lower priority than the watching process, which must not starve
 
 
 def _watch(
@@ -172,7 +172,7 @@ def _watch(
     stdin: bytes,
     seconds: float,
 ) -> bytes:
-    """Feed and read the command until it exits or passes a limit; return why it ended."""
+    """Write stdin and read output until the command exits or exceeds a limit; return the reason."""
     usage, pending = Usage(config), memoryview(stdin)
     poll = select.poll()
     if given_end is not None:
@@ -224,11 +224,11 @@ def _feed(number: int, pending: memoryview) -> memoryview:
 
 
 def _end(config: Config, pid: int) -> int:
-    """Kill the command and all that it started; return its code (negative: the signal)."""
+    """Kill the command and all processes that it started; return its code (negative for a signal)."""
     code = None
     while True:
         try:
-            # As process 1 of a namespace, -1 means every other process in it, at one instant.
+            # For process 1 of a namespace, -1 stands for all other processes in it, at one instant.
             if config["namespace"]:
                 os.kill(-1, signal.SIGKILL)
             else:
@@ -244,7 +244,7 @@ def _end(config: Config, pid: int) -> int:
 
 
 def _drain(number: int, capture: Capture) -> None:
-    """Read what is left in a pipe whose writers are dead (or, without a namespace, may be alive)."""
+    """Read the rest of a pipe; its writers are dead, except perhaps without a namespace."""
     os.set_blocking(number, False)
     try:
         while data := os.read(number, CHUNK):

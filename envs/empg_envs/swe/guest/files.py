@@ -1,4 +1,4 @@
-"""Files inside a sandbox: unpacked, read, written, collected."""
+"""File operations inside a sandbox: unpack, read, write and collect."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ def _write_all(sink: io.RawIOBase, data: bytes) -> None:
 
 
 def snapshot(config: Config, most: int) -> list[bytes]:
-    """Return all files below the root as path, mode, data, path, …; links are not followed, specials left
-    out.
+    """Return all files below the root as path, mode, data, path, ….
+
+    Links are not followed, and special files are left out.
 
     Raises:
-      ValueError: they hold more than ``most`` bytes.
+      ValueError: the files have more than ``most`` bytes.
     """
     fields: list[bytes] = []
     _walk(os.fsencode(config["root"]), b"", 0, most, fields)
@@ -53,7 +54,7 @@ def snapshot(config: Config, most: int) -> list[bytes]:
 
 
 def _walk(folder: bytes, prefix: bytes, depth: int, most: int, fields: list[bytes]) -> None:
-    os.chmod(folder, 0o700)  # whatever a command did to its own folders, their owner may look
+    os.chmod(folder, 0o700)  # a command may have removed its own permissions
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
@@ -80,10 +81,10 @@ def _walk(folder: bytes, prefix: bytes, depth: int, most: int, fields: list[byte
 
 
 def _inside(config: Config, path: str) -> str:
-    """Return the real path, which must lie in a folder where files may be touched.
+    """Return the real path, which must be in a folder with file access.
 
     Raises:
-      ValueError: it lies elsewhere, for example behind a symbolic link or ``..``.
+      ValueError: the path leads elsewhere, for example by a symbolic link or ``..``.
     """
     path = os.path.join(config["root"], path)
     real = os.path.realpath(path)
@@ -109,7 +110,7 @@ def read(config: Config, path: str, most: int) -> list[bytes]:
 
 
 def write(config: Config, path: str, data: bytes) -> list[bytes]:
-    """Write a file as a whole or not at all; folders on the way are made."""
+    """Write a file atomically; missing folders are created."""
     real = _inside(config, path)
     if os.path.isdir(real):
         raise IsADirectoryError(f"{path} is a folder")

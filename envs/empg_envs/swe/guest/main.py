@@ -1,13 +1,13 @@
-"""The first process inside a sandbox: runs commands, moves files, and bounds what commands may use.
+"""The first process inside a sandbox: it runs commands, transfers files, and enforces limits.
 
-It is started by `empg_envs.swe.caged` as process 1 of a process namespace, where the kernel drops every
-signal that other processes of that namespace send it. It speaks frames over its stdin and stdout: requests
-are marshalled tuples (their sender is trusted), replies are lists of byte strings, because what leaves a
-sandbox is never trusted. It needs nothing but the standard library and imports little, so that it is
-ready in about 10 ms. When stdin ends it ends, and the kernel ends every process with it.
+`empg_envs.swe.caged` starts it as process 1 of a process namespace. There the kernel drops all signals to it
+from other processes of the namespace. It exchanges frames over its stdin and stdout. Requests are marshalled
+tuples, because their sender is trusted. Replies are lists of byte strings, because data from a sandbox is
+never trusted. The program needs only the standard library and imports little, so that it is ready in about
+10 ms. It ends at the end of stdin, and the kernel then ends all other processes of the namespace.
 
-With ``"namespace": False`` (the plain local backend) it is an ordinary process: then it can only kill the
-process group of a command and cannot count what the command started.
+With ``"namespace": False`` (the local backend) it is an ordinary process. It can then only kill the process
+group of a command, and it cannot count the command's processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Channel:
     """Frames on two private descriptors that no command inherits."""
 
     def __init__(self) -> None:
-        """Move stdin and stdout away, and points the standard descriptors at nothing."""
+        """Move stdin and stdout to other descriptors, and redirect the standard descriptors to /dev/null."""
         self._source, self._sink = os.dup(0), os.dup(1)
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
@@ -38,7 +38,7 @@ class Channel:
         os.close(nothing)
 
     def receive(self) -> Any:
-        """Return the next request; None at the end."""
+        """Return the next request, or None at the end of stdin."""
         head = self._read(4)
         if head is None:
             return None
@@ -73,16 +73,17 @@ OPERATIONS: dict[str, Any] = {
 
 
 def _shut_off() -> None:
-    """Close this process's memory and descriptors (/proc/1) to the commands, which have the same user."""
-    import ctypes  # only now: whoever waits for the start need not wait for this
+    """Protect this process's memory and descriptors (/proc/1) from the commands, which have the same user."""
+    import ctypes  # imported late, so that the start does not wait for it
 
     if ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
         raise SystemExit("cannot shut off the guest's memory")
 
 
 def main() -> None:
-    """Serve requests until the other side closes."""
-    # Process 1 gets no signal of its namespace that it has no handler for, and Python handles this one.
+    """Serve requests until the end of stdin."""
+    # The kernel drops signals of the namespace to process 1 unless it has a handler; Python has one for
+    # SIGINT.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel()
     config = channel.receive()

@@ -1,8 +1,8 @@
-"""Runs a repository's tests inside a sandbox and reports the status of each on descriptor 3.
+"""The test runner inside a sandbox, which reports the status of each test on descriptor 3.
 
-Started as ``python -I``: the tree under test, its ``PYTHON*`` variables and its ``sitecustomize`` have no
-say before the test framework is loaded, and never precede the standard library. The request comes on
-stdin as JSON: ``runner`` (``pytest`` or ``unittest``), ``root``, ``paths``.
+It is started as ``python -I``. The tree under test, ``PYTHON*`` variables and ``sitecustomize`` therefore
+have no effect before the test framework is loaded, and never precede the standard library. The request is
+JSON on stdin: ``runner`` (``pytest`` or ``unittest``), ``root``, ``paths``.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ OPTIONS = (
 
 
 class Report:
-    """Writes one JSON line per status; a later line about the same test counts."""
+    """A writer of one JSON line per status; the last line about a test counts."""
 
     def __init__(self) -> None:
-        """Take the descriptor away from what the tests may start."""
+        """Move the descriptor, so that processes of the tests do not inherit it."""
         self._number = os.dup(REPORT_FD)
         os.close(REPORT_FD)
 
     def __call__(self, name: str, status: str) -> None:
-        """Say how a test ended."""
+        """Write the status of a test."""
         os.write(self._number, json.dumps([name, status]).encode() + b"\n")
 
 
 class PytestReporter:
-    """A pytest plugin that reports what ``-rA`` prints."""
+    """A pytest plugin that reports the same statuses as ``-rA`` prints."""
 
     def __init__(self, report: Say) -> None:
-        """Initialize with ``report``: called with test id and status."""
+        """Store the function ``report``, which is called with test id and status."""
         self._report = report
 
     def pytest_collection_finish(self) -> None:
-        """Keep what was loaded out of later garbage collections, which disturb tests that compare times."""
+        """Exclude loaded objects from later garbage collections, which disturb tests that compare times."""
         gc.collect()
         gc.freeze()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """A phase of a test has ended."""
+        """Report the status after a phase of a test."""
         expected = hasattr(report, "wasxfail")
         if report.failed:
             self._report(report.nodeid, "FAILED" if report.when == "call" else "ERROR")
@@ -68,10 +68,10 @@ class PytestReporter:
 
 
 class UnittestReporter(unittest.TestResult):
-    """A result that reports test by test, with the ids that pytest would give."""
+    """A test result that reports each test with the id that pytest would give it."""
 
     def __init__(self, report: Say, path: str) -> None:
-        """Initialize with ``path``: the test file, relative to the root."""
+        """Store ``report`` and the path of the test file, relative to the root."""
         super().__init__()
         self._report, self._path = report, path
 
@@ -81,33 +81,33 @@ class UnittestReporter(unittest.TestResult):
         self._report(f"{self._path}::{name}", status)
 
     def addSuccess(self, test: Any) -> None:
-        """The test passed."""
+        """Report a passed test."""
         self._say(test, "PASSED")
 
     def addFailure(self, test: Any, error: Any) -> None:
-        """An assertion failed."""
+        """Report a failed assertion."""
         super().addFailure(test, error)
         self._say(test, "FAILED")
 
     def addError(self, test: Any, error: Any) -> None:
-        """It raised."""
+        """Report an exception."""
         super().addError(test, error)
         self._say(test, "FAILED" if hasattr(test, "_testMethodName") else "ERROR")
 
     def addSkip(self, test: Any, reason: Any) -> None:
-        """It was skipped."""
+        """Report a skipped test."""
         self._say(test, "SKIPPED")
 
     def addExpectedFailure(self, test: Any, error: Any) -> None:
-        """It failed, as it should."""
+        """Report an expected failure."""
         self._say(test, "XFAIL")
 
     def addUnexpectedSuccess(self, test: Any) -> None:
-        """It passed, though it should not."""
+        """Report an unexpected success."""
         self._say(test, "FAILED")
 
     def addSubTest(self, test: Any, subtest: Any, error: Any) -> None:
-        """A part of a test ended."""
+        """Report the status of a subtest."""
         super().addSubTest(test, subtest, error)
         if error is not None:
             self._say(test, "FAILED")
@@ -146,13 +146,14 @@ def _test_files(root: str, paths: Iterable[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Read the request, runs the tests, report."""
+    """Read the request, run the tests, and report their statuses."""
     request = json.loads(sys.stdin.buffer.read())
     root, paths = request["root"], request["paths"]
     report = Report()
     if request["runner"] == "pytest":
         import pytest
-    # The standard library first, then the tree, then what is installed (maybe the tree's own release).
+    # The tree comes after the standard library, but before installed packages: these may contain a release
+    # of the same project.
     standard = [path for path in sys.path if not path.endswith("-packages")]
     installed = [path for path in sys.path if path.endswith("-packages")]
     sys.path[:] = [*standard, f"{root}/src", root, *installed]
