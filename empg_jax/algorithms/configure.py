@@ -13,7 +13,7 @@ from empg_jax.algorithms.parts import (
     modulate,
     objective,
     penalise,
-    regularise,
+    regularize,
 )
 from empg_jax.algorithms.recipe import Recipe
 from empg_jax.algorithms.signatures import FACTORIES
@@ -27,8 +27,8 @@ _MODULES = {
     "correct": correct,
     "keep": keep,
     "aggregate": aggregate,
-    "kl": regularise,
-    "critic": regularise,
+    "kl": regularize,
+    "critic": regularize,
 }
 _SEVERAL = ("penalise", "correct", "keep")
 
@@ -39,7 +39,7 @@ def _parts_of(recipe: Recipe, slot: str) -> tuple[Any, ...]:
 
 
 def _factory(slot: str, part: Any) -> str | None:
-    """The name of the factory that a part came from; None for a function of the user's own."""
+    """Name the factory that a part came from; None for a function of the user's own."""
     known = isinstance(part, Part | Correction) and part.name in FACTORIES.get(slot, {})
     return part.name if known else None
 
@@ -57,7 +57,7 @@ def spec_of(recipe: Recipe) -> Spec:
 
 
 def _make(slot: str, chosen: Chosen) -> Any:
-    """A part from its factory."""
+    """Make a part by its factory."""
     assert chosen.factory is not None
     factory: Callable[..., Any] = getattr(_MODULES[slot], chosen.factory.replace("-", "_"))
     names = FACTORIES[slot][chosen.factory]
