@@ -4,10 +4,12 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from empg_jax import trainer
+from empg_jax.algorithms import Recipe, parts
 from empg_jax.config import load_config
 from empg_jax.models.decoder import init_params
 from empg_jax.run import assembly, weights
@@ -16,6 +18,8 @@ from tests import runs
 
 STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9", "sft.updates=0"]
 PPO = ["algorithm.name=ppo", "rollout.group_size=1", "rollout.tasks_per_update=4"]
+# The critic's head has an optimizer of its own, which is saved and restored with the rest.
+PPO += ["algorithm.critic.learning_rate=0.01", "algorithm.critic.warmup_updates=1"]
 DAPO = ["algorithm.name=dapo", "rollout.max_refills=3"]
 
 
@@ -62,6 +66,28 @@ def test_a_stopped_and_resumed_run_equals_the_whole_one(tmp_path, monkeypatch, o
         assert all(line["groups_uniform"] == 0 or line["groups_replaced"] == 3 * 2 for line in lines)
         assert all(line["mixed_groups"] == 1 - line["groups_uniform"] / 2 for line in lines)
         assert any(line["groups_replaced"] > 0 for line in lines)
+
+
+def test_a_recipe_of_ones_own_is_trained_and_named_first(tmp_path, capfd):
+    own = ["algorithm.entry_point=tests.test_algorithm_runs:OWN", "algorithm.empg.zeta=0.3"]
+    folder = runs.train(tmp_path / "own", *STEADY, *own, "train.updates=1", "eval.tasks=2")
+    err = capfd.readouterr().err
+    assert err.splitlines()[0].startswith(
+        "tests.test_algorithm_runs:OWN + EMPG (k=1, k'=1, zeta=0.3, batch); "
+    )
+    (line,) = runs.lines(folder)
+    assert np.isfinite(line["loss"]) and line["modulation_max"] >= 1
+    packaged = runs.configure(tmp_path / "x", "algorithm.name=grpo")
+    assert packaged.notes[0].startswith("algorithm.empg.zeta=0.05 of quickstart.yaml is dropped")
+
+
+def own_estimator(batch, scores, worth):
+    """The return less the batch's mean: what a user would write."""
+    mean = jnp.sum(worth.returns) / jnp.maximum(jnp.sum(batch.group_ids >= 0, dtype=jnp.float32), 1)
+    return jnp.broadcast_to((worth.returns - mean)[:, None], worth.mask.shape)
+
+
+OWN = Recipe(estimate=own_estimator, modulate=parts.empg())
 
 
 def test_the_drift_of_the_entropy_is_measured_after_the_update(tmp_path):

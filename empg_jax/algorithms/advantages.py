@@ -31,7 +31,7 @@ def reinforce(
     baseline: str = "batch_mean",
     trajectory_mask: Shaped[Arr, " N"] | None = None,
 ) -> Float[Array, " N"]:
-    """REINFORCE: A_i = R_i − b.
+    """Compute REINFORCE: A_i = R_i − b.
 
     Source: Williams, 1992, https://doi.org/10.1007/BF00992696.
 
@@ -67,7 +67,7 @@ def grpo(
     eps: Scalar = 1e-6,
     singleton: str = "zero",
 ) -> Float[Array, " N"]:
-    """Group-relative advantages (GRPO); without the division, Dr. GRPO.
+    """Compute group-relative advantages (GRPO); without the division, Dr. GRPO.
 
         A_i = (R_i − mean_g) / (std_g + eps),   std with ddof 1
 
@@ -102,7 +102,7 @@ def grpo(
 def rloo(
     returns: Real[Arr, " N"], group_ids: Int[Arr, " N"], *, singleton: str = "zero"
 ) -> Float[Array, " N"]:
-    """Leave-one-out baseline (RLOO).
+    """Subtract a leave-one-out baseline (RLOO).
 
         A_i = R_i − (1/(G−1)) Σ_{j≠i} R_j = G/(G−1) · (R_i − mean_g)
 
@@ -140,7 +140,7 @@ def grpo_turn_rows(
     singleton: str = "zero",
     rows: str = "all",
 ) -> Float[Array, "N K"]:
-    """GRPO as the row-per-step frameworks compute it: every turn is a row with a score of its own.
+    """Compute GRPO as row-per-step frameworks do: every turn is a row with a score of its own.
 
         A_it = (s_it − mean_g) / (std_g + eps)
 
@@ -200,7 +200,7 @@ def grpo_turn_rows(
 
 
 def has_spread(returns: Real[Arr, " N"], group_ids: Int[Arr, " N"]) -> Bool[Array, " N"]:
-    """Trajectories whose group has different returns: those that DAPO's dynamic sampling keeps.
+    """Mark trajectories whose group has different returns: those that DAPO's dynamic sampling keeps.
 
     Source: DAPO, https://arxiv.org/abs/2503.14476.
 
@@ -219,7 +219,7 @@ def has_spread(returns: Real[Arr, " N"], group_ids: Int[Arr, " N"]) -> Bool[Arra
 def overlong_penalty(
     lengths: Real[Arr, "*shape"], *, max_length: int, cache_length: int, factor: Scalar = 1.0
 ) -> Float[Array, "*shape"]:
-    """DAPO's soft overlong shaping, to be added to the returns before the base estimator.
+    """Compute DAPO's soft overlong shaping, to be added to the returns before the base estimator.
 
         −factor · clip((len − (L_max − L_cache)) / L_cache, 0, 1)
 

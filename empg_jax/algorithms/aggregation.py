@@ -1,4 +1,4 @@
-"""From a loss per token to one number: weights that hold mask and normaliser in one."""
+"""From a loss per token to one number: weights that hold mask and normalizer in one."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def loss_weights(
     sequence_ids: Int[Arr, "B T"] | None = None,
     scale: Scalar | None = None,
 ) -> Float[Array, "B T"]:
-    """Each token's share in the loss, so that the aggregated loss is ``sum(loss * weights)``.
+    """Compute each token's share in the loss, so that the aggregated loss is ``sum(loss * weights)``.
 
     With n_i trained tokens in sequence i, B sequences that have any, and l the loss of a token:
 
@@ -68,7 +68,7 @@ def loss_weights(
 def _weigh(
     mask: Bool[Array, "B T"], segments: Int[Array, "B T"] | None, mode: str, scale: Scalar | None
 ) -> Float[Array, "B T"]:
-    """`loss_weights` with the sequences already numbered in [0, B·T); ``segments`` is read under the mask."""
+    """Compute `loss_weights` with sequences numbered in [0, B·T); ``segments`` is read under the mask."""
     dtype = jnp.result_type(float)
     ones = mask.astype(dtype)
     if mode == "token-mean":
@@ -93,7 +93,7 @@ def minibatch_weights(
     sequence_ids: Int[Arr, "B T"],
     scale: Scalar | None = None,
 ) -> Float[Array, "B T"]:
-    """Loss weights of each mini-batch over itself alone; 0 on rows that are in none.
+    """Compute loss weights of each mini-batch over itself alone; 0 on rows that are in none.
 
     Args:
       loss_mask: tokens that are trained.

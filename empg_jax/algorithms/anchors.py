@@ -21,7 +21,7 @@ STATISTICS = ("trajectories", "step_rows")
 def anchor_groups(
     anchor_ids: Int[Array, "N K"], turn_mask: Bool[Array, "N K"], group_ids: Int[Array, " N"]
 ) -> Int[Array, "N K"]:
-    """Numbers the pairs (task group, anchor) in [0, N·K) by sorting; -1 where a turn has none.
+    """Number the pairs (task group, anchor) in [0, N·K) by sorting; -1 where a turn has none.
 
     Args:
       anchor_ids: arbitrary ids, equal ids = equal observation; -1 = none.
@@ -53,7 +53,7 @@ def gigpo(
     statistics: str = "trajectories",
     turn_scores: Real[Arr, "N K"] | None = None,
 ) -> Float[Array, "N K"]:
-    """Group-in-group advantages (GiGPO).
+    """Compute group-in-group advantages (GiGPO).
 
         A_it = A^E_it + ω A^S_it
 
@@ -112,7 +112,7 @@ def similarity_anchors(
     num_turns: int,
     threshold: float = 0.95,
 ) -> np.ndarray:
-    """Anchor ids for observations that are alike rather than equal (host code, before the batch is built).
+    """Number observations that are alike rather than equal (host code, before the batch is built).
 
     Greedy and in order: an observation joins the first cluster of its task group whose first member it
     matches with a `difflib` ratio of at least ``threshold``, else it opens a cluster.
@@ -181,7 +181,7 @@ def join_alike(trajectories: Sequence[Trajectory], threshold: float) -> list[Tra
 
 
 def _alike(first: str, text: str, threshold: float) -> bool:
-    """Whether the `difflib` ratio reaches the threshold; its two cheap upper bounds go first."""
+    """Tell whether the `difflib` ratio reaches the threshold; its two cheap upper bounds go first."""
     if first == text:
         return True
     matcher = difflib.SequenceMatcher(None, text, first)

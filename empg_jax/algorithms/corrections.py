@@ -24,7 +24,7 @@ LEVELS = ("token", "sequence", "sequence_mean")
 
 
 def _counted(mask: Shaped[Arr, "B T"], sequence_ids: Int[Arr, "B T"] | None) -> Bool[Array, "B T"]:
-    """The mask as bool, without tokens that belong to no sequence."""
+    """Convert the mask to bool, without tokens that belong to no sequence."""
     valid = as_mask(mask)
     return valid if sequence_ids is None else valid & (as_ids(sequence_ids) >= 0)
 
@@ -36,7 +36,7 @@ def _correction_log_ratio(
     level: str,
     sequence_ids: Int[Arr, "B T"] | None,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Log ratio of learner to sampler on a level, clamped to ±20, and the bool mask."""
+    """Compute the log ratio of learner to sampler on a level, clamped to ±20, and the bool mask."""
     check_shapes(old_logprobs=old_logprobs, behavior_logprobs=behavior_logprobs, mask=mask)
     old, behavior = as_floats(jax.lax.stop_gradient(old_logprobs), jax.lax.stop_gradient(behavior_logprobs))
     valid = _counted(mask, sequence_ids)
@@ -58,7 +58,7 @@ def tis_weights(
     sequence_ids: Int[Arr, "B T"] | None = None,
     normalize: bool = False,
 ) -> Float[Array, "B T"]:
-    """Truncated importance sampling: constants that multiply the loss after its clipping.
+    """Compute truncated importance weights: constants that multiply the loss after its clipping.
 
         token: w = min(e^{d_t}, cap);   sequence: w = min(e^{Σ_t d_t}, cap);   d = old − behavior
 
@@ -126,7 +126,7 @@ def mis_mask(
     level: str = "token",
     sequence_ids: Int[Arr, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
-    """Masked importance sampling: keeps what lies in ``[low, high]``, ends included.
+    """Keep what lies in ``[low, high]``, ends included.
 
     What is rejected leaves the mask *and* the denominator: use the result as ``loss_mask`` of `loss_weights`.
     Source: verl's rollout correction, as `tis_weights`.
@@ -162,7 +162,7 @@ def offpolicy_sequence_mask(
     *,
     delta: Scalar = 0.223,
 ) -> Bool[Array, "B T"]:
-    """Drops sequences that are bad and that the policy has already left.
+    """Drop sequences that are bad and that the policy has already left.
 
         drop i when mean_t A < 0 and mean_t (old − log π) > δ
 
@@ -199,7 +199,7 @@ def offpolicy_sequence_mask(
 def effective_sample_size(
     old_logprobs: Real[Arr, "B T"], behavior_logprobs: Real[Arr, "B T"], mask: Shaped[Arr, "B T"]
 ) -> Float[Array, ""]:
-    """Share of the tokens that the ratios learner/sampler leave effective: (mean w)² / mean w², in (0, 1].
+    """Compute the share of tokens that the ratios leave effective: (mean w)² / mean w², in (0, 1].
 
     Args:
       old_logprobs: of the learner before the update.

@@ -80,7 +80,7 @@ def compute_worth(batch: Batch, turns: Turns, penalties: tuple[Penalties, ...]) 
 
 
 def _checked(part: Any, values: Any, shape: tuple[int, ...], legend: str) -> Any:
-    """What a part returned, if it is an array of that shape.
+    """Return what a part gave, if it is an array of that shape.
 
     Raises:
       ValueError: naming the part.
@@ -93,7 +93,7 @@ def _checked(part: Any, values: Any, shape: tuple[int, ...], legend: str) -> Any
 
 
 def _modulate(recipe: Recipe, base: Float[Array, "N K"], turns: Turns, batch: Batch) -> Modulation:
-    """The recipe's modulation of the turns, or none."""
+    """Apply the recipe's modulation, if it has one."""
     if recipe.modulate is None:
         return Modulation(base, jnp.where(turns.mask, jnp.ones_like(base), 0), jnp.zeros_like(base))
     found = recipe.modulate(base, turns, batch)
@@ -140,7 +140,7 @@ def assign(
 def trained_tokens(
     recipe: Recipe, batch: Batch, scores: Scores, turns: Turns
 ) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
-    """The sampled tokens that corrections accept, and those of them whose turn the loss covers."""
+    """Choose the sampled tokens that corrections accept, and those of them whose turn the loss covers."""
     accepted = batch.loss_mask
     for correction in recipe.correct:  # type: ignore[union-attr]
         if correction.accept is not None:

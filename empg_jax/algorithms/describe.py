@@ -24,7 +24,7 @@ _TITLES = {
 
 
 def _modulation(recipe: Recipe) -> str:
-    """The modulation with its settings; options off their usual value only where they say something."""
+    """Name the modulation with its settings; options off their usual value only where they say something."""
     options: Mapping[str, Any] = getattr(recipe.modulate, "options", {})
     controls = [word for word, on in (("reversed", options.get("reverse")),) if on]
     controls += ["shuffled"] if options.get("shuffle_seed") is not None else []
@@ -42,7 +42,7 @@ def _modulation(recipe: Recipe) -> str:
 
 
 def _settings(part: Any) -> str:
-    """A part by name with its settings."""
+    """Name a part with its settings."""
     options = getattr(part, "options", {})
     words = [
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"

@@ -8,7 +8,7 @@ from empg_jax.algorithms.masking import masked_mean, masked_quantiles, masked_sp
 
 
 def mixed_group_share(returns: Float[Array, " N"], group_ids: Int[Array, " N"]) -> Float[Array, ""]:
-    """Share of the task groups whose returns differ; only these teach a group-relative estimator anything.
+    """Compute the share of task groups whose returns differ: only these teach a group-relative estimator.
 
     Args:
       returns: episode returns.
@@ -29,7 +29,7 @@ def credit_metrics(
     turn_entropies: Float[Array, "N K"],
     turn_mask: Bool[Array, "N K"],
 ) -> dict[str, Float[Array, ""]]:
-    """Scalars that describe what the modulation did. Means and shares are over turns, each weighing one.
+    """Describe by scalars what the modulation did. Means and shares are over turns, each weighing one.
 
     Args:
       base: advantages of the estimator.
@@ -70,7 +70,9 @@ def credit_metrics(
 def explained_variance(
     values: Float[Array, "B T"], targets: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Share of the targets' variance that the critic foresaw: 1 − Var(targets − values) / Var(targets).
+    """Compute the share of the targets' variance that the critic foresaw.
+
+        1 − Var(targets − values) / Var(targets)
 
     Args:
       values: the critic's, before the update.
@@ -88,7 +90,7 @@ def predicted_entropy_drift(
     entropies: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
 ) -> Float[Array, ""]:
-    """AEM's entropy-drift law on the batch: the mean over sampled tokens of A (S − H), S = −log π.
+    """Predict the entropy's drift by AEM's law: the mean over sampled tokens of A (S − H), S = −log π.
 
     Positive when the batch pushes the policy's entropy up, in nats per unit of step size.
     Source: AEM, https://arxiv.org/abs/2605.00425; see `empg_jax.algorithms.theory.entropy_drift`.

@@ -99,7 +99,7 @@ def _try(recipe: Recipe, label: str, batch: Batch, scores: Scores) -> None:
 
 
 def _small_batch() -> tuple[Batch, Scores]:
-    """Two groups of two, two turns of two tokens each; one group won once, the other never."""
+    """Make up two groups of two, two turns of two tokens each; one group won once, the other never."""
     rows, length, turns = 4, 8, 2
     place = np.arange(length)[None, :] + np.zeros((rows, 1), int)
     mask, owner = place % 4 >= 2, np.arange(rows)[:, None] + 0 * place

@@ -42,7 +42,7 @@ MEANS = ("turn", "token")
 
 
 def scope_segments(scope: str, group_ids: Int[Array, " N"]) -> Int[Array, " N"]:
-    """The segment of each trajectory in [0, N): all one, its group, or itself; -1 where absent.
+    """Number the segment of each trajectory in [0, N): all one, its group, or itself; -1 where absent.
 
     Args:
       scope: ``"batch"``, ``"group"`` or ``"trajectory"``.
@@ -65,7 +65,7 @@ def compute_factors(
     min_range: Scalar = 0.0,
     weights: Float[Array, "N K"] | None = None,
 ) -> tuple[Float[Array, "N K"], Float[Array, "N K"]]:
-    """The shared kernel: normalised entropies and self-calibrating factors.
+    """Compute normalized entropies and self-calibrating factors: the shared kernel.
 
         Hn = (H − min_s) / (max_s − min_s + eps)
         factor = exp(−decay · Hn) / (mean_s exp(−decay · Hn) + eps)
@@ -80,7 +80,7 @@ def compute_factors(
       weights: weight of each turn in the mean; None weighs every turn one.
 
     Returns:
-      ``(factors, normalised)``, each [N, K], 0 off the mask.
+      ``(factors, normalized)``, each [N, K], 0 off the mask.
     """
     dtype, num_segments = turn_entropies.dtype, segments.shape[0]
     mask = turn_mask & (segments >= 0)[:, None]
@@ -98,16 +98,16 @@ def compute_factors(
     low, high = jnp.where(low <= high, low, 0), jnp.where(low <= high, high, 0)
     span = high - low
     scale = jnp.where(span + eps > 0, span + eps, 1)
-    normalised = jnp.where(mask, (jnp.where(mask, turn_entropies, low) - low) / scale, 0)
+    normalized = jnp.where(mask, (jnp.where(mask, turn_entropies, low) - low) / scale, 0)
 
-    decayed = jnp.exp(-decay * normalised)
+    decayed = jnp.exp(-decay * normalized)
     shares = jnp.where(mask, jnp.ones_like(decayed) if weights is None else weights, 0)
     total = jax.ops.segment_sum(jnp.sum(decayed * shares, axis=1), home, num_segments=num_segments)
     count = jax.ops.segment_sum(jnp.sum(shares, axis=1), home, num_segments=num_segments)
     mean = spread(total / jnp.where(count > 0, count, 1))
     factors = decayed / jnp.where(mean + eps > 0, mean + eps, 1)
     neutral = (span < min_range) | (decay == 0)
-    return jnp.where(mask, jnp.where(neutral, 1, factors), 0), normalised
+    return jnp.where(mask, jnp.where(neutral, 1, factors), 0), normalized
 
 
 def shuffle_in_segments(
@@ -116,7 +116,7 @@ def shuffle_in_segments(
     segments: Int[Array, " N"],
     key: Key[Array, ""] | UInt32[Array, "2"],
 ) -> Float[Array, "N K"]:
-    """Permutes the valid turns' values at random inside each segment; 0 off the mask.
+    """Permute the valid turns' values at random inside each segment; 0 off the mask.
 
     Args:
       values: one value per turn.
@@ -139,7 +139,7 @@ def prepare(
     group_ids: Int[Arr, " N"] | None,
     scope: str,
 ) -> tuple[Float[Array, "N K"], Float[Array, "N K"], Bool[Array, "N K"], Int[Array, " N"]]:
-    """Checks the inputs of a modulation, brings them to one type and drops absent rows from the mask."""
+    """Check the inputs of a modulation, bring them to one type and drop absent rows from the mask."""
     check_choice("scope", scope, SCOPES)
     check_shapes(advantages=advantages, turn_entropies=turn_entropies, turn_mask=turn_mask)
     if group_ids is None:
@@ -160,7 +160,7 @@ def prepare(
 def token_weights(
     token_counts: Real[Arr, "N K"] | None, like: Float[Array, "N K"], choice: str
 ) -> Float[Array, "N K"]:
-    """Token counts in the type of the computation; ``choice`` names the option that needs them."""
+    """Bring token counts to the type of the computation; ``choice`` names the option that needs them."""
     if token_counts is None:
         raise ValueError(f"{choice} needs token_counts (sampled tokens of each turn, [N, K])")
     check_shapes(advantages=like, token_counts=token_counts)
@@ -168,7 +168,7 @@ def token_weights(
 
 
 def aem_segments(scope: str, group_ids: Int[Array, " N"]) -> Int[Array, " N"]:
-    """`scope_segments`, except that groups of one trajectory each become one batch (see `aem`)."""
+    """Number as `scope_segments` does, but make groups of one trajectory each one batch (see `aem`)."""
     segments = scope_segments(scope, group_ids)
     if scope != "group":
         return segments

@@ -73,7 +73,7 @@ def key_of(factory: str, option: str) -> str:
 
 
 def readers(key: str) -> list[tuple[str, str, str]]:
-    """Slot, factory and keyword of everything that could read a key."""
+    """List slot, factory and keyword of everything that could read a key."""
     return [
         (slot, factory, option)
         for slot, factories in FACTORIES.items()
@@ -84,7 +84,7 @@ def readers(key: str) -> list[tuple[str, str, str]]:
 
 
 def all_keys() -> list[str]:
-    """Every key that a factory or a selector reads."""
+    """List every key that a factory or a selector reads."""
     read = (
         key_of(factory, option)
         for factories in FACTORIES.values()
@@ -95,7 +95,7 @@ def all_keys() -> list[str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys."""
+    """Write nested tables as dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -103,14 +103,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def split_name(name: str, names: Iterable[str] = RECIPES) -> tuple[str, str]:
-    """A name as recipe and modulation: ``gigpo_aem`` is ``("gigpo", "aem")``."""
+    """Split a name into recipe and modulation: ``gigpo_aem`` is ``("gigpo", "aem")``."""
     base, _, kind = name.rpartition("_")
     known = tuple(names)
     return (base, kind) if name not in known and base in known and kind in MODULATIONS else (name, "")
 
 
 def spelled(objective: str) -> str:
-    """The value of ``loss`` that names a factory of objectives."""
+    """Give the value of ``loss`` that names a factory of objectives."""
     return next((value for value, factory in OBJECTIVE_NAMES.items() if factory == objective), objective)
 
 
@@ -121,18 +121,20 @@ def named_spec(name: str, kind: str = "") -> Spec:
 
 
 def choose(spec: Spec, values: Mapping[str, Any]) -> Spec:
-    """The spec with the parts that the selecting keys choose, before any option is handed on."""
+    """Put the parts that the selecting keys choose into a spec, before any option is handed on."""
     chosen = {slot: tuple(parts) for slot, parts in spec.items()}
     for slot, factory in _selections(values):
         if factory is None:
             chosen[slot] = ()
         elif not any(part.factory == factory for part in chosen.get(slot, ())):
             chosen[slot] = (*_besides(slot, factory, chosen.get(slot, ())), Chosen(factory, {}))
+    off = [key for key in ("mask_truncated", "drop_void") if values.get(key) == OFF]
+    chosen["keep"] = tuple(part for part in chosen.get("keep", ()) if part.factory not in off)
     return chosen
 
 
 def written_out(spec: Spec) -> dict[str, Any]:
-    """What a spec says, as keys: its choices, and the options that it sets itself; None for parts unknown."""
+    """Write a spec as keys: its choices, and the options that it sets itself; None for parts unknown."""
     objective, aggregate = (spec.get(slot, ()) for slot in ("objective", "aggregate"))
     modulation = spec.get("modulate", ())
     weighing = [part for part in spec.get("correct", ()) if part.factory != "sequence_mask"]
@@ -154,13 +156,13 @@ def written_out(spec: Spec) -> dict[str, Any]:
 
 
 def readable(spec: Spec, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the keys that select a part or that a chosen part reads."""
+    """Keep the keys that select a part or that a chosen part reads."""
     read = read_keys(choose(spec, values))
     return {key: value for key, value in values.items() if key in read or key in SELECTORS}
 
 
 def read_keys(spec: Spec) -> dict[str, tuple[str, str]]:
-    """The keys that the parts of a spec read: key -> (slot, factory)."""
+    """List the keys that the parts of a spec read: key -> (slot, factory)."""
     return {
         key_of(part.factory, option): (slot, part.factory)
         for slot, chosen in spec.items()
@@ -199,7 +201,7 @@ def resolve(spec: Spec, values: Mapping[str, Any], name: str = "") -> Resolved:
 
 
 def _selections(values: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """What the selecting keys choose: (slot, factory), the factory None where the slot is emptied."""
+    """List what the selecting keys choose: (slot, factory), the factory None where the slot is emptied."""
     if (loss := values.get("loss")) is not None:
         yield "objective", _known("loss", OBJECTIVE_NAMES.get(loss, loss), FACTORIES["objective"])
     if (mode := values.get("aggregation")) is not None:
@@ -224,7 +226,7 @@ def _selections(values: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
 
 
 def _besides(slot: str, factory: str, parts: tuple[Chosen, ...]) -> tuple[Chosen, ...]:
-    """What stays in a slot that a new part enters."""
+    """Keep what stays in a slot that a new part enters."""
     if slot in ("penalise", "keep"):
         return parts
     if slot == "correct":
@@ -242,19 +244,21 @@ def _known(key: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def _with_options(slot: str, part: Chosen, values: Mapping[str, Any]) -> Chosen:
-    """A part with the options that keys give it."""
+    """Give a part the options that keys set."""
     if part.factory is None:
         return part
     options = dict(part.options)
     for option, parameter in FACTORIES[slot].get(part.factory, {}).items():
         key = key_of(part.factory, option)
         if key in values and (values[key] is not None or parameter.takes_none):
+            if parameter.choices:
+                _known(key, values[key], parameter.choices)
             options[option] = values[key]
     return Chosen(part.factory, options, part.label)
 
 
 def is_off(key: str, value: Any) -> bool:
-    """Whether a key says that its own part is absent, or that a default holds."""
+    """Tell whether a key says that its own part is absent, or that a default holds."""
     if key in ("mask_truncated", "drop_void"):
         return value in (None, OFF)
     return value is None or (key in ("kl_coef", "invalid_penalty", "reward_kl_coef") and not value)

@@ -15,7 +15,7 @@ KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")
 
 
 def reinforce_loss(logprobs: Real[Arr, "*shape"], advantages: Real[Arr, "*shape"]) -> Float[Array, "*shape"]:
-    """The policy gradient as it is, no ratio and no clip: l = −A log π.
+    """Compute the policy gradient as it is, no ratio and no clip: l = −A log π.
 
     Args:
       logprobs: of the policy being trained.
@@ -40,7 +40,7 @@ def cispo(
     clip_low: Scalar = 1.0,
     clip_high: Scalar = 0.28,
 ) -> Float[Array, "*shape"]:
-    """CISPO: the clipped ratio is a constant weight, so every token keeps a gradient.
+    """Compute CISPO: the clipped ratio is a constant weight, so every token keeps a gradient.
 
         l = −sg(clip(r, 1−lo, 1+hi)) A log π
 
@@ -73,7 +73,7 @@ def sapo(
     tau_pos: Scalar = 1.0,
     tau_neg: Scalar = 1.05,
 ) -> Float[Array, "*shape"]:
-    """SAPO: a smooth gate in place of the clip.
+    """Compute SAPO: a smooth gate in place of the clip.
 
         l = −(4/τ) sigmoid(τ (r − 1)) A,   τ by the sign of A
 
@@ -107,7 +107,7 @@ def value_loss(
     *,
     clip: Scalar | None = 0.5,
 ) -> Float[Array, "*shape"]:
-    """The critic's clipped squared error.
+    """Compute the critic's clipped squared error.
 
         l = ½ max((v − R)², (clip(v, v_old ± clip) − R)²)
 
@@ -139,7 +139,7 @@ def value_loss(
 def kl_penalty(
     logprobs: Real[Arr, "*shape"], ref_logprobs: Real[Arr, "*shape"], *, kind: str = "k3"
 ) -> Float[Array, "*shape"]:
-    """Estimates of KL(policy ‖ reference) from one sampled token, with d = logprobs − ref_logprobs.
+    """Estimate KL(policy ‖ reference) from one sampled token, with d = logprobs − ref_logprobs.
 
         k1 = d,   k2 = d²/2,   k3 = exp(−d) + d − 1   (−d clamped to ±20, k3 to ±10)
 

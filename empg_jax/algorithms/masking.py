@@ -31,35 +31,35 @@ Length = int  # at least 1
 
 
 def as_mask(mask: Shaped[Arr, "..."]) -> Bool[Array, "..."]:
-    """A mask of any type as bool (non-zero = valid)."""
+    """Convert a mask of any type to bool (non-zero = valid)."""
     return jnp.asarray(mask).astype(bool)
 
 
 def as_ids(ids: Shaped[Arr, "..."]) -> Int[Array, "..."]:
-    """Ids of any integer type as int32."""
+    """Convert ids of any integer type to int32."""
     return jnp.asarray(ids).astype(jnp.int32)
 
 
 def float_type(*arrays: Shaped[Arr, "..."]) -> DTypeLike:
-    """The type to compute in: the inputs' promoted type, at least float32."""
+    """Find the type to compute in: the inputs' promoted type, at least float32."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(jnp.float32, *(jnp.asarray(array) for array in arrays))
 
 
 def as_floats(*arrays: Real[Arr, "..."]) -> tuple[Float[Array, "..."], ...]:
-    """All arrays in one floating type (`float_type`), so that strict promotion has nothing to refuse."""
+    """Bring all arrays to one floating type (`float_type`), so strict promotion has nothing to refuse."""
     dtype = float_type(*arrays)
     return tuple(jnp.asarray(array).astype(dtype) for array in arrays)
 
 
 def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
-    """Raises ValueError naming the argument, what it got and what it takes."""
+    """Raise ValueError naming the argument, what it got and what it takes."""
     if value not in valid:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, valid))}")
 
 
 def check_shapes(**arrays: Shaped[Arr, "..."]) -> None:
-    """Raises ValueError unless all arrays have one shape; users' own JAX settings may broadcast silently."""
+    """Raise ValueError unless all arrays have one shape; users' own JAX settings may broadcast silently."""
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -67,7 +67,7 @@ def check_shapes(**arrays: Shaped[Arr, "..."]) -> None:
 
 
 def masked_mean(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
-    """Mean over the valid places; 0 when there are none."""
+    """Average over the valid places; 0 when there are none."""
     count = jnp.sum(mask, dtype=values.dtype)
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(count, 1)
 
@@ -75,7 +75,7 @@ def masked_mean(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[
 def masked_spread(
     values: Float[Array, "..."], mask: Bool[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, ""]]:
-    """Deviations from the mean over the valid places (0 elsewhere) and their variance (ddof 1).
+    """Compute deviations from the mean over the valid places (0 elsewhere) and their variance (ddof 1).
 
     The values are first shifted by their minimum, so that equal values give zeros exactly.
     """
@@ -87,7 +87,7 @@ def masked_spread(
 
 
 def whiten(x: Real[Arr, "*shape"], mask: Shaped[Arr, "*shape"]) -> Float[Array, "*shape"]:
-    """Mean 0 and variance 1 over the valid places: (x − mean) / sqrt(var + 1e-8), var with ddof 1.
+    """Scale to mean 0 and variance 1 over the valid places: (x − mean) / sqrt(var + 1e-8), var with ddof 1.
 
     Args:
       x: any shape.
@@ -103,7 +103,7 @@ def whiten(x: Real[Arr, "*shape"], mask: Shaped[Arr, "*shape"]) -> Float[Array, 
 
 
 def next_valid_values(values: Float[Array, "R L"], mask: Bool[Array, "R L"]) -> Float[Array, "R L"]:
-    """The value at the next valid place of the same row, across invalid ones; 0 at the last and off the mask.
+    """Find the value at the row's next valid place, across invalid ones; 0 at the last and off the mask.
 
     Args:
       values: one row per sequence.
@@ -120,7 +120,7 @@ def next_valid_values(values: Float[Array, "R L"], mask: Bool[Array, "R L"]) -> 
 def masked_quantiles(
     values: Float[Array, "..."], mask: Bool[Array, "..."], quantiles: tuple[float, ...]
 ) -> tuple[Float[Array, ""], ...]:
-    """Linearly interpolated quantiles of the valid places (0 when there are none).
+    """Interpolate quantiles of the valid places (0 when there are none).
 
     Args:
       values: any shape.

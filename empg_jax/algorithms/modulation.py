@@ -50,7 +50,7 @@ def empg(
     shuffle_key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
     eps: Scalar = 1e-8,
 ) -> Float[Array, "N K"]:
-    """Entropy-Modulated Policy Gradients.
+    """Modulate by EMPG, Entropy-Modulated Policy Gradients.
 
         g = exp(−k Hn) / mean exp(−k Hn),   f = exp(−k' Hn)
         A'_t = A_t g_t + ζ f_{t+1} − mean(A g + ζ f)
@@ -72,7 +72,7 @@ def empg(
         turn by its ``token_counts``; ``"none"`` subtracts nothing.
       token_counts: sampled tokens of each turn, for ``center="token"``.
       active_mask: trajectories that take part; the others (say, of groups with equal returns: `has_spread`)
-        count as absent. None = all, as published: then even a zero advantage receives bonus and centring.
+        count as absent. None = all, as published: then even a zero advantage receives bonus and centering.
       whiten: also divide by the standard deviation over the batch's turns (ddof 1, 1e-8 under the root).
       reverse: control: exp(+k Hn) and exp(+k' Hn), uncertain turns gain.
       shuffle_key: control: permutes g and f, both alike, at random inside the scope.
@@ -128,8 +128,8 @@ def empg_terms(
         mask = mask & as_mask(active_mask)[:, None]
     segments = scope_segments(scope, ids)
     decay, decay_future = (jnp.asarray(-x if reverse else x, advantages.dtype) for x in (k, k_future))
-    factors, normalised = compute_factors(entropies, mask, segments, decay=decay, eps=eps)
-    certainty = jnp.exp(-decay_future * normalised)
+    factors, normalized = compute_factors(entropies, mask, segments, decay=decay, eps=eps)
+    certainty = jnp.exp(-decay_future * normalized)
     if shuffle_key is not None:  # the same key twice: factor and certainty move together
         factors, certainty = (
             shuffle_in_segments(x, mask, segments, shuffle_key) for x in (factors, certainty)
@@ -164,11 +164,11 @@ def aem(
     shuffle_key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
     eps: Scalar = 0.0,
 ) -> Float[Array, "N K"]:
-    """Adaptive Entropy Modulation.
+    """Modulate by AEM, Adaptive Entropy Modulation.
 
         α = exp(−λ Hn) / mean exp(−λ Hn),   A' = α A
 
-    No bonus and no centring: the sign of every advantage is kept. Source: AEM,
+    No bonus and no centering: the sign of every advantage is kept. Source: AEM,
     https://arxiv.org/abs/2605.00425.
 
     When no task has more than one trajectory, a group says nothing beyond its trajectory: scope ``"group"``

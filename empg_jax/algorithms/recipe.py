@@ -82,7 +82,7 @@ class Recipe:
 
 
 def needs_of(part: Any) -> tuple[str, ...]:
-    """Fields of `Scores` that a part says it reads beyond the policy's own."""
+    """List the fields of `Scores` that a part says it reads beyond the policy's own."""
     return getattr(part, "needs", ())
 
 

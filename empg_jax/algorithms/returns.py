@@ -21,7 +21,7 @@ from empg_jax.algorithms.masking import (
 
 
 def backward_sums(values: Float[Array, "S L"], decays: Float[Array, "S L"]) -> Float[Array, "S L"]:
-    """y_j = x_j + d_j · y_{j+1}, in log(L) parallel steps.
+    """Compute y_j = x_j + d_j · y_{j+1} in log(L) parallel steps.
 
     Args:
       values: x.
@@ -40,7 +40,7 @@ def backward_sums(values: Float[Array, "S L"], decays: Float[Array, "S L"]) -> F
 def token_decays(
     valid: Bool[Array, "S L"], ends: Shaped[Arr, "S L"] | None, decay: Float[Array, ""]
 ) -> Float[Array, "S L"]:
-    """What `backward_sums` multiplies by: the decay at valid tokens, 0 at ends, 1 to pass through."""
+    """Give what `backward_sums` multiplies by: the decay at valid tokens, 0 at ends, 1 to pass through."""
     decays = jnp.where(valid, decay, 1)
     return decays if ends is None else jnp.where(as_mask(ends), 0, decays)
 
@@ -52,7 +52,7 @@ def discounted_returns(
     gamma: Scalar,
     ends: Shaped[Arr, "S L"] | None = None,
 ) -> Float[Array, "S L"]:
-    """Discounted reward-to-go over valid tokens: G_j = r_j + γ G_next.
+    """Compute discounted reward-to-go over valid tokens: G_j = r_j + γ G_next.
 
     Args:
       rewards: per token; read under the mask only.
@@ -82,7 +82,7 @@ def gae(
     lam: Scalar = 1.0,
     ends: Shaped[Arr, "S L"] | None = None,
 ) -> tuple[Float[Array, "S L"], Float[Array, "S L"]]:
-    """Generalised advantage estimation over valid tokens.
+    """Estimate generalized advantages over valid tokens (GAE).
 
         δ_j = r_j + γ V_next − V_j,   A_j = δ_j + γ λ A_next,   return_j = A_j + V_j
 
@@ -120,7 +120,7 @@ def gae(
 def reinforce_pp(
     token_rewards: Real[Arr, "S L"], mask: Shaped[Arr, "S L"], *, gamma: Scalar = 1.0
 ) -> Float[Array, "S L"]:
-    """REINFORCE++: discounted reward-to-go, whitened over all valid tokens of the batch.
+    """Compute REINFORCE++: discounted reward-to-go, whitened over all valid tokens of the batch.
 
     For the baseline form, put the return less its group's mean on the last token. A KL penalty inside the
     reward is ``token_rewards − β (old_logprobs − ref_logprobs)``. Source: https://arxiv.org/abs/2501.03262.

@@ -13,7 +13,7 @@ from empg_jax.algorithms.masking import Arr, as_floats, as_ids, as_mask, check_s
 def center_by_group(
     values: Real[Arr, " M"], ids: Int[Array, " M"], num_groups: int
 ) -> tuple[Float[Array, " M"], Float[Array, " M"], Float[Array, " M"]]:
-    """Deviations from the group mean, with the group's spread and size.
+    """Compute deviations from the group mean, with the group's spread and size.
 
     Each group is first shifted by its own minimum: a group of equal values gives zeros *exactly*, whatever
     the values (a float mean of equal numbers need not equal them), and large offsets cost no precision.
@@ -44,7 +44,7 @@ def center_by_group(
 
 
 def rank_ids(ids: Int[Array, "..."]) -> Int[Array, "..."]:
-    """Arbitrary ids as ids in [0, size): equal stay equal, different stay different, -1 stays -1.
+    """Map arbitrary ids to ids in [0, size): equal stay equal, different stay different, -1 stays -1.
 
     The new id is the place of the first equal one in sorted order, so one sort does it and no pairwise
     comparison is ever built.
@@ -58,7 +58,7 @@ def rank_ids(ids: Int[Array, "..."]) -> Int[Array, "..."]:
 
 
 def segment_totals(values: Float[Array, "..."], ids: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Each place's segment sum, in the shape of the input; 0 where the id is -1.
+    """Compute each place's segment sum, in the shape of the input; 0 where the id is -1.
 
     Args:
       values: any shape.
@@ -70,13 +70,13 @@ def segment_totals(values: Float[Array, "..."], ids: Int[Array, "..."]) -> Float
 
 
 def segment_means(values: Float[Array, "..."], ids: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Each place's segment mean, in the shape of the input; 0 where the id is -1. Arguments as above."""
+    """Compute each place's segment mean, in the shape of the input; 0 where the id is -1 (see above)."""
     counts = segment_totals(jnp.ones_like(values), ids)
     return segment_totals(values, ids) / jnp.maximum(counts, 1)
 
 
 def sequence_segments(mask: Bool[Array, "B T"], sequence_ids: Int[Arr, "B T"] | None) -> Int[Array, "B T"]:
-    """The sequence of each valid token as an id in [0, B·T); -1 elsewhere.
+    """Number the sequence of each valid token in [0, B·T); -1 elsewhere.
 
     Args:
       mask: tokens that count.
@@ -95,7 +95,7 @@ def turn_slots(
     turn_ids: Int[Arr, "B T"],
     shape: tuple[int, int],
 ) -> Int[Array, "B T"]:
-    """The cell ``trajectory * K + turn`` of each token's turn; -1 off the mask or outside the table."""
+    """Find the cell ``trajectory * K + turn`` of each token's turn; -1 off the mask or outside the table."""
     num_trajectories, num_turns = shape
     trajectories, turns = as_ids(trajectory_ids), as_ids(turn_ids)
     inside = (trajectories >= 0) & (trajectories < num_trajectories) & (turns >= 0) & (turns < num_turns)
@@ -110,7 +110,7 @@ def count_turn_tokens(
     num_trajectories: int,
     num_turns: int,
 ) -> Int[Array, "N K"]:
-    """How many sampled tokens each turn has (arguments as in `compute_turn_entropies`)."""
+    """Count the sampled tokens of each turn (arguments as in `compute_turn_entropies`)."""
     slots = turn_slots(loss_mask, trajectory_ids, turn_ids, (num_trajectories, num_turns)).ravel()
     ones = (slots >= 0).astype(jnp.int32)
     counts = jax.ops.segment_sum(ones, jnp.maximum(slots, 0), num_segments=num_trajectories * num_turns)
@@ -126,7 +126,7 @@ def compute_turn_entropies(
     num_trajectories: int,
     num_turns: int,
 ) -> tuple[Float[Array, "N K"], Bool[Array, "N K"]]:
-    """Mean entropy of each turn over its sampled tokens: H_it = (1/n_it) Σ_j h_itj.
+    """Average each turn's entropies over its sampled tokens: H_it = (1/n_it) Σ_j h_itj.
 
     It serves any per-token stream that wants a mean over the turn. No gradient flows through it.
 
@@ -160,7 +160,7 @@ def turns_to_tokens(
     trajectory_ids: Int[Arr, "B T"],
     turn_ids: Int[Arr, "B T"],
 ) -> Float[Array, "B T"]:
-    """Gives every sampled token its turn's value; 0 off the mask. The inverse of `compute_turn_entropies`.
+    """Give every sampled token its turn's value; 0 off the mask. The inverse of `compute_turn_entropies`.
 
     Args:
       values: one value per turn.

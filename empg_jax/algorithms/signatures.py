@@ -21,7 +21,7 @@ _SLOT_FILES = {
     "correct": "correct",
     "keep": "keep",
     "aggregate": "aggregate",
-    "regularise": "regularise",
+    "regularize": "regularize",
 }
 _PURE = (
     "advantages",
@@ -50,8 +50,15 @@ class Parameter(NamedTuple):
 
     @property
     def takes_none(self) -> bool:
-        """Whether None is a value of its own."""
+        """Tell whether None is a value of its own."""
         return "None" in self.annotation
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """List the values of a Literal; empty for other types."""
+        if not self.annotation.startswith("Literal["):
+            return ()
+        return tuple(ast.literal_eval(f"[{self.annotation.removeprefix('Literal[')}"))
 
 
 def _functions(path: Path) -> Iterator[ast.FunctionDef]:
@@ -60,7 +67,7 @@ def _functions(path: Path) -> Iterator[ast.FunctionDef]:
 
 
 def _read_pure() -> dict[str, dict[str, Any]]:
-    """Keyword defaults of the pure functions: function -> keyword -> default."""
+    """Read keyword defaults of the pure functions: function -> keyword -> default."""
     found: dict[str, dict[str, Any]] = {}
     for module in _PURE:
         for function in _functions(_HERE / f"{module}.py"):
@@ -82,7 +89,7 @@ def _default(node: ast.expr | None, pure: dict[str, dict[str, Any]]) -> Any:
 
 
 def _sentences(function: ast.FunctionDef) -> dict[str, str]:
-    """What a docstring's Args section says of each keyword, on one line."""
+    """Read what a docstring's Args section says of each keyword, on one line."""
     lines = (ast.get_docstring(function) or "").splitlines()
     found: dict[str, str] = {}
     name = ""
@@ -98,7 +105,7 @@ def _sentences(function: ast.FunctionDef) -> dict[str, str]:
 
 
 def _read_factories() -> dict[str, dict[str, dict[str, Parameter]]]:
-    """Slot -> factory -> keyword -> parameter, in the order of the source."""
+    """Read slot -> factory -> keyword -> parameter, in the order of the source."""
     pure = _read_pure()
     table: dict[str, dict[str, dict[str, Parameter]]] = {}
     for file in _SLOT_FILES.values():
@@ -122,14 +129,14 @@ def _read_factories() -> dict[str, dict[str, dict[str, Parameter]]]:
                 )
                 for argument, default in [*positional, *keywords]
             }
-            slot = function.name if file == "regularise" else file
+            slot = function.name if file == "regularize" else file
             name = function.name.replace("_", "-") if file == "aggregate" else function.name
             table.setdefault(slot, {})[name] = parameters
     return table
 
 
 def _read_recipes() -> dict[str, dict[str, tuple[str | None, dict[str, Any]]]]:
-    """Name -> slot -> (factory, options) of the table `RECIPES`."""
+    """Read name -> slot -> (factory, options) of the table `RECIPES`."""
     tree = ast.parse((_HERE / "recipes.py").read_text(encoding="utf-8"))
     (table,) = (
         node.value

@@ -16,7 +16,7 @@ STALE_MODES = ("mask", "clamp")
 
 
 def policy_streams(*streams: Real[Arr, "*shape"]) -> tuple[Float[Array, "*shape"], ...]:
-    """One floating type for all; everything but the first is a constant to the gradient."""
+    """Bring all to one floating type; everything but the first is a constant to the gradient."""
     first, *others = as_floats(*streams)
     return (first, *(jax.lax.stop_gradient(other) for other in others))
 
@@ -24,12 +24,12 @@ def policy_streams(*streams: Real[Arr, "*shape"]) -> tuple[Float[Array, "*shape"
 def log_ratio(
     logprobs: Float[Array, "*shape"], old_logprobs: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """``logprobs − old_logprobs`` clamped to ±20, so that its exponential is finite."""
+    """Compute ``logprobs − old_logprobs`` clamped to ±20, so that its exponential is finite."""
     return jnp.clip(logprobs - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def clip_ratio(ratios: Float[Array, "*shape"], clip_low: Scalar, clip_high: Scalar) -> Float[Array, "*shape"]:
-    """The ratio kept in [1 − clip_low, 1 + clip_high]. ``jnp.clip`` passes the gradient inside the range."""
+    """Keep the ratio in [1 − clip_low, 1 + clip_high]; inside, ``jnp.clip`` passes the gradient."""
     dtype = ratios.dtype
     return jnp.clip(ratios, 1 - jnp.asarray(clip_low, dtype), 1 + jnp.asarray(clip_high, dtype))
 
@@ -37,7 +37,7 @@ def clip_ratio(ratios: Float[Array, "*shape"], clip_low: Scalar, clip_high: Scal
 def clipped_surrogate(
     ratios: Float[Array, "*shape"], advantages: Float[Array, "*shape"], clip_low: Scalar, clip_high: Scalar
 ) -> Float[Array, "*shape"]:
-    """``max(−A r, −A clip(r, 1−clip_low, 1+clip_high))``; on-policy ties (r = 1) keep the whole gradient."""
+    """Compute ``max(−A r, −A clip(r, 1−lo, 1+hi))``; on-policy ties (r = 1) keep the whole gradient."""
     return jnp.maximum(-advantages * ratios, -advantages * clip_ratio(ratios, clip_low, clip_high))
 
 
@@ -50,7 +50,7 @@ def ppo_clip(
     clip_high: Scalar = 0.2,
     dual_clip: Scalar | None = 3.0,
 ) -> Float[Array, "*shape"]:
-    """The clipped surrogate of PPO, with dual clip; with ``clip_high=0.28``, DAPO's clip-higher.
+    """Compute the clipped surrogate of PPO, with dual clip; with ``clip_high=0.28``, DAPO's clip-higher.
 
         l = max(−A r, −A clip(r, 1−lo, 1+hi));   A < 0: l = min(l, −A c)
 
@@ -83,7 +83,7 @@ def ppo_clip(
 
 
 def check_dual_clip(dual_clip: Scalar | None) -> None:
-    """Raises ValueError for a bound that would cut the unclipped range (traced values cannot be checked)."""
+    """Raise ValueError for a bound that would cut the unclipped range (traced values go unchecked)."""
     if dual_clip is not None and not isinstance(dual_clip, jax.core.Tracer) and dual_clip <= 1:
         raise ValueError(f"dual_clip={dual_clip} must be above 1, or None to switch it off")
 
@@ -91,7 +91,7 @@ def check_dual_clip(dual_clip: Scalar | None) -> None:
 def segment_log_ratio(
     logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Mean log ratio of each token's segment in value; the own token's log-prob in gradient; 0 at id -1.
+    """Average each segment's log ratio in value; the own token's log-prob in gradient; 0 at id -1.
 
     Args:
       logprobs: of the policy being trained.
@@ -128,7 +128,7 @@ def gspo(
     clip_low: Scalar = 3e-4,
     clip_high: Scalar = 4e-4,
 ) -> Float[Array, "B T"]:
-    """Group Sequence Policy Optimization in its token form.
+    """Compute Group Sequence Policy Optimization in its token form.
 
         s_i = exp(mean_t log r_it);   l = max(−A s_i, −A clip(s_i, 1−lo, 1+hi));   ∂s_i/∂logprob_t = s_i
 
@@ -161,7 +161,7 @@ def turn_ratio_clip(
     clip_low: Scalar = 0.2,
     clip_high: Scalar = 0.2,
 ) -> Float[Array, "B T"]:
-    """The same with the mean over the tokens of one turn: what row-per-step code computes as GSPO.
+    """Compute the same with the mean over the tokens of one turn: what row-per-step code computes as GSPO.
 
     Source: the turn as unit of the ratio, https://arxiv.org/abs/2511.20718.
 
@@ -193,7 +193,8 @@ def decoupled_ppo(
     cap: Scalar = 5.0,
     mode: str = "mask",
 ) -> Float[Array, "*shape"]:
-    """Decoupled PPO for stale data: clip against the proximal policy, weigh by its ratio to the sampler's.
+    """Compute decoupled PPO for stale data: clip against the proximal policy, weigh by its ratio to the
+    sampler's.
 
         u = π/prox, w = prox/behavior;   l = w · max(−A u, −A clip(u, 1−lo, 1+hi))
 

@@ -13,7 +13,7 @@ from empg_jax.algorithms.masking import Arr, as_floats, as_ids
 
 
 def score_norm_sq(logits: Real[Arr, "*batch V"]) -> Float[Array, "*batch"]:
-    """Expected squared norm of the score, summed over all actions: E_a ‖∇_z log π(a)‖² = E_a ‖e_a − π‖².
+    """Compute the score's expected squared norm over all actions: E_a ‖∇_z log π(a)‖² = E_a ‖e_a − π‖².
 
     EMPG's proposition 1 says that it is ``1 − exp(−H₂)`` (`renyi2_entropy`): a confident policy has small
     gradients. Source: EMPG, https://arxiv.org/abs/2509.09265.
@@ -32,7 +32,7 @@ def score_norm_sq(logits: Real[Arr, "*batch V"]) -> Float[Array, "*batch"]:
 
 
 def renyi2_entropy(logits: Real[Arr, "*batch V"]) -> Float[Array, "*batch"]:
-    """Rényi entropy of order 2 of the softmax, in nats: H₂ = −log Σ_a π_a².
+    """Compute the Rényi entropy of order 2 of the softmax, in nats: H₂ = −log Σ_a π_a².
 
     Args:
       logits: z.
@@ -44,7 +44,7 @@ def renyi2_entropy(logits: Real[Arr, "*batch V"]) -> Float[Array, "*batch"]:
 def entropy_drift(
     logits: Real[Arr, "*batch V"], action: ArrayLike, advantage: ArrayLike
 ) -> Float[Array, "*batch"]:
-    """How fast entropy moves when one sampled action is reinforced: dH/dt = A (S(a) − H).
+    """Compute how fast entropy moves when one sampled action is reinforced: dH/dt = A (S(a) − H).
 
     S = −log π(a) is the surprisal and H the entropy. It is the natural-gradient flow of the
     importance-weighted surrogate at π = π_old, ``dπ(b)/dt = A (1[b = a] − π(b))``: reinforcing a surprising

@@ -20,17 +20,17 @@ class Line(NamedTuple):
     ends: Bool[Array, "1 M"]
 
     def gather(self, values: Float[Array, "B T"]) -> Float[Array, "1 M"]:
-        """Tokens as a line."""
+        """Put tokens into a line."""
         return values.ravel()[self.order][None]
 
     def scatter(self, line: Float[Array, "1 M"], slots: Int[Array, "B T"]) -> Float[Array, "B T"]:
-        """A line back to its tokens; 0 elsewhere."""
+        """Put a line back to its tokens; 0 elsewhere."""
         back = jnp.zeros_like(line[0]).at[self.order].set(line[0]).reshape(slots.shape)
         return jnp.where(slots >= 0, back, 0)
 
 
 def make_line(slots: Int[Array, "B T"], num_turns: int) -> Line:
-    """Sorts tokens by (trajectory, turn, position).
+    """Sort tokens by (trajectory, turn, position).
 
     Args:
       slots: ``trajectory · K + turn`` of each sampled token, -1 elsewhere (a turn lies in one row).
@@ -47,7 +47,7 @@ def make_line(slots: Int[Array, "B T"], num_turns: int) -> Line:
 def token_reward_to_go(
     rewards: Float[Array, "B T"], slots: Int[Array, "B T"], num_turns: int, gamma: Scalar
 ) -> Float[Array, "B T"]:
-    """Discounted reward-to-go of every sampled token along its trajectory, wherever its rows are packed.
+    """Sum discounted rewards from every sampled token on along its trajectory, wherever its rows are packed.
 
     Args:
       rewards: per token; read under the slots only.

@@ -67,7 +67,7 @@ _ABSENT: dict[str, Any] = {
 
 
 def _key_field(key: str) -> tuple[Any, Any]:
-    """Type and field of a key: those of the keywords that read it."""
+    """Make type and field of a key from the keywords that read it."""
     found: list[Parameter] = [FACTORIES[slot][factory][option] for slot, factory, option in readers(key)]
     kind = eval(found[0].annotation, dict(_TYPES))  # the annotation, as written in our own source
     default, sentence = found[0].default, found[0].sentence
@@ -81,7 +81,7 @@ def _key_field(key: str) -> tuple[Any, Any]:
 
 
 def _keys_below(section: str) -> dict[str, tuple[Any, Any]]:
-    """The fields of one of the sections inside ``algorithm``."""
+    """Make the fields of one of the sections inside ``algorithm``."""
     prefix = f"{section}."
     return {
         key.removeprefix(prefix): _key_field(key)
@@ -91,13 +91,13 @@ def _keys_below(section: str) -> dict[str, tuple[Any, Any]]:
 
 
 def _top_keys(*slots: str) -> dict[str, tuple[Any, Any]]:
-    """The keys of some slots that stand in the section itself."""
+    """Make the fields of some slots whose keys stand in the section itself."""
     keys = [key for key in all_keys() if "." not in key and key != "invalid_penalty" and readers(key)]
     return {key: _key_field(key) for key in keys if readers(key)[0][0] in slots}
 
 
 def _choice(slot: str, default: str, sentence: str) -> tuple[Any, Any]:
-    """The key that chooses a slot's part; null leaves what a recipe of one's own has there."""
+    """Make the key that chooses a slot's part; null leaves what a recipe of one's own has there."""
     names = tuple(spelled(factory) for factory in FACTORIES[slot])
     return Literal[names] | None, Field(default, description=sentence)
 
@@ -171,7 +171,7 @@ _FIELDS["kl_coef"] = (_FIELDS["kl_coef"][0] | None, _FIELDS["kl_coef"][1])
 
 
 def start_spec(values: Mapping[str, Any]) -> Spec:
-    """The spec that an algorithm begins as, by its name or entry point.
+    """Find the spec that an algorithm begins as, by its name or entry point.
 
     Raises:
       ValueError: an entry point that cannot be used.
@@ -277,7 +277,7 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
 
 
 def flat_defaults() -> dict[str, Any]:
-    """The default of every key of the section."""
+    """List the default of every key of the section."""
     found: dict[str, Any] = {}
     for name, field in AlgorithmConfig.model_fields.items():
         default = field.get_default(call_default_factory=True)
@@ -288,7 +288,7 @@ def flat_defaults() -> dict[str, Any]:
 
 
 def _filled(spec: Spec, given: dict[str, Any]) -> dict[str, Any]:
-    """The keys given, and what the parts chosen by them set themselves."""
+    """Add to the keys given what the parts chosen by them set themselves."""
     try:
         chosen = choose(spec, given)
     except (ValueError, TypeError):  # a bad choice: told with the others
@@ -298,7 +298,7 @@ def _filled(spec: Spec, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested tables."""
+    """Write dotted keys as nested tables."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         node = nested

@@ -48,7 +48,7 @@ def make_optimizer(
     critic_grad_clip: float | None = None,
     critic_warmup_steps: int = 0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind global-norm clipping, with warm-up and decay; in float32 whatever the parameters are.
+    """Build AdamW behind global-norm clipping, with warm-up and decay; in float32 whatever the parameters.
 
     Args:
       learning_rate: peak.
@@ -95,7 +95,7 @@ def make_optimizer(
 
 
 def _owners(params: Params) -> Params:
-    """Which optimizer each parameter belongs to."""
+    """Label each parameter with its optimizer."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "critic" if path[0].key == "value_head" else "policy", params
     )
@@ -104,7 +104,7 @@ def _owners(params: Params) -> Params:
 def _schedule(
     learning_rate: float, final_learning_rate: float, total_steps: int, schedule: str, warmup_steps: int
 ) -> optax.Schedule:
-    """Warm-up from zero and decay."""
+    """Make a schedule with warm-up from zero and decay."""
     decay_steps = max(1, total_steps - warmup_steps)
     if schedule == "linear":
         decay = optax.linear_schedule(learning_rate, final_learning_rate, decay_steps)

@@ -299,7 +299,7 @@ def make_group_filter(config: Config) -> GroupFilter | None:
 
 
 def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe:
-    """The recipe that a configuration composes, penalties of the environment included.
+    """Compose the recipe that a configuration describes, with the penalty for invalid actions.
 
     Args:
       config: the configuration.
@@ -323,7 +323,7 @@ def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe
 
 
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    """The keys of a section and of those inside it, dotted; a resolved file without pydantic has them too."""
+    """List the keys of a section and of those inside it, dotted, with or without pydantic."""
     found: dict[str, Any] = {}
     for key, value in vars(section).items():
         found |= flat(value, f"{prefix}{key}.") if hasattr(value, "__dict__") else {prefix + key: value}
@@ -331,7 +331,7 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def make_algorithm_from(config: Config) -> Algorithm:
-    """The algorithm: the recipe's functions, tried once where it is the user's own.
+    """Build the recipe's functions; a recipe of the user's own is tried once.
 
     Raises:
       ConfigError: as `make_recipe_from`; and a function of the user's own that fails, or returns a wrong
@@ -347,7 +347,7 @@ def make_algorithm_from(config: Config) -> Algorithm:
 
 
 def describe_algorithm(config: Config) -> str:
-    """The algorithm in one line: ``GRPO + EMPG (k=1, k'=1, zeta=0.05, batch)``; the first line of a run."""
+    """Name the algorithm in one line: ``GRPO + EMPG (k=1, k'=1, zeta=0.05, batch)``, as a run begins."""
     name = config.algorithm.name or config.algorithm.entry_point
     recipe = make_recipe_from(config)
     recipe = for_single_attempts(recipe) if config.rollout.group_size == 1 else recipe

@@ -224,6 +224,40 @@ def test_the_specifications_step_rows(tmp_path, context):
     assert_rows(first_group(credit), expected)
 
 
+@pytest.mark.parametrize("preset", ["alfworld_verl", "webshop_verl"])
+def test_the_presets_of_verl_agent_use_step_rows(preset):
+    sizes = ["rollout.group_size=4", "rollout.tasks_per_update=2", "train.num_minibatches=1"]
+    batch, _ = make_batch(make_trajectories("window"), BatchShape(8, TURNS, 32, 2, 24, 1), seed=(0,))
+    scores = Scores(batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
+    credit = make_algorithm_from(load_config(preset, sizes)).credit(batch, scores)
+    expected = [[1.016717] * 3, [-1.134031, -1.349105], [-0.811418, *[-0.596344] * 3], [1.016717] * 2]
+    assert_rows(first_group(credit), expected)
+
+
+def test_mixed_groups_are_judged_on_raw_returns(tmp_path):
+    """Four equal failures with 0 to 3 invalid actions are no mixed group, whatever their penalties."""
+    episodes = Episodes()
+    made = [
+        episodes.trajectory(
+            [episodes.turn(episodes.draw(2), 1, is_valid=t >= invalid) for t in range(3)],
+            member=invalid,
+            episode_return=0.0,
+        )
+        for invalid in range(4)
+    ]
+    batch, _ = make_batch(made, BatchShape(4, 3, 32, 2, 12, 1), seed=(0,))
+    scores = Scores(batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "env: {invalid_penalty: 0.1}\nrollout: {group_size: 4, tasks_per_update: 1}\n"
+        "train: {num_minibatches: 1}\n"
+        "algorithm: {name: grpo, modulation: empg, empg: {mixed_groups_only: true}}\n"
+    )
+    credit = make_algorithm_from(load_config(path)).credit(batch, scores)
+    assert credit.metrics["mixed_groups"] == 0
+    assert np.abs(credit.turns.base).max() > 0.5 and not np.asarray(credit.turns.advantages).any()
+
+
 GIGPO = {
     ("trajectories", 0.0): [
         [0.823289, 0.912500, 0.437500],

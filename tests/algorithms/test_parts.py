@@ -5,8 +5,8 @@ import inspect
 import pytest
 
 from empg_jax.algorithms import Recipe, parts
-from empg_jax.algorithms.configure import configure, spec_of
-from empg_jax.algorithms.keys import named_spec, read_keys
+from empg_jax.algorithms.configure import _make, configure, spec_of
+from empg_jax.algorithms.keys import Chosen, named_spec, read_keys
 from empg_jax.algorithms.recipe import AGGREGATES
 from empg_jax.algorithms.recipes import RECIPES
 from empg_jax.algorithms.signatures import FACTORIES
@@ -31,7 +31,15 @@ def test_signatures_are_read_as_python_reads_them(slot, name):
 
 def test_every_factory_is_read():
     public = {name for name, value in vars(parts).items() if inspect.isfunction(value)}
-    assert public == {name.replace("-", "_") for names in FACTORIES.values() for name in names}
+    assert public <= {name.replace("-", "_") for names in FACTORIES.values() for name in names}
+    for slot, names in FACTORIES.items():
+        for name in names:
+            options = {"amount": 0.1, "length": 9, "cache": 3, "coef": 0.1}
+            options = {
+                key: options.get(key) for key, value in names[name].items() if value.default is inspect._empty
+            }
+            made = _make(slot, Chosen(name, options))
+            assert made.name == name and made.options.keys() >= names[name].keys()
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -117,6 +117,7 @@ def test_a_recipe_of_ones_own_keeps_its_parts_and_takes_keys():
     found = built(entry)
     assert (found["omega"], found["aem.lam"], found["correction.cap"]) == (0.25, 0.75, 3.0)
     assert built([*entry, "env.invalid_penalty=0.3"])["invalid_penalty"] == 0.3
+    assert "mask_truncated" not in built([*entry, "algorithm.mask_truncated=none"])
     found = built([*entry, "algorithm.aem.lam=0.5", "algorithm.modulation=aem", "algorithm.clip_high=0.3"])
     assert (found["omega"], found["aem.lam"], found["clip_high"]) == (0.25, 0.5, 0.3)
 

@@ -36,5 +36,5 @@ from empg_jax.algorithms.parts.objective import sapo as sapo
 from empg_jax.algorithms.parts.objective import turn_ratio_clip as turn_ratio_clip
 from empg_jax.algorithms.parts.penalise import overlong as overlong
 from empg_jax.algorithms.parts.penalise import turn_penalty as turn_penalty
-from empg_jax.algorithms.parts.regularise import critic as critic
-from empg_jax.algorithms.parts.regularise import kl as kl
+from empg_jax.algorithms.parts.regularize import critic as critic
+from empg_jax.algorithms.parts.regularize import kl as kl

@@ -14,7 +14,7 @@ UNITS = ("turn", "trajectory")
 
 
 def _without(bad: Bool[Array, "N K"], unit: str) -> Bool[Array, "N K"]:
-    """The turns that stay: all but the bad ones, or all but those of a trajectory with a bad one."""
+    """Choose the turns that stay: all but the bad ones, or all but those of a trajectory with a bad one."""
     return ~bad if unit == "turn" else jnp.broadcast_to(~jnp.any(bad, axis=1, keepdims=True), bad.shape)
 
 

@@ -16,7 +16,7 @@ from empg_jax.types import Batch
 
 
 def _control_key(seed: int | None, batch: Batch) -> Key[Array, ""] | None:
-    """A key for the shuffled control: another one for every batch, the same for the same batch."""
+    """Make a key for the shuffled control: another one for every batch, the same for the same batch."""
     return None if seed is None else jax.random.fold_in(jax.random.key(seed), jnp.sum(batch.tokens))
 
 

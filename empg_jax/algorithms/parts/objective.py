@@ -18,7 +18,7 @@ from empg_jax.types import Batch, Scores
 def clipped_share(
     log_ratios: Float[Array, "B T"], advantages: Float[Array, "B T"], bounds: dict[str, Any]
 ) -> dict[str, Float[Array, "B T"]]:
-    """1 where the ratio is beyond the range on the side that the advantage pushes to."""
+    """Mark with 1 where the ratio is beyond the range on the side that the advantage pushes to."""
     ratios = jnp.exp(log_ratios)
     above = (ratios > 1 + bounds["clip_high"]) & (advantages > 0)
     below = (ratios < 1 - bounds["clip_low"]) & (advantages < 0)
@@ -56,7 +56,7 @@ def ppo_clip(
 
 
 def _ratio_ids(rows: Batch, unit: str) -> Int[Array, "B T"]:
-    """The unit of each trained token, inside its row: a micro-batch holds any rows, but whole ones."""
+    """Number the unit of each trained token inside its row: a micro-batch holds any rows, but whole ones."""
     ids = unit_ids(rows, unit)
     if unit != "trajectory":
         return ids
