@@ -147,7 +147,7 @@ def test_large_files_are_built_by_the_command_only(
     folder = write_files(tmp_path, [make_row(n) for n in range(4)], size="")
     options = {"level": "official", "size": "full", "data": str(folder), "cache_dir": str(folder / "cache")}
     env = WebShopEnv(**options)
-    with pytest.raises(MissingData, match=r"python -m envs\.webshop .*--size full --goals synthetic"):
+    with pytest.raises(MissingData, match=r"python -m empg_envs\.webshop .*--size full --goals synthetic"):
         env.list_splits()
     assert main([str(folder), "--size", "full", "--cache-dir", str(folder / "cache")]) == 0
     assert json.loads(capsys.readouterr().out)["products"] == 4
