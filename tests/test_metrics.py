@@ -89,5 +89,5 @@ def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
 
 def test_wandb_missing_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"empg-jax\[wandb\]"):
+    with pytest.raises(ConfigError, match=r"in the clone: pip install -e '\.\[wandb\]'"):
         MetricsLog(tmp_path, wandb=True)

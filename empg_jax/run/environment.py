@@ -26,7 +26,7 @@ def find_spec(config: Config) -> EnvSpec:
     for key, options in (("options", (env.options, {})), ("prompt_options", ({}, env.prompt_options))):
         try:
             check_options(spec, *options)
-        except ValueError as error:
+        except TypeError as error:
             raise ConfigError(f"env.{key}: {error}") from None
     return spec
 

@@ -120,7 +120,8 @@ def make_env(name_or_entry_point: str, **options: Any) -> TextEnv:
     """Build one environment, for example ``make_env("household", level="tiny")``.
 
     Raises:
-      ValueError: the name is unknown, or an option does not exist or is refused.
+      ValueError: the name is unknown, or the environment refuses an option.
+      TypeError: the environment has no such option; see `check_options`.
     """
     spec = resolve_spec(name_or_entry_point)
     check_options(spec, options)
@@ -138,7 +139,7 @@ def check_options(
       prompt_options: keyword arguments of its prompt builder and its parser.
 
     Raises:
-      ValueError: an option does not exist; names the environment, the nearest option, and all of them.
+      TypeError: an option does not exist; names the environment, the nearest option, and all of them.
     """
     _check_names(spec, "option", options, (spec.make,))
     _check_names(spec, "prompt option", prompt_options or {}, (spec.prompts, spec.parser))
@@ -159,7 +160,7 @@ def _check_names(
         if name not in known:
             there = f"its {kind}s are {', '.join(known)}" if known else f"it has no {kind}s"
             hint = suggest(name, known).removeprefix("; ")
-            raise ValueError(
+            raise TypeError(
                 f"environment {spec.name} has no {kind} {name!r}{f' ({hint})' if hint else ''}; {there}"
             )
 
