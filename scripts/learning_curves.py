@@ -1,10 +1,10 @@
-"""Re-runs a configuration over seeds and modulations and writes the table and the plot of its README figures.
+"""Trains a configuration over seeds and algorithms; writes the table and the plot of the measured numbers.
 
 Every run is ``empg-jax train quickstart`` (or ``--config``) in a process of its own. Beside the RL runs
 stands a control that spends about the same CPU time on supervised fine-tuning alone, on three times the
 demonstrations.
 
-    python scripts/learning_curves.py --out curves --seeds 0 1 2 --modulations empg aem
+    python scripts/learning_curves.py --out curves --seeds 0 1 2 --algorithms grpo grpo_empg grpo_aem
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the results")
     parser.add_argument("--config", default="quickstart", help="a packaged configuration, or a path")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--modulations", nargs="+", default=["empg", "aem"], choices=["none", "empg", "aem"])
+    parser.add_argument("--algorithms", nargs="+", default=["grpo", "grpo_empg", "grpo_aem"], metavar="NAME")
     parser.add_argument(
         "--control-updates", type=int, default=0, help="warm-start updates of the control; 0: none"
     )
@@ -75,9 +75,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = {
-        f"{modulation}-{seed}": [f"algorithm.modulation={modulation}", f"seed={seed}", *args.overrides]
+        f"{name}-{seed}": [f"algorithm.name={name}", f"seed={seed}", *args.overrides]
         for seed in args.seeds
-        for modulation in args.modulations
+        for name in args.algorithms
     }
     if args.control_updates:
         for seed in args.seeds:
