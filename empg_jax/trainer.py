@@ -195,13 +195,9 @@ def split_batch(
     parts: Parts, update: int, trajectories: Sequence[Trajectory], epoch: int
 ) -> tuple[Batch, Layout]:
     """Build the global batch; every update and epoch deals its trajectories to other optimizer steps."""
-    algorithm = parts.config.algorithm
-    return make_batch(
-        join_alike(trajectories, algorithm.anchor_similarity),
-        parts.shape,
-        seed=(parts.config.seed, update, epoch),
-        gamma=algorithm.turn_gamma,
-    )
+    config = parts.config
+    alike = join_alike(trajectories, config.algorithm.anchor_similarity)
+    return make_batch(alike, parts.shape, seed=(config.seed, update, epoch))
 
 
 def finish_update(

@@ -161,7 +161,6 @@ class Batch:
     scored_zero: Leaf = _per("trajectory", bool)  # the policy broke a limit: the episode is worth at most 0
     turn_rewards: Leaf = _per("turn", np.float32)  # the environment's own reward of the turn
     turn_truncated: Leaf = _per("turn", bool)  # the token limit cut the response
-    turn_returns: Leaf = _per("turn", np.float32)  # discounted reward-to-go per turn
     turn_valid: Leaf = _per("turn", bool)  # the parser accepted the turn's action
     anchor_ids: Leaf = _per("turn", np.int32, absent=-1)  # observation key, equal ids = equal observation
     versions: Leaf = _per("turn", np.int32)  # policy version that sampled the turn

@@ -135,7 +135,6 @@ def _small_batch() -> tuple[Batch, Scores]:
         scored_zero=jnp.zeros(rows, bool),
         turn_rewards=jnp.asarray(rewards),
         turn_truncated=table(False),
-        turn_returns=jnp.asarray(rewards),
         turn_valid=table(True).at[2, 0].set(False),
         anchor_ids=ints(np.tile([0, 1], (rows, 1))),
         versions=ints(np.zeros((rows, turns))),

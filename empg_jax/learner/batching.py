@@ -137,7 +137,7 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def make_batch(
-    trajectories: Sequence[Trajectory], shape: BatchShape, *, seed: tuple[int, ...], gamma: float = 0.95
+    trajectories: Sequence[Trajectory], shape: BatchShape, *, seed: tuple[int, ...]
 ) -> tuple[Batch, Layout]:
     """Build the global batch (NumPy arrays in a `Batch`) and its layout.
 
@@ -145,7 +145,6 @@ def make_batch(
       trajectories: at most ``shape.trajectories``; discarded ones must not be among them.
       shape: the run's static sizes.
       seed: numbers that decide which trajectories share an optimizer step (run seed, update, epoch).
-      gamma: discount of ``turn_returns``.
 
     Returns:
       ``(batch, layout)``. The segments and their ``sequence_ids`` depend on the trajectories alone, the
@@ -172,7 +171,7 @@ def make_batch(
     rows = [row for rows in steps for row in rows]
     for place, row in zip(places, rows, strict=True):
         _fill_row(fields, place, row, segments)
-    batch = Batch(minibatch_ids=minibatch_ids, **fields, **_trajectory_table(trajectories, shape, gamma))
+    batch = Batch(minibatch_ids=minibatch_ids, **fields, **_trajectory_table(trajectories, shape))
     num_tokens = sum(len(segment.tokens) for segment in segments)
     return batch, Layout(bounds, len(rows), num_tokens, len(segments))
 
@@ -255,9 +254,7 @@ def _fill_row(fields: dict[str, np.ndarray], place: int, items: list[int], segme
         start = span.stop
 
 
-def _trajectory_table(
-    trajectories: Sequence[Trajectory], shape: BatchShape, gamma: float
-) -> dict[str, np.ndarray]:
+def _trajectory_table(trajectories: Sequence[Trajectory], shape: BatchShape) -> dict[str, np.ndarray]:
     n, k = shape.trajectories, shape.turns
     table = empty_fields(trajectory=(n,), turn=(n, k))
     groups: dict[int, int] = {}
@@ -268,11 +265,7 @@ def _trajectory_table(
         table["trajectory_mask"][i] = True
         table["truncated"][i] = trajectory.truncated
         table["scored_zero"][i] = trajectory.outcome.status is Status.SCORED_ZERO
-        later = 0.0
-        for t in reversed(range(len(trajectory.turns))):
-            turn = trajectory.turns[t]
-            later = turn.reward + gamma * later
-            table["turn_returns"][i, t] = later
+        for t, turn in enumerate(trajectory.turns):
             table["turn_rewards"][i, t] = turn.reward
             table["turn_truncated"][i, t] = turn.finish_reason == "length"
             table["turn_valid"][i, t] = turn.is_valid

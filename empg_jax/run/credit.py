@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from empg_jax.algorithms.anchors import join_alike
 from empg_jax.errors import ConfigError
 from empg_jax.learner.batching import BatchShape, make_batch, merge_turns
 from empg_jax.rollout.record import Record, credit_fields, make_trajectory, read_episodes
@@ -70,7 +71,8 @@ def recompute_credit(config: Config, path: Path) -> tuple[list[Record], list[str
         max_rows=len(lengths),
         num_minibatches=config.train.num_minibatches,
     )
-    batch, _ = make_batch(trajectories, shape, seed=(config.seed,), gamma=config.algorithm.turn_gamma)
+    alike = join_alike(trajectories, config.algorithm.anchor_similarity)
+    batch, _ = make_batch(alike, shape, seed=(config.seed,))
     algorithm = make_algorithm_from(config)
     has_critic = algorithm.value_loss is not None
     values = np.zeros(batch.tokens.shape, np.float32) if has_critic else None
