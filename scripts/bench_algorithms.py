@@ -70,7 +70,6 @@ def make_batch(
         scored_zero=jnp.zeros(trajectories, bool),
         turn_rewards=jnp.asarray(rng.random((trajectories, turns)), jnp.float32),
         turn_truncated=jnp.zeros((trajectories, turns), bool),
-        turn_returns=jnp.asarray(rng.random((trajectories, turns)), jnp.float32),
         turn_valid=jnp.ones((trajectories, turns), bool),
         anchor_ids=jnp.asarray(rng.integers(0, 20, (trajectories, turns)), jnp.int32),
         versions=jnp.zeros((trajectories, turns), jnp.int32),

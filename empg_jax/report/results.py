@@ -99,7 +99,7 @@ def write_results(
     summary = record.summary()
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     summary["wall_seconds"] = {"total": round(sum(seconds.values()), 3), **rounded}
-    summary |= {"seed": config.seed, "algorithm": config.algorithm.name}
+    summary |= {"seed": config.seed, "algorithm": config.algorithm.name or config.algorithm.entry_point}
     summary["modulation"] = config.algorithm.modulation
     wins = [summary.get(f"eval_wins_{when}", "") for when in ("before", "after")]
     if len(wins[0]) == len(wins[1]) >= 1:

@@ -52,7 +52,6 @@ def make_batch(seed=0, *, junk=0.0):
         scored_zero=jnp.zeros(N, bool),
         turn_rewards=jnp.asarray(turn_rewards),
         turn_truncated=jnp.zeros((N, K), bool),
-        turn_returns=jnp.asarray(rng.normal(size=(N, K)), jnp.float32),
         turn_valid=jnp.asarray(rng.random((N, K)) < 0.7),
         anchor_ids=jnp.asarray(rng.integers(0, 3, (N, K)), jnp.int32),
         versions=jnp.zeros((N, K), jnp.int32),

@@ -212,11 +212,11 @@ def test_the_table_of_trajectories():
     first = episodes.trajectory(turns, group_id=900, episode_return=5.0)
     other = episodes.transcript([(2, 1)], group_id=31, episode_return=-1.0)
     again = episodes.transcript([(2, 1)], group_id=900, member=1, episode_return=2.0)
-    batch, _ = make_batch([first, other, again], SHAPE, seed=(0,), gamma=0.5)
+    batch, _ = make_batch([first, other, again], SHAPE, seed=(0,))
     np.testing.assert_array_equal(batch.returns, [5, -1, 2, 0])
     np.testing.assert_array_equal(batch.group_ids, [0, 1, 0, -1])
     np.testing.assert_array_equal(batch.trajectory_mask, [True, True, True, False])
-    np.testing.assert_array_equal(batch.turn_returns[0], [1 + 0.25 * 4, 2, 4])
+    np.testing.assert_array_equal(batch.turn_rewards[0], [1, 0, 4])
     np.testing.assert_array_equal(batch.turn_valid[0], [False, True, True])
     np.testing.assert_array_equal(batch.versions[0], [3, 4, 4])
     assert batch.anchor_ids[0, 0] == batch.anchor_ids[0, 2] != batch.anchor_ids[0, 1]
