@@ -254,5 +254,5 @@ def test_swe_rex_is_adapted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_swe_rex_that_is_missing_is_named() -> None:
-    with pytest.raises(ValueError, match=r"empg-jax\[swerex\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[swerex\]'"):
         ImageBackend("swerex", Limits(), deployment="no_such_swerex.module:Deployment")
