@@ -112,7 +112,7 @@ def test_every_key_reaches_the_algorithm(key):
 
 
 def test_a_recipe_of_ones_own_keeps_its_parts_and_takes_keys():
-    entry = ["algorithm.entry_point=tests.test_assembly:OWN", "algorithm.entropy_source=learner"]
+    entry = ["algorithm.entry_point=tests.run.test_assembly:OWN", "algorithm.entropy_source=learner"]
     assert built(entry) == written_out(spec_of(OWN)) | {"name": "gigpo"}
     found = built(entry)
     assert (found["omega"], found["aem.lam"], found["correction.cap"]) == (0.25, 0.75, 3.0)
