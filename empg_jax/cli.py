@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -315,12 +315,8 @@ def _reporting() -> Iterator[None]:
 
 
 def _load(config: str, overrides: list[str]) -> Config:
-    notes: list[str] = []
     resolved = load_config(config, overrides)
-    _check_environment(resolved, notes.append)
-    for note in notes:  # not before all is well: a refusal is one message
-        _say(note)
-    return resolved
+    return resolved.with_notes(_check_environment(resolved))
 
 
 def _load_run(run: Path, overrides: list[str]) -> Config:
@@ -331,12 +327,12 @@ def _load_run(run: Path, overrides: list[str]) -> Config:
     return load_config(path, overrides)
 
 
-def _check_environment(config: Config, note: Callable[[str], None]) -> None:
+def _check_environment(config: Config) -> Iterator[str]:
     """Find the environment and its options now, not after the model was built."""
     from empg_jax.run.environment import find_spec, reads_bytes
 
     if reads_bytes(config, find_spec(config)):
-        note(
+        yield (
             f"{config.env.target} has no closed vocabulary and no tokenizer is named: a token is a byte "
             "(model.tokenizer=bytes), of which rollout.max_tokens and rollout.max_response_tokens are counted"
         )

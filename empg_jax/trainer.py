@@ -76,11 +76,11 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     """
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.log.progress))
+        # Bad models and data are told before a folder is made and a model is built. A refusal is one message.
+        model = check_model(config)
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
-        # Bad models and data are told before a folder is made and a model is built.
-        model = check_model(config)
         examples = None
         if config.sft.data is not None and resume is None:
             examples = gather_examples(config, make_language(config), progress)

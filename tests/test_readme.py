@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from empg_jax.algorithms import ALGORITHMS
-from empg_jax.metrics import METRICS
+from empg_jax.cli import app
 from tests.algorithms.batches import make_batch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands}
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
 
 
@@ -63,15 +64,31 @@ def test_the_recipe_of_an_algorithm():
     assert (tokens[best] > 0).all() and not tokens[~best].any()
 
 
-def test_what_it_names_exists():
-    for name in re.findall(r"`(?:python )?((?:scripts|configs|tests|envs|empg_jax)/[\w/.]+\.\w+)", README):
+PAGES = [
+    "README.md",
+    "envs/README.md",
+    "configs/README.md",
+    "scripts/README.md",
+    "empg_jax/algorithms/README.md",
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`(?:python )?((?:scripts|configs|tests|envs|empg_jax)/[\w/.]+\.\w+)", text):
         assert (ROOT / name).is_file(), name
-    assert "scripts/theory.py" in README
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+    for command in re.findall(r"(?m)^(?:\.venv/bin/)?empg-jax (\S+)", text):
+        assert command in COMMANDS, command
+    for name in re.findall(r"empg-jax train ([a-z]\S*)", text):
+        assert (ROOT / "configs" / f"{name}.yaml").is_file(), name
 
 
-def test_the_glossary_is_that_of_the_code():
-    for name, meaning in METRICS.items():
-        assert f"| `{name}` | {meaning} |" in README, f"README's metric glossary lacks or misstates {name}"
+def test_the_front_page_is_short_and_leads_to_the_long_ones():
+    assert len(README.split()) < 1500
+    assert all(f"]({page})" in README for page in PAGES[1:])
 
 
 def test_the_tree_shows_every_room():

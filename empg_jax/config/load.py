@@ -81,6 +81,12 @@ class Config(Section):
         """What a person should know of this configuration before it runs: keys dropped, risks taken."""
         return (*self._notes, *_lag_note(self))
 
+    def with_notes(self, lines: Iterable[str]) -> Config:
+        """Return the same configuration with more notes."""
+        noted = self.model_copy()
+        noted._notes = (*self._notes, *lines)
+        return noted
+
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` reads it back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -62,7 +62,7 @@ def test_ticks_are_whole_updates(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self) or path.touch())
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: drawn.append(self) or file.write(b"image"))
     _write(tmp_path, [{"update": n, "success_rate": 0.5, "loss": 0.1 * n} for n in (1, 2, 3)])
     plot_curves(tmp_path)
     for axes in drawn[0].axes:

@@ -14,7 +14,7 @@ from empg_jax.run import assembly
 CHANGED = {
     "name": "rloo",
     "modulation": "aem",
-    "entry_point": "tests.test_assembly:OWN",
+    "entry_point": "tests.run.test_assembly:OWN",
     "empg": {"k": 2.0, "center": "token", "mixed_groups_only": True, "reverse": True, "shuffle_seed": 5},
     "aem": {"lam": 0.5, "mean": "token", "shuffle_seed": 3},
     "baseline": "none",
