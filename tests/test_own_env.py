@@ -45,7 +45,8 @@ def test_it_trains_by_the_command_that_it_names(trained):
     assert done.stdout == f"{folder / 'run'}\n"
     updates = read_metrics(folder / "run" / "metrics.jsonl")
     assert [line["update"] for line in updates][-2:] == [1, 2]
-    first, second, *_ = done.stderr.splitlines()
+    algorithm, first, second, *_ = done.stderr.splitlines()
+    assert algorithm.startswith("GRPO")
     assert "env.options of the configuration are left out" in first and "a token is a byte" in second
     assert load_tokenizer(folder / "run" / "tokenizer").encode("zwölf") == list("zwölf".encode())
 
