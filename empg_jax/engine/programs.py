@@ -1,7 +1,8 @@
 """The engine's device programs: prefill and decode over one KV cache. Pure functions, jitted once.
 
 Between dispatches only the cache lives on the device. Every program takes it as a donated argument and
-returns it, so it is never copied. The host's knowledge of the slots goes in with each dispatch as a small table.
+returns it, so it is never copied. The host's knowledge of the slots goes in with each dispatch as a small
+table.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def compute_outputs(
 
     The shift by one happens here and nowhere else: the prediction of position ``t - 1`` is stored at ``t``.
     Position 0 holds zeros. The first token of a segment is scored against the state of the token before
-    it, in another segment, so it must be masked. It is never a sampled token, because every response follows a prompt.
+    it, in another segment, so it must be masked. It is never a sampled token, because every response follows
+    a prompt.
 
     Args:
       params: stacked parameters.

@@ -169,7 +169,7 @@ def _sampled_mean(batch: Batch, values: jax.Array) -> jax.Array:
 
 
 def _logprob_gap(batch: Batch, scores: Scores) -> tuple[jax.Array, jax.Array]:
-    """Return the mean and largest absolute difference of recorded and recomputed log-probs, sampled tokens."""
+    """Return mean and largest absolute difference of recorded and recomputed log-probs, sampled tokens."""
     gap = jnp.abs(scores.old_logprobs - batch.behavior_logprobs)
     return _sampled_mean(batch, gap), jnp.max(jnp.where(batch.loss_mask, gap, jnp.float32(0.0)))
 

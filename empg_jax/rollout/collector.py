@@ -1,7 +1,8 @@
 """The collector: many episodes in flight between environment workers and the engine.
 
 A free slot takes the next attempt at once, so no episode waits for the slowest one. In deterministic mode
-every round is a barrier: all environments answer, then all responses are sampled, and a run repeats bit by bit.
+every round is a barrier: all environments answer, then all responses are sampled, and a run repeats bit by
+bit.
 """
 
 from __future__ import annotations
