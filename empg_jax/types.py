@@ -158,7 +158,7 @@ class Batch:
     group_ids: Leaf = _per("trajectory", np.int32, absent=-1)  # in [0, N)
     trajectory_mask: Leaf = _per("trajectory", bool)
     truncated: Leaf = _per("trajectory", bool)  # a limit ended the episode, not the task
-    scored_zero: Leaf = _per("trajectory", bool)  # the policy exceeded a limit: the return is at most 0
+    scored_zero: Leaf = _per("trajectory", bool)  # a limit was exceeded: the algorithm caps the return at 0
     turn_rewards: Leaf = _per("turn", np.float32)  # the environment's own reward of the turn
     turn_truncated: Leaf = _per("turn", bool)  # the token limit cut the response
     turn_returns: Leaf = _per("turn", np.float32)  # discounted reward-to-go per turn
