@@ -1,8 +1,9 @@
 """The ``empg-jax`` command: train, evaluate, export, warm-start, look at a configuration, check the install.
 
-Everything that loads JAX is imported inside a command, so that ``--help`` and configuration errors are
-quick. Results go to stdout (the run's folder is the last line), all else to stderr. Exit codes: 0 done,
-1 the run failed, 2 the configuration or the command line is wrong, 130 and 143 ended by SIGINT and SIGTERM.
+Modules that load JAX are imported inside the commands, so that ``--help`` and configuration errors appear
+quickly. Results go to stdout (the run's folder is the last line), everything else to stderr. Exit codes: 0
+done, 1 the run failed, 2 the configuration or the command line is wrong, 130 and 143 ended by SIGINT and
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def train(
     with _reporting():
         changes = list(overrides or [])
         if resume is not None and config is not None:
-            changes.insert(0, config)  # there is no CONFIG beside --resume: the first word is an override
+            changes.insert(0, config)  # --resume takes no CONFIG, so the first word is an override
         if resume is not None:
             resolved = _load_run(resume, changes)
             if is_finished(resume, resolved):
@@ -199,7 +200,7 @@ def credit(
     """Recompute the credit of recorded or hand-made episodes, and print the records with it."""
     with _reporting():
         resolved = load_config(config, overrides or [])
-        # A small batch and no model: an accelerator would take longer to start than to compute.
+        # The batch is small and there is no model: starting an accelerator would take longer than the work.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from empg_jax.run.credit import print_credit
 
@@ -285,10 +286,10 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    # Before and after training (which handles both signals itself) SIGTERM unwinds like Ctrl-C.
+    """Run the command line; the entry point of the console script."""
+    # Training handles both signals itself. Before and after it, SIGTERM unwinds like Ctrl-C.
     signal.signal(signal.SIGTERM, _terminate)
-    # Orbax's housekeeping is no news to the person, and what fails there is told as a CheckpointError.
+    # Orbax logs its housekeeping, which is noise to the user; its failures are raised as CheckpointError.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     app()
 
@@ -298,7 +299,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _say(line: str) -> None:
-    """A line for the person; stdout is for results."""
+    """Print a message for the user to stderr; stdout is for results."""
     typer.echo(line, err=True)
 
 
@@ -328,7 +329,7 @@ def _load_run(run: Path, overrides: list[str]) -> Config:
 
 
 def _check_environment(config: Config) -> Iterator[str]:
-    """Find the environment and its options now, not after the model was built."""
+    """Check the environment and its options before the model is built; yield notes for the person."""
     from empg_jax.run.environment import find_spec, reads_bytes
 
     if reads_bytes(config, find_spec(config)):

@@ -1,7 +1,7 @@
-"""Failures that are told in one line: one family, so that the command line needs no list of them.
+"""The family of errors that are reported in one line.
 
-An error of this family names what is wrong and what to do; the command line prints it without a traceback and
-ends with the class's exit code. Everything else keeps its traceback: it is a bug.
+The message of such an error names the problem and the remedy. The command line prints it without a traceback
+and ends with the class's exit code. Every other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ class UserError(Exception):
     """Bad input, refused before anything is written.
 
     Attributes:
-      exit_code: what the command line ends with.
+      exit_code: exit code of the command line.
     """
 
     exit_code = 2
 
 
 class ConfigError(UserError, ValueError):
-    """What is wrong with a configuration, for the person who wrote it."""
+    """A mistake in a configuration, described for its author."""
 
 
 class RunError(UserError, RuntimeError):
-    """Something failed after it had begun."""
+    """A failure after work had started."""
 
     exit_code = 1
 
@@ -35,7 +35,7 @@ class Stopped(UserError):
     """The run was asked to stop and has written its checkpoint.
 
     Attributes:
-      signum: the signal that asked.
+      signum: the signal that requested the stop.
       run_dir: the run to resume.
     """
 
@@ -46,12 +46,12 @@ class Stopped(UserError):
 
 
 def closest(wrong: str, choices: Iterable[str]) -> str | None:
-    """The choice spelled most alike, or None when none is close."""
+    """Return the choice with the most similar spelling, or None when none is similar."""
     found = difflib.get_close_matches(wrong, list(choices), n=1, cutoff=0.6)
     return found[0] if found else None
 
 
 def nearest(wrong: str, choices: Iterable[str]) -> str:
-    """`closest` as a hint to append to a message; empty when none is close."""
+    """Format `closest` as a hint to append to a message; empty when no choice is similar."""
     found = closest(wrong, choices)
     return f" (did you mean {found}?)" if found else ""

@@ -15,11 +15,11 @@ def evaluate_run(path: Path, overrides: list[str]) -> dict[str, Any]:
 
     Args:
       path: run folder, or a step's folder inside its ``checkpoints``.
-      overrides: dotted overrides, for example ``eval.tasks=512``.
+      overrides: dotted overrides of the run's configuration, for example ``eval.tasks=512``.
 
     Returns:
-      ``eval_*`` metrics, ``eval_tasks``, ``split``, ``step``; for a model that came from ``model.path`` also
-      ``text_logprob``, the weights' nats per token on a fixed text.
+      ``eval_*`` metrics, ``eval_tasks``, ``split``, ``step``; for a model from ``model.path`` also
+      ``text_logprob``, the weights' log-probability of a fixed text in nats per token.
 
     Raises:
       CheckpointError: there is no run or no usable checkpoint at the path.

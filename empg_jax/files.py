@@ -1,4 +1,4 @@
-"""Files that are written whole: a reader sees the old content or the new one, never a part."""
+"""Atomic file writes: a reader sees the old content or the new content, never a part."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside ``path`` to write into; it takes the place when the block ends well."""
+    """Open a temporary file beside ``path``; it replaces ``path`` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
+            # The content must reach the disk before the rename, or a crash could leave an empty file.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -25,11 +26,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write a text file."""
+    """Write a text file atomically, in UTF-8."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
-    """Write indented JSON."""
+    """Write indented JSON atomically; NaN and infinity are refused."""
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

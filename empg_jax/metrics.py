@@ -1,7 +1,7 @@
-"""Every metric that is logged, with its meaning, and the places that metrics are written to.
+"""The glossary of all logged metrics, and the log that writes them.
 
-``metrics.jsonl`` in the run's folder holds one JSON object per update and is always written; TensorBoard
-and Weights & Biases are fed the same numbers when they are switched on.
+``metrics.jsonl`` in the run's folder holds one JSON object per update and is always written. TensorBoard and
+Weights & Biases get the same numbers when they are switched on.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ METRICS: dict[str, str] = {
 
 
 def describe_metric(name: str) -> str | None:
-    """The meaning of a metric, or None when the glossary does not know it."""
+    """Return the meaning of a metric, or None when the glossary does not have it."""
     if name in METRICS:
         return METRICS[name]
     families = (key for key in METRICS if key.endswith("*") and name.startswith(key[:-1]))
@@ -109,20 +109,19 @@ def describe_metric(name: str) -> str | None:
 
 
 def format_glossary() -> str:
-    """One line per metric: its name and its meaning."""
+    """Format the glossary: one line per metric, with its name and its meaning."""
     width = max(map(len, METRICS))
     return "\n".join(f"{name:<{width}}  {meaning}" for name, meaning in METRICS.items())
 
 
 def reduce_metrics(parts: Iterable[tuple[Mapping[str, float], float]]) -> dict[str, float]:
-    """Weighted mean per name.
+    """Compute the weighted mean of each metric.
 
     Args:
-      parts: metrics and their weight (tokens, episodes, ...); a name may be absent from some parts, and
-        then only the parts that have it count.
+      parts: metrics and their weight (tokens, episodes, ...). A part without a name does not count for it.
 
     Returns:
-      Name -> mean. A name whose weights sum to zero is left out, since nothing is known of it.
+      Name -> mean. A name whose weights sum to zero is left out, because its mean is undefined.
 
     Raises:
       ValueError: a negative weight.
@@ -144,9 +143,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a ``metrics.jsonl`` or ``events.jsonl``; a damaged last line is left out.
 
     Raises:
-      ValueError: a line before the last is no JSON object; names the line.
+      ValueError: a line before the last is no JSON object; the message names the line.
     """
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never completed
+    lines = path.read_bytes().split(b"\n")[:-1]  # a part after the last newline is an incomplete write
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -155,21 +154,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = None
         if isinstance(record, dict):
             records.append(record)
-        elif number < len(lines):  # a crash of the machine may leave the last line whole and its bytes not
+        elif number < len(lines):  # a crash may leave damaged bytes in a last line with its newline
             raise ValueError(f"{path}, line {number}: not a JSON object")
     return records
 
 
 class MetricsLog:
-    """Writes the metrics of a run.
+    """The writer of a run's metrics.
 
     Args:
       run_dir: the run's folder; must exist.
       tensorboard: also write TensorBoard events to ``<run_dir>/tensorboard``.
       wandb: also send to Weights & Biases.
       resume_at: on resume, the first update that will be written again; it and later lines are removed.
-      strict: refuse a metric that the glossary lacks (the default under pytest, where forgetting a
-        meaning must fail; a long run never dies of it).
+      strict: refuse a metric that the glossary lacks. The default is true under pytest only, so that a
+      missing
+        meaning fails a test but never a long run.
       filename: name of the file in ``run_dir``.
 
     Raises:
@@ -189,7 +189,7 @@ class MetricsLog:
         self.path = Path(run_dir) / filename
         self._strict = strict
         self._start = time.monotonic()
-        # What may be missing comes before anything is opened or changed.
+        # Optional packages first: if one is missing, nothing has been opened or changed yet.
         self._wandb = _open_wandb(run_dir, resume=resume_at is not None) if wandb else None
         self._tensorboard = _open_tensorboard(run_dir, resume_at) if tensorboard else None
         if resume_at is not None and self.path.exists():
@@ -203,7 +203,7 @@ class MetricsLog:
         JSON knows no NaN and no infinity, so such values become null.
 
         Raises:
-          KeyError: a name without meaning in the glossary (only when strict).
+          KeyError: a name is not in the glossary (only when strict).
         """
         unknown = [name for name in values if describe_metric(name) is None] if self._strict else []
         if unknown:
@@ -219,7 +219,7 @@ class MetricsLog:
             self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
-        """Flush and close every place; may be called twice."""
+        """Flush and close every output; may be called twice."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()

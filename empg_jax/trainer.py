@@ -1,4 +1,4 @@
-"""Training: warm start, then the loop of rollout, credit and update. `rl_loop` is the page to read first."""
+"""Training: a warm start, then the loop of rollout, credit and update. Read `rl_loop` first."""
 
 from __future__ import annotations
 
@@ -48,27 +48,27 @@ from empg_jax.types import Batch, Trajectory
 if TYPE_CHECKING:
     from empg_jax.config import Config
 
-# Sampler and learner run the same model: a larger mean gap of their log-probs means that one is wrong.
+# Sampler and learner run the same weights: a larger mean gap of their log-probs is a fault in one of them.
 GAP_LIMIT = 0.05
-MAX_ROLLBACKS = 3
+MAX_ROLLBACKS = 3  # in consecutive updates, before training stops
 
 
 class TrainingError(RunError):
-    """Training cannot go on; the message says why and what was kept."""
+    """Training cannot continue; the message names the cause and the checkpoints that are left."""
 
 
 def train(config: Config, *, resume: Path | None = None) -> Path:
-    """Run a configuration to its end, or go on with a run.
+    """Run a configuration to its end, or resume a run.
 
     Args:
       config: the resolved configuration; on resume, the run's own.
-      resume: folder of the run to go on with.
+      resume: folder of the run to resume.
 
     Returns:
       The run's folder.
 
     Raises:
-      ConfigError: the model cannot be made as configured; nothing was written.
+      ConfigError: the model cannot be built as configured; nothing was written.
       TrainingError: NaN in loss or gradient, or sampler and learner disagree.
       CheckpointError: a checkpoint could not be written, or none can be read on resume.
       PoolError: the environments keep failing.
@@ -131,18 +131,18 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
 
 
 def tell_passed_over(progress: Progress, events: EventLog, line: str) -> None:
-    """Tell the person and the diary of a checkpoint that could not be read."""
+    """Report a checkpoint that could not be read, to the user and in the event log."""
     progress.message(line)
     events.tell("checkpoint_skipped", detail=line)
 
 
 def run_sft(config: Config) -> Path:
-    """The warm start alone, as a run: the same folder and checkpoints as training with no RL update."""
+    """Run the warm start alone: a run with the same folder and checkpoints, but without RL updates."""
     return train(config.model_copy(update={"train": config.train.model_copy(update={"updates": 0})}))
 
 
 def rl_loop(parts: Parts, run: RunState) -> None:
-    """Rollout, score, credit, update, publish; until ``train.updates``."""
+    """Repeat rollout, score, credit, update and publication of weights until ``train.updates``."""
     config, learner = parts.config, parts.learner
     scorer = make_scorer(parts)
     parts.progress.phase("RL", config.train.updates, "updates", done=run.update)
@@ -152,6 +152,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
         began, compiled = time.monotonic(), parts.compiles.count
         parts.clock.lap()
         parts.events.update = run.update + 1
+        # Marked before the rollout: a stop during it saves this state, and the resumed run collects again.
         mark_boundary(parts, run)
         with parts.clock.phase("rollout"):
             parts.engine.load(run.state.params, run.update)
@@ -160,6 +161,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             split = functools.partial(split_batch, parts, run.update, trajectories)
             host_batch, layout = split(0)
             batch = learner.put(host_batch)
+            # Scored before any optimizer step: the old log-probs are those of the weights before the update.
             own, measured = scorer.score(run.state.params, run.reference, batch, layout, run.update)
             check_gap(config, run.update, measured)
             scores = scorer.choose(batch, own)
@@ -168,11 +170,12 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             for state, metrics in optimize(learner, run.state, first, split, config.train.epochs):
                 run.state = state
                 steps.append(metrics)
+            # One transfer after all steps: reading each step's metrics would stall the device in between.
             credit_metrics, steps = jax.device_get((credit.metrics, steps))
             measured |= scorer.measure_drift(run.state.params, run.reference, first, own, run.update)
         run.update += 1
         check_steps(parts, run, steps, host_batch)
-        parts.source.collector.settle()  # new weights are taken up at a turn boundary
+        parts.source.collector.settle()  # the engine loads new weights at a turn boundary only
         if is_due(run.update, every=config.log.rollouts_every, last=config.train.updates):
             tokens = config.log.rollouts_tokens
             write_update(parts.run_dir, run.update, trajectories, first, with_tokens=tokens)
@@ -194,7 +197,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
 def split_batch(
     parts: Parts, update: int, trajectories: Sequence[Trajectory], epoch: int
 ) -> tuple[Batch, Layout]:
-    """Build the global batch; every update and epoch deals its trajectories to other optimizer steps."""
+    """Build the global batch; each update and epoch splits it into optimizer steps in another way."""
     config = parts.config
     alike = join_alike(trajectories, config.algorithm.anchor_similarity)
     return make_batch(alike, parts.shape, seed=(config.seed, update, epoch))
@@ -207,7 +210,7 @@ def finish_update(
     values: dict[str, float],
     incidents: IncidentMeter,
 ) -> None:
-    """Count the episodes of an update, evaluate, log and write a checkpoint, where these are due."""
+    """Count an update's episodes; then evaluate, log and write a checkpoint, each where it is due."""
     config = parts.config
     is_last = run.update == config.train.updates
     run.record.count(trajectories, parts.source.outcomes)
@@ -234,10 +237,10 @@ def make_scorer(parts: Parts) -> Scorer:
 
 
 def check_gap(config: Config, update: int, measured: Mapping[str, float]) -> None:
-    """Stop where sampler and learner disagree about data of the learner's own version.
+    """Stop training when sampler and learner disagree on samples of the current weights.
 
     Raises:
-      TrainingError: the gap is beyond the gate.
+      TrainingError: the gap is above `GAP_LIMIT`.
     """
     mean = measured.get("logprob_gap", 0.0)
     if mean > GAP_LIMIT:
@@ -249,10 +252,10 @@ def check_gap(config: Config, update: int, measured: Mapping[str, float]) -> Non
 
 
 def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch: Batch) -> None:
-    """Act on optimizer steps that were left out: loss or gradient not finite, or too far from the old policy.
+    """Handle skipped optimizer steps: loss or gradient was not finite, or the KL was above ``train.max_kl``.
 
     Raises:
-      TrainingError: the configuration says stop, or rolling back did not help.
+      TrainingError: the configured policy is ``stop``, or `MAX_ROLLBACKS` rollbacks did not help.
     """
     train = parts.config.train
     guards = (
@@ -287,12 +290,12 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
 
 
 def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = None) -> Evaluation:
-    """Supervised warm start (if configured), the evaluation before RL, and the first checkpoint.
+    """Run the supervised warm start (if configured), evaluate, and write the first checkpoint.
 
     Args:
       parts: the run's parts.
-      run: its state.
-      examples: what to learn from; None gathers it.
+      run: the run's state.
+      examples: training examples of the warm start; None gathers them.
 
     Returns:
       The evaluation before RL.
@@ -307,7 +310,7 @@ def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = No
     before = evaluate(parts, run, "before")
     mark_boundary(parts, run)
     save(parts, run)
-    parts.checkpoints.wait()  # from here on there is always something to go on from
+    parts.checkpoints.wait()  # from here on a run can always be resumed
     return before
 
 

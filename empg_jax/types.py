@@ -1,4 +1,4 @@
-"""The data that crosses between rooms.
+"""The data types that the packages exchange.
 
 Shape legend (one spelling everywhere)::
 
@@ -6,11 +6,11 @@ Shape legend (one spelling everywhere)::
     T  tokens per row                   K  turns per trajectory (the configured maximum)
     V  vocabulary                       P, R  prompt and response tokens of one turn
 
-Alignment, stated once: position ``t`` of every per-token stream talks about token ``t`` itself.
+Alignment, defined here for the whole package: entry ``t`` of every per-token stream describes token ``t``.
 ``logprobs[b, t]`` is the log-probability of ``tokens[b, t]`` given the tokens before it; the shift by
 one happens in a single function (`empg_jax.learner.outputs.compute_outputs`).
 
-Host data (``Turn``, ``Trajectory``, ``Outcome``) is NumPy; device data (``Batch``, ``Scores``,
+Host data (``Turn``, ``Trajectory``, ``Outcome``) holds NumPy arrays; device data (``Batch``, ``Scores``,
 ``Credit``) are pytrees of arrays.
 """
 
@@ -29,22 +29,22 @@ Leaf = Any  # an array (NumPy on the host, JAX on devices), or a shape or shardi
 
 
 class Status(enum.StrEnum):
-    """What becomes of an episode. An infrastructure failure is never a reward of zero."""
+    """The treatment of an episode in training. An infrastructure failure is never scored zero."""
 
-    TRAINED = "trained"  # the policy caused what happened: learn from it
-    SCORED_ZERO = "scored_zero"  # the policy broke a limit: learn from it as worth at most 0
-    DISCARDED = "discarded"  # something else broke: never learned from, refilled
+    TRAINED = "trained"  # the policy caused the outcome: train on it
+    SCORED_ZERO = "scored_zero"  # the policy exceeded a limit: train on it with a return of at most 0
+    DISCARDED = "discarded"  # another cause: never trained on, sampled again
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an episode ended.
+    """The end of an episode.
 
     Attributes:
-      status: whether the episode is learned from.
+      status: treatment of the episode in training.
       reason: a short name for the cause, for example ``won``, ``turn_limit``, ``context_limit``,
         ``env_error``, ``worker_died``, ``timeout``; counted in metrics and ``summary.json``.
-      detail: free text for a person (an exception's message).
+      detail: free text for the user (an exception's message).
     """
 
     status: Status
@@ -53,7 +53,7 @@ class Outcome:
 
     @property
     def is_trained(self) -> bool:
-        """True when the learner may see the episode."""
+        """True when the episode is trained on."""
         return self.status is not Status.DISCARDED
 
 
@@ -66,13 +66,13 @@ class Turn:
       response_tokens: int32[R], the sampled ids, end-of-turn token included when it was sampled.
       behavior_logprobs: float32[R], log-probabilities at the rollout temperature.
       entropies: float32[R], full-vocabulary entropies in nats at the rollout temperature.
-      reward: the environment's own reward for this turn; no penalty of ours is inside.
+      reward: the environment's reward for this turn, without the algorithm's penalties.
       version: the policy version that sampled it.
       anchor: hash of the observation that the turn answers (GiGPO's state key).
       is_valid: whether the parser accepted the response as an action.
       finish_reason: ``stop`` (end-of-turn sampled) or ``length``.
-      observation: text that the turn answers (for people; never tokenised again).
-      response: decoded response text (for people; never tokenised again).
+      observation: text that the turn answers (for display; never tokenized again).
+      response: decoded response text (for display; never tokenized again).
     """
 
     prompt_tokens: np.ndarray
@@ -90,20 +90,20 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """One episode: its turns, and what is to be made of it.
+    """One episode: its turns and its outcome.
 
     Attributes:
       task: index of the task in its panel.
       split: the panel's name (``train``, ``valid``, ``test``).
       group_id: run-wide number of the group of attempts; unique, never reused.
-      member: which attempt of the group, in [0, group_size).
+      member: number of the attempt in its group, in [0, group_size).
       turns: the turns in order; empty only for discarded episodes.
       outcome: trained, scored zero, or discarded.
-      episode_return: plain sum of the turns' rewards, whatever the outcome; what breaking a limit costs
-        is up to the algorithm.
-      is_success: the environment's own verdict.
-      terminated: ended by the task.
-      truncated: ended by a limit.
+      episode_return: plain sum of the turns' rewards, whatever the outcome; the algorithm decides the cost of
+        exceeding a limit.
+      is_success: the environment's verdict.
+      terminated: whether the task ended the episode.
+      truncated: whether a limit ended the episode.
       metrics: further scalars that the environment reported at the end.
     """
 
@@ -131,7 +131,7 @@ class Trajectory:
 
 
 def _per(axis: str, dtype: Any, absent: int = 0) -> Any:
-    """A field with one entry per ``axis``."""
+    """Declare a field with one entry per ``axis``."""
     return flax.struct.field(metadata={"per": axis, "dtype": dtype, "absent": absent})
 
 
@@ -139,9 +139,9 @@ def _per(axis: str, dtype: Any, absent: int = 0) -> Any:
 class Batch:
     """A global batch: packed token rows plus a table of trajectories.
 
-    Each field says its axis (one entry per token ``[B T]``, row ``[B]``, trajectory ``[N]`` or turn
-    ``[N K]``), its type, and the value where nothing is there (0 unless said). Host arrays (`empty_fields`)
-    and shardings (`fields_per`) are made from this list.
+    Each field declares its axis (one entry per token ``[B T]``, row ``[B]``, trajectory ``[N]`` or turn
+    ``[N K]``), its type, and the value of absent entries (default 0). Host arrays (`empty_fields`) and
+    shardings (`fields_per`) are made from these declarations.
     """
 
     tokens: Leaf = _per("token", np.int32)
@@ -154,11 +154,11 @@ class Batch:
     behavior_logprobs: Leaf = _per("token", np.float32)
     behavior_entropies: Leaf = _per("token", np.float32)
     minibatch_ids: Leaf = _per("row", np.int32, absent=-1)  # the optimizer step that a row belongs to
-    returns: Leaf = _per("trajectory", np.float32)  # sum of the environment's rewards, no penalty inside
+    returns: Leaf = _per("trajectory", np.float32)  # sum of the environment's rewards, without penalties
     group_ids: Leaf = _per("trajectory", np.int32, absent=-1)  # in [0, N)
     trajectory_mask: Leaf = _per("trajectory", bool)
     truncated: Leaf = _per("trajectory", bool)  # a limit ended the episode, not the task
-    scored_zero: Leaf = _per("trajectory", bool)  # the policy broke a limit: the episode is worth at most 0
+    scored_zero: Leaf = _per("trajectory", bool)  # a limit was exceeded: the algorithm caps the return at 0
     turn_rewards: Leaf = _per("turn", np.float32)  # the environment's own reward of the turn
     turn_truncated: Leaf = _per("turn", bool)  # the token limit cut the response
     turn_valid: Leaf = _per("turn", bool)  # the parser accepted the turn's action
@@ -170,15 +170,15 @@ BATCH_FIELDS: dict[str, str] = {field.name: field.metadata["per"] for field in d
 
 
 def fields_per(axis: str) -> list[str]:
-    """Names of the batch's fields that have one entry per ``token``, ``row``, ``trajectory`` or ``turn``."""
+    """List the batch's fields with one entry per ``token``, ``row``, ``trajectory`` or ``turn``."""
     return [name for name, per in BATCH_FIELDS.items() if per == axis]
 
 
 def empty_fields(**sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Host arrays of a batch in which nothing is present.
+    """Make the host arrays of an empty batch.
 
     Args:
-      **sizes: shape by axis, for example ``token=(B, T)``; other axes are left out.
+      **sizes: shape by axis, for example ``token=(B, T)``; fields of other axes are left out.
     """
     return {
         field.name: np.full(sizes[field.metadata["per"]], field.metadata["absent"], field.metadata["dtype"])
@@ -189,32 +189,32 @@ def empty_fields(**sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 @flax.struct.dataclass
 class Scores:
-    """What the learner says of a batch before it changes any weight (no gradients)."""
+    """Per-token scores of a batch under the weights before the update (no gradients)."""
 
     old_logprobs: Leaf  # float32[B T]
     entropies: Leaf  # float32[B T]
     ref_logprobs: Leaf  # float32[B T]  equals old_logprobs when there is no KL term
-    values: Leaf = None  # float32[B T]  of the state that a token was sampled in; None without a critic
+    values: Leaf = None  # float32[B T]  value of the state that a token was sampled in; None without a critic
 
 
 @flax.struct.dataclass
 class TurnCredit:
-    """Credit as a table of turns ``[N K]``; where an estimator differs inside a turn, its mean."""
+    """Credit as a table of turns ``[N K]``; the mean over tokens where an estimator differs inside a turn."""
 
-    entropies: Leaf  # float32[N K]   mean token entropy, in nats, that the modulation read
+    entropies: Leaf  # float32[N K]   mean token entropy in nats, the modulation's input
     base: Leaf  # float32[N K]        advantage of the estimator, before modulation
-    factors: Leaf  # float32[N K]     what the modulation multiplied with; 1 without
-    bonuses: Leaf  # float32[N K]     what the modulation added before centering; 0 without
+    factors: Leaf  # float32[N K]     multiplicative factor of the modulation; 1 without modulation
+    bonuses: Leaf  # float32[N K]     additive bonus of the modulation, before centering; 0 without modulation
     advantages: Leaf  # float32[N K]  after modulation and centering
     mask: Leaf  # bool[N K]           turns that exist
 
 
 @flax.struct.dataclass
 class Credit:
-    """What a batch is worth, token by token. All constants to the gradient."""
+    """Per-token credit of a batch. The gradient treats all of it as constant."""
 
     advantages: Leaf  # float32[B T]
     loss_weights: Leaf  # float32[B T]  share in its mini-batch's loss; zero off loss_mask
     metrics: dict[str, Leaf]  # scalars for the log
     turns: TurnCredit | None = None  # the same credit turn by turn
-    value_targets: Leaf = None  # float32[B T]  what the critic is to say; None without a critic
+    value_targets: Leaf = None  # float32[B T]  regression targets of the critic; None without a critic

@@ -1,8 +1,8 @@
 """The configuration of credit assignment and loss: the ``algorithm`` section and the sections inside it.
 
-Its keys are the keywords of the factories in `empg_jax.algorithms.parts`: type, default and sentence of a
-key are those of the keyword (`empg_jax.algorithms.signatures`, which loads no JAX). A name stands for a
-recipe; a key that no part of the chosen recipe reads is refused.
+Its keys are the keywords of the factories in `empg_jax.algorithms.parts`. Each key takes its type, default
+and description from the keyword (`empg_jax.algorithms.signatures`, which loads no JAX). A name stands for a
+recipe. A key that no part of the chosen recipe reads is refused.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _TYPES: dict[str, Any] = {
     "Count": Annotated[int, Field(ge=0)],
     "Length": Annotated[int, Field(ge=1)],
 }
-# Keys that choose their own part: their default is that it is absent.
+# Keys that switch on a part of their own: by default that part is absent.
 _ABSENT: dict[str, Any] = {
     "kl_coef": 0.0,
     "overlong_length": None,
@@ -67,7 +67,7 @@ _ABSENT: dict[str, Any] = {
 
 
 def _key_field(key: str) -> tuple[Any, Any]:
-    """Make type and field of a key from the keywords that read it."""
+    """Make the type and field of a key from the keywords that read it."""
     found: list[Parameter] = [FACTORIES[slot][factory][option] for slot, factory, option in readers(key)]
     kind = eval(found[0].annotation, dict(_TYPES))  # the annotation, as written in our own source
     default, sentence = found[0].default, found[0].sentence
@@ -91,13 +91,13 @@ def _keys_below(section: str) -> dict[str, tuple[Any, Any]]:
 
 
 def _top_keys(*slots: str) -> dict[str, tuple[Any, Any]]:
-    """Make the fields of some slots whose keys stand in the section itself."""
+    """Make the fields of some slots whose keys are in the section itself, not in a section inside it."""
     keys = [key for key in all_keys() if "." not in key and key != "invalid_penalty" and readers(key)]
     return {key: _key_field(key) for key in keys if readers(key)[0][0] in slots}
 
 
 def _choice(slot: str, default: str, sentence: str) -> tuple[Any, Any]:
-    """Make the key that chooses a slot's part; null leaves what a recipe of one's own has there."""
+    """Make the key that chooses a slot's part; null keeps the part of a custom recipe."""
     names = tuple(spelled(factory) for factory in FACTORIES[slot])
     return Literal[names] | None, Field(default, description=sentence)
 
@@ -124,7 +124,7 @@ _OF_CORRECTION: dict[str, Any] = {
 
 
 class CorrectionConfig(create_model("CorrectionKeys", __base__=Section, **_OF_CORRECTION)):  # type: ignore
-    """What is done about data that another policy sampled: the engine's rounding, or older weights."""
+    """Corrections for data that another policy sampled: the engine's rounding, or older weights."""
 
 
 def _section(kind: Any, sentence: str) -> tuple[Any, Any]:
@@ -155,14 +155,14 @@ _FIELDS: dict[str, Any] = {
     **_top_keys("penalise"),
     "loss": _choice("objective", "ppo_clip", "Policy loss."),
     **_top_keys("objective"),
-    "aggregation": _choice("aggregate", "token-mean", "How token losses become one number."),
+    "aggregation": _choice("aggregate", "token-mean", "Reduction of token losses to one number."),
     **_top_keys("aggregate", "keep", "kl"),
     "entropy_coef": (Annotated[float, Field(ge=0)], Field(0.0, description="Weight of the entropy bonus.")),
     "entropy_source": (
         Literal["learner", "engine"],
         Field(
             "learner",
-            description="Who measures entropies: a score pass of the learner, or the sampler.",
+            description="Source of entropies: a score pass of the learner, or the sampler's records.",
         ),
     ),
     "correction": _section(CorrectionConfig, "Corrections for data that another policy sampled."),
@@ -171,13 +171,13 @@ _FIELDS["kl_coef"] = (_FIELDS["kl_coef"][0] | None, _FIELDS["kl_coef"][1])
 
 
 def start_spec(values: Mapping[str, Any]) -> Spec:
-    """Find the spec that an algorithm begins as, by its name or entry point.
+    """Find the initial spec of an algorithm by its name or entry point.
 
     Raises:
       ValueError: an entry point that cannot be used.
     """
     if values.get("entry_point") is not None:
-        # Only here is JAX loaded: the recipe has to be looked at.
+        # JAX is loaded here only: a custom recipe must be imported to be inspected.
         from empg_jax.algorithms.configure import spec_of
         from empg_jax.algorithms.entry import load_recipe
 
@@ -194,7 +194,7 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
     @model_validator(mode="before")
     @classmethod
     def _write_out(cls, data: Any) -> Any:
-        """Write out the keys that a name stands for; explicit keys win, but for a second modulation."""
+        """Write out the keys that a name stands for; explicit keys win, except for a second modulation."""
         if not isinstance(data, dict):
             return data
         entry, name = data.get("entry_point"), data.get("name", "grpo")
@@ -205,7 +205,7 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
             )
         if entry is not None:
             if not (isinstance(entry, str) and ":" in entry):
-                return data  # its own check says what is wrong
+                return data  # the field's own check reports the mistake
             name = None
         elif not isinstance(name, str):
             return data
@@ -288,13 +288,13 @@ def flat_defaults() -> dict[str, Any]:
 
 
 def _filled(spec: Spec, given: dict[str, Any]) -> dict[str, Any]:
-    """Add to the keys given what the parts chosen by them set themselves."""
+    """Add to the given keys the values that the chosen parts set themselves."""
     try:
         chosen = choose(spec, given)
-    except (ValueError, TypeError):  # a bad choice: told with the others
+    except (ValueError, TypeError):  # a bad choice: reported together with the other mistakes
         return given
     said = {key: value for key, value in written_out(chosen).items() if key != "invalid_penalty"}
-    return {**said, **given}  # the penalty's key is env.invalid_penalty
+    return {**said, **given}  # the key of this penalty is env.invalid_penalty
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

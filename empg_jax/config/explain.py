@@ -1,6 +1,6 @@
-"""What went wrong in a configuration, in words: key path, value, and the nearest valid key or choice.
+"""Messages about mistakes in a configuration: key path, value, and the nearest valid key or choice.
 
-The functions read the sections' field tables (``model_fields``) and nothing else of pydantic.
+The functions use the sections' field tables (``model_fields``) and nothing else of pydantic.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from empg_jax.errors import closest, nearest
 
 
 def list_keys(root: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
-    """Every key below a section as (path, default as YAML writes it, sentence), in order."""
+    """List every key below a section as (path, default as YAML writes it, description), in order."""
     keys: list[tuple[str, Any, str]] = []
     for name, field in root.model_fields.items():
         if _is_section(field.annotation):
@@ -26,7 +26,7 @@ def list_keys(root: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
 
 
 def list_literals(root: Any, prefix: str = "") -> dict[str, list[str]]:
-    """The choices of every key below a section, by path; empty for keys that are free."""
+    """Return the choices of every key below a section, by path; empty for keys without fixed choices."""
     found: dict[str, list[str]] = {}
     for name, field in root.model_fields.items():
         if _is_section(field.annotation):
@@ -37,11 +37,11 @@ def list_literals(root: Any, prefix: str = "") -> dict[str, list[str]]:
 
 
 def explain(root: Any, error: Mapping[str, Any]) -> list[str]:
-    """The lines that tell a person about one entry of ``ValidationError.errors()``."""
+    """Format one entry of ``ValidationError.errors()`` as lines for the user."""
     kind, parts = error["type"], [str(part) for part in error["loc"]]
     if kind == "value_error":  # the checks of the sections name their keys themselves
         return str(error["ctx"]["error"]).splitlines()
-    # Unions and containers append parts of their own to the location; a person edits the key before them.
+    # Unions and containers append parts of their own to the location; the user edits the key before these.
     depth = max(n for n in range(len(parts)) if _section_at(root, parts[:n]) is not None)
     section, key = _section_at(root, parts[:depth]), parts[depth]
     where = f"{'.'.join(parts[: depth + 1])}={error['input']!r}"
@@ -63,7 +63,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _section_at(root: Any, parts: Sequence[str]) -> Any:
-    """The section that a path leads to, or None when it leads elsewhere."""
+    """Return the section at a path, or None when there is no section."""
     section = root
     for part in parts:
         if part not in section.model_fields or not _is_section(section.model_fields[part].annotation):
@@ -79,7 +79,7 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _nearest_key(root: Any, parents: Sequence[str], wrong: str) -> str:
-    """A hint: the key of this section that is spelt most alike, else such a key of another section."""
+    """Format a hint with the most similar key of this section, else of another section."""
     siblings = {name: ".".join([*parents, name]) for name in _section_at(root, parents).model_fields}
     elsewhere = {path.rpartition(".")[2]: path for path, _, _ in list_keys(root)}
     for known in (siblings, elsewhere):

@@ -1,11 +1,11 @@
 """The configuration: one frozen, strict object, read from a YAML file and dotted overrides.
 
-Every key carries one sentence (`describe` lists them all). Whatever is wrong with a configuration (an
+Every key has a one-sentence description (`describe` lists them all). Every mistake in a configuration (an
 unknown key, a wrong type, an impossible combination, a missing or malformed file, a bad override) is a
 `ConfigError`: one readable message with the full key path, the value, and the nearest valid key or choice.
 
-The sections stand in `model`, `sections` and `algorithm` beside this file. This file holds the whole
-configuration, the checks that look across sections, and loading.
+The modules `model`, `sections` and `algorithm` define the sections. This module defines the whole
+configuration, the checks across sections, and loading.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from empg_jax.config.sections import (
 from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, read_yaml
 from empg_jax.errors import ConfigError
 
-# Keys that may change when a run goes on; all others would make the resumed run a different experiment.
+# Keys that may change on resume; any other change would make the resumed run a different experiment.
 RESUMABLE_KEYS = ("train.updates", "log.*")
 
 
 class Config(Section):
-    """A run, completely."""
+    """The complete configuration of a run."""
 
     name: str = Field("run", min_length=1, description="Name of the experiment (default: the config file's).")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights, tasks and sampling.")
@@ -51,7 +51,7 @@ class Config(Section):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="Sampling.")
     workers: WorkersConfig = Field(default_factory=WorkersConfig, description="Environment processes.")
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig, description="Credit and loss.")
-    train: TrainConfig = Field(default_factory=TrainConfig, description="Optimisation.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="Optimization.")
     sft: SftConfig = Field(default_factory=SftConfig, description="Warm start.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation.")
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="Devices.")
@@ -62,7 +62,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _sample_dynamically(cls, data: Any) -> Any:
-        """With dapo, `rollout.filter_groups` is true unless it is set."""
+        """Switch `rollout.filter_groups` on for dapo, unless it is set."""
         algorithm, rollout = (data.get(key) or {} for key in ("algorithm", "rollout"))
         name = algorithm.get("name") if isinstance(algorithm, dict) else getattr(algorithm, "name", None)
         if not isinstance(rollout, dict) or not str(name).startswith("dapo"):
@@ -78,7 +78,7 @@ class Config(Section):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of this configuration before it runs: keys dropped, risks taken."""
+        """Notes for the user before the run: keys that were dropped, and risks."""
         return (*self._notes, *_lag_note(self))
 
     def with_notes(self, lines: Iterable[str]) -> Config:
@@ -88,7 +88,7 @@ class Config(Section):
         return noted
 
     def to_yaml(self) -> str:
-        """The resolved configuration; `load_config` reads it back to an equal object."""
+        """Write the resolved configuration as YAML; `load_config` reads it back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -172,7 +172,7 @@ def _learner_problems(config: Config) -> Iterator[str]:
 
 
 def _length_problems(config: Config) -> Iterator[str]:
-    """What an episode can be, against what the algorithm expects of it."""
+    """Compare the possible length of an episode with the lengths that the algorithm expects."""
     algorithm, rollout = config.algorithm, config.rollout
     longest = config.env.max_turns * rollout.max_response_tokens
     if algorithm.overlong_length is not None and algorithm.overlong_length > longest:
@@ -191,7 +191,7 @@ def _length_problems(config: Config) -> Iterator[str]:
 
 
 def _lag_note(config: Config) -> Iterator[str]:
-    """Old samples without a correction are allowed, and said."""
+    """Yield a note when older samples are trained on without a correction, which is allowed."""
     algorithm = config.algorithm
     corrected = algorithm.correction.kind != "none" or algorithm.loss == "decoupled_ppo"
     if config.train.max_lag > 0 and not corrected:
@@ -212,15 +212,16 @@ def load_config(
 
     Args:
       name_or_path: a packaged name (``quickstart``), or the path of a YAML file.
-      overrides: ``section.key=value`` each, the value in YAML; later ones win. If they name an
+      overrides: overrides of the form ``section.key=value``, the value in YAML; later ones win. If they name
+      an
         ``env.entry_point``, the file's options for its own environment are left out.
 
     Returns:
-      The checked, frozen configuration; its name is the file's unless the file sets one. Its ``notes`` say
-      which keys of the file were dropped.
+      The checked, frozen configuration; its name is the file's unless the file sets one. Its ``notes`` list
+      the keys of the file that were dropped.
 
     Raises:
-      ConfigError: one message that lists everything that is wrong.
+      ConfigError: the configuration is wrong; one message lists all problems.
     """
     path = find_file(name_or_path)
     values = {"name": path.stem} | read_yaml(path)
@@ -238,6 +239,7 @@ def load_config(
         notes += dropped
     try:
         config = Config.model_validate(values)
+        # Defaults are no settings in a file, but a command's key that has no effect is a mistake even then.
         if idle := list(check_command(config.algorithm, commanded)):
             raise ConfigError(_unusable(name_or_path, idle))
         config._notes = tuple(notes)
@@ -260,12 +262,12 @@ def check_resumable(overrides: Iterable[str]) -> None:
 
 
 def list_choices() -> dict[str, list[str]]:
-    """The choices of every key that has a closed list of them, by key."""
+    """Return the choices of every key that has a closed list of choices, by key."""
     return {"algorithm.name": list(ALGORITHM_NAMES)} | {
         path: choices for path, choices in list_literals(Config).items() if choices
     }
 
 
 def describe() -> list[tuple[str, Any, str]]:
-    """Every key with its default and its sentence, in the order of the sections."""
+    """List every key with its default and its description, in the order of the sections."""
     return list_keys(Config)

@@ -1,4 +1,4 @@
-"""Configuration of the model: where it comes from, its shape, its adapters, its place on the devices."""
+"""Configuration of the model: origin, shape, adapters, and layout on the devices."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from empg_jax.config.algorithm import Section
 
 
 def as_list(value: Any) -> Any:
-    """One text stands for a list of one."""
+    """Convert a single string to a list of one."""
     return [value] if isinstance(value, str) else value
 
 
 def as_mapping(value: Any) -> Any:
-    """Null stands for a mapping without entries."""
+    """Convert null to an empty mapping."""
     return {} if value is None else value
 
 
@@ -23,17 +23,17 @@ Options = Annotated[dict[str, Any], BeforeValidator(as_mapping)]
 
 
 class LoraConfig(Section):
-    """Low-rank adapters: they are trained and published, and the model below them stays as it is."""
+    """Low-rank adapters: only they are trained, and the model below them stays frozen."""
 
     rank: int = Field(0, ge=0, description="Rank of the adapters; 0 trains every parameter instead.")
     alpha: float = Field(32.0, gt=0, description="An adapter's product is scaled by alpha / rank.")
     targets: Annotated[tuple[str, ...], Field(strict=False, min_length=1), BeforeValidator(as_list)] = Field(
-        ("*_proj",), description="Patterns over names of linear layers (q_proj, down_proj): those adapted."
+        ("*_proj",), description="Patterns of the linear layers to adapt, over names such as q_proj."
     )
 
 
 class ModelConfig(Section):
-    """Which policy is trained: weights on disk, a preset shape, or the shape spelt out here."""
+    """The policy to train: weights on disk, a preset shape, or the shape given by these keys."""
 
     path: str | None = Field(None, description="Folder (or hub id) of a Hugging Face model to start from.")
     preset: str | None = Field(None, description="Named model shape to fill with random weights.")
@@ -65,20 +65,20 @@ class ModelConfig(Section):
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the stored weights.")
     remat: Literal["full", "dots", "none"] = Field(
         "full",
-        description="What the backward pass computes again to save memory: all but attention's result, all "
-        "but the results of matrix products, or nothing.",
+        description="Rematerialization in the backward pass to save memory: everything except attention's "
+        "result (full), everything except the results of matrix products (dots), or nothing (none).",
     )
     scan_layers: bool = Field(
-        True, description="One compiled layer for all; false writes every layer out, which compiles slowly."
+        True, description="Compile one layer and loop over it; false unrolls the layers and compiles slowly."
     )
     attention: Literal["auto", "xla"] = Field(
         "auto",
         description="Attention of packed rows: the kernel of the platform (Triton on a GPU, splash on a TPU) "
-        "where rows have 128 tokens or more and heads 64, 128 or 256 numbers; or plain XLA everywhere.",
+        "where rows have 128 tokens or more and a head width of 64, 128 or 256; or plain XLA everywhere.",
     )
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Adapters on frozen weights.")
     quantize: Literal["none", "int8", "nf4"] = Field(
-        "none", description="How the frozen matrices below adapters are stored."
+        "none", description="Storage type of the frozen matrices below adapters."
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""A command's algorithm keys over a file's: what the command replaces, and what it sets in vain."""
+"""Merging of a command's algorithm keys into a file's, and a check for keys of a command without effect."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ def overlay(filed: Any, commanded: Any, *, source: str, is_packaged: bool) -> tu
     """Lay the algorithm keys of a command over those of a file.
 
     A name (or entry point) in the command decides the whole algorithm, modulation included, unless the
-    command names a modulation too. What a packaged file had set for parts that the command replaced is
-    dropped, and said so; a file of the user's own keeps every key, and one that nothing reads is refused
-    later.
+    command names a modulation, too. A packaged file's keys for parts that the command replaces are dropped,
+    with a note. A file of the user's own keeps every key; a key that no part reads is refused later.
 
     Args:
       filed: the file's ``algorithm`` section.
-      commanded: the command's.
-      source: what notes call the file.
-      is_packaged: whether it came with the package.
+      commanded: the command's ``algorithm`` section.
+      source: name of the file in notes.
+      is_packaged: whether the file came with the package.
 
     Returns:
-      The section, and the notes.
+      The merged section, and the notes.
     """
     if not isinstance(filed, dict) or not isinstance(commanded, dict):
         return (filed if commanded is None else commanded), []
@@ -49,13 +48,13 @@ def overlay(filed: Any, commanded: Any, *, source: str, is_packaged: bool) -> tu
         kept["name"] = split_name(before["name"])[0]
     try:
         notes = _drop_replaced(before, command, kept, source, is_packaged, renames)
-    except (ValueError, TypeError, KeyError):  # something is wrong with the keys, which is told with all else
+    except (ValueError, TypeError, KeyError):  # a mistake in the keys: the checks of the section report it
         notes = []
     return nested({**kept, **command}), notes
 
 
 def _empty_tables(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted path of every empty table: it replaces the keys that stood there."""
+    """Yield the dotted path of every empty table, which removes the file's keys below it."""
     for key, value in table.items():
         if isinstance(value, dict):
             if not value:
@@ -71,7 +70,7 @@ def _drop_replaced(
     is_packaged: bool,
     renames: bool,
 ) -> list[str]:
-    """Take from ``kept`` what was set for replaced parts; the notes that say so."""
+    """Remove from ``kept`` the keys of replaced parts; return a note for each."""
     old, new = start_spec(before), start_spec({**kept, **command})
     if before.get("modulation") in MODULATIONS:
         old = old | choose(old, {"modulation": before["modulation"]})
@@ -92,7 +91,7 @@ def _drop_replaced(
 
 
 def check_command(algorithm: AlgorithmConfig, commanded: Any) -> Iterator[str]:
-    """Say which keys of a command nothing reads, even where their value is the default."""
+    """Yield a message for every key of a command that no part reads, even if its value is the default."""
     values = {k: v for k, v in flatten(algorithm.model_dump()).items() if k not in NOT_OF_PARTS}
     spec = choose(start_spec({"name": algorithm.name, "entry_point": algorithm.entry_point}), values)
     read = read_keys(spec)

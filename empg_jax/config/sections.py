@@ -1,4 +1,4 @@
-"""Configuration of a run: environment, sampling, workers, training, warm start, evaluation, records."""
+"""Configuration of a run: environment, sampling, workers, training, warm start, evaluation, logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from empg_jax.config.model import Options, as_list
 
 
 class EnvConfig(Section):
-    """Which environment the agent acts in, and what the agent sees of it."""
+    """The environment of the agent, and the prompts made from it."""
 
     name: str | None = Field("household", description="Name of a shipped environment.")
     entry_point: str | None = Field(
@@ -31,10 +31,10 @@ class EnvConfig(Section):
     )
     history: int = Field(2, ge=0, description="Past turns in a fresh prompt (env.context=window).")
     invalid_penalty: float = Field(
-        0.0, ge=0, description="Taken off by the algorithm for every turn whose response is no valid action."
+        0.0, ge=0, description="Penalty that the algorithm subtracts for every turn without a valid action."
     )
     timeout_outcome: Literal["discard", "zero"] = Field(
-        "discard", description="What becomes of an episode that overruns its time: refilled, or scored zero."
+        "discard", description="Treatment of an episode that exceeds its time: sampled again, or scored zero."
     )
 
     @model_validator(mode="before")
@@ -51,25 +51,25 @@ class EnvConfig(Section):
 
     @property
     def target(self) -> str:
-        """What `empg_envs.make_env` is asked for: the entry point, else the name."""
+        """Argument of `empg_envs.make_env`: the entry point, else the name."""
         target = self.entry_point or self.name
         assert target is not None  # a cross-section check refuses a configuration with neither
         return target
 
 
 class RolloutConfig(Section):
-    """How episodes are sampled."""
+    """The sampling of episodes."""
 
     tasks_per_update: int = Field(16, ge=1, description="Tasks (groups) per update.")
     group_size: int = Field(8, ge=1, description="Attempts at each task.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature; entropies are taken at it too.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature, also of entropies.")
     slots: int | None = Field(
         None, ge=1, description="Conversations in flight (default tasks_per_update * group_size)."
     )
     max_response_tokens: int = Field(16, ge=1, description="Tokens that one response may have.")
     max_tokens: int = Field(256, ge=2, description="Longest conversation in tokens, and the row length.")
     deterministic: bool = Field(False, description="Barrier per turn, fixed shapes: repeatable bit by bit.")
-    burst: int = Field(8, ge=1, description="Decode steps between two looks at the host.")
+    burst: int = Field(8, ge=1, description="Decode steps per dispatch, between two reads by the host.")
     data: int = Field(1, ge=1, description="Local devices that the engine's slots are split over.")
     tensor: int = Field(1, ge=1, description="Local devices that the engine's weights are split over.")
     prefill_buckets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = Field(
@@ -80,12 +80,12 @@ class RolloutConfig(Section):
         None, ge=1, description="Attempts that suffice to close a group at its deadline (default all)."
     )
     filter_groups: bool = Field(
-        False, description="Replace groups whose attempts all returned the same (true with dapo)."
+        False, description="Replace groups whose attempts all have the same return (true with dapo)."
     )
     max_refills: int = Field(
         10,
         ge=1,
-        description="Batches' worth of groups so replaced before an update; later ones count.",
+        description="Limit on groups replaced before an update, in batches; beyond it equal groups are kept.",
     )
 
 
@@ -101,7 +101,7 @@ class WorkersConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation."""
+    """The optimization."""
 
     updates: int = Field(150, ge=0, description="Updates of the RL phase.")
     num_minibatches: int = Field(4, ge=1, description="Optimizer steps that a batch is split into.")
@@ -119,13 +119,13 @@ class TrainConfig(Section):
     beta2: float = Field(0.99, ge=0, lt=1, description="Second moment decay of AdamW.")
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
     max_kl: float | None = Field(
-        None, gt=0, description="An optimizer step beyond this approximate KL is left out (null: no limit)."
+        None, gt=0, description="Skip an optimizer step beyond this approximate KL (null: no limit)."
     )
     on_kl: Literal["stop", "skip", "rollback"] = Field(
-        "skip", description="What to do when steps were left out for train.max_kl."
+        "skip", description="Action after steps were skipped because of train.max_kl."
     )
     on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
-        "stop", description="What to do when loss or gradient is not finite."
+        "stop", description="Action when loss or gradient is not finite."
     )
 
 
@@ -137,13 +137,13 @@ class SftConfig(Section):
         None, description="Chat file (JSON lines), or a list of them, to learn from in place of the expert."
     )
     loss_on: Literal["all", "last"] = Field(
-        "all", description="Answers of a conversation in sft.data that are learned."
+        "all", description="Answers of a conversation in sft.data that are trained on."
     )
     too_long: Literal["skip", "truncate"] = Field(
-        "skip", description="What becomes of a conversation in sft.data beyond rollout.max_tokens."
+        "skip", description="Treatment of a conversation in sft.data longer than rollout.max_tokens."
     )
     holdout: float = Field(
-        0.05, ge=0, lt=1, description="Share of sft.data on which the loss is measured, not lowered."
+        0.05, ge=0, lt=1, description="Share of sft.data held out to measure the loss; it is not trained on."
     )
     eval_every: int = Field(
         50, ge=0, description="Updates between two held-out losses; 0 is only after the last."
@@ -176,17 +176,17 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept to go on from."""
+    """The checkpoints that a run is resumed from."""
 
     every: int = Field(25, ge=1, description="Updates between checkpoints.")
-    keep: int = Field(3, ge=1, description="Newest checkpoints that are kept.")
+    keep: int = Field(3, ge=1, description="Number of newest checkpoints to keep.")
     dir: str | None = Field(
-        None, description="Where they are written (default: checkpoints in the run folder)."
+        None, description="Folder of the checkpoints (default: checkpoints in the run folder)."
     )
 
 
 class LogConfig(Section):
-    """What is recorded and shown."""
+    """The logs and the display."""
 
     every: int = Field(1, ge=1, description="Updates between two lines of metrics.jsonl.")
     drift_every: int = Field(
@@ -200,5 +200,5 @@ class LogConfig(Section):
         ge=0,
         description="Updates between two files of training episodes with their credit; 0 is never.",
     )
-    rollouts_tokens: bool = Field(False, description="Write the numbers of every token into these files.")
-    transcripts: int = Field(8, ge=0, description="Sample episodes written out at the end.")
+    rollouts_tokens: bool = Field(False, description="Write per-token values into these files.")
+    transcripts: int = Field(8, ge=0, description="Sample episodes to write at the end.")

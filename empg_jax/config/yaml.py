@@ -1,4 +1,4 @@
-"""From text to nested values: configuration files, YAML, dotted overrides."""
+"""Parsing of configuration files and dotted overrides from YAML into nested values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from empg_jax.errors import ConfigError, nearest
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number and refuses keys that are no text or come twice."""
+    """A SafeLoader that reads 1e-3 as a number and refuses keys that are no text or occur twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -27,17 +27,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 wants a dot in a float; people write learning rates without one.
+# YAML 1.1 requires a dot in a float, but learning rates are usually written without one.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
 def find_file(name_or_path: str | Path) -> Path:
-    """The file that a packaged name (``quickstart``) or a path means.
+    """Find the file of a packaged name (``quickstart``) or a path.
 
     Raises:
-      ConfigError: there is no such file; names the packaged ones.
+      ConfigError: there is no such file; the message lists the packaged names.
     """
     path = Path(name_or_path).expanduser()
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -55,7 +55,7 @@ def find_file(name_or_path: str | Path) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The nested values of a file; an empty file has none.
+    """Read the nested values of a file; an empty file gives an empty dict.
 
     Raises:
       ConfigError: the file cannot be read, is no YAML, or is no table of keys.
@@ -97,7 +97,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             )
         node = node[part]
     # A section given as a table is merged, so that `algorithm={empg: {k: 2}}` keeps the other keys; an empty
-    # table takes away what stood there.
+    # table removes them.
     if value and isinstance(value, dict) and isinstance(node.get(parts[-1]), dict):
         node[parts[-1]] = _merge(node[parts[-1]], value)
     else:
@@ -105,14 +105,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def drop_options(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Take a file's environment options out where an override names another environment's entry point.
+    """Remove a file's environment options where an override names another environment's entry point.
 
     Args:
-      values: of the file; changed in place.
-      overrides: what is to be applied to them; options among these stay.
+      values: the file's values; changed in place.
+      overrides: the overrides, which are applied later; options among them stay.
 
     Returns:
-      A line for the person if anything was taken out.
+      A note for the user if anything was removed, else an empty list.
     """
     given: dict[str, Any] = {}
     for override in overrides:
@@ -129,7 +129,7 @@ def drop_options(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
 
 def find_packaged() -> dict[str, str]:
-    """The packaged configurations: name and the first sentence of the comment at the file's top."""
+    """List the packaged configurations: name, and the first sentence of the comment at the file's top."""
     found = {}
     for path in sorted(_packaged_folder().glob("*.yaml")):
         lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
@@ -152,11 +152,11 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def is_packaged(path: Path) -> bool:
-    """Whether a file is one of the package's configurations."""
+    """Return whether a file is one of the package's configurations."""
     return path.resolve().parent == _packaged_folder().resolve()
 
 
 def _packaged_folder() -> Path:
-    """Inside the package in an installed wheel, one level up in a source checkout."""
+    """Return the folder of the configurations: in an installed wheel, or in a source checkout."""
     here = Path(__file__).resolve().parents[1]
     return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"

@@ -58,14 +58,15 @@ class EngineStats:
 class Engine:
     """Continuous batching over slots, with each conversation's KV kept across turns.
 
-    The newest token of a conversation, sampled or given, is not in the cache: the next decode step reads it
-    and samples what comes after. Everything before it is.
+    The cache holds every token of a conversation except the newest one. The next decode step reads that token
+    and samples its successor.
 
     Args:
       model: the decoder's config.
       config: sizes and sampling settings.
       seed: run seed; keys are folded from (seed, stream, group, member, turn, position).
-      temperature: divides the logits; statistics are recorded at it. 0 is greedy (statistics at 1).
+      temperature: divides the logits; statistics are recorded at this temperature. 0 is greedy decoding, with
+        statistics at temperature 1.
       mesh: devices of this host: slots are split over its ``data`` axis; heads, hidden layers and vocabulary
         over ``tensor``. Default the first local device.
     """
@@ -87,9 +88,9 @@ class Engine:
         self.stats = EngineStats()
         self._mesh = mesh or make_mesh(devices=jax.local_devices())
         self._key = jax.device_put(jax.random.key(seed), replicated(self._mesh))
-        self.base: Params = {}  # frozen weights that lie below what `load` brings (`place` makes them)
+        self.base: Params = {}  # frozen weights below the adapters that `load` brings; made by `place`
         self._params: Params | None = None
-        # Fused matrices would be cut in the wrong places over ``tensor``; adapters are fused with nothing.
+        # Fused matrices would be cut in the wrong places over ``tensor``, and adapters cannot be fused.
         is_fused = model.lora is None and self._mesh.shape["tensor"] == 1
         layout = dataclasses.replace(model, fused_projections=is_fused)
         self._programs = compile_programs(layout, config, self._mesh)
@@ -112,7 +113,7 @@ class Engine:
         return bool(self._allowed.any())
 
     def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
-        """Response tokens that would still fit after ``num_new`` more prompt tokens (may be <= 0)."""
+        """Return how many response tokens still fit after ``num_new`` more prompt tokens (may be <= 0)."""
         used = 0 if is_fresh else int(self._num_tokens[slot])
         return min(self.config.max_response_tokens, self.config.max_tokens - used - num_new)
 
@@ -129,14 +130,14 @@ class Engine:
 
         Args:
           slot: which conversation.
-          tokens: prompt tokens that come after what the conversation already holds.
+          tokens: prompt tokens to append to the tokens that the conversation already holds.
           is_fresh: forget the conversation first; ``tokens`` is then the whole prompt.
-          ids: (stream, group, member, turn): what the sampling keys are folded from.
-          max_response: most tokens of this response, where that is less than what fits.
+          ids: (stream, group, member, turn); the sampling keys are folded from these numbers.
+          max_response: upper bound on this response's tokens; None uses all the room that is left.
 
         Raises:
           RuntimeError: no weights are loaded, or the slot is still answering.
-          ValueError: no prompt at all, or no room for a single response token.
+          ValueError: the prompt is empty, or not even one response token fits.
         """
         if self._params is None:
             raise RuntimeError("Engine.submit before Engine.load: there are no weights to sample from")
@@ -166,14 +167,14 @@ class Engine:
         self._num_tokens[slot] = self._kv_length[slot] = self._allowed[slot] = 0
 
     def load(self, params: Params, version: int) -> None:
-        """Make new weights live, and return when they are.
+        """Make new weights live; return when they are in place.
 
         Called at a turn boundary. The KV of live conversations is dropped: each is prefilled again, with
         the new weights, when it goes on.
 
         Args:
           params: stacked parameters, on any devices; only the adapters where a `base` is set.
-          version: the policy version that they are.
+          version: policy version of these weights.
 
         Raises:
           RuntimeError: a response is in progress.
@@ -181,27 +182,31 @@ class Engine:
         if self.has_work:
             raise RuntimeError("Engine.load in the middle of a turn: step the engine until has_work is False")
         self._params = combine(self.base, self.place(params))
+        # Keys and values of the old weights must not be mixed with those of the new ones.
         self._kv_length[:] = 0
         self.version = version
 
     def place(self, params: Params) -> Params:
-        """A copy of stacked parameters where and as this engine uses them; engines alike may share it."""
+        """Copy stacked parameters into this engine's layout and placement.
+
+        Engines of equal model, sizes and mesh may share the copy.
+        """
         moved = jax.device_put(params, param_shardings(self._mesh, params, self.model.head_dim))
         return jax.block_until_ready(self._programs.unstack(moved))
 
     def take_stats(self) -> EngineStats:
-        """The counts since the last call, which starts them again from zero."""
+        """Return the counts since the last call, and reset them to zero."""
         stats, self.stats = self.stats, EngineStats()
         return stats
 
     # ------------------------------------------------------------------------------------ running
 
     def step(self, *, is_eager: bool = True) -> list[Response]:
-        """Prefill what was submitted, decode one burst, and return the responses that ended.
+        """Prefill the submitted prompts, decode one burst, and return the responses that ended.
 
         Args:
-          is_eager: return before the burst's end when ``patience`` responses have ended, so that their
-            environments can go on; False where nobody waits for them.
+          is_eager: end the burst early once ``patience`` responses have ended, so that their environments can
+            go on. Pass False where no environment waits.
         """
         if not self.has_work:
             return []
@@ -222,12 +227,13 @@ class Engine:
         return self._take(jax.device_get(burst))  # the only read of the burst
 
     def _take(self, burst: Burst) -> list[Response]:
-        """Write down what was sampled; returns the responses that ended."""
+        """Record the sampled tokens of a burst; return the responses that ended."""
         counts = np.asarray(burst.counts)
         self.stats.bursts += 1
         self.stats.decode_rows += int(burst.steps) * self.config.slots
         self.stats.sampled_tokens += int(counts.sum())
         step, slot = np.nonzero(np.arange(self.config.burst)[:, None] < counts[None, :])
+        # One scatter for all slots, since this runs on the host after every burst.
         column = self._num_tokens[slot] + step
         self._history[slot, column] = burst.tokens[step, slot]
         column -= self._prompt_length[slot]
@@ -235,8 +241,10 @@ class Engine:
         self._entropies[slot, column] = burst.entropies[step, slot]
         sampled = np.flatnonzero(counts)
         self._num_tokens[sampled] += counts[sampled]
+        # The newest token has no keys yet: the next decode step computes them.
         self._kv_length[sampled] = self._num_tokens[sampled] - 1
         self._allowed[sampled] -= counts[sampled]
+        # Decoding halts a slot at its stop token, so only its last token can be one.
         stopped = np.isin(burst.tokens[counts[sampled] - 1, sampled], self.config.stop_ids)
         ended = [
             self._respond(int(slot), bool(is_stop))
@@ -260,7 +268,7 @@ class Engine:
         )
 
     def _prefill(self) -> None:
-        """Write what is not yet cached of every conversation that is to be answered, but its newest token."""
+        """Cache every uncached token, except the newest, of the conversations that await a response."""
         missing = np.where(self._allowed > 0, self._num_tokens - 1 - self._kv_length, 0)
         lengths = self.config.prefill_lengths(self.capacity)
         while missing.any():
@@ -275,7 +283,7 @@ class Engine:
                     del slots[:size]
 
     def _prefill_group(self, slots: list[int], size: int, length: int, missing: np.ndarray) -> None:
-        """One dispatch: up to ``length`` tokens of each slot, in ``size`` rows. Updates ``missing``."""
+        """Prefill up to ``length`` tokens of each slot by a dispatch of ``size`` rows; lower ``missing``."""
         # All slots at once need no gather: row i is slot i. Other groups are padded with rows beyond them.
         is_whole = size == self.config.slots
         rows = np.arange(size, dtype=np.int32) if is_whole else np.full(size, self.config.slots, np.int32)
@@ -296,7 +304,7 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """Physical length of the cache at the moment."""
+        """Current physical length of the cache, in tokens."""
         return int(self._cache[0][0].shape[2])
 
     def _new_cache(self, capacity: int) -> KVCache:
@@ -304,14 +312,16 @@ class Engine:
         return jax.device_put(cache, cache_sharding(self._mesh, self.model, self.config))
 
     def _fit_cache(self) -> None:
-        """Grow the cache to the bucket that this burst needs; start short again when nothing is held."""
+        """Grow the cache to the bucket that this burst needs; start with a fresh one when it is empty."""
         busy = self._allowed > 0
         longest = int((self._num_tokens + np.minimum(self._allowed, self.config.burst))[busy].max())
+        # The largest bucket is max_tokens, and `submit` admits nothing longer: a bucket is always found.
         wanted = next(n for n in self.config.cache_buckets if n >= longest)
         if not self._kv_length.any():
             if self.capacity != wanted:
                 self._cache = self._new_cache(wanted)
             return
+        # One bucket at a time: `warm_up` compiled the growth from each bucket to the next one only.
         for capacity in self.config.cache_buckets:
             if self.capacity < capacity <= wanted:
                 self._cache = self._programs.grow(self._cache, capacity)
@@ -329,6 +339,7 @@ class Engine:
             cache = self._new_cache(capacity)
             for length in config.prefill_lengths(capacity):
                 for rows in config.prefill_rows(length):
+                    # All spans are empty: the dispatch compiles the program and writes nothing.
                     index = np.full(rows, config.slots, np.int32)
                     tokens, spans = np.zeros((rows, length), np.int32), np.zeros((rows, 2), np.int32)
                     cache = self._programs.prefill(self._params, cache, Chunk(index, tokens, spans))
@@ -341,9 +352,10 @@ class Engine:
 
 
 def _fit(size: int, buckets: tuple[int, ...]) -> int:
-    """The bucket for ``size``: the smallest that holds it, unless more than half of it would be padding.
+    """Return the smallest bucket that holds ``size``, unless half of it or more would be padding.
 
-    In that case, and where none holds it, a smaller one that is filled completely; the rest goes next.
+    In that case, and where no bucket is large enough, return the next smaller bucket, if there is one: it is
+    filled completely, and the next dispatch takes the rest.
     """
     above = next((bucket for bucket in buckets if bucket >= size), None)
     below = max((bucket for bucket in buckets if bucket < size), default=None)

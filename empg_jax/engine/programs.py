@@ -1,7 +1,8 @@
 """The engine's device programs: prefill and decode over one KV cache. Pure functions, jitted once.
 
-The cache is all that lives on the device between dispatches. It is donated to every program and comes back
-from it, so nothing is copied; what the host knows of the slots goes in with each dispatch as a small table.
+Between dispatches only the cache lives on the device. Every program takes it as a donated argument and
+returns it, so it is never copied. The host's knowledge of the slots goes in with each dispatch as a small
+table.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class EngineConfig:
       burst: decode steps per dispatch at most.
       patience: responses that must have ended for a burst to end early; default a sixteenth of the slots.
       prefill_buckets: lengths that prefill chunks are padded to; default 16, 64, 256 up to ``max_tokens``.
-      row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, an eighth of it …
+      row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, ``slots`` / 8 …
       cache_buckets: physical cache lengths; default 128, 256, 384, 512, 768 … to ``max_tokens``.
     """
 
@@ -84,11 +85,11 @@ class EngineConfig:
         fill("cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens})))
 
     def prefill_lengths(self, capacity: int) -> tuple[int, ...]:
-        """Chunk lengths that are used with a cache of this physical length."""
+        """Return the chunk lengths that are used with a cache of this physical length."""
         return tuple(n for n in self.prefill_buckets if n <= capacity) or self.prefill_buckets[:1]
 
     def prefill_rows(self, length: int) -> tuple[int, ...]:
-        """Row counts that are used with chunks of this length."""
+        """Return the row counts that are used with chunks of this length."""
         return tuple(n for n in self.row_buckets if n * length <= PREFILL_TOKENS) or self.row_buckets[:1]
 
 
@@ -117,12 +118,15 @@ class Request:
 
 @flax.struct.dataclass
 class Burst:
-    """What a decode dispatch sampled (N = burst, S slots). Row ``n`` is step ``n``; idle slots hold junk."""
+    """The tokens that one decode dispatch sampled (N = burst, S slots).
+
+    Row ``n`` is step ``n``. Entries of idle slots are meaningless.
+    """
 
     tokens: jax.Array  # int32[N S]
     logprobs: jax.Array  # float32[N S]
     entropies: jax.Array  # float32[N S]
-    counts: jax.Array  # int32[S]  tokens that the slot sampled: the first so many rows of its column
+    counts: jax.Array  # int32[S]  tokens that the slot sampled: so many rows of its column are valid
     steps: jax.Array  # int32[]    steps made
 
 
@@ -138,7 +142,7 @@ class Programs:
 
 @functools.cache
 def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> Programs:
-    """The programs, shared by engines of equal shape so that nothing compiles twice."""
+    """Build the programs; engines of equal shape share them, so that nothing compiles twice."""
     cache, burst = cache_sharding(mesh, model, config), replicated(mesh)
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
     jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
@@ -146,12 +150,13 @@ def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> 
         prefill=jit(functools.partial(prefill, model, config), out_shardings=cache),
         decode=jit(functools.partial(decode, model, config), out_shardings=(cache, burst)),
         unstack=jax.jit(functools.partial(_cast_and_unstack, model)),
+        # Not donated: a longer cache cannot reuse the memory of a shorter one.
         grow=jax.jit(grow, static_argnums=1, out_shardings=cache),
     )
 
 
 def cache_sharding(mesh: Mesh, model: DecoderConfig, config: EngineConfig) -> NamedSharding:
-    """How a leaf ``[S K C d]`` of the cache lies on the mesh: slots over ``data``, heads over ``tensor``."""
+    """Return the sharding of a cache leaf ``[S K C d]``: slots over ``data``, heads over ``tensor``."""
     return named_sharding(mesh, ("slots", "heads", None, None), (config.slots, model.num_kv_heads, 1, 1))
 
 
@@ -168,7 +173,7 @@ def _cast_and_unstack(model: DecoderConfig, params: Params) -> Params:
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:
-    """A copy of the cache with more room."""
+    """Copy the cache into a longer one."""
     more = capacity - cache[0][0].shape[2]
     return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, more), (0, 0))), cache)
 
@@ -180,7 +185,7 @@ def prefill(
     cache: KVCache,
     chunk: Chunk,
 ) -> KVCache:
-    """Write new tokens of some slots into the cache. Nothing is sampled: the last token is left to `decode`.
+    """Write new tokens of some slots into the cache. Nothing is sampled: `decode` reads the newest token.
 
     Args:
       model: decoder config (static).
@@ -195,7 +200,9 @@ def prefill(
     start, count = chunk.spans[:, :1], chunk.spans[:, 1:]
     offsets = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)[None, :]
     capacity = jnp.int32(cache[0][0].shape[2])
+    # A position beyond the cache marks padding: the write of that token is dropped.
     positions = jnp.where(offsets < count, start + offsets, capacity)
+    # With all slots at once row i is slot i, and no gather is needed.
     which = None if chunk.rows.shape[0] == config.slots else chunk.rows
     return forward_cached(params, model, chunk.tokens, positions, cache, which)[1]
 
@@ -207,26 +214,28 @@ def decode(
     cache: KVCache,
     request: Request,
 ) -> tuple[KVCache, Burst]:
-    """One burst of decode steps for the active slots.
+    """Decode one burst of steps for the active slots.
 
-    It ends after ``request.limits[0]`` steps, when no slot is active any more, or when ``request.limits[1]``
-    responses have ended. Idle slots compute along and write nothing.
+    The burst ends after ``request.limits[0]`` steps, when no slot is active any more, or when
+    ``request.limits[1]`` responses have ended. Idle slots are computed too, but write nothing.
 
     Args:
       model: decoder config (static).
       config: engine config (static).
       params: unstacked parameters.
       cache: the KV cache (donated).
-      request: what each slot is to sample, and for how long.
+      request: the state of each slot, the limits of the burst, and the temperature.
 
     Returns:
-      The cache and what was sampled.
+      The cache and the sampled tokens.
     """
     plan, limits = request.plan, request.limits
     last, position, done, allowed = (plan[:, i] for i in range(4))
     offsets = jnp.arange(config.burst, dtype=jnp.int32)[None, :]
+    # Drawn once per burst, not in the loop: a token's number depends on its position alone, not on the batch.
     uniforms = position_uniforms(fold_keys(request.key, plan[:, 4:]), done[:, None] + offsets).T
     head = output_embedding(params)
+    # Idle slots write at this position, which lies beyond the cache, so the write is dropped.
     nowhere = jnp.int32(cache[0][0].shape[2])
     grid = (config.burst, config.slots)
     zeros = jnp.zeros(grid, jnp.float32)
@@ -261,6 +270,7 @@ def decode(
         is_patient = num_began - left < limits[1]
         return jnp.logical_and(out.steps < limits[0], jnp.logical_and(left > 0, is_patient))
 
+    # A while loop, not a scan: the burst stops as soon as no slot is active.
     cache, _, _, out = jax.lax.while_loop(goes_on, body, (cache, last, began, empty))
     return cache, out
 

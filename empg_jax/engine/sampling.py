@@ -1,8 +1,8 @@
 """Sampling as pure functions: keyed uniforms and inverse-CDF draws.
 
 A sample depends only on (run seed, stream, group, member, turn, position), never on its neighbours in the
-batch. One uniform per token and an inverse CDF cost nothing beside the soft-max; Gumbel noise over the
-vocabulary costs about a fifth of decoding on a CPU.
+batch. One uniform per token and an inverse CDF cost almost nothing next to the softmax; Gumbel noise over the
+whole vocabulary costs about a fifth of the decoding time on a CPU.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# The inverse CDF looks for a block of this many vocabulary entries, then inside it: a running sum over all of
-# them is the slower way.
+# The inverse CDF first finds a block of this many vocabulary entries and then searches inside the block: one
+# running sum over the whole vocabulary is slower.
 BLOCK = 128
 
 
 def fold_keys(key: Array, ids: Array) -> Array:
-    """One key per row: ``key`` folded with every number of that row in turn.
+    """Fold ``key`` with every number of a row in turn, which gives one key per row.
 
     Args:
       key: the run's typed key.
@@ -37,7 +37,7 @@ def fold_keys(key: Array, ids: Array) -> Array:
 
 
 def position_uniforms(keys: Array, positions: Array) -> Array:
-    """Uniforms in [0, 1) for ``keys[R]`` at response positions ``int32[R, n]``: float32[R, n]."""
+    """Draw uniforms in [0, 1), float32[R, n], for ``keys[R]`` at response positions ``int32[R, n]``."""
 
     def draw(key: Array, position: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(key, position))
@@ -46,7 +46,7 @@ def position_uniforms(keys: Array, positions: Array) -> Array:
 
 
 def sample(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, Array, Array]:
-    """Draw one token per row by inverse CDF, and say how likely it was.
+    """Draw one token per row by inverse CDF; return it with its log-probability and the entropy.
 
     Args:
       logits: float[R, V].
@@ -59,6 +59,7 @@ def sample(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, A
     """
     is_greedy = temperature == 0
     scaled = logits.astype(jnp.float32) / jnp.where(is_greedy, jnp.float32(1.0), temperature)
+    # The largest logit becomes 0, so the exponentials cannot overflow.
     shifted = scaled - jnp.max(scaled, axis=-1, keepdims=True)
     weights = jnp.exp(shifted)
     drawn, total = _draw(weights, uniforms)
@@ -73,7 +74,7 @@ def sample(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, A
 
 
 def _draw(weights: Array, uniforms: Array) -> tuple[Array, Array]:
-    """The index where the running sum of ``weights[R, V]`` passes ``uniforms * total``; and the total.
+    """Find the index where the running sum of ``weights[R, V]`` passes ``uniforms * total``.
 
     Returns:
       ``(indices int32[R], totals float32[R])``. An entry of weight zero is never drawn.
@@ -91,10 +92,10 @@ def _draw(weights: Array, uniforms: Array) -> tuple[Array, Array]:
 
 
 def _passed(sums: Array, threshold: Array) -> Array:
-    """First index whose running sum exceeds the threshold.
+    """Return the first index whose running sum exceeds the threshold.
 
-    Rounding may leave the threshold at or above the last sum; the draw is then the last entry that adds to
-    it, which is the first one that reaches the last sum.
+    Rounding may leave the threshold at or above the last sum. The draw is then the last entry with a weight
+    above zero, which is the first entry whose running sum equals the last sum.
     """
     below = jnp.sum(sums <= threshold[:, None], axis=-1, dtype=jnp.int32)
     last = jnp.sum(sums < sums[:, -1:], axis=-1, dtype=jnp.int32)

@@ -1,13 +1,13 @@
 """Trajectories to a `Batch`: merge turns by prefix proof, deal trajectories to optimizer steps, pack, place.
 
-A mini-batch takes whole trajectories, dealt out at random, and packs its rows for itself. So the number of
-optimizer steps does not depend on how well the episodes pack, and an episode never spans two steps.
+Trajectories are dealt to mini-batches whole and at random, and each mini-batch packs its own rows. So the
+number of optimizer steps does not depend on how well the episodes pack, and no episode spans two steps.
 
 Layout of the row axis. A micro-batch is ``R`` rows, the batch has room for ``M`` micro-batches, and row
 ``r`` of micro-batch ``m`` stands at index ``r * M + m``: reshaped to ``[R, M, T]``, the axis that is sharded
-over devices is a whole micro-batch, and the learner walks along the second axis. Mini-batch ``j`` owns a
-contiguous range of micro-batches (`Layout.bounds`). Shapes do not depend on the data, only the bounds do
-(except that a batch which outgrows its room gets twice as much).
+over devices is a whole micro-batch, and the learner loops over the second axis. Mini-batch ``j`` owns a
+contiguous range of micro-batches (`Layout.bounds`). Only the bounds depend on the data, the shapes do not.
+The one exception: a batch that needs more rows than ``max_rows`` gets twice the room.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a batch's rows stand: ``bounds[j]`` is mini-batch ``j``'s range of micro-batches."""
+    """Positions of a batch's rows: ``bounds[j]`` is mini-batch ``j``'s range of micro-batches."""
 
     bounds: tuple[tuple[int, int], ...]
     num_rows: int
@@ -73,7 +73,7 @@ def merge_turns(trajectory: Trajectory, index: int) -> list[Segment]:
     """Join the turns of a trajectory into as few segments as the prefix proof allows.
 
     A turn joins the current segment when its prompt starts with every token of it, prompt and responses
-    alike; otherwise a new segment starts. Nothing is re-tokenised and no token is dropped.
+    alike; otherwise a new segment starts. No text is tokenized again and no token is dropped.
     """
     segments: list[Segment] = []
     pieces: list[tuple[np.ndarray, np.ndarray, int, np.ndarray, np.ndarray]] = []
@@ -105,7 +105,7 @@ def merge_turns(trajectory: Trajectory, index: int) -> list[Segment]:
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: which items share a row of ``capacity``.
+    """Pack items into rows of ``capacity`` by first-fit decreasing.
 
     Args:
       lengths: length of each item.
@@ -119,6 +119,7 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     room: list[int] = []
+    # Longest first, because short items fill the gaps that long ones leave.
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[item]
         if length > capacity:
@@ -144,7 +145,7 @@ def make_batch(
     Args:
       trajectories: at most ``shape.trajectories``; discarded ones must not be among them.
       shape: the run's static sizes.
-      seed: numbers that decide which trajectories share an optimizer step (run seed, update, epoch).
+      seed: seed (run seed, update, epoch) of the random split into optimizer steps.
 
     Returns:
       ``(batch, layout)``. The segments and their ``sequence_ids`` depend on the trajectories alone, the
@@ -164,6 +165,7 @@ def make_batch(
             )
     segments = [s for i, trajectory in enumerate(trajectories) for s in merge_turns(trajectory, i)]
     steps = _deal_segments(segments, shape, seed)
+    # Doubled, not grown to fit: every new shape compiles again, so there should be few of them.
     while sum(-(-len(rows) // shape.micro_rows) for rows in steps) > shape.micro_batches:
         shape = dataclasses.replace(shape, max_rows=2 * shape.max_rows)
     places, minibatch_ids, bounds = _place_rows([len(rows) for rows in steps], shape)
@@ -177,7 +179,7 @@ def make_batch(
 
 
 def find_tokens(before: Batch, after: Batch) -> np.ndarray:
-    """Say where each token of a batch stood in another layout of the same trajectories.
+    """Find the place of each token of a batch in another layout of the same trajectories.
 
     Args:
       before: one layout, on the host.
@@ -187,6 +189,7 @@ def find_tokens(before: Batch, after: Batch) -> np.ndarray:
       int32[B T], for every token of ``after`` its place in ``before``, rows laid end to end; -1 at padding.
     """
     is_real = before.sequence_ids >= 0
+    # Segments and their numbers are the same in both layouts, so the start of each segment is enough.
     begins = np.zeros(int(before.sequence_ids.max(initial=-1)) + 1, np.int32)
     places = np.flatnonzero(is_real & (before.positions == 0))
     begins[before.sequence_ids.ravel()[places]] = places
@@ -228,6 +231,7 @@ def _place_rows(
     micro = 0
     for j, count in enumerate(counts):
         for i in range(count):
+            # Rows fill one micro-batch after the other; row r of micro-batch m stands at r * M + m.
             place = (i % micro_rows) * micro_batches + micro + i // micro_rows
             places.append(place)
             minibatch_ids[place] = j
@@ -261,6 +265,7 @@ def _trajectory_table(trajectories: Sequence[Trajectory], shape: BatchShape) -> 
     anchors: dict[int, int] = {}
     for i, trajectory in enumerate(trajectories):
         table["returns"][i] = trajectory.episode_return
+        # Numbered anew from 0: segment sums need small indices, not run-wide group ids and 64-bit hashes.
         table["group_ids"][i] = groups.setdefault(trajectory.group_id, len(groups))
         table["trajectory_mask"][i] = True
         table["truncated"][i] = trajectory.truncated

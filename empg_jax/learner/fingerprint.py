@@ -1,4 +1,4 @@
-"""How weights are recognised: what they say of a fixed text, and a checksum of their bits."""
+"""Fingerprints of weights: the log-probability of a fixed text, and a checksum of all bits."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from empg_jax.types import Params
 TEXT = (
     "The quick brown fox jumps over the lazy dog. def add(a, b): return a + b  # 2 + 3 = 5\n1, 1, 2, 3, 5, 8"
 )
-LENGTH = 64  # of the row that the text is put into
+LENGTH = 64  # tokens in the row that holds the text
 
 
 def text_logprob(
     params: Params, model: DecoderConfig, ids: Sequence[int], mesh: Mesh, base: Params | None = None
 ) -> float:
-    """Mean log-probability (nats per token) of a text's tokens after the first.
+    """Compute the mean log-probability (nats per token) of a text's tokens after the first.
 
-    A model that was read wrongly, or with another tokenizer, gives another number.
+    The number changes when weights are loaded wrongly or another tokenizer is used.
 
     Args:
-      params: what is trained, on the mesh.
+      params: the trained parameters, on the mesh.
       model: decoder config.
-      ids: the text's tokens (those of `TEXT`); at most `LENGTH` count.
+      ids: the text's tokens (those of `TEXT`); tokens after the first `LENGTH` are ignored.
       mesh: the mesh.
       base: the frozen parameters below adapters.
     """
     count = min(len(ids), LENGTH)
+    # One copy of the text per row device: the rows must divide over data x fsdp.
     tokens = np.zeros((mesh.shape["data"] * mesh.shape["fsdp"], LENGTH), np.int32)
     tokens[:, :count] = ids[:count]
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
@@ -52,9 +53,9 @@ def text_logprob(
 
 
 def checksum(params: Params) -> str:
-    """A hash of names, types, shapes and every bit of the parameters, wherever they are.
+    """Hash the names, types, shapes and every bit of the parameters, on any devices.
 
-    Sums of integers are exact, so it does not depend on how arrays are split over devices.
+    Sums of integers are exact, so the hash does not depend on the sharding of the arrays.
     """
     sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_sum_bits, tree))(params))
     digest = hashlib.sha256()
@@ -66,8 +67,9 @@ def checksum(params: Params) -> str:
 
 
 def _sum_bits(leaf: jax.Array) -> jax.Array:
-    """Sum of bits x (odd number of the place), modulo 2^32."""
+    """Sum bits x (an odd number that depends on the place), modulo 2^32."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    # The weights of the sum differ by place, so that two exchanged elements change it.
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
     place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
     for axis in reversed(range(leaf.ndim)):

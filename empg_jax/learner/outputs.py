@@ -1,4 +1,4 @@
-"""What one forward pass of packed rows says of every token: log-probability, entropy, value."""
+"""Log-probability, entropy and value of every token, from one forward pass over packed rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def compute_logprobs(
     segment_ids: Int[Array, "B T"],
     temperature: float = 1.0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probability of every token given the tokens before it, and the entropy it was drawn from.
+    """Compute the log-probability of every token, and the entropy of the distribution it was drawn from.
 
     Arguments and alignment are those of `compute_outputs`.
 
@@ -40,28 +40,29 @@ def compute_outputs(
     has_critic: bool = False,
     detach_critic: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"] | None]:
-    """What one forward pass says of every token: log-probability, entropy and, with a critic, value.
+    """Compute log-probability, entropy and, with a critic, value of every token in one forward pass.
 
-    The one place where the shift by one happens: what position ``t - 1`` predicts is stored at ``t``.
-    Position 0 holds zeros. A token that starts a segment is scored against its neighbour's state and must
-    be masked (it never is a sampled token: every response follows a prompt).
+    The shift by one happens here and nowhere else: the prediction of position ``t - 1`` is stored at ``t``.
+    Position 0 holds zeros. The first token of a segment is scored against the state of the token before
+    it, in another segment, so it must be masked. It is never a sampled token, because every response follows
+    a prompt.
 
     Args:
       params: stacked parameters.
       model: decoder config.
       tokens: packed rows.
       positions: position inside the segment.
-      segment_ids: packed sequence in the row.
+      segment_ids: number of the packed sequence in the row, from 1; 0 is padding.
       temperature: the rollout temperature; divides the logits.
-      has_critic: also the value of the state that each token was drawn in.
-      detach_critic: the value's gradient stops at the head.
+      has_critic: also compute the value of the state that each token was drawn in.
+      detach_critic: stop the value's gradient at the head, so that it does not reach the decoder.
 
     Returns:
       ``(logprobs, entropies, values)``, float32, entropies in nats; values None without a critic.
     """
     hidden = forward(params, model, tokens, positions, segment_ids)
     weights = output_embedding(params).astype(model.dtype)
-    # Rolled, not cut: where time is split over devices, all of them keep equal parts.
+    # Rolled, not sliced: where time is split over devices, every device keeps a part of equal length.
     predicted = jnp.roll(tokens, -1, axis=1)
     logprobs, entropies = compute_head(hidden, weights, predicted, temperature)
     state = jax.lax.stop_gradient(hidden) if detach_critic else hidden
@@ -70,6 +71,6 @@ def compute_outputs(
 
 
 def _shift(predictions: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """What position ``t`` says of the next token, stored at ``t + 1``; zeros at 0."""
+    """Move the prediction of position ``t`` to ``t + 1``, the token that it is about; put zeros at 0."""
     is_first = jnp.arange(predictions.shape[1])[None, :] == 0
     return jnp.where(is_first, jnp.float32(0.0), jnp.roll(predictions, 1, axis=1))

@@ -1,4 +1,4 @@
-"""One update from a batch: which scores count, and the optimizer steps of every epoch."""
+"""One update from a batch: the choice of scores, and the optimizer steps of every epoch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from empg_jax.learner.state import TrainState
 from empg_jax.learner.update import Learner
 from empg_jax.types import Batch, Credit, Params, Scores
 
-GAP_CHECK_EVERY = 25
+GAP_CHECK_EVERY = 25  # updates; the check costs one more forward pass over the batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """One pass over a global batch: how its rows are split, and what they are worth."""
+    """One pass over a global batch: its layout in rows, its scores and its credit."""
 
     host: Batch
     layout: Layout
@@ -36,14 +36,14 @@ def optimize(
 ) -> Iterator[tuple[TrainState, dict[str, Any]]]:
     """Make the optimizer steps of an update; yield the state and the metrics after each.
 
-    Every epoch deals the trajectories to other steps. Scores stay those of the policy before the update; only
-    their place in the batch changes.
+    Every epoch deals the trajectories to other steps. The scores stay those of the policy before the
+    update; only their places in the batch change.
 
     Args:
       learner: the compiled programs.
       state: donated to the first step.
       first: the pass of epoch 0.
-      split: the batch and its layout, on the host, for an epoch from 1 on.
+      split: function from an epoch (1 or later) to a batch on the host and its layout.
       epochs: passes over the batch.
     """
     for epoch in range(epochs):
@@ -55,7 +55,7 @@ def optimize(
 
 
 def _split_again(learner: Learner, first: Pass, host: Batch, layout: Layout) -> Pass:
-    """The pass over another layout of the same trajectories."""
+    """Make the pass over another layout of the same trajectories."""
     batch = learner.put(host)
     scores = learner.rearrange(first.scores, find_tokens(first.host, host))
     return Pass(host, layout, batch, scores, learner.credit(batch, scores))
@@ -63,11 +63,11 @@ def _split_again(learner: Learner, first: Pass, host: Batch, layout: Layout) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Decides when the learner scores a batch itself, and what is measured by it.
+    """The rule that decides when the learner scores a batch itself, with the measurements of that pass.
 
     Attributes:
       learner: the compiled programs.
-      is_source: credit and loss use the learner's scores; else what the engine recorded, where that suffices.
+      is_source: credit and loss use the learner's scores; else the engine's records, where they suffice.
       drift_every: updates between two measurements of the entropy's drift; 0 is never.
       is_on_policy: batches hold samples of the current version only, so that the engine can be checked.
     """
@@ -80,44 +80,47 @@ class Scorer:
     def score(
         self, params: Params, reference: Params | None, batch: Batch, layout: Layout, update: int
     ) -> tuple[Scores | None, dict[str, float]]:
-        """Make the learner's own pass over a batch, where one is due, and measure its gap to the engine.
+        """Score a batch with the learner, where that is due, and measure the gap to the engine.
 
-        It is due where the algorithm needs what no engine records (entropies by the learner, the reference's
-        log-probs, the critic's values), where a drift is measured, and now and then to check the engine.
+        A pass is due in three cases: the algorithm needs scores that no engine records (the learner's
+        entropies, the reference's log-probs, the critic's values); the entropy drift is measured; or the
+        engine is checked, every `GAP_CHECK_EVERY` updates.
 
         Args:
           params: the current weights.
-          reference: those of the KL term; None where there are none.
+          reference: the reference weights of the KL term; None where there are none.
           batch: on the mesh.
-          layout: its rows.
-          update: number of updates made.
+          layout: the batch's layout.
+          update: number of updates made so far.
         """
         is_needed = self.is_source or self.learner.needs_score
         if not is_needed and update % GAP_CHECK_EVERY and not self.is_drift_due(update):
             return None, {}
         scores = self._run(params, reference, batch, layout)
+        # Samples of older weights have a gap by right: it would say nothing about the engine.
         if not self.is_on_policy:
             return scores, {}
         mean, largest = (float(gap) for gap in self.learner.logprob_gap(batch, scores))
         return scores, {"logprob_gap": mean, "logprob_gap_max": largest}
 
     def choose(self, batch: Batch, own: Scores | None) -> Scores:
-        """Say what credit and loss work with: the learner's scores, or what the engine recorded."""
+        """Choose the scores for credit and loss: the learner's, or the engine's records."""
         if own is not None and self.is_source:
             return own
         recorded = self.learner.recorded_scores(batch)
+        # Only the learner has the reference's log-probs and the critic's values; the rest is the engine's.
         if own is None or not self.learner.needs_score:
             return recorded
         return dataclasses.replace(own, old_logprobs=recorded.old_logprobs, entropies=recorded.entropies)
 
     def is_drift_due(self, update: int) -> bool:
-        """Whether the entropy is measured before and after this update."""
+        """Return whether the entropy is measured before and after this update."""
         return self.drift_every > 0 and update % self.drift_every == 0
 
     def measure_drift(
         self, params: Params, reference: Params | None, first: Pass, before: Scores | None, update: int
     ) -> dict[str, float]:
-        """Measure how the update changed the mean entropy of the sampled tokens, where that is due."""
+        """Measure the update's change of the sampled tokens' mean entropy, where that is due."""
         if before is None or not self.is_drift_due(update):
             return {}
         after = self._run(params, reference, first.batch, first.layout)

@@ -1,8 +1,8 @@
-"""The learner's state and how it starts: trained parameters, optimizer, step.
+"""The learner's state and its initialization: trained parameters, optimizer, step.
 
-What is trained is every parameter, or the adapters alone where the model has them (`models.lora`); the
-frozen base is then no part of the state. Whatever the type of the parameters, gradients are added up and
-moments kept in float32.
+The trained parameters are all parameters, or the adapters alone where the model has adapters (`models.lora`).
+In the second case the frozen base is no part of the state. Gradients are summed and moments are kept in
+float32, whatever the type of the parameters.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from empg_jax.types import Leaf, Params
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that an update changes. Donated to it and returned by it."""
+    """Everything that an update changes. An update takes it as a donated argument and returns the new one."""
 
-    params: Params  # those that are trained
+    params: Params  # the trained ones only
     opt_state: Any  # moments in float32
     step: Leaf  # int32[], optimizer steps made
 
@@ -48,25 +48,25 @@ def make_optimizer(
     critic_grad_clip: float | None = None,
     critic_warmup_steps: int = 0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Build AdamW behind global-norm clipping, with warm-up and decay; in float32 whatever the parameters.
+    """Build AdamW with global-norm clipping and a schedule, computed in float32 for parameters of any type.
 
     Args:
-      learning_rate: peak.
-      final_learning_rate: at ``total_steps`` (ignored by ``constant``).
+      learning_rate: peak learning rate.
+      final_learning_rate: learning rate at ``total_steps`` (ignored by ``constant``).
       total_steps: optimizer steps of the run, warm-up included.
       schedule: ``linear``, ``cosine`` or ``constant``.
       warmup_steps: steps of linear warm-up from zero.
       beta1: first moment decay.
       beta2: second moment decay.
-      weight_decay: decoupled decay of matrices (norms and biases are left alone).
+      weight_decay: decoupled decay of matrices (norms and biases do not decay).
       grad_clip: largest global gradient norm.
       critic_learning_rate: peak of the critic's head, on the same schedule; None = the policy's.
-      critic_grad_clip: largest gradient norm of the critic's head alone; None = the policy's number.
-      critic_warmup_steps: steps that train the critic's head alone, before the policy moves.
+      critic_grad_clip: largest gradient norm of the critic's head alone; None = the policy's value.
+      critic_warmup_steps: first steps, which train the critic's head only while the policy stays fixed.
 
     Returns:
-      ``(optimizer, schedule)``; the schedule is the policy's. With any of the critic's settings the head has
-      an optimizer of its own, and each of the two is clipped by its own norm.
+      ``(optimizer, schedule)``; the schedule is the policy's. If any setting of the critic is given, the head
+      has an optimizer of its own, and each optimizer clips by its own norm.
 
     Raises:
       ValueError: unknown schedule.
@@ -85,7 +85,7 @@ def make_optimizer(
     of_critic = adam(lambda step: ratio * decay(step), critic_grad_clip or grad_clip)
     policy = decay
     if critic_warmup_steps:
-        # A rate of 0 leaves the policy where it is; the schedule itself goes on counting every step.
+        # A rate of 0 keeps the policy fixed, while the schedule still counts every step.
         def policy(step: Any) -> Any:
             return jnp.where(step < critic_warmup_steps, 0.0, decay(step))
 
@@ -121,7 +121,7 @@ def _schedule(
 
 
 def _relaxed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same in float32, traced under JAX's standard promotion: optax mixes integers and floats."""
+    """Wrap an optimizer to run in float32 under JAX's standard promotion: optax mixes integers and floats."""
 
     def init(params: Params) -> Any:
         return optimizer.init(widen(params))
@@ -134,20 +134,20 @@ def _relaxed(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def widen(tree: Any) -> Any:
-    """The tree in float32 at least."""
+    """Convert the tree to float32 or wider."""
     return jax.tree.map(lambda leaf: leaf.astype(wide_type(leaf.dtype)), tree)
 
 
 def apply_updates(params: Params, updates: Params, step: jax.Array) -> Params:
-    """``params + updates``, added in float32.
+    """Add ``updates`` to ``params`` in float32.
 
-    A bfloat16 parameter has 8 bits: most steps of training are smaller than half its last bit, and rounding
-    to the nearest would lose them all. It is rounded up or down at random instead, right in the mean.
+    A bfloat16 number has 8 significant bits. Most training steps are smaller than half of the last bit, so
+    rounding to nearest would lose them. Stochastic rounding is used instead: it is unbiased.
 
     Args:
       params: the parameters.
-      updates: what to add to them, in float32.
-      step: the optimizer step, which the random bits are drawn from.
+      updates: the changes, in float32.
+      step: the optimizer step; seeds the random bits.
     """
     leaves, structure = jax.tree.flatten(params)
     added = []
@@ -162,7 +162,11 @@ def apply_updates(params: Params, updates: Params, step: jax.Array) -> Params:
 
 
 def _round_at_random(key: jax.Array, wide: jax.Array) -> jax.Array:
-    """float32 to one of the two bfloat16 beside it, the nearer one more often; infinities and NaN stay."""
+    """Round float32 to one of the two neighboring bfloat16 numbers, the nearer one more often.
+
+    Infinities and NaN stay as they are.
+    """
+    # Noise below the kept bits carries into them with a probability equal to the dropped fraction.
     noise = jax.random.bits(key, wide.shape, jnp.uint16).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(wide, jnp.uint32) + noise
     rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
@@ -173,14 +177,15 @@ _MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 def _decayed(params: Params) -> Params:
-    """True for matrices; norms and biases are left alone (stacked layers add one axis to both)."""
+    """Mark the matrices, by name: stacked layers give norms and biases a second axis, too."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)
 
 
 def init_trained(key: jax.Array, model: DecoderConfig) -> Params:
-    """What training starts from: random parameters, or fresh adapters (and a critic's head) in float32."""
+    """Make the first trained parameters: random ones, or fresh adapters (and a critic's head) in float32."""
     if model.lora is None:
         return init_params(key, model)
+    # Shapes alone: the base may be large and is loaded elsewhere.
     base = jax.eval_shape(lambda: init_params(key, base_model(model)))
     trained = make_lora(key, base, model.lora)
     if model.value_head:
@@ -189,18 +194,18 @@ def init_trained(key: jax.Array, model: DecoderConfig) -> Params:
 
 
 def base_model(model: DecoderConfig) -> DecoderConfig:
-    """The config of the frozen parameters below adapters: a critic's head is trained, so not theirs."""
+    """Return the config of the frozen base below adapters, without the critic's head, which is trained."""
     return dataclasses.replace(model, lora=None, value_head=False)
 
 
 def state_shardings(mesh: Mesh, model: DecoderConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """The sharding of every leaf of a `TrainState`: parameters by the rules, moments like their parameter."""
+    """Return the sharding of every leaf of a `TrainState`; moments are sharded like their parameter."""
     params = jax.eval_shape(lambda: init_trained(jax.random.key(0), model))
     of_params = param_shardings(mesh, params, model.head_dim)
     opt_state = jax.eval_shape(optimizer.init, params)
     opt_shardings = optax.tree_map_params(
         optimizer,
-        # Where critic and policy have an optimizer each, the other's parameters are left out of its state.
+        # With separate optimizers for critic and policy, each state masks the other's parameters.
         lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
         opt_state,
         of_params,
@@ -211,7 +216,7 @@ def state_shardings(mesh: Mesh, model: DecoderConfig, optimizer: optax.GradientT
 
 
 def state_shapes(model: DecoderConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shape and type of every leaf of a `TrainState`."""
+    """Return the shape and type of every leaf of a `TrainState`."""
 
     def init() -> TrainState:
         params = init_trained(jax.random.key(0), model)
@@ -223,7 +228,7 @@ def state_shapes(model: DecoderConfig, optimizer: optax.GradientTransformation) 
 def init_state(
     key: jax.Array, model: DecoderConfig, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
-    """Parameters from `init_trained` and a fresh optimizer, made in place on the mesh."""
+    """Make parameters with `init_trained` and a fresh optimizer state, in place on the mesh."""
 
     def init(key: jax.Array) -> TrainState:
         params = init_trained(key, model)
@@ -235,7 +240,7 @@ def init_state(
 def restart_optimizer(
     params: Params, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
-    """A state with given parameters and a fresh optimizer (start of a phase)."""
+    """Make a state from given parameters and a fresh optimizer, at the start of a phase."""
 
     def init(params: Params) -> TrainState:
         # A copy, so that the state may be donated while the caller keeps its parameters.

@@ -1,7 +1,7 @@
-"""The learner's three programs: ``score``, ``credit``, ``update``. Jitted, sharded, donated.
+"""The learner's three compiled and sharded programs: ``score``, ``credit`` and ``update``.
 
-Rows stand as ``[R, M, T]`` (`learner.batching`): the axis split over devices is a micro-batch, and loops walk
-along ``M`` with bounds that are data, so one compilation serves every number of rows.
+Rows are arranged as ``[R, M, T]`` (`learner.batching`): the axis that is split over devices is a micro-batch.
+Loops run over ``M`` with bounds that are data, so one compilation serves every number of rows.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Learner:
 
     ``score(params, ref_params, batch, stop) -> Scores``; ``credit(batch, scores) -> Credit``;
     ``update(state, batch, scores, credit, start, stop) -> (state, metrics)`` makes one optimizer step from
-    micro-batches ``[start, stop)``; ``recorded_scores(batch)`` takes what the engine recorded instead of
-    scoring, and ``logprob_gap(batch, scores) -> (mean, max)`` measures how far the two are apart;
+    micro-batches ``[start, stop)``; ``recorded_scores(batch)`` takes the engine's records instead of scoring;
+    ``logprob_gap(batch, scores) -> (mean, max)`` measures the difference between the two;
     ``entropy_drift(batch, before, after)`` is the change of the mean entropy between two scorings.
     ``rearrange(scores, places)`` carries scores to another layout of the same trajectories (`find_tokens`).
     ``put(batch)`` moves a host batch onto the mesh.
 
-    Where only adapters are trained, parameters are adapters everywhere here and ``base`` is what lies below
-    them, frozen and never donated; the empty reference ``{}`` is then the base itself.
+    Where only adapters are trained, "parameters" means the adapters, and ``base`` holds the frozen weights
+    below them, which are never donated. The empty reference ``{}`` then means the base itself.
     """
 
     model: DecoderConfig
@@ -56,15 +56,15 @@ class Learner:
     logprob_gap: Callable[[Batch, Scores], tuple[jax.Array, jax.Array]]
     entropy_drift: Callable[[Batch, Scores, Scores], jax.Array]
     rearrange: Callable[[Scores, np.ndarray], Scores]
-    needs_score: bool  # what the engine records is not enough
+    needs_score: bool  # the engine's records do not suffice: a reference or a critic must be scored
 
     def warm_up(self, state: TrainState, batch: Batch, reference: Params | None = None) -> None:
-        """Compile every program for the shape of this batch. The state is consumed (it is donated).
+        """Compile every program for the shape of this batch. The state is donated, so it is lost.
 
         Args:
           state: a state on the mesh.
-          batch: a batch on the mesh; its content does not matter.
-          reference: a reference policy as it will be scored; default one like the state's parameters.
+          batch: a batch on the mesh; only its shape matters.
+          reference: a reference policy of the later shape; default the state's parameters.
         """
         none = np.int32(0)
         scores = self.score(state.params, state.params if reference is None else reference, batch, none)
@@ -88,7 +88,7 @@ def make_learner(
     max_kl: float = math.inf,
     base: Params | None = None,
 ) -> Learner:
-    """Compile-ready programs for a mesh.
+    """Build the programs for a mesh; each compiles at its first call.
 
     Args:
       model: decoder config.
@@ -98,7 +98,7 @@ def make_learner(
       micro_rows: R, rows of a micro-batch over all devices.
       temperature: rollout temperature.
       has_reference: whether ``score`` also scores the frozen reference (KL term).
-      max_kl: an optimizer step whose policy is further than this from the old one is left out.
+      max_kl: an optimizer step is skipped when the KL of its policy from the old one exceeds this bound.
       base: the frozen parameters, on the mesh, where the model has adapters.
 
     Returns:
@@ -122,7 +122,7 @@ def make_learner(
     shardings = state_shardings(mesh, model, optimizer)
     tokens, whole = token_sharding(mesh), replicated(mesh)
     batch_shardings = _batch_shardings(tokens, row_sharding(mesh), whole)
-    one: Any = whole  # for a whole dict, or a whole table
+    one: Any = whole  # one sharding stands for all leaves of a dict or a table
     credit_shardings = Credit(
         tokens, tokens, metrics=one, turns=one, value_targets=tokens if has_critic else None
     )
@@ -130,7 +130,7 @@ def make_learner(
     jit = functools.partial(_jit, mesh)
 
     def above(program: Callable[..., Any]) -> Callable[..., Any]:
-        """The program, given the base."""
+        """Bind the base to a program, where there is one."""
         return program if base is None else functools.partial(program, base=base)
 
     return Learner(
@@ -169,18 +169,18 @@ def _sampled_mean(batch: Batch, values: jax.Array) -> jax.Array:
 
 
 def _logprob_gap(batch: Batch, scores: Scores) -> tuple[jax.Array, jax.Array]:
-    """Mean and largest absolute difference of recorded and recomputed log-probs over sampled tokens."""
+    """Return mean and largest absolute difference of recorded and recomputed log-probs, sampled tokens."""
     gap = jnp.abs(scores.old_logprobs - batch.behavior_logprobs)
     return _sampled_mean(batch, gap), jnp.max(jnp.where(batch.loss_mask, gap, jnp.float32(0.0)))
 
 
 def _entropy_drift(batch: Batch, before: Scores, after: Scores) -> jax.Array:
-    """Mean over sampled tokens of the entropy after less the entropy before."""
+    """Return the change of the sampled tokens' mean entropy: after minus before."""
     return _sampled_mean(batch, after.entropies - before.entropies)
 
 
 def _rearrange(scores: Scores, places: jax.Array) -> Scores:
-    """Scores where ``places`` says that their tokens stand now; zeros at padding."""
+    """Move scores to the new places of their tokens (`find_tokens`); put zeros at padding."""
 
     def move(stream: jax.Array) -> jax.Array:
         return jnp.where(places >= 0, stream.reshape(-1)[jnp.maximum(places, 0)], jnp.float32(0.0))
@@ -190,7 +190,7 @@ def _rearrange(scores: Scores, places: jax.Array) -> Scores:
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-    """What the programs over rows are compiled for.
+    """The static settings of the programs over rows.
 
     Attributes:
       model: decoder config.
@@ -199,7 +199,7 @@ class _Spec:
       micro_rows: R, rows of a micro-batch over all devices.
       temperature: rollout temperature.
       has_reference: whether the frozen reference is scored too.
-      max_kl: bound of the distance from the old policy.
+      max_kl: bound on the KL from the old policy.
     """
 
     model: DecoderConfig
@@ -213,7 +213,7 @@ class _Spec:
     def outputs(
         self, params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Log-probs, entropies and, with a critic, values of every token of some rows."""
+        """Compute log-probs, entropies and, with a critic, values of every token of some rows."""
         has_critic = self.algorithm.value_loss is not None
         return compute_outputs(
             params,
@@ -227,13 +227,13 @@ class _Spec:
         )
 
     def micro(self, array: jax.Array, index: jax.Array) -> jax.Array:
-        """Micro-batch ``index`` of a per-row array ``[R * M, ...]``: ``[R, ...]``, still split."""
+        """Take micro-batch ``index`` ``[R, ...]`` of a per-row array ``[R * M, ...]``, still sharded."""
         grouped = array.reshape(self.micro_rows, array.shape[0] // self.micro_rows, *array.shape[1:])
         piece = jax.lax.dynamic_index_in_dim(grouped, index, axis=1, keepdims=False)
         return constrain(piece, *("rows", "time")[: piece.ndim])
 
     def micro_batch(self, batch: Batch, index: jax.Array) -> Batch:
-        """Micro-batch ``index``: rows of their own, the table of trajectories as it is."""
+        """Take micro-batch ``index`` of a batch: its own rows, and the whole table of trajectories."""
         names = (*fields_per("token"), *fields_per("row"))
         return dataclasses.replace(batch, **{n: self.micro(getattr(batch, n), index) for n in names})
 
@@ -246,7 +246,7 @@ class _Spec:
         *,
         base: Params | None = None,
     ) -> Scores:
-        """Scores of micro-batches ``[0, stop)`` under the current weights; zeros elsewhere."""
+        """Score micro-batches ``[0, stop)`` under the current weights; scores elsewhere are zero."""
         params, ref_params = combine(base or {}, params), combine(base or {}, ref_params)
         size, length = batch.tokens.shape
         probe = self.micro(batch.tokens, jnp.int32(0))
@@ -267,6 +267,7 @@ class _Spec:
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=1)
             return jax.tree.map(put, grids, score_rows(index))
 
+        # A loop with a traced bound: empty micro-batches at the end are not computed.
         grid = jnp.zeros((probe.shape[0], size // probe.shape[0], length), jnp.float32)
         names = jax.eval_shape(score_rows, jnp.int32(0))
         grids = jax.lax.fori_loop(0, stop, body, dict.fromkeys(names, grid))
@@ -284,11 +285,11 @@ class _Spec:
         *,
         base: Params | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer step. Micro-batches only add up ``loss * loss_weights``, so any split gives the same.
+        """Make one optimizer step.
 
-        If the loss or the gradient norm is not finite, nothing changes and ``nonfinite`` is 1. If the policy
-        has moved further than ``max_kl`` (the loss's ``approx_kl``), nothing changes and ``kl_exceeded`` is
-        1.
+        Micro-batches only sum ``loss * loss_weights``, so every split into micro-batches gives the same step.
+        If the loss or the gradient norm is not finite, nothing changes and ``nonfinite`` is 1. If the loss's
+        ``approx_kl`` is beyond ``max_kl``, nothing changes and ``kl_exceeded`` is 1.
         """
 
         def loss_of(params: Params, index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -304,7 +305,7 @@ class _Spec:
                 per_token, metrics = per_token + value_losses, metrics | value_metrics
             counted = rows.loss_mask.astype(jnp.float32)
             sums = {
-                # where, not a product: off the mask a value may be anything, even infinite.
+                # where, not a product: off the mask a value may be infinite, and 0 * inf is NaN.
                 name: jnp.sum(jnp.where(rows.loss_mask, jax.lax.stop_gradient(value), jnp.float32(0.0)))
                 for name, value in {**metrics, "entropy": entropies}.items()
             }
@@ -313,6 +314,7 @@ class _Spec:
 
         gradient = jax.grad(loss_of, has_aux=True)
         shapes = jax.eval_shape(gradient, state.params, start)
+        # Sums of many bfloat16 gradients would lose small terms, so they are kept in float32.
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide_type(leaf.dtype)), shapes)
 
         def body(index: jax.Array, total: Any) -> Any:
@@ -322,11 +324,13 @@ class _Spec:
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients)))
         is_finite = jnp.logical_and(jnp.isfinite(norm), jnp.isfinite(sums["loss"]))
         tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+        # Sums, not means, are compared: the KL is bounded per trained token.
         is_near = sums.get("approx_kl", jnp.float32(0.0)) <= self.max_kl * tokens
         is_good = jnp.logical_and(is_finite, is_near)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = apply_updates(state.params, updates, state.step)
         stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
+        # Selected on the device: the host would have to wait for the verdict of every step.
         new_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), stepped, state)
         metrics = {name: value if name == "loss" else value / tokens for name, value in sums.items()}
         metrics |= {"grad_norm": norm, "tokens": tokens}

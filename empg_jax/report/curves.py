@@ -18,7 +18,7 @@ TRAIN, HELD_OUT = "#1f6f8b", "#c8553d"
 def plot_curves(run_dir: Path) -> Path:
     """Draw success, entropy, episode length, modulation, return and loss over updates.
 
-    A metric that was not recorded leaves its panel saying so; values that are not finite leave a gap.
+    The panel of a metric that was not recorded says so. Values that are not finite leave a gap.
 
     Returns:
       The path of ``curves.png`` in the run's folder.
@@ -26,7 +26,7 @@ def plot_curves(run_dir: Path) -> Path:
     Raises:
       FileNotFoundError: the folder has no ``metrics.jsonl``.
     """
-    # The Figure alone, without pyplot: no global state, no display.
+    # Figure without pyplot, which has global state and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,7 +49,7 @@ def plot_curves(run_dir: Path) -> Path:
 
 
 def column(records: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Updates and values of one metric, only where it was recorded; a null is NaN."""
+    """Return the updates and values of one metric where it was recorded; null becomes NaN."""
     pairs = [(record["update"], record[name]) for record in records if name in record]
     updates = np.array([update for update, _ in pairs], dtype=np.int64)
     values = np.array([np.nan if value is None else value for _, value in pairs], dtype=np.float64)
@@ -57,7 +57,7 @@ def column(records: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred mean over ``width`` values, over fewer at the ends and around gaps."""
+    """Compute a centered mean over ``width`` values, over fewer at the ends and around gaps."""
     known = np.isfinite(values)
     kernel = np.ones(width)
     sums = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
@@ -66,7 +66,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def held_out_points(run_dir: Path, records: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """Success on the held-out panel by update: before training, during it, and after it."""
+    """Collect the success on the held-out panel by update: before, during and after training."""
     updates, values = column(records, "eval_success")
     points = dict(zip(updates.tolist(), values.tolist(), strict=True))
     path = run_dir / "summary.json"
@@ -103,7 +103,7 @@ def _line(
 ) -> None:
     recorded = _draw(axes, records, name, name)
     if recorded and floor is not None:
-        # Room above: a line that falls from its start would run along the frame.
+        # Room above: otherwise a curve that starts at its maximum touches the frame.
         axes.set_ylim(floor, max(axes.get_ylim()[1], floor + 1e-3) * 1.05)
     _finish(axes, title, recorded)
 

@@ -1,4 +1,4 @@
-"""Does this installation work? Versions, devices, arithmetic, environment workers."""
+"""A check of the installation: versions, devices, arithmetic, environment workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from empg_jax.report.environment import package_versions
 
 
 def check_installation(console: Console) -> bool:
-    """Run every check and print one line for each; True when all of them passed."""
+    """Run every check and print one line for each; return True when all passed."""
     checks: dict[str, Callable[[], str]] = {
         "packages": _packages,
         "devices": _devices,
@@ -28,7 +28,7 @@ def check_installation(console: Console) -> bool:
     for name, check in checks.items():
         try:
             console.print(f"[green]ok    [/green] {name}: {escape(check())}", soft_wrap=True)
-        except Exception as error:  # whatever is broken, the other checks still tell something
+        except Exception as error:  # the other checks are informative whatever failed here
             passed = False
             told = escape(f"{type(error).__name__}: {error}")
             console.print(f"[red]failed[/red] {name}: {told}", soft_wrap=True)
@@ -48,7 +48,7 @@ def _devices() -> str:
 
 
 def _arithmetic(dtype: str, tolerance: float) -> str:
-    """A compiled matrix product, against its value known by hand: rows of 1/n times columns of ones is 1."""
+    """Compare a compiled matrix product with its known value: rows of 1/n times columns of ones give 1."""
     import jax
     import jax.numpy as jnp
 

@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def describe_environment(seed: int) -> dict[str, Any]:
-    """Everything outside the configuration that may change a result."""
+    """Describe everything outside the configuration that may change a result."""
     import jax
 
     devices = jax.devices()
@@ -48,7 +48,7 @@ def describe_environment(seed: int) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that results depend on; those not installed are absent."""
+    """Return the versions of the packages that results depend on; missing packages are absent."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -59,7 +59,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag when ``folder`` is a git checkout, else None."""
+    """Return commit and dirty flag when ``folder`` is a git checkout, else None."""
     if not (folder / ".git").exists():
         return None
     commit, status = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")

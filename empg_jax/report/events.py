@@ -1,7 +1,7 @@
-"""The diary of a run: ``events.jsonl``, one line per happening outside the normal course.
+"""The event log of a run: ``events.jsonl``, one line per unusual event such as a fault.
 
-A line is ``{"time": seconds since 1970, "update": the update that was being made, "event": name, ...}``.
-Lines are only ever added. A resumed run repeats updates, and what happened the first time still happened.
+A line is ``{"time": seconds since 1970, "update": number of the current update, "event": name, ...}``. Lines
+are only appended. A resumed run repeats updates, but the events of the first attempt stay in the log.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ FILENAME = "events.jsonl"
 
 
 class EventLog:
-    """Writes the events of a run; usable as a context manager.
+    """The writer of a run's events; usable as a context manager.
 
     Args:
       run_dir: the run's folder; must exist.
 
     Attributes:
-      update: the update that is being made; written on every line.
+      update: number of the current update; written on every line.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -36,10 +36,11 @@ class EventLog:
         """Append one event. Values are strings, integers, finite numbers, booleans or lists of these.
 
         Args:
-          event: its name, for example ``worker_restarted``.
-          **fields: what else there is to say of it.
+          event: name of the event, for example ``worker_restarted``.
+          **fields: further values of the event.
         """
         record = {"time": round(time.time(), 3), "update": self.update, "event": event, **fields}
+        # JSON has no NaN or infinity; such values become null.
         numbers = {name: value for name, value in record.items() if isinstance(value, float)}
         record |= {name: None for name, value in numbers.items() if not math.isfinite(value)}
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
@@ -56,7 +57,7 @@ class EventLog:
 
 
 def _cut_last_line(path: Path) -> None:
-    """Remove a line that a crash cut off, so that the next one begins at its own start."""
+    """Remove an incomplete last line, left by a crash, so that the next event gets a line of its own."""
     if not path.exists():
         return
     content = path.read_bytes()

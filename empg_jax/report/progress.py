@@ -1,4 +1,4 @@
-"""Live progress: a bar with the numbers that matter in a terminal, plain lines elsewhere."""
+"""Live progress: a bar with the main metrics in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHOWN: dict[str, tuple[str, str]] = {
 
 
 class Progress:
-    """Shows how far a run is and how it fares, on stderr, so that stdout stays for results.
+    """A progress display with the main metrics, on stderr, because stdout is for results.
 
     Args:
       enabled: False shows messages only.
@@ -55,16 +55,16 @@ class Progress:
         self._name, self._unit, self._total, self._done = "", "", 0, 0
         self._values: dict[str, float] = {}
         self._began = self._said = clock()
-        self._first: tuple[float, int] | None = None  # when the first units were done, and how many then were
+        self._first: tuple[float, int] | None = None  # time and count after the first units
 
     def phase(self, name: str, total: int, unit: str, *, done: int = 0) -> None:
         """Begin a phase of ``total`` units, for example ``("warm start", 200, "updates")``.
 
         Args:
-          name: what is done.
-          total: units in all.
-          unit: what is counted.
-          done: units that an earlier process did; they say nothing of this one's speed.
+          name: name of the phase.
+          total: number of units in the phase.
+          unit: name of the unit.
+          done: units that an earlier process did; they do not count for this one's speed.
         """
         self._finish()
         self._name, self._unit, self._total, self._done, self._values = name, unit, total, done, {}
@@ -78,7 +78,7 @@ class Progress:
             self._print(f"{name}: {total} {unit}")
 
     def advance(self, n: int, values: Mapping[str, float]) -> None:
-        """Count ``n`` more units and show the newest values (unknown names are not shown)."""
+        """Count ``n`` more units and show the newest values (names outside `SHOWN` are ignored)."""
         self._done += n
         self._values |= values
         if self._first is None:
@@ -146,7 +146,7 @@ class Progress:
         return ", ".join(part for part in parts if part)
 
     def _seconds_left(self) -> float | None:
-        """Time left at this process's speed since its first units, which hold what is done only once."""
+        """Estimate the seconds left. The first units are excluded: they include one-time work."""
         if self._first is None or not self._first[1] < self._done < self._total:
             return None
         when, count = self._first
@@ -157,7 +157,7 @@ class Progress:
 
 
 class _Bars(RichProgress):
-    """Bars with the values below, so that a narrow terminal still shows how far the run is."""
+    """Progress bars with the values on a line below, so that the bar fits a narrow terminal."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield the bars, then one line of values for each."""

@@ -1,4 +1,4 @@
-"""What a run has counted and measured so far: a part of every checkpoint, the source of ``summary.json``."""
+"""The totals and results of a run so far: a part of every checkpoint, and the source of ``summary.json``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class PanelResult:
     """One evaluation of the held-out panel.
 
     Attributes:
-      update: RL updates made before it.
-      metrics: ``eval_*`` by name.
+      update: number of RL updates made before the evaluation.
+      metrics: ``eval_*`` metrics by name.
       wins: ``1`` or ``0`` for every task, in the panel's order.
     """
 
@@ -29,14 +29,15 @@ class RunRecord:
     """The totals of a run, over all of its attempts.
 
     Attributes:
-      phase: the warm start, or RL.
-      sft_update: updates of the warm start that are made.
-      sft_data: hash of its data; empty for demonstrations (recorded again on resume), None before it.
+      phase: current phase: the warm start, or RL.
+      sft_update: number of warm-start updates made.
+      sft_data: hash of the warm start's data; empty for demonstrations (recorded again on resume), None
+      before.
       sft_eval_loss: the last held-out loss of the warm start, in nats per token.
       panels: results by time, ``before`` and ``after``.
-      tokens_sampled: tokens of the trajectories that were learned from.
-      trajectories: episodes by ``status:reason``.
-      rollbacks_in_a_row: updates in a row that were undone.
+      tokens_sampled: sampled tokens of the trajectories that were trained on.
+      trajectories: number of episodes by ``status:reason``.
+      rollbacks_in_a_row: number of consecutive updates that were rolled back.
       recompiles_after_warmup: programs compiled during the RL phase; None until it has ended.
     """
 
@@ -51,22 +52,22 @@ class RunRecord:
     recompiles_after_warmup: int | None = None
 
     def count(self, trajectories: Sequence[Trajectory], outcomes: Mapping[str, int]) -> None:
-        """Add a batch, and take over the episodes by outcome."""
+        """Add a batch's tokens, and replace the number of episodes by outcome."""
         self.tokens_sampled += sum(trajectory.num_tokens for trajectory in trajectories)
         self.trajectories = dict(sorted(outcomes.items()))
 
     def as_json(self) -> dict[str, Any]:
-        """The record in JSON's types; `from_json` reads it back."""
+        """Convert the record to JSON types; `from_json` reads it back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunRecord:
-        """The inverse of `as_json`."""
+        """Rebuild a record from the result of `as_json`."""
         panels = {when: PanelResult(**panel) for when, panel in values["panels"].items()}
         return cls(**{**values, "panels": panels})
 
     def summary(self) -> dict[str, Any]:
-        """What of it stands in ``summary.json``."""
+        """Return the entries of ``summary.json`` that come from the record."""
         found: dict[str, Any] = {"sft_data": self.sft_data} if self.sft_data else {}
         if self.sft_eval_loss is not None:
             found["sft_eval_loss"] = self.sft_eval_loss

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics of an update, summary, curves, sample episodes, offending batches."""
+"""The results of a run: metrics of an update, summary, curves, sample episodes, batches with faults."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def describe_update(
     steps: Sequence[Mapping[str, Any]],
     seconds: float,
 ) -> dict[str, float]:
-    """The metrics of one update, by the names of `metrics.METRICS`.
+    """Compute the metrics of one update, by the names of `metrics.METRICS`.
 
     Args:
       trajectories: the batch's episodes.
-      layout: where its rows stand.
-      shape: its static sizes.
+      layout: the batch's layout in rows.
+      shape: the batch's static sizes.
       version: the policy version that was trained.
       engine: the engine's counts during the update.
       credit: metrics of the credit assignment.
@@ -80,7 +80,7 @@ def describe_update(
 
 
 def dump_batch(run_dir: Path, update: int, batch: Batch) -> Path:
-    """Write a batch to ``bad_batch_<update>.npz`` for inspection; returns the path."""
+    """Write a batch to ``bad_batch_<update>.npz`` for inspection; return the path."""
     path = run_dir / f"bad_batch_{update}.npz"
     with replacing(path) as file:
         np.savez_compressed(file, **{name: getattr(batch, name) for name in BATCH_FIELDS})

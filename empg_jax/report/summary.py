@@ -1,4 +1,4 @@
-"""The table at the end: the held-out panel before and after, and what the run cost."""
+"""The table at the end of a run: the held-out panel before and after, and the costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
-Z = 1.959964  # of the normal distribution, for 95 %
+Z = 1.959964  # 97.5 % quantile of the standard normal distribution, for 95 % intervals
 # Rows of the before/after table: key stem in summary.json -> (label, format).
 COMPARED: dict[str, tuple[str, str]] = {
     "eval_success": ("success", "{:.1%}"),
@@ -21,12 +21,12 @@ COMPARED: dict[str, tuple[str, str]] = {
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what ``summary.json`` holds, on stderr unless a console is given; absent keys are left out."""
+    """Print the content of ``summary.json``, by default on stderr; absent keys are left out."""
     (console or Console(stderr=True, highlight=False)).print(render_summary(summary))
 
 
 def render_summary(summary: Mapping[str, Any]) -> Group:
-    """The before/after table and the table of costs, as one renderable."""
+    """Render the before/after table and the table of costs as one object."""
     return Group(_comparison(summary), _costs(summary))
 
 
@@ -56,20 +56,20 @@ def _comparison(summary: Mapping[str, Any]) -> Table:
 
 
 def paired_interval(before: str, after: str) -> tuple[float, float] | None:
-    """Compute the 95 % interval of the gain in success rate, the same tasks attempted before and after.
+    """Compute the 95 % interval of the gain in success rate on the same tasks before and after.
 
-    Only tasks whose result changed say anything (McNemar). Given how many changed, those that changed for
-    the better are binomial; the bounds are exact (Clopper-Pearson), however few they are.
+    Only tasks whose result changed carry information (McNemar's test). Given their number, the count of
+    improved tasks is binomial. The bounds are exact (Clopper-Pearson) even for few tasks.
 
     Args:
       before: ``1`` or ``0`` for every task, in a fixed order.
-      after: the same tasks later.
+      after: the results of the same tasks later.
 
     Returns:
-      Lower and upper bound; None where no result changed, so that there is no interval.
+      Lower and upper bound; None where no result changed, since there is no interval then.
 
     Raises:
-      ValueError: the two are not of the same tasks, or there are none.
+      ValueError: the two differ in length, or are empty.
     """
     if len(before) != len(after) or not before:
         raise ValueError(f"{len(before)} tasks before and {len(after)} after cannot be paired")
@@ -83,7 +83,7 @@ def paired_interval(before: str, after: str) -> tuple[float, float] | None:
 
 
 def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """Compute Wilson's 95 % interval of a success rate: not empty at 0 and at 1, unlike the normal one.
+    """Compute Wilson's 95 % interval of a success rate; unlike the normal interval it has width at 0 and 1.
 
     Args:
       count: successes.
@@ -108,7 +108,7 @@ def exact_interval(count: int, total: int) -> tuple[float, float]:
 
 
 def _rate_at(count: int, total: int) -> float:
-    """The rate at which ``count`` successes or fewer have the chance 2.5 %; by bisection."""
+    """Find, by bisection, the rate at which ``count`` or fewer successes have probability 2.5 %."""
     weights = [math.comb(total, k) for k in range(count + 1)]
     low, high = 0.0, 1.0
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""Sample episodes as a text file: what the agent saw, what it answered, how sure it was."""
+"""Sample episodes as a text file: observations, responses and the mean entropy of each turn."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING
 
 from empg_jax.files import write_text_atomic
 
-if TYPE_CHECKING:  # the carriers import jax, which a report has no use for
+if TYPE_CHECKING:  # these types import jax, which a report does not need
     from empg_jax.types import Trajectory, Turn
 
 RULE = "-" * 88
 
 
 def select_samples(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
-    """At most ``count`` episodes with turns, in order: half of them solved and half not, where there are."""
+    """Select at most ``count`` episodes with turns, in order: half of them solved, if there are enough."""
     seen = [trajectory for trajectory in trajectories if trajectory.turns]
     solved = [index for index, trajectory in enumerate(seen) if trajectory.is_success]
     failed = [index for index, trajectory in enumerate(seen) if not trajectory.is_success]
-    share = max(count // 2, count - len(failed))  # what one side lacks, the other fills
+    share = max(count // 2, count - len(failed))  # when one kind is short, the other fills up
     chosen = [*solved[:share], *failed[: count - len(solved[:share])]]
     return [seen[index] for index in sorted(chosen)]
 
 
 def write_transcripts(path: Path, trajectories: Sequence[Trajectory]) -> Path:
-    """Write the episodes as text, one after the other; returns ``path``."""
+    """Write the episodes as text, one after the other; return ``path``."""
     write_text_atomic(Path(path), "\n".join(render_transcript(trajectory) for trajectory in trajectories))
     return Path(path)
 
 
 def render_transcript(trajectory: Trajectory) -> str:
-    """One episode as text."""
+    """Render one episode as text."""
     lines = [RULE, headline(trajectory), RULE]
     for number, turn in enumerate(trajectory.turns, start=1):
         lines += [
@@ -43,7 +43,7 @@ def render_transcript(trajectory: Trajectory) -> str:
 
 
 def headline(trajectory: Trajectory) -> str:
-    """Task, verdict, return and length in one line."""
+    """Format task, verdict, return and length in one line."""
     outcome = trajectory.outcome.reason + (
         f" ({trajectory.outcome.detail})" if trajectory.outcome.detail else ""
     )
@@ -55,7 +55,7 @@ def headline(trajectory: Trajectory) -> str:
 
 
 def turn_note(turn: Turn, number: int) -> str:
-    """Number, mean entropy, reward and what went wrong, for the margin."""
+    """Format number, mean entropy, reward and faults of a turn, as a note beside it."""
     notes = [f"turn {number}"]
     if len(turn.entropies):
         notes.append(f"entropy {float(turn.entropies.mean()):.2f}")

@@ -1,6 +1,6 @@
-"""The trajectory viewer: one static HTML page, tokens coloured by entropy or by advantage.
+"""The trajectory viewer: one static HTML page, tokens colored by entropy or by advantage.
 
-No script library, no font, no request to anywhere: the page opens from disk and can be sent to a colleague.
+The page needs no script library, no font and no network: it opens from disk and can be sent by mail.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RADIO = (
 
 
 class _Scale(NamedTuple):
-    """The values that are drawn in full colour."""
+    """The values that are drawn in full color."""
 
     entropy: float
     advantage: float
@@ -48,9 +48,9 @@ def write_viewer(
     Args:
       path: the file to write.
       trajectories: the episodes to show.
-      decode: token ids to text.
+      decode: maps token ids to text.
       advantages: per trajectory, per turn, float[R]: the advantage of each response token. Without it
-        the page colours by entropy only.
+        the page colors by entropy only.
       title: heading of the page.
 
     Returns:
@@ -83,13 +83,14 @@ def write_viewer(
 
 
 def split_text(tokens: Sequence[int], decode: Decode) -> list[str]:
-    """The text that each token adds to the decoded sequence.
+    """Split the decoded text into the parts that the tokens add.
 
     A character whose bytes are spread over several tokens is shown at the token that completes it.
     """
     pieces, shown = [], ""
     for end in range(1, len(tokens) + 1):
         text = decode(tokens[:end])
+        # An incomplete character decodes to U+FFFD; it is held back until its last byte has come.
         complete = text.rstrip("\ufffd") if end < len(tokens) else text
         if not complete.startswith(shown):  # the tokenizer rewrote earlier text: start over from this token
             complete = shown + decode(tokens[end - 1 : end])

@@ -1,7 +1,7 @@
 """The replay buffer: trajectories come in one by one and leave as complete groups.
 
 A group leaves when all its members have arrived (or it was closed with fewer) and its oldest policy version
-is at most ``max_lag`` behind. Everything is host-side; the buffer is one of the four owners of state.
+is at most ``max_lag`` behind. All data is on the host. The buffer is one of the four owners of state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class BufferStats:
 
 
 class ReplayBuffer:
-    """Groups of attempts at the same task.
+    """Finished trajectories, held by group until the group is complete.
 
     Args:
       group_size: members of a complete group.
@@ -39,10 +39,10 @@ class ReplayBuffer:
         self._closed: set[int] = set()
 
     def add(self, trajectory: Trajectory) -> None:
-        """Store a trajectory. A discarded one is refused: it is refilled, never stored.
+        """Store a trajectory. A discarded one is refused, because it is sampled again instead.
 
         Raises:
-          ValueError: the trajectory was discarded, or that member of its group is here already.
+          ValueError: the trajectory was discarded, or the buffer already holds that member of its group.
         """
         if not trajectory.outcome.is_trained:
             raise ValueError(f"a discarded trajectory ({trajectory.outcome.reason}) cannot be stored")
@@ -53,22 +53,23 @@ class ReplayBuffer:
         self.stats.added += 1
 
     def close_group(self, group_id: int) -> None:
-        """Let a group leave with the members that it has (its deadline has passed)."""
+        """Let a group leave with the members that it has, because its deadline has passed."""
+        # A group without any member has nothing to train on, so it cannot be closed.
         if group_id in self._groups:
             self._closed.add(group_id)
 
     def forget(self, group_id: int) -> None:
-        """Drop whatever is held of a group."""
+        """Drop all members of a group."""
         self._groups.pop(group_id, None)
         self._closed.discard(group_id)
 
     def members(self, group_id: int) -> list[Trajectory]:
-        """What is held of a group, by member."""
+        """Return the trajectories of a group that have arrived, sorted by member."""
         group = self._groups.get(group_id, {})
         return [group[member] for member in sorted(group)]
 
     def ready(self) -> list[int]:
-        """Groups that may leave, oldest first."""
+        """List the groups that may leave, oldest first."""
         return sorted(
             group_id
             for group_id, group in self._groups.items()
@@ -88,7 +89,7 @@ class ReplayBuffer:
         return sorted(stale)
 
     def release(self, count: int) -> list[Trajectory] | None:
-        """The ``count`` oldest ready groups, sorted by (group, member); None while fewer are ready."""
+        """Take out the ``count`` oldest ready groups, by (group, member); None while fewer are ready."""
         ready = self.ready()[:count]
         if len(ready) < count:
             return None
@@ -100,10 +101,10 @@ class ReplayBuffer:
         return taken
 
     def contents(self) -> list[Trajectory]:
-        """Everything held, sorted by (group, member): what a checkpoint keeps."""
+        """Return every trajectory for a checkpoint, sorted by (group, member)."""
         return [trajectory for group_id in sorted(self._groups) for trajectory in self.members(group_id)]
 
     def restore(self, trajectories: Sequence[Trajectory]) -> None:
-        """Put back what `contents` gave."""
+        """Put back the trajectories that `contents` returned."""
         for trajectory in trajectories:
             self._groups.setdefault(trajectory.group_id, {})[trajectory.member] = trajectory

@@ -1,7 +1,8 @@
-"""The collector keeps many episodes in flight between environment workers and the engine.
+"""The collector: many episodes in flight between environment workers and the engine.
 
-A free slot takes the next attempt at once; nobody waits for the slowest. In deterministic mode every round
-is a barrier: all environments answer, then all responses are sampled, so a run repeats bit by bit.
+A free slot takes the next attempt at once, so no episode waits for the slowest one. In deterministic mode
+every round is a barrier: all environments answer, then all responses are sampled, and a run repeats bit by
+bit.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
 from empg_jax.types import Trajectory
 from empg_jax.workers.pool import EnvPool, EnvReply
 
-# With an idle engine, seconds to wait for more environments to answer before a small batch is prefilled.
+# Seconds that an idle engine waits for more answers: one prefill of many prompts is cheaper than many of one.
 GATHER_SECONDS = 0.001
-# A refilled attempt samples with other keys than the one that was lost.
+# A retried attempt samples with other keys than the lost one, or it would repeat the same actions.
 RETRY_STRIDE = 1 << 16
 
 
 class Collector:
-    """Runs attempts through environment and engine.
+    """The player of attempts, between environment workers and engine.
 
     Args:
       engine: the sampler; its slots are the episodes in flight.
       pool: the environment workers; a slot's number is its handle.
       make_context: one `EpisodeContext` per episode.
-      parser: response text and info to `ParsedAction`.
-      decode: token ids to text.
+      parser: maps response text and info to a `ParsedAction`.
+      decode: maps token ids to text.
       rules: what ends an episode.
       seed: seed handed to ``env.reset``.
       stream: first number of the sampling ids (0: training, 1: evaluation).
       first_handle: the pool's handle of slot 0, where several collectors share a pool.
       episode_timeout: seconds after which an episode is given up.
-      is_deterministic: barrier per turn.
+      is_deterministic: use a barrier per turn.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Collector:
 
     @property
     def in_flight(self) -> int:
-        """Attempts that were admitted and have not ended."""
+        """Number of attempts that were admitted and have not ended."""
         return len(self._queue) + len(self._episodes)
 
     def admit(self, attempts: Iterable[Attempt]) -> None:
@@ -76,7 +77,7 @@ class Collector:
         self._queue.extend(attempts)
 
     def cancel(self, group_id: int) -> list[Attempt]:
-        """Give up the unfinished attempts of a group; returns them."""
+        """Give up the unfinished attempts of a group; return them."""
         dropped = [attempt for attempt in self._queue if attempt.group_id == group_id]
         self._queue = collections.deque(a for a in self._queue if a.group_id != group_id)
         for slot, episode in list(self._episodes.items()):
@@ -92,7 +93,7 @@ class Collector:
             self._free_slot(slot)
 
     def advance(self) -> list[tuple[Attempt, Trajectory]]:
-        """One round: start episodes, take environment answers, decode a burst. Returns what ended."""
+        """Run one round: start episodes, take environment answers, decode a burst; return ended episodes."""
         finished: list[tuple[Attempt, Trajectory]] = []
         self._start_episodes()
         for reply in self._take_replies():
@@ -101,6 +102,7 @@ class Collector:
         responses = self.engine.step(is_eager=not self._is_deterministic)
         while self._is_deterministic and self.engine.has_work:
             responses += self.engine.step(is_eager=False)
+        # By slot, so that actions are sent in an order that does not depend on which response ended first.
         for response in sorted(responses, key=lambda r: r.slot):
             self._on_response(response)
         return finished
@@ -122,9 +124,10 @@ class Collector:
             self._waiting.add(slot)
 
     def _take_replies(self) -> list[EnvReply]:
-        """Environment answers: all of them in deterministic mode, else what is there now."""
+        """Take environment answers: all of them in deterministic mode, else those that have arrived."""
         if not self._waiting:
             return []
+        # A busy engine must not idle for answers; it decodes on and looks again after the burst.
         replies = self.pool.poll(0.0 if self.engine.has_work and not self._is_deterministic else 1.0)
         owed = len(self._waiting)
         deadline = time.monotonic() + GATHER_SECONDS
@@ -137,7 +140,7 @@ class Collector:
     def _on_reply(self, reply: EnvReply) -> Iterator[tuple[Attempt, Trajectory]]:
         slot = reply.handle - self._first_handle
         episode = self._episodes.get(slot)
-        if episode is None:  # cancelled while the answer was on its way
+        if episode is None:  # canceled while the answer was on its way
             return
         self._waiting.discard(slot)
         step: PromptDelta | Trajectory
@@ -188,4 +191,5 @@ class Collector:
         del self._episodes[slot], self._started[slot]
         self._waiting.discard(slot)
         self._free.append(slot)
+        # The lowest free slot is taken next, so that attempts meet the same slots in every run.
         self._free.sort(reverse=True)

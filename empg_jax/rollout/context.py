@@ -1,8 +1,8 @@
-"""What the model sees at each turn: a growing transcript, or a window over the last turns.
+"""The prompt of each turn: a growing transcript, or a window over the last turns.
 
-*Transcript*: the conversation only grows; the model keeps what it has and gets the new tokens alone. Where
-the chat template does not allow that, the whole conversation is given afresh (and a new row starts).
-*Window*: every turn is a fresh prompt that tells the last ``history`` turns (as verl-agent does).
+*Transcript*: the conversation only grows, so the model keeps its KV and gets the new tokens alone. Where the
+chat template does not allow that, the whole conversation is given as a fresh prompt (and a new row starts).
+*Window*: every turn is a fresh prompt that repeats the last ``history`` turns (as verl-agent does).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Info = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptDelta:
-    """Tokens to put before the model.
+    """The tokens that the model reads next.
 
     Attributes:
-      tokens: the whole prompt when ``is_fresh``, otherwise what follows the tokens that the model has.
-      is_fresh: the conversation's KV must be dropped, and a new training row starts.
+      tokens: the whole prompt when ``is_fresh``, otherwise the tokens to append to the conversation.
+      is_fresh: whether the conversation's KV must be dropped; a new training row then starts.
     """
 
     tokens: list[int]
@@ -33,10 +33,10 @@ class PromptDelta:
 
 
 class EpisodeContext(Protocol):
-    """One episode's view of the conversation. `start` once, then `follow` after every response."""
+    """The conversation of one episode. Call `start` once, then `follow` after every response."""
 
     def start(self, observation: str, info: Info) -> PromptDelta:
-        """Returns the first prompt."""
+        """Return the first prompt."""
         ...
 
     def follow(
@@ -48,15 +48,15 @@ class EpisodeContext(Protocol):
         observation: str,
         info: Info,
     ) -> PromptDelta:
-        """Returns what the next response is conditioned on.
+        """Return the prompt, or its new part, for the next response.
 
         Args:
           response_tokens: the sampled ids, exactly as sampled.
-          response_text: their text without control tokens.
+          response_text: the text of these ids, without control tokens.
           stopped: whether the last id is a stop token (otherwise a length limit cut the response).
-          action: what the parser read out of the response.
+          action: the action that the parser found in the response.
           observation: the environment's answer to the action.
-          info: the info that came with it.
+          info: the environment's info beside that observation.
         """
         ...
 
@@ -67,13 +67,13 @@ ContextFactory = Callable[[], EpisodeContext]
 def make_context(
     kind: ContextKind, prompts: PromptBuilder, renderer: ChatRenderer, history: int
 ) -> ContextFactory:
-    """Returns a factory of per-episode contexts.
+    """Return a factory of per-episode contexts.
 
     Args:
       kind: ``transcript`` or ``window``.
       prompts: the environment's prompt builder.
       renderer: renders messages to tokens.
-      history: how many past turns a window tells (0 = none); a transcript tells all of them.
+      history: number of past turns that a window repeats (0 = none); a transcript holds all turns.
 
     Raises:
       ValueError: for an unknown kind or a negative history.
@@ -88,7 +88,7 @@ def make_context(
 
 
 class _Transcript:
-    """Appends new messages; starts afresh only where the template demands it."""
+    """A context that appends new messages, and starts a fresh prompt only where the template demands it."""
 
     def __init__(self, prompts: PromptBuilder, renderer: ChatRenderer):
         self._prompts = prompts
@@ -109,17 +109,18 @@ class _Transcript:
         info: Info,
     ) -> PromptDelta:
         new_messages = [{"role": "user", "content": self._prompts.follow(observation, info)}]
-        # Any other stop token is one more sampled token; the template's own end of turn must still follow it.
+        # Another stop token is an ordinary sampled token: the template's end of turn must still follow it.
         ended = stopped and response_tokens[-1] == self._renderer.end_id
         tokens = self._renderer.follow(self._messages, response_text, new_messages, stopped=ended)
         self._messages += [{"role": "assistant", "content": response_text}, *new_messages]
+        # The template renders earlier messages differently now, so the old tokens are no prefix any more.
         if tokens is None:
             return PromptDelta(self._renderer.start(self._messages), is_fresh=True)
         return PromptDelta(tokens, is_fresh=False)
 
 
 class _Window:
-    """Tells the last ``history`` turns in a fresh prompt."""
+    """A context that repeats the last ``history`` turns in a fresh prompt."""
 
     def __init__(self, prompts: PromptBuilder, renderer: ChatRenderer, history: int):
         self._prompts = prompts

@@ -1,7 +1,7 @@
-"""One episode: what happens between an observation and the next prompt, and how it ends.
+"""One episode: the steps from an observation to the next prompt, and the ways in which it ends.
 
-An `Episode` is fed what the environment and the engine say, and answers with what to do next. It does no
-input or output of its own, so its rules can be read and tested without either.
+An `Episode` takes the answers of environment and engine and returns the next prompt or action. It does no
+input or output itself, so its rules can be read and tested without an environment or an engine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.types import Outcome, Status, Trajectory, Turn
 from empg_jax.workers.faults import Tell
 
-MAX_DETAIL = 500  # characters of a failure's text in the diary; a traceback for every episode would fill it
+MAX_DETAIL = 500  # characters of a failure's text in the event log; full tracebacks would flood it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EpisodeRules:
-    """What ends an episode.
+    """The limits that end an episode.
 
     Attributes:
       max_turns: responses after which the episode is truncated.
-      timeout_outcome: ``discard`` or ``zero``: what becomes of an episode that overran its time.
+      timeout_outcome: treatment of an episode that exceeded its time: ``discard`` or ``zero`` (scored zero).
     """
 
     max_turns: int
@@ -59,16 +59,16 @@ class Episode:
 
     @property
     def num_turns(self) -> int:
-        """Responses given so far."""
+        """Number of responses so far."""
         return len(self._turns)
 
     def on_reset(self, observation: str, info: Mapping[str, Any]) -> PromptDelta:
-        """The environment has begun: the first prompt."""
+        """Take the environment's first observation; return the first prompt."""
         self._observation, self._info = observation, info
         return self._context.start(observation, info)
 
     def on_response(self, response: Response, text: str) -> str:
-        """The policy has answered: the action for the environment."""
+        """Take the policy's response; return the action for the environment."""
         parsed = self._parser(text, self._info)
         self._response, self._text = response, text
         self._action, self._is_valid = parsed.action, parsed.is_valid
@@ -77,7 +77,7 @@ class Episode:
     def on_step(
         self, observation: str, reward: float, terminated: bool, truncated: bool, info: Mapping[str, Any]
     ) -> PromptDelta | Trajectory:
-        """The environment has answered: the next prompt, or the finished trajectory."""
+        """Take the environment's answer; return the next prompt, or the finished trajectory."""
         response = self._take_response(reward)
         if terminated or truncated or len(self._turns) >= self._rules.max_turns:
             won = bool(info.get("won", False))
@@ -95,11 +95,12 @@ class Episode:
         return delta
 
     def on_context_limit(self) -> Trajectory:
-        """The next prompt leaves no room for a response: scored zero, by name; nothing is cut."""
+        """End the episode as scored zero, because the next prompt leaves no room for a response."""
         return self._finish(Status.SCORED_ZERO, "context_limit", {}, False, False, True)
 
     def on_failure(self, reason: str, detail: str) -> Trajectory:
-        """The environment or its worker failed, or time ran out."""
+        """End the episode because the environment or its worker failed, or time ran out."""
+        # Without any turn there is nothing to train on, so an empty episode is discarded in either case.
         if reason == "timeout" and self._rules.timeout_outcome == "zero" and self._turns:
             return self._finish(Status.SCORED_ZERO, reason, {}, False, False, True, detail=detail)
         return self._finish(Status.DISCARDED, reason, {}, False, False, True, detail=detail)
@@ -152,7 +153,7 @@ class Episode:
 
 
 def tell_discarded(tell: Tell, attempt: Attempt, outcome: Outcome) -> None:
-    """Tell the run's diary of an attempt that nothing is learned from."""
+    """Record a discarded attempt in the run's event log."""
     tell(
         "episode_discarded",
         reason=outcome.reason,
@@ -165,5 +166,6 @@ def tell_discarded(tell: Tell, attempt: Attempt, outcome: Outcome) -> None:
 
 
 def anchor_of(observation: str) -> int:
-    """Hash an observation: equal texts have equal keys, in every process."""
+    """Hash an observation to 64 bits: equal texts have equal keys, in every process."""
+    # Not Python's hash: it differs from process to process, and a resumed run must find the same keys.
     return int.from_bytes(hashlib.blake2b(observation.encode(), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""Evaluation on held-out tasks: every task of a panel once, in the training environment's own path."""
+"""Evaluation on held-out tasks: one attempt per task of a panel, along the same path as training episodes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from empg_jax.workers.faults import Tell, tell_nobody
 
 
 class EvaluationError(RunError):
-    """An evaluation could not be made."""
+    """A task of the panel could not be attempted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Results on a panel: one number per metric name, and the episodes."""
+    """The results on a panel: one number per metric name, and the episodes."""
 
     metrics: dict[str, float]
     trajectories: list[Trajectory]
@@ -34,14 +34,14 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates weights on a fixed list of held-out tasks, on an engine of its own.
+    """An evaluation of weights on a fixed list of held-out tasks, on an engine of its own.
 
     Args:
-      collector: plays episodes on an engine whose slots are free, with keys that training does not use.
-      engine: that engine, at ``eval.temperature``.
+      collector: plays episodes on the engine, with sampling keys that training does not use.
+      engine: an engine at ``eval.temperature`` whose slots are free.
       split: panel of tasks.
-      num_tasks: its first so many tasks are attempted.
-      tell: takes an event for every attempt that was discarded.
+      num_tasks: number of tasks to attempt, from the start of the panel.
+      tell: receives an event for every attempt that was discarded.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Evaluator:
 
         Args:
           params: stacked parameters.
-          version: their policy version.
-          advance: told of finished episodes, for a progress display.
+          version: the policy version of these weights.
+          advance: called for every finished episode, for a progress display.
 
         Raises:
-          EvaluationError: a task failed for a cause outside the policy, again and again.
+          EvaluationError: a task failed `MAX_RETRIES` times for a cause outside the policy.
         """
         self.engine.load(params, version)
         self._collector.admit(Attempt(self._split, task, task, 0) for task in range(self.num_tasks))
@@ -85,12 +85,13 @@ class Evaluator:
                         f"task {self._split}/{attempt.task} failed {MAX_RETRIES} times: "
                         f"{trajectory.outcome.reason}: {trajectory.outcome.detail}"
                     )
+        # Episodes end in any order; the panel's order makes two evaluations comparable task by task.
         trajectories = [found[task] for task in range(self.num_tasks)]
         return Evaluation(summarize(trajectories), trajectories)
 
 
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Mean success, return, turns, entropy, validity and the environment's own numbers, as ``eval_*``."""
+    """Average success, return, turns, entropy, invalid actions and environment metrics, as ``eval_*``."""
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     entropies = np.concatenate([turn.entropies for turn in turns])
     values = {

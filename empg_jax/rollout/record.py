@@ -1,8 +1,8 @@
-"""The episode record: one JSON object for an episode, its turns, and the credit that they were given.
+"""The episode record: one JSON object with an episode, its turns, and the credit of each turn.
 
 A run writes records of its training episodes (`empg_jax.run.rollouts`), and ``empg-jax credit`` reads and
-writes them. Of a hand-made turn only ``reward``, ``valid``, ``tokens`` and ``entropy`` are needed; everything
-else has a default, so a record says nothing of prompts: `make_trajectory` puts placeholders in their place.
+writes them. A hand-made turn needs only ``reward``, ``valid``, ``tokens`` and ``entropy``; every other field
+has a default. A record holds no prompts, so `make_trajectory` puts placeholders in their place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from empg_jax.types import Batch, Outcome, Status, Trajectory, Turn, TurnCredit
 Record = dict[str, Any]
 
 NUMBER = (int, float)
-# Field -> its JSON type and how a person calls it. All are optional but for those in NEEDED.
+# Field -> its JSON type, and the name of that type in messages. All fields are optional except those in
+# NEEDED.
 EPISODE_FIELDS: dict[str, tuple[Any, str]] = {
     "update": (int, "an integer"),
     "group_id": (int, "an integer"),
@@ -76,10 +77,10 @@ def describe_episodes(
     """Describe the episodes of a batch, with the credit that the learner trained on.
 
     Args:
-      trajectories: in the order of the batch's table.
+      trajectories: episodes in the order of the batch's table.
       credit: the table of turns, on the host.
       update: the update that trains on them.
-      tokens: further fields per trajectory and turn, of `describe_tokens`.
+      tokens: further fields per trajectory and turn, from `describe_tokens`.
 
     Returns:
       One record per trajectory.
@@ -114,13 +115,13 @@ def describe_episodes(
 def describe_tokens(
     trajectories: Sequence[Trajectory], batch: Batch, entropies: np.ndarray, advantages: np.ndarray
 ) -> list[list[Record]]:
-    """Token arrays of every turn: ids, log-probs at sampling, entropies that credit read, advantages.
+    """List the token arrays of every turn: ids, sampling log-probs, entropies used for credit, advantages.
 
     Args:
-      trajectories: in the order of the batch's table.
-      batch: on the host.
-      entropies: float32[B T] that the credit read, on the host.
-      advantages: float32[B T] after modulation, on the host.
+      trajectories: episodes in the order of the batch's table.
+      batch: the batch, on the host.
+      entropies: float32[B T], the entropies that the credit was computed from, on the host.
+      advantages: float32[B T], advantages after modulation, on the host.
     """
     places = np.flatnonzero(batch.loss_mask)
     owners, turns = (np.ravel(ids)[places] for ids in (batch.trajectory_ids, batch.turn_ids))
@@ -143,13 +144,13 @@ def describe_tokens(
 
 
 def credit_fields(credit: TurnCredit, i: int, k: int) -> Record:
-    """What the algorithm made of turn ``k`` of trajectory ``i``; the table is on the host."""
+    """Return the credit of turn ``k`` of trajectory ``i`` as record fields; the table is on the host."""
     columns = (credit.factors, credit.bonuses, credit.base, credit.advantages)
     return {name: as_number(column[i, k]) for name, column in zip(CREDIT_FIELDS, columns, strict=True)}
 
 
 def as_number(value: Any) -> float | None:
-    """A number as JSON holds it: the shortest decimal that gives the same float32, or null if not finite."""
+    """Convert a number for JSON: the shortest decimal that gives the same float32, null if not finite."""
     return float(str(np.float32(value))) if math.isfinite(value) else None
 
 
@@ -175,8 +176,8 @@ def _mean(values: np.ndarray) -> float | None:
 def read_episodes(path: Path) -> list[Record]:
     """Read and check the records of a ``.jsonl`` or ``.jsonl.gz`` file.
 
-    Group and member are filled in: episodes of one task are one group (all are one group where no task is
-    given either), and members are numbered in the order of the file.
+    Missing groups and members are filled in: episodes of one task form one group (without a task, all
+    episodes form one group), and members are numbered in the order of the file.
 
     Raises:
       RecordError: the file cannot be read, or a field is missing or of another type.
@@ -208,9 +209,10 @@ def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
     """Build the trajectory of a checked record; prompts are placeholders.
 
     Args:
-      record: of `read_episodes`.
+      record: a record from `read_episodes`.
       is_transcript: each prompt extends the turn before it (``env.context=transcript``), so that the episode
-        is one row of tokens; else every turn is a row of its own.
+      is
+        one row of tokens; else every turn is a row of its own.
     """
     so_far, turns = np.zeros(1, np.int32), []
     for k, fields in enumerate(record["turns"]):
@@ -236,7 +238,7 @@ def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
 
 def _make_turn(fields: Mapping[str, Any], *, prompt: np.ndarray, fallback: str) -> Turn:
     count = fields["tokens"]
-    # Without an observation nothing is known to be the same state, so the turn's place is its anchor.
+    # Without an observation no two turns are known to share a state, so the turn's own place is its anchor.
     anchor = fields.get("anchor") or fields.get("observation") or fallback
     return Turn(
         prompt_tokens=prompt,
@@ -256,7 +258,7 @@ def _make_turn(fields: Mapping[str, Any], *, prompt: np.ndarray, fallback: str) 
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of every line that is not empty."""
+    """Yield the number and text of every line that is not empty."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
@@ -286,6 +288,7 @@ def _check_episode(record: Any, where: str) -> None:
             raise RecordError(f"{where}, {name}.tokens: expected at least 1, got {turn['tokens']}")
         for array in ("token_ids", "token_logprobs", "token_entropies"):
             _check_array(turn, array, where, f"{name}.{array}")
+    # A trajectory sums the rewards again, so a return that differs would be ignored silently.
     total = sum(turn["reward"] for turn in record["turns"])
     if abs(record.get("return", total) - total) > 1e-4 * max(1.0, abs(total)):
         raise RecordError(
@@ -318,7 +321,7 @@ def _check_array(turn: Record, name: str, where: str, field: str) -> None:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a JSON value has a type; a truth value is no number, and a number is finite."""
+    """Return whether a JSON value has a type; true and false are no numbers, and numbers must be finite."""
     if isinstance(value, bool) and kind is not bool:
         return False
     return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))

@@ -1,7 +1,7 @@
-"""Where training trajectories come from: the order of tasks, admission, refill, and release by groups.
+"""The source of training trajectories: order of tasks, admission, refill, and release by groups.
 
-Dynamic sampling (DAPO, https://arxiv.org/abs/2503.14476) stands here too, not in the algorithms: a group
-whose attempts all returned the same teaches a group-relative estimator nothing, so another takes its place.
+Dynamic sampling (DAPO, https://arxiv.org/abs/2503.14476) is implemented here, not in the algorithms. A group
+whose attempts all have the same return has no group-relative advantage, so another group takes its place.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from empg_jax.rollout.episode import Attempt, tell_discarded
 from empg_jax.types import Outcome, Status, Trajectory
 from empg_jax.workers.faults import Tell, tell_nobody
 
-MAX_RETRIES = 3
-# Returns that differ by less are equal: sums of the same rewards in another order round differently.
+MAX_RETRIES = 3  # attempts of one member before its task counts as broken
+# Returns that differ by less count as equal: sums of the same rewards in another order round differently.
 SAME_RETURN = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskOrder:
-    """Which task a group attempts: each pass over the panel is a new permutation. A pure function."""
+    """The task of each group: a pure function, with a new permutation for every pass over the panel."""
 
     split: str
     num_tasks: int
     seed: int
 
     def task_of(self, group_id: int) -> int:
-        """Index in the panel of the task of a group."""
+        """Return the index in the panel of the group's task."""
         epoch, position = divmod(group_id, self.num_tasks)
         return int(_permutation(self.seed, epoch, self.num_tasks)[position])
 
@@ -47,46 +47,47 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def is_uniform(group: Sequence[Trajectory]) -> bool:
-    """Whether all attempts of a group returned the same: raw returns, as `mixed_groups` sees them."""
+    """Return whether all attempts of a group have the same raw return, as ``mixed_groups`` does."""
     returns = [trajectory.episode_return for trajectory in group]
     return max(returns) - min(returns) < SAME_RETURN
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupFilter:
-    """Dynamic sampling: groups of equal returns are replaced, within a limit.
+    """The limit of dynamic sampling, which replaces groups of equal returns.
 
     Attributes:
-      max_refills: batches' worth of groups that may be replaced before each update; later ones count.
+      max_refills: limit on replaced groups before each update, in batches; beyond it, groups of equal returns
+        are trained on.
     """
 
     max_refills: int
 
 
 class Interrupted(Exception):  # a request, not an error
-    """The run was asked to stop while it collected."""
+    """A request to stop that arrived while episodes were collected."""
 
 
 class GroupSource:
-    """Admits groups, refills what was discarded, and releases complete groups in order.
+    """The source of training groups: it admits them, refills discarded attempts, and releases them in order.
 
-    At most ``(max_lag + 1) * groups_per_batch`` groups are admitted and not yet released, so data cannot grow
-    older than the lag by more than what stragglers add, and those are dropped by the buffer.
+    At most ``(max_lag + 1) * groups_per_batch`` groups are admitted and not yet released. So only stragglers
+    can be older than ``max_lag`` when they are released, and the buffer drops their groups.
 
     Args:
       collector: runs the attempts.
-      buffer: holds what is finished.
-      order: tasks by group.
+      buffer: holds finished attempts.
+      order: the task of each group.
       groups_per_batch: groups that one update consumes.
       min_group_size: attempts that suffice to close a group once ``group_timeout`` is over; None: all.
       group_timeout: seconds from a group's admission to its deadline.
-      group_filter: replace groups of equal returns; None lets every group count.
-      tell: takes episodes that are discarded and groups that are replaced.
+      group_filter: limit of dynamic sampling; None switches it off.
+      tell: receives an event for each discarded episode and each replaced group.
 
     Attributes:
       outcomes: episodes that ended since the start of the run, by ``status:reason``.
-      failed_groups: groups given up because of their task, since this object was made.
-      metrics: of the batch that left last; empty without a filter.
+      failed_groups: groups given up because of a broken task, since construction.
+      metrics: metrics of the batch that was released last; empty without a filter.
     """
 
     def __init__(
@@ -118,10 +119,10 @@ class GroupSource:
 
         Args:
           version: the policy version that is about to be trained.
-          should_stop: asked every round.
+          should_stop: called in every round; True interrupts the collection.
 
         Raises:
-          Interrupted: ``should_stop`` said so; what is in flight stays admitted.
+          Interrupted: ``should_stop`` returned True; attempts in flight stay admitted.
         """
         while True:
             for group_id in self.buffer.drop_stale(version):
@@ -164,6 +165,7 @@ class GroupSource:
             if not self._open[attempt.group_id]:
                 self._replace_uniform(attempt.group_id)
         elif attempt.retry + 1 < MAX_RETRIES and trajectory.outcome.reason != "quarantined":
+            # Not for a quarantined task: the pool refuses it at once, every time.
             self.buffer.stats.refilled += 1
             self.collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
         else:  # the task itself is broken: another group takes its place
@@ -201,7 +203,7 @@ class GroupSource:
         self._forget(group_id)
 
     def _describe(self, batch: list[Trajectory]) -> None:
-        """Set the metrics of a batch that leaves, and begin to count anew."""
+        """Set the metrics of a batch that is released, and reset the count of replaced groups."""
         if self._filter is None:
             return
         groups = [list(group) for _, group in itertools.groupby(batch, key=lambda t: t.group_id)]
@@ -216,7 +218,7 @@ class GroupSource:
     # ------------------------------------------------------------------------------------- resume
 
     def snapshot(self) -> dict[str, Any]:
-        """JSON-able progress; unfinished attempts will be made again from their start."""
+        """Return the progress as JSON types; on resume, unfinished attempts start again."""
         return {
             "next_group": self._next_group,
             "replaced": self._replaced,
@@ -230,6 +232,7 @@ class GroupSource:
         self.outcomes = collections.Counter(snapshot["outcomes"])
         self.buffer.restore(held)
         for group_id, missing in snapshot["open"]:
+            # Finished members come from the buffer; only the missing ones are attempted again.
             self._admit_group(group_id, missing)
             if not missing:
                 self.buffer.close_group(group_id)

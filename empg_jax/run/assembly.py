@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: one small function per part, no state of its own."""
+"""Construction of a run's parts from its configuration: one small function per part, without state."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ if TYPE_CHECKING:
     from empg_jax.config import Config
     from empg_jax.config.model import ModelConfig
 
-EVALUATION_STREAM = 1  # sampling keys of evaluation never meet those of training
+EVALUATION_STREAM = 1  # keeps the sampling keys of evaluation apart from those of training
 
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    """How text and tokens meet in a run: tokenizer, chat format, what is shown, what is understood."""
+    """The conversion between text and tokens in a run: tokenizer, chat format, prompts and action parser."""
 
     tokenizer: Tokenizer
     renderer: ChatRenderer
@@ -69,11 +69,11 @@ class Language:
 
 
 def make_language(config: Config, tokenizer_path: Path | None = None) -> Language:
-    """Tokenizer, renderer, context and parser.
+    """Build tokenizer, renderer, context and parser.
 
     Args:
       config: the configuration.
-      tokenizer_path: a saved tokenizer to use instead of what the configuration names (a run's own).
+      tokenizer_path: a run's saved tokenizer, used in place of the one that the configuration names.
 
     Raises:
       ConfigError: there is no such environment, it refuses its options, or the tokenizer or its chat template
@@ -92,7 +92,7 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
 
 
 def _make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
-    """The run's saved tokenizer, else the one that is named, else one for the environment, else bytes."""
+    """Choose the first of: saved tokenizer, configured one, one built for the environment, bytes."""
     m = config.model
     try:
         if saved is not None:
@@ -112,6 +112,7 @@ def _make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokeni
             "model.chat_template needs a tokenizer of your own (model.tokenizer or model.path): the one that "
             f"is built for {config.env.target} brings its template"
         )
+    # An environment without phrases reads bytes, and that case returned above.
     assert spec.phrases is not None
     try:
         return build_phrase_tokenizer(spec.phrases(**config.env.options))
@@ -122,7 +123,7 @@ def _make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokeni
 
 
 def _call(key: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    """Build a part of an environment; options that it refuses are the configuration's fault."""
+    """Build a part of an environment; refused options become a `ConfigError`."""
     try:
         return factory(**options)
     except (TypeError, ValueError) as error:
@@ -130,21 +131,21 @@ def _call(key: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> 
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:
-    """The decoder's shape; see `shape_model`."""
+    """Build the decoder's config; see `shape_model`."""
     return shape_model(config, config.model, tokenizer.vocab_size)
 
 
 def shape_model(config: Config, section: ModelConfig, vocab_size: int) -> DecoderConfig:
-    """The decoder's shape, from a folder's config.json, a preset, or the numbers of the configuration.
+    """Build the decoder's config from a folder's config.json, a preset, or the configuration's sizes.
 
     Args:
       config: the configuration.
-      section: what describes the model, usually ``config.model``.
-      vocab_size: tokens that the model must know; its vocabulary where nothing else says it.
+      section: the description of the model, usually ``config.model``.
+      vocab_size: size of the tokenizer's vocabulary; also the model's, where nothing else sets it.
 
     Raises:
-      ConfigError: an unknown preset, a folder whose model the decoder cannot be, a vocabulary smaller than
-        the tokenizer's, or heads that the mesh cannot divide.
+      ConfigError: an unknown preset, a folder with a model that the decoder does not support, a vocabulary
+        smaller than the tokenizer's, or heads that the mesh cannot divide.
     """
     m = section
     numerics: dict[str, Any] = {
@@ -199,7 +200,7 @@ def shape_model(config: Config, section: ModelConfig, vocab_size: int) -> Decode
 def make_engine(
     config: Config, model: DecoderConfig, tokenizer: Tokenizer, *, temperature: float | None = None
 ) -> Engine:
-    """A sampling engine without weights, at ``rollout.temperature`` unless another is given.
+    """Build a sampling engine without weights, at ``rollout.temperature`` unless another is given.
 
     Raises:
       ConfigError: the slots cannot be split over ``rollout.data``, or this host has too few devices.
@@ -231,7 +232,7 @@ def make_engine(
 
 
 def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
-    """Start the environment workers; ``tell`` takes their faults."""
+    """Start the environment workers; ``tell`` receives their faults."""
     w = config.workers
     timeouts = PoolTimeouts(start=w.start_timeout, reset=w.reset_timeout, step=w.step_timeout)
     return EnvPool(
@@ -247,7 +248,7 @@ def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
 def make_collector(
     config: Config, engine: Engine, pool: EnvPool, language: Language, *, stream: int, first_handle: int = 0
 ) -> Collector:
-    """A collector for training (``stream`` 0) or evaluation (1)."""
+    """Build a collector for training (``stream`` 0) or evaluation (1)."""
     rules = EpisodeRules(config.env.max_turns, config.env.timeout_outcome)
     return Collector(
         engine,
@@ -267,7 +268,7 @@ def make_collector(
 def make_evaluator(
     config: Config, engine: Engine, pool: EnvPool, language: Language, *, first_handle: int
 ) -> Evaluator:
-    """An evaluator of ``eval.tasks`` tasks of ``env.eval_split``, on an engine of its own.
+    """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, on an engine of its own.
 
     Args:
       config: the configuration.
@@ -292,7 +293,7 @@ def make_evaluator(
 
 
 def make_group_filter(config: Config) -> GroupFilter | None:
-    """Dynamic sampling, if it is switched on."""
+    """Make the limit of dynamic sampling; None where it is switched off."""
     if not config.rollout.filter_groups:
         return None
     return GroupFilter(config.rollout.max_refills)
@@ -313,7 +314,7 @@ def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe
         base: str | Recipe = a.name if a.entry_point is None else load_recipe(a.entry_point)
         start = base if isinstance(base, Recipe) else ALGORITHMS[base]
         keys = {key: value for key, value in flat(a).items() if key not in NOT_OF_PARTS}
-        if config.env.invalid_penalty:  # else a recipe of one's own keeps the penalty that it has
+        if config.env.invalid_penalty:  # without it, a custom recipe keeps its own penalty
             keys["invalid_penalty"] = config.env.invalid_penalty
         values = readable(spec_of(start), keys)
         return make_recipe(base, values, group_size=group_size)
@@ -331,11 +332,12 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def make_algorithm_from(config: Config) -> Algorithm:
-    """Build the recipe's functions; a recipe of the user's own is tried once.
+    """Build the recipe's functions; a custom recipe is tried once on a small batch.
 
     Raises:
-      ConfigError: as `make_recipe_from`; and a function of the user's own that fails, or returns a wrong
-        shape or NaN, named.
+      ConfigError: as `make_recipe_from`; or a custom function fails or returns a wrong shape or NaN. The
+      message
+        names the function.
     """
     recipe = make_recipe_from(config, group_size=config.rollout.group_size)
     if config.algorithm.entry_point is not None:
@@ -347,7 +349,7 @@ def make_algorithm_from(config: Config) -> Algorithm:
 
 
 def describe_algorithm(config: Config) -> str:
-    """Name the algorithm in one line: ``GRPO + EMPG (k=1, k'=1, zeta=0.05, batch)``, as a run begins."""
+    """Name the algorithm in one line, for example ``GRPO + EMPG (k=1, k'=1, zeta=0.05, batch)``."""
     name = config.algorithm.name or config.algorithm.entry_point
     recipe = make_recipe_from(config)
     recipe = for_single_attempts(recipe) if config.rollout.group_size == 1 else recipe
@@ -355,15 +357,15 @@ def describe_algorithm(config: Config) -> str:
 
 
 def needs_reference(config: Config) -> bool:
-    """Whether the frozen reference policy is scored beside the policy."""
+    """Return whether the frozen reference policy is scored beside the policy."""
     return make_recipe_from(config).needs_reference
 
 
 def make_batch_shape(config: Config) -> BatchShape:
-    """The static sizes of every training batch.
+    """Compute the static sizes of every training batch.
 
-    A transcript needs at most one row per trajectory, a window at most one per turn. Each mini-batch has
-    room for the largest share of trajectories, so that no split of them outgrows the batch.
+    A transcript needs at most one row per trajectory, a window at most one per turn. Each mini-batch has room
+    for the largest share of trajectories, so that no split of the trajectories needs a larger batch.
     """
     r, num_minibatches = config.rollout, config.train.num_minibatches
     trajectories = r.tasks_per_update * r.group_size
@@ -380,12 +382,12 @@ def make_batch_shape(config: Config) -> BatchShape:
 
 
 def micro_rows(config: Config) -> int:
-    """Rows of a micro-batch over all devices."""
+    """Compute the rows of a micro-batch over all devices."""
     return config.train.micro_tokens // config.rollout.max_tokens
 
 
 def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of the RL phase; its schedule counts optimizer steps."""
+    """Build the optimizer of the RL phase; its schedule counts optimizer steps."""
     t = config.train
     steps = t.num_minibatches * t.epochs
     critic = getattr(make_recipe_from(config).critic, "options", {})

@@ -1,8 +1,9 @@
-"""Checkpoints (orbax v1): written aside and committed at once, newest whole one restored.
+"""Checkpoints (orbax v1): atomic writes, and restoration of the newest complete checkpoint.
 
 A checkpoint holds the train state, the progress (JSON: update, task cursor, phase, counters) and the replay
-buffer. Where adapters are trained it holds these alone, and the checksum of the base below them. A write that
-fails leaves the earlier checkpoints as they were; a damaged one is passed over with a message.
+buffer. Where adapters are trained, the state holds the adapters alone, and the progress holds the checksum of
+the base below them. A failed write leaves the earlier checkpoints as they were. A damaged checkpoint is
+skipped with a message.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class CheckpointError(RunError):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint gave back."""
+    """The content of a checkpoint."""
 
     step: int
     state: TrainState
@@ -37,7 +38,7 @@ class Restored:
 
 
 class RefusedCheckpoint(CheckpointError):
-    """There is no such run, or it does not fit what it is asked for; nothing was begun."""
+    """There is no such run, or its checkpoint does not fit the request; nothing was started."""
 
     exit_code = 2
 
@@ -46,14 +47,14 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-      directory: made when absent.
-      keep: newest checkpoints that are kept.
-      warn: takes a line for the person.
+      directory: folder of the checkpoints; created when absent.
+      keep: number of newest checkpoints to keep.
+      warn: receives messages for the user.
     """
 
     def __init__(self, directory: Path, *, keep: int, warn: Callable[[str], None]) -> None:
         self.directory, self._warn = Path(directory).resolve(), warn
-        self._writing: int | None = None  # the step that was last begun to be written
+        self._writing: int | None = None  # step of the newest write, finished or not
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -69,7 +70,7 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, progress: dict[str, Any], trajectories: list[Trajectory]
     ) -> None:
-        """Write in the background; the state may be donated as soon as this returns.
+        """Write a checkpoint in the background; the state may be donated as soon as this returns.
 
         Raises:
           CheckpointError: this write could not start, or the one before it failed.
@@ -81,6 +82,7 @@ class Checkpoints:
         }
         if arrays:
             parts["buffer"] = arrays
+        # One write at a time: a failure of the write before is reported here, under its own step.
         self.wait()
         self._writing = step
         try:
@@ -100,7 +102,7 @@ class Checkpoints:
             raise CheckpointError(f"{self._reference} could not be written: {_first_line(error)}") from error
 
     def load_reference(self, shardings: Params, shapes: Params) -> Params:
-        """Read it back onto the mesh.
+        """Read the frozen reference policy back onto the mesh.
 
         Raises:
           CheckpointError: it cannot be read.
@@ -126,22 +128,22 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def restore(self, shardings: TrainState, shapes: TrainState, *, step: int | None = None) -> Restored:
-        """The newest whole checkpoint (or the one of ``step``), placed on the mesh.
+        """Load the newest complete checkpoint (or the one of ``step``) onto the mesh.
 
         Args:
           shardings: where each leaf of the state goes.
           shapes: shape and type of each leaf.
-          step: this one only.
+          step: the only step to try; None tries all, newest first.
 
         Raises:
-          CheckpointError: there is none that can be read.
+          CheckpointError: no checkpoint can be read.
         """
         abstract = _abstract(shapes, shardings)
         problems = []
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
                 return self._load(candidate, abstract)
-            except Exception as error:  # whatever a damaged file makes the reader raise
+            except Exception as error:  # a damaged file may raise anything in the reader
                 problems.append(f"{candidate}: {_first_line(error)}")
                 self._warn(f"checkpoint {problems[-1]} (in {self.directory}); passed over")
         found = "; ".join(problems) or "the folder holds none"
@@ -149,6 +151,7 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: TrainState) -> Restored:
         wanted: dict[str, Any] = {"state": abstract, "progress": None}
+        # An empty buffer has no arrays, and then the checkpoint has no such part.
         if (self.directory / str(step) / "buffer").exists():
             wanted["buffer"] = None
         parts = self._checkpointer.load_checkpointables(step, wanted)
@@ -163,7 +166,7 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Wait for the last write and let go of the directory."""
+        """Wait for the last write and release the directory."""
         try:
             self.wait()
         finally:
@@ -171,11 +174,11 @@ class Checkpoints:
 
 
 def check_base(saved: str | None, found: str | None) -> None:
-    """Refuse adapters whose base is not the one that they were trained on.
+    """Refuse adapters that were trained on another base.
 
     Args:
-      saved: the base's checksum in the checkpoint; None for a checkpoint of whole parameters.
-      found: that of the base at hand.
+      saved: checksum of the base in the checkpoint; None for a checkpoint of whole parameters.
+      found: checksum of the base at hand; None without adapters.
 
     Raises:
       RefusedCheckpoint: they differ.

@@ -25,10 +25,10 @@ def print_credit(config: Config, path: Path, out: Path | None, *, say: Callable[
     """Recompute the credit of the episodes in a file; print the records, or write them to ``out``.
 
     Args:
-      config: whose algorithm and ``env.context`` count.
+      config: a configuration; its algorithm and ``env.context`` are used.
       path: a ``.jsonl`` or ``.jsonl.gz`` file of episode records.
       out: the file to write; None is stdout.
-      say: takes lines for the person.
+      say: receives messages for the user.
 
     Raises:
       ConfigError: ``path`` cannot be used, or ``out`` cannot be written.
@@ -46,15 +46,15 @@ def print_credit(config: Config, path: Path, out: Path | None, *, say: Callable[
 
 
 def recompute_credit(config: Config, path: Path) -> tuple[list[Record], list[str]]:
-    """Recompute the credit of the episodes in a file, which are one global batch.
+    """Recompute the credit of the episodes in a file, which together form one global batch.
 
     Args:
-      config: whose algorithm and ``env.context`` count; no model and no environment is made.
+      config: a configuration; its algorithm and ``env.context`` are used. No model or environment is built.
       path: a ``.jsonl`` or ``.jsonl.gz`` file of episode records.
 
     Returns:
-      ``(records, notes)``: the records in the order of the file with group, member and credit set, and lines
-      for the person about what a record cannot hold.
+      ``(records, notes)``: the records in the order of the file, with group, member and credit set, and
+      messages for the user about values that a record cannot hold.
 
     Raises:
       RecordError: the file cannot be read, or a field is missing or mistyped.
@@ -82,6 +82,6 @@ def recompute_credit(config: Config, path: Path) -> tuple[list[Record], list[str
         turns = enumerate(record["turns"])
         record["turns"] = [turn | credit_fields(credit, i, k) for k, turn in turns]
     notes = ["the critic's values are taken as 0: a record does not hold them"] if has_critic else []
-    if config.algorithm.reward_kl_coef > 0:  # the KL of the loss is no part of credit
+    if config.algorithm.reward_kl_coef > 0:  # a KL in the reward changes credit; a KL in the loss does not
         notes.append("the reference's log-probs are taken as the policy's: a record does not hold them")
     return records, notes

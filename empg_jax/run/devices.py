@@ -1,4 +1,4 @@
-"""Whether this machine has the devices that a configuration asks for."""
+"""A check that this machine has the devices that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def check_devices(config: Config) -> None:
-    """Count the devices of the learner and of the engine.
+    """Check that there are enough devices for the learner and for the engine.
 
     Raises:
-      ConfigError: there are fewer; names the keys.
+      ConfigError: there are too few devices; the message names the keys.
     """
     mesh, rollout = dict(vars(config.mesh)), config.rollout
     sizes = {f"mesh.{axis}": size for axis, size in mesh.items()}

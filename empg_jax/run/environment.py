@@ -1,4 +1,4 @@
-"""The environment that a configuration names, and whether it can be had: no JAX, no worker, nothing built."""
+"""The environment that a configuration names, and a check that it exists. Starts neither JAX nor workers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def find_spec(config: Config) -> EnvSpec:
-    """The environment with what stands beside it.
+    """Find the environment's spec: its class, prompts, parser and phrases.
 
     Raises:
-      ConfigError: there is no such environment, or it has no option of a name that is set.
+      ConfigError: there is no such environment, or it does not have an option that is set.
     """
     env = config.env
     try:
@@ -32,5 +32,5 @@ def find_spec(config: Config) -> EnvSpec:
 
 
 def reads_bytes(config: Config, spec: EnvSpec) -> bool:
-    """Whether the built-in byte-level tokenizer is taken because nothing else can be had."""
+    """Return whether the built-in byte-level tokenizer is used because no other tokenizer is available."""
     return config.model.tokenizer is None and config.model.path is None and spec.phrases is None

@@ -1,4 +1,4 @@
-"""A run's policy as a folder for other programs: a whole Hugging Face model, or an adapter for PEFT."""
+"""Export of a run's policy for other programs: a whole Hugging Face model, or an adapter for PEFT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from empg_jax.types import Params
 
 
 class ExportError(UserError):
-    """What was asked for cannot be exported; nothing was written."""
+    """The requested export is impossible; nothing was written."""
 
 
 def export_run(
@@ -38,20 +38,20 @@ def export_run(
 
     Args:
       run: run folder, or a step's folder inside its ``checkpoints``.
-      out: must not exist or be empty.
+      out: output folder; must not exist or be empty.
       adapter: write the adapter alone; else the whole model, with its adapter merged in.
       dtype: type of the weights in the files; default ``model.param_dtype``, float32 for adapters.
       overrides: dotted overrides of the run's configuration (for example ``mesh.fsdp=1``).
-      max_shard_bytes: weights files are split at this size.
-      say: takes lines for the person.
+      max_shard_bytes: size at which files of weights are split.
+      say: receives messages for the user.
 
     Returns:
       The folder.
 
     Raises:
       CheckpointError: there is no usable checkpoint.
-      ExportError: the folder has contents, the run has no adapter to write alone, or no Hugging Face family
-        describes its model.
+      ExportError: the folder is not empty, the run has no adapter, or no Hugging Face family describes its
+        model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} is not empty: export into a new folder")
@@ -65,6 +65,7 @@ def export_run(
         raise ExportError(str(error)) from error
     if "value_head" in saved.params:
         say("the critic's value head was left out: it is no part of the policy")
+    # AutoTokenizer chooses by the model's family, which is wrong for the two built-in tokenizers.
     words = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     if words["type"] == "WordLevel" or not words.get("merges", True):
         origin = "was built for the environment" if words["type"] == "WordLevel" else "has a token per byte"

@@ -1,4 +1,4 @@
-"""The run's folder, and the files in it that say how the run was made."""
+"""The run's folder, and the files in it that record how the run was made."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def create_run_dir(config: Config) -> Path:
 
 
 def is_finished(run_dir: Path, config: Config) -> bool:
-    """Say whether a run that is to be resumed has nothing left to do.
+    """Return whether a run has nothing left to do on resume.
 
     Raises:
-      ConfigError: it has made more updates than it is asked for; they cannot be unmade.
+      ConfigError: the run has made more updates than ``train.updates``.
     """
     folder = Path(config.checkpoint.dir or run_dir / "checkpoints")
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
@@ -52,14 +52,14 @@ def is_finished(run_dir: Path, config: Config) -> bool:
             f"train.updates={wanted}: the run {run_dir} has made {made} updates already; give "
             f"train.updates={made} or more"
         )
-    summary = run_dir / "summary.json"  # written when all is done
+    summary = run_dir / "summary.json"  # the last file that a run writes
     return summary.exists() and json.loads(summary.read_text(encoding="utf-8")).get("updates") == wanted
 
 
 def write_run_info(run_dir: Path, config: Config, *, resumed: bool = False) -> None:
     """Write ``config.yaml`` (resolved) and ``environment.json``.
 
-    A resumed run keeps the first attempt's file and writes ``environment.1.json``, and so on.
+    A resumed run keeps the first ``environment.json`` and writes ``environment.1.json``, and so on.
     """
     write_text_atomic(run_dir / "config.yaml", config.to_yaml())
     attempt = _next_attempt(run_dir) if resumed else 0
@@ -67,7 +67,7 @@ def write_run_info(run_dir: Path, config: Config, *, resumed: bool = False) -> N
 
 
 def add_run_info(run_dir: Path, values: Mapping[str, Any]) -> None:
-    """Add to the newest attempt's ``environment.json`` what was found out later."""
+    """Add values that are known only later to the newest attempt's ``environment.json``."""
     path = _info_path(run_dir, _next_attempt(run_dir) - 1)
     write_json_atomic(path, json.loads(path.read_text(encoding="utf-8")) | dict(values))
 

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of: fixed from its start to its end. What changes is in `RunState`."""
+    """The fixed parts of a run, from its start to its end. `RunState` holds everything that changes."""
 
     config: Config
     run_dir: Path
@@ -77,15 +77,15 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True)
 class Boundary:
-    """The progress between two updates: what a checkpoint of that state must say.
+    """The progress between two updates, as a checkpoint stores it.
 
     Attributes:
-      update: RL updates that are made.
+      update: number of RL updates made.
       base: checksum of the frozen weights below adapters.
       record: the run's totals at that moment.
       seconds: wall seconds by phase.
-      source: which groups are begun (`GroupSource.snapshot`).
-      trajectories: what the buffer holds.
+      source: progress of the groups (`GroupSource.snapshot`).
+      trajectories: content of the replay buffer.
     """
 
     update: int = 0
@@ -96,7 +96,7 @@ class Boundary:
     trajectories: list[Trajectory] = dataclasses.field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """All but the trajectories, in JSON's types; `from_restored` reads it back."""
+        """Convert everything except the trajectories to JSON types; `from_restored` reads it back."""
         return {
             "update": self.update,
             "base": self.base,
@@ -107,7 +107,7 @@ class Boundary:
 
     @classmethod
     def from_restored(cls, restored: Restored) -> Boundary:
-        """The boundary that a checkpoint was written at."""
+        """Rebuild the boundary at which a checkpoint was written."""
         values = restored.progress
         record = RunRecord.from_json(values["record"])
         return cls(**{**values, "record": record, "trajectories": restored.trajectories})
@@ -115,15 +115,15 @@ class Boundary:
 
 @dataclasses.dataclass
 class RunState:
-    """What changes in a run.
+    """The changing state of a run.
 
     Attributes:
       state: parameters, optimizer and step; donated to every update.
-      reference: the frozen reference of the KL term; ``{}`` where it is the base, None where there is none.
-      update: RL updates that are made.
+      reference: frozen reference of the KL term; ``{}`` stands for the base, None for no reference.
+      update: number of RL updates made.
       record: the run's totals.
       boundary: the progress at the last update boundary.
-      compiled: programs compiled when the warm-up ended.
+      compiled: number of programs compiled by the end of the warm-up.
     """
 
     state: TrainState
@@ -209,7 +209,7 @@ def open_run(
 def _start_learner(
     config: Config, model: DecoderConfig, shape: BatchShape
 ) -> tuple[Learner, optax.Schedule, TrainState]:
-    """The learner with every program compiled, the learning rate by step, and the first state."""
+    """Build the learner, compile its programs, and make the learning-rate schedule and the first state."""
     optimizer, schedule = make_rl_optimizer(config)
     mesh = make_mesh(**vars(config.mesh))
     learner = make_learner(
@@ -224,7 +224,7 @@ def _start_learner(
         base=make_base(config, model, mesh),
     )
     empty, _ = make_batch([], shape, seed=(0,))
-    # The warm-up consumes a state, so it gets one to throw away.
+    # The warm-up donates its state, so it gets a spare one.
     spare = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
     learner.warm_up(spare, learner.put(empty), {} if has_base_reference(config) else None)
     params = make_params(config, model, learner.shardings.params)
@@ -237,7 +237,7 @@ def _start_learner(
 def _start_engines(
     config: Config, learner: Learner, language: Language, params: Params
 ) -> tuple[Engine, Engine]:
-    """The engines of training and of evaluation, with weights, every program compiled."""
+    """Build the engines of training and evaluation, load the weights and compile every program."""
     engine = make_engine(config, learner.model, language.tokenizer)
     eval_engine = make_engine(config, learner.model, language.tokenizer, temperature=config.eval.temperature)
     if learner.base is not None:
@@ -276,7 +276,7 @@ def announce_model(
     *,
     say: Callable[[str], None],
 ) -> None:
-    """Say, and note in the run's folder, what the loaded model makes of a fixed text."""
+    """Report the loaded model's log-probability of a fixed text, and record it in the run's folder."""
     ids = language.tokenizer.encode(TEXT)
     value = round(text_logprob(params, learner.model, ids, learner.mesh, learner.base), 4)
     say(f"{config.model.path}: {value:.4f} nats per token on a fixed text")
@@ -287,16 +287,17 @@ def announce_model(
 
 
 def has_begun(run_dir: Path, checkpoints: Checkpoints) -> bool:
-    """Whether a run holds anything to go on from; one killed before its first checkpoint does not."""
+    """Return whether a run has a checkpoint or a line of metrics; without either it starts anew."""
     log = run_dir / "metrics.jsonl"
     return bool(checkpoints.steps) or (log.exists() and log.stat().st_size > 0)
 
 
 def _go_on(restored: Restored, source: GroupSource, clock: PhaseClock) -> RunState:
-    """The state at the boundary of a checkpoint; the source and the clock go on from there."""
+    """Make the state at the boundary of a checkpoint; set the source and the clock to the same point."""
     boundary = Boundary.from_restored(restored)
     for name, seconds in boundary.seconds.items():
         clock.seconds[name] = clock.seconds.get(name, 0.0) + seconds
+    # A copy, because the run changes its record while the boundary must keep the old totals.
     source.restore(boundary.source, boundary.trajectories)
     record = copy.deepcopy(boundary.record)
     return RunState(restored.state, update=boundary.update, record=record, boundary=boundary)
@@ -305,7 +306,7 @@ def _go_on(restored: Restored, source: GroupSource, clock: PhaseClock) -> RunSta
 def _find_reference(
     config: Config, run: RunState, checkpoints: Checkpoints, learner: Learner
 ) -> Params | None:
-    """The reference of a run that goes on; None where there is none, or none yet."""
+    """Load the reference of a resumed run; None where there is none, or none yet."""
     if has_base_reference(config):
         return {}
     if needs_reference(config) and run.record.phase == "rl":
@@ -314,14 +315,14 @@ def _find_reference(
 
 
 def has_base_reference(config: Config) -> bool:
-    """Whether the reference is the frozen base itself: adapters that nothing has trained before RL."""
+    """Return whether the reference is the frozen base: the adapters are not trained before RL."""
     return needs_reference(config) and config.model.lora.rank > 0 and config.sft.updates == 0
 
 
 def freeze_reference(parts: Parts, run: RunState) -> None:
-    """Make the policy as it is now, at the start of RL, the reference of the KL term, if there is one.
+    """Make the current policy, at the start of RL, the reference of the KL term, if there is one.
 
-    With adapters this copies adapters, or nothing at all where the base alone is the reference.
+    With adapters, only the adapters are copied, or nothing where the base alone is the reference.
     """
     if has_base_reference(parts.config):
         run.reference = {}
@@ -331,7 +332,7 @@ def freeze_reference(parts: Parts, run: RunState) -> None:
 
 
 def mark_boundary(parts: Parts, run: RunState) -> None:
-    """Remember the progress between two updates: what a checkpoint of this state must say."""
+    """Remember the progress between two updates for the checkpoint of this state."""
     run.boundary = Boundary(
         update=run.update,
         base=parts.base_checksum,
@@ -350,6 +351,6 @@ def save(parts: Parts, run: RunState) -> None:
 
 
 def restore_state(config: Config, checkpoints: Checkpoints, learner: Learner) -> Restored:
-    """The newest usable checkpoint of a run."""
+    """Load the newest usable checkpoint of a run."""
     optimizer, _ = make_rl_optimizer(config)
     return checkpoints.restore(learner.shardings, state_shapes(learner.model, optimizer))

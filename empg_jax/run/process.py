@@ -1,4 +1,4 @@
-"""What a long run needs of its process: stop requests, phase times, a count of compilations."""
+"""Services of a long-running process: stop requests, phase times, a count of compilations."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag, and the second into `KeyboardInterrupt`.
+    """A handler that turns the first SIGINT or SIGTERM into a flag, and the second into `KeyboardInterrupt`.
 
-    Use as a context manager. Outside the main thread signals cannot be caught, and only `set` works.
+    Use it as a context manager. Outside the main thread signals cannot be caught, and only `set` works.
 
     Attributes:
-      signum: the signal that asked, 0 while none did.
+      signum: the signal that requested the stop; 0 while there is no request.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __call__(self) -> bool:
-        """Whether the run was asked to stop."""
+        """Return whether the run was asked to stop."""
         return self.signum != 0
 
     def set(self, signum: int = signal.SIGTERM) -> None:
@@ -61,7 +61,7 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside under ``name``."""
+        """Add the time spent inside the block to phase ``name``."""
         start = time.monotonic()
         try:
             yield
@@ -69,14 +69,14 @@ class PhaseClock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
     def lap(self) -> dict[str, float]:
-        """Wall seconds of the phases since the last call; phases that were not entered are absent."""
+        """Return the wall seconds of each phase since the last call; phases without time are absent."""
         spent = {name: total - self._lap.get(name, 0.0) for name, total in self.seconds.items()}
         self._lap = dict(self.seconds)
         return {name: seconds for name, seconds in spent.items() if seconds > 0}
 
 
 class CompileCounter:
-    """Counts the programs that JAX compiles, from JAX's own monitoring events."""
+    """A count of the programs that JAX compiles, from JAX's own monitoring events."""
 
     def __init__(self) -> None:
         self.count = 0

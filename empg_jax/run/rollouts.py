@@ -23,25 +23,25 @@ _NAME = re.compile(r"update-(\d+)\.jsonl\.gz")
 
 
 def is_due(update: int, *, every: int, last: int) -> bool:
-    """Whether the episodes of an update are written: every so many, the first and the last; 0 is never."""
+    """Return whether an update's episodes are written: each ``every``-th, the first, the last; 0 is never."""
     return every > 0 and (update % every == 0 or update in (1, last))
 
 
 def rollouts_path(run_dir: Path, update: int) -> Path:
-    """Name the file of an update."""
+    """Return the path of an update's file."""
     return Path(run_dir) / FOLDER / f"update-{update:06d}.jsonl.gz"
 
 
 def write_update(
     run_dir: Path, update: int, trajectories: Sequence[Trajectory], first: Pass, *, with_tokens: bool
 ) -> Path:
-    """Write the episodes of an update with the credit that was trained on; returns the path.
+    """Write the episodes of an update with the credit that it trained on; return the path.
 
     Args:
       run_dir: the run's folder.
-      update: its number.
-      trajectories: in the order of the batch's table.
-      first: the first pass over them.
+      update: number of the update.
+      trajectories: episodes in the order of the batch's table.
+      first: the first pass over the episodes.
       with_tokens: add the numbers of every token.
     """
     table, tokens = jax.device_get(first.credit.turns), None
@@ -54,7 +54,7 @@ def write_update(
 
 
 def write_rollouts(run_dir: Path, update: int, records: Iterable[Mapping[str, Any]]) -> Path:
-    """Write the records of an update; readers see the whole file or none. Returns its path."""
+    """Write the records of an update; readers see the whole file or none. Return its path."""
     path = rollouts_path(run_dir, update)
     path.parent.mkdir(exist_ok=True)
     write_records(path, records)
@@ -62,9 +62,9 @@ def write_rollouts(run_dir: Path, update: int, records: Iterable[Mapping[str, An
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records as JSON lines, compressed if the name ends in ``.gz``, beside their place; then move."""
+    """Write records as JSON lines to a temporary file and move it to ``path``; ``.gz`` compresses."""
     text = "".join(format_record(record) + "\n" for record in records).encode()
-    # No time and no name inside: equal episodes give equal files.
+    # The header gets no time and no name, so that equal episodes give equal files.
     content = gzip.compress(text, compresslevel=6, mtime=0) if path.suffix == ".gz" else text
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -78,12 +78,12 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def format_record(record: Mapping[str, Any]) -> str:
-    """One record as one line of JSON."""
+    """Format one record as one line of JSON."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def drop_rollouts(run_dir: Path, *, after: int) -> None:
-    """Remove the files of updates that a resumed run will make again, and those that were cut off."""
+    """Remove the files of updates that a resumed run will repeat, and unfinished temporary files."""
     for path in (Path(run_dir) / FOLDER).glob("*"):
         match = _NAME.fullmatch(path.name)
         if (match and int(match[1]) > after) or path.suffix == ".tmp":

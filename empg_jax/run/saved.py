@@ -1,4 +1,4 @@
-"""A run on disk, opened again: its newest policy, to evaluate or to export."""
+"""The newest policy of a run on disk, loaded for evaluation or export."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class SavedRun:
 
     Attributes:
       config: the run's configuration.
-      language: its tokenizer and what belongs to it.
+      language: the run's tokenizer, chat format, prompts and parser.
       model: decoder config.
-      mesh: where the parameters are.
+      mesh: the mesh that holds the parameters.
       step: the checkpoint's number.
-      params: what the run trained.
-      base: the frozen parameters below adapters, None without.
+      params: the trained parameters.
+      base: the frozen parameters below adapters; None without adapters.
     """
 
     config: Config
@@ -46,18 +46,18 @@ class SavedRun:
     base: Params | None
 
     def text_logprob(self) -> float:
-        """Nats per token of a fixed text: the policy's fingerprint."""
+        """Compute the policy's fingerprint: the log-probability of a fixed text, in nats per token."""
         ids = self.language.tokenizer.encode(TEXT)
         return round(text_logprob(self.params, self.model, ids, self.mesh, self.base), 4)
 
 
 def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> SavedRun:
-    """The newest usable checkpoint of a run, or the one that is named.
+    """Load the newest usable checkpoint of a run, or a given one.
 
     Args:
       path: run folder, or a step's folder inside its ``checkpoints``.
       overrides: dotted overrides of the run's configuration.
-      warn: takes a line for the person.
+      warn: receives messages for the user.
 
     Raises:
       ConfigError: there is no run at the path.

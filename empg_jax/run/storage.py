@@ -1,4 +1,4 @@
-"""Trajectories as plain arrays and back: what a checkpoint stores of the buffer."""
+"""Conversion of trajectories to plain arrays and back, for the replay buffer in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIELDS = ("task", "split", "group_id", "member", "episode_return", "is_success",
 
 
 def pack_trajectories(trajectories: Sequence[Trajectory]) -> tuple[str, dict[str, np.ndarray]]:
-    """A JSON header and flat arrays that together hold the trajectories exactly."""
+    """Convert trajectories to a JSON header and flat arrays, without loss."""
     header = []
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
     for trajectory in trajectories:
@@ -37,7 +37,8 @@ def pack_trajectories(trajectories: Sequence[Trajectory]) -> tuple[str, dict[str
 
 
 def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]:
-    """The inverse of `pack_trajectories`."""
+    """Rebuild the trajectories from the result of `pack_trajectories`."""
+    # The header holds lengths, not offsets: turns are read back in the order in which they were written.
     position = dict.fromkeys(ARRAYS, 0)
     trajectories = []
     for entry in json.loads(header):

@@ -1,4 +1,4 @@
-"""The weights that a run starts from: what is frozen, what is trained, and how both are recognised."""
+"""The weights that a run starts from: the frozen base and the trained parameters."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 
 
 def check_model(config: Config) -> DecoderConfig:
-    """Look at everything that the model is read from, so that a run does not begin in vain.
+    """Check the model's folder, shape, weights, tokenizer and devices before a run starts.
 
     Returns:
-      The model.
+      The model's config.
 
     Raises:
-      ConfigError: naming what is wrong with the model's folder, shape, weights or tokenizer, or how many
-        devices are missing.
+      ConfigError: one of them is wrong, or devices are missing; the message names the problem.
     """
     check_devices(config)
     model = make_model(config, make_language(config).tokenizer)
@@ -50,7 +49,7 @@ def check_model(config: Config) -> DecoderConfig:
 
 
 def make_base(config: Config, model: DecoderConfig, mesh: Mesh) -> Params | None:
-    """The frozen weights below adapters, quantised if so configured; None where everything is trained."""
+    """Load or make the frozen weights below adapters, quantized if configured; None without adapters."""
     if model.lora is None:
         return None
     bare, scheme = base_model(model), config.model.quantize
@@ -65,7 +64,7 @@ def make_base(config: Config, model: DecoderConfig, mesh: Mesh) -> Params | None
 
 
 def base_shapes(config: Config, model: DecoderConfig) -> Params:
-    """Shapes and types of the frozen weights below adapters, as they are kept."""
+    """Return the shapes and types of the frozen weights below adapters, after quantization."""
 
     def init() -> Params:
         return quantize_params(init_params(jax.random.key(0), base_model(model)), config.model.quantize)
@@ -74,9 +73,9 @@ def base_shapes(config: Config, model: DecoderConfig) -> Params:
 
 
 def make_params(config: Config, model: DecoderConfig, shardings: Params) -> Params:
-    """The first weights of what is trained, in place on the mesh.
+    """Make the initial trained parameters, in place on the mesh.
 
-    Read from ``model.path``, else random from ``seed``; with adapters, these are fresh.
+    They are read from ``model.path``, else random from ``seed``. Adapters are always fresh.
     """
     if config.model.path is not None and model.lora is None:
         params = load_hf(config.model.path, model, shardings=shardings)[1]

@@ -15,29 +15,29 @@ Reason = Literal["env_error", "env_garbage", "timeout", "worker_died", "nondeter
 
 
 class Tell(Protocol):
-    """Takes an event: its name, and what there is to say of it."""
+    """A receiver of events, each with a name and fields."""
 
     def __call__(self, event: str, /, **fields: Any) -> None:
-        """Note one event."""
+        """Record one event."""
 
 
 def tell_nobody(event: str, /, **fields: Any) -> None:
-    """Take an event where nobody keeps a diary."""
+    """Ignore an event, where no event log is kept."""
 
 
 class PoolError(RunError):
-    """The pool cannot go on: workers do not start, or most episodes fail."""
+    """The pool cannot continue: workers do not start, or most episodes fail."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EnvFailure:
-    """Why an episode was lost. Never the policy's doing, hence never a reward of zero.
+    """The cause of a lost episode. The policy is never the cause, so the episode is not scored zero.
 
     Attributes:
-      reason: ``env_error`` (the environment raised), ``env_garbage`` (it answered with something that
-        the protocol forbids), ``timeout``, ``worker_died``, ``nondeterministic`` (a replay in a new
-        worker gave another observation), ``quarantined`` (the task failed too often; not tried).
-      detail: text for a person: message, traceback, exit code, last lines of stderr.
+      reason: ``env_error`` (the environment raised), ``env_garbage`` (its answer breaks the protocol),
+        ``timeout``, ``worker_died``, ``nondeterministic`` (a replay in a new worker gave another
+        observation), ``quarantined`` (the task failed too often and was not tried).
+      detail: text for the user: message, traceback, exit code, last lines of stderr.
     """
 
     reason: Reason
@@ -46,7 +46,7 @@ class EnvFailure:
 
 @dataclasses.dataclass(frozen=True)
 class PoolTimeouts:
-    """Seconds allowed for a worker's start, a reset and a step."""
+    """The seconds allowed for a worker's start, a reset and a step."""
 
     start: float = 30.0
     reset: float = 30.0
@@ -55,16 +55,16 @@ class PoolTimeouts:
 
 @dataclasses.dataclass(frozen=True)
 class FaultPolicy:
-    """When the pool stops trying.
+    """The limits at which the pool gives up on a task, on a worker, or altogether.
 
     Attributes:
-      quarantine_after: failures in a row after which a task is not tried any more.
-      breaker_window: the last so many episodes are looked at.
-      breaker_share: share of them that must have failed to stop the pool.
-      breaker_min: failures below which the pool is never stopped.
-      start_attempts: times in a row that a worker may fail to start.
-      backoff: seconds before the second start in a row that led to nothing; doubles each time.
-      backoff_max: upper bound of that wait.
+      quarantine_after: consecutive failures after which a task is not tried any more.
+      breaker_window: number of latest episodes that the breaker considers.
+      breaker_share: share of failed episodes among these at which the pool stops.
+      breaker_min: number of failures below which the pool never stops.
+      start_attempts: consecutive failed starts of a worker at which the pool stops.
+      backoff: seconds to wait after one start without any reply; doubles with each further one.
+      backoff_max: upper bound of that wait, in seconds.
     """
 
     quarantine_after: int = 3
@@ -76,7 +76,7 @@ class FaultPolicy:
     backoff_max: float = 5.0
 
     def wait_before_start(self, barren: int) -> float:
-        """Seconds to wait before a start, after ``barren`` starts in a row that led to no reply."""
+        """Return the seconds to wait before a start, after ``barren`` consecutive starts without a reply."""
         return min(self.backoff_max, self.backoff * 2.0 ** (barren - 1)) if barren else 0.0
 
 
@@ -109,32 +109,33 @@ class PoolStats:
 
 
 class FaultLedger:
-    """Remembers how episodes ended: which tasks to leave alone, and when to stop altogether."""
+    """The record of failed episodes, which decides on quarantine of tasks and on stopping the pool."""
 
     def __init__(self, policy: FaultPolicy, tell: Tell = tell_nobody):
-        """Start with a clean record; ``tell`` hears of tasks that are given up."""
+        """Start with an empty record; ``tell`` receives an event for each task that is quarantined."""
         self._policy, self._tell = policy, tell
         self._in_a_row: collections.Counter[tuple[str, int]] = collections.Counter()
         self._window: collections.deque[str] = collections.deque(maxlen=policy.breaker_window)
         self._last: dict[str, str] = {}
 
     def is_quarantined(self, split: str, index: int) -> bool:
-        """True for a task whose last ``quarantine_after`` episodes all failed."""
+        """Return whether the last ``quarantine_after`` episodes of a task all failed."""
         return self._in_a_row[split, index] >= self._policy.quarantine_after
 
     def quarantined(self) -> list[tuple[str, int]]:
-        """The tasks that are left alone, sorted."""
+        """List the quarantined tasks, sorted."""
         return sorted(task for task in self._in_a_row if self.is_quarantined(*task))
 
     def record_success(self, split: str, index: int) -> None:
-        """An episode was released alive."""
+        """Record an episode that was released without a failure."""
         self._window.append("")
         self._in_a_row.pop((split, index), None)
 
     def record_failure(self, split: str, index: int, failure: EnvFailure) -> None:
-        """An episode was lost."""
+        """Record a lost episode."""
         self._window.append(failure.reason)
         self._last[failure.reason] = failure.detail
+        # A refusal is no new failure of the task: counting it would prove the quarantine by itself.
         if failure.reason == "quarantined":
             return
         self._in_a_row[split, index] += 1
@@ -146,10 +147,10 @@ class FaultLedger:
             self._tell("task_quarantined", split=split, task=index, reason=failure.reason)
 
     def check(self) -> None:
-        """Stops a pool in which most episodes fail.
+        """Stop a pool in which most episodes fail.
 
         Raises:
-          PoolError: with the counts by reason and the last message of each.
+          PoolError: too many episodes failed; the message holds counts and the last detail by reason.
         """
         policy = self._policy
         counts = collections.Counter(reason for reason in self._window if reason)

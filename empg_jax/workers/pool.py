@@ -1,16 +1,16 @@
-"""Many environments in a few worker processes: text in, text out, faults as data.
+"""The pool of environments in a few worker processes: text in, text out, faults returned as data.
 
 The caller numbers its episode slots; slot (*handle*) ``h`` always lives in worker ``h % num_workers``.
-`EnvPool.reset` and `EnvPool.step` only queue; `EnvPool.poll` sends one message per worker and returns
-whatever has been answered::
+`EnvPool.reset` and `EnvPool.step` only queue a command; `EnvPool.poll` sends one message per worker and
+returns the answers that have arrived::
 
     with EnvPool("household", {"level": "easy"}, num_workers=2) as pool:
         pool.reset(0, seed=7, split="train", index=3)
         (reply,) = pool.poll(None)
         pool.step(0, "go to fridge 1")
 
-One broken environment costs one episode (see `empg_jax.workers.supervisor`). Neither this process's
-pool nor its workers need JAX. One thread drives a pool; deadlines are noticed while it polls.
+One broken environment costs one episode (see `empg_jax.workers.supervisor`). Neither the pool nor its workers
+need JAX. One thread drives a pool, and deadlines are checked while it polls.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from empg_jax.workers.supervisor import Supervisor
 
 __all__ = ["EnvFailure", "EnvPool", "EnvReply", "FaultPolicy", "PoolError", "PoolStats", "PoolTimeouts"]
 
-MAX_WAIT = 1.0  # seconds between two looks at workers that say nothing
-CLOSE_SECONDS = 2.0  # for idle workers to close their environments
+MAX_WAIT = 1.0  # seconds between two checks of silent workers
+CLOSE_SECONDS = 2.0  # granted to idle workers to close their environments
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class EnvReply:
       op: ``reset`` or ``step``.
       observation, reward, terminated, truncated, info: the environment's answer (after a reset the
         reward is 0 and both flags are false).
-      failure: None, or why the episode is lost; the other fields are then empty and the handle is free.
+      failure: None, or the cause of the lost episode; the other fields are then empty and the handle is free.
     """
 
     handle: int
@@ -65,12 +65,12 @@ class EnvReply:
 
 
 class EnvPool:
-    """Environments in worker processes. See the module's docstring.
+    """A pool of environments in worker processes; see the module's docstring.
 
     Attributes:
-      splits: number of tasks by split, as the environment tells it.
-      stats: counts so far.
-      tell: takes the events of this pool, and of those who run episodes in it.
+      splits: number of tasks by split, as the environment reports it.
+      stats: counts since the pool was opened.
+      tell: receives the events of this pool, and of the code that runs episodes in it.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class EnvPool:
         faults: FaultPolicy | None = None,
         tell: Tell = tell_nobody,
     ):
-        """Starts the workers and waits until all are ready.
+        """Start the workers and wait until all are ready.
 
         Args:
           env: a name in ``empg_envs.ENVS`` or an entry point ``package.module:attribute``.
@@ -94,8 +94,8 @@ class EnvPool:
           memory_limit_mb: a worker whose resident memory exceeds this is replaced between two
             commands. As a guard against a sudden leap inside a command, its address space is limited
             to twice this plus 512 MiB (it always exceeds resident memory: libraries, thread stacks).
-          faults: when to give up on a task or on everything.
-          tell: takes restarts of workers and tasks that are given up.
+          faults: limits at which a task, a worker or the pool is given up.
+          tell: receives restarts of workers and quarantined tasks.
 
         Raises:
           ValueError: ``num_workers`` below 1.
@@ -142,7 +142,7 @@ class EnvPool:
         self.close()
 
     def reset(self, handle: int, *, seed: int, split: str, index: int) -> None:
-        """Queues the start of an episode.
+        """Queue the start of an episode.
 
         Raises:
           ValueError: a negative handle, one with a live episode, or a task that does not exist.
@@ -157,13 +157,14 @@ class EnvPool:
         episode = EpisodeRecord(handle, split, index, seed)
         if self._ledger.is_quarantined(split, index):
             episode.request = ("reset", episode.reset_args())
+            # Answered like every other request, so that the caller needs no second path for refusals.
             self.failed(episode, "quarantined", f"task {split}/{index} failed too often; not tried again")
         else:
             self._waiting.add(handle)
             worker.ask(episode, "reset", episode.reset_args())
 
     def step(self, handle: int, action: str) -> None:
-        """Queues an action.
+        """Queue an action.
 
         Raises:
           ValueError: the handle has no live episode, or its last command is not answered yet.
@@ -181,27 +182,28 @@ class EnvPool:
         worker.ask(episode, "step", {"action": action})
 
     def release(self, handle: int) -> None:
-        """Ends an episode for good; an answer still to come is dropped. Harmless if it is over."""
+        """End an episode and drop its outstanding answer. Does nothing if the episode is over."""
         self._ready = [reply for reply in self._ready if reply.handle != handle]
         episode = self._worker_of(handle).forget(handle)
         if episode is None:
             return
         self._waiting.discard(handle)
-        if episode.request is None:  # an unanswered command says nothing about the task
+        if episode.request is None:  # an unanswered command is no evidence about the task
             self._ledger.record_success(episode.split, episode.index)
 
     def poll(self, timeout: float | None = None) -> list[EnvReply]:
-        """Sends what is queued, waits for answers and returns all that are there.
+        """Send the queued commands, wait for answers and return all that have arrived.
 
         Args:
-          timeout: seconds to wait for the first answer; None waits as long as one is to come.
+          timeout: seconds to wait for the first answer; None waits without limit while a command is
+          unanswered.
 
         Returns:
-          Answers and failures, in the order of arrival; empty when the time is over or when no
-          command is unanswered.
+          Answers and failures, in the order of arrival; empty after the timeout, or when no command is
+          unanswered.
 
         Raises:
-          PoolError: a worker fails to start time after time, or most episodes fail.
+          PoolError: a worker repeatedly fails to start, or most episodes fail.
         """
         if self._is_closed:
             raise PoolError("the pool is closed")
@@ -221,17 +223,18 @@ class EnvPool:
         return replies
 
     def worker_pids(self) -> list[int]:
-        """Process ids of the workers that run now."""
+        """List the process ids of the running workers."""
         return [worker.pid for worker in self._workers if worker.pid is not None]
 
     def quarantined(self) -> list[tuple[str, int]]:
-        """Tasks (split, index) that are not tried any more."""
+        """List the quarantined tasks as (split, index)."""
         return self._ledger.quarantined()
 
     def close(self) -> None:
-        """Ends the workers: idle ones may close their environments, the others are killed."""
+        """End the workers: idle ones may close their environments, the others are killed."""
         self._is_closed = True
         for worker in self._workers:
+            # All at once first, so that the workers share one period of grace.
             worker.hang_up()
         end = time.monotonic() + CLOSE_SECONDS
         for worker in self._workers:
@@ -239,7 +242,7 @@ class EnvPool:
         self._selector.close()
 
     def answered(self, episode: EpisodeRecord, message: dict[str, Any]) -> None:
-        """Called by a supervisor: the episode's request was answered."""
+        """Take a supervisor's answer to the episode's open request."""
         assert episode.request is not None
         op, _ = episode.request
         episode.request = None
@@ -256,7 +259,7 @@ class EnvPool:
         self._ready.append(reply)
 
     def failed(self, episode: EpisodeRecord, reason: Reason, detail: str) -> None:
-        """Called by a supervisor: the episode is lost. This is the answer to its open request."""
+        """Take a supervisor's report of a lost episode, as the answer to its open request."""
         assert episode.request is not None
         failure = EnvFailure(reason, detail)
         self._waiting.discard(episode.handle)
@@ -269,7 +272,7 @@ class EnvPool:
             worker.pump()
 
     def _wait(self, seconds: float) -> None:
-        """Moves bytes for at most so long, then looks at the deadlines."""
+        """Move bytes for at most ``seconds``, then check the deadlines."""
         due = min(worker.deadline for worker in self._workers)
         events = self._selector.select(max(0.0, min(seconds, due - time.monotonic())))
         for key, mask in events:

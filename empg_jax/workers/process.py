@@ -1,8 +1,8 @@
-"""One environment worker as seen from its parent: a process, two pipes, lines of JSON.
+"""The parent's side of one environment worker: a process, two pipes, lines of JSON.
 
-Nothing here blocks except `WorkerProcess.stop`, and that for bounded times only. Workers are started
-as ``python -m empg_envs.worker`` and never forked: a copy of a process that runs XLA's threads can
-deadlock, and `multiprocessing`'s spawn would import the parent's main, and JAX with it.
+Only `WorkerProcess.stop` blocks, and only for bounded times. Workers are started as
+``python -m empg_envs.worker`` and never forked: a fork of a process with XLA's threads can deadlock, and
+`multiprocessing`'s spawn would import the parent's main module, and JAX with it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 READ_BYTES = 1 << 16
 STDERR_KEEP = 4 << 20  # a worker's stderr file is emptied when it grows beyond this
 STDERR_LINES = 30  # shown when a worker has died
-KILL_SECONDS = 0.5  # for a worker to die of a signal that it can handle
-STUCK_SECONDS = 5.0  # for the kernel to end a killed process
+KILL_SECONDS = 0.5  # granted to a worker to die of a signal that it can handle
+STUCK_SECONDS = 5.0  # granted to the kernel to end a killed process
 
 
 class ProtocolError(Exception):
@@ -31,17 +31,17 @@ class ProtocolError(Exception):
 
 
 class WorkerProcess:
-    """Starts a worker and moves whole messages to and from it without blocking."""
+    """A worker process, with non-blocking transfer of whole messages."""
 
     def __init__(self, hello: Mapping[str, Any]):
-        """Starts the process and queues its first message.
+        """Start the process and queue its first message.
 
         Args:
           hello: ``env``, ``options`` and ``memory_limit_mb``, see `empg_envs.worker`.
         """
-        # A file and not a pipe: it cannot fill up while the parent is busy elsewhere.
+        # A file, not a pipe: a pipe would fill up, and block the worker, while the parent is busy elsewhere.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
-        # Append, or the worker would go on at its old offset after `trim_stderr`.
+        # Append mode: otherwise the worker would continue at its old offset after `trim_stderr`.
         fcntl.fcntl(self._stderr, fcntl.F_SETFL, os.O_APPEND)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-u", "-m", "empg_envs.worker"],
@@ -50,7 +50,7 @@ class WorkerProcess:
             stderr=self._stderr,
             bufsize=0,
             env=_make_environment(),
-            # Its own session: Ctrl-C in the terminal does not reach it, and whatever processes an
+            # A session of its own: Ctrl-C in the terminal does not reach it, and all processes that an
             # environment starts can be killed as one group.
             start_new_session=True,
         )
@@ -75,14 +75,14 @@ class WorkerProcess:
         return bool(self._outbox)
 
     def send(self, message: Any) -> None:
-        """Queues one message and writes as much of it as the pipe takes."""
+        """Queue one message and write as much of it as the pipe takes."""
         line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
         self.queued_bytes += len(line)
         self._outbox += line
         self.write()
 
     def write(self) -> bool:
-        """Writes queued bytes; returns whether any left. A broken pipe is left to `read` to report."""
+        """Write queued bytes; return whether any were written. `read` reports a broken pipe."""
         try:
             count = os.write(self.stdin, self._outbox)
         except BlockingIOError:
@@ -93,10 +93,10 @@ class WorkerProcess:
         return count > 0
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
-        """Reads what is there.
+        """Read the bytes that have arrived.
 
         Returns:
-          The complete messages, and whether the worker has closed its end (that is: died).
+          The complete messages, and whether the worker has closed its end, which means that it died.
 
         Raises:
           ProtocolError: a line is not a JSON object.
@@ -118,34 +118,34 @@ class WorkerProcess:
         return [_decode(line) for line in lines], closed
 
     def trim_stderr(self) -> None:
-        """Empties the file of a worker that prints a lot."""
+        """Empty the stderr file of a worker that prints a lot."""
         if os.fstat(self._stderr.fileno()).st_size > STDERR_KEEP:
             os.ftruncate(self._stderr.fileno(), 0)
 
     def is_alive(self) -> bool:
-        """False once the process has ended."""
+        """Return False once the process has ended."""
         return self._process.poll() is None
 
     def hang_up(self) -> None:
-        """Closes the worker's stdin: it closes its environments and exits when it is idle."""
+        """Close the worker's stdin; an idle worker then closes its environments and exits."""
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
 
     def stop(self, grace: float, first_signal: int | None = None) -> str:
-        """Ends the process and everything that it started, and reaps it.
+        """End the process and every process that it started, and reap it.
 
         Args:
-          grace: seconds in which it may end by itself (it has died or was hung up), before a signal.
-          first_signal: sent at once; SIGABRT makes a hanging worker write where it hangs.
+          grace: seconds in which it may end by itself (it has died or was hung up), before it is killed.
+          first_signal: a signal to send at once; SIGABRT makes a hanging worker write its stack.
 
         Returns:
-          How it ended, with the last lines of its stderr.
+          A description of how it ended, with the last lines of its stderr.
         """
         if first_signal is not None and self.is_alive():
             self._process.send_signal(first_signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(grace)
-        # The group outlives its leader when an environment has left processes behind.
+        # Processes that an environment left behind outlive the worker, so the whole group is killed.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -159,12 +159,12 @@ class WorkerProcess:
         return f"{status}; last lines of its stderr:\n{tail}" if tail else status
 
     def _count_unread(self) -> int:
-        """Bytes that the worker left in the pipe: commands among them were never begun."""
+        """Count the bytes that the worker left in the pipe: their commands were never started."""
         if self._process.stdin is None or self._process.stdin.closed:
             return 0
         try:
             answer = fcntl.ioctl(self.stdin, termios.FIONREAD, b"\0" * 4)
-        except OSError:  # not every system tells it at the writing end
+        except OSError:  # not every system supports this at the writing end
             return 0
         return int.from_bytes(answer, sys.byteorder)
 
@@ -196,11 +196,11 @@ def _describe_status(code: int | None) -> str:
 
 
 def _make_environment() -> dict[str, str]:
-    """The worker's environment variables.
+    """Build the worker's environment variables.
 
-    It finds the modules that this process finds, and those of the working directory. Hashes of
-    strings are fixed, so that an environment that walks through a set does the same in every
-    worker. Numeric libraries get one thread: parallelism comes from the number of workers.
+    The worker finds the modules that this process finds, and those of the working directory. String hashes
+    are fixed, so that an environment that iterates over a set behaves alike in every worker. Numeric
+    libraries get one thread: parallelism comes from the number of workers.
     """
     here = os.getcwd()
     paths = dict.fromkeys([path or here for path in sys.path] + [here])

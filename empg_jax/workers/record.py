@@ -1,4 +1,4 @@
-"""What a live episode consists of, seen from outside its environment."""
+"""The record of a live episode, kept outside its environment."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 @dataclasses.dataclass(slots=True, eq=False)
 class EpisodeRecord:
-    """A live episode: all that is needed to bring it back in another process.
+    """A live episode, with everything needed to replay it in another process.
 
     Attributes:
       handle, split, index, seed: the slot, the task and its seed.
-      request: op and arguments that were asked for and not answered yet.
-      actions: the answered ones.
-      digests: of the reset's answer and of each action's.
-      is_live: false once it is over; answers that still come are dropped.
-      is_stale: its worker was replaced, and the new one does not know it.
+      request: op and arguments of the unanswered request; None when all are answered.
+      actions: the answered actions.
+      digests: digests of the answers: first the reset's, then one per action.
+      is_live: false once the episode is over; later answers are dropped.
+      is_stale: whether its worker was replaced and the new one has not replayed it yet.
     """
 
     handle: int
@@ -31,14 +31,14 @@ class EpisodeRecord:
     is_stale: bool = False
 
     def past(self) -> Iterator[tuple[str, dict[str, Any], int]]:
-        """Op, arguments and digest of every answered command."""
+        """Yield op, arguments and digest of every answered command."""
         if self.digests:
             yield "reset", self.reset_args(), self.digests[0]
         for action, digest in zip(self.actions, self.digests[1:], strict=True):
             yield "step", {"action": action}, digest
 
     def reset_args(self) -> dict[str, Any]:
-        """Arguments of the episode's reset."""
+        """Return the arguments of the episode's reset."""
         return {"seed": self.seed, "split": self.split, "index": self.index}
 
     def __str__(self) -> str:

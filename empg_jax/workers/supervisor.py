@@ -1,8 +1,8 @@
-"""Keeps one worker's place filled, and its episodes alive across the processes that come and go.
+"""The supervisor of one worker: it replaces lost processes and keeps the other episodes alive.
 
-A worker answers in order, so the first command without an answer is the culprit of a hang or a death;
-its episode fails. The process is replaced, and every other episode is *replayed* before its next
-command: same task and seed, same actions, and each observation must be the one that was seen before.
+A worker answers in order, so the first unanswered command is the cause of a hang or a death; its episode
+fails. The process is replaced. Every other episode is *replayed* before its next command: same task, seed and
+actions, and each answer must equal the one seen before.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Where a supervisor delivers; each request ends in exactly one of the two."""
+    """The receiver of a supervisor's results; each request ends in exactly one of the two calls."""
 
     def answered(self, episode: EpisodeRecord, message: dict[str, Any]) -> None:
-        """The episode's request was answered."""
+        """Take the answer to the episode's request."""
 
     def failed(self, episode: EpisodeRecord, reason: Reason, detail: str) -> None:
-        """The episode is lost."""
+        """Take the report that the episode is lost."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Command:
-    """Something sent to a worker.
+    """A command that was sent to a worker.
 
     Attributes:
       offset: bytes sent to the process before the message that holds the command.
       expected: the digest that a replayed command must give; None for a request.
-      completes_replay: the last of a replay.
+      completes_replay: whether it is the last command of a replay.
     """
 
     id: int
@@ -58,8 +58,8 @@ class Supervisor:
 
     Attributes:
       episodes: the live episodes of this worker by handle.
-      is_ready: whether the process has introduced itself.
-      splits: number of tasks by split, as the process told.
+      is_ready: whether the process has sent its first message.
+      splits: number of tasks by split, as the process reported it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Supervisor:
         tell: Tell,
         sink: Sink,
     ):
-        """Takes a place; `pump` starts the process."""
+        """Set up a worker's place; `pump` starts the process."""
         self.number = number
         self.episodes: dict[int, EpisodeRecord] = {}
         self.splits: dict[str, int] = {}
@@ -90,7 +90,7 @@ class Supervisor:
         self._progress = 0.0  # when bytes last moved; the first command's time counts from here
         self._start_at = 0.0
         self._failed_starts = 0  # in a row
-        self._barren = 0  # starts in a row that led to no answer
+        self._barren = 0  # consecutive starts without any answer
         self._must_recycle = False
 
     @property
@@ -100,7 +100,7 @@ class Supervisor:
 
     @property
     def deadline(self) -> float:
-        """When something is to be done even if the worker stays silent (`time.monotonic`)."""
+        """Time (`time.monotonic`) at which `check` or `pump` must act even if the worker stays silent."""
         if self._process is None:
             return self._start_at
         if not self.is_ready:
@@ -110,30 +110,30 @@ class Supervisor:
         return float("inf")
 
     def ask(self, episode: EpisodeRecord, op: str, args: dict[str, Any]) -> None:
-        """Queues a request; `pump` sends it."""
+        """Queue a request; `pump` sends it."""
         episode.request = (op, args)
         self.episodes[episode.handle] = episode
         self._queue.append(episode)
 
     def forget(self, handle: int) -> EpisodeRecord | None:
-        """Ends an episode; an answer that is still to come will be dropped."""
+        """End an episode; its outstanding answer will be dropped."""
         episode = self.episodes.pop(handle, None)
         if episode is not None:
             episode.is_live = False
         return episode
 
     def pump(self) -> None:
-        """Starts or replaces the process if it is time to, and sends what is queued."""
+        """Start or replace the process when that is due, and send the queued requests."""
         if self._process is None and time.monotonic() >= self._start_at:
             self._start()
         if self._must_recycle and not self._inflight:
             self._recycle()
-        # While a replacement is due nothing new is sent: that makes the quiet moment for it.
+        # Nothing new is sent while a replacement is due, so that the worker falls idle and can be replaced.
         if self.is_ready and self._queue and not self._must_recycle:
             self._send()
 
     def handle(self, events: int) -> None:
-        """Moves bytes after the selector said that it is possible."""
+        """Move bytes after the selector reported that it is possible."""
         if self._process is None:  # replaced by an earlier event of the same round
             return
         if events & selectors.EVENT_WRITE:
@@ -144,12 +144,12 @@ class Supervisor:
             self._read()
 
     def check(self) -> None:
-        """Acts on a deadline that has passed."""
+        """Replace the process if its deadline has passed."""
         if self._process is not None and time.monotonic() >= self.deadline:
             self._lose("timeout")
 
     def check_alive(self) -> None:
-        """Notices a death even if a process left behind by an environment holds the pipe open."""
+        """Detect a death even if a process left behind by an environment holds the pipe open."""
         process = self._process
         if process is not None and not process.is_alive():
             self._read()
@@ -157,20 +157,20 @@ class Supervisor:
                 self._lose("worker_died")
 
     def hang_up(self) -> None:
-        """Lets an idle worker close its environments and exit."""
+        """Let an idle worker close its environments and exit."""
         if self._process is not None:
             self._unregister(self._process.stdin)
             self._process.hang_up()
 
     def close(self, grace: float) -> None:
-        """Ends the process: at once if it is busy, after at most ``grace`` seconds if idle."""
+        """End the process: at once if it is busy, after at most ``grace`` seconds if idle."""
         if self._process is not None:
             self._stop(grace if self.is_ready and not self._inflight else 0.0)
 
     # Sending and receiving.
 
     def _send(self) -> None:
-        """One message with all queued requests, each after the replay that it needs."""
+        """Send one message with all queued requests, each after the replay that it needs."""
         assert self._process is not None
         offset = self._process.queued_bytes
         commands: list[_Command] = []
@@ -227,9 +227,10 @@ class Supervisor:
             self._refuse(command, message)
 
     def _accept(self, command: _Command, message: dict[str, Any]) -> None:
-        """An environment's answer: the one to a request, or a step of a replay."""
+        """Take an environment's answer to a request or to a step of a replay."""
         episode = command.episode
         keys = ("observation", "reward", "terminated", "truncated")
+        # A digest instead of the text: long episodes would keep every observation in memory a second time.
         digest = hash(tuple(message[key] for key in keys))
         if command.expected is None:
             episode.digests.append(digest)
@@ -246,8 +247,9 @@ class Supervisor:
             self._stats.recovered += 1
 
     def _refuse(self, command: _Command, message: dict[str, Any]) -> None:
-        """An environment raised or garbled."""
+        """Take an environment's exception or malformed answer."""
         error = message["error"]
+        # The environment survived this time, but the next command would meet the same limit.
         if error.startswith("MemoryError"):
             self._must_recycle = True
         if command.expected is not None:
@@ -264,15 +266,16 @@ class Supervisor:
             self._sink.failed(episode, reason, detail)
 
     def _lose(self, reason: Reason, prefix: str = "") -> None:
-        """The process died or hangs: replaces it, and fails the episode that was being served."""
+        """Replace a process that died or hangs, and fail the episode that it was serving."""
         assert self._process is not None
         process, head = self._process, self._inflight[0] if self._inflight else None
-        # A hanging worker is asked by SIGABRT to write its stack, so that the message says where.
+        # SIGABRT makes a hanging worker write its stack, so that the message shows where it hangs.
         how = self._stop(KILL_SECONDS, signal.SIGABRT if reason == "timeout" else None)
         if not self.is_ready:
             slow = f"not ready after {self._timeouts.start:g} s; " if reason == "timeout" else ""
             self._fail_start(f"{prefix}{slow}{how}")
             return
+        # A command that the worker had not read cannot have caused the death; it is sent again.
         if head is not None and process.consumed_bytes > head.offset and head.episode.is_live:
             doing = "replaying" if head.expected is not None else "in"
             slow = f"no answer after {self._limit(head.op):g} s; " if reason == "timeout" else ""
@@ -293,7 +296,7 @@ class Supervisor:
             self._must_recycle = True
 
     def _recycle(self) -> None:
-        """Replaces the process between two commands because of its memory."""
+        """Replace the process between two commands because of its memory."""
         self.hang_up()
         self._stop(KILL_SECONDS)
         self._stats.recycled += 1
@@ -302,7 +305,7 @@ class Supervisor:
         self._start()
 
     def _orphan(self) -> None:
-        """The process is gone: its episodes must be replayed, open requests sent again."""
+        """Mark the episodes of a lost process for replay, and queue their open requests again."""
         open_episodes = dict.fromkeys(command.episode for command in self._inflight)
         self._queue[:0] = [episode for episode in open_episodes if episode.is_live]
         self._inflight.clear()
@@ -321,7 +324,7 @@ class Supervisor:
         self._watch_stdin()
 
     def _greet(self, message: dict[str, Any]) -> None:
-        """The first message of a process."""
+        """Take the first message of a process."""
         if "fatal" in message:
             self._stop(KILL_SECONDS)
             self._fail_start(message["fatal"])
@@ -346,7 +349,7 @@ class Supervisor:
         self._start_at = time.monotonic() + self._policy.wait_before_start(self._barren)
 
     def _stop(self, grace: float, first_signal: int | None = None) -> str:
-        """Ends and reaps the process; returns how it ended."""
+        """End and reap the process; return a description of how it ended."""
         assert self._process is not None
         self._unregister(self._process.stdout)
         self._unregister(self._process.stdin)
@@ -355,7 +358,7 @@ class Supervisor:
         return how
 
     def _watch_stdin(self) -> None:
-        """Waits for room in the worker's stdin exactly while something is unsent."""
+        """Watch for room in the worker's stdin exactly while something is unsent."""
         assert self._process is not None
         if not self._process.has_unsent:
             self._unregister(self._process.stdin)
