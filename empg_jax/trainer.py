@@ -39,7 +39,7 @@ from empg_jax.run.parts import (
     save,
 )
 from empg_jax.run.process import CompileCounter, StopRequest
-from empg_jax.run.rollouts import drop_rollouts, is_due, write_update
+from empg_jax.run.rollouts import drop_rollouts, is_due, write_credit_page, write_update
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.phase import train_on_examples
@@ -176,9 +176,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
         run.update += 1
         check_steps(parts, run, steps, host_batch)
         parts.source.collector.settle()  # the engine loads new weights at a turn boundary only
-        if is_due(run.update, every=config.log.rollouts_every, last=config.train.updates):
-            tokens = config.log.rollouts_tokens
-            write_update(parts.run_dir, run.update, trajectories, first, with_tokens=tokens)
+        write_episodes(parts, run.update, trajectories, first)
         values = describe_update(
             trajectories,
             layout,
@@ -192,6 +190,16 @@ def rl_loop(parts: Parts, run: RunState) -> None:
         values |= measured | parts.source.metrics | {"recompiles": parts.compiles.count - compiled}
         values |= {"learning_rate": float(parts.schedule(run.state.step))}
         finish_update(parts, run, trajectories, values, incidents)
+
+
+def write_episodes(parts: Parts, update: int, trajectories: Sequence[Trajectory], first: Pass) -> None:
+    """Write the episodes of an update with their credit, where that is due; after the last also as a page."""
+    log, last = parts.config.log, parts.config.train.updates
+    if is_due(update, every=log.rollouts_every, last=last):
+        write_update(parts.run_dir, update, trajectories, first, with_tokens=log.rollouts_tokens)
+    if update == last and log.transcripts:
+        decode = parts.language.tokenizer.decode
+        write_credit_page(parts.run_dir, trajectories, first, decode, count=log.transcripts)
 
 
 def split_batch(

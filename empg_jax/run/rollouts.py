@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
+from empg_jax.files import replacing
+from empg_jax.report.transcripts import select_samples
+from empg_jax.report.viewer import Decode, write_viewer
 from empg_jax.rollout.record import describe_episodes, describe_tokens
 
 if TYPE_CHECKING:
@@ -53,6 +56,32 @@ def write_update(
     )
 
 
+def write_credit_page(
+    run_dir: Path, trajectories: Sequence[Trajectory], first: Pass, decode: Decode, *, count: int
+) -> Path:
+    """Write ``credit.html``: some episodes of an update, their tokens colored by entropy or advantage.
+
+    Args:
+      run_dir: the run's folder.
+      trajectories: episodes in the order of the batch's table.
+      first: the first pass over the episodes.
+      decode: maps token ids to text.
+      count: most episodes to show.
+    """
+    chosen = {id(trajectory) for trajectory in select_samples(trajectories, count)}
+    streams = jax.device_get((first.scores.entropies, first.credit.advantages))
+    tokens = describe_tokens(trajectories, first.host, *streams)
+    shown = [pair for pair in zip(trajectories, tokens, strict=True) if id(pair[0]) in chosen]
+    advantages = [[np.asarray(turn["token_advantages"], np.float32) for turn in turns] for _, turns in shown]
+    return write_viewer(
+        run_dir / "credit.html",
+        [trajectory for trajectory, _ in shown],
+        decode,
+        advantages=advantages,
+        title="Credit of the last update",
+    )
+
+
 def write_rollouts(run_dir: Path, update: int, records: Iterable[Mapping[str, Any]]) -> Path:
     """Write the records of an update; readers see the whole file or none. Return its path."""
     path = rollouts_path(run_dir, update)
@@ -66,15 +95,8 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(format_record(record) + "\n" for record in records).encode()
     # The header gets no time and no name, so that equal episodes give equal files.
     content = gzip.compress(text, compresslevel=6, mtime=0) if path.suffix == ".gz" else text
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def format_record(record: Mapping[str, Any]) -> str:
