@@ -23,7 +23,7 @@ from empg_jax.algorithms.masking import (
 
 
 class Modulation(NamedTuple):
-    """What a modulation makes of the turns' advantages.
+    """The result of a modulation of the turns' advantages.
 
     Attributes:
       advantages: after modulation and centering.
