@@ -89,7 +89,7 @@ def gspo(
     Args:
       clip_low: Ratios are clipped at 1 - clip_low.
       clip_high: Ratios are clipped at 1 + clip_high.
-      unit: Unit of the ratio in gspo.
+      unit: Unit that has one ratio in gspo.
     """
     check_choice("ratio_unit", unit, UNITS)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}
