@@ -118,6 +118,7 @@ def evaluate(
     with _reporting():
         if not path.is_dir():
             raise ConfigError(f"{path} is no folder: name a run, or a checkpoint inside one")
+        # Options are short forms of overrides, so there is one path and one set of checks.
         options = {"eval.tasks": tasks, "env.eval_split": split, "eval.temperature": temperature}
         changes = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
         from empg_jax.evaluate import evaluate_run

@@ -95,7 +95,7 @@ def make_requests(count: int, seed: int = 0) -> list[list[tuple[list[int], int]]
 
 
 def load_requests() -> list[list[tuple[list[int], int]]]:
-    """Load the requests of the agent pattern from the file, or make them and write the file, if one is given."""
+    """Load the requests of the agent pattern from the file, or make them and write them to it."""
     path = Path(args.requests) if args.requests else None
     if path is not None and path.exists():
         return json.loads(path.read_text())

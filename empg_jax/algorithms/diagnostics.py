@@ -70,7 +70,7 @@ def credit_metrics(
 def explained_variance(
     values: Float[Array, "B T"], targets: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Compute the share of the targets' variance that the critic foresaw.
+    """Compute the share of the targets' variance that the critic's values explain.
 
         1 − Var(targets − values) / Var(targets)
 

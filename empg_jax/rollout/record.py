@@ -192,6 +192,7 @@ def read_episodes(path: Path) -> list[Record]:
         except ValueError as error:
             raise RecordError(f"{where}: not JSON ({error})") from None
         _check_episode(record, where)
+        # Defaults are filled in here, so that everything after it may rely on the fields.
         record.setdefault("group_id", record.get("task", 0))
         record.setdefault("member", sizes[record["group_id"]])
         sizes[record["group_id"]] += 1
