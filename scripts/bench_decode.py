@@ -135,7 +135,7 @@ def main() -> None:
     for slots in args.slots:
         try:
             row = measure(model, params, slots, bandwidth, args)
-        except Exception as error:  # memory may not suffice for the next one; what was measured stays
+        except Exception as error:  # memory may not suffice for the next one; earlier results stay
             row = {"slots": slots, "error": str(error)[:300]}
         result["rows"].append(row)
         text = json.dumps(result, indent=1)

@@ -44,7 +44,7 @@ def measure(name: str, options: dict[str, Any], seconds: float, num_tasks: int) 
     env, rng = make_env(name, **options), random.Random(0)
     split = env.list_splits()[0]
     count = min(num_tasks, env.num_tasks(split))
-    env.reset(split=split, index=count % env.num_tasks(split))  # what the first task alone costs
+    env.reset(split=split, index=count % env.num_tasks(split))  # one-time costs of the first task
     loads = []
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]

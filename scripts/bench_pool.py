@@ -2,7 +2,7 @@
 
 Print one JSON object: round trip of a single environment in microseconds, steps per second of
 2 workers x 32 environments, counts of a long checked run. The environment answers at once with about
-600 bytes, so what is measured is the way there and back. Run it from the repository root, where the
+600 bytes, so the time is that of the transport alone. Run it from the repository root, where the
 workers find ``tests.fakes``.
 """
 

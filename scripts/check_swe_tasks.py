@@ -24,7 +24,7 @@ from empg_envs.swe.backends import TreeBackend
 from empg_envs.swe.fetch import fetch_sdist
 from empg_envs.swe.tasks import Task, broken_tree, default_sources, parse_row, read_rows
 
-# What the packages' tests import besides the packages themselves.
+# Imports of the packages' tests besides the packages themselves.
 NEEDS = ("pytest==9.*", "hypothesis", "pytest-mock", "text-unidecode", "attrs", "boltons", "face")
 
 

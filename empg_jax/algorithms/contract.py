@@ -37,7 +37,7 @@ class Worth(NamedTuple):
       turn_scores: the episode's return less the penalty of the turn's own action alone (`grpo_turn_rows`).
       turn_rewards: the reward of the turn; penalties of whole episodes are in the last turn, those of single
         turns are not inside.
-      turn_penalties: what the turn's own action costs. ``turn_rewards - turn_penalties`` sums to ``returns``.
+      turn_penalties: penalty of the turn's own action. ``turn_rewards - turn_penalties`` sums to ``returns``.
       mask: turns that exist.
     """
 

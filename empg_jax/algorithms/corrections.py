@@ -137,7 +137,7 @@ def mis_mask(
       mask: valid tokens; junk elsewhere is harmless.
       low: smallest ratio learner/sampler that is kept.
       high: largest such ratio.
-      level: what is judged: ``"token"``, ``"sequence"`` (the product of its ratios) or ``"sequence_mean"``
+      level: unit of the ratio: ``"token"``, ``"sequence"`` (the product of its ratios) or ``"sequence_mean"``
         (their geometric mean).
       sequence_ids: arbitrary ids, -1 = padding; None makes every row a sequence.
 

@@ -116,7 +116,7 @@ def assign(
       batch: with absent trajectories marked.
       scores: of the same rows.
       turns: the table of turns.
-      worth: what they are worth.
+      worth: their returns and rewards after penalties.
 
     Returns:
       The tokens' advantages (and value targets); of the turns: base, and what modulation made of it.

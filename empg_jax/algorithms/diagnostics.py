@@ -34,7 +34,7 @@ def credit_metrics(
     Args:
       base: advantages of the estimator.
       advantages: the same after modulation.
-      factors: what the modulation multiplied them by (g or α; 1 without modulation).
+      factors: multiplicative factors of the modulation (g or α; 1 without modulation).
       turn_entropies: mean token entropy of each turn.
       turn_mask: turns that exist.
     """
@@ -76,7 +76,7 @@ def explained_variance(
 
     Args:
       values: the critic's, before the update.
-      targets: what it is to learn.
+      targets: the critic's regression targets.
       mask: sampled tokens.
     """
     left = masked_spread(jnp.where(mask, targets - values, 0), mask)[1]

@@ -201,7 +201,7 @@ def resolve(spec: Spec, values: Mapping[str, Any], name: str = "") -> Resolved:
 
 
 def _selections(values: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """List what the selecting keys choose: (slot, factory), the factory None where the slot is emptied."""
+    """List the choices of the selecting keys: (slot, factory), the factory None for an emptied slot."""
     if (loss := values.get("loss")) is not None:
         yield "objective", _known("loss", OBJECTIVE_NAMES.get(loss, loss), FACTORIES["objective"])
     if (mode := values.get("aggregation")) is not None:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 Arr = jax.Array | np.ndarray
 Scalar = float | int | np.number | jax.Array
-# The range that an option may have: a name for people, and what a configuration checks.
+# The range of an option: a readable name in signatures, and a check in configurations.
 NonNegative = Scalar
 Positive = Scalar
 Share = Scalar  # in [0, 1]
