@@ -198,7 +198,7 @@ def read_episodes(path: Path) -> list[Record]:
         sizes[record["group_id"]] += 1
         place = (record["group_id"], record["member"])
         if place in taken:
-            raise RecordError(f"{where}: member {place[1]} of group {place[0]} stands there twice")
+            raise RecordError(f"{where}: member {place[1]} of group {place[0]} occurs twice")
         taken.add(place)
         records.append(record)
     if not records:
