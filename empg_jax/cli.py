@@ -117,7 +117,8 @@ def evaluate(
     """Evaluate a trained policy on held-out tasks; the result is one JSON object on stdout."""
     with _reporting():
         if not path.is_dir():
-            raise ConfigError(f"{path} is no folder: name a run, or a checkpoint inside one")
+            raise ConfigError(f"{path} is not a folder: name a run, or a checkpoint inside one")
+        # Options are short forms of overrides, so there is one path and one set of checks.
         options = {"eval.tasks": tasks, "env.eval_split": split, "eval.temperature": temperature}
         changes = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
         from empg_jax.evaluate import evaluate_run
@@ -146,7 +147,7 @@ def export(
     """Write a trained policy as a folder that transformers and vLLM load, and print the folder."""
     with _reporting():
         if not path.is_dir():
-            raise ConfigError(f"{path} is no folder: name a run, or a checkpoint inside one")
+            raise ConfigError(f"{path} is not a folder: name a run, or a checkpoint inside one")
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtype {dtype} is unknown; choose float32, bfloat16 or float16")
         from empg_jax.run.export import export_run

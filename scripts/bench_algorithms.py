@@ -1,4 +1,4 @@
-"""Measures what credit assignment costs; prints one JSON object.
+"""Measure the cost of credit assignment; print one JSON object.
 
 * quickstart size (128 trajectories x 10 turns, 64 rows x 256 tokens): CPU-seconds of one credit call
   (median), and of the update that it belongs to: score pass, credit, optimizer steps of the quickstart's
@@ -23,7 +23,7 @@ from typing import Any
 
 
 def pin(cores: int) -> list[int]:
-    """Keeps the process on the first cores that it may use; must run before JAX starts its threads."""
+    """Pin the process to the first cores that it may use; must run before JAX starts its threads."""
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     os.sched_setaffinity(0, allowed)
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -33,7 +33,7 @@ def pin(cores: int) -> list[int]:
 def make_batch(
     rows: int, length: int, trajectories: int, turns: int, num_minibatches: int, vocab: int
 ) -> Any:
-    """Random trajectories packed evenly into rows; a third of a turn is sampled, half of the turns exist."""
+    """Make random trajectories packed evenly into rows; a third of a turn is sampled, half of them exist."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -78,7 +78,7 @@ def make_batch(
 
 
 def cpu_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median CPU-seconds (all threads) of a call, after one that compiles."""
+    """Measure the median CPU-seconds (all threads) of a call, after one that compiles."""
     import jax
 
     jax.block_until_ready(call())
@@ -91,7 +91,7 @@ def cpu_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def measure_quickstart(repeats: int, vocab: int) -> dict[str, Any]:
-    """One credit call against the update that it belongs to, with the quickstart's model and batch."""
+    """Compare one credit call with its whole update, for the quickstart's model and batch."""
     import jax
     import numpy as np
 
@@ -143,7 +143,7 @@ def measure_quickstart(repeats: int, vocab: int) -> dict[str, Any]:
 
 
 def measure_entropies(learner: Any, params: Any, batch: Any, micro_batches: int) -> dict[str, float]:
-    """CPU-seconds of a score pass (one more pass over the batch) with entropies, and with log-probs alone."""
+    """Measure the CPU-seconds of a score pass with entropies, and of one with log-probs alone."""
     import jax
     import jax.numpy as jnp
 
@@ -186,7 +186,7 @@ def measure_entropies(learner: Any, params: Any, batch: Any, micro_batches: int)
 
 
 def measure_large(names: list[str]) -> dict[str, Any]:
-    """Wall and CPU seconds of one credit call at scale."""
+    """Measure the wall and CPU seconds of one credit call at scale."""
     import jax
 
     from empg_jax.algorithms import make_algorithm

@@ -1,4 +1,4 @@
-"""Speed of packed attention, forward and backward: the platform's kernel beside XLA tiles. One JSON object.
+"""Measure packed attention, forward and backward: the platform's kernel and XLA tiles. Print one JSON object.
 
 The heads are those of Qwen2.5-1.5B; every row holds four segments. ``tflop_per_s`` counts the products below
 the diagonal only: 2 forward and 5 backward, whatever a back end computes again.
@@ -32,7 +32,7 @@ parser.add_argument("--out", type=Path)
 
 @functools.partial(jax.jit, static_argnames="backend")
 def run(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, backend: str) -> list[jax.Array]:
-    """Output and slopes."""
+    """Return the output and the gradients."""
     output, pull = jax.vjp(lambda *x: packed_attention(*x, segments, backend=backend), q, k, v)
     return [output, *pull(output)]
 

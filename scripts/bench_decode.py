@@ -1,4 +1,4 @@
-"""Speed of decoding against the bound of memory bandwidth, with random weights. Prints one JSON object.
+"""Compare decoding with its bound by memory bandwidth, with random weights. Print one JSON object.
 
 For every number of slots: each slot is prefilled with ``--context`` tokens and then samples ``--new`` tokens.
 A decode step must read every weight once and the keys and values of every live token once; ``bound_share`` is
@@ -37,7 +37,7 @@ parser.add_argument("--out", type=Path)
 
 
 def measure_bandwidth() -> float:
-    """Bytes per second of reading and writing a large array."""
+    """Measure the bytes per second of reading and writing a large array."""
     size = 2**26 if jax.default_backend() == "cpu" else 2**32
     source = jnp.ones((size // 4,), jnp.float32)
     scale = jax.jit(lambda x: x * 2)
@@ -53,7 +53,7 @@ def measure_bandwidth() -> float:
 def measure(
     model: DecoderConfig, params: Any, slots: int, bandwidth: float, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Prefill and decode rates of one number of slots."""
+    """Measure the prefill and decode rates of one number of slots."""
     config = EngineConfig(
         slots,
         args.capacity,
@@ -72,7 +72,7 @@ def measure(
     rng = np.random.default_rng(0)
 
     def begin() -> float:
-        """Prefill every slot and make the first burst; returns the seconds that took."""
+        """Prefill every slot and make the first burst; return the seconds."""
         start = time.perf_counter()
         for slot in range(slots):
             tokens = rng.integers(3, model.vocab_size, args.context)
@@ -135,7 +135,7 @@ def main() -> None:
     for slots in args.slots:
         try:
             row = measure(model, params, slots, bandwidth, args)
-        except Exception as error:  # memory may not suffice for the next one; what was measured stays
+        except Exception as error:  # memory may not suffice for the next one; earlier results stay
             row = {"slots": slots, "error": str(error)[:300]}
         result["rows"].append(row)
         text = json.dumps(result, indent=1)

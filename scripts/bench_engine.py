@@ -83,7 +83,7 @@ PARAMS = init_params(jax.random.key(0), MODEL)
 
 
 def make_requests(count: int, seed: int = 0) -> list[list[tuple[list[int], int]]]:
-    """Per conversation its turns: new prompt tokens, and how long the response is."""
+    """Make the turns of each conversation: new prompt tokens, and the length of the response."""
     rng = np.random.default_rng(seed)
     low, high = args.responses
 
@@ -95,7 +95,7 @@ def make_requests(count: int, seed: int = 0) -> list[list[tuple[list[int], int]]
 
 
 def load_requests() -> list[list[tuple[list[int], int]]]:
-    """The requests of the agent pattern, from the file if there is one."""
+    """Load the requests of the agent pattern from the file, or make them and write them to it."""
     path = Path(args.requests) if args.requests else None
     if path is not None and path.exists():
         return json.loads(path.read_text())
@@ -127,7 +127,7 @@ def finish(engine: Engine) -> None:
 
 
 def run_rows(engine: Engine, prompt: int, new: int) -> None:
-    """Every slot: a fresh prompt, a response of full length."""
+    """Run a fresh prompt and a response of full length in every slot."""
     rng = np.random.default_rng(0)
     for slot in range(engine.config.slots):
         tokens = rng.integers(3, args.vocab, prompt)
@@ -136,7 +136,7 @@ def run_rows(engine: Engine, prompt: int, new: int) -> None:
 
 
 def run_agents(engine: Engine, requests: list[list[tuple[list[int], int]]]) -> None:
-    """One conversation per slot with kept KV; environments answer at once."""
+    """Run one conversation per slot with kept KV; environments answer at once."""
     turn_of = dict.fromkeys(range(len(requests)), 0)
 
     def submit(slot: int) -> None:
@@ -156,7 +156,7 @@ def run_agents(engine: Engine, requests: list[list[tuple[list[int], int]]]) -> N
 
 
 def run_one_by_one(engine: Engine, requests: list[list[tuple[list[int], int]]]) -> None:
-    """One slot, one request at a time, the whole conversation prefilled each time."""
+    """Run one request at a time in one slot and prefill the whole conversation each time."""
     for group, turns in enumerate(requests):
         held: list[int] = []
         for number, (tokens, length) in enumerate(turns):
@@ -172,7 +172,7 @@ def run_one_by_one(engine: Engine, requests: list[list[tuple[list[int], int]]]) 
 
 
 def measure(run, engine: Engine, repeats: int) -> dict:
-    """Tokens per CPU-second and per second, medians over repeats; a run before them is left out."""
+    """Measure tokens per CPU-second and per second: medians over repeats, after a warm-up run."""
     run()
     engine.take_stats()
     runs = []
@@ -208,7 +208,7 @@ def bench_agents(counter: CompileCounter) -> tuple[dict, dict, int]:
 
 
 class Requested(Engine):
-    """Responses as long as the requests say."""
+    """An engine whose responses have the lengths of the requests."""
 
     lengths: list[list[int]]
 
@@ -218,7 +218,7 @@ class Requested(Engine):
 
 
 class SimulatedPool:
-    """Environments that answer with the next tokens of their conversation after a while."""
+    """A pool of environments that answer with the next tokens of their conversation after a delay."""
 
     def __init__(self, requests: list[list[tuple[list[int], int]]]) -> None:
         self._requests, self._rng = requests, np.random.default_rng(1)
@@ -255,7 +255,7 @@ class SimulatedPool:
 
 
 class Delta:
-    """What the model sees next: the tokens that the environment sent."""
+    """The next tokens of the prompt, sent by the environment."""
 
     def start(self, observation, info) -> PromptDelta:
         return PromptDelta(info["tokens"], True)

@@ -1,4 +1,4 @@
-"""Measures the environments of the table: steps per second, time to load a task, memory that a task takes.
+"""Measure the environments of the table: steps per second, load time and memory of a task.
 
 One core, one process, no worker. Commands are chosen at random from the admissible ones (one in ten is the
 expert's, where there is one), so episodes go on to their limits. Prints a table, or JSON with ``--json``. CPU
@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def measure(name: str, options: dict[str, Any], seconds: float, num_tasks: int) -> dict[str, float]:
-    """Loads tasks, measures what they take, then steps through episodes of them.
+    """Load tasks, measure their time and memory, then step through episodes of them.
 
     Returns:
       ``load_ms`` (reset to a task never seen before, mean and worst), ``reset_ms`` (to one seen before),
@@ -44,7 +44,7 @@ def measure(name: str, options: dict[str, Any], seconds: float, num_tasks: int) 
     env, rng = make_env(name, **options), random.Random(0)
     split = env.list_splits()[0]
     count = min(num_tasks, env.num_tasks(split))
-    env.reset(split=split, index=count % env.num_tasks(split))  # what the first task alone costs
+    env.reset(split=split, index=count % env.num_tasks(split))  # one-time costs of the first task
     loads = []
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
@@ -83,7 +83,7 @@ def measure(name: str, options: dict[str, Any], seconds: float, num_tasks: int) 
 
 
 def choose(rng: random.Random, env: Any, info: dict[str, Any]) -> str:
-    """A command that keeps the episode going."""
+    """Choose a command that keeps the episode going."""
     if hasattr(env, "expert_action") and rng.random() < 0.1:
         return env.expert_action()
     return rng.choice(info.get("admissible") or ["look"])

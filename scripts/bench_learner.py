@@ -1,4 +1,4 @@
-"""Speed of the learner: update (GRPO loss with entropy, AdamW) and score pass. Prints one JSON object.
+"""Measure the learner: update (GRPO loss with entropy, AdamW) and score pass. Print one JSON object.
 
 The default shape is a 12.07M-parameter Qwen2; every row is one conversation of half prompt and half response.
 ``mfu`` counts the products that the mathematics needs: 6 operations for each parameter and token (without the
@@ -74,7 +74,7 @@ MODEL = make_preset(args.preset, **NUMERICS) if args.preset else DecoderConfig(*
 
 
 def make_trajectory(member: int, rng: np.random.Generator) -> Trajectory:
-    """One turn: half of the row is prompt, half is response, ids are random."""
+    """Make a trajectory of one turn: half of the row is prompt, half is response, ids are random."""
     half = args.length // 2
     prompt, response = (rng.integers(3, MODEL.vocab_size, half).astype(np.int32) for _ in range(2))
     level = np.full(half, 9.0, np.float32)
@@ -104,7 +104,7 @@ def make_trajectory(member: int, rng: np.random.Generator) -> Trajectory:
 
 
 def count_flops(parameters: int) -> float:
-    """Operations of one update: forward and twice that backward, without what is computed again."""
+    """Count the operations of one update: forward, twice that backward, without rematerialization."""
     looked_up = 0 if MODEL.tie_embeddings else MODEL.vocab_size * MODEL.hidden_size
     tokens = args.rows * args.length
     products = 6 * (parameters - looked_up) * tokens
@@ -115,7 +115,7 @@ def count_flops(parameters: int) -> float:
 
 
 def measure_peak(repeats: int) -> float:
-    """Operations per second of a large matrix product: wall seconds, CPU seconds on a CPU."""
+    """Measure the operations per second of a large matrix product, by wall time, or CPU time on a CPU."""
     on_cpu = jax.default_backend() == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     side = 1024 if on_cpu else 8192

@@ -1,4 +1,4 @@
-"""What this device can do at most: matrix product and memory bandwidth. Prints one JSON object.
+"""Measure the limits of this device: matrix product and memory bandwidth. Print one JSON object.
 
 python scripts/bench_limit.py --pin 0 --out limit.json
 """
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 
 def measure(function, *inputs) -> dict[str, float]:
-    """Median wall and CPU seconds of a call, after a warm-up."""
+    """Measure the median wall and CPU seconds of a call, after a warm-up."""
     jax.block_until_ready(function(*inputs))
     walls, cpus = [], []
     for _ in range(args.repeats):

@@ -1,8 +1,8 @@
-"""Measures the environment pool's transport and checks that no step is lost or doubled.
+"""Measure the environment pool's transport and check that no step is lost or doubled.
 
-Prints one JSON object: round trip of a single environment in microseconds, steps per second of
+Print one JSON object: round trip of a single environment in microseconds, steps per second of
 2 workers x 32 environments, counts of a long checked run. The environment answers at once with about
-600 bytes, so what is measured is the way there and back. Run it from the repository root, where the
+600 bytes, so the time is that of the transport alone. Run it from the repository root, where the
 workers find ``tests.fakes``.
 """
 
@@ -26,7 +26,7 @@ def open_pool(num_workers: int) -> EnvPool:
 
 
 def measure_round_trips(count: int) -> dict[str, float]:
-    """One environment in one worker, one step at a time."""
+    """Measure one environment in one worker, one step at a time."""
     with open_pool(1) as pool:
         pool.reset(0, seed=0, split="train", index=0)
         pool.poll(None)
@@ -42,7 +42,7 @@ def measure_round_trips(count: int) -> dict[str, float]:
 
 
 def run_checked(num_workers: int, num_envs: int, steps: int) -> tuple[dict[str, float], PoolStats]:
-    """Steps many environments, each as soon as it has answered; counts lost and doubled steps."""
+    """Step many environments, each as soon as it has answered; count lost and doubled steps."""
     with open_pool(num_workers) as pool:
         handles = range(num_workers * num_envs)
         for handle in handles:

@@ -1,6 +1,6 @@
-"""Measures search engines: quality, queries per second in this process, requests per second on loopback.
+"""Measure search engines: quality, queries per second in this process, requests per second on loopback.
 
-Prints one JSON object. Without ``--encoder`` nothing of JAX is loaded. Queries per second are counted against
+Print one JSON object. Without ``--encoder`` nothing of JAX is loaded. Queries per second are counted against
 this process's own CPU time beside wall time, because other jobs may share the machine. The clients of the
 loopback test are threads of another process; every request asks another question, so the server's memory of
 queries does not help it (a second round, marked ``repeated``, asks the same again).
@@ -31,7 +31,7 @@ TOPK = 3
 
 
 def measure_quality(questions: Sequence[Question], found: Sequence[Sequence[Hit]]) -> dict[str, float]:
-    """Shares of questions whose first supporting title, or all of them, are among the results."""
+    """Compute the shares of questions with the first, and with all, supporting titles in the results."""
     first = every = 0
     for question, hits in zip(questions, found, strict=True):
         titles = {hit.passage.title.lower() for hit in hits}
@@ -42,7 +42,7 @@ def measure_quality(questions: Sequence[Question], found: Sequence[Sequence[Hit]
 
 
 def measure_engine(engine: Retriever, questions: Sequence[Question], seconds: float) -> dict[str, float]:
-    """Single queries, one after the other."""
+    """Measure single queries, one after the other."""
     texts = [question.text for question in questions]
     found = [engine.search([text], TOPK)[0] for text in texts]
     count, cpu, start = 0, time.process_time(), time.perf_counter()
@@ -60,7 +60,7 @@ def measure_engine(engine: Retriever, questions: Sequence[Question], seconds: fl
 def measure_server(
     engine: Retriever, num_passages: int, texts: Sequence[str], clients: int
 ) -> dict[str, object]:
-    """Requests of one query each from many clients at once, whose connections stay open."""
+    """Measure requests of one query each from many clients at once, over connections that stay open."""
     rounds = {}
     with open_server(engine, num_passages, port=0) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -74,7 +74,7 @@ def measure_server(
 
 
 def ask(url: str, texts: Sequence[str], clients: int) -> dict[str, float]:
-    """The clients' side: every text is asked once."""
+    """Run the clients, which ask every text once."""
     parts = urlsplit(url)
     times: list[float] = []
     ready = threading.Barrier(clients + 1)

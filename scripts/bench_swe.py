@@ -1,4 +1,4 @@
-"""Measures the cages of the repair environment: start, reset, command, judgment, eight judgments at a time.
+"""Measure the sandboxes of the repair environment: start, reset, command, judgment, eight judgments at once.
 
 python scripts/bench_swe.py
 """
@@ -20,7 +20,7 @@ from empg_envs.swe.tree import File
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Median, 95th percentile and minimum over repeats, after one that is not counted."""
+    """Measure the median, 95th percentile and minimum over repeats, after a warm-up."""
     work()
     times = []
     for _ in range(repeats):

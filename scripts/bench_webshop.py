@@ -1,6 +1,6 @@
-"""Measures WebShop: steps per second with searches, and what eight workers cost together.
+"""Measure WebShop: steps per second with searches, and the memory of eight workers together.
 
-Prints one JSON object. ``--data FOLDER`` adds the official 1,000-product set; ``--products N`` builds the
+Print one JSON object. ``--data FOLDER`` adds the official 1,000-product set; ``--products N`` builds the
 catalog of a made-up file of N products in the official format, to see it shared at size. Memory is the
 proportional set size (PSS) of worker processes after each has played some episodes.
 
@@ -27,7 +27,7 @@ from empg_envs.webshop.assortment import BRANDS, COLORS, DEPARTMENTS
 
 
 def policy(rng: random.Random, info: dict[str, Any]) -> str:
-    """Searches for words of the task from a search page and now and then, else clicks something."""
+    """Search for words of the task on a search page, and sometimes elsewhere; else click at random."""
     if info["has_search"] or rng.random() < 0.2:
         words = info["task"].split()
         return f"search[{' '.join(rng.sample(words, min(8, len(words))))}]"
@@ -35,7 +35,7 @@ def policy(rng: random.Random, info: dict[str, Any]) -> str:
 
 
 def measure_steps(options: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Random episodes on one core; almost every search is one not seen before."""
+    """Measure random episodes on one core; almost every search is new."""
     env, rng = make_env("webshop", style="page", **options), random.Random(0)
     started = time.perf_counter()
     num_tasks = env.num_tasks("train")
@@ -62,7 +62,7 @@ def measure_steps(options: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def read_pss(pid: int) -> float:
-    """Proportional set size in MB."""
+    """Read the proportional set size in MB."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) / 1024
@@ -70,7 +70,7 @@ def read_pss(pid: int) -> float:
 
 
 class Worker:
-    """One environment worker process, spoken to over its pipes."""
+    """One environment worker process, driven over its pipes."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
@@ -112,7 +112,7 @@ class Worker:
 
 
 def measure_memory(options: dict[str, Any], episodes: int) -> dict[str, float]:
-    """PSS of eight workers together, and of one alone."""
+    """Measure the PSS of eight workers together, and of one alone."""
     workers = [Worker(options) for _ in range(8)]
     for seed, worker in enumerate(workers):
         worker.play(episodes, seed)
@@ -125,7 +125,7 @@ def measure_memory(options: dict[str, Any], episodes: int) -> dict[str, float]:
 
 
 def write_made_up_files(folder: Path, count: int) -> None:
-    """Writes ``count`` products and attributes in the official format."""
+    """Write ``count`` products and attributes in the official format."""
     rng = random.Random(0)
     kinds = [(d, shelf, k) for d in DEPARTMENTS for shelf, names in d.kinds.items() for k in names]
     with open(folder / "items_shuffle.json", "w") as products, open(folder / "items_ins_v2.json", "w") as ins:
@@ -157,7 +157,7 @@ def write_made_up_files(folder: Path, count: int) -> None:
 
 
 def measure_large(count: int, seconds: float, episodes: int) -> dict[str, Any]:
-    """Builds a catalog of that size, then measures as for the others."""
+    """Build a catalog of ``count`` products and measure it like the others."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_made_up_files(folder, count)

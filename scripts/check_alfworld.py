@@ -1,4 +1,4 @@
-"""Plays games in the original TextWorld engine and in the native one side by side and counts differences.
+"""Play games in the original TextWorld engine and in the native one side by side, and count differences.
 
 Needs the extra: ``pip install -e '.[alfworld]'`` (builds a planner: C++ compiler, CMake, two minutes).
 Every third command is the solver's, the others are random, some of them nonsense. Exits with 1 if a single
@@ -27,7 +27,7 @@ NONSENSE = ("sing a song", " look ", "GO TO BED 1", "go  to desk 1", "take apple
 
 
 def choose(rng: random.Random, env: AlfworldEnv, info: dict[str, Any]) -> str:
-    """The next command to try."""
+    """Choose the next command to try."""
     roll = rng.random()
     if roll < 0.33:
         return env.expert_action()
@@ -37,7 +37,7 @@ def choose(rng: random.Random, env: AlfworldEnv, info: dict[str, Any]) -> str:
 def compare(
     native: AlfworldEnv, original: OriginalEnv, split: str, index: int, steps: int
 ) -> tuple[int, list]:
-    """Steps compared in one game, and the first difference."""
+    """Compare the engines in one game; return the number of steps and the first difference."""
     rng = random.Random(index)
     ours, theirs = (env.reset(split=split, index=index) for env in (native, original))
     if ours != theirs:

@@ -1,8 +1,8 @@
-"""Checks a machine with an accelerator, step by step: limits, attention, update, decode, parity, quickstart.
+"""Check a machine with an accelerator, step by step: limits, attention, update, decode, parity, quickstart.
 
 Every step is a program of its own with a time limit; one that fails or takes too long does not stop the
 others. ``OUT/summary.json`` is written again after each step. It holds the step's own JSON, its seconds and,
-for a failure, the end of what it printed. The steps stand in order of value: those that no longer fit into
+for a failure, the end of its output. The steps are sorted by value: steps that no longer fit into
 ``--seconds`` are left out and listed. Needs an image with JAX, flax, optax, orbax and transformers; no
 pydantic, no typer.
 
@@ -37,13 +37,13 @@ parser.add_argument("--list", action="store_true", help="print the steps and sto
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One program.
+    """One step of the check: a program with a time limit.
 
     Attributes:
-      name: what its result is called.
-      seconds: its time limit.
-      command: script and arguments, between blanks; ``{json}`` stands for the file of its JSON.
-      tiny: the same for a CPU.
+      name: name of the step and of its result.
+      seconds: time limit of the step.
+      command: script and arguments, separated by blanks; ``{json}`` stands for the path of its JSON.
+      tiny: command with sizes for a CPU.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Parity on this machine's accelerator: a table, one JSON object, exit code 1 when a tolerance is exceeded.
+"""Check parity on this machine's accelerator: a table, one JSON object, exit code 1 beyond a tolerance.
 
 * ``cpu``: log-probs and entropies of the learner's forward on the accelerator against float32 on its CPU.
 * ``engine``: log-probs that the engine recorded while sampling against the learner's on the same tokens.
@@ -44,7 +44,7 @@ Gaps = dict[str, tuple[float, float]]  # mean and largest difference by what is 
 
 
 def check_attention(dtype: str, length: int = 1000) -> Gaps:
-    """Fused attention against tiles: Qwen2.5-1.5B's heads, rows of several segments, no whole block."""
+    """Compare fused attention with tiles: Qwen2.5-1.5B's heads, rows of several segments, no whole block."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = {"queries": 12, "keys": 2, "values": 2, "slope": 12}
     q, k, v, slope = (
@@ -68,7 +68,7 @@ def check_attention(dtype: str, length: int = 1000) -> Gaps:
 
 
 def check_model(dtype: str, rows: int = 4, length: int = 256) -> Gaps:
-    """Differences of one compute type, on random weights and tokens."""
+    """Measure the differences of one compute type, on random weights and tokens."""
     model = (
         make_preset(args.preset)
         if args.preset

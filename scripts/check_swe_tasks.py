@@ -1,12 +1,12 @@
-"""Checks repair tasks on real packages: the gold patch must resolve each, no patch must resolve none.
+"""Check repair tasks on real packages: each is resolved by its gold patch, and not without a patch.
 
-Fetches the source distributions by name, version and SHA-256 and makes a virtual environment with what their
-tests need; both are kept in a cache folder, so that a second run needs no network.
+The script fetches the source distributions by name, version and SHA-256 and makes a virtual environment with
+the packages that their tests need. Both are kept in a cache folder, so that a second run needs no network.
 
     python scripts/check_swe_tasks.py ../shared/data/swe/tasks_dev.jsonl --jobs 2
 
-Some packages' tests compare running times, and may fail by chance beside other work. What fails is therefore
-tried again, alone, up to ``--tries`` times; the number of the try that counts is printed.
+Some packages' tests compare running times and may fail by chance on a busy machine. A failed task is
+therefore tried again, alone, up to ``--tries`` times; the number of the try that counts is printed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from empg_envs.swe.backends import TreeBackend
 from empg_envs.swe.fetch import fetch_sdist
 from empg_envs.swe.tasks import Task, broken_tree, default_sources, parse_row, read_rows
 
-# What the packages' tests import besides the packages themselves.
+# Imports of the packages' tests besides the packages themselves.
 NEEDS = ("pytest==9.*", "hypothesis", "pytest-mock", "text-unidecode", "attrs", "boltons", "face")
 
 
 def ensure_venv(folder: Path) -> str:
-    """A virtual environment with `NEEDS`; returns its interpreter."""
+    """Make a virtual environment with `NEEDS`, if it is missing; return its interpreter."""
     home = folder / f"venv-{hashlib.sha256(repr((NEEDS, sys.version_info[:2])).encode()).hexdigest()[:12]}"
     python = home / "bin" / "python"
     if not (home / "complete").exists():
@@ -41,7 +41,7 @@ def ensure_venv(folder: Path) -> str:
 
 
 def check(backend: TreeBackend, task: Task, sources: Path, timeout: float) -> tuple[bool, str]:
-    """Whether gold resolves and the broken files do not, and a line about it."""
+    """Check that gold resolves the task and the broken files do not; return the verdict and a line."""
     started = time.monotonic()
     gold = backend.grade(task, task.patch, timeout)
     empty = backend.run_tests(task, broken_tree(task, sources), timeout)

@@ -1,8 +1,8 @@
-"""Compiles the learner's update and the engine's decode for accelerators that are not here.
+"""Compile the learner's update and the engine's decode for accelerators that this machine lacks.
 
-The platform's own compiler does it, from shapes alone: it refuses a kernel whose tiles do not fit, and says
-what each device would hold. Nothing is run, so nothing is said of speed. Prints one JSON object; exit code 1
-when a program does not compile, 2 when there is no compiler.
+The platform's own compiler works from shapes alone: it refuses a kernel whose tiles do not fit, and reports
+the memory of each device. Nothing is run, so speed is not measured. The script prints one JSON object; exit
+code 1 when a program does not compile, 2 when there is no compiler.
 
 Needs the compiler of the platform: for GPUs ``jax-cuda12-plugin``, ``jax-cuda12-pjrt`` of jax's version and
 ``nvidia-cuda-nvcc-cu12``; for TPUs ``libtpu`` of the version that ``jax[tpu]`` names.
@@ -85,7 +85,7 @@ KERNELS = ("__gpu$xla.gpu.triton", "tpu_custom_call")
 
 
 def find_devices() -> list[Any]:
-    """Descriptions of the devices to compile for."""
+    """Find the descriptions of the devices to compile for."""
     if args.device not in GPUS:
         return topologies.get_topology_desc(platform="tpu", topology_name=args.device).devices
     (major, minor), cores, per_core, per_block, memory = GPUS[args.device]
@@ -104,12 +104,12 @@ def find_devices() -> list[Any]:
 
 
 def shapes_of(tree: Any) -> Any:
-    """The same tree without content."""
+    """Replace the arrays of a tree by their shapes and types."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def lower_update(model: DecoderConfig, devices: list[Any]) -> Any:
-    """The update (GRPO with AEM, AdamW), split over all devices."""
+    """Lower the update (GRPO with AEM, AdamW), split over all devices."""
     shards = len(devices) // args.tensor
     rows = shards * args.rows_per_device
     optimizer, _ = make_optimizer(learning_rate=1e-6, final_learning_rate=1e-7, total_steps=100)
@@ -130,7 +130,7 @@ def lower_update(model: DecoderConfig, devices: list[Any]) -> Any:
 
 
 def lower_decode(model: DecoderConfig, devices: list[Any]) -> Any:
-    """A burst of decode steps of 16 conversations, on one device."""
+    """Lower a burst of decode steps of 16 conversations, on one device."""
     sizes = EngineConfig(slots=16, max_tokens=args.length, max_response_tokens=128, stop_ids=(1, 2))
     mesh = make_mesh(devices=devices[:1])
     whole = jax.sharding.SingleDeviceSharding(devices[0])
@@ -151,7 +151,7 @@ def lower_decode(model: DecoderConfig, devices: list[Any]) -> Any:
 
 
 def main() -> int:
-    """Compile what was asked for and print the result."""
+    """Compile the requested programs and print the result."""
     try:
         devices = find_devices()
     except (RuntimeError, ValueError) as error:

@@ -1,8 +1,7 @@
-"""Trains a configuration over seeds and algorithms; writes the table and the plot of the measured numbers.
+"""Train a configuration over seeds and algorithms; write the table and the plot of the measured numbers.
 
-Every run is ``empg-jax train quickstart`` (or ``--config``) in a process of its own. Beside the RL runs
-stands a control that spends about the same CPU time on supervised fine-tuning alone, on three times the
-demonstrations.
+Every run is ``empg-jax train quickstart`` (or ``--config``) in a process of its own. A control run beside the
+RL runs spends about the same CPU time on supervised fine-tuning alone, on three times the demonstrations.
 
     python scripts/learning_curves.py --out curves --seeds 0 1 2 --algorithms grpo grpo_empg grpo_aem
 """
@@ -21,7 +20,7 @@ import numpy as np
 
 
 def run(out: Path, config: str, name: str, overrides: list[str]) -> dict:
-    """One run, unless its folder already holds a finished one; returns its summary."""
+    """Make one run, unless its folder already holds a finished one; return its summary."""
     folder = out / name
     if not (folder / "summary.json").exists():
         command = [sys.executable, "-m", "empg_jax", "train", config, f"run_dir={folder}", *overrides]
@@ -41,7 +40,7 @@ def run(out: Path, config: str, name: str, overrides: list[str]) -> dict:
 
 
 def plot(path: Path, curves: dict[str, list[list[float]]], width: int = 10) -> None:
-    """Training success over updates: mean over seeds in bold, seeds thin."""
+    """Plot training success over updates: the mean over seeds in bold, single seeds thin."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""Writes generated ALFWorld games as files, in the folders and format of the official ones.
+"""Write generated ALFWorld games as files, in the folders and format of the official ones.
 
 They can be read back (``env.options.data=OUT``), and played by the original TextWorld engine.
 
@@ -20,7 +20,7 @@ from empg_envs.alfworld.writer import write_game
 
 
 def main() -> None:
-    """Parse the command line and write."""
+    """Parse the command line and write the games."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets json_2.1.2/<split>/…")
     parser.add_argument("--level", default="rooms", choices=sorted(PRESETS))

@@ -1,6 +1,6 @@
-"""Writes ``tests/models/data/golden_*.safetensors``: logits, log-probs and greedy tokens by torch.
+"""Write ``tests/models/data/golden_*.safetensors``: logits, log-probs and greedy tokens by torch.
 
-Needs the parity extra. To be run again only when a family is added:
+The script needs the parity extra. Run it again only when a model family is added:
 
     python scripts/make_golden_logits.py
 """

@@ -1,4 +1,4 @@
-"""Checks the propositions that EMPG and AEM rest on, on softmax policies and on a language model; draws them.
+"""Check the propositions behind EMPG and AEM on softmax policies and on a language model; plot them.
 
 1. EMPG: the expected squared norm of the score is ``1 - exp(-H2)``, H2 the Renyi entropy of order 2: exactly,
    and by sampling actions.

@@ -1,4 +1,4 @@
-"""What `theory.py` measures and draws; apart from it, so that its ``--help`` does not wait for JAX."""
+"""Measurements and plot of `theory.py`, in a module of their own so that its ``--help`` does not load JAX."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def entropy(logprobs: jax.Array) -> jax.Array:
 
 
 def softmax_policies(key: jax.Array, count: int, actions: int) -> jax.Array:
-    """Logits from nearly uniform to nearly deterministic."""
+    """Draw logits from nearly uniform to nearly deterministic."""
     return jnp.logspace(-1, 1, count)[:, None] * jax.random.normal(key, (count, actions))
 
 
 def last_logits(params: Any, config: DecoderConfig, tokens: jax.Array) -> jax.Array:
-    """Next-token logits after each row of tokens, [rows, V]."""
+    """Compute the next-token logits after each row of tokens, [rows, V]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     hidden = forward(params, config, tokens, positions, jnp.ones_like(tokens))
     return hidden[:, -1] @ output_embedding(params).T
 
 
 def sampled_score_norms(key: jax.Array, logits: jax.Array, samples: int) -> jax.Array:
-    """Mean of ||e_a - pi||^2 over sampled actions."""
+    """Average ||e_a - pi||^2 over sampled actions."""
     probs = jax.nn.softmax(logits)
     actions = jax.random.categorical(key, logits, shape=(samples, logits.shape[0]))
     chosen = jnp.take_along_axis(probs[None], actions[..., None], axis=-1)[..., 0]
@@ -45,7 +45,7 @@ def sampled_score_norms(key: jax.Array, logits: jax.Array, samples: int) -> jax.
 
 
 def flow_drift(logits: jax.Array, actions: jax.Array, advantages: jax.Array) -> jax.Array:
-    """Derivative of the entropy along d pi(b) = A (1[b = a] - pi(b))."""
+    """Compute the derivative of the entropy along d pi(b) = A (1[b = a] - pi(b))."""
     probs = jax.nn.softmax(logits)
     flow = advantages[:, None] * (jax.nn.one_hot(actions, logits.shape[-1]) - probs)
     return jax.jvp(lambda p: entropy(jnp.log(p)), (probs,), (flow,))[1]
@@ -54,7 +54,7 @@ def flow_drift(logits: jax.Array, actions: jax.Array, advantages: jax.Array) -> 
 def weight_drift(
     params: Any, config: DecoderConfig, tokens: jax.Array, actions: jax.Array, advantages: jax.Array
 ) -> jax.Array:
-    """Derivative of the entropy after each row along the gradient of A log pi(a) on all weights."""
+    """Compute the derivative of each row's entropy along the gradient of A log pi(a) on all weights."""
 
     def one(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         row, action, advantage = inputs
@@ -72,7 +72,7 @@ def weight_drift(
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The policies that are looked at, and the model that some of them are the heads of."""
+    """The policies under test, and the model behind some of them."""
 
     config: DecoderConfig
     params: Any
@@ -133,7 +133,7 @@ def check_aem(axis: Axes, name: str, subject: Subject, key: jax.Array) -> dict[s
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Draws the plot; returns the largest deviations."""
+    """Draw the plot; return the largest deviations."""
     keys = iter(jax.random.split(jax.random.key(arguments.seed), 8))
     subject = make_subject(arguments.model, arguments.states, keys)
     figure, axes = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")

@@ -1,4 +1,4 @@
-"""Trains from a resolved configuration (a run's ``config.yaml``), without pydantic and typer.
+"""Train from a resolved configuration (a run's ``config.yaml``), without pydantic and typer.
 
 For accelerator images that have JAX but not the command line's packages:
 
@@ -23,10 +23,10 @@ MAPPINGS = ("options", "prompt_options", "chat_options")
 
 
 class Resolved(types.SimpleNamespace):
-    """Nested values as attributes."""
+    """A view of nested values as attributes."""
 
     def to_yaml(self) -> str:
-        """The values as YAML."""
+        """Format the values as YAML."""
         return yaml.safe_dump(_plain(self), sort_keys=False)
 
 
@@ -41,7 +41,7 @@ def _resolve(name: str, value: Any) -> Any:
 
 
 def main() -> None:
-    """Read the file, apply the overrides, train."""
+    """Read the file, apply the overrides and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", help="dotted overrides; nothing checks them here")

@@ -122,7 +122,7 @@ def test_the_glossary_is_printed(run):
         ),
         (["train", "--resume", "nowhere"], "--resume nowhere: no run there"),
         (["sft", "quickstart", "sft.updates=0"], "sft.updates=0: nothing to do"),
-        (["eval", "nowhere"], "nowhere is no folder"),
+        (["eval", "nowhere"], "nowhere is not a folder"),
         (["config"], "name a configuration"),
     ],
     ids=" ".join,

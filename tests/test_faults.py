@@ -364,7 +364,7 @@ def test_missing_things_are_named(tmp_path):
     code, err = _call("train", "--resume", tmp_path / "none")
     assert code == 2 and "no run there" in err
     code, err = _call("eval", tmp_path / "run" / "checkpoints" / "7")
-    assert code == 2 and "7 is no folder" in err
+    assert code == 2 and "7 is not a folder" in err
     code, err = _call("eval", tmp_path)
     assert code == 2 and "neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP" in err
 

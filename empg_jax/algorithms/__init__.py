@@ -1,9 +1,10 @@
 """Credit assignment and objectives for multi-turn agents: pure JAX, arrays in and out.
 
-The functions stand alone in any JAX loop; `parts` binds them to their settings, a `Recipe` composes parts,
-and `make_algorithm` gives the functions that a learner executes. See README.md beside this file.
+The functions work alone in any JAX loop. `parts` binds them to their settings, a `Recipe` composes parts, and
+`make_algorithm` returns the functions that a learner executes. See README.md beside this file.
 
-Names are looked up when they are used: a configuration reads `keys` and `signatures` without loading JAX.
+Names are imported when they are first used: a configuration reads `keys` and `signatures` without loading
+JAX.
 """
 
 import importlib

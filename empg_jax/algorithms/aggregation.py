@@ -1,4 +1,4 @@
-"""From a loss per token to one number: weights that hold mask and normalizer in one."""
+"""Aggregation of token losses to one number, by weights that contain mask and normalizer."""
 
 import jax
 import jax.numpy as jnp

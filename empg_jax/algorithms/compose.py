@@ -18,7 +18,7 @@ from empg_jax.types import Batch, Credit, Scores
 
 
 class Algorithm(NamedTuple):
-    """What the learner executes; it knows nothing else of an algorithm.
+    """The functions of an algorithm that the learner executes.
 
     Attributes:
       credit: ``(batch, scores) -> Credit``, on the whole global batch, before any split.

@@ -68,7 +68,7 @@ def configure(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """Exchange parts of a recipe, and options of its parts, as the keys say.
 
     Args:
-      recipe: stays as it is.
+      recipe: the recipe to start from; not changed.
       values: dotted keys (`empg_jax.algorithms.keys`).
 
     Raises:

@@ -1,7 +1,7 @@
-"""What the parts of a recipe read and return: the carriers between them and one protocol for each kind.
+"""The protocols of a recipe's parts, one for each kind, and the data types that parts read and return.
 
 A part is a pure function on the whole batch (``credit`` side) or on any rows of it (``loss`` side). Shapes
-are those of `empg_jax.types`. Any function of the user's own that keeps a protocol is a part.
+are those of `empg_jax.types`. Every custom function that follows a protocol is a part.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -23,21 +23,21 @@ class Turns(NamedTuple):
 
 
 class Penalties(NamedTuple):
-    """What a penalty takes off, as positive numbers: of single turns, and of whole episodes."""
+    """The amounts that a penalty subtracts, as positive numbers, for single turns and for whole episodes."""
 
     turns: Float[Array, "N K"]
     episodes: Float[Array, " N"]
 
 
 class Worth(NamedTuple):
-    """What episodes and turns are worth once the penalties and the rule about limits are applied.
+    """The returns and rewards after the penalties and the rule about exceeded limits.
 
     Attributes:
       returns: the episode's return, every penalty taken off; at most 0 where the policy broke a limit.
       turn_scores: the episode's return less the penalty of the turn's own action alone (`grpo_turn_rows`).
       turn_rewards: the reward of the turn; penalties of whole episodes are in the last turn, those of single
         turns are not inside.
-      turn_penalties: what the turn's own action costs. ``turn_rewards - turn_penalties`` sums to ``returns``.
+      turn_penalties: penalty of the turn's own action. ``turn_rewards - turn_penalties`` sums to ``returns``.
       mask: turns that exist.
     """
 
@@ -49,7 +49,7 @@ class Worth(NamedTuple):
 
 
 class TokenCredit(NamedTuple):
-    """Advantages that differ inside a turn, and what a critic is to learn."""
+    """Advantages that differ inside a turn, and the targets of a critic."""
 
     advantages: Float[Array, "B T"]
     value_targets: Float[Array, "B T"] | None = None
@@ -60,7 +60,7 @@ class Penalise(Protocol):
     """``(batch, turns) -> Penalties``. Reads raw rewards, validity and lengths."""
 
     def __call__(self, batch: Batch, turns: Turns, /) -> Penalties:
-        """Say what is taken off."""
+        """Compute the penalties."""
 
 
 @runtime_checkable
@@ -72,7 +72,7 @@ class Estimate(Protocol):
     """
 
     def __call__(self, batch: Batch, scores: Scores, worth: Worth, /) -> Float[Array, "N K"] | TokenCredit:
-        """Give base advantages."""
+        """Compute base advantages."""
 
 
 @runtime_checkable
@@ -80,7 +80,7 @@ class Modulate(Protocol):
     """``(base, turns, batch) -> Modulation``. Reads turn entropies; of the batch, ids and raw returns."""
 
     def __call__(self, base: Float[Array, "N K"], turns: Turns, batch: Batch, /) -> Modulation:
-        """Reweigh the turns."""
+        """Modulate the turns' advantages."""
 
 
 @runtime_checkable
@@ -88,7 +88,7 @@ class Keep(Protocol):
     """``(batch, turns) -> bool[N K]``: the turns whose tokens the loss covers."""
 
     def __call__(self, batch: Batch, turns: Turns, /) -> Bool[Array, "N K"]:
-        """Choose the turns that are trained on."""
+        """Choose the turns to train on."""
 
 
 @runtime_checkable
@@ -116,10 +116,10 @@ class Weigh(Protocol):
 
 @runtime_checkable
 class MeanWeight(Protocol):
-    """``(batch, scores) -> float[]``: what the weights are divided by, over the whole batch."""
+    """``(batch, scores) -> float[]``: the divisor of the weights, over the whole batch."""
 
     def __call__(self, batch: Batch, scores: Scores, /) -> Float[Array, ""]:
-        """Give the mean weight."""
+        """Compute the mean weight."""
 
 
 @runtime_checkable
@@ -138,7 +138,7 @@ class Objective(Protocol):
         advantages: Float[Array, "B T"],
         /,
     ) -> LossResult:
-        """Give the policy's loss."""
+        """Compute the policy's loss."""
 
 
 @runtime_checkable
@@ -148,7 +148,7 @@ class Aggregate(Protocol):
     def __call__(
         self, batch: Batch, kept: Bool[Array, "B T"], num_minibatches: int, /
     ) -> Float[Array, "B T"]:
-        """Give loss weights."""
+        """Compute loss weights."""
 
 
 @runtime_checkable
@@ -158,7 +158,7 @@ class Penalty(Protocol):
     def __call__(
         self, logprobs: Float[Array, "B T"], scores: Scores, /
     ) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
-        """Give the penalty."""
+        """Compute the penalty."""
 
 
 @runtime_checkable
@@ -172,4 +172,4 @@ class CriticLoss(Protocol):
         targets: Float[Array, "B T"],
         /,
     ) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
-        """Give the critic's loss."""
+        """Compute the critic's loss."""

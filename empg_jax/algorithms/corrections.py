@@ -97,7 +97,7 @@ def mean_weight(
     level: str,
     sequence_ids: Int[Arr, "B T"] | None = None,
 ) -> Float[Array, ""]:
-    """Compute what `tis_weights` divides by to normalize; 1 when nothing is valid.
+    """Compute the mean weight, by which `tis_weights` normalizes; 1 when nothing is valid.
 
     Args:
       weights: not normalized, 0 off the mask.
@@ -126,9 +126,9 @@ def mis_mask(
     level: str = "token",
     sequence_ids: Int[Arr, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
-    """Keep what lies in ``[low, high]``, ends included.
+    """Keep the tokens whose ratio lies in ``[low, high]``, ends included.
 
-    What is rejected leaves the mask *and* the denominator: use the result as ``loss_mask`` of `loss_weights`.
+    Rejected tokens leave the mask *and* the denominator: use the result as ``loss_mask`` of `loss_weights`.
     Source: verl's rollout correction, as `tis_weights`.
 
     Args:
@@ -137,7 +137,7 @@ def mis_mask(
       mask: valid tokens; junk elsewhere is harmless.
       low: smallest ratio learner/sampler that is kept.
       high: largest such ratio.
-      level: what is judged: ``"token"``, ``"sequence"`` (the product of its ratios) or ``"sequence_mean"``
+      level: unit of the ratio: ``"token"``, ``"sequence"`` (the product of its ratios) or ``"sequence_mean"``
         (their geometric mean).
       sequence_ids: arbitrary ids, -1 = padding; None makes every row a sequence.
 
@@ -162,7 +162,7 @@ def offpolicy_sequence_mask(
     *,
     delta: Scalar = 0.223,
 ) -> Bool[Array, "B T"]:
-    """Drop sequences that are bad and that the policy has already left.
+    """Drop sequences of negative advantage whose probability has already fallen far.
 
         drop i when mean_t A < 0 and mean_t (old − log π) > δ
 

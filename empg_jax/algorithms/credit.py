@@ -50,9 +50,9 @@ def make_turns(batch: Batch, scores: Scores) -> Turns:
 def compute_worth(batch: Batch, turns: Turns, penalties: tuple[Penalties, ...]) -> Worth:
     """Apply penalties and the rule about limits, in returns and in the table of turns alike.
 
-    The rule: an episode in which the policy broke a limit is worth ``min(0, rewards and penalties)``.
-    Whatever it had gained is taken off its last turn, so that breaking a limit never pays. Its penalties are
-    in its return then, so a turn's score takes none of them a second time.
+    The rule: an episode in which the policy exceeded a limit has the return ``min(0, rewards and
+    penalties)``. Its gains are subtracted from its last turn, so that exceeding a limit never pays. The
+    return then includes its penalties, so a turn's score does not subtract them a second time.
 
     Args:
       batch: raw rewards.
@@ -80,7 +80,7 @@ def compute_worth(batch: Batch, turns: Turns, penalties: tuple[Penalties, ...]) 
 
 
 def _checked(part: Any, values: Any, shape: tuple[int, ...], legend: str) -> Any:
-    """Return what a part gave, if it is an array of that shape.
+    """Return the result of a part, if it is an array of the given shape.
 
     Raises:
       ValueError: naming the part.
@@ -116,7 +116,7 @@ def assign(
       batch: with absent trajectories marked.
       scores: of the same rows.
       turns: the table of turns.
-      worth: what they are worth.
+      worth: their returns and rewards after penalties.
 
     Returns:
       The tokens' advantages (and value targets); of the turns: base, and what modulation made of it.

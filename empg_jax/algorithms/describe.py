@@ -1,4 +1,4 @@
-"""A recipe in one line, for people."""
+"""Description of a recipe in one line, for messages."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a person wants to see of credit assignment, at negligible cost: a few scalars for each batch."""
+"""Metrics of credit assignment: a few scalars for each batch, at negligible cost."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -8,7 +8,7 @@ from empg_jax.algorithms.masking import masked_mean, masked_quantiles, masked_sp
 
 
 def mixed_group_share(returns: Float[Array, " N"], group_ids: Int[Array, " N"]) -> Float[Array, ""]:
-    """Compute the share of task groups whose returns differ: only these teach a group-relative estimator.
+    """Compute the share of task groups whose returns differ: only these have group-relative advantages.
 
     Args:
       returns: episode returns.
@@ -29,12 +29,12 @@ def credit_metrics(
     turn_entropies: Float[Array, "N K"],
     turn_mask: Bool[Array, "N K"],
 ) -> dict[str, Float[Array, ""]]:
-    """Describe by scalars what the modulation did. Means and shares are over turns, each weighing one.
+    """Summarize the effect of the modulation in scalars. Means and shares weigh every turn alike.
 
     Args:
       base: advantages of the estimator.
       advantages: the same after modulation.
-      factors: what the modulation multiplied them by (g or α; 1 without modulation).
+      factors: multiplicative factors of the modulation (g or α; 1 without modulation).
       turn_entropies: mean token entropy of each turn.
       turn_mask: turns that exist.
     """
@@ -70,13 +70,13 @@ def credit_metrics(
 def explained_variance(
     values: Float[Array, "B T"], targets: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Compute the share of the targets' variance that the critic foresaw.
+    """Compute the share of the targets' variance that the critic's values explain.
 
         1 − Var(targets − values) / Var(targets)
 
     Args:
       values: the critic's, before the update.
-      targets: what it is to learn.
+      targets: the critic's regression targets.
       mask: sampled tokens.
     """
     left = masked_spread(jnp.where(mask, targets - values, 0), mask)[1]

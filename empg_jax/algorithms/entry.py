@@ -24,7 +24,7 @@ def load_recipe(entry_point: str) -> Recipe:
       entry_point: ``package.module:ATTRIBUTE``.
 
     Raises:
-      ValueError: one message that names what is missing, cannot be read, or is no recipe.
+      ValueError: the module or attribute is missing, cannot be read, or is no recipe; the message names it.
     """
     module_name, _, attribute = entry_point.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -57,7 +57,7 @@ def try_recipe(recipe: Recipe, label: str) -> None:
 
     Args:
       recipe: the algorithm.
-      label: what a message calls it.
+      label: name of the recipe in messages.
 
     Raises:
       ValueError: naming the function that failed, returned a wrong shape, or NaN.

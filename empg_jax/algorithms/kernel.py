@@ -23,12 +23,12 @@ from empg_jax.algorithms.masking import (
 
 
 class Modulation(NamedTuple):
-    """What a modulation makes of the turns' advantages.
+    """The result of a modulation of the turns' advantages.
 
     Attributes:
       advantages: after modulation and centering.
-      factors: what the base was multiplied with; 1 where nothing is modulated, 0 off the mask.
-      bonuses: what was added before centering; 0 without a bonus.
+      factors: multiplicative factors of the base; 1 where nothing is modulated, 0 off the mask.
+      bonuses: additive bonuses before centering; 0 without a bonus.
     """
 
     advantages: Float[Array, "N K"]

@@ -1,4 +1,4 @@
-"""From the keys of a configuration to the parts that read them: plain names and values, no JAX.
+"""The mapping from configuration keys to the parts that read them: plain names and values, no JAX.
 
 A recipe is described by a `Spec`: for each slot the names and options of its parts. `resolve` lays keys over
 a spec. Some keys *select* a part (``loss``, ``modulation``, ``correction.kind``); all others are keywords of
@@ -201,7 +201,7 @@ def resolve(spec: Spec, values: Mapping[str, Any], name: str = "") -> Resolved:
 
 
 def _selections(values: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """List what the selecting keys choose: (slot, factory), the factory None where the slot is emptied."""
+    """List the choices of the selecting keys: (slot, factory), the factory None for an emptied slot."""
     if (loss := values.get("loss")) is not None:
         yield "objective", _known("loss", OBJECTIVE_NAMES.get(loss, loss), FACTORIES["objective"])
     if (mode := values.get("aggregation")) is not None:
@@ -265,7 +265,7 @@ def is_off(key: str, value: Any) -> bool:
 
 
 def explain_idle(key: str, value: Any, spec: Spec, name: str = "") -> str:
-    """Say that nothing reads a key, what was chosen instead, and what would read it."""
+    """Explain that no part reads a key: name the chosen part, and the parts that would read the key."""
     found = readers(key)
     slot = found[0][0]
     decider = _DECIDERS.get(slot, slot)

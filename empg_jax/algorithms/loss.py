@@ -41,7 +41,7 @@ def make_loss(recipe: Recipe) -> Callable[..., LossResult]:
         for correction in recipe.correct:  # type: ignore[union-attr]
             if correction.weigh is not None:
                 weights = correction.weigh(logprobs, batch_rows, scores_rows, advantages)
-                # where, not a product alone: a rejected token's loss may be anything.
+                # where, not a product alone: a rejected token's loss may be infinite or NaN.
                 values = jnp.where(weights != 0, values * jax.lax.stop_gradient(weights), 0)
         change = log_ratio(logprobs, scores_rows.old_logprobs)
         metrics |= {

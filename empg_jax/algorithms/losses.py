@@ -15,7 +15,7 @@ KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")
 
 
 def reinforce_loss(logprobs: Real[Arr, "*shape"], advantages: Real[Arr, "*shape"]) -> Float[Array, "*shape"]:
-    """Compute the policy gradient as it is, no ratio and no clip: l = −A log π.
+    """Compute the plain policy gradient, without ratio and clip: l = −A log π.
 
     Args:
       logprobs: of the policy being trained.

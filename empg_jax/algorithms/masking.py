@@ -1,4 +1,4 @@
-"""Masks, types and masked statistics: the ground that every estimator stands on.
+"""Masks, types and masked statistics, which every estimator is built on.
 
 Conventions of the whole package:
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 Arr = jax.Array | np.ndarray
 Scalar = float | int | np.number | jax.Array
-# The range that an option may have: a name for people, and what a configuration checks.
+# The range of an option: a readable name in signatures, and a check in configurations.
 NonNegative = Scalar
 Positive = Scalar
 Share = Scalar  # in [0, 1]
@@ -53,7 +53,7 @@ def as_floats(*arrays: Real[Arr, "..."]) -> tuple[Float[Array, "..."], ...]:
 
 
 def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
-    """Raise ValueError naming the argument, what it got and what it takes."""
+    """Raise ValueError with the argument's name, its value and its valid choices."""
     if value not in valid:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, valid))}")
 

@@ -66,7 +66,7 @@ def empg(
       k_future: steepness of the bonus.
       zeta: weight of the bonus; 0 switches it off exactly.
       scope: where min, max and the mean of the factor are taken: ``"batch"`` (the paper), ``"group"`` or
-        ``"trajectory"``. Centring is always over the batch: inside a trajectory it would erase the outcome.
+        ``"trajectory"``. Centering is always over the batch: inside a trajectory it would erase the outcome.
       group_ids: needed for ``scope="group"``; in [0, N), -1 = absent row. Absent rows are in no scope.
       center: ``"turn"`` subtracts the mean over the batch's turns, each weighing one; ``"token"`` weighs a
         turn by its ``token_counts``; ``"none"`` subtracts nothing.

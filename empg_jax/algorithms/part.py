@@ -1,7 +1,7 @@
 """A bound part: a pure function with its settings, which remembers the factory and the options it came from.
 
-The memory is what lets a configuration replace one option of a named recipe, and refuse a key that no chosen
-part reads. A plain function is a part as well; it only has no options.
+With this record a configuration can replace one option of a named recipe, and refuse a key that no chosen
+part reads. A plain function is a part as well, but without options.
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """What is done about tokens that another policy sampled: some are rejected, or all are weighed.
+    """A correction for tokens that another policy sampled, by rejecting some tokens or weighting all of them.
 
     Attributes:
       name: the factory's name.
       options: every keyword of the factory, with its value.
-      accept: which tokens stay in the loss; None = all.
+      accept: tokens that stay in the loss; None = all.
       weigh: constants that multiply the policy loss; None = 1.
-      mean_weight: what normalizes these constants; None = 1. `weigh` sees some rows only, so credit divides
-        the advantages by it, which objectives are proportional to.
+      mean_weight: normalizer of these constants; None = 1. `weigh` sees some rows only, so credit divides the
+        advantages by the normalizer; objectives are proportional to the advantages.
     """
 
     name: str = "correction"

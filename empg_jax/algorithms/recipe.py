@@ -36,13 +36,13 @@ class Recipe:
 
     Attributes:
       estimate: base advantages.
-      penalise: what is taken off rewards before that; one part or several.
-      modulate: reweighs turns by entropy; None = not.
+      penalise: penalties subtracted from rewards before that; one part or several.
+      modulate: modulation of turns by entropy; None = no modulation.
       objective: the policy's loss per token.
-      correct: what is done about tokens that another policy sampled; one or several; None = on-policy.
-      keep: which turns the loss covers; one part or several.
+      correct: corrections for tokens that another policy sampled; one or several; None = on-policy.
+      keep: turns that the loss covers; one part or several.
       aggregate: the share of each token in the loss: a mode of `loss_weights`, or a part.
-      kl: penalty on the divergence from the frozen reference; None = not.
+      kl: penalty on the divergence from the frozen reference; None = no penalty.
       entropy_coef: weight of the entropy bonus.
       critic: the critic's loss, for an estimator that gives value targets.
     """

@@ -1,4 +1,4 @@
-"""The recipes of the papers by name. Adding one is a line; the configuration knows its name then."""
+"""The recipes of the papers by name. A new recipe is one line here; the configuration then knows its name."""
 
 import dataclasses
 import warnings

@@ -40,7 +40,7 @@ def backward_sums(values: Float[Array, "S L"], decays: Float[Array, "S L"]) -> F
 def token_decays(
     valid: Bool[Array, "S L"], ends: Shaped[Arr, "S L"] | None, decay: Float[Array, ""]
 ) -> Float[Array, "S L"]:
-    """Give what `backward_sums` multiplies by: the decay at valid tokens, 0 at ends, 1 to pass through."""
+    """Compute the decays for `backward_sums`: the decay at valid tokens, 0 at ends, 1 at masked tokens."""
     decays = jnp.where(valid, decay, 1)
     return decays if ends is None else jnp.where(as_mask(ends), 0, decays)
 

@@ -1,6 +1,6 @@
-"""Statistics over groups of places: task groups, packed sequences, turns.
+"""Statistics over groups of array entries: task groups, packed sequences, turns.
 
-Everything groups by sorting or by ids in a known range; nothing is ever compared pairwise.
+Groups are formed by sorting, or by ids in a known range, and never by pairwise comparison.
 """
 
 import jax

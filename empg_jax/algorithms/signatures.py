@@ -2,7 +2,7 @@
 
 Every value stands once, in the source: a default in the signature of a pure function, or of the factory that
 binds it; a named recipe in `empg_jax.algorithms.recipes`. Here both are read without running them. A test
-compares the result with what Python says of the imported modules.
+compares the result with the imported modules.
 """
 
 import ast
@@ -41,7 +41,7 @@ class Parameter(NamedTuple):
     Attributes:
       annotation: its type, as written.
       default: its default; `inspect.Parameter.empty` where it has none.
-      sentence: what the factory's docstring says of it.
+      sentence: its description in the factory's docstring.
     """
 
     annotation: str
@@ -89,7 +89,7 @@ def _default(node: ast.expr | None, pure: dict[str, dict[str, Any]]) -> Any:
 
 
 def _sentences(function: ast.FunctionDef) -> dict[str, str]:
-    """Read what a docstring's Args section says of each keyword, on one line."""
+    """Read the description of each keyword in a docstring's Args section, as one line."""
     lines = (ast.get_docstring(function) or "").splitlines()
     found: dict[str, str] = {}
     name = ""
@@ -170,4 +170,4 @@ RECIPES = _read_recipes()
 DEFAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "objective": ("ppo_clip", {}),
     "aggregate": ("token-mean", {}),
-}  # what a `Recipe` has unsaid
+}  # the defaults of `Recipe`

@@ -161,7 +161,7 @@ def turn_ratio_clip(
     clip_low: Scalar = 0.2,
     clip_high: Scalar = 0.2,
 ) -> Float[Array, "B T"]:
-    """Compute the same with the mean over the tokens of one turn: what row-per-step code computes as GSPO.
+    """Compute GSPO with one ratio per turn, as frameworks with one row per turn compute it.
 
     Source: the turn as unit of the ratio, https://arxiv.org/abs/2511.20718.
 
@@ -193,8 +193,7 @@ def decoupled_ppo(
     cap: Scalar = 5.0,
     mode: str = "mask",
 ) -> Float[Array, "*shape"]:
-    """Compute decoupled PPO for stale data: clip against the proximal policy, weigh by its ratio to the
-    sampler's.
+    """Compute decoupled PPO for stale data: clip against the proximal policy, weight by prox/behavior.
 
         u = π/prox, w = prox/behavior;   l = w · max(−A u, −A clip(u, 1−lo, 1+hi))
 

@@ -1,4 +1,4 @@
-"""Functions along a trajectory, wherever the packing put its turns."""
+"""Functions along the time of a trajectory, independent of the packing of its turns."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,10 @@ from empg_jax.algorithms.returns import discounted_returns
 
 
 class Line(NamedTuple):
-    """The sampled tokens of a batch in one row ``[1, B·T]``, trajectory by trajectory, wherever they stand.
+    """The sampled tokens of a batch in one row ``[1, B·T]``, sorted by trajectory.
 
-    Functions along time run on it and never reach a packed neighbour; no length has to be known beforehand.
+    Functions along time run on this row and never cross to another trajectory of the same packed row. Lengths
+    need not be known in advance.
     """
 
     order: Int[Array, " M"]

@@ -126,7 +126,7 @@ class Burst:
     tokens: jax.Array  # int32[N S]
     logprobs: jax.Array  # float32[N S]
     entropies: jax.Array  # float32[N S]
-    counts: jax.Array  # int32[S]  tokens that the slot sampled: so many rows of its column are valid
+    counts: jax.Array  # int32[S]  tokens that the slot sampled; only the first rows of its column are valid
     steps: jax.Array  # int32[]    steps made
 
 

@@ -1,6 +1,6 @@
 """Sampling as pure functions: keyed uniforms and inverse-CDF draws.
 
-A sample depends only on (run seed, stream, group, member, turn, position), never on its neighbours in the
+A sample depends only on (run seed, stream, group, member, turn, position), never on its neighbors in the
 batch. One uniform per token and an inverse CDF cost almost nothing next to the softmax; Gumbel noise over the
 whole vocabulary costs about a fifth of the decoding time on a CPU.
 """

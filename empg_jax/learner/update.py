@@ -109,7 +109,7 @@ def make_learner(
         adapters and no base.
     """
     if (model.lora is None) != (base is None):
-        raise ValueError("a model with adapters (lora) needs its base, one without has none")
+        raise ValueError("a model with adapters (lora) needs its base; without adapters there is no base")
     has_critic = algorithm.value_loss is not None
     if has_critic and not model.value_head:
         raise ValueError("this algorithm has a critic: the model needs value_head=True")

@@ -1,1 +1,1 @@
-"""What a person sees of a run: live progress, tables, curves, transcripts and a trajectory viewer."""
+"""Output of a run for its user: live progress, tables, curves, transcripts and a trajectory viewer."""

@@ -49,6 +49,7 @@ def describe_update(
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     values = reduce_metrics((dict(step), float(step["tokens"])) for step in steps)
     values.pop("tokens", None)
+    # Guards are counts of skipped steps, so the weighted mean above would be meaningless for them.
     left_out = 0.0
     for guard in ("nonfinite", "kl_exceeded"):
         values.pop(guard, None)
@@ -102,6 +103,7 @@ def write_results(
     summary |= {"seed": config.seed, "algorithm": config.algorithm.name or config.algorithm.entry_point}
     summary["modulation"] = config.algorithm.modulation
     wins = [summary.get(f"eval_wins_{when}", "") for when in ("before", "after")]
+    # A warm start alone is evaluated only once, so its results have no pair.
     if len(wins[0]) == len(wins[1]) >= 1:
         interval = paired_interval(*wins)
         summary["eval_gain_interval"] = None if interval is None else [round(bound, 4) for bound in interval]

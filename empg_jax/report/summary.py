@@ -111,6 +111,7 @@ def _rate_at(count: int, total: int) -> float:
     """Find, by bisection, the rate at which ``count`` or fewer successes have probability 2.5 %."""
     weights = [math.comb(total, k) for k in range(count + 1)]
     low, high = 0.0, 1.0
+    # 60 halvings reach the precision of a double.
     for _ in range(60):
         rate = (low + high) / 2
         # Logarithms, since powers of a small rate underflow; a binomial coefficient may be huge.

@@ -101,6 +101,7 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "eval_entropy": float(entropies.mean()),
         "eval_invalid_actions": float(np.mean([not turn.is_valid for turn in turns])),
     }
+    # An environment may report a number for some episodes only; the others do not count as zero.
     for name in sorted({name for t in trajectories for name in t.metrics}):
         values[f"eval_env_{name}"] = float(
             np.mean([t.metrics[name] for t in trajectories if name in t.metrics])

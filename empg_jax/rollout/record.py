@@ -192,12 +192,13 @@ def read_episodes(path: Path) -> list[Record]:
         except ValueError as error:
             raise RecordError(f"{where}: not JSON ({error})") from None
         _check_episode(record, where)
+        # Defaults are filled in here, so that everything after it may rely on the fields.
         record.setdefault("group_id", record.get("task", 0))
         record.setdefault("member", sizes[record["group_id"]])
         sizes[record["group_id"]] += 1
         place = (record["group_id"], record["member"])
         if place in taken:
-            raise RecordError(f"{where}: member {place[1]} of group {place[0]} stands there twice")
+            raise RecordError(f"{where}: member {place[1]} of group {place[0]} occurs twice")
         taken.add(place)
         records.append(record)
     if not records:

@@ -1,1 +1,1 @@
-"""A run: how its parts are made from a configuration, and what it keeps on disk."""
+"""A run: construction of its parts from a configuration, and its files on disk."""

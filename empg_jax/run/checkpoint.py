@@ -145,7 +145,7 @@ class Checkpoints:
                 return self._load(candidate, abstract)
             except Exception as error:  # a damaged file may raise anything in the reader
                 problems.append(f"{candidate}: {_first_line(error)}")
-                self._warn(f"checkpoint {problems[-1]} (in {self.directory}); passed over")
+                self._warn(f"checkpoint {problems[-1]} (in {self.directory}); skipped")
         found = "; ".join(problems) or "the folder holds none"
         raise CheckpointError(f"no usable checkpoint in {self.directory} ({found})")
 

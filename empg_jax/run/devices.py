@@ -29,6 +29,7 @@ def _check(sizes: dict[str, int], devices: list[jax.Device]) -> None:
     needed = math.prod(sizes.values())
     if needed <= len(devices):
         return
+    # Only the axes above 1 are named: they are the keys to lower.
     asked = " x ".join(f"{key}={size}" for key, size in sizes.items() if size > 1)
     there = "1 device is" if len(devices) == 1 else f"{len(devices)} devices are"
     raise ConfigError(f"{asked} needs {needed} devices, but {there} there ({devices[0].platform})")

@@ -71,7 +71,7 @@ def export_run(
         origin = "was built for the environment" if words["type"] == "WordLevel" else "has a token per byte"
         say(
             f"the tokenizer {origin}: read it with transformers.PreTrainedTokenizerFast, "
-            "since AutoTokenizer takes that of a Qwen2 model for Qwen's own"
+            "because AutoTokenizer would load Qwen's own tokenizer for a Qwen2 model"
         )
     kind = "adapter" if adapter else "model"
     say(f"{kind} of step {saved.step} written to {out}")

@@ -31,6 +31,7 @@ def create_run_dir(config: Config) -> Path:
             )
         return _make(run_dir, exist_ok=True)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    # Two runs may start in the same second, so a taken name gets a number.
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
         run_dir = Path("runs") / f"{config.name}-{stamp}{suffix}"
         if not run_dir.exists():

@@ -36,6 +36,7 @@ class StopRequest:
         self.signum = int(signum)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        # A second signal means that the user will not wait for the checkpoint.
         if self.signum:
             raise KeyboardInterrupt
         self.signum = signum

@@ -65,6 +65,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
         base.
       ConfigError: an override does not fit, or devices are missing (``mesh.fsdp=1`` takes one).
     """
+    # Imported here, because it loads pydantic, which only this function needs.
     from empg_jax.config import load_config
 
     path = Path(path)

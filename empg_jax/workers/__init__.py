@@ -1,1 +1,1 @@
-"""Environment workers: processes, their supervisor, and what is done about faults. Knows no JAX."""
+"""Environment workers: processes, their supervisor, and the handling of faults. Independent of JAX."""

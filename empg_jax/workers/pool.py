@@ -273,6 +273,7 @@ class EnvPool:
 
     def _wait(self, seconds: float) -> None:
         """Move bytes for at most ``seconds``, then check the deadlines."""
+        # Wake up at the first deadline, even if every worker stays silent.
         due = min(worker.deadline for worker in self._workers)
         events = self._selector.select(max(0.0, min(seconds, due - time.monotonic())))
         for key, mask in events:

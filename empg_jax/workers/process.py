@@ -150,6 +150,7 @@ class WorkerProcess:
             os.killpg(self.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STUCK_SECONDS)
+        # Read before the pipe is closed: it tells which commands the worker had taken when it ended.
         self.consumed_bytes = self.queued_bytes - len(self._outbox) - self._count_unread()
         status = _describe_status(self._process.returncode)
         tail = self._tail()

@@ -137,7 +137,7 @@ def without(name):
             r"status: expected trained or scored_zero, got 'discarded'",
         ),
         ({"turns": [TURN], "return": 5.0}, r"return: 5 is not the sum of the turns' rewards, 1"),
-        ({"turns": [TURN], "group_id": 0, "member": 0}, r"member 0 of group 0 stands there twice"),
+        ({"turns": [TURN], "group_id": 0, "member": 0}, r"member 0 of group 0 occurs twice"),
     ],
 )
 def test_bad_records_are_named_by_line_and_field(tmp_path, record, says):

@@ -1,4 +1,4 @@
-"""From a loss per token to one number: each token's share in its mini-batch.
+"""Aggregation of token losses to one number: the share of each token in its mini-batch.
 
 A *sequence* in these modes is a unit: the packed ``segment`` (a transcript, or the pieces that a chat
 template splits it into; a turn in window context), the ``trajectory``, or the ``turn``.
@@ -55,7 +55,7 @@ def seq_mean_token_mean(*, unit: Literal["segment", "trajectory", "turn"] = "seg
     """Bind the mean over units of the mean over their tokens.
 
     Args:
-      unit: What a sequence is in the aggregation of losses.
+      unit: Unit that counts as a sequence in the aggregation of losses.
     """
     return _bind("seq-mean-token-mean", unit)
 
@@ -64,7 +64,7 @@ def seq_mean_token_sum(*, unit: Literal["segment", "trajectory", "turn"] = "segm
     """Bind the mean over units of the sum over their tokens.
 
     Args:
-      unit: What a sequence is in the aggregation of losses.
+      unit: Unit that counts as a sequence in the aggregation of losses.
     """
     return _bind("seq-mean-token-sum", unit)
 
@@ -84,7 +84,7 @@ def seq_mean_token_const(
     """Bind the mean over units of the sum over their tokens divided by a constant (Dr. GRPO).
 
     Args:
-      unit: What a sequence is in the aggregation of losses.
+      unit: Unit that counts as a sequence in the aggregation of losses.
       scale: Constant divisor of the token sums; null is the row length.
     """
     return _bind("seq-mean-token-const", unit, scale)

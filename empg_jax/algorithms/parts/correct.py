@@ -21,7 +21,7 @@ def tis(
 
     Args:
       cap: Largest weight of tis.
-      level: What the ratio is taken of; a sequence has a product or a geometric mean.
+      level: Unit of the ratio; for a sequence, the product or the geometric mean of its ratios.
       normalize: Divide by the mean weight of the batch, so that the weights of tis have mean 1.
     """
     check_choice("correction.level", level, corrections.LEVELS)
@@ -50,12 +50,12 @@ def mis(
     high: Positive = default_of(corrections.mis_mask, "high"),
     level: Literal["token", "sequence", "sequence_mean"] = default_of(corrections.mis_mask, "level"),
 ) -> Correction:
-    """Bind `mis_mask`: what lies beyond the range leaves the loss and its denominator.
+    """Bind `mis_mask`: tokens with a ratio beyond the range leave the loss and its denominator.
 
     Args:
       low: Smallest ratio that mis keeps.
       high: Largest ratio that mis keeps.
-      level: What the ratio is taken of; a sequence has a product or a geometric mean.
+      level: Unit of the ratio; for a sequence, the product or the geometric mean of its ratios.
     """
     check_choice("correction.level", level, corrections.LEVELS)
     if low > high:
@@ -84,7 +84,7 @@ def sequence_mask(
 
     Args:
       delta: Drop a sequence of negative advantage that moved further than this (nats); null is off.
-      logprobs_of: Whose log-probabilities the distance in sequence_delta starts from.
+      logprobs_of: Policy whose log-probabilities are the start of the distance in sequence_delta.
     """
     check_choice("correction.sequence_logprobs", logprobs_of, ("sampler", "learner"))
 

@@ -24,7 +24,7 @@ def reinforce(
     """Bind `reinforce` on episode returns.
 
     Args:
-      baseline: What reinforce takes off a return.
+      baseline: Baseline that reinforce subtracts from a return.
     """
     check_choice("baseline", baseline, advantages.BASELINES)
 
@@ -122,7 +122,7 @@ def gigpo(
       scale_by_std: Divide group advantages by the group's standard deviation.
       eps: Added to a group's standard deviation.
       singleton: Advantage of a group of one.
-      statistics: What enters the statistics of GiGPO's episode part: episodes, or all turns (verl-agent).
+      statistics: Entries of the statistics of GiGPO's episode part: episodes, or all turns (verl-agent).
       anchor_similarity: Observations at least this alike (difflib ratio) are one anchor; 1 is equal ones.
     """
     options: dict[str, Any] = dict(locals())
@@ -209,7 +209,7 @@ def ppo(
       gamma: Discount per sampled token (REINFORCE++, PPO).
       lam: λ of generalized advantage estimation.
       reward_kl_coef: Weight of a KL penalty (k1) inside the reward, in place of kl_coef.
-      bootstrap: Where a turn or time limit ended an episode, go on with the critic's last value instead of 0.
+      bootstrap: Continue an episode that a turn or time limit ended with the critic's last value, not with 0.
     """
     options: dict[str, Any] = dict(locals())
 
@@ -221,8 +221,7 @@ def ppo(
         table = worth.turn_rewards - worth.turn_penalties
         rewards, slots = token_rewards(batch, scores, table, reward_kl_coef)
         if bootstrap:
-            # The state after the last response is scored by nobody; the nearest value known is the last
-            # token's.
+            # No score exists for the state after the last response; the last token's value is the nearest.
             goes_on = (batch.truncated & ~batch.scored_zero)[:, None] & last_turns(worth.mask)
             is_last = place_turn_values(goes_on.astype(jnp.float32), slots) > 0
             rewards = rewards + jnp.where(is_last, gamma * jnp.where(is_last, scores.values, 0), 0)

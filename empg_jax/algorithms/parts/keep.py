@@ -1,4 +1,4 @@
-"""Which turns the loss covers. What is left out leaves the denominator too; statistics of credit keep it."""
+"""Choice of the turns that the loss covers. Other turns leave the denominator, but not the statistics."""
 
 from typing import Literal
 

@@ -40,7 +40,7 @@ def empg(
       k_future: Strength of the entropy term inside the clarity bonus.
       zeta: Weight of the future-clarity bonus.
       scope: Turns over which entropies are normalized.
-      center: Mean that is taken off the modulated advantages.
+      center: Mean that is subtracted from the modulated advantages.
       whiten: Also divide them by their standard deviation.
       mixed_groups_only: Leave out task groups whose raw returns are all equal.
       reverse: Control: swap the factors of low and high entropy.
@@ -84,8 +84,8 @@ def aem(
       lam: Strength of the modulation.
       scope: Turns over which entropies are normalized.
       min_range: Entropy range (nats) below which nothing is modulated.
-      mean: What weighs one in the mean of the factors.
-      center: Mean taken off the modulated advantages.
+      mean: Unit of equal weight in the mean of the factors.
+      center: Mean subtracted from the modulated advantages.
       reverse: Control: swap the factors of low and high entropy.
       shuffle_seed: Control: permute the factors with this seed.
       eps: Guard of the min-max.

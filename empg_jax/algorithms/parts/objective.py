@@ -1,4 +1,4 @@
-"""Objectives: each binds a per-token loss to the carriers that the learner hands over."""
+"""Objectives: each binds a per-token loss to the data types that the learner passes."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -89,7 +89,7 @@ def gspo(
     Args:
       clip_low: Ratios are clipped at 1 - clip_low.
       clip_high: Ratios are clipped at 1 + clip_high.
-      unit: What a sequence is in the ratio of gspo.
+      unit: Unit that has one ratio in gspo.
     """
     check_choice("ratio_unit", unit, UNITS)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}
@@ -180,7 +180,7 @@ def decoupled_ppo(
       clip_low: Ratios are clipped at 1 - clip_low.
       clip_high: Ratios are clipped at 1 + clip_high.
       cap: Largest weight of a token in decoupled_ppo.
-      mode: What decoupled_ppo does beyond that weight.
+      mode: Treatment of tokens beyond that weight in decoupled_ppo.
     """
     check_choice("correction.stale_mode", mode, surrogates.STALE_MODES)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}

@@ -1,4 +1,4 @@
-"""Penalties: what is taken off rewards before anything is estimated."""
+"""Penalties, which are subtracted from rewards before the estimator runs."""
 
 import jax.numpy as jnp
 
@@ -10,10 +10,10 @@ from empg_jax.types import Batch
 
 
 def turn_penalty(amount: NonNegative) -> Part:
-    """Take an amount off every turn whose response the parser did not accept.
+    """Subtract an amount from every turn whose response the parser did not accept.
 
     Args:
-      amount: What such a turn costs.
+      amount: Penalty of such a turn.
     """
 
     def penalise(batch: Batch, turns: Turns) -> Penalties:
@@ -27,12 +27,12 @@ def turn_penalty(amount: NonNegative) -> Part:
 def overlong(
     length: Length, cache: Length, *, factor: NonNegative = default_of(advantages.overlong_penalty, "factor")
 ) -> Part:
-    """Take `overlong_penalty` off the return of an episode that sampled too many tokens.
+    """Subtract `overlong_penalty` from the return of an episode that sampled too many tokens.
 
     Args:
       length: Sampled tokens from which on an episode loses the whole penalty (DAPO); null is off.
       cache: Width in tokens of the ramp that leads to that penalty.
-      factor: Penalty of an episode that is too long by far.
+      factor: Penalty at that length and beyond.
     """
 
     def penalise(batch: Batch, turns: Turns) -> Penalties:

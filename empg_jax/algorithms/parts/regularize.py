@@ -1,4 +1,4 @@
-"""What stands beside the policy's loss: the divergence from a reference, and the critic's loss."""
+"""The terms beside the policy's loss: the divergence from a reference, and the critic's loss."""
 
 from typing import Any, Literal
 
@@ -41,11 +41,11 @@ def critic(
     warmup_updates: Count = 0,
     detach: bool = False,
 ) -> Part:
-    """Bind `value_loss`, and say how the optimizer treats the critic's head.
+    """Bind `value_loss` and the optimizer settings of the critic's head.
 
     Args:
       value_coef: Weight of the value loss beside the policy loss.
-      value_clip: How far a value may move in an update; null is off.
+      value_clip: Largest change of a value in an update; null is off.
       learning_rate: Peak learning rate of the critic's head; null is the policy's.
       grad_clip: Largest gradient norm of the critic's head; null is the policy's.
       warmup_updates: Updates that train the critic alone before the policy moves.
