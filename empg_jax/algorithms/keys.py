@@ -7,11 +7,11 @@ is loaded.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from empg_jax.algorithms.signatures import DEFAULTS, FACTORIES, RECIPES
+from empg_jax.errors import closest
 
 MODULATIONS = ("empg", "aem")
 OFF = "none"
@@ -185,8 +185,8 @@ def resolve(spec: Spec, values: Mapping[str, Any], name: str = "") -> Resolved:
     """
     for key in values:
         if key not in _KNOWN:
-            near = difflib.get_close_matches(key, _KNOWN, 1)
-            hint = f"did you mean {near[0].rpartition('.')[2]!r}?" if near else f"known: {', '.join(_KNOWN)}"
+            near = closest(key, _KNOWN)
+            hint = f"did you mean {near.rpartition('.')[2]!r}?" if near else f"known: {', '.join(_KNOWN)}"
             raise ValueError(f"unknown option {key}; {hint}")
     chosen = choose(spec, values)
     for slot, parts in chosen.items():

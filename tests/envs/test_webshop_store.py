@@ -152,7 +152,7 @@ def test_large_files_are_built_by_the_command_only(
     assert main([str(folder), "--size", "full", "--cache-dir", str(folder / "cache")]) == 0
     assert json.loads(capsys.readouterr().out)["products"] == 4
     assert env.list_splits() == ["test"]
-    assert main([str(tmp_path / "nowhere")]) == 1
+    assert main([str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 

@@ -21,9 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         found = files.find_files(chosen.folder, chosen.size, chosen.goals)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2  # refused before anything was built
+    try:
         store = official.load(found, chosen.cache_dir, build_large=True)
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps({**store.meta, "seconds": round(time.perf_counter() - started, 1)}, indent=2))
     return 0
