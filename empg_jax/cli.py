@@ -66,7 +66,9 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with the run in this folder; only train.updates and log.* may change."),
+        typer.Option(
+            help="Go on with the run in this folder; only train.updates, compile_cache and log.* may change."
+        ),
     ] = None,
 ) -> None:
     """Train an agent (warm start first when sft.updates > 0) and print the run's folder."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from empg_jax.run.assembly import make_engine, make_evaluator, make_pool
+from empg_jax.run.process import use_compile_cache
 from empg_jax.run.saved import open_saved
 
 
@@ -26,6 +27,7 @@ def evaluate_run(path: Path, overrides: list[str]) -> dict[str, Any]:
     """
     saved = open_saved(path, overrides, warn=_warn)
     config = saved.config
+    use_compile_cache(config.compile_cache)
     engine = make_engine(config, saved.model, saved.language.tokenizer, temperature=config.eval.temperature)
     if saved.base is not None:
         engine.base = engine.place(saved.base)

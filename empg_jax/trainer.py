@@ -38,7 +38,7 @@ from empg_jax.run.parts import (
     restore_state,
     save,
 )
-from empg_jax.run.process import CompileCounter, StopRequest
+from empg_jax.run.process import CompileCounter, StopRequest, use_compile_cache
 from empg_jax.run.rollouts import drop_rollouts, is_due, write_credit_page, write_update
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
@@ -74,6 +74,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
       PoolError: the environments keep failing.
       Stopped: SIGINT or SIGTERM; a checkpoint was written.
     """
+    use_compile_cache(config.compile_cache)
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.log.progress))
         # Bad models and data are told before a folder is made and a model is built. A refusal is one message.

@@ -1,6 +1,9 @@
 """Settings for the whole suite: eight fake devices, strict dtypes, no rank promotion."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -10,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "envs"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+# Commands that tests start keep compiled programs in a folder of this process, not in the user's.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="empg-jax-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from jaxtyping import install_import_hook
 

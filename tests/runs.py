@@ -24,6 +24,7 @@ from empg_jax.run.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 TINY = [
+    "compile_cache=null",
     "model.hidden_size=32",
     "model.num_layers=1",
     "model.num_heads=2",

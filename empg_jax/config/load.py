@@ -37,7 +37,7 @@ from empg_jax.config.yaml import apply_override, drop_options, find_file, is_pac
 from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
-RESUMABLE_KEYS = ("train.updates", "log.*")
+RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*")
 
 
 class Config(Section):
@@ -46,6 +46,9 @@ class Config(Section):
     name: str = Field("run", min_length=1, description="Name of the experiment (default: the config file's).")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights, tasks and sampling.")
     run_dir: str | None = Field(None, description="Folder of the run (default runs/<name>-<time>).")
+    compile_cache: str | None = Field(
+        "auto", description="Folder of compiled programs; auto is ~/.cache/empg-jax/xla, null keeps none."
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="The policy.")
     env: EnvConfig = Field(default_factory=EnvConfig, description="The environment.")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="Sampling.")
@@ -257,7 +260,7 @@ def check_resumable(overrides: Iterable[str]) -> None:
     """Refuse overrides that would turn a resumed run into a different experiment."""
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if key != "train.updates" and not key.startswith("log."):
+        if key not in RESUMABLE_KEYS and not key.startswith("log."):
             raise ConfigError(f"{override}: a resumed run may change only {' and '.join(RESUMABLE_KEYS)}")
 
 

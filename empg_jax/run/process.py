@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
+import platform
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import jax
 
+CACHE_FOLDER = "empg-jax/xla"  # below the user's cache folder
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def use_compile_cache(folder: str | None) -> None:
+    """Keep compiled programs on disk, so that the next process loads them in place of compiling.
+
+    A folder that JAX was told by other means (``JAX_COMPILATION_CACHE_DIR``) stays in use.
+
+    Args:
+      folder: parent of the programs; ``auto`` is the user's cache folder, None keeps nothing.
+    """
+    if folder is None or getattr(jax.config, "jax_compilation_cache_dir", None):
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    parent = Path(f"{home}/{CACHE_FOLDER}" if folder == "auto" else folder).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(parent / _machine_key()))
+    # Small programs take longer to compile than to read, and a run has dozens of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _machine_key() -> str:
+    """Return a short key of the processor: machine code for one may not run on another that shares a home."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    kinds = sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))})
+    content = "\n".join([platform.machine(), platform.processor(), *kinds])
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 class StopRequest:

@@ -1,0 +1,50 @@
+"""Compiled programs stay on disk: the second start of a run compiles none of them again."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from empg_jax.run.process import use_compile_cache
+from tests import runs
+
+
+def train(run_dir, home, *overrides):
+    arguments = [*runs.TINY[1:], "train.updates=1", f"run_dir={run_dir}", *overrides]
+    command = [sys.executable, "-m", "empg_jax", "train", "quickstart", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env=os.environ | {"XDG_CACHE_HOME": str(home)}
+    )
+    assert done.returncode == 0, done.stderr
+    return {path.name for path in home.rglob("*-cache")}
+
+
+def test_the_second_start_finds_every_program(tmp_path):
+    first = train(tmp_path / "first", tmp_path / "home")
+    assert len(first) > 10
+    assert train(tmp_path / "second", tmp_path / "home") == first
+    assert runs.lines(tmp_path / "first")[0]["loss"] == runs.lines(tmp_path / "second")[0]["loss"]
+    assert not train(tmp_path / "third", tmp_path / "empty", "compile_cache=null")
+
+
+@pytest.fixture
+def settings():
+    names = ("dir", "min_compile_time_secs", "min_entry_size_bytes")
+    names = [f"jax_{'compilation' if name == 'dir' else 'persistent'}_cache_{name}" for name in names]
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("settings")
+def test_a_folder_that_jax_was_told_stays(tmp_path):
+    use_compile_cache(None)
+    assert not jax.config.jax_compilation_cache_dir
+    use_compile_cache(str(tmp_path / "mine"))
+    found = jax.config.jax_compilation_cache_dir
+    assert found.startswith(f"{tmp_path / 'mine'}/")
+    use_compile_cache("auto")
+    assert jax.config.jax_compilation_cache_dir == found
