@@ -33,13 +33,12 @@ from empg_jax.run.parts import (
     RunState,
     freeze_reference,
     has_begun,
-    mark_boundary,
     open_run,
     restore_state,
-    save,
 )
 from empg_jax.run.process import CompileCounter, StopRequest
 from empg_jax.run.rollouts import drop_rollouts, is_due, write_update
+from empg_jax.run.saving import mark_boundary, save, save_after_error
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.phase import train_on_examples
@@ -94,6 +93,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         events = stack.enter_context(EventLog(run_dir))
         warn = functools.partial(tell_passed_over, progress, events)
         checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=warn)
+        checkpoints.recover()
         stack.callback(checkpoints.close)
         pool = stack.enter_context(make_pool(config, events.tell))
         is_resumed = resume is not None and has_begun(run_dir, checkpoints)
@@ -113,17 +113,15 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         stack.callback(parts.log.close)
         drop_rollouts(run_dir, after=run.update)
         try:
-            final = None
-            if run.record.phase == "sft":
-                final = warm_start_phase(parts, run, examples)
-            rl_loop(parts, run)
-            if final is None or config.train.updates:  # a warm start alone was evaluated at its end
-                final = evaluate(parts, run, "after")
+            final = run_phases(parts, run, examples)
         except Interrupted:
             events.tell("stop_requested", signal=stop.signum)
             save(parts, run)
             checkpoints.wait()
             raise Stopped(stop.signum, run_dir) from None
+        except BaseException as error:
+            save_after_error(parts, run, error)
+            raise
         run.record.recompiles_after_warmup = compiles.count - run.compiled
     decode = parts.language.tokenizer.decode
     write_results(run_dir, run.record, parts.clock.seconds, final.trajectories, decode, config)
@@ -141,6 +139,19 @@ def run_sft(config: Config) -> Path:
     return train(config.model_copy(update={"train": config.train.model_copy(update={"updates": 0})}))
 
 
+def run_phases(parts: Parts, run: RunState, examples: Examples | None) -> Evaluation:
+    """Run what is left of a run: warm start, evaluation, RL, evaluation. Returns the last evaluation."""
+    final = None
+    if run.record.phase == "sft":
+        warm_start_phase(parts, run, examples)
+    if run.update == 0 and "before" not in run.record.panels:
+        final = evaluate_before(parts, run)
+    rl_loop(parts, run)
+    if final is None or parts.config.train.updates:  # a warm start alone was evaluated at its end
+        final = evaluate(parts, run, "after")
+    return final
+
+
 def rl_loop(parts: Parts, run: RunState) -> None:
     """Repeat rollout, score, credit, update and publication of weights until ``train.updates``."""
     config, learner = parts.config, parts.learner
@@ -148,6 +159,8 @@ def rl_loop(parts: Parts, run: RunState) -> None:
     parts.progress.phase("RL", config.train.updates, "updates", done=run.update)
     run.compiled = parts.compiles.count
     incidents = IncidentMeter(parts.source)
+    if run.record.unlogged is not None:
+        conclude_update(parts, run, run.record.unlogged)
     while run.update < config.train.updates:
         began, compiled = time.monotonic(), parts.compiles.count
         parts.clock.lap()
@@ -210,16 +223,27 @@ def finish_update(
     values: dict[str, float],
     incidents: IncidentMeter,
 ) -> None:
-    """Count an update's episodes; then evaluate, log and write a checkpoint, each where it is due."""
+    """Count an update's episodes and mark the boundary after it; then conclude the update."""
+    run.record.count(trajectories, parts.source.outcomes)
+    if run.update % parts.config.log.every == 0:
+        values |= incidents.take()
+    # Marked before the evaluation: a stop or an error in it costs neither the update nor its line of metrics.
+    run.record.unlogged = {name: float(value) for name, value in values.items()}
+    mark_boundary(parts, run)
+    conclude_update(parts, run, values)
+
+
+def conclude_update(parts: Parts, run: RunState, values: dict[str, float]) -> None:
+    """Evaluate, log and write a checkpoint, each where it is due."""
     config = parts.config
     is_last = run.update == config.train.updates
-    run.record.count(trajectories, parts.source.outcomes)
     if config.eval.every and run.update % config.eval.every == 0 and not is_last:
         values |= evaluate(parts, run, "during").metrics
     values |= {f"seconds_{name}": seconds for name, seconds in parts.clock.lap().items()}
     if run.update % config.log.every == 0:
-        parts.log.write(run.update, values | incidents.take())
+        parts.log.write(run.update, values)
     parts.progress.advance(1, values)
+    run.record.unlogged = None
     if run.update % config.checkpoint.every == 0 or is_last:
         mark_boundary(parts, run)
         save(parts, run)
@@ -289,24 +313,25 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
 # --------------------------------------------------------------------------------------- other phases
 
 
-def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = None) -> Evaluation:
-    """Run the supervised warm start (if configured), evaluate, and write the first checkpoint.
+def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = None) -> None:
+    """Run the supervised warm start (if configured), and start the optimizer of RL.
 
     Args:
       parts: the run's parts.
       run: the run's state.
       examples: training examples of the warm start; None gathers them.
-
-    Returns:
-      The evaluation before RL.
     """
-    config = parts.config
-    if config.sft.updates:
+    if parts.config.sft.updates:
         train_on_examples(parts, run, examples)
-    optimizer, _ = make_rl_optimizer(config)
+    optimizer, _ = make_rl_optimizer(parts.config)
     run.state = restart_optimizer(run.state.params, optimizer, parts.learner.shardings)
     run.record.phase = "rl"
     freeze_reference(parts, run)
+    mark_boundary(parts, run)
+
+
+def evaluate_before(parts: Parts, run: RunState) -> Evaluation:
+    """Evaluate the policy that RL starts from, and write the first checkpoint."""
     before = evaluate(parts, run, "before")
     mark_boundary(parts, run)
     save(parts, run)

@@ -38,6 +38,7 @@ class RunRecord:
       tokens_sampled: sampled tokens of the trajectories that were trained on.
       trajectories: number of episodes by ``status:reason``.
       rollbacks_in_a_row: number of consecutive updates that were rolled back.
+      unlogged: metrics of an update that is made but has no line yet, because its evaluation was cut short.
       recompiles_after_warmup: programs compiled during the RL phase; None until it has ended.
     """
 
@@ -49,6 +50,7 @@ class RunRecord:
     tokens_sampled: int = 0
     trajectories: dict[str, int] = dataclasses.field(default_factory=dict)
     rollbacks_in_a_row: int = 0
+    unlogged: dict[str, float] | None = None
     recompiles_after_warmup: int | None = None
 
     def count(self, trajectories: Sequence[Trajectory], outcomes: Mapping[str, int]) -> None:

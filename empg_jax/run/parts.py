@@ -123,6 +123,9 @@ class RunState:
       update: number of RL updates made.
       record: the run's totals.
       boundary: the progress at the last update boundary.
+      marked: optimizer steps made at that boundary; None before the first. A state with another number is
+        not the boundary's.
+      saved: the progress of the newest checkpoint on disk.
       compiled: number of programs compiled by the end of the warm-up.
     """
 
@@ -132,6 +135,8 @@ class RunState:
     record: RunRecord = dataclasses.field(default_factory=RunRecord)
     boundary: Boundary = dataclasses.field(default_factory=Boundary)
     compiled: int = 0
+    marked: int | None = None
+    saved: dict[str, Any] | None = None
 
 
 # ------------------------------------------------------------------------------------------- opening
@@ -182,7 +187,8 @@ def open_run(
         run_dir,
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
-        resume_at=run.update + 1 if is_resumed else None,
+        # The line of an update that was stopped before its line is written again.
+        resume_at=run.update + (run.record.unlogged is None) if is_resumed else None,
     )
     parts = Parts(
         config=config,
@@ -300,7 +306,14 @@ def _go_on(restored: Restored, source: GroupSource, clock: PhaseClock) -> RunSta
     # A copy, because the run changes its record while the boundary must keep the old totals.
     source.restore(boundary.source, boundary.trajectories)
     record = copy.deepcopy(boundary.record)
-    return RunState(restored.state, update=boundary.update, record=record, boundary=boundary)
+    return RunState(
+        restored.state,
+        update=boundary.update,
+        record=record,
+        boundary=boundary,
+        marked=int(restored.state.step),
+        saved=boundary.as_json(),
+    )
 
 
 def _find_reference(
@@ -329,25 +342,6 @@ def freeze_reference(parts: Parts, run: RunState) -> None:
     elif needs_reference(parts.config):
         run.reference = jax.tree.map(lambda leaf: leaf.copy(), run.state.params)
         parts.checkpoints.save_reference(run.reference)
-
-
-def mark_boundary(parts: Parts, run: RunState) -> None:
-    """Remember the progress between two updates for the checkpoint of this state."""
-    run.boundary = Boundary(
-        update=run.update,
-        base=parts.base_checksum,
-        record=copy.deepcopy(run.record),
-        seconds=dict(parts.clock.seconds),
-        source=parts.source.snapshot(),
-        trajectories=parts.source.buffer.contents(),
-    )
-
-
-def save(parts: Parts, run: RunState) -> None:
-    """Write a checkpoint of the last update boundary."""
-    with parts.clock.phase("checkpoint"):
-        boundary = run.boundary
-        parts.checkpoints.save(run.update, run.state, boundary.as_json(), boundary.trajectories)
 
 
 def restore_state(config: Config, checkpoints: Checkpoints, learner: Learner) -> Restored:

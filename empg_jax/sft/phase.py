@@ -5,7 +5,8 @@ from __future__ import annotations
 from empg_jax.learner.state import TrainState
 from empg_jax.metrics import MetricsLog
 from empg_jax.rollout.source import Interrupted
-from empg_jax.run.parts import Parts, RunState, mark_boundary, save
+from empg_jax.run.parts import Parts, RunState
+from empg_jax.run.saving import mark_boundary, save
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.warm_start import warm_start
 
@@ -61,11 +62,9 @@ def _after_update(
         )
     # A warm start on demonstrations is short enough to repeat; one on large files is saved regularly.
     is_saved = config.sft.data is not None and (number + 1) % config.checkpoint.every == 0
-    should_stop = parts.should_stop()
-    if is_saved or should_stop:
-        run.state, record.sft_update = state, number + 1
-        mark_boundary(parts, run)
-    if should_stop:
+    run.state, record.sft_update = state, number + 1
+    mark_boundary(parts, run)
+    if parts.should_stop():
         raise Interrupted
     if is_saved and number + 1 < config.sft.updates:
         save(parts, run)
