@@ -212,6 +212,35 @@ class Checkpoints:
         found = "; ".join(problems) or "the folder holds none"
         raise CheckpointError(f"no usable checkpoint in {self.directory} ({found})")
 
+    def read_progress(self, step: int | None = None) -> dict[str, Any] | None:
+        """Read the progress of the newest readable checkpoint (or of ``step``) without its arrays."""
+        for candidate in reversed(self.steps) if step is None else [step]:
+            try:
+                parts = ocp.load_checkpointables(self.directory / str(candidate), {"progress": None})
+                return dict(json.loads(parts["progress"]["json"]))
+            except Exception as error:  # `restore` tells of it and passes it over
+                del error
+        return None
+
+    def check_step(self, step: int) -> None:
+        """Refuse a step that does not exist.
+
+        Raises:
+          RefusedCheckpoint: there is no such step; the message lists those that exist.
+        """
+        if step not in self.steps:
+            there = ", ".join(map(str, self.steps)) or "none"
+            raise RefusedCheckpoint(f"{self.directory} has no checkpoint {step}; it has: {there}")
+
+    def set_aside(self, after: int) -> list[int]:
+        """Rename the checkpoints behind a step to ``<step>.aside``: the run goes on without them."""
+        moved = [step for step in self.steps if step > after]
+        for step in moved:
+            target = self.directory / f"{step}.aside"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.directory / str(step)).rename(target)
+        return moved
+
     def _load(self, path: Path, abstract: Any) -> Restored:
         wanted: dict[str, Any] = {"state": abstract, "progress": None}
         # An empty buffer has no arrays, and then the checkpoint has no such part.

@@ -11,6 +11,8 @@ from types import FrameType
 
 import jax
 
+from empg_jax.rollout.source import Interrupted
+
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -30,6 +32,15 @@ class StopRequest:
     def __call__(self) -> bool:
         """Return whether the run was asked to stop."""
         return self.signum != 0
+
+    def check(self) -> None:
+        """Raise `Interrupted` if the run was asked to stop.
+
+        Raises:
+          Interrupted: there was a request.
+        """
+        if self.signum:
+            raise Interrupted
 
     def set(self, signum: int = signal.SIGTERM) -> None:
         """Ask the run to stop."""

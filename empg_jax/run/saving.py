@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ def mark_boundary(parts: Parts, run: RunState) -> None:
     run.boundary = Boundary(
         update=run.update,
         base=parts.base_checksum,
+        config=parts.settings,
         record=copy.deepcopy(run.record),
         seconds=dict(parts.clock.seconds),
         source=parts.source.snapshot(),
@@ -30,8 +32,15 @@ def save(parts: Parts, run: RunState) -> None:
         boundary, progress = run.boundary, run.boundary.as_json()
         if _same(progress, run.saved):
             return
-        parts.checkpoints.save(boundary.update, run.state, progress, boundary.trajectories)
-        run.saved = progress
+        kept = [step for step in (run.record.last_good, run.record.best_step) if step is not None]
+        parts.checkpoints.save(boundary.update, run.state, progress, boundary.trajectories, protect=kept)
+        run.saved, run.saved_at = progress, time.monotonic()
+
+
+def is_time_to_save(parts: Parts, run: RunState) -> bool:
+    """Return whether the newest checkpoint is older than ``checkpoint.seconds``."""
+    limit = parts.config.checkpoint.seconds
+    return limit is not None and time.monotonic() - run.saved_at >= limit
 
 
 def save_after_error(parts: Parts, run: RunState, error: BaseException) -> None:
