@@ -70,6 +70,10 @@ def train(
             help="Go on with the run in this folder; only train.updates, compile_cache and log.* may change."
         ),
     ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --resume: the checkpoint to go on from (default: the newest)."),
+    ] = None,
 ) -> None:
     """Train an agent (warm start first when sft.updates > 0) and print the run's folder."""
     with _reporting():
@@ -78,18 +82,21 @@ def train(
             changes.insert(0, config)  # --resume takes no CONFIG, so the first word is an override
         if resume is not None:
             resolved = _load_run(resume, changes)
-            if is_finished(resume, resolved):
+            if step is None and is_finished(resume, resolved):
                 told = f"{resume} is finished: all {resolved.train.updates} updates are made"
                 typer.echo(f"{told}; more with train.updates=N", err=True)
                 typer.echo(resume.absolute())
                 return
+        elif step is not None:
+            raise ConfigError(f"--step {step} names a checkpoint of a run: give --resume RUN, too")
         elif config is None:
             raise ConfigError("name a configuration (empg-jax train quickstart), or go on with --resume RUN")
         else:
             resolved = _load(config, changes)
         from empg_jax.trainer import train as run_training
 
-        typer.echo(run_training(resolved, resume=resume).absolute())
+        options = {} if step is None else {"step": step}
+        typer.echo(run_training(resolved, resume=resume, **options).absolute())
 
 
 @app.command()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from empg_jax.rollout.evaluator import EvaluationError
 from empg_jax.run.assembly import make_engine, make_evaluator, make_pool
 from empg_jax.run.process import use_compile_cache
 from empg_jax.run.saved import open_saved
@@ -39,6 +40,11 @@ def evaluate_run(path: Path, overrides: list[str]) -> dict[str, Any]:
                 "all of them are attempted"
             )
         result = evaluator.run(saved.params, saved.step)
+    if not result.trajectories:
+        raise EvaluationError(
+            f"none of the {evaluator.num_tasks} tasks of {config.env.eval_split} could be attempted: the "
+            "environment failed every time"
+        )
     if evaluator.num_tasks < config.eval.tasks:
         found = f"the panel {config.env.eval_split} has {evaluator.num_tasks} tasks"
         _warn(f"eval.tasks={config.eval.tasks}, but {found}; all of them were attempted")

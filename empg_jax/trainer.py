@@ -28,18 +28,19 @@ from empg_jax.rollout.source import Interrupted
 from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import create_run_dir, write_run_info
+from empg_jax.run.lock import locked
 from empg_jax.run.parts import (
     Parts,
     RunState,
     freeze_reference,
     has_begun,
-    mark_boundary,
     open_run,
     restore_state,
-    save,
 )
 from empg_jax.run.process import CompileCounter, StopRequest, use_compile_cache
+from empg_jax.run.resuming import check_resume, checkpoint_dir, go_back, tell_passed_over
 from empg_jax.run.rollouts import drop_rollouts, is_due, write_credit_page, write_update
+from empg_jax.run.saving import is_time_to_save, mark_boundary, save, save_after_error
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.phase import train_on_examples
@@ -57,12 +58,13 @@ class TrainingError(RunError):
     """Training cannot continue; the message names the cause and the checkpoints that are left."""
 
 
-def train(config: Config, *, resume: Path | None = None) -> Path:
+def train(config: Config, *, resume: Path | None = None, step: int | None = None) -> Path:
     """Run a configuration to its end, or resume a run.
 
     Args:
       config: the resolved configuration; on resume, the run's own.
       resume: folder of the run to resume.
+      step: the checkpoint to go on from; None takes the newest usable one.
 
     Returns:
       The run's folder.
@@ -89,16 +91,46 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
         progress.message(f"run {run_dir}")
         progress.message(as_line(compute_plan(config, model), device_memory()))
         stop = stack.enter_context(StopRequest())
-        compiles = stack.enter_context(CompileCounter())
+        stack.enter_context(locked(run_dir))
+        if resume is not None:
+            check_resume(config, run_dir, step)
         write_run_info(run_dir, config, resumed=resume is not None)
-        directory = Path(config.checkpoint.dir or run_dir / "checkpoints")
         events = stack.enter_context(EventLog(run_dir))
+        try:
+            train_in_folder(
+                config, run_dir, examples, progress, events, stop, is_resume=resume is not None, step=step
+            )
+        except Interrupted:
+            events.tell("stop_requested", signal=stop.signum)
+            raise Stopped(stop.signum, run_dir) from None
+    return run_dir
+
+
+def train_in_folder(
+    config: Config,
+    run_dir: Path,
+    examples: Examples | None,
+    progress: Progress,
+    events: EventLog,
+    stop: StopRequest,
+    *,
+    is_resume: bool,
+    step: int | None,
+) -> None:
+    """Open the parts of a run, run its phases, and write its results; save before a stop or an error.
+
+    Raises:
+      Interrupted: the run was asked to stop; what there was to save is saved.
+    """
+    with contextlib.ExitStack() as stack:
+        compiles = stack.enter_context(CompileCounter())
         warn = functools.partial(tell_passed_over, progress, events)
-        checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=warn)
+        checkpoints = Checkpoints(checkpoint_dir(config, run_dir), keep=config.checkpoint.keep, warn=warn)
+        checkpoints.recover()
         stack.callback(checkpoints.close)
         pool = stack.enter_context(make_pool(config, events.tell))
-        is_resumed = resume is not None and has_begun(run_dir, checkpoints)
-        if resume is not None and not is_resumed:
+        is_resumed = is_resume and has_begun(run_dir, checkpoints)
+        if is_resume and not is_resumed:
             progress.message("the run ended before its first checkpoint: it begins anew")
         parts, run = open_run(
             config,
@@ -110,36 +142,42 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
             compiles=compiles,
             stop=stop,
             is_resumed=is_resumed,
+            step=step,
         )
         stack.callback(parts.log.close)
+        if step is not None:
+            go_back(parts, run)
         drop_rollouts(run_dir, after=run.update)
         try:
-            final = None
-            if run.record.phase == "sft":
-                final = warm_start_phase(parts, run, examples)
-            rl_loop(parts, run)
-            if final is None or config.train.updates:  # a warm start alone was evaluated at its end
-                final = evaluate(parts, run, "after")
+            final = run_phases(parts, run, examples)
         except Interrupted:
-            events.tell("stop_requested", signal=stop.signum)
             save(parts, run)
             checkpoints.wait()
-            raise Stopped(stop.signum, run_dir) from None
+            raise
+        except BaseException as error:
+            save_after_error(parts, run, error)
+            raise
         run.record.recompiles_after_warmup = compiles.count - run.compiled
     decode = parts.language.tokenizer.decode
     write_results(run_dir, run.record, parts.clock.seconds, final.trajectories, decode, config)
-    return run_dir
-
-
-def tell_passed_over(progress: Progress, events: EventLog, line: str) -> None:
-    """Report a checkpoint that could not be read, to the user and in the event log."""
-    progress.message(line)
-    events.tell("checkpoint_skipped", detail=line)
 
 
 def run_sft(config: Config) -> Path:
     """Run the warm start alone: a run with the same folder and checkpoints, but without RL updates."""
     return train(config.model_copy(update={"train": config.train.model_copy(update={"updates": 0})}))
+
+
+def run_phases(parts: Parts, run: RunState, examples: Examples | None) -> Evaluation:
+    """Run what is left of a run: warm start, evaluation, RL, evaluation. Returns the last evaluation."""
+    final = None
+    if run.record.phase == "sft":
+        warm_start_phase(parts, run, examples)
+    if run.update == 0 and "before" not in run.record.panels:
+        final = evaluate_before(parts, run)
+    rl_loop(parts, run)
+    if final is None or parts.config.train.updates:  # a warm start alone was evaluated at its end
+        final = evaluate(parts, run, "after")
+    return final
 
 
 def rl_loop(parts: Parts, run: RunState) -> None:
@@ -149,6 +187,8 @@ def rl_loop(parts: Parts, run: RunState) -> None:
     parts.progress.phase("RL", config.train.updates, "updates", done=run.update)
     run.compiled = parts.compiles.count
     incidents = IncidentMeter(parts.source)
+    if run.record.unlogged is not None:
+        conclude_update(parts, run, run.record.unlogged)
     while run.update < config.train.updates:
         began, compiled = time.monotonic(), parts.compiles.count
         parts.clock.lap()
@@ -219,17 +259,32 @@ def finish_update(
     values: dict[str, float],
     incidents: IncidentMeter,
 ) -> None:
-    """Count an update's episodes; then evaluate, log and write a checkpoint, each where it is due."""
+    """Count an update's episodes and mark the boundary after it; then conclude the update."""
+    run.record.count(trajectories, parts.source.outcomes)
+    if run.update % parts.config.log.every == 0:
+        values |= incidents.take()
+    # Marked before the evaluation: a stop or an error in it costs neither the update nor its line of metrics.
+    run.record.unlogged = {name: float(value) for name, value in values.items()}
+    mark_boundary(parts, run)
+    conclude_update(parts, run, values)
+
+
+def conclude_update(parts: Parts, run: RunState, values: dict[str, float]) -> None:
+    """Evaluate, log and write a checkpoint, each where it is due."""
     config = parts.config
     is_last = run.update == config.train.updates
-    run.record.count(trajectories, parts.source.outcomes)
+    is_best = False
     if config.eval.every and run.update % config.eval.every == 0 and not is_last:
-        values |= evaluate(parts, run, "during").metrics
+        found = evaluate(parts, run, "during").metrics
+        values |= found
+        is_best = run.record.note_success(run.update, found.get("eval_success", 0.0))
     values |= {f"seconds_{name}": seconds for name, seconds in parts.clock.lap().items()}
     if run.update % config.log.every == 0:
-        parts.log.write(run.update, values | incidents.take())
+        parts.log.write(run.update, values)
     parts.progress.advance(1, values)
-    if run.update % config.checkpoint.every == 0 or is_last:
+    run.record.unlogged = None
+    is_due_now = run.update % config.checkpoint.every == 0 or is_time_to_save(parts, run)
+    if is_due_now or is_best or is_last:
         mark_boundary(parts, run)
         save(parts, run)
 
@@ -274,6 +329,8 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
     counts = {name: int(sum(float(step[name]) for step in steps)) for name, _, _ in guards}
     if not any(counts.values()):
         run.record.rollbacks_in_a_row = 0
+        if run.saved is not None:  # the update that followed it had no fault
+            run.record.last_good = run.saved["update"]
         return
     path = dump_batch(parts.run_dir, run.update, batch)
     for name, policy, why in guards:
@@ -292,35 +349,49 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
         if policy == "rollback":
             parts.events.tell("rollback", reason=name, checkpoints=parts.checkpoints.steps)
             parts.checkpoints.wait()
-            run.state = restore_state(parts.config, parts.checkpoints, parts.learner).state
+            # When the newest did not help, it may be at fault itself.
+            good = run.record.last_good if run.record.rollbacks_in_a_row > 1 else None
+            step = good if good in parts.checkpoints.steps else None
+            run.state = restore_state(parts.config, parts.checkpoints, parts.learner, step).state
 
 
 # --------------------------------------------------------------------------------------- other phases
 
 
-def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = None) -> Evaluation:
-    """Run the supervised warm start (if configured), evaluate, and write the first checkpoint.
+def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = None) -> None:
+    """Run the supervised warm start (if configured), and start the optimizer of RL.
 
     Args:
       parts: the run's parts.
       run: the run's state.
       examples: training examples of the warm start; None gathers them.
-
-    Returns:
-      The evaluation before RL.
     """
-    config = parts.config
-    if config.sft.updates:
+    if parts.config.sft.updates:
         train_on_examples(parts, run, examples)
-    optimizer, _ = make_rl_optimizer(config)
+    optimizer, _ = make_rl_optimizer(parts.config)
     run.state = restart_optimizer(run.state.params, optimizer, parts.learner.shardings)
     run.record.phase = "rl"
     freeze_reference(parts, run)
+    mark_boundary(parts, run)
+
+
+def evaluate_before(parts: Parts, run: RunState) -> Evaluation:
+    """Evaluate the policy that RL starts from, and write the first checkpoint."""
     before = evaluate(parts, run, "before")
+    if parts.config.eval.every:
+        run.record.note_success(run.update, before.metrics.get("eval_success", 0.0))
     mark_boundary(parts, run)
     save(parts, run)
     parts.checkpoints.wait()  # from here on a run can always be resumed
     return before
+
+
+def describe_success(result: Evaluation, num_tasks: int) -> str:
+    """Describe an evaluation in a line: the success, and the tasks that could not be attempted."""
+    attempted = num_tasks - len(result.missing)
+    success = f"success {result.metrics['eval_success']:.1%}" if attempted else "no result"
+    missing = f" ({len(result.missing)} of {num_tasks} failed outside the policy)" if result.missing else ""
+    return f"{success} on {attempted} tasks{missing}"
 
 
 def evaluate(parts: Parts, run: RunState, when: str) -> Evaluation:
@@ -328,11 +399,13 @@ def evaluate(parts: Parts, run: RunState, when: str) -> Evaluation:
     evaluator, progress = parts.evaluator, parts.progress
     with parts.clock.phase("eval"):
         if when == "during":  # the display stays with the RL phase
-            result = evaluator.run(run.state.params, run.update)
+            result = evaluator.run(run.state.params, run.update, check=parts.check_stop)
         else:
             progress.phase(f"evaluation ({when})", evaluator.num_tasks, "tasks")
-            result = evaluator.run(run.state.params, run.update, advance=progress.advance)
+            result = evaluator.run(
+                run.state.params, run.update, advance=progress.advance, check=parts.check_stop
+            )
     if when != "during":
         run.record.panels[when] = PanelResult(run.update, result.metrics, result.wins)
-    progress.message(f"{when}: success {result.metrics['eval_success']:.1%} on {evaluator.num_tasks} tasks")
+    progress.message(f"{when}: {describe_success(result, evaluator.num_tasks)}")
     return result

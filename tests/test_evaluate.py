@@ -6,7 +6,8 @@ import pytest
 
 from empg_jax.errors import ConfigError
 from empg_jax.evaluate import evaluate_run
-from empg_jax.rollout.evaluator import EvaluationError, summarize
+from empg_jax.rollout.evaluator import summarize
+from empg_jax.rollout.source import Interrupted
 from empg_jax.run import assembly
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.types import Outcome, Status
@@ -79,11 +80,35 @@ def test_a_fault_is_tried_again_and_never_counted(make_evaluator):
     assert all(t.outcome.is_trained for t in result.trajectories)
 
 
-def test_a_task_that_keeps_failing_is_named(make_evaluator):
+def test_a_task_that_keeps_failing_is_missing_and_told(make_evaluator, monkeypatch):
+    told = []
+    monkeypatch.setattr(Pool, "tell", staticmethod(lambda event, **fields: told.append((event, fields))))
     evaluator, collector = make_evaluator(lambda a: a.task == 2)
-    with pytest.raises(EvaluationError, match="task test/2 failed 3 times: env_error: the house burnt down"):
-        evaluator.run(None, 0)
-    assert collector.is_cancelled
+    result = evaluator.run(None, 0)
+    assert len(collector.seen) == 5 + 2 and [t.task for t in result.trajectories] == [0, 1, 3, 4]
+    assert result.missing == (2,) and result.metrics["eval_missing"] == 1
+    assert result.wins[2] == "-" and len(result.wins) == 5
+    assert result.metrics["eval_turns"] == 1  # a mean over the others
+    fields = {"split": "test", "task": 2, "reason": "env_error", "detail": "the house burnt down"}
+    assert told[-1] == ("evaluation_task_missing", fields)
+
+
+def test_where_every_task_is_missing_there_is_no_mean(make_evaluator):
+    evaluator, _ = make_evaluator(lambda a: True)
+    result = evaluator.run(None, 0)
+    assert result.metrics == {"eval_missing": 5.0} and result.wins == "-----"
+
+
+def test_a_request_to_stop_ends_it_and_frees_the_slots(make_evaluator):
+    evaluator, collector = make_evaluator()
+
+    def check():
+        if len(collector.seen) == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        evaluator.run(None, 0, check=check)
+    assert len(collector.seen) == 2 and collector.is_cancelled
 
 
 def test_an_unknown_split_is_named(make_evaluator):

@@ -379,3 +379,82 @@ def test_a_run_without_checkpoints_is_named(tmp_path):
     for command in (["eval", run], ["train", "--resume", run]):
         code, err = _call(*command)
         assert code == 1 and "error: no usable checkpoint in" in err and "Traceback" not in err
+
+
+# ------------------------------------------------------------------- an error costs no update that was made
+
+
+def fail_at(update, error, where):
+    """Raises the error in update ``update`` + 1, inside the rollout or in the evaluation after it."""
+
+    def change(parts):
+        if where == "rollout":
+            collect = parts.source.collect
+
+            def fail(version, should_stop):
+                if version == update:
+                    raise error
+                return collect(version, should_stop)
+
+            parts.source.collect = fail
+        else:
+            run = parts.evaluator.run
+
+            def fail_after(params, version, **options):
+                if version == update:
+                    raise error
+                return run(params, version, **options)
+
+            parts.evaluator.run = fail_after
+
+    return change
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the engine is broken"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["rollout", "evaluation"])
+def test_an_error_leaves_a_checkpoint_of_the_last_update(tmp_path, opened, capsys, error, where):
+    options = [*HOUSE, "rollout.deterministic=true", "eval.every=1", "eval.tasks=2"]
+    whole = runs.train(tmp_path / "whole", *options)
+    opened.changes.append(fail_at(2, error, where))
+    run = tmp_path / "run"
+    with pytest.raises(type(error)):
+        runs.train(run, *options, "checkpoint.every=25")
+    told_user = f"checkpoint 2 holds the last update; go on with: empg-jax train --resume {run}"
+    assert told_user in capsys.readouterr().err
+    assert told(run, "run_failed", "error", "checkpoints") == [(type(error).__name__, [0, 2])]
+    assert runs.restored(run).step == 2
+    opened.changes.clear()
+    runs.resume(run)
+    assert runs.lines(run) == runs.lines(whole)  # no update is repeated or lost, nor its evaluation
+    assert runs.weights(run) == runs.weights(whole)
+
+
+def test_an_error_in_the_middle_of_an_update_saves_nothing_of_it(tmp_path, opened, capsys):
+    def change(parts):
+        steps, update = iter(range(1, 99)), parts.learner.update
+
+        def fail(*arguments):
+            if next(steps) == 4:  # the second step of update 2
+                raise RuntimeError("out of memory")
+            return update(*arguments)
+
+        return dataclasses.replace(parts, learner=dataclasses.replace(parts.learner, update=fail))
+
+    opened.changes.append(change)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runs.train(tmp_path / "run", *HOUSE)
+    assert "RuntimeError: the newest checkpoint is 1; go on with" in capsys.readouterr().err
+    assert runs.restored(tmp_path / "run").progress["update"] == 1
+
+
+def test_an_error_in_the_first_evaluation_keeps_the_warm_start(tmp_path, opened):
+    opened.changes.append(fail_at(0, RuntimeError("the search server is away"), "evaluation"))
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="search server"):
+        runs.train(run, *runs.HOUSE)
+    saved = runs.restored(run)
+    assert saved.step == 0 and saved.progress["record"]["phase"] == "rl"
+    opened.changes.clear()
+    runs.resume(run)
+    assert [line["update"] for line in read_metrics(run / "sft_metrics.jsonl")] == [0, 1]
+    assert "eval_success_before" in summary_of(run)

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
+from empg_jax.algorithms.keys import flatten
 from empg_jax.config.algorithm import ALGORITHM_NAMES, NO_GROUP_BASELINE, AlgorithmConfig, Section
 from empg_jax.config.explain import explain, list_keys, list_literals
 from empg_jax.config.model import MeshConfig, ModelConfig
@@ -262,6 +263,31 @@ def check_resumable(overrides: Iterable[str]) -> None:
         key = override.partition("=")[0].strip()
         if key not in RESUMABLE_KEYS and not key.startswith("log."):
             raise ConfigError(f"{override}: a resumed run may change only {' and '.join(RESUMABLE_KEYS)}")
+
+
+def check_unchanged(saved: str, config: Config, source: str) -> None:
+    """Refuse to resume with a configuration that is not the one of the checkpoint.
+
+    Args:
+      saved: the configuration that the checkpoint was written with, in YAML.
+      config: the configuration to go on with.
+      source: where that one comes from, for the message.
+
+    Raises:
+      ConfigError: keys differ that a resumed run may not change.
+    """
+    before, now = flatten(yaml.safe_load(saved)), flatten(yaml.safe_load(config.to_yaml()))
+    # A key that only one of them has belongs to another version of the program.
+    changed = [
+        f"{key}={now[key]} (was {before[key]})"
+        for key in before.keys() & now.keys()
+        if before[key] != now[key] and key != "train.updates" and not key.startswith("log.")
+    ]
+    if changed:
+        raise ConfigError(
+            f"{source} was changed since the checkpoint was written: {', '.join(sorted(changed))}; a resumed "
+            f"run may change only {' and '.join(RESUMABLE_KEYS)}: undo the change, or begin a new run"
+        )
 
 
 def list_choices() -> dict[str, list[str]]:

@@ -179,7 +179,16 @@ class CheckpointConfig(Section):
     """The checkpoints that a run is resumed from."""
 
     every: int = Field(25, ge=1, description="Updates between checkpoints.")
-    keep: int = Field(3, ge=1, description="Number of newest checkpoints to keep.")
+    seconds: float | None = Field(
+        1800.0,
+        gt=0,
+        description="Most seconds between checkpoints, at the end of an update (null: no limit).",
+    )
+    keep: int = Field(
+        3,
+        ge=1,
+        description="Number of newest checkpoints to keep, beside the last good one and the best one.",
+    )
     dir: str | None = Field(
         None, description="Folder of the checkpoints (default: checkpoints in the run folder)."
     )

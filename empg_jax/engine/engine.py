@@ -11,7 +11,7 @@ every decode step. All shapes come from small bucket lists that `Engine.warm_up`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -326,8 +326,11 @@ class Engine:
             if self.capacity < capacity <= wanted:
                 self._cache = self._programs.grow(self._cache, capacity)
 
-    def warm_up(self) -> None:
+    def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
         """Compile every bucket before the first episode, so that nothing compiles later.
+
+        Args:
+          check: called before each program; it may raise to end the warm-up.
 
         Raises:
           RuntimeError: called while conversations are live, or before `load`.
@@ -339,10 +342,12 @@ class Engine:
             cache = self._new_cache(capacity)
             for length in config.prefill_lengths(capacity):
                 for rows in config.prefill_rows(length):
+                    check()
                     # All spans are empty: the dispatch compiles the program and writes nothing.
                     index = np.full(rows, config.slots, np.int32)
                     tokens, spans = np.zeros((rows, length), np.int32), np.zeros((rows, 2), np.int32)
                     cache = self._programs.prefill(self._params, cache, Chunk(index, tokens, spans))
+            check()
             plan, limits = np.zeros((config.slots, 8), np.int32), np.zeros(2, np.int32)
             request = Request(self._key, plan, limits, self._temperature)
             cache, _ = self._programs.decode(self._params, cache, request)

@@ -58,22 +58,36 @@ class Learner:
     rearrange: Callable[[Scores, np.ndarray], Scores]
     needs_score: bool  # the engine's records do not suffice: a reference or a critic must be scored
 
-    def warm_up(self, state: TrainState, batch: Batch, reference: Params | None = None) -> None:
+    def warm_up(
+        self,
+        state: TrainState,
+        batch: Batch,
+        reference: Params | None = None,
+        *,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Compile every program for the shape of this batch. The state is donated, so it is lost.
 
         Args:
           state: a state on the mesh.
           batch: a batch on the mesh; only its shape matters.
           reference: a reference policy of the later shape; default the state's parameters.
+          check: called between programs; it may raise to end the warm-up.
         """
+        check()
         none = np.int32(0)
         scores = self.score(state.params, state.params if reference is None else reference, batch, none)
+        check()
         self.logprob_gap(batch, scores)
         self.entropy_drift(batch, scores, scores)
         recorded = self.recorded_scores(batch)
         scores = scores if self.needs_score else recorded
+        check()
         self.rearrange(scores, np.zeros(batch.tokens.shape, np.int32))
-        jax.block_until_ready(self.update(state, batch, scores, self.credit(batch, scores), none, none))
+        credit = self.credit(batch, scores)
+        check()
+        jax.block_until_ready(self.update(state, batch, scores, credit, none, none))
+        check()
 
 
 def make_learner(

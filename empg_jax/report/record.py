@@ -38,6 +38,10 @@ class RunRecord:
       tokens_sampled: sampled tokens of the trajectories that were trained on.
       trajectories: number of episodes by ``status:reason``.
       rollbacks_in_a_row: number of consecutive updates that were rolled back.
+      unlogged: metrics of an update that is made but has no line yet, because its evaluation was cut short.
+      last_good: newest checkpoint that was followed by an update without a fault; None before.
+      best_step: checkpoint with the best held-out success so far; None without evaluations on the way.
+      best_success: that success.
       recompiles_after_warmup: programs compiled during the RL phase; None until it has ended.
     """
 
@@ -49,12 +53,23 @@ class RunRecord:
     tokens_sampled: int = 0
     trajectories: dict[str, int] = dataclasses.field(default_factory=dict)
     rollbacks_in_a_row: int = 0
+    unlogged: dict[str, float] | None = None
+    last_good: int | None = None
+    best_step: int | None = None
+    best_success: float = 0.0
     recompiles_after_warmup: int | None = None
 
     def count(self, trajectories: Sequence[Trajectory], outcomes: Mapping[str, int]) -> None:
         """Add a batch's tokens, and replace the number of episodes by outcome."""
         self.tokens_sampled += sum(trajectory.num_tokens for trajectory in trajectories)
         self.trajectories = dict(sorted(outcomes.items()))
+
+    def note_success(self, update: int, success: float) -> bool:
+        """Note the success of an evaluation, and return whether it is the best so far."""
+        is_best = self.best_step is None or success > self.best_success
+        if is_best:
+            self.best_step, self.best_success = update, success
+        return is_best
 
     def as_json(self) -> dict[str, Any]:
         """Convert the record to JSON types; `from_json` reads it back."""

@@ -62,7 +62,8 @@ def paired_interval(before: str, after: str) -> tuple[float, float] | None:
     improved tasks is binomial. The bounds are exact (Clopper-Pearson) even for few tasks.
 
     Args:
-      before: ``1`` or ``0`` for every task, in a fixed order.
+      before: ``1`` or ``0`` for every task, in a fixed order; ``-`` for a task without a result, which is
+        left out.
       after: the results of the same tasks later.
 
     Returns:
@@ -73,7 +74,7 @@ def paired_interval(before: str, after: str) -> tuple[float, float] | None:
     """
     if len(before) != len(after) or not before:
         raise ValueError(f"{len(before)} tasks before and {len(after)} after cannot be paired")
-    pairs = list(zip(before, after, strict=True))
+    pairs = [pair for pair in zip(before, after, strict=True) if "-" not in pair]
     gained, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
     changed = gained + lost
     if changed == 0:

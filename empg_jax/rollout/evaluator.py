@@ -17,20 +17,31 @@ from empg_jax.workers.faults import Tell, tell_nobody
 
 
 class EvaluationError(RunError):
-    """A task of the panel could not be attempted."""
+    """No task of the panel could be attempted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The results on a panel: one number per metric name, and the episodes."""
+    """The results on a panel: one number per metric name, and the episodes.
+
+    Attributes:
+      metrics: the numbers; ``eval_missing`` counts the tasks without a result.
+      trajectories: one episode for every other task, in the panel's order.
+      missing: tasks that failed again and again outside the policy.
+    """
 
     metrics: dict[str, float]
     trajectories: list[Trajectory]
+    missing: tuple[int, ...] = ()
 
     @property
     def wins(self) -> str:
-        """``1`` for every task solved and ``0`` for every other, in the panel's order."""
-        return "".join(str(int(trajectory.is_success)) for trajectory in self.trajectories)
+        """``1`` for a task solved, ``0`` for one not solved, ``-`` for one missing, in the panel's order."""
+        episodes = iter(self.trajectories)
+        count = len(self.trajectories) + len(self.missing)
+        return "".join(
+            "-" if task in self.missing else str(int(next(episodes).is_success)) for task in range(count)
+        )
 
 
 class Evaluator:
@@ -56,21 +67,29 @@ class Evaluator:
         version: int,
         *,
         advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
+        check: Callable[[], None] = lambda: None,
     ) -> Evaluation:
         """Attempt every task once with these weights.
+
+        A task that fails `MAX_RETRIES` times for a cause outside the policy is missing: it has no part in any
+        mean, and an event tells of it.
 
         Args:
           params: stacked parameters.
           version: the policy version of these weights.
           advance: called for every finished episode, for a progress display.
-
-        Raises:
-          EvaluationError: a task failed `MAX_RETRIES` times for a cause outside the policy.
+          check: called in every round; it may raise to end the evaluation.
         """
         self.engine.load(params, version)
         self._collector.admit(Attempt(self._split, task, task, 0) for task in range(self.num_tasks))
         found: dict[int, Trajectory] = {}
-        while len(found) < self.num_tasks:
+        missing: set[int] = set()
+        while len(found) + len(missing) < self.num_tasks:
+            try:
+                check()
+            except BaseException:
+                self._collector.cancel_all()  # the slots and workers are free for whoever comes next
+                raise
             for attempt, trajectory in self._collector.advance():
                 if trajectory.outcome.is_trained:
                     found[attempt.task] = trajectory
@@ -80,14 +99,22 @@ class Evaluator:
                 if attempt.retry + 1 < MAX_RETRIES:
                     self._collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
                 else:
-                    self._collector.cancel_all()
-                    raise EvaluationError(
-                        f"task {self._split}/{attempt.task} failed {MAX_RETRIES} times: "
-                        f"{trajectory.outcome.reason}: {trajectory.outcome.detail}"
+                    missing.add(attempt.task)
+                    advance(1, {})
+                    outcome = trajectory.outcome
+                    self._tell(
+                        "evaluation_task_missing",
+                        split=self._split,
+                        task=attempt.task,
+                        reason=outcome.reason,
+                        detail=outcome.detail,
                     )
         # Episodes end in any order; the panel's order makes two evaluations comparable task by task.
-        trajectories = [found[task] for task in range(self.num_tasks)]
-        return Evaluation(summarize(trajectories), trajectories)
+        trajectories = [found[task] for task in sorted(found)]
+        metrics = {"eval_missing": float(len(missing))}
+        if trajectories:
+            metrics |= summarize(trajectories)
+        return Evaluation(metrics, trajectories, tuple(sorted(missing)))
 
 
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:

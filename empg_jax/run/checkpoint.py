@@ -2,25 +2,30 @@
 
 A checkpoint holds the train state, the progress (JSON: update, task cursor, phase, counters) and the replay
 buffer. Where adapters are trained, the state holds the adapters alone, and the progress holds the checksum of
-the base below them. A failed write leaves the earlier checkpoints as they were. A damaged checkpoint is
-skipped with a message.
+the base below them. A failed write leaves the earlier checkpoints as they were. Every array has a checksum;
+a damaged checkpoint is skipped with a message.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from empg_jax.errors import RunError
 from empg_jax.learner.state import TrainState
+from empg_jax.run.checksums import checksums, crc_of, describe_damage, nonfinite_leaf
 from empg_jax.run.storage import pack_trajectories, unpack_trajectories
 from empg_jax.types import Params, Trajectory
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written or deleted
 
 
 class CheckpointError(RunError):
@@ -44,7 +49,10 @@ class RefusedCheckpoint(CheckpointError):
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """The checkpoints of a run: one folder per step, named by its number.
+
+    A folder gets its name only when it is complete. A step that exists is written under ``<step>.new``, read
+    back, and only then swapped with the old one.
 
     Args:
       directory: folder of the checkpoints; created when absent.
@@ -53,42 +61,108 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int, warn: Callable[[str], None]) -> None:
-        self.directory, self._warn = Path(directory).resolve(), warn
+        self.directory, self._keep, self._warn = Path(directory).resolve(), keep, warn
         self._writing: int | None = None  # step of the newest write, finished or not
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self._pending: tuple[Any, Path, Any] | None = None  # orbax's response, the folder, the shapes
+        self._protected: frozenset[int] = frozenset()
 
     @property
     def steps(self) -> list[int]:
         """Steps on disk, ascending."""
-        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+
+    def recover(self) -> None:
+        """Finish or undo what a killed process left half done; only the run itself may call this."""
+        for path in sorted(self.directory.glob("*.new")):
+            target = path.with_suffix("")
+            if target.exists() or not target.name.isdigit():
+                shutil.rmtree(path)  # not known to be good, and the one before it is there
+            else:
+                path.rename(target)
+        for path in sorted(self.directory.glob("*.old")):
+            if path.with_suffix("").exists() or not path.stem.isdigit():
+                shutil.rmtree(path)
+            else:
+                path.rename(path.with_suffix(""))
+        for path in self.directory.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def save(
-        self, step: int, state: TrainState, progress: dict[str, Any], trajectories: list[Trajectory]
+        self,
+        step: int,
+        state: TrainState,
+        progress: dict[str, Any],
+        trajectories: list[Trajectory],
+        *,
+        protect: Iterable[int] = (),
     ) -> None:
         """Write a checkpoint in the background; the state may be donated as soon as this returns.
 
+        Args:
+          step: number of the checkpoint.
+          state: the train state.
+          progress: everything else, in JSON types.
+          trajectories: content of the replay buffer.
+          protect: steps that stay on disk beside the newest ones.
+
         Raises:
-          CheckpointError: this write could not start, or the one before it failed.
+          CheckpointError: the state is not finite, this write could not start, or the one before it failed.
         """
+        # One write at a time: a failure of the write before is reported here, under its own step.
+        self.wait()
+        self._writing, self._protected = step, frozenset(protect)
+        if (bad := nonfinite_leaf(state)) is not None:
+            raise self._failure(ValueError(f"{bad} is not finite"))
         header, arrays = pack_trajectories(trajectories)
+        text = json.dumps(progress)
+        sums = {"state": checksums(state), "buffer": checksums(arrays), "text": crc_of(text + header)}
         parts: dict[str, Any] = {
             "state": state,
-            "progress": {"json": json.dumps(progress), "trajectories": header},
+            "progress": {"json": text, "trajectories": header, "checksums": json.dumps(sums)},
         }
         if arrays:
             parts["buffer"] = arrays
-        # One write at a time: a failure of the write before is reported here, under its own step.
-        self.wait()
-        self._writing = step
+        target = self.directory / str(step)
+        path = target.with_suffix(".new") if target.exists() else target
         try:
-            self._checkpointer.save_checkpointables_async(step, parts, overwrite=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            response = ocp.save_checkpointables_async(path, parts, overwrite=True)
         except Exception as error:
             raise self._failure(error) from error
+        self._pending = (response, path, _on_host(state))
+
+    def wait(self) -> None:
+        """Return when everything is on disk.
+
+        Raises:
+          CheckpointError: the last write failed.
+        """
+        if self._pending is None:
+            return
+        (response, path, shapes), self._pending = self._pending, None
+        try:
+            # Orbax keeps a thread and its descriptors until the response is asked for its result.
+            response.result()
+            if path.suffix:
+                self._swap(path, shapes)
+            self._evict()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _swap(self, path: Path, shapes: Any) -> None:
+        """Put a step that was written again in the place of the old one, once it is known to be good."""
+        self._load(path, shapes)
+        target, old = path.with_suffix(""), path.with_suffix(".old")
+        target.rename(old)
+        path.rename(target)
+        shutil.rmtree(old)
+
+    def _evict(self) -> None:
+        for step in self.steps[: -self._keep]:
+            if step not in self._protected:
+                # Renamed first: a kill in the middle leaves no step that is half deleted.
+                gone = (self.directory / str(step)).rename(self.directory / f"{step}{UNFINISHED}")
+                shutil.rmtree(gone)
 
     def save_reference(self, params: Params) -> None:
         """Write the frozen reference policy, once per run, beside the checkpoints.
@@ -116,17 +190,6 @@ class Checkpoints:
     def _reference(self) -> Path:
         return self.directory.parent / "reference"
 
-    def wait(self) -> None:
-        """Return when everything is on disk.
-
-        Raises:
-          CheckpointError: the last write failed.
-        """
-        try:
-            self._checkpointer.wait()
-        except Exception as error:
-            raise self._failure(error) from error
-
     def restore(self, shardings: TrainState, shapes: TrainState, *, step: int | None = None) -> Restored:
         """Load the newest complete checkpoint (or the one of ``step``) onto the mesh.
 
@@ -142,22 +205,58 @@ class Checkpoints:
         problems = []
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
-                return self._load(candidate, abstract)
+                return self._load(self.directory / str(candidate), abstract)
             except Exception as error:  # a damaged file may raise anything in the reader
                 problems.append(f"{candidate}: {_first_line(error)}")
                 self._warn(f"checkpoint {problems[-1]} (in {self.directory}); skipped")
         found = "; ".join(problems) or "the folder holds none"
         raise CheckpointError(f"no usable checkpoint in {self.directory} ({found})")
 
-    def _load(self, step: int, abstract: TrainState) -> Restored:
+    def read_progress(self, step: int | None = None) -> dict[str, Any] | None:
+        """Read the progress of the newest readable checkpoint (or of ``step``) without its arrays."""
+        for candidate in reversed(self.steps) if step is None else [step]:
+            try:
+                parts = ocp.load_checkpointables(self.directory / str(candidate), {"progress": None})
+                return dict(json.loads(parts["progress"]["json"]))
+            except Exception as error:  # `restore` tells of it and passes it over
+                del error
+        return None
+
+    def check_step(self, step: int) -> None:
+        """Refuse a step that does not exist.
+
+        Raises:
+          RefusedCheckpoint: there is no such step; the message lists those that exist.
+        """
+        if step not in self.steps:
+            there = ", ".join(map(str, self.steps)) or "none"
+            raise RefusedCheckpoint(f"{self.directory} has no checkpoint {step}; it has: {there}")
+
+    def set_aside(self, after: int) -> list[int]:
+        """Rename the checkpoints behind a step to ``<step>.aside``: the run goes on without them."""
+        moved = [step for step in self.steps if step > after]
+        for step in moved:
+            target = self.directory / f"{step}.aside"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.directory / str(step)).rename(target)
+        return moved
+
+    def _load(self, path: Path, abstract: Any) -> Restored:
         wanted: dict[str, Any] = {"state": abstract, "progress": None}
         # An empty buffer has no arrays, and then the checkpoint has no such part.
-        if (self.directory / str(step) / "buffer").exists():
+        if (path / "buffer").exists():
             wanted["buffer"] = None
-        parts = self._checkpointer.load_checkpointables(step, wanted)
-        progress = parts["progress"]
-        trajectories = unpack_trajectories(progress["trajectories"], parts.get("buffer") or {})
-        return Restored(step, parts["state"], json.loads(progress["json"]), trajectories)
+        parts = ocp.load_checkpointables(path, wanted)
+        progress, arrays = parts["progress"], parts.get("buffer") or {}
+        sums = json.loads(progress.get("checksums", "{}"))  # absent in a checkpoint of an older version
+        text = progress["json"] + progress["trajectories"]
+        if sums.get("text", crc_of(text)) != crc_of(text):
+            raise CheckpointError("the progress is damaged: its checksum does not match")
+        for name, tree in (("state", parts["state"]), ("buffer", arrays)):
+            if (leaf := describe_damage(tree, sums.get(name, {}))) is not None:
+                raise CheckpointError(f"{name}{leaf} is damaged: its checksum does not match")
+        trajectories = unpack_trajectories(progress["trajectories"], arrays)
+        return Restored(int(path.stem), parts["state"], json.loads(progress["json"]), trajectories)
 
     def _failure(self, error: Exception) -> CheckpointError:
         kept = f"; usable: {self.steps}" if self.steps else ""
@@ -166,11 +265,8 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Wait for the last write and release the directory."""
-        try:
-            self.wait()
-        finally:
-            self._checkpointer.close()
+        """Wait for the last write."""
+        self.wait()
 
 
 def check_base(saved: str | None, found: str | None) -> None:
@@ -197,6 +293,11 @@ def _abstract(shapes: Any, shardings: Any) -> Any:
         shapes,
         shardings,
     )
+
+
+def _on_host(tree: Any) -> Any:
+    """Describe the tree as arrays in the host's memory; nothing is allocated until they are filled."""
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,8 @@ class Parts:
     clock: PhaseClock
     compiles: CompileCounter
     should_stop: StopRequest
+    settings: str  # the configuration in YAML, as it goes into every checkpoint
+    check_stop: Callable[[], None]  # raises `Interrupted` after a request to stop
     base_checksum: str | None  # of the frozen weights below adapters
 
 
@@ -82,6 +85,7 @@ class Boundary:
     Attributes:
       update: number of RL updates made.
       base: checksum of the frozen weights below adapters.
+      config: the resolved configuration, in YAML.
       record: the run's totals at that moment.
       seconds: wall seconds by phase.
       source: progress of the groups (`GroupSource.snapshot`).
@@ -90,6 +94,7 @@ class Boundary:
 
     update: int = 0
     base: str | None = None
+    config: str = ""
     record: RunRecord = dataclasses.field(default_factory=RunRecord)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -100,6 +105,7 @@ class Boundary:
         return {
             "update": self.update,
             "base": self.base,
+            "config": self.config,
             "record": self.record.as_json(),
             "seconds": self.seconds,
             "source": self.source,
@@ -123,6 +129,10 @@ class RunState:
       update: number of RL updates made.
       record: the run's totals.
       boundary: the progress at the last update boundary.
+      marked: optimizer steps made at that boundary; None before the first. A state with another number is
+        not the boundary's.
+      saved: the progress of the newest checkpoint on disk.
+      saved_at: the monotonic clock at that checkpoint, or at the start.
       compiled: number of programs compiled by the end of the warm-up.
     """
 
@@ -132,6 +142,9 @@ class RunState:
     record: RunRecord = dataclasses.field(default_factory=RunRecord)
     boundary: Boundary = dataclasses.field(default_factory=Boundary)
     compiled: int = 0
+    marked: int | None = None
+    saved: dict[str, Any] | None = None
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
 
 # ------------------------------------------------------------------------------------------- opening
@@ -148,10 +161,12 @@ def open_run(
     compiles: CompileCounter,
     stop: StopRequest,
     is_resumed: bool,
+    step: int | None = None,
 ) -> tuple[Parts, RunState]:
-    """Build every part, compile every program, and restore the newest checkpoint on resume.
+    """Build every part, compile every program, and restore the newest checkpoint, or ``step``, on resume.
 
     Raises:
+      Interrupted: the run was asked to stop while programs were compiled.
       ConfigError: the environment has no such split.
       CheckpointError: on resume, no checkpoint can be used.
     """
@@ -163,8 +178,9 @@ def open_run(
             language.tokenizer.save(saved_tokenizer)
         model = make_model(config, language.tokenizer)
         shape = make_batch_shape(config)
-        learner, schedule, state = _start_learner(config, model, shape)
-        engine, eval_engine = _start_engines(config, learner, language, state.params)
+        learner, schedule, state = _start_learner(config, model, shape, stop.check)
+        engines = _start_engines(config, learner, language, state.params, stop.check)
+        engine, eval_engine = engines
         source = _make_source(config, engine, pool, language, tell=events.tell)
         evaluator = make_evaluator(config, eval_engine, pool, language, first_handle=engine.config.slots)
     if config.model.path is not None:
@@ -172,7 +188,7 @@ def open_run(
     run = RunState(state)
     base_checksum = None if learner.base is None else checksum(learner.base)
     if is_resumed:
-        restored = restore_state(config, checkpoints, learner)
+        restored = restore_state(config, checkpoints, learner, step)
         check_base(restored.progress.get("base"), base_checksum)
         run = _go_on(restored, source, clock)
         events.update = run.update
@@ -182,7 +198,8 @@ def open_run(
         run_dir,
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
-        resume_at=run.update + 1 if is_resumed else None,
+        # The line of an update that was stopped before its line is written again.
+        resume_at=run.update + (run.record.unlogged is None) if is_resumed else None,
     )
     parts = Parts(
         config=config,
@@ -201,13 +218,15 @@ def open_run(
         clock=clock,
         compiles=compiles,
         should_stop=stop,
+        settings=config.to_yaml(),
+        check_stop=stop.check,
         base_checksum=base_checksum,
     )
     return parts, run
 
 
 def _start_learner(
-    config: Config, model: DecoderConfig, shape: BatchShape
+    config: Config, model: DecoderConfig, shape: BatchShape, check: Callable[[], None]
 ) -> tuple[Learner, optax.Schedule, TrainState]:
     """Build the learner, compile its programs, and make the learning-rate schedule and the first state."""
     optimizer, schedule = make_rl_optimizer(config)
@@ -226,7 +245,7 @@ def _start_learner(
     empty, _ = make_batch([], shape, seed=(0,))
     # The warm-up donates its state, so it gets a spare one.
     spare = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
-    learner.warm_up(spare, learner.put(empty), {} if has_base_reference(config) else None)
+    learner.warm_up(spare, learner.put(empty), {} if has_base_reference(config) else None, check=check)
     params = make_params(config, model, learner.shardings.params)
     state = restart_optimizer(params, optimizer, learner.shardings)
     schedule = jax.jit(schedule)
@@ -235,7 +254,11 @@ def _start_learner(
 
 
 def _start_engines(
-    config: Config, learner: Learner, language: Language, params: Params
+    config: Config,
+    learner: Learner,
+    language: Language,
+    params: Params,
+    check: Callable[[], None],
 ) -> tuple[Engine, Engine]:
     """Build the engines of training and evaluation, load the weights and compile every program."""
     engine = make_engine(config, learner.model, language.tokenizer)
@@ -244,7 +267,7 @@ def _start_engines(
         engine.base = eval_engine.base = engine.place(learner.base)
     for each in (engine, eval_engine):
         each.load(params, 0)
-        each.warm_up()
+        each.warm_up(check)
     return engine, eval_engine
 
 
@@ -300,7 +323,14 @@ def _go_on(restored: Restored, source: GroupSource, clock: PhaseClock) -> RunSta
     # A copy, because the run changes its record while the boundary must keep the old totals.
     source.restore(boundary.source, boundary.trajectories)
     record = copy.deepcopy(boundary.record)
-    return RunState(restored.state, update=boundary.update, record=record, boundary=boundary)
+    return RunState(
+        restored.state,
+        update=boundary.update,
+        record=record,
+        boundary=boundary,
+        marked=int(restored.state.step),
+        saved=boundary.as_json(),
+    )
 
 
 def _find_reference(
@@ -331,26 +361,9 @@ def freeze_reference(parts: Parts, run: RunState) -> None:
         parts.checkpoints.save_reference(run.reference)
 
 
-def mark_boundary(parts: Parts, run: RunState) -> None:
-    """Remember the progress between two updates for the checkpoint of this state."""
-    run.boundary = Boundary(
-        update=run.update,
-        base=parts.base_checksum,
-        record=copy.deepcopy(run.record),
-        seconds=dict(parts.clock.seconds),
-        source=parts.source.snapshot(),
-        trajectories=parts.source.buffer.contents(),
-    )
-
-
-def save(parts: Parts, run: RunState) -> None:
-    """Write a checkpoint of the last update boundary."""
-    with parts.clock.phase("checkpoint"):
-        boundary = run.boundary
-        parts.checkpoints.save(run.update, run.state, boundary.as_json(), boundary.trajectories)
-
-
-def restore_state(config: Config, checkpoints: Checkpoints, learner: Learner) -> Restored:
-    """Load the newest usable checkpoint of a run."""
+def restore_state(
+    config: Config, checkpoints: Checkpoints, learner: Learner, step: int | None = None
+) -> Restored:
+    """Load the newest usable checkpoint of a run, or the one of ``step``."""
     optimizer, _ = make_rl_optimizer(config)
-    return checkpoints.restore(learner.shardings, state_shapes(learner.model, optimizer))
+    return checkpoints.restore(learner.shardings, state_shapes(learner.model, optimizer), step=step)

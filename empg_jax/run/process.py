@@ -15,6 +15,8 @@ from types import FrameType
 
 import jax
 
+from empg_jax.rollout.source import Interrupted
+
 CACHE_FOLDER = "empg-jax/xla"  # below the user's cache folder
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -64,6 +66,15 @@ class StopRequest:
     def __call__(self) -> bool:
         """Return whether the run was asked to stop."""
         return self.signum != 0
+
+    def check(self) -> None:
+        """Raise `Interrupted` if the run was asked to stop.
+
+        Raises:
+          Interrupted: there was a request.
+        """
+        if self.signum:
+            raise Interrupted
 
     def set(self, signum: int = signal.SIGTERM) -> None:
         """Ask the run to stop."""

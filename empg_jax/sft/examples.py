@@ -55,8 +55,16 @@ class Examples:
         record.sft_data = self.fingerprint
 
 
-def gather_examples(config: Config, language: Language, progress: Progress) -> Examples:
+def gather_examples(
+    config: Config, language: Language, progress: Progress, *, check: Callable[[], None] = lambda: None
+) -> Examples:
     """Read the conversations of ``sft.data``, or record demonstrations if it is not set.
+
+    Args:
+      config: the run's configuration.
+      language: the run's language.
+      progress: the display.
+      check: called for every recorded episode; it may raise to end the recording.
 
     Raises:
       ConfigError: a file of ``sft.data`` does not exist.
@@ -67,7 +75,12 @@ def gather_examples(config: Config, language: Language, progress: Progress) -> E
     if s.data is not None:
         return _read_examples(config, s.data, language, progress)
     progress.phase("demonstrations", s.demonstrations, "episodes")
-    demonstrations = record_demonstrations(config, language, s.demonstrations, advance=progress.advance)
+
+    def advance(count: int, values: dict[str, float]) -> None:
+        check()
+        progress.advance(count, values)
+
+    demonstrations = record_demonstrations(config, language, s.demonstrations, advance=advance)
     count = len(demonstrations)
 
     def draw(update: int) -> list[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from empg_jax.learner.state import TrainState
 from empg_jax.metrics import MetricsLog
 from empg_jax.rollout.source import Interrupted
-from empg_jax.run.parts import Parts, RunState, mark_boundary, save
+from empg_jax.run.parts import Parts, RunState
+from empg_jax.run.saving import is_time_to_save, mark_boundary, save
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.warm_start import warm_start
 
@@ -25,7 +26,7 @@ def train_on_examples(parts: Parts, run: RunState, examples: Examples | None = N
     config, progress = parts.config, parts.progress
     with parts.clock.phase("sft"):
         if examples is None:
-            examples = gather_examples(config, parts.language, progress)
+            examples = gather_examples(config, parts.language, progress, check=parts.check_stop)
         examples.note(run.record)
         progress.phase("warm start", config.sft.updates, "updates")
         first = run.record.sft_update
@@ -61,11 +62,10 @@ def _after_update(
         )
     # A warm start on demonstrations is short enough to repeat; one on large files is saved regularly.
     is_saved = config.sft.data is not None and (number + 1) % config.checkpoint.every == 0
-    should_stop = parts.should_stop()
-    if is_saved or should_stop:
-        run.state, record.sft_update = state, number + 1
-        mark_boundary(parts, run)
-    if should_stop:
+    is_saved = is_saved or is_time_to_save(parts, run)
+    run.state, record.sft_update = state, number + 1
+    mark_boundary(parts, run)
+    if parts.should_stop():
         raise Interrupted
     if is_saved and number + 1 < config.sft.updates:
         save(parts, run)

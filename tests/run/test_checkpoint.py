@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from empg_jax.learner.state import TrainState
+from empg_jax.run import checkpoint
 from empg_jax.run.checkpoint import CheckpointError, Checkpoints
 from tests.episodes import Episodes
 
@@ -157,3 +159,98 @@ def test_the_reference_is_kept_apart(open_folder, tmp_path):
         np.testing.assert_array_equal, checkpoints.load_reference(SHARDINGS.params, SHAPES.params), params
     )
     assert (tmp_path / "reference").is_dir() and checkpoints.steps == []
+
+
+def count_threads_and_descriptors():
+    gc.collect()
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def test_a_checkpoint_leaves_no_thread_and_no_descriptor(open_folder):
+    checkpoints = open_folder()
+    write(checkpoints, 0, 1)  # orbax opens a few descriptors once
+    before = count_threads_and_descriptors()
+    for step in range(2, 12):
+        write(checkpoints, step)
+    assert count_threads_and_descriptors() == before
+
+
+def flip_a_byte(folder):
+    """Changes one byte in the middle of the largest file of the state."""
+    path = max((p for p in (folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
+
+
+def test_a_changed_byte_is_refused_by_its_checksum(open_folder, warnings, monkeypatch):
+    checkpoints = open_folder()
+    write(checkpoints, 1, 2)
+    real = checkpoint.ocp.load_checkpointables
+
+    def load(path, wanted):
+        parts = real(path, wanted)
+        if path.name == "2":  # what a reader without checksums of its own would return
+            weights = parts["state"].params["w"]
+            parts["state"].params["w"] = weights.at[3, 4].add(1e-3)
+        return parts
+
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", load)
+    assert checkpoints.restore(SHARDINGS, SHAPES).step == 1
+    assert "state.params['w'] is damaged: its checksum does not match" in warnings[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_changed_byte_on_disk_costs_that_checkpoint_only(open_folder, tmp_path, warnings):
+    write(open_folder(), 1, 2)
+    flip_a_byte(tmp_path / "checkpoints" / "2")
+    assert open_folder().restore(SHARDINGS, SHAPES).step == 1
+    assert warnings[0].startswith("checkpoint 2: ")
+    gc.collect()
+
+
+def test_a_step_that_is_written_again_stays_until_the_new_one_is_good(open_folder, monkeypatch):
+    checkpoints = open_folder(keep=1)
+    write(checkpoints, 1)
+
+    def damaged(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_load", damaged)
+        checkpoints.save(1, make_state(9), {}, [])
+        with pytest.raises(CheckpointError, match=r"checkpoint 1 could not be written .*usable: \[1\]"):
+            checkpoints.wait()
+    assert int(checkpoints.restore(SHARDINGS, SHAPES).state.step) == 1
+    write(checkpoints, 1)
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("left", ["2.new", "2.old"])
+def test_a_swap_that_was_cut_short_is_finished(open_folder, left):
+    checkpoints = open_folder()
+    write(checkpoints, 1, 2)
+    (checkpoints.directory / "2").rename(checkpoints.directory / left)
+    checkpoints.recover()
+    assert checkpoints.restore(SHARDINGS, SHAPES).step == 2
+    shutil.copytree(checkpoints.directory / "1", checkpoints.directory / left)
+    checkpoints.recover()
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["1", "2"]
+
+
+def test_protected_steps_are_kept_beside_the_newest(open_folder):
+    checkpoints = open_folder(keep=2)
+    for step in range(1, 6):
+        checkpoints.save(step, make_state(step), {}, [], protect=[2])
+    checkpoints.wait()
+    assert checkpoints.steps == [2, 4, 5]
+
+
+def test_a_state_that_is_not_finite_is_never_written(open_folder):
+    checkpoints = open_folder()
+    write(checkpoints, 1)
+    state = make_state(2)
+    state.params["b"] = state.params["b"].at[7].set(jnp.nan)
+    with pytest.raises(CheckpointError, match=r"params\['b'\] is not finite; usable: \[1\]"):
+        checkpoints.save(2, state, {}, [])
+    assert checkpoints.steps == [1]

@@ -1,0 +1,70 @@
+"""The lock on a run's folder: two processes that train the same run would destroy each other's files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from empg_jax.errors import ConfigError
+
+FILENAME = "run.lock"
+
+
+class RunLocked(ConfigError):
+    """Another process trains this run."""
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the lock on a run's folder inside the block.
+
+    The kernel gives the lock back when its process dies, so a file left by a dead process locks nothing.
+
+    Raises:
+      RunLocked: another process holds the lock, or the folder cannot be written.
+    """
+    path = Path(run_dir) / FILENAME
+    descriptor = _acquire(path)
+    try:
+        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is locked: nobody else can have taken it
+        os.close(descriptor)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunLocked(f"the run folder {path.parent} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise RunLocked(
+                f"{path.parent} is being trained by {_describe_holder(path)}: end that process "
+                "first, or wait for it"
+            ) from None
+        except OSError:
+            return descriptor  # this file system has no locks; a run without one is better than none
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)  # the holder before has just deleted this file: take the new one
+
+
+def _describe_holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError):  # just being written
+        return "another process"

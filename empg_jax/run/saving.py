@@ -1,0 +1,80 @@
+"""When and what a run saves: the last boundary between two updates, also after a stop or an error."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import jax
+
+from empg_jax.run.checkpoint import CheckpointError
+from empg_jax.run.parts import Boundary, Parts, RunState
+
+
+def mark_boundary(parts: Parts, run: RunState) -> None:
+    """Remember the progress between two updates for the checkpoint of this state."""
+    run.boundary = Boundary(
+        update=run.update,
+        base=parts.base_checksum,
+        config=parts.settings,
+        record=copy.deepcopy(run.record),
+        seconds=dict(parts.clock.seconds),
+        source=parts.source.snapshot(),
+        trajectories=parts.source.buffer.contents(),
+    )
+    run.marked = int(run.state.step)
+
+
+def save(parts: Parts, run: RunState) -> None:
+    """Write a checkpoint of the last update boundary, unless the newest one on disk is the same."""
+    with parts.clock.phase("checkpoint"):
+        boundary, progress = run.boundary, run.boundary.as_json()
+        if _same(progress, run.saved):
+            return
+        kept = [step for step in (run.record.last_good, run.record.best_step) if step is not None]
+        parts.checkpoints.save(boundary.update, run.state, progress, boundary.trajectories, protect=kept)
+        run.saved, run.saved_at = progress, time.monotonic()
+
+
+def is_time_to_save(parts: Parts, run: RunState) -> bool:
+    """Return whether the newest checkpoint is older than ``checkpoint.seconds``."""
+    limit = parts.config.checkpoint.seconds
+    return limit is not None and time.monotonic() - run.saved_at >= limit
+
+
+def save_after_error(parts: Parts, run: RunState, error: BaseException) -> None:
+    """Write a checkpoint of the last boundary before an error ends the run, and tell which one is left.
+
+    A failure of this write is told and nothing more: the first error is the one that the user must see.
+    """
+    kind = type(error).__name__
+    try:
+        # A disk that has just refused a checkpoint is not asked again.
+        is_saved = not isinstance(error, CheckpointError) and is_at_boundary(run)
+        if is_saved:
+            save(parts, run)
+        parts.checkpoints.wait()
+    except Exception as problem:
+        run.saved = None
+        is_saved = False
+        parts.progress.message(f"no checkpoint could be written after the error: {problem}")
+    steps = parts.checkpoints.steps
+    parts.events.tell("run_failed", error=kind, checkpoints=steps)
+    if is_saved:
+        left = f"checkpoint {run.boundary.update} holds the last update"
+    else:
+        left = f"the newest checkpoint is {steps[-1]}" if steps else "there is no checkpoint yet"
+    parts.progress.message(f"{kind}: {left}; go on with: empg-jax train --resume {parts.run_dir}")
+
+
+def is_at_boundary(run: RunState) -> bool:
+    """Return whether the state is that of the last boundary: no optimizer step was made since then."""
+    if run.marked is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(run.state)):
+        return False  # the update that failed has taken the state's memory
+    return int(run.state.step) == run.marked
+
+
+def _same(progress: dict[str, Any], saved: dict[str, Any] | None) -> bool:
+    """Return whether two boundaries are the same; the wall seconds of a process do not count."""
+    return saved is not None and {**progress, "seconds": None} == {**saved, "seconds": None}
