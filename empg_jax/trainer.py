@@ -234,13 +234,20 @@ def rl_loop(parts: Parts, run: RunState) -> None:
 
 
 def write_episodes(parts: Parts, update: int, trajectories: Sequence[Trajectory], first: Pass) -> None:
-    """Write the episodes of an update with their credit, where that is due; after the last also as a page."""
+    """Write the episodes of an update with their credit, where that is due; after the last also as a page.
+
+    These files are for people: a disk that is full costs them, not the run.
+    """
     log, last = parts.config.log, parts.config.train.updates
-    if is_due(update, every=log.rollouts_every, last=last):
-        write_update(parts.run_dir, update, trajectories, first, with_tokens=log.rollouts_tokens)
-    if update == last and log.transcripts:
-        decode = parts.language.tokenizer.decode
-        write_credit_page(parts.run_dir, trajectories, first, decode, count=log.transcripts)
+    try:
+        if is_due(update, every=log.rollouts_every, last=last):
+            write_update(parts.run_dir, update, trajectories, first, with_tokens=log.rollouts_tokens)
+        if update == last and log.transcripts:
+            decode = parts.language.tokenizer.decode
+            write_credit_page(parts.run_dir, trajectories, first, decode, count=log.transcripts)
+    except OSError as error:
+        parts.progress.message(f"the episodes of update {update} could not be written: {error}")
+        parts.events.tell("episodes_not_written", detail=str(error))
 
 
 def split_batch(
