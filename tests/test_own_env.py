@@ -13,6 +13,8 @@ from empg_jax.metrics import read_metrics
 from empg_jax.text import load_tokenizer
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = runs.ROOT / "scripts" / "examples" / "own_env.py"
 # Of a tiny run everything but what the command itself says.
 SMALL = [*runs.TINY, "train.updates=2", "rollout.prefill_buckets=[16]"]

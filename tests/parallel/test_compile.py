@@ -15,6 +15,8 @@ from empg_jax.plan.explain import find_shape
 from empg_jax.plan.memory import compute_plan
 from tests.plan.test_memory import update_bytes
 
+pytestmark = pytest.mark.slow
+
 # Nothing is run, so the code that a device would run need not be good.
 QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 HERE = pathlib.Path(__file__).parent

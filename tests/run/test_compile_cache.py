@@ -10,6 +10,8 @@ import pytest
 from empg_jax.run.process import use_compile_cache
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 
 def train(run_dir, home, *overrides):
     arguments = [*runs.TINY[1:], "train.updates=1", f"run_dir={run_dir}", *overrides]

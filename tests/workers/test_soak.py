@@ -14,6 +14,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from empg_jax.engine.engine import Response
 from empg_jax.rollout.buffer import ReplayBuffer
@@ -22,6 +23,8 @@ from empg_jax.rollout.context import PromptDelta
 from empg_jax.rollout.episode import EpisodeRules
 from empg_jax.rollout.source import GroupSource, TaskOrder
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
+
+pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 SLOTS, GROUP_SIZE, GROUPS_PER_BATCH, LENGTH, TASKS = 24, 4, 4, 5, 500
