@@ -27,7 +27,7 @@ from empg_jax.rollout.incidents import IncidentMeter
 from empg_jax.rollout.source import Interrupted
 from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
-from empg_jax.run.folder import create_run_dir, write_run_info
+from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
 from empg_jax.run.lock import locked
 from empg_jax.run.parts import (
     Parts,
@@ -38,7 +38,7 @@ from empg_jax.run.parts import (
     restore_state,
 )
 from empg_jax.run.process import CompileCounter, StopRequest, use_compile_cache
-from empg_jax.run.resuming import check_resume, checkpoint_dir, go_back, tell_passed_over
+from empg_jax.run.resuming import check_resume, go_back, tell_passed_over
 from empg_jax.run.rollouts import drop_rollouts, is_due, write_credit_page, write_update
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save, save_after_error
 from empg_jax.run.weights import check_model

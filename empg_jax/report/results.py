@@ -107,8 +107,6 @@ def write_results(
     if len(wins[0]) == len(wins[1]) >= 1:
         interval = paired_interval(*wins)
         summary["eval_gain_interval"] = None if interval is None else [round(bound, 4) for bound in interval]
-    summary.setdefault("tokens_sampled", 0)
-    summary.setdefault("trajectories", {})
     write_json_atomic(run_dir / "summary.json", summary)
     plot_curves(run_dir)
     if config.log.transcripts:

@@ -39,13 +39,18 @@ def create_run_dir(config: Config) -> Path:
     raise ConfigError(f"runs/{config.name}-{stamp} and its numbered siblings exist: set run_dir")
 
 
+def checkpoint_dir(config: Config, run_dir: Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(config.checkpoint.dir or run_dir / "checkpoints")
+
+
 def is_finished(run_dir: Path, config: Config) -> bool:
     """Return whether a run has nothing left to do on resume.
 
     Raises:
       ConfigError: the run has made more updates than ``train.updates``.
     """
-    folder = Path(config.checkpoint.dir or run_dir / "checkpoints")
+    folder = checkpoint_dir(config, run_dir)
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     made, wanted = max(steps, default=0), config.train.updates
     if wanted < made:

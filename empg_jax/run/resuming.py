@@ -9,15 +9,11 @@ from empg_jax.errors import ConfigError
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.run.checkpoint import Checkpoints
+from empg_jax.run.folder import checkpoint_dir
 from empg_jax.run.parts import Parts, RunState
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
-
-
-def checkpoint_dir(config: Config, run_dir: Path) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return Path(config.checkpoint.dir or run_dir / "checkpoints")
 
 
 def check_resume(config: Config, run_dir: Path, step: int | None) -> None:

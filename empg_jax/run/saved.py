@@ -16,6 +16,7 @@ from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.assembly import Language, make_language, make_model, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints, RefusedCheckpoint, check_base
 from empg_jax.run.devices import check_devices
+from empg_jax.run.folder import checkpoint_dir
 from empg_jax.run.weights import make_base
 from empg_jax.types import Params
 
@@ -81,7 +82,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
     model = make_model(config, language.tokenizer)
     optimizer, _ = make_rl_optimizer(config)
     mesh = make_mesh(**vars(config.mesh))
-    directory = Path(config.checkpoint.dir or run_dir / "checkpoints")
+    directory = checkpoint_dir(config, run_dir)
     checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=warn)
     restored = checkpoints.restore(
         state_shardings(mesh, model, optimizer), state_shapes(model, optimizer), step=step
