@@ -31,6 +31,10 @@ class RunError(UserError, RuntimeError):
     exit_code = 1
 
 
+class Interrupted(Exception):
+    """A request to stop that arrived in the middle of work."""
+
+
 class Stopped(UserError):
     """The run was asked to stop and has written its checkpoint.
 

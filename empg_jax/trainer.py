@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from empg_jax.algorithms.anchors import join_alike
-from empg_jax.errors import RunError, Stopped
+from empg_jax.errors import Interrupted, RunError, Stopped
 from empg_jax.learner.batching import Layout, make_batch
 from empg_jax.learner.passes import Pass, Scorer, optimize
 from empg_jax.learner.state import restart_optimizer
@@ -23,8 +23,8 @@ from empg_jax.report.progress import Progress
 from empg_jax.report.record import PanelResult
 from empg_jax.report.results import describe_update, dump_batch, write_results
 from empg_jax.rollout.evaluator import Evaluation
-from empg_jax.rollout.incidents import IncidentMeter
-from empg_jax.rollout.source import Interrupted
+from empg_jax.rollout.incidents import IncidentMeter, count_incidents
+from empg_jax.rollout.thread import Delivery
 from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
@@ -181,56 +181,81 @@ def run_phases(parts: Parts, run: RunState, examples: Examples | None) -> Evalua
 
 
 def rl_loop(parts: Parts, run: RunState) -> None:
-    """Repeat rollout, score, credit, update and publication of weights until ``train.updates``."""
-    config, learner = parts.config, parts.learner
+    """Repeat publication of weights, rollout, score, credit and update until ``train.updates``.
+
+    The rollout thread plays episodes meanwhile, as far ahead as ``train.max_lag`` allows.
+    """
+    config, rollout = parts.config, parts.rollout
     scorer = make_scorer(parts)
     parts.progress.phase("RL", config.train.updates, "updates", done=run.update)
     run.compiled = parts.compiles.count
-    incidents = IncidentMeter(parts.source)
+    ledger, pool = rollout.ledger, rollout.collector.pool
+    incidents = IncidentMeter(ledger.outcomes, count_incidents(ledger, pool))
     if run.record.unlogged is not None:
         conclude_update(parts, run, run.record.unlogged)
-    while run.update < config.train.updates:
-        began, compiled = time.monotonic(), parts.compiles.count
-        parts.clock.lap()
-        parts.events.update = run.update + 1
-        # Marked before the rollout: a stop during it saves this state, and the resumed run collects again.
-        mark_boundary(parts, run)
-        with parts.clock.phase("rollout"):
-            parts.engine.load(run.state.params, run.update)
-            trajectories = parts.source.collect(run.update, parts.should_stop)
-        with parts.clock.phase("update"):
-            split = functools.partial(split_batch, parts, run.update, trajectories)
-            host_batch, layout = split(0)
-            batch = learner.put(host_batch)
-            # Scored before any optimizer step: the old log-probs are those of the weights before the update.
-            own, measured = scorer.score(run.state.params, run.reference, batch, layout, run.update)
-            check_gap(config, run.update, measured)
-            scores = scorer.choose(batch, own)
-            credit = learner.credit(batch, scores)
-            first, steps = Pass(host_batch, layout, batch, scores, credit), []
-            for state, metrics in optimize(learner, run.state, first, split, config.train.epochs):
-                run.state = state
-                steps.append(metrics)
-            # One transfer after all steps: reading each step's metrics would stall the device in between.
-            credit_metrics, steps = jax.device_get((credit.metrics, steps))
-            measured |= scorer.measure_drift(run.state.params, run.reference, first, own, run.update)
-        run.update += 1
-        check_steps(parts, run, steps, host_batch)
-        parts.source.collector.settle()  # the engine loads new weights at a turn boundary only
-        write_episodes(parts, run.update, trajectories, first)
-        values = describe_update(
-            trajectories,
-            layout,
-            parts.shape,
-            version=run.update - 1,
-            engine=parts.engine.take_stats(),
-            credit=credit_metrics,
-            steps=steps,
-            seconds=time.monotonic() - began,
-        )
-        values |= measured | parts.source.metrics | {"recompiles": parts.compiles.count - compiled}
-        values |= {"learning_rate": float(parts.schedule(run.state.step))}
-        finish_update(parts, run, trajectories, values, incidents)
+    with rollout:
+        while run.update < config.train.updates:
+            began, compiled = time.monotonic(), parts.compiles.count
+            parts.clock.lap()
+            parts.events.update = run.update + 1
+            # Marked before the rollout: a stop while waiting for it saves this state.
+            mark_boundary(parts, run)
+            with parts.clock.phase("publish"):
+                rollout.publish(run.state.params, run.update)
+            with parts.clock.phase("rollout"):
+                asked = time.monotonic()
+                delivery = rollout.next_batch(parts.check_stop)
+                waited = time.monotonic() - asked
+            with parts.clock.phase("update"):
+                first, steps, measured = update_policy(parts, run, scorer, delivery.trajectories)
+            run.update += 1
+            check_steps(parts, run, steps, first.host)
+            write_episodes(parts, run.update, delivery.trajectories, first)
+            seconds = time.monotonic() - began
+            values = describe_update(
+                delivery.trajectories,
+                first.layout,
+                parts.shape,
+                version=run.update - 1,
+                engine=delivery.engine,
+                credit=jax.device_get(first.credit.metrics),
+                steps=steps,
+                seconds=seconds,
+            )
+            values |= measured | delivery.metrics | {"recompiles": parts.compiles.count - compiled}
+            values["learning_rate"] = float(parts.schedule(run.state.step))
+            values["learner_idle"] = waited / seconds
+            finish_update(parts, run, delivery, values, incidents)
+
+
+def update_policy(
+    parts: Parts, run: RunState, scorer: Scorer, trajectories: Sequence[Trajectory]
+) -> tuple[Pass, list[dict[str, Any]], dict[str, float]]:
+    """Score the episodes, assign credit and make the optimizer steps.
+
+    Returns:
+      The first pass over the batch, the metrics of each optimizer step, and what the scorer measured.
+    """
+    config, learner = parts.config, parts.learner
+    split = functools.partial(split_batch, parts, run.update, trajectories)
+    host_batch, layout = split(0)
+    batch = learner.put(host_batch)
+    # Scored before any optimizer step: the old log-probs are those of the weights before the update.
+    own, measured = scorer.score(run.state.params, run.reference, batch, layout, run.update)
+    check_gap(config, run.update, measured)
+    scores = scorer.choose(batch, own)
+    credit = learner.credit(batch, scores)
+    first, steps = Pass(host_batch, layout, batch, scores, credit), []
+    for state, metrics in optimize(learner, run.state, first, split, config.train.epochs):
+        run.state = state
+        steps.append(metrics)
+        if config.train.max_lag:
+            # On a shared device the engine would wait behind all steps that are queued.
+            jax.block_until_ready(metrics)
+    # One transfer after all steps: reading each step's metrics would stall the device in between.
+    steps = jax.device_get(steps)
+    measured |= scorer.measure_drift(run.state.params, run.reference, first, own, run.update)
+    return first, steps, measured
 
 
 def write_episodes(parts: Parts, update: int, trajectories: Sequence[Trajectory], first: Pass) -> None:
@@ -262,14 +287,14 @@ def split_batch(
 def finish_update(
     parts: Parts,
     run: RunState,
-    trajectories: Sequence[Trajectory],
+    delivery: Delivery,
     values: dict[str, float],
     incidents: IncidentMeter,
 ) -> None:
     """Count an update's episodes and mark the boundary after it; then conclude the update."""
-    run.record.count(trajectories, parts.source.outcomes)
+    run.record.count(delivery.trajectories, delivery.outcomes)
     if run.update % parts.config.log.every == 0:
-        values |= incidents.take()
+        values |= incidents.take(delivery.outcomes, delivery.incidents)
     # Marked before the evaluation: a stop or an error in it costs neither the update nor its line of metrics.
     run.record.unlogged = {name: float(value) for name, value in values.items()}
     mark_boundary(parts, run)
@@ -405,13 +430,14 @@ def evaluate(parts: Parts, run: RunState, when: str) -> Evaluation:
     """Evaluate the current weights on the held-out panel; ``before`` and ``after`` go into the summary."""
     evaluator, progress = parts.evaluator, parts.progress
     with parts.clock.phase("eval"):
-        if when == "during":  # the display stays with the RL phase
-            result = evaluator.run(run.state.params, run.update, check=parts.check_stop)
-        else:
+        if when != "during":  # else the display stays with the RL phase
             progress.phase(f"evaluation ({when})", evaluator.num_tasks, "tasks")
-            result = evaluator.run(
-                run.state.params, run.update, advance=progress.advance, check=parts.check_stop
-            )
+        advance = progress.advance if when != "during" else lambda n, values: None
+        play = functools.partial(
+            evaluator.run, run.state.params, run.update, advance=advance, check=parts.check_stop
+        )
+        # One thread at a time uses the environment workers, and that is the rollout thread while it runs.
+        result = parts.rollout.call(play)
     if when != "during":
         run.record.panels[when] = PanelResult(run.update, result.metrics, result.wins)
     progress.message(f"{when}: {describe_success(result, evaluator.num_tasks)}")

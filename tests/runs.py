@@ -54,7 +54,7 @@ TINY = [
 ]
 HOUSE = ["env.name=null", "env.entry_point=tests.houses:HOUSE"]
 # What may differ between two runs that did the same.
-TIMES = ("time", "tokens_per_second")
+TIMES = ("time", "tokens_per_second", "learner_idle", "rollout_idle", "publish_pause")
 
 
 def configure(run_dir, *overrides):

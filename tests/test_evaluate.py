@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, Interrupted
 from empg_jax.evaluate import evaluate_run
 from empg_jax.rollout.evaluator import summarize
-from empg_jax.rollout.source import Interrupted
 from empg_jax.run import assembly
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.types import Outcome, Status

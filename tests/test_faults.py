@@ -230,7 +230,7 @@ def test_a_hang_or_a_dead_worker_costs_its_episode(tmp_path, trouble, opened):
     diary = tmp_path / "diary"
     options = [f"env.options.trouble={trouble}", "env.options.times=1", f"env.options.diary={diary}"]
     run = runs.train(tmp_path / "run", *HOUSE, *options, "workers.step_timeout=0.5", "eval.tasks=1")
-    stats = opened.runs[0][0].source.collector.pool.stats
+    stats = opened.runs[0][0].rollout.collector.pool.stats
     assert stats.failures == {{"hang": "timeout", "kill": "worker_died"}[trouble]: 1}
     assert stats.restarts == 1
     reason = {"hang": "timeout", "kill": "worker_died"}[trouble]
@@ -245,19 +245,19 @@ def test_a_hang_or_a_dead_worker_costs_its_episode(tmp_path, trouble, opened):
 
 def test_a_worker_killed_from_outside_costs_at_most_its_episode(tmp_path, opened):
     def change(parts):
-        pool, asked = parts.source.collector.pool, iter(range(1000))
-        real = parts.should_stop
+        pool, rounds = parts.rollout.collector.pool, iter(range(1000))
+        advance = parts.rollout.collector.advance
 
         def kill_now_and_then():
-            if next(asked) in (3, 5):
+            if next(rounds) in (3, 5):
                 os.kill(pool.worker_pids()[0], signal.SIGKILL)
-            return real()
+            return advance()
 
-        return dataclasses.replace(parts, should_stop=kill_now_and_then)
+        parts.rollout.collector.advance = kill_now_and_then
 
     opened.changes.append(change)
     run = runs.train(tmp_path / "run", *HOUSE)
-    stats = opened.runs[0][0].source.collector.pool.stats
+    stats = opened.runs[0][0].rollout.collector.pool.stats
     assert stats.restarts == 2 and sum(stats.failures.values()) <= 2
     assert told(run, "worker_restarted", "reason") == [("worker_died",)] * 2
     lines = read_metrics(run / "metrics.jsonl")
@@ -285,15 +285,15 @@ def test_a_task_that_never_works_is_given_up_and_told(tmp_path, opened):
 
 
 def _record(parts, collected):
-    """Keeps every trajectory that leaves the source."""
-    collect = parts.source.collect
+    """Keeps every trajectory that the learner gets."""
+    take = parts.rollout.next_batch
 
-    def collect_and_keep(*args):
-        batch = collect(*args)
-        collected.extend(batch)
-        return batch
+    def take_and_keep(check):
+        delivery = take(check)
+        collected.extend(delivery.trajectories)
+        return delivery
 
-    parts.source.collect = collect_and_keep
+    parts.rollout.next_batch = take_and_keep
 
 
 # ------------------------------------------------------------------------------------- the command line
@@ -389,14 +389,14 @@ def fail_at(update, error, where):
 
     def change(parts):
         if where == "rollout":
-            collect = parts.source.collect
+            advance = parts.rollout.collector.advance
 
-            def fail(version, should_stop):
-                if version == update:
+            def fail():
+                if parts.engine.version == update:
                     raise error("the engine is broken")
-                return collect(version, should_stop)
+                return advance()
 
-            parts.source.collect = fail
+            parts.rollout.collector.advance = fail
         else:
             run = parts.evaluator.run
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from empg_jax import trainer
+from empg_jax.errors import Interrupted
 from empg_jax.metrics import read_metrics
-from empg_jax.rollout.source import Interrupted
 from empg_jax.run.process import StopRequest
 from empg_jax.types import Outcome, Status
 from tests import runs

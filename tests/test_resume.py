@@ -9,6 +9,7 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.metrics import read_metrics
+from empg_jax.rollout.collector import Collector
 from empg_jax.run.process import StopRequest
 from tests import runs
 
@@ -21,38 +22,50 @@ def _compiled(tmp_path_factory):
         yield
 
 
-class CountedStop(StopRequest):
-    """Gets a real SIGTERM when it is asked for the ``at``-th time; counts the questions."""
+class Moments:
+    """Counts the updates of the warm start and the rounds of training episodes: they do not depend on time.
 
-    at, asked = None, 0
+    Attributes:
+      at: the moment at which the process gets a real SIGTERM; None is never.
+    """
 
-    def __call__(self):
-        CountedStop.asked += 1
-        if CountedStop.asked == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().__call__()
+    at, passed = None, 0
+
+    def __init__(self, patch):
+        self.count_before(patch, StopRequest, "__call__", lambda stop: True)  # asked by the warm start only
+        self.count_before(patch, Collector, "advance", lambda collector: collector._stream == 0)
+
+    def count_before(self, patch, kind, name, is_counted):
+        method = getattr(kind, name)
+
+        def counted(this):
+            if is_counted(this):
+                self.passed += 1
+                if self.passed == self.at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return method(this)
+
+        patch.setattr(kind, name, counted)
 
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Runs are stopped at the given question."""
+    """Runs are stopped at the given moment, counted from now."""
+    moments = Moments(monkeypatch)
 
     def set_stop(at):
-        monkeypatch.setattr(CountedStop, "at", at)
-        monkeypatch.setattr(CountedStop, "asked", 0)
+        moments.at, moments.passed = at, 0
 
-    monkeypatch.setattr(trainer, "StopRequest", CountedStop)
     return set_stop
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that was never stopped, and how often it looked whether it should."""
+    """The run that was never stopped, and the number of its moments."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "StopRequest", CountedStop)
-        patch.setattr(CountedStop, "asked", 0)
+        moments = Moments(patch)
         run = runs.train(tmp_path_factory.mktemp("resume") / "whole", *STEADY)
-        return run, CountedStop.asked
+        return run, moments.passed
 
 
 def assert_same(run, other):
@@ -72,9 +85,9 @@ def test_the_same_run_twice_is_the_same(whole, tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.12, 0.3, 0.6, 1.0])
 def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, share):
-    """The first questions are asked in the warm start, the others in the middle of collection."""
-    run, asked = whole
-    stop_at(max(1, round(share * asked)))
+    """The first moments are in the warm start, the others in the middle of collection."""
+    run, count = whole
+    stop_at(max(1, round(share * count)))
     with pytest.raises(trainer.Stopped, match="stopped by signal 15; go on with: empg-jax train --resume"):
         runs.train(tmp_path / "run", *STEADY)
     stop_at(None)

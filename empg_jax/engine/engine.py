@@ -181,9 +181,13 @@ class Engine:
         Raises:
           RuntimeError: a response is in progress.
         """
+        self.swap(self.place(params), version)
+
+    def swap(self, placed: Params, version: int) -> None:
+        """Make weights live that `place` has put on this engine's devices; otherwise as `load`."""
         if self.has_work:
-            raise RuntimeError("Engine.load in the middle of a turn: step the engine until has_work is False")
-        self._params = combine(self.base, self.place(params))
+            raise RuntimeError("Engine.swap in the middle of a turn: step the engine until has_work is False")
+        self._params = combine(self.base, placed)
         # Keys and values of the old weights must not be mixed with those of the new ones.
         self._kv_length[:] = 0
         self.version = version

@@ -57,6 +57,7 @@ def describe_update(
         left_out += values[f"{guard}_steps"]
     values |= {name: float(value) for name, value in credit.items()}
     num_tokens = sum(len(turn.response_tokens) for turn in turns)
+    ages = np.array([version - turn.version for turn in turns])
     values |= {
         "success_rate": float(np.mean([t.is_success for t in trajectories])),
         "episode_return": float(np.mean([t.episode_return for t in trajectories])),
@@ -65,7 +66,8 @@ def describe_update(
         "segments_per_episode": layout.num_segments / len(trajectories),
         "invalid_actions": float(np.mean([not turn.is_valid for turn in turns])),
         "episodes_trained": float(len(trajectories)),
-        "lag": float(np.mean([version - turn.version for turn in turns])),
+        "lag": float(ages.mean()),
+        "lag_max": float(ages.max()),
         "tokens_sampled": float(engine.sampled_tokens),
         "optimizer_steps": len(steps) - left_out,
         "tokens_trained": float(round(num_tokens * values["correction_kept"])),
@@ -75,6 +77,7 @@ def describe_update(
         "packing_efficiency": layout.num_tokens / (layout.num_rows * shape.row_tokens),
         "seconds_cycle": seconds,
     }
+    values |= {f"lag_share_{age}": float(np.mean(ages == age)) for age in np.unique(ages)}
     for name in sorted({name for t in trajectories for name in t.metrics}):
         values[f"env_{name}"] = float(np.mean([t.metrics[name] for t in trajectories if name in t.metrics]))
     return values

@@ -37,8 +37,13 @@ class Collector:
       seed: seed handed to ``env.reset``.
       stream: first number of the sampling ids (0: training, 1: evaluation).
       first_handle: the pool's handle of slot 0, where several collectors share a pool.
-      episode_timeout: seconds after which an episode is given up.
+      episode_timeout: seconds after which an episode is given up. Only time inside `advance` counts: an
+        episode does not age while nobody serves it.
       is_deterministic: use a barrier per turn.
+      timer: a monotonic clock, in seconds.
+
+    Attributes:
+      served: seconds spent in `advance` so far.
     """
 
     def __init__(
@@ -55,15 +60,18 @@ class Collector:
         first_handle: int = 0,
         episode_timeout: float = 300.0,
         is_deterministic: bool = False,
+        timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.pool = engine, pool
         self._make_context, self._parser, self._decode, self._rules = make_context, parser, decode, rules
         self._seed, self._stream, self._first_handle = seed, stream, first_handle
         self._episode_timeout = episode_timeout
-        self._is_deterministic = is_deterministic
+        self._is_deterministic, self._timer = is_deterministic, timer
+        self.served = 0.0
+        self._handles = range(first_handle, first_handle + engine.config.slots)
         self._queue: collections.deque[Attempt] = collections.deque()
         self._episodes: dict[int, Episode] = {}
-        self._started: dict[int, float] = {}
+        self._started: dict[int, float] = {}  # by slot, on the clock of `served`
         self._free = list(range(engine.config.slots))[::-1]
         self._waiting: set[int] = set()  # slots whose environment owes an answer
 
@@ -76,15 +84,15 @@ class Collector:
         """Queue attempts; each starts as soon as a slot is free."""
         self._queue.extend(attempts)
 
-    def cancel(self, group_id: int) -> list[Attempt]:
-        """Give up the unfinished attempts of a group; return them."""
-        dropped = [attempt for attempt in self._queue if attempt.group_id == group_id]
+    def cancel(self, group_id: int) -> int:
+        """Give up the unfinished attempts of a group; return the number of their sampled tokens."""
+        wasted = 0
         self._queue = collections.deque(a for a in self._queue if a.group_id != group_id)
         for slot, episode in list(self._episodes.items()):
             if episode.attempt.group_id == group_id:
-                dropped.append(episode.attempt)
+                wasted += episode.num_tokens
                 self._free_slot(slot)
-        return dropped
+        return wasted
 
     def cancel_all(self) -> None:
         """Give up everything in flight."""
@@ -94,10 +102,12 @@ class Collector:
 
     def advance(self) -> list[tuple[Attempt, Trajectory]]:
         """Run one round: start episodes, take environment answers, decode a burst; return ended episodes."""
+        began, base = self._timer(), self.served
         finished: list[tuple[Attempt, Trajectory]] = []
         self._start_episodes()
         for reply in self._take_replies():
             finished.extend(self._on_reply(reply))
+        self.served = base + self._timer() - began
         finished.extend(self._expire())
         responses = self.engine.step(is_eager=not self._is_deterministic)
         while self._is_deterministic and self.engine.has_work:
@@ -105,6 +115,7 @@ class Collector:
         # By slot, so that actions are sent in an order that does not depend on which response ended first.
         for response in sorted(responses, key=lambda r: r.slot):
             self._on_response(response)
+        self.served = base + self._timer() - began
         return finished
 
     def settle(self) -> None:
@@ -117,7 +128,7 @@ class Collector:
         while self._queue and self._free:
             slot, attempt = self._free.pop(), self._queue.popleft()
             self._episodes[slot] = Episode(attempt, self._make_context(), self._parser, self._rules)
-            self._started[slot] = time.monotonic()
+            self._started[slot] = self.served
             self.pool.reset(
                 self._first_handle + slot, seed=self._seed, split=attempt.split, index=attempt.task
             )
@@ -128,13 +139,15 @@ class Collector:
         if not self._waiting:
             return []
         # A busy engine must not idle for answers; it decodes on and looks again after the burst.
-        replies = self.pool.poll(0.0 if self.engine.has_work and not self._is_deterministic else 1.0)
+        is_busy = self.engine.has_work and not self._is_deterministic
+        replies = self.pool.poll(0.0 if is_busy else 1.0, within=self._handles)
         owed = len(self._waiting)
         deadline = time.monotonic() + GATHER_SECONDS
         while len(replies) < owed and (
             self._is_deterministic or (not self.engine.has_work and time.monotonic() < deadline)
         ):
-            replies += self.pool.poll(1.0 if self._is_deterministic else GATHER_SECONDS)
+            wait = 1.0 if self._is_deterministic else GATHER_SECONDS
+            replies += self.pool.poll(wait, within=self._handles)
         return sorted(replies, key=lambda reply: reply.handle)
 
     def _on_reply(self, reply: EnvReply) -> Iterator[tuple[Attempt, Trajectory]]:
@@ -179,7 +192,7 @@ class Collector:
         self._waiting.add(response.slot)
 
     def _expire(self) -> Iterator[tuple[Attempt, Trajectory]]:
-        limit = time.monotonic() - self._episode_timeout
+        limit = self.served - self._episode_timeout
         for slot in [slot for slot, started in self._started.items() if started < limit]:
             episode = self._episodes[slot]
             self._free_slot(slot)

@@ -62,6 +62,11 @@ class Episode:
         """Number of responses so far."""
         return len(self._turns)
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens sampled in the turns so far."""
+        return sum(len(turn.response_tokens) for turn in self._turns)
+
     def on_reset(self, observation: str, info: Mapping[str, Any]) -> PromptDelta:
         """Take the environment's first observation; return the first prompt."""
         self._observation, self._info = observation, info

@@ -11,7 +11,7 @@ from empg_jax.engine.engine import Engine
 from empg_jax.errors import RunError
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.episode import Attempt, tell_discarded
-from empg_jax.rollout.source import MAX_RETRIES
+from empg_jax.rollout.ledger import MAX_RETRIES
 from empg_jax.types import Params, Trajectory
 from empg_jax.workers.faults import Tell, tell_nobody
 

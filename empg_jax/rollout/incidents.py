@@ -1,45 +1,46 @@
-"""Counts of faults since the last line of metrics, as numbers for the next line."""
+"""Counts of faults and waste: since the start of a run, and since the last line of metrics."""
 
 from __future__ import annotations
 
 import collections
+from collections.abc import Mapping
 
-from empg_jax.rollout.source import GroupSource
+from empg_jax.rollout.ledger import Ledger
+from empg_jax.workers.pool import EnvPool
+
+
+def count_incidents(ledger: Ledger, pool: EnvPool) -> dict[str, int]:
+    """Count what went wrong since the start, by metric name; `tasks_quarantined` is the present number."""
+    return {
+        "worker_restarts": pool.stats.restarts + pool.stats.recycled,
+        "episodes_recovered": pool.stats.recovered,
+        "groups_failed": ledger.counts["groups_failed"],
+        "tokens_wasted": ledger.counts["tokens_wasted"],
+        "tasks_quarantined": len(pool.quarantined()),
+    }
 
 
 class IncidentMeter:
     """A meter that turns counts since the start of a run into counts since the last call.
 
     Args:
-      source: the source of training episodes; the meter also reads its pool and its buffer.
+      outcomes: episodes that had ended before, by ``status:reason``.
+      incidents: as `count_incidents` returns them.
     """
 
-    def __init__(self, source: GroupSource) -> None:
-        self._source = source
-        self._outcomes, self._counts = self._read()
+    def __init__(self, outcomes: Mapping[str, int], incidents: Mapping[str, int]) -> None:
+        self._outcomes, self._incidents = collections.Counter(outcomes), dict(incidents)
 
-    def take(self) -> dict[str, float]:
+    def take(self, outcomes: Mapping[str, int], incidents: Mapping[str, int]) -> dict[str, float]:
         """Return the counts since the last call, by metric name; the first call counts from construction."""
-        outcomes, counts = self._read()
         ended: collections.Counter[str] = collections.Counter()
-        for key, count in (outcomes - self._outcomes).items():
+        for key, count in (collections.Counter(outcomes) - self._outcomes).items():
             status, _, reason = key.partition(":")
             ended[f"outcome_{reason}"] += count
             ended["episodes_discarded"] += count if status == "discarded" else 0
-        values = {name: float(count - self._counts[name]) for name, count in counts.items()}
+        values = {name: float(count - self._incidents[name]) for name, count in incidents.items()}
+        values["tasks_quarantined"] = float(incidents["tasks_quarantined"])
         # Zero by default: a metric that appears only after a fault would be missing from the plots.
         values |= {"episodes_discarded": 0.0} | {name: float(count) for name, count in ended.items()}
-        values["tasks_quarantined"] = float(len(self._source.collector.pool.quarantined()))
-        self._outcomes, self._counts = outcomes, counts
+        self._outcomes, self._incidents = collections.Counter(outcomes), dict(incidents)
         return values
-
-    def _read(self) -> tuple[collections.Counter[str], dict[str, int]]:
-        """Read the outcomes of episodes, and all other counts, since the start."""
-        stats = self._source.collector.pool.stats
-        counts = {
-            "worker_restarts": stats.restarts + stats.recycled,
-            "episodes_recovered": stats.recovered,
-            "groups_stale": self._source.buffer.stats.stale_groups,
-            "groups_failed": self._source.failed_groups,
-        }
-        return collections.Counter(self._source.outcomes), counts

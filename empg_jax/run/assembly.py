@@ -41,7 +41,9 @@ from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.context import ContextFactory, make_context
 from empg_jax.rollout.episode import EpisodeRules
 from empg_jax.rollout.evaluator import Evaluator
-from empg_jax.rollout.source import GroupFilter
+from empg_jax.rollout.ledger import Ledger
+from empg_jax.rollout.order import TaskOrder
+from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.environment import find_spec, reads_bytes
 from empg_jax.text.builtin import BYTES, build_byte_tokenizer, build_phrase_tokenizer
 from empg_jax.text.chat import ChatRenderer
@@ -292,11 +294,28 @@ def make_evaluator(
     return Evaluator(collector, engine, split=split, num_tasks=num_tasks, tell=pool.tell)
 
 
-def make_group_filter(config: Config) -> GroupFilter | None:
-    """Make the limit of dynamic sampling; None where it is switched off."""
-    if not config.rollout.filter_groups:
-        return None
-    return GroupFilter(config.rollout.max_refills)
+def make_rollout(config: Config, engine: Engine, pool: EnvPool, language: Language) -> RolloutThread:
+    """Build the thread that plays the training episodes, with its ledger.
+
+    Raises:
+      ConfigError: the environment has no such split.
+    """
+    r, split = config.rollout, config.env.split
+    if split not in pool.splits:
+        raise ConfigError(f"env.split={split} does not exist; the environment has {', '.join(pool.splits)}")
+    ledger = Ledger(
+        TaskOrder(split, pool.splits[split], config.seed),
+        group_size=r.group_size,
+        groups_per_update=r.tasks_per_update,
+        max_lag=config.train.max_lag,
+        updates=config.train.updates,
+        min_group_size=r.min_group_size,
+        group_timeout=r.episode_timeout,
+        max_refills=r.max_refills if r.filter_groups else None,
+        tell=pool.tell,
+    )
+    collector = make_collector(config, engine, pool, language, stream=0)
+    return RolloutThread(collector, ledger, is_repeatable=r.deterministic)
 
 
 def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe:

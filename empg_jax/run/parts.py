@@ -14,7 +14,6 @@ import jax
 import optax
 
 from empg_jax.engine.engine import Engine
-from empg_jax.errors import ConfigError
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.fingerprint import TEXT, checksum, text_logprob
 from empg_jax.learner.state import TrainState, init_state, restart_optimizer, state_shapes
@@ -25,20 +24,18 @@ from empg_jax.parallel.mesh import make_mesh
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import RunRecord
-from empg_jax.rollout.buffer import ReplayBuffer
 from empg_jax.rollout.evaluator import Evaluator
-from empg_jax.rollout.source import GroupSource, TaskOrder
+from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.assembly import (
     Language,
     make_algorithm_from,
     make_batch_shape,
-    make_collector,
     make_engine,
     make_evaluator,
-    make_group_filter,
     make_language,
     make_model,
     make_rl_optimizer,
+    make_rollout,
     needs_reference,
 )
 from empg_jax.run.checkpoint import Checkpoints, Restored, check_base
@@ -46,7 +43,6 @@ from empg_jax.run.folder import add_run_info
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
 from empg_jax.run.weights import make_base, make_params
 from empg_jax.types import Params, Trajectory
-from empg_jax.workers.faults import Tell
 from empg_jax.workers.pool import EnvPool
 
 if TYPE_CHECKING:
@@ -64,7 +60,7 @@ class Parts:
     learner: Learner
     shape: BatchShape
     schedule: optax.Schedule
-    source: GroupSource
+    rollout: RolloutThread
     evaluator: Evaluator
     checkpoints: Checkpoints
     progress: Progress
@@ -88,8 +84,8 @@ class Boundary:
       config: the resolved configuration, in YAML.
       record: the run's totals at that moment.
       seconds: wall seconds by phase.
-      source: progress of the groups (`GroupSource.snapshot`).
-      trajectories: content of the replay buffer.
+      ledger: progress of the groups (`Ledger.cut`).
+      trajectories: episodes that are finished and not consumed.
     """
 
     update: int = 0
@@ -97,7 +93,7 @@ class Boundary:
     config: str = ""
     record: RunRecord = dataclasses.field(default_factory=RunRecord)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ledger: dict[str, Any] = dataclasses.field(default_factory=dict)
     trajectories: list[Trajectory] = dataclasses.field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -108,7 +104,7 @@ class Boundary:
             "config": self.config,
             "record": self.record.as_json(),
             "seconds": self.seconds,
-            "source": self.source,
+            "ledger": self.ledger,
         }
 
     @classmethod
@@ -181,7 +177,7 @@ def open_run(
         learner, schedule, state = _start_learner(config, model, shape, stop.check)
         engines = _start_engines(config, learner, language, state.params, stop.check)
         engine, eval_engine = engines
-        source = _make_source(config, engine, pool, language, tell=events.tell)
+        rollout = make_rollout(config, engine, pool, language)
         evaluator = make_evaluator(config, eval_engine, pool, language, first_handle=engine.config.slots)
     if config.model.path is not None:
         announce_model(config, run_dir, learner, language, state.params, say=progress.message)
@@ -190,7 +186,7 @@ def open_run(
     if is_resumed:
         restored = restore_state(config, checkpoints, learner, step)
         check_base(restored.progress.get("base"), base_checksum)
-        run = _go_on(restored, source, clock)
+        run = _go_on(restored, rollout, clock)
         events.update = run.update
         run.reference = _find_reference(config, run, checkpoints, learner)
         progress.message(f"resumed at update {run.update} of {config.train.updates}")
@@ -209,7 +205,7 @@ def open_run(
         learner=learner,
         shape=shape,
         schedule=schedule,
-        source=source,
+        rollout=rollout,
         evaluator=evaluator,
         checkpoints=checkpoints,
         progress=progress,
@@ -271,25 +267,6 @@ def _start_engines(
     return engine, eval_engine
 
 
-def _make_source(
-    config: Config, engine: Engine, pool: EnvPool, language: Language, *, tell: Tell
-) -> GroupSource:
-    if config.env.split not in pool.splits:
-        raise ConfigError(
-            f"env.split={config.env.split} does not exist; the environment has {', '.join(pool.splits)}"
-        )
-    return GroupSource(
-        make_collector(config, engine, pool, language, stream=0),
-        ReplayBuffer(group_size=config.rollout.group_size, max_lag=config.train.max_lag),
-        TaskOrder(config.env.split, pool.splits[config.env.split], config.seed),
-        groups_per_batch=config.rollout.tasks_per_update,
-        min_group_size=config.rollout.min_group_size,
-        group_timeout=config.rollout.episode_timeout,
-        group_filter=make_group_filter(config),
-        tell=tell,
-    )
-
-
 def announce_model(
     config: Config,
     run_dir: Path,
@@ -315,13 +292,13 @@ def has_begun(run_dir: Path, checkpoints: Checkpoints) -> bool:
     return bool(checkpoints.steps) or (log.exists() and log.stat().st_size > 0)
 
 
-def _go_on(restored: Restored, source: GroupSource, clock: PhaseClock) -> RunState:
-    """Make the state at the boundary of a checkpoint; set the source and the clock to the same point."""
+def _go_on(restored: Restored, rollout: RolloutThread, clock: PhaseClock) -> RunState:
+    """Make the state at the boundary of a checkpoint; set the ledger and the clock to the same point."""
     boundary = Boundary.from_restored(restored)
     for name, seconds in boundary.seconds.items():
         clock.seconds[name] = clock.seconds.get(name, 0.0) + seconds
     # A copy, because the run changes its record while the boundary must keep the old totals.
-    source.restore(boundary.source, boundary.trajectories)
+    rollout.restore(boundary.ledger, boundary.trajectories)
     record = copy.deepcopy(boundary.record)
     return RunState(
         restored.state,

@@ -15,7 +15,7 @@ from types import FrameType
 
 import jax
 
-from empg_jax.rollout.source import Interrupted
+from empg_jax.errors import Interrupted
 
 CACHE_FOLDER = "empg-jax/xla"  # below the user's cache folder
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"

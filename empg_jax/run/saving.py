@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from typing import Any
 
@@ -20,8 +21,6 @@ def mark_boundary(parts: Parts, run: RunState) -> None:
         config=parts.settings,
         record=copy.deepcopy(run.record),
         seconds=dict(parts.clock.seconds),
-        source=parts.source.snapshot(),
-        trajectories=parts.source.buffer.contents(),
     )
     run.marked = int(run.state.step)
 
@@ -29,7 +28,9 @@ def mark_boundary(parts: Parts, run: RunState) -> None:
 def save(parts: Parts, run: RunState) -> None:
     """Write a checkpoint of the last update boundary, unless the newest one on disk is the same."""
     with parts.clock.phase("checkpoint"):
-        boundary, progress = run.boundary, run.boundary.as_json()
+        ledger, trajectories = parts.rollout.cut(run.boundary.update)
+        boundary = dataclasses.replace(run.boundary, ledger=ledger, trajectories=trajectories)
+        progress = boundary.as_json()
         if _same(progress, run.saved):
             return
         kept = [step for step in (run.record.last_good, run.record.best_step) if step is not None]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from empg_jax.errors import Interrupted
 from empg_jax.learner.state import TrainState
 from empg_jax.metrics import MetricsLog
-from empg_jax.rollout.source import Interrupted
 from empg_jax.run.parts import Parts, RunState
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save
 from empg_jax.sft.examples import Examples, gather_examples

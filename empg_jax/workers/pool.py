@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import selectors
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from empg_jax.errors import nearest
@@ -191,12 +191,13 @@ class EnvPool:
         if episode.request is None:  # an unanswered command is no evidence about the task
             self._ledger.record_success(episode.split, episode.index)
 
-    def poll(self, timeout: float | None = None) -> list[EnvReply]:
+    def poll(self, timeout: float | None = None, *, within: range | None = None) -> list[EnvReply]:
         """Send the queued commands, wait for answers and return all that have arrived.
 
         Args:
           timeout: seconds to wait for the first answer; None waits without limit while a command is
           unanswered.
+          within: take only answers to these handles; those to others wait for their own caller.
 
         Returns:
           Answers and failures, in the order of arrival; empty after the timeout, or when no command is
@@ -211,14 +212,15 @@ class EnvPool:
         self._wait(0.0)  # notice a worker that died in the meantime before something is sent to it
         while True:
             self._pump()
-            if self._ready or not self._waiting:
+            if _any_of((reply.handle for reply in self._ready), within) or not _any_of(self._waiting, within):
                 break
             left = end - time.monotonic()
             if left <= 0.0:
                 break
             self._wait(min(left, MAX_WAIT))
         self._ledger.check()
-        replies, self._ready = self._ready, []
+        replies = [reply for reply in self._ready if within is None or reply.handle in within]
+        self._ready = [reply for reply in self._ready if within is not None and reply.handle not in within]
         self.stats.replies += len(replies)
         return replies
 
@@ -292,3 +294,8 @@ class EnvPool:
             raise ValueError(f"unknown split {split!r}{nearest(split, self.splits)}; known: {known}")
         if not 0 <= index < self.splits[split]:
             raise ValueError(f"task {split}/{index} does not exist: {split!r} has {self.splits[split]} tasks")
+
+
+def _any_of(handles: Iterable[int], within: range | None) -> bool:
+    """Return whether there is a handle, within the range where one is given."""
+    return any(within is None or handle in within for handle in handles)

@@ -1,0 +1,285 @@
+"""The rollout thread: it plays episodes while the learner, in the main thread, computes.
+
+Two one-slot channels join the threads. The learner puts (weights, version) into the *mailbox*; the rollout
+thread takes them at a turn boundary. The rollout thread puts the next update's groups into the *outbox*. The
+rollout thread alone touches collector, engine, environment pool and ledger, until it has ended. Version ``u``
+of the weights consumes the groups of the first ``u`` updates: one message says both.
+
+With ``max_lag = 0`` the ledger admits nothing while the learner works, so both threads take turns: that is
+synchronous training by the same code.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from empg_jax.engine.engine import Engine, EngineStats
+from empg_jax.rollout.collector import Collector
+from empg_jax.rollout.incidents import count_incidents
+from empg_jax.rollout.ledger import Ledger, Reserved
+from empg_jax.types import Params, Trajectory
+
+WAKE_SECONDS = 0.2  # between two looks of a waiting learner at requests to stop
+
+Cut = tuple[dict[str, Any], list[Trajectory]]
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Delivery:
+    """The groups of one update, with what happened since the delivery before.
+
+    Attributes:
+      update: number of the update, from 0.
+      trajectories: its episodes, sorted by (group, member).
+      metrics: numbers of the time since the delivery before, by metric name.
+      engine: the engine's counts since then.
+      outcomes: episodes that ended since the start of the run, by ``status:reason``.
+      incidents: faults since the start of the run, by metric name.
+    """
+
+    update: int
+    trajectories: list[Trajectory]
+    metrics: dict[str, float]
+    engine: EngineStats
+    outcomes: dict[str, int]
+    incidents: dict[str, int]
+
+
+class RolloutThread:
+    """The thread that plays episodes, and what the learner's thread asks of it.
+
+    Used as a context manager: the thread lives inside the block. An error in the thread is raised, with its
+    own traceback, by the learner's next call.
+
+    Args:
+      collector: plays the attempts, on the engine and the environment pool.
+      ledger: decides which groups are played and trained on.
+      is_repeatable: `cut` answers with the ledger as it was when the newest weights were taken, so that what
+        a stopped run repeats does not depend on the moment of the stop.
+    """
+
+    def __init__(self, collector: Collector, ledger: Ledger, *, is_repeatable: bool) -> None:
+        self.collector, self.ledger = collector, ledger
+        self._is_repeatable = is_repeatable
+        self._version: int | None = None  # of the weights taken since the thread started
+        self._at_commit: Cut | None = None  # the ledger at that moment
+        self._changed = threading.Condition()  # guards what follows
+        self._mailbox: tuple[Params, int] | None = None
+        self._outbox: Delivery | None = None
+        self._calls: collections.deque[_Call[Any]] = collections.deque()
+        self._error: BaseException | None = None
+        self._is_stopping = False
+        self._thread: threading.Thread | None = None
+        self._idle = self._paused = 0.0  # seconds since the last delivery
+        self._since = time.monotonic()
+
+    @property
+    def engine(self) -> Engine:
+        """The sampler."""
+        return self.collector.engine
+
+    # --------------------------------------------------------------------- the learner's side
+
+    def __enter__(self) -> RolloutThread:
+        self._is_stopping, self._error = False, None
+        self._version = self._mailbox = self._outbox = None
+        self._since = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._thread is not None
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._thread = None
+        # What is in flight is lost, and starts again where the run goes on.
+        self.collector.cancel_all()
+
+    def publish(self, params: Params, version: int) -> None:
+        """Hand over the weights after ``version`` updates; return when the learner may change its own.
+
+        Weights that the rollout thread has not taken yet are replaced.
+        """
+        placed = self.engine.place(params)
+        with self._changed:
+            self._mailbox = placed, version
+            self._changed.notify_all()
+
+    def next_batch(self, check: Callable[[], None] = lambda: None) -> Delivery:
+        """Wait for the groups of the next update.
+
+        Args:
+          check: called while waiting; it may raise to end the wait.
+        """
+        while True:
+            check()
+            with self._changed:
+                if self._outbox is None and self._error is None:
+                    self._changed.wait(WAKE_SECONDS)
+                self._raise_error()
+                if self._outbox is not None:
+                    delivery, self._outbox = self._outbox, None
+                    self._changed.notify_all()
+                    return delivery
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run a function between two rounds of the rollout thread; return its result, or raise its error.
+
+        Where the thread does not run, the function runs at once.
+        """
+        if self._thread is None:
+            return function()
+        call = _Call(function)
+        with self._changed:
+            self._calls.append(call)
+            self._changed.notify_all()
+            while not call.is_done:
+                self._raise_error()
+                self._changed.wait(WAKE_SECONDS)
+        return call.answer()
+
+    def cut(self, updates: int) -> Cut:
+        """Return the ledger as it belongs to the weights after ``updates`` updates; see `Ledger.cut`."""
+        return self.call(lambda: self._cut(updates))
+
+    def restore(self, values: dict[str, Any], trajectories: list[Trajectory]) -> None:
+        """Go on from a `cut`, before the thread starts."""
+        self.ledger.restore(values, trajectories, self.collector.served)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # --------------------------------------------------------------------- the rollout thread
+
+    def _run(self) -> None:
+        try:
+            while self._round():
+                pass
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _round(self) -> bool:
+        """Take what the learner sent, play one round, offer what is ready; return False at the end."""
+        with self._changed:
+            calls, self._calls = list(self._calls), collections.deque()
+            mail, self._mailbox = self._mailbox, None
+            is_stopping = self._is_stopping
+        if mail is not None:
+            self._take_weights(*mail)
+        for call in calls:
+            call.run()
+        if calls:
+            with self._changed:
+                self._changed.notify_all()
+        if is_stopping:
+            return False
+        if self._version is None:
+            self._rest()
+            return True
+        is_offered = self._offer()
+        self.ledger.admit(self._version, self.collector.served)
+        self._pass_on()
+        if self.collector.in_flight:
+            for attempt, trajectory in self.collector.advance():
+                self.ledger.finish(attempt, trajectory)
+            self.ledger.close_late(self.collector.served)
+            self._pass_on()
+        elif not is_offered:
+            self._rest()
+        return True
+
+    def _take_weights(self, placed: Params, version: int) -> None:
+        """Make weights live at a turn boundary; the groups of the updates that made them are consumed."""
+        began = time.monotonic()
+        self.collector.settle()
+        self.engine.swap(placed, version)
+        self.ledger.commit(version)
+        self._version = version
+        self._at_commit = self.ledger.cut(version) if self._is_repeatable else None
+        self._paused += time.monotonic() - began
+
+    def _offer(self) -> bool:
+        """Put the next update's groups into the outbox, if it is empty and they are complete."""
+        if self._outbox is not None:  # only this thread fills it
+            return False
+        reserved = self.ledger.reserve()
+        if reserved is None:
+            return False
+        delivery = self._describe(reserved)
+        with self._changed:
+            self._outbox = delivery
+            self._changed.notify_all()
+        return True
+
+    def _describe(self, reserved: Reserved) -> Delivery:
+        now = time.monotonic()
+        spent, self._since = max(now - self._since, 1e-9), now
+        times = {"rollout_idle": self._idle / spent, "publish_pause": self._paused}
+        self._idle = self._paused = 0.0
+        return Delivery(
+            reserved.update,
+            reserved.trajectories,
+            reserved.metrics | times,
+            self.engine.take_stats(),
+            dict(self.ledger.outcomes),
+            count_incidents(self.ledger, self.collector.pool),
+        )
+
+    def _pass_on(self) -> None:
+        """Give the ledger's wishes to the collector."""
+        for group_id in self.ledger.cancels:
+            self.ledger.waste(self.collector.cancel(group_id))
+        self.collector.admit(self.ledger.starts)
+        self.ledger.cancels, self.ledger.starts = [], []
+
+    def _rest(self) -> None:
+        """Wait for the learner: there is nothing to play."""
+        began = time.monotonic()
+        with self._changed:
+            was_full = self._outbox is not None
+            while not (self._mailbox or self._calls or self._is_stopping):
+                if was_full and self._outbox is None:  # it may be filled again
+                    break
+                self._changed.wait(WAKE_SECONDS)
+        self._idle += time.monotonic() - began
+
+    def _cut(self, updates: int) -> Cut:
+        if self._at_commit is not None and self._version == updates:
+            return self._at_commit
+        return self.ledger.cut(updates)
+
+
+class _Call(Generic[T]):
+    """A function that another thread runs, and its result or error."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._results: list[T] = []
+        self._error: BaseException | None = None
+        self.is_done = False
+
+    def run(self) -> None:
+        """Call the function."""
+        try:
+            self._results.append(self._function())
+        except BaseException as error:
+            self._error = error
+        self.is_done = True
+
+    def answer(self) -> T:
+        """Return the function's result, or raise its error."""
+        if self._error is not None:
+            raise self._error
+        return self._results[0]
