@@ -106,12 +106,30 @@ def test_so_is_one_in_a_file_of_ones_own(tmp_path, keys):
         load_config(tmp_path / "own.yaml")
 
 
-def test_old_samples_without_a_correction_are_said():
-    lag = ["train.max_lag=2", LEARNER]
-    (note,) = load_config("quickstart", lag).notes
-    assert "max_lag=2" in note and "correction.kind=tis" in note
-    for corrected in ("algorithm.correction.kind=tis", "algorithm.loss=decoupled_ppo"):
-        assert load_config("quickstart", [*lag, corrected]).notes == ()
+def test_samples_of_older_weights_are_corrected_by_default():
+    config = load_config("quickstart", ["train.max_lag=2"])
+    assert (config.algorithm.entropy_source, config.algorithm.correction.kind) == ("learner", "tis")
+    assert all("because train.max_lag=2" in note for note in config.notes) and len(config.notes) == 2
+    assert load_config("quickstart", ["train.max_lag=0"]).algorithm.correction.kind == "none"
+    for own in ("algorithm.correction.kind=mis", "algorithm.loss=decoupled_ppo"):
+        config = load_config("quickstart", ["train.max_lag=2", own])
+        assert [note.split(",")[0] for note in config.notes] == ["algorithm.entropy_source=learner"]
+        assert config.algorithm.correction.kind == ("mis" if "mis" in own else "none")
+    *_, note = load_config("quickstart", ["train.max_lag=2", "algorithm.correction.kind=none"]).notes
+    assert "max_lag=2" in note and "without a correction" in note
+
+
+def test_a_lag_of_the_file_with_the_samplers_entropies_is_refused(tmp_path):
+    (tmp_path / "own.yaml").write_text("algorithm: {entropy_source: engine}\ntrain: {max_lag: 1}\n")
+    with pytest.raises(ConfigError, match=r"entropy_source=engine needs on-policy data.*max_lag=1"):
+        load_config(tmp_path / "own.yaml")
+    (tmp_path / "own.yaml").write_text("algorithm: {entropy_source: learner}\ntrain: {max_lag: 1}\n")
+    assert load_config(tmp_path / "own.yaml").algorithm.correction.kind == "tis"
+
+
+def test_a_lag_and_repeatable_runs_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"rollout\.deterministic=true with train\.max_lag=1"):
+        load_config("quickstart", ["train.max_lag=1", "rollout.deterministic=true"])
 
 
 def test_lengths_and_units_that_cannot_be_are_refused():

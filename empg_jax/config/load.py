@@ -22,6 +22,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from empg_jax.algorithms.keys import flatten
 from empg_jax.config.algorithm import ALGORITHM_NAMES, NO_GROUP_BASELINE, AlgorithmConfig, Section
 from empg_jax.config.explain import explain, list_keys, list_literals
+from empg_jax.config.lag import has_lag, lag_notes, with_lag_defaults
 from empg_jax.config.model import MeshConfig, ModelConfig
 from empg_jax.config.overlay import check_command, overlay
 from empg_jax.config.sections import (
@@ -83,7 +84,7 @@ class Config(Section):
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user before the run: keys that were dropped, and risks."""
-        return (*self._notes, *_lag_note(self))
+        return (*self._notes, *lag_notes(self))
 
     def with_notes(self, lines: Iterable[str]) -> Config:
         """Return the same configuration with more notes."""
@@ -123,6 +124,17 @@ def _rollout_problems(config: Config) -> Iterator[str]:
         yield (
             f"rollout.min_group_size={rollout.min_group_size} must lie between {lowest} and "
             f"rollout.group_size={rollout.group_size}"
+        )
+    lag = config.train.max_lag
+    if algorithm.entropy_source == "engine" and lag > 0:
+        yield (
+            f"algorithm.entropy_source=engine needs on-policy data, but train.max_lag={lag}: "
+            "use train.max_lag=0 or algorithm.entropy_source=learner"
+        )
+    if rollout.deterministic and lag > 0:
+        yield (
+            f"rollout.deterministic=true with train.max_lag={lag}: when new weights arrive "
+            "depends on the clock there, so nothing would repeat; use train.max_lag=0"
         )
     if rollout.group_size == 1 and rollout.filter_groups:
         yield "rollout.filter_groups=true compares the attempts of a task, but rollout.group_size=1"
@@ -168,11 +180,6 @@ def _learner_problems(config: Config) -> Iterator[str]:
     if 0 < train.updates < train.warmup_updates:  # 0: a run of the warm start alone, which may go on later
         yield f"train.warmup_updates={train.warmup_updates} exceeds train.updates={train.updates}"
     yield from _length_problems(config)
-    if config.algorithm.entropy_source == "engine" and train.max_lag > 0:
-        yield (
-            f"algorithm.entropy_source=engine needs on-policy data, but train.max_lag={train.max_lag}: "
-            "use train.max_lag=0 or algorithm.entropy_source=learner"
-        )
 
 
 def _length_problems(config: Config) -> Iterator[str]:
@@ -191,17 +198,6 @@ def _length_problems(config: Config) -> Iterator[str]:
             "algorithm.ratio_unit=trajectory with env.context=window: a trajectory is spread over many "
             "rows there, "
             "and a ratio sees one row; use algorithm.ratio_unit=turn or segment"
-        )
-
-
-def _lag_note(config: Config) -> Iterator[str]:
-    """Yield a note when older samples are trained on without a correction, which is allowed."""
-    algorithm = config.algorithm
-    corrected = algorithm.correction.kind != "none" or algorithm.loss == "decoupled_ppo"
-    if config.train.max_lag > 0 and not corrected:
-        yield (
-            f"train.max_lag={config.train.max_lag} trains on samples of older weights without a correction: "
-            "algorithm.correction.kind=tis (or mis), or algorithm.loss=decoupled_ppo corrects for that"
         )
 
 
@@ -242,6 +238,14 @@ def load_config(
         )
         notes += dropped
     try:
+        if has_lag(values):
+            is_of_command = any(override.strip().startswith("train.max_lag") for override in overrides)
+            chosen = (commanded if is_of_command else values.get("algorithm")) or {}
+            is_given = "entropy_source" in chosen
+            values, changed = with_lag_defaults(
+                values, Config.model_validate, is_entropy_source_given=is_given
+            )
+            notes += changed
         config = Config.model_validate(values)
         # Defaults are no settings in a file, but a command's key that has no effect is a mistake even then.
         if idle := list(check_command(config.algorithm, commanded)):

@@ -163,9 +163,9 @@ def test_cancelled_attempts_leave_no_trace():
         collector = make_collector(engine, pool)
         collector.admit([*attempts(2), *attempts(2), *attempts(1)])
         collector.advance()
-        dropped = collector.cancel(0)
-        assert [a.group_id for a in dropped] == [0, 0, 0]  # one was running, two were queued
-        assert collector.in_flight == 2
+        in_flight = collector.in_flight
+        wasted = collector.cancel(0)
+        assert wasted >= 0 and collector.in_flight == in_flight - 3  # one was running, two were queued
         ended = [a.group_id for _ in range(60) for a, _ in collector.advance()]
         assert ended == [1, 1] and not engine.has_work
         collector.admit(attempts(3))
@@ -173,6 +173,44 @@ def test_cancelled_attempts_leave_no_trace():
         collector.cancel_all()
         assert collector.in_flight == 0 and not engine.has_work
         assert sorted(run(collector, attempts(4))) == [0, 1, 2, 3]
+
+
+def test_the_sampled_tokens_of_cancelled_attempts_are_counted():
+    with open_pool(length=50) as pool:
+        collector = make_collector(ScriptedEngine(slots=1), pool)
+        collector.admit(attempts(1))
+        while (episode := collector._episodes.get(0)) is None or episode.num_turns < 3:
+            collector.advance()
+        assert collector.cancel(0) == 3 * 2
+
+
+def test_an_episode_does_not_age_while_nobody_serves_it():
+    """The clock jumps an hour between two rounds, as in an update of the learner, and not in a round."""
+    now = itertools.count(0.0, 1e-6)
+    jumps = [0.0]
+    with open_pool(length=3) as pool:
+        collector = make_collector(
+            ScriptedEngine(slots=2), pool, episode_timeout=60.0, timer=lambda: next(now) + jumps[0]
+        )
+        collector.admit(attempts(2))
+        found = []
+        while collector.in_flight:
+            found += collector.advance()
+            jumps[0] += 3600.0
+        assert [outcome(t) for _, t in found] == [(Status.TRAINED, "won")] * 2
+        assert collector.served < 1.0
+
+
+def test_two_collectors_share_a_pool_and_each_gets_its_own_answers():
+    with open_pool(length=3) as pool:
+        first = make_collector(ScriptedEngine(slots=2), pool)
+        second = make_collector(ScriptedEngine(slots=2), pool, first_handle=2)
+        first.admit(attempts(2))
+        while len(first.engine.submitted) < 2:
+            first.advance()
+        first.settle()  # two answers of environments are on their way, and the second takes over
+        assert sorted(run(second, attempts(3))) == [0, 1, 2]
+        assert sorted(run(first, [])) == [0, 1]
 
 
 def test_settling_ends_responses_and_begins_none():

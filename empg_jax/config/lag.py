@@ -1,0 +1,61 @@
+"""Defaults of training on samples of older weights, ``train.max_lag`` above 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from empg_jax.config.load import Config
+
+
+def has_lag(values: Mapping[str, Any]) -> bool:
+    """Return whether values as read set ``train.max_lag`` above 0."""
+    train = values.get("train")
+    lag = train.get("max_lag") if isinstance(train, Mapping) else None
+    return isinstance(lag, int) and lag > 0
+
+
+def with_lag_defaults(
+    values: dict[str, Any], check: Callable[[dict[str, Any]], Config], *, is_entropy_source_given: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Correct for the sampler's age, unless the user decided otherwise.
+
+    Without a correction of its own, the algorithm gets truncated importance sampling. Entropies come from the
+    learner's score pass: those of the sampler belong to older weights.
+
+    Args:
+      values: the file with the command's overrides, as read; they set a lag.
+      check: checks values and makes the configuration; it raises where they cannot be used.
+      is_entropy_source_given: the user set ``algorithm.entropy_source`` for this lag, so it is not changed.
+
+    Returns:
+      The values with these defaults, and a note on each.
+    """
+    algorithm, notes = dict(values.get("algorithm") or {}), []
+    why = f"train.max_lag={values['train']['max_lag']} samples with older weights"
+    if algorithm.get("entropy_source") == "engine":
+        if is_entropy_source_given:
+            return values, []  # a contradiction, which the check of the configuration reports
+        algorithm["entropy_source"] = "learner"
+        notes.append(f"algorithm.entropy_source=learner, because {why}")
+    # The name or a custom recipe may bring a correction: only the checked configuration tells.
+    config = check({**values, "algorithm": algorithm})
+    correction = dict(algorithm.get("correction") or {})
+    if "kind" not in correction and not _is_corrected(config):
+        algorithm["correction"] = correction | {"kind": "tis"}
+        notes.append(f"algorithm.correction.kind=tis, because {why}")
+    return {**values, "algorithm": algorithm}, notes
+
+
+def lag_notes(config: Config) -> Iterator[str]:
+    """Yield a note when older samples are trained on without a correction, which is allowed."""
+    if config.train.max_lag > 0 and not _is_corrected(config):
+        yield (
+            f"train.max_lag={config.train.max_lag} trains on samples of older weights without a correction: "
+            "algorithm.correction.kind=tis (or mis), or algorithm.loss=decoupled_ppo corrects for that"
+        )
+
+
+def _is_corrected(config: Config) -> bool:
+    return config.algorithm.correction.kind != "none" or config.algorithm.loss == "decoupled_ppo"

@@ -1,0 +1,215 @@
+"""The rollout thread: what it hands over and when, and how errors and requests cross between the threads."""
+
+import threading
+import time
+import types
+
+import pytest
+
+from empg_jax.engine.engine import EngineStats
+from empg_jax.errors import Interrupted
+from empg_jax.rollout.ledger import Ledger
+from empg_jax.rollout.order import TaskOrder
+from empg_jax.rollout.thread import RolloutThread
+from empg_jax.workers.pool import PoolStats
+from tests.rollout.test_ledger import groups_of, play
+
+SOON = 20.0  # seconds; only a failure waits so long
+
+
+class FakeEngine:
+    """Weights are names; remembers which were swapped in."""
+
+    def __init__(self):
+        self.version, self.swapped = -1, []
+
+    def place(self, params):
+        return params
+
+    def swap(self, placed, version):
+        self.version = version
+        self.swapped.append((placed, version))
+
+    def take_stats(self):
+        return EngineStats(sampled_tokens=7)
+
+
+class FakeCollector:
+    """Ends every attempt in the round after its start, once ``gate`` is open."""
+
+    def __init__(self):
+        self.engine, self.pool = FakeEngine(), types.SimpleNamespace(stats=PoolStats(), quarantined=list)
+        self.queue, self.served, self.settled = [], 0.0, 0
+        self.gate, self.threads = threading.Event(), set()
+        self.error = None
+        self.gate.set()
+
+    @property
+    def in_flight(self):
+        return len(self.queue)
+
+    def admit(self, attempts):
+        self.queue.extend(attempts)
+
+    def cancel(self, group_id):
+        self.queue = [attempt for attempt in self.queue if attempt.group_id != group_id]
+        return 0
+
+    def cancel_all(self):
+        self.queue.clear()
+
+    def settle(self):
+        self.settled += 1
+
+    def advance(self):
+        self.threads.add(threading.current_thread().name)
+        if self.error is not None:
+            raise self.error
+        if not self.gate.wait(0.01):
+            return []
+        queue, self.queue = self.queue, []
+        return [(attempt, play(attempt, version=self.engine.version)) for attempt in queue]
+
+
+def make_rollout(*, max_lag=0, is_repeatable=False, **options):
+    order = TaskOrder("train", 50, seed=0)
+    ledger = Ledger(order, group_size=2, groups_per_update=2, max_lag=max_lag, **options)
+    return RolloutThread(FakeCollector(), ledger, is_repeatable=is_repeatable)
+
+
+def wait_for(condition):
+    end = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.002)
+
+
+def test_synchronous_updates_take_turns():
+    rollout = make_rollout()
+    with rollout:
+        for update in range(3):
+            rollout.publish(f"weights {update}", update)
+            delivery = rollout.next_batch()
+            assert delivery.update == update and groups_of(delivery) == [2 * update, 2 * update + 1]
+            assert {t.oldest_version for t in delivery.trajectories} == {update}
+            assert delivery.engine.sampled_tokens == 7 and delivery.outcomes == {
+                "trained:won": 4 * (update + 1)
+            }
+            time.sleep(0.05)
+            assert rollout.collector.in_flight == 0  # nothing is played before the next weights
+    assert rollout.engine.swapped == [(f"weights {update}", update) for update in range(3)]
+    assert rollout.collector.threads == {"rollout"}
+
+
+def test_with_a_lag_the_next_groups_are_played_while_the_learner_works():
+    rollout = make_rollout(max_lag=1)
+    with rollout:
+        rollout.publish("first", 0)
+        assert rollout.next_batch().update == 0
+        wait_for(lambda: rollout._outbox is not None)  # without new weights
+        # New weights consume what is behind them, and only then is there room for more.
+        rollout.publish("second", 1)
+        second = rollout.next_batch()
+        assert second.update == 1 and {t.oldest_version for t in second.trajectories} == {0}
+        wait_for(lambda: rollout._outbox is not None)
+        assert {t.oldest_version for t in rollout._outbox.trajectories} == {1}
+        assert second.metrics["rollout_idle"] >= 0.0
+
+
+def test_weights_that_nobody_took_are_replaced_by_newer_ones():
+    rollout = make_rollout(max_lag=2)
+    rollout.collector.gate.clear()
+    with rollout:
+        rollout.publish("a", 0)
+        wait_for(lambda: rollout.engine.version == 0)
+        hold, held = threading.Event(), threading.Event()
+
+        def block():
+            held.set()
+            hold.wait(SOON)
+
+        waiting = threading.Thread(target=rollout.call, args=(block,))
+        waiting.start()
+        held.wait(SOON)
+        rollout.publish("b", 1)
+        rollout.publish("c", 2)
+        hold.set()
+        waiting.join()
+        wait_for(lambda: rollout.engine.version == 2)
+    assert rollout.engine.swapped == [("a", 0), ("c", 2)]
+
+
+def test_an_error_in_the_thread_reaches_the_learner_with_its_traceback():
+    rollout = make_rollout()
+    rollout.collector.error = OSError("the machine room is on fire")
+    with pytest.raises(OSError, match="on fire") as caught, rollout:
+        rollout.publish("weights", 0)
+        rollout.next_batch()
+    assert "advance" in [entry.name for entry in caught.traceback]
+    # The thread has ended, so its ledger can be read.
+    values, held = rollout.cut(0)
+    assert [entry["id"] for entry in values["groups"]] == [0, 1] and held == []
+
+
+def test_an_error_of_the_learner_ends_the_thread():
+    rollout = make_rollout(max_lag=1)
+    with pytest.raises(ZeroDivisionError), rollout:
+        rollout.publish("weights", 0)
+        rollout.next_batch()
+        raise ZeroDivisionError
+    assert "rollout" not in {thread.name for thread in threading.enumerate()}
+    assert rollout.collector.in_flight == 0
+
+
+def test_a_waiting_learner_sees_a_request_to_stop():
+    rollout = make_rollout()
+    rollout.collector.gate.clear()
+    looks = iter(range(100))
+
+    def check():
+        if next(looks) == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted), rollout:
+        rollout.publish("weights", 0)
+        rollout.next_batch(check)
+
+
+def test_calls_run_between_rounds_and_return_results_and_errors():
+    rollout = make_rollout(max_lag=1)
+    assert rollout.call(lambda: threading.current_thread().name) == "MainThread"  # before it starts
+    with rollout:
+        rollout.publish("weights", 0)
+        assert rollout.call(lambda: threading.current_thread().name) == "rollout"
+
+        def fail():
+            raise Interrupted
+
+        with pytest.raises(Interrupted):
+            rollout.call(fail)
+        assert rollout.next_batch().update == 0  # the thread goes on
+
+
+def test_a_cut_in_the_middle_keeps_what_has_ended():
+    rollout = make_rollout(max_lag=1)
+    with rollout:
+        rollout.publish("weights", 0)
+        rollout.next_batch()
+        values, held = rollout.cut(0)
+        assert len(held) == 8 and len(values["groups"]) == 4
+        values, held = rollout.cut(1)
+        assert sorted({t.group_id for t in held}) == [2, 3]
+
+
+def test_a_repeatable_cut_is_that_of_the_last_weights():
+    rollout = make_rollout(is_repeatable=True)
+    with rollout:
+        rollout.publish("weights", 0)
+        rollout.next_batch()
+        values, held = rollout.cut(0)
+        assert values["groups"] == [] and values["next_group"] == 0 and held == []
+    again = make_rollout()
+    again.restore(*rollout.cut(0))
+    with again:
+        again.publish("weights", 0)
+        assert groups_of(again.next_batch()) == [0, 1]
