@@ -27,6 +27,7 @@ from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
 from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
+from empg_jax.run.consumed import drop_consumed, write_consumed
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
 from empg_jax.run.lock import locked
 from empg_jax.run.parts import (
@@ -148,6 +149,7 @@ def train_in_folder(
         if step is not None:
             go_back(parts, run)
         drop_rollouts(run_dir, after=run.update)
+        drop_consumed(run_dir, after=run.update)
         try:
             final = run_phases(parts, run, examples)
         except Interrupted:
@@ -293,6 +295,7 @@ def finish_update(
 ) -> None:
     """Count an update's episodes and mark the boundary after it; then conclude the update."""
     run.record.count(delivery.trajectories, delivery.outcomes)
+    write_consumed(parts.run_dir, run.update, delivery.trajectories)
     if run.update % parts.config.log.every == 0:
         values |= incidents.take(delivery.outcomes, delivery.incidents)
     # Marked before the evaluation: a stop or an error in it costs neither the update nor its line of metrics.

@@ -10,6 +10,7 @@ import pytest
 from empg_jax import trainer
 from empg_jax.metrics import read_metrics
 from empg_jax.rollout.collector import Collector
+from empg_jax.run.consumed import read_consumed
 from empg_jax.run.process import StopRequest
 from tests import runs
 
@@ -72,6 +73,10 @@ def assert_same(run, other):
     assert runs.lines(run) == runs.lines(other)
     assert runs.weights(run) == runs.weights(other)
     assert rollouts(run) == rollouts(other)
+    consumed = list(read_consumed(run))
+    assert consumed == list(read_consumed(other))
+    assert [(line["update"], line["group_id"]) for line in consumed] == [(n // 2 + 1, n) for n in range(6)]
+    assert all(line["members"] == [0, 1] and line["version_max"] == line["update"] - 1 for line in consumed)
 
 
 def rollouts(run):
