@@ -72,6 +72,9 @@ class RolloutConfig(Section):
     burst: int = Field(8, ge=1, description="Decode steps per dispatch, between two reads by the host.")
     data: int = Field(1, ge=1, description="Local devices that the engine's slots are split over.")
     tensor: int = Field(1, ge=1, description="Local devices that the engine's weights are split over.")
+    devices: int | None = Field(
+        None, ge=1, description="Local devices for the engine alone (null: it shares the learner's)."
+    )
     prefill_buckets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = Field(
         None, description="Lengths that prompts are padded to, ascending (default chosen by the engine)."
     )

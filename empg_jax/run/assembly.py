@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -44,6 +43,7 @@ from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.ledger import Ledger
 from empg_jax.rollout.order import TaskOrder
 from empg_jax.rollout.thread import RolloutThread
+from empg_jax.run.devices import engine_devices
 from empg_jax.run.environment import find_spec, reads_bytes
 from empg_jax.text.builtin import BYTES, build_byte_tokenizer, build_phrase_tokenizer
 from empg_jax.text.chat import ChatRenderer
@@ -221,7 +221,7 @@ def make_engine(
             f"{sizes.slots} slots (rollout.slots) do not split over rollout.data={r.data} devices"
         )
     try:
-        mesh = make_mesh(data=r.data, tensor=r.tensor, devices=jax.local_devices())
+        mesh = make_mesh(data=r.data, tensor=r.tensor, devices=engine_devices(config))
     except ValueError as error:
         raise ConfigError(f"rollout.data and rollout.tensor: {error}") from None
     return Engine(

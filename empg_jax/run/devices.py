@@ -1,4 +1,4 @@
-"""A check that this machine has the devices that a configuration asks for."""
+"""The devices of learner and engine, and a check that this machine has those which are asked for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from empg_jax.config import Config
 
 
+def learner_devices(config: Config) -> list[jax.Device]:
+    """List the devices that the learner's mesh is made from."""
+    aside = set(engine_devices(config)) if config.rollout.devices else set()
+    return [device for device in jax.devices() if device not in aside]
+
+
+def engine_devices(config: Config) -> list[jax.Device]:
+    """List the local devices that the engine's mesh is made from: the last ones, or all, shared."""
+    return jax.local_devices()[-(config.rollout.devices or 0) :]
+
+
 def check_devices(config: Config) -> None:
     """Check that there are enough devices for the learner and for the engine.
 
@@ -21,8 +32,13 @@ def check_devices(config: Config) -> None:
     """
     mesh, rollout = dict(vars(config.mesh)), config.rollout
     sizes = {f"mesh.{axis}": size for axis, size in mesh.items()}
-    _check(sizes, jax.devices())
-    _check({"rollout.data": rollout.data, "rollout.tensor": rollout.tensor}, jax.local_devices())
+    if (rollout.devices or 0) >= len(jax.local_devices()):
+        raise ConfigError(
+            f"rollout.devices={rollout.devices} leaves the learner none of the {len(jax.local_devices())} "
+            f"devices of this machine ({jax.local_devices()[0].platform}): use fewer, or null to share them"
+        )
+    _check(sizes, learner_devices(config))
+    _check({"rollout.data": rollout.data, "rollout.tensor": rollout.tensor}, engine_devices(config))
 
 
 def _check(sizes: dict[str, int], devices: list[jax.Device]) -> None:

@@ -39,6 +39,7 @@ from empg_jax.run.assembly import (
     needs_reference,
 )
 from empg_jax.run.checkpoint import Checkpoints, Restored, check_base
+from empg_jax.run.devices import learner_devices
 from empg_jax.run.folder import add_run_info
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
 from empg_jax.run.weights import make_base, make_params
@@ -226,7 +227,7 @@ def _start_learner(
 ) -> tuple[Learner, optax.Schedule, TrainState]:
     """Build the learner, compile its programs, and make the learning-rate schedule and the first state."""
     optimizer, schedule = make_rl_optimizer(config)
-    mesh = make_mesh(**vars(config.mesh))
+    mesh = make_mesh(**vars(config.mesh), devices=learner_devices(config))
     learner = make_learner(
         model,
         make_algorithm_from(config),

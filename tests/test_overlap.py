@@ -1,0 +1,54 @@
+"""Rollouts beside the learner: through the command's configuration, to what a run then does."""
+
+import jax
+import pytest
+
+from empg_jax import trainer
+from empg_jax.errors import ConfigError
+from empg_jax.metrics import read_metrics
+from empg_jax.run.consumed import read_consumed
+from empg_jax.run.parts import open_run
+from tests import runs
+
+LAG = ["train.max_lag=2", "env.options.latency=0.01", "train.updates=6", "eval.every=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+def test_a_run_with_a_lag_trains_every_group_once_and_says_how_it_went(tmp_path):
+    """The quickstart's own entropies are the sampler's: the lag alone changes what must change."""
+    run = runs.train(tmp_path / "run", *runs.HOUSE, *LAG)
+    lines = read_metrics(run / "metrics.jsonl")
+    assert len(lines) == 6 and any(line["lag"] > 0 for line in lines)
+    for line in lines:
+        shares = {name: value for name, value in line.items() if name.startswith("lag_share_")}
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert f"lag_share_{line['lag_max']:.0f}" in shares and line["lag_max"] <= 2
+        assert 0 <= line["rollout_idle"] <= 1 and 0 <= line["learner_idle"] <= 1
+        assert line["publish_pause"] >= 0 and line["tokens_wasted"] == 0 and line["recompiles"] == 0
+    consumed = list(read_consumed(run))
+    assert sorted(line["group_id"] for line in consumed) == list(range(12))
+    assert all(line["update"] - 1 - line["version_min"] <= 2 for line in consumed)
+    # Evaluations in between took the environment workers from the rollouts, and gave them back.
+    assert [line["update"] for line in lines if "eval_success" in line] == [2, 4]
+
+
+def test_the_engine_gets_devices_of_its_own(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(trainer, "open_run", lambda *a, **k: opened.append(open_run(*a, **k)) or opened[-1])
+    options = ["rollout.devices=2", "rollout.data=2", "mesh.data=2", "train.updates=2"]
+    runs.train(tmp_path / "run", *runs.HOUSE, *options)
+    parts, run = opened[0]
+    ours = {device.id for leaf in jax.tree.leaves(run.state.params) for device in leaf.devices()}
+    theirs = {device.id for leaf in jax.tree.leaves(parts.engine._params) for device in leaf.devices()}
+    assert len(ours) == len(theirs) == 2 and not ours & theirs
+
+
+def test_devices_that_leave_none_for_the_learner_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"rollout\.devices=8 leaves the learner none of the 8 devices"):
+        runs.train(tmp_path / "run", "rollout.devices=8")
+    assert not (tmp_path / "run").exists()
