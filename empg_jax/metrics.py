@@ -87,6 +87,8 @@ METRICS: dict[str, str] = {
     "slot_occupancy": "Share of the sampler's slots that sampled a response's token, mean over decode steps.",
     "packing_efficiency": "Share of the learner's row tokens that are not padding.",
     "recompiles": "Programs compiled during the update; 0 after the warm-up.",
+    "stale_gap": "Log-prob error of going on over KV of older weights, the largest measured (publish=burst).",
+    "stale_refills": "Publications after which that error was too large and all KV was computed anew.",
     "rollout_idle": "Share of the time in which the rollout thread had nothing to play.",
     "learner_idle": "Share of the time in which the learner waited for episodes.",
     "publish_pause": "Wall seconds in which sampling stood still for new weights.",

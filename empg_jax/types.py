@@ -67,12 +67,13 @@ class Turn:
       behavior_logprobs: float32[R], log-probabilities at the rollout temperature.
       entropies: float32[R], full-vocabulary entropies in nats at the rollout temperature.
       reward: the environment's reward for this turn, without the algorithm's penalties.
-      version: the policy version that sampled it.
+      version: the policy version that sampled it; the oldest where weights changed in its middle.
       anchor: hash of the observation that the turn answers (GiGPO's state key).
       is_valid: whether the parser accepted the response as an action.
       finish_reason: ``stop`` (end-of-turn sampled) or ``length``.
       observation: text that the turn answers (for display; never tokenized again).
       response: decoded response text (for display; never tokenized again).
+      versions: int32[R], the policy version of every token, where they differ; else None.
     """
 
     prompt_tokens: np.ndarray
@@ -86,6 +87,7 @@ class Turn:
     finish_reason: str
     observation: str = ""
     response: str = ""
+    versions: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,6 +37,30 @@ def test_a_run_with_a_lag_trains_every_group_once_and_says_how_it_went(tmp_path)
     assert [line["update"] for line in lines if "eval_success" in line] == [2, 4]
 
 
+@pytest.mark.parametrize("limit", [0.0, 10.0])
+def test_new_weights_inside_responses_are_versioned_measured_and_bounded(tmp_path, limit):
+    options = ["rollout.publish=burst", f"rollout.max_stale_gap={limit}", "rollout.burst=1"]
+    lengths = ["rollout.max_response_tokens=32", "rollout.max_tokens=160", "train.micro_tokens=320"]
+    sizes = ["rollout.tasks_per_update=4", "train.learning_rate=0.01", "train.updates=8"]
+    run = runs.train(tmp_path / "run", *runs.HOUSE, *LAG, *options, *lengths, *sizes, "sft.updates=0")
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "stale_gap" in line]
+    assert lines and all(line["recompiles"] == 0 for line in lines)
+    assert max(line["stale_gap"] for line in lines) > 0
+    assert any(line["stale_refills"] for line in lines) == (limit == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["rollout.publish=burst"], r"publish=burst has no effect with train\.max_lag=0"),
+        (["train.max_lag=1", "rollout.max_stale_gap=0.1"], r"max_stale_gap=0\.1 has no effect"),
+    ],
+)
+def test_settings_of_publication_without_effect_are_refused(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        runs.configure(tmp_path / "run", *options)
+
+
 def test_the_engine_gets_devices_of_its_own(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(trainer, "open_run", lambda *a, **k: opened.append(open_run(*a, **k)) or opened[-1])

@@ -131,6 +131,15 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"algorithm.entropy_source=engine needs on-policy data, but train.max_lag={lag}: "
             "use train.max_lag=0 or algorithm.entropy_source=learner"
         )
+    if rollout.max_stale_gap != 0.05 and rollout.publish != "burst":
+        yield (
+            f"rollout.max_stale_gap={rollout.max_stale_gap} has no effect with rollout.publish="
+            f"{rollout.publish}: KV is never kept over a publication there"
+        )
+    if rollout.publish == "burst" and lag == 0:
+        yield (
+            "rollout.publish=burst has no effect with train.max_lag=0: nothing is sampled when weights arrive"
+        )
     if rollout.deterministic and lag > 0:
         yield (
             f"rollout.deterministic=true with train.max_lag={lag}: when new weights arrive "

@@ -75,6 +75,15 @@ class RolloutConfig(Section):
     devices: int | None = Field(
         None, ge=1, description="Local devices for the engine alone (null: it shares the learner's)."
     )
+    publish: Literal["turn", "burst"] = Field(
+        "turn",
+        description="When new weights go live: between turns, or (burst) also inside responses, keeping KV.",
+    )
+    max_stale_gap: float = Field(
+        0.05,
+        ge=0,
+        description="Log-prob error of the kept KV in nats, above which conversations are prefilled anew.",
+    )
     prefill_buckets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = Field(
         None, description="Lengths that prompts are padded to, ascending (default chosen by the engine)."
     )

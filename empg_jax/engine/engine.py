@@ -25,17 +25,19 @@ from empg_jax.models.lora import combine
 from empg_jax.parallel.mesh import make_mesh, replicated
 from empg_jax.types import Params
 
+STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Response:
-    """One finished response. ``finish_reason`` is ``stop`` or ``length``; arrays as in `types.Turn`."""
+    """One finished response, fields as in `types.Turn`; ``versions`` int32[R] is that of every token."""
 
     slot: int
     prompt_tokens: np.ndarray
     tokens: np.ndarray
     logprobs: np.ndarray
     entropies: np.ndarray
-    version: int
+    versions: np.ndarray
     finish_reason: str
 
 
@@ -105,6 +107,7 @@ class Engine:
         self._ids = np.zeros((slots, 4), np.int32)
         self._logprobs = np.zeros((slots, response), np.float32)
         self._entropies = np.zeros((slots, response), np.float32)
+        self._versions = np.zeros((slots, response), np.int32)
         self._cache = self._new_cache(config.cache_buckets[0])
 
     # ------------------------------------------------------------------------------ conversations
@@ -183,14 +186,52 @@ class Engine:
         """
         self.swap(self.place(params), version)
 
-    def swap(self, placed: Params, version: int) -> None:
-        """Make weights live that `place` has put on this engine's devices; otherwise as `load`."""
-        if self.has_work:
+    def swap(self, placed: Params, version: int, *, keep_cache: bool = False) -> None:
+        """Make weights live that `place` has put on this engine's devices; otherwise as `load`.
+
+        Args:
+          placed: the weights.
+          version: their policy version.
+          keep_cache: conversations and responses in progress go on over the keys and values that older
+            weights computed; `measure_stale_gap` tells what that costs.
+
+        Raises:
+          RuntimeError: a response is in progress and ``keep_cache`` is False.
+        """
+        if self.has_work and not keep_cache:
             raise RuntimeError("Engine.swap in the middle of a turn: step the engine until has_work is False")
         self._params = combine(self.base, placed)
-        # Keys and values of the old weights must not be mixed with those of the new ones.
-        self._kv_length[:] = 0
         self.version = version
+        if not keep_cache:
+            self.drop_cache()
+
+    def drop_cache(self) -> None:
+        """Forget all keys and values: each conversation is prefilled again when it goes on."""
+        self._kv_length[:] = 0
+
+    def measure_stale_gap(self) -> float | None:
+        """Measure the error of going on over keys and values of older weights.
+
+        Some responses in progress, the longest ones, are prefilled again. Their next token, drawn with the
+        same random number, is compared before and after.
+
+        Returns:
+          Mean absolute difference of the token's log-probability in nats; of the entropy where another token
+          was drawn. None when no response is in progress.
+        """
+        live = np.flatnonzero((self._allowed > 0) & (self._kv_length > 0))
+        probes = live[np.argsort(-self._kv_length[live], kind="stable")][:STALE_PROBES]
+        if not len(probes):
+            return None
+        self._fit_cache()
+        stale = self._peek(probes)
+        self._kv_length[probes] = 0
+        self._prefill()
+        fresh = self._peek(probes)
+        is_same = stale.tokens[0, probes] == fresh.tokens[0, probes]
+        by_logprob = np.abs(stale.logprobs - fresh.logprobs)[0, probes]
+        by_entropy = np.abs(stale.entropies - fresh.entropies)[0, probes]
+        return float(np.where(is_same, by_logprob, by_entropy).mean())
 
     def place(self, params: Params) -> Params:
         """Copy stacked parameters into this engine's layout and placement.
@@ -218,19 +259,30 @@ class Engine:
             return []
         self._fit_cache()
         self._prefill()
+        patience = self.config.patience if is_eager else self.config.slots
+        return self._take(self._decode(self._allowed, self.config.burst, patience))
+
+    def _decode(self, allowed: np.ndarray, steps: int, patience: int) -> Burst:
+        """Decode a burst for the slots with tokens ``allowed``; record nothing."""
         slots = self.config.slots
         last = np.maximum(self._num_tokens - 1, 0)
         plan = np.empty((slots, 8), np.int32)
         plan[:, 0] = self._history[np.arange(slots), last]
         plan[:, 1] = last
         plan[:, 2] = self._num_tokens - self._prompt_length
-        plan[:, 3] = self._allowed
+        plan[:, 3] = allowed
         plan[:, 4:] = self._ids
-        limits = np.asarray((self.config.burst, self.config.patience if is_eager else slots), np.int32)
+        limits = np.asarray((steps, patience), np.int32)
         self._cache, burst = self._programs.decode(
             self._params, self._cache, Request(self._key, plan, limits, self._temperature)
         )
-        return self._take(jax.device_get(burst))  # the only read of the burst
+        return jax.device_get(burst)  # the only read of the burst
+
+    def _peek(self, slots: np.ndarray) -> Burst:
+        """Sample the next token of some slots; their responses do not get it."""
+        allowed = np.zeros_like(self._allowed)
+        allowed[slots] = 1
+        return self._decode(allowed, 1, self.config.slots)
 
     def _take(self, burst: Burst) -> list[Response]:
         """Record the sampled tokens of a burst; return the responses that ended."""
@@ -245,6 +297,7 @@ class Engine:
         column -= self._prompt_length[slot]
         self._logprobs[slot, column] = burst.logprobs[step, slot]
         self._entropies[slot, column] = burst.entropies[step, slot]
+        self._versions[slot, column] = self.version
         sampled = np.flatnonzero(counts)
         self._num_tokens[sampled] += counts[sampled]
         # The newest token has no keys yet: the next decode step computes them.
@@ -269,7 +322,7 @@ class Engine:
             tokens=self._history[slot, start:stop].copy(),
             logprobs=self._logprobs[slot, : stop - start].copy(),
             entropies=self._entropies[slot, : stop - start].copy(),
-            version=self.version,
+            versions=self._versions[slot, : stop - start].copy(),
             finish_reason="stop" if is_stop else "length",
         )
 

@@ -11,6 +11,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from empg_jax.engine.engine import Response
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.types import Outcome, Status, Trajectory, Turn
@@ -120,12 +122,13 @@ class Episode:
                 behavior_logprobs=response.logprobs,
                 entropies=response.entropies,
                 reward=float(reward),
-                version=response.version,
+                version=int(response.versions.min()),
                 anchor=anchor_of(self._observation),
                 is_valid=self._is_valid,
                 finish_reason=response.finish_reason,
                 observation=self._observation,
                 response=self._text,
+                versions=response.versions if np.ptp(response.versions) else None,
             )
         )
         self._response = None

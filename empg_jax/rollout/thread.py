@@ -62,10 +62,20 @@ class RolloutThread:
       ledger: decides which groups are played and trained on.
       is_repeatable: `cut` answers with the ledger as it was when the newest weights were taken, so that what
         a stopped run repeats does not depend on the moment of the stop.
+      max_stale_gap: new weights go live inside responses, which go on over the keys and values of older
+        weights. Where the measured log-prob error is larger than this, in nats, all conversations are
+        prefilled anew. None: new weights wait for the end of the responses in progress.
     """
 
-    def __init__(self, collector: Collector, ledger: Ledger, *, is_repeatable: bool) -> None:
-        self.collector, self.ledger = collector, ledger
+    def __init__(
+        self,
+        collector: Collector,
+        ledger: Ledger,
+        *,
+        is_repeatable: bool,
+        max_stale_gap: float | None = None,
+    ) -> None:
+        self.collector, self.ledger, self._max_stale_gap = collector, ledger, max_stale_gap
         self._is_repeatable = is_repeatable
         self._version: int | None = None  # of the weights taken since the thread started
         self._at_commit: Cut | None = None  # the ledger at that moment
@@ -77,6 +87,7 @@ class RolloutThread:
         self._is_stopping = False
         self._thread: threading.Thread | None = None
         self._idle = self._paused = 0.0  # seconds since the last delivery
+        self._gaps: list[float] = []  # measured since the last delivery
         self._since = time.monotonic()
 
     @property
@@ -201,14 +212,27 @@ class RolloutThread:
         return True
 
     def _take_weights(self, placed: Params, version: int) -> None:
-        """Make weights live at a turn boundary; the groups of the updates that made them are consumed."""
+        """Make weights live; the groups of the updates that made them are consumed."""
         began = time.monotonic()
-        self.collector.settle()
-        self.engine.swap(placed, version)
+        if self._max_stale_gap is None:
+            self.collector.settle()
+            self.engine.swap(placed, version)
+        else:
+            self.engine.swap(placed, version, keep_cache=True)
+            self._bound_gap(self._max_stale_gap)
         self.ledger.commit(version)
         self._version = version
         self._at_commit = self.ledger.cut(version) if self._is_repeatable else None
         self._paused += time.monotonic() - began
+
+    def _bound_gap(self, limit: float) -> None:
+        """Measure the error of the kept keys and values, and drop them where it is too large."""
+        gap = self.engine.measure_stale_gap()
+        if gap is None:
+            return
+        self._gaps.append(gap)
+        if gap > limit:
+            self.engine.drop_cache()
 
     def _offer(self) -> bool:
         """Put the next update's groups into the outbox, if it is empty and they are complete."""
@@ -228,6 +252,10 @@ class RolloutThread:
         spent, self._since = max(now - self._since, 1e-9), now
         times = {"rollout_idle": self._idle / spent, "publish_pause": self._paused}
         self._idle = self._paused = 0.0
+        if self._gaps:
+            times["stale_gap"] = max(self._gaps)
+            times["stale_refills"] = float(sum(gap > (self._max_stale_gap or 0.0) for gap in self._gaps))
+            self._gaps.clear()
         return Delivery(
             reserved.update,
             reserved.trajectories,

@@ -315,7 +315,12 @@ def make_rollout(config: Config, engine: Engine, pool: EnvPool, language: Langua
         tell=pool.tell,
     )
     collector = make_collector(config, engine, pool, language, stream=0)
-    return RolloutThread(collector, ledger, is_repeatable=r.deterministic)
+    return RolloutThread(
+        collector,
+        ledger,
+        is_repeatable=r.deterministic,
+        max_stale_gap=r.max_stale_gap if r.publish == "burst" else None,
+    )
 
 
 def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe:

@@ -27,6 +27,8 @@ def pack_trajectories(trajectories: Sequence[Trajectory]) -> tuple[str, dict[str
                 parts[name].append(getattr(turn, name))
                 lengths.append(len(getattr(turn, name)))
             turns.append({"lengths": lengths} | {name: getattr(turn, name) for name in SCALARS})
+            if turn.versions is not None:
+                turns[-1]["versions"] = turn.versions.tolist()
         outcome = trajectory.outcome
         header.append(
             {name: getattr(trajectory, name) for name in FIELDS}
@@ -49,6 +51,8 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
                 start = position[name]
                 values[name] = np.asarray(arrays[name])[start : start + length]
                 position[name] += length
+            if "versions" in turn:
+                values["versions"] = np.asarray(turn["versions"], np.int32)
             turns.append(Turn(**values, **{name: turn[name] for name in SCALARS}))
         status, reason, detail = entry["outcome"]
         trajectories.append(

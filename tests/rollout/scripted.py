@@ -52,7 +52,8 @@ class ScriptedEngine:
         self._held[slot] += 2
         zeros = np.zeros(2, np.float32)
         tokens = np.asarray([ids[1], ids[3]], np.int32)
-        return Response(slot, np.zeros(1, np.int32), tokens, zeros, zeros, self.version, "stop")
+        versions = np.full(2, self.version, np.int32)
+        return Response(slot, np.zeros(1, np.int32), tokens, zeros, zeros, versions, "stop")
 
 
 class TokenContext:

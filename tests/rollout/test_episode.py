@@ -40,7 +40,9 @@ def respond(episode, text="go", version=0, finish_reason="stop", prompt=(1,)):
     tokens = np.asarray([5, 6], np.int32)
     numbers = np.asarray([-0.5, -0.25], np.float32)
     prompt = np.asarray(prompt, np.int32)
-    return episode.on_response(Response(0, prompt, tokens, numbers, -numbers, version, finish_reason), text)
+    versions = np.asarray(np.broadcast_to(version, 2), np.int32)
+    response = Response(0, prompt, tokens, numbers, -numbers, versions, finish_reason)
+    return episode.on_response(response, text)
 
 
 def begin(**rules):
@@ -147,3 +149,13 @@ def test_equal_observations_have_equal_anchors():
     first, second, third, fourth = anchors("a hall", "a room", "a hall", "")
     assert first == third != second == fourth
     assert anchors("x")[0] == first  # a function of the text alone
+
+
+def test_a_response_that_two_versions_sampled_is_as_old_as_the_older_one():
+    episode, _ = begin()
+    respond(episode, version=(3, 4))
+    episode.on_step("a hall", 0.0, False, False, {})
+    respond(episode, "win", version=5)
+    turns = episode.on_step("won", 1.0, True, False, {"won": True}).turns
+    assert [turn.version for turn in turns] == [3, 5]
+    assert turns[0].versions.tolist() == [3, 4] and turns[1].versions is None
