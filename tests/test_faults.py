@@ -248,10 +248,10 @@ def test_a_worker_killed_from_outside_costs_at_most_its_episode(tmp_path, opened
         pool, rounds = parts.rollout.collector.pool, iter(range(1000))
         advance = parts.rollout.collector.advance
 
-        def kill_now_and_then():
+        def kill_now_and_then(wanted):
             if next(rounds) in (3, 5):
                 os.kill(pool.worker_pids()[0], signal.SIGKILL)
-            return advance()
+            return advance(wanted)
 
         parts.rollout.collector.advance = kill_now_and_then
 
@@ -391,10 +391,10 @@ def fail_at(update, error, where):
         if where == "rollout":
             advance = parts.rollout.collector.advance
 
-            def fail():
+            def fail(wanted):
                 if parts.engine.version == update:
                     raise error("the engine is broken")
-                return advance()
+                return advance(wanted)
 
             parts.rollout.collector.advance = fail
         else:

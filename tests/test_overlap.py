@@ -4,8 +4,9 @@ import jax
 import pytest
 
 from empg_jax import trainer
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, RunError
 from empg_jax.metrics import read_metrics
+from empg_jax.rollout.schedule import read_schedule
 from empg_jax.run.consumed import read_consumed
 from empg_jax.run.parts import open_run
 from tests import runs
@@ -59,6 +60,37 @@ def test_new_weights_inside_responses_are_versioned_measured_and_bounded(tmp_pat
 def test_settings_of_publication_without_effect_are_refused(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         runs.configure(tmp_path / "run", *options)
+
+
+def test_a_run_with_a_lag_is_repeated_bit_by_bit_from_its_schedule(tmp_path):
+    """Environments of other speed, and a learner that is slower: the order of events is the first run's."""
+    sizes = ["rollout.tasks_per_update=4", "rollout.slots=6", "sft.updates=0", "checkpoint.keep=9"]
+    first = runs.train(tmp_path / "first", *runs.HOUSE, *LAG, *sizes)
+    repeat = ["rollout.deterministic=true", f"rollout.schedule={first}/schedule.jsonl"]
+    second = runs.train(tmp_path / "second", *runs.HOUSE, *LAG, *sizes, *repeat, "env.options.latency=0.03")
+    assert runs.lines(second) == runs.lines(first) and runs.weights(second) == runs.weights(first)
+    assert list(read_consumed(second)) == list(read_consumed(first))
+    assert any(line["lag"] > 0 for line in runs.lines(first))
+    with pytest.raises(RunError, match=r"the run differs from its schedule|should answer in this round"):
+        runs.train(tmp_path / "third", *runs.HOUSE, *LAG, *sizes, *repeat, "seed=1")
+
+
+def test_a_schedule_that_cannot_be_repeated_is_refused(tmp_path):
+    repeat = ["train.max_lag=2", "rollout.deterministic=true"]
+    with pytest.raises(ConfigError, match="to repeat a run"):
+        runs.configure(tmp_path, *repeat)
+    with pytest.raises(ConfigError, match=r"needs rollout\.deterministic=true"):
+        runs.configure(tmp_path, "rollout.schedule=x.jsonl")
+    path = tmp_path / "schedule.jsonl"
+    for text, message in (
+        (None, "cannot be read"),
+        ("{", "is not a schedule"),
+        ('{"start": 0}\n{"start": 3}\n', r"never resumed can be repeated; .* updates \[0, 3\]"),
+    ):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            list(read_schedule(path))
 
 
 def test_the_engine_gets_devices_of_its_own(tmp_path, monkeypatch):

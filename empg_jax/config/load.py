@@ -140,10 +140,15 @@ def _rollout_problems(config: Config) -> Iterator[str]:
         yield (
             "rollout.publish=burst has no effect with train.max_lag=0: nothing is sampled when weights arrive"
         )
-    if rollout.deterministic and lag > 0:
+    if rollout.deterministic and lag > 0 and rollout.schedule is None:
         yield (
-            f"rollout.deterministic=true with train.max_lag={lag}: when new weights arrive "
-            "depends on the clock there, so nothing would repeat; use train.max_lag=0"
+            f"rollout.deterministic=true with train.max_lag={lag}: when new weights arrive depends on the "
+            "clock there; use train.max_lag=0, or rollout.schedule=RUN/schedule.jsonl to repeat a run"
+        )
+    if rollout.schedule is not None and not (rollout.deterministic and lag > 0):
+        yield (
+            f"rollout.schedule={rollout.schedule} repeats a run with a lag: it needs "
+            "rollout.deterministic=true and that run's train.max_lag"
         )
     if rollout.group_size == 1 and rollout.filter_groups:
         yield "rollout.filter_groups=true compares the attempts of a task, but rollout.group_size=1"

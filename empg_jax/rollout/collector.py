@@ -15,6 +15,7 @@ from typing import Any
 from empg_jax.engine.engine import Engine, Response
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
+from empg_jax.rollout.schedule import Round, ScheduleError
 from empg_jax.types import Trajectory
 from empg_jax.workers.pool import EnvPool, EnvReply
 
@@ -44,6 +45,7 @@ class Collector:
 
     Attributes:
       served: seconds spent in `advance` so far.
+      answered: slots whose environments' answers the last round took, ascending.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class Collector:
         self._episode_timeout = episode_timeout
         self._is_deterministic, self._timer = is_deterministic, timer
         self.served = 0.0
+        self.answered: list[int] = []
         self._handles = range(first_handle, first_handle + engine.config.slots)
         self._queue: collections.deque[Attempt] = collections.deque()
         self._episodes: dict[int, Episode] = {}
         self._started: dict[int, float] = {}  # by slot, on the clock of `served`
         self._free = list(range(engine.config.slots))[::-1]
         self._waiting: set[int] = set()  # slots whose environment owes an answer
+        self._early: dict[int, EnvReply] = {}  # answers that arrived before the round that takes them
 
     @property
     def in_flight(self) -> int:
@@ -100,22 +104,27 @@ class Collector:
         for slot in list(self._episodes):
             self._free_slot(slot)
 
-    def advance(self) -> list[tuple[Attempt, Trajectory]]:
-        """Run one round: start episodes, take environment answers, decode a burst; return ended episodes."""
-        began, base = self._timer(), self.served
+    def advance(self, wanted: Round | None = None) -> list[tuple[Attempt, Trajectory]]:
+        """Run one round: start episodes, take environment answers, decode a burst; return ended episodes.
+
+        Args:
+          wanted: a round to repeat: exactly its answers are taken, and the clock becomes its clock.
+        """
+        began = self._timer()
         finished: list[tuple[Attempt, Trajectory]] = []
         self._start_episodes()
-        for reply in self._take_replies():
+        replies = self._take_replies() if wanted is None else self._await_replies(wanted.answers or [])
+        self.answered = [reply.handle - self._first_handle for reply in replies]
+        for reply in replies:
             finished.extend(self._on_reply(reply))
-        self.served = base + self._timer() - began
-        finished.extend(self._expire())
         responses = self.engine.step(is_eager=not self._is_deterministic)
         while self._is_deterministic and self.engine.has_work:
             responses += self.engine.step(is_eager=False)
         # By slot, so that actions are sent in an order that does not depend on which response ended first.
         for response in sorted(responses, key=lambda r: r.slot):
             self._on_response(response)
-        self.served = base + self._timer() - began
+        self.served = self.served + self._timer() - began if wanted is None else wanted.served
+        finished.extend(self._expire())
         return finished
 
     def settle(self) -> None:
@@ -149,6 +158,18 @@ class Collector:
             wait = 1.0 if self._is_deterministic else GATHER_SECONDS
             replies += self.pool.poll(wait, within=self._handles)
         return sorted(replies, key=lambda reply: reply.handle)
+
+    def _await_replies(self, slots: Sequence[int]) -> list[EnvReply]:
+        """Wait for the answers of exactly these slots; others that arrive are kept for later rounds."""
+        handles = {self._first_handle + slot for slot in slots}
+        if not handles <= {self._first_handle + slot for slot in self._waiting}:
+            raise ScheduleError(
+                f"slots {list(slots)} should answer now, but only {sorted(self._waiting)} can"
+            )
+        while not handles <= self._early.keys():
+            for reply in self.pool.poll(1.0, within=self._handles):
+                self._early[reply.handle] = reply
+        return [self._early.pop(handle) for handle in sorted(handles)]
 
     def _on_reply(self, reply: EnvReply) -> Iterator[tuple[Attempt, Trajectory]]:
         slot = reply.handle - self._first_handle
@@ -203,6 +224,7 @@ class Collector:
         self.engine.release(slot)
         del self._episodes[slot], self._started[slot]
         self._waiting.discard(slot)
+        self._early.pop(self._first_handle + slot, None)
         self._free.append(slot)
         # The lowest free slot is taken next, so that attempts meet the same slots in every run.
         self._free.sort(reverse=True)

@@ -15,13 +15,14 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from empg_jax.engine.engine import Engine, EngineStats
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.incidents import count_incidents
 from empg_jax.rollout.ledger import Ledger, Reserved
+from empg_jax.rollout.schedule import Recorder, Round, ScheduleError
 from empg_jax.types import Params, Trajectory
 
 WAKE_SECONDS = 0.2  # between two looks of a waiting learner at requests to stop
@@ -65,6 +66,10 @@ class RolloutThread:
       max_stale_gap: new weights go live inside responses, which go on over the keys and values of older
         weights. Where the measured log-prob error is larger than this, in nats, all conversations are
         prefilled anew. None: new weights wait for the end of the responses in progress.
+
+    Attributes:
+      recorder: writes the schedule of the rounds; None writes none.
+      schedule: rounds to repeat in place of free running; None runs freely.
     """
 
     def __init__(
@@ -76,11 +81,13 @@ class RolloutThread:
         max_stale_gap: float | None = None,
     ) -> None:
         self.collector, self.ledger, self._max_stale_gap = collector, ledger, max_stale_gap
+        self.recorder: Recorder | None = None
+        self.schedule: Iterator[Round] | None = None
         self._is_repeatable = is_repeatable
         self._version: int | None = None  # of the weights taken since the thread started
         self._at_commit: Cut | None = None  # the ledger at that moment
         self._changed = threading.Condition()  # guards what follows
-        self._mailbox: tuple[Params, int] | None = None
+        self._mailbox: collections.deque[tuple[Params, int]] = collections.deque()
         self._outbox: Delivery | None = None
         self._calls: collections.deque[_Call[Any]] = collections.deque()
         self._error: BaseException | None = None
@@ -99,7 +106,8 @@ class RolloutThread:
 
     def __enter__(self) -> RolloutThread:
         self._is_stopping, self._error = False, None
-        self._version = self._mailbox = self._outbox = None
+        self._version = self._outbox = None
+        self._mailbox.clear()
         self._since = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
         self._thread.start()
@@ -112,6 +120,8 @@ class RolloutThread:
             self._changed.notify_all()
         self._thread.join()
         self._thread = None
+        if self.recorder is not None:
+            self.recorder.flush()
         # What is in flight is lost, and starts again where the run goes on.
         self.collector.cancel_all()
 
@@ -122,7 +132,9 @@ class RolloutThread:
         """
         placed = self.engine.place(params)
         with self._changed:
-            self._mailbox = placed, version
+            if self.schedule is None:
+                self._mailbox.clear()
+            self._mailbox.append((placed, version))
             self._changed.notify_all()
 
     def next_batch(self, check: Callable[[], None] = lambda: None) -> Delivery:
@@ -182,34 +194,71 @@ class RolloutThread:
                 self._changed.notify_all()
 
     def _round(self) -> bool:
-        """Take what the learner sent, play one round, offer what is ready; return False at the end."""
-        with self._changed:
-            calls, self._calls = list(self._calls), collections.deque()
-            mail, self._mailbox = self._mailbox, None
-            is_stopping = self._is_stopping
-        if mail is not None:
-            self._take_weights(*mail)
-        for call in calls:
-            call.run()
-        if calls:
-            with self._changed:
-                self._changed.notify_all()
-        if is_stopping:
+        """Take what the learner sent, offer what is ready, play one round; return False at the end."""
+        wanted = next(self.schedule, Round()) if self.schedule is not None else None
+        done = Round()
+        if not self._hear(wanted):
             return False
+        if mail := self._take_mail(wanted):
+            self._take_weights(*mail)
+            done.weights = mail[1]
         if self._version is None:
             self._rest()
             return True
-        is_offered = self._offer()
+        if wanted is None or wanted.batch is not None:
+            done.batch = self._offer()
         self.ledger.admit(self._version, self.collector.served)
         self._pass_on()
-        if self.collector.in_flight:
-            for attempt, trajectory in self.collector.advance():
+        if self.collector.in_flight if wanted is None else wanted.answers is not None:
+            for attempt, trajectory in self.collector.advance(wanted):
                 self.ledger.finish(attempt, trajectory)
             self.ledger.close_late(self.collector.served)
             self._pass_on()
-        elif not is_offered:
+            done.answers = self.collector.answered
+        done.served = self.collector.served
+        if wanted not in (None, done, Round()):
+            raise ScheduleError(f"the run differs from its schedule: {done} in place of {wanted}")
+        if self.recorder is not None and not done.is_empty:
+            self.recorder.add(done)
+        if done.is_empty:
             self._rest()
         return True
+
+    def _hear(self, wanted: Round | None) -> bool:
+        """Run the calls of the learner's thread; return False at the end.
+
+        A round that is repeated waits here until the learner has done what the round needs.
+        """
+        while True:
+            with self._changed:
+                calls, self._calls = list(self._calls), collections.deque()
+                is_stopping = self._is_stopping
+            for call in calls:
+                call.run()
+            with self._changed:
+                if calls:
+                    self._changed.notify_all()
+                if is_stopping:
+                    return False
+                if wanted is None or self._can_repeat(wanted):
+                    return True
+                if not self._calls:
+                    self._changed.wait(WAKE_SECONDS)
+
+    def _can_repeat(self, wanted: Round) -> bool:
+        """Return whether the weights that a round takes are there, and the place for its batch."""
+        has_weights = wanted.weights is None or any(version == wanted.weights for _, version in self._mailbox)
+        return has_weights and (wanted.batch is None or self._outbox is None)
+
+    def _take_mail(self, wanted: Round | None) -> tuple[Params, int] | None:
+        """Take the newest weights, or those of the round to repeat."""
+        with self._changed:
+            if not self._mailbox or (wanted is not None and wanted.weights is None):
+                return None
+            mail = self._mailbox.popleft()
+            while wanted is not None and mail[1] != wanted.weights:  # passed over, as they were before
+                mail = self._mailbox.popleft()
+            return mail
 
     def _take_weights(self, placed: Params, version: int) -> None:
         """Make weights live; the groups of the updates that made them are consumed."""
@@ -234,18 +283,22 @@ class RolloutThread:
         if gap > limit:
             self.engine.drop_cache()
 
-    def _offer(self) -> bool:
-        """Put the next update's groups into the outbox, if it is empty and they are complete."""
+    def _offer(self) -> int | None:
+        """Put the next update's groups into the outbox, if it is empty and they are complete.
+
+        Returns:
+          The number of the update; None when nothing was offered.
+        """
         if self._outbox is not None:  # only this thread fills it
-            return False
+            return None
         reserved = self.ledger.reserve()
         if reserved is None:
-            return False
+            return None
         delivery = self._describe(reserved)
         with self._changed:
             self._outbox = delivery
             self._changed.notify_all()
-        return True
+        return reserved.update
 
     def _describe(self, reserved: Reserved) -> Delivery:
         now = time.monotonic()

@@ -42,6 +42,7 @@ from empg_jax.rollout.episode import EpisodeRules
 from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.ledger import Ledger
 from empg_jax.rollout.order import TaskOrder
+from empg_jax.rollout.schedule import read_schedule
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.devices import engine_devices
 from empg_jax.run.environment import find_spec, reads_bytes
@@ -263,7 +264,7 @@ def make_collector(
         stream=stream,
         first_handle=first_handle,
         episode_timeout=config.rollout.episode_timeout,
-        is_deterministic=config.rollout.deterministic,
+        is_deterministic=config.rollout.deterministic and config.rollout.schedule is None,
     )
 
 
@@ -315,12 +316,15 @@ def make_rollout(config: Config, engine: Engine, pool: EnvPool, language: Langua
         tell=pool.tell,
     )
     collector = make_collector(config, engine, pool, language, stream=0)
-    return RolloutThread(
+    rollout = RolloutThread(
         collector,
         ledger,
-        is_repeatable=r.deterministic,
+        is_repeatable=r.deterministic and r.schedule is None,
         max_stale_gap=r.max_stale_gap if r.publish == "burst" else None,
     )
+    if r.schedule is not None:
+        rollout.schedule = read_schedule(Path(r.schedule).expanduser())
+    return rollout
 
 
 def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe:

@@ -25,6 +25,7 @@ from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import RunRecord
 from empg_jax.rollout.evaluator import Evaluator
+from empg_jax.rollout.schedule import FILENAME, Recorder
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.assembly import (
     Language,
@@ -191,6 +192,8 @@ def open_run(
         events.update = run.update
         run.reference = _find_reference(config, run, checkpoints, learner)
         progress.message(f"resumed at update {run.update} of {config.train.updates}")
+    if config.train.max_lag:
+        rollout.recorder = Recorder(run_dir / FILENAME, run.update)
     log = MetricsLog(
         run_dir,
         tensorboard=config.log.tensorboard,

@@ -41,7 +41,7 @@ class FakeCollector:
         self.engine, self.pool = FakeEngine(), types.SimpleNamespace(stats=PoolStats(), quarantined=list)
         self.queue, self.served, self.settled = [], 0.0, 0
         self.gate, self.threads = threading.Event(), set()
-        self.error = None
+        self.error, self.answered = None, []
         self.gate.set()
 
     @property
@@ -61,7 +61,7 @@ class FakeCollector:
     def settle(self):
         self.settled += 1
 
-    def advance(self):
+    def advance(self, wanted=None):
         self.threads.add(threading.current_thread().name)
         if self.error is not None:
             raise self.error

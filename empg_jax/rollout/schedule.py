@@ -1,0 +1,90 @@
+"""The schedule of a rollout thread: what depended on the clock, so that a run with a lag can be repeated.
+
+``schedule.jsonl`` has one line per round that did something: the version of the weights taken, the update
+whose groups were reserved, the slots whose environments had answered, and the collector's clock after it.
+Everything else follows from these, the seed and the configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from empg_jax.errors import ConfigError, RunError
+
+FILENAME = "schedule.jsonl"
+
+
+class ScheduleError(RunError):
+    """A run differs from the schedule that it repeats."""
+
+
+@dataclasses.dataclass
+class Round:
+    """One round of the rollout thread.
+
+    Attributes:
+      weights: version of the weights taken at its start; None: none.
+      batch: update whose groups were reserved; None: none.
+      answers: slots whose environments had answered, ascending; None: no episode was played.
+      served: the collector's clock after the round, in seconds.
+    """
+
+    weights: int | None = None
+    batch: int | None = None
+    answers: list[int] | None = None
+    served: float = 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing happened."""
+        return self.weights is None and self.batch is None and self.answers is None
+
+
+class Recorder:
+    """The writer of a run's schedule.
+
+    Args:
+      path: the file; lines are added to it.
+      start: updates made so far: a resumed run goes on with attempts that start anew.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path, self._lines = path, [json.dumps({"start": start})]
+
+    def add(self, done: Round) -> None:
+        """Add a round; written with the next batch, so that a round costs no access to the disk."""
+        self._lines.append(json.dumps({k: v for k, v in vars(done).items() if v is not None}))
+        if done.batch is not None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rounds added so far."""
+        text, self._lines = "".join(line + "\n" for line in self._lines), []
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def read_schedule(path: Path) -> Iterator[Round]:
+    """Yield the rounds of a schedule.
+
+    Raises:
+      ConfigError: the file is missing or damaged, or belongs to a run that was resumed.
+    """
+    try:
+        lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        starts = [line["start"] for line in lines if "start" in line]
+        rounds = [Round(**line) for line in lines if "start" not in line]
+    except OSError as error:
+        raise ConfigError(f"rollout.schedule={path} cannot be read: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"rollout.schedule={path} is not a schedule: {error}") from None
+    if starts != [0]:
+        raise ConfigError(
+            f"rollout.schedule={path}: only a run that was never resumed can be repeated; this one started "
+            f"at updates {starts}"
+        )
+    return iter(rounds)
