@@ -229,7 +229,7 @@ def test_an_environment_that_raises_is_discarded_and_refilled_and_never_a_reward
 def test_a_hang_or_a_dead_worker_costs_its_episode(tmp_path, trouble, opened):
     diary = tmp_path / "diary"
     options = [f"env.options.trouble={trouble}", "env.options.times=1", f"env.options.diary={diary}"]
-    run = runs.train(tmp_path / "run", *HOUSE, *options, "workers.step_timeout=0.5", "eval.tasks=1")
+    run = runs.train(tmp_path / "run", *HOUSE, *options, "workers.step_timeout=4", "eval.tasks=1")
     stats = opened.runs[0][0].source.collector.pool.stats
     assert stats.failures == {{"hang": "timeout", "kill": "worker_died"}[trouble]: 1}
     assert stats.restarts == 1
