@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from empg_jax.algorithms.anchors import join_alike
-from empg_jax.errors import RunError, Stopped
+from empg_jax.errors import Stopped
 from empg_jax.learner.batching import Layout, make_batch
 from empg_jax.learner.passes import Pass, Scorer, optimize
 from empg_jax.learner.state import restart_optimizer
@@ -21,13 +21,14 @@ from empg_jax.plan.memory import compute_plan
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import PanelResult
-from empg_jax.report.results import describe_update, dump_batch, write_results
+from empg_jax.report.results import describe_update, write_results
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter
 from empg_jax.rollout.source import Interrupted
 from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
+from empg_jax.run.guards import check_gap, check_steps
 from empg_jax.run.lock import locked
 from empg_jax.run.parts import (
     Parts,
@@ -35,11 +36,10 @@ from empg_jax.run.parts import (
     freeze_reference,
     has_begun,
     open_run,
-    restore_state,
 )
 from empg_jax.run.process import CompileCounter, StopRequest, use_compile_cache
 from empg_jax.run.resuming import check_resume, go_back, tell_passed_over
-from empg_jax.run.rollouts import drop_rollouts, is_due, write_credit_page, write_update
+from empg_jax.run.rollouts import drop_rollouts, write_episodes
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save, save_after_error
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
@@ -48,14 +48,6 @@ from empg_jax.types import Batch, Trajectory
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
-
-# Sampler and learner run the same weights: a larger mean gap of their log-probs is a fault in one of them.
-GAP_LIMIT = 0.05
-MAX_ROLLBACKS = 3  # in consecutive updates, before training stops
-
-
-class TrainingError(RunError):
-    """Training cannot continue; the message names the cause and the checkpoints that are left."""
 
 
 def train(config: Config, *, resume: Path | None = None, step: int | None = None) -> Path:
@@ -233,23 +225,6 @@ def rl_loop(parts: Parts, run: RunState) -> None:
         finish_update(parts, run, trajectories, values, incidents)
 
 
-def write_episodes(parts: Parts, update: int, trajectories: Sequence[Trajectory], first: Pass) -> None:
-    """Write the episodes of an update with their credit, where that is due; after the last also as a page.
-
-    These files are for people: a disk that is full costs them, not the run.
-    """
-    log, last = parts.config.log, parts.config.train.updates
-    try:
-        if is_due(update, every=log.rollouts_every, last=last):
-            write_update(parts.run_dir, update, trajectories, first, with_tokens=log.rollouts_tokens)
-        if update == last and log.transcripts:
-            decode = parts.language.tokenizer.decode
-            write_credit_page(parts.run_dir, trajectories, first, decode, count=log.transcripts)
-    except OSError as error:
-        parts.progress.message(f"the episodes of update {update} could not be written: {error}")
-        parts.events.tell("episodes_not_written", detail=str(error))
-
-
 def split_batch(
     parts: Parts, update: int, trajectories: Sequence[Trajectory], epoch: int
 ) -> tuple[Batch, Layout]:
@@ -305,61 +280,6 @@ def make_scorer(parts: Parts) -> Scorer:
         drift_every=config.log.drift_every,
         is_on_policy=config.train.max_lag == 0,
     )
-
-
-def check_gap(config: Config, update: int, measured: Mapping[str, float]) -> None:
-    """Stop training when sampler and learner disagree on samples of the current weights.
-
-    Raises:
-      TrainingError: the gap is above `GAP_LIMIT`.
-    """
-    mean = measured.get("logprob_gap", 0.0)
-    if mean > GAP_LIMIT:
-        raise TrainingError(
-            f"sampler and learner disagree: the mean log-prob difference is {mean:.3g} at update "
-            f"{update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
-            f"(model.dtype={config.model.dtype})"
-        )
-
-
-def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch: Batch) -> None:
-    """Handle skipped optimizer steps: loss or gradient was not finite, or the KL was above ``train.max_kl``.
-
-    Raises:
-      TrainingError: the configured policy is ``stop``, or `MAX_ROLLBACKS` rollbacks did not help.
-    """
-    train = parts.config.train
-    guards = (
-        ("nonfinite", train.on_nonfinite, "loss or gradient was not finite"),
-        ("kl_exceeded", train.on_kl, f"the KL from the old policy was beyond train.max_kl={train.max_kl}"),
-    )
-    counts = {name: int(sum(float(step[name]) for step in steps)) for name, _, _ in guards}
-    if not any(counts.values()):
-        run.record.rollbacks_in_a_row = 0
-        if run.saved is not None:  # the update that followed it had no fault
-            run.record.last_good = run.saved["update"]
-        return
-    path = dump_batch(parts.run_dir, run.update, batch)
-    for name, policy, why in guards:
-        if not counts[name]:
-            continue
-        what = f"update {run.update}: {why} in {counts[name]} of {len(steps)} optimizer steps; batch: {path}"
-        parts.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
-        if policy == "rollback":
-            run.record.rollbacks_in_a_row += 1
-        if policy == "stop" or run.record.rollbacks_in_a_row > MAX_ROLLBACKS:
-            parts.checkpoints.wait()
-            raise TrainingError(
-                f"{what}; those steps changed nothing; checkpoints: {parts.checkpoints.steps}"
-            )
-        parts.progress.message(f"{what}; {policy}")
-        if policy == "rollback":
-            parts.events.tell("rollback", reason=name, checkpoints=parts.checkpoints.steps)
-            parts.checkpoints.wait()
-            # When the newest did not help, it may be at fault itself.
-            good = run.record.last_good if run.record.rollbacks_in_a_row > 1 else None
-            step = good if good in parts.checkpoints.steps else None
-            run.state = restore_state(parts.config, parts.checkpoints, parts.learner, step).state
 
 
 # --------------------------------------------------------------------------------------- other phases

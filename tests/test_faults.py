@@ -19,6 +19,7 @@ from empg_jax.cli import app
 from empg_jax.metrics import read_metrics
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.run.folder import write_run_info
+from empg_jax.run.guards import TrainingError
 from tests import runs
 
 HOUSE = [*runs.HOUSE, "sft.updates=0"]
@@ -80,7 +81,7 @@ def poison(*bad):
 
 def test_nan_stops_with_the_batch_and_the_last_good_checkpoint(tmp_path, opened):
     opened.changes.append(poison(4))  # the second step of update 2
-    with pytest.raises(trainer.TrainingError, match=r"update 2: .*not finite in 1 of 2 .*bad_batch_2\.npz"):
+    with pytest.raises(TrainingError, match=r"update 2: .*not finite in 1 of 2 .*bad_batch_2\.npz"):
         runs.train(tmp_path / "run", *HOUSE)
     (dumped,) = (tmp_path / "run").glob("bad_batch_*")
     with np.load(dumped) as batch:
@@ -117,7 +118,7 @@ def test_nan_may_roll_back(tmp_path, opened, capsys):
 
 def test_rolling_back_again_and_again_stops(tmp_path, opened):
     opened.changes.append(poison(*range(1, 99)))
-    with pytest.raises(trainer.TrainingError, match=r"update 4: .*not finite"):
+    with pytest.raises(TrainingError, match=r"update 4: .*not finite"):
         runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=rollback", "train.updates=9")
 
 

@@ -122,10 +122,15 @@ class TrainConfig(Section):
         None, gt=0, description="Skip an optimizer step beyond this approximate KL (null: no limit)."
     )
     on_kl: Literal["stop", "skip", "rollback"] = Field(
-        "skip", description="Action after steps were skipped because of train.max_kl."
+        "skip",
+        description="Action after steps were skipped because of train.max_kl (limits as of on_nonfinite).",
     )
     on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
-        "stop", description="Action when loss or gradient is not finite."
+        "stop",
+        description=(
+            "Action when loss or gradient is not finite. skip ends the run when 4 updates in a row make no "
+            "step, rollback at the 4th in a row."
+        ),
     )
 
 
