@@ -29,6 +29,7 @@ from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, 
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
 from empg_jax.run.guards import check_gap, check_steps
+from empg_jax.run.leaving import leave
 from empg_jax.run.lock import locked
 from empg_jax.run.parts import (
     Parts,
@@ -66,7 +67,7 @@ def train(config: Config, *, resume: Path | None = None, step: int | None = None
       TrainingError: NaN in loss or gradient, or sampler and learner disagree.
       CheckpointError: a checkpoint could not be written, or none can be read on resume.
       PoolError: the environments keep failing.
-      Stopped: SIGINT or SIGTERM; a checkpoint was written.
+      Stopped: SIGINT or SIGTERM; a checkpoint was written, or nothing yet.
     """
     use_compile_cache(config.compile_cache)
     with contextlib.ExitStack() as stack:
@@ -76,18 +77,25 @@ def train(config: Config, *, resume: Path | None = None, step: int | None = None
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
+        stop = stack.enter_context(StopRequest())
         examples = None
         if config.sft.data is not None and resume is None:
-            examples = gather_examples(config, make_language(config), progress)
+            try:
+                examples = gather_examples(config, make_language(config), progress, check=stop.check)
+            except Interrupted:
+                raise Stopped(stop.signum, None) from None
         run_dir = resume if resume is not None else create_run_dir(config)
         progress.message(f"run {run_dir}")
         progress.message(as_line(compute_plan(config, model), device_memory()))
-        stop = stack.enter_context(StopRequest())
         stack.enter_context(locked(run_dir))
         if resume is not None:
             check_resume(config, run_dir, step)
         write_run_info(run_dir, config, resumed=resume is not None)
         events = stack.enter_context(EventLog(run_dir))
+        stop.arm(
+            config.checkpoint.grace,
+            functools.partial(leave, run_dir, checkpoint_dir(config, run_dir), events),
+        )
         try:
             train_in_folder(
                 config, run_dir, examples, progress, events, stop, is_resume=resume is not None, step=step

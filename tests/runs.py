@@ -51,6 +51,7 @@ TINY = [
     "log.progress=false",
     "log.tensorboard=false",
     "checkpoint.every=1",
+    "checkpoint.grace=600",  # a stop in the tests' own process must never end that process
 ]
 HOUSE = ["env.name=null", "env.entry_point=tests.houses:HOUSE"]
 # What may differ between two runs that did the same.

@@ -194,6 +194,14 @@ class CheckpointConfig(Section):
         ge=1,
         description="Number of newest checkpoints to keep, beside the last good one and the best one.",
     )
+    grace: float = Field(
+        30.0,
+        gt=0,
+        description=(
+            "Seconds from SIGINT or SIGTERM to the end of the run. It saves its last update before; if it "
+            "cannot in time, the newest checkpoint on disk counts. A second signal ends it at once."
+        ),
+    )
     dir: str | None = Field(
         None, description="Folder of the checkpoints (default: checkpoints in the run folder)."
     )

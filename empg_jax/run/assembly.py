@@ -206,13 +206,17 @@ def make_engine(
       ConfigError: the slots cannot be split over ``rollout.data``, or this host has too few devices.
     """
     r = config.rollout
+    slots = r.slots or r.tasks_per_update * r.group_size
     sizes = EngineConfig(
-        slots=r.slots or r.tasks_per_update * r.group_size,
+        slots=slots,
         max_tokens=r.max_tokens,
         max_response_tokens=r.max_response_tokens,
         stop_ids=tokenizer.stop_ids,
         burst=r.burst,
         prefill_buckets=tuple(r.prefill_buckets or ()),
+        # Programs for other numbers of rows round differently, so an episode's numbers would depend on which
+        # others are prefilled with it.
+        row_buckets=(slots,) if r.deterministic else (),
     )
     if sizes.slots % r.data:
         raise ConfigError(
