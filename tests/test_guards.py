@@ -91,3 +91,11 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
         runs.train(run, *RUIN, *steep, "train.on_nonfinite=skip")
     assert_good(run, 0)
     assert runs.restored(run).step == 0
+
+
+def test_a_warm_start_that_diverges_ends_with_a_message(tmp_path):
+    options = ["sft.learning_rate=1e30", "sft.updates=4"]
+    with pytest.raises(
+        TrainingError, match=r"the loss of warm-start update \d is .*: lower sft.learning_rate"
+    ):
+        runs.train(tmp_path / "run", *runs.HOUSE, *options)
