@@ -26,6 +26,7 @@ from empg_jax import __version__
 from empg_jax.config import Config, check_resumable, describe, list_choices, load_config
 from empg_jax.config.yaml import find_packaged
 from empg_jax.errors import ConfigError, Stopped, UserError
+from empg_jax.files import as_json
 from empg_jax.run.folder import is_finished
 
 app = typer.Typer(
@@ -133,7 +134,7 @@ def evaluate(
         from empg_jax.evaluate import evaluate_run
 
         result = evaluate_run(path, [*(overrides or []), *changes])
-        typer.echo(json.dumps(result))
+        typer.echo(json.dumps(as_json(result), allow_nan=False))
 
 
 @app.command()

@@ -36,15 +36,18 @@ class Interrupted(Exception):
 
 
 class Stopped(UserError):
-    """The run was asked to stop and has written its checkpoint.
+    """The run was asked to stop and has written its checkpoint, or was not begun.
 
     Attributes:
       signum: the signal that requested the stop.
-      run_dir: the run to resume.
+      run_dir: the run to resume; None before there is one.
     """
 
-    def __init__(self, signum: int, run_dir: Path) -> None:
-        super().__init__(f"stopped by signal {signum}; go on with: empg-jax train --resume {run_dir}")
+    def __init__(self, signum: int, run_dir: Path | None) -> None:
+        way_on = (
+            "nothing was written" if run_dir is None else f"go on with: empg-jax train --resume {run_dir}"
+        )
+        super().__init__(f"stopped by signal {signum}; {way_on}")
         self.signum, self.run_dir = signum, run_dir
         self.exit_code = 128 + signum
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,5 +33,17 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
-    """Write indented JSON atomically; NaN and infinity are refused."""
-    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write indented JSON atomically; NaN and infinity become null."""
+    write_text_atomic(path, json.dumps(as_json(value), indent=2, allow_nan=False) + "\n")
+
+
+def as_json(value: Any) -> Any:
+    """Replace NaN and infinity by None wherever they are: JSON has neither."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {name: as_json(each) for name, each in value.items()}
+        case list() | tuple():
+            return [as_json(each) for each in value]
+    return value

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from empg_jax.errors import ConfigError
 from empg_jax.files import write_text_atomic
+
+SHOWN_LINES = 10  # damaged lines that a warning lists
 
 # Name -> meaning. A name that ends in * stands for a family, one metric per ending.
 METRICS: dict[str, str] = {
@@ -147,23 +150,35 @@ def reduce_metrics(parts: Iterable[tuple[Mapping[str, float], float]]) -> dict[s
     return {name: sums[name] / weights[name] for name in sums}
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a ``metrics.jsonl`` or ``events.jsonl``; a damaged last line is left out.
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
-    Raises:
-      ValueError: a line before the last is no JSON object; the message names the line.
+
+def read_metrics(path: Path, *, warn: Callable[[str], None] = _warn) -> list[dict[str, Any]]:
+    """Read the objects of a ``metrics.jsonl``, ``sft_metrics.jsonl`` or ``events.jsonl``.
+
+    A log is for people and no state, so a damaged line costs itself alone. What a crash may leave at the end
+    (a part of a line, or bytes that are zero) is left out without a word.
+
+    Args:
+      path: the file.
+      warn: told once of the lines that were skipped because they are no objects with an ``update``.
     """
-    lines = path.read_bytes().split(b"\n")[:-1]  # a part after the last newline is an incomplete write
-    records = []
+    # Everything after the last newline is an incomplete write.
+    lines = path.read_bytes().rpartition(b"\n")[0].rstrip(b"\0\n").split(b"\n")
+    records, damaged = [], []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = json.loads(line) if line else None
+        except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict):
+        if isinstance(record, dict) and isinstance(record.get("update"), int):
             records.append(record)
-        elif number < len(lines):  # a crash may leave damaged bytes in a last line with its newline
-            raise ValueError(f"{path}, line {number}: not a JSON object")
+        elif line:
+            damaged.append(number)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:SHOWN_LINES])) + (", ..." if len(damaged) > SHOWN_LINES else "")
+        warn(f"{path}: {len(damaged)} damaged lines are skipped ({shown})")
     return records
 
 
@@ -179,6 +194,7 @@ class MetricsLog:
       missing
         meaning fails a test but never a long run.
       filename: name of the file in ``run_dir``.
+      warn: told of damaged lines, which a resume removes.
 
     Raises:
       ConfigError: ``wandb`` is wanted and not installed.
@@ -193,6 +209,7 @@ class MetricsLog:
         resume_at: int | None = None,
         strict: bool = "PYTEST_VERSION" in os.environ,
         filename: str = "metrics.jsonl",
+        warn: Callable[[str], None] = _warn,
     ) -> None:
         self.path = Path(run_dir) / filename
         self._strict = strict
@@ -201,7 +218,7 @@ class MetricsLog:
         self._wandb = _open_wandb(run_dir, resume=resume_at is not None) if wandb else None
         self._tensorboard = _open_tensorboard(run_dir, resume_at) if tensorboard else None
         if resume_at is not None and self.path.exists():
-            _truncate(self.path, resume_at)
+            _truncate(self.path, resume_at, warn)
         # Unbuffered and in append mode: a line is one write, complete or absent.
         self._file = self.path.open("ab", buffering=0)
 
@@ -243,8 +260,8 @@ class MetricsLog:
         self.close()
 
 
-def _truncate(path: Path, resume_at: int) -> None:
-    kept = [record for record in read_metrics(path) if record["update"] < resume_at]
+def _truncate(path: Path, resume_at: int, warn: Callable[[str], None]) -> None:
+    kept = [record for record in read_metrics(path, warn=warn) if record["update"] < resume_at]
     write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from empg_jax.algorithms.anchors import join_alike
-from empg_jax.errors import Interrupted, RunError, Stopped
+from empg_jax.errors import Interrupted, Stopped
 from empg_jax.learner.batching import Layout, make_batch
 from empg_jax.learner.passes import Pass, Scorer, optimize
 from empg_jax.learner.state import restart_optimizer
@@ -21,7 +21,7 @@ from empg_jax.plan.memory import compute_plan
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import PanelResult
-from empg_jax.report.results import describe_update, dump_batch, write_results
+from empg_jax.report.results import describe_update, write_results
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
@@ -29,6 +29,8 @@ from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, 
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.consumed import drop_consumed, write_consumed
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
+from empg_jax.run.guards import check_gap, check_steps
+from empg_jax.run.leaving import leave
 from empg_jax.run.lock import locked
 from empg_jax.run.parts import (
     Parts,
@@ -36,11 +38,10 @@ from empg_jax.run.parts import (
     freeze_reference,
     has_begun,
     open_run,
-    restore_state,
 )
 from empg_jax.run.process import CompileCounter, StopRequest, use_compile_cache
 from empg_jax.run.resuming import check_resume, go_back, tell_passed_over
-from empg_jax.run.rollouts import drop_rollouts, is_due, write_credit_page, write_update
+from empg_jax.run.rollouts import drop_rollouts, write_episodes
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save, save_after_error
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
@@ -49,14 +50,6 @@ from empg_jax.types import Batch, Trajectory
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
-
-# Sampler and learner run the same weights: a larger mean gap of their log-probs is a fault in one of them.
-GAP_LIMIT = 0.05
-MAX_ROLLBACKS = 3  # in consecutive updates, before training stops
-
-
-class TrainingError(RunError):
-    """Training cannot continue; the message names the cause and the checkpoints that are left."""
 
 
 def train(config: Config, *, resume: Path | None = None, step: int | None = None) -> Path:
@@ -75,7 +68,7 @@ def train(config: Config, *, resume: Path | None = None, step: int | None = None
       TrainingError: NaN in loss or gradient, or sampler and learner disagree.
       CheckpointError: a checkpoint could not be written, or none can be read on resume.
       PoolError: the environments keep failing.
-      Stopped: SIGINT or SIGTERM; a checkpoint was written.
+      Stopped: SIGINT or SIGTERM; a checkpoint was written, or nothing yet.
     """
     use_compile_cache(config.compile_cache)
     with contextlib.ExitStack() as stack:
@@ -85,18 +78,25 @@ def train(config: Config, *, resume: Path | None = None, step: int | None = None
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
+        stop = stack.enter_context(StopRequest())
         examples = None
         if config.sft.data is not None and resume is None:
-            examples = gather_examples(config, make_language(config), progress)
+            try:
+                examples = gather_examples(config, make_language(config), progress, check=stop.check)
+            except Interrupted:
+                raise Stopped(stop.signum, None) from None
         run_dir = resume if resume is not None else create_run_dir(config)
         progress.message(f"run {run_dir}")
         progress.message(as_line(compute_plan(config, model), device_memory()))
-        stop = stack.enter_context(StopRequest())
         stack.enter_context(locked(run_dir))
         if resume is not None:
             check_resume(config, run_dir, step)
         write_run_info(run_dir, config, resumed=resume is not None)
         events = stack.enter_context(EventLog(run_dir))
+        stop.arm(
+            config.checkpoint.grace,
+            functools.partial(leave, run_dir, checkpoint_dir(config, run_dir), events),
+        )
         try:
             train_in_folder(
                 config, run_dir, examples, progress, events, stop, is_resume=resume is not None, step=step
@@ -260,23 +260,6 @@ def update_policy(
     return first, steps, measured
 
 
-def write_episodes(parts: Parts, update: int, trajectories: Sequence[Trajectory], first: Pass) -> None:
-    """Write the episodes of an update with their credit, where that is due; after the last also as a page.
-
-    These files are for people: a disk that is full costs them, not the run.
-    """
-    log, last = parts.config.log, parts.config.train.updates
-    try:
-        if is_due(update, every=log.rollouts_every, last=last):
-            write_update(parts.run_dir, update, trajectories, first, with_tokens=log.rollouts_tokens)
-        if update == last and log.transcripts:
-            decode = parts.language.tokenizer.decode
-            write_credit_page(parts.run_dir, trajectories, first, decode, count=log.transcripts)
-    except OSError as error:
-        parts.progress.message(f"the episodes of update {update} could not be written: {error}")
-        parts.events.tell("episodes_not_written", detail=str(error))
-
-
 def split_batch(
     parts: Parts, update: int, trajectories: Sequence[Trajectory], epoch: int
 ) -> tuple[Batch, Layout]:
@@ -333,61 +316,6 @@ def make_scorer(parts: Parts) -> Scorer:
         drift_every=config.log.drift_every,
         is_on_policy=config.train.max_lag == 0,
     )
-
-
-def check_gap(config: Config, update: int, measured: Mapping[str, float]) -> None:
-    """Stop training when sampler and learner disagree on samples of the current weights.
-
-    Raises:
-      TrainingError: the gap is above `GAP_LIMIT`.
-    """
-    mean = measured.get("logprob_gap", 0.0)
-    if mean > GAP_LIMIT:
-        raise TrainingError(
-            f"sampler and learner disagree: the mean log-prob difference is {mean:.3g} at update "
-            f"{update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
-            f"(model.dtype={config.model.dtype})"
-        )
-
-
-def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch: Batch) -> None:
-    """Handle skipped optimizer steps: loss or gradient was not finite, or the KL was above ``train.max_kl``.
-
-    Raises:
-      TrainingError: the configured policy is ``stop``, or `MAX_ROLLBACKS` rollbacks did not help.
-    """
-    train = parts.config.train
-    guards = (
-        ("nonfinite", train.on_nonfinite, "loss or gradient was not finite"),
-        ("kl_exceeded", train.on_kl, f"the KL from the old policy was beyond train.max_kl={train.max_kl}"),
-    )
-    counts = {name: int(sum(float(step[name]) for step in steps)) for name, _, _ in guards}
-    if not any(counts.values()):
-        run.record.rollbacks_in_a_row = 0
-        if run.saved is not None:  # the update that followed it had no fault
-            run.record.last_good = run.saved["update"]
-        return
-    path = dump_batch(parts.run_dir, run.update, batch)
-    for name, policy, why in guards:
-        if not counts[name]:
-            continue
-        what = f"update {run.update}: {why} in {counts[name]} of {len(steps)} optimizer steps; batch: {path}"
-        parts.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
-        if policy == "rollback":
-            run.record.rollbacks_in_a_row += 1
-        if policy == "stop" or run.record.rollbacks_in_a_row > MAX_ROLLBACKS:
-            parts.checkpoints.wait()
-            raise TrainingError(
-                f"{what}; those steps changed nothing; checkpoints: {parts.checkpoints.steps}"
-            )
-        parts.progress.message(f"{what}; {policy}")
-        if policy == "rollback":
-            parts.events.tell("rollback", reason=name, checkpoints=parts.checkpoints.steps)
-            parts.checkpoints.wait()
-            # When the newest did not help, it may be at fault itself.
-            good = run.record.last_good if run.record.rollbacks_in_a_row > 1 else None
-            step = good if good in parts.checkpoints.steps else None
-            run.state = restore_state(parts.config, parts.checkpoints, parts.learner, step).state
 
 
 # --------------------------------------------------------------------------------------- other phases

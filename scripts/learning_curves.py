@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from empg_jax.metrics import read_metrics
+
 
 def run(out: Path, config: str, name: str, overrides: list[str]) -> dict:
     """Make one run, unless its folder already holds a finished one; return its summary."""
@@ -34,8 +36,7 @@ def run(out: Path, config: str, name: str, overrides: list[str]) -> dict:
         print(f"{name}: {cpu}", file=sys.stderr)
     summary = json.loads((folder / "summary.json").read_text())
     summary |= json.loads((folder / "cpu.json").read_text())
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    summary["curve"] = [json.loads(line)["success_rate"] for line in lines]
+    summary["curve"] = [line["success_rate"] for line in read_metrics(folder / "metrics.jsonl")]
     return summary
 
 

@@ -51,6 +51,7 @@ TINY = [
     "log.progress=false",
     "log.tensorboard=false",
     "checkpoint.every=1",
+    "checkpoint.grace=600",  # a stop in the tests' own process must never end that process
 ]
 HOUSE = ["env.name=null", "env.entry_point=tests.houses:HOUSE"]
 # What may differ between two runs that did the same.
@@ -126,6 +127,7 @@ def quick_compilations():
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()  # later tests must not meet these programs, which round differently
 
 
 @contextlib.contextmanager
@@ -137,6 +139,7 @@ def share_compilations(folder):
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: getattr(jax.config, name) for name in settings}
+    jax.clear_caches()  # programs that other tests compiled in another way
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)

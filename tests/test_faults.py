@@ -19,6 +19,7 @@ from empg_jax.cli import app
 from empg_jax.metrics import read_metrics
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.run.folder import write_run_info
+from empg_jax.run.guards import TrainingError
 from tests import runs
 
 HOUSE = [*runs.HOUSE, "sft.updates=0"]
@@ -80,7 +81,7 @@ def poison(*bad):
 
 def test_nan_stops_with_the_batch_and_the_last_good_checkpoint(tmp_path, opened):
     opened.changes.append(poison(4))  # the second step of update 2
-    with pytest.raises(trainer.TrainingError, match=r"update 2: .*not finite in 1 of 2 .*bad_batch_2\.npz"):
+    with pytest.raises(TrainingError, match=r"update 2: .*not finite in 1 of 2 .*bad_batch_2\.npz"):
         runs.train(tmp_path / "run", *HOUSE)
     (dumped,) = (tmp_path / "run").glob("bad_batch_*")
     with np.load(dumped) as batch:
@@ -117,7 +118,7 @@ def test_nan_may_roll_back(tmp_path, opened, capsys):
 
 def test_rolling_back_again_and_again_stops(tmp_path, opened):
     opened.changes.append(poison(*range(1, 99)))
-    with pytest.raises(trainer.TrainingError, match=r"update 4: .*not finite"):
+    with pytest.raises(TrainingError, match=r"update 4: .*not finite"):
         runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=rollback", "train.updates=9")
 
 
@@ -186,6 +187,42 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
     gc.collect()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_changed_byte_costs_its_checkpoint_and_nothing_else(tmp_path):
+    """One bit of the newest checkpoint is wrong: the command goes on from the one before."""
+    run = runs.train(tmp_path / "run", *HOUSE, "rollout.deterministic=true")
+    weights, lines = runs.weights(run), runs.lines(run)
+    newest = run / "checkpoints" / "3" / "state"
+    path = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
+    (run / "summary.json").unlink()  # as if the run had been killed before its last file
+    code, err = _call("train", "--resume", run)
+    assert code == 0 and "checkpoint 3: " in err, err
+    ((detail,),) = told(run, "checkpoint_skipped", "detail")
+    assert "checkpoint 3: " in detail and (run / "summary.json").exists()
+    assert runs.lines(run) == lines and runs.weights(run) == weights
+    gc.collect()
+
+
+def test_damaged_logs_never_stop_a_resume(tmp_path):
+    run = runs.train(tmp_path / "run", *runs.HOUSE, "rollout.deterministic=true", "train.updates=2")
+    lines, nulls = runs.lines(run), b"\0" * 512
+    for name in ("metrics.jsonl", "sft_metrics.jsonl"):
+        first, *rest = (run / name).read_bytes().splitlines(keepends=True)
+        (run / name).write_bytes(first + b"no JSON\n" + b"\xff" + nulls + b"\n" + b"".join(rest) + nulls)
+    (run / "events.jsonl").write_bytes(b"no JSON\n" + nulls)
+    code, err = _call("train", "--resume", run, "train.updates=3")
+    assert code == 0, err
+    assert err.count(f"{run / 'metrics.jsonl'}: 2 damaged lines are skipped (2, 3)") == 1
+    assert runs.lines(run)[:2] == lines and [line["update"] for line in runs.lines(run)] == [1, 2, 3]
+    assert (run / "curves.png").exists()
+    # The warm start is over, so that nothing is written to its log: the damage stays and is passed over.
+    assert [line["update"] for line in read_metrics(run / "sft_metrics.jsonl")] == [0, 1]
+    assert read_metrics(run / "events.jsonl") == []
+
+
 # ----------------------------------------------------------------------------------------- environments
 
 
@@ -229,7 +266,7 @@ def test_an_environment_that_raises_is_discarded_and_refilled_and_never_a_reward
 def test_a_hang_or_a_dead_worker_costs_its_episode(tmp_path, trouble, opened):
     diary = tmp_path / "diary"
     options = [f"env.options.trouble={trouble}", "env.options.times=1", f"env.options.diary={diary}"]
-    run = runs.train(tmp_path / "run", *HOUSE, *options, "workers.step_timeout=0.5", "eval.tasks=1")
+    run = runs.train(tmp_path / "run", *HOUSE, *options, "workers.step_timeout=4", "eval.tasks=1")
     stats = opened.runs[0][0].rollout.collector.pool.stats
     assert stats.failures == {{"hang": "timeout", "kill": "worker_died"}[trouble]: 1}
     assert stats.restarts == 1

@@ -147,9 +147,9 @@ def test_a_broken_held_out_task_is_missing_and_the_run_goes_on(tmp_path, opened)
 
 @pytest.mark.parametrize("when", ["evaluation", "start"])
 def test_sigterm_ends_a_run_soon_with_a_checkpoint(tmp_path, when):
-    """In the evaluation, which would take a minute here, and while programs are compiled."""
+    """In the evaluation, which would take minutes here, and while programs are compiled."""
     run = tmp_path / "run"
-    options = ["eval.tasks=96", "env.options.latency=0.3"]
+    options = ["eval.tasks=400", "env.options.latency=0.3"]
     process = runs.start(runs.command(run, *runs.HOUSE, "sft.updates=1", *options))
     there = run / {"evaluation": "sft_metrics.jsonl", "start": "config.yaml"}[when]
     try:
@@ -157,12 +157,12 @@ def test_sigterm_ends_a_run_soon_with_a_checkpoint(tmp_path, when):
         time.sleep(2.0 if when == "evaluation" else 0.5)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
         took = time.monotonic() - began
     finally:
         process.kill()
     assert process.returncode == 143 and "Traceback" not in err, err
-    assert took < 10
+    assert took < 40
     assert told(run, "stop_requested", "signal") == [(signal.SIGTERM,)]
     if when == "evaluation":
         assert runs.restored(run).progress["record"]["phase"] == "rl"

@@ -56,10 +56,22 @@ def test_resume_removes_the_updates_that_will_be_repeated(tmp_path):
     assert [(r["update"], r["loss"]) for r in read_metrics(log.path)] == [(0, 0), (1, 1), (2, 2), (3, 30)]
 
 
-def test_a_damaged_line_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"update": 0}\nnonsense\n{"update": 2}\n')
-    with pytest.raises(ValueError, match="line 2"):
-        read_metrics(tmp_path / "metrics.jsonl")
+def test_damaged_lines_are_skipped_and_named_once(tmp_path, capsys):
+    path, told = tmp_path / "metrics.jsonl", []
+    bad = [b"nonsense", b"\0\0\0\0", b"\xff\xfe", b"[1]", b'{"loss": 1}', b"[" * 100_000]
+    path.write_bytes(b"\n".join([b'{"update": 0}', *bad, b'{"update": 2}']) + b"\n")
+    assert [record["update"] for record in read_metrics(path, warn=told.append)] == [0, 2]
+    assert told == [f"{path}: 6 damaged lines are skipped (2, 3, 4, 5, 6, 7)"]
+    read_metrics(path)
+    assert capsys.readouterr().err == told[0] + "\n"
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 4096, b"\0" * 9 + b"\n", b'{"upda', b""])
+def test_what_a_crash_leaves_at_the_end_is_no_damage(tmp_path, tail):
+    path, told = tmp_path / "metrics.jsonl", []
+    path.write_bytes(b'{"update": 0}\n{"update": 1}\n' + tail)
+    assert [record["update"] for record in read_metrics(path, warn=told.append)] == [0, 1]
+    assert told == []
 
 
 def test_a_metric_without_meaning_fails_under_tests(tmp_path):

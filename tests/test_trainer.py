@@ -65,7 +65,7 @@ def test_the_summary_says_what_happened(run):
     assert all(key.partition(":")[0] in ("trained", "scored_zero") for key in summary["trajectories"])
     phases = dict(summary["wall_seconds"])
     total = phases.pop("total")
-    assert phases.keys() == {"start", "sft", "eval", "rollout", "update", "checkpoint"}
+    assert phases.keys() == {"start", "sft", "eval", "publish", "rollout", "update", "checkpoint"}
     assert total == pytest.approx(sum(phases.values()), abs=0.01)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from empg_jax.config.load import Config
+from empg_jax.config.algorithm import AlgorithmConfig
 
 
 def has_lag(values: Mapping[str, Any]) -> bool:
@@ -17,7 +16,10 @@ def has_lag(values: Mapping[str, Any]) -> bool:
 
 
 def with_lag_defaults(
-    values: dict[str, Any], check: Callable[[dict[str, Any]], Config], *, is_entropy_source_given: bool
+    values: dict[str, Any],
+    check: Callable[[dict[str, Any]], AlgorithmConfig],
+    *,
+    is_entropy_source_given: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """Correct for the sampler's age, unless the user decided otherwise.
 
@@ -26,7 +28,7 @@ def with_lag_defaults(
 
     Args:
       values: the file with the command's overrides, as read; they set a lag.
-      check: checks values and makes the configuration; it raises where they cannot be used.
+      check: checks values and makes the ``algorithm`` section; it raises where they cannot be used.
       is_entropy_source_given: the user set ``algorithm.entropy_source`` for this lag, so it is not changed.
 
     Returns:
@@ -40,22 +42,22 @@ def with_lag_defaults(
         algorithm["entropy_source"] = "learner"
         notes.append(f"algorithm.entropy_source=learner, because {why}")
     # The name or a custom recipe may bring a correction: only the checked configuration tells.
-    config = check({**values, "algorithm": algorithm})
+    checked = check({**values, "algorithm": algorithm})
     correction = dict(algorithm.get("correction") or {})
-    if "kind" not in correction and not _is_corrected(config):
+    if "kind" not in correction and not _is_corrected(checked):
         algorithm["correction"] = correction | {"kind": "tis"}
         notes.append(f"algorithm.correction.kind=tis, because {why}")
     return {**values, "algorithm": algorithm}, notes
 
 
-def lag_notes(config: Config) -> Iterator[str]:
+def lag_notes(max_lag: int, algorithm: AlgorithmConfig) -> Iterator[str]:
     """Yield a note when older samples are trained on without a correction, which is allowed."""
-    if config.train.max_lag > 0 and not _is_corrected(config):
+    if max_lag > 0 and not _is_corrected(algorithm):
         yield (
-            f"train.max_lag={config.train.max_lag} trains on samples of older weights without a correction: "
+            f"train.max_lag={max_lag} trains on samples of older weights without a correction: "
             "algorithm.correction.kind=tis (or mis), or algorithm.loss=decoupled_ppo corrects for that"
         )
 
 
-def _is_corrected(config: Config) -> bool:
-    return config.algorithm.correction.kind != "none" or config.algorithm.loss == "decoupled_ppo"
+def _is_corrected(algorithm: AlgorithmConfig) -> bool:
+    return algorithm.correction.kind != "none" or algorithm.loss == "decoupled_ppo"

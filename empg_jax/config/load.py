@@ -84,7 +84,7 @@ class Config(Section):
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user before the run: keys that were dropped, and risks."""
-        return (*self._notes, *lag_notes(self))
+        return (*self._notes, *lag_notes(self.train.max_lag, self.algorithm))
 
     def with_notes(self, lines: Iterable[str]) -> Config:
         """Return the same configuration with more notes."""
@@ -257,7 +257,9 @@ def load_config(
             chosen = (commanded if is_of_command else values.get("algorithm")) or {}
             is_given = "entropy_source" in chosen
             values, changed = with_lag_defaults(
-                values, Config.model_validate, is_entropy_source_given=is_given
+                values,
+                lambda values: Config.model_validate(values).algorithm,
+                is_entropy_source_given=is_given,
             )
             notes += changed
         config = Config.model_validate(values)

@@ -137,10 +137,15 @@ class TrainConfig(Section):
         None, gt=0, description="Skip an optimizer step beyond this approximate KL (null: no limit)."
     )
     on_kl: Literal["stop", "skip", "rollback"] = Field(
-        "skip", description="Action after steps were skipped because of train.max_kl."
+        "skip",
+        description="Action after steps were skipped because of train.max_kl (limits as of on_nonfinite).",
     )
     on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
-        "stop", description="Action when loss or gradient is not finite."
+        "stop",
+        description=(
+            "Action when loss or gradient is not finite. skip ends the run when 4 updates in a row make no "
+            "step, rollback at the 4th in a row."
+        ),
     )
 
 
@@ -203,6 +208,14 @@ class CheckpointConfig(Section):
         3,
         ge=1,
         description="Number of newest checkpoints to keep, beside the last good one and the best one.",
+    )
+    grace: float = Field(
+        30.0,
+        gt=0,
+        description=(
+            "Seconds from SIGINT or SIGTERM to the end of the run. It saves its last update before; if it "
+            "cannot in time, the newest checkpoint on disk counts. A second signal ends it at once."
+        ),
     )
     dir: str | None = Field(
         None, description="Folder of the checkpoints (default: checkpoints in the run folder)."

@@ -38,6 +38,7 @@ class RunRecord:
       tokens_sampled: sampled tokens of the trajectories that were trained on.
       trajectories: number of episodes by ``status:reason``.
       rollbacks_in_a_row: number of consecutive updates that were rolled back.
+      skips_in_a_row: number of consecutive updates without any optimizer step.
       unlogged: metrics of an update that is made but has no line yet, because its evaluation was cut short.
       last_good: newest checkpoint that was followed by an update without a fault; None before.
       best_step: checkpoint with the best held-out success so far; None without evaluations on the way.
@@ -53,6 +54,7 @@ class RunRecord:
     tokens_sampled: int = 0
     trajectories: dict[str, int] = dataclasses.field(default_factory=dict)
     rollbacks_in_a_row: int = 0
+    skips_in_a_row: int = 0
     unlogged: dict[str, float] | None = None
     last_good: int | None = None
     best_step: int | None = None

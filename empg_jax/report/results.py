@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from empg_jax.engine.engine import EngineStats
-from empg_jax.files import replacing, write_json_atomic
+from empg_jax.files import as_json, replacing, write_json_atomic
 from empg_jax.learner.batching import BatchShape, Layout
 from empg_jax.metrics import reduce_metrics
 from empg_jax.report.curves import plot_curves
@@ -110,6 +110,7 @@ def write_results(
     if len(wins[0]) == len(wins[1]) >= 1:
         interval = paired_interval(*wins)
         summary["eval_gain_interval"] = None if interval is None else [round(bound, 4) for bound in interval]
+    summary = as_json(summary)  # a policy that is broken has numbers such as NaN; the table leaves them out
     write_json_atomic(run_dir / "summary.json", summary)
     plot_curves(run_dir)
     if config.log.transcripts:

@@ -209,13 +209,17 @@ def make_engine(
       ConfigError: the slots cannot be split over ``rollout.data``, or this host has too few devices.
     """
     r = config.rollout
+    slots = r.slots or r.tasks_per_update * r.group_size
     sizes = EngineConfig(
-        slots=r.slots or r.tasks_per_update * r.group_size,
+        slots=slots,
         max_tokens=r.max_tokens,
         max_response_tokens=r.max_response_tokens,
         stop_ids=tokenizer.stop_ids,
         burst=r.burst,
         prefill_buckets=tuple(r.prefill_buckets or ()),
+        # Programs for other numbers of rows round differently, so an episode's numbers would depend on which
+        # others are prefilled with it.
+        row_buckets=(slots,) if _has_barrier(config) else (),
     )
     if sizes.slots % r.data:
         raise ConfigError(
@@ -232,6 +236,11 @@ def make_engine(
         temperature=r.temperature if temperature is None else temperature,
         mesh=mesh,
     )
+
+
+def _has_barrier(config: Config) -> bool:
+    """Return whether all episodes take each turn together: what makes a run repeatable without a schedule."""
+    return config.rollout.deterministic and config.rollout.schedule is None
 
 
 def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
@@ -264,7 +273,7 @@ def make_collector(
         stream=stream,
         first_handle=first_handle,
         episode_timeout=config.rollout.episode_timeout,
-        is_deterministic=config.rollout.deterministic and config.rollout.schedule is None,
+        is_deterministic=_has_barrier(config),
     )
 
 
@@ -319,7 +328,7 @@ def make_rollout(config: Config, engine: Engine, pool: EnvPool, language: Langua
     rollout = RolloutThread(
         collector,
         ledger,
-        is_repeatable=r.deterministic and r.schedule is None,
+        is_repeatable=_has_barrier(config),
         max_stale_gap=r.max_stale_gap if r.publish == "burst" else None,
     )
     if r.schedule is not None:

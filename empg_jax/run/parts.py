@@ -200,6 +200,7 @@ def open_run(
         wandb=config.log.wandb,
         # The line of an update that was stopped before its line is written again.
         resume_at=run.update + (run.record.unlogged is None) if is_resumed else None,
+        warn=progress.message,
     )
     parts = Parts(
         config=config,

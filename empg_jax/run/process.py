@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import os
 import platform
+import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -53,7 +54,8 @@ def _machine_key() -> str:
 class StopRequest:
     """A handler that turns the first SIGINT or SIGTERM into a flag, and the second into `KeyboardInterrupt`.
 
-    Use it as a context manager. Outside the main thread signals cannot be caught, and only `set` works.
+    Use it as a context manager. Outside the main thread signals cannot be caught, and only `set` works. Once
+    it is armed (`arm`), a thread ends the process if the main thread comes to no stopping point.
 
     Attributes:
       signum: the signal that requested the stop; 0 while there is no request.
@@ -62,6 +64,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum = 0
         self._previous: dict[int, object] = {}
+        self._watch: _Watch | None = None
 
     def __call__(self) -> bool:
         """Return whether the run was asked to stop."""
@@ -80,11 +83,23 @@ class StopRequest:
         """Ask the run to stop."""
         self.signum = int(signum)
 
+    def arm(self, grace: float, leave: Callable[[int, str], None]) -> None:
+        """Bound the time from a signal to the end of the process; a second signal ends it at once.
+
+        Args:
+          grace: seconds from the first signal to the end.
+          leave: called with the signal and the reason, in a thread of its own, before the process exits with
+            128 + signal. It must not wait for the main thread.
+        """
+        if self._previous:
+            self._watch = _Watch(grace, leave, pending=self.signum)
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        # A second signal means that the user will not wait for the checkpoint.
-        if self.signum:
+        if not self.signum:
+            self.signum = signum
+        elif self._watch is None:
+            # A second signal means that the user will not wait. Once armed, the other thread sees to it.
             raise KeyboardInterrupt
-        self.signum = signum
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -93,9 +108,61 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._watch is not None:
+            self._watch.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
+
+
+class _Watch:
+    """A thread that hears of signals from the C handler, even while the main thread is busy.
+
+    Python calls a handler between two bytecodes of the main thread. A compilation or a dispatch that hangs
+    has none.
+    """
+
+    def __init__(self, grace: float, leave: Callable[[int, str], None], *, pending: int) -> None:
+        self._grace, self._leave = grace, leave
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        if pending:
+            os.write(self._write, bytes([pending]))
+        self._thread = threading.Thread(target=self._run, name="stop-watch", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        signum = self._next_signal(None)
+        if not signum:
+            return
+        # Closed in time, or asked again, or neither.
+        again = self._next_signal(time.monotonic() + self._grace)
+        if again == 0:
+            return
+        why = f"no stopping point within {self._grace:g} s" if again is None else "asked a second time"
+        try:
+            self._leave(signum, why)
+        finally:
+            os._exit(128 + signum)
+
+    def _next_signal(self, end: float | None) -> int | None:
+        """Wait for SIGINT or SIGTERM; 0 after `close`, None at the time ``end``."""
+        while True:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if not select.select([self._read], [], [], left)[0]:
+                return None
+            found = os.read(self._read, 1)
+            # Other signals that have a handler in Python come this way, too.
+            if not found or found[0] in (0, signal.SIGINT, signal.SIGTERM):
+                return found[0] if found else 0
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._before)
+        os.write(self._write, b"\0")
+        self._thread.join()
+        os.close(self._read)
+        os.close(self._write)
 
 
 class PhaseClock:

@@ -19,10 +19,28 @@ from empg_jax.rollout.record import describe_episodes, describe_tokens
 
 if TYPE_CHECKING:
     from empg_jax.learner.passes import Pass
+    from empg_jax.run.parts import Parts
     from empg_jax.types import Trajectory
 
 FOLDER = "rollouts"
 _NAME = re.compile(r"update-(\d+)\.jsonl\.gz")
+
+
+def write_episodes(parts: Parts, update: int, trajectories: Sequence[Trajectory], first: Pass) -> None:
+    """Write the episodes of an update with their credit, where that is due; after the last also as a page.
+
+    These files are for people: a disk that is full costs them, not the run.
+    """
+    log, last = parts.config.log, parts.config.train.updates
+    try:
+        if is_due(update, every=log.rollouts_every, last=last):
+            write_update(parts.run_dir, update, trajectories, first, with_tokens=log.rollouts_tokens)
+        if update == last and log.transcripts:
+            decode = parts.language.tokenizer.decode
+            write_credit_page(parts.run_dir, trajectories, first, decode, count=log.transcripts)
+    except OSError as error:
+        parts.progress.message(f"the episodes of update {update} could not be written: {error}")
+        parts.events.tell("episodes_not_written", detail=str(error))
 
 
 def is_due(update: int, *, every: int, last: int) -> bool:

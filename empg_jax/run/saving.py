@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,9 +34,22 @@ def save(parts: Parts, run: RunState) -> None:
         progress = boundary.as_json()
         if _same(progress, run.saved):
             return
-        kept = [step for step in (run.record.last_good, run.record.best_step) if step is not None]
+        good = good_step(run, parts.checkpoints.steps)
+        kept = [step for step in (good, run.record.best_step) if step is not None]
         parts.checkpoints.save(boundary.update, run.state, progress, boundary.trajectories, protect=kept)
         run.saved, run.saved_at = progress, time.monotonic()
+
+
+def good_step(run: RunState, steps: Sequence[int]) -> int | None:
+    """Return the last good checkpoint among those on disk (ascending).
+
+    A checkpoint is good when an update without a fault has followed it. Before that is known of any, the
+    oldest one counts as good.
+    """
+    being_written = [] if run.saved is None else [run.saved["update"]]
+    if run.record.last_good in (*steps, *being_written):
+        return run.record.last_good
+    return steps[0] if steps else None
 
 
 def is_time_to_save(parts: Parts, run: RunState) -> bool:

@@ -163,6 +163,7 @@ def load_chat_data(
     too_long: Literal["skip", "truncate"] = "skip",
     holdout: float = 0.0,
     advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
+    check: Callable[[], None] = lambda: None,
 ) -> ChatData:
     """Read, check and tokenize chat files.
 
@@ -175,6 +176,7 @@ def load_chat_data(
       holdout: share of the conversations that is held out. A hash of the content selects them, so that the
         choice depends neither on order nor on seed, and copies of a conversation are never on both sides.
       advance: progress display, called after each conversation.
+      check: called before each line is tokenized; it may raise to end the reading.
 
     Raises:
       ChatDataError: some lines are no conversations (all are counted, the first ten are listed), or there are
@@ -185,6 +187,7 @@ def load_chat_data(
     num_problems = conversations = held_out = num_long = unknown = 0
     unknown_id = renderer.tokenizer.token_to_id(renderer.tokenizer.special_tokens.get("unk_token", ""))
     for where, conversation in _read(paths):
+        check()
         try:
             if isinstance(conversation, ChatDataError):
                 raise conversation

@@ -64,7 +64,7 @@ def gather_examples(
       config: the run's configuration.
       language: the run's language.
       progress: the display.
-      check: called for every recorded episode; it may raise to end the recording.
+      check: called for every line and every recorded episode; it may raise to end the work.
 
     Raises:
       ConfigError: a file of ``sft.data`` does not exist.
@@ -73,7 +73,7 @@ def gather_examples(
     """
     s = config.sft
     if s.data is not None:
-        return _read_examples(config, s.data, language, progress)
+        return _read_examples(config, s.data, language, progress, check)
     progress.phase("demonstrations", s.demonstrations, "episodes")
 
     def advance(count: int, values: dict[str, float]) -> None:
@@ -91,12 +91,18 @@ def gather_examples(
     return Examples(demonstrations, draw, turns, rows=turns if config.env.context == "window" else 1)
 
 
-def _read_examples(config: Config, paths: Sequence[str], language: Language, progress: Progress) -> Examples:
+def _read_examples(
+    config: Config,
+    paths: Sequence[str],
+    language: Language,
+    progress: Progress,
+    check: Callable[[], None],
+) -> Examples:
     s = config.sft
     for path in paths:
         if not Path(path).expanduser().is_file():
             raise ConfigError(f"sft.data={path}: there is no such file (JSON lines, one conversation each)")
-    progress.phase("chat data", _count_lines(paths), "lines")
+    progress.phase("chat data", _count_lines(paths, check), "lines")
     data = load_chat_data(
         paths,
         language.renderer,
@@ -105,6 +111,7 @@ def _read_examples(config: Config, paths: Sequence[str], language: Language, pro
         too_long=s.too_long,
         holdout=s.holdout,
         advance=progress.advance,
+        check=check,
     )
     progress.close()  # the phase ends here, before the next phase's compilation
     epochs = s.updates * s.batch_size / len(data.train)
@@ -121,9 +128,11 @@ def _read_examples(config: Config, paths: Sequence[str], language: Language, pro
     )
 
 
-def _count_lines(paths: Sequence[str]) -> int:
+def _count_lines(paths: Sequence[str], check: Callable[[], None]) -> int:
     count = 0
     for path in paths:
         with Path(path).expanduser().open("rb") as file:
-            count += sum(1 for line in file if line.strip())
+            for line in file:
+                count += bool(line.strip())
+                check()
     return count

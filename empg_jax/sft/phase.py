@@ -31,7 +31,8 @@ def train_on_examples(parts: Parts, run: RunState, examples: Examples | None = N
         progress.phase("warm start", config.sft.updates, "updates")
         first = run.record.sft_update
         progress.advance(first, {})
-        with MetricsLog(parts.run_dir, filename="sft_metrics.jsonl", resume_at=first) as log:
+        name = "sft_metrics.jsonl"
+        with MetricsLog(parts.run_dir, filename=name, resume_at=first, warn=progress.message) as log:
 
             def on_update(number: int, state: TrainState, values: dict[str, float]) -> None:
                 log.write(number, values)

@@ -20,6 +20,7 @@ from empg_jax.learner.state import TrainState, make_optimizer, restart_optimizer
 from empg_jax.learner.update import Learner, make_learner
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.run.assembly import micro_rows
+from empg_jax.run.guards import TrainingError
 from empg_jax.sft.examples import Examples
 from empg_jax.types import Batch, Credit, Params, Scores, Trajectory
 
@@ -72,7 +73,7 @@ def warm_start(
       The final state.
 
     Raises:
-      FloatingPointError: the loss is not finite.
+      TrainingError: the loss is not finite.
     """
     s = config.sft
     optimizer, schedule = make_optimizer(
@@ -101,7 +102,7 @@ def warm_start(
         state, metrics = learner.update(state, batch, scores, credit, np.int32(start), np.int32(stop))
         values = {"sft_loss": float(metrics["loss"]), "learning_rate": float(schedule(update))}
         if not np.isfinite(values["sft_loss"]):
-            raise FloatingPointError(
+            raise TrainingError(
                 f"the loss of warm-start update {update} is {values['sft_loss']}: lower sft.learning_rate "
                 f"(now {s.learning_rate:g})"
             )

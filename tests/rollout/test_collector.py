@@ -98,7 +98,7 @@ def test_a_fault_costs_its_own_episode_and_is_no_reward(says, reason):
 
 
 def test_a_hang_ends_at_the_deadline_of_its_step():
-    with open_pool(length=3, step=1.0) as pool:
+    with open_pool(length=3, step=3.0) as pool:
         found = run(make_collector(ScriptedEngine(), pool, {(2, 1): "hang"}), attempts(6))
     assert outcome(found.pop(2)) == (Status.DISCARDED, "timeout")
     assert {outcome(t) for t in found.values()} == {(Status.TRAINED, "won")}
@@ -108,10 +108,10 @@ def test_an_episode_that_lasts_too_long_is_given_up():
     """Every single step is quick enough, all together are not."""
     with open_pool(length=1000) as pool:
         script = {(group, turn): "sleep 0.2" for group in (0, 7) for turn in range(1000)}
-        collector = make_collector(ScriptedEngine(), pool, script, max_turns=1000, episode_timeout=1.0)
+        collector = make_collector(ScriptedEngine(), pool, script, max_turns=1000, episode_timeout=3.0)
         found = run(collector, attempts(1))
         assert outcome(found[0]) == (Status.DISCARDED, "timeout")
-        assert "longer than 1 s" in found[0].outcome.detail and 1 <= len(found[0].turns) <= 5
+        assert "longer than 3 s" in found[0].outcome.detail and 1 <= len(found[0].turns) <= 15
         # The slot is free again, and an answer that was still on its way is nobody's.
         assert outcome(run(collector, attempts(1, task=1, group_id=7))[7]) == (Status.DISCARDED, "timeout")
 

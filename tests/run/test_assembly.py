@@ -9,6 +9,7 @@ from empg_jax.config import Config, load_config
 from empg_jax.config.algorithm import AlgorithmConfig
 from empg_jax.errors import ConfigError
 from empg_jax.run import assembly
+from tests import runs
 
 # A value that differs from the default for every key of the section, and what else makes it act.
 CHANGED = {
@@ -151,3 +152,12 @@ def test_an_engine_that_does_not_fit_its_devices_is_refused(overrides, says):
     tokenizer = assembly.make_language(config).tokenizer
     with pytest.raises(ConfigError, match=says):
         assembly.make_engine(config, assembly.make_model(config, tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize(("is_deterministic", "rows"), [(True, (4,)), (False, (1, 4))])
+def test_deterministic_rollouts_prefill_by_one_program(is_deterministic, rows):
+    """Programs for other numbers of rows round differently: who is prefilled together must not matter."""
+    config = runs.configure("unused", f"rollout.deterministic={is_deterministic}".lower())
+    tokenizer = assembly.make_language(config).tokenizer
+    engine = assembly.make_engine(config, assembly.make_model(config, tokenizer), tokenizer)
+    assert engine.config.row_buckets == rows

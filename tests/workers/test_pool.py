@@ -12,7 +12,7 @@ from empg_jax.workers import process as worker_process
 from empg_jax.workers.pool import EnvPool, FaultPolicy, PoolError, PoolTimeouts
 
 PATIENT = PoolTimeouts(start=30, reset=30, step=30)
-SHORT = PoolTimeouts(start=30, reset=30, step=1.0)
+SHORT = PoolTimeouts(start=30, reset=30, step=3.0)  # a busy machine answers within this
 
 
 def open_pool(env="FaultyEnv", *, timeouts=PATIENT, num_workers=1, **kwargs):
@@ -112,7 +112,7 @@ def test_parent_that_is_away_longer_than_the_deadline_blames_nobody():
         for handle in handles:
             pool.step(handle, "x")
         assert pool.poll(0) == []
-        time.sleep(1.5)
+        time.sleep(SHORT.step + 0.5)
         assert all(reply.failure is None for reply in gather(pool, 6).values())
 
 
@@ -145,7 +145,7 @@ def test_misuse_is_refused():
         ("garbage reward", "env_garbage", "reward is float nan"),
         ("crash", "worker_died", "exit code 7; last lines of its stderr:\nlast words"),
         ("kill", "worker_died", "killed by SIGKILL"),
-        ("hang", "timeout", "no answer after 1 s; in step {'action': 'hang'} of train/1"),
+        ("hang", "timeout", "no answer after 3 s; in step {'action': 'hang'} of train/1"),
     ],
 )
 def test_broken_environment_costs_its_episode_only(action, reason, detail):
@@ -376,7 +376,7 @@ def test_close_leaves_no_process(is_hanging):
     start = time.monotonic()
     pool.close()
     pool.close()
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 15  # the hang would last an hour
     assert len(pids) == 2
     for pid in pids:
         with pytest.raises(ProcessLookupError):  # neither running nor a zombie

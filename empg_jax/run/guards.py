@@ -1,0 +1,99 @@
+"""Guards of training: faults that steps left out, a sampler that disagrees, and when they end a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from empg_jax.errors import RunError
+from empg_jax.report.results import dump_batch
+from empg_jax.run.parts import Parts, RunState, restore_state
+from empg_jax.run.saving import good_step
+from empg_jax.types import Batch
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+# Sampler and learner run the same weights: a larger mean gap of their log-probs is a fault in one of them.
+GAP_LIMIT = 0.05
+MAX_ROLLBACKS = 3  # in consecutive updates, before training stops
+MAX_SKIPS = 3  # consecutive updates without any optimizer step, before training stops
+
+
+class TrainingError(RunError):
+    """Training cannot continue; the message names the cause and the checkpoints that are left."""
+
+
+def check_gap(config: Config, update: int, measured: Mapping[str, float]) -> None:
+    """Stop training when sampler and learner disagree on samples of the current weights.
+
+    Raises:
+      TrainingError: the gap is above `GAP_LIMIT`.
+    """
+    mean = measured.get("logprob_gap", 0.0)
+    if mean > GAP_LIMIT:
+        raise TrainingError(
+            f"sampler and learner disagree: the mean log-prob difference is {mean:.3g} at update "
+            f"{update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
+            f"(model.dtype={config.model.dtype})"
+        )
+
+
+def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch: Batch) -> None:
+    """Handle skipped optimizer steps: loss or gradient was not finite, or the KL was above ``train.max_kl``.
+
+    Raises:
+      TrainingError: the configured policy is ``stop``, `MAX_ROLLBACKS` rollbacks did not help, or `MAX_SKIPS`
+        updates in a row made no step at all.
+    """
+    train, record = parts.config.train, run.record
+    guards = (
+        ("nonfinite", train.on_nonfinite, "loss or gradient was not finite"),
+        ("kl_exceeded", train.on_kl, f"the KL from the old policy was beyond train.max_kl={train.max_kl}"),
+    )
+    counts = {name: int(sum(float(step[name]) for step in steps)) for name, _, _ in guards}
+    if not any(counts.values()):
+        record.rollbacks_in_a_row = record.skips_in_a_row = 0
+        if run.saved is not None:  # the update that followed it had no fault
+            record.last_good = run.saved["update"]
+        return
+    record.skips_in_a_row = record.skips_in_a_row + 1 if sum(counts.values()) == len(steps) else 0
+    path = dump_batch(parts.run_dir, run.update, batch)
+    for name, policy, why in guards:
+        if not counts[name]:
+            continue
+        what = f"update {run.update}: {why} in {counts[name]} of {len(steps)} optimizer steps; batch: {path}"
+        parts.events.tell("steps_left_out", reason=name, steps=counts[name], policy=policy)
+        if policy == "rollback":
+            record.rollbacks_in_a_row += 1
+        if policy == "stop":
+            raise _error(parts, run, f"{what}; those steps changed nothing")
+        if record.rollbacks_in_a_row > MAX_ROLLBACKS:
+            raise _error(parts, run, f"{what}; {MAX_ROLLBACKS} rollbacks in a row did not help")
+        if policy == "skip" and record.skips_in_a_row > MAX_SKIPS:
+            raise _error(
+                parts, run, f"{what}; {record.skips_in_a_row} updates in a row made no optimizer step at all"
+            )
+        parts.progress.message(f"{what}; {policy}")
+        if policy == "rollback":
+            _roll_back(parts, run, name)
+
+
+def _roll_back(parts: Parts, run: RunState, reason: str) -> None:
+    parts.checkpoints.wait()
+    steps = parts.checkpoints.steps
+    parts.events.tell("rollback", reason=reason, checkpoints=steps)
+    # When the newest did not help, it may be at fault itself.
+    step = good_step(run, steps) if run.record.rollbacks_in_a_row > 1 else None
+    run.state = restore_state(parts.config, parts.checkpoints, parts.learner, step).state
+
+
+def _error(parts: Parts, run: RunState, what: str) -> TrainingError:
+    """Make the error that ends training, with the checkpoints that are left and the good one among them."""
+    parts.checkpoints.wait()
+    steps = parts.checkpoints.steps
+    left = f"checkpoints: {steps}"
+    good = good_step(run, steps)
+    if good is not None:
+        left += f"; the last good one: empg-jax train --resume {parts.run_dir} --step {good}"
+    return TrainingError(f"{what}; {left}")
