@@ -171,8 +171,8 @@ class Ledger:
         if outcome.is_trained:
             del group.missing[attempt.member]
             group.done[attempt.member] = trajectory
-            self._losses.pop(group.task, None)
             if not group.missing:
+                self._losses.pop(group.task, None)
                 self._replace_uniform(group)
         elif attempt.retry + 1 < MAX_RETRIES and outcome.reason != "quarantined":
             # A quarantined task would be refused at once, every time.

@@ -133,14 +133,15 @@ def test_a_group_that_fails_is_replaced_by_the_same_task():
     assert ledger.counts == {"groups_failed": 1, "tokens_wasted": MAX_RETRIES + 1}
 
 
+@pytest.mark.parametrize("members", [(0, 1), (1,)], ids=["every member", "one member"])
 @pytest.mark.parametrize(("reason", "groups"), [("env_error", MAX_LOSSES), ("quarantined", 1)])
-def test_a_task_that_always_fails_waits_for_the_next_pass(reason, groups):
+def test_a_task_that_always_fails_waits_for_the_next_pass(reason, groups, members):
     ledger = make_ledger(tasks=4)
     broken = ledger.order.task_at(0)
     ledger.admit(0)
     attempted = []
     for _ in range(5):
-        attempted += run_all(ledger, lambda a: reason if a.task == broken else None)
+        attempted += run_all(ledger, lambda a: reason if a.task == broken and a.member in members else None)
         ledger.admit(0)
     reserved = ledger.reserve()
     assert broken not in {t.task for t in reserved.trajectories} and len(groups_of(reserved)) == 2
