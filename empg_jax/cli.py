@@ -137,6 +137,32 @@ def evaluate(
 
 
 @app.command()
+def rollout(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_CONFIG", help="Folder of a run or of a checkpoint; or a configuration, untrained."
+        ),
+    ],
+    overrides: Overrides = None,
+    *,
+    episodes: Annotated[int, typer.Option(help="Episodes, rounded up to whole groups.")],
+    out: Annotated[Path, typer.Option(help="File to write: JSON lines; FILE.gz is compressed.")],
+) -> None:
+    """Play training episodes without learning, and write their records for 'empg-jax credit' and others."""
+    with _reporting():
+        changes = list(overrides or [])
+        resolved = None if Path(source).is_dir() else _load(source, changes)
+        from empg_jax.run.play import play_new, play_run
+
+        if resolved is None:
+            play_run(Path(source), changes, episodes, out, _say)
+        else:
+            play_new(resolved, episodes, out, _say)
+        typer.echo(out.absolute())
+
+
+@app.command()
 def export(
     path: Annotated[
         Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Folder of a run or of a checkpoint.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from empg_jax.errors import ConfigError
 from empg_jax.simulate.measured import Measured, fit_decode_rate, fit_latency, read_run
-from empg_jax.simulate.run import simulate
+from empg_jax.simulate.run import StandstillError, simulate
 from empg_jax.simulate.spread import Spread
 from empg_jax.simulate.tally import Result
 from empg_jax.simulate.world import World, option
@@ -46,11 +46,12 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A simulated run of the plan."""
+    """A simulated run of the plan: its result, or why it never ends."""
 
     max_lag: int
     split: Split
-    result: Result
+    result: Result | None
+    problem: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class SimulatedPlan:
         rows = [
             {"max_lag": row.max_lag, "split": str(row.split)}
             | dataclasses.asdict(row.split)
-            | dataclasses.asdict(row.result)
+            | ({"problem": row.problem} if row.result is None else dataclasses.asdict(row.result))
             for row in self.rows
         ]
         world = dataclasses.asdict(self.world)
@@ -163,7 +164,7 @@ def make_plan(
       run: folder and configuration of a run that measured what was not given.
 
     Raises:
-      ConfigError: a number is out of range, or the run has none.
+      ConfigError: a number is out of range, the run has none, or no row would ever end.
     """
     base = devices_of(config if run is None else run[1])
     if run is None:
@@ -174,13 +175,24 @@ def make_plan(
     rows = []
     for split in splits or [devices_of(config)]:
         placed = place(world, base, split)
-        rows += [Row(lag, split, simulate(dataclasses.replace(placed, max_lag=lag))) for lag in lags]
+        rows += [_make_row(dataclasses.replace(placed, max_lag=lag), split) for lag in lags]
+    problems = [f"train.max_lag={row.max_lag}, {row.split}: {row.problem}" for row in rows if row.problem]
+    if len(problems) == len(rows):
+        raise ConfigError(problems[0])
+    notes += problems
     if any(row.split != base for row in rows):
         notes.append(
             f"rates hold for {_count(base.engine, 'engine')} and {_count(base.learner, 'learner')} and grow "
             "in proportion to the devices of each side: a model, not a measurement"
         )
     return SimulatedPlan(world, notes, sorted(rows, key=lambda row: row.max_lag))
+
+
+def _make_row(world: World, split: Split) -> Row:
+    try:
+        return Row(world.max_lag, split, simulate(world))
+    except StandstillError as error:
+        return Row(world.max_lag, split, None, str(error))
 
 
 def _count(devices: int, side: str) -> str:

@@ -25,7 +25,11 @@ from empg_jax.types import Outcome, Status
 LOOK_SECONDS = (
     1.0  # between two looks at the groups' deadlines, as of a rollout thread that waits for answers
 )
-GIVE_UP = 100  # attempts discarded before an update, in batches, after which the simulation ends
+GIVE_UP = 20  # attempts discarded before an update, in batches, after which the simulation ends
+
+
+class StandstillError(ConfigError):
+    """An update of the simulated run never gets its episodes."""
 
 
 def simulate(world: World) -> Result:
@@ -269,7 +273,7 @@ class Simulation:
         world = self.world
         self._discarded += 1
         if self._discarded > GIVE_UP * world.group_size * world.groups_per_update:
-            raise ConfigError(
+            raise StandstillError(
                 f"update {self._trained + 1} never gets its episodes: {self._discarded} attempts were "
                 f"discarded, the last one by {reason}; lower --failures and --deaths, or raise "
                 f"rollout.episode_timeout={world.episode_timeout:g}"

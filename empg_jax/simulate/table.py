@@ -49,6 +49,8 @@ def make_table(plan: SimulatedPlan) -> Table:
 
 def _cells(row: Row, has_long: bool) -> list[str]:
     r = row.result
+    if r is None:
+        return [str(row.max_lag), str(row.split), "never"]
     cells = [
         str(row.max_lag),
         str(row.split),

@@ -83,6 +83,17 @@ def test_the_table_says_what_it_was_made_from():
     assert all(row[-1].endswith("%") for row in rows[-2:])  # the share of long tasks
 
 
+def test_a_row_that_never_ends_is_told_beside_the_others():
+    # On one device an episode takes longer than it may, on four it does not.
+    limits = ["quickstart", *SIZES, "rollout.episode_timeout=1"]
+    speeds = SPEEDS | {"latency": 0, "decode-rate": 700, "updates": 5}
+    stuck, ended = plan(*limits, **speeds, lags="0", splits="1:1,4:1")["rows"]
+    assert stuck["problem"].startswith("update 1 never gets its episodes: ") and "updates" not in stuck
+    assert ended["updates"] == 5
+    done = call(*limits, **speeds, lags="0", splits="1:1,4:1")
+    assert "never" in done.stdout.splitlines()[-3] and "train.max_lag=0, 1:1: update 1 never" in done.stdout
+
+
 def test_options_of_the_configuration_reach_the_ledger():
     tight = plan("quickstart", *SIZES, "rollout.episode_timeout=1.7", **SPEEDS, lags="1", failures=0.05)
     assert tight["world"]["episode_timeout"] == 1.7
