@@ -282,6 +282,7 @@ def show_simulation(
     latency_kind: Annotated[
         str | None, typer.Option(help="constant, uniform, exponential, lognormal or heavy.")
     ] = None,
+    reset_latency: Annotated[float | None, typer.Option(help="Of a reset (default as of a step).")] = None,
     turns: Annotated[float | None, typer.Option(help="Mean turns of an episode.")] = None,
     turns_kind: Annotated[str | None, typer.Option(help="Their spread (default uniform).")] = None,
     tokens: Annotated[float | None, typer.Option(help="Mean tokens of a response.")] = None,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FIT_WITH = ("slot_rate", "prefill_rate", "at_once", "reset_latency")  # they say what the run was, too
 ASSUMED_RATE = 1000.0  # tokens per second
 ASSUMED_UPDATE = 1.0  # seconds
 
@@ -278,7 +279,7 @@ def _fit_speed(
     config: Config, values: Mapping[str, Any], given: Mapping[str, Any], found: Measured
 ) -> dict[str, float]:
     """Derive the sampler's rate, or with a given rate the latency, from the time of the run's updates."""
-    shape = {name: value for name, value in given.items() if name in ("slot_rate", "prefill_rate", "at_once")}
+    shape = {name: value for name, value in given.items() if name in FIT_WITH}
     shape["max_lag"], shape["is_shared"] = config.train.max_lag, devices_of(config).is_shared
     kinds = {name: given[name] for name in ("latency_kind", "turns_kind", "tokens_kind") if name in given}
     if "decode_rate" in given:

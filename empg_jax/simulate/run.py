@@ -18,6 +18,7 @@ from empg_jax.rollout.ledger import Ledger, Reserved
 from empg_jax.rollout.order import TaskOrder
 from empg_jax.simulate.episode import WON, SimulatedEpisode
 from empg_jax.simulate.sampler import Sampler
+from empg_jax.simulate.spread import Spread
 from empg_jax.simulate.tally import Result, Tally
 from empg_jax.simulate.world import World
 from empg_jax.types import Outcome, Status
@@ -61,6 +62,8 @@ class Simulation:
             max_refills=world.max_refills,
             tell=self.tally.tell,
         )
+        reset_latency = world.latency.mean if world.reset_latency is None else world.reset_latency
+        self._resets = Spread(reset_latency, world.latency.kind)
         self.now = self.served = 0.0
         self._events: list[tuple[float, int, Any, Any]] = []  # (time, number, function, argument)
         self._numbers = itertools.count()
@@ -223,7 +226,7 @@ class Simulation:
 
     def _ask(self, slot: int, episode: SimulatedEpisode) -> None:
         """Ask the environment; it answers after its latency, once it has its turn."""
-        latency = self.world.latency.draw(episode.chance)
+        latency = (self._resets if episode.turns_done == 0 else self.world.latency).draw(episode.chance)
         if self._lanes > 0:
             self._lanes -= 1
             self._at(self.now + latency, self._on_answer, (slot, episode))

@@ -10,7 +10,7 @@ from empg_jax.errors import ConfigError
 from empg_jax.simulate.spread import KINDS, Spread
 
 POSITIVE = ("decode_rate", "slot_rate", "prefill_rate", "episode_timeout")
-NOT_NEGATIVE = ("update_seconds", "publish_pause", "worker_start", "observation")
+NOT_NEGATIVE = ("update_seconds", "publish_pause", "worker_start", "observation", "reset_latency")
 SHARES = ("long_share", "failures", "deaths", "mixed")
 COUNTS = ("group_size", "groups_per_update", "updates", "slots", "workers", "tasks", "at_once")
 
@@ -22,7 +22,8 @@ class World:
     Attributes:
       group_size, groups_per_update, max_lag, updates, min_group_size, max_refills: as the ledger's.
       slots: conversations in flight.
-      latency: time of an environment's answer, to a reset as to a step.
+      latency: time of an environment's answer.
+      reset_latency: mean time of the answer to a reset, of the same kind; None: as to a step.
       turns: turns of an episode; those of a long task have ``long_stretch`` times as many.
       tokens: tokens of a response.
       observation: tokens of the prompt that each turn adds to the conversation.
@@ -50,6 +51,7 @@ class World:
     updates: int = 50
     slots: int
     latency: Spread
+    reset_latency: float | None = None
     turns: Spread
     tokens: Spread
     observation: float = 0.0

@@ -55,7 +55,7 @@ def test_the_newest_weights_play_whole_groups(run, tmp_path):
     out = tmp_path / "episodes.jsonl.gz"
     done = call(run, "rollout.temperature=0.7", "--episodes", 7, "--out", out)
     assert done.exit_code == 0, done.stderr
-    records = [json.loads(line) for line in gzip.open(out, "rt")]
+    records = [json.loads(line) for line in gzip.decompress(out.read_bytes()).splitlines()]
     assert [(r["group_id"], r["member"]) for r in records] == [(g, m) for g in range(4) for m in range(2)]
     assert {turn["version"] for r in records for turn in r["turns"]} == {1}
     assert len({(r["group_id"], r["task"]) for r in records}) == 4

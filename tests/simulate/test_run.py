@@ -92,6 +92,11 @@ def test_environments_that_answer_one_after_the_other():
     assert seconds(at_once=32) == seconds()
 
 
+def test_a_reset_may_take_another_time_than_a_step():
+    assert seconds(reset_latency=3.0, update_seconds=0.0) == pytest.approx(ROLLOUT + 2.9)
+    assert seconds(reset_latency=0.0, update_seconds=0.0) == pytest.approx(ROLLOUT - 0.1)
+
+
 def test_a_slots_rate_and_the_rate_of_all_slots_limit_each_other():
     still = {"latency": Spread(0.0), "update_seconds": 0.0}
     assert seconds(decode_rate=1e9, slot_rate=25.0, **still) == pytest.approx(50 / 25)
