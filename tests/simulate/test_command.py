@@ -102,6 +102,18 @@ def test_options_of_the_configuration_reach_the_ledger():
     assert kept["world"]["max_refills"] == 10 and kept["world"]["is_burst"]
 
 
+def test_every_option_reaches_the_world():
+    numbers = {"observation": 7.0, "long_share": 0.5, "long_stretch": 2.0, "failures": 0.1, "deaths": 0.05}
+    numbers |= {"at_once": 3, "slot_rate": 70.0, "prefill_rate": 900.0, "publish_pause": 0.2}
+    numbers |= {"reset_latency": 0.4, "decode_rate": 500.0, "update_seconds": 0.3, "updates": 3}
+    spreads = {"latency": (0.2, "heavy"), "turns": (3.0, "exponential"), "tokens": (4.0, "lognormal")}
+    options = {name: mean for name, (mean, _) in spreads.items()}
+    options |= {f"{name}_kind": kind for name, (_, kind) in spreads.items()}
+    world = plan("quickstart", *SIZES, "seed=5", **numbers, **options, lags="1")["world"]
+    assert {name: world[name] for name in numbers} == numbers and world["seed"] == 5
+    assert {name: (world[name]["mean"], world[name]["kind"]) for name in spreads} == spreads
+
+
 def test_help_teaches_with_an_example():
     shown = " ".join(CliRunner().invoke(app, ["simulate", "--help"]).stdout.split())
     assert "empg-jax simulate quickstart --latency 0.1 --update-seconds 2" in shown
