@@ -138,6 +138,32 @@ def evaluate(
 
 
 @app.command()
+def rollout(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_CONFIG", help="Folder of a run or of a checkpoint; or a configuration, untrained."
+        ),
+    ],
+    overrides: Overrides = None,
+    *,
+    episodes: Annotated[int, typer.Option(help="Episodes, rounded up to whole groups.")],
+    out: Annotated[Path, typer.Option(help="File to write: JSON lines; FILE.gz is compressed.")],
+) -> None:
+    """Play training episodes without learning, and write their records for 'empg-jax credit' and others."""
+    with _reporting():
+        changes = list(overrides or [])
+        resolved = None if Path(source).is_dir() else _load(source, changes)
+        from empg_jax.run.play import play_new, play_run
+
+        if resolved is None:
+            play_run(Path(source), changes, episodes, out, _say)
+        else:
+            play_new(resolved, episodes, out, _say)
+        typer.echo(out.absolute())
+
+
+@app.command()
 def export(
     path: Annotated[
         Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Folder of a run or of a checkpoint.")
@@ -248,6 +274,87 @@ def plan(
         typer.echo("\n".join(lines))
 
 
+@app.command("simulate")
+def show_simulation(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    *,
+    latency: Annotated[float | None, typer.Option(help="Seconds of an environment's answer.")] = None,
+    latency_kind: Annotated[
+        str | None, typer.Option(help="constant, uniform, exponential, lognormal or heavy.")
+    ] = None,
+    reset_latency: Annotated[float | None, typer.Option(help="Of a reset (default as of a step).")] = None,
+    turns: Annotated[float | None, typer.Option(help="Mean turns of an episode.")] = None,
+    turns_kind: Annotated[str | None, typer.Option(help="Their spread (default uniform).")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Mean tokens of a response.")] = None,
+    tokens_kind: Annotated[str | None, typer.Option(help="Their spread (default uniform).")] = None,
+    observation: Annotated[
+        float | None, typer.Option(help="Prompt tokens that each turn adds; they cost with --prefill-rate.")
+    ] = None,
+    long_share: Annotated[float | None, typer.Option(help="Share of the tasks that are long.")] = None,
+    long_stretch: Annotated[float | None, typer.Option(help="Their turns, as a multiple.")] = None,
+    failures: Annotated[
+        float | None, typer.Option(help="Share of the attempts whose environment fails.")
+    ] = None,
+    deaths: Annotated[float | None, typer.Option(help="Share that takes its worker down.")] = None,
+    at_once: Annotated[
+        int | None, typer.Option(help="Environments that can answer at the same time (default all).")
+    ] = None,
+    decode_rate: Annotated[
+        float | None, typer.Option(help="Tokens per second of all slots together.")
+    ] = None,
+    slot_rate: Annotated[
+        float | None, typer.Option(help="Most tokens per second of one slot (default its share).")
+    ] = None,
+    prefill_rate: Annotated[float | None, typer.Option(help="Prompt tokens per second.")] = None,
+    update_seconds: Annotated[float | None, typer.Option(help="Seconds of an update.")] = None,
+    publish_pause: Annotated[float | None, typer.Option(help="Seconds of a swap of weights.")] = None,
+    updates: Annotated[int, typer.Option(help="Updates to simulate.")] = 50,
+    lags: Annotated[str, typer.Option(help="Values of train.max_lag, one row each.")] = "0,1,2,4",
+    splits: Annotated[
+        str | None,
+        typer.Option(help="ENGINE:LEARNER devices, or a number that both share, for example 1:7,4:4,8."),
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="Take what is not given from this run.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Simulate rollout and learner on a clock, to choose train.max_lag and the split of devices.
+
+    The rules of a run decide what is sampled and trained on; environments, sampler and learner only take
+    time. What is not given is assumed, and the answer says so.
+
+    Is it worth it to overlap, if environments take 0.1 s and an update takes 2 s?
+
+    empg-jax simulate quickstart --latency 0.1 --update-seconds 2 --decode-rate 4000 --splits 1,1:1
+
+    How would eight devices be split best, by the speeds of a run on one?
+
+    empg-jax simulate quickstart --from runs/NAME --splits 1:7,2:6,4:4,8
+    """
+    given = dict(locals())
+    for name in ("config", "overrides", "lags", "splits", "measured", "as_json"):
+        del given[name]
+    with _reporting():
+        resolved = load_config(config, overrides or [])
+        run = None if measured is None else (measured, _load_run(measured, [], option="--from"))
+        from empg_jax.simulate.plan import make_plan, read_lags, read_splits
+        from empg_jax.simulate.table import print_plan
+
+        plan = make_plan(
+            resolved,
+            {name: value for name, value in given.items() if value is not None},
+            lags=read_lags(lags),
+            splits=None if splits is None else read_splits(splits),
+            run=run,
+        )
+        if as_json:
+            typer.echo(json.dumps(plan.as_json()))
+        else:
+            print_plan(plan, Console(highlight=False))
+
+
 @app.command()
 def retrieve(
     *,
@@ -331,10 +438,10 @@ def _load(config: str, overrides: list[str]) -> Config:
     return resolved.with_notes(_check_environment(resolved))
 
 
-def _load_run(run: Path, overrides: list[str]) -> Config:
+def _load_run(run: Path, overrides: list[str], *, option: str = "--resume") -> Config:
     path = run / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"--resume {run}: no run there (no {path})")
+        raise ConfigError(f"{option} {run}: no run there (no {path})")
     check_resumable(overrides)
     return load_config(path, overrides)
 

@@ -30,6 +30,7 @@ FLOORS = {
     "evaluate": 7,
     "plan": 7,
     "sft": 7,
+    "simulate": 7,
     "trainer": 8,
     "cli": 9,
     "__main__": 10,

@@ -69,7 +69,7 @@ class RecordError(UserError):
 
 def describe_episodes(
     trajectories: Sequence[Trajectory],
-    credit: TurnCredit,
+    credit: TurnCredit | None,
     *,
     update: int,
     tokens: Sequence[Sequence[Record]] | None = None,
@@ -78,7 +78,8 @@ def describe_episodes(
 
     Args:
       trajectories: episodes in the order of the batch's table.
-      credit: the table of turns, on the host.
+      credit: the table of turns, on the host; None, where nothing is trained, leaves the credit out and takes
+        the sampler's entropies.
       update: the update that trains on them.
       tokens: further fields per trajectory and turn, from `describe_tokens`.
 
@@ -101,9 +102,9 @@ def describe_episodes(
             "metrics": {name: as_number(value) for name, value in trajectory.metrics.items()},
             "turns": [
                 _describe_turn(turn)
-                | {"entropy": as_number(credit.entropies[i, k]), "logprob": _mean(turn.behavior_logprobs)}
-                | {"anchor": f"{turn.anchor:016x}"}
-                | credit_fields(credit, i, k)
+                | {"entropy": _mean(turn.entropies) if credit is None else as_number(credit.entropies[i, k])}
+                | {"logprob": _mean(turn.behavior_logprobs), "anchor": f"{turn.anchor:016x}"}
+                | ({} if credit is None else credit_fields(credit, i, k))
                 | (tokens[i][k] if tokens is not None else {})
                 for k, turn in enumerate(trajectory.turns)
             ],

@@ -1,0 +1,91 @@
+"""``empg-jax rollout``: the episodes that training would play, in a file, without learning."""
+
+import gzip
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from empg_jax.cli import app
+from empg_jax.rollout.record import read_episodes
+from empg_jax.run.rollouts import rollouts_path
+from tests import runs
+
+STEADY = [
+    *runs.HOUSE,
+    "rollout.deterministic=true",
+    "log.rollouts_every=1",
+    "sft.updates=0",
+    "train.updates=1",
+]
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, ["rollout", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return runs.train(tmp_path_factory.mktemp("play") / "run", *STEADY)
+
+
+def without_credit(record):
+    """A record without what only learning adds."""
+    added = ("factor", "bonus", "advantage_base", "advantage", "entropy")
+    turns = [{k: v for k, v in turn.items() if k not in added} for turn in record["turns"]]
+    return {k: v for k, v in record.items() if k != "update"} | {"turns": turns}
+
+
+def test_the_first_weights_play_the_episodes_of_the_first_update(run, tmp_path):
+    out = tmp_path / "episodes.jsonl"
+    done = call(run / "checkpoints" / "0", "--episodes", 4, "--out", out)
+    assert (done.exit_code, done.stdout) == (0, f"{out}\n"), done.stderr
+    assert "4 episodes of train with the weights of update 0: trained:" in done.stderr
+    played, trained = read_episodes(out), read_episodes(rollouts_path(run, 1))
+    assert [without_credit(record) for record in played] == [without_credit(record) for record in trained]
+    for ours, theirs in zip(played, trained, strict=True):
+        for turn, other in zip(ours["turns"], theirs["turns"], strict=True):
+            assert turn["entropy"] == pytest.approx(other["entropy"], rel=1e-3) and "advantage" not in turn
+
+
+def test_the_newest_weights_play_whole_groups(run, tmp_path):
+    out = tmp_path / "episodes.jsonl.gz"
+    done = call(run, "rollout.temperature=0.7", "--episodes", 7, "--out", out)
+    assert done.exit_code == 0, done.stderr
+    records = [json.loads(line) for line in gzip.decompress(out.read_bytes()).splitlines()]
+    assert [(r["group_id"], r["member"]) for r in records] == [(g, m) for g in range(4) for m in range(2)]
+    assert {turn["version"] for r in records for turn in r["turns"]} == {1}
+    assert len({(r["group_id"], r["task"]) for r in records}) == 4
+    # Its records are input of the credit command.
+    config = run / "config.yaml"
+    credit = CliRunner().invoke(app, ["credit", str(config), str(out)])
+    assert credit.exit_code == 0 and credit.stdout.count('"advantage"') == sum(
+        len(r["turns"]) for r in records
+    )
+
+
+def test_a_configuration_plays_with_the_weights_that_it_starts_from(run, tmp_path):
+    paths = [tmp_path / name for name in ("run.jsonl", "config.jsonl")]
+    assert call(run / "checkpoints" / "0", "--episodes", 2, "--out", paths[0]).exit_code == 0
+    assert call(run / "config.yaml", "--episodes", 2, "--out", paths[1]).exit_code == 0
+    assert paths[0].read_text() == paths[1].read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.jsonl", "run.jsonl"]  # no run begins
+
+
+def test_bad_input_is_refused_before_anything_is_played(run, tmp_path):
+    def refuse(*arguments):
+        done = call(*arguments)
+        assert done.exit_code == 2 and done.stdout == "", done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    out = ["--out", tmp_path / "x.jsonl"]
+    assert "--episodes 0: expected at least 1" in refuse(run, "--episodes", 0, *out)
+    assert "expected a file in a folder that exists" in refuse(run, "--episodes", 2, "--out", tmp_path)
+    assert "expected a file" in refuse(run, "--episodes", 2, "--out", tmp_path / "no" / "x")
+    assert "is neither a run folder" in refuse(tmp_path, "--episodes", 2, *out)
+    assert "nope" in refuse("nope", "--episodes", 2, *out)
+    assert list(tmp_path.iterdir()) == []
