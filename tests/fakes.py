@@ -85,6 +85,9 @@ class FaultyEnv(CountingEnv):
                 os.kill(os.getpid(), signal.SIGKILL)
             case ["hang"]:
                 time.sleep(3600)
+            case ["raise-once", path] if not os.path.exists(path):
+                open(path, "x").close()
+                raise ValueError("the environment broke once")
             case ["hang-again", path]:  # the first time it only leaves a mark
                 if os.path.exists(path):
                     time.sleep(3600)
@@ -97,6 +100,11 @@ class FaultyEnv(CountingEnv):
             case ["noise"]:
                 print('{"id": 1, "ok": true}\n' * 50)
                 os.write(1, b"raw noise on the first descriptor\n")
+            case ["flood" | "flood-hang" as kind, megabytes]:
+                for _ in range(int(megabytes)):
+                    os.write(2, b"x" * (1 << 20))
+                if kind == "flood-hang":
+                    time.sleep(3600)
             case ["input"]:
                 input()
             case ["grow", megabytes]:

@@ -40,12 +40,12 @@ class Quarantine:
     def record_success(self, split: str, index: int) -> None:
         """Record an episode that ended without a failure: all earlier failures of others now count."""
         task = (split, index)
+        self.record_end()
         self._in_a_row.pop(task, None)
         failures, self._open = self._open, []
         for failed, cause in failures:
             if failed != task:
                 self._count(failed, cause)
-        self.record_end()
 
     def record_failure(self, split: str, index: int, failure: EnvFailure) -> None:
         """Record a lost episode that had no common cause so far."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 
 MARK = "EMPG_WORKER"  # the environment variable that marks a worker's descendants
-ROUNDS = 5  # a process that forks while it is being looked for is found in the next round
+SECONDS = 0.5  # granted to the kernel to end them, and to find those that fork meanwhile
 
 
 def end_descendants(pid: int, mark: str) -> int:
@@ -23,14 +24,16 @@ def end_descendants(pid: int, mark: str) -> int:
       mark: the value of `MARK` that only this process and its descendants have; empty for none.
     """
     ended: set[int] = set()
-    for _ in range(ROUNDS):
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
         found = _find(pid, mark) - {os.getpid(), pid}
         for number in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(number, signal.SIGKILL)
-        if not found - ended:
+        if not found:
             break
         ended |= found
+        time.sleep(0.002)
     return len(ended)
 
 
