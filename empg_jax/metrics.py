@@ -36,7 +36,8 @@ METRICS: dict[str, str] = {
     "groups_failed": "Groups thrown away because an attempt kept failing for a cause outside the policy.",
     "worker_restarts": "Environment workers replaced after a death, a hang, or for their memory.",
     "episodes_recovered": "Episodes that went on in a new worker after theirs was lost.",
-    "tasks_quarantined": "Tasks that are no longer tried because their environment failed too often.",
+    "breaker_seconds": "Seconds without new episodes because most of them failed, until a probe succeeded.",
+    "tasks_quarantined": "Tasks that are not tried for a while because their environment failed too often.",
     "env_*": "Mean of a number that the environment reports at the end of an episode.",
     "lag": "Mean age of the sampling policy in updates.",
     # Entropy and modulation

@@ -33,12 +33,13 @@ class IncidentMeter:
         self._outcomes, self._counts = outcomes, counts
         return values
 
-    def _read(self) -> tuple[collections.Counter[str], dict[str, int]]:
+    def _read(self) -> tuple[collections.Counter[str], dict[str, float]]:
         """Read the outcomes of episodes, and all other counts, since the start."""
         stats = self._source.collector.pool.stats
         counts = {
             "worker_restarts": stats.restarts + stats.recycled,
             "episodes_recovered": stats.recovered,
+            "breaker_seconds": self._source.collector.pool.breaker.seconds,
             "groups_stale": self._source.buffer.stats.stale_groups,
             "groups_failed": self._source.failed_groups,
         }

@@ -164,8 +164,11 @@ class GroupSource:
             self.buffer.add(trajectory)
             if not self._open[attempt.group_id]:
                 self._replace_uniform(attempt.group_id)
-        elif attempt.retry + 1 < MAX_RETRIES and trajectory.outcome.reason != "quarantined":
-            # Not for a quarantined task: the pool refuses it at once, every time.
+        elif trajectory.outcome.reason == "outage" or (
+            attempt.retry + 1 < MAX_RETRIES and trajectory.outcome.reason != "quarantined"
+        ):
+            # Not for a quarantined task: the pool refuses it at once, every time. An outage says nothing of a
+            # task; the pool holds the next attempt until it is over.
             self.buffer.stats.refilled += 1
             self.collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
         else:  # the task itself is broken: another group takes its place
