@@ -7,6 +7,7 @@ in order (see `empg_envs.lanes`). So it is known which command hangs, and which 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,6 +38,9 @@ class Command:
     began: float | None = None
     thread: int | None = None
 
+    def __str__(self) -> str:
+        return f"{'replaying' if self.is_replay else 'in'} {self.op} {self.args} of {self.episode}"
+
 
 class Inflight:
     """The unanswered commands of one process, in their order."""
@@ -45,9 +49,42 @@ class Inflight:
         """Start with none."""
         self._commands: dict[int, Command] = {}
         self._lanes: dict[int, Command] = {}  # those that run beside others
+        self._ids = itertools.count()
 
     def __len__(self) -> int:
         return len(self._commands)
+
+    def compose(
+        self, episodes: Iterable[EpisodeRecord], offset: int
+    ) -> tuple[list[Command], list[EpisodeRecord]]:
+        """Make the commands for open requests, each after the replay that it needs.
+
+        Of the suspects of a death at most one is under way at any time: a second death shows the cause.
+
+        Args:
+          episodes: the episodes with an open request; those that are over are passed over.
+          offset: bytes sent to the process so far.
+
+        Returns:
+          The commands, and the episodes that must wait.
+        """
+        has_suspect = any(command.episode.is_suspect for command in self._commands.values())
+        commands: list[Command] = []
+        later = []
+        for episode in episodes:
+            if not episode.is_live or episode.request is None:
+                continue
+            if episode.is_suspect and has_suspect:
+                later.append(episode)
+                continue
+            has_suspect |= episode.is_suspect
+            if episode.is_stale:
+                for op, args, digest in episode.past():
+                    commands.append(Command(next(self._ids), episode, op, args, offset, digest, True))
+                commands[-1].completes_replay = True
+                episode.is_stale = False
+            commands.append(Command(next(self._ids), episode, *episode.request, offset))
+        return commands, later
 
     def add(self, commands: Iterable[Command]) -> None:
         """Add commands that were sent."""
@@ -111,3 +148,15 @@ class Inflight:
             if command.began is None and command.episode.handle not in taken:
                 return command
         return None
+
+
+def find_culprit(running: list[Command]) -> Command | None:
+    """Find the command that killed its process; where that cannot be known, mark all of them as suspects."""
+    if len(running) == 1:
+        return running[0]
+    suspects = [command for command in running if command.episode.is_suspect]
+    if len(suspects) == 1:
+        return suspects[0]
+    for command in running:
+        command.episode.is_suspect = True
+    return None

@@ -17,7 +17,6 @@ workers need JAX. One thread drives a pool, and deadlines are checked while it p
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import selectors
 import time
@@ -36,6 +35,7 @@ from empg_jax.workers.faults import (
     Tell,
     tell_nobody,
 )
+from empg_jax.workers.outages import Outages
 from empg_jax.workers.quarantine import Quarantine
 from empg_jax.workers.record import EpisodeRecord
 from empg_jax.workers.supervisor import Supervisor
@@ -123,9 +123,6 @@ class EnvPool:
         hello = {"env": env, "options": dict(options or {}), "memory_limit_mb": space, "lanes": lanes}
         self.breaker = Breaker(policy, tell)
         self._quarantine = Quarantine(policy, tell)
-        self._held: list[EpisodeRecord] = []  # resets that wait for the breaker
-        self._failed: collections.deque[EpisodeRecord] = collections.deque(maxlen=policy.breaker_min)
-        self._probe: EpisodeRecord | None = None
         self._polled = time.monotonic()
         self._waiting: set[int] = set()  # handles with a request that is not answered
         self._ready: list[EnvReply] = []
@@ -146,6 +143,7 @@ class EnvPool:
             )
             for number in range(num_workers)
         ]
+        self._outages = Outages(self.breaker, self._workers, self._worker_of, policy.breaker_min)
         try:
             while not all(worker.is_ready for worker in self._workers):
                 self._pump()
@@ -183,7 +181,7 @@ class EnvPool:
             detail = f"task {split}/{index} failed too often; not tried for a while"
             self.failed(episode, "quarantined", detail, is_incident=False)
         elif self.breaker.is_open:
-            self._held.append(episode)
+            self._outages.hold(episode)
         else:
             worker.resume(episode)
 
@@ -240,7 +238,7 @@ class EnvPool:
                 worker.forgive(now - self._polled)
         self._wait(0.0)  # notice a worker that died in the meantime before something is sent to it
         while True:
-            self._tend_breaker()
+            self._outages.tend()
             self._pump()
             if self._ready or not self._waiting:
                 break
@@ -287,7 +285,7 @@ class EnvPool:
         op, _ = episode.request
         episode.request = None
         if episode.is_probe:
-            self._end_probe(episode, op)
+            self._outages.pass_probe(episode, op)
             return
         self._waiting.discard(episode.handle)
         reply = EnvReply(
@@ -307,11 +305,11 @@ class EnvPool:
         """Take a supervisor's report of a lost episode, as the answer to its open request."""
         assert episode.request is not None
         if episode.is_probe:
-            self._probe = None
+            self._outages.fail_probe()
             return
         failure = EnvFailure(reason, detail)
         if is_incident and not self.breaker.is_open:
-            self._failed.append(episode)
+            self._outages.remember(episode)
             self.breaker.record_failure(reason, detail)
         if self.breaker.is_open and reason != "quarantined":
             failure = EnvFailure("outage", f"{reason}: {detail}")
@@ -333,43 +331,6 @@ class EnvPool:
         """Take a supervisor's report of a worker that does not start any more."""
         self.breaker.fail_start(detail)
 
-    def _tend_breaker(self) -> None:
-        """Probe while the breaker is open; once the environment works again, send what is held."""
-        if not self.breaker.is_open:
-            return
-        self.breaker.check()
-        if self._may_probe() and self.breaker.take_probe():
-            if not self._failed:  # only workers failed, and they have started
-                self._close_breaker()
-                return
-            # Another one each time: the last one's own task may be broken.
-            self._failed.rotate()
-            self._probe = self._failed[0].make_probe(-1 - self._failed[0].handle)
-            assert self._probe.request is not None
-            self._worker_of(self._probe.handle).ask(self._probe, *self._probe.request)
-
-    def _may_probe(self) -> bool:
-        """Return whether no probe is on its way and every worker starts."""
-        return self._probe is None and not any(worker.is_failing for worker in self._workers)
-
-    def _end_probe(self, probe: EpisodeRecord, op: str) -> None:
-        """Take the answer of a probe; its environment is closed before the probe is forgotten."""
-        worker = self._worker_of(probe.handle)
-        if op == "close":
-            worker.forget(probe.handle)
-            return
-        self._close_breaker()
-        worker.ask(probe, "close", {})
-
-    def _close_breaker(self) -> None:
-        self.breaker.close()
-        self._failed.clear()
-        self._probe = None
-        held, self._held = self._held, []
-        for episode in held:
-            if episode.is_live:
-                self._worker_of(episode.handle).resume(episode)
-
     def _pump(self) -> None:
         for worker in self._workers:
             worker.pump()
@@ -377,9 +338,7 @@ class EnvPool:
     def _wait(self, seconds: float) -> None:
         """Move bytes for at most ``seconds``, then check the deadlines."""
         # Wake up at the first deadline, even if every worker stays silent.
-        due = min(worker.deadline for worker in self._workers)
-        if self._may_probe():
-            due = min(due, self.breaker.probe_at)
+        due = min(self._outages.due, *(worker.deadline for worker in self._workers))
         events = self._selector.select(max(0.0, min(seconds, due - time.monotonic())))
         for key, mask in events:
             key.data.handle(mask)

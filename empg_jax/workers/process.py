@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import selectors
 import signal
 import subprocess
 import sys
@@ -39,14 +40,23 @@ class ProtocolError(Exception):
 class WorkerProcess:
     """A worker process, with non-blocking transfer of whole messages."""
 
-    def __init__(self, hello: Mapping[str, Any], pass_env: Sequence[str] = ()):
+    def __init__(
+        self,
+        hello: Mapping[str, Any],
+        pass_env: Sequence[str],
+        selector: selectors.BaseSelector,
+        owner: Any,
+    ):
         """Start the process and queue its first message.
 
         Args:
           hello: ``env``, ``options``, ``lanes`` and ``memory_limit_mb``, see `empg_envs.worker`.
           pass_env: names of further environment variables that it gets.
+          selector: watches both pipes until the process is stopped.
+          owner: the selector's data for them.
         """
         self._mark = uuid.uuid4().hex
+        self._selector, self._owner = selector, owner
         # A file, not a pipe: a pipe would fill up, and block the worker, while the parent is busy elsewhere.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
         # Append mode: otherwise the worker would continue at its old offset after it has cut the file.
@@ -66,6 +76,7 @@ class WorkerProcess:
         self.stdin, self.stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self.stdin, False)
         os.set_blocking(self.stdout, False)
+        selector.register(self.stdout, selectors.EVENT_READ, owner)
         self._outbox = bytearray()
         self._inbox = b""
         self.queued_bytes = 0  # given to `send` so far
@@ -76,11 +87,6 @@ class WorkerProcess:
     def pid(self) -> int:
         """Process id."""
         return self._process.pid
-
-    @property
-    def has_unsent(self) -> bool:
-        """True while a message waits for room in the pipe."""
-        return bool(self._outbox)
 
     def send(self, message: Any) -> None:
         """Queue one message and write as much of it as the pipe takes."""
@@ -93,11 +99,16 @@ class WorkerProcess:
         """Write queued bytes; return whether any were written. `read` reports a broken pipe."""
         try:
             count = os.write(self.stdin, self._outbox)
-        except BlockingIOError:
-            return False
         except BrokenPipeError:
             return False
+        except BlockingIOError:
+            count = 0
         del self._outbox[:count]
+        # Watched exactly while something is unsent, or the selector would report room all the time.
+        if not self._outbox:
+            self._ignore(self.stdin)
+        elif self.stdin not in self._selector.get_map():
+            self._selector.register(self.stdin, selectors.EVENT_WRITE, self._owner)
         return count > 0
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
@@ -131,6 +142,7 @@ class WorkerProcess:
 
     def hang_up(self) -> None:
         """Close the worker's stdin; an idle worker then closes its environments and exits."""
+        self._ignore(self.stdin)
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
 
@@ -145,6 +157,8 @@ class WorkerProcess:
         Returns:
           A description of how it ended, with that stack or the last lines of its stderr.
         """
+        self._ignore(self.stdout)
+        self._ignore(self.stdin)
         if first_signal is not None and self.is_alive():
             self._process.send_signal(first_signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -166,6 +180,11 @@ class WorkerProcess:
         self._process.stdout.close()  # type: ignore[union-attr]
         self._stderr.close()
         return f"{status}; last lines of its stderr:\n{tail}" if tail else status
+
+    def _ignore(self, descriptor: int) -> None:
+        """Watch a pipe no longer."""
+        if descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
 
     def _count_unread(self) -> int:
         """Count the bytes that the worker left in the pipe: their commands were never started."""

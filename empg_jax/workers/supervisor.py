@@ -10,40 +10,23 @@ declares itself not replayable is lost at once; however many these are, they are
 
 from __future__ import annotations
 
-import itertools
 import logging
 import selectors
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from empg_jax.workers.faults import FaultPolicy, PoolError, PoolStats, PoolTimeouts, Reason, Tell
-from empg_jax.workers.inflight import Command, Inflight
+from empg_jax.workers.inflight import Command, Inflight, find_culprit
 from empg_jax.workers.process import KILL_SECONDS, ProtocolError, WorkerProcess
 from empg_jax.workers.record import EpisodeRecord
+from empg_jax.workers.sink import Sink
+from empg_jax.workers.starts import Starts
 
 logger = logging.getLogger(__name__)
 
 HARD_MEMORY = 1.5  # times the memory limit at which even episodes that cannot be replayed are given up
-
-
-class Sink(Protocol):
-    """The receiver of a supervisor's results; each request ends in one call of `answered` or `failed`."""
-
-    def answered(self, episode: EpisodeRecord, message: dict[str, Any]) -> None:
-        """Take the answer to the episode's request."""
-
-    def failed(
-        self, episode: EpisodeRecord, reason: Reason, detail: str, *, is_incident: bool = True
-    ) -> None:
-        """Take the report that the episode is lost; by its own fault, or with its worker (no incident)."""
-
-    def lost_worker(self, reason: Reason, detail: str) -> None:
-        """Take the report that a worker died by nobody's fault and took episodes with it."""
-
-    def start_failed(self, detail: str) -> None:
-        """Take the report that a worker that was ready before does not start any more."""
 
 
 class Supervisor:
@@ -74,18 +57,15 @@ class Supervisor:
         self.episodes: dict[int, EpisodeRecord] = {}
         self.splits: dict[str, int] = {}
         self.is_ready = False
-        self._hello, self._timeouts, self._policy = dict(hello), timeouts, policy
+        self._hello, self._timeouts = dict(hello), timeouts
         self._memory_limit, self._selector, self._stats, self._sink = memory_limit_mb, selector, stats, sink
         self._pass_env, self._tell = pass_env, tell
         self._process: WorkerProcess | None = None
         self._is_replayable = True
         self._queue: list[EpisodeRecord] = []  # with a request that is not sent
         self._inflight = Inflight()
-        self._ids = itertools.count()
         self._progress = 0.0  # when bytes last moved; the first command's time counts from here
-        self._start_at = 0.0
-        self._failed_starts, self._failing_since = 0, 0.0  # in a row
-        self._barren = 0  # consecutive starts without any answer
+        self._starts = Starts(policy)
         self._must_recycle = False
 
     @property
@@ -96,13 +76,13 @@ class Supervisor:
     @property
     def is_failing(self) -> bool:
         """Whether the process has failed to start too often in a row."""
-        return self._failed_starts >= self._policy.start_attempts
+        return self._starts.is_failing
 
     @property
     def deadline(self) -> float:
         """Time (`time.monotonic`) at which `check` or `pump` must act even if the worker stays silent."""
         if self._process is None:
-            return self._start_at
+            return self._starts.at
         if not self.is_ready:
             return self._progress + self._timeouts.start
         return self._inflight.due(self._progress, self._limit)[0]
@@ -133,7 +113,7 @@ class Supervisor:
 
     def pump(self) -> None:
         """Start or replace the process when that is due, and send the queued requests."""
-        if self._process is None and time.monotonic() >= self._start_at:
+        if self._process is None and time.monotonic() >= self._starts.at:
             self._start()
         if self._must_recycle and not self._inflight:
             self._recycle()
@@ -145,10 +125,8 @@ class Supervisor:
         """Move bytes after the selector reported that it is possible."""
         if self._process is None:  # replaced by an earlier event of the same round
             return
-        if events & selectors.EVENT_WRITE:
-            if self._process.write():
-                self._progress = time.monotonic()
-            self._watch_stdin()
+        if events & selectors.EVENT_WRITE and self._process.write():
+            self._progress = time.monotonic()
         if events & selectors.EVENT_READ:
             self._read()
 
@@ -172,7 +150,6 @@ class Supervisor:
     def hang_up(self) -> None:
         """Let an idle worker close its environments and exit."""
         if self._process is not None:
-            self._unregister(self._process.stdin)
             self._process.hang_up()
 
     def close(self, grace: float) -> None:
@@ -185,42 +162,16 @@ class Supervisor:
     def _send(self) -> None:
         """Send one message with the queued requests, each after the replay that it needs."""
         assert self._process is not None
-        offset = self._process.queued_bytes
-        has_suspect = any(episode.is_suspect for episode in self._inflight.episodes())
-        commands: list[Command] = []
-        queue, self._queue = self._queue, []
-        for episode in queue:
-            if not episode.is_live or episode.request is None:
-                continue
-            if episode.is_suspect and has_suspect:
-                self._queue.append(episode)
-                continue
-            has_suspect |= episode.is_suspect
-            commands += self._replay(episode, offset)
-            commands.append(Command(next(self._ids), episode, *episode.request, offset))
+        commands, self._queue = self._inflight.compose(self._queue, self._process.queued_bytes)
         if not commands:
             return
         if not self._inflight:
             self._progress = time.monotonic()
         self._inflight.add(commands)
+        self._stats.replayed += sum(c.is_replay and not c.episode.is_probe for c in commands)
         self._process.send(
             [{"id": c.id, "env": c.episode.handle, "op": c.op, "args": c.args} for c in commands]
         )
-        self._watch_stdin()
-
-    def _replay(self, episode: EpisodeRecord, offset: int) -> list[Command]:
-        """Make the commands that bring an episode of a lost process into its state, in the new one."""
-        if not episode.is_stale:
-            return []
-        episode.is_stale = False
-        commands = [
-            Command(next(self._ids), episode, op, args, offset, digest, is_replay=True)
-            for op, args, digest in episode.past()
-        ]
-        commands[-1].completes_replay = True
-        if not episode.is_probe:
-            self._stats.replayed += len(commands)
-        return commands
 
     def _read(self) -> None:
         process = self._process
@@ -247,7 +198,7 @@ class Supervisor:
         command = self._inflight.pop(message.get("id"))
         if command is None:
             raise ProtocolError(f"reply {message.get('id')!r} is not one that is due")
-        self._barren = 0
+        self._starts.bear()
         if "rss_mb" in message:
             self._check_memory(message["rss_mb"])
         if not command.episode.is_live:
@@ -316,19 +267,16 @@ class Supervisor:
         # A command that the worker had not read cannot have caused the death; it is sent again.
         running = [c for c in self._inflight.running() if process.consumed_bytes > c.offset]
         if reason != "timeout":
-            culprit = _find_culprit(running)
+            culprit = find_culprit(running)
         if culprit not in running:
             culprit = None
         if culprit is not None and culprit.episode.is_live:
-            doing = "replaying" if culprit.is_replay else "in"
             slow = f"no answer after {self._limit(culprit.op):g} s; " if reason == "timeout" else ""
-            detail = f"{prefix}{slow}{doing} {culprit.op} {culprit.args} of {culprit.episode}; worker: {how}"
-            self._fail(culprit.episode, reason, detail)
+            self._fail(culprit.episode, reason, f"{prefix}{slow}{culprit}; worker: {how}")
         logger.info("worker %d is replaced: %s (%s)", self.number, reason, how)
         self._stats.restarts += 1
         self._tell("worker_restarted", worker=self.number, reason=reason, detail=how)
-        self._start_at = time.monotonic() + self._policy.wait_before_start(self._barren)
-        self._barren += 1
+        self._starts.lose()
         lost = self._orphan(f"{prefix}lost with its worker ({how}); the environment is not replayable")
         if lost and culprit is None:
             self._sink.lost_worker(reason, how)
@@ -379,12 +327,10 @@ class Supervisor:
     # The process.
 
     def _start(self) -> None:
-        self._process = WorkerProcess(self._hello, self._pass_env)
+        self._process = WorkerProcess(self._hello, self._pass_env, self._selector, self)
         self.is_ready = False
         self._progress = time.monotonic()
         self._stats.starts += 1
-        self._selector.register(self._process.stdout, selectors.EVENT_READ, self)
-        self._watch_stdin()
 
     def _greet(self, message: dict[str, Any]) -> None:
         """Take the first message of a process."""
@@ -399,57 +345,26 @@ class Supervisor:
             )
         self.splits, self._is_replayable = message["splits"], message["replayable"]
         self.is_ready = True
-        self._failed_starts = 0
+        self._starts.succeed()
 
     def _fail_start(self, detail: str) -> None:
-        now = time.monotonic()
-        if not self._failed_starts:
-            self._failing_since = now
-        self._failed_starts += 1
-        self._barren += 1
-        self._start_at = now + self._policy.wait_before_start(self._barren)
+        self._starts.fail()
         if not self.is_failing:
             return
         # A worker that never was ready has a mistake in its configuration; any other waits for its backend.
-        if not self.splits or now >= self._failing_since + self._policy.patience:
+        if not self.splits or self._starts.is_hopeless:
             raise PoolError(
                 f"worker {self.number} (environment {self._hello['env']!r}) failed to start "
-                f"{self._failed_starts} times in a row; the last time: {detail}"
+                f"{self._starts.failed} times in a row; the last time: {detail}"
             )
         self._sink.start_failed(f"worker {self.number}: {detail}")
 
     def _stop(self, grace: float, first_signal: int | None = None, thread: int | None = None) -> str:
         """End and reap the process; return a description of how it ended."""
         assert self._process is not None
-        self._unregister(self._process.stdout)
-        self._unregister(self._process.stdin)
         how = self._process.stop(grace, first_signal, thread)
         self._process = None
         return how
 
-    def _watch_stdin(self) -> None:
-        """Watch for room in the worker's stdin exactly while something is unsent."""
-        assert self._process is not None
-        if not self._process.has_unsent:
-            self._unregister(self._process.stdin)
-        elif self._process.stdin not in self._selector.get_map():
-            self._selector.register(self._process.stdin, selectors.EVENT_WRITE, self)
-
-    def _unregister(self, descriptor: int) -> None:
-        if descriptor in self._selector.get_map():
-            self._selector.unregister(descriptor)
-
     def _limit(self, op: str) -> float:
         return self._timeouts.step if op == "step" else self._timeouts.reset
-
-
-def _find_culprit(running: list[Command]) -> Command | None:
-    """Find the command that killed its process; where that cannot be known, mark all of them as suspects."""
-    if len(running) == 1:
-        return running[0]
-    suspects = [command for command in running if command.episode.is_suspect]
-    if len(suspects) == 1:
-        return suspects[0]
-    for command in running:
-        command.episode.is_suspect = True
-    return None
