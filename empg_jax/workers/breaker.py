@@ -5,17 +5,23 @@ from __future__ import annotations
 import collections
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from empg_jax.workers.faults import FaultPolicy, PoolError, Tell, tell_nobody
 
 logger = logging.getLogger(__name__)
 
 STARTS = "failed_starts"  # reason of workers that do not start
+# One task that is broken fails as often in a row as its group has members, so one alone is no common cause.
+MIN_TASKS = 2
 
 
 class Breaker:
     """The decision to pause, to probe, to go on and to give up; it sends nothing itself.
+
+    It opens when ``breaker_min`` resets, or steps, of several tasks fail and none succeeds between them, or
+    when a share of the latest episodes has failed. It closes when a probe succeeds, or when as many commands
+    that were under way succeed in a row.
 
     Attributes:
       openings: how often it opened.
@@ -30,9 +36,14 @@ class Breaker:
         """Start closed; ``tell`` receives ``breaker_open`` and ``breaker_closed``."""
         self.openings = 0
         self._policy, self._tell, self._clock = policy, tell, clock
-        self._window: collections.deque[str] = collections.deque(maxlen=policy.breaker_window)
+        self._window: collections.deque[tuple[str, Hashable]] = collections.deque(
+            maxlen=policy.breaker_window
+        )
         self._last: dict[str, str] = {}
-        self._streak = 0  # failures in a row
+        # By operation, the tasks of the failures since the last success. Resets are no evidence about steps.
+        self._runs: dict[str, list[Hashable]] = {"reset": [], "step": []}
+        self._op = "step"  # of the failure that opened it
+        self._works = 0  # successes of this operation in a row, while open
         self._opened: float | None = None
         self._since = 0.0  # start of the outage; a short recovery does not end it
         self._is_proven = True  # enough episodes have succeeded since it closed
@@ -55,28 +66,43 @@ class Breaker:
         """Time of the next probe; infinite while closed."""
         return float("inf") if self._opened is None else self._probe_at
 
+    def record_answer(self, op: str) -> None:
+        """Record a reset or step that the environment has answered."""
+        if self._runs[op]:
+            self._runs[op].clear()
+        if self._opened is not None and op == self._op:
+            self._works += 1
+
+    @property
+    def is_disproved(self) -> bool:
+        """Whether it is open although the environment works."""
+        return self._opened is not None and self._works >= self._policy.breaker_min
+
     def record_success(self) -> None:
         """Record an episode that ended without a failure."""
-        self._window.append("")
-        self._streak = 0
+        self._window.append(("", None))
         self._successes += 1
         if self._successes >= self._policy.breaker_min:
             self._is_proven = True
 
-    def record_failure(self, reason: str, detail: str) -> None:
-        """Record one incident: a lost episode, or a lost worker whatever it carried."""
-        self._window.append(reason)
+    def record_failure(self, reason: str, detail: str, op: str = "", task: Hashable = None) -> None:
+        """Record one incident: a lost episode, or a lost worker whatever it carried (no op and task)."""
+        self._works = 0
+        if self._opened is not None:
+            return
+        self._window.append((reason, task))
         self._last[reason] = detail
-        self._streak += 1
-        policy = self._policy
-        failed = sum(map(bool, self._window))
-        is_most = failed >= policy.breaker_min and failed >= policy.breaker_share * len(self._window)
-        if self._streak >= policy.breaker_min or is_most:
+        run = self._runs.get(op, [])
+        run.append(task)
+        failed = [task for reason, task in self._window if reason]
+        is_most = len(failed) >= self._policy.breaker_share * len(self._window)
+        if self._is_common(run) or (is_most and self._is_common(failed)):
+            self._op = op or self._op
             self.open()
 
     def fail_start(self, detail: str) -> None:
         """Record that a worker of a pool that has been ready does not start any more."""
-        self._window.append(STARTS)
+        self._window.append((STARTS, None))
         self._last[STARTS] = detail
         self.open()
 
@@ -86,6 +112,7 @@ class Breaker:
             return
         now = self._clock()
         self._opened = self._probe_at = now
+        self._works = 0
         self.openings += 1
         if self._is_proven:
             self._since = now
@@ -112,7 +139,9 @@ class Breaker:
         self._seconds += seconds
         self._opened = None
         self._window.clear()
-        self._streak = self._successes = 0
+        self._successes = 0
+        for run in self._runs.values():
+            run.clear()
         self._is_proven = False
         logger.warning("the environment works again after %.1f s", seconds)
         self._tell("breaker_closed", seconds=round(seconds, 3))
@@ -132,8 +161,13 @@ class Breaker:
             f" without a success.\n{last}"
         )
 
+    def _is_common(self, failed: list[Hashable]) -> bool:
+        """Return whether these tasks' failures are many enough, and of several."""
+        least = self._policy.breaker_min
+        return len(failed) >= least and len(set(failed)) >= min(least, MIN_TASKS)
+
     def _counts(self) -> collections.Counter[str]:
-        return collections.Counter(reason for reason in self._window if reason)
+        return collections.Counter(reason for reason, _ in self._window if reason)
 
     def _describe(self) -> str:
         counts = self._counts()

@@ -213,6 +213,7 @@ class EnvPool:
         # Neither an unanswered command nor a mere reset says that the task can be played.
         if episode.request is None and episode.actions and episode.loss is None:
             self.breaker.record_success()
+            self._outages.forget()
             self._quarantine.record_success(episode.split, episode.index)
 
     def poll(self, timeout: float | None = None) -> list[EnvReply]:
@@ -288,6 +289,7 @@ class EnvPool:
             self._outages.pass_probe(episode, op)
             return
         self._waiting.discard(episode.handle)
+        self.breaker.record_answer(op)
         reply = EnvReply(
             episode.handle,
             op,
@@ -305,12 +307,13 @@ class EnvPool:
         """Take a supervisor's report of a lost episode, as the answer to its open request."""
         assert episode.request is not None
         if episode.is_probe:
-            self._outages.fail_probe()
+            self._outages.fail_probe(episode)
             return
-        failure = EnvFailure(reason, detail)
-        if is_incident and not self.breaker.is_open:
-            self._outages.remember(episode)
-            self.breaker.record_failure(reason, detail)
+        failure, op = EnvFailure(reason, detail), episode.request[0]
+        if is_incident:
+            if not self.breaker.is_open:
+                self._outages.remember(episode)
+            self.breaker.record_failure(reason, detail, op, (episode.split, episode.index))
         if self.breaker.is_open and reason != "quarantined":
             failure = EnvFailure("outage", f"{reason}: {detail}")
             self._quarantine.forget_open()
@@ -320,12 +323,11 @@ class EnvPool:
             self._quarantine.record_end()
         self._waiting.discard(episode.handle)
         self.stats.failures[failure.reason] += 1
-        self._ready.append(EnvReply(episode.handle, episode.request[0], failure=failure))
+        self._ready.append(EnvReply(episode.handle, op, failure=failure))
 
     def lost_worker(self, reason: Reason, detail: str) -> None:
         """Take a supervisor's report of a worker that died by nobody's fault: one incident."""
-        if not self.breaker.is_open:
-            self.breaker.record_failure(reason, detail)
+        self.breaker.record_failure(reason, detail)
 
     def start_failed(self, detail: str) -> None:
         """Take a supervisor's report of a worker that does not start any more."""

@@ -57,16 +57,20 @@ class EpisodeRecord:
         """Return the arguments of the episode's reset."""
         return {"seed": self.seed, "split": self.split, "index": self.index}
 
-    def make_probe(self, handle: int) -> EpisodeRecord:
-        """Copy a failed episode, up to the request that failed, into a slot that nobody else uses."""
+    def make_probe(self, handle: int, *, is_replayable: bool) -> EpisodeRecord:
+        """Copy an episode, up to its open request, into a slot that nobody else uses.
+
+        Where a replay would lead elsewhere, only the request is made, in a fresh episode of the task.
+        """
+        turns = len(self.actions) if is_replayable else 0
         return EpisodeRecord(
             handle,
             self.split,
             self.index,
             self.seed,
             self.request,
-            list(self.actions),
-            list(self.digests),
+            self.actions[:turns],
+            self.digests[: turns + 1],
             self.snapshot,
             is_stale=self.has_begun,
             is_probe=True,

@@ -36,6 +36,7 @@ class Supervisor:
       episodes: the live episodes of this worker by handle.
       is_ready: whether the process has sent its first message.
       splits: number of tasks by split, as the process reported it.
+      is_replayable: whether its episodes can be replayed, as the environment declares.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Supervisor:
         self._memory_limit, self._selector, self._stats, self._sink = memory_limit_mb, selector, stats, sink
         self._pass_env, self._tell = pass_env, tell
         self._process: WorkerProcess | None = None
-        self._is_replayable = True
+        self.is_replayable = True
         self._queue: list[EpisodeRecord] = []  # with a request that is not sent
         self._inflight = Inflight()
         self._progress = 0.0  # when bytes last moved; the first command's time counts from here
@@ -302,7 +303,7 @@ class Supervisor:
 
     def _is_fragile(self, episode: EpisodeRecord) -> bool:
         """Return whether an episode cannot go on in another process."""
-        return episode.has_begun and episode.snapshot is None and not self._is_replayable
+        return episode.has_begun and episode.snapshot is None and not self.is_replayable
 
     def _orphan(self, detail: str) -> int:
         """Mark the episodes of a lost process for replay, and queue their open requests again.
@@ -343,7 +344,7 @@ class Supervisor:
                 f"memory_limit_mb is {self._memory_limit}, "
                 f"but a fresh worker already holds {message['rss_mb']:.0f} MiB"
             )
-        self.splits, self._is_replayable = message["splits"], message["replayable"]
+        self.splits, self.is_replayable = message["splits"], message["replayable"]
         self.is_ready = True
         self._starts.succeed()
 

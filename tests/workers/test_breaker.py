@@ -46,32 +46,63 @@ def make_breaker(**options):
 # --------------------------------------------------------------------------------------- the rule alone
 
 
+def fail(breaker, reason="env_error", detail="", *, op="step", task=0):
+    breaker.record_failure(reason, detail, op, task)
+
+
 def test_opens_after_failures_in_a_row_or_at_a_share():
     breaker, _, diary = make_breaker(breaker_min=4, breaker_window=16, breaker_share=0.5)
     for _ in range(16):
         breaker.record_success()
-    for _ in range(3):
-        breaker.record_failure("env_error", "no route")
+    for task in range(3):
+        fail(breaker, detail="no route", task=task)
     assert not breaker.is_open
-    breaker.record_failure("timeout", "slow")
+    breaker.record_answer("reset")  # resets say nothing about steps
+    fail(breaker, "timeout", "slow")
     assert breaker.is_open and breaker.openings == 1
     (event,) = diary.of("breaker_open")
     assert event["reasons"] == {"env_error": 3, "timeout": 1}
     assert event["reason"] == "env_error" and event["detail"] == "no route"
-    # Every second one: never four in a row, but half of the window.
+    # Steps that succeed between them: never four in a row, but half of the episodes.
     breaker, _, _ = make_breaker(breaker_min=4, breaker_window=16, breaker_share=0.5)
-    for _ in range(4):
+    for task in range(4):
         assert not breaker.is_open
+        breaker.record_answer("step")
         breaker.record_success()
-        breaker.record_failure("env_error", "")
+        fail(breaker, task=task)
     assert breaker.is_open
+
+
+def test_one_broken_task_is_no_common_cause_however_many_attempts_it_has():
+    breaker, _, _ = make_breaker(breaker_min=4)
+    for _ in range(16):
+        fail(breaker, op="reset", task=7)
+    assert not breaker.is_open
+    fail(breaker, op="reset", task=8)
+    assert breaker.is_open
+
+
+def test_what_was_under_way_can_disprove_it():
+    breaker, _, _ = make_breaker(breaker_min=3)
+    for task in range(3):
+        fail(breaker, task=task)
+    assert breaker.is_open
+    for _ in range(2):
+        breaker.record_answer("step")
+    fail(breaker)
+    for _ in range(2):
+        breaker.record_answer("step")
+        breaker.record_answer("reset")
+        assert not breaker.is_disproved
+    breaker.record_answer("step")
+    assert breaker.is_disproved
 
 
 def test_tolerates_a_minority():
     breaker, _, _ = make_breaker(breaker_min=2, breaker_window=8)
     for number in range(60):
         if number % 3 == 2:
-            breaker.record_failure("env_error", "")
+            fail(breaker)
         else:
             breaker.record_success()
     assert not breaker.is_open
@@ -80,7 +111,7 @@ def test_tolerates_a_minority():
 def test_probes_at_once_and_then_from_time_to_time():
     breaker, clock, diary = make_breaker(breaker_min=1, probe=5.0)
     assert not breaker.take_probe() and breaker.probe_at == float("inf")
-    breaker.record_failure("env_error", "")
+    fail(breaker)
     assert breaker.take_probe() and not breaker.take_probe()
     assert breaker.probe_at == 105.0
     clock.now += 5.0
@@ -96,14 +127,14 @@ def test_probes_at_once_and_then_from_time_to_time():
 
 def test_patience_ends_and_a_short_recovery_does_not_renew_it():
     breaker, clock, _ = make_breaker(breaker_min=2, patience=60.0)
-    breaker.record_failure("env_error", "one")
-    breaker.record_failure("timeout", "two")
+    fail(breaker, detail="one")
+    fail(breaker, "timeout", "two", task=1)
     clock.now += 40
     breaker.check()
     breaker.close()
     breaker.record_success()
-    breaker.record_failure("env_error", "three")
-    breaker.record_failure("env_error", "four")
+    fail(breaker, detail="three")
+    fail(breaker, detail="four", task=1)
     assert breaker.is_open
     clock.now += 19
     breaker.check()
@@ -114,8 +145,8 @@ def test_patience_ends_and_a_short_recovery_does_not_renew_it():
     breaker.close()
     for _ in range(2):
         breaker.record_success()
-    breaker.record_failure("env_error", "")
-    breaker.record_failure("env_error", "")
+    fail(breaker)
+    fail(breaker)
     clock.now += 59
     breaker.check()
 
@@ -287,3 +318,29 @@ def test_one_dead_worker_with_64_episodes_is_one_incident():
                 pool.release(handle)
         assert pool.breaker.openings == 0 and pool.quarantined() == []
         assert len(diary.of("worker_restarted")) == 1
+
+
+def test_two_broken_tasks_among_long_episodes_hold_nothing_up():
+    """Whole groups fail at once, before any other episode has ended; the others still answer."""
+    with open_pool(options={"broken": [1, 2], "length": 99}, faults=QUICK) as pool:
+        for handle in range(16):
+            pool.reset(handle, seed=1, split="train", index=handle // 4)
+        replies = gather(pool, 16)
+        assert sum(reply.failure is not None for reply in replies.values()) == 8
+        for _ in range(3):
+            act(pool, dict.fromkeys([*range(4), *range(12, 16)], "x"))
+        pool.reset(4, seed=1, split="train", index=9)
+        assert gather(pool, 1)[4].failure is None
+        assert not pool.breaker.is_open
+
+
+def test_a_probe_of_what_cannot_be_replayed_makes_only_the_step(tmp_path):
+    mark = tmp_path / "mark"
+    with open_pool("UnreplayableEnv", faults=QUICK, options={"length": 3}) as pool:
+        reset_all(pool, range(3))
+        act(pool, dict.fromkeys(range(3), "a"))
+        act(pool, dict.fromkeys(range(3), "a"))
+        for handle in range(3):
+            act(pool, {handle: f"raise-once {mark}{handle}"})
+        pool.reset(0, seed=1, split="train", index=0)
+        assert gather(pool, 1)[0].failure is None

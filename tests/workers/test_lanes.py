@@ -12,6 +12,7 @@ import pytest
 from empg_envs.lanes import Lanes
 from empg_envs.worker import EnvHost
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
+from tests.cages import need_cages
 from tests.workers.pools import PATIENT, SHORT, act, counts_in, gather, open_pool, reset_all, wait_for_exit
 
 
@@ -218,9 +219,12 @@ def transcripts(name, options, lanes):
         ("alfworld", {"source": "generated", "level": "rooms"}),
         ("webshop", {"level": "standard", "style": "page"}),
         ("deepsearch", {"level": "hard", "style": "terse"}),
+        ("swe", {"tools": "terse", "max_turns": 7}),
     ],
 )
 def test_packaged_environments_answer_alike_in_lanes(name, options):
+    if name == "swe":
+        need_cages()
     assert transcripts(name, options, 8) == transcripts(name, options, 1)
 
 
