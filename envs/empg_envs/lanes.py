@@ -2,8 +2,8 @@
 
 Quick commands run one after another in one thread, the *leader*, which also reads them; they pay no switch
 of threads. A watch looks at the leader every `TICK`. When the leader waits (for a server, a subprocess, a
-timer) in one command for two ticks, another thread becomes the leader and goes on with the next command; the
-first one only finishes its own. As long as commands turn out slow, the lead is handed on before each of them.
+timer) in one command for a few ticks, another thread becomes the leader and goes on with the next command;
+the first one only finishes its own. As long as commands turn out slow, the lead is handed on before each.
 
 Commands of one episode slot (handle) run in their order, one at a time. A command that computes is not a
 waiting one: Python runs one thread at a time, so handing on the lead would only stretch every command. The
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from typing import Any
 
 TICK = 0.002  # seconds between two looks at the leader
 IDLE_TICKS = 500  # without any command, after which the watch sleeps until the next one
+WAIT_TICKS = 3  # in a row, in which the leader must wait; one may have been the machine's fault
+SAMPLE_SECONDS = 0.025  # between two measurements of whether the lanes compute
 
 Command = dict[str, Any]
 
@@ -108,11 +111,9 @@ class Lanes:
         """Run a noted command, or only write its reply, and then the commands that wait behind it."""
         while True:
             if line is None:
-                begun, spent = time.monotonic(), time.process_time()
+                begun = time.monotonic()
                 line = self._execute(command)
-                seconds = time.monotonic() - begun
-                # Quick again, or this process computes: threads would only cost time.
-                if seconds < TICK or time.process_time() - spent > seconds / 2:
+                if time.monotonic() - begun < TICK:
                     self._is_slow = False
             with self._lock:
                 self._write(line)
@@ -149,18 +150,22 @@ class Lanes:
 
     def _watch(self) -> None:
         """Depose a leader that waits in the same command from one tick to the next."""
-        last, quiet = None, 0
-        before: tuple[float, float] | None = None  # time, and time of work, where the leader was slow
+        last, quiet, waits = None, 0, 0
+        leader, lanes = _Work(), _Work()
         while not self._is_over:
             time.sleep(TICK)
             command = self._current
-            if command is not None and command is last:
-                now = time.monotonic(), _work_seconds(self._leader)
-                if before is not None and now[1] - before[1] < (now[0] - before[0]) / 2:
-                    self._depose(command)
-                before = now
+            if command is None or command is not last:
+                leader.reset()
+                waits = 0
             else:
-                before = None
+                waits = waits + 1 if leader.measure(0.0) < 0.5 else 0
+                if waits >= WAIT_TICKS:
+                    self._depose(command)
+            if not self._is_slow:
+                lanes.reset()
+            elif lanes.measure(SAMPLE_SECONDS) > 0.5:
+                self._is_slow = False  # they compute: beside each other all of them only take longer
             last, quiet = command, quiet + 1 if command is None else 0
             if quiet > IDLE_TICKS:
                 self._awake.clear()
@@ -175,13 +180,34 @@ class Lanes:
                 self._current, self._is_slow = None, True
 
 
-def _work_seconds(thread: threading.Thread) -> float:
-    """Return the seconds that this process has computed, and in which the thread only lacked a processor.
+class _Work:
+    """A measure of how much this process computes, also on a machine that has no processor to spare.
 
-    On a busy machine a computing thread would else look like a waiting one.
+    Only one thread at a time runs Python. So the time that this process has computed, and the time in which
+    threads only lacked a processor, tell how much of the time it was busy.
     """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last measurement."""
+        self._before: tuple[float, float] | None = None
+
+    def measure(self, seconds: float) -> float:
+        """Return the busy share since the last measurement; NaN before so many seconds are over."""
+        now = time.monotonic()
+        if self._before is not None and now - self._before[0] < seconds:
+            return math.nan
+        work = time.process_time() + sum(_delay(thread.native_id) for thread in threading.enumerate())
+        before, self._before = self._before, (now, work)
+        return math.nan if before is None else (work - before[1]) / (now - before[0])
+
+
+def _delay(thread: int | None) -> float:
+    """Return the seconds that a thread has waited for a processor."""
     try:
-        with open(f"/proc/self/task/{thread.native_id}/schedstat", "rb") as file:
-            return time.process_time() + int(file.read().split()[1]) / 1e9
+        with open(f"/proc/self/task/{thread}/schedstat", "rb") as file:
+            return int(file.read().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):  # not Linux, or a kernel without this file
-        return time.process_time()
+        return 0.0
