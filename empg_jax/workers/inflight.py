@@ -129,7 +129,7 @@ class Inflight:
         return best
 
     def forgive(self, seconds: float) -> None:
-        """Move the deadlines, because nobody listened for so long."""
+        """Move the deadlines, because the process could not tell its answers for so long."""
         for command in self._lanes.values():
             assert command.began is not None
             command.began += seconds

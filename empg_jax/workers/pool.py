@@ -44,7 +44,6 @@ __all__ = ["EnvFailure", "EnvPool", "EnvReply", "FaultPolicy", "PoolError", "Poo
 
 MAX_WAIT = 1.0  # seconds between two checks of silent workers
 CLOSE_SECONDS = 2.0  # granted to idle workers to close their environments
-AWAY_SECONDS = 0.5  # without a poll, beyond which no worker is blamed for being late
 LANES = 64  # commands that a worker runs at the same time, unless told otherwise
 LANE_MB = 8  # address space of a thread's stack
 
@@ -123,7 +122,6 @@ class EnvPool:
         hello = {"env": env, "options": dict(options or {}), "memory_limit_mb": space, "lanes": lanes}
         self.breaker = Breaker(policy, tell)
         self._quarantine = Quarantine(policy, tell)
-        self._polled = time.monotonic()
         self._waiting: set[int] = set()  # handles with a request that is not answered
         self._ready: list[EnvReply] = []
         self._is_closed = False
@@ -232,11 +230,7 @@ class EnvPool:
         """
         if self._is_closed:
             raise PoolError("the pool is closed")
-        now = time.monotonic()
-        end = float("inf") if timeout is None else now + timeout
-        if now - self._polled > AWAY_SECONDS:
-            for worker in self._workers:
-                worker.forgive(now - self._polled)
+        end = float("inf") if timeout is None else time.monotonic() + timeout
         self._wait(0.0)  # notice a worker that died in the meantime before something is sent to it
         while True:
             self._outages.tend()
@@ -249,7 +243,6 @@ class EnvPool:
             self._wait(min(left, MAX_WAIT))
         self.breaker.check()
         replies, self._ready = self._ready, []
-        self._polled = time.monotonic()
         self.stats.replies += len(replies)
         return replies
 

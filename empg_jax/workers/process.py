@@ -26,6 +26,7 @@ from empg_envs.orphans import MARK, end_descendants
 from empg_jax.workers.variables import make_environment
 
 READ_BYTES = 1 << 16
+BLOCKED_BYTES = 1 << 15  # found in the pipe at once: the worker may have waited for room
 STDERR_KEEP = 4 << 20  # a worker empties its stderr file when it has grown beyond this
 STDERR_LINES = 30  # shown when a worker has died
 STDERR_SEARCH = 1 << 16  # bytes at the end in which the stack of a hanging thread is looked for
@@ -79,6 +80,7 @@ class WorkerProcess:
         selector.register(self.stdout, selectors.EVENT_READ, owner)
         self._outbox = bytearray()
         self._inbox = b""
+        self.was_blocked = False  # whether the last `read` found the pipe rather full
         self.queued_bytes = 0  # given to `send` so far
         self.consumed_bytes = 0  # of these, read by the worker; known after `stop`
         self.send({**hello, "stderr_bytes": STDERR_KEEP})
@@ -120,16 +122,18 @@ class WorkerProcess:
         Raises:
           ProtocolError: a line is not a JSON object.
         """
-        closed = False
+        closed, count = False, 0
         while True:
             try:
                 chunk = os.read(self.stdout, READ_BYTES)
             except BlockingIOError:
                 break
+            count += len(chunk)
             self._inbox += chunk
             if len(chunk) < READ_BYTES:
                 closed = not chunk
                 break
+        self.was_blocked = count >= BLOCKED_BYTES
         if b"\n" not in self._inbox:
             return [], closed
         *lines, rest = self._inbox.split(b"\n")

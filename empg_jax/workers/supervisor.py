@@ -66,6 +66,7 @@ class Supervisor:
         self._queue: list[EpisodeRecord] = []  # with a request that is not sent
         self._inflight = Inflight()
         self._progress = 0.0  # when bytes last moved; the first command's time counts from here
+        self._read_at = 0.0
         self._starts = Starts(policy)
         self._must_recycle = False
 
@@ -131,10 +132,6 @@ class Supervisor:
         if events & selectors.EVENT_READ:
             self._read()
 
-    def forgive(self, seconds: float) -> None:
-        """Move the deadlines, because the pool did not listen for so long."""
-        self._inflight.forgive(seconds)
-
     def check(self) -> None:
         """Replace the process if its deadline has passed."""
         if self._process is not None and time.monotonic() >= self.deadline:
@@ -179,7 +176,10 @@ class Supervisor:
         assert process is not None
         try:
             messages, is_closed = process.read()
-            self._progress = time.monotonic()
+            now = time.monotonic()
+            if process.was_blocked:
+                self._inflight.forgive(now - self._read_at)
+            self._progress = self._read_at = now
             for message in messages:
                 self._receive(message)
         except ProtocolError as error:
@@ -330,7 +330,7 @@ class Supervisor:
     def _start(self) -> None:
         self._process = WorkerProcess(self._hello, self._pass_env, self._selector, self)
         self.is_ready = False
-        self._progress = time.monotonic()
+        self._progress = self._read_at = time.monotonic()
         self._stats.starts += 1
 
     def _greet(self, message: dict[str, Any]) -> None:

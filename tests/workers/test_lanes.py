@@ -131,6 +131,23 @@ def test_a_caller_that_is_away_blames_no_lane():
         assert all(reply.failure is None for reply in gather(pool, 6).values())
 
 
+def test_a_hang_is_found_by_a_caller_that_looks_only_now_and_then():
+    """A large model decodes for seconds between two looks, and other episodes answer all the time."""
+    with open_pool(timeouts=SHORT, options={"length": 999}) as pool:
+        reset_all(pool, range(3))
+        pool.step(0, "hang")
+        end, failure = time.monotonic() + 60, None
+        for handle in (1, 2):
+            pool.step(handle, "x")
+        while failure is None and time.monotonic() < end:
+            time.sleep(0.6)
+            for reply in pool.poll(0.0):
+                failure = reply.failure or failure
+                if reply.failure is None:
+                    pool.step(reply.handle, "x")
+        assert failure.reason == "timeout"
+
+
 def test_computing_environments_are_not_stretched_by_threads():
     # Beside each other every step would take as long as all of them together, in every round.
     timeouts = PoolTimeouts(start=60, reset=60, step=60)

@@ -165,7 +165,7 @@ def test_soak_loses_and_doubles_nothing(capsys):
     assert 3 * len(given_up) <= discarded + soak.buffer.stats.refilled
     assert discarded == stats.failures.total()
     assert outcomes["trained:won"] + discarded == outcomes.total()
-    assert set(stats.failures) <= {"timeout", "worker_died", "quarantined"}
+    assert set(stats.failures) <= {"timeout", "worker_died", "quarantined", "outage"}
     # The faults did happen, and neighbors survived them.
     assert stats.failures["timeout"] and stats.failures["worker_died"] and stats.recovered
     assert len(soak.released) > SECONDS
