@@ -5,9 +5,11 @@ Each is reached from a worker process by entry point, for example ``tests.fakes:
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import subprocess
 import time
 from typing import Any
 
@@ -83,15 +85,26 @@ class FaultyEnv(CountingEnv):
                 os.kill(os.getpid(), signal.SIGKILL)
             case ["hang"]:
                 time.sleep(3600)
+            case ["raise-once", path] if not os.path.exists(path):
+                open(path, "x").close()
+                raise ValueError("the environment broke once")
             case ["hang-again", path]:  # the first time it only leaves a mark
                 if os.path.exists(path):
                     time.sleep(3600)
                 open(path, "x").close()
             case ["sleep", seconds]:
                 time.sleep(float(seconds))
+            case ["sleep-crash", seconds]:
+                time.sleep(float(seconds))
+                os._exit(7)
             case ["noise"]:
                 print('{"id": 1, "ok": true}\n' * 50)
                 os.write(1, b"raw noise on the first descriptor\n")
+            case ["flood" | "flood-hang" as kind, megabytes]:
+                for _ in range(int(megabytes)):
+                    os.write(2, b"x" * (1 << 20))
+                if kind == "flood-hang":
+                    time.sleep(3600)
             case ["input"]:
                 input()
             case ["grow", megabytes]:
@@ -131,6 +144,21 @@ class SlowEnv(CountingEnv):
         return super().step(action)
 
 
+class ComputingEnv(CountingEnv):
+    """Computes for some seconds of its process' time, and tells how long that took."""
+
+    def __init__(self, seconds: float = 0.05, **options: Any):
+        super().__init__(**options)
+        self.seconds = seconds
+
+    def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
+        start, spent = time.monotonic(), time.thread_time()
+        while time.thread_time() < spent + self.seconds:
+            pass
+        *rest, info = super().step(action)
+        return (*rest, {**info, "seconds": time.monotonic() - start})
+
+
 class UnreliableEnv(CountingEnv):
     """Crashes the worker or hangs with a given chance per step, unrelated to the episode's seed."""
 
@@ -146,6 +174,20 @@ class UnreliableEnv(CountingEnv):
         if draw < self.crash + self.hang:
             time.sleep(3600)
         return super().step(action)
+
+
+class TailEnv(UnreliableEnv):
+    """Every fourth task takes ``stretch`` times as long."""
+
+    def __init__(self, stretch: int = 4, **options: Any):
+        super().__init__(**options)
+        self.stretch, self.usual = stretch, self.length
+
+    def reset(
+        self, seed: int | None = None, *, split: str | None = None, index: int | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        self.length = self.usual * (1 if index % 4 else self.stretch)
+        return super().reset(seed, split=split, index=index)
 
 
 class UnstartableEnv(CountingEnv):
@@ -169,3 +211,102 @@ class FlakyStartEnv(CountingEnv):
             attempts = len(file.read())
         if attempts <= failures:
             raise ConnectionError(f"attempt {attempts}: the server does not answer yet")
+
+
+class UnreplayableEnv(FaultyEnv):
+    """Tells the process that it runs in, and declares that it cannot be replayed."""
+
+    replayable = False
+
+    def _observe(self, action: str) -> str:
+        return f"{super()._observe(action)} by {os.getpid()}"
+
+
+class SnapshotEnv(UnreplayableEnv):
+    """Cannot be replayed either, but tells its state; ``restores`` counts how often it was restored."""
+
+    restores = 0
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"key": self.key, "count": self.count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.key, self.count = state["key"], state["count"]
+        self.restores += 1
+
+    def _observe(self, action: str) -> str:
+        return f"{self.key} step {self.count} after {action!r}, restored {self.restores} times"
+
+
+class SerialEnv(SlowEnv):
+    """Keeps its state in the module and says so; any overlap of two steps shows."""
+
+    threads = False
+    inside = 0
+
+    def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
+        SerialEnv.inside += 1
+        assert SerialEnv.inside == 1
+        try:
+            return super().step(action)
+        finally:
+            SerialEnv.inside -= 1
+
+
+class BackendEnv(CountingEnv):
+    """Needs a backend, a file, ``at``: ``reset``, ``step``, ``start``, or ``silent`` (a step that hangs)."""
+
+    def __init__(self, path: str, at: str = "step", **options: Any):
+        super().__init__(**options)
+        self.path, self.at = path, at
+        if at == "start":
+            self._ask()
+
+    def reset(self, seed: int | None = None, *, split: str | None = None, index: int | None = None) -> Any:
+        if self.at == "reset":
+            self._ask()
+        return super().reset(seed, split=split, index=index)
+
+    def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
+        if action == "crash":
+            os._exit(7)
+        if self.at in ("step", "silent"):
+            self._ask()
+        return super().step(action)
+
+    def _ask(self) -> None:
+        if not os.path.exists(self.path):
+            if self.at == "silent":
+                time.sleep(3600)
+            raise ConnectionError("the backend does not answer")
+
+
+class ParentEnv(CountingEnv):
+    """Starts a child that leaves its session, and tells its process id; ``orphan`` loses its parent, too."""
+
+    def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
+        command = "exec sleep 3600"
+        if action == "orphan":
+            command = "setsid sleep 3600 & echo $!; sleep 0.2"
+        variables = {"PATH": os.environ["PATH"]} if action == "nameless" else None
+        child = subprocess.Popen(
+            ["sh", "-c", command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=variables,
+        )
+        number = child.pid
+        if action == "orphan":
+            assert child.stdout is not None
+            number = int(child.stdout.readline())
+            child.wait()
+        _, *rest = super().step(action)
+        return (str(number), *rest)
+
+
+class TellingEnv(CountingEnv):
+    """Its observations are the environment variables of its process."""
+
+    def _observe(self, action: str) -> str:
+        return json.dumps(dict(os.environ))

@@ -23,6 +23,8 @@ class NoisyHouse(HouseholdEnv):
       diary: a file that counts the troubles.
       latency: seconds that a step takes.
       spy: a file that is told which packages this process has loaded.
+      backend: a file without which every step raises.
+      broken: every so many tasks of ``train``, one cannot be reset; 0 for none.
       **options: of the household.
     """
 
@@ -33,13 +35,25 @@ class NoisyHouse(HouseholdEnv):
         diary: str | None = None,
         latency: float = 0.0,
         spy: str | None = None,
+        backend: str | None = None,
+        broken: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.trouble, self.times, self.diary, self.latency, self.spy = trouble, times, diary, latency, spy
+        self.backend, self.broken = backend, broken
+
+    def reset(
+        self, seed: int | None = None, *, split: str | None = None, index: int | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        if self.broken and split == "train" and index is not None and index % self.broken == 0:
+            raise RuntimeError("this house was never built")
+        return super().reset(seed, split=split, index=index)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         time.sleep(self.latency)
+        if self.backend and not os.path.exists(self.backend):
+            raise ConnectionError("the backend does not answer")
         if self.spy:
             with open(self.spy, "w") as file:
                 file.write(" ".join(sorted({name.partition(".")[0] for name in sys.modules})))

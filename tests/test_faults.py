@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from empg_jax.metrics import read_metrics
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.run.folder import write_run_info
 from empg_jax.run.guards import TrainingError
+from empg_jax.workers.pool import PoolError
 from tests import runs
 
 HOUSE = [*runs.HOUSE, "sft.updates=0"]
@@ -305,20 +307,76 @@ def test_a_worker_killed_from_outside_costs_at_most_its_episode(tmp_path, opened
     assert sum(count for name, count in outcomes.items() if name.startswith("trained:")) == 12
 
 
-def test_a_task_that_never_works_is_given_up_and_told(tmp_path, opened):
-    """Every step fails for a while: attempts are tried again, tasks quarantined, groups replaced."""
-    diary = tmp_path / "diary"
-    opened.changes.append(trouble_after_evaluation(diary))
-    options = ["env.options.trouble=raise", "env.options.times=14", f"env.options.diary={diary}"]
-    run = runs.train(tmp_path / "run", *HOUSE, *options, "eval.tasks=1")
+def test_tasks_that_never_work_are_given_up_and_told(tmp_path):
+    """Every third task fails: its attempts are tried again, it is quarantined, its group replaced."""
+    options = ["env.options.broken=3", "faults.breaker_min=1000", "eval.tasks=1", "train.updates=6"]
+    run = runs.train(tmp_path / "run", *HOUSE, *options)
     lines = read_metrics(run / "metrics.jsonl")
-    assert told(run, "task_quarantined", "reason")
+    tasks = {task for (task,) in told(run, "task_quarantined", "task")}
+    assert tasks and all(task % 3 == 0 for task in tasks)
     replaced = told(run, "group_replaced", "reason", "group_id")
     assert replaced and {reason for reason, _ in replaced} == {"failed"}
     assert sum(line["groups_failed"] for line in lines) == len(replaced)
-    train = [split for (split,) in told(run, "episode_discarded", "split") if split == "train"]
-    assert sum(line["episodes_discarded"] for line in lines) == len(train)
+    assert sum(line["episodes_discarded"] for line in lines) == len(told(run, "episode_discarded", "split"))
     assert max(line["tasks_quarantined"] for line in lines) >= 1
+
+
+def _take_away(backend, seconds, before=0):
+    """The backend goes away in each of the first collections after ``before`` updates, for some seconds."""
+
+    def change(parts):
+        advance, was_away = parts.rollout.collector.advance, []
+
+        def advance_without(wanted):
+            if parts.engine.version >= before and not was_away:
+                was_away.append(True)
+                backend.unlink()
+                if seconds is not None:
+                    threading.Timer(seconds, backend.touch).start()
+            return advance(wanted)
+
+        parts.rollout.collector.advance = advance_without
+
+    return change
+
+
+@pytest.mark.parametrize("mode", ["rollout.deterministic=false", "rollout.deterministic=true"])
+def test_an_outage_of_every_environment_costs_time_only(tmp_path, opened, mode):
+    backend, collected = tmp_path / "backend", []
+    backend.touch()
+    opened.changes += [_take_away(backend, 1.5, before=1), lambda parts: _record(parts, collected)]
+    options = [f"env.options.backend={backend}", "faults.breaker_min=4", "faults.probe=0.1", mode]
+    run = runs.train(tmp_path / "run", *HOUSE, *options)
+    assert told(run, "breaker_open", "update", "reason") == [(2, "env_error")]
+    ((seconds,),) = told(run, "breaker_closed", "seconds")
+    assert 0.1 < seconds < 60
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["update"] for line in lines] == [1, 2, 3]
+    assert lines[1]["breaker_seconds"] == pytest.approx(seconds, abs=0.1)
+    assert lines[0]["breaker_seconds"] == lines[2]["breaker_seconds"] == 0
+    # Every planned episode was trained on, once; no task paid for it.
+    keys = [(t.group_id, t.member) for t in collected]
+    assert keys == [(group, member) for group in range(6) for member in range(2)]
+    assert told(run, "group_replaced") == told(run, "task_quarantined") == []
+    discarded = {name for (name,) in told(run, "episode_discarded", "reason")}
+    assert "outage" in discarded and discarded <= {"outage", "env_error"}
+
+
+def test_an_outage_beyond_patience_ends_the_run_with_a_checkpoint(tmp_path, opened, capsys):
+    backend = tmp_path / "backend"
+    backend.touch()
+    opened.changes.append(_take_away(backend, None, before=2))
+    options = [f"env.options.backend={backend}", "rollout.deterministic=true", "checkpoint.every=25"]
+    run = tmp_path / "run"
+    with pytest.raises(PoolError, match=r"env_error 4.*faults\.patience(.|\n)*the backend does not answer"):
+        faults = ["faults.breaker_min=4", "faults.probe=0.1", "faults.patience=1"]
+        runs.train(run, *HOUSE, *options, *faults)
+    assert "checkpoint 2 holds the last update" in capsys.readouterr().err
+    assert runs.restored(run).step == 2
+    backend.touch()
+    opened.changes.clear()
+    runs.resume(run)
+    assert [line["update"] for line in runs.lines(run)] == [1, 2, 3]
 
 
 def _record(parts, collected):

@@ -35,8 +35,9 @@ FLOORS = {
     "cli": 9,
     "__main__": 10,
 }
-# Rooms that talk to environments by Python; all others do not know them.
-KNOW_ENVIRONMENTS = {"retrieval", "rollout", "run", "sft", "cli"}
+# Rooms that talk to environments by Python; all others do not know them. (The workers share the search for
+# leftover processes with the worker program.)
+KNOW_ENVIRONMENTS = {"retrieval", "rollout", "run", "sft", "cli", "workers"}
 # Packages that only some modules may import.
 RESERVED = {"pydantic": "empg_jax.config", "typer": "empg_jax.cli"}
 STRANGERS = {"learner", "rollout"}  # they meet in the run only

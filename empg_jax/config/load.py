@@ -29,6 +29,7 @@ from empg_jax.config.sections import (
     CheckpointConfig,
     EnvConfig,
     EvalConfig,
+    FaultsConfig,
     LogConfig,
     RolloutConfig,
     SftConfig,
@@ -55,6 +56,7 @@ class Config(Section):
     env: EnvConfig = Field(default_factory=EnvConfig, description="The environment.")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="Sampling.")
     workers: WorkersConfig = Field(default_factory=WorkersConfig, description="Environment processes.")
+    faults: FaultsConfig = Field(default_factory=FaultsConfig, description="Treatment of failures.")
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig, description="Credit and loss.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Optimization.")
     sft: SftConfig = Field(default_factory=SftConfig, description="Warm start.")

@@ -110,7 +110,7 @@ class Collector:
         Args:
           wanted: a round to repeat: exactly its answers are taken, and the clock becomes its clock.
         """
-        began = self._timer()
+        began, away = self._timer(), self.pool.breaker.seconds
         finished: list[tuple[Attempt, Trajectory]] = []
         self._start_episodes()
         replies = self._take_replies() if wanted is None else self._await_replies(wanted.answers or [])
@@ -123,7 +123,9 @@ class Collector:
         # By slot, so that actions are sent in an order that does not depend on which response ended first.
         for response in sorted(responses, key=lambda r: r.slot):
             self._on_response(response)
-        self.served = self.served + self._timer() - began if wanted is None else wanted.served
+        # Nor does an episode age while the environments are away.
+        spent = self._timer() - began - (self.pool.breaker.seconds - away)
+        self.served = self.served + max(0.0, spent) if wanted is None else wanted.served
         finished.extend(self._expire())
         return finished
 

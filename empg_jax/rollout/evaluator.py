@@ -96,7 +96,7 @@ class Evaluator:
                     advance(1, {})
                     continue
                 tell_discarded(self._tell, attempt, trajectory.outcome)
-                if attempt.retry + 1 < MAX_RETRIES:
+                if trajectory.outcome.reason == "outage" or attempt.retry + 1 < MAX_RETRIES:
                     self._collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
                 else:
                     missing.add(attempt.task)

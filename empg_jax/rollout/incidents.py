@@ -9,11 +9,12 @@ from empg_jax.rollout.ledger import Ledger
 from empg_jax.workers.pool import EnvPool
 
 
-def count_incidents(ledger: Ledger, pool: EnvPool) -> dict[str, int]:
+def count_incidents(ledger: Ledger, pool: EnvPool) -> dict[str, float]:
     """Count what went wrong since the start, by metric name; `tasks_quarantined` is the present number."""
     return {
         "worker_restarts": pool.stats.restarts + pool.stats.recycled,
         "episodes_recovered": pool.stats.recovered,
+        "breaker_seconds": pool.breaker.seconds,
         "groups_failed": ledger.counts["groups_failed"],
         "tokens_wasted": ledger.counts["tokens_wasted"],
         "tasks_quarantined": len(pool.quarantined()),
@@ -28,10 +29,10 @@ class IncidentMeter:
       incidents: as `count_incidents` returns them.
     """
 
-    def __init__(self, outcomes: Mapping[str, int], incidents: Mapping[str, int]) -> None:
+    def __init__(self, outcomes: Mapping[str, int], incidents: Mapping[str, float]) -> None:
         self._outcomes, self._incidents = collections.Counter(outcomes), dict(incidents)
 
-    def take(self, outcomes: Mapping[str, int], incidents: Mapping[str, int]) -> dict[str, float]:
+    def take(self, outcomes: Mapping[str, int], incidents: Mapping[str, float]) -> dict[str, float]:
         """Return the counts since the last call, by metric name; the first call counts from construction."""
         ended: collections.Counter[str] = collections.Counter()
         for key, count in (collections.Counter(outcomes) - self._outcomes).items():

@@ -42,7 +42,7 @@ class Group:
 
     Attributes:
       version: policy version of the sampler when the group was admitted: no turn of it is older.
-      missing: retries so far of each member that has not ended.
+      missing: failures so far of each member that has not ended.
       done: the members that have ended, by number.
       since: the sampler's clock at the admission, in seconds.
       update: the update that the group is reserved for; None before.
@@ -174,9 +174,11 @@ class Ledger:
             if not group.missing:
                 self._losses.pop(group.task, None)
                 self._replace_uniform(group)
-        elif attempt.retry + 1 < MAX_RETRIES and outcome.reason != "quarantined":
+        elif outcome.reason == "outage":  # the pool holds the next attempt until it is over
+            self.starts.append(attempt)
+        elif group.missing[attempt.member] + 1 < MAX_RETRIES and outcome.reason != "quarantined":
             # A quarantined task would be refused at once, every time.
-            group.missing[attempt.member] = attempt.retry + 1
+            group.missing[attempt.member] += 1
             self.starts.append(dataclasses.replace(attempt, retry=attempt.retry + 1))
         else:
             del group.missing[attempt.member]
@@ -198,6 +200,12 @@ class Ledger:
             if group.missing and is_late and len(group.done) >= self._min_group_size:
                 self._give_up(group, "group_closed")
                 self._replace_uniform(group)
+
+    def forgive(self) -> None:
+        """Forget the failures of attempts and tasks so far: they had a common cause."""
+        for group in self._groups.values():
+            group.missing = dict.fromkeys(group.missing, 0)
+        self._losses.clear()
 
     def waste(self, tokens: int) -> None:
         """Count the sampled tokens of attempts that were given up in flight."""

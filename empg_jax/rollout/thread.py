@@ -49,7 +49,7 @@ class Delivery:
     metrics: dict[str, float]
     engine: EngineStats
     outcomes: dict[str, int]
-    incidents: dict[str, int]
+    incidents: dict[str, float]
 
 
 class RolloutThread:
@@ -94,6 +94,7 @@ class RolloutThread:
         self._is_stopping = False
         self._thread: threading.Thread | None = None
         self._idle = self._paused = 0.0  # seconds since the last delivery
+        self._openings = 0  # outages seen
         self._gaps: list[float] = []  # measured since the last delivery
         self._since = time.monotonic()
 
@@ -176,6 +177,7 @@ class RolloutThread:
 
     def restore(self, values: dict[str, Any], trajectories: list[Trajectory]) -> None:
         """Go on from a `cut`, before the thread starts."""
+        self.collector.pool.restore_faults(values["faults"])
         self.ledger.restore(values, trajectories, self.collector.served)
 
     def _raise_error(self) -> None:
@@ -212,6 +214,10 @@ class RolloutThread:
         if self.collector.in_flight if wanted is None else wanted.answers is not None:
             for attempt, trajectory in self.collector.advance(wanted):
                 self.ledger.finish(attempt, trajectory)
+            if (openings := self.collector.pool.breaker.openings) != self._openings:
+                # What failed before the pool knew of the outage says nothing of a task.
+                self._openings = openings
+                self.ledger.forgive()
             self.ledger.close_late(self.collector.served)
             self._pass_on()
             done.answers = self.collector.answered
@@ -271,7 +277,7 @@ class RolloutThread:
             self._bound_gap(self._max_stale_gap)
         self.ledger.commit(version)
         self._version = version
-        self._at_commit = self.ledger.cut(version) if self._is_repeatable else None
+        self._at_commit = self._cut_now(version) if self._is_repeatable else None
         self._paused += time.monotonic() - began
 
     def _bound_gap(self, limit: float) -> None:
@@ -339,7 +345,11 @@ class RolloutThread:
     def _cut(self, updates: int) -> Cut:
         if self._at_commit is not None and self._version == updates:
             return self._at_commit
-        return self.ledger.cut(updates)
+        return self._cut_now(updates)
+
+    def _cut_now(self, updates: int) -> Cut:
+        values, trajectories = self.ledger.cut(updates)
+        return values | {"faults": self.collector.pool.fault_snapshot()}, trajectories
 
 
 class _Call(Generic[T]):

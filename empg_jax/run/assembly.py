@@ -51,7 +51,8 @@ from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer, load_tokenizer
 from empg_jax.text.vocabulary import check_vocabulary
-from empg_jax.workers.faults import Tell, tell_nobody
+from empg_jax.workers.faults import FaultPolicy, Tell, tell_nobody
+from empg_jax.workers.memory import limit_memory
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
 
 if TYPE_CHECKING:
@@ -251,8 +252,11 @@ def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
         config.env.target,
         config.env.options,
         num_workers=w.num,
+        lanes=w.lanes,
         timeouts=timeouts,
-        memory_limit_mb=w.memory_limit_mb,
+        memory_limit_mb=limit_memory(w.num) if w.memory_limit_mb is None else w.memory_limit_mb or None,
+        pass_env=w.pass_env,
+        faults=FaultPolicy(**dict(config.faults)),
         tell=tell,
     )
 

@@ -1,17 +1,16 @@
-"""Faults of environments: their reasons, their counts, and the limits beyond which a pool gives up."""
+"""Faults of environments: their reasons, and the limits beyond which a pool gives up."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import logging
 from typing import Any, Literal, Protocol
 
 from empg_jax.errors import RunError
 
-logger = logging.getLogger(__name__)
-
-Reason = Literal["env_error", "env_garbage", "timeout", "worker_died", "nondeterministic", "quarantined"]
+Reason = Literal[
+    "env_error", "env_garbage", "timeout", "worker_died", "nondeterministic", "quarantined", "outage"
+]
 
 
 class Tell(Protocol):
@@ -26,7 +25,7 @@ def tell_nobody(event: str, /, **fields: Any) -> None:
 
 
 class PoolError(RunError):
-    """The pool cannot continue: workers do not start, or most episodes fail."""
+    """The pool cannot continue: workers do not start, or the environment stays away."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,7 +35,8 @@ class EnvFailure:
     Attributes:
       reason: ``env_error`` (the environment raised), ``env_garbage`` (its answer breaks the protocol),
         ``timeout``, ``worker_died``, ``nondeterministic`` (a replay in a new worker gave another
-        observation), ``quarantined`` (the task failed too often and was not tried).
+        observation), ``quarantined`` (the task failed too often and was not tried), ``outage`` (whatever it
+        was, most episodes failed at that time, so the task is not to blame).
       detail: text for the user: message, traceback, exit code, last lines of stderr.
     """
 
@@ -55,29 +55,36 @@ class PoolTimeouts:
 
 @dataclasses.dataclass(frozen=True)
 class FaultPolicy:
-    """The limits at which the pool gives up on a task, on a worker, or altogether.
+    """The limits at which the pool pauses, or gives up on a task, on a worker, or altogether.
 
     Attributes:
       quarantine_after: consecutive failures after which a task is not tried any more.
+      quarantine_episodes: number of episodes that end before it is tried again.
       breaker_window: number of latest episodes that the breaker considers.
-      breaker_share: share of failed episodes among these at which the pool stops.
-      breaker_min: number of failures below which the pool never stops.
-      start_attempts: consecutive failed starts of a worker at which the pool stops.
+      breaker_share: share of failed episodes among these at which admission pauses.
+      breaker_min: number of failures below which it never pauses; so many in a row always pause it.
+      probe: seconds between two probes while admission pauses.
+      patience: seconds of such a pause, or of failing starts, after which the pool stops.
+      start_attempts: consecutive failed starts of a worker at which a pool that never was ready stops, and
+        any other pauses.
       backoff: seconds to wait after one start without any reply; doubles with each further one.
       backoff_max: upper bound of that wait, in seconds.
     """
 
     quarantine_after: int = 3
+    quarantine_episodes: int = 1000
     breaker_window: int = 64
     breaker_share: float = 0.5
-    breaker_min: int = 20
+    breaker_min: int = 8
+    probe: float = 5.0
+    patience: float = 900.0
     start_attempts: int = 3
     backoff: float = 0.1
     backoff_max: float = 5.0
 
     def wait_before_start(self, barren: int) -> float:
         """Return the seconds to wait before a start, after ``barren`` consecutive starts without a reply."""
-        return min(self.backoff_max, self.backoff * 2.0 ** (barren - 1)) if barren else 0.0
+        return min(self.backoff_max, self.backoff * 2.0 ** min(barren - 1, 64)) if barren else 0.0
 
 
 @dataclasses.dataclass
@@ -106,60 +113,3 @@ class PoolStats:
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, for the output of benchmarks."""
         return {**vars(self), "failures": dict(self.failures)}
-
-
-class FaultLedger:
-    """The record of failed episodes, which decides on quarantine of tasks and on stopping the pool."""
-
-    def __init__(self, policy: FaultPolicy, tell: Tell = tell_nobody):
-        """Start with an empty record; ``tell`` receives an event for each task that is quarantined."""
-        self._policy, self._tell = policy, tell
-        self._in_a_row: collections.Counter[tuple[str, int]] = collections.Counter()
-        self._window: collections.deque[str] = collections.deque(maxlen=policy.breaker_window)
-        self._last: dict[str, str] = {}
-
-    def is_quarantined(self, split: str, index: int) -> bool:
-        """Return whether the last ``quarantine_after`` episodes of a task all failed."""
-        return self._in_a_row[split, index] >= self._policy.quarantine_after
-
-    def quarantined(self) -> list[tuple[str, int]]:
-        """List the quarantined tasks, sorted."""
-        return sorted(task for task in self._in_a_row if self.is_quarantined(*task))
-
-    def record_success(self, split: str, index: int) -> None:
-        """Record an episode that was released without a failure."""
-        self._window.append("")
-        self._in_a_row.pop((split, index), None)
-
-    def record_failure(self, split: str, index: int, failure: EnvFailure) -> None:
-        """Record a lost episode."""
-        self._window.append(failure.reason)
-        self._last[failure.reason] = failure.detail
-        # A refusal is no new failure of the task: counting it would prove the quarantine by itself.
-        if failure.reason == "quarantined":
-            return
-        self._in_a_row[split, index] += 1
-        if self._in_a_row[split, index] == self._policy.quarantine_after:
-            logger.warning(
-                "task %s/%d is quarantined after %d failures in a row; the last: %s: %s",
-                *(split, index, self._policy.quarantine_after, failure.reason, failure.detail),
-            )
-            self._tell("task_quarantined", split=split, task=index, reason=failure.reason)
-
-    def check(self) -> None:
-        """Stop a pool in which most episodes fail.
-
-        Raises:
-          PoolError: too many episodes failed; the message holds counts and the last detail by reason.
-        """
-        policy = self._policy
-        counts = collections.Counter(reason for reason in self._window if reason)
-        failed = counts.total()
-        if failed < policy.breaker_min or failed < policy.breaker_share * len(self._window):
-            return
-        table = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-        last = "\n".join(f"last {reason}: {self._last[reason]}" for reason in counts)
-        raise PoolError(
-            f"{failed} of the last {len(self._window)} episodes failed in their environment ({table}); "
-            f"the pool stops at {policy.breaker_share:.0%}.\n{last}"
-        )

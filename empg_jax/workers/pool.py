@@ -9,8 +9,10 @@ returns the answers that have arrived::
         (reply,) = pool.poll(None)
         pool.step(0, "go to fridge 1")
 
-One broken environment costs one episode (see `empg_jax.workers.supervisor`). Neither the pool nor its workers
-need JAX. One thread drives a pool, and deadlines are checked while it polls.
+A worker serves its live episodes beside each other, so a slow command holds up nobody (`empg_envs.lanes`).
+One broken environment costs one episode (`empg_jax.workers.supervisor`). When most of them break, resets are
+held until a probe succeeds (`empg_jax.workers.breaker`): the caller only waits. Neither the pool nor its
+workers need JAX. One thread drives a pool, and deadlines are checked while it polls.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from __future__ import annotations
 import dataclasses
 import selectors
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from empg_jax.errors import nearest
+from empg_jax.workers.breaker import Breaker
 from empg_jax.workers.faults import (
     EnvFailure,
-    FaultLedger,
     FaultPolicy,
     PoolError,
     PoolStats,
@@ -33,6 +35,8 @@ from empg_jax.workers.faults import (
     Tell,
     tell_nobody,
 )
+from empg_jax.workers.outages import Outages
+from empg_jax.workers.quarantine import Quarantine
 from empg_jax.workers.record import EpisodeRecord
 from empg_jax.workers.supervisor import Supervisor
 
@@ -40,6 +44,8 @@ __all__ = ["EnvFailure", "EnvPool", "EnvReply", "FaultPolicy", "PoolError", "Poo
 
 MAX_WAIT = 1.0  # seconds between two checks of silent workers
 CLOSE_SECONDS = 2.0  # granted to idle workers to close their environments
+LANES = 64  # commands that a worker runs at the same time, unless told otherwise
+LANE_MB = 8  # address space of a thread's stack
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +76,7 @@ class EnvPool:
     Attributes:
       splits: number of tasks by split, as the environment reports it.
       stats: counts since the pool was opened.
+      breaker: whether new episodes are held, and since when.
       tell: receives the events of this pool, and of the code that runs episodes in it.
     """
 
@@ -79,8 +86,10 @@ class EnvPool:
         options: Mapping[str, Any] | None = None,
         *,
         num_workers: int,
+        lanes: int = LANES,
         timeouts: PoolTimeouts | None = None,
         memory_limit_mb: int | None = None,
+        pass_env: Sequence[str] = (),
         faults: FaultPolicy | None = None,
         tell: Tell = tell_nobody,
     ):
@@ -90,24 +99,29 @@ class EnvPool:
           env: a name in ``empg_envs.ENVS`` or an entry point ``package.module:attribute``.
           options: keyword arguments of the environment; JSON-able.
           num_workers: number of processes.
+          lanes: number of commands that a process runs at the same time; 1 runs them one after another.
           timeouts: deadlines.
           memory_limit_mb: a worker whose resident memory exceeds this is replaced between two
             commands. As a guard against a sudden leap inside a command, its address space is limited
-            to twice this plus 512 MiB (it always exceeds resident memory: libraries, thread stacks).
-          faults: limits at which a task, a worker or the pool is given up.
-          tell: receives restarts of workers and quarantined tasks.
+            to twice this plus 512 MiB (it always exceeds resident memory: libraries) and the threads' stacks.
+          pass_env: names of environment variables that the workers get besides the usual ones.
+          faults: limits at which the pool pauses, or gives up on a task, a worker or altogether.
+          tell: receives restarts of workers, quarantined tasks and pauses.
 
         Raises:
-          ValueError: ``num_workers`` below 1.
+          ValueError: ``num_workers`` or ``lanes`` below 1.
           PoolError: a worker does not start; the message holds its reason.
         """
         if num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}; expected at least 1")
+        if lanes < 1:
+            raise ValueError(f"lanes is {lanes}; expected at least 1")
         self.stats, self.tell = PoolStats(), tell
         policy = faults or FaultPolicy()
-        address_space = None if memory_limit_mb is None else 2 * memory_limit_mb + 512
-        hello = {"env": env, "options": dict(options or {}), "memory_limit_mb": address_space}
-        self._ledger = FaultLedger(policy, tell)
+        space = None if memory_limit_mb is None else 2 * memory_limit_mb + 512 + LANE_MB * lanes
+        hello = {"env": env, "options": dict(options or {}), "memory_limit_mb": space, "lanes": lanes}
+        self.breaker = Breaker(policy, tell)
+        self._quarantine = Quarantine(policy, tell)
         self._waiting: set[int] = set()  # handles with a request that is not answered
         self._ready: list[EnvReply] = []
         self._is_closed = False
@@ -119,6 +133,7 @@ class EnvPool:
                 timeouts=timeouts or PoolTimeouts(),
                 policy=policy,
                 memory_limit_mb=memory_limit_mb,
+                pass_env=pass_env,
                 selector=self._selector,
                 stats=self.stats,
                 tell=tell,
@@ -126,6 +141,7 @@ class EnvPool:
             )
             for number in range(num_workers)
         ]
+        self._outages = Outages(self.breaker, self._workers, self._worker_of, policy.breaker_min)
         try:
             while not all(worker.is_ready for worker in self._workers):
                 self._pump()
@@ -155,13 +171,17 @@ class EnvPool:
         self._check_task(split, index)
         self.stats.commands += 1
         episode = EpisodeRecord(handle, split, index, seed)
-        if self._ledger.is_quarantined(split, index):
-            episode.request = ("reset", episode.reset_args())
+        self._waiting.add(handle)
+        worker.hold(episode, "reset", episode.reset_args())
+        if self._quarantine.holds(split, index):
+            worker.forget(handle)
             # Answered like every other request, so that the caller needs no second path for refusals.
-            self.failed(episode, "quarantined", f"task {split}/{index} failed too often; not tried again")
+            detail = f"task {split}/{index} failed too often; not tried for a while"
+            self.failed(episode, "quarantined", detail, is_incident=False)
+        elif self.breaker.is_open:
+            self._outages.hold(episode)
         else:
-            self._waiting.add(handle)
-            worker.ask(episode, "reset", episode.reset_args())
+            worker.resume(episode)
 
     def step(self, handle: int, action: str) -> None:
         """Queue an action.
@@ -188,8 +208,11 @@ class EnvPool:
         if episode is None:
             return
         self._waiting.discard(handle)
-        if episode.request is None:  # an unanswered command is no evidence about the task
-            self._ledger.record_success(episode.split, episode.index)
+        # Neither an unanswered command nor a mere reset says that the task can be played.
+        if episode.request is None and episode.actions and episode.loss is None:
+            self.breaker.record_success()
+            self._outages.forget()
+            self._quarantine.record_success(episode.split, episode.index)
 
     def poll(self, timeout: float | None = None, *, within: range | None = None) -> list[EnvReply]:
         """Send the queued commands, wait for answers and return all that have arrived.
@@ -204,13 +227,14 @@ class EnvPool:
           unanswered.
 
         Raises:
-          PoolError: a worker repeatedly fails to start, or most episodes fail.
+          PoolError: workers do not start, or most episodes have failed for longer than ``patience``.
         """
         if self._is_closed:
             raise PoolError("the pool is closed")
         end = float("inf") if timeout is None else time.monotonic() + timeout
         self._wait(0.0)  # notice a worker that died in the meantime before something is sent to it
         while True:
+            self._outages.tend()
             self._pump()
             if _any_of((reply.handle for reply in self._ready), within) or not _any_of(self._waiting, within):
                 break
@@ -218,7 +242,7 @@ class EnvPool:
             if left <= 0.0:
                 break
             self._wait(min(left, MAX_WAIT))
-        self._ledger.check()
+        self.breaker.check()
         replies = [reply for reply in self._ready if within is None or reply.handle in within]
         self._ready = [reply for reply in self._ready if within is not None and reply.handle not in within]
         self.stats.replies += len(replies)
@@ -230,7 +254,15 @@ class EnvPool:
 
     def quarantined(self) -> list[tuple[str, int]]:
         """List the quarantined tasks as (split, index)."""
-        return self._ledger.quarantined()
+        return self._quarantine.tasks()
+
+    def fault_snapshot(self) -> dict[str, Any]:
+        """Return the record of failed tasks as JSON types, for a checkpoint."""
+        return self._quarantine.snapshot()
+
+    def restore_faults(self, snapshot: dict[str, Any]) -> None:
+        """Go on from a `fault_snapshot`."""
+        self._quarantine.restore(snapshot)
 
     def close(self) -> None:
         """End the workers: idle ones may close their environments, the others are killed."""
@@ -248,7 +280,11 @@ class EnvPool:
         assert episode.request is not None
         op, _ = episode.request
         episode.request = None
+        if episode.is_probe:
+            self._outages.pass_probe(episode, op)
+            return
         self._waiting.discard(episode.handle)
+        self.breaker.record_answer(op)
         reply = EnvReply(
             episode.handle,
             op,
@@ -260,14 +296,37 @@ class EnvPool:
         )
         self._ready.append(reply)
 
-    def failed(self, episode: EpisodeRecord, reason: Reason, detail: str) -> None:
+    def failed(
+        self, episode: EpisodeRecord, reason: Reason, detail: str, *, is_incident: bool = True
+    ) -> None:
         """Take a supervisor's report of a lost episode, as the answer to its open request."""
         assert episode.request is not None
-        failure = EnvFailure(reason, detail)
+        if episode.is_probe:
+            self._outages.fail_probe(episode)
+            return
+        failure, op = EnvFailure(reason, detail), episode.request[0]
+        if is_incident:
+            if not self.breaker.is_open:
+                self._outages.remember(episode)
+            self.breaker.record_failure(reason, detail, op, (episode.split, episode.index))
+        if self.breaker.is_open and reason != "quarantined":
+            failure = EnvFailure("outage", f"{reason}: {detail}")
+            self._quarantine.forget_open()
+        elif is_incident:
+            self._quarantine.record_failure(episode.split, episode.index, failure)
+        else:
+            self._quarantine.record_end()
         self._waiting.discard(episode.handle)
-        self.stats.failures[reason] += 1
-        self._ledger.record_failure(episode.split, episode.index, failure)
-        self._ready.append(EnvReply(episode.handle, episode.request[0], failure=failure))
+        self.stats.failures[failure.reason] += 1
+        self._ready.append(EnvReply(episode.handle, op, failure=failure))
+
+    def lost_worker(self, reason: Reason, detail: str) -> None:
+        """Take a supervisor's report of a worker that died by nobody's fault: one incident."""
+        self.breaker.record_failure(reason, detail)
+
+    def start_failed(self, detail: str) -> None:
+        """Take a supervisor's report of a worker that does not start any more."""
+        self.breaker.fail_start(detail)
 
     def _pump(self) -> None:
         for worker in self._workers:
@@ -276,7 +335,7 @@ class EnvPool:
     def _wait(self, seconds: float) -> None:
         """Move bytes for at most ``seconds``, then check the deadlines."""
         # Wake up at the first deadline, even if every worker stays silent.
-        due = min(worker.deadline for worker in self._workers)
+        due = min(self._outages.due, *(worker.deadline for worker in self._workers))
         events = self._selector.select(max(0.0, min(seconds, due - time.monotonic())))
         for key, mask in events:
             key.data.handle(mask)

@@ -11,17 +11,25 @@ import contextlib
 import fcntl
 import json
 import os
+import re
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import termios
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from empg_envs.orphans import MARK, end_descendants
+from empg_jax.workers.variables import make_environment
+
 READ_BYTES = 1 << 16
-STDERR_KEEP = 4 << 20  # a worker's stderr file is emptied when it grows beyond this
+BLOCKED_BYTES = 1 << 15  # found in the pipe at once: the worker may have waited for room
+STDERR_KEEP = 4 << 20  # a worker empties its stderr file when it has grown beyond this
 STDERR_LINES = 30  # shown when a worker has died
+STDERR_SEARCH = 1 << 16  # bytes at the end in which the stack of a hanging thread is looked for
 KILL_SECONDS = 0.5  # granted to a worker to die of a signal that it can handle
 STUCK_SECONDS = 5.0  # granted to the kernel to end a killed process
 
@@ -33,15 +41,26 @@ class ProtocolError(Exception):
 class WorkerProcess:
     """A worker process, with non-blocking transfer of whole messages."""
 
-    def __init__(self, hello: Mapping[str, Any]):
+    def __init__(
+        self,
+        hello: Mapping[str, Any],
+        pass_env: Sequence[str],
+        selector: selectors.BaseSelector,
+        owner: Any,
+    ):
         """Start the process and queue its first message.
 
         Args:
-          hello: ``env``, ``options`` and ``memory_limit_mb``, see `empg_envs.worker`.
+          hello: ``env``, ``options``, ``lanes`` and ``memory_limit_mb``, see `empg_envs.worker`.
+          pass_env: names of further environment variables that it gets.
+          selector: watches both pipes until the process is stopped.
+          owner: the selector's data for them.
         """
+        self._mark = uuid.uuid4().hex
+        self._selector, self._owner = selector, owner
         # A file, not a pipe: a pipe would fill up, and block the worker, while the parent is busy elsewhere.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
-        # Append mode: otherwise the worker would continue at its old offset after `trim_stderr`.
+        # Append mode: otherwise the worker would continue at its old offset after it has cut the file.
         fcntl.fcntl(self._stderr, fcntl.F_SETFL, os.O_APPEND)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-u", "-m", "empg_envs.worker"],
@@ -49,7 +68,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             bufsize=0,
-            env=_make_environment(),
+            env={**make_environment(pass_env), MARK: self._mark},
             # A session of its own: Ctrl-C in the terminal does not reach it, and all processes that an
             # environment starts can be killed as one group.
             start_new_session=True,
@@ -58,21 +77,18 @@ class WorkerProcess:
         self.stdin, self.stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self.stdin, False)
         os.set_blocking(self.stdout, False)
+        selector.register(self.stdout, selectors.EVENT_READ, owner)
         self._outbox = bytearray()
         self._inbox = b""
+        self.was_blocked = False  # whether the last `read` found the pipe rather full
         self.queued_bytes = 0  # given to `send` so far
         self.consumed_bytes = 0  # of these, read by the worker; known after `stop`
-        self.send(dict(hello))
+        self.send({**hello, "stderr_bytes": STDERR_KEEP})
 
     @property
     def pid(self) -> int:
         """Process id."""
         return self._process.pid
-
-    @property
-    def has_unsent(self) -> bool:
-        """True while a message waits for room in the pipe."""
-        return bool(self._outbox)
 
     def send(self, message: Any) -> None:
         """Queue one message and write as much of it as the pipe takes."""
@@ -85,11 +101,16 @@ class WorkerProcess:
         """Write queued bytes; return whether any were written. `read` reports a broken pipe."""
         try:
             count = os.write(self.stdin, self._outbox)
-        except BlockingIOError:
-            return False
         except BrokenPipeError:
             return False
+        except BlockingIOError:
+            count = 0
         del self._outbox[:count]
+        # Watched exactly while something is unsent, or the selector would report room all the time.
+        if not self._outbox:
+            self._ignore(self.stdin)
+        elif self.stdin not in self._selector.get_map():
+            self._selector.register(self.stdin, selectors.EVENT_WRITE, self._owner)
         return count > 0
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
@@ -101,26 +122,23 @@ class WorkerProcess:
         Raises:
           ProtocolError: a line is not a JSON object.
         """
-        closed = False
+        closed, count = False, 0
         while True:
             try:
                 chunk = os.read(self.stdout, READ_BYTES)
             except BlockingIOError:
                 break
+            count += len(chunk)
             self._inbox += chunk
             if len(chunk) < READ_BYTES:
                 closed = not chunk
                 break
+        self.was_blocked = count >= BLOCKED_BYTES
         if b"\n" not in self._inbox:
             return [], closed
         *lines, rest = self._inbox.split(b"\n")
         self._inbox = rest
         return [_decode(line) for line in lines], closed
-
-    def trim_stderr(self) -> None:
-        """Empty the stderr file of a worker that prints a lot."""
-        if os.fstat(self._stderr.fileno()).st_size > STDERR_KEEP:
-            os.ftruncate(self._stderr.fileno(), 0)
 
     def is_alive(self) -> bool:
         """Return False once the process has ended."""
@@ -128,36 +146,49 @@ class WorkerProcess:
 
     def hang_up(self) -> None:
         """Close the worker's stdin; an idle worker then closes its environments and exits."""
+        self._ignore(self.stdin)
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
 
-    def stop(self, grace: float, first_signal: int | None = None) -> str:
+    def stop(self, grace: float, first_signal: int | None = None, thread: int | None = None) -> str:
         """End the process and every process that it started, and reap it.
 
         Args:
           grace: seconds in which it may end by itself (it has died or was hung up), before it is killed.
-          first_signal: a signal to send at once; SIGABRT makes a hanging worker write its stack.
+          first_signal: a signal to send at once; SIGABRT makes a hanging worker write its stacks.
+          thread: number of the thread whose stack is of interest.
 
         Returns:
-          A description of how it ended, with the last lines of its stderr.
+          A description of how it ended, with that stack or the last lines of its stderr.
         """
+        self._ignore(self.stdout)
+        self._ignore(self.stdin)
         if first_signal is not None and self.is_alive():
             self._process.send_signal(first_signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(grace)
-        # Processes that an environment left behind outlive the worker, so the whole group is killed.
+        # Processes that an environment left behind outlive the worker, in its group or in others. Those that
+        # dropped the worker's variables are known by their parents only, as long as the worker lives.
+        if self.is_alive():
+            end_descendants(self.pid, self._mark)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STUCK_SECONDS)
+        end_descendants(self.pid, self._mark)
         # Read before the pipe is closed: it tells which commands the worker had taken when it ended.
         self.consumed_bytes = self.queued_bytes - len(self._outbox) - self._count_unread()
         status = _describe_status(self._process.returncode)
-        tail = self._tail()
+        tail = self._tail(thread)
         self.hang_up()
         self._process.stdout.close()  # type: ignore[union-attr]
         self._stderr.close()
         return f"{status}; last lines of its stderr:\n{tail}" if tail else status
+
+    def _ignore(self, descriptor: int) -> None:
+        """Watch a pipe no longer."""
+        if descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
 
     def _count_unread(self) -> int:
         """Count the bytes that the worker left in the pipe: their commands were never started."""
@@ -169,10 +200,16 @@ class WorkerProcess:
             return 0
         return int.from_bytes(answer, sys.byteorder)
 
-    def _tail(self) -> str:
+    def _tail(self, thread: int | None) -> str:
+        """Return the stack of a thread as faulthandler wrote it, or else the last lines."""
         size = os.fstat(self._stderr.fileno()).st_size
-        text = os.pread(self._stderr.fileno(), 8192, max(0, size - 8192)).decode(errors="replace")
-        return "\n".join(text.splitlines()[-STDERR_LINES:])
+        start = max(0, size - STDERR_SEARCH)
+        text = os.pread(self._stderr.fileno(), STDERR_SEARCH, start).decode(errors="replace")
+        if thread is not None:
+            stack = re.search(rf"thread 0x0*{thread:x}\b.*\n(?:  .*\n?)*", text, re.IGNORECASE)
+            if stack is not None:
+                return stack[0].strip()
+        return "\n".join(text[-8192:].splitlines()[-STDERR_LINES:])
 
 
 def _decode(line: bytes) -> dict[str, Any]:
@@ -194,16 +231,3 @@ def _describe_status(code: int | None) -> str:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:
         return f"killed by signal {-code}"
-
-
-def _make_environment() -> dict[str, str]:
-    """Build the worker's environment variables.
-
-    The worker finds the modules that this process finds, and those of the working directory. String hashes
-    are fixed, so that an environment that iterates over a set behaves alike in every worker. Numeric
-    libraries get one thread: parallelism comes from the number of workers.
-    """
-    here = os.getcwd()
-    paths = dict.fromkeys([path or here for path in sys.path] + [here])
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return {**threads, **os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}

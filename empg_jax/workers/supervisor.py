@@ -1,56 +1,32 @@
 """The supervisor of one worker: it replaces lost processes and keeps the other episodes alive.
 
-A worker answers in order, so the first unanswered command is the cause of a hang or a death; its episode
-fails. The process is replaced. Every other episode is *replayed* before its next command: same task, seed and
-actions, and each answer must equal the one seen before.
+The process tells which of its commands are running (`empg_jax.workers.inflight`). One that exceeds its time,
+or that ran alone when the process died, costs its episode. Where several ran at a death, none is blamed: they
+are run again, one at a time, and a second death shows the cause. The process is replaced, and every other
+episode is *replayed* before its next command: same task, seed and actions, and each answer must equal the one
+seen before. A snapshot of the environment's own stands for the replay. An episode of an environment that
+declares itself not replayable is lost at once; however many these are, they are one incident.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import itertools
 import logging
 import selectors
 import signal
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from empg_jax.workers.faults import FaultPolicy, PoolError, PoolStats, PoolTimeouts, Reason, Tell
+from empg_jax.workers.inflight import Command, Inflight, find_culprit
 from empg_jax.workers.process import KILL_SECONDS, ProtocolError, WorkerProcess
 from empg_jax.workers.record import EpisodeRecord
+from empg_jax.workers.sink import Sink
+from empg_jax.workers.starts import Starts
 
 logger = logging.getLogger(__name__)
 
-
-class Sink(Protocol):
-    """The receiver of a supervisor's results; each request ends in exactly one of the two calls."""
-
-    def answered(self, episode: EpisodeRecord, message: dict[str, Any]) -> None:
-        """Take the answer to the episode's request."""
-
-    def failed(self, episode: EpisodeRecord, reason: Reason, detail: str) -> None:
-        """Take the report that the episode is lost."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Command:
-    """A command that was sent to a worker.
-
-    Attributes:
-      offset: bytes sent to the process before the message that holds the command.
-      expected: the digest that a replayed command must give; None for a request.
-      completes_replay: whether it is the last command of a replay.
-    """
-
-    id: int
-    episode: EpisodeRecord
-    op: str
-    args: dict[str, Any]
-    offset: int
-    expected: int | None = None
-    completes_replay: bool = False
+HARD_MEMORY = 1.5  # times the memory limit at which even episodes that cannot be replayed are given up
 
 
 class Supervisor:
@@ -60,6 +36,7 @@ class Supervisor:
       episodes: the live episodes of this worker by handle.
       is_ready: whether the process has sent its first message.
       splits: number of tasks by split, as the process reported it.
+      is_replayable: whether its episodes can be replayed, as the environment declares.
     """
 
     def __init__(
@@ -70,6 +47,7 @@ class Supervisor:
         timeouts: PoolTimeouts,
         policy: FaultPolicy,
         memory_limit_mb: int | None,
+        pass_env: Sequence[str],
         selector: selectors.BaseSelector,
         stats: PoolStats,
         tell: Tell,
@@ -80,17 +58,16 @@ class Supervisor:
         self.episodes: dict[int, EpisodeRecord] = {}
         self.splits: dict[str, int] = {}
         self.is_ready = False
-        self._hello, self._timeouts, self._policy = dict(hello), timeouts, policy
+        self._hello, self._timeouts = dict(hello), timeouts
         self._memory_limit, self._selector, self._stats, self._sink = memory_limit_mb, selector, stats, sink
-        self._tell = tell
+        self._pass_env, self._tell = pass_env, tell
         self._process: WorkerProcess | None = None
+        self.is_replayable = True
         self._queue: list[EpisodeRecord] = []  # with a request that is not sent
-        self._inflight: collections.deque[_Command] = collections.deque()
-        self._ids = itertools.count()
+        self._inflight = Inflight()
         self._progress = 0.0  # when bytes last moved; the first command's time counts from here
-        self._start_at = 0.0
-        self._failed_starts = 0  # in a row
-        self._barren = 0  # consecutive starts without any answer
+        self._read_at = 0.0
+        self._starts = Starts(policy)
         self._must_recycle = False
 
     @property
@@ -99,21 +76,35 @@ class Supervisor:
         return self._process.pid if self._process is not None else None
 
     @property
+    def is_failing(self) -> bool:
+        """Whether the process has failed to start too often in a row."""
+        return self._starts.is_failing
+
+    @property
     def deadline(self) -> float:
         """Time (`time.monotonic`) at which `check` or `pump` must act even if the worker stays silent."""
         if self._process is None:
-            return self._start_at
+            return self._starts.at
         if not self.is_ready:
             return self._progress + self._timeouts.start
-        if self._inflight:
-            return self._progress + self._limit(self._inflight[0].op)
-        return float("inf")
+        return self._inflight.due(self._progress, self._limit)[0]
+
+    def hold(self, episode: EpisodeRecord, op: str, args: dict[str, Any]) -> None:
+        """Take a request without queuing it; `resume` queues it."""
+        episode.request = (op, args)
+        self.episodes[episode.handle] = episode
+
+    def resume(self, episode: EpisodeRecord) -> None:
+        """Queue a request that was held; `pump` sends it."""
+        self._queue.append(episode)
 
     def ask(self, episode: EpisodeRecord, op: str, args: dict[str, Any]) -> None:
         """Queue a request; `pump` sends it."""
-        episode.request = (op, args)
-        self.episodes[episode.handle] = episode
-        self._queue.append(episode)
+        self.hold(episode, op, args)
+        if episode.loss is not None:
+            self._fail(episode, "worker_died", episode.loss, is_incident=False)
+        else:
+            self.resume(episode)
 
     def forget(self, handle: int) -> EpisodeRecord | None:
         """End an episode; its outstanding answer will be dropped."""
@@ -124,7 +115,7 @@ class Supervisor:
 
     def pump(self) -> None:
         """Start or replace the process when that is due, and send the queued requests."""
-        if self._process is None and time.monotonic() >= self._start_at:
+        if self._process is None and time.monotonic() >= self._starts.at:
             self._start()
         if self._must_recycle and not self._inflight:
             self._recycle()
@@ -136,10 +127,8 @@ class Supervisor:
         """Move bytes after the selector reported that it is possible."""
         if self._process is None:  # replaced by an earlier event of the same round
             return
-        if events & selectors.EVENT_WRITE:
-            if self._process.write():
-                self._progress = time.monotonic()
-            self._watch_stdin()
+        if events & selectors.EVENT_WRITE and self._process.write():
+            self._progress = time.monotonic()
         if events & selectors.EVENT_READ:
             self._read()
 
@@ -159,7 +148,6 @@ class Supervisor:
     def hang_up(self) -> None:
         """Let an idle worker close its environments and exit."""
         if self._process is not None:
-            self._unregister(self._process.stdin)
             self._process.hang_up()
 
     def close(self, grace: float) -> None:
@@ -170,37 +158,28 @@ class Supervisor:
     # Sending and receiving.
 
     def _send(self) -> None:
-        """Send one message with all queued requests, each after the replay that it needs."""
+        """Send one message with the queued requests, each after the replay that it needs."""
         assert self._process is not None
-        offset = self._process.queued_bytes
-        commands: list[_Command] = []
-        for episode in self._queue:
-            if not episode.is_live or episode.request is None:
-                continue
-            if episode.is_stale:
-                for op, args, digest in episode.past():
-                    commands.append(_Command(next(self._ids), episode, op, args, offset, digest))
-                commands[-1].completes_replay = True
-                self._stats.replayed += len(episode.digests)
-                episode.is_stale = False
-            commands.append(_Command(next(self._ids), episode, *episode.request, offset))
-        self._queue.clear()
+        commands, self._queue = self._inflight.compose(self._queue, self._process.queued_bytes)
         if not commands:
             return
         if not self._inflight:
             self._progress = time.monotonic()
-        self._inflight.extend(commands)
+        self._inflight.add(commands)
+        self._stats.replayed += sum(c.is_replay and not c.episode.is_probe for c in commands)
         self._process.send(
             [{"id": c.id, "env": c.episode.handle, "op": c.op, "args": c.args} for c in commands]
         )
-        self._watch_stdin()
 
     def _read(self) -> None:
         process = self._process
         assert process is not None
         try:
             messages, is_closed = process.read()
-            self._progress = time.monotonic()
+            now = time.monotonic()
+            if process.was_blocked:
+                self._inflight.forgive(now - self._read_at)
+            self._progress = self._read_at = now
             for message in messages:
                 self._receive(message)
         except ProtocolError as error:
@@ -213,12 +192,16 @@ class Supervisor:
         if not self.is_ready:
             self._greet(message)
             return
-        if not self._inflight or message.get("id") != self._inflight[0].id:
-            raise ProtocolError(f"reply {message.get('id')!r} is not the one that is due")
-        command = self._inflight.popleft()
-        self._barren = 0
+        if "running" in message:
+            if not self._inflight.begin(message["running"], message["thread"], self._progress):
+                raise ProtocolError(f"command {message['running']!r} is running, but was not sent")
+            return
+        command = self._inflight.pop(message.get("id"))
+        if command is None:
+            raise ProtocolError(f"reply {message.get('id')!r} is not one that is due")
+        self._starts.bear()
         if "rss_mb" in message:
-            self._check_resources(message["rss_mb"])
+            self._check_memory(message["rss_mb"])
         if not command.episode.is_live:
             return
         if message["ok"]:
@@ -226,74 +209,88 @@ class Supervisor:
         else:
             self._refuse(command, message)
 
-    def _accept(self, command: _Command, message: dict[str, Any]) -> None:
+    def _accept(self, command: Command, message: dict[str, Any]) -> None:
         """Take an environment's answer to a request or to a step of a replay."""
         episode = command.episode
-        keys = ("observation", "reward", "terminated", "truncated")
         # A digest instead of the text: long episodes would keep every observation in memory a second time.
-        digest = hash(tuple(message[key] for key in keys))
-        if command.expected is None:
-            episode.digests.append(digest)
+        digest = hash(tuple(message.get(key) for key in ("observation", "reward", "terminated", "truncated")))
+        if not command.is_replay:
+            episode.is_suspect = False
             if command.op == "step":
                 episode.actions.append(command.args["action"])
+            episode.digests.append(digest)
+            episode.snapshot = message.get("snapshot")
             self._sink.answered(episode, message)
-        elif digest != command.expected:
+        elif command.expected not in (None, digest) and not episode.is_probe:
             detail = (
                 f"replayed in a new worker, {command.op} {command.args} of {episode} "
                 f"gave something else: {message['observation'][:200]!r}"
             )
-            self._fail(episode, "nondeterministic", detail)
-        elif command.completes_replay:
+            self._fail(episode, "nondeterministic", detail, is_incident=False)
+        elif command.completes_replay and not episode.is_probe:
             self._stats.recovered += 1
 
-    def _refuse(self, command: _Command, message: dict[str, Any]) -> None:
+    def _refuse(self, command: Command, message: dict[str, Any]) -> None:
         """Take an environment's exception or malformed answer."""
-        error = message["error"]
+        error, episode = message["error"], command.episode
         # The environment survived this time, but the next command would meet the same limit.
         if error.startswith("MemoryError"):
             self._must_recycle = True
-        if command.expected is not None:
-            self._fail(command.episode, "nondeterministic", f"replay of {command.op} failed: {error}")
+        if command.is_replay and not episode.is_probe:
+            detail = f"replay of {command.op} failed: {error}"
+            self._fail(episode, "nondeterministic", detail, is_incident=False)
         elif message["kind"] == "garbage":
-            self._fail(command.episode, "env_garbage", error)
+            self._fail(episode, "env_garbage", error)
         else:
-            self._fail(command.episode, "env_error", f"{error}\n{message['traceback']}")
+            self._fail(episode, "env_error", f"{error}\n{message['traceback']}")
 
     # Faults.
 
-    def _fail(self, episode: EpisodeRecord, reason: Reason, detail: str) -> None:
+    def _fail(self, episode: EpisodeRecord, reason: Reason, detail: str, *, is_incident: bool = True) -> None:
         if self.forget(episode.handle) is not None:
-            self._sink.failed(episode, reason, detail)
+            self._sink.failed(episode, reason, detail, is_incident=is_incident)
 
     def _lose(self, reason: Reason, prefix: str = "") -> None:
-        """Replace a process that died or hangs, and fail the episode that it was serving."""
+        """Replace a process that died or hangs, and fail the episode that is the cause."""
         assert self._process is not None
-        process, head = self._process, self._inflight[0] if self._inflight else None
-        # SIGABRT makes a hanging worker write its stack, so that the message shows where it hangs.
-        how = self._stop(KILL_SECONDS, signal.SIGABRT if reason == "timeout" else None)
+        process = self._process
+        culprit = self._inflight.due(self._progress, self._limit)[1] if reason == "timeout" else None
+        # SIGABRT makes a hanging worker write its stacks, so that the message shows where it hangs.
+        how = self._stop(
+            KILL_SECONDS,
+            signal.SIGABRT if reason == "timeout" else None,
+            None if culprit is None else culprit.thread,
+        )
         if not self.is_ready:
             slow = f"not ready after {self._timeouts.start:g} s; " if reason == "timeout" else ""
             self._fail_start(f"{prefix}{slow}{how}")
             return
         # A command that the worker had not read cannot have caused the death; it is sent again.
-        if head is not None and process.consumed_bytes > head.offset and head.episode.is_live:
-            doing = "replaying" if head.expected is not None else "in"
-            slow = f"no answer after {self._limit(head.op):g} s; " if reason == "timeout" else ""
-            detail = f"{prefix}{slow}{doing} {head.op} {head.args} of {head.episode}; worker: {how}"
-            self._fail(head.episode, reason, detail)
+        running = [c for c in self._inflight.running() if process.consumed_bytes > c.offset]
+        if reason != "timeout":
+            culprit = find_culprit(running)
+        if culprit not in running:
+            culprit = None
+        if culprit is not None and culprit.episode.is_live:
+            slow = f"no answer after {self._limit(culprit.op):g} s; " if reason == "timeout" else ""
+            self._fail(culprit.episode, reason, f"{prefix}{slow}{culprit}; worker: {how}")
         logger.info("worker %d is replaced: %s (%s)", self.number, reason, how)
         self._stats.restarts += 1
         self._tell("worker_restarted", worker=self.number, reason=reason, detail=how)
-        self._start_at = time.monotonic() + self._policy.wait_before_start(self._barren)
-        self._barren += 1
-        self._orphan()
+        self._starts.lose()
+        lost = self._orphan(f"{prefix}lost with its worker ({how}); the environment is not replayable")
+        if lost and culprit is None:
+            self._sink.lost_worker(reason, how)
 
-    def _check_resources(self, rss_mb: float) -> None:
-        if self._process is not None:
-            self._process.trim_stderr()
-        if self._memory_limit is not None and rss_mb > self._memory_limit:
-            logger.info("worker %d holds %.0f MiB and is replaced", self.number, rss_mb)
-            self._must_recycle = True
+    def _check_memory(self, rss_mb: float) -> None:
+        limit = self._memory_limit
+        if limit is None or rss_mb <= limit:
+            return
+        # Episodes that would be lost are waited for, as long as memory allows.
+        if rss_mb <= HARD_MEMORY * limit and any(map(self._is_fragile, self.episodes.values())):
+            return
+        logger.info("worker %d holds %.0f MiB and is replaced", self.number, rss_mb)
+        self._must_recycle = True
 
     def _recycle(self) -> None:
         """Replace the process between two commands because of its memory."""
@@ -301,27 +298,40 @@ class Supervisor:
         self._stop(KILL_SECONDS)
         self._stats.recycled += 1
         self._tell("worker_restarted", worker=self.number, reason="memory", detail="")
-        self._orphan()
+        self._orphan("lost with its worker, which held too much memory; the environment is not replayable")
         self._start()
 
-    def _orphan(self) -> None:
-        """Mark the episodes of a lost process for replay, and queue their open requests again."""
-        open_episodes = dict.fromkeys(command.episode for command in self._inflight)
-        self._queue[:0] = [episode for episode in open_episodes if episode.is_live]
+    def _is_fragile(self, episode: EpisodeRecord) -> bool:
+        """Return whether an episode cannot go on in another process."""
+        return episode.has_begun and episode.snapshot is None and not self.is_replayable
+
+    def _orphan(self, detail: str) -> int:
+        """Mark the episodes of a lost process for replay, and queue their open requests again.
+
+        Returns:
+          The number of episodes that are lost, because they cannot be replayed.
+        """
+        waiting = [episode for episode in self._inflight.episodes() if episode.is_live]
         self._inflight.clear()
         self.is_ready = self._must_recycle = False
+        lost = list(filter(self._is_fragile, self.episodes.values()))
+        for episode in lost:
+            if episode.request is None:
+                episode.loss = detail  # told with the next request
+            else:
+                self._fail(episode, "worker_died", detail, is_incident=False)
         for episode in self.episodes.values():
-            episode.is_stale = bool(episode.digests)
+            episode.is_stale = episode.has_begun and episode.loss is None
+        self._queue[:0] = [episode for episode in waiting if episode.is_live]
+        return len(lost)
 
     # The process.
 
     def _start(self) -> None:
-        self._process = WorkerProcess(self._hello)
+        self._process = WorkerProcess(self._hello, self._pass_env, self._selector, self)
         self.is_ready = False
-        self._progress = time.monotonic()
+        self._progress = self._read_at = time.monotonic()
         self._stats.starts += 1
-        self._selector.register(self._process.stdout, selectors.EVENT_READ, self)
-        self._watch_stdin()
 
     def _greet(self, message: dict[str, Any]) -> None:
         """Take the first message of a process."""
@@ -334,40 +344,28 @@ class Supervisor:
                 f"memory_limit_mb is {self._memory_limit}, "
                 f"but a fresh worker already holds {message['rss_mb']:.0f} MiB"
             )
-        self.splits = message["splits"]
+        self.splits, self.is_replayable = message["splits"], message["replayable"]
         self.is_ready = True
-        self._failed_starts = 0
+        self._starts.succeed()
 
     def _fail_start(self, detail: str) -> None:
-        self._failed_starts += 1
-        if self._failed_starts >= self._policy.start_attempts:
+        self._starts.fail()
+        if not self.is_failing:
+            return
+        # A worker that never was ready has a mistake in its configuration; any other waits for its backend.
+        if not self.splits or self._starts.is_hopeless:
             raise PoolError(
                 f"worker {self.number} (environment {self._hello['env']!r}) failed to start "
-                f"{self._failed_starts} times in a row; the last time: {detail}"
+                f"{self._starts.failed} times in a row; the last time: {detail}"
             )
-        self._barren += 1
-        self._start_at = time.monotonic() + self._policy.wait_before_start(self._barren)
+        self._sink.start_failed(f"worker {self.number}: {detail}")
 
-    def _stop(self, grace: float, first_signal: int | None = None) -> str:
+    def _stop(self, grace: float, first_signal: int | None = None, thread: int | None = None) -> str:
         """End and reap the process; return a description of how it ended."""
         assert self._process is not None
-        self._unregister(self._process.stdout)
-        self._unregister(self._process.stdin)
-        how = self._process.stop(grace, first_signal)
+        how = self._process.stop(grace, first_signal, thread)
         self._process = None
         return how
 
-    def _watch_stdin(self) -> None:
-        """Watch for room in the worker's stdin exactly while something is unsent."""
-        assert self._process is not None
-        if not self._process.has_unsent:
-            self._unregister(self._process.stdin)
-        elif self._process.stdin not in self._selector.get_map():
-            self._selector.register(self._process.stdin, selectors.EVENT_WRITE, self)
-
-    def _unregister(self, descriptor: int) -> None:
-        if descriptor in self._selector.get_map():
-            self._selector.unregister(descriptor)
-
     def _limit(self, op: str) -> float:
-        return self._timeouts.reset if op == "reset" else self._timeouts.step
+        return self._timeouts.step if op == "step" else self._timeouts.reset

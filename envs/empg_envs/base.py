@@ -21,6 +21,20 @@ class TextEnv(Protocol):
     ``info`` contains only JSON-able values: ``task`` (the goal sentence), ``won`` (bool), and optionally
     ``admissible`` (sorted list of commands) and ``metrics`` (dict of floats). An environment with an expert
     also has the method ``expert_action(self) -> str``.
+
+    What a class or an instance may declare besides (attributes, each true by default):
+
+    ``replayable``: the same task, seed and actions give the same answers in another process. When a worker
+    dies, its episodes are replayed in a new one; where this is false, they are lost at once.
+
+    ``threads``: instances in several threads do not disturb each other. One instance is used by one thread
+    at a time, but not always by the same one, and instances are built one at a time. Where this is false, a
+    worker runs one command after another, and a slow one holds up its neighbors. Code that needs the main
+    thread (``signal.signal``) must set it to false.
+
+    An environment may have ``snapshot(self)``, which returns its state as JSON types, and ``restore(self,
+    state)``, which brings a new instance into that state. They are used in place of a replay; ``snapshot`` is
+    called after every reset and step, so it should be quick and small.
     """
 
     def reset(

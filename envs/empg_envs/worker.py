@@ -1,8 +1,9 @@
 """The main program of a worker process: many environments, driven by JSON lines over stdin and stdout.
 
 It is started as ``python -m empg_envs.worker``. The first input line names the environment, and the answer
-lists its splits. Each later line is a list of commands, which are executed in order. Every command is
-answered by one line as soon as it is done, so that the parent always knows which command hangs.
+lists its splits and what it declares. Each later line is a list of commands. Those of one environment are
+executed in order, those of others also beside them (`empg_envs.lanes`). Every command is answered by one line
+as soon as it is done, so that the parent always knows which commands are running.
 
 An exception or an invalid result of an environment becomes an answer (``"ok": false``); it never ends the
 worker. Prints of an environment cannot disturb the protocol, because the real stdin and stdout are moved to
@@ -13,6 +14,7 @@ other descriptors before an environment is imported. The module needs only the s
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import json
 import math
 import numbers
@@ -28,8 +30,12 @@ from typing import Any, BinaryIO
 
 from empg_envs import make_env
 from empg_envs.base import TextEnv
+from empg_envs.lanes import Lanes
+from empg_envs.orphans import MARK, end_descendants
 
 RSS_EVERY = 50  # number of commands between two reports of the resident memory
+HOUSEKEEPING = 0.05  # seconds between two looks at stderr and at the parent
+STDERR_TAIL = 1 << 16  # last bytes of stderr that stay when it is cut
 MAX_REPLY_BYTES = 8 << 20  # longer replies are refused, because they could fill the parent's memory
 TRACEBACK_CHARS = 2000
 
@@ -49,14 +55,22 @@ class EnvHost:
 
     def __init__(self, env: str, options: dict[str, Any]):
         """Build one environment immediately, so that a wrong name or option is found at the start."""
-        self._build: Callable[[], TextEnv] = lambda: make_env(env, **options)
-        self._spare: list[TextEnv] = [self._build()]
+        self._make: Callable[[], TextEnv] = lambda: make_env(env, **options)
+        # Imports and shared caches are filled while an environment is built: one thread at a time.
+        self._building = threading.Lock()
+        first = self._make()
+        self._spare: list[TextEnv] = [first]
         self._envs: dict[int, TextEnv] = {}
+        self._has_snapshots = hasattr(first, "snapshot") and hasattr(first, "restore")
 
-    def splits(self) -> dict[str, int]:
-        """Return the number of tasks of every split."""
+    def declare(self) -> dict[str, Any]:
+        """Return the number of tasks of every split, and what the environment declares about itself."""
         env = self._spare[0]
-        return {str(split): int(env.num_tasks(split)) for split in env.list_splits()}
+        return {
+            "splits": {str(split): int(env.num_tasks(split)) for split in env.list_splits()},
+            "replayable": bool(getattr(env, "replayable", True)),
+            "threads": bool(getattr(env, "threads", True)),
+        }
 
     def execute(self, command: dict[str, Any], **extra: Any) -> bytes:
         """Run one command and return one encoded reply, whether the environment fails or not.
@@ -95,6 +109,9 @@ class EnvHost:
                 return self._reset(handle, **args)
             case "step":
                 return self._step(handle, **args)
+            case "restore":
+                self._take(handle).restore(args["state"])  # type: ignore[attr-defined]
+                return {}
             case "expert":
                 return {"action": str(self._find(handle).expert_action())}  # type: ignore[attr-defined]
             case "close":
@@ -102,29 +119,40 @@ class EnvHost:
                 return {}
             case "modules":
                 return {"modules": sorted({name.partition(".")[0] for name in sys.modules})}
-        raise ValueError(f"unknown op {op!r}; expected reset, step, expert, close or modules")
+        raise ValueError(f"unknown op {op!r}; expected reset, step, restore, expert, close or modules")
 
     def _reset(self, handle: int | None, seed: int | None, split: str, index: int) -> Reply:
-        if handle is None:
-            raise ValueError("reset names no environment")
-        env = self._envs.get(handle)
-        if env is None:
-            env = self._spare.pop() if self._spare else self._build()
-            self._envs[handle] = env
+        env = self._take(handle)
         result = env.reset(seed, split=split, index=index)
         if not isinstance(result, tuple) or len(result) != 2:
             raise GarbageError(f"reset returned {_describe(result)}; expected (observation, info)")
         observation, info = result
-        return _check(observation, 0.0, False, False, info)
+        return self._with_snapshot(env, _check(observation, 0.0, False, False, info))
 
     def _step(self, handle: int | None, action: str) -> Reply:
-        result = self._find(handle).step(action)
+        env = self._find(handle)
+        result = env.step(action)
         if not isinstance(result, tuple) or len(result) != 5:
             raise GarbageError(
                 f"step returned {_describe(result)}; "
                 "expected (observation, reward, terminated, truncated, info)"
             )
-        return _check(*result)
+        return self._with_snapshot(env, _check(*result))
+
+    def _with_snapshot(self, env: TextEnv, reply: Reply) -> Reply:
+        """Add the environment's state, where it offers one, so that the parent can restore it elsewhere."""
+        if self._has_snapshots:
+            reply["snapshot"] = env.snapshot()  # type: ignore[attr-defined]
+        return reply
+
+    def _take(self, handle: int | None) -> TextEnv:
+        """Return the handle's environment; where there is none, a spare or a new one."""
+        if handle is None:
+            raise ValueError("the command names no environment")
+        if handle not in self._envs:
+            with self._building:
+                self._envs[handle] = self._spare.pop() if self._spare else self._make()
+        return self._envs[handle]
 
     def _find(self, handle: int | None) -> TextEnv:
         if handle is None or handle not in self._envs:
@@ -144,30 +172,50 @@ def main() -> int:
     # The parent kills a hanging worker with SIGABRT; faulthandler then writes the stack to stderr.
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _follow_parent()
     hello = source.readline()
     if not hello:
         return 0
+    mark = os.environ.get(MARK, "")
     try:
         request = json.loads(hello)
+        _keep_house(request.get("stderr_bytes"), mark)
         _limit_memory(request.get("memory_limit_mb"))
         host = EnvHost(request["env"], request.get("options") or {})
-        ready = {"ready": True, "pid": os.getpid(), "rss_mb": resident_mb(), "splits": host.splits()}
+        ready = {"ready": True, "pid": os.getpid(), "rss_mb": resident_mb(), **host.declare()}
         _write(sink, _encode(ready))
     except BaseException as error:
         traceback.print_exc()
         _write(sink, _encode({"fatal": f"{type(error).__name__}: {error}"}))
         return 1
-    serve(host, _commands(source), lambda line: _write(sink, line))
+    lanes = request.get("lanes", 1) if ready["threads"] else 1
+    serve(host, _commands(source), lambda line: _write(sink, line), lanes)
     host.close()
+    end_descendants(os.getpid(), mark)
     return 0
 
 
-def serve(host: EnvHost, commands: Iterator[dict[str, Any]], write: Callable[[bytes], None]) -> None:
-    """Execute commands in order; every `RSS_EVERY`-th reply also carries ``rss_mb``."""
-    for count, command in enumerate(commands, start=1):
-        extra = {} if count % RSS_EVERY else {"rss_mb": resident_mb()}
-        write(host.execute(command, **extra))
+def serve(
+    host: EnvHost, commands: Iterator[dict[str, Any]], write: Callable[[bytes], None], lanes: int = 1
+) -> None:
+    """Execute commands; every `RSS_EVERY`-th reply also carries ``rss_mb``.
+
+    Args:
+      host: the environments.
+      commands: the commands in their order.
+      write: writes one line.
+      lanes: largest number of commands that run at the same time; 1 executes them one after another.
+    """
+    count = itertools.count(1)
+
+    def execute(command: dict[str, Any]) -> bytes:
+        extra = {} if next(count) % RSS_EVERY else {"rss_mb": resident_mb()}
+        return host.execute(command, **extra)
+
+    if lanes > 1:
+        Lanes(execute, commands, write, lanes).serve()
+        return
+    for command in commands:
+        write(execute(command))
 
 
 def resident_mb() -> float:
@@ -219,20 +267,36 @@ def _write(sink: int, line: bytes) -> None:
         view = view[os.write(sink, view) :]
 
 
-def _follow_parent() -> None:
-    """End this process soon after its parent, even while an environment hangs.
+def _keep_house(stderr_bytes: int | None, mark: str) -> None:
+    """Bound the size of stderr, and end this process soon after its parent, even while an environment hangs.
 
     An idle worker ends at the end of stdin; this thread ends a busy one. Linux' parent-death signal is not
-    used, because it also fires when only the parent's *thread* that started the worker ends.
+    used, because it also fires when only the parent's *thread* that started the worker ends. Nor is a limit
+    on file sizes, which would bound the files of environments, too.
     """
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(1.0)
+            time.sleep(HOUSEKEEPING)
+            if stderr_bytes is not None:
+                _cut_stderr(stderr_bytes)
+        end_descendants(os.getpid(), mark)
         os._exit(0)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True, name="housekeeping").start()
+
+
+def _cut_stderr(limit: int) -> None:
+    """Empty the stderr file, except its end, when it has grown beyond a limit; children write there, too."""
+    try:
+        size = os.fstat(2).st_size
+        if size > limit:
+            tail = os.pread(2, min(STDERR_TAIL, limit // 2), max(0, size - min(STDERR_TAIL, limit // 2)))
+            os.ftruncate(2, 0)
+            os.write(2, tail)
+    except OSError:  # an environment may have replaced it
+        pass
 
 
 def _limit_memory(limit_mb: int | None) -> None:

@@ -193,6 +193,18 @@ def test_our_client_and_our_server(served) -> None:
         RemoteRetriever(["ftp://x"])
 
 
+def test_threads_share_a_client_and_get_their_own_answers(served) -> None:
+    """The lanes of a worker ask through one retriever."""
+    server, _ = served
+    client = RemoteRetriever(server.url, timeout=30.0)
+    expected = {title: BuiltinBm25(PASSAGES).search([title], 1) for title in TITLES}
+    with ThreadPoolExecutor(5) as threads:
+        asked = [title for title in TITLES for _ in range(20)]
+        found = list(threads.map(lambda title: client.search([title], 1), asked))
+    assert found == [expected[title] for title in asked]
+    client.close()
+
+
 def test_an_episode_through_the_server(served, tmp_path) -> None:
     server, _ = served
     questions = tmp_path / "questions.jsonl"

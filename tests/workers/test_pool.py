@@ -1,4 +1,4 @@
-"""The environment pool: order, recovery by replay, quarantine, circuit breaker, clean ends."""
+"""The environment pool: order, recovery by replay, starts, memory, clean ends."""
 
 import os
 import signal
@@ -8,54 +8,8 @@ import time
 
 import pytest
 
-from empg_jax.workers import process as worker_process
 from empg_jax.workers.pool import EnvPool, FaultPolicy, PoolError, PoolTimeouts
-
-PATIENT = PoolTimeouts(start=30, reset=30, step=30)
-SHORT = PoolTimeouts(start=30, reset=30, step=3.0)  # a busy machine answers within this
-
-
-def open_pool(env="FaultyEnv", *, timeouts=PATIENT, num_workers=1, **kwargs):
-    options = kwargs.pop("options", {})
-    return EnvPool(f"tests.fakes:{env}", options, num_workers=num_workers, timeouts=timeouts, **kwargs)
-
-
-def gather(pool, count):
-    """Polls until ``count`` replies are there; returns them by handle."""
-    replies = {}
-    end = time.monotonic() + 60
-    while len(replies) < count and time.monotonic() < end:
-        for reply in pool.poll(1.0):
-            assert reply.handle not in replies
-            replies[reply.handle] = reply
-    assert len(replies) == count
-    return replies
-
-
-def reset_all(pool, handles, *, seed=1):
-    for handle in handles:
-        pool.reset(handle, seed=seed, split="train", index=handle)
-    return gather(pool, len(handles))
-
-
-def act(pool, actions):
-    """One step per handle."""
-    for handle, action in actions.items():
-        pool.step(handle, action)
-    return gather(pool, len(actions))
-
-
-def counts_in(reply):
-    """The step number that a counting environment tells."""
-    return int(reply.observation.split()[2])
-
-
-def wait_for_exit(pid):
-    """Until the kernel has ended the process (it stays a zombie of ours)."""
-    end = time.monotonic() + 10
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        assert time.monotonic() < end
-        time.sleep(0.002)
+from tests.workers.pools import SHORT, act, counts_in, gather, open_pool, reset_all, wait_for_exit
 
 
 def test_round_trip():
@@ -250,51 +204,11 @@ def test_released_episode_never_answers():
         pool.step(0, "hang")
         pool.poll(0)
         pool.release(0)
-        assert counts_in(act(pool, {1: "x"})[1]) == 1
+        pool.reset(0, seed=5, split="train", index=7)
+        assert counts_in(act(pool, {1: "x"})[1]) == 1  # the neighbor does not wait
+        assert pool.stats.restarts == 0
+        assert gather(pool, 1)[0].observation == "train/7/5 step 0 after ''"
         assert not pool.stats.failures and pool.stats.restarts == 1
-
-
-def test_quarantine_after_failures_in_a_row():
-    with open_pool(options={"broken": [7]}) as pool:
-        for _ in range(3):
-            pool.reset(0, seed=0, split="train", index=7)
-            assert gather(pool, 1)[0].failure.reason == "env_error"
-        pool.reset(0, seed=0, split="train", index=7)
-        (reply,) = pool.poll(0)
-        assert reply.failure.reason == "quarantined" and reply.op == "reset"
-        assert pool.quarantined() == [("train", 7)]
-        pool.reset(0, seed=0, split="train", index=7)
-        pool.release(0)
-        assert pool.poll(0) == []
-        # A success clears the record of a task: three failures in a long run are not a broken task.
-        for action in ["raise", "raise", "ok", "raise", "raise", "ok"]:
-            pool.reset(1, seed=0, split="train", index=8)
-            assert gather(pool, 1)[1].failure is None
-            act(pool, {1: action})
-            pool.release(1)
-        assert pool.quarantined() == [("train", 7)]
-
-
-def test_breaker_stops_a_pool_in_which_most_episodes_fail():
-    with open_pool(faults=FaultPolicy(breaker_min=6)) as pool:
-        for index in range(5):
-            reset_all(pool, [index])
-            act(pool, {index: "raise"})
-        with pytest.raises(
-            PoolError, match=r"6 of the last 6 episodes .*env_error 6(.|\n)*environment broke"
-        ):
-            pool.reset(5, seed=0, split="train", index=5)
-            gather(pool, 1)
-            act(pool, {5: "raise"})
-
-
-def test_breaker_tolerates_a_minority_of_failures():
-    with open_pool(faults=FaultPolicy(breaker_min=2, breaker_window=8)) as pool:
-        for index in range(24):
-            reset_all(pool, [index])
-            act(pool, {index: "raise" if index % 3 == 2 else "ok"})
-            pool.release(index)
-        assert pool.stats.failures == {"env_error": 8}
 
 
 @pytest.mark.parametrize(
@@ -353,16 +267,6 @@ def test_memory_leap_is_an_error_and_memory_limit_below_start_is_named():
         assert pool.stats.recycled == 1
     with pytest.raises(PoolError, match="a fresh worker already holds"):
         open_pool(memory_limit_mb=1)
-
-
-def test_noisy_environment_fills_neither_pipe_nor_disk(monkeypatch):
-    monkeypatch.setattr(worker_process, "STDERR_KEEP", 10_000)
-    with open_pool() as pool:
-        reset_all(pool, [0])
-        for turn in range(1, 120):
-            assert counts_in(act(pool, {0: "noise"})[0]) == turn
-        size = os.fstat(pool._workers[0]._process._stderr.fileno()).st_size
-        assert size < 100_000
 
 
 @pytest.mark.parametrize("is_hanging", [False, True])

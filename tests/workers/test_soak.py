@@ -1,7 +1,7 @@
-"""A soak of the whole rollout path with a simulated policy and environments that break all the time.
+"""A soak of the whole rollout path: a simulated policy, weights that change, environments that break.
 
-Every step crashes its worker with 1 % chance and hangs with 1 %, and workers are killed from outside
-besides. ``SOAK_SECONDS`` sets the duration.
+Every step crashes its worker with 1 % chance and hangs with 1 %, workers are killed from outside besides, and
+every fourth task takes four times as long. ``SOAK_SECONDS`` sets the duration.
 """
 
 import collections
@@ -16,18 +16,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from empg_jax.engine.engine import Response
-from empg_jax.rollout.buffer import ReplayBuffer
+from empg_jax.engine.engine import EngineStats, Response
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.context import PromptDelta
 from empg_jax.rollout.episode import EpisodeRules
-from empg_jax.rollout.source import GroupSource, TaskOrder
+from empg_jax.rollout.ledger import Ledger
+from empg_jax.rollout.order import TaskOrder
+from empg_jax.rollout.thread import RolloutThread
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
 
 pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
-SLOTS, GROUP_SIZE, GROUPS_PER_BATCH, LENGTH, TASKS = 24, 4, 4, 5, 500
+SLOTS, GROUP_SIZE, GROUPS_PER_UPDATE, LENGTH, TASKS, MAX_LAG = 24, 4, 4, 5, 500, 2
+STRETCH = 4
 SECONDS_PER_KILL = 0.7
 SEED = 11
 
@@ -37,12 +39,23 @@ class SimulatedEngine:
 
     def __init__(self):
         self.config = SimpleNamespace(slots=SLOTS, max_tokens=10**6)
+        self.version = -1
         self._random = random.Random(0)
         self._pending = {}
 
     @property
     def has_work(self):
         return bool(self._pending)
+
+    def place(self, params):
+        return params
+
+    def swap(self, placed, version):
+        assert not self._pending and placed == f"weights {version}"
+        self.version = version
+
+    def take_stats(self):
+        return EngineStats()
 
     def room(self, slot, num_new, *, is_fresh):
         return 1
@@ -61,7 +74,7 @@ class SimulatedEngine:
     def _respond(self, slot, prompt):
         zeros = np.zeros(1, np.float32)
         token = np.asarray([self._random.randrange(1000)], np.int32)
-        return Response(slot, prompt, token, zeros, zeros, 0, "stop")
+        return Response(slot, prompt, token, zeros, zeros, np.full(1, self.version, np.int32), "stop")
 
 
 class Context:
@@ -78,13 +91,19 @@ def parse(text, info):
     return SimpleNamespace(action=text, is_valid=True)
 
 
-def check_trajectory(trajectory):
+def is_long(task):
+    return task % 4 == 0
+
+
+def check_trajectory(trajectory, version):
     """Every turn answers the right observation: nothing lost, doubled or mixed up with a neighbor."""
     previous = ""
     for number, turn in enumerate(trajectory.turns):
         assert turn.observation == f"train/{trajectory.task}/{SEED} step {number} after {previous!r}"
         previous = f"say {turn.response_tokens[0]}"
-    assert len(trajectory.turns) == LENGTH and trajectory.episode_return == 1.0 and trajectory.terminated
+        assert 0 <= version - turn.version <= MAX_LAG
+    assert len(trajectory.turns) == LENGTH * (STRETCH if is_long(trajectory.task) else 1)
+    assert trajectory.episode_return == 1.0 and trajectory.terminated
 
 
 def count_resources():
@@ -97,88 +116,112 @@ def count_resources():
 
 
 class Soak:
-    """The parts, put together as a training run does."""
+    """The parts, put together as a training run does; the learner trains on nothing, but counts."""
 
-    def __init__(self, pool):
-        self.pool = pool
-        self.buffer = ReplayBuffer(group_size=GROUP_SIZE, max_lag=1)
+    def __init__(self, pool, *, is_disturbed):
+        self.pool, self.is_disturbed = pool, is_disturbed
         collector = Collector(
             SimulatedEngine(),
             pool,
             Context,
             parse,
             lambda tokens: f"say {tokens[0]}",
-            EpisodeRules(max_turns=LENGTH + 1),
+            EpisodeRules(max_turns=STRETCH * LENGTH + 1),
             seed=SEED,
         )
-        order = TaskOrder("train", TASKS, seed=0)
-        self.source = GroupSource(collector, self.buffer, order, groups_per_batch=GROUPS_PER_BATCH)
-        self.released = set()
-        self.kills = 0
+        self.ledger = Ledger(
+            TaskOrder("train", TASKS, seed=0),
+            group_size=GROUP_SIZE,
+            groups_per_update=GROUPS_PER_UPDATE,
+            max_lag=MAX_LAG,
+            tell=lambda event, **fields: self.told.append((event, fields)),
+        )
+        self.rollout = RolloutThread(collector, self.ledger, is_repeatable=False)
+        self.consumed, self.told = {}, []
+        self.version = self.kills = 0
         self._next_kill = time.monotonic()
         self._next_replies = 0
 
     def disturb(self):
-        """Kills a worker from outside now and then. Asked by the source every round."""
+        """Kills a worker from outside now and then, asked while the learner waits."""
         pids, replies = self.pool.worker_pids(), self.pool.stats.replies
-        if pids and time.monotonic() > self._next_kill and replies >= self._next_replies:
+        is_due = pids and time.monotonic() > self._next_kill and replies >= self._next_replies
+        if self.is_disturbed and is_due:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pids[self.kills % len(pids)], signal.SIGKILL)
             self.kills += 1
             self._next_kill, self._next_replies = time.monotonic() + SECONDS_PER_KILL, replies + 50
-        return False
 
-    def run(self, seconds):
+    def train(self, seconds):
+        """Updates for that long."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            batch = self.source.collect(0, self.disturb)
+            self.rollout.publish(f"weights {self.version}", self.version)
+            delivery = self.rollout.next_batch(self.disturb)
+            assert delivery.update == self.version
             members = collections.defaultdict(list)
-            for trajectory in batch:
-                check_trajectory(trajectory)
+            for trajectory in delivery.trajectories:
+                check_trajectory(trajectory, self.version)
                 members[trajectory.group_id].append(trajectory.member)
-            assert len(members) == GROUPS_PER_BATCH
+            assert len(members) == GROUPS_PER_UPDATE
             for group_id, present in members.items():
-                assert group_id not in self.released, f"group {group_id} was released twice"
+                assert group_id not in self.consumed, f"group {group_id} was trained on twice"
                 assert present == list(range(GROUP_SIZE))
-                self.released.add(group_id)
+                self.consumed[group_id] = next(
+                    t.task for t in delivery.trajectories if t.group_id == group_id
+                )
+            self.version += 1
+
+
+def run_soak(seconds, **options):
+    """One soak with environments of these options; returns it and its resources, early and late."""
+    timeouts = PoolTimeouts(start=30, reset=5, step=0.4)
+    options |= {"length": LENGTH, "stretch": STRETCH, "tasks": TASKS}
+    with EnvPool("tests.fakes:TailEnv", options, num_workers=2, timeouts=timeouts) as pool:
+        soak = Soak(pool, is_disturbed=options["crash"] > 0)
+        with soak.rollout:
+            soak.train(seconds / 4)
+            before = count_resources()
+            soak.train(seconds * 3 / 4)
+            after = count_resources()
+        return soak, before, after, pool.worker_pids()
 
 
 def test_soak_loses_and_doubles_nothing(capsys):
-    timeouts = PoolTimeouts(start=30, reset=5, step=0.4)
-    options = {"crash": 0.01, "hang": 0.01, "length": LENGTH, "tasks": TASKS}
-    with EnvPool("tests.fakes:UnreliableEnv", options, num_workers=2, timeouts=timeouts) as pool:
-        soak = Soak(pool)
-        soak.run(SECONDS / 4)
-        before = count_resources()
-        soak.run(SECONDS * 3 / 4)
-        after = count_resources()
-        stats, snapshot = pool.stats, soak.source.snapshot()
-        pids = pool.worker_pids()
+    calm, *_ = run_soak(SECONDS / 6, crash=0.0, hang=0.0)
+    soak, before, after, pids = run_soak(SECONDS, crash=0.01, hang=0.01)
+    stats, ledger = soak.pool.stats, soak.ledger
 
-    # Every group that was begun is accounted for: released once, still open, or given up by name.
-    still_open = {group_id for group_id, _ in snapshot["open"]}
-    begun = set(range(snapshot["next_group"]))
-    given_up = begun - soak.released - still_open
-    outcomes = collections.Counter(snapshot["outcomes"])
-    discarded = sum(count for name, count in outcomes.items() if name.startswith("discarded:"))
-    assert soak.released <= begun and not soak.released & still_open
-    assert 3 * len(given_up) <= discarded + soak.buffer.stats.refilled
-    assert discarded == stats.failures.total()
-    assert outcomes["trained:won"] + discarded == outcomes.total()
-    assert set(stats.failures) <= {"timeout", "worker_died", "quarantined"}
+    # Every group that was begun is accounted for: trained on once, still open, or replaced and told.
+    values, _ = ledger.cut(soak.version)
+    still_open = {entry["id"] for entry in values["groups"]}
+    replaced = {fields["group_id"] for event, fields in soak.told if event == "group_replaced"}
+    begun = set(range(values["next_group"]))
+    doubled = (soak.consumed.keys() & still_open) | (soak.consumed.keys() & replaced)
+    lost = begun - soak.consumed.keys() - still_open - replaced
+    assert not doubled and not lost and soak.consumed.keys() <= begun
+    assert len(replaced) == ledger.counts["groups_failed"]
+    # Long tasks are trained on as often as they are in the order, within three standard deviations.
+    share = sum(map(is_long, soak.consumed.values())) / len(soak.consumed)
+    assert abs(share - 0.25) <= 3 * (0.25 * 0.75 / len(soak.consumed)) ** 0.5 + len(replaced) / len(begun)
+    discarded = sum(n for name, n in ledger.outcomes.items() if name.startswith("discarded:"))
+    assert ledger.outcomes["trained:won"] + discarded == ledger.outcomes.total()
+    assert set(stats.failures) <= {"timeout", "worker_died", "quarantined", "outage"}
     # The faults did happen, and neighbors survived them.
     assert stats.failures["timeout"] and stats.failures["worker_died"] and stats.recovered
-    assert len(soak.released) > SECONDS
+    assert len(soak.consumed) > SECONDS / 4
     # Nothing grows: memory, processes, descriptors beyond the three that each living worker takes.
     assert after[0] - before[0] < 16
     assert after[2] <= before[2] + 1
     assert after[1] - 3 * after[2] <= before[1] - 3 * before[2] + 2
     for pid in pids:
         assert not os.path.exists(f"/proc/{pid}")
+    speed = len(soak.consumed) / SECONDS / (len(calm.consumed) / (SECONDS / 6))
     with capsys.disabled():
         print(
-            f"\nsoak of {SECONDS:g} s: groups begun {len(begun)}, released {len(soak.released)}, "
-            f"open {len(still_open)}, given up {len(given_up)}, lost 0, doubled 0; "
-            f"outcomes {dict(outcomes)}; kills {soak.kills}; pool {stats.as_dict()}; "
+            f"\nsoak of {SECONDS:g} s: groups begun {len(begun)}, trained on {len(soak.consumed)}, "
+            f"open {len(still_open)}, replaced {len(replaced)}, lost {len(lost)}, doubled {len(doubled)}, "
+            f"long share {share:.3f}; speed {speed:.2f} of that without faults; "
+            f"outcomes {dict(ledger.outcomes)}; kills {soak.kills}; pool {stats.as_dict()}; "
             f"memory {before[0]:.0f} -> {after[0]:.0f} MiB, descriptors {before[1]} -> {after[1]}"
         )

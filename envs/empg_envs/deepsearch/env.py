@@ -46,6 +46,7 @@ class DeepSearchEnv:
         tool_budget: int | None = None,
         snippet_words: int | None = None,
         passage_words: int | None = None,
+        replayable: bool = True,
     ) -> None:
         """Set up the questions, the search engine and the limits.
 
@@ -64,6 +65,8 @@ class DeepSearchEnv:
           snippet_words: number of words of each passage that a search shows, with the passage's id;
             ``<open>`` shows the whole passage. None shows whole passages and removes ``<open>``.
           passage_words: number of words after which every passage is cut; None sets no limit.
+          replayable: whether the search engine answers the same query alike; false for a live one, whose
+            episodes are then lost with their worker.
 
         Raises:
           ValueError: a name is unknown, a limit is below 1, or options exclude each other.
@@ -81,6 +84,7 @@ class DeepSearchEnv:
         style = style or ("terse" if questions is None else "search_r1")
         self._source = _open_source(level, style, questions, corpus, retriever, retriever_options)
         self._texts: Texts = TEXTS[style]()
+        self.replayable = replayable
         self._topk = check_topk(topk)
         usual_turns = find_level(level).max_turns if questions is None else FILE_MAX_TURNS
         self._max_turns = usual_turns if max_turns is None else max_turns

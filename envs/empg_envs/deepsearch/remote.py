@@ -59,7 +59,7 @@ class RemoteRetriever:
             try:
                 return read_reply(server.post(body), len(queries), topk)
             except (OSError, http.client.HTTPException, RetrieverError) as error:
-                # Close the connection, because a late answer would be taken for that of the next request.
+                # The other connections are as old as the one that failed.
                 server.close()
                 problems.append(f"{server.url}: {type(error).__name__}: {error}")
             if attempt + 1 < self._attempts:
@@ -73,7 +73,7 @@ class RemoteRetriever:
 
 
 class _Server:
-    """A server whose connection is kept open between requests."""
+    """A server whose connections are kept open between requests; several threads may ask it at once."""
 
     def __init__(self, url: str, timeout: float) -> None:
         parts = urlsplit(url)
@@ -84,14 +84,30 @@ class _Server:
         self.url = url
         self._path = parts.path or "/retrieve"
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname, parts.port, timeout=timeout)
+        host, port = parts.hostname, parts.port
+        self._connect = lambda: kind(host, port, timeout=timeout)
+        self._idle: list[http.client.HTTPConnection] = []
 
     def post(self, body: bytes) -> bytes:
         """Send a request; return the answer's body."""
-        if self._connection.sock is None:
-            self._connection.connect()
-        self._connection.request("POST", self._path, body, {"Content-Type": "application/json"})
-        response = self._connection.getresponse()
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connect()
+        try:
+            text = self._ask(connection, body)
+        except BaseException:
+            # A late answer would be taken for that of the next request.
+            connection.close()
+            raise
+        self._idle.append(connection)
+        return text
+
+    def _ask(self, connection: http.client.HTTPConnection, body: bytes) -> bytes:
+        if connection.sock is None:
+            connection.connect()
+        connection.request("POST", self._path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
         # Read one byte more than allowed to detect a longer answer without reading all of it.
         text = response.read(MAX_REPLY_BYTES + 1)
         if response.status != 200:
@@ -101,7 +117,9 @@ class _Server:
         return text
 
     def close(self) -> None:
-        self._connection.close()
+        """Close the connections that are not in use."""
+        while self._idle:
+            self._idle.pop().close()
 
 
 def read_reply(text: bytes, num_queries: int, topk: int) -> list[list[Hit]]:

@@ -82,6 +82,8 @@ class SweEnv:
         check_has_files([task for panel in self._panels.values() for task in panel], backend)
         self._backend = make_backend(backend, **backend_options)
         self._kind, self._max_turns = tools, max_turns
+        # Commands of a shell print times, ports and process ids. The terse tools only read and edit.
+        self.replayable = tools == "terse"
         self._command_timeout, self._episode_timeout = command_timeout, episode_timeout
         self._grade_timeout, self._submit_at_limit = grade_timeout, submit_at_limit
         self._predictions = None if predictions is None else Path(predictions)

@@ -49,6 +49,8 @@ class WebShopEnv:
     ``win_reward`` changes the reward.
     """
 
+    threads = False  # all instances share the catalog's caches; nothing here waits, so threads gain nothing
+
     def __init__(
         self,
         level: str = "tiny",
