@@ -315,7 +315,7 @@ def test_tasks_that_never_work_are_given_up_and_told(tmp_path):
     tasks = {task for (task,) in told(run, "task_quarantined", "task")}
     assert tasks and all(task % 3 == 0 for task in tasks)
     replaced = told(run, "group_replaced", "reason", "group_id")
-    assert replaced and {reason for reason, _ in replaced} == {"failed"}
+    assert replaced and {reason for reason, _ in replaced} <= {"failed", "quarantined"}
     assert sum(line["groups_failed"] for line in lines) == len(replaced)
     assert sum(line["episodes_discarded"] for line in lines) == len(told(run, "episode_discarded", "split"))
     assert max(line["tasks_quarantined"] for line in lines) >= 1

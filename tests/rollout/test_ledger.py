@@ -148,6 +148,23 @@ def test_a_task_that_always_fails_waits_for_the_next_pass(reason, groups, member
     assert len({a.group_id for a in attempted if a.task == broken}) == groups
 
 
+def test_an_outage_costs_no_retry_and_what_came_before_it_is_forgiven():
+    ledger = make_ledger()
+    ledger.admit(0)
+    for _ in range(5 * MAX_RETRIES):
+        starts = take_starts(ledger)
+        assert {attempt.retry for attempt in starts} == {0} and len(starts) == 4
+        for attempt in starts:
+            ledger.finish(attempt, play(attempt, reason="outage"))
+    for round in range(3 * MAX_RETRIES):  # errors, before the pool knew of the outage
+        for attempt in take_starts(ledger):
+            assert attempt.retry == round  # new keys, or the policy would say the same again
+            ledger.finish(attempt, play(attempt, reason="env_error"))
+        ledger.forgive()
+    run_all(ledger)
+    assert groups_of(ledger.reserve()) == [0, 1] and not ledger.counts["groups_failed"]
+
+
 def test_attempts_in_flight_of_a_replaced_group_are_given_up():
     ledger = make_ledger(size=3)
     ledger.admit(0)

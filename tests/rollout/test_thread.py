@@ -34,11 +34,26 @@ class FakeEngine:
         return EngineStats(sampled_tokens=7)
 
 
+class FakePool:
+    """A pool in which nothing happens; remembers the faults that it was given."""
+
+    def __init__(self):
+        self.stats, self.quarantined = PoolStats(), list
+        self.breaker = types.SimpleNamespace(openings=0, seconds=0.0)
+        self.faults = {"quarantine": []}
+
+    def fault_snapshot(self):
+        return self.faults
+
+    def restore_faults(self, snapshot):
+        self.faults = snapshot
+
+
 class FakeCollector:
     """Ends every attempt in the round after its start, once ``gate`` is open."""
 
     def __init__(self):
-        self.engine, self.pool = FakeEngine(), types.SimpleNamespace(stats=PoolStats(), quarantined=list)
+        self.engine, self.pool = FakeEngine(), FakePool()
         self.queue, self.served, self.settled = [], 0.0, 0
         self.gate, self.threads = threading.Event(), set()
         self.error, self.answered = None, []
@@ -213,3 +228,24 @@ def test_a_repeatable_cut_is_that_of_the_last_weights():
     with again:
         again.publish("weights", 0)
         assert groups_of(again.next_batch()) == [0, 1]
+
+
+def test_failures_before_an_outage_was_known_cost_no_task_its_retries():
+    rollout, told = make_rollout(), []
+    rollout.ledger.forgive = lambda: told.append(rollout.collector.pool.breaker.openings)
+    with rollout:
+        rollout.publish("weights", 0)
+        rollout.next_batch()
+        rollout.collector.pool.breaker.openings = 1
+        rollout.publish("weights", 1)
+        rollout.next_batch()
+    assert told == [1]
+
+
+def test_the_pools_record_of_faults_is_part_of_a_cut():
+    rollout = make_rollout()
+    rollout.collector.pool.faults = {"quarantine": ["a task"]}
+    values, held = rollout.cut(0)
+    again = make_rollout()
+    again.restore(values, held)
+    assert again.collector.pool.faults == {"quarantine": ["a task"]}

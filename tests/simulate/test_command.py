@@ -250,6 +250,8 @@ def test_bad_runs_and_configurations_are_refused_in_one_line(tmp_path, known):
     (run / "metrics.jsonl").write_text('{"update": 1, "sft_loss": 2.0}\n')
     assert "has no update with seconds_cycle" in refuse(run / "config.yaml", "--from", run)
     (run / "metrics.jsonl").write_text("rubbish\n{}\n")
-    assert "line 1: not a JSON object" in refuse(run / "config.yaml", "--from", run)
+    damaged = call(run / "config.yaml", "--from", run)
+    assert damaged.exit_code == 2 and "2 damaged lines are skipped" in damaged.stderr
+    assert "has no update with seconds_cycle" in damaged.stderr.splitlines()[-1]
     (run / "metrics.jsonl").unlink()
     assert "no run there (no " in refuse(run / "config.yaml", "--from", run)
