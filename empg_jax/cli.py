@@ -148,9 +148,11 @@ def rollout(
     overrides: Overrides = None,
     *,
     episodes: Annotated[int, typer.Option(help="Episodes, rounded up to whole groups.")],
-    out: Annotated[Path, typer.Option(help="File to write: JSON lines; FILE.gz is compressed.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write: JSON lines (FILE.gz compressed), or FILE.npz to train on.")
+    ],
 ) -> None:
-    """Play training episodes without learning, and write their records for 'empg-jax credit' and others."""
+    """Play training episodes without learning; write records for 'empg-jax credit', or .npz to train on."""
     with _reporting():
         changes = list(overrides or [])
         resolved = None if Path(source).is_dir() else _load(source, changes)

@@ -25,7 +25,13 @@ from empg_jax.report.results import describe_update, write_results
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
-from empg_jax.run.assembly import describe_algorithm, make_language, make_pool, make_rl_optimizer
+from empg_jax.run.assembly import (
+    check_rollout,
+    describe_algorithm,
+    make_language,
+    make_pool,
+    make_rl_optimizer,
+)
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.consumed import drop_consumed, write_consumed
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
@@ -75,6 +81,7 @@ def train(config: Config, *, resume: Path | None = None, step: int | None = None
         progress = stack.enter_context(Progress(config.log.progress))
         # Bad models and data are told before a folder is made and a model is built. A refusal is one message.
         model = check_model(config)
+        check_rollout(config, model.vocab_size)
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
@@ -314,7 +321,7 @@ def make_scorer(parts: Parts) -> Scorer:
         parts.learner,
         is_source=config.algorithm.entropy_source == "learner",
         drift_every=config.log.drift_every,
-        is_on_policy=config.train.max_lag == 0,
+        is_on_policy=config.train.max_lag == 0 and config.rollout.stored is None,
     )
 
 

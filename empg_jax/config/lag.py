@@ -1,4 +1,4 @@
-"""Defaults of training on samples of older weights, ``train.max_lag`` above 0."""
+"""Defaults of training on samples of other weights: ``train.max_lag`` above 0, or stored episodes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Any
 from empg_jax.config.algorithm import AlgorithmConfig
 
 
-def has_lag(values: Mapping[str, Any]) -> bool:
-    """Return whether values as read set ``train.max_lag`` above 0."""
-    train = values.get("train")
+def find_lag(values: Mapping[str, Any]) -> str | None:
+    """Return the key, with its value, that makes samples older than the weights; None: none does."""
+    train, rollout = (values.get(section) for section in ("train", "rollout"))
     lag = train.get("max_lag") if isinstance(train, Mapping) else None
-    return isinstance(lag, int) and lag > 0
+    if isinstance(lag, int) and lag > 0:
+        return f"train.max_lag={lag}"
+    stored = rollout.get("stored") if isinstance(rollout, Mapping) else None
+    return None if stored is None else f"rollout.stored={stored}"
 
 
 def with_lag_defaults(
     values: dict[str, Any],
     check: Callable[[dict[str, Any]], AlgorithmConfig],
     *,
+    lag: str,
     is_entropy_source_given: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """Correct for the sampler's age, unless the user decided otherwise.
@@ -29,13 +33,14 @@ def with_lag_defaults(
     Args:
       values: the file with the command's overrides, as read; they set a lag.
       check: checks values and makes the ``algorithm`` section; it raises where they cannot be used.
+      lag: the key that sets it, with its value.
       is_entropy_source_given: the user set ``algorithm.entropy_source`` for this lag, so it is not changed.
 
     Returns:
       The values with these defaults, and a note on each.
     """
     algorithm, notes = dict(values.get("algorithm") or {}), []
-    why = f"train.max_lag={values['train']['max_lag']} samples with older weights"
+    why = f"{lag} trains on samples of other weights"
     if algorithm.get("entropy_source") == "engine":
         if is_entropy_source_given:
             return values, []  # a contradiction, which the check of the configuration reports
@@ -50,11 +55,11 @@ def with_lag_defaults(
     return {**values, "algorithm": algorithm}, notes
 
 
-def lag_notes(max_lag: int, algorithm: AlgorithmConfig) -> Iterator[str]:
-    """Yield a note when older samples are trained on without a correction, which is allowed."""
-    if max_lag > 0 and not _is_corrected(algorithm):
+def lag_notes(lag: str | None, algorithm: AlgorithmConfig) -> Iterator[str]:
+    """Yield a note when such samples are trained on without a correction, which is allowed."""
+    if lag is not None and not _is_corrected(algorithm):
         yield (
-            f"train.max_lag={max_lag} trains on samples of older weights without a correction: "
+            f"{lag} trains on samples of other weights without a correction: "
             "algorithm.correction.kind=tis (or mis), or algorithm.loss=decoupled_ppo corrects for that"
         )
 

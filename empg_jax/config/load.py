@@ -22,7 +22,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from empg_jax.algorithms.keys import flatten
 from empg_jax.config.algorithm import ALGORITHM_NAMES, NO_GROUP_BASELINE, AlgorithmConfig, Section
 from empg_jax.config.explain import explain, list_keys, list_literals
-from empg_jax.config.lag import has_lag, lag_notes, with_lag_defaults
+from empg_jax.config.lag import find_lag, lag_notes, with_lag_defaults
 from empg_jax.config.model import MeshConfig, ModelConfig
 from empg_jax.config.overlay import check_command, overlay
 from empg_jax.config.sections import (
@@ -86,7 +86,7 @@ class Config(Section):
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user before the run: keys that were dropped, and risks."""
-        return (*self._notes, *lag_notes(self.train.max_lag, self.algorithm))
+        return (*self._notes, *lag_notes(find_lag(self.model_dump()), self.algorithm))
 
     def with_notes(self, lines: Iterable[str]) -> Config:
         """Return the same configuration with more notes."""
@@ -128,11 +128,14 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.group_size={rollout.group_size}"
         )
     lag = config.train.max_lag
-    if algorithm.entropy_source == "engine" and lag > 0:
+    older = find_lag(config.model_dump())
+    if algorithm.entropy_source == "engine" and older is not None:
         yield (
-            f"algorithm.entropy_source=engine needs on-policy data, but train.max_lag={lag}: "
-            "use train.max_lag=0 or algorithm.entropy_source=learner"
+            f"algorithm.entropy_source=engine needs on-policy data, but {older}: leave that out, or use "
+            "algorithm.entropy_source=learner"
         )
+    if rollout.stored is not None and lag > 0:
+        yield f"train.max_lag={lag} has no effect with rollout.stored={rollout.stored}: nothing is sampled"
     if rollout.max_stale_gap != 0.05 and rollout.publish != "burst":
         yield (
             f"rollout.max_stale_gap={rollout.max_stale_gap} has no effect with rollout.publish="
@@ -254,13 +257,14 @@ def load_config(
         )
         notes += dropped
     try:
-        if has_lag(values):
-            is_of_command = any(override.strip().startswith("train.max_lag") for override in overrides)
+        if (lag := find_lag(values)) is not None:
+            is_of_command = lag in [override.replace(" ", "") for override in overrides]
             chosen = (commanded if is_of_command else values.get("algorithm")) or {}
             is_given = "entropy_source" in chosen
             values, changed = with_lag_defaults(
                 values,
                 lambda values: Config.model_validate(values).algorithm,
+                lag=lag,
                 is_entropy_source_given=is_given,
             )
             notes += changed

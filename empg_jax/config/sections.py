@@ -69,6 +69,9 @@ class RolloutConfig(Section):
     max_response_tokens: int = Field(16, ge=1, description="Tokens that one response may have.")
     max_tokens: int = Field(256, ge=2, description="Longest conversation in tokens, and the row length.")
     deterministic: bool = Field(False, description="Barrier per turn, fixed shapes: repeatable bit by bit.")
+    stored: str | None = Field(
+        None, description="Episodes to train on in place of playing: FILE.npz of empg-jax rollout."
+    )
     schedule: str | None = Field(
         None, description="schedule.jsonl of a run with a lag to repeat bit by bit (with deterministic=true)."
     )

@@ -23,6 +23,7 @@ from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.incidents import count_incidents
 from empg_jax.rollout.ledger import Ledger, Reserved
 from empg_jax.rollout.schedule import Recorder, Round, ScheduleError
+from empg_jax.rollout.stored import StoredCollector
 from empg_jax.types import Params, Trajectory
 
 WAKE_SECONDS = 0.2  # between two looks of a waiting learner at requests to stop
@@ -74,7 +75,7 @@ class RolloutThread:
 
     def __init__(
         self,
-        collector: Collector,
+        collector: Collector | StoredCollector,
         ledger: Ledger,
         *,
         is_repeatable: bool,

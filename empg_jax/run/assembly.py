@@ -43,14 +43,17 @@ from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.ledger import Ledger
 from empg_jax.rollout.order import TaskOrder
 from empg_jax.rollout.schedule import read_schedule
+from empg_jax.rollout.stored import StoredCollector, group_episodes
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.devices import engine_devices
 from empg_jax.run.environment import find_spec, reads_bytes
+from empg_jax.run.storage import load_trajectories
 from empg_jax.text.builtin import BYTES, build_byte_tokenizer, build_phrase_tokenizer
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer, load_tokenizer
 from empg_jax.text.vocabulary import check_vocabulary
+from empg_jax.types import Trajectory
 from empg_jax.workers.faults import FaultPolicy, Tell, tell_nobody
 from empg_jax.workers.memory import limit_memory
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
@@ -256,7 +259,7 @@ def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
         timeouts=timeouts,
         memory_limit_mb=limit_memory(w.num) if w.memory_limit_mb is None else w.memory_limit_mb or None,
         pass_env=w.pass_env,
-        faults=FaultPolicy(**dict(config.faults)),
+        faults=FaultPolicy(**vars(config.faults)),
         tell=tell,
     )
 
@@ -315,10 +318,11 @@ def make_rollout(config: Config, engine: Engine, pool: EnvPool, language: Langua
       ConfigError: the environment has no such split.
     """
     r, split = config.rollout, config.env.split
+    stored = None if r.stored is None else _load_stored(config, engine.model.vocab_size)
     if split not in pool.splits:
         raise ConfigError(f"env.split={split} does not exist; the environment has {', '.join(pool.splits)}")
     ledger = Ledger(
-        TaskOrder(split, pool.splits[split], config.seed),
+        TaskOrder(split, pool.splits[split] if stored is None else len(stored), config.seed),
         group_size=r.group_size,
         groups_per_update=r.tasks_per_update,
         max_lag=config.train.max_lag,
@@ -328,9 +332,10 @@ def make_rollout(config: Config, engine: Engine, pool: EnvPool, language: Langua
         max_refills=r.max_refills if r.filter_groups else None,
         tell=pool.tell,
     )
-    collector = make_collector(config, engine, pool, language, stream=0)
     rollout = RolloutThread(
-        collector,
+        make_collector(config, engine, pool, language, stream=0)
+        if stored is None
+        else StoredCollector(engine, pool, stored),
         ledger,
         is_repeatable=_has_barrier(config),
         max_stale_gap=r.max_stale_gap if r.publish == "burst" else None,
@@ -338,6 +343,30 @@ def make_rollout(config: Config, engine: Engine, pool: EnvPool, language: Langua
     if r.schedule is not None:
         rollout.schedule = read_schedule(Path(r.schedule).expanduser())
     return rollout
+
+
+def check_rollout(config: Config, vocab_size: int) -> None:
+    """Check the files that rollouts are repeated or taken from, before anything is written.
+
+    Raises:
+      ConfigError: a file is missing, damaged, or does not fit the run.
+    """
+    if config.rollout.stored is not None:
+        _load_stored(config, vocab_size)
+    if config.rollout.schedule is not None:
+        read_schedule(Path(config.rollout.schedule).expanduser())
+
+
+def _load_stored(config: Config, vocab_size: int) -> list[list[Trajectory]]:
+    """Read the episodes of ``rollout.stored``, group by group."""
+    r = config.rollout
+    return group_episodes(
+        load_trajectories(Path(str(r.stored)).expanduser(), "rollout.stored"),
+        group_size=r.group_size,
+        max_tokens=r.max_tokens,
+        max_turns=config.env.max_turns,
+        vocab_size=vocab_size,
+    )
 
 
 def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe:

@@ -21,6 +21,7 @@ from empg_jax.run.devices import learner_devices
 from empg_jax.run.process import use_compile_cache
 from empg_jax.run.rollouts import write_records
 from empg_jax.run.saved import SavedRun, open_saved
+from empg_jax.run.storage import save_trajectories
 from empg_jax.run.weights import check_model, make_base, make_params
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def play_run(path: Path, overrides: list[str], episodes: int, out: Path, say: Ca
       path: run folder, or a step's folder inside its ``checkpoints``.
       overrides: dotted overrides of the run's configuration.
       episodes: number of episodes, rounded up to whole groups.
-      out: the file to write: JSON lines, compressed if it ends in ``.gz``.
+      out: the file to write: JSON lines, compressed if it ends in ``.gz``; or, if it ends in ``.npz``, the
+        exact tokens, which ``rollout.stored`` trains on.
       say: receives messages for the user.
 
     Raises:
@@ -71,14 +73,17 @@ def play(saved: SavedRun, episodes: int, out: Path, say: Callable[[str], None]) 
         with rollout:
             rollout.publish(saved.params, step)
             trajectories = rollout.next_batch().trajectories
-    write_records(out, describe_episodes(trajectories, None, update=step))
+    if out.suffix == ".npz":
+        save_trajectories(out, trajectories)
+    else:
+        write_records(out, describe_episodes(trajectories, None, update=step))
     outcomes = ", ".join(f"{name} {count}" for name, count in sorted(rollout.ledger.outcomes.items()))
     say(f"{len(trajectories)} episodes of {config.env.split} with the weights of update {step}: {outcomes}")
 
 
 def _as_one_batch(config: Config, groups: int, step: int) -> Config:
     """Make all groups one update's, which takes every group as it comes."""
-    rollout = {"tasks_per_update": groups, "filter_groups": False, "publish": "turn"}
+    rollout = {"tasks_per_update": groups, "filter_groups": False, "publish": "turn", "stored": None}
     train = {"updates": step + 1, "max_lag": 0}
     return config.model_copy(
         update={

@@ -1,13 +1,17 @@
-"""Conversion of trajectories to plain arrays and back, for the replay buffer in a checkpoint."""
+"""Trajectories as plain arrays, without loss: in a checkpoint, and in files of their own."""
 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from empg_jax.errors import ConfigError
+from empg_jax.files import replacing
 from empg_jax.types import Outcome, Status, Trajectory, Turn
 
 ARRAYS = ("prompt_tokens", "response_tokens", "behavior_logprobs", "entropies")
@@ -64,3 +68,32 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
             )
         )
     return trajectories
+
+
+def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
+    """Write trajectories to an ``.npz`` file, whole or not at all."""
+    header, arrays = pack_trajectories(trajectories)
+    with replacing(path) as file:
+        np.savez_compressed(file, **{"header": np.asarray(header)} | arrays)  # type: ignore[arg-type]
+
+
+def load_trajectories(path: Path, key: str) -> list[Trajectory]:
+    """Read the file that `save_trajectories` wrote.
+
+    Args:
+      path: the file.
+      key: the configuration key that names it, for messages.
+
+    Raises:
+      ConfigError: the file is missing or holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        return unpack_trajectories(str(arrays.pop("header")), arrays)
+    except OSError as error:
+        raise ConfigError(f"{key}={path} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"{key}={path} holds no episodes ({error}); 'empg-jax rollout ... --out FILE.npz' writes such"
+        ) from None
