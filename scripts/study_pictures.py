@@ -97,15 +97,18 @@ def _nan(value: float | None) -> float:
 
 
 def _label(row: Sequence[Any], task: str) -> None:
-    titles = ["held-out success", "entropy (nats per token)", "turns with positive less negative advantage"]
-    titles += ["gradient norm against entropy", "entropy drift, measured against predicted"]
+    titles = ["held-out success", "entropy (nats per token)", "positive less negative advantages"]
+    titles += ["gradient norm against entropy", "measured against predicted drift"]
     for axes, title in zip(row, titles, strict=True):
-        axes.set_title(f"{task}: {title}", loc="left", fontsize=10)
+        axes.set_title(title, loc="left", fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+        if not any(np.isfinite(np.asarray(line.get_ydata(), np.float64)).any() for line in axes.lines):
+            axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color="gray")
     for axes in row[:3]:
         axes.set_xlabel("update", fontsize=9)
     row[0].set_ylim(0, 1)
+    row[0].set_ylabel(task, fontsize=10)
     row[3].set_xlabel("entropy", fontsize=9)
     row[4].set_xlabel("predicted", fontsize=9)
 

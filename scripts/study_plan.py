@@ -73,6 +73,11 @@ class Study:
     seeds: tuple[int, ...]
     end_tasks: int | None = None
 
+    @property
+    def only_task(self) -> str | None:
+        """The task of a study that has one; None where there are several."""
+        return next(iter(self.tasks)) if len(self.tasks) == 1 else None
+
     def triples(self) -> Iterator[Triple]:
         """All runs; seeds are outermost, so that pairs are complete early."""
         for seed, task, arm in itertools.product(self.seeds, self.tasks, self.arms):

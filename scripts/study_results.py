@@ -71,7 +71,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One difference of two arms, on one task or pooled over all (``task`` is None)."""
+    """One difference of two arms, on one task or pooled over several (``task`` is None)."""
 
     task: str | None
     arm: str
@@ -151,8 +151,10 @@ def compare_arms(results: Results, key: str) -> list[Comparison]:
         for pair in study.comparisons
     }
     single = {where: compare([values]) for where, values in by_task.items()}
+    overall = study.only_task
     pooled = {
-        (None, *pair): compare([by_task[task, *pair] for task in study.tasks]) for pair in study.comparisons
+        (overall, *pair): compare([by_task[task, *pair] for task in study.tasks])
+        for pair in study.comparisons
     }
     families = [pooled] if len(study.tasks) == 1 else [pooled, single]
     return [

@@ -143,7 +143,7 @@ def test_holm_is_over_the_comparisons_of_a_family(tmp_path):
     }
     lines = [made_up.line(study, each, [heights[each.arm](each.seed)] * 2) for each in study.triples()]
     found = compare_arms(gather(study, lines), "area")
-    assert [(each.task, each.arm) for each in found] == [(None, "aem"), (None, "rloo")]
+    assert [(each.task, each.arm) for each in found] == [("house", "aem"), ("house", "rloo")]
     assert [each.difference.p for each in found] == [2 / 2**8, 1]
     assert [each.adjusted for each in found] == [4 / 2**8, 1]
 
