@@ -47,8 +47,8 @@ def compute_head(
       tokens: the tokens to score.
       temperature: divides the logits.
       slab: largest number of logits in memory at one time on a device; default by platform (`slab_size`).
-      mask: the tokens whose results are read; the others may be left out, and are then 0. Agents sample a
-        small part of their rows' tokens. Rows that are split over devices are computed whole.
+      mask: the tokens whose results are read; those of the others are 0. Agents sample a small part of their
+        rows' tokens, so most blocks of tokens are left out, unless rows are split over devices.
 
     Returns:
       ``(logprobs, entropies)`` in float32, entropies in nats.
@@ -63,10 +63,15 @@ def compute_head(
         return found[0].reshape(tokens.shape), found[1].reshape(tokens.shape)
     chunks = num_chunks(tokens.size, weights.shape[0], slab)
     if num_shards("time") > 1:  # flattening two split axes into one would gather the states
-        return _head(hidden, weights, tokens, temperature, chunks)
-    flat = hidden.reshape(-1, hidden.shape[-1]), weights, tokens.reshape(-1)  # faster products on CPUs
-    logprobs, entropies = _head(*flat, temperature, chunks)
-    return logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)
+        outputs = _head(hidden, weights, tokens, temperature, chunks)
+    else:
+        flat = hidden.reshape(-1, hidden.shape[-1]), weights, tokens.reshape(-1)  # faster products on CPUs
+        logprobs, entropies = _head(*flat, temperature, chunks)
+        outputs = logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)
+    if mask is None:
+        return outputs
+    logprobs, entropies = (jnp.where(mask, each, jnp.zeros((), each.dtype)) for each in outputs)
+    return logprobs, entropies
 
 
 def slab_size() -> int:
