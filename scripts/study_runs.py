@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import json
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from study_ledger import Ledger, newest
+from study_ledger import Ledger, newest, triple_of
 from study_line import Incomplete, describe_failure, has_changes, now, read_run
 from study_plan import Study, Triple
 from study_processes import Children, Ended
@@ -57,7 +58,8 @@ class Runner:
         self._say, self._children = say, Children()
         self._lock, self._left = threading.Lock(), limit
         lines = self.ledger.read()
-        self._counts, last = self.ledger.count(), newest(lines)
+        # Of the same look: what is finished later shows as one line more.
+        self._counts, last = collections.Counter(map(triple_of, lines)), newest(lines)
         self._waiting = iter(
             [
                 triple

@@ -135,6 +135,23 @@ def test_processes_share_a_study_and_make_every_run_once(folder, runs_dir):
     assert Ledger(study_file).count() == dict.fromkeys(triples, 1)
 
 
+def test_a_run_that_ends_while_another_process_starts_is_made_once(call, folder, runs_dir, monkeypatch):
+    """The other process finishes it between our look at the lines and everything after."""
+    study_file = made_up.make_study(folder, seeds=(3,))
+    other, read = next(iter(study_file.triples())), Ledger.read
+
+    def read_and_be_late(ledger):
+        lines = read(ledger)
+        monkeypatch.setattr(Ledger, "read", read)
+        ledger.append(made_up.line(study_file, other, [0.2, 0.4]))
+        return lines
+
+    monkeypatch.setattr(Ledger, "read", read_and_be_late)
+    assert call() == 0
+    assert other.name not in journal_names(runs_dir)
+    assert set(Ledger(study_file).count().values()) == {1}
+
+
 def test_a_stop_reaches_the_run_and_the_next_call_goes_on(folder, runs_dir):
     study_file = made_up.make_study(folder, seeds=(3,), other="slow")
     process = made_up.start(folder, runs_dir, "--only", "slow")
