@@ -20,6 +20,8 @@ from tests.learner.problems import (
 )
 from tests.runs import quick_compilations
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_quickly():
