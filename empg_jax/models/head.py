@@ -8,7 +8,7 @@ vocabulary. The devices exchange only one number per token and the embedding row
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,23 +53,21 @@ def compute_head(
     Returns:
       ``(logprobs, entropies)`` in float32, entropies in nats.
     """
-    slab = slab or slab_size()
-    if mask is not None and (blocks := num_blocks(tokens.size)) > 1:
-        size = tokens.size // blocks
-        states, chunks = hidden.reshape(-1, hidden.shape[-1]), num_chunks(size, weights.shape[0], slab)
-        found = _masked_head(
-            states, weights, tokens.reshape(-1), mask.reshape(-1), temperature, chunks, blocks
-        )
-        return found[0].reshape(tokens.shape), found[1].reshape(tokens.shape)
-    chunks = num_chunks(tokens.size, weights.shape[0], slab)
+    slab, vocab = slab or slab_size(), weights.shape[0]
+    blocks = 1 if mask is None else num_blocks(tokens.size)
+    chunks = num_chunks(tokens.size // blocks, vocab, slab)
     if num_shards("time") > 1:  # flattening two split axes into one would gather the states
         outputs = _head(hidden, weights, tokens, temperature, chunks)
     else:
         flat = hidden.reshape(-1, hidden.shape[-1]), weights, tokens.reshape(-1)  # faster products on CPUs
-        logprobs, entropies = _head(*flat, temperature, chunks)
+        if mask is None or blocks == 1:
+            logprobs, entropies = _head(*flat, temperature, chunks)
+        else:
+            logprobs, entropies = _head_of_some(*flat, mask.reshape(-1), _Sizes(temperature, chunks, blocks))
         outputs = logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)
     if mask is None:
         return outputs
+    # Also for gradients: a block's rest holds tokens outside the mask.
     logprobs, entropies = (jnp.where(mask, each, jnp.zeros((), each.dtype)) for each in outputs)
     return logprobs, entropies
 
@@ -232,18 +230,20 @@ _head.defvjp(_head_forward, _head_backward)
 # ------------------------------------------------------------------------------- some of the tokens only
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _masked_head(
-    hidden: Array,
-    weights: Array,
-    tokens: Array,
-    mask: Array,
-    temperature: float,
-    chunks: int,
-    blocks: int,
+class _Sizes(NamedTuple):
+    """The static settings of `_head_of_some`."""
+
+    temperature: float
+    chunks: int  # of the vocabulary
+    blocks: int  # of the tokens
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _head_of_some(
+    hidden: Array, weights: Array, tokens: Array, mask: Array, sizes: _Sizes
 ) -> tuple[Array, Array]:
-    """Compute the head of the tokens in the mask, block by block; zero elsewhere. Arrays are ``[M ...]``."""
-    return _masked_forward(hidden, weights, tokens, mask, temperature, chunks, blocks)[0]
+    """Compute the head of the blocks with tokens in the mask; zero in the others. Arrays are ``[M ...]``."""
+    return _some_forward(hidden, weights, tokens, mask, sizes)[0]
 
 
 def _blocks_of(mask: Array, blocks: int) -> tuple[Array, Array]:
@@ -252,46 +252,35 @@ def _blocks_of(mask: Array, blocks: int) -> tuple[Array, Array]:
     return order, -(-jnp.sum(mask, dtype=jnp.int32) // order.shape[1])
 
 
-def _masked_forward(
-    hidden: Array,
-    weights: Array,
-    tokens: Array,
-    mask: Array,
-    temperature: float,
-    chunks: int,
-    blocks: int,
+def _some_forward(
+    hidden: Array, weights: Array, tokens: Array, mask: Array, sizes: _Sizes
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    order, used = _blocks_of(mask, blocks)
+    order, used = _blocks_of(mask, sizes.blocks)
 
     def step(block: Array, found: Array) -> Array:
         rows = order[block]
-        outputs, saved = _head_forward(hidden[rows], weights, tokens[rows], temperature, chunks)
+        outputs, saved = _head_forward(hidden[rows], weights, tokens[rows], sizes.temperature, sizes.chunks)
         return found.at[rows].set(jnp.stack([*outputs, *saved[3:]], axis=-1))
 
     nothing = jnp.zeros((*tokens.shape, 4), wide_type(hidden.dtype))
     # The number of rounds depends on the data: a while loop, which the backward pass repeats by itself.
     found = jax.lax.fori_loop(jnp.int32(0), used, step, nothing)
-    # A block's rest holds tokens outside the mask: what was computed for them is not promised to anyone.
-    logprobs, entropies = (jnp.where(mask, found[:, i], jnp.zeros((), found.dtype)) for i in range(2))
-    return (logprobs, entropies), (hidden, weights, tokens, mask, found[:, 2], found[:, 3])
+    return (found[:, 0], found[:, 1]), (hidden, weights, tokens, mask, found[:, 2], found[:, 3])
 
 
-def _masked_backward(
-    temperature: float,
-    chunks: int,
-    blocks: int,
-    residuals: tuple[Array, ...],
-    cotangents: tuple[Array, Array],
+def _some_backward(
+    sizes: _Sizes, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, None, None]:
     hidden, weights, tokens, mask, normalizer, mean_logit = residuals
-    order, used = _blocks_of(mask, blocks)
-    slopes = [jnp.where(mask, each, jnp.zeros((), each.dtype)) for each in cotangents]
+    g_logprob, g_entropy = cotangents
+    order, used = _blocks_of(mask, sizes.blocks)
     wide = wide_type(hidden.dtype)
 
     def step(block: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         rows, (d_hidden, d_weights) = order[block], sums
         saved = hidden[rows], weights, tokens[rows], normalizer[rows], mean_logit[rows]
-        here, d_table, _ = _head_backward(temperature, chunks, saved, (slopes[0][rows], slopes[1][rows]))
+        slopes = g_logprob[rows], g_entropy[rows]
+        here, d_table, _ = _head_backward(sizes.temperature, sizes.chunks, saved, slopes)
         return d_hidden.at[rows].set(here), d_weights + d_table.astype(wide)
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(weights.shape, wide)
@@ -299,4 +288,4 @@ def _masked_backward(
     return d_hidden, d_weights.astype(weights.dtype), None, None
 
 
-_masked_head.defvjp(_masked_forward, _masked_backward)
+_head_of_some.defvjp(_some_forward, _some_backward)
