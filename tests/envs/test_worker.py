@@ -9,6 +9,7 @@ import time
 import pytest
 
 from empg_envs.worker import RSS_EVERY
+from tests.processes import is_running
 
 COMMAND = [sys.executable, "-m", "empg_envs.worker"]
 
@@ -167,15 +168,6 @@ time.sleep(60)
         parent.kill()
         parent.wait()
         assert wait_until(lambda: not is_running(pid), seconds=10)
-
-
-def is_running(pid):
-    """False for processes that are gone or zombies."""
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def wait_until(condition, seconds):

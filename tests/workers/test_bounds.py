@@ -12,6 +12,7 @@ import pytest
 from empg_jax.workers import memory
 from empg_jax.workers import process as worker_process
 from empg_jax.workers.variables import make_environment
+from tests.processes import is_running
 from tests.workers.pools import act, counts_in, gather, open_pool, reset_all, wait_for_exit
 
 
@@ -20,15 +21,6 @@ def wait_until(condition, seconds=30):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def is_running(pid):
-    """False for processes that are gone or zombies."""
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def stderr_size(pool):
