@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -70,11 +71,25 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
     return trajectories
 
 
+def to_bytes(trajectories: Sequence[Trajectory]) -> bytes:
+    """Write trajectories as bytes, for another host; `from_bytes` reads them."""
+    header, arrays = pack_trajectories(trajectories)
+    file = io.BytesIO()
+    np.savez_compressed(file, **{"header": np.asarray(header)} | arrays)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def from_bytes(content: bytes) -> list[Trajectory]:
+    """Rebuild trajectories from `to_bytes`."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    return unpack_trajectories(str(arrays.pop("header")), arrays)
+
+
 def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
     """Write trajectories to an ``.npz`` file, whole or not at all."""
-    header, arrays = pack_trajectories(trajectories)
     with replacing(path) as file:
-        np.savez_compressed(file, **{"header": np.asarray(header)} | arrays)  # type: ignore[arg-type]
+        file.write(to_bytes(trajectories))
 
 
 def load_trajectories(path: Path, key: str) -> list[Trajectory]:
