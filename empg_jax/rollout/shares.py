@@ -38,7 +38,8 @@ def take_share(
 
 def _divide(cuts: Sequence[dict[str, Any]], index: int, num: int) -> dict[str, Any]:
     first, beyond = _places(cuts)
-    next_group = max(cut["next_group"] for cut in cuts)
+    # One more than the largest number given so far.
+    next_group = max(cut["next_group"] for cut in cuts) - len(cuts) + 1
     # Dealt by age, so that every host can consume its own in time.
     groups = sorted((group for cut in cuts for group in cut["groups"]), key=lambda g: (g["version"], g["id"]))
     again = [task for cut in cuts for task in cut["again"]]
