@@ -202,7 +202,10 @@ def test_a_missing_host_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["rollout.tasks_per_update=3"], "rollout.tasks_per_update=3 groups cannot be shared by 2 hosts evenly"),
+        (
+            ["rollout.tasks_per_update=3"],
+            "rollout.tasks_per_update=3 groups cannot be shared by 2 hosts evenly",
+        ),
         (["mesh.data=1"], "mesh.data=1 needs 1 devices, but 2 hosts with 1 each"),
         (["mesh.data=4"], "mesh.data=4 needs 4 devices, but 2 hosts with 1 each"),
     ],
@@ -217,7 +220,9 @@ def test_what_cannot_be_shared_is_refused(tmp_path, options, message):
 def test_a_folder_that_one_host_does_not_see_is_refused(tmp_path):
     port = free_port()
     # A relative folder of the first host only: the second one lives elsewhere.
-    command = [sign if not sign.startswith("run_dir=") else "run_dir=null" for sign in runs.command(".", *BOTH)]
+    command = [
+        sign if not sign.startswith("run_dir=") else "run_dir=null" for sign in runs.command(".", *BOTH)
+    ]
     code = f"import os; os.chdir(os.environ['HERE'])\n{START}"
     processes = []
     for index in (0, 1):

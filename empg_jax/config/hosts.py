@@ -14,8 +14,8 @@ class HostsConfig(Section):
 
     enabled: Literal["auto"] | bool = Field(
         "auto",
-        description="Train over several hosts: with auto where the keys below, or the variables of Slurm, Open "
-        "MPI, a Kubernetes JobSet or a TPU pod say so; true lets JAX search, false never does.",
+        description="Train over several hosts: with auto where the keys below, or the variables of Slurm, "
+        "Open MPI, a Kubernetes JobSet or a TPU pod say so; true lets JAX search, false never does.",
     )
     coordinator: str | None = Field(
         None, description="HOST:PORT where host 0 answers, on every host alike; PORT + 1 is used, too."

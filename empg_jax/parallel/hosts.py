@@ -35,15 +35,24 @@ class Section(Protocol):
     """The keys of ``hosts.*``."""
 
     @property
-    def enabled(self) -> str | bool: ...
+    def enabled(self) -> str | bool:
+        """Whether there are several: ``auto``, true or false."""
+
     @property
-    def coordinator(self) -> str | None: ...
+    def coordinator(self) -> str | None:
+        """Where host 0 answers."""
+
     @property
-    def num(self) -> int | None: ...
+    def num(self) -> int | None:
+        """Number of hosts."""
+
     @property
-    def index(self) -> int | None: ...
+    def index(self) -> int | None:
+        """Number of this host."""
+
     @property
-    def timeout(self) -> float: ...
+    def timeout(self) -> float:
+        """Seconds to wait for the others."""
 
 
 class HostLost(RunError):
@@ -223,7 +232,7 @@ def joined(section: Section, facts: Callable[[], Mapping[str, Any]]) -> Iterator
     if seat is None:
         yield ALONE
         return
-    if jax.config.jax_cpu_collectives_implementation in (None, "none"):
+    if getattr(jax.config, "jax_cpu_collectives_implementation", None) in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     lines = meet(seat, facts())
     hosts = Hosts(seat.index, seat.num)
@@ -274,9 +283,9 @@ def scheduler(environment: Mapping[str, str] = os.environ) -> str | None:
     Only environment variables are read, so a laptop waits for nothing.
     """
     for name, variables in SCHEDULERS.items():
-        if all(variable in environment for variable in variables):
-            if name == "JobSet" or int(environment[variables[0]]) > 1:
-                return name
+        is_there = all(variable in environment for variable in variables)
+        if is_there and (name == "JobSet" or int(environment[variables[0]]) > 1):
+            return name
     if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
         return "TPU pod"
     return None

@@ -76,10 +76,17 @@ class Line:
             return None
         return found if isinstance(found, dict) else None
 
+    def finish(self) -> None:
+        """Send no more. What the other end still sends is read: else it could lose our last words."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         """Close the line."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._file.close()
         self._connection.close()
 
 
@@ -235,21 +242,24 @@ class Watch:
 
     def _read(self, index: int) -> None:
         line = self._lines[index]
-        name = f"host {index} ({line.peer['name']})"
+        name, is_done = f"host {index} ({line.peer['name']})", False
         while True:
             heard = line.receive(self._seat.timeout)
-            if self._is_over.is_set():
-                return
+            is_done = is_done or (heard is not None and "done" in heard)
+            if is_done or self._is_over.is_set():
+                if heard is None:
+                    line.close()
+                    return
+                continue
             if heard is None:
                 heard = {"gone": f"{name} is gone: its connection is closed or silent"}
             elif "ended" in heard:
                 heard = {"gone": f"{name} has ended: {heard['ended']}"}
-            if "done" in heard:
-                return
             if "gone" in heard or "stop" in heard:
                 self.tell(but=index, **heard)  # the others have a line to host 0 only
             if "gone" in heard:
-                self._on_lost(str(heard["gone"]))
+                self._on_lost(str(heard["gone"]))  # ends this process, as a rule
+                line.close()
                 return
             if "stop" in heard:
                 self._on_stop(int(heard["stop"]))
@@ -259,4 +269,4 @@ class Watch:
         self._is_over.set()
         self.tell(done=True)
         for line in self._lines.values():
-            line.close()
+            line.finish()

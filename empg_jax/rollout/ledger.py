@@ -87,8 +87,8 @@ class Ledger:
         of equal returns: batches replaced before each update, beyond which equal groups are trained on. None
         switches it off.
       tell: receives an event for each discarded episode and each replaced group.
-      share: (index, number) of this host: it plays every ``number``-th place of the order, from ``index``, and
-        numbers its groups likewise, so that no two hosts have one in common.
+      share: (index, number) of this host: it plays every ``number``-th place of the order, from ``index``,
+        and numbers its groups likewise, so that no two hosts have one in common.
 
     Attributes:
       outcomes: episodes that ended since the start of the run, by ``status:reason``.

@@ -100,8 +100,8 @@ def share_folder(hosts: Hosts, make: Callable[[], Path]) -> Path:
         (run_dir / mark).unlink()
     if blind := [str(host) for host, sees in enumerate(seen) if not sees]:
         raise ConfigError(
-            f"host {', '.join(blind)} does not see the run folder {run_dir} that host 0 chose: it must lie on a "
-            "file system that all hosts share (run_dir)"
+            f"host {', '.join(blind)} does not see the run folder {run_dir} that host 0 chose: it must "
+            "lie on a file system that all hosts share (run_dir)"
         )
     return run_dir
 
