@@ -234,3 +234,39 @@ def test_a_folder_that_one_host_does_not_see_is_refused(tmp_path):
     del os.environ["HERE"]
     for err in refuse(*processes):
         assert "host 1 does not see the run folder" in err
+
+
+# ------------------------------------------------------------------------------------------ failures
+
+
+def test_an_error_on_one_host_ends_all_with_a_checkpoint(tmp_path):
+    run, port = tmp_path / "run", free_port()
+    options = ["env.options.backend=backend", "faults.patience=2", "train.updates=30", "checkpoint.every=30"]
+    processes = []
+    for index in (0, 1):
+        here = tmp_path / str(index)
+        here.mkdir()
+        (here / "backend").touch()
+        code = f"import os; os.chdir({str(here)!r})\n{START}"
+        command = [1, *runs.command(run, *BOTH, SLOW, *options), *seat(port, index)]
+        processes.append(runs.start(command, code=code))
+    wait_for_lines(run, 2, *processes)
+    (tmp_path / "1" / "backend").unlink()
+    (first, other), (second, err) = finish(*processes)
+    assert first == second == 1, (other, err)
+    assert "host 1 failed: " in other and "--resume" in other
+    made = len(list(read_consumed(run))) // 2
+    assert made >= 2 and (run / "checkpoints" / str(made)).exists()
+
+
+def test_a_signal_in_the_warm_start_stops_all(tmp_path):
+    run = tmp_path / "run"
+    both = start_both(runs.command(run, *BOTH, "sft.updates=4000", "sft.batch_size=8"))
+    end = time.monotonic() + PATIENCE
+    while not (run / "sft_metrics.jsonl").exists() or not (run / "sft_metrics.jsonl").stat().st_size:
+        assert time.monotonic() < end and all(process.poll() is None for process in both)
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    for code, err in finish(*both):
+        assert code == 128 + signal.SIGTERM, err
+    assert (run / "checkpoints" / "0").exists()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # How each host's number of an update becomes one of all hosts; other numbers of a delivery are means.
 SUMMED = {"groups_replaced", "groups_uniform", "stale_refills"}
 LARGEST = {"stale_gap"}
+SEE_SECONDS = 5.0  # a shared file system shows other hosts' files after a while
 Part = tuple[dict[str, Any], list[Trajectory]]  # JSON types, and episodes
 
 
@@ -90,12 +92,17 @@ def share_folder(hosts: Hosts, make: Callable[[], Path]) -> Path:
 
     def choose() -> str:
         folder = make().absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / mark).write_text("all hosts of the run must see this file\n", encoding="utf-8")
+        try:
+            (folder / mark).write_text("all hosts of the run must see this file\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"the run folder {folder} cannot be written: {error.strerror}") from None
         return str(folder)
 
     run_dir = Path(hosts.first("folder", choose))
-    seen = hosts.agree("folder-seen", (run_dir / mark).exists())
+    end = time.monotonic() + SEE_SECONDS
+    while not (is_seen := (run_dir / mark).exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    seen = hosts.agree("folder-seen", is_seen)
     if hosts.is_first:
         (run_dir / mark).unlink()
     if blind := [str(host) for host, sees in enumerate(seen) if not sees]:

@@ -1,4 +1,4 @@
-"""Ledgers of several hosts: no group and no place of the order in common, whatever becomes of their number."""
+"""Ledgers of several hosts: no group and no place of the order in common, however their number changes."""
 
 import collections
 import json
