@@ -62,12 +62,15 @@ def start_both(arguments, **options):
 def finish(*processes):
     """Waits for all; returns (exit code, stderr) of each."""
     ended = []
-    for process in processes:
-        try:
+    try:
+        for process in processes:
             _, err = process.communicate(timeout=PATIENCE)
-        finally:
-            process.kill()
-        ended.append((process.returncode, err))
+            ended.append((process.returncode, err))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
     return ended
 
 
@@ -270,3 +273,47 @@ def test_a_signal_in_the_warm_start_stops_all(tmp_path):
     for code, err in finish(*both):
         assert code == 128 + signal.SIGTERM, err
     assert (run / "checkpoints" / "0").exists()
+
+
+@pytest.mark.parametrize("sick", [0, 1])
+def test_an_error_elsewhere_on_one_host_ends_the_other(tmp_path, sick):
+    run, port = tmp_path / "run", free_port()
+    fault = """
+import empg_jax.trainer as trainer
+describe = trainer.describe_update
+def describe_once(*args, version, **options):
+    if version == 1:
+        raise OSError("no space left on device")
+    return describe(*args, version=version, **options)
+trainer.describe_update = describe_once
+"""
+    command = runs.command(run, *BOTH)
+    code = START.replace("main()\n", f"{fault}\nmain()\n")
+    healthy = start([*command, *seat(port, 1 - sick)])
+    failing = runs.start([1, *command, *seat(port, sick)], code=code)
+    (code, err), (code_of_failing, own) = finish(healthy, failing)
+    assert code == 1 and f"host {sick}" in err and "no space left on device" in err, err
+    assert f"--resume {run}" in err
+    assert code_of_failing == 1 and "no space left on device" in own, own
+    succeed(*start_both(["train", "--resume", run]))
+    check_consumed(run, 3)
+
+
+def test_a_guard_decides_the_same_on_all(tmp_path):
+    run = tmp_path / "run"
+    options = ["train.max_kl=1e-12", "train.on_kl=rollback", "train.updates=8"]
+    for code, err in finish(*start_both(runs.command(run, *BOTH, *options))):
+        assert code == 1 and "3 rollbacks in a row did not help" in err, err
+
+
+def test_slurm_s_variables_suffice(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", str(free_port()))  # JAX makes the port from it
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    processes = []
+    for index in (0, 1):
+        monkeypatch.setenv("SLURM_PROCID", str(index))
+        monkeypatch.setenv("SLURM_LOCALID", str(index))
+        processes.append(start(runs.command(tmp_path / "run", *BOTH, "train.updates=1", "hosts.timeout=30")))
+    succeed(*processes)
+    check_consumed(tmp_path / "run", 1)

@@ -23,7 +23,7 @@ from empg_jax.learner.state import TrainState, apply_updates, state_shardings, w
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.head import wide_type
 from empg_jax.models.lora import combine
-from empg_jax.parallel.arrays import put
+from empg_jax.parallel.arrays import fetch, put
 from empg_jax.parallel.layout import constrain, on_mesh
 from empg_jax.parallel.mesh import replicated, row_sharding, token_sharding
 from empg_jax.types import BATCH_FIELDS, Batch, Credit, Params, Scores, fields_per
@@ -86,6 +86,8 @@ class Learner:
         check()
         self.rearrange(scores, np.zeros(batch.tokens.shape, np.int32))
         credit = self.credit(batch, scores)
+        if not batch.tokens.is_fully_addressable:  # over several hosts: the copies of what is written down
+            fetch((scores, credit))
         check()
         jax.block_until_ready(self.update(state, batch, scores, credit, none, none))
         check()

@@ -10,18 +10,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import jax
 
-from empg_jax.errors import ConfigError, RunError
+from empg_jax.errors import ConfigError, RunError, Stopped, UserError
 from empg_jax.parallel.rendezvous import Line, Seat, Watch, meet
 
 T = TypeVar("T")
 LOOK_SECONDS = 2.0  # length of one wait in the key-value store
+TELL_SECONDS = 1.0  # from the last words of the coordinator to its end
 END_SECONDS = 5.0  # a host that fails waits so long for the others to fail, too
 # Variables of the schedulers from which JAX finds the hosts, with what says that there are several.
 SCHEDULERS = {
@@ -77,6 +81,7 @@ class Hosts:
         self.describe_left: Callable[[], str] = lambda: "start all hosts again"
         self._rounds: Counter[str] = Counter()
         self._watch: Watch | None = None
+        self._parted: str | None = None  # why the hosts agree on nothing any more
 
     @property
     def is_first(self) -> bool:
@@ -98,6 +103,8 @@ class Hosts:
         """
         if self.num == 1:
             return [content]
+        if self._parted is not None:
+            raise HostLost(self._parted)
         client, round_ = _client(), self._rounds[name]
         self._rounds[name] += 1
         client.key_value_set_bytes(f"empg/{name}/{round_}/{self.index}", content)
@@ -121,7 +128,9 @@ class Hosts:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise HostLost(f"host 0, the coordinator, does not answer: {error}") from None
                 if end is not None and time.monotonic() >= end:
-                    raise HostLost(f"host {host} did not come to {key.split('/')[1]} in time") from None
+                    # This host goes its own way from here: waiting for the others again would be for ever.
+                    self._parted = f"host {host} did not come to {key.split('/')[1]!r} in time"
+                    raise HostLost(self._parted) from None
 
     def agree(self, name: str, value: Any, *, seconds: float | None = None) -> list[Any]:
         """Return the value of every host, by index; values are JSON."""
@@ -182,6 +191,9 @@ class Hosts:
         line = f"error: {sentence}; {self.describe_left()}\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
+        if self.is_first:
+            # JAX ends every process at once, without a word of ours, when its coordinator goes.
+            time.sleep(END_SECONDS)
         os._exit(1)
 
     def watch(self, seat: Seat, lines: dict[int, Line]) -> None:
@@ -196,19 +208,42 @@ class Hosts:
         """
         if self._watch is None:
             return
+        if isinstance(error, SystemExit) and not error.code:
+            error = None
         text = None if error is None else (str(error) or type(error).__name__).splitlines()[0]
         try:
             texts = self.agree("end", text, seconds=None if error is None else END_SECONDS)
         except HostLost:
             self._watch.tell(ended=text)
             self._watch.close()
-            return
+            if self.is_first:
+                time.sleep(TELL_SECONDS)
+            _end_alone(error)
         self._watch.close()
         self._watch = None
         jax.distributed.shutdown()
         failed = [(host, each) for host, each in enumerate(texts) if each is not None]
         if error is None and failed:
             raise HostLost(f"host {failed[0][0]} failed: {failed[0][1]}")
+
+
+def _end_alone(error: BaseException | None) -> None:
+    """Report an error as the command line does, and end the process.
+
+    Everything is unwound by then. Left to itself, JAX would wait for the others at exit, which do not come,
+    and then end the process by a signal.
+    """
+    code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        code = error.code
+    elif isinstance(error, UserError):
+        code = error.exit_code
+        print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+    elif error is not None:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 ALONE = Hosts()

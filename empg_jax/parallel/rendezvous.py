@@ -161,7 +161,10 @@ def _compare(own: dict[str, Any], peer: dict[str, Any], known: dict[int, dict[st
     names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
     if names:
         shown = ", ".join(f"{n}={theirs.get(n)} (host 0: {mine.get(n)})" for n in names[:5])
-        return f"host {index}, {where}, differs from host 0: {shown}; all hosts need the same command"
+        return (
+            f"host {index}, {where}, differs from host 0: {shown}; all hosts need the same "
+            "command (hosts.enabled=false trains alone)"
+        )
     return None
 
 

@@ -8,6 +8,7 @@ a damaged checkpoint is skipped with a message.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -21,7 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from empg_jax.errors import RunError
 from empg_jax.learner.state import TrainState
-from empg_jax.parallel.hosts import ALONE, Hosts
+from empg_jax.parallel.hosts import ALONE, HostLost, Hosts
 from empg_jax.run.checksums import checksums, crc_of, describe_damage, nonfinite_leaf
 from empg_jax.run.storage import pack_trajectories, unpack_trajectories
 from empg_jax.types import Params, Trajectory
@@ -162,6 +163,8 @@ class Checkpoints:
                     _swap(path)
                 self._evict()
             self._hosts.barrier("written")
+        except HostLost:
+            raise
         except Exception as error:
             raise self._failure(error) from error
 
@@ -281,7 +284,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last write."""
-        self.wait()
+        with contextlib.suppress(HostLost):  # this host fails alone, and its own error is the one to see
+            self.wait()
 
 
 def _swap(path: Path) -> None:
