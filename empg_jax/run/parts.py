@@ -175,10 +175,7 @@ def open_run(
     """
     clock = PhaseClock()
     with clock.phase("start"):
-        saved_tokenizer = run_dir / "tokenizer"
-        language = make_language(config, saved_tokenizer if is_resumed else None)
-        if not is_resumed and hosts.is_first:
-            language.tokenizer.save(saved_tokenizer)
+        language = _open_language(config, run_dir, hosts, is_resumed=is_resumed)
         # Programs that span hosts are started by all, so a stop waits for the first agreement after them.
         check = stop.check if hosts.num == 1 else _go_on_always
         model = make_model(config, language.tokenizer)
@@ -186,8 +183,8 @@ def open_run(
         learner, schedule, state = _start_learner(config, model, shape, check)
         engine, eval_engine = _start_engines(config, learner, language, state.params, check, hosts.num)
         rollout = make_rollout(config, engine, pool, language, hosts)
-        slots = engine.config.slots
-        evaluator = make_evaluator(config, eval_engine, pool, language, first_handle=slots, hosts=hosts)
+        first = engine.config.slots  # the engine of training has the handles below
+        evaluator = make_evaluator(config, eval_engine, pool, language, first_handle=first, hosts=hosts)
     if config.model.path is not None:
         announce_model(config, run_dir, learner, language, state.params, say=progress.message, hosts=hosts)
     run = RunState(state)
@@ -233,6 +230,15 @@ def open_run(
         hosts=hosts,
     )
     return parts, run
+
+
+def _open_language(config: Config, run_dir: Path, hosts: Hosts, *, is_resumed: bool) -> Language:
+    """Build the run's language, and keep its tokenizer in the folder from the start on."""
+    saved = run_dir / "tokenizer"
+    language = make_language(config, saved if is_resumed else None)
+    if not is_resumed and hosts.is_first:
+        language.tokenizer.save(saved)
+    return language
 
 
 def _start_learner(

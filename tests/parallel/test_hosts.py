@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from empg_jax.errors import ConfigError
-from empg_jax.parallel.hosts import ALONE, find_seat, scheduler
+from empg_jax.parallel.detect import find_seat, scheduler
+from empg_jax.parallel.hosts import ALONE
 from empg_jax.parallel.rendezvous import Seat, Watch, meet
 
 
