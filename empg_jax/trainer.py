@@ -14,6 +14,7 @@ import jax
 from empg_jax.algorithms.anchors import join_alike
 from empg_jax.errors import Interrupted, Stopped
 from empg_jax.learner.batching import Layout, make_batch
+from empg_jax.learner.fingerprint import checksum
 from empg_jax.learner.passes import Pass, Scorer, optimize
 from empg_jax.learner.state import restart_optimizer
 from empg_jax.parallel.hosts import ALONE, Hosts, joined
@@ -388,6 +389,7 @@ def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = No
 
 def evaluate_before(parts: Parts, run: RunState) -> Evaluation:
     """Evaluate the policy that RL starts from, and write the first checkpoint."""
+    run.record.weights_before = checksum(run.state.params)
     before = evaluate(parts, run, "before")
     if parts.config.eval.every:
         run.record.note_success(run.update, before.metrics.get("eval_success", 0.0))

@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", help="also write the JSON here")
@@ -224,6 +225,7 @@ class SimulatedPool:
         self._requests, self._rng = requests, np.random.default_rng(1)
         self._tasks: dict[int, list[int]] = {}  # handle -> conversation, turn
         self._due: dict[int, float] = {}
+        self.breaker = SimpleNamespace(seconds=0.0)  # nothing breaks here
 
     def reset(self, handle: int, *, seed: int, split: str, index: int) -> None:
         self._tasks[handle] = [index, 0]
@@ -239,7 +241,7 @@ class SimulatedPool:
     def _ask(self, handle: int) -> None:
         self._due[handle] = time.monotonic() + self._rng.uniform(*LATENCY)
 
-    def poll(self, timeout: float) -> list[EnvReply]:
+    def poll(self, timeout: float, *, within: range) -> list[EnvReply]:
         wait = min(self._due.values(), default=float("inf")) - time.monotonic()
         if self._due and wait > 0 and timeout > 0:
             time.sleep(min(wait, timeout))

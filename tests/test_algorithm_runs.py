@@ -1,8 +1,5 @@
 """Whole runs of what needs more than a loss: a critic, dynamic sampling, the drift of the entropy."""
 
-import os
-import signal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +10,8 @@ from empg_jax.algorithms import Recipe, parts
 from empg_jax.config import load_config
 from empg_jax.models.decoder import init_params
 from empg_jax.run import assembly, weights
-from empg_jax.run.process import StopRequest
 from tests import runs
+from tests.moments import Moments
 
 STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9", "sft.updates=0"]
 PPO = ["algorithm.name=ppo", "rollout.group_size=1", "rollout.tasks_per_update=4"]
@@ -29,29 +26,14 @@ def _compiled(tmp_path_factory):
         yield
 
 
-class StopInTheMiddle(StopRequest):
-    """Gets a SIGTERM when it is asked for the ``at``-th time."""
-
-    at = None
-    asked = 0
-
-    def __call__(self):
-        type(self).asked += 1
-        if self.asked == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().__call__()
-
-
 @pytest.mark.parametrize("options", [PPO, DAPO], ids=["ppo", "dapo"])
 def test_a_stopped_and_resumed_run_equals_the_whole_one(tmp_path, monkeypatch, options):
-    monkeypatch.setattr(trainer, "StopRequest", StopInTheMiddle)
-    monkeypatch.setattr(StopInTheMiddle, "asked", 0)
+    moments = Moments(monkeypatch)
     whole = runs.train(tmp_path / "whole", *STEADY, *options)
-    monkeypatch.setattr(StopInTheMiddle, "at", StopInTheMiddle.asked // 2)
-    monkeypatch.setattr(StopInTheMiddle, "asked", 0)
+    moments.at, moments.passed = moments.passed // 2, 0
     with pytest.raises(trainer.Stopped):
         runs.train(tmp_path / "cut", *STEADY, *options)
-    monkeypatch.setattr(StopInTheMiddle, "at", None)
+    moments.at = None
     runs.resume(tmp_path / "cut")
     assert runs.lines(tmp_path / "cut") == runs.lines(whole)
     weights = runs.weights(whole)

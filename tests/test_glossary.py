@@ -10,6 +10,12 @@ from tests import runs
 
 PLACES = ("door", "desk 1", "bed 1", "sofa 1", "kitchen", "bedroom", "livingroom", "countertop 1")
 FEW = ["train.updates=2", "sft.updates=0", "eval.tasks=2"]
+# Long responses in small bursts: some are in progress whenever weights arrive.
+BURST = [
+    *("rollout.max_response_tokens=32", "rollout.max_tokens=160", "rollout.tasks_per_update=4"),
+    *("train.micro_tokens=320", "train.max_lag=2", "rollout.publish=burst", "rollout.burst=1"),
+    "train.updates=8",
+]
 NOT_METRICS = {"update", "time"}
 
 
@@ -37,6 +43,8 @@ def produced(tmp_path_factory):
         # Dynamic sampling, and samplers that are too far off.
         "dapo": ["algorithm.name=dapo", "rollout.max_refills=1", "algorithm.dual_clip=3.0"],
         "decoupled": ["algorithm.loss=decoupled_ppo", "algorithm.entropy_source=learner"],
+        # Weights that go live inside responses.
+        "burst": BURST,
         # A warm start on chats, whose held-out part is measured.
         "chats": ["sft.updates=1", f"sft.data={chats}", "sft.holdout=0.25", "train.updates=1"],
     }

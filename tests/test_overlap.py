@@ -42,7 +42,12 @@ def test_a_run_with_a_lag_trains_every_group_once_and_says_how_it_went(tmp_path)
 def test_new_weights_inside_responses_are_versioned_measured_and_bounded(tmp_path, limit):
     options = ["rollout.publish=burst", f"rollout.max_stale_gap={limit}", "rollout.burst=1"]
     lengths = ["rollout.max_response_tokens=32", "rollout.max_tokens=160", "train.micro_tokens=320"]
-    sizes = ["rollout.tasks_per_update=4", "train.learning_rate=0.01", "train.updates=8"]
+    sizes = [
+        "rollout.tasks_per_update=4",
+        "train.learning_rate=0.01",
+        "train.updates=8",
+        "env.options.latency=0",
+    ]
     run = runs.train(tmp_path / "run", *runs.HOUSE, *LAG, *options, *lengths, *sizes, "sft.updates=0")
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "stale_gap" in line]
     assert lines and all(line["recompiles"] == 0 for line in lines)

@@ -1,6 +1,5 @@
 """A run that was stopped or killed, and resumed, equals the run that was not: bit for bit."""
 
-import os
 import random
 import signal
 import time
@@ -9,10 +8,9 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.metrics import read_metrics
-from empg_jax.rollout.collector import Collector
 from empg_jax.run.consumed import read_consumed
-from empg_jax.run.process import StopRequest
 from tests import runs
+from tests.moments import Moments
 
 STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9", "log.rollouts_every=1"]
 
@@ -21,32 +19,6 @@ STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9", "log.r
 def _compiled(tmp_path_factory):
     with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
         yield
-
-
-class Moments:
-    """Counts the updates of the warm start and the rounds of training episodes: they do not depend on time.
-
-    Attributes:
-      at: the moment at which the process gets a real SIGTERM; None is never.
-    """
-
-    at, passed = None, 0
-
-    def __init__(self, patch):
-        self.count_before(patch, StopRequest, "__call__", lambda stop: True)  # asked by the warm start only
-        self.count_before(patch, Collector, "advance", lambda collector: collector._stream == 0)
-
-    def count_before(self, patch, kind, name, is_counted):
-        method = getattr(kind, name)
-
-        def counted(this, *args):
-            if is_counted(this):
-                self.passed += 1
-                if self.passed == self.at:
-                    os.kill(os.getpid(), signal.SIGTERM)
-            return method(this, *args)
-
-        patch.setattr(kind, name, counted)
 
 
 @pytest.fixture

@@ -57,6 +57,7 @@ def test_the_summary_says_what_happened(run):
     summary = json.loads((run / "summary.json").read_text())
     lines = read_metrics(run / "metrics.jsonl")
     assert summary["eval_tasks"] == 8 and summary["updates"] == 3
+    assert len(summary["weights_before"]) == 16
     assert 0 <= summary["eval_success_before"] <= 1 and 0 <= summary["eval_success_after"] <= 1
     assert summary["eval_entropy_before"] != summary["eval_entropy_after"]
     assert summary["recompiles_after_warmup"] == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from empg_jax.models.decoder import DecoderConfig, compute_values, forward, output_embedding
 from empg_jax.models.head import compute_head
@@ -37,6 +37,7 @@ def compute_outputs(
     segment_ids: Int[Array, "B T"],
     temperature: float = 1.0,
     *,
+    loss_mask: Bool[Array, "B T"] | None = None,
     has_critic: bool = False,
     detach_critic: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"] | None]:
@@ -54,6 +55,7 @@ def compute_outputs(
       positions: position inside the segment.
       segment_ids: number of the packed sequence in the row, from 1; 0 is padding.
       temperature: the rollout temperature; divides the logits.
+      loss_mask: the tokens whose log-prob and entropy are read; those of the others may be 0. None: all.
       has_critic: also compute the value of the state that each token was drawn in.
       detach_critic: stop the value's gradient at the head, so that it does not reach the decoder.
 
@@ -64,7 +66,8 @@ def compute_outputs(
     weights = output_embedding(params).astype(model.dtype)
     # Rolled, not sliced: where time is split over devices, every device keeps a part of equal length.
     predicted = jnp.roll(tokens, -1, axis=1)
-    logprobs, entropies = compute_head(hidden, weights, predicted, temperature)
+    mask = None if loss_mask is None else jnp.roll(loss_mask, -1, axis=1)
+    logprobs, entropies = compute_head(hidden, weights, predicted, temperature, mask=mask)
     state = jax.lax.stop_gradient(hidden) if detach_critic else hidden
     values = _shift(compute_values(params, state)) if has_critic else None
     return _shift(logprobs), _shift(entropies), values

@@ -228,9 +228,14 @@ class _Spec:
     max_kl: float
 
     def outputs(
-        self, params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        loss_mask: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Compute log-probs, entropies and, with a critic, values of every token of some rows."""
+        """Compute log-probs, entropies and, with a critic, values of the sampled tokens of some rows."""
         has_critic = self.algorithm.value_loss is not None
         return compute_outputs(
             params,
@@ -239,6 +244,7 @@ class _Spec:
             positions,
             segment_ids,
             self.temperature,
+            loss_mask=loss_mask,
             has_critic=has_critic,
             detach_critic=self.algorithm.detach_critic,
         )
@@ -269,9 +275,8 @@ class _Spec:
         probe = self.micro(batch.tokens, jnp.int32(0))
 
         def score_rows(index: jax.Array) -> dict[str, jax.Array]:
-            rows = [
-                self.micro(getattr(batch, name), index) for name in ("tokens", "positions", "segment_ids")
-            ]
+            names = ("tokens", "positions", "segment_ids", "loss_mask")
+            rows = [self.micro(getattr(batch, name), index) for name in names]
             logprobs, entropies, values = self.outputs(params, *rows)
             found = {"old_logprobs": logprobs, "entropies": entropies}
             if values is not None:
@@ -314,7 +319,9 @@ class _Spec:
             rows_scores = jax.tree.map(lambda leaf: self.micro(leaf, index), scores)
             advantages, weights = self.micro(credit.advantages, index), self.micro(credit.loss_weights, index)
             policy = combine(base or {}, params)
-            logprobs, entropies, values = self.outputs(policy, rows.tokens, rows.positions, rows.segment_ids)
+            logprobs, entropies, values = self.outputs(
+                policy, rows.tokens, rows.positions, rows.segment_ids, rows.loss_mask
+            )
             per_token, metrics = self.algorithm.loss(logprobs, entropies, rows, rows_scores, advantages)
             if values is not None:
                 targets = self.micro(credit.value_targets, index)

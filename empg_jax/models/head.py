@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from empg_jax.parallel.layout import constrain, gather_weight, num_shards, shard_weight
 
@@ -21,6 +21,7 @@ from empg_jax.parallel.layout import constrain, gather_weight, num_shards, shard
 # H100 60 ms instead of 99 ms.
 SLABS = {"cpu": 2**24}
 LARGE_SLAB = 2**28
+MIN_BLOCK = 64  # tokens; smaller products would not pay for the rest that they save
 # Logit of a padded vocabulary entry, and initial value of running maxima. It is finite, and its exp is 0.
 LOWEST = -1e30
 
@@ -31,6 +32,7 @@ def compute_head(
     tokens: Int[Array, "*M"],
     temperature: float = 1.0,
     slab: int | None = None,
+    mask: Bool[Array, "*M"] | None = None,
 ) -> tuple[Float[Array, "*M"], Float[Array, "*M"]]:
     """Compute log-probability and full-vocabulary entropy of each token; both have gradients.
 
@@ -45,11 +47,21 @@ def compute_head(
       tokens: the tokens to score.
       temperature: divides the logits.
       slab: largest number of logits in memory at one time on a device; default by platform (`slab_size`).
+      mask: the tokens whose results are read; the others may be left out, and are then 0. Agents sample a
+        small part of their rows' tokens. Rows that are split over devices are computed whole.
 
     Returns:
       ``(logprobs, entropies)`` in float32, entropies in nats.
     """
-    chunks = num_chunks(tokens.size, weights.shape[0], slab or slab_size())
+    slab = slab or slab_size()
+    if mask is not None and (blocks := num_blocks(tokens.size)) > 1:
+        size = tokens.size // blocks
+        states, chunks = hidden.reshape(-1, hidden.shape[-1]), num_chunks(size, weights.shape[0], slab)
+        found = _masked_head(
+            states, weights, tokens.reshape(-1), mask.reshape(-1), temperature, chunks, blocks
+        )
+        return found[0].reshape(tokens.shape), found[1].reshape(tokens.shape)
+    chunks = num_chunks(tokens.size, weights.shape[0], slab)
     if num_shards("time") > 1:  # flattening two split axes into one would gather the states
         return _head(hidden, weights, tokens, temperature, chunks)
     flat = hidden.reshape(-1, hidden.shape[-1]), weights, tokens.reshape(-1)  # faster products on CPUs
@@ -73,6 +85,14 @@ def num_chunks(num_tokens: int, vocab: int, slab: int) -> int:
         if vocab % (candidate * (shards if vocab % shards == 0 else 1)) == 0:
             return candidate
     return min(chunks, vocab)
+
+
+def num_blocks(num_tokens: int) -> int:
+    """Return the number of blocks of tokens that are computed or left out; 1 where all are computed."""
+    if num_shards("rows") * num_shards("time") > 1:  # each device has its own tokens, and all work in step
+        return 1
+    fitting = (n for n in (16, 8, 4, 2) if num_tokens % n == 0 and num_tokens // n >= MIN_BLOCK)
+    return next(fitting, 1)
 
 
 def _chunked(weights: Array, chunks: int) -> Array:
@@ -202,3 +222,76 @@ def _head_backward(
 
 
 _head.defvjp(_head_forward, _head_backward)
+
+
+# ------------------------------------------------------------------------------- some of the tokens only
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _masked_head(
+    hidden: Array,
+    weights: Array,
+    tokens: Array,
+    mask: Array,
+    temperature: float,
+    chunks: int,
+    blocks: int,
+) -> tuple[Array, Array]:
+    """Compute the head of the tokens in the mask, block by block; zero elsewhere. Arrays are ``[M ...]``."""
+    return _masked_forward(hidden, weights, tokens, mask, temperature, chunks, blocks)[0]
+
+
+def _blocks_of(mask: Array, blocks: int) -> tuple[Array, Array]:
+    """Return the places of all tokens ``[blocks, M / blocks]``, masked ones first, and the blocks in use."""
+    order = jnp.argsort(jnp.logical_not(mask), stable=True).reshape(blocks, -1)
+    return order, -(-jnp.sum(mask, dtype=jnp.int32) // order.shape[1])
+
+
+def _masked_forward(
+    hidden: Array,
+    weights: Array,
+    tokens: Array,
+    mask: Array,
+    temperature: float,
+    chunks: int,
+    blocks: int,
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    order, used = _blocks_of(mask, blocks)
+
+    def step(block: Array, found: Array) -> Array:
+        rows = order[block]
+        outputs, saved = _head_forward(hidden[rows], weights, tokens[rows], temperature, chunks)
+        return found.at[rows].set(jnp.stack([*outputs, *saved[3:]], axis=-1))
+
+    nothing = jnp.zeros((*tokens.shape, 4), wide_type(hidden.dtype))
+    # The number of rounds depends on the data: a while loop, which the backward pass repeats by itself.
+    found = jax.lax.fori_loop(jnp.int32(0), used, step, nothing)
+    # A block's rest holds tokens outside the mask: what was computed for them is not promised to anyone.
+    logprobs, entropies = (jnp.where(mask, found[:, i], jnp.zeros((), found.dtype)) for i in range(2))
+    return (logprobs, entropies), (hidden, weights, tokens, mask, found[:, 2], found[:, 3])
+
+
+def _masked_backward(
+    temperature: float,
+    chunks: int,
+    blocks: int,
+    residuals: tuple[Array, ...],
+    cotangents: tuple[Array, Array],
+) -> tuple[Array, Array, None, None]:
+    hidden, weights, tokens, mask, normalizer, mean_logit = residuals
+    order, used = _blocks_of(mask, blocks)
+    slopes = [jnp.where(mask, each, jnp.zeros((), each.dtype)) for each in cotangents]
+    wide = wide_type(hidden.dtype)
+
+    def step(block: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        rows, (d_hidden, d_weights) = order[block], sums
+        saved = hidden[rows], weights, tokens[rows], normalizer[rows], mean_logit[rows]
+        here, d_table, _ = _head_backward(temperature, chunks, saved, (slopes[0][rows], slopes[1][rows]))
+        return d_hidden.at[rows].set(here), d_weights + d_table.astype(wide)
+
+    zeros = jnp.zeros_like(hidden), jnp.zeros(weights.shape, wide)
+    d_hidden, d_weights = jax.lax.fori_loop(jnp.int32(0), used, step, zeros)
+    return d_hidden, d_weights.astype(weights.dtype), None, None
+
+
+_masked_head.defvjp(_masked_forward, _masked_backward)

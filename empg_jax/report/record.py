@@ -34,6 +34,8 @@ class RunRecord:
       sft_data: hash of the warm start's data; empty for demonstrations (recorded again on resume), None
       before.
       sft_eval_loss: the last held-out loss of the warm start, in nats per token.
+      weights_before: checksum of the weights that RL starts from; None before. Runs with the same one can be
+        paired.
       panels: results by time, ``before`` and ``after``.
       tokens_sampled: sampled tokens of the trajectories that were trained on.
       trajectories: number of episodes by ``status:reason``.
@@ -50,6 +52,7 @@ class RunRecord:
     sft_update: int = 0
     sft_data: str | None = None
     sft_eval_loss: float | None = None
+    weights_before: str | None = None
     panels: dict[str, PanelResult] = dataclasses.field(default_factory=dict)
     tokens_sampled: int = 0
     trajectories: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -88,6 +91,8 @@ class RunRecord:
         found: dict[str, Any] = {"sft_data": self.sft_data} if self.sft_data else {}
         if self.sft_eval_loss is not None:
             found["sft_eval_loss"] = self.sft_eval_loss
+        if self.weights_before is not None:
+            found["weights_before"] = self.weights_before
         for when, panel in self.panels.items():
             found |= {f"{name}_{when}": value for name, value in panel.metrics.items()}
             found |= {"eval_tasks": len(panel.wins), "updates": panel.update, f"eval_wins_{when}": panel.wins}

@@ -165,9 +165,8 @@ class Collector:
         """Wait for the answers of exactly these slots; others that arrive are kept for later rounds."""
         handles = {self._first_handle + slot for slot in slots}
         if not handles <= {self._first_handle + slot for slot in self._waiting}:
-            raise ScheduleError(
-                f"slots {list(slots)} should answer now, but only {sorted(self._waiting)} can"
-            )
+            able = sorted(self._waiting)
+            raise ScheduleError(f"slots {list(slots)} should answer in this round, but only {able} can")
         while not handles <= self._early.keys():
             for reply in self.pool.poll(1.0, within=self._handles):
                 self._early[reply.handle] = reply

@@ -13,6 +13,8 @@ import signal
 import time
 
 MARK = "EMPG_WORKER"  # the environment variable that marks a worker's descendants
+KERNEL = {0, 2}  # parents of the kernel's own threads
+LOOKS = 5  # looks at processes that show no variables, as one does while it starts another program
 SECONDS = 0.5  # granted to the kernel to end them, and to find those that fork meanwhile
 
 
@@ -24,20 +26,24 @@ def end_descendants(pid: int, mark: str) -> int:
       mark: the value of `MARK` that only this process and its descendants have; empty for none.
     """
     ended: set[int] = set()
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        found = _find(pid, mark) - {os.getpid(), pid}
+    end, looks = time.monotonic() + SECONDS, LOOKS
+    while time.monotonic() < end or looks == LOOKS:
+        found, is_sure = _find(pid, mark)
+        found -= {os.getpid(), pid}
+        looks -= 1
         for number in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(number, signal.SIGKILL)
-        if not found:
+        if not found and (is_sure or looks <= 0):
             break
         ended |= found
-        time.sleep(0.002)
+        time.sleep(0.002 if found else 0.01)
     return len(ended)
 
 
-def _find(pid: int, mark: str) -> set[int]:
+def _find(pid: int, mark: str) -> tuple[set[int], bool]:
+    """Find the descendants; the second value is False if a process hid whether it is one."""
+    is_sure = True
     children: dict[int, list[int]] = {}
     found = set()
     needle = f"{MARK}={mark}".encode()
@@ -49,15 +55,18 @@ def _find(pid: int, mark: str) -> set[int]:
                 continue
             children.setdefault(int(parent), []).append(int(name))
             with open(f"/proc/{name}/environ", "rb") as environ:
-                if mark and needle in environ.read().split(b"\0"):
-                    found.add(int(name))
+                variables = environ.read()
+            if mark and needle in variables.split(b"\0"):
+                found.add(int(name))
+            elif not variables and int(parent) not in KERNEL:
+                is_sure = False
     waiting = [pid, *found]
     while waiting:
         for child in children.get(waiting.pop(), ()):
             if child not in found:
                 found.add(child)
                 waiting.append(child)
-    return found
+    return found, is_sure
 
 
 def _list_processes() -> list[str]:

@@ -60,6 +60,39 @@ def test_gradients_equal_full_logits_in_float64(vocab, chunks, temperature):
             np.testing.assert_allclose(one, other, atol=1e-12)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("slab", [None, 128 * 8])
+def test_only_the_tokens_in_a_mask_are_computed(share, slab):
+    """Values and gradients equal those of the whole head, and garbage elsewhere changes nothing."""
+    count = 1024
+    hidden, weights, tokens = map(jnp.asarray, make_inputs(count, vocab=24))
+    mask = np.random.default_rng(1).random(count) < share
+    mix = jnp.where(mask, jnp.arange(1, count + 1, dtype=jnp.float32) / count, 0.0)
+
+    def loss(hidden, weights, mask):
+        logprobs, entropies = compute_head(hidden, weights, tokens, 0.7, slab, mask)
+        return jnp.sum(mix * logprobs + mix**2 * entropies), (logprobs, entropies)
+
+    slopes = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    garbage = jnp.where(mask[:, None], hidden, jnp.float32(1e3))
+    (value, found), some = slopes(garbage, weights, jnp.asarray(mask))
+    (expected, whole), every = slopes(hidden, weights, None)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for one, other in zip(found, whole, strict=True):
+        np.testing.assert_allclose(one, np.where(mask, other, 0.0), atol=1e-5)
+    for one, other in zip(some, every, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+    assert not np.asarray(some[0])[~mask].any()
+
+
+def test_a_small_share_of_tokens_takes_a_small_share_of_blocks():
+    order, used = head._blocks_of(jnp.arange(1024) % 10 == 0, 16)
+    assert int(used) == 2 and order.shape == (16, 64)
+    assert sorted(np.asarray(order).ravel()) == list(range(1024))
+    assert set(np.asarray(order).ravel()[:103] % 10) == {0}
+    assert [head.num_blocks(n) for n in (64, 128, 192, 1024, 4096)] == [1, 2, 2, 16, 16]
+
+
 def test_a_certain_token_and_a_uniform_choice():
     # Uniform over 8: logprob -ln 8, entropy ln 8. Certain: both 0, with logits far beyond exp's range.
     uniform = compute_head(jnp.zeros((1, 2)), jnp.ones((8, 2)), jnp.array([3]))

@@ -7,7 +7,7 @@ from tests.episodes import Episodes
 
 
 def test_a_record_survives_a_checkpoint():
-    record = RunRecord(phase="rl", sft_update=3, sft_data="ab", sft_eval_loss=0.5, rollbacks_in_a_row=1)
+    record = RunRecord(phase="rl", sft_update=3, sft_data="ab", sft_eval_loss=0.5, weights_before="cd")
     record.panels["before"] = PanelResult(0, {"eval_success": 0.5}, "10")
     record.count([Episodes().transcript([(2, 3), (1, 4)])], {"trained:won": 1, "discarded:timeout": 2})
     assert RunRecord.from_json(json.loads(json.dumps(record.as_json()))) == record
@@ -19,8 +19,9 @@ def test_the_summary_tells_totals_and_panels_and_hides_the_bookkeeping():
     for update, when in ((0, "before"), (5, "after")):
         record.panels[when] = PanelResult(update, {"eval_success": 0.1 * update}, "01")
         record.count([Episodes().transcript([(2, 3)])], {"trained:won": update, "discarded:timeout": 1})
-    record.recompiles_after_warmup = 0
+    record.recompiles_after_warmup, record.weights_before = 0, "cd"
     assert record.summary() == {
+        "weights_before": "cd",
         "eval_success_before": 0.0,
         "eval_success_after": 0.5,
         "eval_wins_before": "01",

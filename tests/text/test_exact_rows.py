@@ -64,7 +64,8 @@ def play(renderer, observations, said, has_system=False):
         held = np.concatenate([prompt, tokens])
         zeros = np.zeros(len(tokens), np.float32)
         reason = "stop" if response.is_stopped else "length"
-        episode.on_response(Response(0, prompt, tokens, zeros, zeros, 0, reason), response.text)
+        versions = np.zeros(len(tokens), np.int32)
+        episode.on_response(Response(0, prompt, tokens, zeros, zeros, versions, reason), response.text)
         delta = episode.on_step(observation, 0.0, False, False, {})
         messages += [
             {"role": "assistant", "content": response.text},

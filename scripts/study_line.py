@@ -1,0 +1,128 @@
+"""The line of a finished run: everything that the report needs, read from the run's folder."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from study_numbers import area, updates_to
+
+import empg_jax
+from empg_jax.metrics import read_metrics
+from empg_jax.report.curves import held_out_points
+
+ROOT = Path(empg_jax.__file__).parents[1]
+LEVEL = 0.6  # of updates_to_60
+# What the pictures and the claims need of every update.
+SERIES = (
+    "success_rate",
+    "entropy",
+    "turn_entropy_mean",
+    "advantage_positive",
+    "advantage_negative",
+    "grad_norm",
+    "entropy_drift_predicted",
+    "entropy_drift_measured",
+    "mixed_groups",
+    "modulation_std",
+)
+
+
+class Incomplete(ValueError):
+    """A run that ended without an error and yet lacks what a line needs."""
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read what a finished run says of itself.
+
+    Returns:
+      The entries of a line that come from the run's folder; values are rounded to 5 digits.
+
+    Raises:
+      Incomplete: the summary, the weights' checksum or a point of the curve is missing.
+    """
+    path = folder / "summary.json"
+    if not path.exists():
+        raise Incomplete(f"{path} is missing")
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    records = read_metrics(folder / "metrics.jsonl")
+    curve = [(update, value) for update, value in held_out_points(folder, records).items()]
+    known = {update for update, value in curve if math.isfinite(value)}
+    missing = sorted({0, summary["updates"], *dict(curve)} - known)
+    if missing or "weights_before" not in summary:
+        what = f"held-out success after updates {missing}" if missing else "weights_before"
+        raise Incomplete(f"{folder} lacks {what}")
+    return {
+        **_environment(folder),
+        "updates": summary["updates"],
+        "wall_seconds": summary["wall_seconds"]["total"],
+        "weights_before": summary["weights_before"],
+        "eval_tasks": summary["eval_tasks"],
+        "curve": [[update, _short(value)] for update, value in curve],
+        "area": area(curve),
+        "updates_to_60": updates_to(curve, LEVEL),
+        "end_success": curve[-1][1],
+        "end_tasks": summary["eval_tasks"],
+        "series": {
+            "update": [record["update"] for record in records],
+            **{name: [_short(record.get(name)) for record in records] for name in SERIES},
+        },
+    }
+
+
+def describe_failure(code: int, log: Path) -> str:
+    """Describe a failure in a line: the exit code and the last lines of the log."""
+    ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    last = [line.strip() for line in text.splitlines() if line.strip()][-3:]
+    return ": ".join([ended, " / ".join(last)[-600:]]) if last else ended
+
+
+def has_changes() -> bool | None:
+    """Whether the checkout differs from its commit, results of studies aside; None outside of a checkout."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":(exclude)scripts/studies"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return bool(done.stdout.strip()) if done.returncode == 0 else None
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    """Versions and hardware of the run's attempts: of the newest, and every commit that took part."""
+    paths = sorted(folder.glob("environment*.json"), key=lambda path: (len(path.name), path.name))
+    found: Sequence[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if not found:
+        raise Incomplete(f"{folder} has no environment.json")
+    last = found[-1]
+    git = [each["git"] or {} for each in found]
+    return {
+        "commit": git[-1].get("commit"),
+        "commits": list(dict.fromkeys(each.get("commit") for each in git)),
+        "versions": {"python": last["python"], **last["packages"]},
+        "hardware": {
+            "processor": _processor(),
+            "cpus": last["cpus"],
+            "devices": last["devices"],
+            "platform": last["platform"],
+        },
+    }
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

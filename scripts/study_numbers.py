@@ -1,0 +1,155 @@
+"""The numbers of a study: areas, intervals and tests of paired runs, as pure functions.
+
+Whatever draws random numbers draws them from a fixed seed, so that the same runs give the same report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+RESAMPLES = 10_000  # of a bootstrap
+EXACT_PAIRS = 16  # up to here every one of the 2^n signs is tried
+SIGNS = 100_000  # signs that are sampled beyond
+POWER, LEVEL = 0.8, 0.05
+
+Curve = Sequence[tuple[int, float]]  # updates, ascending, and the success after them
+Statistic = Callable[[np.ndarray], np.ndarray]  # over the last axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """What pairs of runs say about two arms: the mean over tasks of the mean difference over seeds.
+
+    Attributes:
+      pairs: number of pairs over all tasks.
+      mean: the difference.
+      low, high: 95 % bootstrap interval, seeds resampled within each task; NaN below two pairs in a task.
+      p: two-sided p-value of the sign-flip test.
+      sd: standard deviation of the differences within a task (root mean square over tasks).
+      detectable: the smallest true difference that such pairs find with 80 % power at the 5 % level.
+    """
+
+    pairs: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    sd: float
+    detectable: float
+
+
+def area(curve: Curve) -> float:
+    """The mean height of the curve over updates: trapezoids, divided by the last update; in [0, 1].
+
+    A single point is its own mean.
+    """
+    if len(curve) == 1:
+        return curve[0][1]
+    pieces = [(b - a) * (x + y) / 2 for (a, x), (b, y) in itertools.pairwise(curve)]
+    return sum(pieces) / (curve[-1][0] - curve[0][0])
+
+
+def updates_to(curve: Curve, level: float) -> float | None:
+    """The update at which the curve, linear between its points, first reaches a level; None if never."""
+    if curve[0][1] >= level:
+        return float(curve[0][0])
+    for (a, x), (b, y) in itertools.pairwise(curve):
+        if y >= level:
+            return a + (b - a) * (level - x) / (y - x)
+    return None
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """The mean of the middle half over the last axis: n // 4 values are left out at each end."""
+    ordered = np.sort(np.asarray(values, np.float64), axis=-1)
+    cut = ordered.shape[-1] // 4
+    return ordered[..., cut : ordered.shape[-1] - cut].mean(axis=-1)
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the last axis."""
+    return np.asarray(values, np.float64).mean(axis=-1)
+
+
+def bootstrap(
+    tasks: Sequence[np.ndarray], statistic: Statistic = mean, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean over tasks of a statistic, seeds resampled within each task.
+
+    Returns:
+      Lower and upper bound; NaN where a task has fewer than two values, since there is nothing to resample.
+    """
+    if not tasks or min(map(len, tasks)) < 2:
+        return math.nan, math.nan
+    generator, total = np.random.default_rng(0), np.zeros(resamples)
+    for values in tasks:
+        values = np.asarray(values, np.float64)
+        total += statistic(values[generator.integers(len(values), size=(resamples, len(values)))])
+    low, high = np.quantile(total / len(tasks), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def sign_flip(tasks: Sequence[np.ndarray]) -> float:
+    """The two-sided p-value of paired differences: how often random signs give a mean at least this large.
+
+    Under the hypothesis of no effect each difference is as likely as its negative. All signs are tried for up
+    to 16 pairs; beyond, 100,000 are sampled, and the observed ones count as one more.
+    """
+    parts = [np.asarray(values, np.float64) / (len(tasks) * len(values)) for values in tasks]
+    terms = np.concatenate(parts)
+    # A sum in another order may be off by rounding and is still the same sum.
+    bound = abs(terms.sum()) - 1e-12
+    if len(terms) <= EXACT_PAIRS:
+        sums = np.zeros(1)
+        for term in terms:
+            sums = np.concatenate([sums + term, sums - term])
+        return float(np.mean(np.abs(sums) >= bound))
+    signs = np.random.default_rng(0).integers(0, 2, size=(SIGNS, len(terms)), dtype=np.int8) * 2 - 1
+    return float((1 + np.sum(np.abs(signs @ terms) >= bound)) / (1 + SIGNS))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values of a family, in the given order; NaN stays and counts for nothing."""
+    known = [number for number, p in enumerate(p_values) if not math.isnan(p)]
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, number in enumerate(sorted(known, key=lambda number: p_values[number])):
+        largest = max(largest, min(1.0, (len(known) - rank) * p_values[number]))
+        adjusted[number] = largest
+    return adjusted
+
+
+def detectable(standard_error: float) -> float:
+    """The true difference found with 80 % power at the two-sided 5 % level (normal approximation)."""
+    normal = NormalDist()
+    return (normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)) * standard_error
+
+
+def compare(tasks: Sequence[np.ndarray]) -> Difference:
+    """Describe paired differences, one array over seeds per task; tasks without a pair are left out."""
+    tasks = [np.asarray(values, np.float64) for values in tasks if len(values)]
+    if not tasks:
+        return Difference(0, *[math.nan] * 6)
+    center = float(np.mean([values.mean() for values in tasks]))
+    low, high = bootstrap(tasks)
+    sd = error = math.nan
+    if min(map(len, tasks)) > 1:
+        variances = [float(values.var(ddof=1)) for values in tasks]
+        sd = math.sqrt(sum(variances) / len(tasks))
+        shares = [each / len(values) for each, values in zip(variances, tasks, strict=True)]
+        error = math.sqrt(sum(shares)) / len(tasks)
+    return Difference(sum(map(len, tasks)), center, low, high, sign_flip(tasks), sd, detectable(error))
+
+
+def correlation(first: Sequence[float | None], second: Sequence[float | None]) -> float:
+    """Pearson's correlation over the places where both are known; NaN where one of them is constant."""
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    x, y = np.array(pairs, np.float64).reshape(-1, 2).T
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])

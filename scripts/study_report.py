@@ -1,0 +1,218 @@
+"""The report of a study in Markdown: what was registered, what was run, and what it shows."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterable, Sequence
+
+from study_ledger import Line
+from study_numbers import RESAMPLES, SIGNS
+from study_plan import Study
+from study_results import (
+    Comparison,
+    Results,
+    average,
+    compare_arms,
+    correlation_of,
+    describe_cell,
+    gather,
+    mean_of_part,
+)
+
+ALL = "all tasks"
+
+
+def write_report(study: Study, lines: Sequence[Line]) -> str:
+    """Write the report; it depends on nothing but its arguments."""
+    results = gather(study, lines)
+    parts = [
+        f"# Study: {study.folder.resolve().name}",
+        f"Registered before the first run:\n\n```yaml\n{study.registration}\n```",
+        _runs(results),
+        _cells(results),
+        _primary(results),
+        _secondary(results),
+        _series(results),
+        _left_out(results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _runs(results: Results) -> str:
+    study = results.study
+    planned = len(list(study.triples()))
+    counts = f"{len(results.finished)} of {planned} runs are finished, {len(results.failed)} failed"
+    text = [f"## Runs\n\n{counts}, {len(results.missing)} are missing."]
+    if results.strangers:
+        text.append(f"{results.strangers} runs of other tasks, arms or seeds are left out.")
+    made = collections.Counter(map(_circumstances, results.finished.values()))
+    rows = [[*where, str(count)] for where, count in sorted(made.items())]
+    if rows:
+        text.append("\n" + _table(["commit", "versions", "hardware", "runs"], rows))
+    days = sorted(line["date"][:10] for line in results.finished.values())
+    if days:
+        text.append(f"\nFinished from {days[0]} to {days[-1]} (UTC).")
+    return "\n".join(text)
+
+
+def _circumstances(line: Line) -> tuple[str, str, str]:
+    commits = " to ".join(str(commit)[:9] for commit in line["commits"])
+    versions = line["versions"]
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("python", "jax", "jaxlib") if name in versions)
+    hardware = line["hardware"]
+    where = f"{hardware['cpus']} x {hardware['processor']}, {', '.join(hardware['devices'])}"
+    return commits + (" with changes" if line["dirty"] else ""), shown, where
+
+
+def _cells(results: Results) -> str:
+    rows = []
+    for task in results.study.tasks:
+        for arm in results.study.arms:
+            cell = describe_cell(results, task, arm)
+            if cell is None:
+                rows.append([task, arm, "0", *["-"] * 7])
+                continue
+            rows.append(
+                [
+                    task,
+                    arm,
+                    str(cell.runs),
+                    f"{_points(cell.area)} {_interval(cell.area_interval)}",
+                    _points(cell.area_iqm),
+                    _points(cell.start),
+                    f"{_points(cell.end)} {_interval(cell.end_interval)}",
+                    f"{_number(cell.updates_to_60, 0)} ({cell.reached} of {cell.runs})",
+                    _number(cell.wall_seconds, 0),
+                    _number(cell.cpu_seconds, 0),
+                ]
+            )
+    heads = ["task", "arm", "seeds", "area under the held-out curve", "area, IQM", "success before RL"]
+    heads += ["success at the end", "updates to 60 %, median (reached)", "wall s", "CPU s"]
+    tasks = sorted({line["end_tasks"] for line in results.finished.values()})
+    note = f"In per cent, means over seeds with 95 % bootstrap intervals ({RESAMPLES:,} resamples of seeds). "
+    note += f"The end is measured on {' or '.join(map(str, tasks)) or 'no'} held-out tasks."
+    return f"## Results by task and arm\n\n{note}\n\n{_table(heads, rows)}"
+
+
+def _primary(results: Results) -> str:
+    rows = []
+    for each in compare_arms(results, "area"):
+        found = each.difference
+        rows.append(
+            [
+                *_who(each),
+                str(found.pairs),
+                f"{_signed(found.mean)} {_interval((found.low, found.high), signed=True)}",
+                _p(found.p),
+                _p(each.adjusted),
+                _points(found.sd),
+                _points(found.detectable),
+                f"{results.study.planned_effect:g}",
+            ]
+        )
+    heads = ["task", "comparison", "pairs", "difference", "p", "p, Holm", "sd", "detectable", "registered"]
+    note = (
+        "Differences in the area in points, paired by seed, with 95 % bootstrap intervals over seeds within "
+        f"task. p: two-sided sign-flip test, exact up to 16 pairs, else {SIGNS:,} sampled signs; Holm over "
+        "the comparisons pooled over tasks, and apart from them over those on single tasks. Detectable: the "
+        "smallest true difference found with 80 % power at 5 %, from the observed spread; registered: what "
+        "was expected before the first run."
+    )
+    return f"## Primary measure: paired differences\n\n{note}\n\n{_table(heads, rows)}"
+
+
+def _secondary(results: Results) -> str:
+    rows = []
+    for each in compare_arms(results, "end_success"):
+        found = each.difference
+        interval = _interval((found.low, found.high), signed=True)
+        rows.append([*_who(each), str(found.pairs), f"{_signed(found.mean)} {interval}", _points(found.sd)])
+    heads = ["task", "comparison", "pairs", "difference", "sd"]
+    note = "Success at the end in points, paired by seed; no test, the intervals describe."
+    return f"## Secondary measure: success at the end\n\n{note}\n\n{_table(heads, rows)}"
+
+
+def _series(results: Results) -> str:
+    """What runs show on the way: entropy, exploration, the balance of credit, and the papers' claims."""
+    rows = []
+    for task in results.study.tasks:
+        for arm in results.study.arms:
+            lines = results.lines(task, arm)
+            if not any(line["series"]["update"] for line in lines):
+                continue
+            row = [task, arm]
+            for name, digits in (("turn_entropy_mean", 3), ("mixed_groups", 2), ("advantage_positive", 2)):
+                first = average([mean_of_part(line, name, _first) for line in lines])
+                last = average([mean_of_part(line, name, _last) for line in lines])
+                row.append(f"{_number(first, digits)} to {_number(last, digits)}")
+            row.append(_number(average([mean_of_part(line, "modulation_std", _whole) for line in lines]), 3))
+            for pair in (("grad_norm", "entropy"), ("entropy_drift_predicted", "entropy_drift_measured")):
+                row.append(_number(average([correlation_of(line, *pair) for line in lines]), 2))
+            rows.append(row)
+    heads = ["task", "arm", "turn entropy", "mixed groups", "turns with positive advantage", "modulation sd"]
+    heads += ["gradient norm with entropy, r", "drift predicted with measured, r"]
+    note = (
+        "From the first to the last tenth of the updates (the modulation: all of them), means over seeds; r "
+        "is the correlation over the updates of a run."
+    )
+    return f"## On the way\n\n{note}\n\n{_table(heads, rows)}"
+
+
+def _left_out(results: Results) -> str:
+    lines = [f"- {triple.name} failed: {line['reason']}" for triple, line in results.failed.items()]
+    lines += [
+        f"- the pair {arm}, {against} of {task}, seed {seed}, is left out: {reason}"
+        for (task, seed, arm, against), reason in results.excluded.items()
+    ]
+    if results.missing:
+        lines.append(f"- not run yet: {', '.join(triple.name for triple in results.missing)}")
+    return "## Left out\n\n" + ("\n".join(lines) if lines else "Nothing.")
+
+
+def _first(count: int) -> slice:
+    return slice(0, max(1, count // 10))
+
+
+def _last(count: int) -> slice:
+    return slice(count - max(1, count // 10), count)
+
+
+def _whole(count: int) -> slice:
+    return slice(0, count)
+
+
+# --------------------------------------------------------------------------------------------- formats
+
+
+def _who(each: Comparison) -> list[str]:
+    return [each.task or ALL, f"{each.arm} - {each.against}"]
+
+
+def _number(value: float, digits: int) -> str:
+    if math.isnan(value):
+        return "-"
+    return "not reached" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def _points(value: float) -> str:
+    return _number(100 * value, 1)
+
+
+def _signed(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:+.1f}"
+
+
+def _interval(bounds: tuple[float, float], *, signed: bool = False) -> str:
+    if any(map(math.isnan, bounds)):
+        return ""
+    return "[{}, {}]".format(*map(_signed if signed else _points, bounds))
+
+
+def _p(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}" if value >= 1e-4 else f"{value:.1e}"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)

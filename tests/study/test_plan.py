@@ -1,0 +1,129 @@
+"""The file of a study: what is refused, and that every study here can be run as it stands."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from study_plan import Triple, read_study
+
+from empg_jax.errors import ConfigError
+from tests.study import made_up
+
+STUDIES = sorted(path.parent for path in (made_up.ROOT / "scripts" / "studies").glob("*/study.yaml"))
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return {folder.name: read_study(folder) for folder in STUDIES}
+
+
+def test_seeds_are_outermost(tmp_path):
+    study = made_up.make_study(tmp_path, seeds=(7, 8))
+    names = [triple.name for triple in study.triples()]
+    cells = ["house-plain", "house-aem", "shop-plain", "shop-aem"]
+    assert names == [f"{cell}-{seed}" for seed in (7, 8) for cell in cells]
+    expected = ["webshop_tiny", "eval.every=10", "train.updates=20", "algorithm.name=grpo_aem", "seed=8"]
+    assert study.settings(Triple("shop", "aem", 8)) == expected
+    assert study.load(Triple("shop", "aem", 8)).train.updates == 20
+    assert study.comparisons == (("aem", "plain"),) and study.baseline == "plain"
+
+
+def test_the_registration_is_kept_letter_for_letter(tmp_path):
+    study = made_up.make_study(tmp_path)
+    text = (tmp_path / "study.yaml").read_text()
+    assert study.registration in text
+    assert study.registration.startswith("preregistration:\n") and study.registration.endswith("\n  seeds: 3")
+    assert "all seeds  # and no look before" in study.registration and study.planned_effect == 4
+
+
+def test_a_configuration_of_ones_own_lies_beside_the_study(tmp_path):
+    (tmp_path / "mine.yaml").write_text("env: {name: household, options: {level: tiny}}")
+    study = made_up.make_study(tmp_path, replace={"house: quickstart": "house: mine.yaml"})
+    assert study.load(Triple("house", "plain", 3)).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("overrides: [eval", "overides: [eval", "overides is no key of a study .did you mean overrides"),
+        ("seeds: [3, 4, 5]", "seds: 3", "seds is no key"),
+        ("\nseeds: [3, 4, 5]", "", "has no seeds"),
+        ("\nseeds: [3, 4, 5]", "\nseeds: 3-5", "seeds='3-5' is neither"),
+        ("\nseeds: [3, 4, 5]", "\nseeds: [3, 3, 5]", "a seed comes twice"),
+        ("\nseeds: [3, 4, 5]", "\nseeds: 3..6", "preregistration.seeds=3, but the study has 4 seeds"),
+        ("  question: Which is better?\n", "", "preregistration lacks question"),
+        ("{points: 4}", "a lot", "needs its size as points: NUMBER"),
+        ("grpo_aem]", "grpo_aen]", "(?s)arm aem of house is refused: .*grpo_aen is unknown"),
+        ("grpo_aem]", "grpo]", "the arms plain and aem are the same on house"),
+        ("eval.every=10", "eval.every=0", "house, plain: eval.every=0 leaves no curve"),
+        ("[algorithm.name=grpo]", "algorithm.name=grpo", "arms.plain: .* is no list of overrides"),
+        ("config: webshop_tiny", "configs: webshop_tiny", "tasks.shop: .* is neither a configuration nor"),
+        ("  aem:", "  a/m:", "'a/m' is no name of a folder"),
+        ("\nseeds: [", "\nbaseline: plane\nseeds: [", "there is no arm plane .did you mean plain"),
+        ("\nseeds: [", "\ncomparisons: [[aem, plain, aem]]\nseeds: [", "is no pair of two arms"),
+    ],
+)
+def test_what_is_refused(tmp_path, old, new, told):
+    with pytest.raises(ConfigError, match=told):
+        made_up.make_study(tmp_path, replace={old: new})
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_every_arm_of_a_study_here_loads(folder, shipped):
+    """`read_study` loads every cell; each seed is then the only difference within one."""
+    study = shipped[folder.name]
+    for triple in study.triples():
+        config = study.load(triple)
+        assert config.seed == triple.seed and config.eval.every == 10
+        assert not [note for note in config.notes if "algorithm.empg.zeta=0.05 of" not in note]
+
+
+def test_the_studies_are_those_that_were_planned(shipped):
+    confirm, rates, ablations = (shipped[name] for name in ("confirm", "rates", "ablations"))
+    assert {task.config for task in confirm.tasks.values()} == {"quickstart", "alfworld_tiny", "webshop_tiny"}
+    assert confirm.seeds == tuple(range(100, 116)) and len(list(confirm.triples())) == 16 * 9
+    assert ablations.seeds == tuple(range(200, 208)) and rates.seeds == (50, 51, 52)
+    for one, other in itertools.combinations(shipped.values(), 2):
+        assert not set(one.seeds) & set(other.seeds)  # nothing is confirmed on the seeds it was found on
+    for arm in confirm.arms:
+        modulation = confirm.load(Triple("household", arm, 100)).algorithm.modulation
+        assert modulation == arm.removeprefix("grpo").removeprefix("_") or (arm, modulation) == (
+            "grpo",
+            "none",
+        )
+
+
+def test_rates_are_tuned_on_validation_tasks_alone(shipped):
+    configs = [shipped["rates"].load(Triple("household", arm, 50)) for arm in shipped["rates"].arms]
+    assert [config.train.learning_rate for config in configs] == [5e-4, 1e-3, 2e-3]
+    assert all(config.env.eval_split == "valid" for config in configs) and shipped["rates"].end_tasks is None
+    assert shipped["confirm"].load(Triple("household", "grpo", 100)).env.eval_split == "test"
+
+
+def test_each_ablation_changes_one_key(shipped):
+    study = shipped["ablations"]
+    algorithms = {arm: study.load(Triple("household", arm, 200)).algorithm for arm in study.arms}
+    changed = {}
+    for arm, against in study.comparisons:
+        if against != "grpo":
+            kind = algorithms[arm].modulation
+            mine, theirs = (vars(getattr(algorithms[each], kind)) for each in (arm, against))
+            changed[arm] = {key: value for key, value in mine.items() if value != theirs[key]}
+            assert algorithms[against].modulation == kind
+    assert changed == {
+        "empg_scaling_only": {"zeta": 0},
+        "empg_bonus_only": {"k": 0},
+        "empg_mixed_groups_only": {"mixed_groups_only": True},
+        "empg_shuffled": {"shuffle_seed": 1},
+        "empg_reversed": {"reverse": True},
+        "aem_batch_scope": {"scope": "batch"},
+        "aem_no_dead_zone": {"min_range": 0},
+        "aem_shuffled": {"shuffle_seed": 1},
+        "aem_reversed": {"reverse": True},
+    }
+    assert set(study.arms) == {"grpo", "empg", "aem", *changed}
+
+
+def test_the_page_of_scripts_names_every_study():
+    page = Path(made_up.ROOT / "scripts" / "README.md").read_text()
+    assert all(f"scripts/studies/{folder.name}" in page for folder in STUDIES)

@@ -1,0 +1,174 @@
+"""The report of made-up lines against values worked out by hand."""
+
+import random
+import re
+
+import pytest
+from study_pictures import draw
+from study_report import write_report
+from study_results import compare_arms, gather
+
+from tests.study import made_up
+
+# The success on the way, by arm, for seeds 3, 4 and 5; the areas are 0.3, 0.4, 0.5 and 0.4, 0.6, 0.5.
+CURVES = {
+    "plain": ([0.2, 0.3, 0.4], [0.2, 0.4, 0.6], [0.3, 0.5, 0.7]),
+    "aem": ([0.2, 0.4, 0.6], [0.2, 0.7, 0.8], [0.3, 0.5, 0.7]),
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    return made_up.make_study(tmp_path / "study")
+
+
+@pytest.fixture
+def lines(study):
+    """On the shop every run of AEM has an area 0.1 above that of the plain one."""
+    found = []
+    for triple in study.triples():
+        curve = CURVES[triple.arm][triple.seed - 3]
+        if triple.task == "shop":
+            curve = [0.3, 0.3] if triple.arm == "plain" else [0.3, 0.5]
+        found.append(made_up.line(study, triple, curve))
+    return found
+
+
+def row(text, *cells):
+    """The one row of a table that begins with these cells, as the rest of its cells."""
+    start = "| " + " | ".join(cells) + " | "
+    (found,) = [line for line in text.splitlines() if line.startswith(start)]
+    return found.removeprefix(start).removesuffix(" |").split(" | ")
+
+
+def section(text, title):
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_means_intervals_and_times(study, lines):
+    text = section(write_report(study, lines), "Results by task and arm")
+    plain = row(text, "house", "plain")
+    assert plain == [
+        "3",
+        "40.0 [30.0, 50.0]",
+        "40.0",
+        "23.3",
+        "56.7 [40.0, 70.0]",
+        "20 (2 of 3)",
+        "50",
+        "100",
+    ]
+    assert row(text, "house", "aem")[5] == "20 (3 of 3)"
+    assert row(text, "shop", "plain")[1:6] == [
+        "30.0 [30.0, 30.0]",
+        "30.0",
+        "30.0",
+        "30.0 [30.0, 30.0]",
+        "not reached (0 of 3)",
+    ]
+
+
+def test_paired_differences(study, lines):
+    """On the house 0.1, 0.2 and 0; on the shop 0.1 three times."""
+    text = section(write_report(study, lines), "Primary measure: paired differences")
+    # Of 8 signs of 0.1, 0.2, 0 a sum of 0.3 has 2 + 2; all 6 signs of both tasks: 2 of 0.6, doubled by the 0.
+    house, shop, pooled = (row(text, task, "aem - plain") for task in ("house", "shop", "all tasks"))
+    assert house == ["3", "+10.0 [+0.0, +20.0]", "0.5000", "0.5000", "10.0", "16.2", "4"]
+    assert shop == ["3", "+10.0 [+10.0, +10.0]", "0.2500", "0.5000", "0.0", "0.0", "4"]
+    # sd: root of (0.01 + 0) / 2; detectable: 2.80 x root of (0.01 / 3 + 0) / 2.
+    assert pooled == ["6", "+10.0 [+5.0, +15.0]", "0.0625", "0.0625", "7.1", "8.1", "4"]
+    ends = section(write_report(study, lines), "Secondary measure: success at the end")
+    assert row(ends, "house", "aem - plain")[1].startswith("+13.3 [")
+
+
+def test_the_registration_comes_first_and_verbatim(study, lines):
+    text = write_report(study, lines)
+    assert (
+        text.index(study.registration) < text.index("## ") and f"```yaml\n{study.registration}\n```" in text
+    )
+
+
+def test_a_pair_with_different_starts_is_left_out(study, lines):
+    (odd,) = [each for each in lines if (each["task"], each["arm"], each["seed"]) == ("house", "aem", 4)]
+    odd["weights_before"] = "elsewhere"
+    results = gather(study, lines)
+    assert results.differences("house", "aem", "plain", "area") == pytest.approx([0.1, 0.0])
+    text = write_report(study, lines)
+    told = (
+        "the pair aem, plain of house, seed 4, is left out: the weights before RL differ (elsewhere, start of"
+    )
+    assert told in section(text, "Left out")
+    assert row(section(text, "Primary measure: paired differences"), "house", "aem - plain")[0] == "2"
+    assert row(section(text, "Results by task and arm"), "house", "aem")[0] == "3"  # the run itself counts
+
+
+def test_failed_and_missing_runs_are_told(study, lines):
+    broken = lines[0] | {"status": "failed", "reason": "exit code 1: out of luck"}
+    for key in ("curve", "area", "series", "commits"):
+        del broken[key]
+    text = write_report(study, [broken, *lines[1:-1], {**lines[1], "task": "former"}])
+    assert "10 of 12 runs are finished, 1 failed, 1 are missing." in text
+    assert "1 runs of other tasks, arms or seeds are left out." in text
+    left = section(text, "Left out")
+    assert "- house-plain-3 failed: exit code 1: out of luck" in left
+    assert "seed 3, is left out: no finished run of plain" in left
+    assert "- not run yet: shop-aem-5" in left
+    # Made again, it counts, and nothing tells of the failure any more.
+    assert "12 of 12 runs are finished, 0 failed" in write_report(study, [broken, *lines])
+
+
+def test_a_study_without_runs_has_a_report(study, tmp_path):
+    text = write_report(study, [])
+    assert "0 of 12 runs are finished, 0 failed, 12 are missing." in text
+    assert row(text, "house", "plain") == ["0", *["-"] * 7]
+    draw(study, [], tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").stat().st_size > 10_000
+
+
+def test_holm_is_over_the_comparisons_of_a_family(tmp_path):
+    """One task and two comparisons, of which one is clear: its p-value doubles."""
+    both = "\n  rloo: [algorithm.name=rloo]\nseeds: 0..7\nend_tasks: 256"
+    study = made_up.make_study(
+        tmp_path,
+        seeds=range(8),
+        replace={
+            "  shop: {config: webshop_tiny, overrides: [train.updates=20]}\n": "",
+            f"\nseeds: {list(range(8))}": both,
+        },
+    )
+    heights = {
+        "plain": lambda seed: 0.3,
+        "aem": lambda seed: 0.4,
+        "rloo": lambda seed: 0.2 + 0.2 * (seed % 2),
+    }
+    lines = [made_up.line(study, each, [heights[each.arm](each.seed)] * 2) for each in study.triples()]
+    found = compare_arms(gather(study, lines), "area")
+    assert [(each.task, each.arm) for each in found] == [("house", "aem"), ("house", "rloo")]
+    assert [each.difference.p for each in found] == [2 / 2**8, 1]
+    assert [each.adjusted for each in found] == [4 / 2**8, 1]
+
+
+def test_what_happens_on_the_way(study, lines):
+    for number, each in enumerate(lines):
+        each["series"]["grad_norm"] = [0.2, 0.4, 0.8]
+        each["series"]["entropy_drift_measured"] = [None, None, None]
+        each["series"]["mixed_groups"] = [0.8, 0.5, 0.1 * (number % 2)]
+    text = section(write_report(study, lines), "On the way")
+    assert row(text, "house", "aem") == [
+        "0.100 to 0.400",
+        "0.80 to 0.10",
+        "0.10 to 0.40",
+        "0.233",
+        "1.00",
+        "-",
+    ]
+
+
+def test_the_same_lines_give_the_same_report_and_picture(study, lines, tmp_path):
+    text = write_report(study, lines)
+    draw(study, lines, tmp_path / "one.png")
+    random.Random(0).shuffle(lines)
+    assert write_report(study, lines) == text
+    draw(study, lines, tmp_path / "other.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+    assert not re.search(r"\bnan\b|None", text)
