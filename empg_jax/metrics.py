@@ -211,14 +211,16 @@ class MetricsLog:
         strict: bool = "PYTEST_VERSION" in os.environ,
         filename: str = "metrics.jsonl",
         warn: Callable[[str], None] = _warn,
+        is_written: bool = True,
     ) -> None:
-        self.path = Path(run_dir) / filename
+        self.path = Path(run_dir) / filename if is_written else Path(os.devnull)
+        tensorboard, wandb = tensorboard and is_written, wandb and is_written
         self._strict = strict
         self._start = time.monotonic()
         # Optional packages first: if one is missing, nothing has been opened or changed yet.
         self._wandb = _open_wandb(run_dir, resume=resume_at is not None) if wandb else None
         self._tensorboard = _open_tensorboard(run_dir, resume_at) if tensorboard else None
-        if resume_at is not None and self.path.exists():
+        if resume_at is not None and is_written and self.path.exists():
             _truncate(self.path, resume_at, warn)
         # Unbuffered and in append mode: a line is one write, complete or absent.
         self._file = self.path.open("ab", buffering=0)

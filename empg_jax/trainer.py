@@ -17,6 +17,7 @@ from empg_jax.learner.batching import Layout, make_batch
 from empg_jax.learner.fingerprint import checksum
 from empg_jax.learner.passes import Pass, Scorer, optimize
 from empg_jax.learner.state import restart_optimizer
+from empg_jax.parallel.hosts import ALONE, Hosts, joined
 from empg_jax.plan.explain import as_line, device_memory
 from empg_jax.plan.memory import compute_plan
 from empg_jax.report.events import EventLog
@@ -50,6 +51,16 @@ from empg_jax.run.process import CompileCounter, StopRequest, use_compile_cache
 from empg_jax.run.resuming import check_resume, go_back, tell_passed_over
 from empg_jax.run.rollouts import drop_rollouts, write_episodes
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save, save_after_error
+from empg_jax.run.together import (
+    add_counts,
+    check_shares,
+    gather_delivery,
+    gather_evaluation,
+    make_progress,
+    share_folder,
+    shared_facts,
+    without_hosts,
+)
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.phase import train_on_examples
@@ -77,37 +88,56 @@ def train(config: Config, *, resume: Path | None = None, step: int | None = None
       PoolError: the environments keep failing.
       Stopped: SIGINT or SIGTERM; a checkpoint was written, or nothing yet.
     """
-    use_compile_cache(config.compile_cache)
+    with joined(config.hosts, functools.partial(shared_facts, config, resume, step)) as hosts:
+        use_compile_cache(config.compile_cache)
+        return train_on(hosts, without_hosts(config), resume=resume, step=step)
+
+
+def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | None) -> Path:
+    """Check the run and make its folder, then train in it; as `train`, on hosts that have met."""
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(config.log.progress))
+        progress = stack.enter_context(make_progress(config, hosts))
+        check_shares(config, hosts)
         # Bad models and data are told before a folder is made and a model is built. A refusal is one message.
         model = check_model(config)
         check_rollout(config, model.vocab_size)
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest(hosts.ask_stop if hosts.num > 1 else None))
+        hosts.on_stop = stop.set
         examples = None
         if config.sft.data is not None and resume is None:
             try:
                 examples = gather_examples(config, make_language(config), progress, check=stop.check)
             except Interrupted:
                 raise Stopped(stop.signum, None) from None
-        run_dir = resume if resume is not None else create_run_dir(config)
+        run_dir = share_folder(hosts, lambda: create_run_dir(config) if resume is None else resume)
+        hosts.describe_left = lambda: f"start all hosts again with: empg-jax train --resume {run_dir}"
         progress.message(f"run {run_dir}")
         progress.message(as_line(compute_plan(config, model), device_memory()))
-        stack.enter_context(locked(run_dir))
+        if hosts.is_first:
+            stack.enter_context(locked(run_dir))
         if resume is not None:
             check_resume(config, run_dir, step)
-        write_run_info(run_dir, config, resumed=resume is not None)
-        events = stack.enter_context(EventLog(run_dir))
+        if hosts.is_first:
+            write_run_info(run_dir, config, resumed=resume is not None)
+        events = stack.enter_context(EventLog(run_dir, hosts.index))
         stop.arm(
             config.checkpoint.grace,
             functools.partial(leave, run_dir, checkpoint_dir(config, run_dir), events),
         )
         try:
             train_in_folder(
-                config, run_dir, examples, progress, events, stop, is_resume=resume is not None, step=step
+                config,
+                run_dir,
+                examples,
+                progress,
+                events,
+                stop,
+                is_resume=resume is not None,
+                step=step,
+                hosts=hosts,
             )
         except Interrupted:
             events.tell("stop_requested", signal=stop.signum)
@@ -125,6 +155,7 @@ def train_in_folder(
     *,
     is_resume: bool,
     step: int | None,
+    hosts: Hosts = ALONE,
 ) -> None:
     """Open the parts of a run, run its phases, and write its results; save before a stop or an error.
 
@@ -134,11 +165,12 @@ def train_in_folder(
     with contextlib.ExitStack() as stack:
         compiles = stack.enter_context(CompileCounter())
         warn = functools.partial(tell_passed_over, progress, events)
-        checkpoints = Checkpoints(checkpoint_dir(config, run_dir), keep=config.checkpoint.keep, warn=warn)
+        directory, keep = checkpoint_dir(config, run_dir), config.checkpoint.keep
+        checkpoints = Checkpoints(directory, keep=keep, warn=warn, hosts=hosts)
         checkpoints.recover()
         stack.callback(checkpoints.close)
         pool = stack.enter_context(make_pool(config, events.tell))
-        is_resumed = is_resume and has_begun(run_dir, checkpoints)
+        is_resumed = hosts.first("begun", lambda: is_resume and has_begun(run_dir, checkpoints))
         if is_resume and not is_resumed:
             progress.message("the run ended before its first checkpoint: it begins anew")
         parts, run = open_run(
@@ -152,12 +184,14 @@ def train_in_folder(
             stop=stop,
             is_resumed=is_resumed,
             step=step,
+            hosts=hosts,
         )
         stack.callback(parts.log.close)
         if step is not None:
             go_back(parts, run)
-        drop_rollouts(run_dir, after=run.update)
-        drop_consumed(run_dir, after=run.update)
+        if hosts.is_first:
+            drop_rollouts(run_dir, after=run.update)
+            drop_consumed(run_dir, after=run.update)
         try:
             final = run_phases(parts, run, examples)
         except Interrupted:
@@ -168,6 +202,8 @@ def train_in_folder(
             save_after_error(parts, run, error)
             raise
         run.record.recompiles_after_warmup = compiles.count - run.compiled
+    if not hosts.is_first:
+        return
     decode = parts.language.tokenizer.decode
     write_results(run_dir, run.record, parts.clock.seconds, final.trajectories, decode, config)
 
@@ -200,7 +236,11 @@ def rl_loop(parts: Parts, run: RunState) -> None:
     parts.progress.phase("RL", config.train.updates, "updates", done=run.update)
     run.compiled = parts.compiles.count
     ledger, pool = rollout.ledger, rollout.collector.pool
-    incidents = IncidentMeter(ledger.outcomes, count_incidents(ledger, pool))
+    counts = count_incidents(ledger, pool)
+    incidents = IncidentMeter(
+        add_counts(parts.hosts, "outcomes", ledger.outcomes), add_counts(parts.hosts, "incidents", counts)
+    )
+    take = functools.partial(rollout.next_batch, parts.check_stop)
     if run.record.unlogged is not None:
         conclude_update(parts, run, run.record.unlogged)
     with rollout:
@@ -214,7 +254,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
                 rollout.publish(run.state.params, run.update)
             with parts.clock.phase("rollout"):
                 asked = time.monotonic()
-                delivery = rollout.next_batch(parts.check_stop)
+                delivery = gather_delivery(parts.hosts, take, parts.should_stop)
                 waited = time.monotonic() - asked
             with parts.clock.phase("update"):
                 first, steps, measured = update_policy(parts, run, scorer, delivery.trajectories)
@@ -286,7 +326,8 @@ def finish_update(
 ) -> None:
     """Count an update's episodes and mark the boundary after it; then conclude the update."""
     run.record.count(delivery.trajectories, delivery.outcomes)
-    write_consumed(parts.run_dir, run.update, delivery.trajectories)
+    if parts.hosts.is_first:
+        write_consumed(parts.run_dir, run.update, delivery.trajectories)
     if run.update % parts.config.log.every == 0:
         values |= incidents.take(delivery.outcomes, delivery.incidents)
     # Marked before the evaluation: a stop or an error in it costs neither the update nor its line of metrics.
@@ -371,13 +412,13 @@ def evaluate(parts: Parts, run: RunState, when: str) -> Evaluation:
     evaluator, progress = parts.evaluator, parts.progress
     with parts.clock.phase("eval"):
         if when != "during":  # else the display stays with the RL phase
-            progress.phase(f"evaluation ({when})", evaluator.num_tasks, "tasks")
+            progress.phase(f"evaluation ({when})", len(evaluator.tasks), "tasks")
         advance = progress.advance if when != "during" else lambda n, values: None
         play = functools.partial(
             evaluator.run, run.state.params, run.update, advance=advance, check=parts.check_stop
         )
         # One thread at a time uses the environment workers, and that is the rollout thread while it runs.
-        result = parts.rollout.call(play)
+        result = gather_evaluation(parts.hosts, lambda: parts.rollout.call(play), parts.should_stop)
     if when != "during":
         run.record.panels[when] = PanelResult(run.update, result.metrics, result.wins)
     progress.message(f"{when}: {describe_success(result, evaluator.num_tasks)}")

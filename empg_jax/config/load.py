@@ -22,6 +22,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from empg_jax.algorithms.keys import flatten
 from empg_jax.config.algorithm import ALGORITHM_NAMES, NO_GROUP_BASELINE, AlgorithmConfig, Section
 from empg_jax.config.explain import explain, list_keys, list_literals
+from empg_jax.config.hosts import HostsConfig
 from empg_jax.config.lag import find_lag, lag_notes, with_lag_defaults
 from empg_jax.config.model import MeshConfig, ModelConfig
 from empg_jax.config.overlay import check_command, overlay
@@ -40,7 +41,8 @@ from empg_jax.config.yaml import apply_override, drop_options, find_file, is_pac
 from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
-RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*")
+# The machines may: all numbers stay the same but for rounding.
+RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*")
 
 
 class Config(Section):
@@ -62,6 +64,7 @@ class Config(Section):
     sft: SftConfig = Field(default_factory=SftConfig, description="Warm start.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation.")
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="Devices.")
+    hosts: HostsConfig = Field(default_factory=HostsConfig, description="Machines that train together.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     log: LogConfig = Field(default_factory=LogConfig, description="Logs.")
     _notes: tuple[str, ...] = PrivateAttr(default=())
@@ -287,8 +290,12 @@ def check_resumable(overrides: Iterable[str]) -> None:
     """Refuse overrides that would turn a resumed run into a different experiment."""
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if key not in RESUMABLE_KEYS and not key.startswith("log."):
+        if not _is_resumable(key):
             raise ConfigError(f"{override}: a resumed run may change only {' and '.join(RESUMABLE_KEYS)}")
+
+
+def _is_resumable(key: str) -> bool:
+    return key in RESUMABLE_KEYS or f"{key.partition('.')[0]}.*" in RESUMABLE_KEYS
 
 
 def check_unchanged(saved: str, config: Config, source: str) -> None:
@@ -307,7 +314,7 @@ def check_unchanged(saved: str, config: Config, source: str) -> None:
     changed = [
         f"{key}={now[key]} (was {before[key]})"
         for key in before.keys() & now.keys()
-        if before[key] != now[key] and key != "train.updates" and not key.startswith("log.")
+        if before[key] != now[key] and not _is_resumable(key)
     ]
     if changed:
         raise ConfigError(

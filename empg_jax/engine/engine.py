@@ -22,6 +22,7 @@ from empg_jax.engine.programs import EngineConfig as EngineConfig
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, KVCache, init_cache
 from empg_jax.models.lora import combine
+from empg_jax.parallel.arrays import to_local
 from empg_jax.parallel.mesh import make_mesh, replicated
 from empg_jax.types import Params
 
@@ -238,7 +239,7 @@ class Engine:
 
         Engines of equal model, sizes and mesh may share the copy.
         """
-        moved = jax.device_put(params, param_shardings(self._mesh, params, self.model.head_dim))
+        moved = to_local(params, param_shardings(self._mesh, params, self.model.head_dim))
         return jax.block_until_ready(self._programs.unstack(moved))
 
     def take_stats(self) -> EngineStats:

@@ -23,6 +23,7 @@ from empg_jax.learner.state import TrainState, apply_updates, state_shardings, w
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.head import wide_type
 from empg_jax.models.lora import combine
+from empg_jax.parallel.arrays import fetch, put
 from empg_jax.parallel.layout import constrain, on_mesh
 from empg_jax.parallel.mesh import replicated, row_sharding, token_sharding
 from empg_jax.types import BATCH_FIELDS, Batch, Credit, Params, Scores, fields_per
@@ -85,6 +86,8 @@ class Learner:
         check()
         self.rearrange(scores, np.zeros(batch.tokens.shape, np.int32))
         credit = self.credit(batch, scores)
+        if not batch.tokens.is_fully_addressable:  # over several hosts: the copies of what is written down
+            fetch((scores, credit))
         check()
         jax.block_until_ready(self.update(state, batch, scores, credit, none, none))
         check()
@@ -152,7 +155,7 @@ def make_learner(
         mesh=mesh,
         base=base,
         shardings=shardings,
-        put=lambda batch: jax.device_put(batch, batch_shardings),
+        put=lambda batch: put(batch, batch_shardings),
         score=above(jit(spec.score, out_shardings=tokens)),
         recorded_scores=jit(_recorded, out_shardings=tokens),
         credit=jit(algorithm.credit, out_shardings=credit_shardings),

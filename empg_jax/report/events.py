@@ -21,13 +21,15 @@ class EventLog:
 
     Args:
       run_dir: the run's folder; must exist.
+      host: number of this host; host 0 writes ``events.jsonl``, host 1 ``events.1.jsonl``, and so on.
 
     Attributes:
       update: number of the current update; written on every line.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path, self.update = Path(run_dir) / FILENAME, 0
+    def __init__(self, run_dir: Path, host: int = 0) -> None:
+        name = FILENAME if host == 0 else FILENAME.replace(".", f".{host}.")
+        self.path, self.update = Path(run_dir) / name, 0
         _cut_last_line(self.path)
         # Unbuffered and in append mode: a line is one write, complete or absent.
         self._file = self.path.open("ab", buffering=0)

@@ -37,6 +37,7 @@ class Progress:
       console: where to write (default stderr).
       interval: seconds between two plain lines where there is no terminal.
       clock: seconds, monotonic; replaced in tests.
+      prefix: put before every message, to tell the hosts of a run apart.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class Progress:
         console: Console | None = None,
         interval: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        prefix: str = "",
     ) -> None:
+        self._prefix = prefix
         self._console = console or Console(stderr=True, highlight=False)
         self._enabled, self._interval, self._clock = enabled, interval, clock
         self._live = enabled and self._console.is_terminal
@@ -94,7 +97,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line above the bar; shown even when progress is off."""
         (self._bars.console if self._bars is not None else self._console).print(
-            text, markup=False, soft_wrap=True
+            self._prefix + text, markup=False, soft_wrap=True
         )
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -53,12 +53,24 @@ class Evaluator:
       split: panel of tasks.
       num_tasks: number of tasks to attempt, from the start of the panel.
       tell: receives an event for every attempt that was discarded.
+      share: (index, number) of this host, which plays every ``number``-th task.
+
+    Attributes:
+      tasks: the tasks that this host plays.
     """
 
     def __init__(
-        self, collector: Collector, engine: Engine, *, split: str, num_tasks: int, tell: Tell = tell_nobody
+        self,
+        collector: Collector,
+        engine: Engine,
+        *,
+        split: str,
+        num_tasks: int,
+        tell: Tell = tell_nobody,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.engine, self.num_tasks = engine, num_tasks
+        self.tasks = range(share[0], num_tasks, share[1])
         self._collector, self._split, self._tell = collector, split, tell
 
     def run(
@@ -69,7 +81,7 @@ class Evaluator:
         advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
         check: Callable[[], None] = lambda: None,
     ) -> Evaluation:
-        """Attempt every task once with these weights.
+        """Attempt every task of this host once with these weights.
 
         A task that fails `MAX_RETRIES` times for a cause outside the policy is missing: it has no part in any
         mean, and an event tells of it.
@@ -81,10 +93,10 @@ class Evaluator:
           check: called in every round; it may raise to end the evaluation.
         """
         self.engine.load(params, version)
-        self._collector.admit(Attempt(self._split, task, task, 0) for task in range(self.num_tasks))
+        self._collector.admit(Attempt(self._split, task, task, 0) for task in self.tasks)
         found: dict[int, Trajectory] = {}
         missing: set[int] = set()
-        while len(found) + len(missing) < self.num_tasks:
+        while len(found) + len(missing) < len(self.tasks):
             try:
                 check()
             except BaseException:
@@ -109,12 +121,18 @@ class Evaluator:
                         reason=outcome.reason,
                         detail=outcome.detail,
                     )
-        # Episodes end in any order; the panel's order makes two evaluations comparable task by task.
-        trajectories = [found[task] for task in sorted(found)]
-        metrics = {"eval_missing": float(len(missing))}
-        if trajectories:
-            metrics |= summarize(trajectories)
-        return Evaluation(metrics, trajectories, tuple(sorted(missing)))
+        return conclude(list(found.values()), missing)
+
+
+def conclude(trajectories: Iterable[Trajectory], missing: Iterable[int]) -> Evaluation:
+    """Make the result of an evaluation from its episodes, in any order, and the tasks without one."""
+    # Episodes end in any order; the panel's order makes two evaluations comparable task by task.
+    ordered = sorted(trajectories, key=lambda trajectory: trajectory.task)
+    without = tuple(sorted(missing))
+    metrics = {"eval_missing": float(len(without))}
+    if ordered:
+        metrics |= summarize(ordered)
+    return Evaluation(metrics, ordered, without)
 
 
 def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:

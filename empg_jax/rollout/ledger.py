@@ -87,6 +87,8 @@ class Ledger:
         of equal returns: batches replaced before each update, beyond which equal groups are trained on. None
         switches it off.
       tell: receives an event for each discarded episode and each replaced group.
+      share: (index, number) of this host: it plays every ``number``-th place of the order, from ``index``,
+        and numbers its groups likewise, so that no two hosts have one in common.
 
     Attributes:
       outcomes: episodes that ended since the start of the run, by ``status:reason``.
@@ -107,6 +109,7 @@ class Ledger:
         group_timeout: float = 300.0,
         max_refills: int | None = None,
         tell: Tell = tell_nobody,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         if group_size < 1 or groups_per_update < 1 or max_lag < 0:
             raise ValueError(
@@ -122,7 +125,9 @@ class Ledger:
         self._min_group_size, self._group_timeout = min_group_size, group_timeout
         self._max_refills, self._tell = max_refills, tell
         self._groups: dict[int, Group] = {}
-        self._next_group = self._next_position = 0
+        self._next_group = self._next_position = share[0]
+        self._stride = share[1]
+        self._taken: set[int] = set()  # places ahead that other hosts played before a resume
         self._again: collections.deque[int] = collections.deque()  # tasks whose group was replaced
         self._losses: collections.Counter[int] = collections.Counter()  # by task, in a row
         self._uniform = 0  # groups of equal returns replaced since the last reservation
@@ -142,11 +147,14 @@ class Ledger:
             if self._again:
                 task = self._again.popleft()
             else:
+                while self._next_position in self._taken:
+                    self._taken.discard(self._next_position)
+                    self._next_position += self._stride
                 task = self.order.task_at(self._next_position)
-                self._next_position += 1
+                self._next_position += self._stride
             missing = dict.fromkeys(range(self._group_size), 0)
             group = Group(self._next_group, task, version, missing, since=now)
-            self._next_group += 1
+            self._next_group += self._stride
             self._groups[group.id] = group
             self._start(group)
 
@@ -305,12 +313,15 @@ class Ledger:
             "counts": dict(self.counts),
             "groups": groups,
         }
+        if self._taken:
+            values["taken"] = sorted(self._taken)
         return values, [trajectory for group in held for trajectory in group.members]
 
     def restore(self, values: dict[str, Any], trajectories: Sequence[Trajectory], now: float = 0.0) -> None:
         """Go on from a `cut`: only the attempts that had not ended start again."""
         self._reserved = self._consumed = values["updates"]
         self._next_group, self._next_position = values["next_group"], values["next_position"]
+        self._taken = set(values.get("taken", ()))
         self._again = collections.deque(values["again"])
         self._losses = collections.Counter({int(task): losses for task, losses in values["losses"]})
         self._uniform = values["uniform"]

@@ -34,6 +34,7 @@ from empg_jax.learner.batching import BatchShape
 from empg_jax.learner.state import make_optimizer
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.lora import LoraConfig
+from empg_jax.parallel.hosts import ALONE, Hosts
 from empg_jax.parallel.layout import head_shards
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.rollout.collector import Collector
@@ -205,15 +206,20 @@ def shape_model(config: Config, section: ModelConfig, vocab_size: int) -> Decode
 
 
 def make_engine(
-    config: Config, model: DecoderConfig, tokenizer: Tokenizer, *, temperature: float | None = None
+    config: Config,
+    model: DecoderConfig,
+    tokenizer: Tokenizer,
+    *,
+    temperature: float | None = None,
+    num_hosts: int = 1,
 ) -> Engine:
-    """Build a sampling engine without weights, at ``rollout.temperature`` unless another is given.
+    """Build this host's sampling engine without weights, at ``rollout.temperature`` unless another is given.
 
     Raises:
       ConfigError: the slots cannot be split over ``rollout.data``, or this host has too few devices.
     """
     r = config.rollout
-    slots = r.slots or r.tasks_per_update * r.group_size
+    slots = r.slots or r.tasks_per_update * r.group_size // num_hosts
     sizes = EngineConfig(
         slots=slots,
         max_tokens=r.max_tokens,
@@ -285,7 +291,13 @@ def make_collector(
 
 
 def make_evaluator(
-    config: Config, engine: Engine, pool: EnvPool, language: Language, *, first_handle: int
+    config: Config,
+    engine: Engine,
+    pool: EnvPool,
+    language: Language,
+    *,
+    first_handle: int,
+    hosts: Hosts = ALONE,
 ) -> Evaluator:
     """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, on an engine of its own.
 
@@ -295,6 +307,7 @@ def make_evaluator(
       pool: environment workers, shared with training.
       language: tokenizer, context and parser.
       first_handle: first pool handle that training does not use.
+      hosts: the hosts that share the tasks.
 
     Raises:
       ConfigError: the environment has no such split.
@@ -308,11 +321,14 @@ def make_evaluator(
         config, engine, pool, language, stream=EVALUATION_STREAM, first_handle=first_handle
     )
     num_tasks = min(config.eval.tasks, pool.splits[split])
-    return Evaluator(collector, engine, split=split, num_tasks=num_tasks, tell=pool.tell)
+    share = hosts.index, hosts.num
+    return Evaluator(collector, engine, split=split, num_tasks=num_tasks, tell=pool.tell, share=share)
 
 
-def make_rollout(config: Config, engine: Engine, pool: EnvPool, language: Language) -> RolloutThread:
-    """Build the thread that plays the training episodes, with its ledger.
+def make_rollout(
+    config: Config, engine: Engine, pool: EnvPool, language: Language, hosts: Hosts = ALONE
+) -> RolloutThread:
+    """Build the thread that plays this host's training episodes, with its ledger.
 
     Raises:
       ConfigError: the environment has no such split.
@@ -324,13 +340,14 @@ def make_rollout(config: Config, engine: Engine, pool: EnvPool, language: Langua
     ledger = Ledger(
         TaskOrder(split, pool.splits[split] if stored is None else len(stored), config.seed),
         group_size=r.group_size,
-        groups_per_update=r.tasks_per_update,
+        groups_per_update=r.tasks_per_update // hosts.num,
         max_lag=config.train.max_lag,
         updates=config.train.updates,
         min_group_size=r.min_group_size,
         group_timeout=r.episode_timeout,
         max_refills=r.max_refills if r.filter_groups else None,
         tell=pool.tell,
+        share=(hosts.index, hosts.num),
     )
     rollout = RolloutThread(
         make_collector(config, engine, pool, language, stream=0)

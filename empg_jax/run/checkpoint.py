@@ -8,6 +8,7 @@ a damaged checkpoint is skipped with a message.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -21,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from empg_jax.errors import RunError
 from empg_jax.learner.state import TrainState
+from empg_jax.parallel.hosts import ALONE, HostLost, Hosts
 from empg_jax.run.checksums import checksums, crc_of, describe_damage, nonfinite_leaf
 from empg_jax.run.storage import pack_trajectories, unpack_trajectories
 from empg_jax.types import Params, Trajectory
@@ -58,10 +60,14 @@ class Checkpoints:
       directory: folder of the checkpoints; created when absent.
       keep: number of newest checkpoints to keep.
       warn: receives messages for the user.
+      hosts: all write their parts into the same folder; the first one renames and deletes.
     """
 
-    def __init__(self, directory: Path, *, keep: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, directory: Path, *, keep: int, warn: Callable[[str], None], hosts: Hosts = ALONE
+    ) -> None:
         self.directory, self._keep, self._warn = Path(directory).resolve(), keep, warn
+        self._hosts = hosts
         self._writing: int | None = None  # step of the newest write, finished or not
         self._pending: tuple[Any, Path, Any] | None = None  # orbax's response, the folder, the shapes
         self._protected: frozenset[int] = frozenset()
@@ -73,6 +79,11 @@ class Checkpoints:
 
     def recover(self) -> None:
         """Finish or undo what a killed process left half done; only the run itself may call this."""
+        if self._hosts.is_first:
+            self._recover()
+        self._hosts.barrier("recovered")
+
+    def _recover(self) -> None:
         for path in sorted(self.directory.glob("*.new")):
             target = path.with_suffix("")
             if target.exists() or not target.name.isdigit():
@@ -111,7 +122,8 @@ class Checkpoints:
         # One write at a time: a failure of the write before is reported here, under its own step.
         self.wait()
         self._writing, self._protected = step, frozenset(protect)
-        if (bad := nonfinite_leaf(state)) is not None:
+        bad = next((leaf for leaf in self._hosts.agree("finite", nonfinite_leaf(state)) if leaf), None)
+        if bad is not None:
             raise self._failure(ValueError(f"{bad} is not finite"))
         header, arrays = pack_trajectories(trajectories)
         text = json.dumps(progress)
@@ -123,7 +135,8 @@ class Checkpoints:
         if arrays:
             parts["buffer"] = arrays
         target = self.directory / str(step)
-        path = target.with_suffix(".new") if target.exists() else target
+        is_there = self._hosts.first("is-there", target.exists)
+        path = target.with_suffix(".new") if is_there else target
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             response = ocp.save_checkpointables_async(path, parts, overwrite=True)
@@ -144,18 +157,16 @@ class Checkpoints:
             # Orbax keeps a thread and its descriptors until the response is asked for its result.
             response.result()
             if path.suffix:
-                self._swap(path, shapes)
-            self._evict()
+                self._load(path, shapes)  # known to be good before the old one goes
+            if self._hosts.is_first:
+                if path.suffix:
+                    _swap(path)
+                self._evict()
+            self._hosts.barrier("written")
+        except HostLost:
+            raise
         except Exception as error:
             raise self._failure(error) from error
-
-    def _swap(self, path: Path, shapes: Any) -> None:
-        """Put a step that was written again in the place of the old one, once it is known to be good."""
-        self._load(path, shapes)
-        target, old = path.with_suffix(""), path.with_suffix(".old")
-        target.rename(old)
-        path.rename(target)
-        shutil.rmtree(old)
 
     def _evict(self) -> None:
         for step in self.steps[: -self._keep]:
@@ -203,14 +214,21 @@ class Checkpoints:
         """
         abstract = _abstract(shapes, shardings)
         problems = []
-        for candidate in reversed(self.steps) if step is None else [step]:
+        tried = list(reversed(self.steps)) if step is None else [step]
+        for candidate in self._hosts.first("steps", lambda: tried):
+            found, problem = None, None
             try:
-                return self._load(self.directory / str(candidate), abstract)
+                found = self._load(self.directory / str(candidate), abstract)
             except Exception as error:  # a damaged file may raise anything in the reader
-                problems.append(f"{candidate}: {_first_line(error)}")
-                self._warn(f"checkpoint {problems[-1]} (in {self.directory}); skipped")
-        found = "; ".join(problems) or "the folder holds none"
-        raise CheckpointError(f"no usable checkpoint in {self.directory} ({found})")
+                problem = f"{candidate}: {_first_line(error)}"
+            # What one host cannot read, none goes on from.
+            problem = next(filter(None, self._hosts.agree("read", problem)), None)
+            if problem is None and found is not None:
+                return found
+            problems.append(str(problem))
+            self._warn(f"checkpoint {problem} (in {self.directory}); skipped")
+        told = "; ".join(problems) or "the folder holds none"
+        raise CheckpointError(f"no usable checkpoint in {self.directory} ({told})")
 
     def read_progress(self, step: int | None = None) -> dict[str, Any] | None:
         """Read the progress of the newest readable checkpoint (or of ``step``) without its arrays."""
@@ -234,8 +252,8 @@ class Checkpoints:
 
     def set_aside(self, after: int) -> list[int]:
         """Rename the checkpoints behind a step to ``<step>.aside``: the run goes on without them."""
-        moved = [step for step in self.steps if step > after]
-        for step in moved:
+        moved = self._hosts.first("behind", lambda: [step for step in self.steps if step > after])
+        for step in moved if self._hosts.is_first else []:
             target = self.directory / f"{step}.aside"
             shutil.rmtree(target, ignore_errors=True)
             (self.directory / str(step)).rename(target)
@@ -266,7 +284,16 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last write."""
-        self.wait()
+        with contextlib.suppress(HostLost):  # this host fails alone, and its own error is the one to see
+            self.wait()
+
+
+def _swap(path: Path) -> None:
+    """Put a step that was written again in the place of the old one."""
+    target, old = path.with_suffix(""), path.with_suffix(".old")
+    target.rename(old)
+    path.rename(target)
+    shutil.rmtree(old)
 
 
 def check_base(saved: str | None, found: str | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Compute the CRC-32 of every array's bytes, by the leaf's path; arrays of other hosts are left out."""
+    """Compute the CRC-32 of every array's bytes, by the leaf's path; those split over hosts are left out."""
     return {name: crc_of(np.asarray(leaf)) for name, leaf in _local_leaves(tree)}
 
 
@@ -40,5 +40,9 @@ def describe_damage(tree: Any, saved: Mapping[str, int]) -> str | None:
 
 def _local_leaves(tree: Any) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    local = [(path, leaf) for path, leaf in leaves if getattr(leaf, "is_fully_addressable", True)]
+    local = [(path, leaf) for path, leaf in leaves if _is_here(leaf)]
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in local]
+
+
+def _is_here(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated

@@ -15,8 +15,18 @@ if TYPE_CHECKING:
 
 def learner_devices(config: Config) -> list[jax.Device]:
     """List the devices that the learner's mesh is made from."""
-    aside = set(engine_devices(config)) if config.rollout.devices else set()
-    return [device for device in jax.devices() if device not in aside]
+    own = [_learner_share(config, index) for index in range(jax.process_count())]
+    if len(own) == 1:
+        return own[0]
+    # The same number from every host: each must take part in the collectives.
+    wanted = math.prod(vars(config.mesh).values()) // len(own)
+    return [device for devices in own for device in devices[:wanted]]
+
+
+def _learner_share(config: Config, index: int) -> list[jax.Device]:
+    """List the devices of one host that its engine does not take for itself."""
+    devices = [device for device in jax.devices() if device.process_index == index]
+    return devices[: len(devices) - (config.rollout.devices or 0)]
 
 
 def engine_devices(config: Config) -> list[jax.Device]:
@@ -37,8 +47,22 @@ def check_devices(config: Config) -> None:
             f"rollout.devices={rollout.devices} leaves the learner none of the {len(jax.local_devices())} "
             f"devices of this machine ({jax.local_devices()[0].platform}): use fewer, or null to share them"
         )
+    hosts = jax.process_count()
+    if hosts > 1:
+        _check_shared(sizes, hosts, min(len(_learner_share(config, index)) for index in range(hosts)))
     _check(sizes, learner_devices(config))
     _check({"rollout.data": rollout.data, "rollout.tensor": rollout.tensor}, engine_devices(config))
+
+
+def _check_shared(sizes: dict[str, int], hosts: int, least: int) -> None:
+    """Check that the learner's mesh takes equally many devices of every host."""
+    needed = math.prod(sizes.values())
+    if needed % hosts or needed // hosts > least:
+        asked = " x ".join(f"{key}={size}" for key, size in sizes.items() if size > 1) or "mesh.data=1"
+        raise ConfigError(
+            f"{asked} needs {needed} devices, but {hosts} hosts with {least} each for the learner are there: "
+            f"the product must be a multiple of {hosts}, at most {hosts * least}"
+        )
 
 
 def _check(sizes: dict[str, int], devices: list[jax.Device]) -> None:

@@ -58,7 +58,7 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
             record.last_good = run.saved["update"]
         return
     record.skips_in_a_row = record.skips_in_a_row + 1 if sum(counts.values()) == len(steps) else 0
-    path = dump_batch(parts.run_dir, run.update, batch)
+    path = dump_batch(parts.run_dir, run.update, batch) if parts.hosts.is_first else "on host 0"
     for name, policy, why in guards:
         if not counts[name]:
             continue

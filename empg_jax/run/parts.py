@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -20,12 +21,14 @@ from empg_jax.learner.state import TrainState, init_state, restart_optimizer, st
 from empg_jax.learner.update import Learner, make_learner
 from empg_jax.metrics import MetricsLog
 from empg_jax.models.decoder import DecoderConfig
+from empg_jax.parallel.hosts import ALONE, Hosts
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import RunRecord
 from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.schedule import FILENAME, Recorder
+from empg_jax.rollout.shares import take_share
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.assembly import (
     Language,
@@ -74,6 +77,7 @@ class Parts:
     settings: str  # the configuration in YAML, as it goes into every checkpoint
     check_stop: Callable[[], None]  # raises `Interrupted` after a request to stop
     base_checksum: str | None  # of the frozen weights below adapters
+    hosts: Hosts = ALONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +164,7 @@ def open_run(
     stop: StopRequest,
     is_resumed: bool,
     step: int | None = None,
+    hosts: Hosts = ALONE,
 ) -> tuple[Parts, RunState]:
     """Build every part, compile every program, and restore the newest checkpoint, or ``step``, on resume.
 
@@ -170,29 +175,28 @@ def open_run(
     """
     clock = PhaseClock()
     with clock.phase("start"):
-        saved_tokenizer = run_dir / "tokenizer"
-        language = make_language(config, saved_tokenizer if is_resumed else None)
-        if not is_resumed:
-            language.tokenizer.save(saved_tokenizer)
+        language = _open_language(config, run_dir, hosts, is_resumed=is_resumed)
+        # Programs that span hosts are started by all, so a stop waits for the first agreement after them.
+        check = stop.check if hosts.num == 1 else _go_on_always
         model = make_model(config, language.tokenizer)
         shape = make_batch_shape(config)
-        learner, schedule, state = _start_learner(config, model, shape, stop.check)
-        engines = _start_engines(config, learner, language, state.params, stop.check)
-        engine, eval_engine = engines
-        rollout = make_rollout(config, engine, pool, language)
-        evaluator = make_evaluator(config, eval_engine, pool, language, first_handle=engine.config.slots)
+        learner, schedule, state = _start_learner(config, model, shape, check)
+        engine, eval_engine = _start_engines(config, learner, language, state.params, check, hosts.num)
+        rollout = make_rollout(config, engine, pool, language, hosts)
+        first = engine.config.slots  # the engine of training has the handles below
+        evaluator = make_evaluator(config, eval_engine, pool, language, first_handle=first, hosts=hosts)
     if config.model.path is not None:
-        announce_model(config, run_dir, learner, language, state.params, say=progress.message)
+        announce_model(config, run_dir, learner, language, state.params, say=progress.message, hosts=hosts)
     run = RunState(state)
     base_checksum = None if learner.base is None else checksum(learner.base)
     if is_resumed:
         restored = restore_state(config, checkpoints, learner, step)
         check_base(restored.progress.get("base"), base_checksum)
-        run = _go_on(restored, rollout, clock)
+        run = _go_on(restored, rollout, clock, hosts)
         events.update = run.update
         run.reference = _find_reference(config, run, checkpoints, learner)
         progress.message(f"resumed at update {run.update} of {config.train.updates}")
-    if config.train.max_lag:
+    if config.train.max_lag and hosts.num == 1:
         rollout.recorder = Recorder(run_dir / FILENAME, run.update)
     log = MetricsLog(
         run_dir,
@@ -201,6 +205,7 @@ def open_run(
         # The line of an update that was stopped before its line is written again.
         resume_at=run.update + (run.record.unlogged is None) if is_resumed else None,
         warn=progress.message,
+        is_written=hosts.is_first,
     )
     parts = Parts(
         config=config,
@@ -222,8 +227,18 @@ def open_run(
         settings=config.to_yaml(),
         check_stop=stop.check,
         base_checksum=base_checksum,
+        hosts=hosts,
     )
     return parts, run
+
+
+def _open_language(config: Config, run_dir: Path, hosts: Hosts, *, is_resumed: bool) -> Language:
+    """Build the run's language, and keep its tokenizer in the folder from the start on."""
+    saved = run_dir / "tokenizer"
+    language = make_language(config, saved if is_resumed else None)
+    if not is_resumed and hosts.is_first:
+        language.tokenizer.save(saved)
+    return language
 
 
 def _start_learner(
@@ -260,10 +275,11 @@ def _start_engines(
     language: Language,
     params: Params,
     check: Callable[[], None],
+    num_hosts: int,
 ) -> tuple[Engine, Engine]:
     """Build the engines of training and evaluation, load the weights and compile every program."""
-    engine = make_engine(config, learner.model, language.tokenizer)
-    eval_engine = make_engine(config, learner.model, language.tokenizer, temperature=config.eval.temperature)
+    make = functools.partial(make_engine, config, learner.model, language.tokenizer, num_hosts=num_hosts)
+    engine, eval_engine = make(), make(temperature=config.eval.temperature)
     if learner.base is not None:
         engine.base = eval_engine.base = engine.place(learner.base)
     for each in (engine, eval_engine):
@@ -280,12 +296,14 @@ def announce_model(
     params: Params,
     *,
     say: Callable[[str], None],
+    hosts: Hosts = ALONE,
 ) -> None:
     """Report the loaded model's log-probability of a fixed text, and record it in the run's folder."""
     ids = language.tokenizer.encode(TEXT)
     value = round(text_logprob(params, learner.model, ids, learner.mesh, learner.base), 4)
     say(f"{config.model.path}: {value:.4f} nats per token on a fixed text")
-    add_run_info(run_dir, {"model": {"path": config.model.path, "text_logprob": value}})
+    if hosts.is_first:
+        add_run_info(run_dir, {"model": {"path": config.model.path, "text_logprob": value}})
 
 
 # ------------------------------------------------------------------------------- saving and restoring
@@ -297,13 +315,17 @@ def has_begun(run_dir: Path, checkpoints: Checkpoints) -> bool:
     return bool(checkpoints.steps) or (log.exists() and log.stat().st_size > 0)
 
 
-def _go_on(restored: Restored, rollout: RolloutThread, clock: PhaseClock) -> RunState:
+def _go_on_always() -> None:
+    """Do not stop here."""
+
+
+def _go_on(restored: Restored, rollout: RolloutThread, clock: PhaseClock, hosts: Hosts) -> RunState:
     """Make the state at the boundary of a checkpoint; set the ledger and the clock to the same point."""
     boundary = Boundary.from_restored(restored)
     for name, seconds in boundary.seconds.items():
         clock.seconds[name] = clock.seconds.get(name, 0.0) + seconds
     # A copy, because the run changes its record while the boundary must keep the old totals.
-    rollout.restore(boundary.ledger, boundary.trajectories)
+    rollout.restore(*take_share(boundary.ledger, boundary.trajectories, hosts.index, hosts.num))
     record = copy.deepcopy(boundary.record)
     return RunState(
         restored.state,

@@ -57,12 +57,15 @@ class StopRequest:
     Use it as a context manager. Outside the main thread signals cannot be caught, and only `set` works. Once
     it is armed (`arm`), a thread ends the process if the main thread comes to no stopping point.
 
+    Args:
+      spread: called with the signal at its arrival, to tell other hosts.
+
     Attributes:
       signum: the signal that requested the stop; 0 while there is no request.
     """
 
-    def __init__(self) -> None:
-        self.signum = 0
+    def __init__(self, spread: Callable[[int], None] | None = None) -> None:
+        self.signum, self._spread = 0, spread
         self._previous: dict[int, object] = {}
         self._watch: _Watch | None = None
 
@@ -97,6 +100,9 @@ class StopRequest:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if not self.signum:
             self.signum = signum
+            if self._spread is not None:
+                # In a thread: the main one, between two of whose steps this runs, may hold a lock.
+                threading.Thread(target=self._spread, args=(signum,), daemon=True).start()
         elif self._watch is None:
             # A second signal means that the user will not wait. Once armed, the other thread sees to it.
             raise KeyboardInterrupt

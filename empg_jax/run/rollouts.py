@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import re
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from empg_jax.files import replacing
+from empg_jax.parallel.arrays import fetch
 from empg_jax.report.transcripts import select_samples
 from empg_jax.report.viewer import Decode, write_viewer
 from empg_jax.rollout.record import describe_episodes, describe_tokens
@@ -32,8 +34,13 @@ def write_episodes(parts: Parts, update: int, trajectories: Sequence[Trajectory]
     These files are for people: a disk that is full costs them, not the run.
     """
     log, last = parts.config.log, parts.config.train.updates
+    is_written = is_due(update, every=log.rollouts_every, last=last)
+    if parts.hosts.num > 1 and (is_written or update == last):
+        first = dataclasses.replace(first, scores=fetch(first.scores), credit=fetch(first.credit))
+    if not parts.hosts.is_first:
+        return
     try:
-        if is_due(update, every=log.rollouts_every, last=last):
+        if is_written:
             write_update(parts.run_dir, update, trajectories, first, with_tokens=log.rollouts_tokens)
         if update == last and log.transcripts:
             decode = parts.language.tokenizer.decode

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 
+from empg_jax.parallel.hosts import END_SECONDS
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.run.parts import Boundary, Parts, RunState
+from empg_jax.run.together import gather_cut
 
 
 def mark_boundary(parts: Parts, run: RunState) -> None:
@@ -29,10 +31,10 @@ def mark_boundary(parts: Parts, run: RunState) -> None:
 def save(parts: Parts, run: RunState) -> None:
     """Write a checkpoint of the last update boundary, unless the newest one on disk is the same."""
     with parts.clock.phase("checkpoint"):
-        ledger, trajectories = parts.rollout.cut(run.boundary.update)
+        ledger, trajectories = gather_cut(parts.hosts, lambda: parts.rollout.cut(run.boundary.update))
         boundary = dataclasses.replace(run.boundary, ledger=ledger, trajectories=trajectories)
         progress = boundary.as_json()
-        if _same(progress, run.saved):
+        if parts.hosts.first("is-saved", lambda: _same(progress, run.saved)):
             return
         good = good_step(run, parts.checkpoints.steps)
         kept = [step for step in (good, run.record.best_step) if step is not None]
@@ -55,7 +57,9 @@ def good_step(run: RunState, steps: Sequence[int]) -> int | None:
 def is_time_to_save(parts: Parts, run: RunState) -> bool:
     """Return whether the newest checkpoint is older than ``checkpoint.seconds``."""
     limit = parts.config.checkpoint.seconds
-    return limit is not None and time.monotonic() - run.saved_at >= limit
+    if limit is None:
+        return False
+    return parts.hosts.any("is-time", time.monotonic() - run.saved_at >= limit)
 
 
 def save_after_error(parts: Parts, run: RunState, error: BaseException) -> None:
@@ -67,6 +71,8 @@ def save_after_error(parts: Parts, run: RunState, error: BaseException) -> None:
     try:
         # A disk that has just refused a checkpoint is not asked again.
         is_saved = not isinstance(error, CheckpointError) and is_at_boundary(run)
+        # A checkpoint takes all hosts: those that have not failed never come here.
+        is_saved = all(parts.hosts.agree("failed", is_saved, seconds=END_SECONDS))
         if is_saved:
             save(parts, run)
         parts.checkpoints.wait()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,22 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
             )
         )
     return trajectories
+
+
+def to_bytes(trajectories: Sequence[Trajectory]) -> bytes:
+    """Write trajectories as bytes, for another host; `from_bytes` reads them."""
+    header, arrays = pack_trajectories(trajectories)
+    file = io.BytesIO()
+    np.savez(file, **{"header": np.asarray(header)} | arrays)  # type: ignore[arg-type]
+    # Prompts repeat what came before them, so that even the quickest level saves nine tenths.
+    return zlib.compress(file.getvalue(), level=1)
+
+
+def from_bytes(content: bytes) -> list[Trajectory]:
+    """Rebuild trajectories from `to_bytes`."""
+    with np.load(io.BytesIO(zlib.decompress(content)), allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    return unpack_trajectories(str(arrays.pop("header")), arrays)
 
 
 def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:

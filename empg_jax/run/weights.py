@@ -14,6 +14,7 @@ from empg_jax.learner.state import base_model, init_trained
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, init_params, init_value_head
 from empg_jax.models.quantize import quantize_params
+from empg_jax.parallel.arrays import put
 from empg_jax.run.assembly import make_language, make_model
 from empg_jax.run.devices import check_devices
 from empg_jax.types import Params
@@ -80,7 +81,7 @@ def make_params(config: Config, model: DecoderConfig, shardings: Params) -> Para
     if config.model.path is not None and model.lora is None:
         params = load_hf(config.model.path, model, shardings=shardings)[1]
         if model.value_head:
-            params["value_head"] = jax.device_put(init_value_head(model), shardings["value_head"])
+            params["value_head"] = put(init_value_head(model), shardings["value_head"])
         return params
     init = jax.jit(functools.partial(init_trained, model=model), out_shardings=shardings)
     return init(jax.random.key(config.seed))

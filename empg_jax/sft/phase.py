@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from empg_jax.errors import Interrupted
 from empg_jax.learner.state import TrainState
 from empg_jax.metrics import MetricsLog
 from empg_jax.run.parts import Parts, RunState
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save
+from empg_jax.run.storage import to_bytes
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.warm_start import warm_start
 
@@ -26,13 +29,25 @@ def train_on_examples(parts: Parts, run: RunState, examples: Examples | None = N
     config, progress = parts.config, parts.progress
     with parts.clock.phase("sft"):
         if examples is None:
-            examples = gather_examples(config, parts.language, progress, check=parts.check_stop)
+            # On several hosts a stop waits for the next agreement.
+            check = parts.check_stop if parts.hosts.num == 1 else lambda: None
+            examples = gather_examples(config, parts.language, progress, check=check)
         examples.note(run.record)
+        if parts.hosts.num > 1:
+            shown = [examples.train[index] for index in examples.draw(0)]
+            digest = hashlib.sha256(to_bytes(shown)).hexdigest()
+            parts.hosts.require_same("examples", digest, "the data of the warm start (sft.*)")
         progress.phase("warm start", config.sft.updates, "updates")
         first = run.record.sft_update
         progress.advance(first, {})
         name = "sft_metrics.jsonl"
-        with MetricsLog(parts.run_dir, filename=name, resume_at=first, warn=progress.message) as log:
+        with MetricsLog(
+            parts.run_dir,
+            filename=name,
+            resume_at=first,
+            warn=progress.message,
+            is_written=parts.hosts.is_first,
+        ) as log:
 
             def on_update(number: int, state: TrainState, values: dict[str, float]) -> None:
                 log.write(number, values)
@@ -66,7 +81,7 @@ def _after_update(
     is_saved = is_saved or is_time_to_save(parts, run)
     run.state, record.sft_update = state, number + 1
     mark_boundary(parts, run)
-    if parts.should_stop():
+    if parts.hosts.any("stop", parts.should_stop()):
         raise Interrupted
     if is_saved and number + 1 < config.sft.updates:
         save(parts, run)

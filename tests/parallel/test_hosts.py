@@ -1,0 +1,151 @@
+"""The meeting of hosts, in threads of one process, and what says that there are several."""
+
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from empg_jax.errors import ConfigError
+from empg_jax.parallel.detect import find_seat, scheduler
+from empg_jax.parallel.hosts import ALONE
+from empg_jax.parallel.rendezvous import Seat, Watch, meet
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def meet_all(seats, facts):
+    """Lets all meet at the same time; returns lines, or the error of each."""
+    results = [None] * len(seats)
+
+    def run(place):
+        try:
+            results[place] = meet(seats[place], facts[place])
+        except ConfigError as error:
+            results[place] = error
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(seats))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def seats(indices, *, num=None, timeout=20.0):
+    port = free_port()
+    return [Seat(("127.0.0.1", port), num or len(indices), index, timeout) for index in indices]
+
+
+def test_hosts_meet_and_hear_of_stops_and_ends():
+    places = seats([0, 1, 2])
+    lines = meet_all(places, [{"seed": 1}] * 3)
+    assert sorted(lines[0]) == [1, 2] and list(lines[1]) == [0]
+    stops, losses = ([[], [], []] for _ in range(2))
+    watches = [
+        Watch(place, line, on_lost=losses[i].append, on_stop=stops[i].append)
+        for i, (place, line) in enumerate(zip(places, lines, strict=True))
+    ]
+    watches[1].tell(stop=15)
+    wait_for(lambda: stops[0] == [15] and stops[2] == [15])
+    watches[2].close()  # done: nobody misses it
+    watches[1].tell(ended="no space left")
+    watches[1].close()
+    wait_for(lambda: losses[0])
+    assert "host 1" in losses[0][0] and "has ended: no space left" in losses[0][0]
+    assert not losses[1] and not losses[2]
+    watches[0].close()
+    wait_for(lambda: not any(thread.name.startswith("host-") for thread in threading.enumerate()))
+
+
+def test_a_silent_host_is_gone():
+    places = seats([0, 1], timeout=1.0)
+    lines = meet_all(places, [{}] * 2)
+    losses = []
+    watch = Watch(places[0], lines[0], on_lost=losses.append, on_stop=print)
+    wait_for(lambda: losses)  # host 1 sends no sign of life
+    assert "host 1" in losses[0] and "is gone" in losses[0]
+    watch.close()
+    for line in (lines[0][1], lines[1][0]):
+        line.close()
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_hosts_that_differ_are_refused():
+    first, second = meet_all(seats([0, 1]), [{"seed": 1, "version": "2"}, {"seed": 1, "version": "3"}])
+    for error in (first, second):
+        assert "host 1" in str(error) and "version='3' (host 0: '2')" in str(error)
+    first, second = meet_all([seats([0])[0], seats([1], num=2, timeout=1.0)[0]], [{}] * 2)
+    assert "nobody answers" in str(second)
+
+
+def test_an_index_out_of_range_is_refused():
+    port = free_port()
+    places = [Seat(("127.0.0.1", port), 2, 0, 20.0), Seat(("127.0.0.1", port), 3, 2, 20.0)]
+    for error in meet_all(places, [{}] * 2):
+        assert "hosts.num=3" in str(error) and "hosts.num=2 on host 0" in str(error)
+
+
+def test_another_program_on_the_port_is_no_host():
+    place = seats([0], num=2, timeout=5.0)[0]
+    results = []
+
+    def run():
+        with pytest.raises(ConfigError) as caught:
+            meet(place, {})
+        results.append(str(caught.value))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(200):
+        try:
+            with socket.create_connection(place.coordinator, timeout=2.0) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            break
+        except OSError:
+            time.sleep(0.02)
+    thread.join(60)
+    assert "host 1 of 2 did not come" in results[0]
+
+
+def test_only_the_scheduler_s_variables_count():
+    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a,b"}
+    assert scheduler({}) is None
+    assert scheduler(slurm) == "Slurm"
+    assert scheduler(slurm | {"SLURM_NTASKS": "1"}) is None
+    assert scheduler({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # any pod, for example a notebook's
+    assert scheduler({"TPU_WORKER_HOSTNAMES": "a,b"}) == "TPU pod"
+    assert scheduler({"TPU_WORKER_HOSTNAMES": "a"}) is None
+
+
+def keys(**given):
+    none = dict(enabled="auto", coordinator=None, num=None, index=None, timeout=1.0)
+    return SimpleNamespace(**none | given)
+
+
+def test_the_seat_follows_from_the_keys(monkeypatch):
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    given = keys(coordinator="node0:99", num=2, index=1)
+    assert find_seat(given)[0] == Seat(("node0", 99), 2, 1, 1.0)
+    assert find_seat(keys())[0] is None
+    assert find_seat(keys(enabled=False))[0] is None
+    assert find_seat(keys(coordinator="node0:99", num=1, index=0))[0] is None
+    with pytest.raises(ConfigError, match=r"hosts\.enabled=true, but JAX finds no"):
+        find_seat(keys(enabled=True))
+
+
+def test_alone_everything_is_agreed():
+    assert ALONE.agree("x", {"a": 1}) == [{"a": 1}] and ALONE.any("x", True)
+    assert ALONE.exchange("x", b"1") == [b"1"] and ALONE.first("x", lambda: 3) == 3

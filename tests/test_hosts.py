@@ -1,0 +1,319 @@
+"""Two processes of ``empg-jax train`` as two hosts of one run, over gloo on the CPU."""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+
+import pytest
+
+from empg_jax.metrics import read_metrics
+from empg_jax.run.consumed import read_consumed
+from tests import runs
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 300.0  # seconds for a process to get on
+BOTH = [*runs.HOUSE, "mesh.data=2", "sft.updates=0", "eval.tasks=4", "rollout.deterministic=true"]
+SLOW = "env.options.latency=0.2"
+START = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=" + sys.argv.pop(1)
+from empg_jax.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+def free_port():
+    """A port that is free, and the next one, too."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def seat(port, index, num=2, timeout=30):
+    address = f"hosts.coordinator=127.0.0.1:{port}"
+    return [address, f"hosts.num={num}", f"hosts.index={index}", f"hosts.timeout={timeout}"]
+
+
+def start(arguments, devices=1):
+    return runs.start([devices, *arguments], code=START)
+
+
+def start_both(arguments, **options):
+    port = free_port()
+    return [start([*arguments, *seat(port, index, **options)]) for index in (0, 1)]
+
+
+def finish(*processes):
+    """Waits for all; returns (exit code, stderr) of each."""
+    ended = []
+    try:
+        for process in processes:
+            _, err = process.communicate(timeout=PATIENCE)
+            ended.append((process.returncode, err))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    return ended
+
+
+def succeed(*processes):
+    for code, err in finish(*processes):
+        assert code == 0, err
+
+
+def wait_for_lines(run, count, *processes):
+    end = time.monotonic() + PATIENCE
+    while not ((run / "metrics.jsonl").exists() and len(list(read_metrics(run / "metrics.jsonl"))) >= count):
+        assert time.monotonic() < end, "no progress"
+        assert all(process.poll() is None for process in processes), finish(*processes)
+        time.sleep(0.05)
+
+
+def check_consumed(run, updates, groups=2):
+    """Every update has its groups, and every group and every task of the order comes exactly once."""
+    records = list(read_consumed(run))
+    assert [record["update"] for record in records] == [
+        update for update in range(1, updates + 1) for _ in range(groups)
+    ]
+    assert len({record["group_id"] for record in records}) == len(records)
+    return records
+
+
+def test_two_hosts_equal_one(tmp_path):
+    updates = "train.updates=6"
+    succeed(*start_both(runs.command(tmp_path / "two", *BOTH, updates)))
+    runs.train(tmp_path / "one", *BOTH, updates)
+    one, two = (list(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("one", "two"))
+    assert [line["update"] for line in two] == list(range(1, 7))
+    for mine, theirs in zip(one, two, strict=True):
+        for name in ("loss", "entropy", "grad_norm", "advantage_std", "success_rate", "tokens_sampled"):
+            assert theirs[name] == pytest.approx(mine[name], abs=1e-4), name
+    assert any(line["grad_norm"] > 0.01 for line in one)
+    consumed = [(tmp_path / name / "consumed.jsonl").read_text() for name in ("one", "two")]
+    assert consumed[0] == consumed[1]
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    for name in ("eval_wins_before", "eval_wins_after", "tokens_sampled", "trajectories"):
+        assert summaries[0][name] == summaries[1][name], name
+    # The folder may go on with other hosts, so it does not hold these.
+    assert "coordinator: null" in (tmp_path / "two" / "config.yaml").read_text()
+
+
+def test_overlap_on_two_hosts(tmp_path):
+    run = tmp_path / "run"
+    options = [*BOTH[:-1], "train.max_lag=1", "mesh.data=1", "mesh.fsdp=2", "train.updates=4"]
+    succeed(*start_both(runs.command(run, *options)))
+    check_consumed(run, 4)
+    assert all(line["lag_max"] <= 1 for line in read_metrics(run / "metrics.jsonl"))
+
+
+def test_a_signal_to_one_stops_all_and_one_goes_on(tmp_path):
+    run = tmp_path / "run"
+    both = start_both(runs.command(run, *BOTH, SLOW, "train.updates=8"))
+    wait_for_lines(run, 2, *both)
+    both[1].send_signal(signal.SIGTERM)
+    for code, err in finish(*both):
+        assert code == 128 + signal.SIGTERM, err
+        assert f"go on with: empg-jax train --resume {run}" in err
+    made = len(list(read_consumed(run))) // 2
+    assert 2 <= made < 8
+    # The same run goes on in one process, with both devices there.
+    succeed(start(["train", "--resume", run], devices=2))
+    records = check_consumed(run, 8)
+    assert [record["group_id"] for record in records] == list(range(16))
+
+
+def test_one_becomes_two(tmp_path):
+    run = tmp_path / "run"
+    succeed(start(runs.command(run, *BOTH, "train.updates=2"), devices=2))
+    succeed(*start_both(["train", "--resume", run, "train.updates=5"]))
+    records = check_consumed(run, 5)
+    assert [record["group_id"] for record in records] == list(range(10))
+    assert json.loads((run / "summary.json").read_text())["updates"] == 5
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_host_ends_the_other_and_all_go_on(tmp_path, killed):
+    run = tmp_path / "run"
+    both = start_both(runs.command(run, *BOTH, SLOW, "train.updates=6"))
+    wait_for_lines(run, 2, *both)
+    both[killed].kill()
+    began = time.monotonic()
+    (code, err), other = finish(both[1 - killed], both[killed])
+    assert time.monotonic() - began < 60
+    assert code not in (0, 2) and other[0] == -signal.SIGKILL
+    if killed:  # when the coordinator dies, JAX may be faster than our own sentence
+        assert code == 1 and re.search(r"error: host 1 \(.*\) is gone.*start all hosts again with", err), err
+    else:
+        assert "is gone" in err or "another task died" in err, err
+    succeed(*start_both(["train", "--resume", run]))
+    records = check_consumed(run, 6)
+    assert [record["group_id"] for record in records] == list(range(12))
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def refuse(*processes):
+    """Both processes refuse; returns their messages."""
+    ended = finish(*processes)
+    assert [code for code, _ in ended] == [2] * len(ended), ended
+    return [err for _, err in ended]
+
+
+def test_different_configurations_are_refused(tmp_path):
+    run, port = tmp_path / "run", free_port()
+    command = runs.command(run, *BOTH)
+    errors = refuse(start([*command, *seat(port, 0)]), start([*command, "seed=7", *seat(port, 1)]))
+    for err in errors:
+        assert "differs from host 0: seed=7 (host 0: 0)" in err
+    assert not run.exists()
+
+
+def test_an_index_used_twice_is_refused(tmp_path):
+    port = free_port()
+    command = runs.command(tmp_path / "run", *BOTH)
+    errors = refuse(*(start([*command, *seat(port, index, num=3)]) for index in (0, 1, 1)))
+    assert all("hosts.index=1 is used twice" in err for err in errors)
+
+
+def test_a_missing_host_is_named(tmp_path):
+    command = runs.command(tmp_path / "run", *BOTH)
+    (err,) = refuse(start([*command, *seat(free_port(), 0, timeout=2)]))
+    assert "host 1 of 2 did not come within 2 s" in err
+    (err,) = refuse(start([*command, *seat(free_port(), 1, timeout=2)]))
+    assert "nobody answers within 2 s" in err and "hosts.index=0" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["rollout.tasks_per_update=3"],
+            "rollout.tasks_per_update=3 groups cannot be shared by 2 hosts evenly",
+        ),
+        (["mesh.data=1"], "mesh.data=1 needs 1 devices, but 2 hosts with 1 each"),
+        (["mesh.data=4"], "mesh.data=4 needs 4 devices, but 2 hosts with 1 each"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(tmp_path, options, message):
+    run = tmp_path / "run"
+    for err in refuse(*start_both(runs.command(run, *BOTH, *options))):
+        assert message in err
+    assert not run.exists()
+
+
+def test_a_folder_that_one_host_does_not_see_is_refused(tmp_path):
+    port = free_port()
+    # A relative folder of the first host only: the second one lives elsewhere.
+    command = [
+        sign if not sign.startswith("run_dir=") else "run_dir=null" for sign in runs.command(".", *BOTH)
+    ]
+    code = f"import os; os.chdir(os.environ['HERE'])\n{START}"
+    processes = []
+    for index in (0, 1):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        os.environ["HERE"] = str(folder)
+        hide = "" if index == 0 else "import pathlib; pathlib.Path.exists = lambda self, **kw: False\n"
+        processes.append(runs.start([1, *command, *seat(port, index)], code=hide + code))
+    del os.environ["HERE"]
+    for err in refuse(*processes):
+        assert "host 1 does not see the run folder" in err
+
+
+# ------------------------------------------------------------------------------------------ failures
+
+
+def test_an_error_on_one_host_ends_all_with_a_checkpoint(tmp_path):
+    run, port = tmp_path / "run", free_port()
+    options = ["env.options.backend=backend", "faults.patience=2", "train.updates=30", "checkpoint.every=30"]
+    processes = []
+    for index in (0, 1):
+        here = tmp_path / str(index)
+        here.mkdir()
+        (here / "backend").touch()
+        code = f"import os; os.chdir({str(here)!r})\n{START}"
+        command = [1, *runs.command(run, *BOTH, SLOW, *options), *seat(port, index)]
+        processes.append(runs.start(command, code=code))
+    wait_for_lines(run, 2, *processes)
+    (tmp_path / "1" / "backend").unlink()
+    (first, other), (second, err) = finish(*processes)
+    assert first == second == 1, (other, err)
+    assert "host 1 failed: " in other and "--resume" in other
+    made = len(list(read_consumed(run))) // 2
+    assert made >= 2 and (run / "checkpoints" / str(made)).exists()
+
+
+def test_a_signal_in_the_warm_start_stops_all(tmp_path):
+    run = tmp_path / "run"
+    both = start_both(runs.command(run, *BOTH, "sft.updates=4000", "sft.batch_size=8"))
+    end = time.monotonic() + PATIENCE
+    while not (run / "sft_metrics.jsonl").exists() or not (run / "sft_metrics.jsonl").stat().st_size:
+        assert time.monotonic() < end and all(process.poll() is None for process in both)
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    for code, err in finish(*both):
+        assert code == 128 + signal.SIGTERM, err
+    assert (run / "checkpoints" / "0").exists()
+
+
+@pytest.mark.parametrize("sick", [0, 1])
+def test_an_error_elsewhere_on_one_host_ends_the_other(tmp_path, sick):
+    run, port = tmp_path / "run", free_port()
+    fault = """
+import empg_jax.trainer as trainer
+describe = trainer.describe_update
+def describe_once(*args, version, **options):
+    if version == 1:
+        raise OSError("no space left on device")
+    return describe(*args, version=version, **options)
+trainer.describe_update = describe_once
+"""
+    command = runs.command(run, *BOTH)
+    code = START.replace("main()\n", f"{fault}\nmain()\n")
+    healthy = start([*command, *seat(port, 1 - sick)])
+    failing = runs.start([1, *command, *seat(port, sick)], code=code)
+    (code, err), (code_of_failing, own) = finish(healthy, failing)
+    assert code == 1 and f"host {sick}" in err and "no space left on device" in err, err
+    assert f"--resume {run}" in err
+    assert code_of_failing == 1 and "no space left on device" in own, own
+    succeed(*start_both(["train", "--resume", run]))
+    check_consumed(run, 3)
+
+
+def test_a_guard_decides_the_same_on_all(tmp_path):
+    run = tmp_path / "run"
+    options = ["train.max_kl=1e-12", "train.on_kl=rollback", "train.updates=8"]
+    for code, err in finish(*start_both(runs.command(run, *BOTH, *options))):
+        assert code == 1 and "3 rollbacks in a row did not help" in err, err
+
+
+def test_slurm_s_variables_suffice(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", str(free_port()))  # JAX makes the port from it
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    processes = []
+    for index in (0, 1):
+        monkeypatch.setenv("SLURM_PROCID", str(index))
+        monkeypatch.setenv("SLURM_LOCALID", str(index))
+        processes.append(start(runs.command(tmp_path / "run", *BOTH, "train.updates=1", "hosts.timeout=30")))
+    succeed(*processes)
+    check_consumed(tmp_path / "run", 1)
