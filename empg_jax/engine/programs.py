@@ -50,6 +50,8 @@ class EngineConfig:
       prefill_buckets: lengths that prefill chunks are padded to; default 16, 64, 256 up to ``max_tokens``.
       row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, ``slots`` / 8 …
       cache_buckets: physical cache lengths; default 128, 256, 384, 512, 768 … to ``max_tokens``.
+      ahead: dispatch a burst before the last one is read, where most responses outlast that one; default on
+        accelerators only: a CPU has no idle time to fill, and loses 5 % where a new turn waits for a burst.
     """
 
     slots: int
@@ -61,6 +63,7 @@ class EngineConfig:
     prefill_buckets: tuple[int, ...] = ()
     row_buckets: tuple[int, ...] = ()
     cache_buckets: tuple[int, ...] = ()
+    ahead: bool | None = None
 
     def __post_init__(self) -> None:
         """Fill the bucket lists and refuse sizes that cannot work."""
@@ -107,11 +110,13 @@ class Request:
     """One dispatch of `decode` (S slots).
 
     A row of ``plan``: last token (not yet in the cache), its position, response tokens so far, response
-    tokens still allowed (0: idle), and the four ids that the slot's keys are folded from.
+    tokens still allowed (0: idle; -1: ``carried`` has these four), and the four ids that the slot's keys are
+    folded from.
     """
 
     key: Leaf  # the run's key
     plan: Leaf  # int32[S 8]
+    carried: Leaf  # int32[S 4]  the state of each slot after the burst before, which the host has not read
     limits: Leaf  # int32[2]  steps at most; responses that must have ended for an early end
     temperature: Leaf  # float32[S], or float32[] for all slots
 
@@ -148,7 +153,7 @@ def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> 
     jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
     return Programs(
         prefill=jit(functools.partial(prefill, model, config), out_shardings=cache),
-        decode=jit(functools.partial(decode, model, config), out_shardings=(cache, burst)),
+        decode=jit(functools.partial(decode, model, config), out_shardings=(cache, burst, burst)),
         unstack=jax.jit(functools.partial(_cast_and_unstack, model)),
         # Not donated: a longer cache cannot reuse the memory of a shorter one.
         grow=jax.jit(grow, static_argnums=1, out_shardings=cache),
@@ -213,7 +218,7 @@ def decode(
     params: Params,
     cache: KVCache,
     request: Request,
-) -> tuple[KVCache, Burst]:
+) -> tuple[KVCache, jax.Array, Burst]:
     """Decode one burst of steps for the active slots.
 
     The burst ends after ``request.limits[0]`` steps, when no slot is active any more, or when
@@ -227,10 +232,11 @@ def decode(
       request: the state of each slot, the limits of the burst, and the temperature.
 
     Returns:
-      The cache and the sampled tokens.
+      The cache, the state of each slot for the next request (``carried``), and the sampled tokens.
     """
     plan, limits = request.plan, request.limits
-    last, position, done, allowed = (plan[:, i] for i in range(4))
+    state = jnp.where(plan[:, 3:4] < 0, request.carried, plan[:, :4])
+    last, position, done, allowed = (state[:, i] for i in range(4))
     offsets = jnp.arange(config.burst, dtype=jnp.int32)[None, :]
     # Drawn once per burst, not in the loop: a token's number depends on its position alone, not on the batch.
     uniforms = position_uniforms(fold_keys(request.key, plan[:, 4:]), done[:, None] + offsets).T
@@ -271,8 +277,10 @@ def decode(
         return jnp.logical_and(out.steps < limits[0], jnp.logical_and(left > 0, is_patient))
 
     # A while loop, not a scan: the burst stops as soon as no slot is active.
-    cache, _, _, out = jax.lax.while_loop(goes_on, body, (cache, last, began, empty))
-    return cache, out
+    cache, last, is_active, out = jax.lax.while_loop(goes_on, body, (cache, last, began, empty))
+    left = jnp.where(is_active, allowed - out.counts, 0)
+    carried = jnp.stack([last, position + out.counts, done + out.counts, left], axis=1)
+    return cache, carried, out
 
 
 def _is_stop(config: EngineConfig, tokens: jax.Array) -> jax.Array:

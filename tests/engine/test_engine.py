@@ -442,7 +442,8 @@ def test_nothing_compiles_after_the_warm_up(make):
 def test_no_program_copies_the_cache(make, name):
     engine = make()
     if name == "decode":
-        inputs = Request(engine._key, np.zeros((4, 8), np.int32), np.zeros(2, np.int32), np.float32(1))
+        plan, limits = np.zeros((4, 8), np.int32), np.zeros(2, np.int32)
+        inputs = Request(engine._key, plan, engine._carried, limits, np.ones(4, np.float32))
     else:
         inputs = Chunk(np.zeros(1, np.int32), np.zeros((1, 16), np.int32), np.zeros((1, 2), np.int32))
     program = getattr(engine._programs, name)
