@@ -188,11 +188,8 @@ def _learner_problems(config: Config) -> Iterator[str]:
         )
     if rollout.max_tokens % mesh.sequence:
         yield f"mesh.sequence={mesh.sequence} must divide rollout.max_tokens={rollout.max_tokens}"
-    if model.path is None and model.preset is None and model.num_heads % (mesh.tensor * mesh.sequence):
-        yield (
-            f"mesh.tensor={mesh.tensor} x mesh.sequence={mesh.sequence} must divide "
-            f"model.num_heads={model.num_heads}"
-        )
+    if model.path is None and model.preset is None and model.num_heads % mesh.tensor:
+        yield f"mesh.tensor={mesh.tensor} must divide model.num_heads={model.num_heads}"
     episodes = rollout.tasks_per_update * rollout.group_size
     if train.num_minibatches > episodes:
         yield (

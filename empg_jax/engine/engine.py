@@ -83,13 +83,9 @@ class Engine:
         self._key = jax.device_put(jax.random.key(seed), replicated(self._mesh))
         self.base: Params = {}  # frozen weights below the adapters that `load` brings; made by `place`
         self._params: Params | None = None
-        # One wide product saves launches on accelerators; a CPU loses 4 % by splitting its result again. Over
-        # ``tensor`` a fused matrix would be cut in the wrong places, and adapters belong to single matrices.
         platform = self._mesh.devices.flat[0].platform
-        is_fused = platform != "cpu" and model.lora is None and self._mesh.shape["tensor"] == 1
-        layout = dataclasses.replace(model, fused_projections=is_fused)
         self._goes_ahead = platform != "cpu" if config.ahead is None else config.ahead
-        self._programs = compile_programs(layout, config, self._mesh)
+        self._programs = compile_programs(model, config, self._mesh)
         self._slots = Slots(config, temperature)
         self._carried = jax.device_put(np.zeros((config.slots, 4), np.int32), replicated(self._mesh))
         self._dispatched: Dispatched | None = None
@@ -363,8 +359,9 @@ class Engine:
         return int(self._cache[0][0].shape[2])
 
     def _new_cache(self, capacity: int) -> KVCache:
-        cache = init_cache(self.model, self.config.slots, capacity)
-        return jax.device_put(cache, cache_sharding(self._mesh, self.model, self.config))
+        layout = self._programs.layout
+        cache = init_cache(layout, self.config.slots, capacity)
+        return jax.device_put(cache, cache_sharding(self._mesh, layout, self.config))
 
     def _fit_cache(self) -> None:
         """Grow the cache to the bucket that this burst needs; start with a fresh one when it is empty."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.struct
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from empg_jax.engine.sampling import fold_keys, position_uniforms, sample
+from empg_jax.models.axes import param_shardings, repeat_kv_heads
 from empg_jax.models.decoder import (
     DecoderConfig,
     KVCache,
@@ -137,8 +139,9 @@ class Burst:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The jitted programs of one model and one set of sizes."""
+    """The jitted programs of one model and one set of sizes, and the layout that they work on."""
 
+    layout: DecoderConfig
     prefill: Any
     decode: Any
     unstack: Any
@@ -148,13 +151,16 @@ class Programs:
 @functools.cache
 def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> Programs:
     """Build the programs; engines of equal shape share them, so that nothing compiles twice."""
-    cache, burst = cache_sharding(mesh, model, config), replicated(mesh)
+    layout = lay_out(model, mesh)
+    repeats = layout.num_kv_heads // model.num_kv_heads
+    cache, burst = cache_sharding(mesh, layout, config), replicated(mesh)
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
     jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
     return Programs(
-        prefill=jit(functools.partial(prefill, model, config), out_shardings=cache),
-        decode=jit(functools.partial(decode, model, config), out_shardings=(cache, burst, burst)),
-        unstack=jax.jit(functools.partial(_cast_and_unstack, model)),
+        layout=layout,
+        prefill=jit(functools.partial(prefill, layout, config), out_shardings=cache),
+        decode=jit(functools.partial(decode, layout, config), out_shardings=(cache, burst, burst)),
+        unstack=jax.jit(functools.partial(_cast_and_unstack, layout, mesh, repeats)),
         # Not donated: a longer cache cannot reuse the memory of a shorter one.
         grow=jax.jit(grow, static_argnums=1, out_shardings=cache),
     )
@@ -165,13 +171,35 @@ def cache_sharding(mesh: Mesh, model: DecoderConfig, config: EngineConfig) -> Na
     return named_sharding(mesh, ("slots", "heads", None, None), (config.slots, model.num_kv_heads, 1, 1))
 
 
-def _cast_and_unstack(model: DecoderConfig, params: Params) -> Params:
+def lay_out(model: DecoderConfig, mesh: Mesh) -> DecoderConfig:
+    """Return the decoder's config with the layout in which an engine on this mesh keeps weights and cache.
+
+    One wide product saves launches on accelerators; a CPU loses 4 % by splitting its result again. Over
+    ``tensor`` a fused matrix would be cut in the wrong places, and adapters belong to single matrices.
+
+    Key/value heads that ``tensor`` does not divide are repeated until it does, where the query heads allow
+    it: else every device would hold, and gather for every burst, the whole cache.
+    """
+    tensor, platform = mesh.shape["tensor"], mesh.devices.flat[0].platform
+    repeated = math.lcm(model.num_kv_heads, tensor)
+    return dataclasses.replace(
+        model,
+        fused_projections=platform != "cpu" and model.lora is None and tensor == 1,
+        num_kv_heads=model.num_kv_heads if model.num_heads % repeated else repeated,
+    )
+
+
+def _cast_and_unstack(model: DecoderConfig, mesh: Mesh, repeats: int, params: Params) -> Params:
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         # A copy even where nothing changes: the learner donates its own buffers to the next update.
         leaf = jnp.copy(leaf)
         return leaf if path[-1].key in QUANTIZED_LEAVES else leaf.astype(model.dtype)
 
-    placed = unstack_layers(jax.tree_util.tree_map_with_path(cast, params), model.num_layers)
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    if repeats > 1:
+        params = repeat_kv_heads(params, model.head_dim, repeats)
+        params = jax.lax.with_sharding_constraint(params, param_shardings(mesh, params, model.head_dim))
+    placed = unstack_layers(params, model.num_layers)
     if not model.fused_projections:
         return placed
     return placed | {"layers": tuple(map(fuse_projections, placed["layers"]))}

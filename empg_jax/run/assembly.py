@@ -35,7 +35,6 @@ from empg_jax.learner.state import make_optimizer
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.lora import LoraConfig
 from empg_jax.parallel.hosts import ALONE, Hosts
-from empg_jax.parallel.layout import head_shards
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.context import ContextFactory, make_context
@@ -153,12 +152,13 @@ def shape_model(config: Config, section: ModelConfig, vocab_size: int) -> Decode
 
     Raises:
       ConfigError: an unknown preset, a folder with a model that the decoder does not support, a vocabulary
-        smaller than the tokenizer's, or heads that the mesh cannot divide.
+        smaller than the tokenizer's.
     """
     m = section
     numerics: dict[str, Any] = {
         "dtype": jnp.dtype(m.dtype),
         "param_dtype": jnp.dtype(m.param_dtype),
+        "reduce_dtype": jnp.dtype(m.reduce_dtype),
         "remat": m.remat,
         "scan_layers": m.scan_layers,
         "attention": m.attention,
@@ -198,10 +198,6 @@ def shape_model(config: Config, section: ModelConfig, vocab_size: int) -> Decode
             f"the model has {model.vocab_size} embedding rows, the tokenizer {vocab_size} tokens: "
             "raise model.vocab_size or name the model's own tokenizer (model.tokenizer)"
         )
-    try:
-        head_shards(dict(vars(config.mesh)), model.num_heads)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     return model
 
 

@@ -73,7 +73,7 @@ REFUSED = {
     ("mesh.data=2",): r"mesh\.data=2 x mesh\.fsdp=1 cannot divide: use train\.micro_tokens=1024",
     ("train.micro_tokens=100",): r"train\.micro_tokens=100 holds 0 rows .* use train\.micro_tokens=256",
     ("mesh.sequence=3",): r"mesh\.sequence=3 must divide rollout\.max_tokens=256",
-    ("mesh.tensor=3",): r"mesh\.tensor=3 x mesh\.sequence=1 must divide model\.num_heads=4",
+    ("mesh.tensor=3",): r"mesh\.tensor=3 must divide model\.num_heads=4",
     ("train.num_minibatches=129",): r"train\.num_minibatches=129 is more than the 128 episodes",
     ("train.warmup_updates=181",): r"train\.warmup_updates=181 exceeds train\.updates=180",
     ("algorithm.entropy_source=engine", "train.max_lag=1"): r"entropy_source=engine .*train\.max_lag=1",

@@ -467,3 +467,22 @@ def test_a_mesh_changes_nothing_but_the_place(make):
         assert same(answers[0][slot], answers[1][slot])
     for leaf in (*jax.tree.leaves(split._cache), split._params["layers"][0]["up_proj"]["kernel"]):
         assert max(shard.data.nbytes for shard in leaf.addressable_shards) < leaf.nbytes
+
+
+@pytest.mark.parametrize("heads, kv_heads, parts, share", [(4, 2, 4, 0.5), (6, 3, 2, 1.0), (6, 2, 4, 1.0)])
+def test_heads_that_do_not_divide_are_repeated_and_answer_the_same(heads, kv_heads, parts, share):
+    """A device holds one of two heads; three of six, as many as before; or all, where nothing divides."""
+    model = dataclasses.replace(SHALLOW, num_heads=heads, num_kv_heads=kv_heads)
+    params = init_params(jax.random.key(0), model)
+    answers, caches = [], []
+    for mesh in (make_mesh(), make_mesh(tensor=parts)):
+        engine = Engine(model, SIZES, seed=0, mesh=mesh)
+        engine.load(params, 0)
+        for slot in range(4):
+            engine.submit(slot, [1 + slot, 2, 3], is_fresh=True, ids=(0, slot, 0, 0))
+        answers.append(finish(engine))
+        caches.append(engine._cache[0][0])
+    for slot in range(4):
+        assert same(answers[0][slot], answers[1][slot])
+    each = max(shard.data.nbytes for shard in caches[1].addressable_shards)
+    assert each == caches[0].nbytes * share
