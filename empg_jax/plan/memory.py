@@ -216,24 +216,26 @@ def _update_items(
     kept, working = activation_bytes(model, mesh, tokens, row)
     policy = f"{model.num_layers} layers, remat={model.remat}"
     yield Item("activations", _estimate(kept), "update", f"{tokens} tokens a device, {policy}")
-    if row_shards * sizes["tensor"] * sizes["sequence"] > 1:
-        working += _gathered_bytes(model, mesh, base or trained)
-    yield Item(
-        "one layer", _estimate(working), "layer", "its recomputation, its slopes, its gathered weights"
-    )
     logits = min(tokens * -(-model.vocab_size // sizes["tensor"]), LARGE_SLAB)
-    stream = tokens * model.hidden_size * 4
-    note = "one chunk of the vocabulary, three times"
-    yield Item("logits", _estimate(3 * 4 * logits + 2 * stream), "head", note)
+    head = 3 * 4 * logits + 2 * 4 * tokens * model.hidden_size
+    if row_shards * sizes["tensor"] * sizes["sequence"] > 1:
+        layers = jax.tree.leaves((base or trained)["layers"])
+        working += _gathered_bytes(model, mesh, sum(math.prod(x.shape[1:]) for x in layers if x.ndim > 2))
+        chunk = logits * sizes["tensor"] // tokens * model.hidden_size
+        head += _gathered_bytes(model, mesh, chunk)
+    note = "its recomputation, its slopes, its gathered weights"
+    yield Item("one layer", _estimate(working), "layer", note)
+    note = "one chunk of the vocabulary, three times, and its part of the table"
+    yield Item("logits", _estimate(head), "head", note)
     whole = make_batch_shape(config)
     batch = whole.max_rows * row * _BATCH_BYTES // (row_shards * sizes["sequence"])
     yield Item("batch", batch, "always", f"at most {whole.max_rows} rows of {row} tokens")
 
 
-def _gathered_bytes(model: DecoderConfig, mesh: AbstractMesh, params: Params) -> int:
-    """Compute the bytes of one layer's gathered weights and of their gradients."""
-    layer = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2)
-    return 2 * layer // mesh.shape["tensor"] * jnp.dtype(model.dtype).itemsize
+def _gathered_bytes(model: DecoderConfig, mesh: AbstractMesh, numbers: int) -> int:
+    """Compute the bytes of gathered weights and of their gradients, which are added up in a wider type."""
+    narrow, wide = (jnp.dtype(dtype).itemsize for dtype in (model.dtype, model.reduce_dtype))
+    return numbers // mesh.shape["tensor"] * (narrow + max(narrow, wide))
 
 
 # -------------------------------------------------------------------------------------------- rollout

@@ -148,9 +148,10 @@ def speed_lines(config: Config, model: DecoderConfig, name: str) -> list[str]:
     compute, exchange, step = (f"{1e3 * each:.2f} ms" for each in (speed.compute, speed.exchange, speed.step))
     return [
         f"at best on {name}, a model from published peaks and not a measurement "
-        f"({chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s, links {chip.link / 1e9:.0f} GB/s):",
-        f"  update  {speed.update_rate:,.0f} tokens/s: {compute} of computing beside {exchange} of exchange for "
-        f"{speed.tokens} tokens",
-        f"  decode  {speed.decode_rate:,.0f} tokens/s: {step} for a step of {speed.slots} slots, conversations "
-        "half full",
+        f"({chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s, "
+        f"links {chip.link / 1e9:.0f} GB/s):",
+        f"  update  {speed.update_rate:,.0f} tokens/s: {compute} of computing beside {exchange} of exchange "
+        f"for {speed.tokens} tokens",
+        f"  decode  {speed.decode_rate:,.0f} tokens/s: {step} for a step of {speed.slots} slots, "
+        "conversations half full",
     ]
