@@ -258,6 +258,8 @@ def rl_loop(parts: Parts, run: RunState) -> None:
                 asked = time.monotonic()
                 delivery = gather_delivery(parts.hosts, take, parts.should_stop)
                 waited = time.monotonic() - asked
+                if config.rollout.release:
+                    rollout.call(parts.engine.free)
             with parts.clock.phase("update"):
                 first, steps, measured = update_policy(parts, run, scorer, delivery.trajectories)
             run.update += 1

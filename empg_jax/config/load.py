@@ -144,6 +144,8 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.max_stale_gap={rollout.max_stale_gap} has no effect with rollout.publish="
             f"{rollout.publish}: KV is never kept over a publication there"
         )
+    if rollout.release and lag:
+        yield f"rollout.release=true needs train.max_lag=0: with {lag} the engine samples during updates"
     if rollout.publish == "burst" and lag == 0:
         yield (
             "rollout.publish=burst has no effect with train.max_lag=0: nothing is sampled when weights arrive"

@@ -72,6 +72,9 @@ class RolloutConfig(Section):
     stored: str | None = Field(
         None, description="Episodes to train on in place of playing: FILE.npz of empg-jax rollout."
     )
+    release: bool = Field(
+        False, description="Free the engine's weights and KV cache during updates (with train.max_lag=0)."
+    )
     schedule: str | None = Field(
         None, description="schedule.jsonl of a run with a lag to repeat bit by bit (with deterministic=true)."
     )

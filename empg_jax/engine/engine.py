@@ -11,8 +11,9 @@ every decode step. All shapes come from small bucket lists that `Engine.warm_up`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +30,8 @@ from empg_jax.parallel.arrays import to_local
 from empg_jax.parallel.mesh import make_mesh, replicated
 from empg_jax.types import Params
 
+# What belongs to the conversations of one user of an engine.
+_OWN = ("_slots", "_carried", "_dispatched", "_ended", "_params", "version", "temperature", "stats")
 STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
 
 
@@ -90,7 +93,7 @@ class Engine:
         self._carried = jax.device_put(np.zeros((config.slots, 4), np.int32), replicated(self._mesh))
         self._dispatched: Dispatched | None = None
         self._ended: list[Response] = []  # found outside `step`, which returns them
-        self._cache = self._new_cache(config.cache_buckets[0])
+        self._cache: KVCache | None = self._new_cache(config.cache_buckets[0])
 
     # ------------------------------------------------------------------------------ conversations
 
@@ -222,6 +225,45 @@ class Engine:
         by_logprob = np.abs(stale.logprobs - fresh.logprobs)[0, probes]
         by_entropy = np.abs(stale.entropies - fresh.entropies)[0, probes]
         return float(np.where(is_same, by_logprob, by_entropy).mean())
+
+    def free(self) -> None:
+        """Give up weights and cache until weights arrive; conversations keep their tokens.
+
+        Raises:
+          RuntimeError: a response is in progress.
+        """
+        if self.has_work:
+            raise RuntimeError("Engine.free in the middle of a turn: step the engine until has_work is False")
+        self.drop_cache()
+        self._params, self._cache = None, None
+
+    @contextlib.contextmanager
+    def lent(self, params: Params, version: int, *, temperature: float) -> Iterator[None]:
+        """Give every slot to other conversations with these weights for a while, without a second engine.
+
+        The own conversations go on afterwards as if nothing had been. Their keys and values stay in memory;
+        without any, the others take over the cache.
+
+        Args:
+          params: stacked parameters, placed only where the engine does not hold this version.
+          version: their policy version.
+          temperature: of the others' responses.
+        """
+        own = {name: getattr(self, name) for name in _OWN}
+        cache = self._cache if self._slots.kv_length.any() or self._in_flight().any() else None
+        self._slots, self._dispatched, self._ended = Slots(self.config, temperature), None, []
+        self.temperature, self.stats = temperature, EngineStats()
+        try:
+            if cache is not None:
+                self._cache = None
+            if self._params is None or version != self.version:
+                self.load(params, version)
+            yield
+        finally:
+            for name, value in own.items():
+                setattr(self, name, value)
+            if cache is not None:
+                self._cache = cache
 
     def place(self, params: Params) -> Params:
         """Copy stacked parameters into this engine's layout and placement.
@@ -356,7 +398,7 @@ class Engine:
     @property
     def capacity(self) -> int:
         """Current physical length of the cache, in tokens."""
-        return int(self._cache[0][0].shape[2])
+        return 0 if self._cache is None else int(self._cache[0][0].shape[2])
 
     def _new_cache(self, capacity: int) -> KVCache:
         layout = self._programs.layout

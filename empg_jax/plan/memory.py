@@ -248,7 +248,10 @@ def _engine_items(
     mesh = AbstractMesh((r.data, 1, r.tensor, 1), AXES)
     own = shard_bytes(trained, model.head_dim, mesh, itemsize=narrow)
     where = f"on {r.data * r.tensor} of the devices" if r.data * r.tensor > 1 else "on the first device"
-    yield Item("engine weights", 2 * own, "always", f"for training and for evaluation, {where}")
+    # Without release the old weights are live while new ones are placed.
+    when, copies = ("rollout", 1) if r.release else ("always", 2)
+    note = "freed during updates" if r.release else "live ones and those to come"
+    yield Item("engine weights", copies * own, when, f"{note}, {where}")
     if base:
         size = shard_bytes(base, model.head_dim, mesh)
         yield Item("engine base", size, "always", f"the frozen weights, {where}")
@@ -256,8 +259,10 @@ def _engine_items(
     repeated = math.lcm(model.num_kv_heads, r.tensor)
     kv_heads = model.num_kv_heads if model.num_heads % repeated else repeated // r.tensor
     per_token = 2 * model.num_layers * kv_heads * model.head_dim * narrow
-    note = f"{slots} slots of {r.max_tokens} tokens, {where}; another for evaluation"
-    yield Item("KV cache", 2 * slots * r.max_tokens * per_token, "always", note)
+    note, caches = f"{slots} slots of {r.max_tokens} tokens, {where}", 1
+    if config.train.max_lag:
+        note, caches = f"{note}; another for evaluation", 2
+    yield Item("KV cache", caches * slots * r.max_tokens * per_token, when, note)
     heads = model.num_heads // (r.tensor if model.num_heads % r.tensor == 0 else 1)
     prefill = 2 * 4 * min(PREFILL_TOKENS, slots * r.max_tokens) * heads * r.max_tokens
     logits = 3 * 4 * slots * model.vocab_size // r.tensor

@@ -201,15 +201,8 @@ def shape_model(config: Config, section: ModelConfig, vocab_size: int) -> Decode
     return model
 
 
-def make_engine(
-    config: Config,
-    model: DecoderConfig,
-    tokenizer: Tokenizer,
-    *,
-    temperature: float | None = None,
-    num_hosts: int = 1,
-) -> Engine:
-    """Build this host's sampling engine without weights, at ``rollout.temperature`` unless another is given.
+def make_engine(config: Config, model: DecoderConfig, tokenizer: Tokenizer, *, num_hosts: int = 1) -> Engine:
+    """Build this host's sampling engine without weights, at ``rollout.temperature``.
 
     Raises:
       ConfigError: the slots cannot be split over ``rollout.data``, or this host has too few devices.
@@ -239,7 +232,7 @@ def make_engine(
         model,
         sizes,
         seed=config.seed,
-        temperature=r.temperature if temperature is None else temperature,
+        temperature=r.temperature,
         mesh=mesh,
     )
 
@@ -295,11 +288,11 @@ def make_evaluator(
     first_handle: int,
     hosts: Hosts = ALONE,
 ) -> Evaluator:
-    """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, on an engine of its own.
+    """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, at ``eval.temperature``.
 
     Args:
       config: the configuration.
-      engine: a sampler at ``eval.temperature`` whose slots are free.
+      engine: the sampler, which lends its slots.
       pool: environment workers, shared with training.
       language: tokenizer, context and parser.
       first_handle: first pool handle that training does not use.
@@ -318,7 +311,15 @@ def make_evaluator(
     )
     num_tasks = min(config.eval.tasks, pool.splits[split])
     share = hosts.index, hosts.num
-    return Evaluator(collector, engine, split=split, num_tasks=num_tasks, tell=pool.tell, share=share)
+    return Evaluator(
+        collector,
+        engine,
+        temperature=config.eval.temperature,
+        split=split,
+        num_tasks=num_tasks,
+        tell=pool.tell,
+        share=share,
+    )
 
 
 def make_rollout(

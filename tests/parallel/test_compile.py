@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 # Nothing is run, so the code that a device would run need not be good.
 QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-HERE = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[2]
 CASES = {
     "qwen2.5-7b": (dict(fsdp=4, tensor=2), dict(rows=8, length=1024)),
     "qwen2.5-32b": (dict(fsdp=16, tensor=4), dict(rows=32, length=1024)),
@@ -82,8 +82,8 @@ def test_update_splits_weights_and_gathers_one_layer_at_a_time(preset):
     request = json.dumps({"preset": preset, "mesh": mesh, **sizes})
     flags = f"--xla_force_host_platform_device_count={math.prod(mesh.values())} {QUICKLY}"
     done = subprocess.run(
-        [sys.executable, str(HERE / "compile_update.py"), request],
-        cwd=HERE.parents[1],
+        [sys.executable, str(ROOT / "scripts" / "compile_update.py"), request],
+        cwd=ROOT,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
