@@ -10,7 +10,7 @@ import time
 import pytest
 
 from empg_jax.workers import memory
-from empg_jax.workers import process as worker_process
+from empg_jax.workers import pool as worker_pool
 from empg_jax.workers.variables import make_environment
 from tests.processes import is_running
 from tests.workers.pools import act, counts_in, gather, open_pool, reset_all, wait_for_exit
@@ -28,7 +28,7 @@ def stderr_size(pool):
 
 
 def test_noisy_environment_fills_neither_pipe_nor_disk(monkeypatch):
-    monkeypatch.setattr(worker_process, "STDERR_KEEP", 10_000)
+    monkeypatch.setattr(worker_pool, "STDERR_KEEP", 10_000)
     with open_pool() as pool:
         reset_all(pool, [0])
         for turn in range(1, 120):
