@@ -13,9 +13,20 @@ from empg_envs.lanes import Lanes
 from empg_envs.worker import EnvHost
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
 from tests.cages import need_cages
-from tests.workers.pools import PATIENT, SHORT, act, counts_in, gather, open_pool, reset_all, wait_for_exit
+from tests.workers.pools import (
+    PATIENT,
+    SHORT,
+    act,
+    both,
+    counts_in,
+    gather,
+    open_pool,
+    reset_all,
+    wait_for_exit,
+)
 
 
+@both
 def test_a_turn_of_64_slow_environments_takes_about_one_step():
     with open_pool("SlowEnv", num_workers=2, options={"latency": 0.1}) as pool:
         reset_all(pool, range(64))
@@ -26,6 +37,7 @@ def test_a_turn_of_64_slow_environments_takes_about_one_step():
         assert [counts_in(replies[handle]) for handle in range(64)] == [1] * 64
 
 
+@both
 def test_one_lane_is_a_serial_worker():
     with open_pool("SlowEnv", lanes=1, options={"latency": 0.05}) as pool:
         reset_all(pool, range(4))
@@ -46,6 +58,7 @@ def test_an_environment_that_shares_state_is_served_serially():
         assert all(reply.failure is None for reply in act(pool, dict.fromkeys(range(6), "x")).values())
 
 
+@both
 def test_quick_neighbors_of_a_slow_command_answer_at_once():
     with open_pool() as pool:
         reset_all(pool, range(4))
@@ -79,6 +92,7 @@ def test_no_step_is_lost_or_doubled_where_slow_and_quick_ones_mix(lanes):
         assert set(done.values()) == {rounds} and pool.poll(0.05) == []
 
 
+@both
 def test_a_hang_among_many_costs_one_episode_and_names_its_line():
     with open_pool(timeouts=SHORT, options={"length": 99}) as pool:
         reset_all(pool, range(8))
@@ -94,6 +108,7 @@ def test_a_hang_among_many_costs_one_episode_and_names_its_line():
         assert pool.stats.restarts == 1 and pool.stats.failures == {"timeout": 1}
 
 
+@both
 def test_the_cause_of_a_death_among_many_is_found_and_nobody_else_pays():
     with open_pool(options={"length": 99}) as pool:
         reset_all(pool, range(6))
@@ -108,6 +123,7 @@ def test_the_cause_of_a_death_among_many_is_found_and_nobody_else_pays():
         assert pool.stats.restarts == 2
 
 
+@both
 def test_a_death_from_outside_among_many_costs_nothing():
     with open_pool(options={"length": 99}) as pool:
         reset_all(pool, range(4))
