@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -20,10 +21,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from empg_jax.errors import ConfigError
+from empg_jax.workers.faults import PoolError
 from empg_jax.workers.lines import LineReader, encode
 from empg_jax.workers.relay import Relay
 from empg_jax.workers.variables import make_environment
 
+CONNECT_SECONDS = 10.0  # that the head of a cluster may take to answer
 ANSWER_SECONDS = 5.0  # that an actor may take to end its process, beyond the grace
 LOSS_CHARS = 2000  # of Ray's description of a dead actor
 # Calls of one kind are made one after another, beside those of the other kinds.
@@ -34,15 +37,25 @@ def check_ray(address: str | None) -> None:
     """Check whether Ray can be used, without importing it.
 
     Raises:
-      ConfigError: it is not installed, or the address is one of a Ray client.
+      ConfigError: it is not installed, or nobody answers at the address.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("workers.backend=ray needs ray; in the clone: pip install -e '.[ray]'")
-    if address is not None and address.startswith("ray://"):
+    key, where = "workers.ray_address", address
+    if where is None:
+        key, where = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")
+    if where in (None, "", "auto", "local"):
+        return
+    host, _, port = where.rpartition(":")
+    if not host or not port.isdigit():
         raise ConfigError(
-            f"workers.ray_address={address} is the address of a Ray client: start the run on a node of the "
-            "cluster, with HOST:PORT or null"
+            f"{key}={where} must be HOST:PORT, for example node0:6379, and the run a process on a node of that "
+            "cluster (ray:// addresses are not)"
         )
+    try:  # ray.init would wait for many minutes
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"{key}={where}: no Ray cluster answers there: {error}") from None
 
 
 class RayCluster:
@@ -57,12 +70,11 @@ class RayCluster:
           resources: what a worker takes of its node, by Ray's names (``CPU``, ``memory``, or one's own).
 
         Raises:
-          ConfigError: Ray is not installed, or no cluster answers.
+          ConfigError: Ray is not installed, or nobody answers at the address.
+          PoolError: the cluster cannot be joined.
         """
         check_ray(address)
-        import ray
-
-        self._ray = ray
+        self._ray = ray = importlib.import_module("ray")
         if not ray.is_initialized():
             _connect(ray, address)
         self._resources = dict(resources)
@@ -184,9 +196,9 @@ def _connect(ray: Any, address: str | None) -> None:
         ray.init(
             address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError) as error:
         where = "null" if address is None else address
-        raise ConfigError(f"workers.ray_address={where}: no Ray cluster answers: {error}") from None
+        raise PoolError(f"workers.ray_address={where}: the Ray cluster cannot be joined: {error}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
