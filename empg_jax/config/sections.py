@@ -116,7 +116,7 @@ class WorkersConfig(Section):
     )
     ray_address: str | None = Field(
         None,
-        description="HOST:PORT of the cluster; null: that of RAY_ADDRESS or of this machine, else a new one.",
+        description="HOST:PORT of the cluster; null: the one of RAY_ADDRESS, or the one of this machine.",
     )
     ray_resources: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(strict=False)] = Field(
         default_factory=lambda: {"CPU": 1.0},

@@ -44,13 +44,13 @@ def check_ray(address: str | None) -> None:
     key, where = "workers.ray_address", address
     if where is None:
         key, where = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")
-    if where in (None, "", "auto", "local"):
+    if where in (None, "", "auto"):
         return
     host, _, port = where.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or "://" in host or not port.isdigit():
         raise ConfigError(
-            f"{key}={where} must be HOST:PORT, for example node0:6379, and the run a process on a node of that "
-            "cluster (ray:// addresses are not)"
+            f"{key}={where} must be HOST:PORT, for example node0:6379, of a cluster that this machine is a "
+            "node of (ray:// addresses are not)"
         )
     try:  # ray.init would wait for many minutes
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
@@ -66,7 +66,7 @@ class RayCluster:
 
         Args:
           address: HOST:PORT of the cluster; None finds the one named by ``RAY_ADDRESS`` or running on this
-            machine, and else starts one of this machine alone.
+            machine. None is started here: Ray would fork this process, in which JAX runs.
           resources: what a worker takes of its node, by Ray's names (``CPU``, ``memory``, or one's own).
 
         Raises:
@@ -74,6 +74,8 @@ class RayCluster:
           PoolError: the cluster cannot be joined.
         """
         check_ray(address)
+        # What nodes report of themselves would be printed into the progress; the events of a run tell it.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
         self._ray = ray = importlib.import_module("ray")
         if not ray.is_initialized():
             _connect(ray, address)
@@ -193,12 +195,13 @@ def _connect(ray: Any, address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL
-        )
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, RuntimeError) as error:
         where = "null" if address is None else address
-        raise PoolError(f"workers.ray_address={where}: the Ray cluster cannot be joined: {error}") from None
+        raise PoolError(
+            f"workers.ray_address={where}: no Ray cluster can be joined; start one with `ray start --head`: "
+            f"{error}"
+        ) from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)

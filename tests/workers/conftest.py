@@ -2,17 +2,18 @@
 
 import pytest
 
+from empg_jax.workers.ray_backend import RayCluster
 from tests.workers import pools
+from tests.workers.clusters import open_cluster
 
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """A Ray cluster of this process alone, with one node."""
+    """A Ray cluster of this test process alone, with one node."""
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
-    from empg_jax.workers.ray_backend import RayCluster
-
-    yield RayCluster("local", {"CPU": 0.01})
-    ray.shutdown()
+    with open_cluster() as cluster:
+        yield RayCluster(cluster.address, {"CPU": 0.01})
+        ray.shutdown()
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
