@@ -1,5 +1,6 @@
 """Workers on a Ray cluster: a node that dies, a quiet terminal, and what is refused before a run begins."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +20,8 @@ from empg_jax.workers import ray_backend
 from empg_jax.workers.pool import EnvPool, FaultPolicy, PoolError, PoolTimeouts
 from empg_jax.workers.variables import merge_environment
 from tests import runs
+from tests.cages import need_cages
+from tests.processes import is_running
 from tests.workers.clusters import open_cluster
 from tests.workers.pools import act, open_pool, reset_all, wait_for_exit
 
@@ -109,12 +113,36 @@ def wait_for_lines(run, count, process):
         time.sleep(0.05)
 
 
+def marked(mark):
+    """The worker processes that were given this variable."""
+    found = []
+    for number in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{number}/cmdline").read_bytes()
+            if (
+                b"empg_envs.worker" in command
+                and mark.encode() in Path(f"/proc/{number}/environ").read_bytes()
+            ):
+                found.append(int(number))
+    return found
+
+
+def wait_until_gone(mark):
+    end = time.monotonic() + 60
+    while marked(mark):
+        assert time.monotonic() < end, marked(mark)
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
-def test_a_node_that_dies_costs_its_episodes_only(tmp_path, two_nodes):
+def test_a_node_that_dies_costs_its_episodes_only(tmp_path, two_nodes, monkeypatch):
     run = tmp_path / "run"
     options = [*RAY, f"workers.ray_address={two_nodes.address}", "env.options.latency=0.2", "train.updates=8"]
-    process = runs.start(runs.command(run, *runs.HOUSE, *options))
+    mark = f"OF_A_TEST={run}"
+    monkeypatch.setenv(*mark.split("="))
+    process = runs.start(runs.command(run, *runs.HOUSE, *options, "workers.pass_env=[OF_A_TEST]"))
     wait_for_lines(run, 2, process)
+    before = marked(mark)
     two_nodes.kill_node(1)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
@@ -124,6 +152,8 @@ def test_a_node_that_dies_costs_its_episodes_only(tmp_path, two_nodes):
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     restarts = [event for event in events if event["event"] == "worker_restarted"]
     assert len(restarts) == 1, events
+    assert len(before) == 2
+    wait_until_gone(mark)
     # The user's terminal shows the run, not Ray; and JAX never sees a fork.
     assert "raylet" not in out + err and "ray" not in err.lower().replace(str(run), ""), err
 
@@ -142,6 +172,47 @@ def test_a_signal_still_ends_a_run_with_its_checkpoint(tmp_path, two_nodes):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM and f"--resume {run}" in err, err
+
+
+@pytest.mark.slow
+def test_a_trainer_that_is_killed_leaves_no_worker(tmp_path, two_nodes, monkeypatch):
+    mark = f"OF_A_TEST={tmp_path}"
+    monkeypatch.setenv(*mark.split("="))
+    script = (
+        "import sys, time\n"
+        "from empg_jax.workers.ray_backend import RayCluster\n"
+        "from tests.workers import pools\n"
+        "pools.START = RayCluster(sys.argv[1], {'node1': 1}).start\n"
+        "pool = pools.open_pool('ParentEnv', num_workers=2, pass_env=['OF_A_TEST'])\n"
+        "pools.reset_all(pool, [0])\n"
+        "print(pools.act(pool, {0: 'child'})[0].observation, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", script, two_nodes.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
+        child = int(trainer.stdout.readline())
+        assert len(marked(mark)) == 2 and is_running(child)
+        trainer.kill()
+    wait_until_gone(mark)
+    wait_for_exit(child)
+
+
+@pytest.mark.slow
+def test_a_cage_of_swe_on_a_node_that_offers_one(two_nodes, tmp_path):
+    need_cages()
+    script = (
+        "import sys\n"
+        "from empg_jax.workers.ray_backend import RayCluster\n"
+        "from tests.workers import pools\n"
+        "pools.START = RayCluster(sys.argv[1], {'CPU': 1, 'node1': 1}).start\n"
+        "with pools.open_named('swe', options={'tools': 'terse', 'max_turns': 7}) as pool:\n"
+        "    reply = pools.reset_all(pool, [0])[0]\n"
+        "    action = (reply.info.get('admissible') or ['look'])[0]\n"
+        "    print(pools.act(pool, {0: action})[0].failure)\n"
+    )
+    command = [sys.executable, "-c", script, two_nodes.address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.stdout == "None\n", done.stdout + done.stderr
 
 
 @pytest.mark.slow
