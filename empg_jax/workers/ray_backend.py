@@ -88,6 +88,8 @@ class RayCluster:
             "resources": options,
             "scheduling_strategy": "SPREAD",  # the loss of a node costs as few workers as possible
             "max_restarts": 0,  # the supervisor replaces lost workers
+            # Else Ray kills the worker process, which then cannot end what its environments started.
+            "runtime_env": {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "0"}},
         }
         self._actor_class = ray.remote(concurrency_groups=GROUPS)(Relay)
 
@@ -96,7 +98,7 @@ class RayCluster:
         actor = self._actor_class.options(**self._options).remote(
             list(pass_env), make_environment(pass_env), os.getcwd()
         )
-        return RayProcess(self._ray, actor, selector, owner, f"no node with {self._resources} has started it")
+        return RayProcess(self._ray, actor, selector, owner, f"no node had {self._resources} free")
 
 
 class RayProcess:
