@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import selectors
 import signal
 import socket
@@ -20,6 +21,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from empg_jax import __version__
 from empg_jax.errors import ConfigError
 from empg_jax.workers.faults import PoolError
 from empg_jax.workers.lines import LineReader, encode
@@ -96,7 +98,7 @@ class RayCluster:
     def start(self, pass_env: Sequence[str], selector: selectors.BaseSelector, owner: Any) -> RayProcess:
         """Start a worker; see `empg_jax.workers.backend.Start`."""
         actor = self._actor_class.options(**self._options).remote(
-            list(pass_env), make_environment(pass_env), os.getcwd()
+            __version__, list(pass_env), make_environment(pass_env), os.getcwd()
         )
         return RayProcess(self._ray, actor, selector, owner, f"no node had {self._resources} free")
 
@@ -216,6 +218,6 @@ def _ring(rope: socket.socket) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """Return Ray's sentences, without its indented table of identifiers."""
-    lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
-    return " ".join(lines)[-LOSS_CHARS:] or type(error).__name__
+    """Return Ray's sentences, without its indented tables and tracebacks."""
+    lines = [line for line in str(error).splitlines() if not line[:1].isspace()]
+    return re.sub(r"\x1b\[\d+m", "", " ".join(lines))[-LOSS_CHARS:] or type(error).__name__

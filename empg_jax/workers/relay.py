@@ -14,6 +14,7 @@ import selectors
 import threading
 from collections.abc import Mapping, Sequence
 
+from empg_jax import __version__
 from empg_jax.workers.process import WorkerProcess
 from empg_jax.workers.variables import make_environment, merge_environment
 
@@ -23,14 +24,20 @@ LOOK_SECONDS = 0.2  # between two looks whether a silent process is alive
 class Relay:
     """One worker process, and the bytes that go to it and come from it."""
 
-    def __init__(self, pass_env: Sequence[str], brought: Mapping[str, str], folder: str):
+    def __init__(self, version: str, pass_env: Sequence[str], brought: Mapping[str, str], folder: str):
         """Start the process.
 
         Args:
+          version: of this package on the pool's machine.
           pass_env: names of further environment variables that it gets.
           brought: the environment variables that it would have on the pool's machine.
           folder: the working folder there; used here, too, if it exists.
+
+        Raises:
+          RuntimeError: this machine has another version.
         """
+        if version != __version__:
+            raise RuntimeError(f"this node has empg-jax {__version__}, the trainer {version}")
         with contextlib.suppress(OSError):
             os.chdir(folder)
         self._selector = selectors.DefaultSelector()

@@ -242,3 +242,11 @@ def test_resources_that_no_node_has_are_named(ray_cluster):
     options = {"timeouts": PoolTimeouts(start=2.0), "faults": FaultPolicy(start_attempts=1)}
     with pytest.raises(PoolError, match=r"not ready after 2 s; no node had {'cage': 1} free"):
         EnvPool("tests.fakes:CountingEnv", num_workers=1, start=cluster.start, **options)
+
+
+@pytest.mark.slow
+def test_a_node_with_another_version_is_named(ray_cluster, monkeypatch):
+    monkeypatch.setattr(ray_backend, "__version__", "9.9")
+    options = {"timeouts": PoolTimeouts(start=30.0), "faults": FaultPolicy(start_attempts=1)}
+    with pytest.raises(PoolError, match=r"this node has empg-jax .*, the trainer 9\.9"):
+        EnvPool("tests.fakes:CountingEnv", num_workers=1, start=ray_cluster.start, **options)
