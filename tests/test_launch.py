@@ -117,7 +117,8 @@ SSH = """#!/usr/bin/env bash
 host=$1
 shift
 echo "stand-in for $host"
-exec sh -c "$*"
+sh -c "$*" 2>&1 | cat  # as ssh, until nobody holds the output any more
+exit "${PIPESTATUS[0]}"
 """
 BOTH = [*runs.HOUSE, "mesh.data=2", "sft.updates=0", "eval.tasks=4", "rollout.deterministic=true"]
 

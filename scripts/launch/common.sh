@@ -1,4 +1,4 @@
-# What the launchers share. Sourced by each of them with its own arguments.
+# What the launchers share (bash 4.4 or later). Sourced by each of them with its own arguments.
 #
 #   EMPG_DIR      the clone on the hosts, in the same place on all (default: where this one is here)
 #   EMPG_COMMAND  the program, relative to the clone (default: .venv/bin/empg-jax)

@@ -26,5 +26,10 @@ fi
 exec 3<&0
 "${command[@]}" </dev/null 3<&- &
 pid=$!
-{ cat <&3 >/dev/null && kill -TERM "$pid"; } 2>/dev/null &
-wait "$pid"
+# Nothing may hold the output when the run has ended, or ssh would wait for it.
+{ while read -r _; do :; done <&3; kill -TERM "$pid"; } >/dev/null 2>&1 &
+watch=$!
+status=0
+wait "$pid" || status=$?
+kill "$watch" 2>/dev/null || true
+exit "$status"

@@ -26,7 +26,6 @@ from tests.workers.pools import (
 )
 
 
-@both
 def test_a_turn_of_64_slow_environments_takes_about_one_step():
     with open_pool("SlowEnv", num_workers=2, options={"latency": 0.1}) as pool:
         reset_all(pool, range(64))
@@ -58,7 +57,6 @@ def test_an_environment_that_shares_state_is_served_serially():
         assert all(reply.failure is None for reply in act(pool, dict.fromkeys(range(6), "x")).values())
 
 
-@both
 def test_quick_neighbors_of_a_slow_command_answer_at_once():
     with open_pool() as pool:
         reset_all(pool, range(4))
@@ -108,7 +106,6 @@ def test_a_hang_among_many_costs_one_episode_and_names_its_line():
         assert pool.stats.restarts == 1 and pool.stats.failures == {"timeout": 1}
 
 
-@both
 def test_the_cause_of_a_death_among_many_is_found_and_nobody_else_pays():
     with open_pool(options={"length": 99}) as pool:
         reset_all(pool, range(6))
