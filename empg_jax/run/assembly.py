@@ -57,6 +57,8 @@ from empg_jax.types import Trajectory
 from empg_jax.workers.faults import FaultPolicy, Tell, tell_nobody
 from empg_jax.workers.memory import limit_memory
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
+from empg_jax.workers.process import start_local
+from empg_jax.workers.ray_backend import RayCluster, check_ray
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -246,14 +248,18 @@ def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
     """Start the environment workers; ``tell`` receives their faults."""
     w = config.workers
     timeouts = PoolTimeouts(start=w.start_timeout, reset=w.reset_timeout, step=w.step_timeout)
+    is_local = w.backend == "local"
+    # Nothing is known of the memory of other machines, so there is no limit unless one is set.
+    limit = limit_memory(w.num) if w.memory_limit_mb is None and is_local else w.memory_limit_mb or None
     return EnvPool(
         config.env.target,
         config.env.options,
         num_workers=w.num,
         lanes=w.lanes,
         timeouts=timeouts,
-        memory_limit_mb=limit_memory(w.num) if w.memory_limit_mb is None else w.memory_limit_mb or None,
+        memory_limit_mb=limit,
         pass_env=w.pass_env,
+        start=start_local if is_local else RayCluster(w.ray_address, w.ray_resources).start,
         faults=FaultPolicy(**vars(config.faults)),
         tell=tell,
     )
@@ -360,11 +366,13 @@ def make_rollout(
 
 
 def check_rollout(config: Config, vocab_size: int) -> None:
-    """Check the files that rollouts are repeated or taken from, before anything is written.
+    """Check the files that rollouts are repeated or taken from, and Ray, before anything is written.
 
     Raises:
-      ConfigError: a file is missing, damaged, or does not fit the run.
+      ConfigError: a file is missing, damaged, or does not fit the run, or Ray is not installed.
     """
+    if config.workers.backend == "ray":
+        check_ray(config.workers.ray_address)
     if config.rollout.stored is not None:
         _load_stored(config, vocab_size)
     if config.rollout.schedule is not None:
