@@ -81,7 +81,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> Config:
-        problems = [*_env_problems(self), *_rollout_problems(self), *_learner_problems(self)]
+        parts = (_folder_problems, _env_problems, _rollout_problems, _learner_problems)
+        problems = [problem for part in parts for problem in part(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -176,6 +177,15 @@ def _rollout_problems(config: Config) -> Iterator[str]:
 def _devices_hint(mesh: MeshConfig) -> str:
     devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence
     return f" (this mesh takes {devices} devices)" if devices > 1 else ""
+
+
+def _folder_problems(config: Config) -> Iterator[str]:
+    for key, folder in {"run_dir": config.run_dir, "checkpoint.dir": config.checkpoint.dir}.items():
+        if folder is not None and "://" in folder:
+            yield (
+                f"{key}={folder} is an object store; a run needs a folder of a file system, for several "
+                "hosts one that all of them share (for example a mounted bucket)"
+            )
 
 
 def _learner_problems(config: Config) -> Iterator[str]:

@@ -72,6 +72,8 @@ REFUSED = {
     ("rollout.prefill_buckets=[512]",): r"reaches beyond rollout\.max_tokens=256",
     ("mesh.data=2",): r"mesh\.data=2 x mesh\.fsdp=1 cannot divide: use train\.micro_tokens=1024",
     ("train.micro_tokens=100",): r"train\.micro_tokens=100 holds 0 rows .* use train\.micro_tokens=256",
+    ("run_dir=gs://bucket/run",): r"run_dir=gs://bucket/run is an object store; a run needs a folder",
+    ("checkpoint.dir=s3://bucket/run",): r"checkpoint\.dir=s3://bucket/run is an object store",
     ("mesh.sequence=3",): r"mesh\.sequence=3 must divide rollout\.max_tokens=256",
     ("mesh.tensor=3",): r"mesh\.tensor=3 must divide model\.num_heads=4",
     ("train.num_minibatches=129",): r"train\.num_minibatches=129 is more than the 128 episodes",
