@@ -1,63 +1,83 @@
-"""Held-out evaluation of a run on disk."""
+"""Held-out evaluation of a policy: a run on disk, one of its checkpoints, or a model with a configuration."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from empg_jax.report.evaluation import estimate_success
 from empg_jax.rollout.evaluator import EvaluationError
 from empg_jax.run.assembly import make_engine, make_evaluator, make_pool
 from empg_jax.run.process import use_compile_cache
-from empg_jax.run.saved import open_saved
+from empg_jax.run.saved import SavedRun, open_new, open_saved
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
 
 
-def evaluate_run(path: Path, overrides: list[str]) -> dict[str, Any]:
+def evaluate_run(path: Path, overrides: list[str], *, attempts: int = 1) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, or one checkpoint of it (``RUN/checkpoints/STEP``).
 
     Args:
       path: run folder, or a step's folder inside its ``checkpoints``.
       overrides: dotted overrides of the run's configuration, for example ``eval.tasks=512``.
+      attempts: attempts at each task, each with sampling keys of its own.
 
     Returns:
-      ``eval_*`` metrics, ``eval_tasks``, ``split``, ``step``; for a model from ``model.path`` also
+      ``eval_*`` metrics, ``eval_tasks``, ``split``, ``step``, ``source``, ``env``; what
+      `empg_jax.report.evaluation.estimate_success` tells; for a model from ``model.path`` also
       ``text_logprob``, the weights' log-probability of a fixed text in nats per token.
 
     Raises:
       CheckpointError: there is no run or no usable checkpoint at the path.
+      EvaluationError: the environment failed in every attempt.
     """
-    saved = open_saved(path, overrides, warn=_warn)
-    config = saved.config
+    return {**_evaluate(open_saved(path, overrides, warn=_warn), attempts), "source": str(path)}
+
+
+def evaluate_model(source: str, config: Config, *, attempts: int = 1) -> dict[str, Any]:
+    """Evaluate the weights that a configuration starts from; otherwise as `evaluate_run`.
+
+    Args:
+      source: the model's name for the report.
+      config: a configuration with ``model.path`` or ``model.preset``.
+      attempts: attempts at each task.
+    """
+    return {**_evaluate(open_new(config), attempts), "source": source}
+
+
+def _evaluate(saved: SavedRun, attempts: int) -> dict[str, Any]:
+    config, split = saved.config, saved.config.env.eval_split
     use_compile_cache(config.compile_cache)
     engine = make_engine(config, saved.model, saved.language.tokenizer)
     if saved.base is not None:
         engine.base = engine.place(saved.base)
+    if attempts > 1 and config.eval.temperature == 0:
+        _warn("eval.temperature=0: the attempts at a task differ only where its environment does")
     with make_pool(config) as pool:
-        evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0)
+        evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0, attempts=attempts)
         if evaluator.num_tasks < config.eval.tasks:
             _warn(
-                f"eval.tasks={config.eval.tasks}: {config.env.eval_split} has {evaluator.num_tasks} tasks; "
+                f"eval.tasks={config.eval.tasks}: {split} has {evaluator.num_tasks} tasks; "
                 "all of them are attempted"
             )
         result = evaluator.run(saved.params, saved.step)
     if not result.trajectories:
         raise EvaluationError(
-            f"none of the {evaluator.num_tasks} tasks of {config.env.eval_split} could be attempted: the "
+            f"none of the {evaluator.num_tasks} tasks of {split} could be attempted: the "
             "environment failed every time"
         )
-    if evaluator.num_tasks < config.eval.tasks:
-        found = f"the panel {config.env.eval_split} has {evaluator.num_tasks} tasks"
-        _warn(f"eval.tasks={config.eval.tasks}, but {found}; all of them were attempted")
     fingerprint = {} if config.model.path is None else {"text_logprob": saved.text_logprob()}
-    return (
-        result.metrics
-        | fingerprint
-        | {
-            "eval_tasks": evaluator.num_tasks,
-            "split": config.env.eval_split,
-            "step": saved.step,
-        }
-    )
+    return {
+        **result.metrics,
+        **fingerprint,
+        "eval_tasks": evaluator.num_tasks,
+        "split": split,
+        "step": saved.step,
+        "env": config.env.target,
+        **estimate_success(result.trajectories, attempts),
+    }
 
 
 def _warn(line: str) -> None:

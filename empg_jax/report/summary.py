@@ -83,11 +83,11 @@ def paired_interval(before: str, after: str) -> tuple[float, float] | None:
     return (2 * low - 1) * changed / len(pairs), (2 * high - 1) * changed / len(pairs)
 
 
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
+def wilson_interval(count: float, total: int) -> tuple[float, float]:
     """Compute Wilson's 95 % interval of a success rate; unlike the normal interval it has width at 0 and 1.
 
     Args:
-      count: successes.
+      count: successes; a part of one is a success in a part of a task's attempts.
       total: independent tasks, at least 1.
     """
     rate, z2 = count / total, Z * Z

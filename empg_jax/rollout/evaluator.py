@@ -1,4 +1,4 @@
-"""Evaluation on held-out tasks: one attempt per task of a panel, along the same path as training episodes."""
+"""Evaluation on held-out tasks: attempts at a panel's tasks, along the same path as training episodes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Evaluation:
     """The results on a panel: one number per metric name, and the episodes.
 
     Attributes:
-      metrics: the numbers; ``eval_missing`` counts the tasks without a result.
-      trajectories: one episode for every other task, in the panel's order.
-      missing: tasks that failed again and again outside the policy.
+      metrics: the numbers; ``eval_missing`` counts the attempts without a result.
+      trajectories: the episodes of all other attempts, in the panel's order.
+      missing: the task of every attempt that failed again and again outside the policy.
     """
 
     metrics: dict[str, float]
@@ -36,7 +36,10 @@ class Evaluation:
 
     @property
     def wins(self) -> str:
-        """``1`` for a task solved, ``0`` for one not solved, ``-`` for one missing, in the panel's order."""
+        """``1`` for a task solved, ``0`` for one not solved, ``-`` for one missing, in the panel's order.
+
+        Only for evaluations of one attempt at each task.
+        """
         episodes = iter(self.trajectories)
         count = len(self.trajectories) + len(self.missing)
         return "".join(
@@ -53,6 +56,7 @@ class Evaluator:
       temperature: of the held-out episodes.
       split: panel of tasks.
       num_tasks: number of tasks to attempt, from the start of the panel.
+      attempts: attempts at each task, with sampling keys of their own.
       tell: receives an event for every attempt that was discarded.
       share: (index, number) of this host, which plays every ``number``-th task.
 
@@ -68,13 +72,14 @@ class Evaluator:
         temperature: float,
         split: str,
         num_tasks: int,
+        attempts: int = 1,
         tell: Tell = tell_nobody,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self.engine, self.num_tasks = engine, num_tasks
         self.tasks = range(share[0], num_tasks, share[1])
         self._collector, self._split, self._tell = collector, split, tell
-        self._temperature = temperature
+        self._temperature, self._attempts = temperature, attempts
 
     def run(
         self,
@@ -84,10 +89,10 @@ class Evaluator:
         advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
         check: Callable[[], None] = lambda: None,
     ) -> Evaluation:
-        """Attempt every task of this host once with these weights.
+        """Attempt every task of this host with these weights.
 
-        A task that fails `MAX_RETRIES` times for a cause outside the policy is missing: it has no part in any
-        mean, and an event tells of it.
+        An attempt that fails `MAX_RETRIES` times for a cause outside the policy is missing: it has no part in
+        any mean, and an event tells of it.
 
         Args:
           params: stacked parameters.
@@ -101,10 +106,11 @@ class Evaluator:
     def _play(
         self, advance: Callable[[int, dict[str, float]], None], check: Callable[[], None]
     ) -> Evaluation:
-        self._collector.admit(Attempt(self._split, task, task, 0) for task in self.tasks)
-        found: dict[int, Trajectory] = {}
-        missing: set[int] = set()
-        while len(found) + len(missing) < len(self.tasks):
+        members = range(self._attempts)
+        self._collector.admit(Attempt(self._split, task, task, m) for task in self.tasks for m in members)
+        found: list[Trajectory] = []
+        missing: list[int] = []
+        while len(found) + len(missing) < len(self.tasks) * self._attempts:
             try:
                 check()
             except BaseException:
@@ -112,14 +118,14 @@ class Evaluator:
                 raise
             for attempt, trajectory in self._collector.advance():
                 if trajectory.outcome.is_trained:
-                    found[attempt.task] = trajectory
+                    found.append(trajectory)
                     advance(1, {})
                     continue
                 tell_discarded(self._tell, attempt, trajectory.outcome)
                 if trajectory.outcome.reason == "outage" or attempt.retry + 1 < MAX_RETRIES:
                     self._collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
                 else:
-                    missing.add(attempt.task)
+                    missing.append(attempt.task)
                     advance(1, {})
                     outcome = trajectory.outcome
                     self._tell(
@@ -129,13 +135,13 @@ class Evaluator:
                         reason=outcome.reason,
                         detail=outcome.detail,
                     )
-        return conclude(list(found.values()), missing)
+        return conclude(found, missing)
 
 
 def conclude(trajectories: Iterable[Trajectory], missing: Iterable[int]) -> Evaluation:
-    """Make the result of an evaluation from its episodes, in any order, and the tasks without one."""
+    """Make the result of an evaluation from its episodes, in any order, and the tasks of those missing."""
     # Episodes end in any order; the panel's order makes two evaluations comparable task by task.
-    ordered = sorted(trajectories, key=lambda trajectory: trajectory.task)
+    ordered = sorted(trajectories, key=lambda trajectory: (trajectory.task, trajectory.member))
     without = tuple(sorted(missing))
     metrics = {"eval_missing": float(len(without))}
     if ordered:

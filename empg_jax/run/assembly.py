@@ -292,6 +292,7 @@ def make_evaluator(
     language: Language,
     *,
     first_handle: int,
+    attempts: int = 1,
     hosts: Hosts = ALONE,
 ) -> Evaluator:
     """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, at ``eval.temperature``.
@@ -302,6 +303,7 @@ def make_evaluator(
       pool: environment workers, shared with training.
       language: tokenizer, context and parser.
       first_handle: first pool handle that training does not use.
+      attempts: attempts at each task.
       hosts: the hosts that share the tasks.
 
     Raises:
@@ -323,6 +325,7 @@ def make_evaluator(
         temperature=config.eval.temperature,
         split=split,
         num_tasks=num_tasks,
+        attempts=attempts,
         tell=pool.tell,
         share=share,
     )

@@ -44,6 +44,28 @@ def checkpoint_dir(config: Config, run_dir: Path) -> Path:
     return Path(config.checkpoint.dir or run_dir / "checkpoints")
 
 
+def split_checkpoint(path: Path) -> tuple[Path, int | None]:
+    """Split ``RUN/checkpoints/STEP`` into run folder and step; any other path has the step None."""
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        return path.parent.parent, int(path.name)
+    return path, None
+
+
+def check_run(path: Path) -> None:
+    """Refuse what cannot be a run's or a checkpoint's folder by its look.
+
+    Raises:
+      ConfigError: it is no folder, or it is a model's.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a folder: name a run, or a checkpoint inside one")
+    if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"{path} is a model, not a run: 'empg-jax eval' takes it where --env NAME or --config CONFIG "
+            "says how prompts are built"
+        )
+
+
 def is_finished(run_dir: Path, config: Config) -> bool:
     """Return whether a run has nothing left to do on resume.
 

@@ -7,22 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from empg_jax.errors import ConfigError
-from empg_jax.learner.state import state_shardings
-from empg_jax.parallel.mesh import make_mesh
 from empg_jax.rollout.record import describe_episodes
 from empg_jax.run.assembly import (
     make_engine,
-    make_language,
     make_pool,
-    make_rl_optimizer,
     make_rollout,
 )
-from empg_jax.run.devices import learner_devices
 from empg_jax.run.process import use_compile_cache
 from empg_jax.run.rollouts import write_records
-from empg_jax.run.saved import SavedRun, open_saved
+from empg_jax.run.saved import SavedRun, open_new, open_saved
 from empg_jax.run.storage import save_trajectories
-from empg_jax.run.weights import check_model, make_base, make_params
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -51,13 +45,7 @@ def play_run(path: Path, overrides: list[str], episodes: int, out: Path, say: Ca
 def play_new(config: Config, episodes: int, out: Path, say: Callable[[str], None]) -> None:
     """Play training episodes with the weights that a configuration starts from; otherwise as `play_run`."""
     _check(episodes, out)
-    model = check_model(config)
-    language = make_language(config)
-    mesh = make_mesh(**vars(config.mesh), devices=learner_devices(config))
-    optimizer, _ = make_rl_optimizer(config)
-    params = make_params(config, model, state_shardings(mesh, model, optimizer).params)
-    base = make_base(config, model, mesh)
-    play(SavedRun(config, language, model, mesh, 0, params, base), episodes, out, say)
+    play(open_new(config), episodes, out, say)
 
 
 def play(saved: SavedRun, episodes: int, out: Path, say: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""The newest policy of a run on disk, loaded for evaluation or export."""
+"""A policy for evaluation, rollouts or export: of a run on disk, or what a configuration starts from."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.assembly import Language, make_language, make_model, make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints, RefusedCheckpoint, check_base
-from empg_jax.run.devices import check_devices
-from empg_jax.run.folder import checkpoint_dir
-from empg_jax.run.weights import make_base
+from empg_jax.run.devices import check_devices, learner_devices
+from empg_jax.run.folder import checkpoint_dir, split_checkpoint
+from empg_jax.run.weights import check_model, make_base, make_params
 from empg_jax.types import Params
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """One checkpoint of a run.
+    """One checkpoint of a run, or the policy that a configuration starts from (step 0).
 
     Attributes:
       config: the run's configuration.
@@ -69,9 +69,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
     # Imported here, because it loads pydantic, which only this function needs.
     from empg_jax.config import load_config
 
-    path = Path(path)
-    step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
-    run_dir = path.parent.parent if step is not None else path
+    run_dir, step = split_checkpoint(Path(path))
     if not (run_dir / "config.yaml").exists():
         raise RefusedCheckpoint(
             f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP"
@@ -90,3 +88,17 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
     base = make_base(config, model, mesh)
     check_base(restored.progress.get("base"), None if base is None else checksum(base))
     return SavedRun(config, language, model, mesh, restored.step, restored.state.params, base)
+
+
+def open_new(config: Config) -> SavedRun:
+    """Load or make the weights that a configuration starts from.
+
+    Raises:
+      ConfigError: the model, its tokenizer or the environment cannot be used, or devices are missing.
+    """
+    model = check_model(config)
+    language = make_language(config)
+    mesh = make_mesh(**vars(config.mesh), devices=learner_devices(config))
+    optimizer, _ = make_rl_optimizer(config)
+    params = make_params(config, model, state_shardings(mesh, model, optimizer).params)
+    return SavedRun(config, language, model, mesh, 0, params, make_base(config, model, mesh))

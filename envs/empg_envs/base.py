@@ -19,8 +19,9 @@ class TextEnv(Protocol):
     """A text environment that plays one episode at a time.
 
     ``info`` contains only JSON-able values: ``task`` (the goal sentence), ``won`` (bool), and optionally
-    ``admissible`` (sorted list of commands) and ``metrics`` (dict of floats). An environment with an expert
-    also has the method ``expert_action(self) -> str``.
+    ``admissible`` (sorted list of commands), ``metrics`` (dict of floats), and the kind of the task as
+    ``group``, ``family`` or ``repo``, by which evaluations are split. An environment with an expert also has
+    the method ``expert_action(self) -> str``.
 
     What a class or an instance may declare besides (attributes, each true by default):
 

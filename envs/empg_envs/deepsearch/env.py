@@ -253,6 +253,8 @@ class DeepSearchEnv:
             "tools": list(self._tools),
             "metrics": metrics,
         }
+        if question.group:
+            info["group"] = question.group
         if self._task.puzzle is not None:
             calls = expert.list_calls(self._task, self._shown, OPEN in self._tools)
             info["admissible"] = sorted(map(str, calls))

@@ -1,0 +1,131 @@
+"""The report of an evaluation: estimates over all tasks and over each family, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from empg_jax.errors import ConfigError, RunError
+from empg_jax.files import write_json_atomic, write_text_atomic
+from empg_jax.report.intervals import estimate, pass_at_k, sizes_up_to
+
+if TYPE_CHECKING:
+    from empg_jax.types import Trajectory
+
+# Numbers of the result that a line below the table tells: key -> label.
+TOLD = {
+    "eval_return": "mean return",
+    "eval_turns": "turns per episode",
+    "eval_entropy": "token entropy (nats)",
+    "eval_invalid_actions": "share of invalid actions",
+    "eval_missing": "attempts without a result",
+}
+
+
+def estimate_success(episodes: Iterable[Trajectory], attempts: int) -> dict[str, Any]:
+    """Estimate success over all tasks, and over the tasks of every family that the environment names.
+
+    Args:
+      episodes: the attempts that have a result.
+      attempts: attempts that were made at each task. A task with fewer results, because its environment
+        failed, has no part in pass@k for a larger k.
+
+    Returns:
+      ``attempts``; ``mean@k`` and ``pass@k``, by k, each an `estimate`; ``families``: the same two by family.
+    """
+    results: dict[int, list[bool]] = collections.defaultdict(list)
+    families: dict[str, set[int]] = collections.defaultdict(set)
+    for episode in episodes:
+        results[episode.task].append(episode.is_success)
+        if episode.family:
+            families[episode.family].add(episode.task)
+    return {
+        "attempts": attempts,
+        **_estimates(list(results.values()), attempts),
+        "families": {
+            name: _estimates([results[task] for task in sorted(tasks)], attempts)
+            for name, tasks in sorted(families.items())
+        },
+    }
+
+
+def _estimates(results: Sequence[Sequence[bool]], attempts: int) -> dict[str, Any]:
+    passes = {}
+    for k in sizes_up_to(attempts):
+        values = [pass_at_k(len(task), sum(task), k) for task in results if len(task) >= k]
+        if values:
+            passes[str(k)] = estimate(values)
+    return {
+        "mean@k": {str(attempts): estimate([sum(task) / len(task) for task in results])},
+        "pass@k": passes,
+    }
+
+
+def check_out(out: Path | None) -> None:
+    """Refuse a folder for the report that cannot be made, before the evaluation begins.
+
+    Raises:
+      ConfigError: it is a file, or the folder above it does not exist.
+    """
+    if out is not None and ((out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir()):
+        raise ConfigError(f"--out {out}: expected a folder, or a new one in a folder that exists")
+
+
+def write_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write ``eval.json`` and ``eval.md`` into a folder, which is made if need be; older ones are replaced.
+
+    Raises:
+      RunError: they cannot be written.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        write_json_atomic(folder / "eval.json", result)
+        write_text_atomic(folder / "eval.md", render_evaluation(result))
+    except OSError as error:
+        raise RunError(f"the evaluation is made, but its report cannot be written: {error}") from None
+
+
+def render_evaluation(result: Mapping[str, Any]) -> str:
+    """Render the result as Markdown: a table with a row for all tasks and one per family."""
+    about = [f"{name} {result[key]}" for key, name in _HEAD.items() if key in result]
+    rows = {"all tasks": result, **result.get("families", {})}
+    columns = [(kind, k) for kind in ("mean@k", "pass@k") for k in result.get(kind, {})]
+    # With one attempt at each task, pass@1 says the same as mean@1.
+    columns = columns[:1] if result.get("attempts") == 1 else columns
+    heads = ["family", "tasks", *(f"{kind[:-1]}{k}, 95 % interval" for kind, k in columns)]
+    lines = ["# Evaluation", "", ", ".join(about), "", _row(heads), _row(["---"] * len(heads))]
+    lines += [_row([_plain(name), *_cells(found, columns)]) for name, found in rows.items()]
+    told = [f"- {label}: {result[key]:.4g}" for key, label in TOLD.items() if key in result]
+    return "\n".join([*lines, "", *told]) + "\n"
+
+
+_HEAD = {
+    "source": "policy",
+    "step": "update",
+    "env": "environment",
+    "split": "panel",
+    "eval_tasks": "tasks",
+    "attempts": "attempts at each",
+}
+
+
+def _cells(found: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> list[str]:
+    tasks = max((each["tasks"] for each in found.get("mean@k", {}).values()), default="-")
+    cells = [found[kind].get(k) for kind, k in columns]
+    return [str(tasks), *("-" if cell is None else _percent(cell) for cell in cells)]
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    low, high = (bound * 100 for bound in found["interval"])
+    return f"{found['value']:.1%} [{low:.1f}, {high:.1f}]"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _plain(name: str) -> str:
+    """Keep a name of the environment's from breaking the table."""
+    return " ".join(name.split()).replace("|", "\\|")

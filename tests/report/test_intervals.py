@@ -1,0 +1,64 @@
+"""pass@k, mean@k and their intervals: values by hand, coverage, and width where nothing varies."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from empg_jax.report.intervals import estimate, pass_at_k, sizes_up_to
+
+
+@pytest.mark.parametrize(("attempts", "successes"), [(5, 0), (5, 2), (4, 4), (3, 1)])
+def test_pass_at_k_is_the_share_of_choices_with_a_success(attempts, successes):
+    results = [1] * successes + [0] * (attempts - successes)
+    for k in range(1, attempts + 1):
+        choices = [max(chosen) for chosen in itertools.combinations(results, k)]
+        assert pass_at_k(attempts, successes, k) == pytest.approx(np.mean(choices))
+
+
+def test_pass_at_k_needs_k_attempts():
+    with pytest.raises(ValueError, match="pass@4 needs 4 attempts, not 3"):
+        pass_at_k(3, 1, 4)
+
+
+def test_pass_at_k_is_unbiased():
+    rng = np.random.default_rng(0)
+    found = [pass_at_k(4, int(count), 2) for count in rng.binomial(4, 0.3, size=20_000)]
+    assert np.mean(found) == pytest.approx(1 - 0.7**2, abs=0.01)
+
+
+def test_one_attempt_each_has_wilsons_interval():
+    found = estimate([1, 0, 0, 1, 1, 0, 0, 0, 0, 0])
+    assert (found["value"], found["method"], found["tasks"]) == (0.3, "wilson", 10)
+    assert found["interval"] == pytest.approx([0.1078, 0.6032], abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
+def test_an_interval_always_has_width(value):
+    for tasks in (1, 16):
+        low, high = estimate([value] * tasks)["interval"]
+        assert low <= value <= high and high - low > 0.15
+    assert estimate([0.0] * 16)["interval"][1] == pytest.approx(0.1936, abs=1e-4)
+
+
+def test_shares_are_resampled_task_by_task():
+    values = [0.25, 0.5, 0.75, 0.0] * 10
+    found = estimate(values)
+    half = 1.96 * np.std(values) / np.sqrt(len(values))
+    assert found["method"] == "bootstrap" and found == estimate(values)
+    assert found["interval"] == pytest.approx([0.375 - half, 0.375 + half], abs=0.01)
+
+
+def test_there_is_no_estimate_of_nothing():
+    with pytest.raises(ValueError, match="at least one task"):
+        estimate([])
+
+
+def test_k_in_powers_of_two():
+    assert [sizes_up_to(n) for n in (1, 2, 3, 8, 10)] == [
+        [1],
+        [1, 2],
+        [1, 2, 3],
+        [1, 2, 4, 8],
+        [1, 2, 4, 8, 10],
+    ]

@@ -1,0 +1,168 @@
+"""`empg-jax eval` as a person calls it: a run, a checkpoint, an exported model; attempts, families, files."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from empg_jax.cli import app
+from empg_jax.config import load_config
+from empg_jax.config.model_source import FOR_LANGUAGE_MODELS, load_for_model
+from empg_jax.errors import ConfigError
+from empg_jax.report.evaluation import estimate_success, render_evaluation
+from tests import runs
+from tests.episodes import Episodes
+
+PRESETS = ["qwen2.5-0.5b", "qwen3-0.6b"]
+EPISODES = Episodes()
+
+
+def call(*arguments):
+    """Runs a command line; returns exit code, stdout, stderr."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"), runs.quick_compilations():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    short = ["train.updates=1", "sft.updates=0", "eval.tasks=4"]
+    return runs.train(tmp_path_factory.mktemp("eval") / "run", *runs.HOUSE, *short)
+
+
+@pytest.fixture(scope="module")
+def attempted(run_dir):
+    """The result of four attempts at each of six tasks."""
+    code, out, err = call("eval", run_dir, "--attempts", 4, "--tasks", 6)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_attempts_differ_and_are_averaged_over_tasks(attempted):
+    assert (attempted["attempts"], attempted["eval_tasks"], attempted["eval_missing"]) == (4, 6, 0)
+    assert attempted["mean@k"].keys() == {"4"} and attempted["pass@k"].keys() == {"1", "2", "4"}
+    assert attempted["mean@k"]["4"]["value"] == pytest.approx(attempted["eval_success"], abs=1e-6)
+    assert attempted["pass@k"]["1"]["value"] == attempted["mean@k"]["4"]["value"]
+    passes = [attempted["pass@k"][k]["value"] for k in ("1", "2", "4")]
+    assert passes == sorted(passes)
+    # Every third text wins: with equal sampling keys all attempts at a task would end alike.
+    assert passes[0] < passes[-1]
+    for found in (*attempted["mean@k"].values(), *attempted["pass@k"].values()):
+        low, high = found["interval"]
+        assert low < high and low <= found["value"] <= high and found["tasks"] == 6
+
+
+def test_families_of_the_environment_have_rows(run_dir, attempted):
+    families = attempted["families"]
+    assert families and sum(each["mean@k"]["4"]["tasks"] for each in families.values()) == 6
+    table = (run_dir / "eval" / "eval.md").read_text()
+    for name in families:
+        assert f"| {name} | " in table
+    assert "| family | tasks | mean@4, 95 % interval | pass@1, 95 % interval |" in table
+
+
+def test_files_lie_in_the_runs_folder_or_where_one_says(run_dir, attempted, tmp_path):
+    assert json.loads((run_dir / "eval" / "eval.json").read_text()) == attempted
+    code, out, err = call("eval", run_dir / "checkpoints" / "1", "--tasks", 2, "--out", tmp_path / "new")
+    assert code == 0 and json.loads((tmp_path / "new" / "eval.json").read_text()) == json.loads(out)
+    assert str(tmp_path / "new" / "eval.md") in err
+    assert json.loads((run_dir / "eval" / "eval.json").read_text()) == attempted
+
+
+def test_one_attempt_is_what_it_was_before(run_dir, tmp_path):
+    result = json.loads(call("eval", run_dir, "--out", tmp_path)[1])
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert result["eval_success"] == summary["eval_success_after"]
+    assert (result["step"], result["split"], result["eval_tasks"], result["attempts"]) == (1, "test", 4, 1)
+    assert result["mean@k"]["1"] == result["pass@k"]["1"] and result["mean@k"]["1"]["method"] == "wilson"
+    assert (
+        "mean@1" in (tmp_path / "eval.md").read_text() and "pass@" not in (tmp_path / "eval.md").read_text()
+    )
+
+
+def test_more_tasks_than_there_are_is_said_once(run_dir, tmp_path):
+    options = ["env.options.level=tiny", "rollout.slots=64", "env.max_turns=1"]
+    code, out, err = call("eval", run_dir, *options, "--tasks", 100_000, "--out", tmp_path)
+    tasks = json.loads(out)["eval_tasks"]
+    assert code == 0 and err.count("eval.tasks=100000") == 1 and f"test has {tasks} tasks" in err
+
+
+def test_an_exported_model_is_played_by_a_configuration(run_dir, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    assert call("export", run_dir, "--out", model)[0] == 0
+    same = [*runs.TINY, *runs.HOUSE, f"model.tokenizer={model}"]
+    given = ["--config", "quickstart", "--tasks", 4]
+    code, said, err = call("eval", model, *same, *given, "--out", out)
+    found = json.loads(said)
+    assert code == 0 and (found["step"], found["source"], found["eval_tasks"]) == (0, str(model), 4), err
+    # The weights are those of the run, and the sampling keys are those of an evaluation.
+    run = json.loads(call("eval", run_dir, "--out", tmp_path / "run")[1])
+    assert found["eval_success"] == run["eval_success"]
+    assert found["eval_entropy"] == pytest.approx(run["eval_entropy"], rel=1e-3)
+    assert json.loads((out / "eval.json").read_text()) == found
+    assert not (model / "eval").exists()
+
+
+def test_a_model_needs_an_environment(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    code, out, err = call("eval", tmp_path)
+    assert (code, out) == (2, "") and "is a model, not a run" in err and "--env NAME or --config" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nothing", "--env", "household"], "neither a folder, nor a hub id"),
+        (["qwen2.5-0.5", "--env", "household"], "did you mean qwen2.5-0.5b?"),
+        (["qwen2.5-0.5b", "--env", "houshold"], "--env houshold: unknown (did you mean household?)"),
+        (["qwen2.5-0.5b", "--config", "quickstart", "--env", "swe"], "quickstart is for household"),
+        (["qwen2.5-0.5b", "--config", "quickstat"], "did you mean quickstart?"),
+        (["qwen2.5-0.5b", "--env", "household", "--out", "no/such/folder"], "--out no/such/folder"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_refused_before_anything_is_loaded(arguments, says):
+    code, out, err = call("eval", *arguments)
+    assert (code, out) == (2, "") and says in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("env", FOR_LANGUAGE_MODELS)
+def test_every_environment_has_a_configuration_for_language_models(env):
+    said = []
+    config = load_for_model("owner/name", ["seed=3"], env=env, config=None, presets=PRESETS, say=said.append)
+    assert (config.env.target, config.model.path, config.seed) == (env, "owner/name", 3)
+    assert config.mesh.fsdp == config.mesh.tensor == config.rollout.tensor == config.rollout.data == 1
+    assert config.env.eval_split == load_config(FOR_LANGUAGE_MODELS[env]).env.eval_split
+    assert FOR_LANGUAGE_MODELS[env] in said[0]
+
+
+def test_presets_and_entry_points(tmp_path):
+    options = {"config": None, "presets": PRESETS, "say": print}
+    config = load_for_model("qwen3-0.6b", [], env="tests.houses:HOUSE", **options)
+    assert (config.env.target, config.model.preset) == ("tests.houses:HOUSE", "qwen3-0.6b")
+    with pytest.raises(ConfigError, match=r"is no model: there is no config\.json"):
+        load_for_model(str(tmp_path), [], env="household", **options)
+
+
+def test_tasks_with_too_few_results_have_no_part_in_pass_at_k():
+    outcomes = {0: [True, False], 1: [False], 2: [True, True]}  # one attempt of task 1 is missing
+    episodes = [
+        EPISODES.transcript([(2, 1)], task=task, is_success=won)
+        for task, results in outcomes.items()
+        for won in results
+    ]
+    found = estimate_success(episodes, 2)
+    assert found["mean@k"]["2"]["value"] == 0.5 and found["mean@k"]["2"]["tasks"] == 3
+    assert found["pass@k"]["1"]["value"] == 0.5 and found["pass@k"]["2"] | {"interval": 0} == {
+        "value": 1.0, "interval": 0, "method": "wilson", "tasks": 2,
+    }  # fmt: skip
+    assert found["families"] == {}
+    rows = [line for line in render_evaluation(found).splitlines() if line.startswith("| all tasks")]
+    assert len(rows) == 1 and "50.0% [" in rows[0]
