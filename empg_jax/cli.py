@@ -115,8 +115,8 @@ def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @app.command("eval")
 def evaluate(
-    path: Annotated[
-        Path,
+    source: Annotated[
+        str,
         typer.Argument(
             metavar="RUN_OR_MODEL",
             help="Folder of a run or of a checkpoint; with --env or --config a Hugging Face folder, hub id, "
@@ -162,22 +162,20 @@ def evaluate(
 
         check_out(out)
         if env is None and config is None:
-            check_run(path)
+            check_run(Path(source))
             from empg_jax.evaluate import evaluate_run
 
-            result = evaluate_run(path, changes, **more)
-            out = out or split_checkpoint(path)[0] / "eval"
+            result = evaluate_run(Path(source), changes, **more)
+            out = out or split_checkpoint(Path(source))[0] / "eval"
         else:
             from empg_jax.evaluate import evaluate_model
             from empg_jax.hf.presets import PRESETS
 
-            model = load_for_model(
-                str(path), changes, env=env, config=config, presets=list(PRESETS), say=_say
-            )
+            model = load_for_model(source, changes, env=env, config=config, presets=list(PRESETS), say=_say)
             for note in _check_environment(model):
                 _say(f"note: {note}")
 
-            result = evaluate_model(str(path), model, **more)
+            result = evaluate_model(source, model, **more)
         typer.echo(json.dumps(as_json(result), allow_nan=False))
         if out is not None:
             write_evaluation(out, result)
@@ -298,6 +296,57 @@ def metrics() -> None:
     from empg_jax.metrics import format_glossary
 
     typer.echo(format_glossary())
+
+
+@app.command()
+def envs() -> None:
+    """List the environments: what they are, their levels, and their panels of tasks with default options."""
+    from empg_jax.run.lists import format_list, list_envs
+
+    typer.echo(format_list(list_envs()))
+
+
+@app.command()
+def configs() -> None:
+    """List the packaged configurations."""
+    from empg_jax.run.lists import format_list, list_configs
+
+    typer.echo(format_list(list_configs()))
+
+
+@app.command()
+def algorithms() -> None:
+    """List the algorithms (algorithm.name) with their recipes."""
+    from empg_jax.run.lists import format_list, list_algorithms
+
+    typer.echo(format_list(list_algorithms()))
+
+
+@app.command()
+def play(
+    env: Annotated[
+        str, typer.Argument(metavar="ENV", help="A name ('empg-jax envs') or package.module:attribute.")
+    ],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Options of the environment, for example level=easy."),
+    ] = None,
+    *,
+    expert: Annotated[bool, typer.Option("--expert", help="Let the environment's expert act.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed; it also draws the task.")] = 0,
+    task: Annotated[int | None, typer.Option(help="Number of the task in its panel.")] = None,
+    split: Annotated[str | None, typer.Option(help="Panel of tasks (default the first).")] = None,
+) -> None:
+    """Be the agent: play one episode in the terminal, with actions from the keyboard or a pipe.
+
+    empg-jax play household level=easy --task 3
+
+    empg-jax play alfworld < actions.txt
+    """
+    with _reporting():
+        from empg_jax.run.terminal import play_episode
+
+        play_episode(env, options or [], split=split, task=task, seed=seed, is_expert=expert, say=typer.echo)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_jax.report.evaluation import estimate_success
+from empg_jax.report.progress import Progress
 from empg_jax.rollout.evaluator import EvaluationError
 from empg_jax.run.assembly import make_engine, make_evaluator, make_pool
 from empg_jax.run.process import use_compile_cache
@@ -44,7 +45,15 @@ def evaluate_model(source: str, config: Config, *, attempts: int = 1) -> dict[st
       config: a configuration with ``model.path`` or ``model.preset``.
       attempts: attempts at each task.
     """
-    return {**_evaluate(open_new(config), attempts), "source": source}
+    return {**_evaluate(open_new(_with_fewer_slots(config, attempts)), attempts), "source": source}
+
+
+def _with_fewer_slots(config: Config, attempts: int) -> Config:
+    """Take no more slots than there are episodes: each has room for a whole conversation."""
+    r = config.rollout
+    slots = r.slots or r.tasks_per_update * r.group_size
+    needed = -(-config.eval.tasks * attempts // r.data) * r.data  # the slots are split over these devices
+    return config.model_copy(update={"rollout": r.model_copy(update={"slots": min(slots, needed)})})
 
 
 def _evaluate(saved: SavedRun, attempts: int) -> dict[str, Any]:
@@ -62,7 +71,9 @@ def _evaluate(saved: SavedRun, attempts: int) -> dict[str, Any]:
                 f"eval.tasks={config.eval.tasks}: {split} has {evaluator.num_tasks} tasks; "
                 "all of them are attempted"
             )
-        result = evaluator.run(saved.params, saved.step)
+        with Progress(config.log.progress) as progress:
+            progress.phase("evaluation", evaluator.num_tasks * attempts, "episodes")
+            result = evaluator.run(saved.params, saved.step, advance=progress.advance)
     if not result.trajectories:
         raise EvaluationError(
             f"none of the {evaluator.num_tasks} tasks of {split} could be attempted: the "

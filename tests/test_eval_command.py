@@ -88,10 +88,15 @@ def test_one_attempt_is_what_it_was_before(run_dir, tmp_path):
 
 
 def test_more_tasks_than_there_are_is_said_once(run_dir, tmp_path):
-    options = ["env.options.level=tiny", "rollout.slots=64", "env.max_turns=1"]
+    options = ["env.options.level=tiny", "rollout.slots=64", "env.max_turns=1", "log.progress=true"]
     code, out, err = call("eval", run_dir, *options, "--tasks", 100_000, "--out", tmp_path)
     tasks = json.loads(out)["eval_tasks"]
-    assert code == 0 and err.count("eval.tasks=100000") == 1 and f"test has {tasks} tasks" in err
+    assert (
+        code == 0
+        and f"evaluation: {tasks} episodes" in err
+        and err.count("eval.tasks=100000") == 1
+        and f"test has {tasks} tasks" in err
+    )
 
 
 def test_an_exported_model_is_played_by_a_configuration(run_dir, tmp_path):
@@ -114,6 +119,23 @@ def test_a_model_needs_an_environment(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     code, out, err = call("eval", tmp_path)
     assert (code, out) == (2, "") and "is a model, not a run" in err and "--env NAME or --config" in err
+
+
+def test_a_run_has_its_configuration(run_dir):
+    code, out, err = call("eval", run_dir, "--env", "household")
+    assert (code, out) == (2, "") and "is a run, which has its configuration" in err
+
+
+def test_a_model_in_an_environment_has_the_prompts_of_its_packaged_configuration(run_dir, tmp_path):
+    model = tmp_path / "model"
+    assert call("export", run_dir, "--out", model)[0] == 0
+    small = ["rollout.max_tokens=512", "rollout.max_response_tokens=8", "train.micro_tokens=512"]
+    small += ["env.max_turns=2", "workers.num=1", "model.dtype=float32", "compile_cache=null"]
+    code, out, err = call("eval", model, "--env", "household", *small, "--tasks", 2, "--attempts", 2)
+    found = json.loads(out)
+    assert code == 0 and "prompts and lengths are those of household_qwen2.5_7b" in err, err
+    assert (found["env"], found["eval_tasks"], found["attempts"]) == ("household", 2, 2)
+    assert "eval.md" not in err  # nothing is written into a model's folder
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,11 @@ def _locate(source: str, presets: Sequence[str]) -> list[str]:
     """Return the overrides that name the model."""
     folder = Path(source).expanduser()
     if folder.is_dir():
+        if (folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"{source} is a run, which has its configuration: leave out --env and --config, and override "
+                "the keys that differ"
+            )
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{source} is no model: there is no config.json in it")
         return [f"model.path={json.dumps(str(folder.absolute()))}", "model.preset=null"]
