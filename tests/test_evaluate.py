@@ -30,7 +30,9 @@ class Collector:
     def advance(self):
         attempt = self.queue.pop()
         self.seen.append(attempt)
-        trajectory = EPISODES.transcript([(2, 1)], task=attempt.task, split=attempt.split)
+        trajectory = EPISODES.transcript(
+            [(2, 1)], task=attempt.task, member=attempt.member, split=attempt.split
+        )
         if self.fails(attempt):
             outcome = Outcome(Status.DISCARDED, "env_error", "the house burnt down")
             trajectory = dataclasses.replace(trajectory, outcome=outcome)
@@ -57,11 +59,13 @@ class Pool:
 
 @pytest.fixture
 def make_evaluator(monkeypatch):
-    def make(fails=lambda attempt: False, *overrides):
+    def make(fails=lambda attempt: False, *overrides, attempts=1):
         collector = Collector(fails)
         monkeypatch.setattr(assembly, "make_collector", lambda *args, **kwargs: collector)
         config = runs.configure("unused", *overrides)
-        return assembly.make_evaluator(config, Engine(), Pool, None, first_handle=0), collector
+        return assembly.make_evaluator(
+            config, Engine(), Pool, None, first_handle=0, attempts=attempts
+        ), collector
 
     return make
 
@@ -76,6 +80,22 @@ def test_every_task_once_in_order(make_evaluator):
     assert {(a.task, a.group_id, a.member, a.retry) for a in collector.seen} == {
         (t, t, 0, 0) for t in range(5)
     }
+
+
+def test_attempts_at_a_task_have_keys_of_their_own(make_evaluator):
+    evaluator, collector = make_evaluator(attempts=3)
+    result = evaluator.run(None, 0)
+    assert {(a.task, a.group_id, a.member) for a in collector.seen} == {
+        (task, task, member) for task in range(5) for member in range(3)
+    }
+    assert [(t.task, t.member) for t in result.trajectories] == [(t, m) for t in range(5) for m in range(3)]
+
+
+def test_of_several_attempts_only_those_that_fail_are_missing(make_evaluator):
+    evaluator, collector = make_evaluator(lambda a: a.task == 2 and a.member == 1, attempts=3)
+    result = evaluator.run(None, 0)
+    assert len(collector.seen) == 15 + 2 and len(result.trajectories) == 14
+    assert result.missing == (2,) and result.metrics["eval_missing"] == 1
 
 
 def test_a_fault_is_tried_again_and_never_counted(make_evaluator):

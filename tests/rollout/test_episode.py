@@ -84,6 +84,26 @@ def test_ends_that_the_environment_names(flags, info, reason, terminated):
     assert found.outcome.status is Status.TRAINED and not found.is_success
 
 
+@pytest.mark.parametrize(
+    ("info", "family"),
+    [
+        ({}, ""),
+        ({"group": None, "family": "pick"}, "pick"),
+        ({"group": "hops", "family": "pick"}, "hops"),
+        ({"repo": "toolz"}, "toolz"),
+    ],
+)
+def test_the_family_is_the_environments_however_the_episode_ends(info, family):
+    episode, _ = make_episode()
+    episode.on_reset("a room", info)
+    respond(episode)
+    assert episode.on_context_limit().family == family
+    episode, _ = make_episode()
+    episode.on_reset("a room", info)
+    respond(episode)
+    assert episode.on_step("the end", 1.0, True, False, {"won": True, **info}).family == family
+
+
 def test_the_turn_limit_truncates():
     episode, _ = begin(max_turns=2)
     respond(episode)

@@ -1,6 +1,7 @@
 """Trajectories survive storage exactly."""
 
 import dataclasses
+import json
 
 import numpy as np
 
@@ -33,7 +34,9 @@ def test_round_trip():
         odd, observation='You see\n"a" 苹果', response="", behavior_logprobs=np.float32([-1e-30, -np.pi])
     )
     trajectories = [
-        episodes.transcript([(4, 2), (3, 1)], task=5, group_id=2**40, member=3, metrics={"goals": 0.25}),
+        episodes.transcript(
+            [(4, 2), (3, 1)], task=5, group_id=2**40, member=3, metrics={"goals": 0.25}, family="pick"
+        ),
         episodes.trajectory(
             [odd],
             split="valid",
@@ -49,6 +52,12 @@ def test_round_trip():
     assert all(isinstance(a, np.ndarray) and a.ndim == 1 for a in arrays.values())
     for one, other in zip(trajectories, unpack_trajectories(header, arrays), strict=True):
         assert_same(one, other)
+
+
+def test_files_of_versions_without_families_are_read():
+    header, arrays = pack_trajectories([Episodes().transcript([(2, 1)])])
+    older = [{key: value for key, value in each.items() if key != "family"} for each in json.loads(header)]
+    assert unpack_trajectories(json.dumps(older), arrays)[0].family == ""
 
 
 def test_nothing_at_all():
