@@ -86,7 +86,7 @@ class Engine:
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must not be negative")
         self.model, self.config = model, config
-        self._temperature = np.float32(temperature)
+        self.temperature = temperature
         self.version = -1
         self.stats = EngineStats()
         self._mesh = mesh or make_mesh(devices=jax.local_devices())
@@ -106,6 +106,7 @@ class Engine:
         self._prompt_length = np.zeros(slots, np.int64)
         self._allowed = np.zeros(slots, np.int64)  # tokens that the response may still get; 0: no response
         self._ids = np.zeros((slots, 4), np.int32)
+        self._temperatures = np.full(slots, temperature, np.float32)
         self._logprobs = np.zeros((slots, response), np.float32)
         self._entropies = np.zeros((slots, response), np.float32)
         self._versions = np.zeros((slots, response), np.int32)
@@ -131,6 +132,7 @@ class Engine:
         is_fresh: bool,
         ids: tuple[int, int, int, int],
         max_response: int | None = None,
+        temperature: float | None = None,
     ) -> None:
         """Append ``tokens`` to the slot's conversation and ask for a response.
 
@@ -140,6 +142,7 @@ class Engine:
           is_fresh: forget the conversation first; ``tokens`` is then the whole prompt.
           ids: (stream, group, member, turn); the sampling keys are folded from these numbers.
           max_response: upper bound on this response's tokens; None uses all the room that is left.
+          temperature: of this response, as in the constructor; None uses the engine's.
 
         Raises:
           RuntimeError: no weights are loaded, or the slot is still answering.
@@ -166,7 +169,25 @@ class Engine:
         self._history[slot, start : start + len(tokens)] = tokens
         self._num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
         self._ids[slot] = ids
+        self._temperatures[slot] = self.temperature if temperature is None else temperature
         self._allowed[slot] = allowed
+
+    def progress(self, slot: int) -> Response:
+        """Return what the slot's response holds so far, with finish reason ``length``; it goes on."""
+        return self._read_response(slot, "length")
+
+    def cut(self, slot: int, length: int) -> None:
+        """Keep the conversation's first ``length`` tokens and their KV; a response in progress is dropped.
+
+        Raises:
+          ValueError: the conversation is shorter.
+        """
+        if not 0 <= length <= self._num_tokens[slot]:
+            raise ValueError(f"slot {slot}: {self._num_tokens[slot]} tokens cannot be cut to {length}")
+        self._allowed[slot] = 0
+        self._num_tokens[slot] = length
+        # The keys behind stay in memory, where no position before them looks, until they are written over.
+        self._kv_length[slot] = max(0, min(int(self._kv_length[slot]), length - 1))
 
     def release(self, slot: int) -> None:
         """Forget the slot's conversation; a response in progress is dropped."""
@@ -275,7 +296,7 @@ class Engine:
         plan[:, 4:] = self._ids
         limits = np.asarray((steps, patience), np.int32)
         self._cache, burst = self._programs.decode(
-            self._params, self._cache, Request(self._key, plan, limits, self._temperature)
+            self._params, self._cache, Request(self._key, plan, limits, self._temperatures)
         )
         return jax.device_get(burst)  # the only read of the burst
 
@@ -316,6 +337,9 @@ class Engine:
 
     def _respond(self, slot: int, is_stop: bool) -> Response:
         self._allowed[slot] = 0
+        return self._read_response(slot, "stop" if is_stop else "length")
+
+    def _read_response(self, slot: int, finish_reason: str) -> Response:
         start, stop = int(self._prompt_length[slot]), int(self._num_tokens[slot])
         return Response(
             slot=slot,
@@ -324,7 +348,7 @@ class Engine:
             logprobs=self._logprobs[slot, : stop - start].copy(),
             entropies=self._entropies[slot, : stop - start].copy(),
             versions=self._versions[slot, : stop - start].copy(),
-            finish_reason="stop" if is_stop else "length",
+            finish_reason=finish_reason,
         )
 
     def _prefill(self) -> None:
@@ -409,7 +433,7 @@ class Engine:
                     cache = self._programs.prefill(self._params, cache, Chunk(index, tokens, spans))
             check()
             plan, limits = np.zeros((config.slots, 8), np.int32), np.zeros(2, np.int32)
-            request = Request(self._key, plan, limits, self._temperature)
+            request = Request(self._key, plan, limits, self._temperatures)
             cache, _ = self._programs.decode(self._params, cache, request)
             if larger:
                 jax.block_until_ready(self._programs.grow(cache, larger))

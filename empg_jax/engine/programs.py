@@ -113,7 +113,7 @@ class Request:
     key: Leaf  # the run's key
     plan: Leaf  # int32[S 8]
     limits: Leaf  # int32[2]  steps at most; responses that must have ended for an early end
-    temperature: Leaf  # float32[]
+    temperature: Leaf  # float32[S], or float32[] for all slots
 
 
 @flax.struct.dataclass
