@@ -37,12 +37,13 @@ from empg_jax.config.sections import (
     TrainConfig,
     WorkersConfig,
 )
+from empg_jax.config.serve import ServeConfig
 from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, read_yaml
 from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
 # The machines may: all numbers stay the same but for rounding.
-RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*")
+RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*")
 
 
 class Config(Section):
@@ -67,6 +68,7 @@ class Config(Section):
     hosts: HostsConfig = Field(default_factory=HostsConfig, description="Machines that train together.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     log: LogConfig = Field(default_factory=LogConfig, description="Logs.")
+    serve: ServeConfig = Field(default_factory=ServeConfig, description="The policy behind HTTP.")
     _notes: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="before")
@@ -280,6 +282,27 @@ def load_config(
     except ValidationError as error:
         lines = [line for item in error.errors() for line in explain(Config, item)]
         raise ConfigError(_unusable(name_or_path, lines)) from None
+
+
+def make_config(values: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """Make a configuration from nested values in place of a file.
+
+    Args:
+      values: what differs from the defaults; an override wins.
+      overrides: as of `load_config`.
+      source: what the values describe, for the message of an error.
+
+    Raises:
+      ConfigError: the configuration is wrong; one message lists all problems.
+    """
+    values = copy.deepcopy(values)
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [line for item in error.errors() for line in explain(Config, item)]
+        raise ConfigError(_unusable(source, lines)) from None
 
 
 def _unusable(name_or_path: str | Path, lines: Sequence[str]) -> str:

@@ -88,7 +88,7 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
         cannot be used.
     """
     spec = find_spec(config)
-    tokenizer = _make_tokenizer(config, tokenizer_path, spec)
+    tokenizer = make_tokenizer(config, tokenizer_path, spec)
     try:
         renderer = ChatRenderer(tokenizer, options=config.model.chat_options)
     except ChatTemplateError as error:
@@ -99,8 +99,12 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
     return Language(tokenizer, renderer, context, parser)
 
 
-def _make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
-    """Choose the first of: saved tokenizer, configured one, one built for the environment, bytes."""
+def make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
+    """Choose the first of: saved tokenizer, configured one, one built for the environment, bytes.
+
+    Raises:
+      ConfigError: it cannot be loaded or built.
+    """
     m = config.model
     try:
         if saved is not None:
