@@ -260,7 +260,8 @@ class Service:
                 }
             )
         prompts = {"prompt_token_ids": asked.prompts[0].tolist()} if asked.has_tokens else {}
-        cached = sum(update.cached for update in updates)
+        # A prompt counts once, however often it is answered.
+        cached = sum(update.cached for update in updates[:: asked.sampling.n])
         usage = describe_usage([len(prompt) for prompt in asked.prompts], responses, cached)
         return head.body(choices, usage=usage, **prompts)
 
@@ -326,7 +327,8 @@ class StreamWriter:
         if not self._asked.has_usage:
             return
         responses = [update.response for update in self._finals.values() if update.response is not None]
-        cached = sum(update.cached for update in self._finals.values())
+        firsts = range(0, self._asked.num_choices, self._asked.sampling.n)
+        cached = sum(self._finals[index].cached for index in firsts)
         prompts = [len(prompt) for prompt in self._asked.prompts]
         yield self._head.chunk([], usage=describe_usage(prompts, responses, cached))
 

@@ -50,6 +50,10 @@ def save_talker(folder):
     # Large against what attention adds, so that the last token decides most.
     params["embed"]["embedding"] = 8 * np.eye(size, WIDTH, dtype=np.float32)
     head = np.random.default_rng(0).normal(0, 0.1, (size, WIDTH)).astype(np.float32)
+    # A greedy response that begins with one of these never ends.
+    north, south = tokenizer.token_to_id("north"), tokenizer.token_to_id("south")
+    head[north, south] += 2
+    head[south, north] += 2
     ids = [tokenizer.token_to_id(token) for token in CHAIN]
     for before, after in itertools.pairwise(ids):
         head[after, before] += 0.5

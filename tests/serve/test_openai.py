@@ -16,7 +16,7 @@ def chat(client, **options):
 
 def test_models_tell_the_longest_conversation(client, http):
     assert [model.id for model in client.models.list()] == ["talker"]
-    assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 128
+    assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 1024
     with pytest.raises(NotFoundError, match="model 'gpt' does not exist; this server has 'talker'"):
         client.chat.completions.create(model="gpt", messages=HELLO)
 
