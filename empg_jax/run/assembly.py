@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ from empg_jax.parallel.hosts import ALONE, Hosts
 from empg_jax.parallel.layout import head_shards
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.rollout.collector import Collector
-from empg_jax.rollout.context import ContextFactory, make_context
+from empg_jax.rollout.context import CallContext, ContextFactory, make_context
 from empg_jax.rollout.episode import EpisodeRules
 from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.ledger import Ledger
@@ -95,7 +96,16 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
         raise ConfigError(f"{error}; model.chat_template=FILE brings a template of your own") from None
     prompts = _call("env.prompt_options", spec.prompts, config.env.prompt_options)
     parser = _call("env.prompt_options", spec.parser, config.env.prompt_options)
-    context = make_context(config.env.context, prompts, renderer, config.env.history)
+    context: ContextFactory
+    if spec.has_calls:
+        if config.env.context != "transcript":
+            raise ConfigError(
+                f"env.context={config.env.context}: the prompts of {config.env.target} are its program's own; "
+                "leave env.context at transcript"
+            )
+        context = functools.partial(CallContext, renderer)
+    else:
+        context = make_context(config.env.context, prompts, renderer, config.env.history)
     return Language(tokenizer, renderer, context, parser)
 
 

@@ -6,6 +6,7 @@ names is therefore cheap, and no environment needs another one's extra packages.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
@@ -70,6 +71,7 @@ ENVS: dict[str, EnvSpec] = {
     "webshop": _packaged("webshop", "WebShopEnv"),
     "deepsearch": _packaged("deepsearch", "DeepSearchEnv"),
     "swe": _packaged("swe", "SweEnv"),
+    "harness": dataclasses.replace(_packaged("harness", "HarnessEnv"), phrases=None, has_calls=True),
 }
 
 

@@ -67,6 +67,19 @@ class TextEnv(Protocol):
         ...
 
 
+class EnvFault(Exception):
+    """A failure of an episode with a name of its own, in place of ``env_error``.
+
+    Args:
+      reason: a short name, as it is counted in metrics and events.
+      detail: what happened, for the user.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
 class PromptBuilder(Protocol):
     """A builder of chat messages from observations, for both context styles (transcript and window)."""
 
@@ -129,6 +142,8 @@ class EnvSpec:
       parser: builds the action parser from ``env.prompt_options``.
       phrases: returns the closed vocabulary for a small tokenizer, given ``env.options``; phrases may contain
         spaces. None for an environment without a closed vocabulary.
+      has_calls: each observation is a call of a program, whose whole conversation is ``info["messages"]`` and
+        whose tools are ``info["tools"]``; the prompt builder is not used.
     """
 
     name: str
@@ -136,6 +151,7 @@ class EnvSpec:
     prompts: Callable[..., PromptBuilder]
     parser: Callable[..., ActionParser]
     phrases: Callable[..., list[str]] | None = None
+    has_calls: bool = False
 
 
 def quote_turns(history: Sequence[tuple[str, str]], turn: int) -> str:
