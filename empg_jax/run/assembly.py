@@ -100,8 +100,8 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
     if spec.has_calls:
         if config.env.context != "transcript":
             raise ConfigError(
-                f"env.context={config.env.context}: the prompts of {config.env.target} are its program's own; "
-                "leave env.context at transcript"
+                f"env.context={config.env.context}: the prompts of {config.env.target} are its program's "
+                "own; leave env.context at transcript"
             )
         context = functools.partial(CallContext, renderer)
     else:

@@ -134,7 +134,7 @@ class HarnessEnv:
     def _start(self, task: str) -> None:
         endpoint = _find_endpoint()
         self._session = endpoint.open()
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the program)
         variables = {
             **os.environ,
             "EMPG_TASK": task,
