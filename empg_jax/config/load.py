@@ -237,8 +237,7 @@ def load_config(
     Args:
       name_or_path: a packaged name (``quickstart``), or the path of a YAML file.
       overrides: overrides of the form ``section.key=value``, the value in YAML; later ones win. If they name
-      an
-        ``env.entry_point``, the file's options for its own environment are left out.
+        another environment, the file's options for its own one are left out.
 
     Returns:
       The checked, frozen configuration; its name is the file's unless the file sets one. Its ``notes`` list

@@ -1,4 +1,4 @@
-"""A program with many faults, by its first argument; it needs only the standard library, so it starts fast."""
+"""A program with many faults, by its argument. It needs only the standard library, so it starts fast."""
 
 import json
 import os
