@@ -123,7 +123,7 @@ def drop_options(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     # An entry point stands in place of a name, which is then null.
     key = "entry_point" if named.get("entry_point") is not None else "name"
     other = named.get(key)
-    if other is None or other == env.get(key):
+    if other is None or other == env.get(key) or (key == "name" and env.get(key) is None):
         return []
     dropped = [key for key in ("options", "prompt_options") if env.pop(key, None)]
     if not dropped:

@@ -99,7 +99,7 @@ class ChatRenderer:
         # Seams were probed without variables, which a template may print anywhere.
         delta = None if variables else self._quick_delta(prefix_messages, response_text, new_messages)
         if delta is None:
-            delta = self._exact_delta(prefix_messages, response_text, new_messages, variables)
+            delta = self._exact_delta(prefix_messages, response_text, new_messages, **variables)
         if delta is None:
             return None
         ids = self._encode(delta)
@@ -137,7 +137,7 @@ class ChatRenderer:
         prefix: Sequence[Message],
         response: str,
         new_messages: Sequence[Message],
-        variables: Mapping[str, Any],
+        **variables: Any,
     ) -> str | None:
         """Return the text after the response by rendering both conversations.
 

@@ -47,7 +47,9 @@ def test_a_prompt_option_may_belong_to_either():
 @pytest.mark.parametrize("name", ENVS)
 def test_every_packaged_environment_tells_its_options(name):
     for kind, options in (("option", ({"zzz": 1},)), ("prompt option", ({}, {"zzz": 1}))):
-        with pytest.raises(TypeError, match=f"environment {name} has no {kind} 'zzz'; its {kind}s are "):
+        with pytest.raises(
+            TypeError, match=f"environment {name} has no {kind} 'zzz'; it(s {kind}s are | has no )"
+        ):
             check_options(ENVS[name], *options)
 
 

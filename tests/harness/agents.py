@@ -49,6 +49,9 @@ def main(kind):
             history = ask("a")
             history = ask("b", history)
             ask("c", history)
+        case "steady":
+            for number in range(20):
+                ask(f"say {number}")
         case "rewrite":
             history = ask("a")
             history = ask("b", history)

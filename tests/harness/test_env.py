@@ -40,7 +40,8 @@ def test_a_program_that_goes_on_with_its_conversation(make):
     env.step("two")
     observation, reward, terminated, truncated, info = env.step("three")
     assert (reward, terminated, truncated) == (1.0, True, False)
-    assert info == {"won": True, "metrics": {"number": 3.0}}
+    assert info["won"] and info["metrics"] == {"number": 3.0}
+    assert json.loads(info["task"])["number"] == 3
 
 
 @pytest.mark.parametrize(

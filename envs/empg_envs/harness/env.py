@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from empg_envs.base import EnvFault
+from empg_envs.draw import Draw
 from empg_envs.harness.server import Call, Endpoint, Session
 
 LOOK_SECONDS = 0.02  # between two looks at a program that does not call
@@ -81,13 +82,19 @@ class HarnessEnv:
         self._call: Call | None = None
         self._output: Any = None
         self._task: dict[str, Any] = {}
+        self._draw: Draw | None = None
 
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
         """Start the program; return its first call."""
         self.close()
-        self._task = {**self.get_task(split or "train", index or 0), "seed": seed}
+        split = split or "train"
+        if index is None:
+            if seed is not None or self._draw is None:
+                self._draw = Draw("harness", seed or 0)
+            index = self._draw.below(self.num_tasks(split))
+        self._task = {**self.get_task(split, index), "seed": seed}
         self._start(json.dumps(self._task))
         call = self._next_call(self._start_timeout)
         if call is None:
@@ -97,14 +104,17 @@ class HarnessEnv:
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Answer the program's call; return its next call, or the reward at its end."""
         if self._session is None or self._call is None:
-            raise RuntimeError("step before reset")
+            state = "has ended" if self._session is not None else "has not begun"
+            raise RuntimeError(f"the episode {state}: call reset first")
         self._session.answer(self._call, action)
         call = self._next_call(self._call_timeout)
         if call is not None:
             observation, info = self._observe(call)
             return observation, 0.0, False, False, info
+        self._call = None
         result = self._score()
-        return "", result["reward"], True, False, {"won": result["success"], "metrics": result["metrics"]}
+        info = {"task": json.dumps(self._task, ensure_ascii=False), "won": result["success"]}
+        return "", result["reward"], True, False, {**info, "metrics": result["metrics"]}
 
     def close(self) -> None:
         """End the program with all that it started, and its session."""
@@ -117,19 +127,31 @@ class HarnessEnv:
             self._output.close()
         self._session = self._process = self._call = self._output = None
 
+    def __del__(self) -> None:
+        if hasattr(self, "_session"):
+            self.close()
+
     def list_splits(self) -> list[str]:
         """Return the splits that have tasks."""
         return list(self._panels)
 
     def num_tasks(self, split: str) -> int:
         """Return the number of tasks of a split."""
-        return len(self._panels[split])
+        return len(self._find_panel(split))
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
         """Return a task, with its split, index and hash."""
-        task = self._panels[split][index]
+        panel = self._find_panel(split)
+        if not 0 <= index < len(panel):
+            raise IndexError(f"task {split}/{index} does not exist: the split has {len(panel)} tasks")
+        task = panel[index]
         digest = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
         return {**task, "split": split, "index": index, "content_hash": digest}
+
+    def _find_panel(self, split: str) -> list[dict[str, Any]]:
+        if split not in self._panels:
+            raise ValueError(f"unknown split {split!r}; there are {', '.join(self._panels)}")
+        return self._panels[split]
 
     def _start(self, task: str) -> None:
         endpoint = _find_endpoint()
@@ -183,7 +205,8 @@ class HarnessEnv:
 
     def _observe(self, call: Call) -> tuple[str, dict[str, Any]]:
         self._call = call
-        info = {"messages": call.messages, "tools": call.tools, "won": False}
+        task = json.dumps(self._task, ensure_ascii=False)
+        info = {"task": task, "messages": call.messages, "tools": call.tools, "won": False}
         return call.messages[-1]["content"], info
 
     def _score(self) -> dict[str, Any]:
