@@ -2,7 +2,8 @@
 
 * latency: `--clients` clients ask, one request after another, for `--tokens` tokens each: over HTTP from a
   server in a second process, and from the engine's thread without HTTP. The difference of the medians is what
-  the wire costs.
+  the wire costs, apart from this: clients that take their time are answered in smaller, quicker batches.
+* alone: the same with one client, where the difference is the wire's alone.
 * first: seconds to the first tokens of a stream, both ways.
 * mixed: `--mixed` requests of all kinds, also wrong ones and clients that go away; afterwards no slot is
   busy, and the server's memory is compared with that after the first tenth.
@@ -52,7 +53,7 @@ def make_prompt(client: int, number: int) -> list[int]:
 # ---------------------------------------------------------------------------------- without HTTP
 
 
-def measure_engine(driver: Driver, *, is_streamed: bool) -> list[float]:
+def measure_engine(driver: Driver, clients: int, *, is_streamed: bool) -> list[float]:
     """Ask as the clients do, from callbacks; returns seconds per request, or to the first tokens."""
     taken: list[float] = []
     done = threading.Semaphore(0)
@@ -74,9 +75,9 @@ def measure_engine(driver: Driver, *, is_streamed: bool) -> list[float]:
         prompt = np.asarray(make_prompt(client, number), np.int32)
         driver.submit([Job(prompt, args.tokens, 1.0, number, 0, receive, is_streamed=is_streamed)])
 
-    for client in range(args.clients):
+    for client in range(clients):
         ask(client, 0)
-    for _ in range(args.clients):
+    for _ in range(clients):
         done.acquire()
     return taken
 
@@ -119,7 +120,7 @@ class Client:
         return status, first or 0.0
 
 
-async def measure_http(url: str, *, is_streamed: bool) -> list[float]:
+async def measure_http(url: str, clients: int, *, is_streamed: bool) -> list[float]:
     async def run(client: int) -> list[float]:
         taken = []
         async with Client(url) as connection:
@@ -129,7 +130,7 @@ async def measure_http(url: str, *, is_streamed: bool) -> list[float]:
                 taken.append(seconds)
         return taken
 
-    return [s for taken in await asyncio.gather(*map(run, range(args.clients))) for s in taken]
+    return [s for taken in await asyncio.gather(*map(run, range(clients))) for s in taken]
 
 
 async def send_mixed(url: str, count: int, seed: int) -> dict[str, int]:
@@ -198,9 +199,10 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 async def measure_server(process: subprocess.Popen, url: str) -> dict:
-    await measure_http(url, is_streamed=False)  # whatever is slow only once
-    latency = await measure_http(url, is_streamed=False)
-    first = await measure_http(url, is_streamed=True)
+    await measure_http(url, args.clients, is_streamed=False)  # whatever is slow only once
+    latency = await measure_http(url, args.clients, is_streamed=False)
+    first = await measure_http(url, args.clients, is_streamed=True)
+    alone = await measure_http(url, 1, is_streamed=False)
     tenth = max(1, args.mixed // 10)
     await send_mixed(url, tenth, seed=1)
     await settle(url)
@@ -215,7 +217,8 @@ async def measure_server(process: subprocess.Popen, url: str) -> dict:
         "rss_mb_after_a_tenth": round(before, 1),
         "rss_mb_at_the_end": round(resident_mb(process.pid), 1),
     }
-    return {"latency": percentiles(latency), "first": percentiles(first), "mixed": mixed}
+    times = {"latency": latency, "first": first, "alone": alone}
+    return {name: percentiles(seconds) for name, seconds in times.items()} | {"mixed": mixed}
 
 
 def main() -> int:
@@ -234,14 +237,15 @@ def main() -> int:
     policy = open_policy(args.source, OVERRIDES, print)
     policy.engine.warm_up()
     with Driver(policy.engine, max_waiting=args.clients) as driver:
-        measure_engine(driver, is_streamed=False)
+        measure_engine(driver, args.clients, is_streamed=False)
         engine = {
-            "latency": percentiles(measure_engine(driver, is_streamed=False)),
-            "first": percentiles(measure_engine(driver, is_streamed=True)),
+            "latency": percentiles(measure_engine(driver, args.clients, is_streamed=False)),
+            "first": percentiles(measure_engine(driver, args.clients, is_streamed=True)),
+            "alone": percentiles(measure_engine(driver, 1, is_streamed=False)),
         }
     over = {
         f"{name}_over_the_engine_ms": round(server[name]["p50_ms"] - engine[name]["p50_ms"], 3)
-        for name in ("latency", "first")
+        for name in ("latency", "first", "alone")
     }
     result = {"clients": args.clients, "tokens": args.tokens, **over, "server": server, "engine": engine}
     print(json.dumps(result))
