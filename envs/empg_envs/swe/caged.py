@@ -12,13 +12,13 @@ import py_compile
 import select
 import shutil
 import subprocess
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from empg_envs.swe import fixed
 from empg_envs.swe.bubblewrap import (
     GUEST,
     GUEST_HOME,
@@ -39,7 +39,7 @@ START = "import sys; sys.path.insert(0, sys.argv[1]); from empg_envs.swe.guest.m
 START_SECONDS = 30.0
 GRACE_SECONDS = 30.0  # added to a command's own deadline, for busy machines
 KEEP_BYTES = 64 << 10  # kept bytes of a command's output
-REPORT_BYTES = 4 << 20
+REPORT_BYTES = 16 << 20
 MAX_FRAME = 128 << 20
 READ_BYTES = 1 << 20
 
@@ -104,6 +104,16 @@ class GuestSandbox(abc.ABC):
         self.close()
         self._start()
         self._ask("unpack", [(path, mode, data) for path, (data, mode) in tree.items()])
+
+    def reset_fixed(self, tree: Tree) -> None:
+        """Reset with files that no command can change, where the sandbox can see to that.
+
+        The names in the root folder cannot be listed then: who does not know a name does not find it.
+
+        Raises:
+          FileError: the files do not fit together.
+        """
+        self.reset(tree)
 
     def close(self) -> None:
         """Kill the sandbox; its files are in memory and disappear with it."""
@@ -227,6 +237,31 @@ class BubblewrapSandbox(GuestSandbox):
         _compile_guest()
         super().__init__(limits or Limits(), interpreter.environment(ROOT, SCRATCH))
         self._interpreter = interpreter
+        self._shown: Path | None = None
+
+    def reset_fixed(self, tree: Tree) -> None:
+        """Reset with files in a folder of the machine that is mounted read-only."""
+        self.close()
+        self._shown = fixed.make_folder(fixed.make_home("empg-swe-judge"))
+        # At garbage collection or exit the folder goes, too; after a kill, with the next one's start.
+        self._unshow = weakref.finalize(self, fixed.remove, self._shown)
+        try:
+            fixed.write_tree(self._shown, tree)
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the guest and remove the folder that it showed."""
+        super().close()
+        if self._shown is not None:
+            self._unshow()
+            self._shown = None
+
+    def _config(self) -> dict[str, Any]:
+        # Without files of its own in the root, only /tmp counts.
+        return super()._config() | ({} if self._shown is None else {"scratch": [SCRATCH]})
 
     def _launch(self) -> subprocess.Popen[bytes]:
         filter_end, sink = os.pipe()
@@ -234,7 +269,7 @@ class BubblewrapSandbox(GuestSandbox):
             os.write(sink, program())
             os.close(sink)
             size = self._limits.disk_mb << 20
-            argv = command_line(self._interpreter, size, seccomp=filter_end)
+            argv = command_line(self._interpreter, size, seccomp=filter_end, shown=self._shown)
             argv += [self._interpreter.base, "-I", "-S", "-B", "-c", START, GUEST_HOME]
             return _popen(argv, pass_fds=(filter_end,))
         finally:
@@ -250,10 +285,7 @@ class LocalSandbox(GuestSandbox):
 
     def __init__(self, interpreter: Interpreter, limits: Limits | None = None) -> None:
         """Remove the folders of ended workers, and create a new folder."""
-        self._home = Path(tempfile.gettempdir()) / f"empg-swe-{os.getuid()}"
-        self._home.mkdir(mode=0o700, exist_ok=True)
-        _remove_orphans(self._home)
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self._home))
+        self._folder = fixed.make_folder(fixed.make_home("empg-swe"))
         self.root = str(self._folder / "testbed")
         self._scratch = str(self._folder / "tmp")
         self._interpreter = interpreter
@@ -311,14 +343,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
-
-
-def _remove_orphans(home: Path) -> None:
-    """Remove the folders of processes that no longer exist."""
-    for folder in home.iterdir():
-        owner = folder.name.partition("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kernel() -> tuple[int, int]:
