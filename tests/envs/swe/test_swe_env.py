@@ -62,7 +62,7 @@ def test_the_expert_repairs_through_every_protocol(make: Any, tools: str, tmp_pa
             observation, reward, terminated, truncated, info = env.step(parsed.action)
             done, turns = terminated or truncated, turns + 1
         assert (reward, terminated, info["won"], info["reason"]) == (1.0, True, True, "resolved")
-        assert info["metrics"] == {"fail_to_pass": 1.0, "pass_to_pass": 1.0} and turns == 3
+        assert info["metrics"] == {"fail_to_pass": 1.0, "pass_to_pass": 1.0, "suspect": 0.0} and turns == 3
     assert len(read_predictions(tmp_path / "p.jsonl")) == 2
 
 

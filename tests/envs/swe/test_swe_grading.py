@@ -139,7 +139,7 @@ def graded(backend: TreeBackend, task: Task, **files: str | None) -> grading.Gra
 
 def test_gold_resolves_and_nothing_else_does(backend: TreeBackend, task: Task) -> None:
     gold = backend.grade(task, task.patch, 20)
-    assert gold.resolved and gold.metrics == {"fail_to_pass": 1.0, "pass_to_pass": 1.0}
+    assert gold.resolved and gold.metrics == {"fail_to_pass": 1.0, "pass_to_pass": 1.0, "suspect": 0.0}
     assert backend.grade(task, "", 20).reason == "no_patch"
     assert backend.grade(task, "nonsense", 20).reason == "patch_does_not_apply"
     other = graded(backend, task, **{"README": "hello\n"})

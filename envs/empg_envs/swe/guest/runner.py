@@ -171,7 +171,7 @@ def run_unittest(
             module = importlib.util.module_from_spec(spec)
             sys.modules[name] = module
             spec.loader.exec_module(module)
-        except Exception as error:
+        except BaseException as error:  # SystemExit, too: it must not end the other files' tests
             report(path, "ERROR")
             print(f"ERROR {path}: {type(error).__name__}: {error}")
             continue

@@ -9,7 +9,7 @@ from typing import Any
 
 RED = frozenset(("FAILED", "ERROR"))
 FRAME_BYTES = 4
-NO_TESTS = 5  # pytest's exit code for a session without tests
+RUN = (0, 1)  # exit codes of a session that ran its tests; others of pytest say that it could not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Session:
     broken: tuple[str, ...] = ()
     noise: int = 0
     is_clear: bool = True
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the session ran its tests to the end."""
+        return self.has_ended and self.code in RUN
 
     @property
     def statuses(self) -> dict[str, str]:
@@ -90,7 +95,7 @@ def doubts(session: Session) -> list[str]:
         return [*found, f"early exit: code {session.code} before the end of the tests"]
     statuses = session.statuses
     expected = int(bool(RED & set(statuses.values())))
-    if session.code != expected and not (session.code == NO_TESTS and not statuses):
+    if session.code in RUN and session.code != expected:
         found.append(f"exit code {session.code} does not fit the statuses")
     seen: dict[str, str] = {}
     for name, status in session.claims:

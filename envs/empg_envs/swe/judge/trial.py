@@ -128,12 +128,11 @@ def conclude(
     grade = grading.judge(
         task, real, dropped=dropped, output=result.output[-OUTPUT_CHARS:], limit=limit
     )
-    has_ended = first is not None and first.has_ended and first.code >= 0
-    if grade.resolved and not has_ended:
+    if grade.resolved and not (first is not None and first.is_sound):
         grade = dataclasses.replace(grade, resolved=False, reason="unresolved")
     if grade.resolved:
         doubts += canaries.missing(trial.planted, planted)
-    if trial.second is not None and other is not None and other.code >= 0:
+    if trial.second is not None and other is not None and other.is_sound:
         red = [trial.planted.reported(name) for name in trial.second.red]
         if all(other.statuses.get(name) in grading.KEPT for name in red):
             doubts.append(f"second bug: none of {', '.join(trial.second.red)} fails with it")
