@@ -29,7 +29,7 @@ from empg_envs.swe.bubblewrap import (
     command_line,
     probe,
 )
-from empg_envs.swe.sandbox import ExecResult, FileError, Limits, SandboxError
+from empg_envs.swe.sandbox import ExecResult, FileError, Limits, LostSandboxError, SandboxError
 from empg_envs.swe.seccomp import program
 from empg_envs.swe.tree import LINK, ArchiveError, File, Tree, check_path
 
@@ -160,16 +160,16 @@ class GuestSandbox(abc.ABC):
 
         Raises:
           FileError: the guest refused the request.
-          SandboxError: the guest does not answer; the sandbox is then closed.
+          LostSandboxError: the guest does not answer; the sandbox is then closed.
         """
         if self._process is None:
             raise SandboxError("the sandbox is closed: reset it first")
         try:
             self._send((operation, *arguments))
             status, *fields = self._receive(time.monotonic() + seconds + GRACE_SECONDS)
-        except SandboxError:
+        except SandboxError as error:
             self.close()
-            raise
+            raise LostSandboxError(str(error)) from None
         if status != b"ok":
             raise FileError(fields[0].decode("utf-8", "replace") if fields else "refused")
         return fields

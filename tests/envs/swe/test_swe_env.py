@@ -22,7 +22,7 @@ from empg_envs.swe.backends import make_backend
 from empg_envs.swe.env import SweEnv
 from empg_envs.swe.predictions import prediction, read_predictions, write_predictions
 from empg_envs.swe.sandbox import SandboxError
-from empg_envs.swe.tools import SUBMIT, parse_call, render_call
+from empg_envs.swe.tools import SUBMIT, Reply, parse_call, render_call
 from tests.cages import need_cages
 
 ROOT = Path(empg_envs.__file__).resolve().parents[2]
@@ -298,6 +298,22 @@ def test_parallel_evaluations_do_not_disturb_each_other(caged: None) -> None:
         thread.join()
     # A patch resolves its own task and no other.
     assert verdicts == {number: bool(number % 2) for number in range(8)}
+
+
+def test_a_sandbox_that_is_lost_after_an_action_counts_against_the_agent(make: Any) -> None:
+    env = make(tools="bash")
+    for submit in (False, True):
+        env.reset(split="train", index=0)
+        env.step("echo '# changed' >> $(ls *.py)")
+        env._sandbox._process.kill()
+        env._sandbox._process.wait()
+        if submit:  # it is lost when the work is collected
+            env._tools.run = lambda action, seconds: Reply("", is_final=True)
+        _, reward, terminated, truncated, info = env.step("ls")
+        assert (reward, terminated or truncated, info["won"]) == (0.0, True, False)
+        assert info["reason"] == "sandbox_lost"
+    env.reset(split="train", index=0)
+    assert "tests" in env.step("ls")[0]
 
 
 def test_limits_reach_the_sandbox(make: Any) -> None:

@@ -5,7 +5,8 @@ have no effect before the test framework is loaded, and never precede the standa
 
 An agent's own tests run by `main`: the request is JSON on stdin (``runner``: ``pytest`` or ``unittest``,
 ``root``, ``paths``), and the statuses go to descriptor 3. A judge's tests run by `play`, in a process that
-`empg_envs.swe.guest.warden` forks; there the statuses are *claims*, which the judge compares with other facts.
+`empg_envs.swe.guest.warden` forks; there the statuses are *claims*, which the judge compares with other
+facts.
 """
 
 from __future__ import annotations
@@ -158,9 +159,7 @@ class UnittestReporter(unittest.TestResult):
             self._say(test, "FAILED")
 
 
-def run_unittest(
-    root: str, paths: Iterable[str], report: Say, only: Collection[str] | None = None
-) -> None:
+def run_unittest(root: str, paths: Iterable[str], report: Say, only: Collection[str] | None = None) -> None:
     """Run the test cases of files (``test_*.py`` below a folder), or those of them with an id in ``only``."""
     for path in _test_files(root, paths):
         name = os.path.splitext(path)[0].replace(os.sep, ".")

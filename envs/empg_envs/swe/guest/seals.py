@@ -39,8 +39,9 @@ class Seals:
     def __init__(self) -> None:
         """Seal what is loaded now."""
         self._seals: list[tuple[str, Seal]] = []
-        for module in filter(None, map(sys.modules.get, MODULES)):
-            self._seal_module(module)
+        for name in MODULES:
+            if name in sys.modules:
+                self._seal_module(sys.modules[name])
         for name, attributes in NAMES.items():
             module = sys.modules.get(name)
             if module is not None:

@@ -14,6 +14,7 @@ turn has come, so that a session's process never holds the secrets of the others
 from __future__ import annotations
 
 import _signal as signal  # type: ignore[import-not-found]  # see commands.py
+import contextlib
 import ctypes
 import gc
 import json
@@ -108,18 +109,13 @@ def _watch_session(pid: int, claims: int) -> tuple[int, bytes, int]:
 def _clear(pid: int, has_namespace: bool) -> bool:
     """End what a session left running, and remove its files; return whether nothing is left."""
     if not has_namespace:
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         return True
     deadline = time.monotonic() + PATIENCE
     while _others():
-        try:
-            # All processes of the namespace but process 1 and this one.
-            os.kill(-1, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)  # all processes of the namespace but process 1 and this one
         if time.monotonic() > deadline:
             return False
     return all(_empty(folder) for folder in ("/tmp", "/dev/shm"))
@@ -158,6 +154,21 @@ def _remove(path: str) -> None:
     os.rmdir(path)
 
 
+def _load_pytest() -> None:
+    """Load pytest and the installed plugins once for all sessions; each session registers them anew."""
+    import importlib.metadata
+
+    from _pytest.assertion.rewrite import AssertionRewritingHook
+
+    for entry in importlib.metadata.entry_points(group="pytest11"):
+        try:
+            entry.load()
+        except Exception:  # the session will say so
+            continue
+    # The plugins' own assertions are not rewritten now, about which pytest would warn.
+    AssertionRewritingHook._warn_already_imported = lambda self, name: None  # type: ignore[method-assign]
+
+
 def main() -> None:
     """Run the requested sessions and report them; see the module's text."""
     home = os.path.abspath(__file__).removesuffix("/empg_envs/swe/guest/warden.py")
@@ -173,7 +184,7 @@ def main() -> None:
     # A guard on top of the header: outside of a namespace the parent is not process 1.
     has_namespace = header["namespace"] and os.getppid() == 1
     if header["runner"] == "pytest":
-        import pytest  # noqa: F401  # loaded once for all sessions
+        _load_pytest()
     gc.collect()
     gc.freeze()
     while (order := _read_frame()) is not None and "end" not in order:

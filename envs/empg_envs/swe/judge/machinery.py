@@ -65,7 +65,9 @@ TEXTS = (
     *("settrace", "_getframe", "__subclasses__", "__builtins__", "addFailure", "/dev/fd"),
 )
 # Texts as a whole.
-WORDS = frozenset(("unittest", "pytest", "gc", "ctypes", "unittest.case", "TestCase", "_exit", "AssertionError"))
+WORDS = frozenset(
+    ("unittest", "pytest", "gc", "ctypes", "unittest.case", "TestCase", "_exit", "AssertionError")
+)
 # Comparisons whose result must depend on something.
 COMPARISONS = frozenset(("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__contains__"))
 # Keys of configuration that decide which tests run and how.

@@ -119,8 +119,8 @@ def _session(fact: Mapping[str, Any], raw: bytes) -> Session:
                 noise += 1
                 continue
         count += 1
-    broken = ends[0] if ends else ()
-    return Session(nonce, int(fact["code"]), tuple(claims), bool(ends), broken, noise, bool(fact["clear"]))
+    seals: tuple[str, ...] = ends[0] if ends else ()
+    return Session(nonce, int(fact["code"]), tuple(claims), bool(ends), seals, noise, bool(fact["clear"]))
 
 
 def _claim(line: bytes, nonce: str, count: int) -> list[Any] | None:

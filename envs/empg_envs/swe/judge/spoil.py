@@ -12,6 +12,7 @@ from empg_envs.swe.mutate import Source
 Edit = tuple[int, int, str]  # start, end, new text
 
 EQUAL = frozenset(("assertEqual", "assertEquals", "assertListEqual", "assertTupleEqual", "assertDictEqual"))
+RAISING = frozenset(("assertRaises", "assertRaisesRegex", "raises"))
 OPPOSITES = {
     "assertTrue": "assertFalse",
     "assertIn": "assertNotIn",
@@ -67,6 +68,9 @@ def _of_opposite(source: Source, statement: ast.stmt) -> Edit | None:
         case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=attr) as func)):
             if attr in OPPOSITES:
                 return source.end(func) - len(attr), source.end(func), OPPOSITES[attr]
+        case ast.With(items=[ast.withitem(context_expr=ast.Call(func=ast.Attribute(attr=attr)))], body=body):
+            if attr in RAISING:  # nothing raises any more
+                return source.start(body[0]), source.end(body[-1]), "pass"
         case ast.Assert(test=test):
             return source.start(test), source.end(test), f"not ({source.segment(test)})"
     return None

@@ -125,9 +125,7 @@ def conclude(
     statuses: Mapping[str, str] = {} if first is None else first.statuses
     real, planted = canaries.sort_out(trial.planted, statuses)
     doubts += canaries.doubts(planted)
-    grade = grading.judge(
-        task, real, dropped=dropped, output=result.output[-OUTPUT_CHARS:], limit=limit
-    )
+    grade = grading.judge(task, real, dropped=dropped, output=result.output[-OUTPUT_CHARS:], limit=limit)
     if grade.resolved and not (first is not None and first.is_sound):
         grade = dataclasses.replace(grade, resolved=False, reason="unresolved")
     if grade.resolved:
@@ -149,4 +147,3 @@ def _files(names: Sequence[str], trial: Trial, paths: list[str]) -> list[str]:
 
 def _secret() -> str:
     return secrets.token_hex(8)
-
