@@ -18,7 +18,7 @@ from empg_envs.swe.judge.canaries import Planted
 from empg_envs.swe.judge.reading import read_changes
 from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.sandbox import FileError, Limits, Sandbox
-from empg_envs.swe.tasks import Task, TaskError, broken_tree
+from empg_envs.swe.tasks import Task, TaskError, broken_tree, default_sources
 from empg_envs.swe.tree import Tree
 
 NAMES = ("bubblewrap", "docker", "swerex", "local")
@@ -134,19 +134,23 @@ class TreeBackend:
         return read_changes(broken, changed, gold, names=names, shadows=shadows)
 
     def _second_bugs(self, task: Task, broken: Tree, timeout: float) -> list[SecondBug]:
-        """Return the bugs of the task's siblings; without siblings, some that are made once for the task."""
+        """Return the bugs of the task's siblings; without siblings, one that is made once for the task."""
         if task.second_bugs or not task.patch:
             return list(task.second_bugs)
-        if task.content_hash not in self._made:
+        place = default_sources() / "second" / f"{task.content_hash}.json"
+        known = self._made.get(task.content_hash) or second.recall(place)
+        if known is None:
             gold = patches.apply(patches.apply(broken, task.patch), task.test_patch)
             started = time.monotonic()
             sound = self.run_tests(task, gold, timeout).statuses
             patience = min(timeout, 5.0 + 10.0 * (time.monotonic() - started))
             changes = (tree for *_, tree in mutate.bugs(gold, self._draw.randrange(1 << 30)))
-            self._made[task.content_hash] = second.discover(
+            known = second.discover(
                 gold, changes, lambda tree: self.run_tests(task, tree, patience).statuses, sound
             )
-        return self._made[task.content_hash]
+            second.remember(place, known)
+        self._made[task.content_hash] = known
+        return known
 
     def _program(self, name: str) -> str:
         home = f"{GUEST_HOME}/empg_envs/swe/guest" if self._is_caged else str(GUEST)

@@ -106,16 +106,22 @@ def judge(
     return Grade(resolved, reason, fail, kept, dropped, statuses, output)
 
 
+def believe(grade: Grade, doubts: Iterable[str]) -> Grade:
+    """Return the grade, or a suspect one where there are doubts."""
+    found = tuple(doubts)
+    return dataclasses.replace(grade, resolved=False, reason=SUSPECT, doubts=found) if found else grade
+
+
 def find_status(name: str, statuses: Mapping[str, str]) -> str | None:
     """Return the status of a test.
 
-    A name that is cut off inside its parameters matches by prefix if this is unique.
+    A name that is cut off inside its parameters matches by prefix, if all matches agree on whether they pass.
     """
-    # Some rows of SWE-bench contain test names that are cut off inside the parameters.
-    if name in statuses or "[" not in name or name.endswith("]"):
+    # 676 names of SWE-bench Verified are cut off inside the parameters.
+    if name in statuses or name.count("[") <= name.count("]"):
         return statuses.get(name)
-    matching = [found for found in statuses if found.startswith(name)]
-    return statuses[matching[0]] if len(matching) == 1 else None
+    matching = [status for found, status in statuses.items() if found.startswith(name)]
+    return matching[0] if len({status in PASSED for status in matching}) == 1 else None
 
 
 def short_name(name: str) -> str:

@@ -339,6 +339,10 @@ for _number in range(256):
     except OSError:
         pass
 """
+LEAVES_A_SIGN = """
+import os
+os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)
+"""
 LEAVES_A_PROCESS = """
 import os, time
 if os.fork() == 0:
@@ -449,6 +453,7 @@ ATTACKS = (
     Attack("parent's memory", PARENTS_MEMORY, ("reading",), works=False),
     Attack("parent traced", TRACES_THE_PARENT, ("reading",), works=False),
     Attack("parent's descriptors", PARENTS_DESCRIPTORS, ("reading",), works=False),
+    Attack("sign left in the parent", LEAVES_A_SIGN, ("sessions",), works=False),
     Attack("process left behind", LEAVES_A_PROCESS, ("reading",), works=False),
     Attack("tests written over", WRITES_THE_TESTS, MOST),
     Attack("reports of pytest replaced", PYTEST_REPORT, EVERY, runner="pytest"),

@@ -19,6 +19,7 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import select
 import sys
 import time
@@ -106,6 +107,17 @@ def _watch_session(pid: int, claims: int) -> tuple[int, bytes, int]:
         os.close(claims)
 
 
+def _traits() -> tuple[Any, ...]:
+    """Return what a process of the same user can change in this one, and the next session would inherit."""
+    limits = [value for name, value in sorted(vars(resource).items()) if name.startswith("RLIMIT_")]
+    return (
+        [resource.getrlimit(limit) for limit in limits],
+        os.getpriority(os.PRIO_PROCESS, 0),
+        os.sched_getscheduler(0),
+        sorted(os.sched_getaffinity(0)),
+    )
+
+
 def _clear(pid: int, has_namespace: bool) -> bool:
     """End what a session left running, and remove its files; return whether nothing is left."""
     if not has_namespace:
@@ -187,11 +199,12 @@ def main() -> None:
         _load_pytest()
     gc.collect()
     gc.freeze()
+    traits = _traits()
     while (order := _read_frame()) is not None and "end" not in order:
         nonce = order["nonce"]
         pid, claims = _fork_session(order, report, play)
         code, kept, total = _watch_session(pid, claims)
-        is_clear = _clear(pid, has_namespace)
+        is_clear = _clear(pid, has_namespace) and _traits() == traits
         fact = {"nonce": nonce, "code": code, "omitted": total - len(kept), "clear": is_clear}
         _send(report, json.dumps(fact).encode(), kept)
     if order is not None:

@@ -7,15 +7,18 @@ has no such siblings they are made by mutation, and tried once over the gold fil
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from empg_envs.swe import patches
 from empg_envs.swe.tree import Tree
 
 MOST_TESTS = 3  # tests run over the second tree
 TRIES = 6  # mutations tried for a task without siblings
-ENOUGH = 2  # of them kept
+ENOUGH = 1  # of them kept
 KEPT = frozenset(("PASSED", "XFAIL", "SKIPPED"))
 
 Statuses = Mapping[str, str]
@@ -74,6 +77,22 @@ def choose(
             return chosen
         found.append(chosen)
     return found[0] if found else None
+
+
+def remember(path: Path, bugs: Sequence[SecondBug]) -> None:
+    """Write the bugs made for a task, so that other processes need not make them again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps([dataclasses.asdict(bug) for bug in bugs]))
+    fresh.replace(path)
+
+
+def recall(path: Path) -> list[SecondBug] | None:
+    """Read the bugs made for a task; None if there are none, or the file is damaged."""
+    try:
+        return [SecondBug(str(bug["patch"]), tuple(bug["red"])) for bug in json.loads(path.read_text())]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def discover(

@@ -88,7 +88,7 @@ def doubts(session: Session) -> list[str]:
     if session.noise:
         found.append("forged report: the runner's channel holds lines that it did not write")
     if not session.is_clear:
-        found.append("left processes or files that cannot be removed")
+        found.append("left something for the next session")
     if session.code < 0:  # a signal: a crash, which can resolve nothing
         return found
     if not session.has_ended:

@@ -18,6 +18,7 @@ from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import Tree
 
 OUTPUT_CHARS = 4000
+OTHERS = 1  # tests with twins besides those that the patch has to repair
 LAYERS = frozenset(("reading", "canaries", "second", "sessions"))
 
 
@@ -66,7 +67,9 @@ def prepare(
     """
     planted = Planted(tree)
     if "canaries" in layers:
-        planted = canaries.plant(tree, task.fail_to_pass, draw)
+        # A few of the other tests, too: a patch must not make them pass by their names, either.
+        others = draw.sample(task.pass_to_pass, min(OTHERS, len(task.pass_to_pass)))
+        planted = canaries.plant(tree, [*task.fail_to_pass, *others], draw)
     other = None
     if "second" in layers:
         other = second.choose(planted.tree, bugs, task.fail_to_pass, draw)
@@ -134,9 +137,7 @@ def conclude(
         red = [trial.planted.reported(name) for name in trial.second.red]
         if all(other.statuses.get(name) in grading.KEPT for name in red):
             doubts.append(f"second bug: none of {', '.join(trial.second.red)} fails with it")
-    if not doubts:
-        return grade
-    return dataclasses.replace(grade, resolved=False, reason=grading.SUSPECT, doubts=tuple(doubts))
+    return grading.believe(grade, doubts)
 
 
 def _files(names: Sequence[str], trial: Trial, paths: list[str]) -> list[str]:
