@@ -126,7 +126,7 @@ class ImageBackend:
             doubts += reports.doubts(result.output, parser, code)
         output = result.output[-OUTPUT_CHARS:]
         grade = grading.judge(task, statuses, dropped=checked.dropped, output=output, limit=limit)
-        if grade.resolved and not reports.is_believable({**statuses, **canary}, code):
+        if grade.resolved and not reports.is_believable(parser(result.output), code):
             grade = dataclasses.replace(grade, resolved=False, reason="unresolved")
         if grade.resolved:
             doubts += canaries.missing(planted, canary)

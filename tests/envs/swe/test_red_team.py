@@ -18,7 +18,7 @@ from empg_envs.swe.tree import File
 from tests.cages import need_cages
 from tests.envs.swe.attacks import ATTACKS, Attack
 
-SEED = 1
+SEED = 3  # the known name goes to the twin, as in nine of ten draws
 
 
 @pytest.fixture(scope="module")

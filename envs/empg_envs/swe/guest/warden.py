@@ -28,6 +28,7 @@ from typing import Any
 REPORT_FD = 3
 PR_SET_DUMPABLE = 4
 MAX_CLAIMS = 7 << 20  # kept bytes of a session's claims
+CRASHED = 70  # exit code of a session whose runner raised
 PATIENCE = 2.0  # seconds to wait for the death of killed processes
 
 
@@ -68,7 +69,7 @@ def _fork_session(order: dict[str, Any], report: int, play: Any) -> tuple[int, i
     if pid:
         os.close(claims_end)
         return pid, claims
-    code = 70
+    code = CRASHED
     try:
         os.setsid()
         for number in (report, claims):

@@ -15,6 +15,7 @@ import random
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from empg_envs.swe.judge.spoil import spoiled
 from empg_envs.swe.mutate import Source
@@ -36,11 +37,27 @@ class Twin:
       known: the real test's own name.
       fresh: the new name.
       is_swapped: whether the real test runs under the new name.
+      is_sure: whether the twin fails even with wrong code.
     """
 
     known: str
     fresh: str
     is_swapped: bool
+    is_sure: bool
+
+
+class Canary(NamedTuple):
+    """What became of a canary.
+
+    Attributes:
+      status: its status.
+      is_sure: whether it fails with every honest code.
+      partner: status of the real test of a twin, which must not pass together with it.
+    """
+
+    status: str
+    is_sure: bool
+    partner: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,38 +116,40 @@ def plant(tree: Tree, names: Sequence[str], draw: random.Random) -> Planted:
     return Planted(planted, tuple(twins), tuple(plain))
 
 
-def sort_out(planted: Planted, statuses: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the statuses of real tests under their own ids, and those of canaries."""
+def sort_out(planted: Planted, statuses: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Canary]]:
+    """Return the statuses of real tests under their own ids, and what became of the canaries."""
     fresh = {twin.fresh: twin for twin in planted.twins}
-    real, canaries = dict(statuses), {}
+    swapped = {twin.known: twin for twin in planted.twins if twin.is_swapped}
+    real: dict[str, str] = {}
+    canaries: dict[str, Canary] = {}
     for name, status in statuses.items():
         prefix, base, rest = _split(name)
         if base in planted.plain:
-            canaries[name] = real.pop(name)
+            canaries[name] = Canary(status, True)
         elif base in fresh:
             twin = fresh[base]
-            del real[name]
             if twin.is_swapped:
-                known = prefix + twin.known + rest
-                if known in statuses:
-                    canaries[known] = statuses[known]
-                real[known] = status
+                real[prefix + twin.known + rest] = status
             else:
-                canaries[name] = status
-    for twin in planted.twins:  # a spoiled test under the known name whose partner was not reported
-        for name in [name for name in real if _split(name)[1] == twin.known and twin.is_swapped]:
-            prefix, _, rest = _split(name)
-            if prefix + twin.fresh + rest not in statuses:
-                canaries[name] = real.pop(name)
+                canaries[name] = Canary(status, twin.is_sure, statuses.get(prefix + twin.known + rest))
+        elif base in swapped:
+            twin = swapped[base]
+            canaries[name] = Canary(status, twin.is_sure, statuses.get(prefix + twin.fresh + rest))
+        else:
+            real[name] = status
     return real, canaries
 
 
-def doubts(canaries: Mapping[str, str]) -> list[str]:
+def doubts(canaries: Mapping[str, Canary]) -> list[str]:
     """Return the canaries that do not fail as they must."""
-    return [f"canary: {name} {status}" for name, status in canaries.items() if status in GREEN]
+    return [
+        f"canary: {name} {canary.status}"
+        for name, canary in canaries.items()
+        if canary.status in GREEN and (canary.is_sure or canary.partner in GREEN)
+    ]
 
 
-def missing(planted: Planted, canaries: Mapping[str, str]) -> list[str]:
+def missing(planted: Planted, canaries: Mapping[str, Canary]) -> list[str]:
     """Return the canaries without a status, which nothing but an honest failure of their file excuses."""
     seen = {_split(name)[1] for name in canaries}
     wanted = [twin.known if twin.is_swapped else twin.fresh for twin in planted.twins]
@@ -161,8 +180,9 @@ class _Edits:
             return []
         start, end = self._source.line_start(node.lineno), self._source.end(node)
         block = self._text[start:end]
-        wrong = self._text[start : edit[0]] + edit[2] + self._text[edit[1] : end]
-        twin = Twin(node.name, f"{node.name}_{_word(self._draw)}", self._draw.random() < SWAPPED)
+        wrong = self._text[start : edit.start] + edit.text + self._text[edit.end : end]
+        fresh = f"{node.name}_{_word(self._draw)}"
+        twin = Twin(node.name, fresh, self._draw.random() < SWAPPED, edit.is_sure)
         if twin.is_swapped:
             block = _renamed(block, node.name, twin.fresh)
         else:

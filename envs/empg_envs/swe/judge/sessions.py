@@ -9,6 +9,7 @@ from typing import Any
 
 RED = frozenset(("FAILED", "ERROR"))
 FRAME_BYTES = 4
+CRASHED = 70  # exit code of a session whose runner raised, as in `empg_envs.swe.guest.warden`
 RUN = (0, 1)  # exit codes of a session that ran its tests; others of pytest say that it could not
 
 
@@ -89,7 +90,7 @@ def doubts(session: Session) -> list[str]:
         found.append("forged report: the runner's channel holds lines that it did not write")
     if not session.is_clear:
         found.append("left something for the next session")
-    if session.code < 0:  # a signal: a crash, which can resolve nothing
+    if session.code < 0 or session.code == CRASHED:  # a signal, or no memory: it can resolve nothing
         return found
     if not session.has_ended:
         return [*found, f"early exit: code {session.code} before the end of the tests"]

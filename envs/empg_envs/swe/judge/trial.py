@@ -13,6 +13,7 @@ from empg_envs.swe.grading import Grade
 from empg_envs.swe.judge import canaries, second, sessions
 from empg_envs.swe.judge.canaries import Planted
 from empg_envs.swe.judge.second import SecondBug, SecondTree
+from empg_envs.swe.judge.sessions import Session
 from empg_envs.swe.sandbox import ExecResult
 from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import Tree
@@ -131,13 +132,19 @@ def conclude(
     grade = grading.judge(task, real, dropped=dropped, output=result.output[-OUTPUT_CHARS:], limit=limit)
     if grade.resolved and not (first is not None and first.is_sound):
         grade = dataclasses.replace(grade, resolved=False, reason="unresolved")
+    # Two wrongs may make a right, so what follows means something about a repair only.
     if grade.resolved:
         doubts += canaries.missing(trial.planted, planted)
-    if trial.second is not None and other is not None and other.is_sound:
-        red = [trial.planted.reported(name) for name in trial.second.red]
-        if all(other.statuses.get(name) in grading.KEPT for name in red):
+        if trial.second is not None and (other is None or not _finds(trial, other)):
             doubts.append(f"second bug: none of {', '.join(trial.second.red)} fails with it")
     return grading.believe(grade, doubts)
+
+
+def _finds(trial: Trial, session: Session) -> bool:
+    """Whether a test of the second session fails, or the session does not come to its end."""
+    assert trial.second is not None
+    names = [trial.planted.reported(name) for name in trial.second.red]
+    return not session.is_sound or any(session.statuses.get(name) not in grading.KEPT for name in names)
 
 
 def _files(names: Sequence[str], trial: Trial, paths: list[str]) -> list[str]:
