@@ -109,6 +109,7 @@ def test_agents(host: EnvHost) -> None:
         info = reply["info"]
         assert (name, reply["reward"], info["reason"]) == (name, reward, reason)
         assert info["won"] == (reward == 1.0)
+        assert (info.get("outcome") == "suspect") == (reason == "suspect") == ("detail" in info)
         assert reply["truncated"] == (reason == "turn_limit") != reply["terminated"]
         sizes.append(resident_mb())
     host.close()
