@@ -25,15 +25,24 @@ def make_home(name: str) -> Path:
 
 def make_folder(home: Path) -> Path:
     """Make a folder of this process in a home."""
-    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=home))
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-{_numbering()}-", dir=home))
 
 
 def remove_orphans(home: Path) -> None:
-    """Remove the folders of processes that no longer exist."""
+    """Remove the folders of processes that no longer exist.
+
+    The processes of another container that shares the home have numbers of their own; they are let alone.
+    """
     for folder in home.iterdir():
-        owner = folder.name.partition("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+        owner, _, rest = folder.name.partition("-")
+        is_ours = owner.isdigit() and rest.startswith(f"{_numbering()}-")
+        if is_ours and not Path(f"/proc/{owner}").exists():
             remove(folder)
+
+
+def _numbering() -> str:
+    """Return a name of the namespace of process numbers."""
+    return "".join(filter(str.isdigit, os.readlink("/proc/self/ns/pid")))
 
 
 def remove(folder: Path) -> None:

@@ -231,7 +231,8 @@ def test_the_local_backend_needs_consent_and_cleans_up(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     home = tmp_path / f"empg-swe-{os.getuid()}"
-    orphan = home / "999999999-x"  # above the largest process number there is
+    numbering = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    orphan = home / f"999999999-{numbering}-x"  # above the largest process number there is
     orphan.mkdir(parents=True)
     env = SweEnv(backend="local", allow_local=True, tools="terse", max_turns=5)
     assert not orphan.exists()
@@ -240,6 +241,22 @@ def test_the_local_backend_needs_consent_and_cleans_up(
     assert rewards == [0.0, 0.0, 1.0]
     env.close()
     assert list(home.iterdir()) == []
+
+
+def test_the_judge_leaves_no_folder_and_removes_those_of_killed_workers(
+    caged: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    home = tmp_path / f"empg-swe-judge-{os.getuid()}"
+    numbering = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    for name in (f"999999999-{numbering}-x", "999999999-1-of-another-container"):
+        (home / name / "tree").mkdir(parents=True)
+        (home / name).chmod(0o111)
+    env = SweEnv()
+    task = env._find("train", 0)
+    assert env._backend.grade(task, task.patch, 60).resolved
+    env.close()
+    assert [path.name for path in home.iterdir()] == ["999999999-1-of-another-container"]
 
 
 def _running(mark: str) -> list[int]:

@@ -14,7 +14,8 @@ MODULES = frozenset(
         *("unittest", "pytest", "_pytest", "pluggy", "doctest", "nose", "gc", "ctypes", "_ctypes", "cffi"),
         *("atexit", "site", "sitecustomize", "usercustomize", "importlib.machinery", "importlib.abc"),
         *("importlib.util", "importlib.reload", "imp", "bdb", "posix", "_posixsubprocess", "_testcapi"),
-        *("_thread", "_xxsubinterpreters", "_interpreters", "forbiddenfruit", "bytecode", "faulthandler"),
+        *("runpy", "code", "codeop", "zipimport", "marshal", "_thread", "_xxsubinterpreters"),
+        *("_interpreters", "forbiddenfruit", "bytecode", "faulthandler"),
     )
 )
 # Attributes of modules that a patch must not start to use.
@@ -43,6 +44,9 @@ OF_MODULE = {
     "threading": frozenset(("settrace", "setprofile", "excepthook", "settrace_all_threads", "enumerate")),
     "traceback": frozenset(("extract_stack", "walk_stack", "print_stack", "format_stack")),
     "builtins": frozenset(("AssertionError", "__import__", "isinstance", "exec", "eval", "__dict__")),
+    "types": frozenset(("FunctionType", "CodeType", "FrameType", "MethodType")),
+    "operator": frozenset(("attrgetter", "methodcaller")),
+    "pickle": frozenset(("load", "loads", "Unpickler")),
     "importlib": frozenset(("reload", "import_module", "util", "machinery", "abc")),
     "multiprocessing": frozenset(("parent_process", "active_children")),
 }

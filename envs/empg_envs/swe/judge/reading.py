@@ -18,6 +18,7 @@ from empg_envs.swe.tree import LINK, File, Tree
 PLANTED = frozenset(("sitecustomize.py", "usercustomize.py"))
 CONFIGURATION = (".ini", ".cfg", ".toml")
 MAX_BYTES = 4 << 20
+MAX_GROWTH = 256 << 10  # characters that a patch may add to a file; its syntax tree takes a thousandfold
 REFLECTING = frozenset(("getattr", "setattr", "delattr", "vars"))
 
 
@@ -47,6 +48,9 @@ def read_changes(
         found += [f"{path}: {what}" for what in _of_place(path, before.get(path), after.get(path))]
         # Fixtures of its own are an agent's good right; `_of_place` reads them.
         if path.endswith(".py") and not is_test(path) and PurePosixPath(path).name != "conftest.py":
+            if len(_text(after.get(path))) > len(_text(before.get(path))) + MAX_GROWTH:
+                found.append(f"{path}: is too large to be read")
+                continue
             # A file that is moved brings its marks along.
             had = Counter(marks(_text(before[path]), functions)) if path in before else gone
             has = Counter(marks(_text(after.get(path)), functions))
@@ -56,14 +60,13 @@ def read_changes(
 
 def marks(text: str, functions: frozenset[str] = frozenset()) -> list[str]:
     """Return the marks of a source text, with repetitions; a text that does not parse has none."""
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
     reader = _Reader(functions)
     try:
-        reader.visit(tree)
-    except RecursionError:
+        # As bytes, so that the text's own declaration of its encoding counts, as it does for an import.
+        reader.visit(ast.parse(text.encode("utf-8", "surrogateescape")))
+    except (SyntaxError, ValueError):
+        return []
+    except (RecursionError, MemoryError):  # the package could raise the limit at which an import fails
         return ["is nested too deeply to be read"]
     return reader.found
 
@@ -119,10 +122,17 @@ class _Reader(ast.NodeVisitor):
         value = node.value.decode("latin-1") if isinstance(node.value, bytes) else node.value
         if isinstance(value, str):
             self.found += [f"holds the text {part!r}" for part in machinery.TEXTS if part in value]
-            if value in machinery.WORDS:
+            if value in machinery.WORDS or value in machinery.ATTRIBUTES:
                 self.found.append(f"holds the text {value!r}")
             if value in self._functions or value.rpartition("::")[2] in self._functions:
                 self.found.append(f"names the test {value!r}")
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        text = _folded(node)
+        if text is not None:  # a word in pieces
+            self.visit_Constant(ast.Constant(text))
+        else:
+            self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> None:
         if not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
@@ -162,6 +172,17 @@ class _Reader(ast.NodeVisitor):
         module = self._module_of(node)
         top = "" if module is None else module.partition(".")[0]
         return top in machinery.STANDARD or top in machinery.MODULES
+
+
+def _folded(node: ast.expr) -> str | None:
+    """Return the text that a sum of constant texts makes."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            first, second = _folded(left), _folded(right)
+            return None if first is None or second is None else first + second
+    return None
 
 
 def _names(node: ast.AST) -> set[str]:
@@ -231,4 +252,4 @@ def _changed(before: Tree, after: Tree) -> list[str]:
 def _text(file: File | None) -> str:
     if file is None or file.mode == LINK or len(file.data) > MAX_BYTES:
         return ""
-    return file.data.decode("utf-8", "replace")
+    return file.data.decode("utf-8", "surrogateescape")
