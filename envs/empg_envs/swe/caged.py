@@ -33,8 +33,7 @@ from empg_envs.swe.sandbox import ExecResult, FileError, Limits, LostSandboxErro
 from empg_envs.swe.seccomp import program
 from empg_envs.swe.tree import LINK, ArchiveError, File, Tree, check_path
 
-# The guest is imported instead of run as a script, so that Python uses its compiled form: this saves a sixth
-# of the start.
+# The guest is imported, not run as a script, so that Python uses its compiled form: a sixth of the start.
 START = "import sys; sys.path.insert(0, sys.argv[1]); from empg_envs.swe.guest.main import main; main()"
 START_SECONDS = 30.0
 GRACE_SECONDS = 30.0  # added to a command's own deadline, for busy machines
@@ -243,7 +242,7 @@ class BubblewrapSandbox(GuestSandbox):
         """Reset with files in a folder of the machine that is mounted read-only."""
         self.close()
         self._shown = fixed.make_folder(fixed.make_home("empg-swe-judge"))
-        # At garbage collection or exit the folder goes, too; after a kill, with the next one's start.
+        # The folder goes at garbage collection or exit, too; after a kill, with the next one's start.
         self._unshow = weakref.finalize(self, fixed.remove, self._shown)
         try:
             fixed.write_tree(self._shown, tree)

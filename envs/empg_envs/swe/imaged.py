@@ -47,10 +47,12 @@ class Checked:
     Attributes:
       marks: what the reading found.
       dropped: changed files that were put back.
+      planted: the canaries.
     """
 
     marks: tuple[str, ...]
     dropped: tuple[str, ...]
+    planted: Planted = dataclasses.field(default_factory=lambda: Planted({}))
 
 
 def prune(sandbox: Sandbox) -> str:

@@ -14,7 +14,6 @@ from empg_envs.swe.containers import ROOT, DockerSandbox, SweRexSandbox
 from empg_envs.swe.grading import Grade
 from empg_envs.swe.imaged import Checked
 from empg_envs.swe.judge import canaries
-from empg_envs.swe.judge.canaries import Planted
 from empg_envs.swe.judge.trial import LAYERS
 from empg_envs.swe.sandbox import ExecResult, Limits, Sandbox
 from empg_envs.swe.tasks import Task, TaskError
@@ -100,27 +99,26 @@ class ImageBackend:
             except patches.PatchError as error:
                 return Grade(False, "patch_does_not_apply", output=str(error))
             command, parser = self._tests(task, sandbox)
-            planted = Planted({})
             if "canaries" in self._layers:
                 planted = imaged.plant(task, sandbox, self._draw)
+                checked = dataclasses.replace(checked, planted=planted)
             result = sandbox.exec(command, timeout)
         finally:
             sandbox.close()
         # The exit code of a pipe or of an alternative is not that of the tests.
         code = None if "|" in command or "sessions" not in self._layers else result.returncode
-        return self._conclude(task, result, parser, planted, checked, code)
+        return self._conclude(task, result, parser, checked, code)
 
     def _conclude(
         self,
         task: Task,
         result: ExecResult,
         parser: reports.Parser,
-        planted: Planted,
         checked: Checked,
         code: int | None,
     ) -> Grade:
         limit = None if result.reason == "exit" else result.reason
-        statuses, canary = canaries.sort_out(planted, parser(result.output))
+        statuses, canary = canaries.sort_out(checked.planted, parser(result.output))
         doubts = [*checked.marks, *canaries.doubts(canary)]
         if limit is None and "sessions" in self._layers:
             doubts += reports.doubts(result.output, parser, code)
@@ -129,7 +127,7 @@ class ImageBackend:
         if grade.resolved and not reports.is_believable(parser(result.output), code):
             grade = dataclasses.replace(grade, resolved=False, reason="unresolved")
         if grade.resolved:
-            doubts += canaries.missing(planted, canary)
+            doubts += canaries.missing(checked.planted, canary)
         return grading.believe(grade, doubts)
 
     def _tests(self, task: Task, sandbox: Sandbox) -> tuple[str, reports.Parser]:
