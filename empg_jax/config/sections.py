@@ -33,8 +33,10 @@ class EnvConfig(Section):
     invalid_penalty: float = Field(
         0.0, ge=0, description="Penalty that the algorithm subtracts for every turn without a valid action."
     )
-    timeout_outcome: Literal["discard", "zero"] = Field(
-        "discard", description="Treatment of an episode that exceeds its time: sampled again, or scored zero."
+    timeout_outcome: Literal["discard", "zero"] | None = Field(
+        None,
+        description="Treatment of an episode that exceeds its time: sampled again, or scored zero; "
+        "null: what the environment declares (zero for swe, whose agents can bring it about, else discard).",
     )
 
     @model_validator(mode="before")

@@ -265,18 +265,23 @@ def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
     )
 
 
+def make_rules(config: Config) -> EpisodeRules:
+    """Build the rules that end an episode; an overrun is treated as the environment declares, if not told."""
+    overrun = config.env.timeout_outcome or find_spec(config).timeout_outcome
+    return EpisodeRules(config.env.max_turns, overrun)
+
+
 def make_collector(
     config: Config, engine: Engine, pool: EnvPool, language: Language, *, stream: int, first_handle: int = 0
 ) -> Collector:
     """Build a collector for training (``stream`` 0) or evaluation (1)."""
-    rules = EpisodeRules(config.env.max_turns, config.env.timeout_outcome)
     return Collector(
         engine,
         pool,
         language.make_context,
         language.parser,
         language.tokenizer.decode,
-        rules,
+        make_rules(config),
         seed=config.seed,
         stream=stream,
         first_handle=first_handle,

@@ -19,8 +19,10 @@ class TextEnv(Protocol):
     """A text environment that plays one episode at a time.
 
     ``info`` contains only JSON-able values: ``task`` (the goal sentence), ``won`` (bool), and optionally
-    ``admissible`` (sorted list of commands) and ``metrics`` (dict of floats). An environment with an expert
-    also has the method ``expert_action(self) -> str``.
+    ``admissible`` (sorted list of commands) and ``metrics`` (dict of floats). At the end of an episode it may
+    name an ``outcome`` of its own (a word that is counted, in place of ``won``, ``ended`` or ``turn_limit``)
+    and say more in ``detail``. An environment with an expert also has the method ``expert_action(self) ->
+    str``.
 
     What a class or an instance may declare besides (attributes, each true by default):
 
@@ -129,6 +131,8 @@ class EnvSpec:
       parser: builds the action parser from ``env.prompt_options``.
       phrases: returns the closed vocabulary for a small tokenizer, given ``env.options``; phrases may contain
         spaces. None for an environment without a closed vocabulary.
+      timeout_outcome: treatment of an episode that exceeds its time: ``discard``, or ``zero`` where an agent
+        could bring that about to be rid of a lost episode.
     """
 
     name: str
@@ -136,6 +140,7 @@ class EnvSpec:
     prompts: Callable[..., PromptBuilder]
     parser: Callable[..., ActionParser]
     phrases: Callable[..., list[str]] | None = None
+    timeout_outcome: str = "discard"
 
 
 def quote_turns(history: Sequence[tuple[str, str]], turn: int) -> str:
