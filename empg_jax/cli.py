@@ -264,6 +264,9 @@ def plan(
     memory_gib: Annotated[
         float | None, typer.Option(min=0, help="Memory of a device in GiB, to compare with.")
     ] = None,
+    chip: Annotated[
+        str | None, typer.Option(help="h100, v5e, v5p or v6e: expected times too, and its memory.")
+    ] = None,
 ) -> None:
     """Print the memory that a run needs on each device, without weights and without running."""
     with _reporting():
@@ -272,7 +275,7 @@ def plan(
         def load(changes: Sequence[str]) -> Config:
             return load_config(config, [*(overrides or []), *changes])
 
-        lines = explain(load, devices, None if memory_gib is None else memory_gib * 2**30)
+        lines = explain(load, devices, None if memory_gib is None else memory_gib * 2**30, chip)
         typer.echo("\n".join(lines))
 
 

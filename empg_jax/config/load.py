@@ -83,7 +83,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> Config:
-        problems = [*_env_problems(self), *_rollout_problems(self), *_learner_problems(self)]
+        parts = (_folder_problems, _env_problems, _rollout_problems, _learner_problems)
+        problems = [problem for part in parts for problem in part(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -146,6 +147,8 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.max_stale_gap={rollout.max_stale_gap} has no effect with rollout.publish="
             f"{rollout.publish}: KV is never kept over a publication there"
         )
+    if rollout.release and lag:
+        yield f"rollout.release=true needs train.max_lag=0: with {lag} the engine samples during updates"
     if rollout.publish == "burst" and lag == 0:
         yield (
             "rollout.publish=burst has no effect with train.max_lag=0: nothing is sampled when weights arrive"
@@ -178,6 +181,15 @@ def _devices_hint(mesh: MeshConfig) -> str:
     return f" (this mesh takes {devices} devices)" if devices > 1 else ""
 
 
+def _folder_problems(config: Config) -> Iterator[str]:
+    for key, folder in {"run_dir": config.run_dir, "checkpoint.dir": config.checkpoint.dir}.items():
+        if folder is not None and "://" in folder:
+            yield (
+                f"{key}={folder} is an object store; a run needs a folder of a file system, for several "
+                "hosts one that all of them share (for example a mounted bucket)"
+            )
+
+
 def _learner_problems(config: Config) -> Iterator[str]:
     rollout, train, mesh, model = config.rollout, config.train, config.mesh, config.model
     rows, shards = train.micro_tokens // rollout.max_tokens, mesh.data * mesh.fsdp
@@ -190,11 +202,8 @@ def _learner_problems(config: Config) -> Iterator[str]:
         )
     if rollout.max_tokens % mesh.sequence:
         yield f"mesh.sequence={mesh.sequence} must divide rollout.max_tokens={rollout.max_tokens}"
-    if model.path is None and model.preset is None and model.num_heads % (mesh.tensor * mesh.sequence):
-        yield (
-            f"mesh.tensor={mesh.tensor} x mesh.sequence={mesh.sequence} must divide "
-            f"model.num_heads={model.num_heads}"
-        )
+    if model.path is None and model.preset is None and model.num_heads % mesh.tensor:
+        yield f"mesh.tensor={mesh.tensor} must divide model.num_heads={model.num_heads}"
     episodes = rollout.tasks_per_update * rollout.group_size
     if train.num_minibatches > episodes:
         yield (
