@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from empg_jax.serve.driver import Driver
 
-GRACE = 2  # seconds that requests in progress get after a signal
+GRACE = 1  # seconds that requests in progress get after a signal
 BACKLOG = 2048
 
 

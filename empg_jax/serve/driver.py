@@ -18,7 +18,7 @@ from empg_jax.engine.engine import Engine, Response
 from empg_jax.serve.slots import Place, SlotTable
 
 STREAM = 2  # first number of the sampling ids; 0 and 1 are training and evaluation
-CLOSE_SECONDS = 2.0  # granted to a burst in progress at the end
+CLOSE_SECONDS = 1.0  # granted to a burst in progress at the end
 STOPPING = "the server is stopping"
 SEED_BITS = 31  # of a seed in one of the engine's four ids
 
