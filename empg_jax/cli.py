@@ -247,6 +247,42 @@ def credit(
 
 
 @app.command()
+def view(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, or folder to write it into (default RUN/view.html).")
+    ] = None,
+    what_if: Annotated[
+        str, typer.Option(help="Other algorithms to compute the credit of, for example grpo,grpo_aem.")
+    ] = "",
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the page on this machine; it follows a run that trains.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve: 0 takes a free one.")] = 0,
+) -> None:
+    """Write a run as one page: episodes with the credit of every turn, groups side by side, curves.
+
+    The page opens without a network and can be mailed. It shows the files in RUN/rollouts
+    (log.rollouts_every); with log.rollouts_tokens=true every token has its color. Press ? in it for its keys.
+    """
+    with _reporting():
+        from empg_jax.run.view import serve_run, view_run
+
+        if serve and out is not None:
+            raise ConfigError("--serve writes no file: give --out or --serve")
+        names = [name for name in what_if.split(",") if name]
+        others = {
+            name: load_config(run / "config.yaml", [f"algorithm.name={name}"], drop_unused=True)
+            for name in names
+        }
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # as for credit
+        if serve:
+            serve_run(run, port=port, what_if=others, tell=typer.echo)
+        else:
+            typer.echo(view_run(run, out=out, what_if=others, say=_say).absolute())
+
+
+@app.command()
 def metrics() -> None:
     """Print every metric that a run logs, with its meaning."""
     from empg_jax.metrics import format_glossary

@@ -28,17 +28,14 @@ def test_a_run_leaves_its_files(run):
     names = {path.name for path in run.iterdir()}
     assert names >= {
         *("config.yaml", "environment.json", "metrics.jsonl", "sft_metrics.jsonl", "summary.json"),
-        *("curves.png", "transcripts.txt", "trajectories.html", "tokenizer", "checkpoints", "tensorboard"),
-        *("credit.html", "events.jsonl", "rollouts"),
+        *("curves.png", "view.html", "tokenizer", "checkpoints", "tensorboard"),
+        *("events.jsonl", "rollouts", "eval"),
     }
     assert load_config(run / "config.yaml") == runs.configure(run, "log.tensorboard=true")
     environment = json.loads((run / "environment.json").read_text())
     assert environment["seed"] == 0 and environment["packages"]["jax"]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (run / "transcripts.txt").read_text().count("task") > 0
-    # The page of the last update shows what each token was trained with.
-    credit = (run / "credit.html").read_text()
-    assert "advantage ±" in credit and 'value="advantage"' in credit
+    assert 'id="data-update-000003.0"' in (run / "view.html").read_text()  # its look: tests/run/test_view.py
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2", "3"]  # keep=3
 
 
