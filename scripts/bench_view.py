@@ -36,7 +36,9 @@ FILTERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--episodes", type=int, default=10_000)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=0, help="numbers of that many tokens a turn")
@@ -118,7 +120,14 @@ def make_run(run_dir: Path, episodes: int, turns: int, tokens: int = 0) -> None:
         count = min(EPISODES_PER_UPDATE, episodes - (update - 1) * EPISODES_PER_UPDATE)
         records = [make_episode(rng, update, number, turns, tokens) for number in range(count)]
         write_rollouts(run_dir, update, records)
-        names = ("success_rate", "episode_return", "entropy", "modulation_mean", "advantage_positive", "grad_norm")
+        names = (
+            "success_rate",
+            "episode_return",
+            "entropy",
+            "modulation_mean",
+            "advantage_positive",
+            "grad_norm",
+        )
         lines.append(json.dumps({"update": update} | {name: rng.random() for name in names}))
     (run_dir / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
 

@@ -42,7 +42,9 @@ def chromium(*, width=1280, height=900, flags=()):
         os.close(to_read)
         os.close(to_write)
         with os.fdopen(our_write, "wb", buffering=0) as out, os.fdopen(our_read, "rb") as into:
-            killer = threading.Timer(5 * PATIENCE, process.kill)  # a read from a dead pipe ends, a hang does not
+            killer = threading.Timer(
+                5 * PATIENCE, process.kill
+            )  # a read from a dead pipe ends, a hang does not
             killer.start()
             try:
                 yield Page(out, into)
@@ -108,9 +110,13 @@ class Page:
     def wait(self, script):
         """Waits until an expression is true; returns its value."""
         end = time.monotonic() + PATIENCE
-        while not (value := self.run(f"(() => {{ const v = {script}; return v instanceof Node ? true : v }})()")):
+        while not (
+            value := self.run(f"(() => {{ const v = {script}; return v instanceof Node ? true : v }})()")
+        ):
             if time.monotonic() > end:
-                raise TimeoutError(f"{script} never came true; alerts: {self.run('document.body.innerText')[:2000]}")
+                raise TimeoutError(
+                    f"{script} never came true; alerts: {self.run('document.body.innerText')[:2000]}"
+                )
             time.sleep(0.02)
         return value
 

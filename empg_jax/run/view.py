@@ -125,7 +125,9 @@ def _make_what_if(what_if: Mapping[str, Config]) -> WhatIf:
                 records, _ = recompute[name](read_episodes(path))
             except RecordError as error:
                 raise ValueError(str(error)) from None
-            found[name] = [[[turn[each] for each in CREDIT] for turn in record["turns"]] for record in records]
+            found[name] = [
+                [[turn[each] for each in CREDIT] for turn in record["turns"]] for record in records
+            ]
         return found
 
     return calculate
@@ -156,4 +158,3 @@ def _page_path(run_dir: Path, out: Path | None) -> Path:
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}")
     return out
-

@@ -112,7 +112,7 @@ function gotoUpdate(update) {
   const written = [...new Set(head.columns.update)];
   if (!written.length) return alarm("There are no episodes to show: the run wrote none.");
   const near = written.reduce((best, each) => (Math.abs(each - update) < Math.abs(best - update) ? each : best));
-  $("filters").reset();
+  for (const field of $("filters").elements) if (field.id && field.id !== "order") field.value = "";
   $("f-update").value = near;
   applyFilters().then(() => {
     if (near !== update) $("count").textContent += `: update ${update} was not written, ${near} is the nearest`;

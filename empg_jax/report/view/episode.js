@@ -156,7 +156,8 @@ function headline(i) {
 
 async function drawEpisode(i) {
   const { episode, others, algorithm } = await openEpisode(i);
-  if (i !== chosen) return; // another one was chosen meanwhile
+  // Something else was chosen meanwhile.
+  if (i !== chosen || tab !== "episode" || algorithm !== $("what-if").value) return;
   const metrics = Object.entries(episode.metrics).map(([name, value]) => `${name} ${show(value)}`).join(", ");
   const boxes = episode.turns.map((turn, k) => turnBox(turn, k, others && others[k], algorithm));
   const facts = metrics ? [make("p", { class: "facts", text: metrics })] : [];

@@ -10,7 +10,7 @@ function membersOf(i) {
 async function drawGroup(i) {
   const places = membersOf(i);
   const opened = await Promise.all(places.map(openEpisode));
-  if (i !== chosen) return;
+  if (i !== chosen || tab !== "group") return;
   const heads = places.map((place) => {
     const cell = make("th", { scope: "col" }, make("button", { text: `attempt ${of("member", place)}`, onclick: () => {
       choose(place);

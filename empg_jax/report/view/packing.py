@@ -18,7 +18,17 @@ COLUMNS = (
     *("turns", "tokens", "entropy", "advantage", "goal", "chunk", "slot"),
 )
 TURN_TEXTS = ("observation", "response", "finish_reason")
-TURN_NUMBERS = ("reward", "tokens", "version", "entropy", "logprob", "factor", "bonus", "advantage_base", "advantage")
+TURN_NUMBERS = (
+    "reward",
+    "tokens",
+    "version",
+    "entropy",
+    "logprob",
+    "factor",
+    "bonus",
+    "advantage_base",
+    "advantage",
+)
 CREDIT = ("factor", "bonus", "advantage_base", "advantage")
 TOKEN_NUMBERS = {"token_entropies": "e", "token_logprobs": "l", "token_advantages": "a"}
 CHUNK_BYTES = 400_000  # of JSON; a browser opens that within a few milliseconds
@@ -63,7 +73,9 @@ def pack(
       decode: maps token ids to text; None leaves the numbers of tokens out.
       others: by name, what other algorithms would give these turns.
     """
-    order = sorted(range(len(records)), key=lambda i: (_key(records[i], "group_id"), _key(records[i], "member"), i))
+    order = sorted(
+        range(len(records)), key=lambda i: (_key(records[i], "group_id"), _key(records[i], "member"), i)
+    )
     columns: dict[str, list[Any]] = {column: [] for column in COLUMNS}
     search, chunks, has_tokens = [], {}, False
     for number, places in enumerate(_cut([records[i] for i in order])):
@@ -142,7 +154,9 @@ def _row(record: Record) -> dict[str, Any]:
         "status": _text(record.get("status")),
         "reason": _text(record.get("reason")),
         "return": returned,
-        "success": {True: 1, False: 0}.get(record.get("success")) if isinstance(record.get("success"), bool) else None,
+        "success": {True: 1, False: 0}.get(record.get("success"))
+        if isinstance(record.get("success"), bool)
+        else None,
         "turns": len(turns),
         "tokens": sum(_key(turn, "tokens") for turn in turns),
         "entropy": number(sum(entropies) / len(entropies), 4) if entropies else None,

@@ -48,7 +48,9 @@ class Book:
     def state(self) -> str:
         """Return a word that changes when the files of the run change."""
         paths = [*find_files(self.run_dir), self.run_dir / "metrics.jsonl", self.run_dir / "summary.json"]
-        return ",".join(f"{path.name}:{'-'.join(map(str, stamp))}" for path in paths if (stamp := _stamp(path)))
+        return ",".join(
+            f"{path.name}:{'-'.join(map(str, stamp))}" for path in paths if (stamp := _stamp(path))
+        )
 
     def refresh(self) -> list[Packed]:
         """Pack what is new or has changed; return the files' episodes in order."""
@@ -172,4 +174,3 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_mtime_ns, found.st_size
-

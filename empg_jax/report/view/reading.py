@@ -79,7 +79,9 @@ def read_facts(run_dir: Path) -> RunFacts:
     names = sorted({name for record in records for name in record} - {"update", "time"})
     columns = {name: [_finite(record.get(name)) for record in records] for name in names}
     try:
-        held_out = {update: value for update, value in held_out_points(run_dir, records).items() if value == value}
+        held_out = {
+            update: value for update, value in held_out_points(run_dir, records).items() if value == value
+        }
     except (ValueError, TypeError, AttributeError):
         held_out = {}
         notes.append("summary.json cannot be read: the evaluations before and after are left out")
@@ -146,7 +148,9 @@ def _read_algorithm(run_dir: Path, notes: list[str]) -> tuple[str, str]:
     path = run_dir / "config.yaml"
     try:
         section = yaml.safe_load(path.read_text(encoding="utf-8"))["algorithm"]
-        return str(section.get("name") or section.get("entry_point") or ""), str(section.get("modulation") or "")
+        return str(section.get("name") or section.get("entry_point") or ""), str(
+            section.get("modulation") or ""
+        )
     except FileNotFoundError:
         notes.append("no config.yaml: the name of the algorithm is not known")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
