@@ -2,9 +2,9 @@
 
     python scripts/bench_view.py [--episodes 10000] [--turns 15] [--tokens 0] [--screenshot page.png]
 
-Prints one JSON object: seconds to write the page, its size, milliseconds to the first paint, to the list and to
-the first transcript, and of filters (median and largest over several). The goal: first paint below 1 s, filters
-below 100 ms, 60 MiB at most.
+Prints one JSON object: seconds to write the page, its size, milliseconds to the first paint, to the list and
+to the first transcript, and of filters (median and largest over several). The goal: first paint below 1 s,
+filters below 100 ms, 60 MiB at most.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ from browser import chromium
 
 from empg_jax.run.rollouts import write_rollouts
 from empg_jax.run.view import view_run
+from empg_jax.text.builtin import build_byte_tokenizer
 
 GROUP, EPISODES_PER_UPDATE = 8, 128
-PLACES = "countertop diningtable bed desk sofa coffeetable shelf drawer fridge sinkbasin cabinet garbagecan".split()
-THINGS = "apple mug laptop book egg plate knife watch cloth candle soapbar tomato lettuce pan kettle".split()
+PLACES = [
+    *("countertop", "diningtable", "bed", "desk", "sofa", "coffeetable", "shelf"),
+    *("drawer", "fridge", "sinkbasin", "cabinet", "garbagecan"),
+]
+THINGS = [
+    *("apple", "mug", "laptop", "book", "egg", "plate", "knife"),
+    *("watch", "cloth", "candle", "soapbar", "tomato", "lettuce", "pan", "kettle"),
+]
 FILTERS = {
     "f-success": "1",
     "f-reason": "turn_limit",
@@ -63,7 +70,7 @@ def measure(page: Path, screenshot: Path | None) -> dict[str, float]:
         browser.wait("performance.getEntriesByType('paint').length > 1")
         found = {
             "first_paint_ms": browser.run(
-                "performance.getEntriesByType('paint').find((e) => e.name === 'first-contentful-paint').startTime"
+                "performance.getEntriesByName('first-contentful-paint')[0].startTime"
             ),
             "list_ms": browser.run("performance.getEntriesByName('list')[0].startTime"),
             "transcript_ms": browser.run("performance.getEntriesByName('ready')[0].startTime"),
@@ -99,7 +106,8 @@ def time_filter(browser, name: str, value: str) -> list[float]:
         const count = performance.getEntriesByName('filter').length, began = performance.now();
         field.value = n % 2 ? before : {json.dumps(value)};
         field.dispatchEvent(new Event('input', {{ bubbles: true }}));
-        while (performance.getEntriesByName('filter').length === count) await new Promise((done) => setTimeout(done, 1));
+        while (performance.getEntriesByName('filter').length === count)
+          await new Promise((done) => setTimeout(done, 1));
         await new Promise((done) => requestAnimationFrame(done));
         times.push(performance.now() - began);
         await new Promise((done) => setTimeout(done, 100));
@@ -115,6 +123,8 @@ def make_run(run_dir: Path, episodes: int, turns: int, tokens: int = 0) -> None:
     rng = random.Random(0)
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text("algorithm: {name: grpo, modulation: empg}\n")
+    if tokens:
+        build_byte_tokenizer().save(run_dir / "tokenizer")
     lines = []
     for update in range(1, -(-episodes // EPISODES_PER_UPDATE) + 1):
         count = min(EPISODES_PER_UPDATE, episodes - (update - 1) * EPISODES_PER_UPDATE)
@@ -159,8 +169,8 @@ def make_turn(rng: random.Random, update: int, k: int, tokens: int) -> dict:
     return {
         "observation": f"You arrive at {place}. On the {place}, you see {seen}. Your task: put a "
         f"{rng.choice(THINGS)} in the {rng.choice(PLACES)}.",
-        "response": f"<think>The {rng.choice(THINGS)} may be near the {rng.choice(PLACES)}; I look at step {k}."
-        f"</think><action>go to {rng.choice(PLACES)} {rng.randint(1, 9)}</action>",
+        "response": f"<think>The {rng.choice(THINGS)} may be near the {rng.choice(PLACES)}; look at step "
+        f"{k}.</think><action>go to {rng.choice(PLACES)} {rng.randint(1, 9)}</action>",
         "reward": 0.0,
         "valid": rng.random() < 0.95,
         "finish_reason": "stop",

@@ -28,7 +28,7 @@ def chromium(*, width=1280, height=900, flags=()):
         to_read, our_write = os.pipe()
         our_read, to_write = os.pipe()
         # The protocol is spoken on the descriptors 3 and 4, which Python would close.
-        command = 'exec "$@" 3<&{} 4>&{}'.format(to_read, to_write)
+        command = f'exec "$@" 3<&{to_read} 4>&{to_write}'
         words = [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         words += ["--remote-debugging-pipe", f"--user-data-dir={profile}", f"--window-size={width},{height}"]
         process = subprocess.Popen(
@@ -126,7 +126,8 @@ class Page:
     def click(self, selector):
         """Clicks the middle of an element, as a hand would."""
         place = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'});"
             "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
         )
         where = {"x": place[0], "y": place[1], "button": "left", "clickCount": 1}

@@ -136,7 +136,7 @@ def _key(record: Record, name: str) -> int:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    turns = record["turns"]
+    turns, success = record["turns"], record.get("success")
     values = [number(turn.get("advantage")) for turn in turns]
     known = [value for value in values if value is not None]
     returned = number(record.get("return"))
@@ -154,9 +154,7 @@ def _row(record: Record) -> dict[str, Any]:
         "status": _text(record.get("status")),
         "reason": _text(record.get("reason")),
         "return": returned,
-        "success": {True: 1, False: 0}.get(record.get("success"))
-        if isinstance(record.get("success"), bool)
-        else None,
+        "success": int(success) if isinstance(success, bool) else None,
         "turns": len(turns),
         "tokens": sum(_key(turn, "tokens") for turn in turns),
         "entropy": number(sum(entropies) / len(entropies), 4) if entropies else None,

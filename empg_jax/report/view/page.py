@@ -69,8 +69,8 @@ class Book:
         notes = [*facts.notes, *(note for _, _, notes in self._packed.values() for note in notes)]
         if not files:
             notes.append(
-                "no episodes: the run has no files rollouts/update-*.jsonl.gz (log.rollouts_every=0, an older "
-                "version, or no update yet); the curves are shown"
+                "no episodes: the run has no files rollouts/update-*.jsonl.gz (log.rollouts_every=0, an "
+                "older version, or no update yet); the curves are shown"
             )
         columns = {name: [value for file in files for value in file.columns[name]] for name in COLUMNS}
         scale: dict[str, float] = {}
@@ -149,7 +149,8 @@ def render(name: str, data: Mapping[str, bytes]) -> Iterator[str]:
 
 
 def _embed(name: str, content: bytes) -> str:
-    return f'<script type="text/plain" id="data-{html.escape(name)}">{base64.b64encode(content).decode()}</script>\n'
+    text = base64.b64encode(content).decode()
+    return f'<script type="text/plain" id="data-{html.escape(name)}">{text}</script>\n'
 
 
 def _searched(episodes: int) -> int:

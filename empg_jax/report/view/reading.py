@@ -54,7 +54,8 @@ def check_is_run(run_dir: Path) -> None:
         raise ConfigError(f"{run_dir} is not a folder: name the folder of a run")
     if not any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", ROLLOUTS)):
         raise ConfigError(
-            f"{run_dir} holds no run: expected config.yaml, metrics.jsonl or {ROLLOUTS}/update-*.jsonl.gz in it"
+            f"{run_dir} holds no run: expected config.yaml, metrics.jsonl or {ROLLOUTS}/update-*.jsonl.gz "
+            "in it"
         )
 
 
