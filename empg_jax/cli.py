@@ -283,6 +283,22 @@ def view(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, of several seeds.")],
+    out: Annotated[Path, typer.Option(help="Folder to write into; it is made.")] = Path("report"),
+) -> None:
+    """Compare runs over seeds: report.html, report.png and report.csv.
+
+    Runs with equal settings but another seed form an arm; the arm of the first run is what the others are
+    compared with, paired by seed. Means, interquartile means, 95 % bootstrap intervals, areas under curves.
+    """
+    with _reporting():
+        from empg_jax.report.comparison_page import report_runs
+
+        typer.echo(report_runs(runs, out).absolute())
+
+
+@app.command()
 def metrics() -> None:
     """Print every metric that a run logs, with its meaning."""
     from empg_jax.metrics import format_glossary

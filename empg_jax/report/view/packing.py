@@ -197,7 +197,7 @@ def _turn(turn: Record, decode: Decode | None) -> dict[str, Any]:
     for name, short in TOKEN_NUMBERS.items():
         values = turn.get(name)
         if isinstance(values, list) and len(values) == len(ids):
-            found[short] = [number(value, 4) for value in values]
+            found[short] = [number(value, 3) for value in values]
     return found
 
 
