@@ -160,7 +160,7 @@ def draw(arms: Mapping[str, Sequence[Run]]) -> bytes:
         for each in figure.axes
         for handle, label in zip(*each.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=1, frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=90, metadata={"Software": None})
     return content.getvalue()

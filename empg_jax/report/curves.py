@@ -106,7 +106,7 @@ def _balance(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     if up or down:
         axes.set_ylim(-0.02, 1.02)
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.1)
-    _finish(axes, "share of turns by advantage", up or down)
+    _finish(axes, "turns by advantage", up or down)
 
 
 def _line(
