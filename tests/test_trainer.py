@@ -1,6 +1,7 @@
 """Whole runs: what they leave behind, and the variants of the loop."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -147,3 +148,12 @@ def test_a_mesh_changes_nothing_but_the_place(tmp_path, monkeypatch):
     embedding = opened[1][1].state.params["embed"]["embedding"]
     assert len(embedding.sharding.device_set) == 4
     assert embedding.addressable_shards[0].data.size * 2 == embedding.size
+
+
+def test_compilation_is_shown_program_by_program(tmp_path, capfd):
+    """Each program is announced, and none is left over: the counts end at their totals."""
+    runs.train(tmp_path / "run", "log.progress=true", "train.updates=1", "sft.updates=0")
+    err = capfd.readouterr().err
+    for what in ("learner", "engines"):
+        done, total = re.findall(rf"compiling the {what}: (\d+)/(\d+) programs", err)[-1]
+        assert done == total and int(total) > 3

@@ -54,6 +54,10 @@ if TYPE_CHECKING:
     from empg_jax.config import Config
 
 
+# From a name and a number of programs to what is called before each is compiled.
+Counted = Callable[[str, int], Callable[[], None]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """The fixed parts of a run, from its start to its end. `RunState` holds everything that changes."""
@@ -180,8 +184,10 @@ def open_run(
         check = stop.check if hosts.num == 1 else _go_on_always
         model = make_model(config, language.tokenizer)
         shape = make_batch_shape(config)
-        learner, schedule, state = _start_learner(config, model, shape, check)
-        engine, eval_engine = _start_engines(config, learner, language, state.params, check, hosts.num)
+        counted = functools.partial(progress.counting, check)
+        learner, schedule, state = _start_learner(config, model, shape, counted)
+        engine, eval_engine = _start_engines(config, learner, language, state.params, counted, hosts.num)
+        progress.close()
         rollout = make_rollout(config, engine, pool, language, hosts)
         first = engine.config.slots  # the engine of training has the handles below
         evaluator = make_evaluator(config, eval_engine, pool, language, first_handle=first, hosts=hosts)
@@ -242,7 +248,7 @@ def _open_language(config: Config, run_dir: Path, hosts: Hosts, *, is_resumed: b
 
 
 def _start_learner(
-    config: Config, model: DecoderConfig, shape: BatchShape, check: Callable[[], None]
+    config: Config, model: DecoderConfig, shape: BatchShape, counted: Counted
 ) -> tuple[Learner, optax.Schedule, TrainState]:
     """Build the learner, compile its programs, and make the learning-rate schedule and the first state."""
     optimizer, schedule = make_rl_optimizer(config)
@@ -261,7 +267,10 @@ def _start_learner(
     empty, _ = make_batch([], shape, seed=(0,))
     # The warm-up donates its state, so it gets a spare one.
     spare = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
-    learner.warm_up(spare, learner.put(empty), {} if has_base_reference(config) else None, check=check)
+    reference: Params | None = {} if has_base_reference(config) else None
+    learner.warm_up(
+        spare, learner.put(empty), reference, check=counted("compiling the learner", learner.num_warm_ups)
+    )
     params = make_params(config, model, learner.shardings.params)
     state = restart_optimizer(params, optimizer, learner.shardings)
     schedule = jax.jit(schedule)
@@ -274,7 +283,7 @@ def _start_engines(
     learner: Learner,
     language: Language,
     params: Params,
-    check: Callable[[], None],
+    counted: Counted,
     num_hosts: int,
 ) -> tuple[Engine, Engine]:
     """Build the engines of training and evaluation, load the weights and compile every program."""
@@ -282,6 +291,7 @@ def _start_engines(
     engine, eval_engine = make(), make(temperature=config.eval.temperature)
     if learner.base is not None:
         engine.base = eval_engine.base = engine.place(learner.base)
+    check = counted("compiling the engines", engine.num_warm_ups + eval_engine.num_warm_ups)
     for each in (engine, eval_engine):
         each.load(params, 0)
         each.warm_up(check)
