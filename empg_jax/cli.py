@@ -316,6 +316,9 @@ def plan(
     memory_gib: Annotated[
         float | None, typer.Option(min=0, help="Memory of a device in GiB, to compare with.")
     ] = None,
+    chip: Annotated[
+        str | None, typer.Option(help="h100, v5e, v5p or v6e: expected times too, and its memory.")
+    ] = None,
 ) -> None:
     """Print the memory that a run needs on each device, without weights and without running."""
     with _reporting():
@@ -324,7 +327,7 @@ def plan(
         def load(changes: Sequence[str]) -> Config:
             return load_config(config, [*(overrides or []), *changes])
 
-        lines = explain(load, devices, None if memory_gib is None else memory_gib * 2**30)
+        lines = explain(load, devices, None if memory_gib is None else memory_gib * 2**30, chip)
         typer.echo("\n".join(lines))
 
 
@@ -445,6 +448,57 @@ def retrieve(
             )
         except ValueError as error:
             raise ConfigError(str(error)) from None
+
+
+@app.command()
+def serve(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="Folder of a run or checkpoint, Hugging Face folder or hub id; a preset or a configuration "
+            "serves random weights.",
+        ),
+    ],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="File for the address, written when the server answers.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="EMPG_API_KEY", show_envvar=True, help="Bearer token that requests need."),
+    ] = None,
+) -> None:
+    """Serve a policy over HTTP, in the languages of OpenAI and vLLM; a signal ends it.
+
+    Routes: GET /health, GET /v1/models, POST /v1/chat/completions, POST /v1/completions, and POST
+    /inference/v1/generate (token ids in and out). A conversation keeps its KV: a request that goes on with
+    it prefills only what is new (usage.prompt_tokens_details.cached_tokens). return_token_ids=true adds
+    token_ids and the field empg: {"version": 1, "entropies", "versions", "logprobs"} with one number per
+    sampled token, over the whole distribution. An option that would change the sampling and is not known is
+    refused.
+
+    empg-jax serve runs/NAME --port 8000 serve.slots=32
+
+    curl 127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
+    """
+    with _reporting():
+        from empg_jax.serve.command import serve_policy
+
+        serve_policy(
+            source,
+            overrides or [],
+            host=host,
+            port=port,
+            ready_file=ready_file,
+            api_key=api_key,
+            say=_say,
+            announce=typer.echo,
+        )
 
 
 @app.command()

@@ -29,7 +29,7 @@ def evaluate_run(path: Path, overrides: list[str]) -> dict[str, Any]:
     saved = open_saved(path, overrides, warn=_warn)
     config = saved.config
     use_compile_cache(config.compile_cache)
-    engine = make_engine(config, saved.model, saved.language.tokenizer, temperature=config.eval.temperature)
+    engine = make_engine(config, saved.model, saved.language.tokenizer)
     if saved.base is not None:
         engine.base = engine.place(saved.base)
     with make_pool(config) as pool:

@@ -20,6 +20,7 @@ from empg_jax.learner.state import restart_optimizer
 from empg_jax.parallel.hosts import ALONE, Hosts, joined
 from empg_jax.plan.explain import as_line, device_memory
 from empg_jax.plan.memory import compute_plan
+from empg_jax.plan.whole import whole_lines
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import PanelResult
@@ -116,7 +117,8 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         run_dir = share_folder(hosts, lambda: create_run_dir(config) if resume is None else resume)
         hosts.describe_left = lambda: f"start all hosts again with: empg-jax train --resume {run_dir}"
         progress.message(f"run {run_dir}")
-        progress.message(as_line(compute_plan(config, model), device_memory()))
+        for line in (as_line(compute_plan(config, model), device_memory()), *whole_lines(config, model)):
+            progress.message(line)
         if hosts.is_first:
             stack.enter_context(locked(run_dir))
         if resume is not None:
@@ -257,6 +259,8 @@ def rl_loop(parts: Parts, run: RunState) -> None:
                 asked = time.monotonic()
                 delivery = gather_delivery(parts.hosts, take, parts.should_stop)
                 waited = time.monotonic() - asked
+                if config.rollout.release:
+                    rollout.call(parts.engine.free)
             with parts.clock.phase("update"):
                 first, steps, measured = update_policy(parts, run, scorer, delivery.trajectories)
             run.update += 1

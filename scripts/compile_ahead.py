@@ -142,8 +142,9 @@ def lower_decode(model: DecoderConfig, devices: list[Any]) -> Any:
         Request(
             jax.eval_shape(lambda: jax.random.key(0)),
             jax.ShapeDtypeStruct((sizes.slots, 8), jnp.int32),
+            jax.ShapeDtypeStruct((sizes.slots, 4), jnp.int32),
             jax.ShapeDtypeStruct((2,), jnp.int32),
-            jax.ShapeDtypeStruct((), jnp.float32),
+            jax.ShapeDtypeStruct((sizes.slots,), jnp.float32),
         ),
     )
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), inputs)

@@ -19,7 +19,7 @@ from empg_jax.config.yaml import apply_override
 from empg_jax.trainer import train
 
 # Values that are mappings by nature, not sections.
-MAPPINGS = ("options", "prompt_options", "chat_options")
+MAPPINGS = ("options", "prompt_options", "chat_options", "ray_resources")
 
 
 class Resolved(types.SimpleNamespace):

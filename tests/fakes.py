@@ -177,17 +177,21 @@ class UnreliableEnv(CountingEnv):
 
 
 class TailEnv(UnreliableEnv):
-    """Every fourth task takes ``stretch`` times as long."""
+    """Every fourth task takes ``stretch`` times as long; a step takes ``latency`` seconds."""
 
-    def __init__(self, stretch: int = 4, **options: Any):
+    def __init__(self, stretch: int = 4, latency: float = 0.0, **options: Any):
         super().__init__(**options)
-        self.stretch, self.usual = stretch, self.length
+        self.stretch, self.usual, self.latency = stretch, self.length, latency
 
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
         self.length = self.usual * (1 if index % 4 else self.stretch)
         return super().reset(seed, split=split, index=index)
+
+    def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
+        time.sleep(self.latency)
+        return super().step(action)
 
 
 class UnstartableEnv(CountingEnv):

@@ -1,5 +1,6 @@
 """Held-out evaluation: every task once, faults tried again, arithmetic of the summary."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -40,8 +41,13 @@ class Collector:
 
 
 class Engine:
-    def load(self, params, version):
-        self.loaded = (params, version)
+    lent_to = None
+
+    @contextlib.contextmanager
+    def lent(self, params, version, *, temperature):
+        self.lent_to, self.loaded = (params, version, temperature), True
+        yield
+        self.loaded = False
 
 
 class Pool:
@@ -65,7 +71,7 @@ def test_every_task_once_in_order(make_evaluator):
     told = []
     result = evaluator.run("weights", 7, advance=lambda n, values: told.append(n))
     assert evaluator.num_tasks == 5 and sum(told) == 5  # eval.tasks is 8, the panel holds 5
-    assert evaluator.engine.loaded == ("weights", 7)
+    assert evaluator.engine.lent_to == ("weights", 7, 1.0) and not evaluator.engine.loaded
     assert [(t.split, t.task) for t in result.trajectories] == [("test", task) for task in range(5)]
     assert {(a.task, a.group_id, a.member, a.retry) for a in collector.seen} == {
         (t, t, 0, 0) for t in range(5)

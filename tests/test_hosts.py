@@ -306,14 +306,32 @@ def test_a_guard_decides_the_same_on_all(tmp_path):
         assert code == 1 and "3 rollbacks in a row did not help" in err, err
 
 
-def test_slurm_s_variables_suffice(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", str(free_port()))  # JAX makes the port from it
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    processes = []
+def left_by_slurm(port, index):
+    """The variables of one of two processes; JAX makes the port of host 0 from ``port``."""
+    return {
+        "SLURM_JOB_ID": port,
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": 2,
+        "SLURM_PROCID": index,
+        "SLURM_LOCALID": index,
+    }
+
+
+def left_by_open_mpi(port, index):
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{port << 12}.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": 2,
+        "OMPI_COMM_WORLD_RANK": index,
+        "OMPI_COMM_WORLD_LOCAL_RANK": index,
+    }
+
+
+@pytest.mark.parametrize("left_by", [left_by_slurm, left_by_open_mpi])
+def test_a_scheduler_s_variables_suffice(tmp_path, monkeypatch, left_by):
+    port, processes = free_port(), []
     for index in (0, 1):
-        monkeypatch.setenv("SLURM_PROCID", str(index))
-        monkeypatch.setenv("SLURM_LOCALID", str(index))
+        for name, value in left_by(port, index).items():
+            monkeypatch.setenv(name, str(value))
         processes.append(start(runs.command(tmp_path / "run", *BOTH, "train.updates=1", "hosts.timeout=30")))
     succeed(*processes)
     check_consumed(tmp_path / "run", 1)

@@ -154,6 +154,6 @@ def test_compilation_is_shown_program_by_program(tmp_path, capfd):
     """Each program is announced, and none is left over: the counts end at their totals."""
     runs.train(tmp_path / "run", "log.progress=true", "train.updates=1", "sft.updates=0")
     err = capfd.readouterr().err
-    for what in ("learner", "engines"):
+    for what in ("learner", "engine"):
         done, total = re.findall(rf"compiling the {what}: (\d+)/(\d+) programs", err)[-1]
-        assert done == total and int(total) > 3
+        assert done == total and int(total) >= 2

@@ -37,12 +37,13 @@ from empg_jax.config.sections import (
     TrainConfig,
     WorkersConfig,
 )
+from empg_jax.config.serve import ServeConfig
 from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, read_yaml
 from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
 # The machines may: all numbers stay the same but for rounding.
-RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*")
+RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*")
 
 
 class Config(Section):
@@ -67,6 +68,7 @@ class Config(Section):
     hosts: HostsConfig = Field(default_factory=HostsConfig, description="Machines that train together.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     log: LogConfig = Field(default_factory=LogConfig, description="Logs.")
+    serve: ServeConfig = Field(default_factory=ServeConfig, description="The policy behind HTTP.")
     _notes: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="before")
@@ -81,7 +83,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> Config:
-        problems = [*_env_problems(self), *_rollout_problems(self), *_learner_problems(self)]
+        parts = (_folder_problems, _env_problems, _rollout_problems, _learner_problems)
+        problems = [problem for part in parts for problem in part(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -144,6 +147,8 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.max_stale_gap={rollout.max_stale_gap} has no effect with rollout.publish="
             f"{rollout.publish}: KV is never kept over a publication there"
         )
+    if rollout.release and lag:
+        yield f"rollout.release=true needs train.max_lag=0: with {lag} the engine samples during updates"
     if rollout.publish == "burst" and lag == 0:
         yield (
             "rollout.publish=burst has no effect with train.max_lag=0: nothing is sampled when weights arrive"
@@ -176,6 +181,15 @@ def _devices_hint(mesh: MeshConfig) -> str:
     return f" (this mesh takes {devices} devices)" if devices > 1 else ""
 
 
+def _folder_problems(config: Config) -> Iterator[str]:
+    for key, folder in {"run_dir": config.run_dir, "checkpoint.dir": config.checkpoint.dir}.items():
+        if folder is not None and "://" in folder:
+            yield (
+                f"{key}={folder} is an object store; a run needs a folder of a file system, for several "
+                "hosts one that all of them share (for example a mounted bucket)"
+            )
+
+
 def _learner_problems(config: Config) -> Iterator[str]:
     rollout, train, mesh, model = config.rollout, config.train, config.mesh, config.model
     rows, shards = train.micro_tokens // rollout.max_tokens, mesh.data * mesh.fsdp
@@ -188,11 +202,8 @@ def _learner_problems(config: Config) -> Iterator[str]:
         )
     if rollout.max_tokens % mesh.sequence:
         yield f"mesh.sequence={mesh.sequence} must divide rollout.max_tokens={rollout.max_tokens}"
-    if model.path is None and model.preset is None and model.num_heads % (mesh.tensor * mesh.sequence):
-        yield (
-            f"mesh.tensor={mesh.tensor} x mesh.sequence={mesh.sequence} must divide "
-            f"model.num_heads={model.num_heads}"
-        )
+    if model.path is None and model.preset is None and model.num_heads % mesh.tensor:
+        yield f"mesh.tensor={mesh.tensor} must divide model.num_heads={model.num_heads}"
     episodes = rollout.tasks_per_update * rollout.group_size
     if train.num_minibatches > episodes:
         yield (
@@ -237,8 +248,7 @@ def load_config(
     Args:
       name_or_path: a packaged name (``quickstart``), or the path of a YAML file.
       overrides: overrides of the form ``section.key=value``, the value in YAML; later ones win. If they name
-      an
-        ``env.entry_point``, the file's options for its own environment are left out.
+        another environment, the file's options for its own one are left out.
       drop_unused: leave out the file's keys that mean nothing to the algorithm that the overrides name, as is
         done with a packaged file; else they are a mistake.
 
@@ -284,6 +294,27 @@ def load_config(
     except ValidationError as error:
         lines = [line for item in error.errors() for line in explain(Config, item)]
         raise ConfigError(_unusable(name_or_path, lines)) from None
+
+
+def make_config(values: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """Make a configuration from nested values in place of a file.
+
+    Args:
+      values: what differs from the defaults; an override wins.
+      overrides: as of `load_config`.
+      source: what the values describe, for the message of an error.
+
+    Raises:
+      ConfigError: the configuration is wrong; one message lists all problems.
+    """
+    values = copy.deepcopy(values)
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [line for item in error.errors() for line in explain(Config, item)]
+        raise ConfigError(_unusable(source, lines)) from None
 
 
 def _unusable(name_or_path: str | Path, lines: Sequence[str]) -> str:

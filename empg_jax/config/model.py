@@ -63,6 +63,9 @@ class ModelConfig(Section):
     qk_norm: bool = Field(False, description="RMS norm on queries and keys (Qwen3).")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the computation.")
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the stored weights.")
+    reduce_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type in which gradients are added up over devices, where dtype is narrower."
+    )
     remat: Literal["full", "dots", "none"] = Field(
         "full",
         description="Rematerialization in the backward pass to save memory: everything except attention's "
@@ -109,6 +112,6 @@ class MeshConfig(Section):
     """Devices of the learner along each axis."""
 
     data: int = Field(1, ge=1, description="Copies of the model that share the rows.")
-    fsdp: int = Field(1, ge=1, description="Shards of weights and optimizer state; shares the rows too.")
+    fsdp: int = Field(1, ge=1, description="Shards of weights and optimizer state; shares the rows, too.")
     tensor: int = Field(1, ge=1, description="Shards of heads and hidden layers.")
     sequence: int = Field(1, ge=1, description="Shards of the time axis.")

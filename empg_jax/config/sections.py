@@ -33,8 +33,10 @@ class EnvConfig(Section):
     invalid_penalty: float = Field(
         0.0, ge=0, description="Penalty that the algorithm subtracts for every turn without a valid action."
     )
-    timeout_outcome: Literal["discard", "zero"] = Field(
-        "discard", description="Treatment of an episode that exceeds its time: sampled again, or scored zero."
+    timeout_outcome: Literal["discard", "zero"] | None = Field(
+        None,
+        description="Treatment of an episode that exceeds its time: sampled again, or scored zero; "
+        "null: what the environment declares (zero for swe, whose agents can bring it about, else discard).",
     )
 
     @model_validator(mode="before")
@@ -71,6 +73,9 @@ class RolloutConfig(Section):
     deterministic: bool = Field(False, description="Barrier per turn, fixed shapes: repeatable bit by bit.")
     stored: str | None = Field(
         None, description="Episodes to train on in place of playing: FILE.npz of empg-jax rollout."
+    )
+    release: bool = Field(
+        False, description="Free the engine's weights and KV cache during updates (with train.max_lag=0)."
     )
     schedule: str | None = Field(
         None, description="schedule.jsonl of a run with a lag to repeat bit by bit (with deterministic=true)."
@@ -111,7 +116,18 @@ class WorkersConfig(Section):
     """The processes that run environments."""
 
     num: int = Field(2, ge=1, description="Environment worker processes.")
-    backend: Literal["local"] = Field("local", description="Where workers run: processes of this machine.")
+    backend: Literal["local", "ray"] = Field(
+        "local", description="Where they run: on this machine, or on the nodes of a Ray cluster (extra: ray)."
+    )
+    ray_address: str | None = Field(
+        None,
+        description="HOST:PORT of the cluster; null: the one of RAY_ADDRESS, or the one of this machine.",
+    )
+    ray_resources: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(strict=False)] = Field(
+        default_factory=lambda: {"CPU": 1.0},
+        description="What a worker takes of its node, by Ray's names; for example {CPU: 1, cage: 1} keeps to "
+        "nodes that offer cage.",
+    )
     start_timeout: float = Field(30.0, gt=0, description="Seconds that a worker may take to start.")
     reset_timeout: float = Field(30.0, gt=0, description="Seconds that a reset may take.")
     step_timeout: float = Field(10.0, gt=0, description="Seconds that a step may take.")
@@ -122,11 +138,24 @@ class WorkersConfig(Section):
         None,
         ge=0,
         description="Resident memory in MiB at which a worker is replaced; 0: no limit; null: half of the "
-        "machine's memory, divided by the workers.",
+        "machine's memory, divided by the workers (none with workers.backend=ray).",
     )
     pass_env: Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(as_list)] = Field(
         (), description="Environment variables that workers get besides the usual ones; * is a wildcard."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> WorkersConfig:
+        for key in ("ray_address", "ray_resources"):
+            value = getattr(self, key)
+            if self.backend != "ray" and value != WorkersConfig.model_fields[key].get_default(
+                call_default_factory=True
+            ):
+                raise ValueError(
+                    f"workers.{key}={value} has no effect with workers.backend={self.backend}: set "
+                    "workers.backend=ray"
+                )
+        return self
 
 
 class FaultsConfig(Section):

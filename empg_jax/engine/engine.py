@@ -2,7 +2,8 @@
 
 A slot holds one conversation. `Engine.submit` appends tokens to it (or starts it afresh) and asks for a
 response; `Engine.step` runs one burst for every slot at once and returns the responses that ended. Only the
-new tokens of a conversation are prefilled. The host reads from the device once per burst, never per token.
+new tokens of a conversation are prefilled. The host reads from the device once per burst, never per token,
+and where responses are long the device has its next burst before the host reads the last one.
 
 The cache is physically short and grows in buckets between dispatches, because unused capacity costs time in
 every decode step. All shapes come from small bucket lists that `Engine.warm_up` compiles beforehand.
@@ -10,8 +11,9 @@ every decode step. All shapes come from small bucket lists that `Engine.warm_up`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -19,6 +21,8 @@ from jax.sharding import Mesh
 
 from empg_jax.engine.programs import Burst, Chunk, Request, cache_sharding, compile_programs
 from empg_jax.engine.programs import EngineConfig as EngineConfig
+from empg_jax.engine.slots import Dispatched, Slots
+from empg_jax.engine.slots import Response as Response
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, KVCache, init_cache
 from empg_jax.models.lora import combine
@@ -26,20 +30,9 @@ from empg_jax.parallel.arrays import to_local
 from empg_jax.parallel.mesh import make_mesh, replicated
 from empg_jax.types import Params
 
+# What belongs to the conversations of one user of an engine.
+_OWN = ("_slots", "_carried", "_dispatched", "_ended", "_params", "version", "temperature", "stats")
 STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Response:
-    """One finished response, fields as in `types.Turn`; ``versions`` int32[R] is that of every token."""
-
-    slot: int
-    prompt_tokens: np.ndarray
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    entropies: np.ndarray
-    versions: np.ndarray
-    finish_reason: str
 
 
 @dataclasses.dataclass
@@ -86,42 +79,32 @@ class Engine:
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must not be negative")
         self.model, self.config = model, config
-        self._temperature = np.float32(temperature)
+        self.temperature = temperature
         self.version = -1
         self.stats = EngineStats()
         self._mesh = mesh or make_mesh(devices=jax.local_devices())
         self._key = jax.device_put(jax.random.key(seed), replicated(self._mesh))
         self.base: Params = {}  # frozen weights below the adapters that `load` brings; made by `place`
         self._params: Params | None = None
-        # One wide product saves launches on accelerators; a CPU loses 4 % by splitting its result again. Over
-        # ``tensor`` a fused matrix would be cut in the wrong places, and adapters belong to single matrices.
         platform = self._mesh.devices.flat[0].platform
-        is_fused = platform != "cpu" and model.lora is None and self._mesh.shape["tensor"] == 1
-        layout = dataclasses.replace(model, fused_projections=is_fused)
-        self._programs = compile_programs(layout, config, self._mesh)
-        slots, response = config.slots, config.max_response_tokens
-        self._history = np.zeros((slots, config.max_tokens), np.int32)
-        self._num_tokens = np.zeros(slots, np.int64)  # tokens of the conversation
-        self._kv_length = np.zeros(slots, np.int64)  # of these, tokens whose keys are in the cache
-        self._prompt_length = np.zeros(slots, np.int64)
-        self._allowed = np.zeros(slots, np.int64)  # tokens that the response may still get; 0: no response
-        self._ids = np.zeros((slots, 4), np.int32)
-        self._logprobs = np.zeros((slots, response), np.float32)
-        self._entropies = np.zeros((slots, response), np.float32)
-        self._versions = np.zeros((slots, response), np.int32)
-        self._cache = self._new_cache(config.cache_buckets[0])
+        self._goes_ahead = platform != "cpu" if config.ahead is None else config.ahead
+        self._programs = compile_programs(model, config, self._mesh)
+        self._slots = Slots(config, temperature)
+        self._carried = jax.device_put(np.zeros((config.slots, 4), np.int32), replicated(self._mesh))
+        self._dispatched: Dispatched | None = None
+        self._ended: list[Response] = []  # found outside `step`, which returns them
+        self._cache: KVCache | None = self._new_cache(config.cache_buckets[0])
 
     # ------------------------------------------------------------------------------ conversations
 
     @property
     def has_work(self) -> bool:
-        """True while a submitted response is unfinished."""
-        return bool(self._allowed.any())
+        """True while a submitted response is unfinished, or finished and not returned."""
+        return bool(self._slots.allowed.any() or self._ended)
 
     def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
         """Return how many response tokens still fit after ``num_new`` more prompt tokens (may be <= 0)."""
-        used = 0 if is_fresh else int(self._num_tokens[slot])
-        return min(self.config.max_response_tokens, self.config.max_tokens - used - num_new)
+        return self._slots.room(slot, num_new, is_fresh=is_fresh)
 
     def submit(
         self,
@@ -131,6 +114,7 @@ class Engine:
         is_fresh: bool,
         ids: tuple[int, int, int, int],
         max_response: int | None = None,
+        temperature: float | None = None,
     ) -> None:
         """Append ``tokens`` to the slot's conversation and ask for a response.
 
@@ -140,6 +124,7 @@ class Engine:
           is_fresh: forget the conversation first; ``tokens`` is then the whole prompt.
           ids: (stream, group, member, turn); the sampling keys are folded from these numbers.
           max_response: upper bound on this response's tokens; None uses all the room that is left.
+          temperature: of this response, as in the constructor; None uses the engine's.
 
         Raises:
           RuntimeError: no weights are loaded, or the slot is still answering.
@@ -147,30 +132,34 @@ class Engine:
         """
         if self._params is None:
             raise RuntimeError("Engine.submit before Engine.load: there are no weights to sample from")
-        if self._allowed[slot]:
-            raise RuntimeError(f"slot {slot} is still answering")
-        room = self.room(slot, len(tokens), is_fresh=is_fresh)
-        allowed = room if max_response is None else min(room, max_response)
-        if allowed < 1:
-            raise ValueError(
-                f"slot {slot}: {len(tokens)} new tokens leave no room for a response within "
-                f"max_tokens={self.config.max_tokens}"
-                if room < 1
-                else f"slot {slot}: max_response={max_response} must be at least 1"
-            )
-        start = 0 if is_fresh else int(self._num_tokens[slot])
-        if start + len(tokens) == 0:
-            raise ValueError(f"slot {slot}: an empty prompt cannot be answered")
-        if is_fresh:
-            self._kv_length[slot] = 0
-        self._history[slot, start : start + len(tokens)] = tokens
-        self._num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
-        self._ids[slot] = ids
-        self._allowed[slot] = allowed
+        temperature = self.temperature if temperature is None else temperature
+        self._slots.begin(
+            slot, tokens, is_fresh=is_fresh, ids=ids, max_response=max_response, temperature=temperature
+        )
+        self._leave(slot)
+
+    def progress(self, slot: int) -> Response:
+        """Return what the slot's response holds so far, with finish reason ``length``; it goes on."""
+        return self._slots.read(slot, "length")
+
+    def cut(self, slot: int, length: int) -> None:
+        """Keep the conversation's first ``length`` tokens and their KV; a response in progress is dropped.
+
+        Raises:
+          ValueError: the conversation is shorter.
+        """
+        self._slots.cut(slot, length)
+        self._leave(slot)
 
     def release(self, slot: int) -> None:
         """Forget the slot's conversation; a response in progress is dropped."""
-        self._num_tokens[slot] = self._kv_length[slot] = self._allowed[slot] = 0
+        self.cut(slot, 0)
+
+    def _leave(self, slot: int) -> None:
+        """What the device samples for the slot's former response no longer counts."""
+        if self._dispatched is not None:
+            self._dispatched.keep(np.arange(self.config.slots) != slot)
+        self._ended = [response for response in self._ended if response.slot != slot]
 
     def load(self, params: Params, version: int) -> None:
         """Make new weights live; return when they are in place.
@@ -208,7 +197,8 @@ class Engine:
 
     def drop_cache(self) -> None:
         """Forget all keys and values: each conversation is prefilled again when it goes on."""
-        self._kv_length[:] = 0
+        self._ended += self._take()
+        self._slots.kv_length[:] = 0
 
     def measure_stale_gap(self) -> float | None:
         """Measure the error of going on over keys and values of older weights.
@@ -220,19 +210,60 @@ class Engine:
           Mean absolute difference of the token's log-probability in nats; of the entropy where another token
           was drawn. None when no response is in progress.
         """
-        live = np.flatnonzero((self._allowed > 0) & (self._kv_length > 0))
-        probes = live[np.argsort(-self._kv_length[live], kind="stable")][:STALE_PROBES]
+        self._ended += self._take()
+        table = self._slots
+        live = np.flatnonzero((table.allowed > 0) & (table.kv_length > 0))
+        probes = live[np.argsort(-table.kv_length[live], kind="stable")][:STALE_PROBES]
         if not len(probes):
             return None
         self._fit_cache()
         stale = self._peek(probes)
-        self._kv_length[probes] = 0
+        table.kv_length[probes] = 0
         self._prefill()
         fresh = self._peek(probes)
         is_same = stale.tokens[0, probes] == fresh.tokens[0, probes]
         by_logprob = np.abs(stale.logprobs - fresh.logprobs)[0, probes]
         by_entropy = np.abs(stale.entropies - fresh.entropies)[0, probes]
         return float(np.where(is_same, by_logprob, by_entropy).mean())
+
+    def free(self) -> None:
+        """Give up weights and cache until weights arrive; conversations keep their tokens.
+
+        Raises:
+          RuntimeError: a response is in progress.
+        """
+        if self.has_work:
+            raise RuntimeError("Engine.free in the middle of a turn: step the engine until has_work is False")
+        self.drop_cache()
+        self._params, self._cache = None, None
+
+    @contextlib.contextmanager
+    def lent(self, params: Params, version: int, *, temperature: float) -> Iterator[None]:
+        """Give every slot to other conversations with these weights for a while, without a second engine.
+
+        The own conversations go on afterwards as if nothing had been. Their keys and values stay in memory;
+        without any, the others take over the cache.
+
+        Args:
+          params: stacked parameters, placed only where the engine does not hold this version.
+          version: their policy version.
+          temperature: of the others' responses.
+        """
+        own = {name: getattr(self, name) for name in _OWN}
+        cache = self._cache if self._slots.kv_length.any() or self._in_flight().any() else None
+        self._slots, self._dispatched, self._ended = Slots(self.config, temperature), None, []
+        self.temperature, self.stats = temperature, EngineStats()
+        try:
+            if cache is not None:
+                self._cache = None
+            if self._params is None or version != self.version:
+                self.load(params, version)
+            yield
+        finally:
+            for name, value in own.items():
+                setattr(self, name, value)
+            if cache is not None:
+                self._cache = cache
 
     def place(self, params: Params) -> Params:
         """Copy stacked parameters into this engine's layout and placement.
@@ -256,80 +287,82 @@ class Engine:
           is_eager: end the burst early once ``patience`` responses have ended, so that their environments can
             go on. Pass False where no environment waits.
         """
-        if not self.has_work:
-            return []
+        ended, self._ended = self._ended, []
+        patience = self.config.patience if is_eager else self.config.slots
+        if self._is_worth_going_ahead():
+            following = self._dispatch(patience)
+            ended += self._take()
+            if following is not None:
+                following.keep(self._slots.allowed > 0)
+            self._dispatched = following
+        else:
+            ended += self._take()
+            self._dispatched = self._dispatch(patience)
+            if not self._is_worth_going_ahead():
+                ended += self._take()
+        return ended
+
+    def _is_worth_going_ahead(self) -> bool:
+        """Return whether the device should get its next burst before the one in flight is read.
+
+        It is then busy while the host works. Where most responses end with the burst, the next one would do
+        nothing for them, and their next turns would wait for it.
+        """
+        burst = self._dispatched
+        return self._goes_ahead and burst is not None and 2 * burst.may_go_on.sum() > burst.members.sum()
+
+    def _dispatch(self, patience: int) -> Dispatched | None:
+        """Prefill what waits and begin a burst for every response; None where there is none."""
+        table = self._slots
+        if not table.allowed.any():
+            return None
         self._fit_cache()
         self._prefill()
-        patience = self.config.patience if is_eager else self.config.slots
-        return self._take(self._decode(self._allowed, self.config.burst, patience))
+        return self._decode(table.allowed, self.config.burst, patience)
 
-    def _decode(self, allowed: np.ndarray, steps: int, patience: int) -> Burst:
-        """Decode a burst for the slots with tokens ``allowed``; record nothing."""
-        slots = self.config.slots
-        last = np.maximum(self._num_tokens - 1, 0)
-        plan = np.empty((slots, 8), np.int32)
-        plan[:, 0] = self._history[np.arange(slots), last]
-        plan[:, 1] = last
-        plan[:, 2] = self._num_tokens - self._prompt_length
-        plan[:, 3] = allowed
-        plan[:, 4:] = self._ids
-        limits = np.asarray((steps, patience), np.int32)
-        self._cache, burst = self._programs.decode(
-            self._params, self._cache, Request(self._key, plan, limits, self._temperature)
+    def _decode(self, allowed: np.ndarray, steps: int, patience: int) -> Dispatched:
+        """Begin a burst for the slots with tokens ``allowed``."""
+        table, on_device = self._slots, self._in_flight()
+        request = Request(
+            self._key,
+            table.plan(allowed, on_device),
+            self._carried,
+            np.asarray((steps, patience), np.int32),
+            table.temperatures,
         )
-        return jax.device_get(burst)  # the only read of the burst
+        self._cache, self._carried, burst = self._programs.decode(self._params, self._cache, request)
+        spent = np.where(on_device, self.config.burst, 0)
+        return Dispatched(burst, self.version, allowed > 0, allowed > spent + steps)
+
+    def _in_flight(self) -> np.ndarray:
+        """Return bool[S]: the slots whose newest tokens the device alone knows."""
+        if self._dispatched is None:
+            return np.zeros(self.config.slots, bool)
+        return self._dispatched.members
 
     def _peek(self, slots: np.ndarray) -> Burst:
         """Sample the next token of some slots; their responses do not get it."""
-        allowed = np.zeros_like(self._allowed)
+        allowed = np.zeros_like(self._slots.allowed)
         allowed[slots] = 1
-        return self._decode(allowed, 1, self.config.slots)
+        return jax.device_get(self._decode(allowed, 1, self.config.slots).burst)
 
-    def _take(self, burst: Burst) -> list[Response]:
-        """Record the sampled tokens of a burst; return the responses that ended."""
-        counts = np.asarray(burst.counts)
+    def _take(self) -> list[Response]:
+        """Read the burst in flight and record its tokens; return the responses that ended."""
+        done, self._dispatched = self._dispatched, None
+        if done is None:
+            return []
+        burst = jax.device_get(done.burst)  # the only read of the burst
+        counts = np.where(done.members, burst.counts, 0)
+        ended = self._slots.record(burst, counts, done.version)
         self.stats.bursts += 1
         self.stats.decode_rows += int(burst.steps) * self.config.slots
         self.stats.sampled_tokens += int(counts.sum())
-        step, slot = np.nonzero(np.arange(self.config.burst)[:, None] < counts[None, :])
-        # One scatter for all slots, since this runs on the host after every burst.
-        column = self._num_tokens[slot] + step
-        self._history[slot, column] = burst.tokens[step, slot]
-        column -= self._prompt_length[slot]
-        self._logprobs[slot, column] = burst.logprobs[step, slot]
-        self._entropies[slot, column] = burst.entropies[step, slot]
-        self._versions[slot, column] = self.version
-        sampled = np.flatnonzero(counts)
-        self._num_tokens[sampled] += counts[sampled]
-        # The newest token has no keys yet: the next decode step computes them.
-        self._kv_length[sampled] = self._num_tokens[sampled] - 1
-        self._allowed[sampled] -= counts[sampled]
-        # Decoding halts a slot at its stop token, so only its last token can be one.
-        stopped = np.isin(burst.tokens[counts[sampled] - 1, sampled], self.config.stop_ids)
-        ended = [
-            self._respond(int(slot), bool(is_stop))
-            for slot, is_stop in zip(sampled, stopped, strict=True)
-            if is_stop or not self._allowed[slot]
-        ]
         self.stats.responses += len(ended)
         return ended
 
-    def _respond(self, slot: int, is_stop: bool) -> Response:
-        self._allowed[slot] = 0
-        start, stop = int(self._prompt_length[slot]), int(self._num_tokens[slot])
-        return Response(
-            slot=slot,
-            prompt_tokens=self._history[slot, :start].copy(),
-            tokens=self._history[slot, start:stop].copy(),
-            logprobs=self._logprobs[slot, : stop - start].copy(),
-            entropies=self._entropies[slot, : stop - start].copy(),
-            versions=self._versions[slot, : stop - start].copy(),
-            finish_reason="stop" if is_stop else "length",
-        )
-
     def _prefill(self) -> None:
         """Cache every uncached token, except the newest, of the conversations that await a response."""
-        missing = np.where(self._allowed > 0, self._num_tokens - 1 - self._kv_length, 0)
+        missing = self._slots.missing()
         lengths = self.config.prefill_lengths(self.capacity)
         while missing.any():
             groups: dict[int, list[int]] = {}
@@ -345,17 +378,17 @@ class Engine:
     def _prefill_group(self, slots: list[int], size: int, length: int, missing: np.ndarray) -> None:
         """Prefill up to ``length`` tokens of each slot by a dispatch of ``size`` rows; lower ``missing``."""
         # All slots at once need no gather: row i is slot i. Other groups are padded with rows beyond them.
-        is_whole = size == self.config.slots
+        table, is_whole = self._slots, size == self.config.slots
         rows = np.arange(size, dtype=np.int32) if is_whole else np.full(size, self.config.slots, np.int32)
         places = slots if is_whole else range(len(slots))
         tokens = np.zeros((size, length), np.int32)
         spans = np.zeros((size, 2), np.int32)
         for row, slot in zip(places, slots, strict=True):
-            start, count = int(self._kv_length[slot]), min(length, int(missing[slot]))
+            start, count = int(table.kv_length[slot]), min(length, int(missing[slot]))
             rows[row] = slot
-            tokens[row, :count] = self._history[slot, start : start + count]
+            tokens[row, :count] = table.tokens(slot, start, start + count)
             spans[row] = start, count
-            self._kv_length[slot] += count
+            table.kv_length[slot] += count
             missing[slot] -= count
         self.stats.prefilled_tokens += int(spans[:, 1].sum())
         self._cache = self._programs.prefill(self._params, self._cache, Chunk(rows, tokens, spans))
@@ -365,19 +398,22 @@ class Engine:
     @property
     def capacity(self) -> int:
         """Current physical length of the cache, in tokens."""
-        return int(self._cache[0][0].shape[2])
+        return 0 if self._cache is None else int(self._cache[0][0].shape[2])
 
     def _new_cache(self, capacity: int) -> KVCache:
-        cache = init_cache(self.model, self.config.slots, capacity)
-        return jax.device_put(cache, cache_sharding(self._mesh, self.model, self.config))
+        layout = self._programs.layout
+        cache = init_cache(layout, self.config.slots, capacity)
+        return jax.device_put(cache, cache_sharding(self._mesh, layout, self.config))
 
     def _fit_cache(self) -> None:
         """Grow the cache to the bucket that this burst needs; start with a fresh one when it is empty."""
-        busy = self._allowed > 0
-        longest = int((self._num_tokens + np.minimum(self._allowed, self.config.burst))[busy].max())
+        table, burst = self._slots, self.config.burst
+        busy, in_flight = table.allowed > 0, self._in_flight()
+        more = np.minimum(table.allowed, np.where(in_flight, 2 * burst, burst))
+        longest = int((table.num_tokens + more)[busy].max())
         # The largest bucket is max_tokens, and `submit` admits nothing longer: a bucket is always found.
         wanted = next(n for n in self.config.cache_buckets if n >= longest)
-        if not self._kv_length.any():
+        if not (table.kv_length.any() or in_flight.any()):
             if self.capacity != wanted:
                 self._cache = self._new_cache(wanted)
             return
@@ -405,7 +441,7 @@ class Engine:
           RuntimeError: called while conversations are live, or before `load`.
         """
         config = self.config
-        if self.has_work or self._kv_length.any() or self._params is None:
+        if self.has_work or self._slots.kv_length.any() or self._params is None:
             raise RuntimeError("Engine.warm_up needs loaded weights and no live conversation")
         for capacity, larger in zip(config.cache_buckets, (*config.cache_buckets[1:], 0), strict=True):
             cache = self._new_cache(capacity)
@@ -418,8 +454,8 @@ class Engine:
                     cache = self._programs.prefill(self._params, cache, Chunk(index, tokens, spans))
             check()
             plan, limits = np.zeros((config.slots, 8), np.int32), np.zeros(2, np.int32)
-            request = Request(self._key, plan, limits, self._temperature)
-            cache, _ = self._programs.decode(self._params, cache, request)
+            request = Request(self._key, plan, self._carried, limits, self._slots.temperatures)
+            cache, _, _ = self._programs.decode(self._params, cache, request)
             if larger:
                 jax.block_until_ready(self._programs.grow(cache, larger))
         self._cache = self._new_cache(config.cache_buckets[0])

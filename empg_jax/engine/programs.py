@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.struct
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from empg_jax.engine.sampling import fold_keys, position_uniforms, sample
+from empg_jax.models.axes import param_shardings, repeat_kv_heads
 from empg_jax.models.decoder import (
     DecoderConfig,
     KVCache,
@@ -34,6 +36,8 @@ from empg_jax.types import Leaf, Params
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
 # Most tokens of one prefill dispatch, padding included; bounds its memory.
 PREFILL_TOKENS = 16384
+# Programs that default sizes may lead to: each takes seconds to minutes to compile for a large model.
+MAX_PROGRAMS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,10 @@ class EngineConfig:
       patience: responses that must have ended for a burst to end early; default a sixteenth of the slots.
       prefill_buckets: lengths that prefill chunks are padded to; default 16, 64, 256 up to ``max_tokens``.
       row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, ``slots`` / 8 …
-      cache_buckets: physical cache lengths; default 128, 256, 384, 512, 768 … to ``max_tokens``.
+      cache_buckets: physical cache lengths; default 128, 256, 384, 512 … to ``max_tokens``. Default lists
+        are thinned out where they would make more than `MAX_PROGRAMS` programs.
+      ahead: dispatch a burst before the last one is read, where most responses outlast that one; default on
+        accelerators only: a CPU has no idle time to fill, and loses 5 % where a new turn waits for a burst.
     """
 
     slots: int
@@ -61,6 +68,7 @@ class EngineConfig:
     prefill_buckets: tuple[int, ...] = ()
     row_buckets: tuple[int, ...] = ()
     cache_buckets: tuple[int, ...] = ()
+    ahead: bool | None = None
 
     def __post_init__(self) -> None:
         """Fill the bucket lists and refuse sizes that cannot work."""
@@ -79,10 +87,25 @@ class EngineConfig:
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
+        lists = ("cache_buckets", "prefill_buckets", "row_buckets")
+        chosen = [name for name in lists if not getattr(self, name)]
         fill("patience", self.patience or max(1, self.slots // 16))
         fill("prefill_buckets", tuple(sorted(self.prefill_buckets or lengths)))
         fill("row_buckets", tuple(sorted({*(self.row_buckets or rows), self.slots})))
         fill("cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens})))
+        while self.num_programs > MAX_PROGRAMS and chosen:
+            longest = max(chosen, key=lambda name: len(getattr(self, name)))
+            fill(longest, getattr(self, longest)[::-1][::2][::-1])  # every second one, and the largest
+            chosen = [name for name in chosen if len(getattr(self, name)) > 1]
+
+    @property
+    def num_programs(self) -> int:
+        """Number of programs that `Engine.warm_up` compiles."""
+        growths = len(self.cache_buckets) - 1
+        return growths + sum(
+            1 + sum(len(self.prefill_rows(length)) for length in self.prefill_lengths(capacity))
+            for capacity in self.cache_buckets
+        )
 
     def prefill_lengths(self, capacity: int) -> tuple[int, ...]:
         """Return the chunk lengths that are used with a cache of this physical length."""
@@ -107,13 +130,15 @@ class Request:
     """One dispatch of `decode` (S slots).
 
     A row of ``plan``: last token (not yet in the cache), its position, response tokens so far, response
-    tokens still allowed (0: idle), and the four ids that the slot's keys are folded from.
+    tokens still allowed (0: idle; -1: ``carried`` has these four), and the four ids that the slot's keys are
+    folded from.
     """
 
     key: Leaf  # the run's key
     plan: Leaf  # int32[S 8]
+    carried: Leaf  # int32[S 4]  the state of each slot after the burst before, which the host has not read
     limits: Leaf  # int32[2]  steps at most; responses that must have ended for an early end
-    temperature: Leaf  # float32[]
+    temperature: Leaf  # float32[S], or float32[] for all slots
 
 
 @flax.struct.dataclass
@@ -132,8 +157,9 @@ class Burst:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The jitted programs of one model and one set of sizes."""
+    """The jitted programs of one model and one set of sizes, and the layout that they work on."""
 
+    layout: DecoderConfig
     prefill: Any
     decode: Any
     unstack: Any
@@ -143,13 +169,16 @@ class Programs:
 @functools.cache
 def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> Programs:
     """Build the programs; engines of equal shape share them, so that nothing compiles twice."""
-    cache, burst = cache_sharding(mesh, model, config), replicated(mesh)
+    layout = lay_out(model, mesh)
+    repeats = layout.num_kv_heads // model.num_kv_heads
+    cache, burst = cache_sharding(mesh, layout, config), replicated(mesh)
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
     jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
     return Programs(
-        prefill=jit(functools.partial(prefill, model, config), out_shardings=cache),
-        decode=jit(functools.partial(decode, model, config), out_shardings=(cache, burst)),
-        unstack=jax.jit(functools.partial(_cast_and_unstack, model)),
+        layout=layout,
+        prefill=jit(functools.partial(prefill, layout, config), out_shardings=cache),
+        decode=jit(functools.partial(decode, layout, config), out_shardings=(cache, burst, burst)),
+        unstack=jax.jit(functools.partial(_cast_and_unstack, layout, mesh, repeats)),
         # Not donated: a longer cache cannot reuse the memory of a shorter one.
         grow=jax.jit(grow, static_argnums=1, out_shardings=cache),
     )
@@ -160,13 +189,35 @@ def cache_sharding(mesh: Mesh, model: DecoderConfig, config: EngineConfig) -> Na
     return named_sharding(mesh, ("slots", "heads", None, None), (config.slots, model.num_kv_heads, 1, 1))
 
 
-def _cast_and_unstack(model: DecoderConfig, params: Params) -> Params:
+def lay_out(model: DecoderConfig, mesh: Mesh) -> DecoderConfig:
+    """Return the decoder's config with the layout in which an engine on this mesh keeps weights and cache.
+
+    One wide product saves launches on accelerators; a CPU loses 4 % by splitting its result again. Over
+    ``tensor`` a fused matrix would be cut in the wrong places, and adapters belong to single matrices.
+
+    Key/value heads that ``tensor`` does not divide are repeated until it does, where the query heads allow
+    it: else every device would hold, and gather for every burst, the whole cache.
+    """
+    tensor, platform = mesh.shape["tensor"], mesh.devices.flat[0].platform
+    repeated = math.lcm(model.num_kv_heads, tensor)
+    return dataclasses.replace(
+        model,
+        fused_projections=platform != "cpu" and model.lora is None and tensor == 1,
+        num_kv_heads=model.num_kv_heads if model.num_heads % repeated else repeated,
+    )
+
+
+def _cast_and_unstack(model: DecoderConfig, mesh: Mesh, repeats: int, params: Params) -> Params:
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         # A copy even where nothing changes: the learner donates its own buffers to the next update.
         leaf = jnp.copy(leaf)
         return leaf if path[-1].key in QUANTIZED_LEAVES else leaf.astype(model.dtype)
 
-    placed = unstack_layers(jax.tree_util.tree_map_with_path(cast, params), model.num_layers)
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    if repeats > 1:
+        params = repeat_kv_heads(params, model.head_dim, repeats)
+        params = jax.lax.with_sharding_constraint(params, param_shardings(mesh, params, model.head_dim))
+    placed = unstack_layers(params, model.num_layers)
     if not model.fused_projections:
         return placed
     return placed | {"layers": tuple(map(fuse_projections, placed["layers"]))}
@@ -213,7 +264,7 @@ def decode(
     params: Params,
     cache: KVCache,
     request: Request,
-) -> tuple[KVCache, Burst]:
+) -> tuple[KVCache, jax.Array, Burst]:
     """Decode one burst of steps for the active slots.
 
     The burst ends after ``request.limits[0]`` steps, when no slot is active any more, or when
@@ -227,10 +278,11 @@ def decode(
       request: the state of each slot, the limits of the burst, and the temperature.
 
     Returns:
-      The cache and the sampled tokens.
+      The cache, the state of each slot for the next request (``carried``), and the sampled tokens.
     """
     plan, limits = request.plan, request.limits
-    last, position, done, allowed = (plan[:, i] for i in range(4))
+    state = jnp.where(plan[:, 3:4] < 0, request.carried, plan[:, :4])
+    last, position, done, allowed = (state[:, i] for i in range(4))
     offsets = jnp.arange(config.burst, dtype=jnp.int32)[None, :]
     # Drawn once per burst, not in the loop: a token's number depends on its position alone, not on the batch.
     uniforms = position_uniforms(fold_keys(request.key, plan[:, 4:]), done[:, None] + offsets).T
@@ -271,8 +323,10 @@ def decode(
         return jnp.logical_and(out.steps < limits[0], jnp.logical_and(left > 0, is_patient))
 
     # A while loop, not a scan: the burst stops as soon as no slot is active.
-    cache, _, _, out = jax.lax.while_loop(goes_on, body, (cache, last, began, empty))
-    return cache, out
+    cache, last, is_active, out = jax.lax.while_loop(goes_on, body, (cache, last, began, empty))
+    left = jnp.where(is_active, allowed - out.counts, 0)
+    carried = jnp.stack([last, position + out.counts, done + out.counts, left], axis=1)
+    return cache, carried, out
 
 
 def _is_stop(config: EngineConfig, tokens: jax.Array) -> jax.Array:

@@ -51,14 +51,16 @@ def sample(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, A
     Args:
       logits: float[R, V].
       uniforms: float32[R] in [0, 1).
-      temperature: float32 scalar, divides the logits; 0 takes the most likely token (statistics at 1).
+      temperature: float32 scalar or float32[R], divides the logits; 0 takes the most likely token (statistics
+        at 1).
 
     Returns:
       ``(tokens int32[R], logprobs float32[R], entropies float32[R])``; statistics at the temperature, over
       the full vocabulary, in nats.
     """
-    is_greedy = temperature == 0
-    scaled = logits.astype(jnp.float32) / jnp.where(is_greedy, jnp.float32(1.0), temperature)
+    temperatures = jnp.broadcast_to(temperature, uniforms.shape)
+    is_greedy = temperatures == 0
+    scaled = logits.astype(jnp.float32) / jnp.where(is_greedy, jnp.float32(1.0), temperatures)[:, None]
     # The largest logit becomes 0, so the exponentials cannot overflow.
     shifted = scaled - jnp.max(scaled, axis=-1, keepdims=True)
     weights = jnp.exp(shifted)

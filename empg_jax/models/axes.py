@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from empg_jax.models.quantize import SCHEMES
@@ -68,18 +69,43 @@ def param_shardings(mesh: Mesh, params: Params, head_dim: int) -> Params:
     return tree_shardings(mesh, param_axes(params, head_dim), params)
 
 
-def gather_layer(layer: Params, head_dim: int, dtype: Any) -> Params:
-    """Return a single layer's parameters as the layer needs them: whole along ``fsdp``, matrices in
-    ``dtype``.
+def gather_layer(layer: Params, head_dim: int, dtype: Any, reduce_dtype: Any) -> Params:
+    """Return a single layer's parameters as the layer needs them: whole, matrices rounded to ``dtype``.
+
+    Args:
+      layer: the layer's parameters, split.
+      head_dim: width of a head.
+      dtype: type in which matrices are sent; the computation's is often smaller than the parameter's.
+      reduce_dtype: type in which the gradients of matrices are added up over devices.
     """
+    kept = max(dtype, reduce_dtype, key=lambda each: jnp.dtype(each).itemsize)
 
     def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
-        # Convert before sending: the computation's type is often smaller than the parameter's type.
-        leaf = leaf.astype(dtype) if names[-1] == "kernel" else leaf
-        return gather_weight(leaf, _layer_axes(names, head_dim))
+        axes = _layer_axes(names, head_dim)
+        if names[-1] != "kernel":
+            return gather_weight(leaf, axes)
+        return gather_weight(leaf.astype(kept), axes, dtype)
 
     return jax.tree_util.tree_map_with_path(gather, layer)
+
+
+def repeat_kv_heads(params: Params, head_dim: int, times: int) -> Params:
+    """Return stacked parameters with every key/value head ``times`` times in a row, which computes the same.
+
+    A mesh can then split the heads, and with them the KV cache, over more devices than there are heads.
+    """
+
+    def repeat(leaf: jax.Array, axes: tuple[Axis, ...]) -> jax.Array:
+        for axis, name in enumerate(axes):
+            if isinstance(name, Blocks) and name.axis == "kv_heads":
+                heads = leaf.shape[axis] // name.size
+                apart = leaf.reshape(*leaf.shape[:axis], heads, name.size, *leaf.shape[axis + 1 :])
+                repeated = jnp.repeat(apart, times, axis=axis)
+                leaf = repeated.reshape(*leaf.shape[:axis], -1, *leaf.shape[axis + 1 :])
+        return leaf
+
+    return jax.tree.map(repeat, params, param_axes(params, head_dim))
 
 
 def _layer_axes(names: list[str], head_dim: int) -> tuple[Axis, ...]:

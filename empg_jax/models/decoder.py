@@ -24,7 +24,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from empg_jax.models.attention import BACKENDS, SAVED, cached_attention, packed_attention
+from empg_jax.models.attention import (
+    BACKENDS,
+    SAVED,
+    cached_attention,
+    packed_attention,
+    sliced_attention,
+)
 from empg_jax.models.axes import gather_layer
 from empg_jax.models.axes import param_axes as param_axes
 from empg_jax.models.lora import LoraConfig
@@ -67,6 +73,7 @@ class DecoderConfig:
     value_head: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    reduce_dtype: Any = jnp.float32  # of sums of gradients over devices, where it is wider than dtype
     remat: str = "full"  # a key of REMAT
     scan_layers: bool = True  # True: one scanned program for all layers; False: unrolled layers
     attention: str = "auto"  # a key of attention.BACKENDS: the platform's kernel if it fits, or plain XLA
@@ -280,11 +287,11 @@ def forward(
     attention = functools.partial(packed_attention, backend=config.attention)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        return split_attention(attention, q, k, v, segment_ids), None
+        return split_attention(attention, sliced_attention, q, k, v, segment_ids), None
 
     def layer(x: Array, layer_params: Params) -> Any:
         if is_split:
-            layer_params = gather_layer(layer_params, config.head_dim, config.dtype)
+            layer_params = gather_layer(layer_params, config.head_dim, config.dtype, config.reduce_dtype)
         return block.apply({"params": layer_params}, x, rope, attend)
 
     if not config.scan_layers:

@@ -7,6 +7,7 @@ because XLA:CPU computes the automatic gradient of a kernel slowly.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,7 @@ class Linear(nn.Module):
                     return outputs
                 return (outputs.astype(jnp.float32) * _row(scale, outputs.ndim)).astype(self.dtype)
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
-        return project(inputs, kernel.astype(self.dtype))
+        return project(inputs, kernel)
 
 
 def _row(vector: Array, ndim: int) -> Array:
@@ -71,35 +72,37 @@ def _row(vector: Array, ndim: int) -> Array:
 
 @jax.custom_vjp
 def project(inputs: Float[Array, "*batch D"], kernel: Float[Array, "D E"]) -> Float[Array, "*batch E"]:
-    """Compute ``inputs @ kernel``; both have the same type.
+    """Compute ``inputs @ kernel`` in the type of the inputs.
 
-    The gradient is hand-written. The automatic gradient of the kernel is a product of two transposed
-    matrices; XLA:CPU computes it from a transposed copy of the output's gradient, with a slower routine.
+    The gradient is hand-written. The kernel's is computed, and added up over devices, in the kernel's own
+    type, which may be wider than the computation's. The automatic one would be narrow, and a product of two
+    transposed matrices, which XLA:CPU computes from a transposed copy of the output's gradient.
     """
-    return inputs @ kernel
+    return inputs @ kernel.astype(inputs.dtype)
 
 
 def _forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return inputs @ kernel, (inputs, kernel)
+    return project(inputs, kernel), (inputs, kernel)
 
 
 def _backward(residuals: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
     inputs, kernel = residuals
-    d_inputs = jnp.einsum("...e,de->...d", slope, kernel)
+    d_inputs = jnp.einsum("...e,de->...d", slope, kernel.astype(inputs.dtype))
     if num_shards("time") > 1:  # flattening two split axes into one would gather the inputs
-        return d_inputs, jnp.einsum("...d,...e->de", inputs, slope)
+        return d_inputs, jnp.einsum("...d,...e->de", inputs, slope, preferred_element_type=kernel.dtype)
     rows = inputs.reshape(-1, inputs.shape[-1]), slope.reshape(-1, slope.shape[-1])
-    d_kernel = jax.lax.platform_dependent(*rows, cpu=_transposed_first, default=_contract_rows)
-    return d_inputs, d_kernel
+    cpu, default = (functools.partial(f, dtype=kernel.dtype) for f in (_transposed_first, _contract_rows))
+    return d_inputs, jax.lax.platform_dependent(*rows, cpu=cpu, default=default)
 
 
-def _contract_rows(inputs: Array, slope: Array) -> Array:
-    return jnp.einsum("md,me->de", inputs, slope)
+def _contract_rows(inputs: Array, slope: Array, dtype: Any) -> Array:
+    return jnp.einsum("md,me->de", inputs, slope, preferred_element_type=dtype)
 
 
-def _transposed_first(inputs: Array, slope: Array) -> Array:
+def _transposed_first(inputs: Array, slope: Array, dtype: Any) -> Array:
     # The barrier keeps XLA from folding the transposition back into the product.
-    return jax.lax.optimization_barrier(inputs.T) @ slope
+    transposed = jax.lax.optimization_barrier(inputs.T)
+    return jnp.matmul(transposed, slope, preferred_element_type=dtype)
 
 
 project.defvjp(_forward, _backward)

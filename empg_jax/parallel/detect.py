@@ -74,6 +74,16 @@ def scheduler(environment: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
+def has_machine(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether there is one process on each machine, so that all devices there are its own.
+
+    JAX gives every process of Slurm and Open MPI one device, also one that is alone on a machine with eight.
+    """
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        return environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    return environment.get("SLURM_NTASKS") == environment.get("SLURM_STEP_NUM_NODES", "")
+
+
 def _ask_jax(section: Section) -> tuple[Seat | None, list[int] | None]:
     """Let JAX find coordinator, number and index."""
     from jax._src.clusters import ClusterEnv
@@ -94,6 +104,7 @@ def _ask_jax(section: Section) -> tuple[Seat | None, list[int] | None]:
     if num == 1:
         return None, None
     host, _, port = address.rpartition(":")
-    return Seat(
-        (host.strip("[]"), int(port)), num, index, section.timeout
-    ), None if devices is None else list(devices)
+    is_limited = devices is not None and not has_machine()
+    return Seat((host.strip("[]"), int(port)), num, index, section.timeout), list(
+        devices or ()
+    ) if is_limited else None

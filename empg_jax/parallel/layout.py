@@ -7,11 +7,12 @@ that the same model code runs on one device and on many.
 ============  =======================================================================================
 rows          split over ``data`` x ``fsdp``
 time          split over ``sequence``. For attention an all-to-all splits the heads instead of the time, so
-              that every device has whole rows of some heads.
+              that every device has whole rows of some heads; where the heads cannot be divided, keys and
+              values are gathered.
 heads, mlp    split over ``tensor``
 vocabulary    split over ``tensor``; log-probabilities are combined from one number per token and device
-weights       stored split over ``fsdp``. A layer's weights are gathered when the layer runs, and their
-              gradients are scattered again.
+weights       stored split over ``fsdp`` x ``sequence``. A layer's weights are gathered when the layer runs,
+              and their gradients are scattered again.
 ============  =======================================================================================
 """
 
@@ -19,15 +20,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from empg_jax.parallel.mesh import AXES, RULES, Axis, MeshAxes, fit_spec
+from empg_jax.parallel.mesh import AXES, RULES, Axis, MeshAxes, fit_spec, mesh_axes
 
 # Logical axis of an activation -> mesh axes.
 ACTIVATIONS: dict[str | None, MeshAxes] = {
@@ -70,7 +71,7 @@ def num_shards(axis: str) -> int:
     names = ACTIVATIONS[axis]
     if mesh is None or names is None:
         return 1
-    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+    return math.prod(mesh.shape[name] for name in mesh_axes(names))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
@@ -86,23 +87,26 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 # ------------------------------------------------------------------------------------------ weights
 
+_STORAGE = mesh_axes(RULES["embed"])  # mesh axes that split weights between their uses
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather_weight(weight: Array, axes: tuple[Axis, ...]) -> Array:
-    """Gather a weight from its ``fsdp`` shards; its gradient is scattered to shards again.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_weight(weight: Array, axes: tuple[Axis, ...], sent: Any = None) -> Array:
+    """Gather a weight from the shards that it is stored in; its gradient is scattered to shards again.
 
     Args:
-      weight: a parameter, already in the type in which it should be sent.
+      weight: a parameter. Its type is that of the result, and that in which its gradient is added up.
       axes: its logical axes (`models.decoder.param_axes`).
+      sent: the type in which it is sent, whose rounding the result has; default its own.
     """
-    return _pin(weight, axes, is_whole=True)
+    return _pin(weight.astype(sent or weight.dtype), axes, is_whole=True).astype(weight.dtype)
 
 
-def _gather(weight: Array, axes: tuple[Axis, ...]) -> tuple[Array, None]:
-    return _pin(weight, axes, is_whole=True), None
+def _gather(weight: Array, axes: tuple[Axis, ...], sent: Any) -> tuple[Array, None]:
+    return gather_weight(weight, axes, sent), None
 
 
-def _scatter(axes: tuple[Axis, ...], _: None, slope: Array) -> tuple[Array]:
+def _scatter(axes: tuple[Axis, ...], sent: Any, _: None, slope: Array) -> tuple[Array]:
     return (shard_weight(slope, axes),)
 
 
@@ -120,46 +124,45 @@ def _pin(weight: Array, axes: tuple[Axis, ...], *, is_whole: bool) -> Array:
         return weight
     spec = fit_spec(mesh, axes, weight.shape, RULES)
     if is_whole:
-        spec = PartitionSpec(*(None if name == "fsdp" else name for name in spec))
+        spec = PartitionSpec(*(None if set(mesh_axes(names)) & set(_STORAGE) else names for names in spec))
     return jax.lax.with_sharding_constraint(weight, spec)
 
 
 def embed_tokens(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
     """Look up the embeddings of tokens, in ``dtype``.
 
-    On a mesh every device looks up all tokens of its ``fsdp`` group in its own part of the table; tokens of
-    other parts give zeros. An all-to-all then sends each device the embeddings of its own rows. No device
-    holds the whole table, and the gradient of a part stays on the device that owns it.
+    On a mesh every device looks up all tokens of its ``fsdp`` x ``sequence`` group in its own part of the
+    table; tokens of other parts give zeros. All-to-alls then send each device the embeddings of its own
+    tokens. No device holds the whole table, and the gradient of a part stays on the device that owns it.
     """
     mesh = current_mesh()
     if mesh is None:
         return jnp.take(table, tokens, axis=0).astype(dtype)
     rows, time = fit_spec(mesh, ("rows", "time"), tokens.shape, ACTIVATIONS)
-    vocab, depth = (
-        name if name is not None and mesh.shape[name] > 1 else None
-        for name in fit_spec(mesh, ("vocab", "embed"), table.shape, RULES)
-    )
-    if rows is None:
-        depth = None  # rows that are not split need no all-to-all
+    table_spec = fit_spec(mesh, ("vocab", "embed"), table.shape, RULES)
+    vocab, depth = (tuple(name for name in mesh_axes(names) if mesh.shape[name] > 1) for names in table_spec)
+    # Axis of the tokens that each mesh axis splits. An axis that splits no tokens needs no exchange.
+    split = {name: axis for axis, names in enumerate((rows, time)) for name in mesh_axes(names)}
+    depth = tuple(name for name in depth if name in split)
 
     def local(table: Array, tokens: Array) -> Array:
-        if depth is not None:
-            tokens = jax.lax.all_gather(tokens, depth, axis=0, tiled=True)
-        if vocab is not None:
+        for name in depth:
+            tokens = jax.lax.all_gather(tokens, name, axis=split[name], tiled=True)
+        if vocab:
             tokens = tokens - jax.lax.axis_index(vocab) * table.shape[0]
         # Tokens of other devices' parts read row 0, which the mask replaces by zeros before the sum.
         is_mine = jnp.logical_and(tokens >= 0, tokens < table.shape[0])
         found = jnp.take(table, jnp.where(is_mine, tokens, 0), axis=0).astype(dtype)
         found = jnp.where(is_mine[:, :, None], found, jnp.zeros((), dtype))
-        if vocab is not None:
+        if vocab:
             found = jax.lax.psum(found, vocab)
-        if depth is not None:
-            found = jax.lax.all_to_all(found, depth, split_axis=0, concat_axis=2, tiled=True)
+        for name in reversed(depth):  # the last mesh axis splits the finest
+            found = jax.lax.all_to_all(found, name, split_axis=split[name], concat_axis=2, tiled=True)
         return found
 
     return jax.shard_map(
         local,
-        in_specs=(PartitionSpec(vocab, depth), PartitionSpec(rows, time)),
+        in_specs=(PartitionSpec(vocab or None, depth or None), PartitionSpec(rows, time)),
         out_specs=PartitionSpec(rows, time, None),
     )(table, tokens)
 
@@ -169,6 +172,7 @@ def embed_tokens(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: A
 
 def split_attention(
     attention: Callable[[Array, Array, Array, Array], Array],
+    sliced: Callable[[Array, Array, Array, Array, Array], Array],
     queries: Float[Array, "B T H d"],
     keys: Float[Array, "B T K d"],
     values: Float[Array, "B T K d"],
@@ -176,29 +180,29 @@ def split_attention(
 ) -> Float[Array, "B T H d"]:
     """Compute ``attention(queries, keys, values, segment_ids)`` split over devices by rows and heads.
 
-    Attention needs whole rows on a device. If time is split, an all-to-all therefore splits the heads instead
-    of the time. If there are fewer key/value heads than devices, they are repeated, so that each device has
-    the heads that its queries need.
+    If time is split, an all-to-all splits the heads instead, so that a device has whole rows. Fewer key/value
+    heads than devices are repeated. Where the query heads cannot be divided, the keys and values of whole
+    rows are gathered, and ``sliced`` computes each device's own part of the queries.
 
     Args:
       attention: attention over whole rows of ``H / n`` query heads and their key/value heads.
+      sliced: attention of a part of the queries; its last argument is the place of the first one.
       queries: rotated queries.
       keys: rotated keys.
       values: values.
       segment_ids: packed sequence of each token.
-
-    Raises:
-      ValueError: time is split, but the heads cannot be divided over the devices.
     """
     mesh = current_mesh()
     if mesh is None:
         return attention(queries, keys, values, segment_ids)
     shards = head_shards(dict(mesh.shape), queries.shape[2])
-    repeats = math.lcm(keys.shape[2], shards) // keys.shape[2]
+    repeats = math.lcm(keys.shape[2], math.prod(shards)) // keys.shape[2]
     keys, values = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (keys, values))
     (rows,) = fit_spec(mesh, ("rows",), queries.shape[:1], ACTIVATIONS)
     is_time_split = mesh.shape["sequence"] > 1
-    spec = PartitionSpec(rows, "sequence" if is_time_split else None, "tensor" if shards > 1 else None, None)
+    spec = PartitionSpec(
+        rows, "sequence" if is_time_split else None, "tensor" if shards.tensor > 1 else None, None
+    )
 
     def swap(x: Array, split_axis: int, concat_axis: int) -> Array:
         return jax.lax.all_to_all(x, "sequence", split_axis, concat_axis, tiled=True)
@@ -206,6 +210,10 @@ def split_attention(
     def local(queries: Array, keys: Array, values: Array, segment_ids: Array) -> Array:
         if not is_time_split:
             return attention(queries, keys, values, segment_ids)
+        if shards.sequence == 1:
+            k, v = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (keys, values))
+            start = jax.lax.axis_index("sequence") * queries.shape[1]
+            return sliced(queries, k, v, segment_ids, start)
         q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (queries, keys, values))
         return swap(attention(q, k, v, segment_ids), split_axis=1, concat_axis=2)
 
@@ -217,22 +225,20 @@ def split_attention(
     )(queries, keys, values, segment_ids)
 
 
-def head_shards(mesh_shape: dict[str, int], num_heads: int) -> int:
-    """Return the number of parts that attention's heads are split into: ``tensor`` x ``sequence``, or 1.
+class HeadShards(NamedTuple):
+    """The number of parts that attention's heads are split into along two mesh axes."""
+
+    tensor: int
+    sequence: int
+
+
+def head_shards(mesh_shape: Mapping[str, int], num_heads: int) -> HeadShards:
+    """Return how attention's heads are split; 1 along an axis that cannot divide them.
 
     Args:
       mesh_shape: size of each mesh axis.
       num_heads: number of query heads.
-
-    Raises:
-      ValueError: ``sequence`` is larger than 1, and ``tensor`` x ``sequence`` does not divide the heads.
     """
-    tensor, sequence = mesh_shape["tensor"], mesh_shape["sequence"]
-    if num_heads % (tensor * sequence) == 0:
-        return tensor * sequence
-    if sequence > 1:
-        raise ValueError(
-            f"{num_heads} heads cannot be divided over mesh.tensor={tensor} x mesh.sequence={sequence}: "
-            f"their product must divide {num_heads}"
-        )
-    return 1
+    tensor = mesh_shape["tensor"] if num_heads % mesh_shape["tensor"] == 0 else 1
+    sequence = mesh_shape["sequence"]
+    return HeadShards(tensor, sequence if num_heads % (tensor * sequence) == 0 else 1)

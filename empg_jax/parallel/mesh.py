@@ -30,7 +30,7 @@ MeshAxes = str | tuple[str, ...] | None
 # Logical axis of a parameter -> mesh axis. None: replicated.
 RULES: dict[str | None, MeshAxes] = {
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -55,9 +55,10 @@ def make_mesh(
 
     Args:
       data: size of the axis of data parallelism.
-      fsdp: size of the axis that splits rows and weights.
+      fsdp: size of the axis that splits rows and weights; with ``data`` > 1, weights are copied over ``data``
+        and split inside (hybrid sharding).
       tensor: size of the axis that splits heads, MLP, experts and vocabulary.
-      sequence: size of the axis that splits time.
+      sequence: size of the axis that splits time, and weights.
       devices: the devices to choose from; default ``jax.devices()``, the devices of all hosts.
 
     Raises:
@@ -83,17 +84,23 @@ def fit_spec(
 ) -> PartitionSpec:
     """Return how an array is split by its logical axes.
 
-    A dimension is replicated if the number of devices does not divide its size, or its number of `Blocks`.
+    The number of devices must divide a dimension's size, or its number of `Blocks`. Where it does not, the
+    last mesh axes of the rule are left out; without any, the dimension is replicated.
     """
 
     def fit(axis: Axis, size: int) -> MeshAxes:
         name, block = axis if isinstance(axis, Blocks) else (axis, 1)
-        mapped = rules[name]
-        names = (mapped,) if isinstance(mapped, str) else mapped or ()
-        count, devices = size // block, math.prod(mesh.shape[name] for name in names)
-        return mapped if count and count % devices == 0 else None
+        names, count = mesh_axes(rules[name]), size // block
+        while names and (not count or count % math.prod(mesh.shape[name] for name in names)):
+            names = names[:-1]
+        return names[0] if len(names) == 1 else names or None
 
     return PartitionSpec(*map(fit, axes, shape))
+
+
+def mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
+    """Return the mesh axes that an entry of a rule or of a `PartitionSpec` names."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def named_sharding(mesh: Mesh, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> NamedSharding:

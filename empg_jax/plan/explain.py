@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from empg_jax.errors import ConfigError
 from empg_jax.hf.presets import PRESETS
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.plan.memory import Plan, compute_plan
+from empg_jax.plan.speed import find_chip, speed_lines
+from empg_jax.plan.whole import whole_lines
 from empg_jax.run.assembly import make_language, make_model, micro_rows, shape_model
 
 if TYPE_CHECKING:
@@ -108,22 +111,31 @@ def device_memory() -> int | None:
 Load = Callable[[Sequence[str]], "Config"]
 
 
-def explain(load: Load, devices: int | None = None, memory: float | None = None) -> list[str]:
+def explain(
+    load: Load, devices: int | None = None, memory: float | None = None, chip: str | None = None
+) -> list[str]:
     """Return a configuration's plan as text, with suggestions if it does not fit.
 
     Args:
       load: function from overrides to the configuration.
       devices: number of devices to use (`spread`); the default is the size of the configuration's mesh.
-      memory: bytes of a device.
+      memory: bytes of a device; the default is that of ``chip``.
+      chip: a device whose speed is expected, one of `plan.speed.CHIPS`.
 
     Raises:
-      ConfigError: the configuration is invalid, or cannot use this number of devices.
+      ConfigError: the configuration is invalid, cannot use this number of devices, or the chip is unknown.
     """
     config = load([])
     changes = [] if devices is None else spread(config, devices)
     config = load(changes) if changes else config
-    plan = compute_plan(config, find_shape(config))
+    model = find_shape(config)
+    plan = compute_plan(config, model)
+    if memory is None and chip is not None:
+        memory = find_chip(chip).memory
     lines = as_lines(plan, memory)
+    lines += whole_lines(config, model)
+    if chip is not None:
+        lines += speed_lines(config, model, chip)
     if changes:
         lines.insert(1, f"with {' '.join(changes)}, to use {devices} devices")
     if memory is not None and plan.total > memory:
@@ -133,7 +145,7 @@ def explain(load: Load, devices: int | None = None, memory: float | None = None)
 
 
 def suggest(config: Config, plan: Plan, load: Load, memory: float) -> list[str]:
-    """Return the changes that make a plan smaller, with the largest saving first.
+    """Return the changes that make a plan smaller, with the largest saving first; pairs if none is enough.
 
     Args:
       config: the configuration.
@@ -145,17 +157,27 @@ def suggest(config: Config, plan: Plan, load: Load, memory: float) -> list[str]:
     Returns:
       One line for each change that saves 2 % or more.
     """
-    found = []
-    for changes in _candidates(config, plan.devices):
+
+    def peak(changes: list[str]) -> int | None:
+        """The peak with some changes; None where they are refused."""
         try:
             changed = load(changes)
-            total = compute_plan(changed, find_shape(changed)).total
+            return compute_plan(changed, find_shape(changed)).total
         except ConfigError:
-            continue
-        if total < 0.98 * plan.total:
-            fits = ", which fits" if total <= memory else ""
-            found.append((total, f"  {' '.join(changes)}: {_gib(total)} GiB{fits}"))
-    return [line for _, line in sorted(found)]
+            return None
+
+    single = [(total, c) for c in _candidates(config, plan.devices) if (total := peak(c)) is not None]
+    useful = [(total, c) for total, c in single if total < 0.98 * plan.total]
+    found = useful
+    if not any(total <= memory for total, _ in useful):
+        pairs = [first + second for (_, first), (_, second) in itertools.combinations(useful, 2)]
+        distinct = [c for c in pairs if len({each.partition("=")[0] for each in c}) == len(c)]
+        tried = [(total, c) for c in distinct if (total := peak(c)) is not None]
+        found = useful + [(total, c) for total, c in tried if total <= memory]
+    return [
+        f"  {' '.join(changes)}: {_gib(total)} GiB{', which fits' if total <= memory else ''}"
+        for total, changes in sorted(found)
+    ]
 
 
 def _candidates(config: Config, devices: int) -> Iterator[list[str]]:

@@ -45,11 +45,12 @@ class Evaluation:
 
 
 class Evaluator:
-    """An evaluation of weights on a fixed list of held-out tasks, on an engine of its own.
+    """An evaluation of weights on a fixed list of held-out tasks, on an engine that lends its slots.
 
     Args:
       collector: plays episodes on the engine, with sampling keys that training does not use.
-      engine: an engine at ``eval.temperature`` whose slots are free.
+      engine: the engine, which training may use, too.
+      temperature: of the held-out episodes.
       split: panel of tasks.
       num_tasks: number of tasks to attempt, from the start of the panel.
       tell: receives an event for every attempt that was discarded.
@@ -64,6 +65,7 @@ class Evaluator:
         collector: Collector,
         engine: Engine,
         *,
+        temperature: float,
         split: str,
         num_tasks: int,
         tell: Tell = tell_nobody,
@@ -72,6 +74,7 @@ class Evaluator:
         self.engine, self.num_tasks = engine, num_tasks
         self.tasks = range(share[0], num_tasks, share[1])
         self._collector, self._split, self._tell = collector, split, tell
+        self._temperature = temperature
 
     def run(
         self,
@@ -92,7 +95,12 @@ class Evaluator:
           advance: called for every finished episode, for a progress display.
           check: called in every round; it may raise to end the evaluation.
         """
-        self.engine.load(params, version)
+        with self.engine.lent(params, version, temperature=self._temperature):
+            return self._play(advance, check)
+
+    def _play(
+        self, advance: Callable[[int, dict[str, float]], None], check: Callable[[], None]
+    ) -> Evaluation:
         self._collector.admit(Attempt(self._split, task, task, 0) for task in self.tasks)
         found: dict[int, Trajectory] = {}
         missing: set[int] = set()

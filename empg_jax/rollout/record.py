@@ -34,6 +34,7 @@ EPISODE_FIELDS: dict[str, tuple[Any, str]] = {
     "split": (str, "a string"),
     "status": (str, "a string"),
     "reason": (str, "a string"),
+    "detail": (str, "a string"),
     "return": (NUMBER, "a number"),
     "success": (bool, "true or false"),
     "terminated": (bool, "true or false"),
@@ -95,6 +96,7 @@ def describe_episodes(
             "split": trajectory.split,
             "status": trajectory.outcome.status.value,
             "reason": trajectory.outcome.reason,
+            **({"detail": trajectory.outcome.detail} if trajectory.outcome.detail else {}),
             "return": as_number(trajectory.episode_return),
             "success": trajectory.is_success,
             "terminated": trajectory.terminated,
@@ -244,7 +246,9 @@ def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
         group_id=record["group_id"],
         member=record["member"],
         turns=tuple(turns),
-        outcome=Outcome(Status(record.get("status", "trained")), record.get("reason", "ended")),
+        outcome=Outcome(
+            Status(record.get("status", "trained")), record.get("reason", "ended"), record.get("detail", "")
+        ),
         episode_return=float(sum(turn.reward for turn in turns)),
         is_success=record.get("success", False),
         terminated=record.get("terminated", not truncated),

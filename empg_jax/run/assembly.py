@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,9 @@ from empg_jax.learner.state import make_optimizer
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.lora import LoraConfig
 from empg_jax.parallel.hosts import ALONE, Hosts
-from empg_jax.parallel.layout import head_shards
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.rollout.collector import Collector
-from empg_jax.rollout.context import ContextFactory, make_context
+from empg_jax.rollout.context import CallContext, ContextFactory, make_context
 from empg_jax.rollout.episode import EpisodeRules
 from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.ledger import Ledger
@@ -58,6 +58,8 @@ from empg_jax.types import Trajectory
 from empg_jax.workers.faults import FaultPolicy, Tell, tell_nobody
 from empg_jax.workers.memory import limit_memory
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
+from empg_jax.workers.process import start_local
+from empg_jax.workers.ray_backend import RayCluster, check_ray
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -88,19 +90,32 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
         cannot be used.
     """
     spec = find_spec(config)
-    tokenizer = _make_tokenizer(config, tokenizer_path, spec)
+    tokenizer = make_tokenizer(config, tokenizer_path, spec)
     try:
         renderer = ChatRenderer(tokenizer, options=config.model.chat_options)
     except ChatTemplateError as error:
         raise ConfigError(f"{error}; model.chat_template=FILE brings a template of your own") from None
     prompts = _call("env.prompt_options", spec.prompts, config.env.prompt_options)
     parser = _call("env.prompt_options", spec.parser, config.env.prompt_options)
-    context = make_context(config.env.context, prompts, renderer, config.env.history)
+    context: ContextFactory
+    if spec.has_calls:
+        if config.env.context != "transcript":
+            raise ConfigError(
+                f"env.context={config.env.context}: the prompts of {config.env.target} are its program's "
+                "own; leave env.context at transcript"
+            )
+        context = functools.partial(CallContext, renderer)
+    else:
+        context = make_context(config.env.context, prompts, renderer, config.env.history)
     return Language(tokenizer, renderer, context, parser)
 
 
-def _make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
-    """Choose the first of: saved tokenizer, configured one, one built for the environment, bytes."""
+def make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
+    """Choose the first of: saved tokenizer, configured one, one built for the environment, bytes.
+
+    Raises:
+      ConfigError: it cannot be loaded or built.
+    """
     m = config.model
     try:
         if saved is not None:
@@ -153,12 +168,13 @@ def shape_model(config: Config, section: ModelConfig, vocab_size: int) -> Decode
 
     Raises:
       ConfigError: an unknown preset, a folder with a model that the decoder does not support, a vocabulary
-        smaller than the tokenizer's, or heads that the mesh cannot divide.
+        smaller than the tokenizer's.
     """
     m = section
     numerics: dict[str, Any] = {
         "dtype": jnp.dtype(m.dtype),
         "param_dtype": jnp.dtype(m.param_dtype),
+        "reduce_dtype": jnp.dtype(m.reduce_dtype),
         "remat": m.remat,
         "scan_layers": m.scan_layers,
         "attention": m.attention,
@@ -198,22 +214,11 @@ def shape_model(config: Config, section: ModelConfig, vocab_size: int) -> Decode
             f"the model has {model.vocab_size} embedding rows, the tokenizer {vocab_size} tokens: "
             "raise model.vocab_size or name the model's own tokenizer (model.tokenizer)"
         )
-    try:
-        head_shards(dict(vars(config.mesh)), model.num_heads)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     return model
 
 
-def make_engine(
-    config: Config,
-    model: DecoderConfig,
-    tokenizer: Tokenizer,
-    *,
-    temperature: float | None = None,
-    num_hosts: int = 1,
-) -> Engine:
-    """Build this host's sampling engine without weights, at ``rollout.temperature`` unless another is given.
+def make_engine(config: Config, model: DecoderConfig, tokenizer: Tokenizer, *, num_hosts: int = 1) -> Engine:
+    """Build this host's sampling engine without weights, at ``rollout.temperature``.
 
     Raises:
       ConfigError: the slots cannot be split over ``rollout.data``, or this host has too few devices.
@@ -243,7 +248,7 @@ def make_engine(
         model,
         sizes,
         seed=config.seed,
-        temperature=r.temperature if temperature is None else temperature,
+        temperature=r.temperature,
         mesh=mesh,
     )
 
@@ -257,31 +262,40 @@ def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
     """Start the environment workers; ``tell`` receives their faults."""
     w = config.workers
     timeouts = PoolTimeouts(start=w.start_timeout, reset=w.reset_timeout, step=w.step_timeout)
+    is_local = w.backend == "local"
+    # Nothing is known of the memory of other machines, so there is no limit unless one is set.
+    limit = limit_memory(w.num) if w.memory_limit_mb is None and is_local else w.memory_limit_mb or None
     return EnvPool(
         config.env.target,
         config.env.options,
         num_workers=w.num,
         lanes=w.lanes,
         timeouts=timeouts,
-        memory_limit_mb=limit_memory(w.num) if w.memory_limit_mb is None else w.memory_limit_mb or None,
+        memory_limit_mb=limit,
         pass_env=w.pass_env,
+        start=start_local if is_local else RayCluster(w.ray_address, w.ray_resources).start,
         faults=FaultPolicy(**vars(config.faults)),
         tell=tell,
     )
+
+
+def make_rules(config: Config) -> EpisodeRules:
+    """Build the rules that end an episode; an overrun is treated as the environment declares, if not told."""
+    overrun = config.env.timeout_outcome or find_spec(config).timeout_outcome
+    return EpisodeRules(config.env.max_turns, overrun)
 
 
 def make_collector(
     config: Config, engine: Engine, pool: EnvPool, language: Language, *, stream: int, first_handle: int = 0
 ) -> Collector:
     """Build a collector for training (``stream`` 0) or evaluation (1)."""
-    rules = EpisodeRules(config.env.max_turns, config.env.timeout_outcome)
     return Collector(
         engine,
         pool,
         language.make_context,
         language.parser,
         language.tokenizer.decode,
-        rules,
+        make_rules(config),
         seed=config.seed,
         stream=stream,
         first_handle=first_handle,
@@ -299,11 +313,11 @@ def make_evaluator(
     first_handle: int,
     hosts: Hosts = ALONE,
 ) -> Evaluator:
-    """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, on an engine of its own.
+    """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, at ``eval.temperature``.
 
     Args:
       config: the configuration.
-      engine: a sampler at ``eval.temperature`` whose slots are free.
+      engine: the sampler, which lends its slots.
       pool: environment workers, shared with training.
       language: tokenizer, context and parser.
       first_handle: first pool handle that training does not use.
@@ -322,7 +336,15 @@ def make_evaluator(
     )
     num_tasks = min(config.eval.tasks, pool.splits[split])
     share = hosts.index, hosts.num
-    return Evaluator(collector, engine, split=split, num_tasks=num_tasks, tell=pool.tell, share=share)
+    return Evaluator(
+        collector,
+        engine,
+        temperature=config.eval.temperature,
+        split=split,
+        num_tasks=num_tasks,
+        tell=pool.tell,
+        share=share,
+    )
 
 
 def make_rollout(
@@ -363,11 +385,13 @@ def make_rollout(
 
 
 def check_rollout(config: Config, vocab_size: int) -> None:
-    """Check the files that rollouts are repeated or taken from, before anything is written.
+    """Check the files that rollouts are repeated or taken from, and Ray, before anything is written.
 
     Raises:
-      ConfigError: a file is missing, damaged, or does not fit the run.
+      ConfigError: a file is missing, damaged, or does not fit the run, or Ray is not installed.
     """
+    if config.workers.backend == "ray":
+        check_ray(config.workers.ray_address)
     if config.rollout.stored is not None:
         _load_stored(config, vocab_size)
     if config.rollout.schedule is not None:

@@ -186,11 +186,12 @@ def open_run(
         shape = make_batch_shape(config)
         counted = functools.partial(progress.counting, check)
         learner, schedule, state = _start_learner(config, model, shape, counted)
-        engine, eval_engine = _start_engines(config, learner, language, state.params, counted, hosts.num)
+        engine = make_engine(config, model, language.tokenizer, num_hosts=hosts.num)
+        _warm_up(engine, learner, state.params, counted)
         progress.close()
         rollout = make_rollout(config, engine, pool, language, hosts)
         first = engine.config.slots  # the engine of training has the handles below
-        evaluator = make_evaluator(config, eval_engine, pool, language, first_handle=first, hosts=hosts)
+        evaluator = make_evaluator(config, engine, pool, language, first_handle=first, hosts=hosts)
     if config.model.path is not None:
         announce_model(config, run_dir, learner, language, state.params, say=progress.message, hosts=hosts)
     run = RunState(state)
@@ -278,24 +279,13 @@ def _start_learner(
     return learner, schedule, state
 
 
-def _start_engines(
-    config: Config,
-    learner: Learner,
-    language: Language,
-    params: Params,
-    counted: Counted,
-    num_hosts: int,
-) -> tuple[Engine, Engine]:
-    """Build the engines of training and evaluation, load the weights and compile every program."""
-    make = functools.partial(make_engine, config, learner.model, language.tokenizer, num_hosts=num_hosts)
-    engine, eval_engine = make(), make(temperature=config.eval.temperature)
+def _warm_up(engine: Engine, learner: Learner, params: Params, counted: Counted) -> None:
+    """Compile the engine's programs; the weights of a run are published to it later."""
     if learner.base is not None:
-        engine.base = eval_engine.base = engine.place(learner.base)
-    check = counted("compiling the engines", engine.num_warm_ups + eval_engine.num_warm_ups)
-    for each in (engine, eval_engine):
-        each.load(params, 0)
-        each.warm_up(check)
-    return engine, eval_engine
+        engine.base = engine.place(learner.base)
+    engine.load(params, -1)
+    engine.warm_up(counted("compiling the engine", engine.num_warm_ups))
+    engine.free()
 
 
 def announce_model(

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from empg_jax.errors import nearest
+from empg_jax.workers.backend import Start
 from empg_jax.workers.breaker import Breaker
 from empg_jax.workers.faults import (
     EnvFailure,
@@ -36,6 +37,7 @@ from empg_jax.workers.faults import (
     tell_nobody,
 )
 from empg_jax.workers.outages import Outages
+from empg_jax.workers.process import start_local
 from empg_jax.workers.quarantine import Quarantine
 from empg_jax.workers.record import EpisodeRecord
 from empg_jax.workers.supervisor import Supervisor
@@ -46,6 +48,7 @@ MAX_WAIT = 1.0  # seconds between two checks of silent workers
 CLOSE_SECONDS = 2.0  # granted to idle workers to close their environments
 LANES = 64  # commands that a worker runs at the same time, unless told otherwise
 LANE_MB = 8  # address space of a thread's stack
+STDERR_KEEP = 4 << 20  # a worker empties its stderr file when it has grown beyond this
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ class EnvPool:
         timeouts: PoolTimeouts | None = None,
         memory_limit_mb: int | None = None,
         pass_env: Sequence[str] = (),
+        start: Start = start_local,
         faults: FaultPolicy | None = None,
         tell: Tell = tell_nobody,
     ):
@@ -105,6 +109,7 @@ class EnvPool:
             commands. As a guard against a sudden leap inside a command, its address space is limited
             to twice this plus 512 MiB (it always exceeds resident memory: libraries) and the threads' stacks.
           pass_env: names of environment variables that the workers get besides the usual ones.
+          start: starts a worker, on this machine unless told otherwise (`empg_jax.workers.backend`).
           faults: limits at which the pool pauses, or gives up on a task, a worker or altogether.
           tell: receives restarts of workers, quarantined tasks and pauses.
 
@@ -120,6 +125,7 @@ class EnvPool:
         policy = faults or FaultPolicy()
         space = None if memory_limit_mb is None else 2 * memory_limit_mb + 512 + LANE_MB * lanes
         hello = {"env": env, "options": dict(options or {}), "memory_limit_mb": space, "lanes": lanes}
+        hello["stderr_bytes"] = STDERR_KEEP
         self.breaker = Breaker(policy, tell)
         self._quarantine = Quarantine(policy, tell)
         self._waiting: set[int] = set()  # handles with a request that is not answered
@@ -130,6 +136,7 @@ class EnvPool:
             Supervisor(
                 number,
                 hello,
+                start=start,
                 timeouts=timeouts or PoolTimeouts(),
                 policy=policy,
                 memory_limit_mb=memory_limit_mb,

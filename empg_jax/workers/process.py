@@ -1,4 +1,4 @@
-"""The parent's side of one environment worker: a process, two pipes, lines of JSON.
+"""The parent's side of one environment worker on this machine: a process, two pipes, lines of JSON.
 
 Only `WorkerProcess.stop` blocks, and only for bounded times. Workers are started as
 ``python -m empg_envs.worker`` and never forked: a fork of a process with XLA's threads can deadlock, and
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import selectors
@@ -23,36 +22,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from empg_envs.orphans import MARK, end_descendants
+from empg_jax.workers.lines import LineReader, encode
 from empg_jax.workers.variables import make_environment
 
 READ_BYTES = 1 << 16
 BLOCKED_BYTES = 1 << 15  # found in the pipe at once: the worker may have waited for room
-STDERR_KEEP = 4 << 20  # a worker empties its stderr file when it has grown beyond this
 STDERR_LINES = 30  # shown when a worker has died
 STDERR_SEARCH = 1 << 16  # bytes at the end in which the stack of a hanging thread is looked for
 KILL_SECONDS = 0.5  # granted to a worker to die of a signal that it can handle
 STUCK_SECONDS = 5.0  # granted to the kernel to end a killed process
 
 
-class ProtocolError(Exception):
-    """A worker wrote something that is not a line of the protocol."""
+def start_local(pass_env: Sequence[str], selector: selectors.BaseSelector, owner: Any) -> WorkerProcess:
+    """Start a worker on this machine; see `empg_jax.workers.backend.Start`."""
+    return WorkerProcess(make_environment(pass_env), selector, owner)
 
 
 class WorkerProcess:
-    """A worker process, with non-blocking transfer of whole messages."""
+    """A worker process on this machine; see `empg_jax.workers.backend.Process`."""
 
-    def __init__(
-        self,
-        hello: Mapping[str, Any],
-        pass_env: Sequence[str],
-        selector: selectors.BaseSelector,
-        owner: Any,
-    ):
-        """Start the process and queue its first message.
+    def __init__(self, environment: Mapping[str, str], selector: selectors.BaseSelector, owner: Any):
+        """Start the process; it waits for its first message (see `empg_envs.worker`).
 
         Args:
-          hello: ``env``, ``options``, ``lanes`` and ``memory_limit_mb``, see `empg_envs.worker`.
-          pass_env: names of further environment variables that it gets.
+          environment: its environment variables.
           selector: watches both pipes until the process is stopped.
           owner: the selector's data for them.
         """
@@ -68,7 +61,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             bufsize=0,
-            env={**make_environment(pass_env), MARK: self._mark},
+            env={**environment, MARK: self._mark},
             # A session of its own: Ctrl-C in the terminal does not reach it, and all processes that an
             # environment starts can be killed as one group.
             start_new_session=True,
@@ -79,11 +72,10 @@ class WorkerProcess:
         os.set_blocking(self.stdout, False)
         selector.register(self.stdout, selectors.EVENT_READ, owner)
         self._outbox = bytearray()
-        self._inbox = b""
-        self.was_blocked = False  # whether the last `read` found the pipe rather full
-        self.queued_bytes = 0  # given to `send` so far
-        self.consumed_bytes = 0  # of these, read by the worker; known after `stop`
-        self.send({**hello, "stderr_bytes": STDERR_KEEP})
+        self._lines = LineReader()
+        self.was_blocked = False
+        self.queued_bytes = 0
+        self.consumed_bytes = 0
 
     @property
     def pid(self) -> int:
@@ -92,7 +84,10 @@ class WorkerProcess:
 
     def send(self, message: Any) -> None:
         """Queue one message and write as much of it as the pipe takes."""
-        line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        self.send_bytes(encode(message))
+
+    def send_bytes(self, line: bytes) -> None:
+        """Queue one encoded message, as `send`."""
         self.queued_bytes += len(line)
         self._outbox += line
         self.write()
@@ -114,7 +109,7 @@ class WorkerProcess:
         return count > 0
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
-        """Read the bytes that have arrived.
+        """Read the messages that have arrived.
 
         Returns:
           The complete messages, and whether the worker has closed its end, which means that it died.
@@ -122,23 +117,23 @@ class WorkerProcess:
         Raises:
           ProtocolError: a line is not a JSON object.
         """
-        closed, count = False, 0
+        chunk, closed = self.read_bytes()
+        return self._lines.feed(chunk), closed
+
+    def read_bytes(self) -> tuple[bytes, bool]:
+        """Read what has arrived, in pieces of lines; otherwise as `read`."""
+        closed, found = False, b""
         while True:
             try:
                 chunk = os.read(self.stdout, READ_BYTES)
             except BlockingIOError:
                 break
-            count += len(chunk)
-            self._inbox += chunk
+            found += chunk
             if len(chunk) < READ_BYTES:
                 closed = not chunk
                 break
-        self.was_blocked = count >= BLOCKED_BYTES
-        if b"\n" not in self._inbox:
-            return [], closed
-        *lines, rest = self._inbox.split(b"\n")
-        self._inbox = rest
-        return [_decode(line) for line in lines], closed
+        self.was_blocked = len(found) >= BLOCKED_BYTES
+        return found, closed
 
     def is_alive(self) -> bool:
         """Return False once the process has ended."""
@@ -151,16 +146,7 @@ class WorkerProcess:
             self._process.stdin.close()  # type: ignore[union-attr]
 
     def stop(self, grace: float, first_signal: int | None = None, thread: int | None = None) -> str:
-        """End the process and every process that it started, and reap it.
-
-        Args:
-          grace: seconds in which it may end by itself (it has died or was hung up), before it is killed.
-          first_signal: a signal to send at once; SIGABRT makes a hanging worker write its stacks.
-          thread: number of the thread whose stack is of interest.
-
-        Returns:
-          A description of how it ended, with that stack or the last lines of its stderr.
-        """
+        """End the process and every process that it started, and reap it."""
         self._ignore(self.stdout)
         self._ignore(self.stdin)
         if first_signal is not None and self.is_alive():
@@ -210,16 +196,6 @@ class WorkerProcess:
             if stack is not None:
                 return stack[0].strip()
         return "\n".join(text[-8192:].splitlines()[-STDERR_LINES:])
-
-
-def _decode(line: bytes) -> dict[str, Any]:
-    try:
-        message = json.loads(line)
-    except ValueError as error:
-        raise ProtocolError(f"not JSON: {bytes(line[:80])!r}") from error
-    if not isinstance(message, dict):
-        raise ProtocolError(f"not an object: {bytes(line[:80])!r}")
-    return message
 
 
 def _describe_status(code: int | None) -> str:

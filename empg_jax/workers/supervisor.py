@@ -17,9 +17,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from empg_jax.workers.backend import Process, Start
 from empg_jax.workers.faults import FaultPolicy, PoolError, PoolStats, PoolTimeouts, Reason, Tell
 from empg_jax.workers.inflight import Command, Inflight, find_culprit
-from empg_jax.workers.process import KILL_SECONDS, ProtocolError, WorkerProcess
+from empg_jax.workers.lines import ProtocolError
+from empg_jax.workers.process import KILL_SECONDS
 from empg_jax.workers.record import EpisodeRecord
 from empg_jax.workers.sink import Sink
 from empg_jax.workers.starts import Starts
@@ -44,6 +46,7 @@ class Supervisor:
         number: int,
         hello: Mapping[str, Any],
         *,
+        start: Start,
         timeouts: PoolTimeouts,
         policy: FaultPolicy,
         memory_limit_mb: int | None,
@@ -61,7 +64,8 @@ class Supervisor:
         self._hello, self._timeouts = dict(hello), timeouts
         self._memory_limit, self._selector, self._stats, self._sink = memory_limit_mb, selector, stats, sink
         self._pass_env, self._tell = pass_env, tell
-        self._process: WorkerProcess | None = None
+        self._start_process = start
+        self._process: Process | None = None
         self.is_replayable = True
         self._queue: list[EpisodeRecord] = []  # with a request that is not sent
         self._inflight = Inflight()
@@ -241,6 +245,8 @@ class Supervisor:
             self._fail(episode, "nondeterministic", detail, is_incident=False)
         elif message["kind"] == "garbage":
             self._fail(episode, "env_garbage", error)
+        elif "reason" in message:
+            self._fail(episode, message["reason"], error)
         else:
             self._fail(episode, "env_error", f"{error}\n{message['traceback']}")
 
@@ -328,7 +334,8 @@ class Supervisor:
     # The process.
 
     def _start(self) -> None:
-        self._process = WorkerProcess(self._hello, self._pass_env, self._selector, self)
+        self._process = self._start_process(self._pass_env, self._selector, self)
+        self._process.send(self._hello)
         self.is_ready = False
         self._progress = self._read_at = time.monotonic()
         self._stats.starts += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Names and patterns. Everything else (HF_TOKEN, WANDB_API_KEY, keys of clouds) stays in the trainer, unless
 # workers.pass_env names it.
@@ -33,13 +33,37 @@ def make_environment(pass_env: Sequence[str] = ()) -> dict[str, str]:
     """
     here = os.getcwd()
     paths = dict.fromkeys([path or here for path in sys.path] + [here])
-    patterns = (*ALLOWED, *pass_env)
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    kept = _select(os.environ, (*ALLOWED, *pass_env))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     # Arenas of malloc reserve address space for every thread, which counts against the memory limit.
     usual = {**threads, "MALLOC_ARENA_MAX": "2", "CUDA_VISIBLE_DEVICES": ""}
     return {**usual, **kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
+
+
+def merge_environment(
+    own: Mapping[str, str], brought: Mapping[str, str], pass_env: Sequence[str]
+) -> dict[str, str]:
+    """Merge a worker's variables on its machine with those that it would have on the trainer's.
+
+    The machine's own win, because folders differ between machines. What ``pass_env`` names comes from the
+    trainer. Modules are looked for in the trainer's folders, too, as on a shared file system.
+
+    Args:
+      own: `make_environment` on the worker's machine.
+      brought: `make_environment` on the trainer's.
+      pass_env: names of variables to hand on.
+    """
+    paths = [*brought["PYTHONPATH"].split(os.pathsep), *own["PYTHONPATH"].split(os.pathsep)]
+    # Ray puts copies of other packages on the path of its own processes.
+    paths = [path for path in paths if os.path.basename(os.path.dirname(path)) != "ray"]
+    merged = {**brought, **own, **_select(brought, pass_env)}
+    merged.pop("PYTHONBREAKPOINT", None)  # Ray's debugger waits for a connection
+    return {**merged, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def _select(variables: Mapping[str, str], patterns: Sequence[str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in variables.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }

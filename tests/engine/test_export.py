@@ -97,9 +97,9 @@ def integers(*shapes):
 def test_decode_lowers_for_every_platform(engine):
     programs, params, cache = engine
     key = jax.eval_shape(lambda: jax.random.key(0))
-    temperature = jax.ShapeDtypeStruct((), jnp.float32)
+    temperature = jax.ShapeDtypeStruct((8,), jnp.float32)
     exported = export.export(programs.decode, platforms=PLATFORMS, disabled_checks=TIED)(
-        params, cache, Request(key, *integers((8, 8), (2,)), temperature)
+        params, cache, Request(key, *integers((8, 8), (8, 4), (2,)), temperature)
     )
     assert exported.platforms == PLATFORMS
     check_state(outputs(exported)[0], cache)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 # Nothing is run, so the code that a device would run need not be good.
 QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-HERE = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[2]
 CASES = {
     "qwen2.5-7b": (dict(fsdp=4, tensor=2), dict(rows=8, length=1024)),
     "qwen2.5-32b": (dict(fsdp=16, tensor=4), dict(rows=32, length=1024)),
@@ -33,13 +33,14 @@ def find_problems(collectives, model, mesh):
     A device may be sent one matrix of one layer, a chunk of the table, or activations ``[tokens, D]`` of its
     own rows; never logits, and never the weights of several layers.
     """
-    depth, fsdp, tensor = model.hidden_size, mesh["fsdp"], mesh["tensor"]
+    depth, tensor = model.hidden_size, mesh["tensor"]
+    parts = mesh["fsdp"] * mesh.get("sequence", 1)
     matrix = depth * max(model.intermediate_size, model.num_heads * model.head_dim) // tensor
     entries = {model.vocab_size // n for n in range(1, 513) if model.vocab_size % n == 0} - {depth}
     for name, shape in collectives:
         numbers = math.prod(shape)
         others = {numbers // size for size in shape if size > 1000 and size in entries}
-        if others and not others & {depth, depth // fsdp}:
+        if others and not others & {depth, depth // parts}:
             yield f"{name} {shape}: logits"
         elif name == "all-gather" and not others and numbers > matrix:
             yield f"{name} {shape}: more than one layer's matrix, which has {matrix} numbers"
@@ -81,8 +82,8 @@ def test_update_splits_weights_and_gathers_one_layer_at_a_time(preset):
     request = json.dumps({"preset": preset, "mesh": mesh, **sizes})
     flags = f"--xla_force_host_platform_device_count={math.prod(mesh.values())} {QUICKLY}"
     done = subprocess.run(
-        [sys.executable, str(HERE / "compile_update.py"), request],
-        cwd=HERE.parents[1],
+        [sys.executable, str(ROOT / "scripts" / "compile_update.py"), request],
+        cwd=ROOT,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -91,10 +92,10 @@ def test_update_splits_weights_and_gathers_one_layer_at_a_time(preset):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Involuntary full rematerialization" not in done.stderr
     found = json.loads(done.stdout)
-    shards = mesh["fsdp"] * mesh["tensor"]
+    shards = math.prod(mesh.values())
     assert found["params_total"] / shards <= found["params_each"] < 1.01 * found["params_total"] / shards
     # Weights and both moments, all of them split, and next to nothing else.
     assert 3 * found["params_each"] < found["arguments"] < 3.02 * found["params_each"]
     assert any(name == "all-gather" for name, _ in found["collectives"])
     assert list(find_problems(found["collectives"], make_preset(preset), mesh)) == []
-    assert 0.9 < (found["arguments"] + found["temporary"]) / planned_bytes(preset, mesh, **sizes) < 1.2
+    assert 0.7 < (found["arguments"] + found["temporary"]) / planned_bytes(preset, mesh, **sizes) <= 1.0

@@ -1,6 +1,7 @@
 """The meeting of hosts, in threads of one process, and what says that there are several."""
 
 import socket
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -144,6 +145,52 @@ def test_the_seat_follows_from_the_keys(monkeypatch):
     assert find_seat(keys(coordinator="node0:99", num=1, index=0))[0] is None
     with pytest.raises(ConfigError, match=r"hosts\.enabled=true, but JAX finds no"):
         find_seat(keys(enabled=True))
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("left", "host", "devices"),
+    [
+        (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, "gpu07", None),  # alone on its machine: all devices there
+        (SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "1"}, "gpu07", [1]),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "10.96.0.1", None),
+        (
+            OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            "10.96.0.1",
+            [1],
+        ),
+    ],
+)
+def test_the_seat_follows_from_what_the_scheduler_left(left, host, devices, monkeypatch):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    seat, local_devices = find_seat(keys())
+    assert seat.coordinator[0] == host and (seat.num, seat.index) == (2, 1)
+    assert local_devices == devices
+
+
+@pytest.mark.filterwarnings("ignore:\nKubernetes environment detected")
+def test_a_jobset_that_jax_cannot_ask_is_told_the_keys(monkeypatch):
+    for name in ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX", "JOBSET_NAME"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setitem(sys.modules, "kubernetes", None)  # the package that JAX asks with
+    assert scheduler() == "JobSet"
+    with pytest.raises(ConfigError, match=r"set hosts\.coordinator, hosts\.num and hosts\.index"):
+        find_seat(keys())
 
 
 def test_alone_everything_is_agreed():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from empg_jax.models.attention import packed_attention
+from empg_jax.models.attention import packed_attention, sliced_attention
 from empg_jax.models.head import compute_head
 from empg_jax.parallel.layout import (
     constrain,
@@ -64,10 +64,10 @@ def test_lookup(mesh, vocab, depth):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2), (3, 1), (6, 3)])
 def test_attention(mesh, heads, kv_heads):
     segment_ids = np.repeat([[1, 1, 1, 2, 2, 2, 2, 0]], 4, axis=0).astype(np.int32)
-    attend = functools.partial(split_attention, packed_attention)
+    attend = functools.partial(split_attention, packed_attention, sliced_attention)
     inputs = normal(4, 8, heads, 4), normal(4, 8, kv_heads, 4, seed=1), normal(4, 8, kv_heads, 4, seed=2)
     assert_same_on_mesh(make_mesh(**MESHES[mesh]), attend, *inputs, segment_ids)
 
@@ -114,8 +114,8 @@ def test_shards_are_counted_inside_a_mesh():
     assert counted == [4, 2, 1]
 
 
-def test_heads_that_cannot_be_divided():
-    assert head_shards({"tensor": 2, "sequence": 2}, 12) == 4
-    assert head_shards({"tensor": 8, "sequence": 1}, 12) == 1
-    with pytest.raises(ValueError, match=r"12 heads cannot be divided over mesh.tensor=2 x mesh.sequence=4"):
-        head_shards({"tensor": 2, "sequence": 4}, 12)
+def test_heads_are_split_where_they_can_be_divided():
+    assert head_shards({"tensor": 2, "sequence": 2}, 12) == (2, 2)
+    assert head_shards({"tensor": 8, "sequence": 1}, 12) == (1, 1)
+    assert head_shards({"tensor": 2, "sequence": 4}, 12) == (2, 1)
+    assert head_shards({"tensor": 5, "sequence": 4}, 12) == (1, 4)

@@ -10,6 +10,7 @@ from empg_jax.parallel.mesh import (
     RULES,
     Blocks,
     make_mesh,
+    mesh_axes,
     named_sharding,
     replicated,
     row_sharding,
@@ -35,26 +36,30 @@ def test_too_few_devices_are_refused():
 
 
 def test_every_rule_names_a_mesh_axis():
-    assert set(RULES.values()) <= {*AXES, None}
+    assert {name for axes in RULES.values() for name in mesh_axes(axes)} == set(AXES)
+
+
+WHERE = ("fsdp", "sequence")  # what weights are stored over
 
 
 @pytest.mark.parametrize(
     "axes, shape, expected",
     [
-        (("embed", "mlp"), (8, 6), ("fsdp", "tensor")),
-        (("layers", "heads", "embed"), (3, 4, 8), (None, "tensor", "fsdp")),
-        (("vocab", "embed"), (31, 8), (None, "fsdp")),  # 31 is not even: replicated along that axis
-        (("embed", "mlp"), (6, 7), (None, None)),
+        (("embed", "mlp"), (8, 6), (WHERE, "tensor")),
+        (("layers", "heads", "embed"), (3, 4, 8), (None, "tensor", WHERE)),
+        (("vocab", "embed"), (31, 8), (None, WHERE)),  # 31 is not even: replicated along that axis
+        (("embed", "mlp"), (6, 7), ("fsdp", None)),  # 6 is no multiple of 4: over the first axis only
+        (("embed", "mlp"), (5, 6), (None, "tensor")),
         ((None,), (8,), (None,)),
-        (("embed", Blocks("kv_heads", 4)), (8, 8), ("fsdp", "tensor")),  # two heads of 4
-        (("embed", Blocks("kv_heads", 8)), (8, 8), ("fsdp", None)),  # one head of 8 is not cut
+        (("embed", Blocks("kv_heads", 4)), (8, 8), (WHERE, "tensor")),  # two heads of 4
+        (("embed", Blocks("kv_heads", 8)), (8, 8), (WHERE, None)),  # one head of 8 is not cut
     ],
 )
 def test_logical_axes_become_mesh_axes(axes, shape, expected):
-    mesh = make_mesh(fsdp=4, tensor=2)
+    mesh = make_mesh(fsdp=2, tensor=2, sequence=2)
     sharding = named_sharding(mesh, axes, shape)
     assert sharding.spec == PartitionSpec(*expected)
-    sizes = {"fsdp": 4, "tensor": 2, None: 1}
+    sizes = {WHERE: 4, "fsdp": 2, "tensor": 2, None: 1}
     shard = jax.device_put(jnp.zeros(shape), sharding).addressable_shards[0].data.shape
     assert shard == tuple(size // sizes[name] for size, name in zip(shape, expected, strict=True))
 
@@ -63,7 +68,7 @@ def test_trees_of_shapes():
     mesh = make_mesh(fsdp=4, tensor=2)
     tree = {"a": jax.ShapeDtypeStruct((8, 2), jnp.float32), "b": {"c": jnp.zeros(4)}}
     shardings = tree_shardings(mesh, {"a": ("embed", "mlp"), "b": {"c": (None,)}}, tree)
-    assert shardings["a"].spec == PartitionSpec("fsdp", "tensor")
+    assert shardings["a"].spec == PartitionSpec(WHERE, "tensor")
     assert shardings["b"]["c"].spec == PartitionSpec(None)
 
 

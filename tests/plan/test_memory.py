@@ -1,6 +1,7 @@
 """The memory plan: its arithmetic against the compiler's, every shipped configuration, its words."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -20,6 +21,8 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.plan.explain import GIB, as_line, explain, find_shape, spread
 from empg_jax.plan.memory import compute_plan
+from empg_jax.plan.speed import Chip, compute_speed
+from empg_jax.plan.whole import whole_lines
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = DecoderConfig(
@@ -75,7 +78,7 @@ def reserved_bytes(model, mesh, rows, length):
 def test_the_estimate_is_near_what_the_compiler_reserves(remat, mesh):
     model = dataclasses.replace(SMALL, remat=remat)
     planned = update_bytes(compute_plan(make_config(mesh, 8, 256), model))
-    assert 0.85 < reserved_bytes(model, mesh, 8, 256) / planned < 1.2
+    assert 0.65 < reserved_bytes(model, mesh, 8, 256) / planned <= 1.0
 
 
 def test_weights_moments_and_cache_are_counted_exactly():
@@ -146,10 +149,58 @@ def test_a_plan_is_spread_over_devices_by_fsdp():
         spread(config, 7)
 
 
-def test_heads_that_the_sequence_axis_cannot_divide_are_refused():
-    config = make_config(dict(sequence=8), 8, 256, model={"preset": "qwen2.5-7b"})
-    with pytest.raises(ConfigError, match=r"28 heads cannot be divided over mesh.tensor=1 x mesh.sequence=8"):
-        find_shape(config)
+@pytest.mark.parametrize(
+    "mesh, rollout, said",
+    [
+        ({}, {}, []),
+        (
+            dict(sequence=8),
+            {},
+            ["mesh.sequence=8 does not divide the 28 heads: keys and values are gathered"],
+        ),
+        (
+            dict(tensor=8),
+            {},
+            ["tensor=8 does not divide key/value heads 4: ", r"heads 28: \d+ MiB more"],
+        ),
+        (dict(fsdp=5), {}, [r"mesh.fsdp=5 does not divide hidden size 3584: \d{5} MiB more"]),
+        ({}, dict(tensor=7), [r"tensor=7 does not divide 4 key/value heads: each is kept 7 times.* 1/1 of"]),
+        (
+            {},
+            dict(tensor=8),
+            ["tensor=8 does not divide the 28 heads: every device holds the whole KV cache"],
+        ),
+    ],
+)
+def test_what_is_not_split_is_said_with_its_cost(mesh, rollout, said):
+    lines = whole_lines(*_seven(mesh, rollout))
+    assert len(lines) == len(said)
+    for line, pattern in zip(lines, said, strict=True):
+        assert re.search(pattern, line), line
+
+
+def _seven(mesh, rollout):
+    sections = {"mesh": mesh, "model": {"preset": "qwen2.5-7b"}, "train": {"micro_tokens": 40 * 256}}
+    sizes = {"max_tokens": 256, "tasks_per_update": 1, "group_size": 40, **rollout}
+    config = Config.model_validate({**sections, "rollout": sizes})
+    return config, find_shape(config)
+
+
+def test_weights_are_split_over_fsdp_and_sequence():
+    split = [_seven(mesh, {}) for mesh in (dict(fsdp=8), dict(fsdp=2, sequence=4))]
+    one, other = (sizes(compute_plan(*each)) for each in split)
+    assert one["weights"] == other["weights"] and one["optimizer"] == other["optimizer"]
+
+
+def test_pairs_of_changes_are_tried_where_no_single_one_is_enough():
+    def load(changes):
+        return load_config("household_qwen2.5_7b", ["mesh.fsdp=1", "rollout.tensor=1", *changes])
+
+    lines = explain(load, memory=60 * GIB)
+    fitting = [line for line in lines if line.endswith("which fits")]
+    assert fitting and all(
+        len({c.partition("=")[0] for c in line.split(":")[0].split()}) > 2 for line in fitting
+    )
 
 
 def test_what_does_not_fit_is_said_with_what_would():
@@ -165,6 +216,29 @@ def test_what_does_not_fit_is_said_with_what_would():
     config = load([])
     line = as_line(compute_plan(config, find_shape(config)), 80 * GIB)
     assert "\n" not in line and "optimizer" in line and line.endswith("does not fit")
+
+
+def test_the_command_prints_the_times_to_expect():
+    result = CliRunner().invoke(app, ["plan", "household_qwen2.5_7b", "--chip", "h100"])
+    assert result.exit_code == 0, result.stderr
+    assert "not a measurement (989 TFLOP/s, 3350 GB/s" in result.stdout and "of 75 GiB" in result.stdout
+    refused = CliRunner().invoke(app, ["plan", "quickstart", "--chip", "abacus"])
+    assert refused.exit_code == 2 and "choose one of h100, v5e, v5p, v6e" in refused.stderr
+
+
+def test_expected_times_follow_from_the_peaks():
+    chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9)
+    config, model = _seven(dict(fsdp=8), {})
+    model = dataclasses.replace(model, dtype=jnp.bfloat16)
+    speed = compute_speed(config, model, chip)
+    weights = 7.07e9  # without the input embedding
+    tokens = 40 * 256
+    attention = 4 * 28 * 28 * 128 * 128
+    assert speed.compute == pytest.approx(4 * tokens * (2 * weights + attention) / 8 / 100e12, rel=0.01)
+    assert speed.exchange == pytest.approx((3 * 2 + 4) * weights * 7 / 8 / 1e11, rel=0.01)
+    cache = 40 * 128 * 2 * 28 * 4 * 128 * 2
+    assert speed.step == pytest.approx((2 * weights + cache) / 1e12, rel=0.01)
+    assert speed.decode_rate == pytest.approx(40 / speed.step)
 
 
 def test_the_command_prints_the_plan():

@@ -34,6 +34,19 @@ def make_credit(trajectories):
     return TurnCredit(base / 7, base + 0.1, base + 0.2, base + 0.3, base + 0.4, np.ones(size, bool))
 
 
+def test_the_detail_of_an_outcome_comes_back(tmp_path):
+    episodes = Episodes()
+    outcome = Outcome(Status.TRAINED, "suspect", "canary: tests/test_a.py::test_b PASSED")
+    trajectory = episodes.trajectory(
+        [episodes.turn([1], 2)], outcome=outcome, is_success=False, episode_return=0
+    )
+    (record,) = describe_episodes([trajectory], None, update=1)
+    assert (record["reason"], record["detail"]) == ("suspect", outcome.detail)
+    (read,) = read_episodes(write(tmp_path, record))
+    found = make_trajectory(read, is_transcript=True)
+    assert found.outcome == outcome
+
+
 def test_an_episode_as_the_contract_says():
     episodes = Episodes()
     turns = [

@@ -17,7 +17,7 @@ WORST = "see <img src=x onerror=alert(1)> & </script><script>alert(2)</script> \
 
 def test_texts_are_shown_as_text(browser, tmp_path):
     worst = [turn(0, observation=WORST, response=WORST), turn(1, response="x" * 100_000)]
-    files = {1: [episode(1, 0, 0, turns=worst, reason="<b>won</b>", metrics={"<i>": 1})]}
+    files = {1: [episode(1, 0, 0, turns=worst, reason="<b>won</b>", detail="a <canary>", metrics={"<i>": 1})]}
     run = make_run(tmp_path / "@SCRIPT@ <script>alert(3)<!--", files)
     show(browser, run)
     browser.wait("document.querySelectorAll('.turn').length === 2")
@@ -28,6 +28,7 @@ def test_texts_are_shown_as_text(browser, tmp_path):
         browser.run("document.querySelectorAll('main img, main script, main b, main i[title]').length") == 0
     )
     assert "<script>alert(3)<!--" in browser.text("h1") and "<b>won</b>" in browser.text(".facts")
+    assert "<b>won</b>: a <canary>" in browser.text("main")
     # A long response is cut on the screen, and whole behind a button.
     assert len(browser.text("#turn-1 .response")) < 5_000
     browser.click("#turn-1 .response button")

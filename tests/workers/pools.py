@@ -1,17 +1,25 @@
 """What the tests of the pool share: pools of fakes, and whole rounds of commands."""
 
-import os
 import time
 
-from empg_jax.workers.pool import EnvPool, PoolTimeouts
+import pytest
 
+from empg_jax.workers.pool import EnvPool, PoolTimeouts
+from empg_jax.workers.process import start_local
+
+START = start_local  # changed by the fixture `backend`
+both = pytest.mark.usefixtures("backend")  # a test that every backend must pass
 PATIENT = PoolTimeouts(start=30, reset=30, step=30)
 SHORT = PoolTimeouts(start=30, reset=30, step=3.0)  # a busy machine answers within this
 
 
-def open_pool(env="FaultyEnv", *, timeouts=PATIENT, num_workers=1, **kwargs):
+def open_pool(env="FaultyEnv", **kwargs):
+    return open_named(f"tests.fakes:{env}", **kwargs)
+
+
+def open_named(env, *, timeouts=PATIENT, num_workers=1, **kwargs):
     options = kwargs.pop("options", {})
-    return EnvPool(f"tests.fakes:{env}", options, num_workers=num_workers, timeouts=timeouts, **kwargs)
+    return EnvPool(env, options, num_workers=num_workers, timeouts=timeouts, start=START, **kwargs)
 
 
 def gather(pool, count):
@@ -45,8 +53,25 @@ def counts_in(reply):
 
 
 def wait_for_exit(pid):
-    """Until the kernel has ended the process (it stays a zombie of ours)."""
+    """Until the kernel has ended the process (it stays a zombie of its parent)."""
+    wait_for_state(pid, "Z", "X", "")
+
+
+def wait_for_stop(pid):
+    """Until a process that got SIGSTOP does nothing any more."""
+    wait_for_state(pid, "T")
+
+
+def wait_for_state(pid, *states):
     end = time.monotonic() + 10
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+    while state_of(pid) not in states:
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+def state_of(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""

@@ -10,10 +10,10 @@ import time
 import pytest
 
 from empg_jax.workers import memory
-from empg_jax.workers import process as worker_process
+from empg_jax.workers import pool as worker_pool
 from empg_jax.workers.variables import make_environment
 from tests.processes import is_running
-from tests.workers.pools import act, counts_in, gather, open_pool, reset_all, wait_for_exit
+from tests.workers.pools import act, both, counts_in, gather, open_pool, reset_all, wait_for_exit
 
 
 def wait_until(condition, seconds=30):
@@ -28,7 +28,7 @@ def stderr_size(pool):
 
 
 def test_noisy_environment_fills_neither_pipe_nor_disk(monkeypatch):
-    monkeypatch.setattr(worker_process, "STDERR_KEEP", 10_000)
+    monkeypatch.setattr(worker_pool, "STDERR_KEEP", 10_000)
     with open_pool() as pool:
         reset_all(pool, [0])
         for turn in range(1, 120):
@@ -55,6 +55,7 @@ def test_a_flood_in_one_step_does_not_stay_and_the_last_words_do():
 ENDS = [(action, end) for action in ("child", "orphan", "nameless") for end in ("close", "hang", "kill")][:-1]
 
 
+@both
 @pytest.mark.parametrize(("action", "end"), ENDS)
 def test_no_process_is_left_behind(action, end):
     pool = open_pool("ParentEnv", options={"length": 99})
@@ -93,6 +94,7 @@ def test_no_process_is_left_behind_when_the_trainer_is_killed(tmp_path):
     wait_until(lambda: not is_running(child) and not is_running(worker))
 
 
+@both
 def test_workers_see_no_secret_unless_it_is_named(monkeypatch):
     secrets = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "GITHUB_TOKEN")
     for name in (*secrets, "MY_SERVER", "LC_TIME", "http_proxy", "NO_PROXY"):
@@ -122,6 +124,7 @@ def test_the_default_memory_limit_is_a_share_of_the_machine(monkeypatch, tmp_pat
     assert memory.machine_mb() > 0
 
 
+@both
 def test_a_step_that_hangs_in_a_child_is_ended_with_it():
     with open_pool("ParentEnv", options={"length": 99}) as pool:
         reset_all(pool, range(2))

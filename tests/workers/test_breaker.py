@@ -10,7 +10,17 @@ import pytest
 from empg_jax.workers.breaker import Breaker
 from empg_jax.workers.faults import FaultPolicy, PoolError
 from empg_jax.workers.pool import PoolTimeouts
-from tests.workers.pools import PATIENT, SHORT, act, counts_in, gather, open_pool, reset_all, wait_for_exit
+from tests.workers.pools import (
+    PATIENT,
+    SHORT,
+    act,
+    both,
+    counts_in,
+    gather,
+    open_pool,
+    reset_all,
+    wait_for_exit,
+)
 
 QUICK = FaultPolicy(breaker_min=3, probe=0.05, patience=60, backoff=0.01, backoff_max=0.05)
 
@@ -154,6 +164,7 @@ def test_patience_ends_and_a_short_recovery_does_not_renew_it():
 # ------------------------------------------------------------------------------------ through the pool
 
 
+@both
 @pytest.mark.parametrize("at", ["reset", "step"])
 def test_an_outage_ends_by_itself_and_costs_no_task(tmp_path, at):
     backend, diary = tmp_path / "backend", Diary()
@@ -223,6 +234,7 @@ def test_an_outage_that_hangs_ends_by_itself(tmp_path):
         assert counts_in(act(pool, {3: "x"})[3]) == 1  # it was in flight and never failed
 
 
+@both
 def test_workers_that_do_not_start_any_more_are_waited_for(tmp_path):
     backend, diary = tmp_path / "backend", Diary()
     backend.touch()
@@ -300,6 +312,7 @@ def test_a_pool_without_an_outage_never_opens():
         assert pool.stats.failures == {"env_error": 8} and pool.breaker.openings == 0
 
 
+@both
 def test_one_dead_worker_with_64_episodes_is_one_incident():
     diary = Diary()
     policy = FaultPolicy(breaker_min=3, breaker_window=8)

@@ -13,7 +13,17 @@ from empg_envs.lanes import Lanes
 from empg_envs.worker import EnvHost
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
 from tests.cages import need_cages
-from tests.workers.pools import PATIENT, SHORT, act, counts_in, gather, open_pool, reset_all, wait_for_exit
+from tests.workers.pools import (
+    PATIENT,
+    SHORT,
+    act,
+    both,
+    counts_in,
+    gather,
+    open_pool,
+    reset_all,
+    wait_for_exit,
+)
 
 
 def test_a_turn_of_64_slow_environments_takes_about_one_step():
@@ -26,6 +36,7 @@ def test_a_turn_of_64_slow_environments_takes_about_one_step():
         assert [counts_in(replies[handle]) for handle in range(64)] == [1] * 64
 
 
+@both
 def test_one_lane_is_a_serial_worker():
     with open_pool("SlowEnv", lanes=1, options={"latency": 0.05}) as pool:
         reset_all(pool, range(4))
@@ -79,6 +90,7 @@ def test_no_step_is_lost_or_doubled_where_slow_and_quick_ones_mix(lanes):
         assert set(done.values()) == {rounds} and pool.poll(0.05) == []
 
 
+@both
 def test_a_hang_among_many_costs_one_episode_and_names_its_line():
     with open_pool(timeouts=SHORT, options={"length": 99}) as pool:
         reset_all(pool, range(8))
@@ -108,6 +120,7 @@ def test_the_cause_of_a_death_among_many_is_found_and_nobody_else_pays():
         assert pool.stats.restarts == 2
 
 
+@both
 def test_a_death_from_outside_among_many_costs_nothing():
     with open_pool(options={"length": 99}) as pool:
         reset_all(pool, range(4))

@@ -8,10 +8,22 @@ import time
 
 import pytest
 
-from empg_jax.workers.pool import EnvPool, FaultPolicy, PoolError, PoolTimeouts
-from tests.workers.pools import SHORT, act, counts_in, gather, open_pool, reset_all, wait_for_exit
+from empg_jax.workers.pool import FaultPolicy, PoolError, PoolTimeouts
+from tests.workers.pools import (
+    SHORT,
+    act,
+    both,
+    counts_in,
+    gather,
+    open_named,
+    open_pool,
+    reset_all,
+    wait_for_exit,
+    wait_for_stop,
+)
 
 
+@both
 def test_round_trip():
     with open_pool() as pool:
         assert pool.splits == {"train": 100, "test": 100}
@@ -30,6 +42,7 @@ def test_round_trip():
         assert pool.stats.commands == pool.stats.replies == 11
 
 
+@both
 def test_no_step_is_lost_or_doubled():
     handles, rounds = 20, 500
     with open_pool("CountingEnv", num_workers=2, options={"length": 10**9}) as pool:
@@ -49,6 +62,7 @@ def test_no_step_is_lost_or_doubled():
         assert pool.poll(0.05) == []
 
 
+@both
 def test_large_messages_both_ways_do_not_deadlock():
     # Far more than a pipe holds, in both directions, before anybody reads.
     with open_pool("CountingEnv", options={"pad": 300_000}) as pool:
@@ -58,6 +72,7 @@ def test_large_messages_both_ways_do_not_deadlock():
         assert all(len(reply.observation) > 700_000 for reply in replies.values())
 
 
+@both
 def test_parent_that_is_away_longer_than_the_deadline_blames_nobody():
     # The worker blocks on a full pipe meanwhile, so its last answers were not even begun.
     with open_pool("CountingEnv", timeouts=SHORT, options={"pad": 100_000}) as pool:
@@ -70,6 +85,7 @@ def test_parent_that_is_away_longer_than_the_deadline_blames_nobody():
         assert all(reply.failure is None for reply in gather(pool, 6).values())
 
 
+@both
 def test_misuse_is_refused():
     with open_pool() as pool:
         with pytest.raises(
@@ -91,6 +107,7 @@ def test_misuse_is_refused():
         pool.poll(0)
 
 
+@both
 @pytest.mark.parametrize(
     ("action", "reason", "detail"),
     [
@@ -120,12 +137,14 @@ def test_broken_environment_costs_its_episode_only(action, reason, detail):
         assert pool.stats.restarts == (reason in ("worker_died", "timeout"))
 
 
+@both
 def test_a_hang_names_the_line_that_hangs():
     with open_pool(timeouts=SHORT) as pool:
         reset_all(pool, [0])
         assert "fakes.py" in act(pool, {0: "hang"})[0].failure.detail
 
 
+@both
 def test_idle_worker_that_is_killed_costs_nothing():
     with open_pool(num_workers=2) as pool:
         reset_all(pool, range(6))
@@ -140,12 +159,13 @@ def test_idle_worker_that_is_killed_costs_nothing():
         assert before[1] in pool.worker_pids() and before[0] not in pool.worker_pids()
 
 
+@both
 def test_commands_that_a_dead_worker_never_read_blame_nobody():
     with open_pool() as pool:
         reset_all(pool, range(3))
         (pid,) = pool.worker_pids()
         os.kill(pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, pid, os.WSTOPPED)  # from here on it reads nothing
+        wait_for_stop(pid)  # from here on it reads nothing
         for handle in range(3):
             pool.step(handle, "x")
         assert pool.poll(0) == []
@@ -153,6 +173,7 @@ def test_commands_that_a_dead_worker_never_read_blame_nobody():
         assert [counts_in(reply) for reply in gather(pool, 3).values()] == [1] * 3
 
 
+@both
 def test_repeated_kills_in_mid_episode_lose_no_step():
     with open_pool("CountingEnv", num_workers=2, options={"length": 40}) as pool:
         reset_all(pool, range(8))
@@ -168,6 +189,7 @@ def test_repeated_kills_in_mid_episode_lose_no_step():
         assert pool.stats.recovered == 16
 
 
+@both
 def test_nondeterministic_environment_is_found_out():
     with open_pool("NondeterministicEnv") as pool:
         reset_all(pool, range(2))
@@ -180,6 +202,7 @@ def test_nondeterministic_environment_is_found_out():
         assert pool.stats.recovered == 0
 
 
+@both
 def test_a_replay_that_hangs_costs_its_episode(tmp_path):
     with open_pool(timeouts=SHORT) as pool:
         reset_all(pool, range(3))
@@ -191,6 +214,7 @@ def test_a_replay_that_hangs_costs_its_episode(tmp_path):
         assert counts_in(replies[2]) == 2 and pool.stats.restarts == 2
 
 
+@both
 def test_released_episode_never_answers():
     with open_pool(timeouts=SHORT) as pool:
         reset_all(pool, range(2))
@@ -211,6 +235,7 @@ def test_released_episode_never_answers():
         assert not pool.stats.failures and pool.stats.restarts == 1
 
 
+@both
 @pytest.mark.parametrize(
     ("env", "message"),
     [
@@ -221,9 +246,10 @@ def test_released_episode_never_answers():
 )
 def test_worker_that_does_not_start_is_named(env, message):
     with pytest.raises(PoolError, match=message):
-        EnvPool(env, num_workers=1)
+        open_named(env)
 
 
+@both
 def test_worker_that_starts_at_the_third_attempt(tmp_path):
     options = {"path": str(tmp_path / "attempts"), "failures": 2}
     with open_pool("FlakyStartEnv", options=options) as pool:
@@ -245,6 +271,7 @@ def test_worker_that_is_slow_to_start_is_named():
         open_pool("SlowEnv", timeouts=PoolTimeouts(start=0.5), options={"start": 60}, faults=policy)
 
 
+@both
 def test_growing_worker_is_replaced_between_commands():
     with open_pool(memory_limit_mb=150) as pool:
         reset_all(pool, range(2))
@@ -258,6 +285,7 @@ def test_growing_worker_is_replaced_between_commands():
         assert not pool.stats.failures and pool.stats.recovered == 1
 
 
+@both
 def test_memory_leap_is_an_error_and_memory_limit_below_start_is_named():
     with open_pool(memory_limit_mb=200) as pool:
         reset_all(pool, range(2))
@@ -269,6 +297,7 @@ def test_memory_leap_is_an_error_and_memory_limit_below_start_is_named():
         open_pool(memory_limit_mb=1)
 
 
+@both
 @pytest.mark.parametrize("is_hanging", [False, True])
 def test_close_leaves_no_process(is_hanging):
     pool = open_pool(num_workers=2)

@@ -9,7 +9,7 @@ from empg_envs import make_env
 from empg_jax.workers.inflight import Command, Inflight
 from empg_jax.workers.record import EpisodeRecord
 from tests.cages import has_cages
-from tests.workers.pools import SHORT, act, counts_in, gather, open_pool, reset_all, wait_for_exit
+from tests.workers.pools import SHORT, act, both, counts_in, gather, open_pool, reset_all, wait_for_exit
 
 
 def kill(pool):
@@ -18,6 +18,7 @@ def kill(pool):
     wait_for_exit(pid)
 
 
+@both
 def test_episodes_that_cannot_be_replayed_are_lost_at_once():
     with open_pool("UnreplayableEnv") as pool:
         reset_all(pool, range(4))
@@ -32,6 +33,7 @@ def test_episodes_that_cannot_be_replayed_are_lost_at_once():
         assert all(reply.failure is None for reply in reset_all(pool, range(4)).values())
 
 
+@both
 def test_a_reset_that_was_not_answered_has_nothing_to_lose():
     with open_pool("UnreplayableEnv") as pool:
         reset_all(pool, [0])
@@ -45,6 +47,7 @@ def test_a_reset_that_was_not_answered_has_nothing_to_lose():
         assert replies[0].failure.reason == "worker_died" and replies[1].failure is None
 
 
+@both
 def test_a_snapshot_stands_for_the_replay():
     with open_pool("SnapshotEnv", timeouts=SHORT) as pool:
         reset_all(pool, range(3))
@@ -62,6 +65,7 @@ def test_a_snapshot_stands_for_the_replay():
         assert pool.stats.failures == {"worker_died": 1}
 
 
+@both
 def test_memory_does_not_cost_episodes_that_cannot_be_replayed():
     with open_pool("UnreplayableEnv", memory_limit_mb=150, options={"length": 10**6}) as pool:
         reset_all(pool, range(2))
@@ -137,6 +141,7 @@ def test_each_lane_has_its_deadline():
     assert inflight.due(0.0, limit) == (float("inf"), None)
 
 
+@both
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_repeated_deaths_lose_no_step(lanes):
     with open_pool("CountingEnv", lanes=lanes, options={"length": 40}) as pool:

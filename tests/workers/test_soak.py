@@ -1,11 +1,12 @@
 """A soak of the whole rollout path: a simulated policy, weights that change, environments that break.
 
-Every step crashes its worker with 1 % chance and hangs with 1 %, workers are killed from outside besides, and
-every fourth task takes four times as long. ``SOAK_SECONDS`` sets the duration.
+Steps crash their worker and hang, workers are killed from outside besides, and every fourth task takes four
+times as long. ``SOAK_SECONDS`` sets the duration.
 """
 
 import collections
 import contextlib
+import dataclasses
 import gc
 import os
 import random
@@ -30,8 +31,26 @@ pytestmark = pytest.mark.slow
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 SLOTS, GROUP_SIZE, GROUPS_PER_UPDATE, LENGTH, TASKS, MAX_LAG = 24, 4, 4, 5, 500, 2
 STRETCH = 4
+MEAN_LENGTH = LENGTH * (3 + STRETCH) / 4
 SECONDS_PER_KILL = 0.7
 SEED = 11
+
+
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """How bad it is: chances of a crash and of a hang per step, steps between two kills, and the workers."""
+
+    rate: float
+    steps_per_kill: int
+    latency: float  # seconds that a step takes
+    workers: int
+    lanes: int
+
+
+# One step in fifty breaks, at once: more than any run has to bear, for the accounts.
+HEAVY = Trouble(rate=0.01, steps_per_kill=50, latency=0.0, workers=2, lanes=16)
+# One episode in a hundred crashes and one hangs, one step in a thousand is killed: for the speed.
+LIGHT = Trouble(rate=0.01 / MEAN_LENGTH, steps_per_kill=1000, latency=0.1, workers=6, lanes=4)
 
 
 class SimulatedEngine:
@@ -118,8 +137,8 @@ def count_resources():
 class Soak:
     """The parts, put together as a training run does; the learner trains on nothing, but counts."""
 
-    def __init__(self, pool, *, is_disturbed):
-        self.pool, self.is_disturbed = pool, is_disturbed
+    def __init__(self, pool, steps_per_kill):
+        self.pool, self.steps_per_kill = pool, steps_per_kill
         collector = Collector(
             SimulatedEngine(),
             pool,
@@ -146,11 +165,14 @@ class Soak:
         """Kills a worker from outside now and then, asked while the learner waits."""
         pids, replies = self.pool.worker_pids(), self.pool.stats.replies
         is_due = pids and time.monotonic() > self._next_kill and replies >= self._next_replies
-        if self.is_disturbed and is_due:
+        if self.steps_per_kill and is_due:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pids[self.kills % len(pids)], signal.SIGKILL)
             self.kills += 1
-            self._next_kill, self._next_replies = time.monotonic() + SECONDS_PER_KILL, replies + 50
+            self._next_kill, self._next_replies = (
+                time.monotonic() + SECONDS_PER_KILL,
+                replies + self.steps_per_kill,
+            )
 
     def train(self, seconds):
         """Updates for that long."""
@@ -173,12 +195,21 @@ class Soak:
             self.version += 1
 
 
-def run_soak(seconds, **options):
-    """One soak with environments of these options; returns it and its resources, early and late."""
+def run_soak(seconds, trouble):
+    """One soak; returns it and its resources, early and late."""
     timeouts = PoolTimeouts(start=30, reset=5, step=0.4)
-    options |= {"length": LENGTH, "stretch": STRETCH, "tasks": TASKS}
-    with EnvPool("tests.fakes:TailEnv", options, num_workers=2, timeouts=timeouts) as pool:
-        soak = Soak(pool, is_disturbed=options["crash"] > 0)
+    options = {
+        "length": LENGTH,
+        "stretch": STRETCH,
+        "tasks": TASKS,
+        "crash": trouble.rate,
+        "hang": trouble.rate,
+        "latency": trouble.latency,
+    }
+    with EnvPool(
+        "tests.fakes:TailEnv", options, num_workers=trouble.workers, lanes=trouble.lanes, timeouts=timeouts
+    ) as pool:
+        soak = Soak(pool, trouble.steps_per_kill)
         with soak.rollout:
             soak.train(seconds / 4)
             before = count_resources()
@@ -187,9 +218,10 @@ def run_soak(seconds, **options):
         return soak, before, after, pool.worker_pids()
 
 
-def test_soak_loses_and_doubles_nothing(capsys):
-    calm, *_ = run_soak(SECONDS / 6, crash=0.0, hang=0.0)
-    soak, before, after, pids = run_soak(SECONDS, crash=0.01, hang=0.01)
+@pytest.mark.parametrize("trouble", [HEAVY, LIGHT], ids=["heavy", "light"])
+def test_soak_loses_and_doubles_nothing(capsys, trouble):
+    calm, *_ = run_soak(SECONDS / 6, dataclasses.replace(trouble, rate=0.0, steps_per_kill=0))
+    soak, before, after, pids = run_soak(SECONDS, trouble)
     stats, ledger = soak.pool.stats, soak.ledger
 
     # Every group that was begun is accounted for: trained on once, still open, or replaced and told.

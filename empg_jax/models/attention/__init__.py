@@ -9,6 +9,8 @@ platform selects the back end when a program is lowered (`packed`):
 `splash`        JAX's splash kernel with segments and grouped heads                             TPU
 ==============  ==============================================================================  ===========
 
+``sliced_attention`` is attention of a part of a row's queries, for more devices along time than heads.
+
 ``cached_attention`` is attention over the engine's KV cache. On GPUs its decode step uses the Pallas kernel
 of `ragged`, which reads only the filled part of the cache; elsewhere it is two dense products (`cached`).
 
@@ -29,3 +31,4 @@ from empg_jax.models.attention.packed import SAVED as SAVED
 from empg_jax.models.attention.packed import is_fusible as is_fusible
 from empg_jax.models.attention.packed import packed_attention as packed_attention
 from empg_jax.models.attention.reference import reference_attention as reference_attention
+from empg_jax.models.attention.sliced import sliced_attention as sliced_attention

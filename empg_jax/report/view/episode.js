@@ -160,10 +160,11 @@ async function drawEpisode(i) {
   if (i !== chosen || tab !== "episode" || algorithm !== $("what-if").value) return;
   const metrics = Object.entries(episode.metrics).map(([name, value]) => `${name} ${show(value)}`).join(", ");
   const boxes = episode.turns.map((turn, k) => turnBox(turn, k, others && others[k], algorithm));
+  const more = episode.detail ? [make("p", { class: "facts", text: `${of("reason", i)}: ${episode.detail}` })] : [];
   const facts = metrics ? [make("p", { class: "facts", text: metrics })] : [];
   if (others) facts.push(make("p", { class: "facts", text: `credit shown: what ${algorithm} would give this batch` }));
   if (!boxes.length) facts.push(make("p", { class: "message", text: "This record has no turns." }));
-  $("pane").replaceChildren(...headline(i), ...facts, ...boxes);
+  $("pane").replaceChildren(...headline(i), ...more, ...facts, ...boxes);
   turnAt = -1;
 }
 

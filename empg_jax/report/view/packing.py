@@ -180,7 +180,11 @@ def _searched(record: Record) -> str:
 def _describe(record: Record, decode: Decode | None) -> dict[str, Any]:
     metrics = record.get("metrics")
     shown = {str(name): number(value) for name, value in metrics.items()} if isinstance(metrics, dict) else {}
-    return {"metrics": shown, "turns": [_turn(turn, decode) for turn in record["turns"]]}
+    return {
+        "detail": _text(record.get("detail")),
+        "metrics": shown,
+        "turns": [_turn(turn, decode) for turn in record["turns"]],
+    }
 
 
 def _turn(turn: Record, decode: Decode | None) -> dict[str, Any]:

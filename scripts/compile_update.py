@@ -1,9 +1,12 @@
 """Compile the learner's update of a preset from shapes alone, and print what came out as one JSON object.
 
 A program of its own, because the number of fake devices is fixed when JAX starts. It takes its mesh and sizes
-as JSON: ``{"preset": "qwen2.5-7b", "mesh": {"fsdp": 8}, "rows": 8, "length": 1024}``.
+as JSON, and changes of the model besides: ``{"preset": "qwen2.5-7b", "mesh": {"fsdp": 8}, "rows": 8,
+"length": 1024, "num_layers": 2}``. The compiler counts what stands in a loop once, so flops and bytes are
+those of one micro-batch, and of one layer unless ``scan_layers`` is false.
 """
 
+import collections
 import json
 import math
 import re
@@ -19,6 +22,7 @@ from empg_jax.learner.state import make_optimizer, state_shapes
 from empg_jax.learner.update import make_learner
 from empg_jax.parallel.mesh import make_mesh
 
+BYTES = {"bf16": 2, "pred": 1, "u8": 1, "s8": 1}
 OPERATIONS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 
 
@@ -54,6 +58,17 @@ def split_bytes(state):
     return total, each
 
 
+def count_sent(text):
+    """Bytes of the results of every kind of collective operation, on one device."""
+    found = collections.Counter()
+    for line in text.splitlines():
+        if match := re.search(rf"= (.*?) ({OPERATIONS})(-start)?\(", line):
+            for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
+                numbers = math.prod(int(size) for size in sizes.split(",") if size)
+                found[match[2]] += numbers * BYTES.get(kind, 4)
+    return dict(found)
+
+
 def list_collectives(text):
     """``[operation, shape]`` of every kind of array that a collective operation gives."""
     found = set()
@@ -73,6 +88,9 @@ def main():
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "collectives": list_collectives(compiled.as_text()),
+        "sent": count_sent(compiled.as_text()),
+        "flops": compiled.cost_analysis()["flops"],
+        "bytes": compiled.cost_analysis()["bytes accessed"],
     }
     print(json.dumps(report))
 

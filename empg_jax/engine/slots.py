@@ -1,0 +1,177 @@
+"""The host's table of conversations: their tokens, their responses, and what the device has of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from empg_jax.engine.programs import Burst, EngineConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Response:
+    """One finished response, fields as in `types.Turn`; ``versions`` int32[R] is that of every token."""
+
+    slot: int
+    prompt_tokens: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    versions: np.ndarray
+    finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dispatched:
+    """A burst that the device works on.
+
+    Attributes:
+      burst: its outputs, not read yet.
+      version: of the weights.
+      members: bool[S], slots that it samples for. A slot whose response is dropped meanwhile leaves.
+      may_go_on: bool[S], of these, responses that can outlast it.
+    """
+
+    burst: Burst
+    version: int
+    members: np.ndarray
+    may_go_on: np.ndarray
+
+    def keep(self, slots: np.ndarray) -> None:
+        """Let all slots leave but these, bool[S]: their responses have ended or were dropped."""
+        self.members[:] &= slots
+        self.may_go_on[:] &= slots
+
+
+class Slots:
+    """One row per slot.
+
+    Attributes:
+      num_tokens: int[S], tokens of the conversation.
+      kv_length: int[S], of these, tokens whose keys are in the cache.
+      allowed: int[S], tokens that the response may still get; 0 where there is no response.
+    """
+
+    def __init__(self, config: EngineConfig, temperature: float) -> None:
+        self.config = config
+        slots, response = config.slots, config.max_response_tokens
+        self._history = np.zeros((slots, config.max_tokens), np.int32)
+        self.num_tokens = np.zeros(slots, np.int64)
+        self.kv_length = np.zeros(slots, np.int64)
+        self.allowed = np.zeros(slots, np.int64)
+        self.temperatures = np.full(slots, temperature, np.float32)
+        self._prompt_length = np.zeros(slots, np.int64)
+        self._ids = np.zeros((slots, 4), np.int32)
+        self._logprobs = np.zeros((slots, response), np.float32)
+        self._entropies = np.zeros((slots, response), np.float32)
+        self._versions = np.zeros((slots, response), np.int32)
+
+    def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
+        """Return how many response tokens still fit after ``num_new`` more prompt tokens (may be <= 0)."""
+        used = 0 if is_fresh else int(self.num_tokens[slot])
+        return min(self.config.max_response_tokens, self.config.max_tokens - used - num_new)
+
+    def begin(
+        self,
+        slot: int,
+        tokens: Sequence[int] | np.ndarray,
+        *,
+        is_fresh: bool,
+        ids: tuple[int, int, int, int],
+        max_response: int | None,
+        temperature: float,
+    ) -> None:
+        """Append a prompt and begin a response; see `Engine.submit`."""
+        if self.allowed[slot]:
+            raise RuntimeError(f"slot {slot} is still answering")
+        room = self.room(slot, len(tokens), is_fresh=is_fresh)
+        allowed = room if max_response is None else min(room, max_response)
+        if allowed < 1:
+            raise ValueError(
+                f"slot {slot}: {len(tokens)} new tokens leave no room for a response within "
+                f"max_tokens={self.config.max_tokens}"
+                if room < 1
+                else f"slot {slot}: max_response={max_response} must be at least 1"
+            )
+        start = 0 if is_fresh else int(self.num_tokens[slot])
+        if start + len(tokens) == 0:
+            raise ValueError(f"slot {slot}: an empty prompt cannot be answered")
+        if is_fresh:
+            self.kv_length[slot] = 0
+        self._history[slot, start : start + len(tokens)] = tokens
+        self.num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
+        self._ids[slot] = ids
+        self.temperatures[slot] = temperature
+        self.allowed[slot] = allowed
+
+    def cut(self, slot: int, length: int) -> None:
+        """Keep the first ``length`` tokens and their keys; see `Engine.cut`."""
+        if not 0 <= length <= self.num_tokens[slot]:
+            raise ValueError(f"slot {slot}: {self.num_tokens[slot]} tokens cannot be cut to {length}")
+        self.allowed[slot] = 0
+        self.num_tokens[slot] = length
+        # The keys behind stay in memory, where no position before them looks, until they are written over.
+        self.kv_length[slot] = max(0, min(int(self.kv_length[slot]), length - 1))
+
+    def tokens(self, slot: int, start: int, stop: int) -> np.ndarray:
+        """Return some tokens of the conversation."""
+        return self._history[slot, start:stop]
+
+    def missing(self) -> np.ndarray:
+        """Count, by slot, the tokens that a response waits for: all without keys, but the newest."""
+        return np.where(self.allowed > 0, self.num_tokens - 1 - self.kv_length, 0)
+
+    def plan(self, allowed: np.ndarray, on_device: np.ndarray) -> np.ndarray:
+        """Return the rows of `Request.plan`.
+
+        Args:
+          allowed: int[S], tokens that the burst may sample.
+          on_device: bool[S], slots whose state the device alone knows.
+        """
+        plan = np.empty((self.config.slots, 8), np.int32)
+        last = np.maximum(self.num_tokens - 1, 0)
+        plan[:, 0] = self._history[np.arange(self.config.slots), last]
+        plan[:, 1] = last
+        plan[:, 2] = self.num_tokens - self._prompt_length
+        plan[:, 3] = np.where(on_device, -1, allowed)
+        plan[:, 4:] = self._ids
+        return plan
+
+    def record(self, burst: Burst, counts: np.ndarray, version: int) -> list[Response]:
+        """Append the tokens of a burst, ``counts`` int[S] of each slot; return the responses that ended."""
+        step, slot = np.nonzero(np.arange(self.config.burst)[:, None] < counts[None, :])
+        # One scatter for all slots, since this runs on the host after every burst.
+        column = self.num_tokens[slot] + step
+        self._history[slot, column] = burst.tokens[step, slot]
+        column -= self._prompt_length[slot]
+        self._logprobs[slot, column] = burst.logprobs[step, slot]
+        self._entropies[slot, column] = burst.entropies[step, slot]
+        self._versions[slot, column] = version
+        sampled = np.flatnonzero(counts)
+        self.num_tokens[sampled] += counts[sampled]
+        # The newest token has no keys yet: the next decode step computes them.
+        self.kv_length[sampled] = self.num_tokens[sampled] - 1
+        self.allowed[sampled] -= counts[sampled]
+        # Decoding halts a slot at its stop token, so only its last token can be one.
+        stopped = np.isin(burst.tokens[counts[sampled] - 1, sampled], self.config.stop_ids)
+        ended = []
+        for which, is_stop in zip(sampled.tolist(), stopped.tolist(), strict=True):
+            if is_stop or not self.allowed[which]:
+                self.allowed[which] = 0
+                ended.append(self.read(which, "stop" if is_stop else "length"))
+        return ended
+
+    def read(self, slot: int, finish_reason: str) -> Response:
+        """Return the slot's response as far as it is known."""
+        start, stop = int(self._prompt_length[slot]), int(self.num_tokens[slot])
+        return Response(
+            slot=slot,
+            prompt_tokens=self._history[slot, :start].copy(),
+            tokens=self._history[slot, start:stop].copy(),
+            logprobs=self._logprobs[slot, : stop - start].copy(),
+            entropies=self._entropies[slot, : stop - start].copy(),
+            versions=self._versions[slot, : stop - start].copy(),
+            finish_reason=finish_reason,
+        )

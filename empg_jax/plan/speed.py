@@ -1,0 +1,157 @@
+"""The time of an update and of a decode step by a chip's published peaks: a model, no measurement.
+
+Work is counted from shapes. An update takes the longer of computing and exchanging weights, which the
+compiler overlaps; a decode step takes as long as reading the weights and the live part of the KV cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from empg_jax.errors import ConfigError
+from empg_jax.learner.state import base_model
+from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.run.assembly import micro_rows
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of one device.
+
+    Attributes:
+      flops: dense bfloat16 operations per second.
+      bandwidth: bytes per second of its memory.
+      link: bytes per second that it sends to the other devices of its node or slice, in one direction.
+      memory: bytes of its memory.
+    """
+
+    flops: float
+    bandwidth: float
+    link: float
+    memory: float
+
+
+CHIPS = {
+    "h100": Chip(989e12, 3350e9, 450e9, 80e9),
+    "v5e": Chip(197e12, 819e9, 100e9, 16 * 2**30),
+    "v5p": Chip(459e12, 2765e9, 300e9, 95 * 2**30),
+    "v6e": Chip(918e12, 1640e9, 224e9, 32 * 2**30),
+}
+# Work of an update's token in forward passes, by `model.remat`: one, two for the gradients, and what is
+# computed again.
+PASSES = {"full": 4, "dots": 3, "none": 3}
+# Times that a layer's weights are gathered: once for each pass over the layers.
+GATHERS = {"full": 3, "dots": 2, "none": 2}
+
+
+def find_chip(name: str) -> Chip:
+    """Return a chip by its name.
+
+    Raises:
+      ConfigError: the name is unknown.
+    """
+    if name not in CHIPS:
+        raise ConfigError(f"--chip {name}: choose one of {', '.join(CHIPS)}")
+    return CHIPS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Expected times in seconds, and rates per second of all devices together.
+
+    Attributes:
+      compute: of a micro-batch's products on each device.
+      exchange: of its weights and gradients between devices.
+      tokens: of a micro-batch, over all devices.
+      step: of a decode step, of all slots of an engine.
+      slots: of all engines.
+    """
+
+    compute: float
+    exchange: float
+    tokens: int
+    step: float
+    slots: int
+
+    @property
+    def update_rate(self) -> float:
+        """Trained tokens per second."""
+        return self.tokens / max(self.compute, self.exchange)
+
+    @property
+    def decode_rate(self) -> float:
+        """Sampled tokens per second, with every slot busy."""
+        return self.slots / self.step
+
+
+def compute_speed(config: Config, model: DecoderConfig, chip: Chip, num_engines: int = 1) -> Speed:
+    """Compute the expected times of a configuration on a chip.
+
+    Args:
+      config: the configuration; its devices need not exist.
+      model: the decoder's shape.
+      chip: the device.
+      num_engines: hosts, each with an engine of its own.
+    """
+    mesh, r = config.mesh, config.rollout
+    devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence
+    tokens = micro_rows(config) * r.max_tokens
+    per_token = PASSES[model.remat] * forward_flops(model, r.max_tokens)
+    narrow = jnp.dtype(model.dtype).itemsize
+    count, split = _matrix_numbers(model), mesh.fsdp * mesh.sequence
+    kept = 0 if model.lora is not None else max(narrow, jnp.dtype(model.reduce_dtype).itemsize)
+    sent = count / mesh.tensor * (GATHERS[model.remat] * narrow + kept) * (1 - 1 / split)
+    if mesh.data > 1:  # the split gradients are added up over the copies: scattered and gathered
+        sent += 2 * kept * count / mesh.tensor / split * (1 - 1 / mesh.data)
+    slots = r.slots or r.tasks_per_update * r.group_size
+    heads = max(1, model.num_kv_heads // r.tensor)
+    live = slots / r.data * r.max_tokens / 2 * 2 * model.num_layers * heads * model.head_dim * narrow
+    return Speed(
+        compute=tokens * per_token / devices / chip.flops,
+        exchange=sent / chip.link,
+        tokens=tokens,
+        step=(count * narrow / r.tensor + live) / chip.bandwidth,
+        slots=slots * num_engines,
+    )
+
+
+def forward_flops(model: DecoderConfig, row: int) -> float:
+    """Count the operations of a forward pass per token: two per weight, and attention to half of the row."""
+    attention = 4 * model.num_layers * model.num_heads * model.head_dim * row / 2
+    return 2 * _matrix_numbers(model) + attention
+
+
+def _matrix_numbers(model: DecoderConfig) -> int:
+    """Count the weights that multiply a token: not the input embedding, and only the experts it visits."""
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), base_model(model)))
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    if not model.tie_embeddings:
+        total -= model.vocab_size * model.hidden_size
+    if (moe := model.moe) is not None:
+        idle = moe.num_experts - moe.top_k
+        total -= model.num_layers * idle * 3 * model.hidden_size * moe.expert_size
+    return total
+
+
+def speed_lines(config: Config, model: DecoderConfig, name: str) -> list[str]:
+    """Return the expected times on the chip of this name as text."""
+    chip = find_chip(name)
+    speed = compute_speed(config, model, chip)
+    compute, exchange, step = (f"{1e3 * each:.2f} ms" for each in (speed.compute, speed.exchange, speed.step))
+    return [
+        f"at best on {name}, a model from published peaks and not a measurement "
+        f"({chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s, "
+        f"links {chip.link / 1e9:.0f} GB/s):",
+        f"  update  {speed.update_rate:,.0f} tokens/s: {compute} of computing beside {exchange} of exchange "
+        f"for {speed.tokens} tokens",
+        f"  decode  {speed.decode_rate:,.0f} tokens/s: {step} for a step of {speed.slots} slots, "
+        "conversations half full",
+    ]

@@ -1,0 +1,64 @@
+"""Gradients are computed and added up over devices in the type that the configuration names."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from empg_jax.config import load_config
+from empg_jax.models.axes import param_shardings
+from empg_jax.models.decoder import DecoderConfig, forward, init_params
+from empg_jax.parallel.layout import on_mesh
+from empg_jax.parallel.mesh import make_mesh
+from empg_jax.run.assembly import make_language, make_model
+
+MODEL = DecoderConfig(vocab_size=32, hidden_size=16, num_heads=2, num_kv_heads=2, head_dim=8, num_layers=1)
+
+
+def kernel_products(model, mesh):
+    """Types of the products that are the gradients of the down projection, ``[intermediate, hidden]``."""
+    params = jax.eval_shape(functools.partial(init_params, config=model), jax.random.key(0))
+    rows = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+
+    def loss(params, tokens):
+        return jnp.sum(forward(params, model, tokens, tokens, tokens).astype(jnp.float32))
+
+    text = str(jax.make_jaxpr(on_mesh(mesh, jax.grad(loss)))(params, rows))
+    shape = f"[{model.intermediate_size},{model.hidden_size}]"
+    names = {"f32": "float32", "bf16": "bfloat16"}
+    lines = [line.strip() for line in text.splitlines() if "= dot_general" in line]
+    return {names[line.split(":")[1].split("[")[0]] for line in lines if f"{shape} = dot" in line}
+
+
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_the_key_decides(reduce_dtype):
+    config = load_config("quickstart", ["model.dtype=bfloat16", f"model.reduce_dtype={reduce_dtype}"])
+    model = make_model(config, make_language(config).tokenizer)
+    model = dataclasses.replace(model, num_layers=1, remat="none", scan_layers=False)
+    assert kernel_products(model, make_mesh(fsdp=4)) == {reduce_dtype}
+
+
+def test_one_device_keeps_the_precision_of_the_parameters():
+    model = dataclasses.replace(MODEL, dtype=jnp.bfloat16, remat="none", scan_layers=False)
+    assert kernel_products(model, make_mesh()) == {"float32"}
+
+
+def test_weights_are_sent_in_the_type_of_the_computation():
+    """The result has the rounding of the narrow type; its gradient has not."""
+    model = dataclasses.replace(MODEL, dtype=jnp.bfloat16)
+    params = init_params(jax.random.key(0), model)
+    tokens = jnp.arange(32, dtype=jnp.int32).reshape(4, 8) % 8
+    ones = jnp.ones_like(tokens)
+
+    def loss(params):
+        return jnp.sum(jnp.sin(forward(params, model, tokens, tokens, ones).astype(jnp.float32)))
+
+    alone = jax.jit(jax.value_and_grad(loss))(params)
+    mesh = make_mesh(fsdp=2, sequence=2)
+    placed = jax.device_put(params, param_shardings(mesh, params, model.head_dim))
+    split = jax.jit(on_mesh(mesh, jax.value_and_grad(loss)))(placed)
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(split), strict=True):
+        np.testing.assert_allclose(one, other, atol=0.05 * np.abs(one).max())
