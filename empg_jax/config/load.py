@@ -240,6 +240,8 @@ def _length_problems(config: Config) -> Iterator[str]:
 def load_config(
     name_or_path: str | Path,
     overrides: Sequence[str] = (),
+    *,
+    drop_unused: bool = False,
 ) -> Config:
     """Read a configuration.
 
@@ -247,6 +249,8 @@ def load_config(
       name_or_path: a packaged name (``quickstart``), or the path of a YAML file.
       overrides: overrides of the form ``section.key=value``, the value in YAML; later ones win. If they name
         another environment, the file's options for its own one are left out.
+      drop_unused: leave out the file's keys that mean nothing to the algorithm that the overrides name, as is
+        done with a packaged file; else they are a mistake.
 
     Returns:
       The checked, frozen configuration; its name is the file's unless the file sets one. Its ``notes`` list
@@ -266,7 +270,7 @@ def load_config(
     commanded = command.get("algorithm")
     if commanded is not None:
         values["algorithm"], dropped = overlay(
-            filed, commanded, source=path.name, is_packaged=is_packaged(path)
+            filed, commanded, source=path.name, is_packaged=drop_unused or is_packaged(path)
         )
         notes += dropped
     try:

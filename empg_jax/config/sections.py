@@ -310,4 +310,6 @@ class LogConfig(Section):
         description="Updates between two files of training episodes with their credit; 0 is never.",
     )
     rollouts_tokens: bool = Field(False, description="Write per-token values into these files.")
-    transcripts: int = Field(8, ge=0, description="Sample episodes to write at the end.")
+    transcripts: int = Field(
+        8, ge=0, description="Held-out episodes to write at the end, with the page view.html; 0 is neither."
+    )

@@ -146,6 +146,21 @@ def describe_tokens(
     return found
 
 
+def describe_sampled_tokens(trajectories: Sequence[Trajectory]) -> list[list[Record]]:
+    """List the token arrays that the sampler recorded: ids, log-probs, entropies."""
+    return [
+        [
+            {
+                "token_ids": turn.response_tokens.tolist(),
+                "token_logprobs": [as_number(value) for value in turn.behavior_logprobs],
+                "token_entropies": [as_number(value) for value in turn.entropies],
+            }
+            for turn in trajectory.turns
+        ]
+        for trajectory in trajectories
+    ]
+
+
 def credit_fields(credit: TurnCredit, i: int, k: int) -> Record:
     """Return the credit of turn ``k`` of trajectory ``i`` as record fields; the table is on the host."""
     columns = (credit.factors, credit.bonuses, credit.base, credit.advantages)
