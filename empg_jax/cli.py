@@ -291,6 +291,58 @@ def credit(
 
 
 @app.command()
+def view(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, or folder to write it into (default RUN/view.html).")
+    ] = None,
+    what_if: Annotated[
+        str, typer.Option(help="Other algorithms to compute the credit of, for example grpo,grpo_aem.")
+    ] = "",
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the page on this machine; it follows a run that trains.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve: 0 takes a free one.")] = 0,
+) -> None:
+    """Write a run as one page: episodes with the credit of every turn, groups side by side, curves.
+
+    The page opens without a network and can be mailed. It shows the files in RUN/rollouts
+    (log.rollouts_every); with log.rollouts_tokens=true every token has its color. Press ? in it for its keys.
+    """
+    with _reporting():
+        from empg_jax.run.view import serve_run, view_run
+
+        if serve and out is not None:
+            raise ConfigError("--serve writes no file: give --out or --serve")
+        names = [name for name in what_if.split(",") if name]
+        others = {
+            name: load_config(run / "config.yaml", [f"algorithm.name={name}"], drop_unused=True)
+            for name in names
+        }
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # as for credit
+        if serve:
+            serve_run(run, port=port, what_if=others, tell=typer.echo)
+        else:
+            typer.echo(view_run(run, out=out, what_if=others, say=_say).absolute())
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, of several seeds.")],
+    out: Annotated[Path, typer.Option(help="Folder to write into; it is made.")] = Path("report"),
+) -> None:
+    """Compare runs over seeds: report.html, report.png and report.csv.
+
+    Runs with equal settings but another seed form an arm; the arm of the first run is what the others are
+    compared with, paired by seed. Means, interquartile means, 95 % bootstrap intervals, areas under curves.
+    """
+    with _reporting():
+        from empg_jax.report.comparison_page import report_runs
+
+        typer.echo(report_runs(runs, out).absolute())
+
+
+@app.command()
 def metrics() -> None:
     """Print every metric that a run logs, with its meaning."""
     from empg_jax.metrics import format_glossary
@@ -491,6 +543,57 @@ def retrieve(
             )
         except ValueError as error:
             raise ConfigError(str(error)) from None
+
+
+@app.command()
+def serve(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="Folder of a run or checkpoint, Hugging Face folder or hub id; a preset or a configuration "
+            "serves random weights.",
+        ),
+    ],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="File for the address, written when the server answers.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="EMPG_API_KEY", show_envvar=True, help="Bearer token that requests need."),
+    ] = None,
+) -> None:
+    """Serve a policy over HTTP, in the languages of OpenAI and vLLM; a signal ends it.
+
+    Routes: GET /health, GET /v1/models, POST /v1/chat/completions, POST /v1/completions, and POST
+    /inference/v1/generate (token ids in and out). A conversation keeps its KV: a request that goes on with
+    it prefills only what is new (usage.prompt_tokens_details.cached_tokens). return_token_ids=true adds
+    token_ids and the field empg: {"version": 1, "entropies", "versions", "logprobs"} with one number per
+    sampled token, over the whole distribution. An option that would change the sampling and is not known is
+    refused.
+
+    empg-jax serve runs/NAME --port 8000 serve.slots=32
+
+    curl 127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
+    """
+    with _reporting():
+        from empg_jax.serve.command import serve_policy
+
+        serve_policy(
+            source,
+            overrides or [],
+            host=host,
+            port=port,
+            ready_file=ready_file,
+            api_key=api_key,
+            say=_say,
+            announce=typer.echo,
+        )
 
 
 @app.command()

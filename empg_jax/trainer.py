@@ -62,6 +62,7 @@ from empg_jax.run.together import (
     shared_facts,
     without_hosts,
 )
+from empg_jax.run.view import show_episodes
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.phase import train_on_examples
@@ -206,8 +207,8 @@ def train_in_folder(
         run.record.recompiles_after_warmup = compiles.count - run.compiled
     if not hosts.is_first:
         return
-    decode = parts.language.tokenizer.decode
-    write_results(run_dir, run.record, parts.clock.seconds, final.trajectories, decode, config)
+    write_results(run_dir, run.record, parts.clock.seconds, config)
+    show_episodes(parts, run.update, final.trajectories)
 
 
 def run_sft(config: Config) -> Path:

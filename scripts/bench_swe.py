@@ -43,6 +43,7 @@ def main() -> None:
     tree = broken_tree(tasks[0])
     package = {f"pkg/m{number}.py": File(b"x = 1\n" * 600) for number in range(200)}  # 0.7 MB in 200 files
     sandbox, backend = BubblewrapSandbox(find_interpreter()), TreeBackend()
+    plain = TreeBackend(layers=frozenset())
     result: dict[str, object] = {}
 
     def start() -> None:
@@ -57,6 +58,10 @@ def main() -> None:
     sandbox.close()
     result["judge_tiny_ms"] = milliseconds(
         lambda: backend.grade(tasks[0], tasks[0].patch, 60), options.repeats // 5
+    )
+    # The same without the layers against tampering.
+    result["judge_tiny_plain_ms"] = milliseconds(
+        lambda: plain.grade(tasks[0], tasks[0].patch, 60), options.repeats // 5
     )
 
     # Every second task gets a patch that is not its own.

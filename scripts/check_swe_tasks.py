@@ -22,7 +22,7 @@ from pathlib import Path
 from empg_envs.swe import grading
 from empg_envs.swe.backends import TreeBackend
 from empg_envs.swe.fetch import fetch_sdist
-from empg_envs.swe.tasks import Task, broken_tree, default_sources, parse_row, read_rows
+from empg_envs.swe.tasks import Task, broken_tree, default_sources, load_panels, read_rows
 
 # Imports of the packages' tests besides the packages themselves.
 NEEDS = ("pytest==9.*", "hypothesis", "pytest-mock", "text-unidecode", "attrs", "boltons", "face")
@@ -74,7 +74,9 @@ def main() -> int:
         name = row["repo"].partition("/")[2]
         fetch_sdist(name, row["version"], row["sdist_sha256"], options.sources, python)
     backend = TreeBackend(python=python, sources=options.sources)
-    tasks = [parse_row(row) for row in rows]
+    # Loaded together, because the judge takes its second bugs from tasks over the same files.
+    every = [task for panel in load_panels(str(options.tasks)).values() for task in panel]
+    tasks = [task for task in every if options.only in task.instance_id]
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         work = [pool.submit(check, backend, task, options.sources, options.timeout) for task in tasks]
         verdicts = [job.result() for job in work]

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study_numbers import area, updates_to
-
 import empg_jax
 from empg_jax.metrics import read_metrics
 from empg_jax.report.curves import held_out_points
+from empg_jax.report.statistics import area, updates_to
 
 ROOT = Path(empg_jax.__file__).parents[1]
 LEVEL = 0.6  # of updates_to_60

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from study_ledger import Line
-from study_numbers import bootstrap
 from study_plan import Study
 from study_results import gather
 
 from empg_jax.files import replacing
 from empg_jax.report.curves import smooth
+from empg_jax.report.statistics import bootstrap
 
 RESAMPLES = 1_000  # of a band; the table's intervals take more
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 from study_ledger import Line
-from study_numbers import RESAMPLES, SIGNS
 from study_plan import Study
 from study_results import (
     Comparison,
@@ -19,6 +18,8 @@ from study_results import (
     gather,
     mean_of_part,
 )
+
+from empg_jax.report.statistics import RESAMPLES, SIGNS
 
 ALL = "all tasks"
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 from study_ledger import Line, newest
-from study_numbers import Difference, bootstrap, compare, correlation, holm, interquartile_mean
 from study_plan import Study, Triple
+
+from empg_jax.report.statistics import Difference, bootstrap, compare, correlation, holm, interquartile_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from empg_jax.config import load_config
 from empg_jax.config.model_source import FOR_LANGUAGE_MODELS, load_for_model
 from empg_jax.errors import ConfigError
 from empg_jax.report.evaluation import estimate_success, render_evaluation
+from empg_jax.rollout.record import read_episodes
 from tests import runs
 from tests.episodes import Episodes
 
@@ -63,6 +64,8 @@ def test_families_of_the_environment_have_rows(run_dir, attempted):
     families = attempted["families"]
     assert families and sum(each["mean@k"]["4"]["tasks"] for each in families.values()) == 6
     table = (run_dir / "eval" / "eval.md").read_text()
+    records = read_episodes(run_dir / "rollouts" / "update-000001.jsonl.gz")
+    assert all(record["family"] for record in records)  # those of training say it, too
     for name in families:
         assert f"| {name} | " in table
     assert "| family | tasks | mean@4, 95 % interval | pass@1, 95 % interval |" in table

@@ -29,6 +29,7 @@ FLOORS = {
     "run": 6,
     "evaluate": 7,
     "plan": 7,
+    "serve": 7,
     "sft": 7,
     "simulate": 7,
     "trainer": 8,
@@ -37,7 +38,7 @@ FLOORS = {
 }
 # Rooms that talk to environments by Python; all others do not know them. (The workers share the search for
 # leftover processes with the worker program.)
-KNOW_ENVIRONMENTS = {"retrieval", "rollout", "run", "sft", "cli", "workers"}
+KNOW_ENVIRONMENTS = {"retrieval", "rollout", "run", "serve", "sft", "cli", "workers"}
 # Packages that only some modules may import.
 RESERVED = {"pydantic": "empg_jax.config", "typer": "empg_jax.cli"}
 STRANGERS = {"learner", "rollout"}  # they meet in the run only

@@ -1,6 +1,7 @@
 """Whole runs: what they leave behind, and the variants of the loop."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -28,17 +29,14 @@ def test_a_run_leaves_its_files(run):
     names = {path.name for path in run.iterdir()}
     assert names >= {
         *("config.yaml", "environment.json", "metrics.jsonl", "sft_metrics.jsonl", "summary.json"),
-        *("curves.png", "transcripts.txt", "trajectories.html", "tokenizer", "checkpoints", "tensorboard"),
-        *("credit.html", "events.jsonl", "rollouts"),
+        *("curves.png", "view.html", "tokenizer", "checkpoints", "tensorboard"),
+        *("events.jsonl", "rollouts", "eval"),
     }
     assert load_config(run / "config.yaml") == runs.configure(run, "log.tensorboard=true")
     environment = json.loads((run / "environment.json").read_text())
     assert environment["seed"] == 0 and environment["packages"]["jax"]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (run / "transcripts.txt").read_text().count("task") > 0
-    # The page of the last update shows what each token was trained with.
-    credit = (run / "credit.html").read_text()
-    assert "advantage ±" in credit and 'value="advantage"' in credit
+    assert 'id="data-update-000003.0"' in (run / "view.html").read_text()  # its look: tests/run/test_view.py
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2", "3"]  # keep=3
 
 
@@ -150,3 +148,12 @@ def test_a_mesh_changes_nothing_but_the_place(tmp_path, monkeypatch):
     embedding = opened[1][1].state.params["embed"]["embedding"]
     assert len(embedding.sharding.device_set) == 4
     assert embedding.addressable_shards[0].data.size * 2 == embedding.size
+
+
+def test_compilation_is_shown_program_by_program(tmp_path, capfd):
+    """Each program is announced, and none is left over: the counts end at their totals."""
+    runs.train(tmp_path / "run", "log.progress=true", "train.updates=1", "sft.updates=0")
+    err = capfd.readouterr().err
+    for what in ("learner", "engine"):
+        done, total = re.findall(rf"compiling the {what}: (\d+)/(\d+) programs", err)[-1]
+        assert done == total and int(total) >= 2

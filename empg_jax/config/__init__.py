@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from empg_jax.config.load import describe as describe
     from empg_jax.config.load import list_choices as list_choices
     from empg_jax.config.load import load_config as load_config
+    from empg_jax.config.load import make_config as make_config
 
-__all__ = ["Config", "check_resumable", "describe", "list_choices", "load_config"]
+__all__ = ["Config", "check_resumable", "describe", "list_choices", "load_config", "make_config"]
 
 
 def __getattr__(name: str) -> Any:

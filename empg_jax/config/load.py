@@ -37,12 +37,13 @@ from empg_jax.config.sections import (
     TrainConfig,
     WorkersConfig,
 )
+from empg_jax.config.serve import ServeConfig
 from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, read_yaml
 from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
 # The machines may: all numbers stay the same but for rounding.
-RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*")
+RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*")
 
 
 class Config(Section):
@@ -67,6 +68,7 @@ class Config(Section):
     hosts: HostsConfig = Field(default_factory=HostsConfig, description="Machines that train together.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     log: LogConfig = Field(default_factory=LogConfig, description="Logs.")
+    serve: ServeConfig = Field(default_factory=ServeConfig, description="The policy behind HTTP.")
     _notes: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="before")
@@ -238,14 +240,17 @@ def _length_problems(config: Config) -> Iterator[str]:
 def load_config(
     name_or_path: str | Path,
     overrides: Sequence[str] = (),
+    *,
+    drop_unused: bool = False,
 ) -> Config:
     """Read a configuration.
 
     Args:
       name_or_path: a packaged name (``quickstart``), or the path of a YAML file.
       overrides: overrides of the form ``section.key=value``, the value in YAML; later ones win. If they name
-      an
-        ``env.entry_point``, the file's options for its own environment are left out.
+        another environment, the file's options for its own one are left out.
+      drop_unused: leave out the file's keys that mean nothing to the algorithm that the overrides name, as is
+        done with a packaged file; else they are a mistake.
 
     Returns:
       The checked, frozen configuration; its name is the file's unless the file sets one. Its ``notes`` list
@@ -265,7 +270,7 @@ def load_config(
     commanded = command.get("algorithm")
     if commanded is not None:
         values["algorithm"], dropped = overlay(
-            filed, commanded, source=path.name, is_packaged=is_packaged(path)
+            filed, commanded, source=path.name, is_packaged=drop_unused or is_packaged(path)
         )
         notes += dropped
     try:
@@ -289,6 +294,27 @@ def load_config(
     except ValidationError as error:
         lines = [line for item in error.errors() for line in explain(Config, item)]
         raise ConfigError(_unusable(name_or_path, lines)) from None
+
+
+def make_config(values: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """Make a configuration from nested values in place of a file.
+
+    Args:
+      values: what differs from the defaults; an override wins.
+      overrides: as of `load_config`.
+      source: what the values describe, for the message of an error.
+
+    Raises:
+      ConfigError: the configuration is wrong; one message lists all problems.
+    """
+    values = copy.deepcopy(values)
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [line for item in error.errors() for line in explain(Config, item)]
+        raise ConfigError(_unusable(source, lines)) from None
 
 
 def _unusable(name_or_path: str | Path, lines: Sequence[str]) -> str:

@@ -33,8 +33,10 @@ class EnvConfig(Section):
     invalid_penalty: float = Field(
         0.0, ge=0, description="Penalty that the algorithm subtracts for every turn without a valid action."
     )
-    timeout_outcome: Literal["discard", "zero"] = Field(
-        "discard", description="Treatment of an episode that exceeds its time: sampled again, or scored zero."
+    timeout_outcome: Literal["discard", "zero"] | None = Field(
+        None,
+        description="Treatment of an episode that exceeds its time: sampled again, or scored zero; "
+        "null: what the environment declares (zero for swe, whose agents can bring it about, else discard).",
     )
 
     @model_validator(mode="before")
@@ -308,4 +310,6 @@ class LogConfig(Section):
         description="Updates between two files of training episodes with their credit; 0 is never.",
     )
     rollouts_tokens: bool = Field(False, description="Write per-token values into these files.")
-    transcripts: int = Field(8, ge=0, description="Sample episodes to write at the end.")
+    transcripts: int = Field(
+        8, ge=0, description="Held-out episodes to write at the end, with the page view.html; 0 is neither."
+    )

@@ -105,7 +105,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def drop_options(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Remove a file's environment options where an override names another environment's entry point.
+    """Remove a file's environment options where an override names another environment.
 
     Args:
       values: the file's values; changed in place.
@@ -118,14 +118,18 @@ def drop_options(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         apply_override(given, override)
     env, named = values.get("env"), given.get("env")
-    entry_point = named.get("entry_point") if isinstance(named, dict) else None
-    if not isinstance(env, dict) or entry_point in (None, env.get("entry_point")):
+    if not isinstance(env, dict) or not isinstance(named, dict):
+        return []
+    # An entry point stands in place of a name, which is then null.
+    key = "entry_point" if named.get("entry_point") is not None else "name"
+    other = named.get(key)
+    if other is None or other == env.get(key) or (key == "name" and env.get(key) is None):
         return []
     dropped = [key for key in ("options", "prompt_options") if env.pop(key, None)]
     if not dropped:
         return []
     names = " and ".join(f"env.{key}" for key in dropped)
-    return [f"env.entry_point={entry_point}: {names} of the configuration are left out"]
+    return [f"env.{key}={other}: {names} of the configuration are left out"]
 
 
 def find_packaged() -> dict[str, str]:

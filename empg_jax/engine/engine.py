@@ -422,6 +422,15 @@ class Engine:
             if self.capacity < capacity <= wanted:
                 self._cache = self._programs.grow(self._cache, capacity)
 
+    @property
+    def num_warm_ups(self) -> int:
+        """The number of programs of `warm_up`, which is how often it calls ``check``."""
+        config = self.config
+        return sum(
+            1 + sum(len(config.prefill_rows(length)) for length in config.prefill_lengths(capacity))
+            for capacity in config.cache_buckets
+        )
+
     def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
         """Compile every bucket before the first episode, so that nothing compiles later.
 

@@ -36,6 +36,8 @@ from empg_jax.types import Leaf, Params
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
 # Most tokens of one prefill dispatch, padding included; bounds its memory.
 PREFILL_TOKENS = 16384
+# Programs that default sizes may lead to: each takes seconds to minutes to compile for a large model.
+MAX_PROGRAMS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,8 @@ class EngineConfig:
       patience: responses that must have ended for a burst to end early; default a sixteenth of the slots.
       prefill_buckets: lengths that prefill chunks are padded to; default 16, 64, 256 up to ``max_tokens``.
       row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, ``slots`` / 8 …
-      cache_buckets: physical cache lengths; default 128, 256, 384, 512, 768 … to ``max_tokens``.
+      cache_buckets: physical cache lengths; default 128, 256, 384, 512 … to ``max_tokens``. Default lists
+        are thinned out where they would make more than `MAX_PROGRAMS` programs.
       ahead: dispatch a burst before the last one is read, where most responses outlast that one; default on
         accelerators only: a CPU has no idle time to fill, and loses 5 % where a new turn waits for a burst.
     """
@@ -84,10 +87,25 @@ class EngineConfig:
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
+        lists = ("cache_buckets", "prefill_buckets", "row_buckets")
+        chosen = [name for name in lists if not getattr(self, name)]
         fill("patience", self.patience or max(1, self.slots // 16))
         fill("prefill_buckets", tuple(sorted(self.prefill_buckets or lengths)))
         fill("row_buckets", tuple(sorted({*(self.row_buckets or rows), self.slots})))
         fill("cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens})))
+        while self.num_programs > MAX_PROGRAMS and chosen:
+            longest = max(chosen, key=lambda name: len(getattr(self, name)))
+            fill(longest, getattr(self, longest)[::-1][::2][::-1])  # every second one, and the largest
+            chosen = [name for name in chosen if len(getattr(self, name)) > 1]
+
+    @property
+    def num_programs(self) -> int:
+        """Number of programs that `Engine.warm_up` compiles."""
+        growths = len(self.cache_buckets) - 1
+        return growths + sum(
+            1 + sum(len(self.prefill_rows(length)) for length in self.prefill_lengths(capacity))
+            for capacity in self.cache_buckets
+        )
 
     def prefill_lengths(self, capacity: int) -> tuple[int, ...]:
         """Return the chunk lengths that are used with a cache of this physical length."""

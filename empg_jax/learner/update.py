@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,8 @@ class Learner:
     entropy_drift: Callable[[Batch, Scores, Scores], jax.Array]
     rearrange: Callable[[Scores, np.ndarray], Scores]
     needs_score: bool  # the engine's records do not suffice: a reference or a critic must be scored
+
+    num_warm_ups: ClassVar[int] = 5  # how often `warm_up` calls ``check``
 
     def warm_up(
         self,

@@ -239,6 +239,8 @@ class Watch:
 
     def tell(self, *, but: int | None = None, **values: Any) -> None:
         """Send an object to the hosts at the other ends of the lines."""
+        if "ended" in values:
+            self._is_over.set()  # the others end as well, and this host need not miss them
         for index, line in self._lines.items():
             if index != but:
                 line.send(**values)

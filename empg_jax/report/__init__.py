@@ -1,1 +1,1 @@
-"""Output of a run for its user: live progress, tables, curves, transcripts and a trajectory viewer."""
+"""Output of a run for its user: live progress, tables, curves, comparisons and the viewer of episodes."""

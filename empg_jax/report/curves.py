@@ -1,4 +1,4 @@
-"""Learning curves: one PNG with six panels, drawn from ``metrics.jsonl`` and ``summary.json`` of a run."""
+"""Learning curves: one PNG with eight panels, drawn from ``metrics.jsonl`` and ``summary.json`` of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAIN, HELD_OUT = "#1f6f8b", "#c8553d"
 
 
 def plot_curves(run_dir: Path) -> Path:
-    """Draw success, entropy, episode length, modulation, return and loss over updates.
+    """Draw what a run did over its updates, and in a second row the credit and what it led to.
 
     The panel of a metric that was not recorded says so. Values that are not finite leave a gap.
 
@@ -32,14 +32,16 @@ def plot_curves(run_dir: Path) -> Path:
 
     run_dir = Path(run_dir)
     records = read_metrics(run_dir / "metrics.jsonl")
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure = Figure(figsize=(16, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 3).flat
+    panels = figure.subplots(2, 4).flat
     _success(next(panels), records, held_out_points(run_dir, records))
+    _line(next(panels), records, "episode_return", "episode return")
     _line(next(panels), records, "entropy", "entropy (nats per token)", floor=0.0)
     _line(next(panels), records, "episode_turns", "turns per episode", floor=0.0)
     _modulation(next(panels), records)
-    _line(next(panels), records, "episode_return", "episode return")
+    _balance(next(panels), records)
+    _line(next(panels), records, "grad_norm", "gradient norm", floor=0.0)
     _line(next(panels), records, "loss", "loss")
     figure.suptitle(run_dir.resolve().name)
     path = run_dir / "curves.png"
@@ -98,6 +100,15 @@ def _modulation(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     _finish(axes, "modulation factor (mean, range)", recorded)
 
 
+def _balance(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+    up = _draw(axes, records, "advantage_positive", "positive")
+    down = _draw(axes, records, "advantage_negative", "negative", color=HELD_OUT)
+    if up or down:
+        axes.set_ylim(-0.02, 1.02)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.1)
+    _finish(axes, "turns by advantage", up or down)
+
+
 def _line(
     axes: Any, records: Sequence[dict[str, Any]], name: str, title: str, floor: float | None = None
 ) -> None:
@@ -108,13 +119,16 @@ def _line(
     _finish(axes, title, recorded)
 
 
-def _draw(axes: Any, records: Sequence[dict[str, Any]], name: str, label: str) -> bool:
+def _draw(axes: Any, records: Sequence[dict[str, Any]], name: str, label: str, color: str = TRAIN) -> bool:
     updates, values = column(records, name)
     if not np.isfinite(values).any():
         return False
     width = max(1, len(values) // 20)
-    axes.plot(updates, values, color=TRAIN, alpha=0.3 if width > 1 else 1.0, linewidth=1)
-    axes.plot(updates, smooth(values, width), color=TRAIN, linewidth=2, label=label)
+    # Points, so that a single update can be seen, and one beside a gap.
+    axes.plot(
+        updates, values, ".-", color=color, alpha=0.3 if width > 1 else 1.0, linewidth=0.7, markersize=4
+    )
+    axes.plot(updates, smooth(values, width), color=color, linewidth=2, label=label)
     return True
 
 

@@ -28,6 +28,15 @@ SHOWN: dict[str, tuple[str, str]] = {
     "tokens_per_second": ("tok/s", "{:,.0f}"),
 }
 
+# Metric -> label; summed over a phase, and shown once there are any.
+FAULTS: dict[str, str] = {
+    "episodes_discarded": "discarded",
+    "worker_restarts": "restarts",
+    "groups_failed": "groups given up",
+    "tasks_quarantined": "quarantined",
+    "nonfinite_steps": "steps left out",
+}
+
 
 class Progress:
     """A progress display with the main metrics, on stderr, because stdout is for results.
@@ -57,6 +66,7 @@ class Progress:
         self._task: TaskID | None = None
         self._name, self._unit, self._total, self._done = "", "", 0, 0
         self._values: dict[str, float] = {}
+        self._faults: dict[str, float] = {}
         self._began = self._said = clock()
         self._first: tuple[float, int] | None = None  # time and count after the first units
 
@@ -70,7 +80,8 @@ class Progress:
           done: units that an earlier process did; they do not count for this one's speed.
         """
         self._finish()
-        self._name, self._unit, self._total, self._done, self._values = name, unit, total, done, {}
+        self._name, self._unit, self._total, self._done = name, unit, total, done
+        self._values, self._faults = {}, {}
         self._began = self._said = self._clock()
         self._first = None
         if self._live:
@@ -84,6 +95,8 @@ class Progress:
         """Count ``n`` more units and show the newest values (names outside `SHOWN` are ignored)."""
         self._done += n
         self._values |= values
+        for fault in FAULTS.keys() & values.keys():
+            self._faults[fault] = self._faults.get(fault, 0.0) + values[fault]
         if self._first is None:
             self._first = self._clock(), self._done
         if self._bars is not None and self._task is not None:
@@ -93,6 +106,22 @@ class Progress:
             if now - self._said >= self._interval and self._done < self._total:
                 self._said = now
                 self._print(self._line())
+
+    def counting(self, check: Callable[[], None], name: str, total: int) -> Callable[[], None]:
+        """Begin a phase of programs to compile; return the function to call before each of them.
+
+        Args:
+          check: called with each; it may raise to end the phase.
+          name: name of the phase.
+          total: number of programs.
+        """
+        self.phase(name, total, "programs")
+
+        def check_and_count() -> None:
+            check()
+            self.advance(1, {})
+
+        return check_and_count
 
     def message(self, text: str) -> None:
         """Print a line above the bar; shown even when progress is off."""
@@ -131,11 +160,16 @@ class Progress:
         )
 
     def _text(self, separator: str) -> str:
-        return separator.join(
+        shown = [
             f"{label} {template.format(self._values[name])}"
             for name, (label, template) in SHOWN.items()
             if name in self._values
-        )
+        ]
+        faults = [
+            f"{label} {self._faults[name]:.0f}" for name, label in FAULTS.items() if self._faults.get(name)
+        ]
+        # Faults first: a narrow terminal cuts the end of the line.
+        return separator.join([*faults, *shown])
 
     def _line(self) -> str:
         elapsed = self._clock() - self._began

@@ -1,8 +1,8 @@
-"""The results of a run: metrics of an update, summary, curves, sample episodes, batches with faults."""
+"""The results of a run: metrics of an update, summary, curves, batches with faults."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,6 @@ from empg_jax.metrics import reduce_metrics
 from empg_jax.report.curves import plot_curves
 from empg_jax.report.record import RunRecord
 from empg_jax.report.summary import paired_interval, print_summary
-from empg_jax.report.transcripts import select_samples, write_transcripts
-from empg_jax.report.viewer import write_viewer
 from empg_jax.types import BATCH_FIELDS, Batch, Trajectory
 
 if TYPE_CHECKING:
@@ -95,11 +93,9 @@ def write_results(
     run_dir: Path,
     record: RunRecord,
     seconds: Mapping[str, float],
-    trajectories: Sequence[Trajectory],
-    decode: Callable[[Sequence[int]], str],
     config: Config,
 ) -> None:
-    """Write ``summary.json``, ``curves.png``, transcripts and the viewer page; print the table."""
+    """Write ``summary.json`` and ``curves.png``; print the table."""
     summary = record.summary()
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     summary["wall_seconds"] = {"total": round(sum(seconds.values()), 3), **rounded}
@@ -113,10 +109,4 @@ def write_results(
     summary = as_json(summary)  # a policy that is broken has numbers such as NaN; the table leaves them out
     write_json_atomic(run_dir / "summary.json", summary)
     plot_curves(run_dir)
-    if config.log.transcripts:
-        samples = select_samples(trajectories, config.log.transcripts)
-        write_transcripts(run_dir / "transcripts.txt", samples)
-        write_viewer(
-            run_dir / "trajectories.html", samples, decode, title=f"{config.name}: held-out episodes"
-        )
     print_summary(summary)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from empg_envs.base import PromptBuilder
 from empg_jax.text.chat import ChatRenderer
+from empg_jax.text.template import Message
 
 ContextKind = Literal["transcript", "window"]
 Info = Mapping[str, Any]
@@ -151,3 +152,83 @@ class _Window:
         self._observation = observation
         messages = self._prompts.window(list(self._turns), observation, info, self._num_turns)
         return PromptDelta(self._renderer.start(messages), is_fresh=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Said:
+    """A conversation that ends with a sampled response, with the exact tokens."""
+
+    messages: list[Message]
+    tools: list[Any]
+    response: str
+    tokens: list[int]
+    has_ended: bool  # whether the last token is the template's end of turn
+
+
+class CallContext:
+    """The context of a program that calls the policy with whole conversations of its own.
+
+    A call that continues an earlier conversation of the episode, message by message, appends to its exact
+    tokens. Any other (a rewritten history, a sub-agent, a parallel call) starts afresh, and so a row.
+    """
+
+    def __init__(self, renderer: ChatRenderer):
+        self._renderer = renderer
+        self._said: list[_Said] = []
+        self._prompt: list[int] = []
+        self._messages: list[Message] = []
+        self._tools: list[Any] = []
+
+    def start(self, observation: str, info: Info) -> PromptDelta:
+        """Return the first prompt."""
+        self._said.clear()
+        return self._begin(info)
+
+    def follow(
+        self,
+        response_tokens: Sequence[int],
+        response_text: str,
+        stopped: bool,
+        action: str,
+        observation: str,
+        info: Info,
+    ) -> PromptDelta:
+        """Return the prompt of the next call."""
+        has_ended = stopped and response_tokens[-1] == self._renderer.end_id
+        tokens = [*self._prompt, *response_tokens]
+        self._said.append(_Said(self._messages, self._tools, response_text, tokens, has_ended))
+        for said in sorted(self._said[::-1], key=lambda said: -len(said.messages)):
+            delta = self._continue(said, info)
+            if delta is None:
+                continue
+            self._messages, self._tools = info["messages"], info["tools"]
+            self._prompt = [*said.tokens, *delta]
+            # The slot holds the newest conversation; any other must be read again.
+            is_fresh = said is not self._said[-1]
+            return PromptDelta(self._prompt if is_fresh else delta, is_fresh=is_fresh)
+        return self._begin(info)
+
+    def _begin(self, info: Info) -> PromptDelta:
+        self._messages, self._tools = info["messages"], info["tools"]
+        self._prompt = self._renderer.start(self._messages, **_variables(self._tools))
+        return PromptDelta(list(self._prompt), is_fresh=True)
+
+    def _continue(self, said: _Said, info: Info) -> list[int] | None:
+        """Return the tokens behind a conversation that a call continues; None if it does not."""
+        messages, length = info["messages"], len(said.messages)
+        if len(messages) < length + 2 or messages[:length] != said.messages or info["tools"] != said.tools:
+            return None
+        answer = messages[length]
+        if answer != {"role": "assistant", "content": said.response}:
+            return None
+        return self._renderer.follow(
+            said.messages,
+            said.response,
+            messages[length + 1 :],
+            stopped=said.has_ended,
+            **_variables(said.tools),
+        )
+
+
+def _variables(tools: list[Any]) -> dict[str, Any]:
+    return {"tools": tools} if tools else {}

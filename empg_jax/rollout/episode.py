@@ -90,8 +90,9 @@ class Episode:
         response = self._take_response(reward)
         if terminated or truncated or len(self._turns) >= self._rules.max_turns:
             won = bool(info.get("won", False))
-            reason = "won" if won else "ended" if terminated else "turn_limit"
-            return self._finish(Status.TRAINED, reason, info, won, terminated, not terminated)
+            usual = "won" if won else "ended" if terminated else "turn_limit"
+            reason, detail = str(info.get("outcome", usual)), str(info.get("detail", ""))
+            return self._finish(Status.TRAINED, reason, info, won, terminated, not terminated, detail=detail)
         delta = self._context.follow(
             response.tokens.tolist(),
             self._text,
@@ -108,9 +109,15 @@ class Episode:
         return self._finish(Status.SCORED_ZERO, "context_limit", {}, False, False, True)
 
     def on_failure(self, reason: str, detail: str) -> Trajectory:
-        """End the episode because the environment or its worker failed, or time ran out."""
-        # Without any turn there is nothing to train on, so an empty episode is discarded in either case.
-        if reason == "timeout" and self._rules.timeout_outcome == "zero" and self._turns:
+        """End the episode because the environment or its worker failed, or time ran out.
+
+        Where an overrun is scored zero, the action that the environment was at counts among the turns: it may
+        be the cause. Before the first action there is nothing to train on, so the episode is discarded.
+        """
+        is_zero = reason == "timeout" and self._rules.timeout_outcome == "zero"
+        if is_zero and self._response is not None:
+            self._take_response(0.0)
+        if is_zero and self._turns:
             return self._finish(Status.SCORED_ZERO, reason, {}, False, False, True, detail=detail)
         return self._finish(Status.DISCARDED, reason, {}, False, False, True, detail=detail)
 

@@ -32,8 +32,10 @@ EPISODE_FIELDS: dict[str, tuple[Any, str]] = {
     "member": (int, "an integer"),
     "task": (int, "an integer"),
     "split": (str, "a string"),
+    "family": (str, "a string"),
     "status": (str, "a string"),
     "reason": (str, "a string"),
+    "detail": (str, "a string"),
     "return": (NUMBER, "a number"),
     "success": (bool, "true or false"),
     "terminated": (bool, "true or false"),
@@ -93,8 +95,10 @@ def describe_episodes(
             "member": trajectory.member,
             "task": trajectory.task,
             "split": trajectory.split,
+            **({"family": trajectory.family} if trajectory.family else {}),
             "status": trajectory.outcome.status.value,
             "reason": trajectory.outcome.reason,
+            **({"detail": trajectory.outcome.detail} if trajectory.outcome.detail else {}),
             "return": as_number(trajectory.episode_return),
             "success": trajectory.is_success,
             "terminated": trajectory.terminated,
@@ -142,6 +146,21 @@ def describe_tokens(
             found[-1].append(fields)
             start = stop
     return found
+
+
+def describe_sampled_tokens(trajectories: Sequence[Trajectory]) -> list[list[Record]]:
+    """List the token arrays that the sampler recorded: ids, log-probs, entropies."""
+    return [
+        [
+            {
+                "token_ids": turn.response_tokens.tolist(),
+                "token_logprobs": [as_number(value) for value in turn.behavior_logprobs],
+                "token_entropies": [as_number(value) for value in turn.entropies],
+            }
+            for turn in trajectory.turns
+        ]
+        for trajectory in trajectories
+    ]
 
 
 def credit_fields(credit: TurnCredit, i: int, k: int) -> Record:
@@ -229,12 +248,15 @@ def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
         group_id=record["group_id"],
         member=record["member"],
         turns=tuple(turns),
-        outcome=Outcome(Status(record.get("status", "trained")), record.get("reason", "ended")),
+        outcome=Outcome(
+            Status(record.get("status", "trained")), record.get("reason", "ended"), record.get("detail", "")
+        ),
         episode_return=float(sum(turn.reward for turn in turns)),
         is_success=record.get("success", False),
         terminated=record.get("terminated", not truncated),
         truncated=truncated,
         metrics=record.get("metrics", {}),
+        family=record.get("family", ""),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ from empg_jax.models.lora import LoraConfig
 from empg_jax.parallel.hosts import ALONE, Hosts
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.rollout.collector import Collector
-from empg_jax.rollout.context import ContextFactory, make_context
+from empg_jax.rollout.context import CallContext, ContextFactory, make_context
 from empg_jax.rollout.episode import EpisodeRules
 from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.ledger import Ledger
@@ -89,19 +90,32 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
         cannot be used.
     """
     spec = find_spec(config)
-    tokenizer = _make_tokenizer(config, tokenizer_path, spec)
+    tokenizer = make_tokenizer(config, tokenizer_path, spec)
     try:
         renderer = ChatRenderer(tokenizer, options=config.model.chat_options)
     except ChatTemplateError as error:
         raise ConfigError(f"{error}; model.chat_template=FILE brings a template of your own") from None
     prompts = _call("env.prompt_options", spec.prompts, config.env.prompt_options)
     parser = _call("env.prompt_options", spec.parser, config.env.prompt_options)
-    context = make_context(config.env.context, prompts, renderer, config.env.history)
+    context: ContextFactory
+    if spec.has_calls:
+        if config.env.context != "transcript":
+            raise ConfigError(
+                f"env.context={config.env.context}: the prompts of {config.env.target} are its program's "
+                "own; leave env.context at transcript"
+            )
+        context = functools.partial(CallContext, renderer)
+    else:
+        context = make_context(config.env.context, prompts, renderer, config.env.history)
     return Language(tokenizer, renderer, context, parser)
 
 
-def _make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
-    """Choose the first of: saved tokenizer, configured one, one built for the environment, bytes."""
+def make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
+    """Choose the first of: saved tokenizer, configured one, one built for the environment, bytes.
+
+    Raises:
+      ConfigError: it cannot be loaded or built.
+    """
     m = config.model
     try:
         if saved is not None:
@@ -265,18 +279,23 @@ def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
     )
 
 
+def make_rules(config: Config) -> EpisodeRules:
+    """Build the rules that end an episode; an overrun is treated as the environment declares, if not told."""
+    overrun = config.env.timeout_outcome or find_spec(config).timeout_outcome
+    return EpisodeRules(config.env.max_turns, overrun)
+
+
 def make_collector(
     config: Config, engine: Engine, pool: EnvPool, language: Language, *, stream: int, first_handle: int = 0
 ) -> Collector:
     """Build a collector for training (``stream`` 0) or evaluation (1)."""
-    rules = EpisodeRules(config.env.max_turns, config.env.timeout_outcome)
     return Collector(
         engine,
         pool,
         language.make_context,
         language.parser,
         language.tokenizer.decode,
-        rules,
+        make_rules(config),
         seed=config.seed,
         stream=stream,
         first_handle=first_handle,

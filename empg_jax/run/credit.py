@@ -19,6 +19,7 @@ from empg_jax.types import Scores
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
+    from empg_jax.types import Trajectory
 
 
 def print_credit(config: Config, path: Path, out: Path | None, *, say: Callable[[str], None]) -> None:
@@ -59,29 +60,53 @@ def recompute_credit(config: Config, path: Path) -> tuple[list[Record], list[str
     Raises:
       RecordError: the file cannot be read, or a field is missing or mistyped.
     """
-    records = read_episodes(path)
-    is_transcript = config.env.context == "transcript"
-    trajectories = [make_trajectory(record, is_transcript=is_transcript) for record in records]
-    lengths = [len(segment.tokens) for t in trajectories for segment in merge_turns(t, 0)]
-    shape = BatchShape(
-        trajectories=len(trajectories),
-        turns=max(config.env.max_turns, *(len(t.turns) for t in trajectories)),
-        row_tokens=max(lengths),
-        micro_rows=1,
-        max_rows=len(lengths),
-        num_minibatches=config.train.num_minibatches,
-    )
-    alike = join_alike(trajectories, config.algorithm.anchor_similarity)
-    batch, _ = make_batch(alike, shape, seed=(config.seed,))
+    return make_recompute(config)(read_episodes(path))
+
+
+def make_recompute(config: Config) -> Callable[[list[Record]], tuple[list[Record], list[str]]]:
+    """Build the function that recomputes the credit of checked records, as `recompute_credit` returns it.
+
+    Batches of similar size share one compiled program.
+    """
     algorithm = make_algorithm_from(config)
     has_critic = algorithm.value_loss is not None
-    values = np.zeros(batch.tokens.shape, np.float32) if has_critic else None
-    recorded = (batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
-    credit = jax.device_get(jax.jit(algorithm.credit)(batch, Scores(*recorded, values)).turns)
-    for i, record in enumerate(records):
-        turns = enumerate(record["turns"])
-        record["turns"] = [turn | credit_fields(credit, i, k) for k, turn in turns]
+    compiled = jax.jit(lambda batch, scores: algorithm.credit(batch, scores).turns)
+    is_transcript = config.env.context == "transcript"
+
+    def recompute(records: list[Record]) -> tuple[list[Record], list[str]]:
+        trajectories = [make_trajectory(record, is_transcript=is_transcript) for record in records]
+        alike = join_alike(trajectories, config.algorithm.anchor_similarity)
+        batch, _ = make_batch(alike, _find_shape(config, trajectories), seed=(config.seed,))
+        values = np.zeros(batch.tokens.shape, np.float32) if has_critic else None
+        recorded = (batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
+        credit = jax.device_get(compiled(batch, Scores(*recorded, values)))
+        for i, record in enumerate(records):
+            turns = enumerate(record["turns"])
+            record["turns"] = [turn | credit_fields(credit, i, k) for k, turn in turns]
+        return records, _notes(config, has_critic=has_critic)
+
+    return recompute
+
+
+def _find_shape(config: Config, trajectories: list[Trajectory]) -> BatchShape:
+    """Find a shape with room for the episodes: powers of two, so that few programs are compiled."""
+    lengths = [len(segment.tokens) for t in trajectories for segment in merge_turns(t, 0)]
+    return BatchShape(
+        trajectories=len(trajectories),
+        turns=max(config.env.max_turns, *(len(t.turns) for t in trajectories)),
+        row_tokens=_power_of_two(max(lengths)),
+        micro_rows=1,
+        max_rows=_power_of_two(len(lengths)),
+        num_minibatches=config.train.num_minibatches,
+    )
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def _notes(config: Config, *, has_critic: bool) -> list[str]:
     notes = ["the critic's values are taken as 0: a record does not hold them"] if has_critic else []
     if config.algorithm.reward_kl_coef > 0:  # a KL in the reward changes credit; a KL in the loss does not
         notes.append("the reference's log-probs are taken as the policy's: a record does not hold them")
-    return records, notes
+    return notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -51,6 +52,10 @@ from empg_jax.workers.pool import EnvPool
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
+
+
+# From a name and a number of programs to what is called before each is compiled.
+Counted = Callable[[str, int], Callable[[], None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +184,11 @@ def open_run(
         check = stop.check if hosts.num == 1 else _go_on_always
         model = make_model(config, language.tokenizer)
         shape = make_batch_shape(config)
-        learner, schedule, state = _start_learner(config, model, shape, check)
+        counted = functools.partial(progress.counting, check)
+        learner, schedule, state = _start_learner(config, model, shape, counted)
         engine = make_engine(config, model, language.tokenizer, num_hosts=hosts.num)
-        _warm_up(engine, learner, state.params, check)
+        _warm_up(engine, learner, state.params, counted)
+        progress.close()
         rollout = make_rollout(config, engine, pool, language, hosts)
         first = engine.config.slots  # the engine of training has the handles below
         evaluator = make_evaluator(config, engine, pool, language, first_handle=first, hosts=hosts)
@@ -242,7 +249,7 @@ def _open_language(config: Config, run_dir: Path, hosts: Hosts, *, is_resumed: b
 
 
 def _start_learner(
-    config: Config, model: DecoderConfig, shape: BatchShape, check: Callable[[], None]
+    config: Config, model: DecoderConfig, shape: BatchShape, counted: Counted
 ) -> tuple[Learner, optax.Schedule, TrainState]:
     """Build the learner, compile its programs, and make the learning-rate schedule and the first state."""
     optimizer, schedule = make_rl_optimizer(config)
@@ -261,7 +268,10 @@ def _start_learner(
     empty, _ = make_batch([], shape, seed=(0,))
     # The warm-up donates its state, so it gets a spare one.
     spare = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
-    learner.warm_up(spare, learner.put(empty), {} if has_base_reference(config) else None, check=check)
+    reference: Params | None = {} if has_base_reference(config) else None
+    learner.warm_up(
+        spare, learner.put(empty), reference, check=counted("compiling the learner", learner.num_warm_ups)
+    )
     params = make_params(config, model, learner.shardings.params)
     state = restart_optimizer(params, optimizer, learner.shardings)
     schedule = jax.jit(schedule)
@@ -269,12 +279,12 @@ def _start_learner(
     return learner, schedule, state
 
 
-def _warm_up(engine: Engine, learner: Learner, params: Params, check: Callable[[], None]) -> None:
+def _warm_up(engine: Engine, learner: Learner, params: Params, counted: Counted) -> None:
     """Compile the engine's programs; the weights of a run are published to it later."""
     if learner.base is not None:
         engine.base = engine.place(learner.base)
     engine.load(params, -1)
-    engine.warm_up(check)
+    engine.warm_up(counted("compiling the engine", engine.num_warm_ups))
     engine.free()
 
 

@@ -1,4 +1,8 @@
-"""Training episodes on disk: ``rollouts/update-000012.jsonl.gz``, one record of `rollout.record` per line."""
+"""Episodes on disk, one record of `rollout.record` per line.
+
+``rollouts/update-000012.jsonl.gz`` holds the training episodes of an update, ``eval/after.jsonl.gz`` some
+held-out ones.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +15,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from empg_jax.files import replacing
 from empg_jax.parallel.arrays import fetch
-from empg_jax.report.transcripts import select_samples
-from empg_jax.report.viewer import Decode, write_viewer
-from empg_jax.rollout.record import describe_episodes, describe_tokens
+from empg_jax.report.view.reading import HELD_OUT, ROLLOUTS
+from empg_jax.rollout.record import describe_episodes, describe_sampled_tokens, describe_tokens
 
 if TYPE_CHECKING:
     from empg_jax.learner.passes import Pass
     from empg_jax.run.parts import Parts
     from empg_jax.types import Trajectory
 
-FOLDER = "rollouts"
 _NAME = re.compile(r"update-(\d+)\.jsonl\.gz")
 
 
 def write_episodes(parts: Parts, update: int, trajectories: Sequence[Trajectory], first: Pass) -> None:
-    """Write the episodes of an update with their credit, where that is due; after the last also as a page.
+    """Write the episodes of an update with their credit, where that is due.
 
     These files are for people: a disk that is full costs them, not the run.
     """
     log, last = parts.config.log, parts.config.train.updates
-    is_written = is_due(update, every=log.rollouts_every, last=last)
-    if parts.hosts.num > 1 and (is_written or update == last):
+    if not is_due(update, every=log.rollouts_every, last=last):
+        return
+    if parts.hosts.num > 1:
         first = dataclasses.replace(first, scores=fetch(first.scores), credit=fetch(first.credit))
     if not parts.hosts.is_first:
         return
     try:
-        if is_written:
-            write_update(parts.run_dir, update, trajectories, first, with_tokens=log.rollouts_tokens)
-        if update == last and log.transcripts:
-            decode = parts.language.tokenizer.decode
-            write_credit_page(parts.run_dir, trajectories, first, decode, count=log.transcripts)
+        write_update(parts.run_dir, update, trajectories, first, with_tokens=log.rollouts_tokens)
     except OSError as error:
         parts.progress.message(f"the episodes of update {update} could not be written: {error}")
         parts.events.tell("episodes_not_written", detail=str(error))
@@ -57,7 +55,7 @@ def is_due(update: int, *, every: int, last: int) -> bool:
 
 def rollouts_path(run_dir: Path, update: int) -> Path:
     """Return the path of an update's file."""
-    return Path(run_dir) / FOLDER / f"update-{update:06d}.jsonl.gz"
+    return Path(run_dir) / ROLLOUTS / f"update-{update:06d}.jsonl.gz"
 
 
 def write_update(
@@ -81,30 +79,31 @@ def write_update(
     )
 
 
-def write_credit_page(
-    run_dir: Path, trajectories: Sequence[Trajectory], first: Pass, decode: Decode, *, count: int
-) -> Path:
-    """Write ``credit.html``: some episodes of an update, their tokens colored by entropy or advantage.
+def write_held_out(run_dir: Path, update: int, trajectories: Sequence[Trajectory], count: int) -> Path:
+    """Write some held-out episodes of the trained policy, with the numbers of their tokens.
 
     Args:
       run_dir: the run's folder.
-      trajectories: episodes in the order of the batch's table.
-      first: the first pass over the episodes.
-      decode: maps token ids to text.
-      count: most episodes to show.
+      update: number of updates that were made.
+      trajectories: the episodes of the last evaluation.
+      count: most episodes to write.
     """
-    chosen = {id(trajectory) for trajectory in select_samples(trajectories, count)}
-    streams = jax.device_get((first.scores.entropies, first.credit.advantages))
-    tokens = describe_tokens(trajectories, first.host, *streams)
-    shown = [pair for pair in zip(trajectories, tokens, strict=True) if id(pair[0]) in chosen]
-    advantages = [[np.asarray(turn["token_advantages"], np.float32) for turn in turns] for _, turns in shown]
-    return write_viewer(
-        run_dir / "credit.html",
-        [trajectory for trajectory, _ in shown],
-        decode,
-        advantages=advantages,
-        title="Credit of the last update",
-    )
+    samples = select_samples(trajectories, count)
+    records = describe_episodes(samples, None, update=update, tokens=describe_sampled_tokens(samples))
+    path = Path(run_dir) / HELD_OUT
+    path.parent.mkdir(exist_ok=True)
+    write_records(path, records)
+    return path
+
+
+def select_samples(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
+    """Select at most ``count`` episodes with turns, in order: half of them solved, if there are enough."""
+    seen = [trajectory for trajectory in trajectories if trajectory.turns]
+    solved = [index for index, trajectory in enumerate(seen) if trajectory.is_success]
+    failed = [index for index, trajectory in enumerate(seen) if not trajectory.is_success]
+    share = max(count // 2, count - len(failed))  # when one kind is short, the other fills up
+    chosen = [*solved[:share], *failed[: count - len(solved[:share])]]
+    return [seen[index] for index in sorted(chosen)]
 
 
 def write_rollouts(run_dir: Path, update: int, records: Iterable[Mapping[str, Any]]) -> Path:
@@ -131,7 +130,7 @@ def format_record(record: Mapping[str, Any]) -> str:
 
 def drop_rollouts(run_dir: Path, *, after: int) -> None:
     """Remove the files of updates that a resumed run will repeat, and unfinished temporary files."""
-    for path in (Path(run_dir) / FOLDER).glob("*"):
+    for path in (Path(run_dir) / ROLLOUTS).glob("*"):
         match = _NAME.fullmatch(path.name)
         if (match and int(match[1]) > after) or path.suffix == ".tmp":
             path.unlink()

@@ -59,9 +59,9 @@ class ChatRenderer:
         variables = {**self._options, **variables}
         return self.tokenizer.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
-    def start(self, messages: Sequence[Message]) -> list[int]:
+    def start(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Return the ids of the whole conversation so far, including the generation prompt."""
-        return list(self._encode(self.render(messages)))
+        return list(self._encode(self.render(messages, **variables)))
 
     def encode_response(self, text: str) -> list[int]:
         """Return the ids of a written response (by a person or an expert), as a sampler would produce it.
@@ -78,6 +78,7 @@ class ChatRenderer:
         new_messages: Sequence[Message],
         *,
         stopped: bool,
+        **variables: Any,
     ) -> list[int] | None:
         """Return the ids to append after a sampled response, so that the model can answer the new messages.
 
@@ -87,6 +88,7 @@ class ChatRenderer:
           new_messages: the messages after the response, oldest first; at least one.
           stopped: whether the sampled ids end with ``end_id``. If not (the response was cut by a length
             limit), the result begins with the end-of-turn token.
+          **variables: further variables of the template, for example ``tools``.
 
         Returns:
           The ids after the response, including the generation prompt. None if the template renders the longer
@@ -94,9 +96,10 @@ class ChatRenderer:
         """
         if not new_messages:
             raise ValueError("follow needs at least one new message after the response")
-        delta = self._quick_delta(prefix_messages, response_text, new_messages)
+        # Seams were probed without variables, which a template may print anywhere.
+        delta = None if variables else self._quick_delta(prefix_messages, response_text, new_messages)
         if delta is None:
-            delta = self._exact_delta(prefix_messages, response_text, new_messages)
+            delta = self._exact_delta(prefix_messages, response_text, new_messages, **variables)
         if delta is None:
             return None
         ids = self._encode(delta)
@@ -130,14 +133,19 @@ class ChatRenderer:
         return seam.fill([message["content"] for message in new_messages])
 
     def _exact_delta(
-        self, prefix: Sequence[Message], response: str, new_messages: Sequence[Message]
+        self,
+        prefix: Sequence[Message],
+        response: str,
+        new_messages: Sequence[Message],
+        **variables: Any,
     ) -> str | None:
         """Return the text after the response by rendering both conversations.
 
         The result is None if the longer conversation's text does not extend the shorter one's.
         """
-        before = self.render(prefix) + response
-        after = self.render([*prefix, {"role": "assistant", "content": response}, *new_messages])
+        before = self.render(prefix, **variables) + response
+        answered = {"role": "assistant", "content": response}
+        after = self.render([*prefix, answered, *new_messages], **variables)
         return after[len(before) :] if after.startswith(before) else None
 
 

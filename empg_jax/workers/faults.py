@@ -9,7 +9,17 @@ from typing import Any, Literal, Protocol
 from empg_jax.errors import RunError
 
 Reason = Literal[
-    "env_error", "env_garbage", "timeout", "worker_died", "nondeterministic", "quarantined", "outage"
+    "env_error",
+    "env_garbage",
+    "timeout",
+    "worker_died",
+    "nondeterministic",
+    "quarantined",
+    "outage",
+    "agent_crashed",
+    "agent_never_called",
+    "agent_no_reward",
+    "agent_timeout",
 ]
 
 
@@ -36,7 +46,8 @@ class EnvFailure:
       reason: ``env_error`` (the environment raised), ``env_garbage`` (its answer breaks the protocol),
         ``timeout``, ``worker_died``, ``nondeterministic`` (a replay in a new worker gave another
         observation), ``quarantined`` (the task failed too often and was not tried), ``outage`` (whatever it
-        was, most episodes failed at that time, so the task is not to blame).
+        was, most episodes failed at that time, so the task is not to blame), or a name of the environment's
+        own (`empg_envs.base.EnvFault`), such as ``agent_crashed``.
       detail: text for the user: message, traceback, exit code, last lines of stderr.
     """
 

@@ -245,6 +245,8 @@ class Supervisor:
             self._fail(episode, "nondeterministic", detail, is_incident=False)
         elif message["kind"] == "garbage":
             self._fail(episode, "env_garbage", error)
+        elif "reason" in message:
+            self._fail(episode, message["reason"], error)
         else:
             self._fail(episode, "env_error", f"{error}\n{message['traceback']}")
 

@@ -6,6 +6,7 @@ names is therefore cheap, and no environment needs another one's extra packages.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
@@ -52,7 +53,7 @@ def _lazy(module: str, attribute: str) -> Callable[..., Any]:
     return factory
 
 
-def _packaged(name: str, env: str) -> EnvSpec:
+def _packaged(name: str, env: str, **declared: Any) -> EnvSpec:
     """Return the spec of the package ``empg_envs.<name>`` with the class ``env``, without importing it."""
     prompt = f"empg_envs.{name}.prompt"
     return EnvSpec(
@@ -61,6 +62,7 @@ def _packaged(name: str, env: str) -> EnvSpec:
         prompts=_lazy(prompt, "make_prompts"),
         parser=_lazy(prompt, "make_parser"),
         phrases=_lazy(prompt, "phrases"),
+        **declared,
     )
 
 
@@ -69,7 +71,8 @@ ENVS: dict[str, EnvSpec] = {
     "alfworld": _packaged("alfworld", "AlfworldEnv"),
     "webshop": _packaged("webshop", "WebShopEnv"),
     "deepsearch": _packaged("deepsearch", "DeepSearchEnv"),
-    "swe": _packaged("swe", "SweEnv"),
+    "swe": _packaged("swe", "SweEnv", timeout_outcome="zero"),
+    "harness": dataclasses.replace(_packaged("harness", "HarnessEnv"), phrases=None, has_calls=True),
 }
 
 

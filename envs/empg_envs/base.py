@@ -20,8 +20,9 @@ class TextEnv(Protocol):
 
     ``info`` contains only JSON-able values: ``task`` (the goal sentence), ``won`` (bool), and optionally
     ``admissible`` (sorted list of commands), ``metrics`` (dict of floats), and the kind of the task as
-    ``group``, ``family`` or ``repo``, by which evaluations are split. An environment with an expert also has
-    the method ``expert_action(self) -> str``.
+    ``group``, ``family`` or ``repo``, by which evaluations are split. At the end of an episode it may name an
+    ``outcome`` of its own (a word that is counted, in place of ``won``, ``ended`` or ``turn_limit``) and say
+    more in ``detail``. An environment with an expert also has the method ``expert_action(self) -> str``.
 
     What a class or an instance may declare besides (attributes, each true by default):
 
@@ -66,6 +67,19 @@ class TextEnv(Protocol):
     def get_task(self, split: str, index: int) -> dict[str, Any]:
         """Return a JSON-able description of one task, with its ``content_hash``."""
         ...
+
+
+class EnvFault(Exception):
+    """A failure of an episode with a name of its own, in place of ``env_error``.
+
+    Args:
+      reason: a short name, as it is counted in metrics and events.
+      detail: what happened, for the user.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 class PromptBuilder(Protocol):
@@ -130,6 +144,10 @@ class EnvSpec:
       parser: builds the action parser from ``env.prompt_options``.
       phrases: returns the closed vocabulary for a small tokenizer, given ``env.options``; phrases may contain
         spaces. None for an environment without a closed vocabulary.
+      has_calls: each observation is a call of a program, whose whole conversation is ``info["messages"]`` and
+        whose tools are ``info["tools"]``; the prompt builder is not used.
+      timeout_outcome: treatment of an episode that exceeds its time: ``discard``, or ``zero`` where an agent
+        could bring that about to be rid of a lost episode.
     """
 
     name: str
@@ -137,6 +155,8 @@ class EnvSpec:
     prompts: Callable[..., PromptBuilder]
     parser: Callable[..., ActionParser]
     phrases: Callable[..., list[str]] | None = None
+    has_calls: bool = False
+    timeout_outcome: str = "discard"
 
 
 def quote_turns(history: Sequence[tuple[str, str]], turn: int) -> str:

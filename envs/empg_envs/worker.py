@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from empg_envs import make_env
-from empg_envs.base import TextEnv
+from empg_envs.base import EnvFault, TextEnv
 from empg_envs.lanes import Lanes
 from empg_envs.orphans import MARK, end_descendants
 
@@ -93,6 +93,8 @@ class EnvHost:
                 "error": f"{type(error).__name__}: {error}",
                 "traceback": traceback.format_exc()[-TRACEBACK_CHARS:],
             }
+            if isinstance(error, EnvFault):
+                failure |= {"reason": error.reason, "error": str(error)}
         self._drop(handle)
         return _encode({**head, **failure})
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from empg_jax.config import load_config
 from empg_jax.engine import engine as engine_module
 from empg_jax.engine.engine import Engine, EngineConfig
 from empg_jax.engine.programs import Chunk, Request
@@ -14,6 +15,7 @@ from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
+from tests.runs import ROOT
 
 MODEL = DecoderConfig(vocab_size=60, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8)
 # For what does not depend on depth: it compiles faster.
@@ -401,12 +403,33 @@ def test_impossible_sizes_are_refused(sizes, says):
 
 
 def test_default_buckets_cover_the_sizes():
-    sizes = EngineConfig(slots=128, max_tokens=1000, max_response_tokens=8, stop_ids=(1,))
-    assert sizes.prefill_buckets == (16, 64, 256)
+    sizes = EngineConfig(slots=128, max_tokens=250, max_response_tokens=8, stop_ids=(1,))
+    assert sizes.prefill_buckets == (16, 64)
     assert sizes.row_buckets == (1, 16, 128)
-    assert sizes.cache_buckets == (128, 256, 384, 512, 768, 1000)
-    assert sizes.prefill_lengths(128) == (16, 64)
-    assert sizes.prefill_rows(256) == (1, 16)
+    assert sizes.cache_buckets == (128, 250)
+    assert sizes.prefill_lengths(32) == (16,)
+    assert EngineConfig(2, 1000, 8, (1,), prefill_buckets=(256,)).prefill_rows(256) == (1, 2)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_needs_few_programs(path):
+    r = load_config(path).rollout
+    slots = r.slots or r.tasks_per_update * r.group_size
+    lengths = tuple(r.prefill_buckets or ())
+    sizes = EngineConfig(slots, r.max_tokens, r.max_response_tokens, (1,), prefill_buckets=lengths)
+    assert sizes.num_programs <= 24
+    assert sizes.cache_buckets[-1] == r.max_tokens and sizes.row_buckets[-1] == slots
+    assert lengths in ((), sizes.prefill_buckets)  # what a configuration names is kept
+
+
+def test_the_warm_up_compiles_as_many_programs_as_are_said():
+    sizes = EngineConfig(4, 40, 6, NO_STOPS, prefill_buckets=(4, 16), cache_buckets=(8, 24))
+    engine = Engine(SHALLOW, sizes, seed=0)
+    engine.load(SHALLOW_PARAMS, 0)
+    programs = (engine._programs.prefill, engine._programs.decode, engine._programs.grow)
+    before = sum(program._cache_size() for program in programs)
+    engine.warm_up()
+    assert sum(program._cache_size() for program in programs) - before == sizes.num_programs
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,32 @@ def test_the_first_update_which_compiles_is_no_measure():
     assert lines[3].endswith("1 min 02 s, 5 s left")
 
 
+def test_faults_are_added_up_and_shown_once_there_are_any():
+    out, clock = io.StringIO(), Clock()
+    with Progress(console=Console(file=out, width=160), interval=0.0, clock=clock) as progress:
+        progress.phase("RL", 4, "updates")
+        for discarded in (0.0, 2.0, 1.0):
+            clock.now += 1.0
+            progress.advance(
+                1, {"success_rate": 0.5, "episodes_discarded": discarded, "worker_restarts": 0.0}
+            )
+    lines = out.getvalue().splitlines()
+    assert lines[1].startswith("RL: 1/4 updates, success 50%")
+    assert lines[2].startswith("RL: 2/4 updates, discarded 2, success 50%")
+    assert lines[3].startswith("RL: 3/4 updates, discarded 3, success 50%")
+
+
+def test_compiled_programs_are_counted_and_can_be_stopped():
+    out, calls = io.StringIO(), []
+    with Progress(console=Console(file=out, width=80), interval=0.0, clock=Clock()) as progress:
+        count = progress.counting(lambda: calls.append(1), "compiling the learner", 3)
+        for _ in range(3):
+            count()
+    lines = out.getvalue().splitlines()
+    assert lines[1] == "compiling the learner: 1/3 programs, 0 s" and len(calls) == 3
+    assert lines[-1] == "compiling the learner: 3/3 programs, 0 s"
+
+
 def test_a_narrow_terminal_shows_phase_count_and_time():
     lines = _lines(10, done=0, seconds=[2.0] * 3, terminal=True, width=80)
     shown = [re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", line).strip() for line in lines]

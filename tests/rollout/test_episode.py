@@ -158,6 +158,24 @@ def test_an_overrun_may_be_scored_zero_if_there_is_a_turn():
         assert found.outcome.status is status and found.episode_return == float(turns)
 
 
+def test_an_overrun_by_the_first_action_is_scored_zero_too():
+    episode, _ = begin(timeout_outcome="zero")
+    respond(episode)  # the environment is at it, and does not answer in time
+    found = episode.on_failure("timeout", "longer than 10 s")
+    assert (found.outcome.status, found.outcome.reason) == (Status.SCORED_ZERO, "timeout")
+    assert [turn.reward for turn in found.turns] == [0.0] and found.num_tokens > 0
+
+
+def test_an_environment_may_name_an_outcome_of_its_own():
+    episode, _ = begin()
+    respond(episode)
+    info = {"outcome": "suspect", "detail": "a canary passed", "metrics": {"suspect": 1.0}}
+    found = episode.on_step("x", 0.0, True, False, info)
+    assert (found.outcome.status, found.outcome.reason) == (Status.TRAINED, "suspect")
+    assert found.outcome.detail == "a canary passed" and found.metrics == {"suspect": 1.0}
+    assert not found.is_success and found.terminated
+
+
 def test_equal_observations_have_equal_anchors():
     def anchors(*observations):
         episode, _ = begin(max_turns=9)

@@ -34,6 +34,19 @@ def make_credit(trajectories):
     return TurnCredit(base / 7, base + 0.1, base + 0.2, base + 0.3, base + 0.4, np.ones(size, bool))
 
 
+def test_the_detail_of_an_outcome_comes_back(tmp_path):
+    episodes = Episodes()
+    outcome = Outcome(Status.TRAINED, "suspect", "canary: tests/test_a.py::test_b PASSED")
+    trajectory = episodes.trajectory(
+        [episodes.turn([1], 2)], outcome=outcome, is_success=False, episode_return=0
+    )
+    (record,) = describe_episodes([trajectory], None, update=1)
+    assert (record["reason"], record["detail"]) == ("suspect", outcome.detail)
+    (read,) = read_episodes(write(tmp_path, record))
+    found = make_trajectory(read, is_transcript=True)
+    assert found.outcome == outcome
+
+
 def test_an_episode_as_the_contract_says():
     episodes = Episodes()
     turns = [
@@ -103,11 +116,13 @@ def test_what_training_wrote_is_read_back(tmp_path):
         truncated=True,
         terminated=False,
         outcome=Outcome(Status.SCORED_ZERO, "context_limit"),
+        family="pick",
     )
     path = write(tmp_path, *describe_episodes([made], make_credit([made]), update=1))
     found = make_trajectory(read_episodes(path)[0], is_transcript=False)
     assert found.outcome == made.outcome and found.truncated and not found.terminated
     assert (found.group_id, found.member, found.episode_return) == (7, 1, 0.5)
+    assert found.family == "pick"
     assert found.turns[0].anchor == found.turns[1].anchor
     assert [turn.version for turn in found.turns] == [2, 0]
 

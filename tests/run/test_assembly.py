@@ -161,3 +161,17 @@ def test_deterministic_rollouts_prefill_by_one_program(is_deterministic, rows):
     tokenizer = assembly.make_language(config).tokenizer
     engine = assembly.make_engine(config, assembly.make_model(config, tokenizer), tokenizer)
     assert engine.config.row_buckets == rows
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "outcome"),
+    [
+        ("swe_tiny", [], "zero"),  # its agents can bring an overrun about
+        ("swe_verified", [], "zero"),
+        ("swe_tiny", ["env.timeout_outcome=discard"], "discard"),
+        ("quickstart", [], "discard"),
+        ("quickstart", ["env.timeout_outcome=zero"], "zero"),
+    ],
+)
+def test_an_overrun_is_treated_as_the_environment_declares(config, overrides, outcome):
+    assert assembly.make_rules(load_config(config, overrides)).timeout_outcome == outcome

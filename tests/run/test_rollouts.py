@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from empg_jax.run.rollouts import drop_rollouts, is_due, rollouts_path, write_rollouts
+from empg_jax.run.rollouts import drop_rollouts, is_due, rollouts_path, select_samples, write_rollouts
+from empg_jax.types import Outcome, Status, Trajectory
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,28 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path):
     (tmp_path / "rollouts" / ".update-000030.jsonl.gz.77.tmp").write_bytes(b"half")
     drop_rollouts(tmp_path, after=10)
     assert sorted((tmp_path / "rollouts").iterdir()) == [rollouts_path(tmp_path, n) for n in (1, 10)]
+
+
+def _trajectory(task, *, is_success, turns=(None,)):
+    outcome = Outcome(Status.TRAINED, "won" if is_success else "turn_limit")
+    return Trajectory(
+        task=task,
+        split="test",
+        group_id=task,
+        member=0,
+        turns=turns,
+        outcome=outcome,
+        episode_return=1.0,
+        is_success=is_success,
+        terminated=is_success,
+        truncated=not is_success,
+    )
+
+
+def test_samples_are_half_solved_half_not():
+    panel = [_trajectory(task, is_success=task in (0, 1, 2, 3, 6)) for task in range(8)]
+    panel.append(_trajectory(8, is_success=True, turns=()))
+    assert [sample.task for sample in select_samples(panel, 4)] == [0, 1, 4, 5]
+    assert [sample.task for sample in select_samples(panel[:4], 3)] == [0, 1, 2]
+    assert [sample.task for sample in select_samples(panel[4:6], 3)] == [4, 5]
+    assert len(select_samples(panel, 99)) == 8 and select_samples(panel, 0) == []

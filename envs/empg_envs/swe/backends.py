@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from empg_envs.names import suggest
-from empg_envs.swe import grading, patches
+from empg_envs.swe import grading, mutate, patches
 from empg_envs.swe.bubblewrap import GUEST, GUEST_HOME, find_interpreter
 from empg_envs.swe.caged import BubblewrapSandbox, GuestSandbox, LocalSandbox
 from empg_envs.swe.grading import Grade
+from empg_envs.swe.judge import second, trial
+from empg_envs.swe.judge.canaries import Planted
+from empg_envs.swe.judge.reading import read_changes
+from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.sandbox import FileError, Limits, Sandbox
-from empg_envs.swe.tasks import Task, TaskError, broken_tree
+from empg_envs.swe.tasks import Task, TaskError, broken_tree, default_sources
 from empg_envs.swe.tree import Tree
 
 NAMES = ("bubblewrap", "docker", "swerex", "local")
-OUTPUT_CHARS = 4000
 
 
 class Backend(Protocol):
@@ -46,6 +50,7 @@ class TreeBackend:
         python: str | None = None,
         limits: Limits | None = None,
         sources: str | Path | None = None,
+        layers: frozenset[str] = trial.LAYERS,
     ) -> None:
         """Set up the sandbox and the interpreter.
 
@@ -54,21 +59,24 @@ class TreeBackend:
           python: interpreter of the tests; None is the current interpreter.
           limits: limits of every sandbox.
           sources: folder of source archives.
+          layers: the judge's layers that take part.
 
         Raises:
           SandboxError: bubblewrap or the interpreter cannot run here.
         """
+        self._layers = layers
+        self._draw = random.SystemRandom()
         self._is_caged = is_caged
         self._interpreter = find_interpreter(python)
         self._limits = limits or Limits()
         self._sources = sources
+        self._made: dict[str, list[SecondBug]] = {}
         self._make().close()
 
     @property
     def test_command(self) -> str:
         """Shell command of the test runner, which reads its request from stdin."""
-        home = f"{GUEST_HOME}/empg_envs/swe/guest" if self._is_caged else str(GUEST)
-        return f"exec {self._interpreter.executable} -I -B {home}/runner.py"
+        return self._program("runner")
 
     def open(self, task: Task, sandbox: Sandbox | None = None) -> Sandbox:
         """Return a sandbox with the task's broken files."""
@@ -93,31 +101,60 @@ class TreeBackend:
             return Grade(False, "patch_too_large")
         broken = broken_tree(task, self._sources)
         try:
+            changed = patches.apply(broken, patch)
             tree, dropped = grading.candidate(task, broken, patch)
         except patches.PatchError as error:
             return Grade(False, "patch_does_not_apply", output=str(error))
-        return self.run_tests(task, tree, timeout, dropped)
+        marks = self._read(task, broken, changed) if "reading" in self._layers else []
+        bugs = self._second_bugs(task, broken, timeout) if "second" in self._layers else []
+        plan = trial.prepare(task, tree, bugs, self._draw, self._layers)
+        return self._try(task, plan, timeout, marks=marks, dropped=dropped, layers=self._layers)
 
-    def run_tests(self, task: Task, tree: Tree, timeout: float, dropped: tuple[str, ...] = ()) -> Grade:
-        """Run the task's tests over a tree and judge them."""
+    def run_tests(self, task: Task, tree: Tree, timeout: float) -> Grade:
+        """Run the task's tests over a trusted tree: their statuses, without the layers against tampering."""
+        return self._try(task, trial.Trial(Planted(tree), None), timeout, layers=frozenset())
+
+    def _try(self, task: Task, plan: trial.Trial, timeout: float, **known: Any) -> Grade:
         sandbox = self._make()
         try:
-            sandbox.reset(tree)
-            paths = [task.test_path]
-            request = json.dumps({"runner": task.runner, "root": sandbox.root, "paths": paths}).encode()
-            result = sandbox.exec(self.test_command, timeout, stdin=request)
+            sandbox.reset_fixed(plan.tree)
+            request = trial.order(task, plan, sandbox.root, has_namespace=self._is_caged)
+            result = sandbox.exec(self._program("warden"), timeout, stdin=request)
         except FileError as error:
-            return Grade(False, "does_not_fit", dropped=dropped, output=str(error))
+            return Grade(False, "does_not_fit", dropped=known.get("dropped", ()), output=str(error))
         finally:
             sandbox.close()
-        statuses = grading.read_report(result.report, sandbox.root)
-        return grading.judge(
-            task,
-            statuses,
-            dropped=dropped,
-            output=result.output[-OUTPUT_CHARS:],
-            limit=None if result.reason == "exit" else result.reason,
-        )
+        return trial.conclude(task, plan, result, **known)
+
+    def _read(self, task: Task, broken: Tree, changed: Tree) -> list[str]:
+        """Read what the patch adds; see `empg_envs.swe.judge.reading`."""
+        shadows = [path for path in changed if path not in broken and grading.shadows(path, broken)]
+        names = (*task.fail_to_pass, *task.pass_to_pass)
+        gold = patches.apply(broken, task.patch) if task.patch else broken
+        return read_changes(broken, changed, gold, names=names, shadows=shadows)
+
+    def _second_bugs(self, task: Task, broken: Tree, timeout: float) -> list[SecondBug]:
+        """Return the bugs of the task's siblings; without siblings, one that is made once for the task."""
+        if task.second_bugs or not task.patch:
+            return list(task.second_bugs)
+        place = default_sources() / "second" / f"{task.content_hash}.json"
+        known = self._made.get(task.content_hash) or second.recall(place)
+        if known is None:
+            gold = patches.apply(patches.apply(broken, task.patch), task.test_patch)
+            started = time.monotonic()
+            sound = self.run_tests(task, gold, timeout).statuses
+            patience = min(timeout, 5.0 + 10.0 * (time.monotonic() - started))
+            changes = (tree for *_, tree in mutate.bugs(gold, self._draw.randrange(1 << 30)))
+            known = second.discover(
+                gold, changes, lambda tree: self.run_tests(task, tree, patience).statuses, sound
+            )
+            second.remember(place, known)
+        self._made[task.content_hash] = known
+        return known
+
+    def _program(self, name: str) -> str:
+        home = f"{GUEST_HOME}/empg_envs/swe/guest" if self._is_caged else str(GUEST)
+        return f"exec {self._interpreter.executable} -I -B {home}/{name}.py"
 
     def _make(self) -> GuestSandbox:
         if self._is_caged:

@@ -84,13 +84,16 @@ def find_interpreter(python: str | None = None) -> Interpreter:
     return Interpreter(_under(executable, prefixes), os.path.realpath(base), tuple(shown))
 
 
-def command_line(interpreter: Interpreter, size: int, *, seccomp: int) -> list[str]:
+def command_line(
+    interpreter: Interpreter, size: int, *, seccomp: int, shown: Path | None = None
+) -> list[str]:
     """Return the bubblewrap command line without the program to run.
 
     Args:
       interpreter: the Python to show.
       size: bytes of the task's folder, and also of /tmp.
       seccomp: descriptor from which bubblewrap reads the system-call filter.
+      shown: folder of the machine that the task's folder shows read-only; None: an empty one in memory.
     """
     argv = [
         *("bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"),
@@ -109,7 +112,8 @@ def command_line(interpreter: Interpreter, size: int, *, seccomp: int) -> list[s
         argv += ["--ro-bind", str(file), f"/etc/{file.name}"]
     argv += ["--proc", "/proc", "--dev", "/dev", "--size", str(SHM_BYTES), "--tmpfs", "/dev/shm"]
     # Mount /tmp before the binds below it, because the interpreter may be in the machine's /tmp.
-    argv += ["--size", str(size), "--tmpfs", SCRATCH, "--size", str(size), "--tmpfs", ROOT]
+    argv += ["--size", str(size), "--tmpfs", SCRATCH]
+    argv += ["--size", str(size), "--tmpfs", ROOT] if shown is None else ["--ro-bind", str(shown), ROOT]
     for prefix in interpreter.prefixes:
         argv += ["--ro-bind", prefix, prefix]
         if HERE.is_relative_to(

@@ -12,13 +12,13 @@ import py_compile
 import select
 import shutil
 import subprocess
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from empg_envs.swe import fixed
 from empg_envs.swe.bubblewrap import (
     GUEST,
     GUEST_HOME,
@@ -29,17 +29,16 @@ from empg_envs.swe.bubblewrap import (
     command_line,
     probe,
 )
-from empg_envs.swe.sandbox import ExecResult, FileError, Limits, SandboxError
+from empg_envs.swe.sandbox import ExecResult, FileError, Limits, LostSandboxError, SandboxError
 from empg_envs.swe.seccomp import program
 from empg_envs.swe.tree import LINK, ArchiveError, File, Tree, check_path
 
-# The guest is imported instead of run as a script, so that Python uses its compiled form: this saves a sixth
-# of the start.
+# The guest is imported, not run as a script, so that Python uses its compiled form: a sixth of the start.
 START = "import sys; sys.path.insert(0, sys.argv[1]); from empg_envs.swe.guest.main import main; main()"
 START_SECONDS = 30.0
 GRACE_SECONDS = 30.0  # added to a command's own deadline, for busy machines
 KEEP_BYTES = 64 << 10  # kept bytes of a command's output
-REPORT_BYTES = 4 << 20
+REPORT_BYTES = 16 << 20
 MAX_FRAME = 128 << 20
 READ_BYTES = 1 << 20
 
@@ -105,6 +104,16 @@ class GuestSandbox(abc.ABC):
         self._start()
         self._ask("unpack", [(path, mode, data) for path, (data, mode) in tree.items()])
 
+    def reset_fixed(self, tree: Tree) -> None:
+        """Reset with files that no command can change, where the sandbox can see to that.
+
+        The names in the root folder cannot be listed then: who does not know a name does not find it.
+
+        Raises:
+          FileError: the files do not fit together.
+        """
+        self.reset(tree)
+
     def close(self) -> None:
         """Kill the sandbox; its files are in memory and disappear with it."""
         self._process = None
@@ -150,16 +159,16 @@ class GuestSandbox(abc.ABC):
 
         Raises:
           FileError: the guest refused the request.
-          SandboxError: the guest does not answer; the sandbox is then closed.
+          LostSandboxError: the guest does not answer; the sandbox is then closed.
         """
         if self._process is None:
             raise SandboxError("the sandbox is closed: reset it first")
         try:
             self._send((operation, *arguments))
             status, *fields = self._receive(time.monotonic() + seconds + GRACE_SECONDS)
-        except SandboxError:
+        except SandboxError as error:
             self.close()
-            raise
+            raise LostSandboxError(str(error)) from None
         if status != b"ok":
             raise FileError(fields[0].decode("utf-8", "replace") if fields else "refused")
         return fields
@@ -227,6 +236,31 @@ class BubblewrapSandbox(GuestSandbox):
         _compile_guest()
         super().__init__(limits or Limits(), interpreter.environment(ROOT, SCRATCH))
         self._interpreter = interpreter
+        self._shown: Path | None = None
+
+    def reset_fixed(self, tree: Tree) -> None:
+        """Reset with files in a folder of the machine that is mounted read-only."""
+        self.close()
+        self._shown = fixed.make_folder(fixed.make_home("empg-swe-judge"))
+        # The folder goes at garbage collection or exit, too; after a kill, with the next one's start.
+        self._unshow = weakref.finalize(self, fixed.remove, self._shown)
+        try:
+            fixed.write_tree(self._shown, tree)
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the guest and remove the folder that it showed."""
+        super().close()
+        if self._shown is not None:
+            self._unshow()
+            self._shown = None
+
+    def _config(self) -> dict[str, Any]:
+        # Without files of its own in the root, only /tmp counts.
+        return super()._config() | ({} if self._shown is None else {"scratch": [SCRATCH]})
 
     def _launch(self) -> subprocess.Popen[bytes]:
         filter_end, sink = os.pipe()
@@ -234,7 +268,7 @@ class BubblewrapSandbox(GuestSandbox):
             os.write(sink, program())
             os.close(sink)
             size = self._limits.disk_mb << 20
-            argv = command_line(self._interpreter, size, seccomp=filter_end)
+            argv = command_line(self._interpreter, size, seccomp=filter_end, shown=self._shown)
             argv += [self._interpreter.base, "-I", "-S", "-B", "-c", START, GUEST_HOME]
             return _popen(argv, pass_fds=(filter_end,))
         finally:
@@ -250,10 +284,7 @@ class LocalSandbox(GuestSandbox):
 
     def __init__(self, interpreter: Interpreter, limits: Limits | None = None) -> None:
         """Remove the folders of ended workers, and create a new folder."""
-        self._home = Path(tempfile.gettempdir()) / f"empg-swe-{os.getuid()}"
-        self._home.mkdir(mode=0o700, exist_ok=True)
-        _remove_orphans(self._home)
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self._home))
+        self._folder = fixed.make_folder(fixed.make_home("empg-swe"))
         self.root = str(self._folder / "testbed")
         self._scratch = str(self._folder / "tmp")
         self._interpreter = interpreter
@@ -311,14 +342,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
-
-
-def _remove_orphans(home: Path) -> None:
-    """Remove the folders of processes that no longer exist."""
-    for folder in home.iterdir():
-        owner = folder.name.partition("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kernel() -> tuple[int, int]:

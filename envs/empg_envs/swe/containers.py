@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from empg_envs.swe.guest.commands import Capture
-from empg_envs.swe.sandbox import ExecResult, FileError, Limits, SandboxError
+from empg_envs.swe.sandbox import ExecResult, FileError, Limits, LostSandboxError, SandboxError
 from empg_envs.swe.tree import ArchiveError, Tree, read_archive
 
 ROOT = "/testbed"
@@ -48,7 +48,7 @@ _REFUSED = {
 }
 
 
-class LateError(SandboxError):
+class LateError(LostSandboxError):
     """A timeout of the docker program."""
 
 

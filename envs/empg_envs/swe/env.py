@@ -10,13 +10,15 @@ from typing import Any
 
 from empg_envs.swe import expert, patches, terse
 from empg_envs.swe.backends import TreeBackend, check_has_files, make_backend
-from empg_envs.swe.grading import Grade
+from empg_envs.swe.grading import SUSPECT, Grade
 from empg_envs.swe.predictions import append_prediction, prediction
 from empg_envs.swe.prompt import TOOLS
-from empg_envs.swe.sandbox import Sandbox
+from empg_envs.swe.sandbox import LostSandboxError, Sandbox
 from empg_envs.swe.tasks import Task, broken_tree, load_panels
 from empg_envs.swe.tools import BashTools, FunctionTools, Tools
 from empg_envs.swe.tree import LINK, Tree
+
+MAX_DETAIL = 2000  # characters of what is said about a suspect patch
 
 
 class SweEnv:
@@ -28,7 +30,9 @@ class SweEnv:
     0.0, unless ``submit_at_limit`` is set.
 
     ``info`` contains ``task`` (the problem statement), ``instance_id``, ``repo`` and ``won``. After the
-    grading it also contains ``reason`` and ``metrics`` (shares of tests with the wanted status).
+    grading it also contains ``reason`` and ``metrics`` (shares of tests with the wanted status, and whether
+    the grade is suspect). A patch that tampers with its judge has the reward 0.0 and ``outcome`` ``suspect``,
+    with the signs of it in ``detail``; see `empg_envs.swe.judge`.
     """
 
     # What `make_backend` takes besides the name; which of them fit depends on the backend.
@@ -160,15 +164,18 @@ class SweEnv:
 
         Raises:
           RuntimeError: before the first reset, or after the end of the episode.
-          SandboxError: the sandbox died. No action can cause this; it is a failure of the machine.
+          SandboxError: the judge's sandbox cannot be started; a failure of the machine.
         """
         task, sandbox, tools = self._playing("step")
         left = self._deadline - time.monotonic()
         if left <= 0:
             return self._cut(task, sandbox, "The time for this task is over.", "episode_timeout")
         self._actions.append(action)
-        # The command's limit includes the episode's limit, so that a last command cannot run past it.
-        reply = tools.run(action, min(self._command_timeout, left))
+        try:
+            # The command's limit includes the episode's limit, so that a last command cannot run past it.
+            reply = tools.run(action, min(self._command_timeout, left))
+        except LostSandboxError as error:
+            return self._lose(error)
         if reply.is_final:
             grade = self._judge(task, sandbox)
             self._is_done = True
@@ -214,9 +221,22 @@ class SweEnv:
         grade = self._judge(task, sandbox)
         return text, float(grade.resolved), False, True, self._info(grade.resolved, grade)
 
+    def _lose(self, error: LostSandboxError) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Truncate an episode whose sandbox does not answer after an action.
+
+        The action may be the cause. If this were a failure of the machine, whose episodes are sampled again,
+        an agent that sees its work fail could get another try.
+        """
+        self._is_done = True
+        lost = {"reason": "sandbox_lost", "outcome": "sandbox_lost", "detail": str(error)[:MAX_DETAIL]}
+        return "The sandbox does not answer.", 0.0, False, True, {**self._info(won=False), **lost}
+
     def _judge(self, task: Task, sandbox: Sandbox) -> Grade:
         # Only the patch leaves the agent's sandbox, which may be manipulated. Grading uses a fresh one.
-        patch = self._backend.collect(task, sandbox)
+        try:
+            patch = self._backend.collect(task, sandbox)
+        except LostSandboxError as error:
+            return Grade(False, "sandbox_lost", output=str(error))
         grade = self._backend.grade(task, patch, self._grade_timeout)
         if self._predictions is not None:
             append_prediction(self._predictions, prediction(task.instance_id, self._model_name, patch))
@@ -245,6 +265,8 @@ class SweEnv:
         }
         if grade is not None:
             info |= {"reason": grade.reason, "metrics": grade.metrics}
+            if grade.reason == SUSPECT:
+                info |= {"outcome": SUSPECT, "detail": "; ".join(grade.doubts)[:MAX_DETAIL]}
         return info
 
 

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +25,10 @@ from typing import Any
 from empg_envs.swe import grading, mutate, patches
 from empg_envs.swe.backends import TreeBackend
 from empg_envs.swe.fetch import fetch_sdist
+from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.refusals import FAILED, check_out, one_line
 from empg_envs.swe.tasks import EMBEDDED, Task, default_sources, hashed_split, load_base, parse_row
-from empg_envs.swe.tree import File, Tree, content_hash, pack, read_archive, read_folder
+from empg_envs.swe.tree import Tree, content_hash, pack, read_archive, read_folder
 
 MAX_BROKEN_SHARE = 0.5  # a bug that breaks a larger share of the tests is too easy to find
 
@@ -78,28 +78,6 @@ def open_repository(source: str, sources: Path) -> Repository:
     return Repository(name, f"archive:{digest}", tree)
 
 
-def bugs(tree: Tree, seed: int, *, one_line: bool = False) -> Iterator[tuple[str, str, int, Tree]]:
-    """Yield family, path, line and broken tree of every mutation outside of tests, in a seeded order."""
-    found = []
-    for path, file in tree.items():
-        if not path.endswith(".py") or grading.is_test(path) or path in ("setup.py", "conftest.py"):
-            continue
-        if path.startswith(("docs/", "doc/", "examples/", "benchmarks/", "bench/")):
-            continue
-        try:
-            changes = mutate.mutations(file.data.decode("utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        found += [(change, path) for change in changes]
-    random.Random(seed).shuffle(found)
-    for change, path in found:
-        before = tree[path]
-        after = change.source.encode()
-        if one_line and after.count(b"\n") != before.data.count(b"\n"):
-            continue
-        yield change.family, path, change.line, {**tree, path: File(after, before.mode)}
-
-
 def generate(
     repository: Repository,
     backend: TreeBackend,
@@ -137,9 +115,9 @@ def generate(
     passing = {name for name, status in sound.statuses.items() if status == "PASSED"}
     if not passing:
         raise ValueError(f"no test of {repository.name} passes ({sound.reason}): {sound.output[-500:]}")
-    made = 0
-    for number, (family, path, _, broken) in enumerate(bugs(repository.tree, seed, one_line=one_line)):
-        if made >= count or (tries is not None and number >= tries):
+    rows: list[dict[str, Any]] = []
+    for number, (family, path, _, broken) in enumerate(mutate.bugs(repository.tree, seed, one_line=one_line)):
+        if len(rows) >= count or (tries is not None and number >= tries):
             return
         result = backend.run_tests(probe, broken, patience)
         if result.reason not in ("resolved", "unresolved"):  # the tests exceeded a limit
@@ -149,9 +127,10 @@ def generate(
             continue
         row = _row(repository, family, path, broken, failing, sorted(passing - set(failing)))
         row |= {"runner": runner, "test_path": test_path}
-        task = parse_row(row)
+        siblings = tuple(SecondBug(made["bug_patch"], tuple(made["FAIL_TO_PASS"])) for made in rows)
+        task = dataclasses.replace(parse_row(row), second_bugs=siblings)
         if backend.grade(task, task.patch, timeout).resolved:
-            made += 1
+            rows.append(row)
             yield row
 
 

@@ -15,6 +15,7 @@ from empg_envs.swe.tree import Tree
 PASSED = frozenset(("PASSED", "XFAIL"))
 KEPT = PASSED | {"SKIPPED"}  # accepted statuses of a test that passed before
 MAX_PATCH_CHARS = 2 << 20
+SUSPECT = "suspect"  # reason of a grade that is not believed; see empg_envs.swe.judge
 
 # Files that control the collection and execution of tests. Grading ignores an agent's changes to them.
 CONFIGURATION = frozenset(
@@ -40,13 +41,14 @@ class Grade:
     Attributes:
       resolved: whether the task is solved.
       reason: ``resolved``, ``unresolved``, ``no_patch``, ``patch_does_not_apply``, ``patch_too_large``,
-        ``does_not_fit`` (the files are too many for the sandbox), or the limit that ended
-        the tests (``timeout``, ``memory``, …).
+        ``does_not_fit`` (the files are too many for the sandbox), ``suspect`` (the patch or its run shows
+        signs of tampering), or the limit that ended the tests (``timeout``, ``memory``, …).
       fail_to_pass: number of broken tests that pass now, and number of broken tests.
       pass_to_pass: the same numbers for tests that passed before.
       dropped: changed files that are ignored in grading.
       statuses: status of every reported test.
       output: end of the tests' output.
+      doubts: the signs of tampering.
     """
 
     resolved: bool
@@ -56,13 +58,15 @@ class Grade:
     dropped: tuple[str, ...] = ()
     statuses: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     output: str = dataclasses.field(default="", repr=False)
+    doubts: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Shares of the tests with the wanted status."""
+        """Shares of the tests with the wanted status, and whether the grade is not believed."""
         return {
             "fail_to_pass": self.fail_to_pass[0] / max(1, self.fail_to_pass[1]),
             "pass_to_pass": self.pass_to_pass[0] / max(1, self.pass_to_pass[1]),
+            "suspect": float(self.reason == SUSPECT),
         }
 
 
@@ -102,16 +106,22 @@ def judge(
     return Grade(resolved, reason, fail, kept, dropped, statuses, output)
 
 
+def believe(grade: Grade, doubts: Iterable[str]) -> Grade:
+    """Return the grade, or a suspect one where there are doubts."""
+    found = tuple(doubts)
+    return dataclasses.replace(grade, resolved=False, reason=SUSPECT, doubts=found) if found else grade
+
+
 def find_status(name: str, statuses: Mapping[str, str]) -> str | None:
     """Return the status of a test.
 
-    A name that is cut off inside its parameters matches by prefix if this is unique.
+    A name that is cut off inside its parameters matches by prefix, if all matches agree on whether they pass.
     """
-    # Some rows of SWE-bench contain test names that are cut off inside the parameters.
-    if name in statuses or "[" not in name or name.endswith("]"):
+    # 676 names of SWE-bench Verified are cut off inside the parameters.
+    if name in statuses or name.count("[") <= name.count("]"):
         return statuses.get(name)
-    matching = [found for found in statuses if found.startswith(name)]
-    return statuses[matching[0]] if len(matching) == 1 else None
+    matching = [status for found, status in statuses.items() if found.startswith(name)]
+    return matching[0] if len({status in PASSED for status in matching}) == 1 else None
 
 
 def short_name(name: str) -> str:
@@ -166,7 +176,7 @@ def candidate(task: Task, broken: Tree, patch: str) -> tuple[Tree, tuple[str, ..
     """
     tree = patches.apply(broken, patch)
     changed = [path for path in sorted({*tree, *broken}) if tree.get(path) != broken.get(path)]
-    dropped = [path for path in changed if protected(path, task) or _shadows(path, broken)]
+    dropped = [path for path in changed if protected(path, task) or shadows(path, broken)]
     for path in dropped:
         if path in broken:
             tree[path] = broken[path]
@@ -178,8 +188,11 @@ def candidate(task: Task, broken: Tree, patch: str) -> tuple[Tree, tuple[str, ..
     return dict(sorted(tree.items())), tuple(dropped)
 
 
-# A new module such as `json.py` or `pytest.py` could replace the test tools and report success.
-def _shadows(path: str, broken: Tree) -> bool:
+def shadows(path: str, broken: Tree) -> bool:
+    """Return whether a new file would take the place of a module of the interpreter or of the test tools.
+
+    A new module such as `json.py` or `pytest.py` could replace the test tools and report success.
+    """
     name = path.removeprefix("src/").partition("/")[0]
     module = name.partition(".")[0]
     if module not in sys.stdlib_module_names and module not in TEST_TOOLS:

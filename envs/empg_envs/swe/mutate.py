@@ -7,9 +7,13 @@ the gold patch is as small as a real one.
 from __future__ import annotations
 
 import ast
+import random
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from empg_envs.swe.grading import is_test
+from empg_envs.swe.tree import File, Tree
 
 
 class Mutation(NamedTuple):
@@ -71,6 +75,10 @@ class Source:
         """Return the offset of a node's first character."""
         return self._offset(node.lineno, node.col_offset)
 
+    def line_start(self, number: int) -> int:
+        """Return the offset of a line's first character; lines count from 1."""
+        return self._starts[number - 1]
+
     def end(self, node: ast.expr | ast.stmt) -> int:
         """Return the offset after a node's last character."""
         assert node.end_lineno is not None and node.end_col_offset is not None
@@ -105,6 +113,28 @@ def mutations(text: str) -> list[Mutation]:
                 if changed != text and _parses(changed):
                     found.append(Mutation(family, text.count("\n", 0, edit.start) + 1, changed))
     return sorted(found, key=lambda mutation: (mutation.line, mutation.family, mutation.source))
+
+
+def bugs(tree: Tree, seed: int, *, one_line: bool = False) -> Iterator[tuple[str, str, int, Tree]]:
+    """Yield family, path, line and broken tree of every mutation outside of tests, in a seeded order."""
+    found = []
+    for path, file in tree.items():
+        if not path.endswith(".py") or is_test(path) or path in ("setup.py", "conftest.py"):
+            continue
+        if path.startswith(("docs/", "doc/", "examples/", "benchmarks/", "bench/")):
+            continue
+        try:
+            changes = mutations(file.data.decode("utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        found += [(change, path) for change in changes]
+    random.Random(seed).shuffle(found)
+    for change, path in found:
+        before = tree[path]
+        after = change.source.encode()
+        if one_line and after.count(b"\n") != before.data.count(b"\n"):
+            continue
+        yield change.family, path, change.line, {**tree, path: File(after, before.mode)}
 
 
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:

@@ -19,6 +19,10 @@ class SandboxError(RuntimeError):
     """A sandbox that cannot be started or does not answer: a failure of the machine, not of the agent."""
 
 
+class LostSandboxError(SandboxError):
+    """A sandbox that worked and then stopped to answer: something that an agent may have brought about."""
+
+
 class FileError(ValueError):
     """A file inside a sandbox that cannot be read or written. The agent may read the message."""
 

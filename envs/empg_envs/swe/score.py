@@ -43,16 +43,20 @@ def score(
 
     Returns:
       Counts and the ids behind them: ``total``, ``resolved``, ``resolved_ids``, ``unresolved_ids``,
-      ``missing_ids`` (no prediction), ``unknown_ids`` (predictions for no task), ``reasons`` by id.
+      ``missing_ids`` (no prediction), ``unknown_ids`` (predictions for no task), ``reasons`` by id, and
+      ``doubts`` by id of the suspect ones.
     """
     given = [task for task in tasks if task.instance_id in predictions]
     reasons: dict[str, str] = {}
+    doubts: dict[str, list[str]] = {}
     resolved: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(max(1, jobs)) as pool:
         work = [pool.submit(backend.grade, task, predictions[task.instance_id], timeout) for task in given]
         for task, job in zip(given, work, strict=True):
             grade = job.result()
             reasons[task.instance_id] = grade.reason
+            if grade.doubts:
+                doubts[task.instance_id] = list(grade.doubts)
             if grade.resolved:
                 resolved.append(task.instance_id)
             on_grade(task, grade)
@@ -65,6 +69,7 @@ def score(
         "missing_ids": sorted(names - set(reasons)),
         "unknown_ids": sorted(set(predictions) - names),
         "reasons": reasons,
+        "doubts": doubts,
     }
 
 

@@ -2,8 +2,9 @@
 
 It denies calls that tests of repositories do not need. These calls would increase the attack surface of the
 kernel, or allocate memory outside of all limits (System V shared memory, memory files). A denied call fails
-with EPERM. ``clone3`` fails with ENOSYS, so that the C library falls back to ``clone``. Calls by another
-architecture's table kill the process.
+with EPERM. ``clone3`` fails with ENOSYS, so that the C library falls back to ``clone``. Sockets have the
+families of `FAMILIES` only: no network namespace covers the others (AF_VSOCK reaches the host of a virtual
+machine). Calls by another architecture's table kill the process.
 """
 
 from __future__ import annotations
@@ -61,12 +62,15 @@ DENIED = {
     "kexec_load": (246, 104),
     "kexec_file_load": (320, 294),
 }
+SOCKETS = {"socket": (41, 198), "socketpair": (53, 199)}
+FAMILIES = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10, "AF_NETLINK": 16}
 CLONE3 = 435
 X32_BIT = 0x40000000
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, audit architecture
-ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050000 | 1, 0x00050000 | 38
+ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+EPERM, ENOSYS, EAFNOSUPPORT = ERRNO | 1, ERRNO | 38, ERRNO | 97
 LOAD, EQUAL, ABOVE, RETURN = 0x20, 0x15, 0x35, 0x06
-NUMBER_AT, ARCH_AT = 0, 4  # offsets in struct seccomp_data
+NUMBER_AT, ARCH_AT, FIRST_ARGUMENT_AT = 0, 4, 16  # offsets in struct seccomp_data (little endian)
 
 
 @functools.cache
@@ -89,6 +93,12 @@ def program(machine: str = platform.machine()) -> bytes:
     ]
     if machine == "x86_64":
         code += [(ABOVE, 0, 1, X32_BIT), (RETURN, 0, 0, KILL)]
+    of_family = [(LOAD, 0, 0, FIRST_ARGUMENT_AT)]
+    for family in FAMILIES.values():
+        of_family += [(EQUAL, 0, 1, family), (RETURN, 0, 0, ALLOW)]
+    of_family.append((RETURN, 0, 0, EAFNOSUPPORT))
+    for numbers in SOCKETS.values():
+        code += [(EQUAL, 0, len(of_family), numbers[column]), *of_family]
     for number, verdict in checks:
         code += [(EQUAL, 0, 1, number), (RETURN, 0, 0, verdict)]
     code.append((RETURN, 0, 0, ALLOW))

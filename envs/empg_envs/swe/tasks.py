@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from empg_envs.swe import patches
+from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.tree import Tree, content_hash, read_archive, read_folder
 
 EMBEDDED = Path(__file__).with_name("repos")
@@ -45,6 +46,7 @@ class Task:
       image: container image, for tasks inside an image.
       expected: R2E-Gym's expected status of every test; None for other tasks.
       row: the original row.
+      second_bugs: other bugs in the same original files, with the tests that they break.
     """
 
     instance_id: str
@@ -62,6 +64,7 @@ class Task:
     image: str | None = None
     expected: Mapping[str, str] | None = None
     row: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    second_bugs: tuple[SecondBug, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
     def has_tree(self) -> bool:
@@ -207,6 +210,7 @@ def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
     if not panels:
         raise TaskError(f"no task in {tasks!r}")
     _check_unique(panels.values())
+    _add_second_bugs(panels)
     order = {split: number for number, split in enumerate(SPLITS)}
     return dict(sorted(panels.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
@@ -223,6 +227,20 @@ def _check_unique(panels: Iterable[list[Task]]) -> None:
         if task.instance_id in seen:
             raise TaskError(f"task {task.instance_id!r} occurs twice")
         seen.add(task.instance_id)
+
+
+def _add_second_bugs(panels: dict[str, list[Task]]) -> None:
+    """Tell the tasks over the same files about each other's bugs; the judge's second tree has one of them."""
+    known: dict[tuple[str, str, str], list[tuple[str, SecondBug]]] = {}
+    for task in (task for panel in panels.values() for task in panel):
+        if task.has_tree and task.bug_patch and task.fail_to_pass:
+            bug = SecondBug(task.bug_patch, task.fail_to_pass)
+            known.setdefault((task.base, task.runner, task.test_path), []).append((task.instance_id, bug))
+    for panel in panels.values():
+        for number, task in enumerate(panel):
+            found = known.get((task.base, task.runner, task.test_path), [])
+            bugs = tuple(bug for name, bug in found if name != task.instance_id)
+            panel[number] = dataclasses.replace(task, second_bugs=bugs)
 
 
 def default_sources() -> Path:

@@ -39,7 +39,7 @@ AGENTS: dict[str, tuple[Script, float, str]] = {
         0.0,
         "unresolved",
     ),
-    "cheat": (["echo 'import os; os._exit(0)' > conftest.py; rm -r tests", END], 0.0, "unresolved"),
+    "cheat": (["echo 'import os; os._exit(0)' > conftest.py; rm -r tests", END], 0.0, "suspect"),
     "sleeper": (["sleep 60", EXPERT, EXPERT, EXPERT], 1.0, "resolved"),
     "fork bomb": (["f() { f | f & }; f; sleep 9", EXPERT, EXPERT, EXPERT], 1.0, "resolved"),
     "memory": (
@@ -109,6 +109,7 @@ def test_agents(host: EnvHost) -> None:
         info = reply["info"]
         assert (name, reply["reward"], info["reason"]) == (name, reward, reason)
         assert info["won"] == (reward == 1.0)
+        assert (info.get("outcome") == "suspect") == (reason == "suspect") == ("detail" in info)
         assert reply["truncated"] == (reason == "turn_limit") != reply["terminated"]
         sizes.append(resident_mb())
     host.close()

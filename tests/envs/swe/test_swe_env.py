@@ -22,7 +22,7 @@ from empg_envs.swe.backends import make_backend
 from empg_envs.swe.env import SweEnv
 from empg_envs.swe.predictions import prediction, read_predictions, write_predictions
 from empg_envs.swe.sandbox import SandboxError
-from empg_envs.swe.tools import SUBMIT, parse_call, render_call
+from empg_envs.swe.tools import SUBMIT, Reply, parse_call, render_call
 from tests.cages import need_cages
 
 ROOT = Path(empg_envs.__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_the_expert_repairs_through_every_protocol(make: Any, tools: str, tmp_pa
             observation, reward, terminated, truncated, info = env.step(parsed.action)
             done, turns = terminated or truncated, turns + 1
         assert (reward, terminated, info["won"], info["reason"]) == (1.0, True, True, "resolved")
-        assert info["metrics"] == {"fail_to_pass": 1.0, "pass_to_pass": 1.0} and turns == 3
+        assert info["metrics"] == {"fail_to_pass": 1.0, "pass_to_pass": 1.0, "suspect": 0.0} and turns == 3
     assert len(read_predictions(tmp_path / "p.jsonl")) == 2
 
 
@@ -231,7 +231,8 @@ def test_the_local_backend_needs_consent_and_cleans_up(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     home = tmp_path / f"empg-swe-{os.getuid()}"
-    orphan = home / "999999999-x"  # above the largest process number there is
+    numbering = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    orphan = home / f"999999999-{numbering}-x"  # above the largest process number there is
     orphan.mkdir(parents=True)
     env = SweEnv(backend="local", allow_local=True, tools="terse", max_turns=5)
     assert not orphan.exists()
@@ -240,6 +241,22 @@ def test_the_local_backend_needs_consent_and_cleans_up(
     assert rewards == [0.0, 0.0, 1.0]
     env.close()
     assert list(home.iterdir()) == []
+
+
+def test_the_judge_leaves_no_folder_and_removes_those_of_killed_workers(
+    caged: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    home = tmp_path / f"empg-swe-judge-{os.getuid()}"
+    numbering = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    for name in (f"999999999-{numbering}-x", "999999999-1-of-another-container"):
+        (home / name / "tree").mkdir(parents=True)
+        (home / name).chmod(0o111)
+    env = SweEnv()
+    task = env._find("train", 0)
+    assert env._backend.grade(task, task.patch, 60).resolved
+    env.close()
+    assert [path.name for path in home.iterdir()] == ["999999999-1-of-another-container"]
 
 
 def _running(mark: str) -> list[int]:
@@ -298,6 +315,22 @@ def test_parallel_evaluations_do_not_disturb_each_other(caged: None) -> None:
         thread.join()
     # A patch resolves its own task and no other.
     assert verdicts == {number: bool(number % 2) for number in range(8)}
+
+
+def test_a_sandbox_that_is_lost_after_an_action_counts_against_the_agent(make: Any) -> None:
+    env = make(tools="bash")
+    for submit in (False, True):
+        env.reset(split="train", index=0)
+        env.step("echo '# changed' >> $(ls *.py)")
+        env._sandbox._process.kill()
+        env._sandbox._process.wait()
+        if submit:  # it is lost when the work is collected
+            env._tools.run = lambda action, seconds: Reply("", is_final=True)
+        _, reward, terminated, truncated, info = env.step("ls")
+        assert (reward, terminated or truncated, info["won"]) == (0.0, True, False)
+        assert info["reason"] == "sandbox_lost"
+    env.reset(split="train", index=0)
+    assert "tests" in env.step("ls")[0]
 
 
 def test_limits_reach_the_sandbox(make: Any) -> None:

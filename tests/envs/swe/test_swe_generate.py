@@ -79,7 +79,7 @@ def test_embedded_tasks_are_what_the_generator_makes() -> None:
     assert set(generate.embedded_repositories()) == {task.repo for task in made.values()}
     for name in generate.embedded_repositories():
         tree = load_base(f"embedded:{name}")
-        candidates = [patches.diff(tree, broken)[0] for *_, broken in generate.bugs(tree, 0, one_line=True)]
+        candidates = [patches.diff(tree, broken)[0] for *_, broken in mutate.bugs(tree, 0, one_line=True)]
         places = [candidates.index(task.bug_patch) for task in made.values() if task.repo == name]
         assert len(places) == 20 and len(candidates) > 30
 

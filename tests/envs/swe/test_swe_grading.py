@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +38,8 @@ GOOD = {"t.py::a": "PASSED", "t.py::b[x y-1]": "XFAIL", "t.py::c": "SKIPPED"}
         ({"t.py::c": "ERROR"}, False),
         ({"t.py::c": None}, False),
         ({"t.py::b[x y-1]": "FAILED"}, False),
-        ({"t.py::b[x y-2]": "PASSED"}, False),  # the cut name is ambiguous now
+        ({"t.py::b[x y-2]": "PASSED"}, True),  # two tests may be meant, and both pass
+        ({"t.py::b[x y-2]": "FAILED"}, False),
         ({"t.py::other": "FAILED"}, True),
     ],
 )
@@ -139,7 +141,7 @@ def graded(backend: TreeBackend, task: Task, **files: str | None) -> grading.Gra
 
 def test_gold_resolves_and_nothing_else_does(backend: TreeBackend, task: Task) -> None:
     gold = backend.grade(task, task.patch, 20)
-    assert gold.resolved and gold.metrics == {"fail_to_pass": 1.0, "pass_to_pass": 1.0}
+    assert gold.resolved and gold.metrics == {"fail_to_pass": 1.0, "pass_to_pass": 1.0, "suspect": 0.0}
     assert backend.grade(task, "", 20).reason == "no_patch"
     assert backend.grade(task, "nonsense", 20).reason == "patch_does_not_apply"
     other = graded(backend, task, **{"README": "hello\n"})
@@ -198,3 +200,22 @@ def test_tests_that_hang_end_with_their_limit(backend: TreeBackend, task: Task) 
     broken = broken_tree(task)
     slow = {**broken, "spans.py": File(b"import time\ntime.sleep(60)\n")}
     assert backend.grade(task, patches.diff(broken, slow)[0], 1).reason == "timeout"
+
+
+def test_a_task_without_siblings_gets_a_second_bug_that_is_kept(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_cages()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    backend = TreeBackend()
+    assert len(task.second_bugs) == 19
+    alone = parse_row(task.row)
+    bugs = backend._second_bugs(alone, broken_tree(alone), 60)
+    assert len(bugs) == 1 and set(bugs[0].red) <= {*task.fail_to_pass, *task.pass_to_pass}
+    gold = patches.apply(broken_tree(task), task.patch)
+    statuses = backend.run_tests(alone, patches.apply(gold, bugs[0].patch), 60).statuses
+    assert all(statuses.get(name) not in grading.KEPT for name in bugs[0].red)
+    other = TreeBackend()  # as another process would
+    other.run_tests = None  # type: ignore[assignment]  # nothing is tried again
+    assert other._second_bugs(alone, broken_tree(alone), 60) == bugs
+    assert backend.grade(alone, task.patch, 60).resolved

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -12,14 +13,17 @@ from typing import Any
 
 import pytest
 
-from empg_envs.swe import reports
+from empg_envs.swe import patches
 from empg_envs.swe.containers import OWNER, SweRexSandbox, remove_orphans
 from empg_envs.swe.env import SweEnv
 from empg_envs.swe.images import ImageBackend
+from empg_envs.swe.judge.trial import LAYERS
 from empg_envs.swe.sandbox import FileError, Limits, SandboxError
 from empg_envs.swe.tasks import parse_row
+from empg_envs.swe.tree import File, Tree
 from tests.cages import need_cages
 
+PYTHON = os.path.realpath(sys.executable)
 # `run` copies the image's folder; `exec` runs in a cage of its own over that copy.
 FAKE = """#!{python} -I
 import json, os, shutil, subprocess, sys
@@ -43,26 +47,62 @@ elif argv[0] == "exec":
     place = next(i for i, word in enumerate(argv) if word.startswith("empg-jax-"))
     box = f"{{home}}/box/{{argv[place]}}"
     cage = ["bwrap", "--unshare-all", "--die-with-parent", "--ro-bind", "/usr", "/usr", "--proc", "/proc"]
+    cage += ["--ro-bind", {prefix!r}, {prefix!r}]
     cage += ["--dev", "/dev", "--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib"]
     cage += ["--symlink", "usr/lib64", "/lib64", "--bind", box + "/testbed", "/testbed"]
     cage += ["--bind", box + "/tmp", "/tmp", "--chdir", "/testbed", "--setenv", "HOME", "/tmp"]
     sys.exit(subprocess.run([*cage, *argv[place + 1 :]]).returncode)
 """
-TESTS = """\
-grep -q right lib.txt && echo "PASSED checks.py::test_a" || echo "FAILED checks.py::test_a - why"
-echo "PASSED checks.py::test_b"
+OF_R2E = """\
+grep -q right lib.txt && echo "PASSED checks.py::A::test_a" || echo "FAILED checks.py::A::test_a - why"
+echo "PASSED checks.py::A::test_b"
+grep -q right lib.txt
+"""
+# A stand-in for pytest.
+JUDGE = """\
+import sys
+sys.path.insert(0, "")
+try:
+    import conftest
+except ImportError:
+    pass
+names, code = {}, 0
+exec(open("checks.py").read(), names)
+for name in list(names):
+    if name.startswith("test_"):
+        try:
+            names[name]()
+            print("PASSED checks.py::" + name)
+        except Exception as error:
+            print("FAILED checks.py::" + name, "-", repr(error))
+            code = 1
+sys.exit(code)
+"""
+LIB = "def word():\n    return open('lib.txt').read()\n"
+CHECKS = """\
+# old
+import lib
+
+def test_a():
+    assert lib.word() == "right\\n"
+
+def test_b():
+    assert lib.word()
 """
 GOLD = "--- a/lib.txt\n+++ b/lib.txt\n@@ -1 +1 @@\n-wrong\n+right\n"
+FILES = {"lib.txt": "wrong\n", "lib.py": LIB, "checks.py": CHECKS, "judge.py": JUDGE, "setup.cfg": "[x]\n"}
+BROKEN: Tree = {name: File(text.encode()) for name, text in FILES.items()}
+NEW_CHECKS = File(CHECKS.replace("old", "new").encode())
 ROW = {
     "instance_id": "o__r-1",
     "repo": "o/r",
     "base_commit": "HEAD",
     "problem_statement": "lib.txt is wrong",
     "patch": GOLD,
-    "test_patch": "--- a/checks.py\n+++ b/checks.py\n@@ -1 +1 @@\n-old\n+new\n",
+    "test_patch": patches.diff(BROKEN, {**BROKEN, "checks.py": NEW_CHECKS})[0],
     "FAIL_TO_PASS": ["checks.py::test_a"],
     "PASS_TO_PASS": ["checks.py::test_b"],
-    "test_cmd": "cat checks.py; bash judge.sh",
+    "test_cmd": f"{PYTHON} judge.py",
 }
 
 
@@ -73,13 +113,13 @@ def docker(tmp_path: Path) -> Path:
         pytest.fail("the stand-in's image needs git")
     image = tmp_path / "image"
     image.mkdir()
-    for name, text in (("lib.txt", "wrong\n"), ("checks.py", "old\n"), ("judge.sh", TESTS)):
+    for name, text in FILES.items():
         (image / name).write_text(text)
     for command in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm base"):
         subprocess.run(["git", *command.split()], cwd=image, check=True)
     (tmp_path / "ps").write_text("")
     program = tmp_path / "docker"
-    program.write_text(FAKE.format(python=sys.executable, home=str(tmp_path)))
+    program.write_text(FAKE.format(python=sys.executable, home=str(tmp_path), prefix=sys.base_prefix))
     program.chmod(0o755)
     return program
 
@@ -118,7 +158,7 @@ def test_verdicts(docker: Path) -> None:
 
 
 def test_an_r2e_task_hides_its_tests_from_the_agent(docker: Path) -> None:
-    (docker.parent / "image" / "run_tests.sh").write_text(TESTS.replace("checks.py::", "checks.py::A::"))
+    (docker.parent / "image" / "run_tests.sh").write_text(OF_R2E)
     row = {"repo_name": "r", "docker_image": "r2e/r", "commit_hash": "c", "problem_statement": "p"}
     task = parse_row({**row, "expected_output_json": '{"A.test_a": "PASSED", "A.test_b": "PASSED"}'})
     backend = ImageBackend("docker", Limits(), docker=str(docker))
@@ -129,6 +169,73 @@ def test_an_r2e_task_hides_its_tests_from_the_agent(docker: Path) -> None:
     sandbox.close()
     assert patch.count("diff --git") == 1 and backend.grade(task, patch, 20).resolved
     assert not backend.grade(task, patch.replace("+right", "+worse"), 20).resolved
+
+
+def with_files(**files: str) -> str:
+    """The gold patch, or other texts of files (`__` stands for a dot)."""
+    texts = {name.replace("__", "."): File(text.encode()) for name, text in files.items()}
+    return patches.diff(BROKEN, {**BROKEN, **texts})[0]
+
+
+FORGED = LIB + "print('PASSED checks.py::test_a')\nimport atexit\n"
+FORGED += "atexit.register(print, 'PASSED checks.py::test_a')\n"
+
+EQUALS_ALL = "class A:\n def __eq__(s, o): return o or 1\ndef word(): return A()\n"
+LEAVES = "import os\nprint('PASSED checks.py::test_a')\nos._exit(0)\n"
+
+
+@pytest.mark.parametrize(
+    ("patch", "layers", "reason"),
+    [
+        (with_files(lib__txt="right\n", conftest__py="import lib\n"), LAYERS, "resolved"),
+        (with_files(conftest__py="import lib\nlib.word = lambda: 'right\\n'\n"), LAYERS, "unresolved"),
+        (with_files(conftest__py="import os\nos._exit(0)\n"), LAYERS, "suspect"),
+        (with_files(lib__py=FORGED), LAYERS, "suspect"),
+        (with_files(lib__py=FORGED), {"sessions"}, "suspect"),
+        (with_files(lib__py=FORGED), set(), "resolved"),
+        (with_files(lib__py=EQUALS_ALL), set(), "resolved"),
+        (with_files(lib__py=EQUALS_ALL), {"canaries"}, "suspect"),
+        (with_files(lib__py=LEAVES), LAYERS, "suspect"),
+        (with_files(json__py="x = 1\n", lib__txt="right\n"), LAYERS, "suspect"),
+        (with_files(checks__py="def test_a(): pass\ndef test_b(): pass\n"), LAYERS, "unresolved"),
+    ],
+)
+def test_patches_that_tamper(docker: Path, patch: str, layers: set[str], reason: str) -> None:
+    backend = ImageBackend("docker", Limits(), docker=str(docker), layers=frozenset(layers))
+    backend._draw = random.Random(1)  # type: ignore[assignment]
+    grade = backend.grade(parse_row(ROW), patch, 20)
+    assert grade.reason == reason, (grade.doubts, grade.output)
+
+
+def test_a_repair_that_touches_configuration_keeps_it(docker: Path) -> None:
+    gold = with_files(lib__txt="right\n", setup__cfg="[y]\n")
+    backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row({**ROW, "patch": gold})
+    assert backend.grade(task, gold, 20).dropped == ()
+    other = backend.grade(parse_row(ROW), gold, 20)
+    assert other.dropped == ("setup.cfg",) and other.resolved
+
+
+def test_committed_work_is_collected_and_the_future_is_not_there(docker: Path) -> None:
+    image = docker.parent / "image"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    (image / "lib.txt").write_text("right\n")
+    for command in ("commit -qam future", "tag later", "branch ahead", "reset -q --hard HEAD~1"):
+        subprocess.run([*git, *command.split()], cwd=image, check=True)
+    future = subprocess.run(
+        [*git, "rev-parse", "later"], cwd=image, check=True, capture_output=True, text=True
+    )
+    row = {"repo_name": "r", "docker_image": "r2e/r", "commit_hash": "c", "problem_statement": "p"}
+    for task in (parse_row(ROW), parse_row({**row, "expected_output_json": "{}"})):
+        backend = ImageBackend("docker", Limits(), docker=str(docker))
+        sandbox = backend.open(task)
+        assert "future" not in sandbox.exec("git log --all --oneline; git reflog", 20).output
+        assert sandbox.exec(f"git cat-file -e {future.stdout.strip()}", 20).returncode != 0
+        assert sandbox.exec("git log --oneline", 20).output.endswith(" base\n")
+        commit = "git -c user.name=a -c user.email=a@b commit -qam work"
+        assert sandbox.exec(f"echo right > lib.txt; {commit}; echo y > more.txt", 20).returncode == 0
+        patch = backend.collect(task, sandbox)
+        assert "+right" in patch and "+y" in patch
+        sandbox.close()
 
 
 def test_a_program_that_hangs_is_a_timeout(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +250,7 @@ def test_files_of_a_container(docker: Path) -> None:
     sandbox = ImageBackend("docker", Limits(), docker=str(docker)).open(parse_row(ROW))
     sandbox.write("d/new.txt", b"\x00\xff\n")
     assert sandbox.read("/testbed/d/new.txt") == b"\x00\xff\n"
-    assert set(sandbox.snapshot()) == {"lib.txt", "checks.py", "judge.sh", "d/new.txt"}
+    assert set(sandbox.snapshot()) == {*FILES, "d/new.txt"}
     sandbox.exec("ln -s /etc/passwd link", 20)
     for path, message in (("../x", "outside"), ("link", "outside"), ("none", "No"), ("d", "folder")):
         with pytest.raises(FileError, match=f"(?i){message}"):
@@ -171,20 +278,6 @@ def test_containers_of_dead_workers_are_removed(docker: Path) -> None:
     (docker.parent / "ps").write_text("\n".join(lines) + "\n")
     assert remove_orphans(str(docker)) == ["empg-jax-dead", "empg-jax-reused"]
     assert any(f"label={OWNER}" in call for call in calls(docker))
-
-
-def test_logs() -> None:
-    log = "\x1b[32mPASSED\x1b[0m a.py::T::x[1 - 2] - no\nSKIPPED [1] b.py:3: why\nERROR c.py - boom\nnoise\n"
-    assert reports.parse_pytest(log) == {"a.py::T::x[1": "PASSED", "c.py": "ERROR"}
-    assert reports.parse_r2e("FAILED a.py::T::x - why\n") == {"T.x": "FAILED"}
-    django = "test_a (m.T) ... ok\ntest_b (m.T) ... skipped 'x'\ntest_c (m.T) ... FAIL\nERROR: test_d (m.T)\n"
-    assert list(reports.parse_django(django).values()) == ["PASSED", "SKIPPED", "FAILED", "ERROR"]
-    assert reports.parse_sympy("test_a ok\ntest_b F\ntest_c E\n") == {
-        "test_a": "PASSED",
-        "test_b": "FAILED",
-        "test_c": "ERROR",
-    }
-    assert reports.test_targets("django/django", {"tests/a/test_b.py", "x.txt"}) == ["a.test_b"]
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ import socket
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,48 @@ print(*[name for _, name in socket.if_nameindex()], len(open("/proc/net/route").
 """
         # The loopback is the cage's own, there is no other interface, and no route (one line is the heading).
         assert python(cage, script).split() == ["refused", "unknown", "lo", "1"]
+
+
+def test_only_sockets_of_listed_families(cage: BubblewrapSandbox) -> None:
+    # Creating is all that is tried: an address of AF_VSOCK would be the host of this machine.
+    script = """
+import errno, socket
+for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK):
+    socket.socket(family, socket.SOCK_DGRAM).close()
+for family in range(1, 64):
+    if family not in (1, 2, 10, 16):
+        for call in (socket.socket, socket.socketpair):
+            try:
+                call(family, socket.SOCK_STREAM)
+                print("made", family)
+            except OSError as error:
+                if error.errno != errno.EAFNOSUPPORT:
+                    print(family, error)
+left, right = socket.socketpair()
+left.sendall(b"pair")
+print(right.recv(9).decode(), hasattr(socket, "AF_VSOCK"), hasattr(socket, "AF_PACKET"))
+"""
+    assert python(cage, script) == "pair True True\n"
+
+
+def test_a_snapshot_takes_time_in_proportion_to_its_files() -> None:
+    need_cages()
+    cage = BubblewrapSandbox(find_interpreter(), Limits())
+    cage.reset({})
+
+    def seconds(files: int) -> float:
+        command = (
+            f"import os; os.mkdir('d{files}'); [open(f'd{files}/{{n}}', 'w').close() for n in range({files})]"
+        )
+        assert cage.exec(f'python -c "{command}"', 60).returncode == 0
+        started = time.perf_counter()
+        assert len(cage.snapshot()) >= files
+        return time.perf_counter() - started
+
+    few = min(seconds(1000), 0.5)
+    # Ten times the files: some 0.15 s on an idle machine; with squared time it would be 100 times.
+    assert seconds(10_000) < max(1.0, 30 * few)
+    cage.close()
 
 
 def _accept(server: socket.socket) -> None:

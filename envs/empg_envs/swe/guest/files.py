@@ -53,7 +53,8 @@ def snapshot(config: Config, most: int) -> list[bytes]:
     return fields
 
 
-def _walk(folder: bytes, prefix: bytes, depth: int, most: int, fields: list[bytes]) -> None:
+def _walk(folder: bytes, prefix: bytes, depth: int, most: int, fields: list[bytes]) -> int:
+    """Append the files of a folder to ``fields``; return how many bytes are left of ``most``."""
     os.chmod(folder, 0o700)  # a command may have removed its own permissions
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
@@ -64,7 +65,7 @@ def _walk(folder: bytes, prefix: bytes, depth: int, most: int, fields: list[byte
             continue
         if stat.S_ISDIR(mode):
             if depth < MAX_DEPTH:
-                _walk(entry.path, name + b"/", depth + 1, most, fields)
+                most = _walk(entry.path, name + b"/", depth + 1, most, fields)
             continue
         if stat.S_ISLNK(mode):
             data, kind = os.readlink(entry.path), 0o120000
@@ -76,8 +77,10 @@ def _walk(folder: bytes, prefix: bytes, depth: int, most: int, fields: list[byte
         else:
             continue
         fields.extend((name, b"%o" % kind, data))
-        if sum(map(len, fields[-3:])) > most or sum(map(len, fields)) > most:
-            raise ValueError(f"the files hold more than {most} bytes")
+        most -= len(name) + len(data)
+        if most < 0:
+            raise ValueError("the files hold more bytes than the sandbox has room for")
+    return most
 
 
 def _inside(config: Config, path: str) -> str:

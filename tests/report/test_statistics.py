@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from study_numbers import (
+
+from empg_jax.report.statistics import (
     area,
     bootstrap,
     compare,

@@ -1,4 +1,4 @@
-"""The numbers of a study: areas, intervals and tests of paired runs, as pure functions.
+"""The numbers of runs that are compared: areas, intervals, tests of pairs, as pure functions.
 
 Whatever draws random numbers draws them from a fixed seed, so that the same runs give the same report.
 """
@@ -45,7 +45,7 @@ class Difference:
 
 
 def area(curve: Curve) -> float:
-    """The mean height of the curve over updates: trapezoids, divided by the last update; in [0, 1].
+    """Compute the mean height of the curve over updates: trapezoids, divided by the last update; in [0, 1].
 
     A single point is its own mean.
     """
@@ -56,7 +56,7 @@ def area(curve: Curve) -> float:
 
 
 def updates_to(curve: Curve, level: float) -> float | None:
-    """The update at which the curve, linear between its points, first reaches a level; None if never."""
+    """Find the update at which the curve, linear between its points, first reaches a level; None if never."""
     if curve[0][1] >= level:
         return float(curve[0][0])
     for (a, x), (b, y) in itertools.pairwise(curve):
@@ -66,21 +66,23 @@ def updates_to(curve: Curve, level: float) -> float | None:
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """The mean of the middle half over the last axis: n // 4 values are left out at each end."""
+    """Compute the mean of the middle half over the last axis: n // 4 values are left out at each end."""
     ordered = np.sort(np.asarray(values, np.float64), axis=-1)
     cut = ordered.shape[-1] // 4
     return ordered[..., cut : ordered.shape[-1] - cut].mean(axis=-1)
 
 
 def mean(values: np.ndarray) -> np.ndarray:
-    """The mean over the last axis."""
+    """Compute the mean over the last axis."""
     return np.asarray(values, np.float64).mean(axis=-1)
 
 
 def bootstrap(
     tasks: Sequence[np.ndarray], statistic: Statistic = mean, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean over tasks of a statistic, seeds resampled within each task.
+    """Compute the 95 % percentile interval of the mean over tasks of a statistic, by resampling seeds.
+
+    Seeds are resampled within each task.
 
     Returns:
       Lower and upper bound; NaN where a task has fewer than two values, since there is nothing to resample.
@@ -96,7 +98,9 @@ def bootstrap(
 
 
 def sign_flip(tasks: Sequence[np.ndarray]) -> float:
-    """The two-sided p-value of paired differences: how often random signs give a mean at least this large.
+    """Compute the two-sided p-value of paired differences.
+
+    It says how often random signs give a mean at least this large.
 
     Under the hypothesis of no effect each difference is as likely as its negative. All signs are tried for up
     to 16 pairs; beyond, 100,000 are sampled, and the observed ones count as one more.
@@ -115,7 +119,7 @@ def sign_flip(tasks: Sequence[np.ndarray]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values of a family, in the given order; NaN stays and counts for nothing."""
+    """Compute Holm's adjusted p-values of a family, in the given order; NaN stays and counts for nothing."""
     known = [number for number, p in enumerate(p_values) if not math.isnan(p)]
     adjusted, largest = [math.nan] * len(p_values), 0.0
     for rank, number in enumerate(sorted(known, key=lambda number: p_values[number])):
@@ -125,7 +129,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def detectable(standard_error: float) -> float:
-    """The true difference found with 80 % power at the two-sided 5 % level (normal approximation)."""
+    """Compute the true difference found with 80 % power at the two-sided 5 % level (normal approximation)."""
     normal = NormalDist()
     return (normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)) * standard_error
 
@@ -147,7 +151,7 @@ def compare(tasks: Sequence[np.ndarray]) -> Difference:
 
 
 def correlation(first: Sequence[float | None], second: Sequence[float | None]) -> float:
-    """Pearson's correlation over the places where both are known; NaN where one of them is constant."""
+    """Compute Pearson's correlation where both are known; NaN where one of them is constant."""
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
     x, y = np.array(pairs, np.float64).reshape(-1, 2).T
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:

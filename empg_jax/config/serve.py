@@ -1,0 +1,26 @@
+"""Configuration of the policy behind HTTP."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from empg_jax.config.algorithm import Section
+
+
+class ServeConfig(Section):
+    """The policy behind HTTP (``empg-jax serve``)."""
+
+    name: str | None = Field(
+        None, min_length=1, description="Name of the model on the wire (default: that of its folder)."
+    )
+    slots: int = Field(16, ge=1, description="Conversations in the cache: busy ones, and ones that are kept.")
+    max_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="Longest conversation in tokens (default rollout.max_tokens of a run, else 4096).",
+    )
+    max_waiting: int = Field(
+        256, ge=0, description="Responses that may wait for a slot; further requests get status 429."
+    )
+    max_body_mb: int = Field(8, ge=1, description="Largest body of a request in MiB.")
+    warm_up: bool = Field(True, description="Compile every program before the first request.")

@@ -1,0 +1,193 @@
+"""Runs beside each other: which arms they form, and what the seeds of an arm say about each measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from empg_jax.errors import ConfigError
+from empg_jax.metrics import read_metrics
+from empg_jax.report.curves import column, held_out_points
+from empg_jax.report.statistics import Difference, area, bootstrap, compare, interquartile_mean
+
+# Keys that may differ between the runs of one arm.
+APART = ("name", "seed", "run_dir", "compile_cache", "log.", "checkpoint.", "hosts.")
+# Measure -> (metric, how its updates become one number).
+LAST, WHOLE, AREA = "mean of the last tenth", "mean over all updates", "area under the curve"
+MEASURES = {
+    "held-out success, area": ("held_out", AREA),
+    "held-out success, end": ("held_out", "last point"),
+    "success, area": ("success_rate", AREA),
+    "success, end": ("success_rate", LAST),
+    "return, area": ("episode_return", AREA),
+    "return, end": ("episode_return", LAST),
+    "entropy, end": ("entropy", LAST),
+    "turns, end": ("episode_turns", LAST),
+    "lag": ("lag", WHOLE),
+    "tokens per second": ("tokens_per_second", WHOLE),
+    "modulation, mean": ("modulation_mean", WHOLE),
+    "modulation, sd": ("modulation_std", WHOLE),
+    "positive advantages": ("advantage_positive", WHOLE),
+    "negative advantages": ("advantage_negative", WHOLE),
+    "KL to the reference": ("kl", WHOLE),
+    "KL of an update": ("approx_kl", WHOLE),
+    "gradient norm": ("grad_norm", WHOLE),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One run: its folder, its seed, its settings, and its metrics as (update, value) pairs by name."""
+
+    folder: Path
+    seed: int | None
+    settings: dict[str, Any]
+    series: dict[str, list[tuple[int, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What the runs of an arm say of a measure; the interval is a 95 % bootstrap of the mean over seeds."""
+
+    measure: str
+    arm: str
+    runs: int
+    mean: float
+    iqm: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """The differences of an arm from the first one in a measure, paired by seed."""
+
+    measure: str
+    arm: str
+    against: str
+    difference: Difference
+
+
+def read_run(folder: Path) -> Run:
+    """Read configuration and metrics of a run.
+
+    Raises:
+      ConfigError: the folder holds no run with metrics.
+    """
+    try:
+        records = read_metrics(folder / "metrics.jsonl", warn=lambda line: None)
+        settings = _flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or "not readable"
+        raise ConfigError(
+            f"{folder} is no run to compare: config.yaml and metrics.jsonl are needed ({reason})"
+        ) from None
+    if not records:
+        raise ConfigError(f"{folder} has no line of metrics yet: nothing can be compared")
+    names = {name for record in records for name in record} - {"update", "time"}
+    series = {name: _pairs(*column(_numeric(records, name), name)) for name in names}
+    try:
+        series["held_out"] = list(held_out_points(folder, records).items())
+    except (ValueError, TypeError, AttributeError):  # a summary.json of which a part is missing
+        series["held_out"] = []
+    seed = settings.get("seed")
+    return Run(folder, seed if isinstance(seed, int) else None, settings, series)
+
+
+def name_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Put the runs with equal settings into arms, named after the settings that differ between arms."""
+    kept = [_compared(run.settings) for run in runs]
+    keys = sorted({key for settings in kept for key in settings})
+    differ = [key for key in keys if len({repr(settings.get(key)) for settings in kept}) > 1]
+    arms: dict[str, list[Run]] = {}
+    for run, settings in zip(runs, kept, strict=True):
+        parts = [f"{key.removeprefix('algorithm.')}={settings.get(key)}" for key in differ]
+        arms.setdefault(", ".join(parts) or str(settings.get("algorithm.name", "all runs")), []).append(run)
+    return arms
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what may differ within an arm, and the settings of a modulation that is not used."""
+    idle = tuple(
+        f"algorithm.{kind}." for kind in ("empg", "aem") if settings.get("algorithm.modulation") != kind
+    )
+    return {key: value for key, value in settings.items() if not key.startswith((*APART, *idle))}
+
+
+def measure(run: Run, metric: str, how: str) -> float:
+    """Reduce a metric of a run to one number; NaN where it was not recorded."""
+    points = [(update, value) for update, value in run.series.get(metric, ()) if math.isfinite(value)]
+    if not points:
+        return math.nan
+    if how == AREA:
+        return area(points)
+    values = [value for _, value in points]
+    if how == LAST:
+        values = values[-max(1, len(values) // 10) :]
+    return values[-1] if how == "last point" else float(np.mean(values))
+
+
+def summarize(arms: Mapping[str, Sequence[Run]]) -> tuple[list[Line], list[Pairing]]:
+    """Compute every measure for every arm, and the differences of the arms from the first one.
+
+    Measures that no run recorded are left out; the seconds of each phase are measures, too.
+    """
+    phases = sorted(_seconds(arms))
+    measures = MEASURES | {f"{name.removeprefix('seconds_')}, seconds": (name, WHOLE) for name in phases}
+    first = next(iter(arms))
+    lines, pairings = [], []
+    for name, (metric, how) in measures.items():
+        found = {
+            arm: {run: measure(run, metric, how) for run in _by_seed(runs)} for arm, runs in arms.items()
+        }
+        for arm, values in found.items():
+            known = np.array([value for value in values.values() if not math.isnan(value)])
+            if len(known):
+                low, high = bootstrap([known])
+                iqm = float(interquartile_mean(known))
+                lines.append(Line(name, arm, len(known), float(known.mean()), iqm, low, high))
+        for arm in list(arms)[1:]:
+            differences = _paired(found[arm], found[first])
+            if len(differences):
+                pairings.append(Pairing(name, arm, first, compare([differences])))
+    return lines, pairings
+
+
+def _paired(values: Mapping[Run, float], others: Mapping[Run, float]) -> np.ndarray:
+    by_seed = {run.seed: value for run, value in others.items() if run.seed is not None}
+    pairs = [value - by_seed[run.seed] for run, value in values.items() if run.seed in by_seed]
+    return np.array([pair for pair in pairs if not math.isnan(pair)])
+
+
+def _by_seed(runs: Sequence[Run]) -> list[Run]:
+    return sorted(runs, key=lambda run: (run.seed is None, run.seed or 0, str(run.folder)))
+
+
+def _seconds(arms: Mapping[str, Sequence[Run]]) -> set[str]:
+    names = {name for runs in arms.values() for run in runs for name in run.series}
+    return {name for name in names if name.startswith("seconds_")}
+
+
+def _numeric(records: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Keep the records whose value is a number or null; a log may hold anything."""
+    kinds = (int, float, type(None))
+    return [record for record in records if name in record and isinstance(record[name], kinds)]
+
+
+def _pairs(updates: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
+    return list(zip(updates.tolist(), values.tolist(), strict=True))
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError("no configuration")
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

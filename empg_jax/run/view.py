@@ -1,0 +1,160 @@
+"""``empg-jax view``: the page of a run, written or served, with what other algorithms would have given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from empg_jax.errors import ConfigError
+from empg_jax.report.view.live import LiveServer
+from empg_jax.report.view.packing import CREDIT, Credit
+from empg_jax.report.view.page import Book, WhatIf, write_page
+from empg_jax.report.view.pieces import Decode
+from empg_jax.report.view.reading import check_is_run, find_files
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+    from empg_jax.run.parts import Parts
+    from empg_jax.types import Trajectory
+
+PAGE = "view.html"
+LARGE = 60 * 2**20  # bytes of a page that opens at once everywhere
+
+Say = Callable[[str], None]
+
+
+def view_run(run_dir: Path, *, out: Path | None, what_if: Mapping[str, Config], say: Say) -> Path:
+    """Write a run as one page.
+
+    Args:
+      run_dir: folder of the run.
+      out: file to write, or folder to write it into; None is the run's own.
+      what_if: by name of another algorithm, the run's configuration with it.
+      say: receives messages for the user.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ConfigError: ``run_dir`` holds no run, or the page cannot be written.
+    """
+    check_is_run(run_dir)
+    path = _page_path(run_dir, out)
+    book = make_book(run_dir, what_if)
+    try:
+        episodes, notes = write_page(book, path)
+    except OSError as error:
+        raise ConfigError(f"the page {path} cannot be written: {error.strerror or error}") from None
+    for note in notes:
+        say(f"note: {note}")
+    size = path.stat().st_size
+    say(f"{episodes:,} episodes, {size / 2**20:.1f} MiB")
+    if size > LARGE:
+        say("note: a page of this size opens slowly; --serve sends only what is looked at")
+    return path
+
+
+def serve_run(run_dir: Path, *, port: int, what_if: Mapping[str, Config], tell: Say) -> None:
+    """Serve the page of a run on this machine until the process is stopped.
+
+    Args:
+      run_dir: folder of the run, which may still be training.
+      port: the port; 0 takes a free one.
+      what_if: by name of another algorithm, the run's configuration with it.
+      tell: receives the address, when it answers.
+
+    Raises:
+      ConfigError: ``run_dir`` holds no run, or the port is taken.
+    """
+    check_is_run(run_dir)
+    try:
+        server = LiveServer(make_book(run_dir, what_if), port)
+    except OSError as error:
+        raise ConfigError(f"--port {port} cannot be opened: {error.strerror or error}") from None
+    with server:
+        tell(f"serving {run_dir.resolve().name} at {server.url}")
+        server.serve_forever(poll_interval=0.2)
+
+
+def show_episodes(parts: Parts, update: int, held_out: Sequence[Trajectory]) -> None:
+    """Write some held-out episodes and the page of a run that has ended; a full disk costs them, not the run.
+
+    Args:
+      parts: the run's parts.
+      update: number of updates that were made.
+      held_out: the episodes of the last evaluation.
+    """
+    # The writing of records loads JAX, which this module's other uses do without.
+    from empg_jax.run.rollouts import write_held_out
+
+    run_dir, count = parts.run_dir, parts.config.log.transcripts
+    if count == 0:
+        return
+    try:
+        write_held_out(run_dir, update, held_out, count)
+        size = sum(path.stat().st_size for path in find_files(run_dir))
+        if size > LARGE:
+            told = f"the episodes are {size / 2**20:.0f} MiB, too many for a page at the end of a run"
+            parts.progress.message(f"{told}: empg-jax view {run_dir} --serve")
+        else:
+            write_page(make_book(run_dir, {}), run_dir / PAGE)
+    except OSError as error:
+        parts.progress.message(f"the page of the episodes could not be written: {error}")
+        parts.events.tell("episodes_not_written", detail=str(error))
+
+
+def make_book(run_dir: Path, what_if: Mapping[str, Config]) -> Book:
+    """Open the episodes of a run, with its tokenizer where it left one."""
+    others = _make_what_if(what_if) if what_if else None
+    return Book(run_dir, decode=_make_decode(run_dir), what_if=others, names=list(what_if))
+
+
+def _make_what_if(what_if: Mapping[str, Config]) -> WhatIf:
+    """Build the function that computes the credit of other algorithms for a file's episodes."""
+    # JAX takes a second to load, and most pages are made without it.
+    from empg_jax.rollout.record import RecordError, read_episodes
+    from empg_jax.run.credit import make_recompute
+
+    recompute = {name: make_recompute(config) for name, config in what_if.items()}
+
+    def calculate(path: Path) -> dict[str, Credit]:
+        found: dict[str, Credit] = {}
+        for name in recompute:
+            try:
+                records, _ = recompute[name](read_episodes(path))
+            except RecordError as error:
+                raise ValueError(str(error)) from None
+            found[name] = [
+                [[turn[each] for each in CREDIT] for turn in record["turns"]] for record in records
+            ]
+        return found
+
+    return calculate
+
+
+def _make_decode(run_dir: Path) -> Decode | None:
+    """Return the decoding of the run's tokenizer, loaded when the first token comes; None without one."""
+    folder = run_dir / "tokenizer"
+    if not folder.is_dir():
+        return None
+    loaded: list[Decode] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        if not loaded:
+            from empg_jax.text.tokenizer import load_tokenizer
+
+            loaded.append(load_tokenizer(folder).decode)
+        return loaded[0](ids)
+
+    return decode
+
+
+def _page_path(run_dir: Path, out: Path | None) -> Path:
+    if out is None:
+        return run_dir / PAGE
+    if out.is_dir():
+        return out / f"{run_dir.resolve().name}.html"
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+    return out

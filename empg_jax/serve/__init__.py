@@ -1,0 +1,1 @@
+"""The policy behind HTTP: the OpenAI wire, and token ids in and out."""

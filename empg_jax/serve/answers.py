@@ -1,0 +1,159 @@
+"""Answers of the wire: JSON bodies of finished responses, and chunks of those in progress.
+
+Beside OpenAI's fields a choice may have vLLM's ``token_ids`` and our own ``empg``, which no other wire
+carries. Both come with ``return_token_ids``, and always from ``/inference/v1/generate``::
+
+    "empg": {"version": 1, "entropies": [...], "versions": [...], "logprobs": [...]}
+
+One number per token of ``token_ids``: the entropy of the whole distribution in nats and the log-probability
+of the token, both at the request's temperature (at 1 for greedy sampling), without any truncation; and the
+version of the weights that sampled it. ``version`` counts changes of this format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from empg_jax.engine.engine import Response
+
+STATISTICS_VERSION = 1
+
+Body = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The fields that all chunks of an answer share."""
+
+    kind: str  # chat.completion or text_completion
+    model: str
+    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether choices hold messages."""
+        return self.kind == "chat.completion"
+
+    def body(self, choices: list[Body], **fields: Any) -> Body:
+        """Return a whole answer."""
+        return self._fields(self.kind) | {"choices": choices} | fields
+
+    def chunk(self, choices: list[Body], **fields: Any) -> Body:
+        """Return one chunk of a stream."""
+        return self._fields("chat.completion.chunk" if self.is_chat else self.kind) | {
+            "choices": choices,
+            **fields,
+        }
+
+    def _fields(self, kind: str) -> Body:
+        prefix = "chatcmpl" if self.is_chat else "cmpl"
+        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+
+@dataclasses.dataclass(frozen=True)
+class Detail:
+    """What the choices of an answer list beside their text."""
+
+    has_logprobs: bool
+    has_tokens: bool
+
+
+def describe_tokens(
+    response: Response, start: int, head: Head, detail: Detail, spell: Callable[[int], str]
+) -> Body:
+    """List the fields of a choice about its tokens, from token ``start`` on."""
+    fields: Body = {}
+    tokens = response.tokens[start:].tolist()
+    if detail.has_logprobs:
+        logprobs = as_floats(response.logprobs[start:])
+        words = [spell(token) for token in tokens]
+        fields["logprobs"] = _chat_logprobs(words, logprobs) if head.is_chat else _logprobs(words, logprobs)
+    if detail.has_tokens:
+        fields |= {"token_ids": tokens, "empg": describe_statistics(response, start)}
+    return fields
+
+
+def describe_statistics(response: Response, start: int = 0) -> Body:
+    """Return the extra field with one entropy, weight version and log-probability per token."""
+    return {
+        "version": STATISTICS_VERSION,
+        "entropies": as_floats(response.entropies[start:]),
+        "versions": response.versions[start:].tolist(),
+        "logprobs": as_floats(response.logprobs[start:]),
+    }
+
+
+def describe_usage(prompts: Sequence[int], responses: Iterable[Response], cached: int) -> Body:
+    """Count the tokens of an answer; ``cached`` prompt tokens were in the cache already."""
+    prompt, sampled = sum(prompts), sum(len(response.tokens) for response in responses)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": sampled,
+        "total_tokens": prompt + sampled,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def describe_generated(responses: Sequence[Response], request_id: str) -> Body:
+    """Return the answer of ``/inference/v1/generate``, as vLLM gives it and verifiers reads it."""
+    return {
+        "request_id": request_id,
+        "choices": [
+            {
+                "index": index,
+                "token_ids": response.tokens.tolist(),
+                "finish_reason": response.finish_reason,
+                "logprobs": _chat_logprobs(
+                    [f"token_id:{token}" for token in response.tokens.tolist()], as_floats(response.logprobs)
+                ),
+                "empg": describe_statistics(response),
+            }
+            for index, response in enumerate(responses)
+        ],
+        "prompt_logprobs": None,
+        "kv_transfer_params": None,
+    }
+
+
+def as_delta(message: Mapping[str, Any], *, is_first: bool) -> Body:
+    """Turn a message, or a piece of one, into a stream's ``delta``."""
+    delta = {key: value for key, value in message.items() if key != "role"}
+    if "tool_calls" in delta:
+        delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
+    return {"role": "assistant", **delta} if is_first else delta
+
+
+def as_floats(values: np.ndarray) -> list[float]:
+    """Convert float32 numbers to JSON: the shortest decimals that give the same number."""
+    return [float(str(value)) for value in np.asarray(values, np.float32)]
+
+
+def _chat_logprobs(words: Sequence[str], logprobs: Sequence[float]) -> Body:
+    return {
+        "content": [
+            {"token": word, "logprob": logprob, "bytes": _bytes_of(word), "top_logprobs": []}
+            for word, logprob in zip(words, logprobs, strict=True)
+        ]
+    }
+
+
+def _bytes_of(word: str) -> list[int] | None:
+    # A part of a character has no text of its own, and its bytes cannot be told from that.
+    return None if "\ufffd" in word else list(word.encode())
+
+
+def _logprobs(words: Sequence[str], logprobs: Sequence[float]) -> Body:
+    offsets = np.cumsum([0, *map(len, words)])[:-1].tolist()
+    return {
+        "tokens": list(words),
+        "token_logprobs": list(logprobs),
+        "top_logprobs": None,
+        "text_offset": offsets,
+    }

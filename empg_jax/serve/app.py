@@ -1,0 +1,215 @@
+"""The routes of the server, and the way of a request through them.
+
+A handler reads and checks a body, hands its jobs to the `Driver`, and answers from their updates. A client
+that goes away gives up its jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update
+from empg_jax.serve.service import Asked, Service
+from empg_jax.serve.wire import ApiError, refuse
+
+Handler = Callable[[Request, Any], Awaitable[Response]]
+
+
+def make_app(service: Service, driver: Driver, *, api_key: str | None, max_body_bytes: int) -> Starlette:
+    """Build the application.
+
+    Args:
+      service: the policy's side of requests.
+      driver: the engine's thread.
+      api_key: the bearer token that every request needs, except for its health; None needs none.
+      max_body_bytes: longest body that is read.
+    """
+
+    def guarded(handler: Handler, *, has_body: bool) -> Callable[[Request], Awaitable[Response]]:
+        async def run(request: Request) -> Response:
+            try:
+                _authorize(request, api_key)
+                return await handler(request, await _read_json(request, max_body_bytes) if has_body else None)
+            except ApiError as error:
+                return _answer_error(error)
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it
+
+        return run
+
+    async def health(request: Request) -> Response:
+        is_well = driver.failure is None
+        fields = {"status": "ok" if is_well else driver.failure, "model": service.name, **driver.describe()}
+        return JSONResponse(fields, status_code=200 if is_well else 503)
+
+    async def models(request: Request, body: Any) -> Response:
+        return JSONResponse(service.describe_models())
+
+    async def chat(request: Request, body: Any) -> Response:
+        return await _serve(request, driver, service, service.read_chat(body))
+
+    async def complete(request: Request, body: Any) -> Response:
+        return await _serve(request, driver, service, service.read_completion(body))
+
+    async def generate(request: Request, body: Any) -> Response:
+        return await _serve(request, driver, service, service.read_generate(body))
+
+    posts = {
+        "/v1/chat/completions": chat,
+        "/v1/completions": complete,
+        "/inference/v1/generate": generate,
+    }
+    return Starlette(
+        routes=[
+            Route("/health", health, methods=["GET"]),
+            Route("/v1/models", guarded(models, has_body=False), methods=["GET"]),
+            *(Route(path, guarded(run, has_body=True), methods=["POST"]) for path, run in posts.items()),
+        ],
+        exception_handlers={HTTPException: _tell_http},
+    )
+
+
+# ------------------------------------------------------------------------------------- the request
+
+
+def _authorize(request: Request, api_key: str | None) -> None:
+    if api_key is None:
+        return
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), api_key.encode()):
+        raise ApiError(401, "wrong or missing bearer token", code="invalid_api_key")
+
+
+async def _read_json(request: Request, limit: int) -> Any:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise ApiError(413, f"the body is longer than {limit >> 20} MiB (serve.max_body_mb)")
+    try:
+        return json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"the body is not JSON: {error}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+# -------------------------------------------------------------------------------------- the answer
+
+
+class _Updates:
+    """The updates of some jobs, handed from the engine's thread to the event loop."""
+
+    def __init__(self, driver: Driver, asked: Asked) -> None:
+        self._driver, self._over = driver, 0
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self.jobs: list[Job] = [
+            asked.make_job(index, self._receiver(index)) for index in range(asked.num_choices)
+        ]
+        try:
+            driver.submit(self.jobs)
+        except QueueFull:
+            raise ApiError(
+                429, "the server is busy (serve.max_waiting): try again later", code="rate_limit_exceeded"
+            ) from None
+        except EngineFailed as error:
+            raise ApiError(503, f"the engine has stopped: {error}") from None
+
+    def _receiver(self, index: int) -> Callable[[Update], None]:
+        def receive(update: Update) -> None:
+            # The loop is closed when the server stops before the engine does.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, update))
+
+        return receive
+
+    async def read(self) -> AsyncGenerator[tuple[int, Update], None]:
+        """Yield updates until all jobs are over."""
+        left = len(self.jobs)
+        while left:
+            index, update = await self._queue.get()
+            left -= update.is_final
+            if update.error is not None:
+                raise ApiError(503, f"the engine has stopped: {update.error}")
+            self._over += update.is_final
+            yield index, update
+
+    def give_up(self) -> None:
+        """Free the slots of the jobs that are not over."""
+        if self._over < len(self.jobs):
+            self._driver.cancel(self.jobs)
+
+
+async def _serve(request: Request, driver: Driver, service: Service, asked: Asked) -> Response:
+    updates = _Updates(driver, asked)
+    if asked.is_streamed:
+        return StreamingResponse(_stream(updates, service, asked), media_type="text/event-stream")
+    collecting = asyncio.ensure_future(_collect(updates))
+    leaving = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            raise ClientDisconnect
+        return JSONResponse(service.answer(asked, await collecting))
+    finally:
+        for task in (collecting, leaving):
+            task.cancel()
+        updates.give_up()
+
+
+async def _collect(updates: _Updates) -> list[Update]:
+    found: dict[int, Update] = {}
+    async with contextlib.aclosing(updates.read()) as items:
+        async for index, update in items:
+            found[index] = update
+    return [found[index] for index in sorted(found)]
+
+
+async def _until_gone(request: Request) -> None:
+    """Wait until the client closes its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(updates: _Updates, service: Service, asked: Asked) -> AsyncIterator[bytes]:
+    try:
+        writer = service.open_stream(asked)
+        async with contextlib.aclosing(updates.read()) as items:
+            async for index, update in items:
+                for chunk in writer.write(index, update):
+                    yield _event(chunk)
+        for chunk in writer.close():
+            yield _event(chunk)
+        yield b"data: [DONE]\n\n"
+    except ApiError as error:
+        yield _event(error.body())
+    finally:
+        updates.give_up()
+
+
+def _event(body: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+
+
+def _answer_error(error: ApiError) -> Response:
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+async def _tell_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _answer_error(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))

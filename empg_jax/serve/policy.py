@@ -1,0 +1,146 @@
+"""The policy that is served: a run's, a Hugging Face folder's, or a preset with random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from empg_jax.engine.engine import Engine
+from empg_jax.errors import ConfigError, nearest
+from empg_jax.hf.presets import PRESETS
+from empg_jax.learner.state import state_shardings
+from empg_jax.parallel.mesh import make_mesh
+from empg_jax.run.assembly import make_engine, make_model, make_rl_optimizer, make_tokenizer
+from empg_jax.run.devices import check_devices, learner_devices
+from empg_jax.run.environment import find_spec
+from empg_jax.run.process import use_compile_cache
+from empg_jax.run.saved import open_saved
+from empg_jax.run.weights import make_base, make_params
+from empg_jax.text.builtin import BYTES
+from empg_jax.text.chat import ChatRenderer
+from empg_jax.text.template import ChatTemplateError
+from empg_jax.text.tokenizer import Tokenizer
+from empg_jax.types import Params
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+MAX_TOKENS = 4096  # of a conversation, where neither serve.max_tokens nor a run says it
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A policy that is ready to answer.
+
+    Attributes:
+      name: the model's name on the wire.
+      config: its configuration.
+      tokenizer: its tokenizer.
+      renderer: its chat template; None where it has none that ends a turn.
+      engine: the sampler, with weights.
+    """
+
+    name: str
+    config: Config
+    tokenizer: Tokenizer
+    renderer: ChatRenderer | None
+    engine: Engine
+
+
+def open_policy(source: str, overrides: Sequence[str], say: Callable[[str], None]) -> Policy:
+    """Load a policy and its engine.
+
+    Args:
+      source: folder of a run or of a checkpoint in one, a Hugging Face folder or hub id, a preset's name, or
+        a configuration; the last two start untrained.
+      overrides: dotted overrides of its configuration.
+      say: receives messages for the user.
+
+    Raises:
+      ConfigError: there is no such policy, or an override does not fit.
+      CheckpointError: a run has no usable checkpoint.
+    """
+    path = Path(source).expanduser()
+    is_step = path.name.isdigit() and path.parent.name == "checkpoints"
+    if is_step or (path / "config.yaml").is_file():
+        saved = open_saved(path, overrides, warn=say)
+        home = path.absolute().parents[1] if is_step else path.absolute()
+        tokenizer, renderer = saved.language.tokenizer, saved.language.renderer
+        policy = Policy(home.name, saved.config, tokenizer, renderer, _make_engine(saved.config, tokenizer))
+        _load(policy.engine, saved.params, saved.base, saved.step)
+    else:
+        policy = _open_new(source, path, overrides)
+    name = policy.config.serve.name
+    return policy if name is None else dataclasses.replace(policy, name=name)
+
+
+def _open_new(source: str, path: Path, overrides: Sequence[str]) -> Policy:
+    """Load a Hugging Face folder, or make random weights of a preset or of a configuration."""
+    from empg_jax.config import load_config  # loads pydantic
+    from empg_jax.config.yaml import find_packaged
+
+    name, packaged = path.absolute().name, find_packaged()
+    if source in PRESETS:
+        config = _configure(source, {"preset": source, "tokenizer": BYTES}, overrides)
+    elif source in packaged or path.suffix in (".yaml", ".yml"):
+        config = load_config(source, overrides)
+        name = config.name
+    elif path.is_dir() or source.count("/") == 1:
+        config = _configure(source, {"path": source}, overrides)
+    else:
+        hint = nearest(source, [*PRESETS, *packaged])
+        raise ConfigError(
+            f"{source} is no run, no Hugging Face folder, no preset and no configuration{hint}; presets are "
+            f"{', '.join(PRESETS)}"
+        )
+    use_compile_cache(config.compile_cache)
+    check_devices(config)
+    tokenizer = make_tokenizer(config, None, find_spec(config))
+    try:
+        renderer = ChatRenderer(tokenizer, options=config.model.chat_options)
+    except ChatTemplateError:
+        renderer = None  # a base model: completions work without a template
+    model_config = make_model(config, tokenizer)
+    mesh = make_mesh(**vars(config.mesh), devices=learner_devices(config))
+    shardings = state_shardings(mesh, model_config, make_rl_optimizer(config)[0]).params
+    engine = _make_engine(config, tokenizer)
+    _load(engine, make_params(config, model_config, shardings), make_base(config, model_config, mesh), 0)
+    return Policy(name, config, tokenizer, renderer, engine)
+
+
+def _configure(source: str, model: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """Make a configuration whose rows hold the longest conversation."""
+    from empg_jax.config import make_config  # loads pydantic
+
+    asked = [item.partition("=")[2] for item in overrides if item.startswith("serve.max_tokens=")]
+    longest = int(asked[-1]) if asked and asked[-1].isdigit() else MAX_TOKENS
+    values: dict[str, Any] = {
+        "model": model,
+        "rollout": {"max_tokens": longest, "max_response_tokens": max(1, longest - 1)},
+        "train": {"micro_tokens": longest},
+    }
+    return make_config(values, overrides, source)
+
+
+def _make_engine(config: Config, tokenizer: Tokenizer) -> Engine:
+    """Build an engine whose slots and lengths are those of ``serve``."""
+    use_compile_cache(config.compile_cache)
+    longest = config.serve.max_tokens or config.rollout.max_tokens
+    buckets = tuple(size for size in config.rollout.prefill_buckets or () if size <= longest)
+    sizes = {
+        "slots": config.serve.slots,
+        "max_tokens": longest,
+        "max_response_tokens": longest - 1,
+        "prefill_buckets": buckets or None,
+    }
+    rollout = config.rollout.model_copy(update=sizes)
+    config = config.model_copy(update={"rollout": rollout})
+    return make_engine(config, make_model(config, tokenizer), tokenizer)
+
+
+def _load(engine: Engine, params: Params, base: Params | None, version: int) -> None:
+    if base is not None:
+        engine.base = engine.place(base)
+    engine.load(params, version)

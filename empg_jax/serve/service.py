@@ -1,0 +1,346 @@
+"""The policy's side of a request: bodies to jobs, updates to answers. It knows no HTTP and no engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from empg_envs.tool_calls import check_tools, normalize_messages, parse_response
+from empg_jax.serve.answers import (
+    Body,
+    Detail,
+    Head,
+    as_delta,
+    describe_generated,
+    describe_tokens,
+    describe_usage,
+)
+from empg_jax.serve.driver import Job, Update
+from empg_jax.serve.text import StopSearch, TextStream, cut_at_stop
+from empg_jax.serve.wire import (
+    CHAT,
+    COMPLETION,
+    GENERATE,
+    SAMPLING,
+    ApiError,
+    Sampling,
+    check_keys,
+    read_flag,
+    read_ids,
+    read_sampling,
+    refuse,
+)
+from empg_jax.text.chat import ChatRenderer
+from empg_jax.text.template import ChatTemplateError
+from empg_jax.text.tokenizer import Tokenizer
+
+COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request that can be served: its prompts and how to answer.
+
+    Attributes:
+      prompts: token ids; each is answered ``sampling.n`` times.
+      sampling: how to sample.
+      head: the answer's fields; None for ``/inference/v1/generate``.
+      decode: maps token ids to text.
+      tools: the tools that responses may call.
+      is_streamed: whether the answer is a stream.
+      has_usage: whether a stream ends with the counts of tokens.
+      has_tokens: whether the answer lists token ids and their statistics.
+      request_id: the name of an answer without a head.
+    """
+
+    prompts: list[np.ndarray]
+    sampling: Sampling
+    head: Head | None
+    decode: Callable[..., str]
+    tools: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    is_streamed: bool = False
+    has_usage: bool = False
+    has_tokens: bool = False
+    request_id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
+
+    @property
+    def num_choices(self) -> int:
+        """Number of responses."""
+        return len(self.prompts) * self.sampling.n
+
+    @property
+    def detail(self) -> Detail:
+        """What the choices list beside their text."""
+        return Detail(self.sampling.has_logprobs, self.has_tokens)
+
+    def make_job(self, index: int, notify: Callable[[Update], None]) -> Job:
+        """Make the job of choice ``index``."""
+        s = self.sampling
+        needs_watch = bool(s.stops or s.stop_ids)
+        return Job(
+            prompt=self.prompts[index // s.n],
+            max_tokens=s.max_tokens,
+            temperature=s.temperature,
+            seed=s.seed,
+            choice=index,
+            notify=notify,
+            watch=StopSearch(self.decode, s.stops, s.stop_ids) if needs_watch else None,
+            is_streamed=self.is_streamed,
+        )
+
+
+class Service:
+    """A policy's requests and answers.
+
+    Args:
+      name: the model's name on the wire.
+      tokenizer: its tokenizer.
+      renderer: its chat template; None refuses chats.
+      max_tokens: longest conversation in tokens.
+    """
+
+    def __init__(
+        self, name: str, tokenizer: Tokenizer, renderer: ChatRenderer | None, *, max_tokens: int
+    ) -> None:
+        self.name = name
+        self._tokenizer, self._renderer, self._max_tokens = tokenizer, renderer, max_tokens
+
+    def describe_models(self) -> Body:
+        """Return the answer of ``GET /v1/models``."""
+        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "empg-jax"}
+        return {"object": "list", "data": [model | {"max_model_len": self._max_tokens, "root": self.name}]}
+
+    # ------------------------------------------------------------------------------------ requests
+
+    def read_chat(self, body: Any) -> Asked:
+        """Read a body of ``/v1/chat/completions``.
+
+        Raises:
+          ApiError: it is malformed, asks for what there is not, or does not fit the context.
+        """
+        given = self._check(body, CHAT)
+        if self._renderer is None:
+            raise refuse(f"{self.name} has no chat template: use /v1/completions")
+        if "messages" not in given:
+            raise refuse("messages is missing", "messages")
+        try:
+            messages = normalize_messages(given["messages"])
+            tools = check_tools(given.get("tools"))
+        except ValueError as error:
+            raise refuse(str(error)) from None
+        tools = _choose_tools(tools, given.get("tool_choice", "auto"))
+        variables = given.get("chat_template_kwargs", {})
+        if not isinstance(variables, dict):
+            raise refuse("chat_template_kwargs must be an object", "chat_template_kwargs")
+        prompt = self._render(messages, tools, variables)
+        return self._asked(given, [prompt], Head("chat.completion", self.name), tools=tools)
+
+    def read_completion(self, body: Any) -> Asked:
+        """Read a body of ``/v1/completions``.
+
+        Raises:
+          ApiError: see `read_chat`.
+        """
+        given = self._check(body, COMPLETION)
+        prompt = given.get("prompt")
+        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
+            prompt = [prompt]
+        if not isinstance(prompt, list) or not prompt:
+            raise refuse("prompt must be a text, a list of token ids, or a list of these", "prompt")
+        prompts = [
+            self._tokenizer.encode(item)
+            if isinstance(item, str)
+            else read_ids(item, "prompt", self._tokenizer.vocab_size)
+            for item in prompt
+        ]
+        return self._asked(
+            given, prompts, Head("text_completion", self.name), default_max_tokens=COMPLETION_TOKENS
+        )
+
+    def read_generate(self, body: Any) -> Asked:
+        """Read a body of ``/inference/v1/generate``: token ids in and out.
+
+        Raises:
+          ApiError: see `read_chat`.
+        """
+        given = self._check(body, GENERATE)
+        if read_flag(given, "stream"):
+            raise refuse("stream=True is not supported here; use /v1/completions", "stream")
+        prompt = read_ids(given.get("token_ids"), "token_ids", self._tokenizer.vocab_size)
+        options = check_keys(given.get("sampling_params", {}), SAMPLING, "sampling_params")
+        self._check_length(prompt)
+        return Asked(
+            [np.asarray(prompt, np.int32)],
+            read_sampling(options),
+            None,
+            self._tokenizer.decode,
+        )
+
+    def _check(self, body: Any, known: frozenset[str]) -> dict[str, Any]:
+        given = check_keys(body, known)
+        model = given.get("model", self.name)
+        if model != self.name:
+            raise ApiError(
+                404, f"model {model!r} does not exist; this server has {self.name!r}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+        return given
+
+    def _asked(
+        self,
+        given: dict[str, Any],
+        prompts: list[list[int]],
+        head: Head,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        default_max_tokens: int | None = None,
+    ) -> Asked:
+        for prompt in prompts:
+            self._check_length(prompt)
+        options = given.get("stream_options", {})
+        if not isinstance(options, dict):
+            raise refuse("stream_options must be an object", "stream_options")
+        return Asked(
+            [np.asarray(prompt, np.int32) for prompt in prompts],
+            read_sampling(given, default_max_tokens=default_max_tokens),
+            head,
+            self._tokenizer.decode,
+            tools=tools or [],
+            is_streamed=read_flag(given, "stream"),
+            has_usage=read_flag(options, "include_usage"),
+            has_tokens=read_flag(given, "return_token_ids"),
+        )
+
+    def _check_length(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise refuse("the prompt is empty")
+        if len(prompt) >= self._max_tokens:
+            raise refuse(
+                f"the prompt has {len(prompt)} tokens, but a conversation at most {self._max_tokens} "
+                "(serve.max_tokens), the response included",
+                code="context_length_exceeded",
+            )
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: dict[str, Any]
+    ) -> list[int]:
+        assert self._renderer is not None
+        try:
+            if not tools:
+                return self._renderer.start(messages, **variables)
+            tokens = self._renderer.start(messages, **{**variables, "tools": tools})
+            if tokens == self._renderer.start(messages, **variables):
+                raise refuse(f"the chat template of {self.name} does not tell tools to the model", "tools")
+            return tokens
+        except ChatTemplateError as error:
+            raise refuse(str(error), "messages") from None
+
+    # ------------------------------------------------------------------------------------- answers
+
+    def answer(self, asked: Asked, updates: Sequence[Update]) -> Body:
+        """Make the answer from the final update of every choice."""
+        responses = [update.response for update in updates if update.response is not None]
+        if asked.head is None:
+            return describe_generated(responses, asked.request_id)
+        head, choices = asked.head, []
+        for index, response in enumerate(responses):
+            text = cut_at_stop(asked.decode(response.tokens.tolist()), asked.sampling.stops)
+            fields, has_calls = self._tell_text(asked, index, text)
+            choices.append(
+                {
+                    "index": index,
+                    **fields,
+                    "finish_reason": "tool_calls" if has_calls else response.finish_reason,
+                    "logprobs": None,
+                    **describe_tokens(response, 0, head, asked.detail, self._spell),
+                }
+            )
+        prompts = {"prompt_token_ids": asked.prompts[0].tolist()} if asked.has_tokens else {}
+        # A prompt counts once, however often it is answered.
+        cached = sum(update.cached for update in updates[:: asked.sampling.n])
+        usage = describe_usage([len(prompt) for prompt in asked.prompts], responses, cached)
+        return head.body(choices, usage=usage, **prompts)
+
+    def open_stream(self, asked: Asked) -> StreamWriter:
+        """Return the writer of a streamed answer's chunks."""
+        return StreamWriter(self, asked)
+
+    def _tell_text(self, asked: Asked, index: int, text: str) -> tuple[Body, bool]:
+        """Return the fields of a choice with its whole text, and whether it calls tools."""
+        head = asked.head
+        assert head is not None
+        if not head.is_chat:
+            return {"text": text}, False
+        message = parse_response(text, asked.tools, lambda i: f"call_{head.id}_{index}_{i}")
+        return {"message": message}, "tool_calls" in message
+
+    def _spell(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special=False)
+
+
+class StreamWriter:
+    """The chunks of a streamed answer.
+
+    Without tools text goes out as it comes. With tools a chat's text is held back to its end, because only
+    then it is known whether it is a call; its tokens still come as they are sampled.
+    """
+
+    def __init__(self, service: Service, asked: Asked) -> None:
+        assert asked.head is not None
+        self._service, self._asked, self._head = service, asked, asked.head
+        self._texts = [TextStream(asked.decode, asked.sampling.stops) for _ in range(asked.num_choices)]
+        self._sent = [0] * asked.num_choices  # tokens
+        self._is_begun = [False] * asked.num_choices
+        self._finals: dict[int, Update] = {}
+
+    def write(self, index: int, update: Update) -> Iterator[Body]:
+        """Yield the chunks of one update."""
+        response, asked, head = update.response, self._asked, self._head
+        assert response is not None
+        start, self._sent[index] = self._sent[index], len(response.tokens)
+        fields: Body
+        has_calls = False
+        if asked.tools and not update.is_final:
+            piece, fields = "", {"delta": as_delta({}, is_first=not self._is_begun[index])}
+        else:
+            piece = self._texts[index].feed(response.tokens, is_final=update.is_final)
+            fields, has_calls = self._service._tell_text(asked, index, piece)
+            if head.is_chat:
+                fields = {"delta": as_delta(fields["message"], is_first=not self._is_begun[index])}
+        if piece or update.is_final or start < len(response.tokens) or not self._is_begun[index]:
+            self._is_begun[index] = True
+            finish = ("tool_calls" if has_calls else response.finish_reason) if update.is_final else None
+            tokens = describe_tokens(response, start, head, asked.detail, self._service._spell)
+            choice = {"index": index, **fields, "finish_reason": finish, "logprobs": None, **tokens}
+            is_first = asked.has_tokens and start == 0
+            prompts = {"prompt_token_ids": response.prompt_tokens.tolist()} if is_first else {}
+            yield head.chunk([choice], **prompts)
+        if update.is_final:
+            self._finals[index] = update
+
+    def close(self) -> Iterator[Body]:
+        """Yield the last chunk, the counts of tokens, where they are asked for."""
+        if not self._asked.has_usage:
+            return
+        responses = [update.response for update in self._finals.values() if update.response is not None]
+        firsts = range(0, self._asked.num_choices, self._asked.sampling.n)
+        cached = sum(self._finals[index].cached for index in firsts)
+        prompts = [len(prompt) for prompt in self._asked.prompts]
+        yield self._head.chunk([], usage=describe_usage(prompts, responses, cached))
+
+
+def _choose_tools(tools: list[dict[str, Any]], choice: Any) -> list[dict[str, Any]]:
+    """Apply ``tool_choice``.
+
+    Raises:
+      ApiError: it forces a call, which would need constrained sampling.
+    """
+    if choice == "none":
+        return []
+    if choice != "auto":
+        raise refuse(f"tool_choice={choice!r} is not supported; use auto or none", "tool_choice")
+    return tools

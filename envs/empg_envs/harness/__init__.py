@@ -1,0 +1,1 @@
+"""Agents that are programs of their own: they call the policy over the OpenAI wire."""

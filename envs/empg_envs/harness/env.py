@@ -1,0 +1,299 @@
+"""The environment of a program: each call of the policy is an observation, each answer an action.
+
+`HarnessEnv.reset` starts the program and waits for its first call. `HarnessEnv.step` answers the call and
+waits for the next one, or for the program's end, whose last line of output tells the reward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import math
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from empg_envs.base import EnvFault
+from empg_envs.draw import Draw
+from empg_envs.harness.server import Call, Endpoint, Session
+
+LOOK_SECONDS = 0.02  # between two looks at a program that does not call
+TAIL = 2000  # last characters of a program's output in messages
+HOLD_OUT = 5  # every so-many-th task is a test task where no task says its split
+
+_endpoint: list[Endpoint] = []
+_lock = threading.Lock()
+
+
+class HarnessEnv:
+    """A user's own agent program, started anew for each episode.
+
+    The program finds its task as JSON on standard input and in ``EMPG_TASK``, and the policy at
+    ``OPENAI_BASE_URL`` with the key ``OPENAI_API_KEY``. It ends with status 0, and the last line of its
+    output is JSON with ``reward`` (a number), and optionally ``success`` (true or false) and ``metrics``.
+
+    Args:
+      command: the program and its arguments; no shell reads them.
+      tasks: JSON lines, one task each; ``"split"`` in a task says ``train`` or ``test``. Without any split,
+        every fifth task is a test task. None: the tasks are numbers.
+      num_tasks: number of tasks of each split where there is no file.
+      scorer: ``package.module:function`` that gives the reward in place of the last line. It gets the task
+        and the program's output, and returns a number, or a dict like that line.
+      start_timeout: seconds until the first call; keep it below ``workers.reset_timeout``.
+      call_timeout: seconds between two calls, and from the last one to the end; keep it below
+        ``workers.step_timeout``.
+
+    Raises:
+      ValueError: the command is empty, or the file of tasks or the scorer cannot be used.
+    """
+
+    replayable = False
+
+    def __init__(
+        self,
+        command: str,
+        tasks: str | None = None,
+        num_tasks: int = 256,
+        scorer: str | None = None,
+        start_timeout: float = 25.0,
+        call_timeout: float = 8.0,
+    ):
+        self._command = shlex.split(command)
+        if not self._command:
+            raise ValueError("command is empty: name a program, for example 'python my_agent.py'")
+        if self._command[0] in ("python", "python3"):
+            self._command[0] = sys.executable
+        self._panels = _read_tasks(tasks) if tasks is not None else _number_tasks(num_tasks)
+        self._scorer = None if scorer is None else _find_scorer(scorer)
+        self._start_timeout, self._call_timeout = start_timeout, call_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._session: Session | None = None
+        self._call: Call | None = None
+        self._output: Any = None
+        self._task: dict[str, Any] = {}
+        self._draw: Draw | None = None
+
+    def reset(
+        self, seed: int | None = None, *, split: str | None = None, index: int | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Start the program; return its first call."""
+        self.close()
+        split = split or "train"
+        if index is None:
+            if seed is not None or self._draw is None:
+                self._draw = Draw("harness", seed or 0)
+            index = self._draw.below(self.num_tasks(split))
+        self._task = {**self.get_task(split, index), "seed": seed}
+        self._start(json.dumps(self._task))
+        call = self._next_call(self._start_timeout)
+        if call is None:
+            raise EnvFault("agent_never_called", f"the program made no call; {self._describe_end()}")
+        return self._observe(call)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Answer the program's call; return its next call, or the reward at its end."""
+        if self._session is None or self._call is None:
+            state = "has ended" if self._session is not None else "has not begun"
+            raise RuntimeError(f"the episode {state}: call reset first")
+        self._session.answer(self._call, action)
+        call = self._next_call(self._call_timeout)
+        if call is not None:
+            observation, info = self._observe(call)
+            return observation, 0.0, False, False, info
+        self._call = None
+        result = self._score()
+        info = {"task": json.dumps(self._task, ensure_ascii=False), "won": result["success"]}
+        return "", result["reward"], True, False, {**info, "metrics": result["metrics"]}
+
+    def close(self) -> None:
+        """End the program with all that it started, and its session."""
+        if self._session is not None:
+            _find_endpoint().close(self._session)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._output.close()
+        self._session = self._process = self._call = self._output = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_session"):
+            self.close()
+
+    def list_splits(self) -> list[str]:
+        """Return the splits that have tasks."""
+        return list(self._panels)
+
+    def num_tasks(self, split: str) -> int:
+        """Return the number of tasks of a split."""
+        return len(self._find_panel(split))
+
+    def get_task(self, split: str, index: int) -> dict[str, Any]:
+        """Return a task, with its split, index and hash."""
+        panel = self._find_panel(split)
+        if not 0 <= index < len(panel):
+            raise IndexError(f"task {split}/{index} does not exist: the split has {len(panel)} tasks")
+        task = panel[index]
+        digest = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
+        return {**task, "split": split, "index": index, "content_hash": digest}
+
+    def _find_panel(self, split: str) -> list[dict[str, Any]]:
+        if split not in self._panels:
+            raise ValueError(f"unknown split {split!r}; there are {', '.join(self._panels)}")
+        return self._panels[split]
+
+    def _start(self, task: str) -> None:
+        endpoint = _find_endpoint()
+        self._session = endpoint.open()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the program)
+        variables = {
+            **os.environ,
+            "EMPG_TASK": task,
+            "OPENAI_BASE_URL": endpoint.url_of(self._session),
+            "OPENAI_API_KEY": self._session.key,
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        with tempfile.TemporaryFile() as source:
+            source.write(task.encode() + b"\n")
+            source.seek(0)
+            try:
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=source,
+                    stdout=self._output,
+                    stderr=subprocess.STDOUT,
+                    env=variables,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self._output.close()
+                raise EnvFault("agent_crashed", f"{self._command[0]} cannot be started: {error}") from None
+
+    def _next_call(self, seconds: float) -> Call | None:
+        """Wait for the next call; None when the program has ended.
+
+        Raises:
+          EnvFault: it did neither in time.
+        """
+        assert self._session is not None and self._process is not None
+        end = time.monotonic() + seconds
+        while True:
+            # Looked at first: a call that was made before the end must not be lost.
+            has_ended = self._process.poll() is not None
+            with contextlib.suppress(queue.Empty):
+                return self._session.calls.get(timeout=0 if has_ended else LOOK_SECONDS)
+            if has_ended:
+                return None
+            if time.monotonic() > end:
+                raise EnvFault(
+                    "agent_timeout",
+                    f"the program neither called nor ended within {seconds:g} s; its output ends with: "
+                    f"{self._read_output()[-TAIL:]}",
+                )
+
+    def _observe(self, call: Call) -> tuple[str, dict[str, Any]]:
+        self._call = call
+        task = json.dumps(self._task, ensure_ascii=False)
+        info = {"task": task, "messages": call.messages, "tools": call.tools, "won": False}
+        return call.messages[-1]["content"], info
+
+    def _score(self) -> dict[str, Any]:
+        assert self._process is not None
+        if self._process.returncode != 0:
+            raise EnvFault("agent_crashed", self._describe_end())
+        output = self._read_output()
+        found: Any = None
+        if self._scorer is not None:
+            found = self._scorer(self._task, output)
+        else:
+            lines = output.strip().splitlines()
+            with contextlib.suppress(ValueError, RecursionError):
+                found = json.loads(lines[-1]) if lines else None
+        result = {"reward": found} if _is_number(found) else found
+        if not isinstance(result, dict) or not _is_number(result.get("reward")):
+            source = "the scorer returned none" if self._scorer is not None else "its last line has none"
+            raise EnvFault("agent_no_reward", f'no finite "reward": {source}; {self._describe_end()}')
+        metrics = result.get("metrics") or {}
+        return {
+            "reward": float(result["reward"]),
+            "success": bool(result.get("success", result["reward"] > 0)),
+            "metrics": {str(name): float(value) for name, value in metrics.items()},
+        }
+
+    def _describe_end(self) -> str:
+        assert self._process is not None
+        output = self._read_output().strip()[-TAIL:]
+        return f"{shlex.join(self._command)} ended with status {self._process.returncode}: {output}"
+
+    def _read_output(self) -> str:
+        return os.pread(self._output.fileno(), 1 << 20, self._tail_start()).decode(errors="replace")
+
+    def _tail_start(self) -> int:
+        return max(0, os.fstat(self._output.fileno()).st_size - (1 << 20))
+
+
+def _find_endpoint() -> Endpoint:
+    """Return the worker's endpoint, which is opened for its first episode."""
+    with _lock:
+        if not _endpoint:
+            _endpoint.append(Endpoint())
+        return _endpoint[0]
+
+
+def _number_tasks(count: int) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "train": [{"number": i} for i in range(count)],
+        "test": [{"number": count + i} for i in range(count)],
+    }
+
+
+def _read_tasks(path: str) -> dict[str, list[dict[str, Any]]]:
+    tasks: list[dict[str, Any]] = []
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"tasks={path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            task = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"tasks={path}, line {number}: not JSON ({error})") from None
+        if not isinstance(task, dict) or task.get("split", "train") not in ("train", "test"):
+            raise ValueError(f'tasks={path}, line {number}: expected an object, its "split" train or test')
+        tasks.append(task)
+    has_splits = any("split" in task for task in tasks)
+    panels: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for number, task in enumerate(tasks, start=1):
+        held_out = "train" if number % HOLD_OUT else "test"
+        panels[task.get("split", "train") if has_splits else held_out].append(task)
+    if not panels["train"]:
+        raise ValueError(f"tasks={path}: no task to train on")
+    return {split: panel for split, panel in panels.items() if panel}
+
+
+def _find_scorer(entry_point: str) -> Callable[[dict[str, Any], str], Any]:
+    module, _, name = entry_point.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"scorer={entry_point}: {error}; expected package.module:function") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

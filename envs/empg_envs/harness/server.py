@@ -1,0 +1,251 @@
+"""The HTTP endpoint of a worker: programs of its episodes call the policy here.
+
+One server per worker process, on loopback. Each episode has a session with a secret of its own, which is in
+the path of its base URL and is its key. A call waits until the policy has answered it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from empg_envs.tool_calls import Message, check_tools, normalize_messages, parse_response
+
+MAX_BODY = 8 << 20
+MODEL = "policy"
+
+Body = dict[str, Any]
+
+
+class Call:
+    """One call of a program: what it asks, and later the policy's answer."""
+
+    def __init__(self, session: Session, body: Body) -> None:
+        """Read the body.
+
+        Raises:
+          ValueError: it is malformed, or asks for several choices.
+        """
+        if body.get("n") not in (None, 1):
+            raise ValueError(f"n={body['n']!r}: a call in training has one choice")
+        self.tools = [] if body.get("tool_choice") == "none" else check_tools(body.get("tools"))
+        messages = body.get("messages")
+        self.messages = session.restore(messages, normalize_messages(messages))
+        self.is_streamed = bool(body.get("stream"))
+        self.id = secrets.token_hex(8)
+        self._answered = threading.Event()
+        self._answer: Message | None = None
+
+    def answer(self, text: str) -> Message:
+        """Answer with the policy's response; returns the message that the program gets."""
+        self._answer = parse_response(text, self.tools, lambda i: f"call_{self.id}_{i}")
+        self._answered.set()
+        return self._answer
+
+    def drop(self) -> None:
+        """Give the call up: its episode has ended."""
+        self._answered.set()
+
+    def wait(self) -> Message | None:
+        """Wait for the answer; None if the episode ended before."""
+        self._answered.wait()
+        return self._answer
+
+
+class Session:
+    """The calls of one episode.
+
+    Attributes:
+      calls: calls that are not taken yet, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self.key = secrets.token_urlsafe(18)
+        self.calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._open: set[Call] | None = set()
+        self._said: dict[str, str] = {}  # messages with tool calls that the policy said, by their JSON
+
+    def add(self, body: Body) -> Call | None:
+        """Queue a call; None after the end of the episode."""
+        call = Call(self, body)
+        with self._lock:
+            if self._open is None:
+                return None
+            self._open.add(call)
+        self.calls.put(call)
+        return call
+
+    def answer(self, call: Call, text: str) -> None:
+        """Answer a call with the policy's response."""
+        message = call.answer(text)
+        with self._lock:
+            if self._open is not None:
+                self._open.discard(call)
+            if "tool_calls" in message:
+                self._said[_key(message)] = text
+
+    def restore(self, raw: Any, messages: list[Message]) -> list[Message]:
+        """Put the sampled text in the place of messages that the policy said, so that it stays as sampled."""
+        with self._lock:
+            return [
+                {"role": "assistant", "content": self._said[_key(before)]}
+                if before.get("tool_calls") and _key(before) in self._said
+                else message
+                for before, message in zip(raw, messages, strict=True)
+            ]
+
+    def close(self) -> None:
+        """End the session: open calls are given up, later ones are refused."""
+        with self._lock:
+            calls, self._open = self._open or set(), None
+        for call in calls:
+            call.drop()
+
+
+def _key(message: Message) -> str:
+    """Return what makes two messages with tool calls the same; clients add and drop other keys."""
+    calls = [
+        (call.get("id"), call["function"].get("name"), call["function"].get("arguments"))
+        for call in message["tool_calls"]
+        if isinstance(call, dict) and isinstance(call.get("function"), dict)
+    ]
+    return json.dumps([message.get("content") or "", calls], sort_keys=True, default=str)
+
+
+class Endpoint:
+    """The server and its sessions."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+        endpoint = self
+
+        class Handler(_Handler):
+            find = staticmethod(lambda key: endpoint._sessions.get(key))
+
+        self._server = _Server(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True, name="calls").start()
+
+    def open(self) -> Session:
+        """Open a session."""
+        session = Session()
+        self._sessions[session.key] = session
+        return session
+
+    def url_of(self, session: Session) -> str:
+        """Return the value of ``OPENAI_BASE_URL``."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}/{session.key}/v1"
+
+    def close(self, session: Session) -> None:
+        """End a session."""
+        self._sessions.pop(session.key, None)
+        session.close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        session, route = self._route()
+        if session is not None and route == "/v1/models":
+            self._send(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0}]})
+        else:
+            self._refuse(*_missing(session, route))
+
+    def do_POST(self) -> None:
+        session, route = self._route()
+        length = int(self.headers.get("Content-Length") or 0)
+        if length > MAX_BODY:
+            self.close_connection = True
+            self._refuse(413, f"the body is longer than {MAX_BODY >> 20} MiB")
+            return
+        body = self.rfile.read(length)
+        if session is None or route != "/v1/chat/completions":
+            self._refuse(*_missing(session, route))
+            return
+        try:
+            found = json.loads(body)
+            if not isinstance(found, dict):
+                raise ValueError("the body must be a JSON object")
+            call = session.add(found)
+        except (ValueError, RecursionError) as error:
+            self._refuse(400, str(error))
+            return
+        message = None if call is None else call.wait()
+        if call is None or message is None:
+            self._refuse(410, "this episode has ended")
+        elif call.is_streamed:
+            self._stream(call, message)
+        else:
+            choice = {"index": 0, "message": message, "finish_reason": _reason(message), "logprobs": None}
+            self._send(200, _head(call, "chat.completion") | {"choices": [choice]})
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _route(self) -> tuple[Session | None, str]:
+        key, _, route = self.path.partition("?")[0].removeprefix("/").partition("/")
+        session = self.find(key)
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        if session is not None and not hmac.compare_digest(given.encode(), session.key.encode()):
+            session = None
+        return session, f"/{route}"
+
+    find: Any
+
+    def _stream(self, call: Call, message: Message) -> None:
+        delta = dict(message)
+        if "tool_calls" in delta:
+            delta["tool_calls"] = [{"index": i, **c} for i, c in enumerate(delta["tool_calls"])]
+        head = _head(call, "chat.completion.chunk")
+        choices: Iterator[Body] = iter(
+            [
+                {"index": 0, "delta": delta, "finish_reason": None},
+                {"index": 0, "delta": {}, "finish_reason": _reason(message)},
+            ]
+        )
+        events = [f"data: {json.dumps(head | {'choices': [choice]})}\n\n" for choice in choices]
+        self._write(200, "".join([*events, "data: [DONE]\n\n"]).encode(), "text/event-stream")
+
+    def _send(self, status: int, body: Body) -> None:
+        self._write(status, json.dumps(body).encode(), "application/json")
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._send(status, {"error": {"message": message, "type": "invalid_request_error"}})
+
+    def _write(self, status: int, body: bytes, kind: str) -> None:
+        # The program may have gone away meanwhile, which is its own affair.
+        with contextlib.suppress(OSError):
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+
+def _missing(session: Session | None, route: str) -> tuple[int, str]:
+    if session is None:
+        return 401, "no episode has this key: it is wrong, or the episode has ended"
+    return 404, f"{route} does not exist; there are /v1/chat/completions and /v1/models"
+
+
+def _head(call: Call, kind: str) -> Body:
+    return {"id": f"chatcmpl-{call.id}", "object": kind, "created": int(time.time()), "model": MODEL}
+
+
+def _reason(message: Message) -> str:
+    return "tool_calls" if "tool_calls" in message else "stop"

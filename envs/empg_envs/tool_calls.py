@@ -1,0 +1,163 @@
+"""Tool calls in a response's text: the formats of Qwen and Hermes (``<tool_call>``) and of Llama (bare JSON).
+
+The model writes calls as text. Clients of the OpenAI wire read them as objects, and send those objects back.
+`parse_response` makes the objects; `normalize_messages` turns messages of the wire into what a chat template
+reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+_PYTHON_TAG = "<|python_tag|>"
+
+Message = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call: the tool's name and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+def parse_calls(text: str, names: Collection[str]) -> tuple[str, list[ToolCall]]:
+    """Split a response into the text before its tool calls, and the calls.
+
+    Args:
+      text: the response.
+      names: the tools of the request. Bare JSON that names another one is an answer, not a call.
+
+    Returns:
+      The whole text and no calls, where there are none or one of them is malformed.
+    """
+    if "<tool_call>" in text:
+        calls = [_read_call(body, None) for body in _TAGGED.findall(text)]
+        before = text.partition("<tool_call>")[0].strip()
+    else:
+        bare = text.strip().removeprefix(_PYTHON_TAG).strip()
+        # Llama separates several calls by semicolons.
+        calls = [_read_call(part, names) for part in re.split(r"(?<=\})\s*;\s*(?=\{)", bare)]
+        before = ""
+    found = [call for call in calls if call is not None]
+    return (before, found) if len(found) == len(calls) else (text, [])
+
+
+def _read_call(body: str, names: Collection[str] | None) -> ToolCall | None:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if not isinstance(arguments, dict) or (names is not None and value["name"] not in names):
+        return None
+    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+
+
+def parse_response(text: str, tools: Sequence[Mapping[str, Any]], make_id: Callable[[int], str]) -> Message:
+    """Make the assistant's message of the OpenAI wire.
+
+    Args:
+      text: the response without control tokens.
+      tools: the tools of the request, as `check_tools` accepts them; without any, the text is the content.
+      make_id: the identity of call ``i``.
+    """
+    names = [tool["function"]["name"] for tool in tools]
+    content, calls = parse_calls(text, names) if names else (text, [])
+    if not calls:
+        return {"role": "assistant", "content": content}
+    described = [
+        {
+            "id": make_id(i),
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for i, call in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": content or None, "tool_calls": described}
+
+
+def check_tools(tools: Any) -> list[dict[str, Any]]:
+    """Check the tools of a request.
+
+    Raises:
+      ValueError: they are no list of functions with names.
+    """
+    if tools is None:
+        return []
+    if not isinstance(tools, list):
+        raise ValueError("tools must be a list of functions")
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f'tools[{i}] must be {{"type": "function", "function": {{"name": ...}}}}')
+    return tools
+
+
+def normalize_messages(messages: Any) -> list[Message]:
+    """Check the messages of a request, and make them what a chat template reads.
+
+    Contents become text (an absent one is empty, text parts are joined), and the arguments of tool calls
+    become objects, because templates print them as JSON themselves.
+
+    Raises:
+      ValueError: a message is malformed; the message names its place.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages must be a list of at least one message")
+    return [_normalize(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _normalize(message: Any, where: str) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f'{where} must be an object with a "role"')
+    found: Message = {"role": message["role"], "content": _text_of(message.get("content"), where)}
+    for key in ("name", "tool_call_id", "reasoning_content"):
+        if isinstance(message.get(key), str):
+            found[key] = message[key]
+    calls = message.get("tool_calls")
+    if calls:
+        if not isinstance(calls, list):
+            raise ValueError(f"{where}.tool_calls must be a list")
+        found["tool_calls"] = [
+            _normalize_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)
+        ]
+    return found
+
+
+def _text_of(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise ValueError(f"{where}.content must be text, or a list of text parts")
+
+
+def _normalize_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f'{where} must have a "function" with a "name"')
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise ValueError(f"{where}.function.arguments is not JSON") from None
+    return {
+        "id": str(call.get("id", "")),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }

@@ -1,0 +1,85 @@
+"""A program with many faults, by its argument. It needs only the standard library, so it starts fast."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+
+def chat(messages, **options):
+    request = urllib.request.Request(
+        f"{os.environ['OPENAI_BASE_URL']}/chat/completions",
+        data=json.dumps({"model": "policy", "messages": messages, **options}).encode(),
+        headers={"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["choices"][0]["message"]
+
+
+def ask(text, history=()):
+    messages = [*history, {"role": "user", "content": text}]
+    return [*messages, chat(messages)]
+
+
+def main(kind):
+    task = json.load(sys.stdin)
+    assert task == json.loads(os.environ["EMPG_TASK"])
+    reward = {"reward": 1.0, "success": True, "metrics": {"number": task["number"]}}
+    match kind:
+        case "never":
+            pass
+        case "crash":
+            ask("a")
+            sys.exit("out of luck")
+        case "silent":
+            ask("a")
+            time.sleep(600)
+        case "no-reward":
+            ask("a")
+            print("done")
+            return
+        case "nan":
+            ask("a")
+            print('{"reward": NaN}')
+            return
+        case "grow":
+            history = ask("a")
+            history = ask("b", history)
+            ask("c", history)
+        case "steady":
+            for number in range(20):
+                ask(f"say {number}")
+        case "rewrite":
+            history = ask("a")
+            history = ask("b", history)
+            ask("c", [{"role": "user", "content": "summary"}])  # a history of its own
+            ask("d", history)  # back to the first one
+        case "parallel":
+            threads = [threading.Thread(target=ask, args=(text,)) for text in "xyz"]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        case "endless":
+            history = []
+            for _ in range(1000):
+                history = ask("a", history)
+        case "child":  # leaves a process behind
+            ask("a")
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            with open(sys.argv[2], "a") as file:
+                file.write(f"{child.pid}\n")
+    print("some words before")
+    print(json.dumps(reward))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+
+
+def score(task, output):
+    """A scorer: the program's words decide."""
+    return {"reward": 0.5 if "some words" in output else 0.0, "success": task["number"] >= 0}

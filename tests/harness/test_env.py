@@ -1,0 +1,132 @@
+"""The environment of a program: calls as observations, its end as the reward, and its faults by name."""
+
+import json
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+
+from empg_envs import make_env
+from empg_envs.base import EnvFault
+from empg_envs.harness.env import _find_endpoint
+from tests.harness import agents
+from tests.processes import is_running
+from tests.serve.servers import wait_until
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Environments of `agents`, which are closed at the end."""
+    opened = []
+
+    def make(kind, **options):
+        command = f"python {agents.__file__} {kind}"
+        opened.append(make_env("harness", command=command, start_timeout=60, call_timeout=60, **options))
+        return opened[-1]
+
+    yield make
+    for env in opened:
+        env.close()
+
+
+def test_a_program_that_goes_on_with_its_conversation(make):
+    env = make("grow")
+    observation, info = env.reset(7, split="train", index=3)
+    assert (observation, info["messages"], info["tools"]) == ("a", [{"role": "user", "content": "a"}], [])
+    observation, reward, terminated, truncated, info = env.step("one")
+    assert (observation, reward, terminated, truncated) == ("b", 0.0, False, False)
+    assert [message["content"] for message in info["messages"]] == ["a", "one", "b"]
+    env.step("two")
+    observation, reward, terminated, truncated, info = env.step("three")
+    assert (reward, terminated, truncated) == (1.0, True, False)
+    assert info["won"] and info["metrics"] == {"number": 3.0}
+    assert json.loads(info["task"])["number"] == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "words"),
+    [
+        ("crash", "agent_crashed", "ended with status 1: out of luck"),
+        ("no-reward", "agent_no_reward", "its last line has none"),
+        ("nan", "agent_no_reward", "no finite"),
+    ],
+)
+def test_faults_have_names(kind, reason, words, make):
+    env = make(kind)
+    env.reset(0, split="train", index=0)
+    with pytest.raises(EnvFault, match=words) as fault:
+        env.step("one")
+    assert fault.value.reason == reason
+
+
+def test_a_program_that_never_calls(make):
+    with pytest.raises(EnvFault, match="made no call") as fault:
+        make("never").reset(0, split="train", index=0)
+    assert fault.value.reason == "agent_never_called"
+
+
+def test_a_program_that_says_nothing_any_more(make):
+    env = make("silent")
+    env.reset(0, split="train", index=0)
+    env._call_timeout = 0.3
+    with pytest.raises(EnvFault, match=r"neither called nor ended within 0\.3 s") as fault:
+        env.step("one")
+    assert fault.value.reason == "agent_timeout"
+
+
+def test_calls_after_the_end_are_refused(make):
+    env = make("silent")
+    env.reset(0, split="train", index=0)
+    session = env._session
+    url = _find_endpoint().url_of(session)
+    headers = {"Authorization": f"Bearer {session.key}"}
+
+    def call(route="chat/completions", body=b'{"messages": [{"role": "user", "content": "a"}]}', **more):
+        request = urllib.request.Request(f"{url}/{route}", data=body, headers={**headers, **more})
+        with pytest.raises(urllib.error.HTTPError) as error, urllib.request.urlopen(request, timeout=60):
+            pass
+        return error.value.code, json.load(error.value)["error"]["message"]
+
+    assert call(body=b"{")[0] == call(body=b"[]")[0] == call(body=b'{"messages": []}')[0] == 400
+    assert call(body=b'{"messages": [{"role": "user"}], "n": 2}') == (
+        400,
+        "n=2: a call in training has one choice",
+    )
+    assert call("embeddings")[0] == 404
+    assert call(Authorization="Bearer other")[0] == 401
+    env.close()
+    assert call() == (401, "no episode has this key: it is wrong, or the episode has ended")
+
+
+def test_the_end_takes_what_the_program_started(make, tmp_path):
+    file = tmp_path / "pids"
+    env = make(f"child {file}")
+    env.reset(0, split="train", index=0)
+    assert env.step("one")[2]
+    pid = int(file.read_text())
+    assert is_running(pid)
+    env.close()
+    wait_until(lambda: not is_running(pid))
+
+
+def test_a_scorer_and_a_file_of_tasks(make, tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps({"number": i}) + "\n" for i in range(10)))
+    env = make("grow", tasks=str(file), scorer="tests.harness.agents:score")
+    assert {split: env.num_tasks(split) for split in env.list_splits()} == {"train": 8, "test": 2}
+    assert env.get_task("test", 1)["number"] == 9
+    env.reset(0, split="test", index=0)
+    for answer in ("one", "two"):
+        env.step(answer)
+    assert env.step("three")[1] == 0.5
+    for options, message in (
+        ({"tasks": str(tmp_path / "none")}, "No such file"),
+        ({"scorer": "tests.harness.agents:scores"}, "expected package.module:function"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make("grow", **options)
+
+
+def test_the_python_of_the_command_is_this_one(make):
+    assert make("grow")._command[0] == sys.executable

@@ -1,0 +1,104 @@
+"""``empg-jax report``: arms, means, intervals and pairs of runs that were made by hand."""
+
+import csv
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from empg_jax.cli import app
+
+
+def make_run(folder, *, seed, modulation="empg", success=(0.0, 1.0), held_out=None, **metrics):
+    folder.mkdir(parents=True)
+    config = {"name": folder.name, "seed": seed, "run_dir": str(folder)}
+    config["algorithm"] = {"name": "grpo", "modulation": modulation}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [{"update": n, "success_rate": value, **metrics} for n, value in enumerate(success, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if held_out is not None:
+        before, after = held_out
+        summary = {"eval_success_before": before, "eval_success_after": after, "updates": len(success)}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def report(*arguments):
+    result = CliRunner().invoke(app, ["report", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def rows(out):
+    with (out / "report.csv").open() as file:
+        return {(row["measure"], row["arm"], row["against"]): row for row in csv.DictReader(file)}
+
+
+def test_two_arms_of_seeds_are_compared_in_pairs(tmp_path):
+    ends = {"empg": (0.4, 0.6, 0.8), "none": (0.3, 0.6, 0.6)}
+    made = [
+        make_run(
+            tmp_path / f"{arm}-{seed}",
+            seed=seed,
+            modulation=arm,
+            success=(0.0, end),
+            held_out=(0.2, end),
+            seconds_rollout=2.0,
+            entropy=None,
+        )
+        for arm, values in ends.items()
+        for seed, end in enumerate(values)
+    ]
+    out = tmp_path / "out"
+    result = report(*made, "--out", out)
+    assert result.exit_code == 0 and result.stdout == f"{out}/report.html\n"
+    found = rows(out)
+    first, second = "modulation=empg", "modulation=none"
+    end = found["held-out success, end", first, ""]
+    assert (end["runs"], float(end["mean"]), float(end["iqm"])) == (
+        "3",
+        pytest.approx(0.6),
+        pytest.approx(0.6),
+    )
+    assert float(end["low"]) < 0.6 < float(end["high"])
+    assert float(found["held-out success, area", second, ""]["mean"]) == pytest.approx((0.25 + 0.4 + 0.4) / 3)
+    assert float(found["rollout, seconds", first, ""]["mean"]) == 2
+    pair = found["success, end", second, first]
+    assert (pair["runs"], float(pair["mean"])) == ("3", pytest.approx(-0.1)) and float(pair["p"]) == 0.5
+    assert not any(measure.startswith(("entropy", "lag")) for measure, _, _ in found)  # never recorded
+    page = (out / "report.html").read_text()
+    assert "Paired differences" in page and "modulation=none - modulation=empg" in page
+    assert "data:image/png;base64," in page and "http" not in page
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_run_has_no_interval_and_foreign_seeds_no_pair(tmp_path):
+    made = [make_run(tmp_path / "a", seed=0), make_run(tmp_path / "b<i>", seed=1, modulation="aem")]
+    assert report(*made, "--out", tmp_path / "out").exit_code == 0
+    line = rows(tmp_path / "out")["success, end", "modulation=empg", ""]
+    assert (line["runs"], line["low"], line["high"]) == ("1", "", "")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "No two arms share a seed" in page and "b&lt;i&gt;" in page
+
+
+def test_equal_settings_are_one_arm_named_after_the_algorithm(tmp_path):
+    made = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
+    report(*made, "--out", tmp_path / "out")
+    assert rows(tmp_path / "out")["success, area", "grpo", ""]["runs"] == "3"
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    good = make_run(tmp_path / "good", seed=0)
+    empty = make_run(tmp_path / "empty", seed=0, success=())
+    (tmp_path / "none").mkdir()
+    for bad, message in (
+        ("none", "is no run to compare"),
+        ("missing", "No such file"),
+        ("empty", "no line of metrics"),
+    ):
+        result = report(good, tmp_path / bad, "--out", tmp_path / "out")
+        assert result.exit_code == 2 and message in result.stderr and not (tmp_path / "out").exists()
+    (empty / "config.yaml").write_text("3")
+    assert report(empty).exit_code == 2

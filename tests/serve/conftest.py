@@ -1,0 +1,51 @@
+"""One server for the tests of this folder that a process runs."""
+
+import httpx
+import openai
+import pytest
+
+from tests.serve import servers
+
+OPTIONS = [
+    "compile_cache=null",
+    f"model.chat_template={servers.TEMPLATE}",
+    "model.dtype=float32",
+    "serve.slots=4",
+    "serve.max_tokens=1024",
+    "serve.max_waiting=8",
+    "serve.max_body_mb=1",
+    "serve.warm_up=false",
+    "serve.name=talker",
+]
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory):
+    return servers.save_talker(tmp_path_factory.mktemp("talker") / "model")
+
+
+@pytest.fixture(scope="session")
+def server(talker, tmp_path_factory):
+    """The server, which expects the bearer token ``secret``."""
+    with servers.serving(
+        talker, tmp_path_factory.mktemp("server"), "--api-key", "secret", *OPTIONS
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def http(server):
+    headers = {"Authorization": "Bearer secret"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=120, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="secret",
+        max_retries=0,
+        http_client=httpx.Client(timeout=120, trust_env=False),
+    ) as client:
+        yield client

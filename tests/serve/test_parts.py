@@ -1,0 +1,90 @@
+"""The pure parts: choice of a slot, pieces of text, stop strings, tool calls in text."""
+
+import numpy as np
+import pytest
+
+from empg_envs.tool_calls import ToolCall, normalize_messages, parse_calls
+from empg_jax.serve.slots import Place, SlotTable
+from empg_jax.serve.text import StopSearch, TextStream
+
+
+def decode(ids):
+    return bytes(ids).decode(errors="replace")
+
+
+def tokens(text):
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+def test_slots_go_on_then_empty_ones_then_the_one_used_longest_ago():
+    table = SlotTable(2)
+    first, second = table.take([1, 2]), table.take([1, 2])
+    assert (first, second) == (Place(0, 0), Place(1, 0)) and table.take([1]) is None
+    table.keep(0, np.asarray([1, 2, 7, 8]), 2)
+    table.keep(1, np.asarray([1, 2, 9]), 2)
+    assert table.take([1, 2, 9, 5]) == Place(1, 3)  # the whole conversation
+    assert table.take([1, 2, 7, 5]) == Place(0, 3)  # its response was cut, or written in another way
+    table.keep(0, np.asarray([1, 2, 7, 5]), 3)
+    table.keep(1, np.asarray([1, 2, 9, 5]), 4)
+    assert table.take([1, 2]) == Place(0, 2)  # the same prompt again: an old slot's beginning
+    assert (table.busy, table.kept) == (1, 1)
+
+
+def test_pieces_of_text_never_change():
+    stream, said = TextStream(decode, ["stop"]), tokens("aé st€ stopper")
+    pieces = [stream.feed(said[: n + 1], is_final=n + 1 == len(said)) for n in range(len(said))]
+    assert "".join(pieces) == "aé st€ "
+    assert "\ufffd" not in "".join(pieces) and pieces[1] == ""
+
+
+@pytest.mark.parametrize("burst", [1, 3, 50])
+def test_a_stop_string_ends_at_the_same_token_in_any_burst(burst):
+    search, said = StopSearch(decode, ["xx", "stop"], [0]), tokens("one stop xx")
+    found = next(
+        count for n in range(burst, len(said) + burst, burst) if (count := search(said[:n])) is not None
+    )
+    assert found == len("one stop")
+    assert StopSearch(decode, ["x"], [ord("n")])(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ('<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>', "", [("add", '{"a": 1}')]),
+        (
+            'Let me.\n<tool_call>{"name": "f", "arguments": {}}</tool_call>\n<tool_call>{"name": "g"}',
+            "Let me.",
+            [("f", "{}"), ("g", "{}")],
+        ),
+        ('{"name": "add", "parameters": {"a": "ä"}}', "", [("add", '{"a": "ä"}')]),
+        ('<|python_tag|>{"name": "add", "parameters": {}}', "", [("add", "{}")]),
+        ('{"name": "add", "parameters": {}}; {"name": "add", "parameters": {"b": 2}}', "",
+         [("add", "{}"), ("add", '{"b": 2}')]),
+        ('{"name": "other", "parameters": {}}', None, []),
+        ("<tool_call>{broken</tool_call>", None, []),
+        ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', None, []),
+        ("no call", None, []),
+        ("", None, []),
+    ],
+)  # fmt: skip
+def test_calls_in_text(text, content, calls):
+    found, parsed = parse_calls(text, ["add"])
+    assert found == (text if content is None else content)
+    assert parsed == [ToolCall(*call) for call in calls]
+
+
+def test_messages_become_what_templates_read():
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = normalize_messages(
+        [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        ]
+    )
+    assert messages[0] == {"role": "user", "content": "ab"}
+    assert messages[1]["content"] == "" and messages[1].keys() == {"role", "content", "tool_calls"}
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    with pytest.raises(ValueError, match=r"messages\[0\]\.tool_calls\[0\]\.function\.arguments is not JSON"):
+        normalize_messages(
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]
+        )
