@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 from empg_jax.report.evaluation import estimate_success
 from empg_jax.report.progress import Progress
 from empg_jax.rollout.evaluator import EvaluationError
-from empg_jax.run.assembly import make_engine, make_evaluator, make_pool
 from empg_jax.run.process import use_compile_cache
+from empg_jax.run.sampling import (
+    make_engine,
+    make_evaluator,
+    make_pool,
+)
 from empg_jax.run.saved import SavedRun, open_new, open_saved
 
 if TYPE_CHECKING:

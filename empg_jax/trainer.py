@@ -29,10 +29,8 @@ from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
 from empg_jax.run.assembly import (
-    check_rollout,
     describe_algorithm,
     make_language,
-    make_pool,
     make_rl_optimizer,
 )
 from empg_jax.run.checkpoint import Checkpoints
@@ -51,6 +49,10 @@ from empg_jax.run.parts import (
 from empg_jax.run.process import CompileCounter, StopRequest, use_compile_cache
 from empg_jax.run.resuming import check_resume, go_back, tell_passed_over
 from empg_jax.run.rollouts import drop_rollouts, write_episodes
+from empg_jax.run.sampling import (
+    check_rollout,
+    make_pool,
+)
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save, save_after_error
 from empg_jax.run.together import (
     add_counts,

@@ -9,7 +9,12 @@ import pytest
 from empg_jax.config import load_config
 from empg_jax.config.algorithm import RECIPES
 from empg_jax.errors import ConfigError
-from empg_jax.run.assembly import describe_algorithm, make_algorithm_from, make_recipe_from, needs_reference
+from empg_jax.run.assembly import (
+    describe_algorithm,
+    make_algorithm_from,
+    make_recipe_from,
+    needs_reference,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 LEARNER = "algorithm.entropy_source=learner"

@@ -8,7 +8,7 @@ import pytest
 from empg_jax.errors import ConfigError, Interrupted
 from empg_jax.evaluate import evaluate_run
 from empg_jax.rollout.evaluator import summarize
-from empg_jax.run import assembly
+from empg_jax.run import sampling
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.types import Outcome, Status
 from empg_jax.workers.faults import tell_nobody
@@ -61,9 +61,9 @@ class Pool:
 def make_evaluator(monkeypatch):
     def make(fails=lambda attempt: False, *overrides, attempts=1):
         collector = Collector(fails)
-        monkeypatch.setattr(assembly, "make_collector", lambda *args, **kwargs: collector)
+        monkeypatch.setattr(sampling, "make_collector", lambda *args, **kwargs: collector)
         config = runs.configure("unused", *overrides)
-        return assembly.make_evaluator(
+        return sampling.make_evaluator(
             config, Engine(), Pool, None, first_handle=0, attempts=attempts
         ), collector
 
@@ -164,8 +164,8 @@ def test_what_is_no_run_is_named(tmp_path):
 
 def test_evaluation_samples_with_keys_of_its_own(monkeypatch):
     """Stream 1, and handles behind those of training."""
-    found, real = {}, assembly.make_collector
-    monkeypatch.setattr(assembly, "make_collector", lambda *args, **kwargs: found.update(kwargs))
-    assembly.make_evaluator(runs.configure("unused"), Engine(), Pool, None, first_handle=4)
+    found, real = {}, sampling.make_collector
+    monkeypatch.setattr(sampling, "make_collector", lambda *args, **kwargs: found.update(kwargs))
+    sampling.make_evaluator(runs.configure("unused"), Engine(), Pool, None, first_handle=4)
     assert found == {"stream": 1, "first_handle": 4}
     assert real.__kwdefaults__ == {"first_handle": 0}

@@ -15,7 +15,12 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.plan.memory import Plan, compute_plan
 from empg_jax.plan.speed import find_chip, speed_lines
 from empg_jax.plan.whole import whole_lines
-from empg_jax.run.assembly import make_language, make_model, micro_rows, shape_model
+from empg_jax.run.assembly import (
+    make_language,
+    make_model,
+    micro_rows,
+    shape_model,
+)
 
 if TYPE_CHECKING:
     from empg_jax.config import Config

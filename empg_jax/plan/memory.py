@@ -24,7 +24,11 @@ from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.head import LARGE_SLAB
 from empg_jax.parallel.layout import head_shards
 from empg_jax.parallel.mesh import AXES, fit_spec, mesh_axes
-from empg_jax.run.assembly import make_batch_shape, micro_rows, needs_reference
+from empg_jax.run.assembly import (
+    make_batch_shape,
+    micro_rows,
+    needs_reference,
+)
 from empg_jax.run.weights import base_shapes
 from empg_jax.types import Params
 

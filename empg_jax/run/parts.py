@@ -34,18 +34,20 @@ from empg_jax.run.assembly import (
     Language,
     make_algorithm_from,
     make_batch_shape,
-    make_engine,
-    make_evaluator,
     make_language,
     make_model,
     make_rl_optimizer,
-    make_rollout,
     needs_reference,
 )
 from empg_jax.run.checkpoint import Checkpoints, Restored, check_base
 from empg_jax.run.devices import learner_devices
 from empg_jax.run.folder import add_run_info
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
+from empg_jax.run.sampling import (
+    make_engine,
+    make_evaluator,
+    make_rollout,
+)
 from empg_jax.run.weights import make_base, make_params
 from empg_jax.types import Params, Trajectory
 from empg_jax.workers.pool import EnvPool

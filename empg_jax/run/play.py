@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from empg_jax.errors import ConfigError
 from empg_jax.rollout.record import describe_episodes
-from empg_jax.run.assembly import (
+from empg_jax.run.process import use_compile_cache
+from empg_jax.run.rollouts import write_records
+from empg_jax.run.sampling import (
     make_engine,
     make_pool,
     make_rollout,
 )
-from empg_jax.run.process import use_compile_cache
-from empg_jax.run.rollouts import write_records
 from empg_jax.run.saved import SavedRun, open_new, open_saved
 from empg_jax.run.storage import save_trajectories
 

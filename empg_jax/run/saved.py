@@ -13,7 +13,12 @@ from empg_jax.learner.fingerprint import TEXT, checksum, text_logprob
 from empg_jax.learner.state import state_shapes, state_shardings
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.run.assembly import Language, make_language, make_model, make_rl_optimizer
+from empg_jax.run.assembly import (
+    Language,
+    make_language,
+    make_model,
+    make_rl_optimizer,
+)
 from empg_jax.run.checkpoint import Checkpoints, RefusedCheckpoint, check_base
 from empg_jax.run.devices import check_devices, learner_devices
 from empg_jax.run.folder import checkpoint_dir, split_checkpoint

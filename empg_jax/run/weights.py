@@ -15,7 +15,10 @@ from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, init_params, init_value_head
 from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.arrays import put
-from empg_jax.run.assembly import make_language, make_model
+from empg_jax.run.assembly import (
+    make_language,
+    make_model,
+)
 from empg_jax.run.devices import check_devices
 from empg_jax.types import Params
 

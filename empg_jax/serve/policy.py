@@ -12,10 +12,15 @@ from empg_jax.errors import ConfigError, nearest
 from empg_jax.hf.presets import PRESETS
 from empg_jax.learner.state import state_shardings
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.run.assembly import make_engine, make_model, make_rl_optimizer, make_tokenizer
+from empg_jax.run.assembly import (
+    make_model,
+    make_rl_optimizer,
+    make_tokenizer,
+)
 from empg_jax.run.devices import check_devices, learner_devices
 from empg_jax.run.environment import find_spec
 from empg_jax.run.process import use_compile_cache
+from empg_jax.run.sampling import make_engine
 from empg_jax.run.saved import open_saved
 from empg_jax.run.weights import make_base, make_params
 from empg_jax.text.builtin import BYTES

@@ -15,7 +15,10 @@ from empg_jax.algorithms import ALGORITHMS
 from empg_jax.algorithms.recipes import RECIPES
 from empg_jax.config import load_config
 from empg_jax.learner.batching import BatchShape, make_batch
-from empg_jax.run.assembly import describe_algorithm, make_algorithm_from
+from empg_jax.run.assembly import (
+    describe_algorithm,
+    make_algorithm_from,
+)
 from empg_jax.types import Outcome, Scores, Status
 from tests.episodes import Episodes
 

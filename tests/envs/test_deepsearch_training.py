@@ -6,7 +6,10 @@ import pytest
 from empg_envs.deepsearch.tags import iter_blocks
 from empg_jax.config import load_config
 from empg_jax.learner.batching import make_batch
-from empg_jax.run.assembly import make_batch_shape, make_language
+from empg_jax.run.assembly import (
+    make_batch_shape,
+    make_language,
+)
 from empg_jax.sft.demonstrations import record_demonstrations
 
 

@@ -13,7 +13,10 @@ from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, forward, init_params
 from empg_jax.parallel.layout import on_mesh
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.run.assembly import make_language, make_model
+from empg_jax.run.assembly import (
+    make_language,
+    make_model,
+)
 
 MODEL = DecoderConfig(vocab_size=32, hidden_size=16, num_heads=2, num_kv_heads=2, head_dim=8, num_layers=1)
 

@@ -13,7 +13,7 @@ from empg_jax.learner.batching import merge_turns
 from empg_jax.models.decoder import init_params
 from empg_jax.rollout.collector import RETRY_STRIDE
 from empg_jax.rollout.episode import Attempt
-from empg_jax.run import assembly
+from empg_jax.run import assembly, sampling
 from empg_jax.types import Status
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
 from tests.rollout.scripted import ScriptedEngine, attempts, make_collector, run
@@ -244,11 +244,11 @@ def parts():
 
     def make(*overrides):
         changed = load_config("quickstart", [*SIZES, *SMALL, *overrides])
-        engine = assembly.make_engine(changed, model, language.tokenizer)
+        engine = sampling.make_engine(changed, model, language.tokenizer)
         engine.load(params, 0)
-        return assembly.make_collector(changed, engine, pool, assembly.make_language(changed), stream=0)
+        return sampling.make_collector(changed, engine, pool, assembly.make_language(changed), stream=0)
 
-    with assembly.make_pool(config) as pool:
+    with sampling.make_pool(config) as pool:
         yield make
 
 

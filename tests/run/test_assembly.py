@@ -8,7 +8,7 @@ from empg_jax.algorithms.keys import flatten, written_out
 from empg_jax.config import Config, load_config
 from empg_jax.config.algorithm import AlgorithmConfig
 from empg_jax.errors import ConfigError
-from empg_jax.run import assembly
+from empg_jax.run import assembly, sampling
 from tests import runs
 
 # A value that differs from the default for every key of the section, and what else makes it act.
@@ -151,7 +151,7 @@ def test_an_engine_that_does_not_fit_its_devices_is_refused(overrides, says):
     config = load_config("quickstart", overrides)
     tokenizer = assembly.make_language(config).tokenizer
     with pytest.raises(ConfigError, match=says):
-        assembly.make_engine(config, assembly.make_model(config, tokenizer), tokenizer)
+        sampling.make_engine(config, assembly.make_model(config, tokenizer), tokenizer)
 
 
 @pytest.mark.parametrize(("is_deterministic", "rows"), [(True, (4,)), (False, (1, 4))])
@@ -159,7 +159,7 @@ def test_deterministic_rollouts_prefill_by_one_program(is_deterministic, rows):
     """Programs for other numbers of rows round differently: who is prefilled together must not matter."""
     config = runs.configure("unused", f"rollout.deterministic={is_deterministic}".lower())
     tokenizer = assembly.make_language(config).tokenizer
-    engine = assembly.make_engine(config, assembly.make_model(config, tokenizer), tokenizer)
+    engine = sampling.make_engine(config, assembly.make_model(config, tokenizer), tokenizer)
     assert engine.config.row_buckets == rows
 
 
@@ -174,4 +174,4 @@ def test_deterministic_rollouts_prefill_by_one_program(is_deterministic, rows):
     ],
 )
 def test_an_overrun_is_treated_as_the_environment_declares(config, overrides, outcome):
-    assert assembly.make_rules(load_config(config, overrides)).timeout_outcome == outcome
+    assert sampling.make_rules(load_config(config, overrides)).timeout_outcome == outcome

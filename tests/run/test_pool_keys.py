@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from empg_jax.errors import ConfigError
-from empg_jax.run.assembly import make_pool
+from empg_jax.run.sampling import make_pool
 from empg_jax.workers import memory
 from tests import runs
 from tests.workers.pools import act, reset_all

@@ -1,0 +1,104 @@
+"""The application itself: its entry point, arguments that commands share, and how failures are told."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from empg_jax import __version__
+from empg_jax.config import Config, check_resumable, load_config
+from empg_jax.errors import ConfigError, Stopped, UserError
+
+app = typer.Typer(
+    name="empg-jax",
+    help="Train multi-turn LLM agents in JAX with entropy-modulated policy gradients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A packaged name (quickstart) or the path of a YAML file.")
+]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Overrides, for example train.updates=200; 'empg-jax config --keys' lists all.",
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; the entry point of the console script."""
+    # Training handles both signals itself. Before and after it, SIGTERM unwinds like Ctrl-C.
+    signal.signal(signal.SIGTERM, _terminate)
+    # Orbax logs its housekeeping, which is noise to the user; its failures are raised as CheckpointError.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    app()
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def say(line: str) -> None:
+    """Print a message for the user to stderr; stdout is for results."""
+    typer.echo(line, err=True)
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """Turn expected failures into one message and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except UserError as error:
+        typer.echo(str(error) if isinstance(error, Stopped) else f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+def load_checked(config: str, overrides: list[str]) -> Config:
+    """Load a configuration by name or path, with the notes on its environment."""
+    resolved = load_config(config, overrides)
+    return resolved.with_notes(check_environment(resolved))
+
+
+def load_run(run: Path, overrides: list[str], *, option: str = "--resume") -> Config:
+    """Load the configuration of a run's folder, which ``option`` names; not all of it may change."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{option} {run}: no run there (no {path})")
+    check_resumable(overrides)
+    return load_config(path, overrides)
+
+
+def check_environment(config: Config) -> Iterator[str]:
+    """Check the environment and its options before the model is built; yield notes for the person."""
+    from empg_jax.run.environment import find_spec, reads_bytes
+
+    if reads_bytes(config, find_spec(config)):
+        yield (
+            f"{config.env.target} has no closed vocabulary and no tokenizer is named: a token is a byte "
+            "(model.tokenizer=bytes), of which rollout.max_tokens and rollout.max_response_tokens are counted"
+        )

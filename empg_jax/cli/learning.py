@@ -1,0 +1,210 @@
+"""Commands that make or use weights: train, sft, eval, rollout, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from empg_jax.cli.app import (
+    ConfigArgument,
+    Overrides,
+    app,
+    check_environment,
+    load_checked,
+    load_run,
+    reporting,
+    say,
+)
+from empg_jax.config.model_source import load_for_model
+from empg_jax.errors import ConfigError
+from empg_jax.files import as_json
+from empg_jax.run.folder import check_run, is_finished, split_checkpoint
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="A packaged name (quickstart) or the path of a YAML file."),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this folder; only train.updates, compile_cache and log.* may change."
+        ),
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --resume: the checkpoint to go on from (default: the newest)."),
+    ] = None,
+) -> None:
+    """Train an agent (warm start first when sft.updates > 0) and print the run's folder."""
+    with reporting():
+        changes = list(overrides or [])
+        if resume is not None and config is not None:
+            changes.insert(0, config)  # --resume takes no CONFIG, so the first word is an override
+        if resume is not None:
+            resolved = load_run(resume, changes)
+            if step is None and is_finished(resume, resolved):
+                told = f"{resume} is finished: all {resolved.train.updates} updates are made"
+                typer.echo(f"{told}; more with train.updates=N", err=True)
+                typer.echo(resume.absolute())
+                return
+        elif step is not None:
+            raise ConfigError(f"--step {step} names a checkpoint of a run: give --resume RUN, too")
+        elif config is None:
+            raise ConfigError("name a configuration (empg-jax train quickstart), or go on with --resume RUN")
+        else:
+            resolved = load_checked(config, changes)
+        from empg_jax.trainer import train as run_training
+
+        options = {} if step is None else {"step": step}
+        typer.echo(run_training(resolved, resume=resume, **options).absolute())
+
+
+@app.command()
+def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train on expert demonstrations or on chat files (sft.data=FILE.jsonl) only; print the run's folder."""
+    with reporting():
+        resolved = load_checked(config, overrides or [])
+        if resolved.sft.updates == 0:
+            raise ConfigError("sft.updates=0: nothing to do; set sft.updates, for example sft.updates=200")
+        from empg_jax.trainer import run_sft
+
+        typer.echo(run_sft(resolved).absolute())
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="Folder of a run or of a checkpoint; with --env or --config a Hugging Face folder, hub id, "
+            "or preset (random weights).",
+        ),
+    ],
+    overrides: Overrides = None,
+    *,
+    tasks: Annotated[int | None, typer.Option(help="Held-out tasks (eval.tasks).")] = None,
+    split: Annotated[str | None, typer.Option(help="Panel of tasks (env.eval_split).")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature (eval.temperature).")
+    ] = None,
+    attempts: Annotated[int, typer.Option(min=1, help="Attempts at each task: mean@k and pass@k.")] = 1,
+    env: Annotated[
+        str | None,
+        typer.Option(help="For a model: environment, with the prompts of its packaged configuration."),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="For a model: configuration that says how prompts are built.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for eval.json and eval.md (default RUN/eval; none for a model)."),
+    ] = None,
+) -> None:
+    """Evaluate a policy on held-out tasks; the result is one JSON object on stdout.
+
+    Intervals are of 95 %, over tasks: Wilson's where a task is solved or not, else a bootstrap.
+    Where the environment names the families of its tasks, each has estimates of its own.
+
+    empg-jax eval runs/NAME --attempts 4 --tasks 64
+
+    empg-jax eval Qwen/Qwen2.5-0.5B-Instruct --env household rollout.slots=16 --out results
+    """
+    with reporting():
+        # Options are short forms of overrides, so there is one path and one set of checks.
+        options = {"eval.tasks": tasks, "env.eval_split": split, "eval.temperature": temperature}
+        changes = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+        changes = [*(overrides or []), *changes]
+        more = {} if attempts == 1 else {"attempts": attempts}
+        from empg_jax.report.evaluation import check_out, write_evaluation
+
+        check_out(out)
+        if env is None and config is None:
+            check_run(Path(source))
+            from empg_jax.evaluate import evaluate_run
+
+            result = evaluate_run(Path(source), changes, **more)
+            out = out or split_checkpoint(Path(source))[0] / "eval"
+        else:
+            from empg_jax.evaluate import evaluate_model
+            from empg_jax.hf.presets import PRESETS
+
+            model = load_for_model(source, changes, env=env, config=config, presets=list(PRESETS), say=say)
+            for note in check_environment(model):
+                say(f"note: {note}")
+
+            result = evaluate_model(source, model, **more)
+        typer.echo(json.dumps(as_json(result), allow_nan=False))
+        if out is not None:
+            write_evaluation(out, result)
+            say(f"{out / 'eval.json'} and {out / 'eval.md'} are written")
+
+
+@app.command()
+def rollout(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_CONFIG", help="Folder of a run or of a checkpoint; or a configuration, untrained."
+        ),
+    ],
+    overrides: Overrides = None,
+    *,
+    episodes: Annotated[int, typer.Option(help="Episodes, rounded up to whole groups.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write: JSON lines (FILE.gz compressed), or FILE.npz to train on.")
+    ],
+) -> None:
+    """Play training episodes without learning; write records for 'empg-jax credit', or .npz to train on."""
+    with reporting():
+        changes = list(overrides or [])
+        resolved = None if Path(source).is_dir() else load_checked(source, changes)
+        from empg_jax.run.play import play_new, play_run
+
+        if resolved is None:
+            play_run(Path(source), changes, episodes, out, say)
+        else:
+            play_new(resolved, episodes, out, say)
+        typer.echo(out.absolute())
+
+
+@app.command()
+def export(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Folder of a run or of a checkpoint.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")],
+    overrides: Overrides = None,
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter/--merged", help="The adapter alone (PEFT), or the whole model with it merged in."
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default model.param_dtype).")
+    ] = None,
+) -> None:
+    """Write a trained policy as a folder that transformers and vLLM load, and print the folder."""
+    with reporting():
+        check_run(path)
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"--dtype {dtype} is unknown; choose float32, bfloat16 or float16")
+        from empg_jax.run.export import export_run
+
+        written = export_run(
+            path,
+            out,
+            adapter=adapter,
+            dtype=dtype,
+            overrides=overrides or [],
+            say=say,
+        )
+        typer.echo(written.absolute())

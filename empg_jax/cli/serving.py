@@ -1,0 +1,100 @@
+"""Commands that answer requests until a signal: retrieve, serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from empg_jax.cli.app import Overrides, app, reporting, say
+from empg_jax.errors import ConfigError
+
+
+@app.command()
+def retrieve(
+    *,
+    corpus: Annotated[
+        str, typer.Option(help="JSON lines with 'id' and 'contents' (wiki-18's format), maybe gzipped.")
+    ],
+    retriever: Annotated[str, typer.Option(help="auto, bm25s, builtin, tantivy, or dense.")] = "auto",
+    model: Annotated[str | None, typer.Option(help="Folder of a BERT-style encoder, for dense.")] = None,
+    query_prefix: Annotated[str, typer.Option(help="Put before queries (E5: 'query: ').")] = "",
+    passage_prefix: Annotated[str, typer.Option(help="Put before passages (E5: 'passage: ').")] = "",
+    vectors: Annotated[Path | None, typer.Option(help="File (.npz) for the passages' vectors.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    topk: Annotated[int, typer.Option(min=1, max=100, help="Passages where a request does not say.")] = 3,
+    cache: Annotated[int, typer.Option(min=0, help="Queries whose results are remembered.")] = 65536,
+) -> None:
+    """Serve a corpus to search agents, in the language of Search-R1's /retrieve."""
+    with reporting():
+        from empg_jax.retrieval.serve import serve_corpus
+
+        prefixes = {"query_prefix": query_prefix, "passage_prefix": passage_prefix}
+        try:
+            serve_corpus(
+                corpus,
+                retriever=retriever,
+                encoder={"model": model, "cache": vectors, **prefixes} if model is not None else None,
+                say=say,
+                host=host,
+                port=port,
+                topk=topk,
+                cache_size=cache,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
+@app.command()
+def serve(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="Folder of a run or checkpoint, Hugging Face folder or hub id; a preset or a configuration "
+            "serves random weights.",
+        ),
+    ],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="File for the address, written when the server answers.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="EMPG_API_KEY", show_envvar=True, help="Bearer token that requests need."),
+    ] = None,
+) -> None:
+    """Serve a policy over HTTP, in the languages of OpenAI and vLLM; a signal ends it.
+
+    Routes: GET /health, GET /v1/models, POST /v1/chat/completions, POST /v1/completions, and POST
+    /inference/v1/generate (token ids in and out). A conversation keeps its KV: a request that goes on with
+    it prefills only what is new (usage.prompt_tokens_details.cached_tokens). return_token_ids=true adds
+    token_ids and the field empg: {"version": 1, "entropies", "versions", "logprobs"} with one number per
+    sampled token, over the whole distribution. An option that would change the sampling and is not known is
+    refused.
+
+    empg-jax serve runs/NAME --port 8000 serve.slots=32
+
+    curl 127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
+    """
+    with reporting():
+        from empg_jax.serve.command import serve_policy
+
+        serve_policy(
+            source,
+            overrides or [],
+            host=host,
+            port=port,
+            ready_file=ready_file,
+            api_key=api_key,
+            say=say,
+            announce=typer.echo,
+        )

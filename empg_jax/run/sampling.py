@@ -1,0 +1,232 @@
+"""Construction of what plays a run's episodes: engine, workers, collectors, evaluator, rollout thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from empg_jax.engine.engine import Engine, EngineConfig
+from empg_jax.errors import ConfigError
+from empg_jax.models.decoder import DecoderConfig
+from empg_jax.parallel.hosts import ALONE, Hosts
+from empg_jax.parallel.mesh import make_mesh
+from empg_jax.rollout.collector import Collector
+from empg_jax.rollout.episode import EpisodeRules
+from empg_jax.rollout.evaluator import Evaluator
+from empg_jax.rollout.ledger import Ledger
+from empg_jax.rollout.order import TaskOrder
+from empg_jax.rollout.schedule import read_schedule
+from empg_jax.rollout.stored import StoredCollector, group_episodes
+from empg_jax.rollout.thread import RolloutThread
+from empg_jax.run.devices import engine_devices
+from empg_jax.run.environment import find_spec
+from empg_jax.run.storage import load_trajectories
+from empg_jax.text.tokenizer import Tokenizer
+from empg_jax.types import Trajectory
+from empg_jax.workers.faults import FaultPolicy, Tell, tell_nobody
+from empg_jax.workers.memory import limit_memory
+from empg_jax.workers.pool import EnvPool, PoolTimeouts
+from empg_jax.workers.process import start_local
+from empg_jax.workers.ray_backend import RayCluster, check_ray
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+from empg_jax.run.assembly import Language
+
+EVALUATION_STREAM = 1  # keeps the sampling keys of evaluation apart from those of training
+
+
+def make_engine(config: Config, model: DecoderConfig, tokenizer: Tokenizer, *, num_hosts: int = 1) -> Engine:
+    """Build this host's sampling engine without weights, at ``rollout.temperature``.
+
+    Raises:
+      ConfigError: the slots cannot be split over ``rollout.data``, or this host has too few devices.
+    """
+    r = config.rollout
+    slots = r.slots or r.tasks_per_update * r.group_size // num_hosts
+    sizes = EngineConfig(
+        slots=slots,
+        max_tokens=r.max_tokens,
+        max_response_tokens=r.max_response_tokens,
+        stop_ids=tokenizer.stop_ids,
+        burst=r.burst,
+        prefill_buckets=tuple(r.prefill_buckets or ()),
+        # Programs for other numbers of rows round differently, so an episode's numbers would depend on which
+        # others are prefilled with it.
+        row_buckets=(slots,) if _has_barrier(config) else (),
+    )
+    if sizes.slots % r.data:
+        raise ConfigError(
+            f"{sizes.slots} slots (rollout.slots) do not split over rollout.data={r.data} devices"
+        )
+    try:
+        mesh = make_mesh(data=r.data, tensor=r.tensor, devices=engine_devices(config))
+    except ValueError as error:
+        raise ConfigError(f"rollout.data and rollout.tensor: {error}") from None
+    return Engine(
+        model,
+        sizes,
+        seed=config.seed,
+        temperature=r.temperature,
+        mesh=mesh,
+    )
+
+
+def _has_barrier(config: Config) -> bool:
+    """Return whether all episodes take each turn together: what makes a run repeatable without a schedule."""
+    return config.rollout.deterministic and config.rollout.schedule is None
+
+
+def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
+    """Start the environment workers; ``tell`` receives their faults."""
+    w = config.workers
+    timeouts = PoolTimeouts(start=w.start_timeout, reset=w.reset_timeout, step=w.step_timeout)
+    is_local = w.backend == "local"
+    # Nothing is known of the memory of other machines, so there is no limit unless one is set.
+    limit = limit_memory(w.num) if w.memory_limit_mb is None and is_local else w.memory_limit_mb or None
+    return EnvPool(
+        config.env.target,
+        config.env.options,
+        num_workers=w.num,
+        lanes=w.lanes,
+        timeouts=timeouts,
+        memory_limit_mb=limit,
+        pass_env=w.pass_env,
+        start=start_local if is_local else RayCluster(w.ray_address, w.ray_resources).start,
+        faults=FaultPolicy(**vars(config.faults)),
+        tell=tell,
+    )
+
+
+def make_rules(config: Config) -> EpisodeRules:
+    """Build the rules that end an episode; an overrun is treated as the environment declares, if not told."""
+    overrun = config.env.timeout_outcome or find_spec(config).timeout_outcome
+    return EpisodeRules(config.env.max_turns, overrun)
+
+
+def make_collector(
+    config: Config, engine: Engine, pool: EnvPool, language: Language, *, stream: int, first_handle: int = 0
+) -> Collector:
+    """Build a collector for training (``stream`` 0) or evaluation (1)."""
+    return Collector(
+        engine,
+        pool,
+        language.make_context,
+        language.parser,
+        language.tokenizer.decode,
+        make_rules(config),
+        seed=config.seed,
+        stream=stream,
+        first_handle=first_handle,
+        episode_timeout=config.rollout.episode_timeout,
+        is_deterministic=_has_barrier(config),
+    )
+
+
+def make_evaluator(
+    config: Config,
+    engine: Engine,
+    pool: EnvPool,
+    language: Language,
+    *,
+    first_handle: int,
+    attempts: int = 1,
+    hosts: Hosts = ALONE,
+) -> Evaluator:
+    """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, at ``eval.temperature``.
+
+    Args:
+      config: the configuration.
+      engine: the sampler, which lends its slots.
+      pool: environment workers, shared with training.
+      language: tokenizer, context and parser.
+      first_handle: first pool handle that training does not use.
+      attempts: attempts at each task.
+      hosts: the hosts that share the tasks.
+
+    Raises:
+      ConfigError: the environment has no such split.
+    """
+    split = config.env.eval_split
+    if split not in pool.splits:
+        raise ConfigError(
+            f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
+        )
+    collector = make_collector(
+        config, engine, pool, language, stream=EVALUATION_STREAM, first_handle=first_handle
+    )
+    num_tasks = min(config.eval.tasks, pool.splits[split])
+    share = hosts.index, hosts.num
+    return Evaluator(
+        collector,
+        engine,
+        temperature=config.eval.temperature,
+        split=split,
+        num_tasks=num_tasks,
+        attempts=attempts,
+        tell=pool.tell,
+        share=share,
+    )
+
+
+def make_rollout(
+    config: Config, engine: Engine, pool: EnvPool, language: Language, hosts: Hosts = ALONE
+) -> RolloutThread:
+    """Build the thread that plays this host's training episodes, with its ledger.
+
+    Raises:
+      ConfigError: the environment has no such split.
+    """
+    r, split = config.rollout, config.env.split
+    stored = None if r.stored is None else _load_stored(config, engine.model.vocab_size)
+    if split not in pool.splits:
+        raise ConfigError(f"env.split={split} does not exist; the environment has {', '.join(pool.splits)}")
+    ledger = Ledger(
+        TaskOrder(split, pool.splits[split] if stored is None else len(stored), config.seed),
+        group_size=r.group_size,
+        groups_per_update=r.tasks_per_update // hosts.num,
+        max_lag=config.train.max_lag,
+        updates=config.train.updates,
+        min_group_size=r.min_group_size,
+        group_timeout=r.episode_timeout,
+        max_refills=r.max_refills if r.filter_groups else None,
+        tell=pool.tell,
+        share=(hosts.index, hosts.num),
+    )
+    rollout = RolloutThread(
+        make_collector(config, engine, pool, language, stream=0)
+        if stored is None
+        else StoredCollector(engine, pool, stored),
+        ledger,
+        is_repeatable=_has_barrier(config),
+        max_stale_gap=r.max_stale_gap if r.publish == "burst" else None,
+    )
+    if r.schedule is not None:
+        rollout.schedule = read_schedule(Path(r.schedule).expanduser())
+    return rollout
+
+
+def check_rollout(config: Config, vocab_size: int) -> None:
+    """Check the files that rollouts are repeated or taken from, and Ray, before anything is written.
+
+    Raises:
+      ConfigError: a file is missing, damaged, or does not fit the run, or Ray is not installed.
+    """
+    if config.workers.backend == "ray":
+        check_ray(config.workers.ray_address)
+    if config.rollout.stored is not None:
+        _load_stored(config, vocab_size)
+    if config.rollout.schedule is not None:
+        read_schedule(Path(config.rollout.schedule).expanduser())
+
+
+def _load_stored(config: Config, vocab_size: int) -> list[list[Trajectory]]:
+    """Read the episodes of ``rollout.stored``, group by group."""
+    r = config.rollout
+    return group_episodes(
+        load_trajectories(Path(str(r.stored)).expanduser(), "rollout.stored"),
+        group_size=r.group_size,
+        max_tokens=r.max_tokens,
+        max_turns=config.env.max_turns,
+        vocab_size=vocab_size,
+    )
