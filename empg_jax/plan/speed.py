@@ -65,14 +65,14 @@ def find_chip(name: str) -> Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Expected times in seconds, and rates per second of all devices together.
+    """Expected times in seconds, and rates per second.
 
     Attributes:
       compute: of a micro-batch's products on each device.
       exchange: of its weights and gradients between devices.
       tokens: of a micro-batch, over all devices.
-      step: of a decode step, of all slots of an engine.
-      slots: of all engines.
+      step: of a decode step of one host's engine.
+      slots: of this engine.
     """
 
     compute: float
@@ -92,14 +92,13 @@ class Speed:
         return self.slots / self.step
 
 
-def compute_speed(config: Config, model: DecoderConfig, chip: Chip, num_engines: int = 1) -> Speed:
+def compute_speed(config: Config, model: DecoderConfig, chip: Chip) -> Speed:
     """Compute the expected times of a configuration on a chip.
 
     Args:
       config: the configuration; its devices need not exist.
       model: the decoder's shape.
       chip: the device.
-      num_engines: hosts, each with an engine of its own.
     """
     mesh, r = config.mesh, config.rollout
     devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence
@@ -119,7 +118,7 @@ def compute_speed(config: Config, model: DecoderConfig, chip: Chip, num_engines:
         exchange=sent / chip.link,
         tokens=tokens,
         step=(count * narrow / r.tensor + live) / chip.bandwidth,
-        slots=slots * num_engines,
+        slots=slots,
     )
 
 
