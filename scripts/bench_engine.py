@@ -309,7 +309,8 @@ def bench_occupancy(counter: CompileCounter) -> tuple[dict, int]:
 
 
 def main() -> None:
-    shape = dataclasses.asdict(MODEL) | {"dtype": args.dtype, "param_dtype": args.dtype}
+    sizes = dataclasses.asdict(MODEL).items()
+    shape = {key: jnp.dtype(size).name if key.endswith("dtype") else size for key, size in sizes}
     result: dict = {"recompiles": 0, "shape": shape}
     result["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
     result["load_before"] = os.getloadavg()

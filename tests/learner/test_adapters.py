@@ -185,6 +185,6 @@ def test_shardings_of_adapters_split_like_their_matrices():
     mesh = make_mesh(fsdp=4, tensor=2)
     shardings = state_shardings(mesh, ADAPTED, ADAM)
     specs = jax.tree.map(lambda s: s.spec, shardings.params["layers"]["down_proj"])
-    assert specs == {"lora_a": jax.P(None, "tensor", None), "lora_b": jax.P(None, None, "fsdp")}
+    assert specs == {"lora_a": jax.P(None, "tensor", None), "lora_b": jax.P(None, None, ("fsdp", "sequence"))}
     moment = optax.tree_utils.tree_get(shardings.opt_state, "mu")["layers"]["down_proj"]["lora_a"]
     assert moment.spec == specs["lora_a"]

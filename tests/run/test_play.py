@@ -35,7 +35,10 @@ def run(tmp_path_factory):
 def without_credit(record):
     """A record without what only learning adds."""
     added = ("factor", "bonus", "advantage_base", "advantage", "entropy")
-    turns = [{k: v for k, v in turn.items() if k not in added} for turn in record["turns"]]
+    turns = [
+        {k: v for k, v in turn.items() if k not in added and not k.startswith("token_")}
+        for turn in record["turns"]
+    ]
     return {k: v for k, v in record.items() if k != "update"} | {"turns": turns}
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from empg_envs.swe.grading import is_test
+from empg_envs.swe.syntax import parse
 from empg_envs.swe.tree import File, Tree
 
 
@@ -65,7 +66,7 @@ class Source:
           SyntaxError: the text does not parse.
         """
         self.text = text
-        self.tree = ast.parse(text)
+        self.tree = parse(text)
         self._starts = [0]
         for line in text.split("\n"):
             self._starts.append(self._starts[-1] + len(line) + 1)
@@ -152,7 +153,7 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 def _parses(text: str) -> bool:
     try:
-        ast.parse(text)
+        parse(text)
     except SyntaxError:
         return False
     return True

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 
 from empg_envs.swe.grading import is_test
 from empg_envs.swe.judge import machinery
+from empg_envs.swe.syntax import parse
 from empg_envs.swe.tree import LINK, File, Tree
 
 PLANTED = frozenset(("sitecustomize.py", "usercustomize.py"))
@@ -63,7 +64,7 @@ def marks(text: str, functions: frozenset[str] = frozenset()) -> list[str]:
     reader = _Reader(functions)
     try:
         # As bytes, so that the text's own declaration of its encoding counts, as it does for an import.
-        reader.visit(ast.parse(text.encode("utf-8", "surrogateescape")))
+        reader.visit(parse(text.encode("utf-8", "surrogateescape")))
     except (SyntaxError, ValueError):
         return []
     except (RecursionError, MemoryError):  # the package could raise the limit at which an import fails
@@ -235,7 +236,7 @@ def _conftest_marks(text: str) -> list[str]:
     """Return hooks and marks; importing pytest and using its decorators is what such a file is for."""
     found = [mark for mark in marks(text) if mark not in ("imports pytest", "imports unittest")]
     try:
-        tree = ast.parse(text)
+        tree = parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return found
     for node in ast.walk(tree):
