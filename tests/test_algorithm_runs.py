@@ -26,6 +26,7 @@ def _compiled(tmp_path_factory):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [PPO, DAPO], ids=["ppo", "dapo"])
 def test_a_stopped_and_resumed_run_equals_the_whole_one(tmp_path, monkeypatch, options):
     moments = Moments(monkeypatch)

@@ -56,6 +56,7 @@ def produced(tmp_path_factory):
     return names - NOT_METRICS
 
 
+@pytest.mark.slow
 def test_every_name_of_the_glossary_is_produced(produced):
     families = {name: name[:-1] for name in METRICS if name.endswith("*")}
     known = {name for name in produced if name in METRICS}

@@ -98,6 +98,7 @@ def test_a_schedule_that_cannot_be_repeated_is_refused(tmp_path):
             list(read_schedule(path))
 
 
+@pytest.mark.slow
 def test_the_engine_gets_devices_of_its_own(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(trainer, "open_run", lambda *a, **k: opened.append(open_run(*a, **k)) or opened[-1])

@@ -58,6 +58,7 @@ def find_port():
         return chosen.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_search_server_that_is_away_costs_time_only(tmp_path, monkeypatch, lag):
     files = {}

@@ -128,6 +128,7 @@ def test_the_engine_may_run_ahead_of_the_learner(tmp_path):
     assert json.loads((run / "summary.json").read_text())["recompiles_after_warmup"] == 0
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_but_the_place(tmp_path, monkeypatch):
     """Four devices against one, from the same seed in deterministic mode."""
     opened = []

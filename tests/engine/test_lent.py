@@ -116,6 +116,7 @@ def test_a_freed_engine_holds_nothing_and_goes_on_with_new_weights():
     np.testing.assert_allclose(one[1], other[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_frees_its_engine_is_the_same_run(tmp_path):
     options = ["rollout.deterministic=true", "eval.every=1", "sft.updates=0"]
     kept = runs.train(tmp_path / "kept", *runs.HOUSE, *options)

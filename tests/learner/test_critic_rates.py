@@ -99,6 +99,7 @@ def test_the_warm_up_trains_the_head_alone():
     assert [float(schedule(step)) for step in (0, 5, 6)] == pytest.approx([0.0, 0.0, RATE])
 
 
+@pytest.mark.slow
 def test_a_detached_head_leaves_the_network_to_the_policy():
     """With advantages of 0 nothing but the critic's loss is left: detached, it stops at the head."""
     for detach in (False, True):
