@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+import tempfile
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,20 @@ def test_gold_resolves_and_nothing_does_not(backend: TreeBackend) -> None:
     for task in chosen:
         assert backend.grade(task, "", 60).reason == "no_patch"
     assert {backend.grade(task, touched, 60).reason for task in chosen} == {"unresolved"}
+
+
+def test_an_interpreter_below_tmp_is_no_litter_of_a_session(task: Task) -> None:
+    need_cages()
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="empg-") as folder:
+        venv.create(f"{folder}/venv", with_pip=False, system_site_packages=True)
+        backend = TreeBackend(python=f"{folder}/venv/bin/python")
+        grade = backend.grade(task, task.patch, 60)
+        assert (grade.reason, grade.doubts) == ("resolved", ())
+        # What a session leaves beside the interpreter is removed for the next one.
+        left = "import os, sys\nopen(os.path.dirname(sys.prefix) + '/word', 'w').close()\n"
+        broken = broken_tree(task)
+        now = {**broken, "spans.py": File(left.encode() + broken["spans.py"].data)}
+        assert backend.grade(task, patches.diff(broken, now)[0], 60).reason in ("unresolved", "suspect")
 
 
 def test_files_and_runner_cannot_be_written_while_tests_run(backend: TreeBackend, task: Task) -> None:

@@ -131,7 +131,16 @@ def _clear(pid: int, has_namespace: bool) -> bool:
             os.kill(-1, signal.SIGKILL)  # all processes of the namespace but process 1 and this one
         if time.monotonic() > deadline:
             return False
-    return all(_empty(folder) for folder in ("/tmp", "/dev/shm"))
+    mounts = _find_mounts()
+    return all([_empty(folder, mounts) for folder in ("/tmp", "/dev/shm")])
+
+
+def _find_mounts() -> list[str]:
+    """Return the places where something is mounted. Sessions cannot change them."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        # Spaces and the like are written as octal numbers, for example \040.
+        places = [line.split(b" ")[4].decode("unicode_escape").encode("latin-1") for line in table]
+    return [os.fsdecode(place) for place in places]
 
 
 def _others() -> bool:
@@ -147,11 +156,23 @@ def _others() -> bool:
     return False
 
 
-def _empty(folder: str) -> bool:
-    """Remove everything in a folder; return whether this succeeded."""
+def _empty(folder: str, mounts: list[str]) -> bool:
+    """Remove everything in a folder but what is mounted there, such as an interpreter that lies in ``/tmp``.
+
+    Returns:
+      Whether this succeeded.
+    """
     try:
         for name in os.listdir(folder):
-            _remove(f"{folder}/{name}")
+            path = f"{folder}/{name}"
+            if path in mounts:
+                continue
+            if any(place.startswith(f"{path}/") for place in mounts):
+                os.chmod(path, 0o755)
+                if not _empty(path, mounts):
+                    return False
+            else:
+                _remove(path)
     except (OSError, RecursionError):
         return False
     return True
