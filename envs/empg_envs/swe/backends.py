@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,7 +155,8 @@ class TreeBackend:
 
     def _program(self, name: str) -> str:
         home = f"{GUEST_HOME}/empg_envs/swe/guest" if self._is_caged else str(GUEST)
-        return f"exec {self._interpreter.executable} -I -B {home}/{name}.py"
+        python, program = shlex.quote(self._interpreter.executable), shlex.quote(f"{home}/{name}.py")
+        return f"exec {python} -I -B {program}"
 
     def _make(self) -> GuestSandbox:
         if self._is_caged:

@@ -118,7 +118,7 @@ def test_gold_resolves_and_nothing_does_not(backend: TreeBackend) -> None:
 
 def test_an_interpreter_below_tmp_is_no_litter_of_a_session(task: Task) -> None:
     need_cages()
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="empg-") as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="with space ") as folder:
         venv.create(f"{folder}/venv", with_pip=False, system_site_packages=True)
         backend = TreeBackend(python=f"{folder}/venv/bin/python")
         grade = backend.grade(task, task.patch, 60)
