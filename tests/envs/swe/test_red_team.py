@@ -113,7 +113,8 @@ def test_gold_resolves_and_nothing_does_not(backend: TreeBackend) -> None:
     )
     for task in chosen:
         assert backend.grade(task, "", 60).reason == "no_patch"
-    assert {backend.grade(task, touched, 60).reason for task in chosen} == {"unresolved"}
+    # The judge's second bug stands beside the task's own here, and two bugs may run for ever.
+    assert {backend.grade(task, touched, 60).reason for task in chosen} <= {"unresolved", "timeout"}
 
 
 def test_an_interpreter_below_tmp_is_no_litter_of_a_session(task: Task) -> None:
