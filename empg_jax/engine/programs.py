@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import flax.struct
@@ -28,6 +27,7 @@ from empg_jax.models.decoder import (
     unstack_layers,
 )
 from empg_jax.models.quantize import QUANTIZED_LEAVES
+from empg_jax.parallel.layout import cache_heads
 from empg_jax.parallel.mesh import named_sharding, replicated
 from empg_jax.types import Leaf, Params
 
@@ -199,11 +199,10 @@ def lay_out(model: DecoderConfig, mesh: Mesh) -> DecoderConfig:
     it: else every device would hold, and gather for every burst, the whole cache.
     """
     tensor, platform = mesh.shape["tensor"], mesh.devices.flat[0].platform
-    repeated = math.lcm(model.num_kv_heads, tensor)
     return dataclasses.replace(
         model,
         fused_projections=platform != "cpu" and model.lora is None and tensor == 1,
-        num_kv_heads=model.num_kv_heads if model.num_heads % repeated else repeated,
+        num_kv_heads=cache_heads(model.num_heads, model.num_kv_heads, tensor),
     )
 
 

@@ -242,3 +242,12 @@ def head_shards(mesh_shape: Mapping[str, int], num_heads: int) -> HeadShards:
     tensor = mesh_shape["tensor"] if num_heads % mesh_shape["tensor"] == 0 else 1
     sequence = mesh_shape["sequence"]
     return HeadShards(tensor, sequence if num_heads % (tensor * sequence) == 0 else 1)
+
+
+def cache_heads(num_heads: int, num_kv_heads: int, tensor: int) -> int:
+    """Return the number of key/value heads that an engine over ``tensor`` devices keeps.
+
+    Heads that the devices do not divide are repeated until they do, where the query heads allow it.
+    """
+    repeated = math.lcm(num_kv_heads, tensor)
+    return num_kv_heads if num_heads % repeated else repeated

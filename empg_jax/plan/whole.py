@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from empg_jax.learner.state import init_trained
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig
-from empg_jax.parallel.layout import head_shards
+from empg_jax.parallel.layout import cache_heads, head_shards
 from empg_jax.parallel.mesh import AXES, RULES, Blocks, fit_spec, mesh_axes
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def _cache(config: Config, model: DecoderConfig) -> Iterator[str]:
     tensor, heads = config.rollout.tensor, model.num_kv_heads
     if heads % tensor == 0:
         return
-    repeated = math.lcm(heads, tensor)
-    if model.num_heads % repeated:
+    kept = cache_heads(model.num_heads, heads, tensor)
+    if kept % tensor:
         yield (
             f"rollout.tensor={tensor} does not divide the {model.num_heads} heads: every device holds the "
             "whole KV cache, and gathers it for every burst"
@@ -80,5 +80,5 @@ def _cache(config: Config, model: DecoderConfig) -> Iterator[str]:
     else:
         yield (
             f"rollout.tensor={tensor} does not divide {heads} key/value heads: each is kept "
-            f"{repeated // heads} times, so a device holds 1/{tensor * heads // repeated} of the KV cache"
+            f"{kept // heads} times, so a device holds 1/{tensor * heads // kept} of the KV cache"
         )
