@@ -4,7 +4,6 @@ import dataclasses
 import random
 import tempfile
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,6 @@ from tests.cages import need_cages
 from tests.envs.swe.attacks import ATTACKS, Attack
 
 SEED = 3  # the known name goes to the twin, as in nine of ten draws
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[TreeBackend]:
-    need_cages()
-    yield TreeBackend()
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return next(task for task in load_panels("tiny")["train"] if task.repo == "spans")
 
 
 def patch_of(attack: Attack, task: Task) -> str:

@@ -1,7 +1,6 @@
 """Grading: the rule over statuses, what of a patch takes part, and attempts to tamper with the judge."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from empg_envs.swe import grading, patches
 from empg_envs.swe.backends import TreeBackend
 from empg_envs.swe.grading import candidate, find_status, judge, read_report
-from empg_envs.swe.tasks import Task, broken_tree, load_panels, parse_row
+from empg_envs.swe.tasks import Task, broken_tree, parse_row
 from empg_envs.swe.tree import File, Tree
 from tests.cages import need_cages
 
@@ -118,17 +117,6 @@ def test_changes_of_tests_and_shadowing_modules_are_put_back() -> None:
         "lib.py": now["lib.py"],
         "tests/test_a.py": broken["tests/test_a.py"],
     }
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[TreeBackend]:
-    need_cages()
-    yield TreeBackend()
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return next(task for task in load_panels("tiny")["train"] if task.repo == "spans")
 
 
 def graded(backend: TreeBackend, task: Task, **files: str | None) -> grading.Grade:
