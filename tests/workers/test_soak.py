@@ -242,8 +242,10 @@ def test_soak_loses_and_doubles_nothing(capsys, trouble):
     discarded = sum(n for name, n in ledger.outcomes.items() if name.startswith("discarded:"))
     assert ledger.outcomes["trained:won"] + discarded == ledger.outcomes.total()
     assert set(stats.failures) <= {"timeout", "worker_died", "quarantined", "outage"}
-    # The faults did happen, and neighbors survived them.
-    assert stats.failures["timeout"] and stats.failures["worker_died"] and stats.recovered
+    # The faults did happen, and neighbors survived them. Where they are rare, replay may save every episode.
+    assert stats.restarts and stats.recovered
+    if trouble is HEAVY:
+        assert stats.failures["timeout"] and stats.failures["worker_died"]
     assert len(soak.consumed) > SECONDS / 4
     # Nothing grows: memory, processes, and descriptors by no more than the workers that just die or begin hold
     # (three each): a leak would show once for each worker that was lost.
