@@ -66,6 +66,17 @@ def _packaged(name: str, env: str, **declared: Any) -> EnvSpec:
     )
 
 
+def _adapted(name: str, env: str, prompts: str, parser: str, **declared: Any) -> EnvSpec:
+    """Return the spec of the module ``empg_envs.adapters.<name>``, without importing it."""
+    return EnvSpec(
+        name=name,
+        make=_lazy(f"empg_envs.adapters.{name}", env),
+        prompts=_lazy("empg_envs.adapters.prompt", prompts),
+        parser=_lazy("empg_envs.adapters.prompt", parser),
+        **declared,
+    )
+
+
 ENVS: dict[str, EnvSpec] = {
     "household": _packaged("household", "HouseholdEnv"),
     "alfworld": _packaged("alfworld", "AlfworldEnv"),
@@ -73,6 +84,16 @@ ENVS: dict[str, EnvSpec] = {
     "deepsearch": _packaged("deepsearch", "DeepSearchEnv"),
     "swe": _packaged("swe", "SweEnv", timeout_outcome="zero"),
     "harness": dataclasses.replace(_packaged("harness", "HarnessEnv"), phrases=None, has_calls=True),
+    "gymnasium": _adapted("gymnasium", "GymnasiumEnv", "make_listing_prompts", "make_line_parser"),
+    "reasoning_gym": _adapted(
+        # Scorers compute with the answer, so an agent could bring about that its episode takes too long.
+        "reasoning_gym",
+        "ReasoningGymEnv",
+        "make_prompts",
+        "make_whole_parser",
+        timeout_outcome="zero",
+    ),
+    "textarena": _adapted("textarena", "TextArenaEnv", "make_prompts", "make_whole_parser"),
 }
 
 

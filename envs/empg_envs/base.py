@@ -206,11 +206,23 @@ class PlainPrompts:
         return [*messages, {"role": "user", "content": self.follow(observation, info)}]
 
 
+def after_thought(response: str) -> str:
+    """Return what follows the thought ``<think>…</think>`` of a response; all of it where there is none.
+
+    A thought without an end is followed by nothing. The tag that opens it may be missing, because some chat
+    templates write it into the prompt.
+    """
+    _, closed, rest = response.rpartition("</think>")
+    if closed:
+        return rest
+    return "" if response.lstrip().startswith("<think>") else response
+
+
 class PlainParser:
-    """A parser that takes the first non-blank line as the action; a blank response is invalid."""
+    """A parser that takes the first non-blank line behind the thought; a response without one is invalid."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
         """Return the first non-blank line as the action."""
-        lines = response.strip().splitlines()
+        lines = after_thought(response).strip().splitlines()
         action = lines[0].strip() if lines else ""
         return ParsedAction(action=action, is_valid=bool(action))

@@ -27,12 +27,13 @@ class ToolCall:
     arguments: str
 
 
-def parse_calls(text: str, names: Collection[str]) -> tuple[str, list[ToolCall]]:
+def parse_calls(text: str, names: Collection[str] | None) -> tuple[str, list[ToolCall]]:
     """Split a response into the text before its tool calls, and the calls.
 
     Args:
       text: the response.
-      names: the tools of the request. Bare JSON that names another one is an answer, not a call.
+      names: the tools of the request. Bare JSON that names another one is an answer, not a call. None: any
+        name is a tool's.
 
     Returns:
       The whole text and no calls, where there are none or one of them is malformed.

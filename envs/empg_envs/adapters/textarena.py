@@ -1,0 +1,160 @@
+"""TextArena: games of one player, and of two against a fixed opponent."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from empg_envs.adapters.chance import Chance
+from empg_envs.adapters.foreign import ForeignEnv, Reply, import_package, make_sizes
+from empg_envs.adapters.opponents import find_opponent
+from empg_envs.base import EnvFault
+from empg_envs.names import suggest
+
+
+class TextArenaEnv(ForeignEnv):
+    """A game of TextArena, alone or against a fixed opponent, with the package's own rewards.
+
+    Observations hold what is new to the player. Illegal moves are answered, and end the game, by the game's
+    own rules. A task is a seed of the game; in games of two the policy begins in every other task.
+
+    Args:
+      id: the game's registered name.
+      opponent: who plays against the policy; see `find_opponent`.
+      kwargs: further arguments of ``textarena.make``.
+      tasks: number of training tasks.
+      held_out: number of tasks of ``valid`` and of ``test``.
+      max_turns: number of moves of the policy after which the game is truncated.
+
+    Raises:
+      ValueError: the package, the game or the opponent does not exist, the game takes more than two players
+        or needs word lists that are not here, or shows the opponent no legal move.
+    """
+
+    threads = False  # games draw from the process' random numbers
+
+    def __init__(
+        self,
+        id: str = "TicTacToe-v0",
+        *,
+        opponent: str = "random",
+        kwargs: Mapping[str, Any] | None = None,
+        tasks: int = 1024,
+        held_out: int = 128,
+        max_turns: int = 100,
+    ) -> None:
+        super().__init__(f"textarena {id}", make_sizes(tasks, held_out), max_turns)
+        self._arena = import_package("textarena")
+        registry = import_package("textarena.envs.registration").ENV_REGISTRY
+        if id not in registry:
+            raise ValueError(f"textarena has no game {id!r}{suggest(id, registry)}")
+        self._id, self._kwargs = id, dict(kwargs or {})
+        self._opponent = find_opponent(opponent)
+        self._chance, self._dice = Chance(), random.Random(0)
+        self._game: Any = None
+        self._player = 0
+        with self._chance.reigning(0):
+            self._players = self._count_players()
+            if self._players == 2 and ":" not in opponent:
+                try:
+                    self._opponent(self._start(2, 0), self._dice)
+                except ValueError as error:
+                    raise ValueError(f"{id}, opponent={opponent}: {error}") from None
+
+    def _begin(self, split: str, index: int) -> tuple[str, dict[str, Any]]:
+        seed = self._seed_of(split, index)
+        self._dice = random.Random(f"opponent {seed}")
+        with self._chance.reigning(seed):
+            self._game = self._start(self._players, seed)
+            self._player = index % self._players
+            if self._let_opponent_move():
+                raise EnvFault("game_over", f"{self._id} ended before the policy's first move")
+            return self._observe(), self._info(False)
+
+    def _act(self, action: str) -> Reply:
+        with self._chance.reigning():
+            done = bool(self._game.step(action)[0]) or self._let_opponent_move()
+            observation = self._observe()
+        if not done:
+            return observation, 0.0, False, False, self._info(False)
+        rewards, told = self._game.close()
+        reward, told = float((rewards or {}).get(self._player, 0.0)), told[self._player]
+        won = reward > 0 if self._players == 2 else reward >= 1
+        invalid = bool(told.get("invalid_move"))
+        ended = "lost" if reward < 0 else "draw" if self._players == 2 else "ended"
+        end = {
+            "outcome": "won" if won else "invalid_move" if invalid else ended,
+            "detail": str(told.get("reason") or ""),
+        }
+        return observation, reward, True, False, {**self._info(won), **end}
+
+    def _info(self, won: bool) -> dict[str, Any]:
+        return {"task": self._id, "won": won}
+
+    def _let_opponent_move(self) -> bool:
+        """Let the opponent move until it is the policy's turn; return whether the game has ended."""
+        state, done = self._game.state, False
+        while not done and state.current_player_id != self._player:
+            move = self._opponent(self._game, self._dice)
+            state.observations[state.current_player_id] = []
+            done = bool(self._game.step(move)[0])
+        return done
+
+    def _observe(self) -> str:
+        """Return the messages that are new to the policy's player, without its own."""
+        state = self._game.state
+        state.observations[self._player], messages = [], state.observations[self._player]
+        names = state.role_mapping
+        told = [
+            text if sender == self._arena.GAME_ID else f"[{names.get(sender, sender)}] {text}"
+            for sender, text, _ in messages
+            if sender != self._player
+        ]
+        return "\n".join(told).strip() or "(nothing new)"
+
+    def _count_players(self) -> int:
+        for count in (1, 2):
+            with contextlib.suppress(AssertionError):
+                self._start(count, 0)
+                return count
+        raise ValueError(f"{self._id} is no game of one or two players")
+
+    def _start(self, players: int, seed: int) -> Any:
+        """Make the game without its observation wrappers, which repeat the history, and start it."""
+        try:
+            with _no_downloads():
+                game = self._arena.make(self._id, **self._kwargs)
+        except Exception as error:  # some games do not even load with each version of Python
+            missing = re.search(r"Resource '?(\S+?)'? not found", str(error))
+            cause = f"{type(error).__name__}: {error}"
+            if missing:
+                cause = f"its word list is not here: python -m nltk.downloader {missing[1]}"
+            raise ValueError(f"textarena cannot make {self._id}: {cause}") from None
+        wrappers = []
+        while isinstance(game, self._arena.Wrapper):
+            wrappers.append(type(game))
+            game = game.env
+        for wrapper in reversed(wrappers):
+            if issubclass(wrapper, self._arena.ActionWrapper):
+                game = wrapper(game)
+        game.reset(num_players=players, seed=seed)
+        return game
+
+
+@contextlib.contextmanager
+def _no_downloads() -> Iterator[None]:
+    """Keep games from fetching word lists: what they need is here, or an error says so."""
+    nltk = sys.modules.get("nltk")
+    if nltk is None:
+        yield
+        return
+    download = vars(nltk)["download"]
+    vars(nltk)["download"] = lambda *arguments, **options: False
+    try:
+        yield
+    finally:
+        vars(nltk)["download"] = download

@@ -1,0 +1,121 @@
+"""Action parsers by name, for environments of every kind (``env.parser``).
+
+A model that thinks begins with ``<think>…</think>`` (some templates write the first tag into the prompt). No
+parser looks for the action in there, and a thought without an end has no action.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from empg_envs.base import ActionParser, ParsedAction, PlainParser, after_thought
+from empg_envs.names import look_up
+from empg_envs.tool_calls import parse_calls
+
+# No tag opens inside a pair, so that a mention of the tags in passing does not swallow the action.
+_PAIR = re.compile(r"<(action|answer)>((?:(?!<(?:action|answer)>).)*?)</\1>", re.DOTALL)
+
+
+class WholeParser:
+    """A parser that takes all that follows the thought."""
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Return the response without its thought; a blank one is invalid."""
+        action = after_thought(response).strip()
+        return ParsedAction(action, bool(action))
+
+
+class LastTagParser:
+    """A parser of ``<action>…</action>`` or ``<answer>…</answer>``: the last pair counts.
+
+    Other than `empg_envs.tags.TagParser`, it asks for no thought and leaves the text as it is.
+    """
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Return the text between the tags; without a pair, the response without its thought is invalid."""
+        said = after_thought(response)
+        pairs = list(_PAIR.finditer(said))
+        if not pairs:
+            return ParsedAction(said.strip(), False)
+        action = pairs[-1][2].strip()
+        return ParsedAction(action, bool(action))
+
+
+class JsonParser:
+    """A parser of the last JSON object with the key ``action``, as in ``{"action": "go north"}``."""
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Return the text of the key; a value of another type is given as JSON."""
+        said = after_thought(response)
+        found = [value["action"] for value in _objects(said) if "action" in value]
+        if not found:
+            return ParsedAction(said.strip(), False)
+        action = found[-1] if isinstance(found[-1], str) else json.dumps(found[-1], ensure_ascii=False)
+        return ParsedAction(action.strip(), bool(action.strip()))
+
+
+class CallParser:
+    """A parser of a tool call, in the formats of `empg_envs.tool_calls`; the first of several calls counts.
+
+    A call whose only argument is the text ``action`` gives that text. Any other gives
+    ``{"name": …, "arguments": {…}}``.
+    """
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Return the call; a response without one is invalid."""
+        said = after_thought(response)
+        names = [tool["function"]["name"] for tool in info.get("tools") or ()]
+        _, calls = parse_calls(said, names or None)
+        if not calls or (names and calls[0].name not in names):
+            return ParsedAction(said.strip(), False)
+        arguments = json.loads(calls[0].arguments)
+        if list(arguments) == ["action"] and isinstance(arguments["action"], str):
+            return ParsedAction(arguments["action"].strip(), True)
+        call = {"name": calls[0].name, "arguments": arguments}
+        return ParsedAction(json.dumps(call, ensure_ascii=False), True)
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects in a text, the outermost of nested ones."""
+    decoder, place = json.JSONDecoder(), text.find("{")
+    while place >= 0:
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            end = place + 1
+        else:
+            if isinstance(value, dict):
+                yield value
+        place = text.find("{", end)
+
+
+PARSERS: dict[str, Callable[[], ActionParser]] = {
+    "line": PlainParser,
+    "tags": LastTagParser,
+    "json": JsonParser,
+    "tool_call": CallParser,
+    "whole": WholeParser,
+}
+# What a prompt says of each format, where the environment brings no prompts of its own.
+REQUESTS = {
+    "line": "Answer with one action on one line.",
+    "tags": "Give your action between <action> and </action>.",
+    "json": 'Give your action as JSON: {"action": "..."}',
+    "tool_call": (
+        "Give your action as a tool call: "
+        '<tool_call>{"name": "act", "arguments": {"action": "..."}}</tool_call>'
+    ),
+    "whole": "Answer with your action and nothing else.",
+}
+
+
+def make_parser(name: str) -> ActionParser:
+    """Build a parser by its name.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    return look_up("action parser", name, PARSERS)()
