@@ -174,6 +174,28 @@ def play(
         play_episode(env, options or [], split=split, task=task, seed=seed, is_expert=expert, say=typer.echo)
 
 
+@app.command("check-env")
+def check_env(
+    env: Annotated[
+        str, typer.Argument(metavar="ENV", help="package.module:attribute, or a name ('empg-jax envs').")
+    ],
+    options: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the environment; may be repeated."),
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Tasks of each split that are played.")] = 3,
+) -> None:
+    """Check that an environment does what training relies on; exit code 1 where it does not.
+
+    empg-jax check-env my_module:MyEnv --options size=3 --episodes 10
+    """
+    with reporting():
+        from empg_jax.run.check_env import check_env as check
+
+        if not check(env, options or [], episodes, say=typer.echo):
+            raise typer.Exit(1)
+
+
 @app.command()
 def plan(
     config: ConfigArgument,

@@ -23,6 +23,11 @@ class EnvConfig(Section):
     prompt_options: Options = Field(
         default_factory=dict, description="Keyword arguments of its prompt builder and action parser."
     )
+    parser: Literal["line", "tags", "json", "tool_call", "whole"] | None = Field(
+        None,
+        description="Format of an action in a response, after the model's thought (null: what the "
+        "environment brings).",
+    )
     split: str = Field("train", description="Panel of tasks that are trained on.")
     eval_split: str = Field("test", description="Panel of held-out tasks for evaluation.")
     max_turns: int = Field(10, ge=1, description="Turns after which an episode is truncated.")

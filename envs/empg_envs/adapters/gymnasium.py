@@ -100,8 +100,9 @@ class GymnasiumEnv(ForeignEnv):
         try:
             return gymnasium.make(id, disable_env_checker=True, **options)
         except (gymnasium.error.Error, ImportError, TypeError) as error:
-            hint = "" if id in gymnasium.registry else suggest(id, gymnasium.registry)
-            raise ValueError(f"gymnasium cannot make {id!r}: {' '.join(str(error).split())}{hint}") from None
+            message = " ".join(str(error).split())
+            hint = "" if "Did you mean" in message else suggest(id, gymnasium.registry)
+            raise ValueError(f"gymnasium cannot make {id!r}: {message}{hint}") from None
 
     def _find_description(self, describe: str | None) -> Callable[[Any], str]:
         if describe == "render":

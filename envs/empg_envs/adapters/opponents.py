@@ -22,15 +22,14 @@ def find_opponent(name: str) -> Opponent:
 
     Args:
       name: ``random`` or ``first``, for a legal move among those that the game shows in brackets; or
-        ``package.module:function``, which gets the text of what the opponent has seen since its last move,
-        and dice.
+        ``package.module:function``, which gets the text of all that the opponent has seen, and dice.
 
     Raises:
       ValueError: the name is unknown or cannot be imported.
     """
     if ":" in name:
         function = import_function("opponent", name)
-        return lambda game, dice: str(function(_shown(game), dice))
+        return lambda game, dice: str(function("\n".join(text for _, text, _ in _seen(game)), dice))
     if name not in OPPONENTS:
         raise ValueError(
             f"unknown opponent {name!r}{suggest(name, OPPONENTS)}; choose {', '.join(OPPONENTS)} or "
@@ -40,33 +39,35 @@ def find_opponent(name: str) -> Opponent:
 
 
 def _choose_random(game: Any, dice: random.Random) -> str:
-    moves = _moves(game)
-    return _first_legal(game, dice.sample(moves, len(moves)))
+    return _choose(game, lambda moves: dice.sample(moves, len(moves)))
 
 
 def _choose_first(game: Any, dice: random.Random) -> str:
-    return _first_legal(game, _moves(game))
+    return _choose(game, list)
 
 
-def _moves(game: Any) -> list[str]:
-    """Return the texts in brackets that the player on turn sees, without repetitions."""
-    return list(dict.fromkeys(_MOVE.findall(_shown(game))))
-
-
-def _first_legal(game: Any, moves: list[str]) -> str:
-    """Return the first move that a copy of the game accepts.
+def _choose(game: Any, order: Callable[[list[str]], list[str]]) -> str:
+    """Return a legal move of the newest message of the game that shows one in brackets.
 
     Raises:
-      ValueError: it accepts none.
+      ValueError: none does.
     """
-    for move in moves:
-        trial, player = copy.deepcopy(game), game.state.current_player_id
-        trial.step(move)
-        if not trial.state.error_count and not trial.state.game_info[player].get("invalid_move"):
-            return move
+    for _, text, kind in reversed(_seen(game)):
+        if kind.name == "PLAYER_ACTION":  # a move of the policy's, which it would ape
+            continue
+        for move in order(list(dict.fromkeys(_MOVE.findall(text)))):
+            if _is_legal(game, move):
+                return move
     raise ValueError("the game shows no legal move in brackets: give opponent=package.module:function")
 
 
-def _shown(game: Any) -> str:
-    messages = game.state.observations[game.state.current_player_id]
-    return "\n".join(text for _, text, _ in messages)
+def _is_legal(game: Any, move: str) -> bool:
+    """Try a move on a copy of the game."""
+    trial, player = copy.deepcopy(game), game.state.current_player_id
+    trial.step(move)
+    return not trial.state.error_count and not trial.state.game_info[player].get("invalid_move")
+
+
+def _seen(game: Any) -> list[Any]:
+    """Return the messages (sender, text, kind) to the player on turn."""
+    return game.state.observations[game.state.current_player_id]

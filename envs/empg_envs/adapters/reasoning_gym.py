@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from empg_envs.adapters.foreign import BLOCK, ForeignEnv, Reply, hash_of, import_package, make_sizes
+from empg_envs.adapters.foreign import ForeignEnv, Reply, hash_of, import_package, make_sizes
 from empg_envs.names import suggest
 
 # Of 8 parts of all questions (by hash) one is valid, one is test, and the others are train.
 PARTS = {"valid": (0,), "test": (1,), "train": (2, 3, 4, 5, 6, 7)}
-TRIES = 256  # seeds of a task that are looked at for a question of its split
-STRIDE = BLOCK // TRIES
+TRIES = {"valid": 64, "test": 64, "train": 16}  # seeds of a task that are looked at for a fitting question
 
 
 class ReasoningGymEnv(ForeignEnv):
@@ -41,14 +41,13 @@ class ReasoningGymEnv(ForeignEnv):
         tasks: int = 1024,
         held_out: int = 128,
     ) -> None:
-        if max(tasks, held_out) > STRIDE:
-            raise ValueError(f"tasks={tasks}, held_out={held_out}: a split has at most {STRIDE} questions")
         super().__init__("reasoning_gym", make_sizes(tasks, held_out), max_turns=1)
         import_package("reasoning_gym", "reasoning-gym")
         single = isinstance(dataset, str)
         entries = [{"name": dataset, "params": params, "level": level}] if single else dataset
-        self._data = _make_data([_read_entry(entry, level) for entry in entries])
-        self._entry: dict[str, Any] = {}
+        self._entries = [_read_entry(entry, level) for entry in entries]
+        self._data: dict[str, Any] = {}
+        self._split, self._entry = "train", self._find("train", 0)
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
         """Return the question with its answer."""
@@ -59,16 +58,18 @@ class ReasoningGymEnv(ForeignEnv):
 
     def expert_action(self) -> str:
         """Return the package's own answer."""
+        if self._entry["answer"] is None:
+            raise RuntimeError(f"{_source_of(self._entry)} has questions without an answer of its own")
         return str(self._entry["answer"])
 
     def _begin(self, split: str, index: int) -> tuple[str, dict[str, Any]]:
-        self._entry = self._find(split, index)
+        self._split, self._entry = split, self._find(split, index)
         return self._entry["question"], self._info(False)
 
     def _act(self, action: str) -> Reply:
         error = 0.0
         try:
-            score = float(self._data.score_answer(action.strip(), self._entry))
+            score = float(self._data[self._split].score_answer(action.strip(), self._entry))
         except Exception:  # some scorers evaluate the answer, which may be any text
             score, error = 0.0, 1.0
         info = {**self._info(score >= 1.0), "metrics": {"score": score, "scorer_error": error}}
@@ -80,9 +81,14 @@ class ReasoningGymEnv(ForeignEnv):
 
     def _find(self, split: str, index: int) -> dict[str, Any]:
         """Return the first question of a task's seeds whose hash belongs to the split."""
-        seed = self._seed_of(split, index)
-        for number in range(TRIES):
-            entry = self._data[seed + number * STRIDE]
+        count, tries = self.num_tasks(split), TRIES[split]
+        self._seed_of(split, index)  # refuses an index that does not exist
+        if split not in self._data:
+            self._data[split] = _make_data(self._entries, self._seed_of(split, 0), count * tries)
+        data = self._data[split]
+        # The last resort is a question that another task has, too.
+        for number in itertools.chain(range(index, count * tries, count), range(count * tries)):
+            entry = data[number]
             if int(hash_of(_source_of(entry), entry["question"])[:8], 16) % 8 in PARTS[split]:
                 return entry
         raise ValueError(
@@ -120,16 +126,16 @@ def _read_entry(entry: Any, level: int | None) -> dict[str, Any]:
     return {"name": name, "weight": float(entry.get("weight", 1.0)), "params": params}
 
 
-def _make_data(entries: Sequence[Mapping[str, Any]]) -> Any:
+def _make_data(entries: Sequence[Mapping[str, Any]], seed: int, size: int) -> Any:
     """Make one dataset, or the package's composite of several."""
     factory = importlib.import_module("reasoning_gym.factory")
-    endless = {"seed": 0, "size": 3 * BLOCK}
+    extent = {"seed": seed, "size": size}
     try:
         if len(entries) == 1:
-            return factory.create_dataset(entries[0]["name"], **entries[0]["params"], **endless)
+            return factory.create_dataset(entries[0]["name"], **entries[0]["params"], **extent)
         spec = importlib.import_module("reasoning_gym.composite").DatasetSpec
         parts = [spec(name=each["name"], weight=each["weight"], config=each["params"]) for each in entries]
-        return factory.create_dataset("composite", datasets=parts, **endless)
+        return factory.create_dataset("composite", datasets=parts, **extent)
     except (AssertionError, TypeError, ValueError) as error:
         names = ", ".join(each["name"] for each in entries)
         raise ValueError(f"reasoning_gym cannot make {names}: {error}") from None

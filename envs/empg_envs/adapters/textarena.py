@@ -6,7 +6,7 @@ import contextlib
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from empg_envs.adapters.chance import Chance
@@ -14,6 +14,8 @@ from empg_envs.adapters.foreign import ForeignEnv, Reply, import_package, make_s
 from empg_envs.adapters.opponents import find_opponent
 from empg_envs.base import EnvFault
 from empg_envs.names import suggest
+
+PATIENCE = 200  # moves of the opponent in a row
 
 
 class TextArenaEnv(ForeignEnv):
@@ -28,6 +30,7 @@ class TextArenaEnv(ForeignEnv):
       kwargs: further arguments of ``textarena.make``.
       tasks: number of training tasks.
       held_out: number of tasks of ``valid`` and of ``test``.
+      players: 1 or 2; None: as many as the game accepts.
       max_turns: number of moves of the policy after which the game is truncated.
 
     Raises:
@@ -45,6 +48,7 @@ class TextArenaEnv(ForeignEnv):
         kwargs: Mapping[str, Any] | None = None,
         tasks: int = 1024,
         held_out: int = 128,
+        players: int | None = None,
         max_turns: int = 100,
     ) -> None:
         super().__init__(f"textarena {id}", make_sizes(tasks, held_out), max_turns)
@@ -58,7 +62,7 @@ class TextArenaEnv(ForeignEnv):
         self._game: Any = None
         self._player = 0
         with self._chance.reigning(0):
-            self._players = self._count_players()
+            self._players = self._count_players((1, 2) if players is None else (players,))
             if self._players == 2 and ":" not in opponent:
                 try:
                     self._opponent(self._start(2, 0), self._dice)
@@ -82,27 +86,36 @@ class TextArenaEnv(ForeignEnv):
         if not done:
             return observation, 0.0, False, False, self._info(False)
         rewards, told = self._game.close()
-        reward, told = float((rewards or {}).get(self._player, 0.0)), told[self._player]
+        told = told[self._player]
+        is_invalid = bool(told.get("invalid_move"))
+        reward = (rewards or {}).get(self._player, 0.0)
+        if isinstance(reward, str):  # in a few games an illegal move's message stands in the reward's place
+            reward, told = -1.0, {**told, "reason": reward}
         won = reward > 0 if self._players == 2 else reward >= 1
-        invalid = bool(told.get("invalid_move"))
         ended = "lost" if reward < 0 else "draw" if self._players == 2 else "ended"
-        end = {
-            "outcome": "won" if won else "invalid_move" if invalid else ended,
-            "detail": str(told.get("reason") or ""),
-        }
-        return observation, reward, True, False, {**self._info(won), **end}
+        end = {"outcome": "won" if won else "invalid_move" if is_invalid else ended}
+        end["detail"] = str(told.get("reason") or "")
+        return observation, float(reward), True, False, {**self._info(won), **end}
 
     def _info(self, won: bool) -> dict[str, Any]:
         return {"task": self._id, "won": won}
 
     def _let_opponent_move(self) -> bool:
-        """Let the opponent move until it is the policy's turn; return whether the game has ended."""
-        state, done = self._game.state, False
-        while not done and state.current_player_id != self._player:
-            move = self._opponent(self._game, self._dice)
-            state.observations[state.current_player_id] = []
-            done = bool(self._game.step(move)[0])
-        return done
+        """Let the opponent move until it is the policy's turn; return whether the game has ended.
+
+        Raises:
+          EnvFault: it finds no legal move, or the turn does not pass on.
+        """
+        for _ in range(PATIENCE):
+            if self._game.state.current_player_id == self._player:
+                return False
+            try:
+                move = self._opponent(self._game, self._dice)
+            except ValueError as error:
+                raise EnvFault("opponent_stuck", f"{self._id}: {error}") from None
+            if self._game.step(move)[0]:
+                return True
+        raise EnvFault("opponent_stuck", f"{self._id}: {PATIENCE} moves of the opponent, and still its turn")
 
     def _observe(self) -> str:
         """Return the messages that are new to the policy's player, without its own."""
@@ -116,25 +129,22 @@ class TextArenaEnv(ForeignEnv):
         ]
         return "\n".join(told).strip() or "(nothing new)"
 
-    def _count_players(self) -> int:
-        for count in (1, 2):
-            with contextlib.suppress(AssertionError):
+    def _count_players(self, counts: Sequence[int]) -> int:
+        """Return the first number of players that the game accepts."""
+        self._make()  # what keeps it from being made is told first
+        cause = ""
+        for count in counts:
+            try:
                 self._start(count, 0)
+            except Exception as error:  # games refuse a number of players in ways of their own
+                cause = f"{type(error).__name__}: {error}"
+            else:
                 return count
-        raise ValueError(f"{self._id} is no game of one or two players")
+        raise ValueError(f"{self._id} is no game of {' or '.join(map(str, counts))} players ({cause})")
 
     def _start(self, players: int, seed: int) -> Any:
         """Make the game without its observation wrappers, which repeat the history, and start it."""
-        try:
-            with _no_downloads():
-                game = self._arena.make(self._id, **self._kwargs)
-        except Exception as error:  # some games do not even load with each version of Python
-            missing = re.search(r"Resource '?(\S+?)'? not found", str(error))
-            cause = f"{type(error).__name__}: {error}"
-            if missing:
-                cause = f"its word list is not here: python -m nltk.downloader {missing[1]}"
-            raise ValueError(f"textarena cannot make {self._id}: {cause}") from None
-        wrappers = []
+        game, wrappers = self._make(), []
         while isinstance(game, self._arena.Wrapper):
             wrappers.append(type(game))
             game = game.env
@@ -143,6 +153,17 @@ class TextArenaEnv(ForeignEnv):
                 game = wrapper(game)
         game.reset(num_players=players, seed=seed)
         return game
+
+    def _make(self) -> Any:
+        try:
+            with _no_downloads():
+                return self._arena.make(self._id, **self._kwargs)
+        except Exception as error:  # some games do not even load with each version of Python
+            missing = re.search(r"Resource '?(\S+?)'? not found", str(error))
+            cause = f"{type(error).__name__}: {error}"
+            if missing:
+                cause = f"its word list is not here: python -m nltk.downloader {missing[1]}"
+            raise ValueError(f"textarena cannot make {self._id}: {cause}") from None
 
 
 @contextlib.contextmanager
