@@ -42,6 +42,17 @@ def test_an_environment_that_is_not_ready_says_why(monkeypatch):
     assert listed("envs")["household"] == "Something; not ready here: no data fetch it first"
 
 
+def test_adapters_say_what_they_need(monkeypatch):
+    for package in ("gymnasium", "reasoning_gym", "textarena"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    found = listed("envs")
+    assert found["gymnasium"].startswith("An environment of Gymnasium as text")
+    assert found["textarena"].startswith("A game of TextArena, alone or against a fixed opponent")
+    for name, wheel in (("gymnasium",) * 2, ("reasoning_gym", "reasoning-gym"), ("textarena",) * 2):
+        assert f"; not ready here: the package {wheel} is needed (" in found[name]
+        assert found[name].endswith("in the clone: pip install -e '.[adapters]'")
+
+
 def test_configurations():
     found = listed("configs")
     assert found.keys() == {path.stem for path in (runs.ROOT / "configs").glob("*.yaml")}

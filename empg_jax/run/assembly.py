@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import optax
 
-from empg_envs import EnvSpec
+from empg_envs import EnvSpec, parsers
 from empg_envs.base import ActionParser
 from empg_jax.algorithms import (
     ALGORITHMS,
@@ -76,6 +76,10 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
         raise ConfigError(f"{error}; model.chat_template=FILE brings a template of your own") from None
     prompts = _call("env.prompt_options", spec.prompts, config.env.prompt_options)
     parser = _call("env.prompt_options", spec.parser, config.env.prompt_options)
+    if (name := config.env.parser) is not None:
+        if spec.has_calls:
+            raise ConfigError(f"env.parser={name}: an answer to {config.env.target} is the whole response")
+        parser, prompts = parsers.make_parser(name), parsers.ask_for(name, prompts)
     context: ContextFactory
     if spec.has_calls:
         if config.env.context != "transcript":

@@ -47,7 +47,11 @@ def check_env(target: str, options: Sequence[str], episodes: int, say: Callable[
         for word, text in (("found", result.message), ("do", result.check.advice)):
             indent = f"        {word}: "
             # A message may quote the environment's own text, so it is one paragraph here.
-            say(textwrap.fill(" ".join(text.split()), WIDTH, initial_indent=indent, subsequent_indent=" " * 10))
+            say(
+                textwrap.fill(
+                    " ".join(text.split()), WIDTH, initial_indent=indent, subsequent_indent=" " * 10
+                )
+            )
     say(f"{target}: {_count(failed, 'failure')}, {_count(advised, 'piece')} of advice")
     return not failed
 

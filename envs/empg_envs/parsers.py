@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from empg_envs.base import ActionParser, ParsedAction, PlainParser, after_thought
+from empg_envs.base import ActionParser, ParsedAction, PlainParser, PlainPrompts, PromptBuilder, after_thought
+from empg_envs.guided import GuidedPrompts
 from empg_envs.names import look_up
 from empg_envs.tool_calls import parse_calls
 
@@ -119,3 +120,10 @@ def make_parser(name: str) -> ActionParser:
       ValueError: the name is unknown.
     """
     return look_up("action parser", name, PARSERS)()
+
+
+def ask_for(name: str, prompts: PromptBuilder) -> PromptBuilder:
+    """Make prompts ask for a parser's format, unless their environment has words of its own for that."""
+    if isinstance(prompts, GuidedPrompts):
+        return prompts.asking(REQUESTS[name])
+    return GuidedPrompts(REQUESTS[name]) if type(prompts) is PlainPrompts else prompts

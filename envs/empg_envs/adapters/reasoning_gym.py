@@ -118,6 +118,8 @@ def _read_entry(entry: Any, level: int | None) -> dict[str, Any]:
     if level is not None:
         if name not in factory.CURRICULA:
             raise ValueError(f"dataset {name} has no curriculum, so it takes params, no level")
+        if type(level) is not int or level < 0:
+            raise ValueError(f"level={level!r} of dataset {name}: expected a number from 0")
         curriculum = factory.create_curriculum(name)
         curriculum.set_global_level(level)
         made = curriculum.generate_configuration()
