@@ -78,9 +78,19 @@ def reporting() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
 
 
-def load_checked(config: str, overrides: list[str]) -> Config:
-    """Load a configuration by name or path, with the notes on its environment."""
+def load_checked(config: str, overrides: list[str], *, to_run: bool = True) -> Config:
+    """Load a configuration by name or path, with the notes on its environment.
+
+    Args:
+      config: packaged name or path.
+      overrides: dotted overrides.
+      to_run: whether a run follows, which needs what the environment needs.
+    """
     resolved = load_config(config, overrides)
+    if to_run:
+        from empg_jax.run.environment import find_spec, try_options
+
+        try_options(resolved, find_spec(resolved))
     return resolved.with_notes(check_environment(resolved))
 
 

@@ -38,7 +38,7 @@ def show_config(
         elif config is None:
             raise ConfigError("name a configuration (empg-jax config quickstart), or ask for --list, --keys")
         else:
-            resolved = load_checked(config, overrides or [])
+            resolved = load_checked(config, overrides or [], to_run=False)
             for note in resolved.notes:
                 typer.echo(f"note: {note}", err=True)
             typer.echo(resolved.to_yaml(), nl=False)

@@ -31,6 +31,20 @@ def find_spec(config: Config) -> EnvSpec:
     return spec
 
 
+def try_options(config: Config, spec: EnvSpec) -> None:
+    """Build one environment where that is quick, so that options which it refuses are told before the run.
+
+    Raises:
+      ConfigError: it refuses them, or its package is not installed.
+    """
+    if not spec.is_tried or config.workers.backend != "local":  # other machines may have other packages
+        return
+    try:
+        spec.make(**config.env.options).close()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"env.options of {config.env.target}: {error}") from None
+
+
 def reads_bytes(config: Config, spec: EnvSpec) -> bool:
     """Return whether the built-in byte-level tokenizer is used because no other tokenizer is available."""
     return config.model.tokenizer is None and config.model.path is None and spec.phrases is None

@@ -73,7 +73,7 @@ def _adapted(name: str, env: str, prompts: str, parser: str, **declared: Any) ->
         make=_lazy(f"empg_envs.adapters.{name}", env),
         prompts=_lazy("empg_envs.adapters.prompt", prompts),
         parser=_lazy("empg_envs.adapters.prompt", parser),
-        **declared,
+        **{"is_tried": True, **declared},
     )
 
 

@@ -146,6 +146,8 @@ class EnvSpec:
         spaces. None for an environment without a closed vocabulary.
       has_calls: each observation is a call of a program, whose whole conversation is ``info["messages"]`` and
         whose tools are ``info["tools"]``; the prompt builder is not used.
+      is_tried: one is built before a run, so that options which it refuses are told at once; that must be
+        quick and start nothing.
       timeout_outcome: treatment of an episode that exceeds its time: ``discard``, or ``zero`` where an agent
         could bring that about to be rid of a lost episode.
     """
@@ -156,6 +158,7 @@ class EnvSpec:
     parser: Callable[..., ActionParser]
     phrases: Callable[..., list[str]] | None = None
     has_calls: bool = False
+    is_tried: bool = False
     timeout_outcome: str = "discard"
 
 

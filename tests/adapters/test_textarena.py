@@ -130,9 +130,9 @@ def test_an_opponent_without_a_move_is_a_fault_with_a_name():
 def test_word_lists_are_never_fetched(monkeypatch):
     nltk = pytest.importorskip("nltk")
     fetched = []
-    monkeypatch.setattr(nltk, "download", lambda *arguments, **options: fetched.append(arguments))
+    monkeypatch.setattr(nltk, "download", lambda *names, **_: fetched.append(names))
     monkeypatch.setattr(nltk.data, "path", [])
-    with pytest.raises(ValueError, match="its word list is not here: python -m nltk.downl"):
+    with pytest.raises(ValueError, match=r"its word list is not here: python -m nltk\.downloader words"):
         make_env("textarena", id="Hangman-v0")
     assert not fetched
 
