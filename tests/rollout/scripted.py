@@ -56,6 +56,24 @@ class ScriptedEngine:
         return Response(slot, np.zeros(1, np.int32), tokens, zeros, zeros, versions, "stop")
 
 
+class Speaker(ScriptedEngine):
+    """Says one response at every turn; ``prompts`` are the tokens that it was given, in order."""
+
+    def __init__(self, tokens):
+        super().__init__(slots=1)
+        self.prompts = []
+        self._tokens = np.asarray(tokens, np.int32)
+
+    def submit(self, slot, tokens, *, is_fresh, ids):
+        self.prompts.append(list(tokens))
+        super().submit(slot, tokens, is_fresh=is_fresh, ids=ids)
+
+    def _respond(self, slot, ids):
+        zeros = np.zeros(len(self._tokens), np.float32)
+        versions = np.zeros(len(self._tokens), np.int32)
+        return Response(slot, np.zeros(1, np.int32), self._tokens, zeros, zeros, versions, "stop")
+
+
 class TokenContext:
     """Every prompt is one token."""
 

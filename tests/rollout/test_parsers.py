@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from empg_envs import ENVS
@@ -10,11 +9,10 @@ from empg_envs.base import PlainPrompts, after_thought
 from empg_envs.guided import GuidedPrompts
 from empg_envs.parsers import PARSERS, REQUESTS, ask_for, make_parser
 from empg_jax.config import load_config
-from empg_jax.engine.engine import Response
 from empg_jax.errors import ConfigError
 from empg_jax.rollout.episode import Attempt
 from empg_jax.run import assembly, sampling
-from tests.rollout.scripted import ScriptedEngine, run
+from tests.rollout.scripted import Speaker, run
 
 OWN = ["env.name=null", "env.entry_point=tests.fakes:CountingEnv", "sft.updates=0", "workers.num=1"]
 THOUGHT = '<think>\nI could say <action>wait</action>\nor {"action": "wait"}.\n</think>\n\n'
@@ -28,19 +26,6 @@ SAID = {
     "tool_call": (CALL, "go north"),
     "whole": ("go\nnorth", "go\nnorth"),
 }
-
-
-class Speaker(ScriptedEngine):
-    """Says one response at every turn."""
-
-    def __init__(self, tokens):
-        super().__init__(slots=1)
-        self._tokens = np.asarray(tokens, np.int32)
-
-    def _respond(self, slot, ids):
-        zeros = np.zeros(len(self._tokens), np.float32)
-        versions = np.zeros(len(self._tokens), np.int32)
-        return Response(slot, np.zeros(1, np.int32), self._tokens, zeros, zeros, versions, "stop")
 
 
 @pytest.fixture(scope="module")

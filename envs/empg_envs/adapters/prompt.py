@@ -22,16 +22,16 @@ def make_listing_prompts(instructions: str = "", list_actions: bool = True) -> G
     return GuidedPrompts(instructions, list_actions)
 
 
-def make_whole_parser() -> WholeParser:
+def make_whole_parser(instructions: str = "") -> WholeParser:
     """Build the parser of environments that read the whole answer; a thought is no part of it."""
     return WholeParser()
 
 
-def make_line_parser() -> PlainParser:
-    """Build the parser of environments whose actions are lines."""
+def make_line_parser(instructions: str = "", list_actions: bool = True) -> PlainParser:
+    """Build the parser of environments whose actions are lines; it accepts the options of the prompts."""
     return PlainParser()
 
 
-def make_call_parser() -> CallParser:
+def make_call_parser(instructions: str = "") -> CallParser:
     """Build the parser of environments whose actions are tool calls."""
     return CallParser()
