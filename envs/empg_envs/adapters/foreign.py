@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -131,21 +129,3 @@ def import_package(name: str, wheel: str = "") -> ModuleType:
         raise ValueError(
             f"the package {wheel or name} is needed ({error}): in the clone: pip install -e '.[adapters]'"
         ) from None
-
-
-def import_function(option: str, entry_point: str) -> Callable[..., Any]:
-    """Import ``package.module:function``, which may lie in the current folder.
-
-    Raises:
-      ValueError: it does not exist; the message names the option.
-    """
-    module, _, name = entry_point.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option}={entry_point}: {error}; expected package.module:function") from None
-    if not callable(found):
-        raise ValueError(f"{option}={entry_point} is a {type(found).__name__}; expected a function")
-    return found

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from empg_envs.adapters.foreign import ForeignEnv, Reply, import_function, import_package, make_sizes
-from empg_envs.names import suggest
+from empg_envs.adapters.foreign import ForeignEnv, Reply, import_package, make_sizes
+from empg_envs.names import import_function, suggest
 
 
 class GymnasiumEnv(ForeignEnv):

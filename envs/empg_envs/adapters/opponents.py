@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from empg_envs.adapters.foreign import import_function
-from empg_envs.names import suggest
+from empg_envs.names import import_function, suggest
 
 OPPONENTS = ("random", "first")
 _MOVE = re.compile(r"\[[^\[\]\n]{1,40}\]")

@@ -7,10 +7,7 @@ waits for the next one, or for the program's end, whose last line of output tell
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib
 import json
-import math
 import os
 import queue
 import shlex
@@ -20,17 +17,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from empg_envs.base import EnvFault
 from empg_envs.draw import Draw
 from empg_envs.harness.server import Call, Endpoint, Session
+from empg_envs.names import import_function
+from empg_envs.task_lines import describe_task, number_tasks, read_tasks
+from empg_envs.verdicts import read_verdict
 
 LOOK_SECONDS = 0.02  # between two looks at a program that does not call
 TAIL = 2000  # last characters of a program's output in messages
-HOLD_OUT = 5  # every so-many-th task is a test task where no task says its split
 
 _endpoint: list[Endpoint] = []
 _lock = threading.Lock()
@@ -74,8 +71,8 @@ class HarnessEnv:
             raise ValueError("command is empty: name a program, for example 'python my_agent.py'")
         if self._command[0] in ("python", "python3"):
             self._command[0] = sys.executable
-        self._panels = _read_tasks(tasks) if tasks is not None else _number_tasks(num_tasks)
-        self._scorer = None if scorer is None else _find_scorer(scorer)
+        self._panels = read_tasks(tasks) if tasks is not None else number_tasks(num_tasks)
+        self._scorer = None if scorer is None else import_function("scorer", scorer)
         self._start_timeout, self._call_timeout = start_timeout, call_timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._session: Session | None = None
@@ -144,9 +141,7 @@ class HarnessEnv:
         panel = self._find_panel(split)
         if not 0 <= index < len(panel):
             raise IndexError(f"task {split}/{index} does not exist: the split has {len(panel)} tasks")
-        task = panel[index]
-        digest = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
-        return {**task, "split": split, "index": index, "content_hash": digest}
+        return describe_task(panel[index], split, index)
 
     def _find_panel(self, split: str) -> list[dict[str, Any]]:
         if split not in self._panels:
@@ -221,16 +216,11 @@ class HarnessEnv:
             lines = output.strip().splitlines()
             with contextlib.suppress(ValueError, RecursionError):
                 found = json.loads(lines[-1]) if lines else None
-        result = {"reward": found} if _is_number(found) else found
-        if not isinstance(result, dict) or not _is_number(result.get("reward")):
+        verdict = read_verdict(found)
+        if verdict is None:
             source = "the scorer returned none" if self._scorer is not None else "its last line has none"
             raise EnvFault("agent_no_reward", f'no finite "reward": {source}; {self._describe_end()}')
-        metrics = result.get("metrics") or {}
-        return {
-            "reward": float(result["reward"]),
-            "success": bool(result.get("success", result["reward"] > 0)),
-            "metrics": {str(name): float(value) for name, value in metrics.items()},
-        }
+        return verdict
 
     def _describe_end(self) -> str:
         assert self._process is not None
@@ -250,50 +240,3 @@ def _find_endpoint() -> Endpoint:
         if not _endpoint:
             _endpoint.append(Endpoint())
         return _endpoint[0]
-
-
-def _number_tasks(count: int) -> dict[str, list[dict[str, Any]]]:
-    return {
-        "train": [{"number": i} for i in range(count)],
-        "test": [{"number": count + i} for i in range(count)],
-    }
-
-
-def _read_tasks(path: str) -> dict[str, list[dict[str, Any]]]:
-    tasks: list[dict[str, Any]] = []
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"tasks={path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            task = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"tasks={path}, line {number}: not JSON ({error})") from None
-        if not isinstance(task, dict) or task.get("split", "train") not in ("train", "test"):
-            raise ValueError(f'tasks={path}, line {number}: expected an object, its "split" train or test')
-        tasks.append(task)
-    has_splits = any("split" in task for task in tasks)
-    panels: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-    for number, task in enumerate(tasks, start=1):
-        held_out = "train" if number % HOLD_OUT else "test"
-        panels[task.get("split", "train") if has_splits else held_out].append(task)
-    if not panels["train"]:
-        raise ValueError(f"tasks={path}: no task to train on")
-    return {split: panel for split, panel in panels.items() if panel}
-
-
-def _find_scorer(entry_point: str) -> Callable[[dict[str, Any], str], Any]:
-    module, _, name = entry_point.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"scorer={entry_point}: {error}; expected package.module:function") from None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

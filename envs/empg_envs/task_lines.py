@@ -1,0 +1,57 @@
+"""Tasks as JSON lines, or as numbers, in panels by split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+HOLD_OUT = 5  # every so-many-th task is a test task where no task says its split
+
+Panels = dict[str, list[dict[str, Any]]]
+
+
+def number_tasks(count: int) -> Panels:
+    """Make ``count`` tasks of each split that are numbers."""
+    return {
+        "train": [{"number": i} for i in range(count)],
+        "test": [{"number": count + i} for i in range(count)],
+    }
+
+
+def read_tasks(path: str) -> Panels:
+    """Read tasks from a file; ``"split"`` in a task says ``train`` or ``test``.
+
+    Raises:
+      ValueError: the file cannot be read, or a line is no task.
+    """
+    tasks: list[dict[str, Any]] = []
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"tasks={path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            task = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"tasks={path}, line {number}: not JSON ({error})") from None
+        if not isinstance(task, dict) or task.get("split", "train") not in ("train", "test"):
+            raise ValueError(f'tasks={path}, line {number}: expected an object, its "split" train or test')
+        tasks.append(task)
+    has_splits = any("split" in task for task in tasks)
+    panels: Panels = {"train": [], "test": []}
+    for number, task in enumerate(tasks, start=1):
+        held_out = "train" if number % HOLD_OUT else "test"
+        panels[task.get("split", "train") if has_splits else held_out].append(task)
+    if not panels["train"]:
+        raise ValueError(f"tasks={path}: no task to train on")
+    return {split: panel for split, panel in panels.items() if panel}
+
+
+def describe_task(task: dict[str, Any], split: str, index: int) -> dict[str, Any]:
+    """Return a task with its place and its hash."""
+    digest = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
+    return {**task, "split": split, "index": index, "content_hash": digest}
