@@ -93,6 +93,7 @@ ENVS: dict[str, EnvSpec] = {
         "make_whole_parser",
         timeout_outcome="zero",
     ),
+    "mcp": _adapted("mcp", "McpEnv", "make_tool_prompts", "make_call_parser", is_tried=False),
     "textarena": _adapted("textarena", "TextArenaEnv", "make_prompts", "make_whole_parser"),
 }
 

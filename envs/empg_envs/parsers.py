@@ -65,15 +65,20 @@ class CallParser:
     ``{"name": …, "arguments": {…}}``.
     """
 
+    def __init__(self, *, has_answers: bool = False) -> None:
+        """Set whether a response without a call is an answer, and valid; then every call is given as JSON."""
+        self._has_answers = has_answers
+
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
         """Return the call; a response without one is invalid."""
         said = after_thought(response)
         names = [tool["function"]["name"] for tool in info.get("tools") or ()]
         _, calls = parse_calls(said, names or None)
         if not calls or (names and calls[0].name not in names):
-            return ParsedAction(said.strip(), False)
+            answer = said.strip()
+            return ParsedAction(answer, self._has_answers and bool(answer) and "<tool_call>" not in answer)
         arguments = json.loads(calls[0].arguments)
-        if list(arguments) == ["action"] and isinstance(arguments["action"], str):
+        if not self._has_answers and list(arguments) == ["action"] and isinstance(arguments["action"], str):
             return ParsedAction(arguments["action"].strip(), True)
         call = {"name": calls[0].name, "arguments": arguments}
         return ParsedAction(json.dumps(call, ensure_ascii=False), True)

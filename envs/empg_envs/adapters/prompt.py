@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from empg_envs.base import PlainParser
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from empg_envs.base import Message, PlainParser, quote_turns
 from empg_envs.guided import GuidedPrompts
 from empg_envs.parsers import CallParser, WholeParser
+
+_CALL = (
+    'Call one with <tool_call>{"name": ..., "arguments": {...}}</tool_call>. '
+    "A response without a call is your answer, and ends the task."
+)
 
 
 def make_prompts(instructions: str = "") -> GuidedPrompts:
@@ -32,6 +41,32 @@ def make_line_parser(instructions: str = "", list_actions: bool = True) -> Plain
     return PlainParser()
 
 
+class ToolPrompts(GuidedPrompts):
+    """A prompt builder that tells the tools of ``info["tools"]`` and how to call them."""
+
+    def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
+        """Return one user message: instructions, tools and task."""
+        (message,) = super().start(observation, info)
+        tools = "\n".join(
+            json.dumps(tool["function"], ensure_ascii=False) for tool in info.get("tools") or ()
+        )
+        text = f"You have these tools, one in a line:\n{tools}\n\n{_CALL}\n\n{message['content']}"
+        return [{**message, "content": text}]
+
+    def recall(
+        self, history: Sequence[tuple[str, str]], observation: str, info: Mapping[str, Any], turn: int
+    ) -> list[Message]:
+        """Return tools, task, the remembered turns, and the last result."""
+        (task,) = self.start(str(info.get("task", "")), info)
+        text = f"{task['content']}\n\n{quote_turns(history, turn)}\n\nThe last result: {observation}"
+        return [{**task, "content": text}]
+
+
+def make_tool_prompts(instructions: str = "") -> ToolPrompts:
+    """Build the prompt builder of tool servers; ``instructions`` stand in front of the task."""
+    return ToolPrompts(instructions)
+
+
 def make_call_parser(instructions: str = "") -> CallParser:
-    """Build the parser of environments whose actions are tool calls."""
-    return CallParser()
+    """Build the parser of environments whose actions are tool calls, or an answer without one."""
+    return CallParser(has_answers=True)

@@ -1,0 +1,189 @@
+"""Tool servers of the Model Context Protocol, with a stand-in that speaks the real wire."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from empg_envs import ENVS, make_env
+from empg_envs.base import EnvFault
+from empg_jax.config import load_config
+from empg_jax.rollout.episode import Attempt
+from empg_jax.run import assembly, sampling
+from tests.rollout.scripted import Speaker, run
+
+SERVER = Path(__file__).with_name("mcp_server.py")
+
+
+def score(task, answer, calls):
+    return {"reward": 0.5 * (answer == task["word"]), "success": True, "metrics": {"found": len(calls)}}
+
+
+@pytest.fixture
+def options(tmp_path):
+    tasks = [{"prompt": f"Which word is in drawer {n}?", "word": f"w{n}", "drawer": n} for n in range(10)]
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("\n".join(map(json.dumps, tasks)))
+    return {
+        "command": f"python {SERVER}",
+        "tasks": str(file),
+        "setup_tool": "prepare",
+        "reward_tool": "judge",
+        "call_timeout": 60,
+        "start_timeout": 60,
+    }
+
+
+def call(name, **arguments):
+    return json.dumps({"name": name, "arguments": arguments})
+
+
+def test_calls_an_answer_and_the_reward_of_a_tool(options):
+    env = make_env("mcp", **options)
+    observation, info = env.reset(split="train", index=3)
+    assert observation == "Which word is in drawer 3?" and not info["won"]
+    (tool,) = info["tools"]  # what is for us is not for the policy
+    assert tool["function"]["name"] == "find" and "drawer" in tool["function"]["parameters"]["properties"]
+    assert env.step(call("find", drawer=9))[:4] == ("empty", 0.0, False, False)
+    assert env.step(call("find"))[0] == "error: missing 'drawer'"
+    assert env.step(call("fnd"))[0] == "error: there is no tool 'fnd'; did you mean 'find'?"
+    assert env.step(call("judge", answer="w3"))[0].startswith("error: there is no tool 'judge'")
+    assert env.step("<tool_call>{</tool_call>")[:3] == ("error: that is no well-formed call", 0.0, False)
+    assert env.step(call("find", drawer=3))[0] == "the word is w3"
+    observation, reward, terminated, truncated, info = env.step(" w3\n")
+    assert (reward, terminated, truncated) == (1.0, True, False)
+    assert info["won"] and info["metrics"] == {"calls": 5.0}
+    env.reset(split="test", index=1)
+    assert env.step("w3")[1:3] == (0.0, True)
+    env.close()
+
+
+def test_a_scorer_in_its_place_and_the_end_of_turns(options):
+    options |= {"reward_tool": None, "scorer": "tests.adapters.test_mcp:score", "max_turns": 2}
+    env = make_env("mcp", **options)
+    assert len(env.reset(split="train", index=0)[1]["tools"]) == 2
+    env.step(call("find", drawer=0))
+    _, reward, terminated, truncated, info = env.step(call("find", drawer=0))
+    assert (reward, terminated, truncated) == (0.0, False, True) and info["metrics"]["found"] == 2.0
+    env.reset(split="train", index=0)
+    assert env.step("w0")[1:3] == (0.5, True)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason", "message"),
+    [
+        ("hang", "mcp_timeout", r"no answer to tools/call in 1 s"),
+        ("crash", "mcp_crashed", r"the server ended at tools/call; python .*said: broken drawer"),
+        ("refuse", "mcp_error", r"tools/list: .*no tools today"),
+        ("no_reward", "mcp_no_reward", r"no finite reward from the reward_tool=judge: None"),
+    ],
+)
+def test_faults_have_names(options, trouble, reason, message):
+    options |= {"command": f"python {SERVER} {trouble}", "call_timeout": 1 if trouble == "hang" else 60}
+    env = make_env("mcp", **options)
+    with pytest.raises(EnvFault, match=message) as caught:
+        env.reset(split="train", index=0)
+        env.step("w0" if trouble == "no_reward" else call("find", drawer=0))
+    assert caught.value.reason == reason
+    env.close()
+
+
+def test_a_server_that_cannot_be_started(options):
+    with pytest.raises(EnvFault, match="no-such-program cannot be started"):
+        make_env("mcp", **{**options, "command": "no-such-program"}).reset(split="train", index=0)
+    env = make_env("mcp", **{**options, "setup_tool": "prepair"})
+    with pytest.raises(EnvFault, match="setup_tool=prepair: the server has find, prepare, judge"):
+        env.reset(split="train", index=0)
+
+
+def test_servers_end_with_their_episodes(options):
+    def servers():
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit() and int(folder.name) != os.getpid():
+                try:
+                    words = (folder / "cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if mark.encode() in words:
+                    found.append(folder.name)
+        return found
+
+    mark = f"mark-{time.monotonic_ns()}"
+    env = make_env("mcp", **{**options, "command": f"python {SERVER} {mark}"})
+    for _ in range(2):
+        env.reset(split="train", index=0)
+        assert len(servers()) == 1
+    env.step("w0")
+    assert not servers()
+    env.reset(split="train", index=0)
+    env.close()
+    assert not servers()
+
+
+def test_the_policy_reads_the_tools_and_its_call_arrives(options):
+    """From the configuration to the server and back, through a worker."""
+    overrides = [f"env.options.{key}={json.dumps(value)}" for key, value in options.items()]
+    limits = ["workers.num=1", "workers.step_timeout=150", "workers.reset_timeout=150", "env.max_turns=2"]
+    config = load_config("quickstart", ["env.name=mcp", "sft.updates=0", *overrides, *limits])
+    language = assembly.make_language(config)
+    said = '<think>drawer 0</think><tool_call>{"name": "find", "arguments": {"drawer": 0}}</tool_call>'
+    with sampling.make_pool(config) as pool:
+        engine = Speaker(language.tokenizer.encode(said))
+        collector = sampling.make_collector(config, engine, pool, language, stream=0)
+        (trajectory,) = run(collector, [Attempt("train", 0, 0, 0)]).values()
+    first, second = trajectory.turns
+    assert first.is_valid and second.observation == "the word is w0"
+    prompt = language.tokenizer.decode(engine.prompts[0])
+    assert '{"name": "find", "description": "find it"' in prompt and "Which word is in drawer 0?" in prompt
+
+
+def test_prompts_and_parser():
+    prompts, parser = (
+        ENVS["mcp"].prompts(instructions="Be brief."),
+        ENVS["mcp"].parser(instructions="Be brief."),
+    )
+    info = {"task": "Which word?", "tools": [{"function": {"name": "find"}}]}
+    (message,) = prompts.window([("empty", call("find", drawer=1))], "empty", info, 2)
+    for part in (
+        '{"name": "find"}',
+        "Be brief.\n\nWhich word?",
+        "Observation 2: 'empty'",
+        "The last result: empty",
+    ):
+        assert part in message["content"]
+    assert parser("w3", info).is_valid and not parser("", info).is_valid
+    assert not parser("<tool_call>{</tool_call>", info).is_valid
+    parsed = parser('<tool_call>{"name": "find", "arguments": {"action": "x"}}</tool_call>', info)
+    assert json.loads(parsed.action) == {"name": "find", "arguments": {"action": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"command": ""}, r'env.options.command="python server.py" is missing'),
+        ({"tasks": ""}, "env.options.tasks=FILE.jsonl is missing"),
+        ({"tasks": "nowhere.jsonl"}, "tasks=nowhere.jsonl: "),
+        ({"reward_tool": None}, "give one of env.options.reward_tool and env.options.scorer"),
+        (
+            {"scorer": "tests.adapters.test_mcp:score"},
+            "give one of env.options.reward_tool and env.options.scorer",
+        ),
+        (
+            {"reward_tool": None, "scorer": "nowhere:f"},
+            "scorer=nowhere:f: .*expected package.module:function",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told(options, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_env("mcp", **(options | change))
+
+
+def test_tasks_without_a_prompt_are_told(options, tmp_path):
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "a"}\n{"word": "b"}\n')
+    with pytest.raises(ValueError, match='task 1 of train has no "prompt"'):
+        make_env("mcp", **{**options, "tasks": str(tmp_path / "odd.jsonl")})
