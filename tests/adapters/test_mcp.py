@@ -22,13 +22,10 @@ def score(task, answer, calls):
 
 
 @pytest.fixture
-def options(tmp_path):
-    tasks = [{"prompt": f"Which word is in drawer {n}?", "word": f"w{n}", "drawer": n} for n in range(10)]
-    file = tmp_path / "tasks.jsonl"
-    file.write_text("\n".join(map(json.dumps, tasks)))
+def options():
     return {
         "command": f"python {SERVER}",
-        "tasks": str(file),
+        "tasks": str(SERVER.with_name("drawers.jsonl")),
         "setup_tool": "prepare",
         "reward_tool": "judge",
         "call_timeout": 60,

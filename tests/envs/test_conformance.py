@@ -31,15 +31,23 @@ OPTIONS: dict[str, list[dict]] = {
     "swe": [{"tools": "functions", "max_turns": 7}, {"tools": "terse", "max_turns": 7}],
     "harness": [{"command": f"python {ROOT / 'tests' / 'harness' / 'agents.py'} steady"}],
     "webshop": [{"level": "tiny"}, {"level": "standard", "style": "page"}],
-    "gymnasium": [{"id": "FrozenLake-v1", "describe": "render", "actions": ["left", "down", "right", "up"]}],
+    "gymnasium": [{"id": "tests.adapters.games:Guess-v0"}],
     "reasoning_gym": [{"dataset": "chain_sum", "params": {"max_terms": 3}}],
+    "mcp": [
+        {
+            "command": f"python {ROOT / 'tests' / 'adapters' / 'mcp_server.py'}",
+            "tasks": str(ROOT / "tests" / "adapters" / "drawers.jsonl"),
+            "setup_tool": "prepare",
+            "reward_tool": "judge",
+        }
+    ],
     "textarena": [{"id": "TicTacToe-v0"}],
 }
 CASES = [(name, options) for name in ENVS for options in OPTIONS.get(name, [{}])]
 IDS = [f"{name}-{'-'.join(map(str, options.values()))}" for name, options in CASES]
 CAGED = {"swe"}  # environments that need a sandbox
 ADAPTERS = {"gymnasium", "reasoning_gym", "textarena"}  # environments that need a package of their name
-ENDS_ANY_TIME = {"reasoning_gym", "textarena"}  # a single answer, or a few illegal moves, end an episode
+ENDS_ANY_TIME = {"reasoning_gym", "mcp", "textarena"}  # an answer, or a few illegal moves, end an episode
 every_env = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 
 
@@ -56,7 +64,8 @@ def needed(request: pytest.FixtureRequest) -> None:
 @every_env
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_checks(name: str, options: dict, check) -> None:
-    check.run(Subject(name, options, episodes=2))
+    # A server starts for each episode.
+    check.run(Subject(name, options, episodes=1 if name == "mcp" else 2))
 
 
 @every_env
@@ -74,7 +83,7 @@ def test_seeds_draw_different_tasks(name: str, options: dict) -> None:
     assert len(drawn) > 1
 
 
-@every_env
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] != "mcp"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=st.lists(st.text(max_size=60), min_size=1, max_size=6))
 def test_nonsense_earns_nothing_and_ends_nothing(name: str, options: dict, actions: list[str]) -> None:
@@ -126,8 +135,8 @@ def test_plain_prompts_and_parser() -> None:
 
 
 def test_environments_load_neither_jax_nor_the_trainer() -> None:
-    # A program must be named, and packages that are adapted bring NumPy.
-    ours = [name for name in ENVS if name != "harness" and name not in ADAPTERS]
+    # Programs must be named, and packages that are adapted bring NumPy.
+    ours = [name for name in ENVS if name not in {"harness", "mcp", *ADAPTERS}]
     runnable = [name for name in ours if name not in CAGED or has_cages()]
     script = (
         "import sys, empg_envs\n"
