@@ -263,7 +263,7 @@ def test_soak_loses_and_doubles_nothing(capsys, trouble):
     if trouble is HEAVY:
         assert stats.failures["timeout"] and stats.failures["worker_died"]
     assert len(soak.consumed) > SECONDS / 4
-    # Nothing grows: memory, processes, and descriptors by no more than the workers that just die or begin hold
+    # Nothing grows: memory, processes, and descriptors by no more than workers that just die or begin hold
     # (three each): a leak would show once for each worker that was lost.
     assert after[0] - before[0] < 16
     assert after[2] <= before[2] + trouble.workers
