@@ -36,15 +36,20 @@ def run(study: Study, arguments: argparse.Namespace) -> int:
     """Make the runs that are still to do."""
     from study_runs import Runner
 
-    for arm in arguments.only or ():
-        if arm not in study.arms:
-            known = ", ".join(study.arms)
-            raise ConfigError(f"--only {arm}: no such arm{nearest(arm, study.arms)}; there are {known}")
+    for option, wanted, known in (
+        ("arms", arguments.arms, study.arms),
+        ("tasks", arguments.tasks, study.tasks),
+    ):
+        for name in wanted or ():
+            if name not in known:
+                hint, there_are = nearest(name, known), ", ".join(known)
+                raise ConfigError(f"--{option} {name}: no such {option[:-1]}{hint}; there are {there_are}")
     os.nice(arguments.nice)
     runner = Runner(
         study,
         arguments.runs_dir or Path("runs") / "studies" / study.folder.resolve().name,
-        arms=arguments.only,
+        arms=arguments.arms,
+        tasks=arguments.tasks,
         limit=arguments.limit,
         retry=arguments.retry,
         say=lambda text: print(text, file=sys.stderr, flush=True),
@@ -98,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         if do is run:
             command.add_argument("--jobs", type=_count, default=1, help="runs at one time")
             command.add_argument("--nice", type=int, default=10, help="added to the process's niceness")
-            command.add_argument("--only", nargs="+", metavar="ARM", help="run these arms only")
+            command.add_argument("--arms", nargs="+", metavar="ARM", help="run these arms only")
+            command.add_argument("--tasks", nargs="+", metavar="TASK", help="run these tasks only")
             command.add_argument("--limit", type=_count, help="runs to start at most")
             command.add_argument("--retry", action="store_true", help="also go on with runs that failed")
             command.add_argument(

@@ -39,6 +39,7 @@ class Runner:
       study: the study.
       runs_dir: parent of the runs' folders.
       arms: arms to run; None is all.
+      tasks: tasks to run; None is all.
       limit: most runs to start; None is no limit.
       retry: also go on with runs that failed before.
       say: receives messages for the user.
@@ -50,6 +51,7 @@ class Runner:
         runs_dir: Path,
         *,
         arms: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
         limit: int | None = None,
         retry: bool = False,
         say: Callable[[str], None],
@@ -65,6 +67,7 @@ class Runner:
                 triple
                 for triple in study.triples()
                 if (arms is None or triple.arm in arms)
+                and (tasks is None or triple.task in tasks)
                 and (triple not in last or (retry and last[triple]["status"] == "failed"))
             ]
         )

@@ -55,7 +55,9 @@ def test_adapters_say_what_they_need(monkeypatch):
 
 def test_configurations():
     found = listed("configs")
-    assert found.keys() == {path.stem for path in (runs.ROOT / "configs").glob("*.yaml")}
+    folder = runs.ROOT / "configs"
+    names = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+    assert found.keys() == names
     assert found["quickstart"].startswith("Learns a small text household on two CPU cores")
 
 

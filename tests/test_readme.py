@@ -82,7 +82,7 @@ def test_what_a_page_names_exists(page):
         assert (ROOT / page).parent.joinpath(link).exists(), link
     for command in re.findall(r"(?m)^(?:\.venv/bin/)?empg-jax (\S+)", text):
         assert command in COMMANDS, command
-    for name in re.findall(r"empg-jax train ([a-z][\w.]*\w)", text):
+    for name in re.findall(r"empg-jax train ([a-z][\w./]*\w)", text):
         assert (ROOT / "configs" / f"{name}.yaml").is_file(), name
 
 

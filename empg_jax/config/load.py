@@ -38,7 +38,7 @@ from empg_jax.config.sections import (
     WorkersConfig,
 )
 from empg_jax.config.serve import ServeConfig
-from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, read_yaml
+from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, read_file
 from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
@@ -265,7 +265,7 @@ def load_config(
       ConfigError: the configuration is wrong; one message lists all problems.
     """
     path = find_file(name_or_path)
-    values = {"name": path.stem} | read_yaml(path)
+    values = {"name": path.stem} | read_file(path)
     notes = drop_options(values, overrides)
     filed, command = copy.deepcopy(values.get("algorithm", {})), dict[str, Any]()
     for override in overrides:

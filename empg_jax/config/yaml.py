@@ -34,24 +34,57 @@ _Loader.add_implicit_resolver(
 
 
 def find_file(name_or_path: str | Path) -> Path:
-    """Find the file of a packaged name (``quickstart``) or a path.
+    """Find the file of a packaged name (``quickstart``, ``papers/aem_grpo_alfworld_7b``) or a path.
 
     Raises:
       ConfigError: there is no such file; the message lists the packaged names.
     """
     path = Path(name_or_path).expanduser()
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+    packaged = _list_packaged()
+    if str(name_or_path) in packaged:
+        return packaged[str(name_or_path)]
+    if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
         raise ConfigError(f"no configuration file {path}")
-    packaged = {file.stem: file for file in sorted(_packaged_folder().glob("*.yaml"))}
-    if str(name_or_path) not in packaged:
-        hint = nearest(str(name_or_path), packaged)
-        raise ConfigError(
-            f"no packaged configuration {str(name_or_path)!r}{hint}; there are: {', '.join(packaged)}; "
-            "a file of your own is given as a path that ends in .yaml"
-        )
-    return packaged[str(name_or_path)]
+    hint = nearest(str(name_or_path), packaged)
+    raise ConfigError(
+        f"no packaged configuration {str(name_or_path)!r}{hint}; there are: {', '.join(packaged)}; "
+        "a file of your own is given as a path that ends in .yaml"
+    )
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a configuration file on top of the one that its key ``base`` names, if it has one.
+
+    A base is a packaged name or a path relative to the file, and may have a base itself. Tables are merged;
+    an empty table removes the base's.
+
+    Raises:
+      ConfigError: a file of the chain is missing or malformed, or the chain is a circle.
+    """
+    chain: list[Path] = []
+    merged: dict[str, Any] = {}
+    current: Path | None = path
+    while current is not None:
+        if current.resolve() in chain:
+            circle = " -> ".join(each.name for each in [*chain, current])
+            raise ConfigError(f"{path}: the chain of base files is a circle: {circle}")
+        chain.append(current.resolve())
+        values = read_yaml(current)
+        base = values.pop("base", None)
+        merged = _merge(values, merged)
+        current = None if base is None else _find_base(current, base)
+    return merged
+
+
+def _find_base(path: Path, base: Any) -> Path:
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base={base!r} must be the name or the path of a configuration")
+    try:
+        return find_file(path.parent / base if base.endswith((".yaml", ".yml")) else base)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: base={base}: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -135,10 +168,10 @@ def drop_options(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 def find_packaged() -> dict[str, str]:
     """List the packaged configurations: name, and the first sentence of the comment at the file's top."""
     found = {}
-    for path in sorted(_packaged_folder().glob("*.yaml")):
+    for name, path in _list_packaged().items():
         lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
         text = " ".join(line.removeprefix("#").strip() for line in lines)
-        found[path.stem] = re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
+        found[name] = re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
     return found
 
 
@@ -157,7 +190,14 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 def is_packaged(path: Path) -> bool:
     """Return whether a file is one of the package's configurations."""
-    return path.resolve().parent == _packaged_folder().resolve()
+    return path.resolve().is_relative_to(_packaged_folder().resolve())
+
+
+def _list_packaged() -> dict[str, Path]:
+    """Return the packaged files by name; those of the papers have their folder in front."""
+    folder = _packaged_folder()
+    files = sorted(folder.glob("*.yaml")) + sorted(folder.glob("*/*.yaml"))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
 def _packaged_folder() -> Path:

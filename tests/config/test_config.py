@@ -287,3 +287,28 @@ def test_training_loads_without_the_packages_of_the_command_line():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "pydantic" in done.stdout
+
+
+def test_a_file_may_start_from_another(tmp_path):
+    (tmp_path / "first.yaml").write_text("base: quickstart\nrollout: {group_size: 4}\nenv: {max_turns: 3}\n")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\nenv: {options: {}, max_turns: 5}\nseed: 3\n")
+    config, quickstart = load_config(tmp_path / "second.yaml"), load_config("quickstart")
+    assert (config.name, config.seed, config.env.max_turns, config.rollout.group_size) == ("second", 3, 5, 4)
+    assert config.rollout.tasks_per_update == quickstart.rollout.tasks_per_update
+    assert quickstart.env.options and not config.env.options
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("own.yaml", r"own\.yaml: the chain of base files is a circle: own\.yaml -> own\.yaml"),
+        ("missing.yaml", r"own\.yaml: base=missing\.yaml: no configuration file .*missing\.yaml"),
+        ("quickstrat", r"own\.yaml: base=quickstrat: no packaged configuration 'quickstrat'.*quickstart"),
+        ("[1]", r"own\.yaml: base=\[1\] must be the name or the path of a configuration"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_named(tmp_path, base, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)

@@ -47,7 +47,7 @@ def test_a_study_goes_on_where_it_was(call, folder, runs_dir, capsys):
     assert call("--limit", "3") == 0
     assert journal_names(runs_dir) == names[:3]
     assert "house aem    1 finished, 0 failed, 0 running, 1 to do" in capsys.readouterr().out.splitlines()
-    assert call("--only", "aem") == 0
+    assert call("--arms", "aem") == 0
     assert call("--jobs", "2") == 0 and call() == 0
     assert sorted(journal_names(runs_dir)) == sorted(names)
     assert journal_names(runs_dir)[3:6] == [name for name in names[3:] if "aem" in name]
@@ -96,7 +96,7 @@ def test_failures_are_recorded_with_their_reason_and_made_again_on_request(call,
 def test_a_run_that_is_killed_goes_on_and_fails_only_when_it_always_is(call, folder, runs_dir):
     study_file = made_up.make_study(folder, seeds=(3,), other="deadly")
     for number in range(1, 6):
-        assert call("--only", "deadly", "--limit", "1") == 0
+        assert call("--arms", "deadly", "--limit", "1") == 0
         assert made_up.journal(runs_dir)[-1] == ("house-deadly-3", number > 1)
         assert len(Ledger(study_file).read()) == (number == 5)
     assert Ledger(study_file).read()[0]["reason"].startswith("killed by signal 9")
@@ -120,8 +120,10 @@ def test_folders_of_other_settings_are_refused(call, folder, capsys):
     made_up.make_study(folder, replace={"[eval.every=10]": "[eval.every=5]"})
     assert call() == 2
     assert "house-plain-3 was begun with" in capsys.readouterr().err
-    assert call("--only", "ame") == 2
-    assert "--only ame: no such arm (did you mean aem?)" in capsys.readouterr().err
+    assert call("--arms", "ame") == 2
+    assert "--arms ame: no such arm (did you mean aem?)" in capsys.readouterr().err
+    assert call("--tasks", "hose") == 2
+    assert "--tasks hose: no such task (did you mean house?)" in capsys.readouterr().err
 
 
 def test_processes_share_a_study_and_make_every_run_once(folder, runs_dir):
@@ -154,7 +156,7 @@ def test_a_run_that_ends_while_another_process_starts_is_made_once(call, folder,
 
 def test_a_stop_reaches_the_run_and_the_next_call_goes_on(folder, runs_dir):
     study_file = made_up.make_study(folder, seeds=(3,), other="slow")
-    process = made_up.start(folder, runs_dir, "--only", "slow")
+    process = made_up.start(folder, runs_dir, "--arms", "slow")
     try:
         made_up.wait_for(lambda: (runs_dir / "house-slow-3" / "config.yaml").exists())
         process.terminate()
@@ -164,7 +166,7 @@ def test_a_stop_reaches_the_run_and_the_next_call_goes_on(folder, runs_dir):
     assert process.returncode == 143 and "house-slow-3 was stopped; the next call goes on" in told
     assert not Ledger(study_file).read() and not list(Ledger(study_file).claimed())
     (runs_dir / "go").touch()
-    after = made_up.start(folder, runs_dir, "--only", "slow")
+    after = made_up.start(folder, runs_dir, "--arms", "slow")
     _, told = after.communicate(timeout=120)
     assert after.returncode == 0, told
     names = [("house-slow-3", False), ("house-slow-3", True), ("shop-slow-3", False)]
@@ -176,18 +178,18 @@ def test_a_stop_reaches_the_run_and_the_next_call_goes_on(folder, runs_dir):
 def test_the_run_of_a_killed_process_is_not_begun_twice(folder, runs_dir):
     """Its run goes on alone and keeps its claim; whoever comes after it is over records it."""
     study_file = made_up.make_study(folder, seeds=(3,), other="slow")
-    process = made_up.start(folder, runs_dir, "--only", "slow", "--limit", "1")
+    process = made_up.start(folder, runs_dir, "--arms", "slow", "--limit", "1")
     made_up.wait_for(lambda: (runs_dir / "house-slow-3" / "config.yaml").exists())
     process.kill()
     process.communicate()
     assert list(Ledger(study_file).claimed()) == [Triple("house", "slow", 3)]
-    second = made_up.start(folder, runs_dir, "--only", "slow", "--limit", "1")
+    second = made_up.start(folder, runs_dir, "--arms", "slow", "--limit", "1")
     made_up.wait_for(lambda: (runs_dir / "shop-slow-3" / "config.yaml").exists())
     (runs_dir / "go").touch()
     second.communicate(timeout=120)
     made_up.wait_for(lambda: not list(Ledger(study_file).claimed()))
     assert [line["task"] for line in Ledger(study_file).read()] == ["shop"]
-    third = made_up.start(folder, runs_dir, "--only", "slow")
+    third = made_up.start(folder, runs_dir, "--arms", "slow")
     third.communicate(timeout=120)
     line = newest(Ledger(study_file).read())[Triple("house", "slow", 3)]
     assert line["status"] == "finished" and line["attempts"] == 2

@@ -1,0 +1,89 @@
+"""The papers' recipes: every file says what it is, is the named method, and trains with a tiny model."""
+
+import re
+
+import pytest
+
+from empg_jax import trainer
+from empg_jax.config import load_config
+from empg_jax.run.assembly import describe_algorithm, make_recipe_from
+from tests.runs import ROOT, TINY, lines, quick_compilations, share_compilations
+
+FILES = {path.stem: path for path in sorted((ROOT / "configs" / "papers").glob("*.yaml"))}
+# What stands in for the papers' models, machines and data; algorithm, prompts and rewards stay the file's.
+SMALL = [
+    *(line for line in TINY if not line.startswith(("rollout.max_tokens", "train.micro_tokens", "env."))),
+    "model.path=null",
+    "model.dtype=float32",
+    "rollout.slots=4",
+    "rollout.data=1",
+    "rollout.tensor=1",
+    "rollout.max_tokens=1024",
+    "rollout.prefill_buckets=[256]",
+    "mesh.fsdp=1",
+    "mesh.tensor=1",
+    "env.max_turns=3",
+    "env.options={}",  # the next line's options replace the file's
+    "train.updates=2",
+    "train.micro_tokens=4096",
+    "train.num_minibatches=1",
+    "sft.updates=0",
+    "eval.tasks=2",
+    "checkpoint.every=2",
+    "workers.step_timeout=60",
+]
+GENERATED = {
+    "alfworld": [
+        "env.options={source: generated, level: tiny, max_turns: 3, win_reward: 10}",
+        "env.eval_split=valid",
+    ],
+    "webshop": ["env.options={level: tiny, win_reward: 10.0}"],
+    "deepsearch": ["env.options={level: tiny, style: search_r1, topk: 2, max_turns: 3}"],
+    "swe": ["env.options={tools: functions, max_turns: 3, command_timeout: 10, grade_timeout: 30}"],
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_recipe_is_the_method_of_its_name(name):
+    method, base, _, size = name.split("_")
+    config = load_config(f"papers/{name}")
+    said = describe_algorithm(config)
+    assert config.algorithm.modulation == method and f" + {method.upper()} (" in said
+    assert {"empg": "zeta=0.1", "aem": "lambda=1, group, min_range=0.1"}[method] in said
+    assert config.rollout.filter_groups == (base in ("dapo", "rloo"))
+    options = make_recipe_from(config).objective.options
+    assert options["clip_high"] == {"grpo": 0.2, "gspo": 4e-4}.get(base, 0.28)
+    assert ("gspo" in said.lower()) == (base == "gspo")
+    assert re.search(rf"-{size}\b", config.model.path, re.I)
+    assert config.mesh.fsdp * config.mesh.tensor > 1
+    top = re.match("(#.*\n)+", FILES[name].read_text()).group()
+    assert "ublished" in top and {"empg": "2509.09265", "aem": "2605.00425"}[method] in top
+
+
+def test_every_recipe_is_in_the_table_of_published_numbers():
+    table = (ROOT / "configs" / "README.md").read_text()
+    assert set(re.findall(r"`papers/([\w.]+)`", table)) == FILES.keys()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    with quick_compilations(), share_compilations(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+def make_small(name, run_dir="run"):
+    return load_config(f"papers/{name}", [*SMALL, *GENERATED[name.split("_")[2]], f"run_dir={run_dir}"])
+
+
+def list_distinct():
+    """Names of the recipes that differ by more than what is replaced here, which is model and machines."""
+    found = {make_small(name).to_yaml().replace(name, ""): name for name in FILES}
+    return sorted(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_distinct())
+def test_recipe_trains(name, tmp_path, compiled):
+    run_dir = trainer.train(make_small(name, tmp_path / "run"))
+    updates = [line for line in lines(run_dir) if "loss" in line]
+    assert len(updates) == 2
