@@ -94,6 +94,7 @@ ENVS: dict[str, EnvSpec] = {
         timeout_outcome="zero",
     ),
     "mcp": _adapted("mcp", "McpEnv", "make_tool_prompts", "make_call_parser", is_tried=False),
+    "openenv": _adapted("openenv", "OpenEnvEnv", "make_prompts", "make_whole_parser"),
     "textarena": _adapted("textarena", "TextArenaEnv", "make_prompts", "make_whole_parser"),
 }
 
