@@ -70,7 +70,8 @@ def test_a_worker_loads_no_jax():
 
 def test_the_small_configuration_trains(tmp_path):
     small = [line for line in runs.TINY if not line.startswith(("rollout.max_r", "train.updates"))]
-    more = ["train.updates=1", "log.rollouts_every=1", "eval.tasks=2", "rollout.max_response_tokens=6"]
+    more = ["train.updates=1", "sft.updates=0", "log.rollouts_every=1", "eval.tasks=2"]
+    more += ["rollout.max_response_tokens=6"]
     more += ["rollout.prefill_buckets=[80]", "workers.step_timeout=120", "workers.reset_timeout=120"]
     config = load_config("reasoning_gym_tiny", [*small, *more, f"run_dir={tmp_path / 'run'}"])
     with runs.share_compilations(tmp_path / "compiled"), runs.quick_compilations():

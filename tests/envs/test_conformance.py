@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 import empg_envs
 from empg_envs import ENVS, EnvSpec, PlainParser, PlainPrompts, TextEnv, make_env, resolve_spec
-from empg_envs.conformance import CHECKS, Subject, check_any_text, check_parser, check_reply
+from empg_envs.conformance import CHECKS, Subject
+from empg_envs.conformance.checks import check_any_text, check_parser
+from empg_envs.conformance.replies import check_reply
 from tests.cages import has_cages, need_cages
 
 ROOT = Path(empg_envs.__file__).resolve().parents[2]
@@ -84,7 +86,11 @@ def test_seeds_draw_different_tasks(name: str, options: dict) -> None:
     assert len(drawn) > 1
 
 
-@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] != "mcp"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [case for case in CASES if case[0] != "mcp"],
+    ids=[each for each, case in zip(IDS, CASES, strict=True) if case[0] != "mcp"],
+)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=st.lists(st.text(max_size=60), min_size=1, max_size=6))
 def test_nonsense_earns_nothing_and_ends_nothing(name: str, options: dict, actions: list[str]) -> None:
