@@ -74,7 +74,9 @@ class CallParser:
         said = after_thought(response)
         names = [tool["function"]["name"] for tool in info.get("tools") or ()]
         _, calls = parse_calls(said, names or None)
-        if not calls or (names and calls[0].name not in names):
+        is_known = not names or (calls and calls[0].name in names)
+        # Where the environment takes calls itself, it tells the policy which tools there are.
+        if not calls or not (is_known or self._has_answers):
             answer = said.strip()
             return ParsedAction(answer, self._has_answers and bool(answer) and "<tool_call>" not in answer)
         arguments = json.loads(calls[0].arguments)

@@ -66,6 +66,9 @@ def test_a_scorer_in_its_place_and_the_end_of_turns(options):
     assert (reward, terminated, truncated) == (0.0, False, True) and info["metrics"]["found"] == 2.0
     env.reset(split="train", index=0)
     assert env.step("w0")[1:3] == (0.5, True)
+    env.reset(split="train", index=0)
+    env.step(call("find", drawer=0))
+    assert env.step("<tool_call>{</tool_call>")[1:4] == (0.0, False, True)
     env.close()
 
 
@@ -154,6 +157,8 @@ def test_prompts_and_parser():
         assert part in message["content"]
     assert parser("w3", info).is_valid and not parser("", info).is_valid
     assert not parser("<tool_call>{</tool_call>", info).is_valid
+    other = parser('<tool_call>{"name": "drop", "arguments": {}}</tool_call>', info)
+    assert other.is_valid and json.loads(other.action)["name"] == "drop"  # the environment says what there is
     parsed = parser('<tool_call>{"name": "find", "arguments": {"action": "x"}}</tool_call>', info)
     assert json.loads(parsed.action) == {"name": "find", "arguments": {"action": "x"}}
 

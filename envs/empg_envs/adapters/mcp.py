@@ -29,7 +29,8 @@ class McpEnv(ForeignEnv):
       reward_tool: tool that is called with ``{"task", "answer"}`` at the end and gives a number, or JSON with
         ``reward``, and maybe ``success`` and ``metrics``.
       scorer: ``package.module:function`` of task, answer and calls that gives the same, in its place.
-      max_turns: number of calls after which an episode is truncated, with an empty answer.
+      max_turns: number of calls after which an episode is truncated, with an empty answer; at most
+        ``env.max_turns``, which ends an episode without asking for the reward.
       start_timeout: seconds until the server has introduced itself; keep it below ``workers.reset_timeout``.
       call_timeout: seconds for a call; keep it below half of ``workers.step_timeout``.
 
@@ -47,7 +48,7 @@ class McpEnv(ForeignEnv):
         setup_tool: str | None = None,
         reward_tool: str | None = None,
         scorer: str | None = None,
-        max_turns: int = 20,
+        max_turns: int = 10,
         start_timeout: float = 20.0,
         call_timeout: float = 8.0,
     ) -> None:
@@ -111,10 +112,16 @@ class McpEnv(ForeignEnv):
     def _act(self, action: str) -> Reply:
         assert self._server is not None
         call = _read_call(action)
-        if call is None and "<tool_call>" in action:
-            return "error: that is no well-formed call", 0.0, False, False, self._info(False)
-        if call is None:
+        if call is None and "<tool_call>" not in action:
             return self._end(action.strip(), is_truncated=False)
+        observation = "error: that is no well-formed call" if call is None else self._call(call)
+        if self._turn + 1 >= self._max_turns:
+            return self._end("", is_truncated=True)
+        return observation, 0.0, False, False, self._info(False)
+
+    def _call(self, call: dict[str, Any]) -> str:
+        """Call a tool; return its text."""
+        assert self._server is not None
         names = [tool["function"]["name"] for tool in self._tools]
         if call["name"] in names:
             text, is_error = self._server.call(call["name"], call["arguments"])
@@ -122,10 +129,7 @@ class McpEnv(ForeignEnv):
             hint = suggest(call["name"], names) or f"; there are {', '.join(names)}"
             text, is_error = f"there is no tool {call['name']!r}{hint}", True
         self._calls.append({**call, "result": text, "is_error": is_error})
-        observation = f"error: {text}" if is_error else text
-        if self._turn + 1 >= self._max_turns:
-            return self._end("", is_truncated=True)
-        return observation or "(no text)", 0.0, False, False, self._info(False)
+        return f"error: {text}" if is_error else text or "(no text)"
 
     def _end(self, answer: str, *, is_truncated: bool) -> Reply:
         """Ask for the reward, and end the server."""
