@@ -266,7 +266,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             with parts.clock.phase("update"):
                 first, steps, measured = update_policy(parts, run, scorer, delivery.trajectories)
             run.update += 1
-            check_steps(parts, run, steps, first.host)
+            check_steps(parts, run, steps, first)
             write_episodes(parts, run.update, delivery.trajectories, first)
             seconds = time.monotonic() - began
             values = describe_update(

@@ -1,8 +1,10 @@
-"""Commands that look for faults: doctor (of an installation)."""
+"""Commands that look for faults: doctor in an installation, inspect in an update."""
 
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,3 +45,22 @@ def _describe_finding(finding: Finding) -> str:
     color = {"ok": "green", "note": "yellow", "failed": "red"}[finding.status]
     line = f"[{color}]{finding.status:<6}[/{color}] {finding.name}: {escape(finding.said)}"
     return f"{line}\n       → {escape(finding.todo)}" if finding.todo else line
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_FILE", help="A run (its first dump), or RUN/debug/bad_batch_N.npz."),
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, with all episodes.")
+    ] = False,
+) -> None:
+    """Tell what was not finite in an update whose steps were left out: scores, credit, parameters."""
+    with reporting():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # as for credit
+        from empg_jax.report.debug import dump_as_json, format_dump, inspect_dump
+
+        found = inspect_dump(path)
+        typer.echo(json.dumps(dump_as_json(found)) if as_json else "\n".join(format_dump(found)))
