@@ -23,13 +23,15 @@ EXTRAS = {
     "deepsearch": (("bm25s",), "a faster BM25 for empg-jax retrieve"),
     "tantivy": (("tantivy",), "BM25 over large corpora"),
     "wandb": (("wandb",), "log.wandb=true"),
+    "mlflow": (("mlflow",), "log.mlflow=true"),
+    "trackio": (("trackio",), "log.trackio=true"),
     "ray": (("ray",), "workers.backend=ray"),
     "swerex": (("swerex",), "swe in containers"),
     "alfworld": (("alfworld",), "the original engine, to compare with"),
 }
 ACCELERATORS = {
-    "cuda": (("/dev/nvidia0", "/dev/nvidiactl"), "an NVIDIA GPU", "pip install -U 'jax[cuda12]'"),
-    "tpu": (("/dev/accel0", "/dev/vfio/0"), "a TPU", "pip install -U 'jax[tpu]'"),
+    "cuda": (("/dev/nvidia0", "/dev/nvidiactl"), "an NVIDIA GPU", "install the extra cuda12 (or cuda13), in the clone: pip install -e '.[cuda12]'"),
+    "tpu": (("/dev/accel0", "/dev/vfio/0"), "a TPU", "install the extra tpu, in the clone: pip install -e '.[tpu]'"),
 }
 LEAST_MEMORY = 2 * 2**30  # bytes that the quickstart should find free
 
