@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from empg_jax.cli.app import ConfigArgument, Overrides, app, load_checked, load_run, reporting, say
+from empg_jax.cli.completing import complete_config, complete_env
 from empg_jax.config import Config, describe, list_choices, load_config
 from empg_jax.config.yaml import find_packaged
 from empg_jax.errors import ConfigError
@@ -21,7 +22,10 @@ from empg_jax.errors import ConfigError
 @app.command("config")
 def show_config(
     config: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="A packaged name or a YAML file.")
+        str | None,
+        typer.Argument(
+            metavar="CONFIG", help="A packaged name or a YAML file.", autocompletion=complete_config
+        ),
     ] = None,
     overrides: Overrides = None,
     keys: Annotated[
@@ -150,7 +154,12 @@ def algorithms() -> None:
 @app.command()
 def play(
     env: Annotated[
-        str, typer.Argument(metavar="ENV", help="A name ('empg-jax envs') or package.module:attribute.")
+        str,
+        typer.Argument(
+            metavar="ENV",
+            help="A name ('empg-jax envs') or package.module:attribute.",
+            autocompletion=complete_env,
+        ),
     ],
     options: Annotated[
         list[str] | None,

@@ -30,8 +30,16 @@ EXTRAS = {
     "alfworld": (("alfworld",), "the original engine, to compare with"),
 }
 ACCELERATORS = {
-    "cuda": (("/dev/nvidia0", "/dev/nvidiactl"), "an NVIDIA GPU", "install the extra cuda12 (or cuda13), in the clone: pip install -e '.[cuda12]'"),
-    "tpu": (("/dev/accel0", "/dev/vfio/0"), "a TPU", "install the extra tpu, in the clone: pip install -e '.[tpu]'"),
+    "cuda": (
+        ("/dev/nvidia0", "/dev/nvidiactl"),
+        "an NVIDIA GPU",
+        "install the extra cuda12 (or cuda13), in the clone: pip install -e '.[cuda12]'",
+    ),
+    "tpu": (
+        ("/dev/accel0", "/dev/vfio/0"),
+        "a TPU",
+        "install the extra tpu, in the clone: pip install -e '.[tpu]'",
+    ),
 }
 LEAST_MEMORY = 2 * 2**30  # bytes that the quickstart should find free
 

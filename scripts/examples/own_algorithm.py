@@ -1,4 +1,4 @@
-"""An algorithm of your own: a group's best attempts get credit by how few turns they took. In this folder, say:
+"""An algorithm of your own: a group's best attempts get credit by their few turns. In this folder, say:
 
 empg-jax train quickstart algorithm.entry_point=own_algorithm:RECIPE
 """
