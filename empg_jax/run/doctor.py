@@ -184,14 +184,16 @@ def _compile_cache() -> str:
 def _extras() -> str:
     import importlib.util
 
-    present, missing = list[str](), list[str]()
-    for name, (modules, purpose) in EXTRAS.items():
-        is_there = all(importlib.util.find_spec(module) is not None for module in modules)
-        (present if is_there else missing).append(name if is_there else f"{name} ({purpose})")
-    told = f"present: {', '.join(present) or 'none'}"
+    is_there = {
+        name: all(importlib.util.find_spec(module) is not None for module in modules)
+        for name, (modules, _) in EXTRAS.items()
+    }
+    missing = [name for name, there in is_there.items() if not there]
+    told = f"present: {', '.join(name for name, there in is_there.items() if there) or 'none'}"
     if missing:
-        todo = "for what you need, in the clone: pip install -e '.[NAME]'"
-        raise Problem(f"{told}; missing: {', '.join(missing)}", todo, is_fatal=False)
+        purposes = ", ".join(f"{name} ({EXTRAS[name][1]})" for name in missing)
+        todo = f"leave out what you do not need, in the clone: pip install -e '.[{','.join(missing)}]'"
+        raise Problem(f"{told}; missing: {purposes}", todo, is_fatal=False)
     return told
 
 

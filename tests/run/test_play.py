@@ -102,6 +102,7 @@ def watch(*arguments):
     return result.exit_code, result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_a_policy_is_watched_turn_by_turn(run):
     house = "tests.houses:HOUSE"
     code, out, err = watch(house, "--policy", run, "--task", 1, "--seed", 4)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import pytest
 from typer.testing import CliRunner
 
 from empg_jax.cli import app
@@ -21,6 +22,7 @@ def chat(source, *options, stdin):
     return result.exit_code, result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_begins_anew_and_tells_entropies(talker):
     lines = "red green\n\nblue\n/new\nred green\n"
     code, out, err = chat(talker, "--entropy", "--temperature", 0, stdin=lines)
@@ -34,18 +36,21 @@ def test_a_conversation_goes_on_begins_anew_and_tells_entropies(talker):
     assert 0 < float(told[0][1]) < 5
 
 
+@pytest.mark.slow
 def test_a_limit_and_a_seed(talker):
     code, out, _ = chat(talker, "--max-tokens", 3, "--seed", 5, "--entropy", stdin="one\n")
     assert code == 0 and "[3 tokens, " in out
     assert chat(talker, "--max-tokens", 3, "--seed", 5, "--entropy", stdin="one\n")[1] == out
 
 
+@pytest.mark.slow
 def test_a_conversation_that_is_full_is_told_and_stays(talker):
     code, out, _ = chat(talker, "--max-tokens", 2, stdin=("one two " * 40) + "\none\n")
     assert code == 0 and "a conversation at most 64" in out and "/new begins a new conversation]" in out
     assert out.count("[the prompt has") == 1
 
 
+@pytest.mark.slow
 def test_a_model_without_a_template_goes_on_with_the_text(talker, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(talker, base)
