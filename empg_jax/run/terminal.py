@@ -44,7 +44,10 @@ def play_episode(
       ConfigError: there is no such environment, option, panel or task, or it has no expert.
       RunError: the environment fails.
     """
-    env = _make(target, options)
+    values: dict[str, Any] = {}
+    for option in options:
+        apply_override(values, option.removeprefix("env.options."))
+    env = build_env(target, values)
     try:
         if is_expert and not hasattr(env, "expert_action"):
             choose_task(env, split, task, seed)
@@ -138,10 +141,12 @@ def play_task(
         say(", ".join(f"{name} {value:g}" for name, value in info["metrics"].items()))
 
 
-def _make(target: str, options: Sequence[str]) -> TextEnv:
-    values: dict[str, Any] = {}
-    for option in options:
-        apply_override(values, option.removeprefix("env.options."))
+def build_env(target: str, values: Mapping[str, Any]) -> TextEnv:
+    """Build an environment with options.
+
+    Raises:
+      ConfigError: it does not exist, refuses an option, or misses data or programs.
+    """
     try:
         spec = resolve_spec(target)
         check_options(spec, values)

@@ -15,7 +15,7 @@ from empg_jax.run.folder import split_checkpoint
 from empg_jax.run.process import use_compile_cache
 from empg_jax.run.sampling import make_engine
 from empg_jax.run.saved import SavedRun, open_new, open_saved
-from empg_jax.run.terminal import Say, choose_task, plain, play_task
+from empg_jax.run.terminal import Say, build_env, choose_task, plain, play_task
 
 STREAM = 3  # keeps the sampling keys apart from those of training, evaluation and serving
 
@@ -48,12 +48,11 @@ def watch_episode(
     """
     saved = _open(target, source, changes, say)
     config = saved.config
-    spec = find_spec(config)
-    if spec.has_calls:
+    if find_spec(config).has_calls:
         raise ConfigError(
             f"--policy: the agent of {target} is a program of its own; empg-jax rollout plays its episodes"
         )
-    env = spec.make(**config.env.options)
+    env = build_env(target, config.env.options)
     try:
         where = choose_task(env, config.env.eval_split if split is None else split, task, seed)
         play_task(env, target, where, PolicyAgent(saved, (seed, where[1]), say), seed=seed, say=say)
