@@ -1,3 +1,3 @@
 """Train multi-turn LLM agents in JAX with entropy-modulated policy gradients (EMPG, AEM)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

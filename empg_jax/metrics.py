@@ -1,7 +1,7 @@
 """The glossary of all logged metrics, and the log that writes them.
 
 ``metrics.jsonl`` in the run's folder holds one JSON object per update and is always written. TensorBoard and
-Weights & Biases get the same numbers when they are switched on.
+trackers of experiments get the same numbers when they are switched on, under names in groups (``loss/kl``).
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from empg_jax.errors import ConfigError
 from empg_jax.files import write_text_atomic
 
 SHOWN_LINES = 10  # damaged lines that a warning lists
@@ -112,12 +111,38 @@ METRICS: dict[str, str] = {
 }
 
 
+# The groups of METRICS, in its order: the first name of each.
+GROUPS = {
+    "success_rate": "episodes",
+    "entropy": "credit",
+    "loss": "loss",
+    "tokens_sampled": "speed",
+    "eval_success": "eval",
+    "sft_loss": "sft",
+}
+
+
+def grouped(name: str) -> str:
+    """Return a metric's name with its group in front, as dashboards sort by; other names stay."""
+    own = name if name in METRICS else _family(name)
+    group = ""
+    for key in METRICS:
+        group = GROUPS.get(key, group)
+        if key == own:
+            return f"{group}/{name}"
+    return name
+
+
+def _family(name: str) -> str | None:
+    return next((key for key in METRICS if key.endswith("*") and name.startswith(key[:-1])), None)
+
+
 def describe_metric(name: str) -> str | None:
     """Return the meaning of a metric, or None when the glossary does not have it."""
     if name in METRICS:
         return METRICS[name]
-    families = (key for key in METRICS if key.endswith("*") and name.startswith(key[:-1]))
-    return next((METRICS[key] for key in families), None)
+    family = _family(name)
+    return None if family is None else METRICS[family]
 
 
 def format_glossary() -> str:
@@ -189,16 +214,13 @@ class MetricsLog:
     Args:
       run_dir: the run's folder; must exist.
       tensorboard: also write TensorBoard events to ``<run_dir>/tensorboard``.
-      wandb: also send to Weights & Biases.
+      trackers: told the same numbers, and closed with the log.
       resume_at: on resume, the first update that will be written again; it and later lines are removed.
       strict: refuse a metric that the glossary lacks. The default is true under pytest only, so that a
       missing
         meaning fails a test but never a long run.
       filename: name of the file in ``run_dir``.
       warn: told of damaged lines, which a resume removes.
-
-    Raises:
-      ConfigError: ``wandb`` is wanted and not installed.
     """
 
     def __init__(
@@ -206,7 +228,7 @@ class MetricsLog:
         run_dir: Path,
         *,
         tensorboard: bool = False,
-        wandb: bool = False,
+        trackers: Sequence[Any] = (),
         resume_at: int | None = None,
         strict: bool = "PYTEST_VERSION" in os.environ,
         filename: str = "metrics.jsonl",
@@ -214,11 +236,10 @@ class MetricsLog:
         is_written: bool = True,
     ) -> None:
         self.path = Path(run_dir) / filename if is_written else Path(os.devnull)
-        tensorboard, wandb = tensorboard and is_written, wandb and is_written
+        tensorboard = tensorboard and is_written
         self._strict = strict
         self._start = time.monotonic()
-        # Optional packages first: if one is missing, nothing has been opened or changed yet.
-        self._wandb = _open_wandb(run_dir, resume=resume_at is not None) if wandb else None
+        self._trackers = list(trackers)
         self._tensorboard = _open_tensorboard(run_dir, resume_at) if tensorboard else None
         if resume_at is not None and is_written and self.path.exists():
             _truncate(self.path, resume_at, warn)
@@ -240,11 +261,14 @@ class MetricsLog:
         record: dict[str, Any] = {"update": step, "time": round(time.monotonic() - self._start, 3)}
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        if self._tensorboard is None and not self._trackers:
+            return
+        numbers = {grouped(name): value for name, value in numbers.items()}
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
 
     def close(self) -> None:
         """Flush and close every output; may be called twice."""
@@ -252,9 +276,8 @@ class MetricsLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
+        while self._trackers:
+            self._trackers.pop().finish()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -272,14 +295,3 @@ def _open_tensorboard(run_dir: Path, resume_at: int | None) -> Any:
     from tensorboardX import SummaryWriter
 
     return SummaryWriter(logdir=str(Path(run_dir) / "tensorboard"), purge_step=resume_at)
-
-
-def _open_wandb(run_dir: Path, *, resume: bool) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("log.wandb=true needs wandb; in the clone: pip install -e '.[wandb]'") from None
-    name = Path(run_dir).resolve().name
-    return wandb.init(
-        project="empg-jax", name=name, id=name, dir=str(run_dir), resume="allow" if resume else None
-    )

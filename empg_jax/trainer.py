@@ -47,6 +47,7 @@ from empg_jax.run.parts import (
     open_run,
 )
 from empg_jax.run.process import CompileCounter, StopRequest, use_compile_cache
+from empg_jax.run.profiling import Profiler
 from empg_jax.run.resuming import check_resume, go_back, tell_passed_over
 from empg_jax.run.rollouts import drop_rollouts, write_episodes
 from empg_jax.run.sampling import (
@@ -248,8 +249,9 @@ def rl_loop(parts: Parts, run: RunState) -> None:
     take = functools.partial(rollout.next_batch, parts.check_stop)
     if run.record.unlogged is not None:
         conclude_update(parts, run, run.record.unlogged)
-    with rollout:
+    with rollout, Profiler(config, parts.run_dir) as profiler:
         while run.update < config.train.updates:
+            profiler.begin(run.update + 1)
             began, compiled = time.monotonic(), parts.compiles.count
             parts.clock.lap()
             parts.events.update = run.update + 1
@@ -266,7 +268,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             with parts.clock.phase("update"):
                 first, steps, measured = update_policy(parts, run, scorer, delivery.trajectories)
             run.update += 1
-            check_steps(parts, run, steps, first.host)
+            check_steps(parts, run, steps, first)
             write_episodes(parts, run.update, delivery.trajectories, first)
             seconds = time.monotonic() - began
             values = describe_update(
@@ -282,6 +284,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             values |= measured | delivery.metrics | {"recompiles": parts.compiles.count - compiled}
             values["learning_rate"] = float(parts.schedule(run.state.step))
             values["learner_idle"] = waited / seconds
+            profiler.end(run.update)
             finish_update(parts, run, delivery, values, incidents)
 
 

@@ -1,6 +1,8 @@
 # Sourced by the other scripts: a virtual environment with this project in it.
 #
 # EMPG_VENV names the environment's folder (default: .venv in the checkout).
+# EMPG_CONSTRAINTS is a file of versions (default: scripts/constraints.txt, what was tested; none: the newest that
+# pyproject.toml allows). It bounds whatever is installed, the extras for accelerators (EMPG_EXTRAS) too.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${EMPG_VENV:-$root/.venv}
@@ -22,8 +24,9 @@ sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
 # Usage: ensure_venv [EXTRAS], for example: ensure_venv test,parity
 # Installs only when pyproject.toml changed, the extras are new, or an earlier installation was cut off.
 ensure_venv() {
-  local extras=${1:-} python version stamp
-  version=$(cksum <"$root/pyproject.toml" | cut -d ' ' -f 1)
+  local extras=${1:-} python version stamp constraints=${EMPG_CONSTRAINTS:-$root/scripts/constraints.txt}
+  [[ $constraints != none ]] || constraints=/dev/null
+  version=$(cat "$root/pyproject.toml" "$constraints" | cksum | cut -d ' ' -f 1)
   stamp=$venv/installed-$version${extras:+-$extras}
   if [[ -e $stamp ]] && "$venv/bin/python" -c 'import empg_jax' 2>/dev/null; then
     return
@@ -33,7 +36,8 @@ ensure_venv() {
     "$python" -m venv --clear "$venv"
   fi
   echo "installing into $venv ($("$venv/bin/python" --version)${extras:+, extras: $extras})" >&2
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}" >&2
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" \
+    --editable "$root${extras:+[$extras]}" >&2
   find "$venv" -maxdepth 1 -name 'installed-*' ! -name "installed-$version*" -delete
   touch "$stamp"
 }

@@ -186,18 +186,6 @@ def test_config_lists_every_key(run):
     assert code == 0 and "algorithm.empg.zeta" in out and "log.transcripts" in out
 
 
-def test_doctor_finds_this_installation_healthy(run):
-    code, out, _ = run("doctor")
-    assert code == 0 and out.count("ok ") == 5 and "failed" not in out
-
-
-def test_doctor_says_what_is_broken(run, monkeypatch):
-    broken = subprocess.CompletedProcess([], 1, stdout="", stderr="No module named empg_envs")
-    monkeypatch.setattr("empg_jax.report.doctor.subprocess.run", lambda *args, **kwargs: broken)
-    code, out, _ = run("doctor")
-    assert code == 1 and "failed worker: RuntimeError: No module named empg_envs" in out
-
-
 def _python(code, *arguments):
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

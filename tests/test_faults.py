@@ -85,7 +85,7 @@ def test_nan_stops_with_the_batch_and_the_last_good_checkpoint(tmp_path, opened)
     opened.changes.append(poison(4))  # the second step of update 2
     with pytest.raises(TrainingError, match=r"update 2: .*not finite in 1 of 2 .*bad_batch_2\.npz"):
         runs.train(tmp_path / "run", *HOUSE)
-    (dumped,) = (tmp_path / "run").glob("bad_batch_*")
+    (dumped,) = (tmp_path / "run" / "debug").glob("bad_batch_*")
     with np.load(dumped) as batch:
         assert batch["loss_mask"].any() and batch["tokens"].shape == batch["loss_mask"].shape
     assert told(tmp_path / "run", "steps_left_out", "update", "reason", "steps") == [(2, "nonfinite", 1)]
@@ -106,7 +106,13 @@ def test_nan_may_be_skipped(tmp_path, opened):
     assert int(opened.runs[0][1].state.step) == 2 * 3 - 1
     assert all(np.isfinite(leaf).all() for leaf in _arrays(opened.runs[0][1].state))
     assert lines[1]["loss"] is None or math.isfinite(lines[1]["loss"])
-    assert (run / "bad_batch_2.npz").exists()
+    told_of = CliRunner().invoke(app, ["inspect", str(run)])
+    assert told_of.exit_code == 0, told_of.stderr
+    first, _, bad, *_ = told_of.stdout.splitlines()
+    assert first == f"{run / 'debug' / 'bad_batch_2.npz'}: update 2, 2 optimizer steps"
+    assert bad.startswith("  step 2: ") and bad.endswith("left out: not finite")
+    # The poison came behind the credit.
+    assert "nothing in batch, scores, credit and parameters" in told_of.stdout
 
 
 def test_nan_may_roll_back(tmp_path, opened, capsys):

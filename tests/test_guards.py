@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from empg_jax.metrics import read_metrics
+from empg_jax.report.debug import inspect_dump
 from empg_jax.run import guards
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.run.guards import MAX_ROLLBACKS, MAX_SKIPS, TrainingError
@@ -49,6 +50,8 @@ def test_skips_in_a_row_end_the_run_and_the_good_checkpoint_stays(tmp_path):
     assert steps == [0, last - 1]  # keep=1: the newest, and beside it the good one
     with pytest.raises(TrainingError, match=f"update {last}: "):  # the count goes on after a resume
         runs.resume(run)
+    found = inspect_dump(run)  # of the first, which shows the cause
+    assert found["update"] == 1 and next(iter(found["leaves"].values()))["largest"] > 1e20
 
 
 def test_a_fault_stops_the_run(tmp_path):

@@ -1,13 +1,11 @@
 """Metrics: the glossary, the weighted mean, and a log that survives crashes and resumes."""
 
 import json
-import sys
 import types
 
 import pytest
 
-from empg_jax.errors import ConfigError
-from empg_jax.metrics import METRICS, MetricsLog, describe_metric, read_metrics, reduce_metrics
+from empg_jax.metrics import METRICS, MetricsLog, describe_metric, grouped, read_metrics, reduce_metrics
 
 
 def test_every_metric_has_one_sentence():
@@ -82,24 +80,29 @@ def test_a_metric_without_meaning_fails_under_tests(tmp_path):
     assert [json.loads(line)["nameless"] for line in log.path.read_text().splitlines()] == [1.0]
 
 
-def test_tensorboard_events_are_written(tmp_path):
+def test_tensorboard_events_are_written_under_grouped_names(tmp_path):
     with MetricsLog(tmp_path, tensorboard=True) as log:
-        log.write(0, {"loss": 1.0})
-    assert [file.stat().st_size > 0 for file in (tmp_path / "tensorboard").iterdir()] == [True]
+        log.write(0, {"loss": 1.0, "seconds_rollout": 2.0})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content = file.read_bytes()
+    assert b"loss/loss" in content and b"speed/seconds_rollout" in content
 
 
-def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
+def test_every_metric_has_a_group():
+    names = {name.replace("*", "x") for name in METRICS}
+    groups = {grouped(name).partition("/")[0] for name in names}
+    assert groups == {"episodes", "credit", "loss", "speed", "eval", "sft"}
+    assert all(grouped(name).endswith(f"/{name}") for name in names)
+    assert grouped("kl") == "loss/kl" and grouped("eval_env_x") == "eval/eval_env_x"
+    assert grouped("env_x") == "episodes/env_x" and grouped("nameless") == "nameless"
+
+
+def test_trackers_get_the_same_numbers_and_are_closed_once(tmp_path):
     calls = []
-    run = types.SimpleNamespace(
+    tracker = types.SimpleNamespace(
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
     )
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: run))
-    with MetricsLog(tmp_path, wandb=True) as log:
+    with MetricsLog(tmp_path, trackers=[tracker]) as log:
         log.write(4, {"loss": 1.0})
-    assert calls == [(4, {"loss": 1.0}), "finish"]
-
-
-def test_wandb_missing_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"in the clone: pip install -e '\.\[wandb\]'"):
-        MetricsLog(tmp_path, wandb=True)
+        log.close()
+    assert calls == [(4, {"loss/loss": 1.0}), "finish"]

@@ -13,20 +13,26 @@ from typing import Annotated
 import typer
 
 from empg_jax import __version__
+from empg_jax.cli.completing import complete_config, complete_override
 from empg_jax.config import Config, check_resumable, load_config
 from empg_jax.errors import ConfigError, Stopped, UserError
 
 app = typer.Typer(
     name="empg-jax",
-    help="Train multi-turn LLM agents in JAX with entropy-modulated policy gradients.",
+    help="Train multi-turn LLM agents in JAX with entropy-modulated policy gradients.\n\n"
+    "--install-completion makes the Tab key complete commands, configurations, environments and keys.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
 ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A packaged name (quickstart) or the path of a YAML file.")
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A packaged name (quickstart) or the path of a YAML file.",
+        autocompletion=complete_config,
+    ),
 ]
 
 
@@ -35,6 +41,7 @@ Overrides = Annotated[
     typer.Argument(
         metavar="KEY=VALUE",
         help="Overrides, for example train.updates=200; 'empg-jax config --keys' lists all.",
+        autocompletion=complete_override,
     ),
 ]
 

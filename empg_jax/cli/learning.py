@@ -18,6 +18,7 @@ from empg_jax.cli.app import (
     reporting,
     say,
 )
+from empg_jax.cli.completing import complete_config
 from empg_jax.config.model_source import load_for_model
 from empg_jax.errors import ConfigError
 from empg_jax.files import as_json
@@ -28,7 +29,11 @@ from empg_jax.run.folder import check_run, is_finished, split_checkpoint
 def train(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="CONFIG", help="A packaged name (quickstart) or the path of a YAML file."),
+        typer.Argument(
+            metavar="CONFIG",
+            help="A packaged name (quickstart) or the path of a YAML file.",
+            autocompletion=complete_config,
+        ),
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[

@@ -1,9 +1,9 @@
-"""Commands that answer requests until a signal: retrieve, serve."""
+"""Commands that answer: retrieve and serve over HTTP until a signal, chat in the terminal."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -97,4 +97,46 @@ def serve(
             api_key=api_key,
             say=say,
             announce=typer.echo,
+        )
+
+
+@app.command()
+def chat(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="Folder of a run or checkpoint, Hugging Face folder or hub id, preset or configuration.",
+        ),
+    ],
+    overrides: Overrides = None,
+    *,
+    entropy: Annotated[bool, typer.Option("--entropy", help="Tell each answer's mean entropy.")] = False,
+    system: Annotated[str | None, typer.Option(help="The system's message.")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=100, help="Sampling temperature; 0 is greedy.")
+    ] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the answers (default: drawn).")] = None,
+) -> None:
+    """Talk to a policy in the terminal, or through a pipe; Ctrl-D ends.
+
+    A model without a chat template goes on with the text that it is given.
+
+    empg-jax chat runs/NAME --entropy
+
+    empg-jax chat Qwen/Qwen2.5-0.5B-Instruct --system "Answer in one word."
+    """
+    with reporting():
+        from empg_jax.serve.chat import chat_with
+
+        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+        chat_with(
+            source,
+            overrides or [],
+            options={name: value for name, value in options.items() if value is not None},
+            system=system,
+            has_entropy=entropy,
+            say=say,
+            write=lambda piece: typer.echo(piece, nl=False),
         )

@@ -1,4 +1,4 @@
-"""Commands that show: configurations, plans, simulations, runs and their credit, this installation."""
+"""Commands that show: configurations, plans, simulations, runs and their credit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from empg_jax.cli.app import ConfigArgument, Overrides, app, load_checked, load_run, reporting, say
+from empg_jax.cli.completing import complete_config, complete_env
 from empg_jax.config import Config, describe, list_choices, load_config
 from empg_jax.config.yaml import find_packaged
 from empg_jax.errors import ConfigError
@@ -21,7 +22,10 @@ from empg_jax.errors import ConfigError
 @app.command("config")
 def show_config(
     config: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="A packaged name or a YAML file.")
+        str | None,
+        typer.Argument(
+            metavar="CONFIG", help="A packaged name or a YAML file.", autocompletion=complete_config
+        ),
     ] = None,
     overrides: Overrides = None,
     keys: Annotated[
@@ -150,7 +154,12 @@ def algorithms() -> None:
 @app.command()
 def play(
     env: Annotated[
-        str, typer.Argument(metavar="ENV", help="A name ('empg-jax envs') or package.module:attribute.")
+        str,
+        typer.Argument(
+            metavar="ENV",
+            help="A name ('empg-jax envs') or package.module:attribute.",
+            autocompletion=complete_env,
+        ),
     ],
     options: Annotated[
         list[str] | None,
@@ -161,14 +170,29 @@ def play(
     seed: Annotated[int, typer.Option(min=0, help="Seed; it also draws the task.")] = 0,
     task: Annotated[int | None, typer.Option(help="Number of the task in its panel.")] = None,
     split: Annotated[str | None, typer.Option(help="Panel of tasks (default the first).")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN_OR_MODEL", help="Watch this policy play (default panel env.eval_split of its run)."
+        ),
+    ] = None,
 ) -> None:
     """Be the agent: play one episode in the terminal, with actions from the keyboard or a pipe.
 
     empg-jax play household level=easy --task 3
 
+    empg-jax play household --policy runs/NAME rollout.temperature=0.5
+
     empg-jax play alfworld < actions.txt
     """
     with reporting():
+        if policy is not None:
+            if expert:
+                raise ConfigError("--expert and --policy are two agents: give one of them")
+            from empg_jax.run.watching import watch_episode
+
+            watch_episode(env, policy, options or [], split=split, task=task, seed=seed, say=typer.echo)
+            return
         from empg_jax.run.terminal import play_episode
 
         play_episode(env, options or [], split=split, task=task, seed=seed, is_expert=expert, say=typer.echo)
@@ -300,16 +324,6 @@ def show_simulation(
             typer.echo(json.dumps(plan.as_json()))
         else:
             print_plan(plan, Console(highlight=False))
-
-
-@app.command()
-def doctor() -> None:
-    """Check this installation: versions, devices, arithmetic, environment workers."""
-    with reporting():
-        from empg_jax.report.doctor import check_installation
-
-        if not check_installation(Console(highlight=False)):
-            raise typer.Exit(1)
 
 
 def _print_keys() -> None:

@@ -43,7 +43,7 @@ from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
 # The machines may: all numbers stay the same but for rounding.
-RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*")
+RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*", "train.profile")
 
 
 class Config(Section):
@@ -217,6 +217,9 @@ def _learner_problems(config: Config) -> Iterator[str]:
         )
     if 0 < train.updates < train.warmup_updates:  # 0: a run of the warm start alone, which may go on later
         yield f"train.warmup_updates={train.warmup_updates} exceeds train.updates={train.updates}"
+    first = int(train.profile.partition(":")[0]) if train.profile else 0
+    if first > train.updates:
+        yield f"train.profile={train.profile} begins after the last update, train.updates={train.updates}"
     yield from _length_problems(config)
 
 

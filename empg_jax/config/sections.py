@@ -217,6 +217,11 @@ class TrainConfig(Section):
         "skip",
         description="Action after steps were skipped because of train.max_kl (limits as of on_nonfinite).",
     )
+    profile: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*:[1-9]\d*$",
+        description="START:COUNT: updates to trace with JAX's profiler into RUN/profile (XProf, Perfetto).",
+    )
     on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
         description=(
@@ -308,6 +313,17 @@ class LogConfig(Section):
     )
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     wandb: bool = Field(False, description="Send metrics to Weights & Biases (extra: wandb).")
+    mlflow: bool = Field(False, description="Send metrics to MLflow, at MLFLOW_TRACKING_URI (extra: mlflow).")
+    trackio: bool = Field(False, description="Send metrics to trackio (extra: trackio).")
+    project: str = Field(
+        "empg-jax",
+        min_length=1,
+        description="Project (MLflow: experiment) that these trackers file runs under.",
+    )
+    entity: str | None = Field(None, description="Team or user of the project (log.wandb).")
+    tags: Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(as_list)] = Field(
+        (), description="Tags of the run for these trackers."
+    )
     progress: bool = Field(True, description="Show live progress.")
     rollouts_every: int = Field(
         10,

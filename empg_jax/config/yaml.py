@@ -14,7 +14,7 @@ from empg_jax.errors import ConfigError, nearest
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that reads 1e-3 as a number and refuses keys that are no text or occur twice."""
+    """A SafeLoader: 1e-3 is a number, 3:20 is text, keys that are no text or occur twice are refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -31,6 +31,12 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+# YAML 1.1 reads 3:20 as a number to the base 60; here it is a range, an address, or the like.
+_WHOLE = re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _WHOLE if tag == "tag:yaml.org,2002:int" else pattern) for tag, pattern in resolvers]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def find_file(name_or_path: str | Path) -> Path:

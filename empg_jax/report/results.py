@@ -1,4 +1,4 @@
-"""The results of a run: metrics of an update, summary, curves, batches with faults."""
+"""The results of a run: metrics of an update, summary, curves."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from empg_jax.engine.engine import EngineStats
-from empg_jax.files import as_json, replacing, write_json_atomic
+from empg_jax.files import as_json, write_json_atomic
 from empg_jax.learner.batching import BatchShape, Layout
 from empg_jax.metrics import reduce_metrics
 from empg_jax.report.curves import plot_curves
 from empg_jax.report.record import RunRecord
 from empg_jax.report.summary import paired_interval, print_summary
-from empg_jax.types import BATCH_FIELDS, Batch, Trajectory
+from empg_jax.types import Trajectory
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -79,14 +79,6 @@ def describe_update(
     for name in sorted({name for t in trajectories for name in t.metrics}):
         values[f"env_{name}"] = float(np.mean([t.metrics[name] for t in trajectories if name in t.metrics]))
     return values
-
-
-def dump_batch(run_dir: Path, update: int, batch: Batch) -> Path:
-    """Write a batch to ``bad_batch_<update>.npz`` for inspection; return the path."""
-    path = run_dir / f"bad_batch_{update}.npz"
-    with replacing(path) as file:
-        np.savez_compressed(file, **{name: getattr(batch, name) for name in BATCH_FIELDS})
-    return path
 
 
 def write_results(

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from empg_jax.errors import RunError
-from empg_jax.report.results import dump_batch
+from empg_jax.learner.passes import Pass
+from empg_jax.parallel.arrays import fetch
+from empg_jax.report.debug import dump_update, measure_leaves
 from empg_jax.run.parts import Parts, RunState, restore_state
 from empg_jax.run.saving import good_step
-from empg_jax.types import Batch
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -39,7 +40,7 @@ def check_gap(config: Config, update: int, measured: Mapping[str, float]) -> Non
         )
 
 
-def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch: Batch) -> None:
+def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], first: Pass) -> None:
     """Handle skipped optimizer steps: loss or gradient was not finite, or the KL was above ``train.max_kl``.
 
     Raises:
@@ -58,7 +59,7 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
             record.last_good = run.saved["update"]
         return
     record.skips_in_a_row = record.skips_in_a_row + 1 if sum(counts.values()) == len(steps) else 0
-    path = dump_batch(parts.run_dir, run.update, batch) if parts.hosts.is_first else "on host 0"
+    path = _dump(parts, run, steps, first)
     for name, policy, why in guards:
         if not counts[name]:
             continue
@@ -77,6 +78,16 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], batch:
         parts.progress.message(f"{what}; {policy}")
         if policy == "rollback":
             _roll_back(parts, run, name)
+
+
+def _dump(parts: Parts, run: RunState, steps: list[dict[str, Any]], first: Pass) -> str:
+    """Write what the update was made of; return where."""
+    # Collectives over several hosts, so all take part.
+    scores, credit, leaves = fetch((first.scores, first.credit, measure_leaves(run.state.params)))
+    if not parts.hosts.is_first:
+        return "on host 0"
+    dumped = {"scores": scores, "credit": credit, "leaves": leaves, "steps": steps}
+    return f"{dump_update(parts.run_dir, run.update, first.host, **dumped)} (empg-jax inspect)"
 
 
 def _roll_back(parts: Parts, run: RunState, reason: str) -> None:

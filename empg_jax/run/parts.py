@@ -26,6 +26,7 @@ from empg_jax.parallel.mesh import make_mesh
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import RunRecord
+from empg_jax.report.tracking import open_trackers
 from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.schedule import FILENAME, Recorder
 from empg_jax.rollout.shares import take_share
@@ -210,7 +211,7 @@ def open_run(
     log = MetricsLog(
         run_dir,
         tensorboard=config.log.tensorboard,
-        wandb=config.log.wandb,
+        trackers=open_trackers(config, run_dir, is_resumed=is_resumed) if hosts.is_first else (),
         # The line of an update that was stopped before its line is written again.
         resume_at=run.update + (run.record.unlogged is None) if is_resumed else None,
         warn=progress.message,

@@ -32,12 +32,17 @@ def use_compile_cache(folder: str | None) -> None:
     """
     if folder is None or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    parent = Path(f"{home}/{CACHE_FOLDER}" if folder == "auto" else folder).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(parent / _machine_key()))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder(folder)))
     # Small programs take longer to compile than to read, and a run has dozens of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def cache_folder(folder: str) -> Path:
+    """Return the folder of this machine's compiled programs inside ``folder``; see `use_compile_cache`."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    parent = Path(f"{home}/{CACHE_FOLDER}" if folder == "auto" else folder).expanduser()
+    return parent / _machine_key()
 
 
 def _machine_key() -> str:

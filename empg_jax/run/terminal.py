@@ -7,7 +7,7 @@ import random
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from empg_envs import TextEnv, check_options, resolve_spec
 from empg_jax.config.yaml import apply_override
@@ -15,6 +15,8 @@ from empg_jax.errors import ConfigError, RunError, nearest
 
 WIDTH = 110
 HOW = "Type an action, or the number of one; a line that ends in \\ goes on in the next; Ctrl-D leaves."
+
+Say = Callable[[str], None]
 
 
 def play_episode(
@@ -25,7 +27,7 @@ def play_episode(
     task: int | None,
     seed: int,
     is_expert: bool,
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:
     """Play one episode and tell of every turn and of the outcome.
 
@@ -42,39 +44,90 @@ def play_episode(
       ConfigError: there is no such environment, option, panel or task, or it has no expert.
       RunError: the environment fails.
     """
-    env = _make(target, options)
+    values: dict[str, Any] = {}
+    for option in options:
+        apply_override(values, option.removeprefix("env.options."))
+    env = build_env(target, values)
     try:
-        split, task = _choose(env, split, task, seed)
         if is_expert and not hasattr(env, "expert_action"):
+            choose_task(env, split, task, seed)
             raise ConfigError(f"--expert: environment {target} has no expert (no expert_action method)")
-        with _failing(target, f"at the start of task {split}/{task}"):
-            observation, info = env.reset(seed, split=split, index=task)
-        say(f"{target}, task {task} of {split}: {_plain(str(info.get('task', '')))}")
-        if not is_expert:
-            say(HOW)
-        _play(env, target, observation, info, is_expert, say)
+        agent = _Expert(env, target, say) if is_expert else _Person(say)
+        play_task(env, target, choose_task(env, split, task, seed), agent, seed=seed, say=say)
     finally:
         env.close()
 
 
-def _play(
-    env: TextEnv,
-    target: str,
-    observation: str,
-    info: Mapping[str, Any],
-    is_expert: bool,
-    say: Callable[[str], None],
+class Agent(Protocol):
+    """Whoever acts in an episode."""
+
+    def start(self) -> None:
+        """Tell how to act, before the first observation is shown."""
+        ...
+
+    def act(self, observation: str, info: Mapping[str, Any]) -> str | None:
+        """Return an action and show it, where nobody sees it yet; None ends the episode."""
+        ...
+
+
+class _Person:
+    """Somebody at the keyboard, or a file of actions."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+
+    def start(self) -> None:
+        self._say(HOW)
+
+    def act(self, observation: str, info: Mapping[str, Any]) -> str | None:
+        action = _read_action(info.get("admissible") or ())
+        if action is not None and not sys.stdin.isatty():
+            self._say(f"> {plain(action)}")
+        return action
+
+
+class _Expert:
+    def __init__(self, env: TextEnv, target: str, say: Say) -> None:
+        self._env, self._target, self._say = env, target, say
+
+    def start(self) -> None:
+        pass
+
+    def act(self, observation: str, info: Mapping[str, Any]) -> str:
+        with _failing(self._target, "when its expert was asked"):
+            action = str(self._env.expert_action())  # type: ignore[attr-defined]
+        self._say(f"> {plain(action)}")
+        return action
+
+
+def play_task(
+    env: TextEnv, target: str, where: tuple[str, int], agent: Agent, *, seed: int, say: Say
 ) -> None:
-    """Play from the first observation to the end."""
+    """Play an episode from its reset to its end.
+
+    Args:
+      env: the environment.
+      target: its name in messages.
+      where: panel and task.
+      agent: acts.
+      seed: of the episode.
+      say: receives the lines to show.
+
+    Raises:
+      RunError: the environment fails.
+    """
+    split, task = where
+    with _failing(target, f"at the start of task {split}/{task}"):
+        observation, info = env.reset(seed, split=split, index=task)
+    say(f"{target}, task {task} of {split}: {plain(str(info.get('task', '')))}")
+    agent.start()
     total, turns = 0.0, 0
     while True:
         _show(observation, info, say)
-        action = _ask_expert(env, target) if is_expert else _read_action(info.get("admissible") or ())
+        action = agent.act(observation, info)
         if action is None:
             say(f"left after {_count(turns)}, return {total:g}: there is no further action")
             return
-        if is_expert or not sys.stdin.isatty():
-            say(f"> {_plain(action)}")
         with _failing(target, f"at action {turns + 1}"):
             observation, reward, terminated, truncated, info = env.step(action)
         total, turns = total + float(reward), turns + 1
@@ -88,10 +141,12 @@ def _play(
         say(", ".join(f"{name} {value:g}" for name, value in info["metrics"].items()))
 
 
-def _make(target: str, options: Sequence[str]) -> TextEnv:
-    values: dict[str, Any] = {}
-    for option in options:
-        apply_override(values, option.removeprefix("env.options."))
+def build_env(target: str, values: Mapping[str, Any]) -> TextEnv:
+    """Build an environment with options.
+
+    Raises:
+      ConfigError: it does not exist, refuses an option, or misses data or programs.
+    """
     try:
         spec = resolve_spec(target)
         check_options(spec, values)
@@ -100,8 +155,12 @@ def _make(target: str, options: Sequence[str]) -> TextEnv:
         raise ConfigError(f"{target}: {' '.join(str(error).split())}") from None
 
 
-def _choose(env: TextEnv, split: str | None, task: int | None, seed: int) -> tuple[str, int]:
-    """Return panel and task; check that they exist."""
+def choose_task(env: TextEnv, split: str | None, task: int | None, seed: int) -> tuple[str, int]:
+    """Return panel and task: the first panel and a drawn task, where they are not given.
+
+    Raises:
+      ConfigError: there is no such panel or task.
+    """
     splits = env.list_splits()
     if split is not None and split not in splits:
         raise ConfigError(f"--split {split}: unknown{nearest(split, splits)}; choose {', '.join(splits)}")
@@ -114,10 +173,10 @@ def _choose(env: TextEnv, split: str | None, task: int | None, seed: int) -> tup
     return split, task
 
 
-def _show(observation: str, info: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    say(f"\n{_plain(observation)}")
+def _show(observation: str, info: Mapping[str, Any], say: Say) -> None:
+    say(f"\n{plain(observation)}")
     if actions := info.get("admissible"):
-        offered = "  ".join(f"[{number}] {_plain(each)}" for number, each in enumerate(actions, start=1))
+        offered = "  ".join(f"[{number}] {plain(each)}" for number, each in enumerate(actions, start=1))
         say(textwrap.fill(offered, WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
@@ -125,7 +184,7 @@ def _read_action(admissible: Sequence[str]) -> str | None:
     """Read an action from stdin, by its words or by its number; None at the end of the input."""
     lines: list[str] = []
     while True:
-        line = _read_line("> " if not lines else "  ")
+        line = read_line("> " if not lines else "  ")
         if line is None:
             return "\n".join(lines) or None
         if line.endswith("\\"):
@@ -138,7 +197,8 @@ def _read_action(admissible: Sequence[str]) -> str | None:
             )
 
 
-def _read_line(prompt: str) -> str | None:
+def read_line(prompt: str) -> str | None:
+    """Read a line from stdin, with a prompt where a person types; None at its end."""
     if sys.stdin.isatty():
         try:
             return input(prompt)
@@ -146,11 +206,6 @@ def _read_line(prompt: str) -> str | None:
             return None
     line = sys.stdin.readline()
     return line.rstrip("\r\n") if line else None
-
-
-def _ask_expert(env: TextEnv, target: str) -> str:
-    with _failing(target, "when its expert was asked"):
-        return str(env.expert_action())  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -162,7 +217,7 @@ def _failing(target: str, when: str) -> Iterator[None]:
         raise RunError(f"environment {target} failed {when}: {type(error).__name__}: {error}") from error
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Show control characters, which could write elsewhere on the terminal, as escapes."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 

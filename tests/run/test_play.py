@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -92,3 +93,40 @@ def test_bad_input_is_refused_before_anything_is_played(run, tmp_path):
     assert "is neither a run folder" in refuse(tmp_path, "--episodes", 2, *out)
     assert "nope" in refuse("nope", "--episodes", 2, *out)
     assert list(tmp_path.iterdir()) == []
+
+
+def watch(*arguments):
+    result = CliRunner().invoke(app, ["play", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.slow
+def test_a_policy_is_watched_turn_by_turn(run):
+    house = "tests.houses:HOUSE"
+    code, out, err = watch(house, "--policy", run, "--task", 1, "--seed", 4)
+    assert (code, err) == (0, "")
+    first, second, *_ = out.splitlines()
+    assert first.startswith(f"{house}, task 1 of test: ")  # a held-out task
+    assert second == "the policy acts, with the weights of update 1"
+    entropies = re.findall(r"(?m)^  \d+ tokens, entropy (\d\.\d+) nats, at most (\d\.\d+)$", out)
+    assert 1 <= len(entropies) <= 4 and all(0 < float(mean) <= float(most) for mean, most in entropies)
+    assert len(re.findall(r"(?m)^> ", out)) == len(entropies)
+    assert re.search(r"(?m)^(won|not won|out of turns|left) after ", out)
+    assert watch(house, "--policy", run, "--task", 1, "--seed", 4)[1] == out
+    code, out, _ = watch(house, "--policy", run, "--split", "train", "rollout.temperature=0.1")
+    assert code == 0 and "of train: " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--expert"], "--expert and --policy are two agents: give one of them"),
+        (["--task", "99999"], "--task 99999: test has the tasks 0 to "),
+        (["levle=easy"], "levle"),
+    ],
+)
+def test_what_cannot_be_watched_is_told(run, arguments, says):
+    code, out, err = watch("tests.houses:HOUSE", "--policy", run, *arguments)
+    assert (code, out) == (2, "") and says in err and err.count("\n") == 1

@@ -1,0 +1,119 @@
+"""Trackers of experiments: Weights & Biases, MLflow, trackio. Each package is imported where it is chosen."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from empg_jax.errors import ConfigError
+from empg_jax.files import write_text_atomic
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+MLFLOW_RUN = "mlflow_run_id"  # file in the run's folder, by which a resumed run goes on with the same
+PARAMS_AT_ONCE = 100  # MLflow's limit
+PARAM_LENGTH = 500  # characters of a value that every MLflow server takes
+
+
+class Tracker(Protocol):
+    """Somebody who is told a run's metrics."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take the metrics of an update."""
+        ...
+
+    def finish(self) -> None:
+        """End the run."""
+        ...
+
+
+def open_trackers(config: Config, run_dir: Path, *, is_resumed: bool) -> list[Tracker]:
+    """Open the trackers that a configuration switches on, with its keys, name and tags.
+
+    Args:
+      config: the run's configuration.
+      run_dir: the run's folder, whose name is that of the run.
+      is_resumed: whether the run goes on with one that was tracked before.
+
+    Raises:
+      ConfigError: a package is not installed.
+    """
+    makers = {"wandb": _open_wandb, "mlflow": _Mlflow, "trackio": _open_trackio}
+    chosen = [name for name in makers if getattr(config.log, name)]
+    packages = {name: _import(name) for name in chosen}  # before the first one is opened
+    return [makers[name](packages[name], config, run_dir, is_resumed) for name in chosen]
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(f"log.{name}=true needs {name}; in the clone: pip install -e '.[{name}]'") from None
+
+
+def _keys(config: Config) -> dict[str, Any]:
+    """List the configuration's keys as values that trackers take."""
+    return config.model_dump(mode="json")
+
+
+def _open_wandb(wandb: Any, config: Config, run_dir: Path, is_resumed: bool) -> Tracker:
+    name = run_dir.resolve().name
+    tracker: Tracker = wandb.init(
+        project=config.log.project,
+        entity=config.log.entity,
+        name=name,
+        id=name,
+        tags=list(config.log.tags),
+        config=_keys(config),
+        dir=str(run_dir),
+        resume="allow" if is_resumed else None,
+    )
+    return tracker
+
+
+def _open_trackio(trackio: Any, config: Config, run_dir: Path, is_resumed: bool) -> Tracker:
+    tracker: Tracker = trackio.init(
+        project=config.log.project,
+        name=run_dir.resolve().name,
+        config=_keys(config) | {"tags": list(config.log.tags)},
+        resume="allow" if is_resumed else "never",
+    )
+    return tracker
+
+
+class _Mlflow:
+    """A run of MLflow; where it is tracked is set by MLFLOW_TRACKING_URI."""
+
+    def __init__(self, mlflow: Any, config: Config, run_dir: Path, is_resumed: bool) -> None:
+        self._mlflow = mlflow
+        mlflow.set_experiment(config.log.project)
+        file = run_dir / MLFLOW_RUN
+        if is_resumed and file.is_file():
+            mlflow.start_run(run_id=file.read_text(encoding="utf-8").strip())
+            return
+        tags = dict.fromkeys(config.log.tags, "true")
+        run = mlflow.start_run(run_name=run_dir.resolve().name, tags=tags)
+        write_text_atomic(file, f"{run.info.run_id}\n")
+        params = [(key, str(value)[:PARAM_LENGTH]) for key, value in _flatten(_keys(config))]
+        for start in range(0, len(params), PARAMS_AT_ONCE):
+            mlflow.log_params(dict(params[start : start + PARAMS_AT_ONCE]))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        # MLflow's stores differ in what they make of NaN, so such values are left out.
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._mlflow.log_metrics(finite, step=step)
+
+    def finish(self) -> None:
+        self._mlflow.end_run()
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        is_section = isinstance(value, Mapping) and value
+        found += _flatten(value, f"{prefix}{key}.") if is_section else [(prefix + key, value)]
+    return found

@@ -1,0 +1,73 @@
+"""The examples of `scripts/examples` do what their first lines say, each in a process of its own."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests import runs
+
+EXAMPLES = runs.ROOT / "scripts" / "examples"
+NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
+# Groups of two in a house where every third text wins: soon one wins as a whole.
+SMALL = [*runs.TINY, *runs.HOUSE, "rollout.prefill_buckets=[32]", "sft.updates=0", "eval.tasks=2"]
+CONSOLE = "from empg_jax.cli import main; main()"
+
+
+def call(folder, *command, **variables):
+    environment = {**runs.os.environ, **variables}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def compiled(tmp_path_factory):
+    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_short_and_says_how_it_is_run(name):
+    text = (EXAMPLES / name).read_text()
+    assert len(text.splitlines()) < 60
+    assert re.search(r"(?m)(^|\d\. |Say: )(empg-jax|python) ", text)
+
+
+def test_a_loop_of_ones_own_learns(tmp_path):
+    done = call(tmp_path, EXAMPLES / "own_loop.py")
+    assert done.returncode == 0, done.stderr
+    returns = [float(value) for value in re.findall(r"mean return (\d\.\d+)", done.stdout)]
+    assert len(returns) == 6 and returns[0] < 0.9 < returns[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
+def test_an_own_algorithm_is_trained_and_its_rollouts_are_read(tmp_path):
+    shutil.copy(EXAMPLES / "own_algorithm.py", tmp_path)
+    (line,) = re.findall(r"(?m)^empg-jax (train .*)$", (EXAMPLES / "own_algorithm.py").read_text())
+    done = call(tmp_path, "-P", "-c", CONSOLE, *shlex.split(line), *SMALL, "train.updates=1", "run_dir=run")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("own_algorithm:RECIPE + AEM")
+    read = call(tmp_path, EXAMPLES / "read_rollouts.py", "run")
+    assert read.returncode == 0, read.stderr
+    assert "turns of 4 episodes\n" in read.stdout and "moved most: " in read.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
+def test_a_nan_is_found_and_the_run_goes_on(tmp_path):
+    source = (EXAMPLES / "debug_nan.py").read_text()
+    shutil.copy(EXAMPLES / "debug_nan.py", tmp_path)
+    first, second, third = re.findall(r"(?m)^\d\. (?:FLOOR=1e-3 )?empg-jax ([^#]*?) *(?:#.*)?$", source)
+    more = [*SMALL, "train.updates=8", "rollout.deterministic=true"]
+    done = call(tmp_path, "-P", "-c", CONSOLE, *shlex.split(first), *more)
+    assert done.returncode == 1 and "(empg-jax inspect)" in done.stderr, done.stderr
+    told = call(tmp_path, "-P", "-c", CONSOLE, *shlex.split(second))
+    assert told.returncode == 0 and "  credit.advantages: " in told.stdout, told.stderr
+    assert "return 1, " in told.stdout and "advantages nan to nan" in told.stdout
+    assert call(tmp_path, "-P", "-c", CONSOLE, *shlex.split(third), FLOOR="1e-3").returncode == 0
