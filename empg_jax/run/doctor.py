@@ -26,6 +26,7 @@ EXTRAS = {
     "mlflow": (("mlflow",), "log.mlflow=true"),
     "trackio": (("trackio",), "log.trackio=true"),
     "ray": (("ray",), "workers.backend=ray"),
+    "adapters": (("gymnasium", "reasoning_gym", "textarena", "websockets"), "environments of others"),
     "swerex": (("swerex",), "swe in containers"),
     "alfworld": (("alfworld",), "the original engine, to compare with"),
 }
