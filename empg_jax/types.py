@@ -66,7 +66,7 @@ class Turn:
       response_tokens: int32[R], the sampled ids, end-of-turn token included when it was sampled.
       behavior_logprobs: float32[R], log-probabilities in the distribution that the tokens were drawn from:
         at the rollout temperature, after top-k, top-p and min-p.
-      entropies: float32[R], full-vocabulary entropies in nats at the rollout temperature.
+      entropies: float32[R], full-vocabulary entropies in nats at the rollout temperature (no filter).
       reward: the environment's reward for this turn, without the algorithm's penalties.
       version: the policy version that sampled it; the oldest where weights changed in its middle.
       anchor: hash of the observation that the turn answers (GiGPO's state key).

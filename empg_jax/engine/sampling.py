@@ -64,9 +64,9 @@ def sample(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, A
     weights = jnp.exp(shifted)
     drawn, total = _draw(weights, uniforms)
     tokens = jnp.where(is_greedy, _best(shifted), drawn)
-    log_total = jnp.log(total)
+    log_total, chosen = jnp.log(total), _at(shifted, tokens)
     entropies = log_total - jnp.sum(weights * shifted, axis=-1) / total
-    return tokens, _at(shifted, tokens) - log_total, entropies
+    return tokens, chosen - log_total, entropies
 
 
 def sample_filtered(

@@ -47,7 +47,7 @@ def compute_head(
 
     With a filter, log-probabilities are those of the filtered distribution, as the sampler draws from it: the
     sum goes over the kept entries and over the token itself. Which entries are kept is found from these
-    logits and has no gradient. Entropies are those of the whole distribution all the same.
+    logits and is a constant in the gradient. Entropies are those of the whole distribution all the same.
 
     Args:
       hidden: normalized final hidden states; on a mesh ``[B T D]`` with rows and time split.
@@ -225,14 +225,13 @@ def _head_forward(
     inputs = (jnp.arange(chunks, dtype=tokens.dtype), _chunked(weights, chunks))
     (largest, total, weighted, target, kept), _ = jax.lax.scan(step, carry, inputs)
     mean_shifted = weighted / total
-    entropies = jnp.log(total) - mean_shifted
-    saved = _Saved(hidden, weights, tokens, largest + jnp.log(total), largest + mean_shifted, None, floors)
-    if floors is None or kept is None:
-        return (target - largest - jnp.log(total), entropies), saved
-    # The sampler drew the token, so it was kept there, whatever a last digit or newer weights say here.
-    kept = kept + jnp.where(target < floors, jnp.exp(target - largest), jnp.zeros((), wide))
-    saved = saved._replace(kept_normalizer=largest + jnp.log(kept))
-    return (target - largest - jnp.log(kept), entropies), saved
+    if floors is not None and kept is not None:
+        # The sampler drew the token, so it was kept there, whatever a last digit or newer weights say here.
+        kept = kept + jnp.where(target < floors, jnp.exp(target - largest), jnp.zeros((), wide))
+    outputs = (target - largest - jnp.log(total if kept is None else kept), jnp.log(total) - mean_shifted)
+    normalizer, mean_logit = largest + jnp.log(total), largest + mean_shifted
+    kept_normalizer = None if kept is None else largest + jnp.log(kept)
+    return outputs, _Saved(hidden, weights, tokens, normalizer, mean_logit, kept_normalizer, floors)
 
 
 def _head_backward(
