@@ -36,6 +36,7 @@ def compute_head(
     temperature: float = 1.0,
     slab: int | None = None,
     mask: Bool[Array, "*M"] | None = None,
+    *,
     token_filter: TokenFilter = NO_FILTER,
 ) -> tuple[Float[Array, "*M"], Float[Array, "*M"]]:
     """Compute log-probability and full-vocabulary entropy of each token; both have gradients.
