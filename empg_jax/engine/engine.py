@@ -33,10 +33,8 @@ from empg_jax.parallel.mesh import make_mesh, replicated
 from empg_jax.types import Params
 
 # What belongs to the conversations of one user of an engine.
-_OWN = (
-    *("_slots", "_carried", "_dispatched", "_ended", "_params", "version", "temperature", "token_filter"),
-    "stats",
-)
+_TABLES = ("_slots", "_carried", "_dispatched", "_ended", "stats")
+_OWN = (*_TABLES, "_params", "version", "temperature", "token_filter")
 STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
 
 
@@ -392,10 +390,11 @@ class Engine:
             return []
         burst = jax.device_get(done.burst)  # the only read of the burst
         counts = np.where(done.members, burst.counts, 0)
+        before = int(self._slots.num_tokens.sum())
         ended = self._slots.record(burst, counts, done.version)
         self.stats.bursts += 1
         self.stats.decode_rows += int(burst.steps) * self.config.slots
-        self.stats.sampled_tokens += int(counts.sum())
+        self.stats.sampled_tokens += int(self._slots.num_tokens.sum()) - before
         self.stats.responses += len(ended)
         return ended
 

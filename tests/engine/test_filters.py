@@ -141,7 +141,9 @@ def test_a_watch_ends_a_response_at_the_same_token_in_any_burst(sizes):
 
     ask(engine, watch=watch)
     ask(engine, 1, max_response=30)
+    engine.take_stats()
     cut, beside = finish(engine)
+    assert engine.take_stats().sampled_tokens == end + 30  # those behind the end do not count
     assert cut.finish_reason == "stop" and len(beside.tokens) == 30
     np.testing.assert_array_equal(cut.tokens, free.tokens[:end])
     assert len(cut.logprobs) == len(cut.entropies) == len(cut.versions) == end
