@@ -45,7 +45,7 @@ METRICS: dict[str, str] = {
     "lag_max": "Largest such age.",
     "lag_share_*": "Share of the trained turns that were sampled that many updates before.",
     # Entropy and modulation
-    "entropy": "Mean entropy of the sampled tokens in nats, full vocabulary, rollout temperature.",
+    "entropy": "Mean entropy of the sampled tokens in nats, full vocabulary, rollout temperature, no filter.",
     "turn_entropy_*": "Mean, or a quantile, over turns of the turn's mean token entropy, in nats.",
     "modulation_mean": "Mean factor that the modulation multiplies advantages with (1 without modulation).",
     "modulation_min": "Smallest such factor.",

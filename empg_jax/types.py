@@ -64,13 +64,14 @@ class Turn:
     Attributes:
       prompt_tokens: int32[P], every token that the policy conditioned on, oldest first.
       response_tokens: int32[R], the sampled ids, end-of-turn token included when it was sampled.
-      behavior_logprobs: float32[R], log-probabilities at the rollout temperature.
-      entropies: float32[R], full-vocabulary entropies in nats at the rollout temperature.
+      behavior_logprobs: float32[R], log-probabilities in the distribution that the tokens were drawn from:
+        at the rollout temperature, after top-k, top-p and min-p.
+      entropies: float32[R], full-vocabulary entropies in nats at the rollout temperature (no filter).
       reward: the environment's reward for this turn, without the algorithm's penalties.
       version: the policy version that sampled it; the oldest where weights changed in its middle.
       anchor: hash of the observation that the turn answers (GiGPO's state key).
       is_valid: whether the parser accepted the response as an action.
-      finish_reason: ``stop`` (end-of-turn sampled) or ``length``.
+      finish_reason: ``stop`` (end-of-turn sampled, or a stop string completed) or ``length``.
       observation: text that the turn answers (for display; never tokenized again).
       response: decoded response text (for display; never tokenized again).
       versions: int32[R], the policy version of every token, where they differ; else None.

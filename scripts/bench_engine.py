@@ -213,7 +213,7 @@ class Requested(Engine):
 
     lengths: list[list[int]]
 
-    def submit(self, slot, tokens, *, is_fresh, ids, max_response=None) -> None:
+    def submit(self, slot, tokens, *, is_fresh, ids, max_response=None, watch=None) -> None:
         length = self.lengths[ids[1]][ids[3]]
         super().submit(slot, tokens, is_fresh=is_fresh, ids=ids, max_response=length)
 

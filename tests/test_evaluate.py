@@ -46,7 +46,7 @@ class Engine:
     lent_to = None
 
     @contextlib.contextmanager
-    def lent(self, params, version, *, temperature):
+    def lent(self, params, version, *, temperature, token_filter):
         self.lent_to, self.loaded = (params, version, temperature), True
         yield
         self.loaded = False

@@ -70,6 +70,18 @@ class RolloutConfig(Section):
     tasks_per_update: int = Field(16, ge=1, description="Tasks (groups) per update.")
     group_size: int = Field(8, ge=1, description="Attempts at each task.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature, also of entropies.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample among the fewest tokens with this share of probability; 1: all."
+    )
+    top_k: int = Field(0, ge=0, description="Sample among this number of the most likely tokens; 0: all.")
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="Sample among tokens with this share of the largest probability; 0: all."
+    )
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False), BeforeValidator(as_list)
+    ] = Field(
+        (), description="Strings that end a response, also in evaluation; the response keeps the string."
+    )
     slots: int | None = Field(
         None, ge=1, description="Conversations in flight (default tasks_per_update * group_size)."
     )
@@ -275,6 +287,9 @@ class EvalConfig(Section):
     tasks: int = Field(256, ge=1, description="Held-out tasks, each attempted once.")
     every: int = Field(0, ge=0, description="Updates between evaluations; 0 is only before and after.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="As rollout.top_p, for the held-out episodes.")
+    top_k: int = Field(0, ge=0, description="As rollout.top_k, for the held-out episodes.")
+    min_p: float = Field(0.0, ge=0, lt=1, description="As rollout.min_p, for the held-out episodes.")
 
 
 class CheckpointConfig(Section):

@@ -23,15 +23,18 @@ from empg_jax.engine.programs import Burst, Chunk, Request, cache_sharding, comp
 from empg_jax.engine.programs import EngineConfig as EngineConfig
 from empg_jax.engine.slots import Dispatched, Slots
 from empg_jax.engine.slots import Response as Response
+from empg_jax.engine.slots import Watch as Watch
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, KVCache, init_cache
+from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.lora import combine
 from empg_jax.parallel.arrays import to_local
 from empg_jax.parallel.mesh import make_mesh, replicated
 from empg_jax.types import Params
 
 # What belongs to the conversations of one user of an engine.
-_OWN = ("_slots", "_carried", "_dispatched", "_ended", "_params", "version", "temperature", "stats")
+_TABLES = ("_slots", "_carried", "_dispatched", "_ended", "stats")
+_OWN = (*_TABLES, "_params", "version", "temperature", "token_filter")
 STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
 
 
@@ -63,6 +66,9 @@ class Engine:
       seed: run seed; keys are folded from (seed, stream, group, member, turn, position).
       temperature: divides the logits; statistics are recorded at this temperature. 0 is greedy decoding, with
         statistics at temperature 1.
+      token_filter: restricts sampling to likely tokens (top-k, top-p, min-p); needs ``config.has_filter``.
+        Log-probabilities are then those of the filtered distribution, which the tokens are drawn from;
+        entropies stay those of the whole distribution.
       mesh: devices of this host: slots are split over its ``data`` axis; heads, hidden layers and vocabulary
         over ``tensor``. Default the first local device.
     """
@@ -74,12 +80,14 @@ class Engine:
         *,
         seed: int,
         temperature: float = 1.0,
+        token_filter: TokenFilter = NO_FILTER,
         mesh: Mesh | None = None,
     ) -> None:
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must not be negative")
         self.model, self.config = model, config
-        self.temperature = temperature
+        self.temperature, self.token_filter = temperature, token_filter
+        self._check_filter(token_filter)
         self.version = -1
         self.stats = EngineStats()
         self._mesh = mesh or make_mesh(devices=jax.local_devices())
@@ -89,7 +97,7 @@ class Engine:
         platform = self._mesh.devices.flat[0].platform
         self._goes_ahead = platform != "cpu" if config.ahead is None else config.ahead
         self._programs = compile_programs(model, config, self._mesh)
-        self._slots = Slots(config, temperature)
+        self._slots = Slots(config, temperature, token_filter)
         self._carried = jax.device_put(np.zeros((config.slots, 4), np.int32), replicated(self._mesh))
         self._dispatched: Dispatched | None = None
         self._ended: list[Response] = []  # found outside `step`, which returns them
@@ -115,6 +123,8 @@ class Engine:
         ids: tuple[int, int, int, int],
         max_response: int | None = None,
         temperature: float | None = None,
+        token_filter: TokenFilter | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """Append ``tokens`` to the slot's conversation and ask for a response.
 
@@ -125,18 +135,34 @@ class Engine:
           ids: (stream, group, member, turn); the sampling keys are folded from these numbers.
           max_response: upper bound on this response's tokens; None uses all the room that is left.
           temperature: of this response, as in the constructor; None uses the engine's.
+          token_filter: of this response, as in the constructor; None uses the engine's.
+          watch: asked after every burst whether the response ends, for what no single token tells, such as a
+            stop string. The tokens behind the end are dropped, so the burst's length does not matter.
 
         Raises:
           RuntimeError: no weights are loaded, or the slot is still answering.
-          ValueError: the prompt is empty, or not even one response token fits.
+          ValueError: the prompt is empty, not even one response token fits, or the filter is not possible.
         """
         if self._params is None:
             raise RuntimeError("Engine.submit before Engine.load: there are no weights to sample from")
-        temperature = self.temperature if temperature is None else temperature
+        token_filter = self.token_filter if token_filter is None else token_filter
+        self._check_filter(token_filter)
         self._slots.begin(
-            slot, tokens, is_fresh=is_fresh, ids=ids, max_response=max_response, temperature=temperature
+            slot,
+            tokens,
+            is_fresh=is_fresh,
+            ids=ids,
+            max_response=max_response,
+            temperature=self.temperature if temperature is None else temperature,
+            token_filter=token_filter,
+            watch=watch,
         )
         self._leave(slot)
+
+    def _check_filter(self, token_filter: TokenFilter) -> None:
+        token_filter.check(self.model.vocab_size)
+        if not (token_filter.is_off or self.config.has_filter):
+            raise ValueError(f"{token_filter} needs an engine with EngineConfig.has_filter=True")
 
     def progress(self, slot: int) -> Response:
         """Return what the slot's response holds so far, with finish reason ``length``; it goes on."""
@@ -238,7 +264,14 @@ class Engine:
         self._params, self._cache = None, None
 
     @contextlib.contextmanager
-    def lent(self, params: Params, version: int, *, temperature: float) -> Iterator[None]:
+    def lent(
+        self,
+        params: Params,
+        version: int,
+        *,
+        temperature: float,
+        token_filter: TokenFilter = NO_FILTER,
+    ) -> Iterator[None]:
         """Give every slot to other conversations with these weights for a while, without a second engine.
 
         The own conversations go on afterwards as if nothing had been. Their keys and values stay in memory;
@@ -248,11 +281,14 @@ class Engine:
           params: stacked parameters, placed only where the engine does not hold this version.
           version: their policy version.
           temperature: of the others' responses.
+          token_filter: of the others' responses.
         """
+        self._check_filter(token_filter)
         own = {name: getattr(self, name) for name in _OWN}
         cache = self._cache if self._slots.kv_length.any() or self._in_flight().any() else None
-        self._slots, self._dispatched, self._ended = Slots(self.config, temperature), None, []
-        self.temperature, self.stats = temperature, EngineStats()
+        self._slots, self._dispatched = Slots(self.config, temperature, token_filter), None
+        self._ended, self.temperature, self.token_filter = [], temperature, token_filter
+        self.stats = EngineStats()
         try:
             if cache is not None:
                 self._cache = None
@@ -329,6 +365,7 @@ class Engine:
             self._carried,
             np.asarray((steps, patience), np.int32),
             table.temperatures,
+            table.filters,
         )
         self._cache, self._carried, burst = self._programs.decode(self._params, self._cache, request)
         spent = np.where(on_device, self.config.burst, 0)
@@ -353,10 +390,11 @@ class Engine:
             return []
         burst = jax.device_get(done.burst)  # the only read of the burst
         counts = np.where(done.members, burst.counts, 0)
+        before = int(self._slots.num_tokens.sum())
         ended = self._slots.record(burst, counts, done.version)
         self.stats.bursts += 1
         self.stats.decode_rows += int(burst.steps) * self.config.slots
-        self.stats.sampled_tokens += int(counts.sum())
+        self.stats.sampled_tokens += int(self._slots.num_tokens.sum()) - before
         self.stats.responses += len(ended)
         return ended
 
@@ -454,7 +492,8 @@ class Engine:
                     cache = self._programs.prefill(self._params, cache, Chunk(index, tokens, spans))
             check()
             plan, limits = np.zeros((config.slots, 8), np.int32), np.zeros(2, np.int32)
-            request = Request(self._key, plan, self._carried, limits, self._slots.temperatures)
+            table = self._slots
+            request = Request(self._key, plan, self._carried, limits, table.temperatures, table.filters)
             cache, _, _ = self._programs.decode(self._params, cache, request)
             if larger:
                 jax.block_until_ready(self._programs.grow(cache, larger))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from empg_jax.engine.sampling import fold_keys, position_uniforms, sample
+from empg_jax.engine.sampling import fold_keys, position_uniforms, sample, sample_filtered
 from empg_jax.models.axes import param_shardings, repeat_kv_heads
 from empg_jax.models.decoder import (
     DecoderConfig,
@@ -26,6 +27,7 @@ from empg_jax.models.decoder import (
     output_embedding,
     unstack_layers,
 )
+from empg_jax.models.filtering import uses_filter
 from empg_jax.models.quantize import QUANTIZED_LEAVES
 from empg_jax.parallel.layout import cache_heads
 from empg_jax.parallel.mesh import named_sharding, replicated
@@ -57,6 +59,8 @@ class EngineConfig:
         are thinned out where they would make more than `MAX_PROGRAMS` programs.
       ahead: dispatch a burst before the last one is read, where most responses outlast that one; default on
         accelerators only: a CPU has no idle time to fill, and loses 5 % where a new turn waits for a burst.
+      has_filter: responses may filter the tokens that they sample (top-k, top-p, min-p). Without it the
+        program has no trace of that.
     """
 
     slots: int
@@ -69,6 +73,7 @@ class EngineConfig:
     row_buckets: tuple[int, ...] = ()
     cache_buckets: tuple[int, ...] = ()
     ahead: bool | None = None
+    has_filter: bool = False
 
     def __post_init__(self) -> None:
         """Fill the bucket lists and refuse sizes that cannot work."""
@@ -139,6 +144,7 @@ class Request:
     carried: Leaf  # int32[S 4]  the state of each slot after the burst before, which the host has not read
     limits: Leaf  # int32[2]  steps at most; responses that must have ended for an early end
     temperature: Leaf  # float32[S], or float32[] for all slots
+    filters: Leaf | None = None  # float32[S 3]  each a `TokenFilter`, with `EngineConfig.has_filter`
 
 
 @flax.struct.dataclass
@@ -153,6 +159,7 @@ class Burst:
     entropies: jax.Array  # float32[N S]
     counts: jax.Array  # int32[S]  tokens that the slot sampled; only the first rows of its column are valid
     steps: jax.Array  # int32[]    steps made
+    full_logprobs: jax.Array | None = None  # float32[N S]  without the filter; with `EngineConfig.has_filter`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +297,9 @@ def decode(
     nowhere = jnp.int32(cache[0][0].shape[2])
     grid = (config.burst, config.slots)
     zeros = jnp.zeros(grid, jnp.float32)
-    empty = Burst(jnp.zeros(grid, jnp.int32), zeros, zeros, jnp.zeros_like(last), jnp.int32(0))
+    full = zeros if config.has_filter else None
+    empty = Burst(jnp.zeros(grid, jnp.int32), zeros, zeros, jnp.zeros_like(last), jnp.int32(0), full)
+    draw = _choose_sampler(config, request, allowed)
 
     def body(
         carry: tuple[KVCache, jax.Array, jax.Array, Burst],
@@ -299,7 +308,7 @@ def decode(
         positions = jnp.where(is_active, position + out.counts, nowhere)
         hidden, cache = forward_cached(params, model, last[:, None], positions[:, None], cache)
         logits = jnp.einsum("sd,vd->sv", hidden[:, 0], head, preferred_element_type=jnp.float32)
-        tokens, logprobs, entropies = sample(logits, uniforms[out.steps], request.temperature)
+        tokens, logprobs, entropies, *full = draw(logits, uniforms[out.steps])
         counts = out.counts + is_active.astype(jnp.int32)
         ended = jnp.logical_or(_is_stop(config, tokens), counts >= allowed)
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=out.steps, axis=0)
@@ -309,6 +318,7 @@ def decode(
             entropies=put(out.entropies, entropies),
             counts=counts,
             steps=out.steps + 1,
+            full_logprobs=None if out.full_logprobs is None else put(out.full_logprobs, *full),
         )
         return cache, tokens, jnp.logical_and(is_active, jnp.logical_not(ended)), out
 
@@ -326,6 +336,29 @@ def decode(
     left = jnp.where(is_active, allowed - out.counts, 0)
     carried = jnp.stack([last, position + out.counts, done + out.counts, left], axis=1)
     return cache, carried, out
+
+
+def _choose_sampler(
+    config: EngineConfig, request: Request, allowed: jax.Array
+) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    """Return what draws tokens from logits and uniforms. A filter costs nothing while no response has one."""
+    if not config.has_filter:
+        return lambda logits, uniforms: sample(logits, uniforms, request.temperature)
+    filters = request.filters
+    assert filters is not None
+    is_on = jnp.any(uses_filter(filters) & (allowed > 0))
+
+    def draw(logits: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, ...]:
+        def without() -> tuple[jax.Array, ...]:
+            tokens, logprobs, entropies = sample(logits, uniforms, request.temperature)
+            return tokens, logprobs, entropies, logprobs
+
+        def within() -> tuple[jax.Array, ...]:
+            return sample_filtered(logits, uniforms, request.temperature, filters)
+
+        return jax.lax.cond(is_on, within, without)
+
+    return draw
 
 
 def _is_stop(config: EngineConfig, tokens: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from empg_jax.models.filtering import find_reach
+
 # The inverse CDF first finds a block of this many vocabulary entries and then searches inside the block: one
 # running sum over the whole vocabulary is slower.
 BLOCK = 128
@@ -58,21 +60,59 @@ def sample(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, A
       ``(tokens int32[R], logprobs float32[R], entropies float32[R])``; statistics at the temperature, over
       the full vocabulary, in nats.
     """
+    shifted, is_greedy = _shift(logits, uniforms, temperature)
+    weights = jnp.exp(shifted)
+    drawn, total = _draw(weights, uniforms)
+    tokens = jnp.where(is_greedy, _best(shifted), drawn)
+    log_total, chosen = jnp.log(total), _at(shifted, tokens)
+    entropies = log_total - jnp.sum(weights * shifted, axis=-1) / total
+    return tokens, chosen - log_total, entropies
+
+
+def sample_filtered(
+    logits: Array, uniforms: Array, temperature: Array, filters: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Draw as `sample` does, among the tokens that each row's filter keeps.
+
+    Args:
+      logits: float[R, V].
+      uniforms: float32[R] in [0, 1).
+      temperature: as in `sample`.
+      filters: float32[R, 3], options in the order of `models.filtering.TokenFilter`.
+
+    Returns:
+      ``(tokens, logprobs, entropies, full_logprobs)``. Log-probabilities are those of the filtered
+      distribution, which the token was drawn from; entropies and full log-probabilities are those of the
+      distribution over the whole vocabulary, because uncertainty is a property of the policy. All are at the
+      temperature, in nats.
+    """
+    shifted, is_greedy = _shift(logits, uniforms, temperature)
+    weights = jnp.exp(shifted)
+    is_kept = -shifted <= find_reach(-shifted, filters)[:, None]
+    drawn, kept = _draw(jnp.where(is_kept, weights, jnp.float32(0.0)), uniforms)
+    tokens = jnp.where(is_greedy, _best(shifted), drawn)
+    total = jnp.sum(weights, axis=-1)
+    chosen, log_total = _at(shifted, tokens), jnp.log(total)
+    entropies = log_total - jnp.sum(weights * shifted, axis=-1) / total
+    return tokens, chosen - jnp.log(kept), entropies, chosen - log_total
+
+
+def _shift(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, Array]:
+    """Return the logits at the temperature, minus the largest one, and which rows are greedy."""
     temperatures = jnp.broadcast_to(temperature, uniforms.shape)
     is_greedy = temperatures == 0
     scaled = logits.astype(jnp.float32) / jnp.where(is_greedy, jnp.float32(1.0), temperatures)[:, None]
     # The largest logit becomes 0, so the exponentials cannot overflow.
-    shifted = scaled - jnp.max(scaled, axis=-1, keepdims=True)
-    weights = jnp.exp(shifted)
-    drawn, total = _draw(weights, uniforms)
-    # The first entry at the maximum; an argmax, which carries values along, costs a quarter of a decode step.
-    places = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
-    best = jnp.min(jnp.where(shifted == 0, places, jnp.int32(logits.shape[-1] - 1)), axis=-1)
-    tokens = jnp.where(is_greedy, best, drawn)
-    log_total = jnp.log(total)
-    chosen = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0]
-    entropies = log_total - jnp.sum(weights * shifted, axis=-1) / total
-    return tokens, chosen - log_total, entropies
+    return scaled - jnp.max(scaled, axis=-1, keepdims=True), is_greedy
+
+
+def _best(shifted: Array) -> Array:
+    """Return the first entry at the maximum, which is 0.
+
+    An argmax, which carries values along, costs a quarter of a decode step.
+    """
+    places = jnp.arange(shifted.shape[-1], dtype=jnp.int32)[None, :]
+    return jnp.min(jnp.where(shifted == 0, places, jnp.int32(shifted.shape[-1] - 1)), axis=-1)
 
 
 def _draw(weights: Array, uniforms: Array) -> tuple[Array, Array]:

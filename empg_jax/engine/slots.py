@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from empg_jax.engine.programs import Burst, EngineConfig
+from empg_jax.models.filtering import NO_FILTER, TokenFilter
+
+# Given a response's tokens so far: how many of them to keep where the response ends there, else None.
+Watch = Callable[[np.ndarray], int | None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Response:
-    """One finished response, fields as in `types.Turn`; ``versions`` int32[R] is that of every token."""
+    """One finished response, fields as in `types.Turn`.
+
+    ``versions`` int32[R] is that of every token. ``full_logprobs`` float32[R], log-probabilities without the
+    response's filter, is there where the engine has filters; else they are ``logprobs``.
+    """
 
     slot: int
     prompt_tokens: np.ndarray
@@ -21,6 +29,7 @@ class Response:
     entropies: np.ndarray
     versions: np.ndarray
     finish_reason: str
+    full_logprobs: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,7 +63,9 @@ class Slots:
       allowed: int[S], tokens that the response may still get; 0 where there is no response.
     """
 
-    def __init__(self, config: EngineConfig, temperature: float) -> None:
+    def __init__(
+        self, config: EngineConfig, temperature: float, token_filter: TokenFilter = NO_FILTER
+    ) -> None:
         self.config = config
         slots, response = config.slots, config.max_response_tokens
         self._history = np.zeros((slots, config.max_tokens), np.int32)
@@ -62,11 +73,15 @@ class Slots:
         self.kv_length = np.zeros(slots, np.int64)
         self.allowed = np.zeros(slots, np.int64)
         self.temperatures = np.full(slots, temperature, np.float32)
+        filters = np.tile(np.asarray(token_filter, np.float32), (slots, 1))
+        self.filters = filters if config.has_filter else None
+        self._watches: dict[int, Watch | None] = {}
         self._prompt_length = np.zeros(slots, np.int64)
         self._ids = np.zeros((slots, 4), np.int32)
         self._logprobs = np.zeros((slots, response), np.float32)
         self._entropies = np.zeros((slots, response), np.float32)
         self._versions = np.zeros((slots, response), np.int32)
+        self._full_logprobs = np.zeros((slots, response), np.float32) if config.has_filter else None
 
     def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
         """Return how many response tokens still fit after ``num_new`` more prompt tokens (may be <= 0)."""
@@ -82,6 +97,8 @@ class Slots:
         ids: tuple[int, int, int, int],
         max_response: int | None,
         temperature: float,
+        token_filter: TokenFilter,
+        watch: Watch | None,
     ) -> None:
         """Append a prompt and begin a response; see `Engine.submit`."""
         if self.allowed[slot]:
@@ -104,6 +121,9 @@ class Slots:
         self.num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
         self._ids[slot] = ids
         self.temperatures[slot] = temperature
+        if self.filters is not None:
+            self.filters[slot] = token_filter
+        self._watches[slot] = watch
         self.allowed[slot] = allowed
 
     def cut(self, slot: int, length: int) -> None:
@@ -149,6 +169,8 @@ class Slots:
         self._logprobs[slot, column] = burst.logprobs[step, slot]
         self._entropies[slot, column] = burst.entropies[step, slot]
         self._versions[slot, column] = version
+        if self._full_logprobs is not None and burst.full_logprobs is not None:
+            self._full_logprobs[slot, column] = burst.full_logprobs[step, slot]
         sampled = np.flatnonzero(counts)
         self.num_tokens[sampled] += counts[sampled]
         # The newest token has no keys yet: the next decode step computes them.
@@ -158,10 +180,22 @@ class Slots:
         stopped = np.isin(burst.tokens[counts[sampled] - 1, sampled], self.config.stop_ids)
         ended = []
         for which, is_stop in zip(sampled.tolist(), stopped.tolist(), strict=True):
-            if is_stop or not self.allowed[which]:
+            is_over = self._look(which) or is_stop
+            if is_over or not self.allowed[which]:
                 self.allowed[which] = 0
-                ended.append(self.read(which, "stop" if is_stop else "length"))
+                ended.append(self.read(which, "stop" if is_over else "length"))
         return ended
+
+    def _look(self, slot: int) -> bool:
+        """Ask the response's watch whether it ends; forget the tokens behind its end."""
+        watch, start = self._watches.get(slot), int(self._prompt_length[slot])
+        keep = None if watch is None else watch(self.tokens(slot, start, int(self.num_tokens[slot])))
+        if keep is None:
+            return False
+        self.num_tokens[slot] = start + keep
+        # The keys behind stay in memory, as in `cut`.
+        self.kv_length[slot] = start + keep - 1
+        return True
 
     def read(self, slot: int, finish_reason: str) -> Response:
         """Return the slot's response as far as it is known."""
@@ -174,4 +208,7 @@ class Slots:
             entropies=self._entropies[slot, : stop - start].copy(),
             versions=self._versions[slot, : stop - start].copy(),
             finish_reason=finish_reason,
+            full_logprobs=None
+            if self._full_logprobs is None
+            else self._full_logprobs[slot, : stop - start].copy(),
         )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from empg_jax.models.decoder import DecoderConfig, compute_values, forward, output_embedding
+from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.head import compute_head
 from empg_jax.types import Params
 
@@ -19,7 +20,7 @@ def compute_logprobs(
     segment_ids: Int[Array, "B T"],
     temperature: float = 1.0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Compute the log-probability of every token, and the entropy of the distribution it was drawn from.
+    """Compute the log-probability of every token, and the entropy of the distribution over the vocabulary.
 
     Arguments and alignment are those of `compute_outputs`.
 
@@ -37,6 +38,7 @@ def compute_outputs(
     segment_ids: Int[Array, "B T"],
     temperature: float = 1.0,
     *,
+    token_filter: TokenFilter = NO_FILTER,
     loss_mask: Bool[Array, "B T"] | None = None,
     has_critic: bool = False,
     detach_critic: bool = False,
@@ -55,6 +57,8 @@ def compute_outputs(
       positions: position inside the segment.
       segment_ids: number of the packed sequence in the row, from 1; 0 is padding.
       temperature: the rollout temperature; divides the logits.
+      token_filter: the rollouts' filter. Log-probabilities are those of the filtered distribution, so that
+        their ratio to the sampler's is right; entropies are those of the whole one.
       loss_mask: the tokens whose log-prob and entropy are read; those of the others may be 0. None: all.
       has_critic: also compute the value of the state that each token was drawn in.
       detach_critic: stop the value's gradient at the head, so that it does not reach the decoder.
@@ -67,7 +71,9 @@ def compute_outputs(
     # Rolled, not sliced: where time is split over devices, every device keeps a part of equal length.
     predicted = jnp.roll(tokens, -1, axis=1)
     mask = None if loss_mask is None else jnp.roll(loss_mask, -1, axis=1)
-    logprobs, entropies = compute_head(hidden, weights, predicted, temperature, mask=mask)
+    logprobs, entropies = compute_head(
+        hidden, weights, predicted, temperature, mask=mask, token_filter=token_filter
+    )
     state = jax.lax.stop_gradient(hidden) if detach_critic else hidden
     values = _shift(compute_values(params, state)) if has_critic else None
     return _shift(logprobs), _shift(entropies), values

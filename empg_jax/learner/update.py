@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from empg_jax.learner.outputs import compute_outputs
 from empg_jax.learner.state import TrainState, apply_updates, state_shardings, widen
 from empg_jax.models.decoder import DecoderConfig
+from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.head import wide_type
 from empg_jax.models.lora import combine
 from empg_jax.parallel.arrays import fetch, put
@@ -103,6 +104,7 @@ def make_learner(
     *,
     micro_rows: int,
     temperature: float = 1.0,
+    token_filter: TokenFilter = NO_FILTER,
     has_reference: bool = False,
     max_kl: float = math.inf,
     base: Params | None = None,
@@ -116,6 +118,7 @@ def make_learner(
       mesh: device mesh; rows go over ``data`` x ``fsdp``, time over ``sequence``.
       micro_rows: R, rows of a micro-batch over all devices.
       temperature: rollout temperature.
+      token_filter: the rollouts' filter, which restricts every log-prob: new, old and the reference's.
       has_reference: whether ``score`` also scores the frozen reference (KL term).
       max_kl: an optimizer step is skipped when the KL of its policy from the old one exceeds this bound.
       base: the frozen parameters, on the mesh, where the model has adapters.
@@ -145,7 +148,7 @@ def make_learner(
     credit_shardings = Credit(
         tokens, tokens, metrics=one, turns=one, value_targets=tokens if has_critic else None
     )
-    spec = _Spec(model, algorithm, optimizer, micro_rows, temperature, has_reference, max_kl)
+    spec = _Spec(model, algorithm, optimizer, micro_rows, temperature, token_filter, has_reference, max_kl)
     jit = functools.partial(_jit, mesh)
 
     def above(program: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,6 +220,7 @@ class _Spec:
       optimizer: optax transformation.
       micro_rows: R, rows of a micro-batch over all devices.
       temperature: rollout temperature.
+      token_filter: the rollouts' filter.
       has_reference: whether the frozen reference is scored too.
       max_kl: bound on the KL from the old policy.
     """
@@ -226,6 +230,7 @@ class _Spec:
     optimizer: optax.GradientTransformation
     micro_rows: int
     temperature: float
+    token_filter: TokenFilter
     has_reference: bool
     max_kl: float
 
@@ -246,6 +251,7 @@ class _Spec:
             positions,
             segment_ids,
             self.temperature,
+            token_filter=self.token_filter,
             loss_mask=loss_mask,
             has_critic=has_critic,
             detach_critic=self.algorithm.detach_critic,

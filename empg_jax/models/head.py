@@ -8,12 +8,15 @@ vocabulary. The devices exchange only one number per token and the embedding row
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from empg_jax.models.filtering import NO_FILTER, TokenFilter
+from empg_jax.models.floors import find_floors
+from empg_jax.models.floors import wide_type as wide_type
 from empg_jax.parallel.layout import constrain, gather_weight, num_shards, shard_weight
 
 # Largest number of float32 logits [tokens, chunk] in memory at one time on a device. On a CPU, 64 MiB stay
@@ -33,6 +36,8 @@ def compute_head(
     temperature: float = 1.0,
     slab: int | None = None,
     mask: Bool[Array, "*M"] | None = None,
+    *,
+    token_filter: TokenFilter = NO_FILTER,
 ) -> tuple[Float[Array, "*M"], Float[Array, "*M"]]:
     """Compute log-probability and full-vocabulary entropy of each token; both have gradients.
 
@@ -40,6 +45,10 @@ def compute_head(
     ``entropy = logsumexp(z) - sum(softmax(z) * z)``. The vocabulary is processed in chunks with a running
     maximum. The backward pass recomputes each chunk from two saved numbers per token, ``logsumexp(z)`` and
     ``E_p z``: ``dz = g_lp (1[v = token] - p) - g_H p (z - E_p z)``.
+
+    With a filter, log-probabilities are those of the filtered distribution, as the sampler draws from it: the
+    sum goes over the kept entries and over the token itself. Which entries are kept is found from these
+    logits and is a constant in the gradient. Entropies are those of the whole distribution all the same.
 
     Args:
       hidden: normalized final hidden states; on a mesh ``[B T D]`` with rows and time split.
@@ -49,6 +58,7 @@ def compute_head(
       slab: largest number of logits in memory at one time on a device; default by platform (`slab_size`).
       mask: the tokens whose results are read; those of the others are 0. Agents sample a small part of their
         rows' tokens, so most blocks of tokens are left out, unless rows are split over devices.
+      token_filter: the sampler's filter.
 
     Returns:
       ``(logprobs, entropies)`` in float32, entropies in nats.
@@ -56,14 +66,19 @@ def compute_head(
     slab, vocab = slab or slab_size(), weights.shape[0]
     blocks = 1 if mask is None else num_blocks(tokens.size)
     chunks = num_chunks(tokens.size // blocks, vocab, slab)
+    floors = None
+    if not token_filter.is_off:
+        floors = find_floors(hidden, weights, temperature, token_filter, slab, mask)
     if num_shards("time") > 1:  # flattening two split axes into one would gather the states
-        outputs = _head(hidden, weights, tokens, temperature, chunks)
+        outputs = _head(hidden, weights, tokens, temperature, chunks, floors)
     else:
         flat = hidden.reshape(-1, hidden.shape[-1]), weights, tokens.reshape(-1)  # faster products on CPUs
+        floors = None if floors is None else floors.reshape(-1)
         if mask is None or blocks == 1:
-            logprobs, entropies = _head(*flat, temperature, chunks)
+            logprobs, entropies = _head(*flat, temperature, chunks, floors)
         else:
-            logprobs, entropies = _head_of_some(*flat, mask.reshape(-1), _Sizes(temperature, chunks, blocks))
+            sizes = _Sizes(temperature, chunks, blocks)
+            logprobs, entropies = _head_of_some(*flat, mask.reshape(-1), sizes, floors)
         outputs = logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)
     if mask is None:
         return outputs
@@ -118,11 +133,6 @@ def _split_tokens(x: Array, *axes: str | None) -> Array:
     return constrain(x, *("rows", "time")[: x.ndim - len(axes)], *axes)
 
 
-def wide_type(dtype: Any) -> Any:
-    """Return the accumulation type: float32, or float64 for float64 inputs."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
 def _chunk_logits(
     hidden: Array, chunk: Array, index: Array, vocab: int, chunks: int, temperature: float
 ) -> Array:
@@ -152,24 +162,47 @@ def _logit_of(tokens: Array, logits: Array, chunk: Array, index: Array, chunks: 
     return tokens % chunks == index, found
 
 
-# Running maximum, sum of exponentials, sum of exponentials x logits, and the token's logit; each [*M].
-Running = tuple[Array, Array, Array, Array]
+# Running maximum, sum of exponentials, sum of exponentials x logits, the token's logit, and (with a filter)
+# the sum of the kept exponentials; each [*M].
+Running = tuple[Array, Array, Array, Array, Array | None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _head(
-    hidden: Array, weights: Array, tokens: Array, temperature: float, chunks: int
+    hidden: Array,
+    weights: Array,
+    tokens: Array,
+    temperature: float,
+    chunks: int,
+    floors: Array | None = None,
 ) -> tuple[Array, Array]:
-    return _head_forward(hidden, weights, tokens, temperature, chunks)[0]
+    return _head_forward(hidden, weights, tokens, temperature, chunks, floors)[0]
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs; the last two only with a filter."""
+
+    hidden: Array
+    weights: Array
+    tokens: Array
+    normalizer: Array  # log of the sum of all exponentials
+    mean_logit: Array
+    kept_normalizer: Array | None
+    floors: Array | None
 
 
 def _head_forward(
-    hidden: Array, weights: Array, tokens: Array, temperature: float, chunks: int
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    hidden: Array,
+    weights: Array,
+    tokens: Array,
+    temperature: float,
+    chunks: int,
+    floors: Array | None = None,
+) -> tuple[tuple[Array, Array], _Saved]:
     vocab, wide = weights.shape[0], wide_type(hidden.dtype)
 
     def step(carry: Running, inputs: tuple[Array, Array]) -> tuple[Running, None]:
-        largest, total, weighted, target = carry
+        largest, total, weighted, target, kept = carry
         index, chunk = inputs
         chunk = gather_weight(chunk, _TABLE)
         logits = _chunk_logits(hidden, chunk, index, vocab, chunks, temperature)
@@ -183,21 +216,29 @@ def _head_forward(
         total = total * decay + jnp.sum(exponentials, axis=-1)
         is_here, found = _logit_of(tokens, logits, chunk, index, chunks)
         target = jnp.where(is_here, found, target)
-        return (new_largest, total, weighted, target), None
+        if floors is not None and kept is not None:
+            is_kept = logits >= floors[..., None]
+            kept = kept * decay + jnp.sum(jnp.where(is_kept, exponentials, jnp.zeros((), wide)), axis=-1)
+        return (new_largest, total, weighted, target, kept), None
 
     zeros = jnp.zeros(tokens.shape, wide)
-    carry = (jnp.full(tokens.shape, LOWEST, wide), zeros, zeros, zeros)
+    carry = (jnp.full(tokens.shape, LOWEST, wide), zeros, zeros, zeros, None if floors is None else zeros)
     inputs = (jnp.arange(chunks, dtype=tokens.dtype), _chunked(weights, chunks))
-    (largest, total, weighted, target), _ = jax.lax.scan(step, carry, inputs)
+    (largest, total, weighted, target, kept), _ = jax.lax.scan(step, carry, inputs)
     mean_shifted = weighted / total
-    outputs = (target - largest - jnp.log(total), jnp.log(total) - mean_shifted)
-    return outputs, (hidden, weights, tokens, largest + jnp.log(total), largest + mean_shifted)
+    if floors is not None and kept is not None:
+        # The sampler drew the token, so it was kept there, whatever a last digit or newer weights say here.
+        kept = kept + jnp.where(target < floors, jnp.exp(target - largest), jnp.zeros((), wide))
+    outputs = (target - largest - jnp.log(total if kept is None else kept), jnp.log(total) - mean_shifted)
+    normalizer, mean_logit = largest + jnp.log(total), largest + mean_shifted
+    kept_normalizer = None if kept is None else largest + jnp.log(kept)
+    return outputs, _Saved(hidden, weights, tokens, normalizer, mean_logit, kept_normalizer, floors)
 
 
 def _head_backward(
-    temperature: float, chunks: int, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, None]:
-    hidden, weights, tokens, normalizer, mean_logit = residuals
+    temperature: float, chunks: int, saved: _Saved, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, None, None]:
+    hidden, weights, tokens, normalizer, mean_logit, kept_normalizer, floors = saved
     g_logprob, g_entropy = cotangents
     vocab, wide = weights.shape[0], wide_type(hidden.dtype)
 
@@ -208,8 +249,13 @@ def _head_backward(
         # Softmax of this chunk from the saved normalizer; d entropy / dz = -p (z - E_p z).
         probabilities = jnp.exp(logits - normalizer[..., None])
         surprise = logits - mean_logit[..., None]
-        slope = -probabilities * (g_logprob[..., None] + g_entropy[..., None] * surprise)
         is_target = _entries(chunk, index, chunks, hidden.ndim) == tokens[..., None]
+        if floors is None or kept_normalizer is None:
+            slope = -probabilities * (g_logprob[..., None] + g_entropy[..., None] * surprise)
+        else:
+            is_kept = jnp.logical_or(logits >= floors[..., None], is_target)
+            kept = jnp.where(is_kept, jnp.exp(logits - kept_normalizer[..., None]), jnp.zeros((), wide))
+            slope = -kept * g_logprob[..., None] - probabilities * g_entropy[..., None] * surprise
         slope = slope + jnp.where(is_target, g_logprob[..., None], jnp.zeros((), wide))
         slope = (slope * jnp.asarray(1 / temperature, wide)).astype(hidden.dtype)
         here = jnp.einsum("...v,vd->...d", slope, chunk, preferred_element_type=wide)
@@ -221,7 +267,7 @@ def _head_backward(
     inputs = (jnp.arange(chunks, dtype=tokens.dtype), _chunked(weights, chunks))
     d_hidden, d_chunks = jax.lax.scan(step, zeros, inputs)
     d_weights = jnp.swapaxes(d_chunks, 0, 1).reshape(-1, weights.shape[1])[:vocab]
-    return d_hidden.astype(hidden.dtype), shard_weight(d_weights, _TABLE), None
+    return d_hidden.astype(hidden.dtype), shard_weight(d_weights, _TABLE), None, None
 
 
 _head.defvjp(_head_forward, _head_backward)
@@ -240,10 +286,10 @@ class _Sizes(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _head_of_some(
-    hidden: Array, weights: Array, tokens: Array, mask: Array, sizes: _Sizes
+    hidden: Array, weights: Array, tokens: Array, mask: Array, sizes: _Sizes, floors: Array | None
 ) -> tuple[Array, Array]:
     """Compute the head of the blocks with tokens in the mask; zero in the others. Arrays are ``[M ...]``."""
-    return _some_forward(hidden, weights, tokens, mask, sizes)[0]
+    return _some_forward(hidden, weights, tokens, mask, sizes, floors)[0]
 
 
 def _blocks_of(mask: Array, blocks: int) -> tuple[Array, Array]:
@@ -253,39 +299,58 @@ def _blocks_of(mask: Array, blocks: int) -> tuple[Array, Array]:
 
 
 def _some_forward(
-    hidden: Array, weights: Array, tokens: Array, mask: Array, sizes: _Sizes
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    hidden: Array, weights: Array, tokens: Array, mask: Array, sizes: _Sizes, floors: Array | None
+) -> tuple[tuple[Array, Array], tuple[_Saved, Array]]:
     order, used = _blocks_of(mask, sizes.blocks)
 
     def step(block: Array, found: Array) -> Array:
         rows = order[block]
-        outputs, saved = _head_forward(hidden[rows], weights, tokens[rows], sizes.temperature, sizes.chunks)
-        return found.at[rows].set(jnp.stack([*outputs, *saved[3:]], axis=-1))
+        outputs, saved = _head_forward(
+            hidden[rows], weights, tokens[rows], sizes.temperature, sizes.chunks, _at(floors, rows)
+        )
+        numbers = [*outputs, saved.normalizer, saved.mean_logit]
+        numbers += [] if saved.kept_normalizer is None else [saved.kept_normalizer]
+        return found.at[rows].set(jnp.stack(numbers, axis=-1))
 
-    nothing = jnp.zeros((*tokens.shape, 4), wide_type(hidden.dtype))
+    nothing = jnp.zeros((*tokens.shape, 4 if floors is None else 5), wide_type(hidden.dtype))
     # The number of rounds depends on the data: a while loop, which the backward pass repeats by itself.
     found = jax.lax.fori_loop(jnp.int32(0), used, step, nothing)
-    return (found[:, 0], found[:, 1]), (hidden, weights, tokens, mask, found[:, 2], found[:, 3])
+    kept = None if floors is None else found[:, 4]
+    saved = _Saved(hidden, weights, tokens, found[:, 2], found[:, 3], kept, floors)
+    return (found[:, 0], found[:, 1]), (saved, mask)
 
 
 def _some_backward(
-    sizes: _Sizes, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, None, None]:
-    hidden, weights, tokens, mask, normalizer, mean_logit = residuals
+    sizes: _Sizes, residuals: tuple[_Saved, Array], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, None, None, None]:
+    saved, mask = residuals
+    hidden, weights = saved.hidden, saved.weights
     g_logprob, g_entropy = cotangents
     order, used = _blocks_of(mask, sizes.blocks)
     wide = wide_type(hidden.dtype)
 
     def step(block: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         rows, (d_hidden, d_weights) = order[block], sums
-        saved = hidden[rows], weights, tokens[rows], normalizer[rows], mean_logit[rows]
+        here = _Saved(
+            hidden[rows],
+            weights,
+            saved.tokens[rows],
+            saved.normalizer[rows],
+            saved.mean_logit[rows],
+            _at(saved.kept_normalizer, rows),
+            _at(saved.floors, rows),
+        )
         slopes = g_logprob[rows], g_entropy[rows]
-        here, d_table, _ = _head_backward(sizes.temperature, sizes.chunks, saved, slopes)
-        return d_hidden.at[rows].set(here), d_weights + d_table.astype(wide)
+        d_here, d_table, *_ = _head_backward(sizes.temperature, sizes.chunks, here, slopes)
+        return d_hidden.at[rows].set(d_here), d_weights + d_table.astype(wide)
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(weights.shape, wide)
     d_hidden, d_weights = jax.lax.fori_loop(jnp.int32(0), used, step, zeros)
-    return d_hidden, d_weights.astype(weights.dtype), None, None
+    return d_hidden, d_weights.astype(weights.dtype), None, None, None
+
+
+def _at(values: Array | None, rows: Array) -> Array | None:
+    return None if values is None else values[rows]
 
 
 _head_of_some.defvjp(_some_forward, _some_backward)

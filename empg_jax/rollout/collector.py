@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from empg_jax.engine.engine import Engine, Response
+from empg_jax.engine.engine import Engine, Response, Watch
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
 from empg_jax.rollout.schedule import Round, ScheduleError
@@ -41,6 +41,7 @@ class Collector:
       episode_timeout: seconds after which an episode is given up. Only time inside `advance` counts: an
         episode does not age while nobody serves it.
       is_deterministic: use a barrier per turn.
+      make_watch: makes what ends a response besides its tokens, one for each (see `Engine.submit`).
       timer: a monotonic clock, in seconds.
 
     Attributes:
@@ -62,13 +63,14 @@ class Collector:
         first_handle: int = 0,
         episode_timeout: float = 300.0,
         is_deterministic: bool = False,
+        make_watch: Callable[[], Watch | None] = lambda: None,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.pool = engine, pool
         self._make_context, self._parser, self._decode, self._rules = make_context, parser, decode, rules
         self._seed, self._stream, self._first_handle = seed, stream, first_handle
         self._episode_timeout = episode_timeout
-        self._is_deterministic, self._timer = is_deterministic, timer
+        self._is_deterministic, self._timer, self._make_watch = is_deterministic, timer, make_watch
         self.served = 0.0
         self.answered: list[int] = []
         self._handles = range(first_handle, first_handle + engine.config.slots)
@@ -205,7 +207,7 @@ class Collector:
             return
         a = episode.attempt
         ids = (self._stream, a.group_id, a.member + RETRY_STRIDE * a.retry, episode.num_turns)
-        self.engine.submit(slot, step.tokens, is_fresh=step.is_fresh, ids=ids)
+        self.engine.submit(slot, step.tokens, is_fresh=step.is_fresh, ids=ids, watch=self._make_watch())
 
     def _on_response(self, response: Response) -> None:
         episode = self._episodes[response.slot]

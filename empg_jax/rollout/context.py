@@ -54,7 +54,7 @@ class EpisodeContext(Protocol):
         Args:
           response_tokens: the sampled ids, exactly as sampled.
           response_text: the text of these ids, without control tokens.
-          stopped: whether the last id is a stop token (otherwise a length limit cut the response).
+          stopped: whether the response ended by a stop token or a stop string (otherwise a limit cut it).
           action: the action that the parser found in the response.
           observation: the environment's answer to the action.
           info: the environment's info beside that observation.

@@ -9,6 +9,7 @@ import numpy as np
 
 from empg_jax.engine.engine import Engine
 from empg_jax.errors import RunError
+from empg_jax.models.filtering import TokenFilter
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.episode import Attempt, tell_discarded
 from empg_jax.rollout.ledger import MAX_RETRIES
@@ -54,6 +55,7 @@ class Evaluator:
       collector: plays episodes on the engine, with sampling keys that training does not use.
       engine: the engine, which training may use, too.
       temperature: of the held-out episodes.
+      token_filter: of the held-out episodes.
       split: panel of tasks.
       num_tasks: number of tasks to attempt, from the start of the panel.
       attempts: attempts at each task, with sampling keys of their own.
@@ -70,6 +72,7 @@ class Evaluator:
         engine: Engine,
         *,
         temperature: float,
+        token_filter: TokenFilter,
         split: str,
         num_tasks: int,
         attempts: int = 1,
@@ -79,7 +82,7 @@ class Evaluator:
         self.engine, self.num_tasks = engine, num_tasks
         self.tasks = range(share[0], num_tasks, share[1])
         self._collector, self._split, self._tell = collector, split, tell
-        self._temperature, self._attempts = temperature, attempts
+        self._temperature, self._filter, self._attempts = temperature, token_filter, attempts
 
     def run(
         self,
@@ -100,7 +103,7 @@ class Evaluator:
           advance: called for every finished episode, for a progress display.
           check: called in every round; it may raise to end the evaluation.
         """
-        with self.engine.lent(params, version, temperature=self._temperature):
+        with self.engine.lent(params, version, temperature=self._temperature, token_filter=self._filter):
             return self._play(advance, check)
 
     def _play(

@@ -45,6 +45,7 @@ from empg_jax.run.devices import learner_devices
 from empg_jax.run.folder import add_run_info
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
 from empg_jax.run.sampling import (
+    filter_of,
     make_engine,
     make_evaluator,
     make_rollout,
@@ -264,6 +265,7 @@ def _start_learner(
         mesh,
         micro_rows=shape.micro_rows,
         temperature=config.rollout.temperature,
+        token_filter=filter_of(config.rollout),
         has_reference=needs_reference(config),
         max_kl=math.inf if config.train.max_kl is None else config.train.max_kl,
         base=make_base(config, model, mesh),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from empg_jax.engine.engine import Engine, EngineConfig
+from empg_jax.engine.engine import Engine, EngineConfig, Watch
 from empg_jax.errors import ConfigError
 from empg_jax.models.decoder import DecoderConfig
+from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.parallel.hosts import ALONE, Hosts
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.rollout.collector import Collector
@@ -21,6 +23,7 @@ from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.devices import engine_devices
 from empg_jax.run.environment import find_spec
 from empg_jax.run.storage import load_trajectories
+from empg_jax.text.stops import StopSearch
 from empg_jax.text.tokenizer import Tokenizer
 from empg_jax.types import Trajectory
 from empg_jax.workers.faults import FaultPolicy, Tell, tell_nobody
@@ -31,18 +34,36 @@ from empg_jax.workers.ray_backend import RayCluster, check_ray
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
+    from empg_jax.config.sections import EvalConfig, RolloutConfig
 from empg_jax.run.assembly import Language
 
 EVALUATION_STREAM = 1  # keeps the sampling keys of evaluation apart from those of training
 
 
-def make_engine(config: Config, model: DecoderConfig, tokenizer: Tokenizer, *, num_hosts: int = 1) -> Engine:
-    """Build this host's sampling engine without weights, at ``rollout.temperature``.
+def make_engine(
+    config: Config,
+    model: DecoderConfig,
+    tokenizer: Tokenizer,
+    *,
+    num_hosts: int = 1,
+    is_served: bool = False,
+) -> Engine:
+    """Build this host's sampling engine without weights, with the temperature and filter of ``rollout``.
+
+    Args:
+      config: the configuration.
+      model: the decoder's config.
+      tokenizer: its tokenizer.
+      num_hosts: hosts that share the slots.
+      is_served: requests choose how to sample; ``rollout`` and ``eval`` have no say in it.
 
     Raises:
-      ConfigError: the slots cannot be split over ``rollout.data``, or this host has too few devices.
+      ConfigError: the slots cannot be split over ``rollout.data``, this host has too few devices, or
+        ``rollout.top_k`` or ``eval.top_k`` exceeds the vocabulary.
     """
     r = config.rollout
+    check_filters(config, model.vocab_size)
+    token_filter = NO_FILTER if is_served else filter_of(r)
     slots = r.slots or r.tasks_per_update * r.group_size // num_hosts
     sizes = EngineConfig(
         slots=slots,
@@ -54,6 +75,7 @@ def make_engine(config: Config, model: DecoderConfig, tokenizer: Tokenizer, *, n
         # Programs for other numbers of rows round differently, so an episode's numbers would depend on which
         # others are prefilled with it.
         row_buckets=(slots,) if _has_barrier(config) else (),
+        has_filter=is_served or not (token_filter.is_off and filter_of(config.eval).is_off),
     )
     if sizes.slots % r.data:
         raise ConfigError(
@@ -68,8 +90,27 @@ def make_engine(config: Config, model: DecoderConfig, tokenizer: Tokenizer, *, n
         sizes,
         seed=config.seed,
         temperature=r.temperature,
+        token_filter=token_filter,
         mesh=mesh,
     )
+
+
+def filter_of(section: RolloutConfig | EvalConfig) -> TokenFilter:
+    """Return the filter of sampled tokens that a section of the configuration asks for."""
+    return TokenFilter(section.top_p, section.top_k, section.min_p)
+
+
+def check_filters(config: Config, vocab_size: int) -> None:
+    """Check the filters of sampled tokens.
+
+    Raises:
+      ConfigError: ``top_k`` exceeds the vocabulary.
+    """
+    for name, section in (("rollout", config.rollout), ("eval", config.eval)):
+        try:
+            filter_of(section).check(vocab_size, f"{name}.")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _has_barrier(config: Config) -> bool:
@@ -120,7 +161,14 @@ def make_collector(
         first_handle=first_handle,
         episode_timeout=config.rollout.episode_timeout,
         is_deterministic=_has_barrier(config),
+        make_watch=_make_watches(config, language.tokenizer),
     )
+
+
+def _make_watches(config: Config, tokenizer: Tokenizer) -> Callable[[], Watch | None]:
+    """Return what makes the search for ``rollout.stop`` in a response."""
+    stops = config.rollout.stop
+    return lambda: StopSearch(tokenizer.decode, stops) if stops else None
 
 
 def make_evaluator(
@@ -133,7 +181,7 @@ def make_evaluator(
     attempts: int = 1,
     hosts: Hosts = ALONE,
 ) -> Evaluator:
-    """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, at ``eval.temperature``.
+    """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, sampled as ``eval`` says.
 
     Args:
       config: the configuration.
@@ -161,6 +209,7 @@ def make_evaluator(
         collector,
         engine,
         temperature=config.eval.temperature,
+        token_filter=filter_of(config.eval),
         split=split,
         num_tasks=num_tasks,
         attempts=attempts,
@@ -207,11 +256,13 @@ def make_rollout(
 
 
 def check_rollout(config: Config, vocab_size: int) -> None:
-    """Check the files that rollouts are repeated or taken from, and Ray, before anything is written.
+    """Check the filters, the files that rollouts are repeated or taken from, and Ray, before a run writes.
 
     Raises:
-      ConfigError: a file is missing, damaged, or does not fit the run, or Ray is not installed.
+      ConfigError: a filter does not fit the vocabulary; a file is missing, damaged, or does not fit the run;
+        or Ray is not installed.
     """
+    check_filters(config, vocab_size)
     if config.workers.backend == "ray":
         check_ray(config.workers.ray_address)
     if config.rollout.stored is not None:

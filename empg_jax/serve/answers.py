@@ -3,11 +3,14 @@
 Beside OpenAI's fields a choice may have vLLM's ``token_ids`` and our own ``empg``, which no other wire
 carries. Both come with ``return_token_ids``, and always from ``/inference/v1/generate``::
 
-    "empg": {"version": 1, "entropies": [...], "versions": [...], "logprobs": [...]}
+    "empg": {"version": 2, "entropies": [...], "versions": [...], "logprobs": [...],
+             "sampling_logprobs": [...]}
 
 One number per token of ``token_ids``: the entropy of the whole distribution in nats and the log-probability
-of the token, both at the request's temperature (at 1 for greedy sampling), without any truncation; and the
-version of the weights that sampled it. ``version`` counts changes of this format.
+of the token, both at the request's temperature (at 1 for greedy sampling), without any truncation; the
+version of the weights that sampled it; and the log-probability in the distribution that it was drawn from,
+which top-p, top-k and min-p have cut. ``version`` counts changes of this format. OpenAI's own ``logprobs``
+are those of the distribution that was drawn from, too: a trainer's ratios need them.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import numpy as np
 
 from empg_jax.engine.engine import Response
 
-STATISTICS_VERSION = 1
+STATISTICS_VERSION = 2
 
 Body = dict[str, Any]
 
@@ -81,12 +84,14 @@ def describe_tokens(
 
 
 def describe_statistics(response: Response, start: int = 0) -> Body:
-    """Return the extra field with one entropy, weight version and log-probability per token."""
+    """Return the extra field with one number of each kind per token."""
+    full = response.logprobs if response.full_logprobs is None else response.full_logprobs
     return {
         "version": STATISTICS_VERSION,
         "entropies": as_floats(response.entropies[start:]),
         "versions": response.versions[start:].tolist(),
-        "logprobs": as_floats(response.logprobs[start:]),
+        "logprobs": as_floats(full[start:]),
+        "sampling_logprobs": as_floats(response.logprobs[start:]),
     }
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from empg_jax.engine.engine import Engine, Response
+from empg_jax.engine.engine import Engine, Response, Watch
+from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.serve.slots import Place, SlotTable
 
 STREAM = 2  # first number of the sampling ids; 0 and 1 are training and evaluation
@@ -61,9 +62,9 @@ class Job:
       seed: any integer.
       choice: number of the response among those of one request.
       notify: called on the engine's thread, with every update if ``is_streamed``, else with the final one.
-      watch: called on the engine's thread with the response's tokens so far; returns how many of them to
-        keep if the response ends there, else None.
+      watch: asked on the engine's thread whether the response ends, as in `Engine.submit`.
       is_streamed: whether updates come before the end, too.
+      token_filter: restricts sampling to likely tokens.
     """
 
     prompt: np.ndarray
@@ -72,8 +73,9 @@ class Job:
     seed: int
     choice: int
     notify: Callable[[Update], None]
-    watch: Callable[[np.ndarray], int | None] | None = None
+    watch: Watch | None = None
     is_streamed: bool = False
+    token_filter: TokenFilter = NO_FILTER
 
     @property
     def ids(self) -> tuple[int, int, int, int]:
@@ -215,6 +217,8 @@ class Driver:
                 ids=job.ids,
                 max_response=job.max_tokens,
                 temperature=job.temperature,
+                token_filter=job.token_filter,
+                watch=job.watch,
             )
             self._live[place.slot] = job, place
 
@@ -223,12 +227,9 @@ class Driver:
         # The lock is not held here: a callback may take long, and handlers must not wait for it.
         for slot, (job, place) in list(self._live.items()):
             final = finals.get(slot)
-            if final is None and job.watch is None and not job.is_streamed:
+            if final is None and not job.is_streamed:
                 continue
             response = final or self.engine.progress(slot)
-            keep = None if job.watch is None else job.watch(response.tokens)
-            if keep is not None:
-                response = final = _cut(response, keep)
             if final is not None:
                 with self._lock:
                     self._end(slot, response)
@@ -249,15 +250,3 @@ class Driver:
             self._waiting.clear()
         for job in jobs:
             job.notify(Update(None, is_final=True, error=reason))
-
-
-def _cut(response: Response, count: int) -> Response:
-    """Keep the first ``count`` tokens of a response."""
-    return dataclasses.replace(
-        response,
-        tokens=response.tokens[:count],
-        logprobs=response.logprobs[:count],
-        entropies=response.entropies[:count],
-        versions=response.versions[:count],
-        finish_reason="stop",
-    )

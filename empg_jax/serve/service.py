@@ -20,7 +20,7 @@ from empg_jax.serve.answers import (
     describe_usage,
 )
 from empg_jax.serve.driver import Job, Update
-from empg_jax.serve.text import StopSearch, TextStream, cut_at_stop
+from empg_jax.serve.text import TextStream
 from empg_jax.serve.wire import (
     CHAT,
     COMPLETION,
@@ -35,6 +35,7 @@ from empg_jax.serve.wire import (
     refuse,
 )
 from empg_jax.text.chat import ChatRenderer
+from empg_jax.text.stops import StopSearch, cut_at_stop
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer
 
@@ -85,6 +86,7 @@ class Asked:
             prompt=self.prompts[index // s.n],
             max_tokens=s.max_tokens,
             temperature=s.temperature,
+            token_filter=s.token_filter,
             seed=s.seed,
             choice=index,
             notify=notify,
@@ -175,7 +177,7 @@ class Service:
         self._check_length(prompt)
         return Asked(
             [np.asarray(prompt, np.int32)],
-            read_sampling(options),
+            read_sampling(options, self._tokenizer.vocab_size),
             None,
             self._tokenizer.decode,
         )
@@ -206,7 +208,7 @@ class Service:
             raise refuse("stream_options must be an object", "stream_options")
         return Asked(
             [np.asarray(prompt, np.int32) for prompt in prompts],
-            read_sampling(given, default_max_tokens=default_max_tokens),
+            read_sampling(given, self._tokenizer.vocab_size, default_max_tokens=default_max_tokens),
             head,
             self._tokenizer.decode,
             tools=tools or [],

@@ -1,12 +1,13 @@
-"""Tokens to text while they arrive: pieces that never change again, and the search for stop strings."""
+"""Tokens to text while they arrive: pieces that never change again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-Decode = Callable[[Iterable[int]], str]
+from empg_jax.text.stops import Decode, cut_at_stop
+
 REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
 
 
@@ -42,40 +43,3 @@ class TextStream:
                     end -= size
                     break
         return end
-
-
-class StopSearch:
-    """The search for the end of a response that the engine itself does not see.
-
-    Args:
-      decode: maps token ids to text.
-      stops: stop strings.
-      stop_ids: further stop tokens.
-    """
-
-    def __init__(self, decode: Decode, stops: Sequence[str], stop_ids: Sequence[int]) -> None:
-        self._decode, self._stops, self._stop_ids = decode, tuple(stops), np.asarray(stop_ids, np.int32)
-        self._seen = 0  # tokens
-
-    def __call__(self, tokens: np.ndarray) -> int | None:
-        """Return how many tokens the response has if it ends, else None; the last one completes the stop."""
-        start, self._seen = self._seen, len(tokens)
-        found = np.flatnonzero(np.isin(tokens[start:], self._stop_ids))
-        limit = start + int(found[0]) + 1 if len(found) else None
-        if self._stops and has_stop(self._decode(tokens[:limit].tolist()), self._stops):
-            # Few tokens are new, so each length is tried: the result must not depend on the burst's size.
-            for count in range(start + 1, len(tokens) + 1):
-                if has_stop(self._decode(tokens[:count].tolist()), self._stops):
-                    return count
-        return limit
-
-
-def has_stop(text: str, stops: Sequence[str]) -> bool:
-    """Return whether a stop string occurs."""
-    return any(stop in text for stop in stops)
-
-
-def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """Return the text before the first stop string."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text

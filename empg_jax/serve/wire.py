@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from empg_jax.errors import nearest
+from empg_jax.models.filtering import TokenFilter
 
 # Keys that change what is sampled, at values that change nothing. Any other value is refused, because a
-# client that asks for nucleus sampling must not get something else in silence.
+# client that asks for repetition penalties must not get something else in silence.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -19,15 +20,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "logit_bias": ({},),
-    "min_p": (0,),
     "min_tokens": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "top_k": (0, -1),
     "top_logprobs": (0,),
-    "top_p": (1,),
 }
 # Keys without an effect on the tokens.
 IGNORED = frozenset(
@@ -38,7 +36,19 @@ IGNORED = frozenset(
     }
 )
 SAMPLING = frozenset(
-    {"max_tokens", "temperature", "seed", "n", "stop", "stop_token_ids", "logprobs"} | NEUTRAL.keys()
+    {
+        "max_tokens",
+        "temperature",
+        "seed",
+        "n",
+        "stop",
+        "stop_token_ids",
+        "logprobs",
+        "top_p",
+        "top_k",
+        "min_p",
+    }
+    | NEUTRAL.keys()
 )
 ANSWER = frozenset({"model", "stream", "stream_options", "return_token_ids"})
 CHAT = SAMPLING | ANSWER | {"messages", "tools", "tool_choice", "max_completion_tokens"}
@@ -81,6 +91,7 @@ class Sampling:
     Attributes:
       max_tokens: longest response; None takes all the room.
       temperature: 0 is greedy.
+      token_filter: restricts sampling to likely tokens.
       seed: of the request; drawn where it gives none.
       n: responses.
       stops: stop strings.
@@ -90,6 +101,7 @@ class Sampling:
 
     max_tokens: int | None
     temperature: float
+    token_filter: TokenFilter
     seed: int
     n: int
     stops: tuple[str, ...]
@@ -124,8 +136,15 @@ def check_keys(body: Any, known: frozenset[str], where: str = "") -> dict[str, A
     return given
 
 
-def read_sampling(given: Mapping[str, Any], *, default_max_tokens: int | None = None) -> Sampling:
+def read_sampling(
+    given: Mapping[str, Any], vocab_size: int, *, default_max_tokens: int | None = None
+) -> Sampling:
     """Read the sampling options of a checked body.
+
+    Args:
+      given: the options.
+      vocab_size: number of tokens that there are.
+      default_max_tokens: longest response where the options have none; None takes all the room.
 
     Raises:
       ApiError: an option has a wrong type or value.
@@ -149,6 +168,7 @@ def read_sampling(given: Mapping[str, Any], *, default_max_tokens: int | None = 
     return Sampling(
         max_tokens=_integer(given, limit, default_max_tokens, low=1),
         temperature=temperature,
+        token_filter=_read_filter(given, vocab_size),
         seed=_integer(given, "seed", None) if "seed" in given else secrets.randbits(62),  # type: ignore[arg-type]
         n=_integer(given, "n", 1, low=1, high=MAX_CHOICES) or 1,
         stops=tuple(stops),
@@ -156,6 +176,19 @@ def read_sampling(given: Mapping[str, Any], *, default_max_tokens: int | None = 
         # 0 asks a completion for the sampled token's alone, which is what there is.
         has_logprobs=logprobs is not False,
     )
+
+
+def _read_filter(given: Mapping[str, Any], vocab_size: int) -> TokenFilter:
+    """Read ``top_p``, ``top_k`` and ``min_p``; a ``top_k`` of -1 keeps every token, as with vLLM."""
+    top_k = _integer(given, "top_k", 0) or 0
+    top_p, min_p = _number(given, "top_p", 1.0), _number(given, "min_p", 0.0)
+    token_filter = TokenFilter(top_p, 0 if top_k == -1 else top_k, min_p)
+    for name, value in token_filter._asdict().items():
+        try:
+            TokenFilter(**{name: value}).check(vocab_size)
+        except ValueError as error:
+            raise refuse(str(error), name) from None
+    return token_filter
 
 
 def read_ids(value: Any, where: str, vocab_size: int | None = None) -> list[int]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empg_jax.engine.sampling import fold_keys, position_uniforms, sample
+from empg_jax.engine.sampling import fold_keys, position_uniforms, sample, sample_filtered
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 draw = jax.jit(sample)
@@ -100,3 +100,38 @@ def test_uniforms_belong_to_positions_not_to_calls():
     part = np.asarray(position_uniforms(keys, positions[:, 2:3]))
     np.testing.assert_array_equal(whole[:, 2:3], part)
     assert len(set(whole.ravel().tolist())) == 8 and whole.min() >= 0 and whole.max() < 1
+
+
+# --------------------------------------------------------------------------------------------- filters
+
+filtered = jax.jit(sample_filtered)
+
+
+def test_neutral_filters_change_no_token():
+    logits, uniforms = make_logits(500, 300), np.random.default_rng(2).random(500).astype(np.float32)
+    *found, full = filtered(logits, uniforms, np.float32(0.7), np.tile(np.float32([1, 0, 0]), (500, 1)))
+    expected = draw(logits, uniforms, np.float32(0.7))
+    np.testing.assert_array_equal(found[0], expected[0])
+    for one, other in zip((*found[1:], full), (*expected[1:], expected[1]), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [(0.6, 0, 0.0), (1.0, 3, 0.0), (1.0, 0, 0.2), (0.9, 7, 0.02)])
+def test_filtered_draws_have_the_renormalized_frequencies(options):
+    count = 2000
+    logits = np.repeat(make_logits(1, 300), count, axis=0)
+    uniforms = ((np.arange(count) + 0.5) / count).astype(np.float32)
+    filters = np.tile(np.float32(options), (count, 1))
+    tokens, logprobs, entropies, full = map(np.asarray, filtered(logits, uniforms, np.float32(1), filters))
+    whole = log_softmax(logits[0])
+    order = np.argsort(-whole)
+    kept = np.zeros(300, bool)
+    kept[order[: options[1] or 300]] = True
+    shares = np.cumsum(np.where(kept, np.exp(whole), 0)[order] / np.exp(whole)[kept].sum())
+    kept[order[np.searchsorted(shares, options[0]) + 1 :]] = False
+    kept &= whole >= whole.max() + np.log(options[2]) if options[2] else True
+    expected = np.where(kept, whole - np.log(np.exp(whole)[kept].sum()), -np.inf)
+    assert np.abs(np.bincount(tokens, minlength=300) - np.exp(expected) * count).max() < 1.01
+    np.testing.assert_allclose(logprobs, expected[tokens], atol=2e-6)
+    np.testing.assert_allclose(full, whole[tokens], atol=2e-6)
+    np.testing.assert_allclose(entropies, -(np.exp(whole) * whole).sum(), atol=2e-6)

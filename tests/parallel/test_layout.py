@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from empg_jax.models.attention import packed_attention, sliced_attention
+from empg_jax.models.filtering import TokenFilter
 from empg_jax.models.head import compute_head
 from empg_jax.parallel.layout import (
     constrain,
@@ -78,6 +79,13 @@ def test_head(mesh, vocab, slab):
     tokens = np.random.default_rng(0).integers(0, vocab, (4, 8)).astype(np.int32)
     head = functools.partial(compute_head, temperature=0.7, slab=slab)
     assert_same_on_mesh(make_mesh(**MESHES[mesh]), head, normal(4, 8, 8), normal(vocab, 8, seed=1), tokens)
+
+
+def test_head_with_a_filter():
+    mesh = make_mesh(**MESHES["fsdp2_tensor2_sequence2"])
+    tokens = np.random.default_rng(0).integers(0, 48, (4, 8)).astype(np.int32)
+    head = functools.partial(compute_head, temperature=0.7, slab=16, token_filter=TokenFilter(0.8, 9, 0.05))
+    assert_same_on_mesh(mesh, head, normal(4, 8, 8), normal(48, 8, seed=1), tokens)
 
 
 def test_gathered_weights_have_split_gradients():

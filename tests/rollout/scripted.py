@@ -32,7 +32,7 @@ class ScriptedEngine:
     def room(self, slot, num_new, *, is_fresh):
         return self.config.max_tokens - num_new - (0 if is_fresh else self._held[slot])
 
-    def submit(self, slot, tokens, *, is_fresh, ids):
+    def submit(self, slot, tokens, *, is_fresh, ids, watch):
         assert slot not in self._pending
         self.submitted.append(ids)
         self._held[slot] = len(tokens) + (0 if is_fresh else self._held[slot])

@@ -280,6 +280,24 @@ def test_in_deterministic_mode_a_collection_repeats_bit_by_bit(parts):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(parts):
+    """The same tokens as without it, up to there, in bursts of any length; and the episode goes on."""
+    free = collect(parts())
+    stop = free[0].turns[0].response.split(" ")[3]  # a word that the policy says
+    for burst in (3, 8):
+        found = collect(parts(f"rollout.stop=[{stop}]", f"rollout.burst={burst}"))
+        turns = [turn for trajectory in found for turn in trajectory.turns]
+        for turn in turns:  # nothing stands behind it but the rest of its phrase
+            assert len(turn.response.partition(stop)[2].split(" ")) <= 2
+            assert turn.finish_reason == "stop" or stop not in turn.response
+        assert {stop in turn.response for turn in turns} == {True, False}
+        for one, other in zip(found, free, strict=True):
+            first, whole = one.turns[0].response_tokens, other.turns[0].response_tokens
+            np.testing.assert_array_equal(first, whole[: len(first)])
+        assert len(found[0].turns[0].response_tokens) < len(free[0].turns[0].response_tokens)
+        assert all(len(trajectory.turns) == 3 for trajectory in found)
+
+
 def test_members_of_a_group_differ(parts):
     found = collect(parts())
     texts = {tuple(tuple(turn.response_tokens.tolist()) for turn in t.turns) for t in found}

@@ -5,7 +5,7 @@ import pytest
 
 from empg_envs.tool_calls import ToolCall, normalize_messages, parse_calls
 from empg_jax.serve.slots import Place, SlotTable
-from empg_jax.serve.text import StopSearch, TextStream
+from empg_jax.serve.text import TextStream
 
 
 def decode(ids):
@@ -35,16 +35,6 @@ def test_pieces_of_text_never_change():
     pieces = [stream.feed(said[: n + 1], is_final=n + 1 == len(said)) for n in range(len(said))]
     assert "".join(pieces) == "aé st€ "
     assert "\ufffd" not in "".join(pieces) and pieces[1] == ""
-
-
-@pytest.mark.parametrize("burst", [1, 3, 50])
-def test_a_stop_string_ends_at_the_same_token_in_any_burst(burst):
-    search, said = StopSearch(decode, ["xx", "stop"], [0]), tokens("one stop xx")
-    found = next(
-        count for n in range(burst, len(said) + burst, burst) if (count := search(said[:n])) is not None
-    )
-    assert found == len("one stop")
-    assert StopSearch(decode, ["x"], [ord("n")])(said) == 2
 
 
 @pytest.mark.parametrize(

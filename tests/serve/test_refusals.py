@@ -13,7 +13,11 @@ HELLO = [{"role": "user", "content": "red"}]
 
 REFUSED = {
     "unknown option": (COMPLETION, {"prompt": "red", "temprature": 1}, 400, "did you mean temperature"),
-    "option without meaning here": (COMPLETION, {"prompt": "red", "top_p": 0.9}, 400, "top_p=0.9 is not"),
+    "option without meaning here": (COMPLETION, {"prompt": "red", "best_of": 2}, 400, "best_of=2 is not"),
+    "top_p": (COMPLETION, {"prompt": "red", "top_p": 0}, 400, "top_p=0 must lie in (0, 1]"),
+    "top_k": (COMPLETION, {"prompt": "red", "top_k": -2}, 400, "top_k=-2 must lie in [0, "),
+    "top_k beyond the vocabulary": (COMPLETION, {"prompt": "red", "top_k": 9999}, 400, "of the vocabulary"),
+    "min_p": (COMPLETION, {"prompt": "red", "min_p": 1}, 400, "min_p=1 must lie in [0, 1)"),
     "other log-probs": (CHAT, {"messages": HELLO, "top_logprobs": 3}, 400, "top_logprobs=3"),
     "echo": (COMPLETION, {"prompt": "red", "echo": True}, 400, "echo=True"),
     "unknown option inside": (

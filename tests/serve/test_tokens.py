@@ -36,6 +36,23 @@ def test_generate_answers_as_verifiers_reads_it(http):
     assert choice["finish_reason"] in ("stop", "length")
 
 
+def test_filters_are_those_of_the_request_with_log_probs_of_both_distributions(http):
+    how = {"seed": 3, "max_tokens": 12, "temperature": 2.0}
+    free, one, some = (
+        generate(http, [12, 15], **how, **options)["choices"][0]
+        for options in ({}, {"top_k": 1}, {"top_p": 0.8, "top_k": 9, "min_p": 0.01})
+    )
+    (greedy,) = generate(http, [12, 15], **{**how, "temperature": 0.0})["choices"]
+    assert one["token_ids"] == greedy["token_ids"] != free["token_ids"]
+    np.testing.assert_allclose(one["empg"]["sampling_logprobs"], 0.0, atol=1e-6)
+    assert free["empg"]["sampling_logprobs"] == free["empg"]["logprobs"]
+    drawn, full = (np.asarray(some["empg"][name]) for name in ("sampling_logprobs", "logprobs"))
+    assert np.all(drawn > full) and np.all(np.exp(full - drawn) < 1.0)
+    assert [item["logprob"] for item in some["logprobs"]["content"]] == drawn.tolist()
+    # The first token's distribution is that of the free response, of which the filter keeps a part.
+    np.testing.assert_allclose(some["empg"]["entropies"][0], free["empg"]["entropies"][0], atol=1e-5)
+
+
 def test_a_stop_token_of_the_request_ends_the_response(http):
     (free,) = generate(http, [12, 15], seed=3, max_tokens=20, temperature=3.0)["choices"]
     stop = free["token_ids"][4]

@@ -93,7 +93,7 @@ class SimulatedEngine:
     def room(self, slot, num_new, *, is_fresh):
         return 1
 
-    def submit(self, slot, tokens, *, is_fresh, ids):
+    def submit(self, slot, tokens, *, is_fresh, ids, watch):
         assert slot not in self._pending
         self._pending[slot] = np.asarray(tokens, np.int32)
 
