@@ -106,9 +106,10 @@ def open_policy(
     else:
         policy = _open_new(source, path, overrides)
     assert policy.start is not None
-    # The learner makes copies of its own, so the first weights wait on the host.
-    start = dataclasses.replace(policy.start, params=jax.device_get(policy.start.params)) if is_trained else None
-    policy = dataclasses.replace(policy, start=start)
+    first = None
+    if is_trained:  # the learner makes copies of its own, so the first weights wait on the host
+        first = dataclasses.replace(policy.start, params=jax.device_get(policy.start.params))
+    policy = dataclasses.replace(policy, start=first)
     name = policy.config.serve.name
     return policy if name is None else dataclasses.replace(policy, name=name)
 

@@ -20,8 +20,8 @@ from empg_jax.serve.tinker.proto import DecodeError, message
 from empg_jax.serve.wire import refuse
 
 FLOAT, INT = 1, 2  # numbers of the wire's types
-_TYPES = {FLOAT: np.dtype(np.float32), INT: np.dtype(np.int64), 3: np.dtype(np.int32)}
-_NAMES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
+_TYPES: dict[int, np.dtype] = {FLOAT: np.dtype(np.float32), INT: np.dtype(np.int64), 3: np.dtype(np.int32)}
+_NAMES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
 _STOP_REASONS = {"stop": 0, "length": 1}
 
 
@@ -113,7 +113,9 @@ def read_json(body: Any) -> Envelope:
     if not isinstance(asked, dict) or not isinstance(asked.get("data"), list):
         raise refuse("the body must be an object with forward_backward_input: {data: [...], loss_fn: ...}")
     config = asked.get("loss_fn_config") or {}
-    if not isinstance(config, dict) or not all(isinstance(value, str | int | float) for value in config.values()):
+    if not isinstance(config, dict) or not all(
+        isinstance(value, str | int | float) for value in config.values()
+    ):
         raise refuse("loss_fn_config must be an object of numbers and texts")
     model_id, seq_id = read_address(given)
     forward_only = given.get("forward_only") is True

@@ -1,8 +1,8 @@
 """Losses by the names of the wire: those of the official API, and every algorithm of this project.
 
 ``cross_entropy``, ``importance_sampling``, ``ppo`` and ``cispo`` take weights or advantages from the client
-and sum over tokens. ``empg:NAME`` is an algorithm of `ALGORITHMS`: the client sends turns, rewards and groups,
-and credit is computed here, over all datums of the request.
+and sum over tokens. ``empg:NAME`` is an algorithm of `ALGORITHMS`: the client sends turns, rewards and
+groups, and credit is computed here, over all datums of the request.
 """
 
 from __future__ import annotations

@@ -120,7 +120,9 @@ def _check_tokens(datum: Datum, where: str, limits: Limits) -> np.ndarray:
     """Return inputs and last target as one row."""
     targets = datum.inputs.get("target_tokens")
     if targets is None or not len(datum.tokens):
-        raise refuse(f"{where}: {'the model input is empty' if targets is not None else 'target_tokens is missing'}")
+        raise refuse(
+            f"{where}: {'the model input is empty' if targets is not None else 'target_tokens is missing'}"
+        )
     if targets.dtype.kind != "i" or targets.shape != datum.tokens.shape:
         raise refuse(
             f"{where}: target_tokens has the shape {list(targets.shape)} and type {targets.dtype}; expected "

@@ -28,7 +28,7 @@ from empg_jax.serve.tinker.rows import Limits, Rows, has_entropies, make_rows
 from empg_jax.serve.wire import refuse
 from empg_jax.types import Credit, Params, Scores
 
-Adam = optax.ScaleByAdamState
+Moments = Any  # an `optax.ScaleByAdamState`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +60,15 @@ class Trainer:
         self._shardings = state_shardings(start.mesh, start.model, self._summing)
         self._programs: dict[Any, tuple[Learner, Any]] = {}
         whole, params = replicated(start.mesh), self._shardings.params
-        moments = Adam(count=whole, mu=params, nu=params)  # type: ignore[arg-type]
+        moments = optax.ScaleByAdamState(count=whole, mu=params, nu=params)
         self._step = jax.jit(
             on_mesh(start.mesh, _step), donate_argnums=(0, 1), out_shardings=(self._shardings, moments, whole)
         )
         self._fresh = jax.jit(_fresh_moments, out_shardings=moments)
         self._zero = jax.jit(self._summing.init, out_shardings=self._shardings.opt_state)
+        self._state: TrainState
+        self._moments: Moments
+        self._batches, self._groups = 0, frozenset[int]()  # since the last step
         self.reset()
 
     def reset(self) -> None:
@@ -74,9 +77,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------- batches
 
-    def run_batch(
-        self, data: Sequence[Datum], objective: Objective, *, forward_only: bool
-    ) -> BatchResult:
+    def run_batch(self, data: Sequence[Datum], objective: Objective, *, forward_only: bool) -> BatchResult:
         """Compute loss and log-probabilities of a batch, and add its gradient to the sum.
 
         Raises:
@@ -85,8 +86,8 @@ class Trainer:
         rows = make_rows(data, objective, self.limits)
         if again := rows.groups & self._groups:
             raise refuse(
-                f"group {min(again)} was in an earlier request of this step: credit compares the attempts of a "
-                "group, so all of them belong in one request"
+                f"group {min(again)} was in an earlier request of this step: credit compares the "
+                "attempts of a group, so all of them belong in one request"
             )
         learner, total = self._compiled(objective, rows.micro_rows)
         stop = rows.layout.bounds[0][1]
@@ -131,7 +132,10 @@ class Trainer:
         self, data: Sequence[Datum], objective: Objective, batch: Any, own: Scores, credit: Credit
     ) -> dict[str, Any]:
         """Measure a batch; the names say how the metrics of several requests are joined."""
-        metrics: dict[str, Any] = {"datums:sum": len(data), "entropy:mean": _mean(batch.loss_mask, own.entropies)}
+        metrics: dict[str, Any] = {
+            "datums:sum": len(data),
+            "entropy:mean": _mean(batch.loss_mask, own.entropies),
+        }
         if objective.weights == "weights":
             return metrics
         # The tokens that the client trains: it sends zeros for the others.
@@ -186,7 +190,7 @@ class Trainer:
             raise refuse("optim_step without a forward_backward before it: there is no gradient")
         numbers = jax.tree.map(np.float32, dataclasses.asdict(settings))
         self._state, self._moments, metrics = self._step(self._state, self._moments, numbers)
-        self._batches, self._groups = 0, frozenset()
+        self._batches, self._groups = 0, frozenset[int]()
         self.version += 1
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
@@ -194,7 +198,7 @@ class Trainer:
         """Forget the gradients since the last step."""
         if self._batches:
             self._state = dataclasses.replace(self._state, opt_state=self._zero(self._state.params))
-        self._batches, self._groups = 0, frozenset()
+        self._batches, self._groups = 0, frozenset[int]()
 
     # ------------------------------------------------------------------------------------- weights
 
@@ -202,11 +206,11 @@ class Trainer:
         """Copy the trained parameters to the host."""
         return jax.device_get(self._state.params)
 
-    def read_moments(self) -> Adam:
+    def read_moments(self) -> Moments:
         """Copy the optimizer's state to the host."""
         return jax.device_get(self._moments)
 
-    def load(self, params: Params, moments: Adam | None) -> None:
+    def load(self, params: Params, moments: Moments | None) -> None:
         """Go on from other weights.
 
         Args:
@@ -237,14 +241,14 @@ def sum_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _fresh_moments(params: Params) -> Adam:
+def _fresh_moments(params: Params) -> Moments:
     zeros = jax.tree.map(jnp.zeros_like, widen(params))
-    return Adam(count=jnp.int32(0), mu=zeros, nu=jax.tree.map(jnp.copy, zeros))
+    return optax.ScaleByAdamState(count=jnp.int32(0), mu=zeros, nu=jax.tree.map(jnp.copy, zeros))
 
 
 def _step(
-    state: TrainState, moments: Adam, settings: dict[str, jax.Array]
-) -> tuple[TrainState, Adam, dict[str, jax.Array]]:
+    state: TrainState, moments: Moments, settings: dict[str, jax.Array]
+) -> tuple[TrainState, Moments, dict[str, jax.Array]]:
     """Step with torch's AdamW: clipping by the global norm, decay of every trained parameter."""
     s = settings
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
