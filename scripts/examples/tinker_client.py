@@ -1,4 +1,4 @@
-"""Train a policy that empg-jax serves, with the official Tinker client: say as many even bytes as possible.
+"""Train a policy that empg-jax serves, with the official Tinker client: it learns to say bytes below 8.
 
 empg-jax serve quickstart --train --port 8000 model.tokenizer=bytes
 
@@ -14,7 +14,7 @@ import numpy as np
 import tinker
 from tinker import types
 
-STEPS, PROMPTS, SAMPLES, LENGTH, GOAL = 25, 4, 8, 8, 32
+STEPS, PROMPTS, SAMPLES, LENGTH, GOAL = 25, 8, 8, 8, 8
 
 
 def score(tokens: list[int]) -> float:

@@ -101,14 +101,14 @@ _NATIVE: dict[str, tuple[dict[str, float], Callable[..., Any]]] = {
 
 def _find_ours(name: str, config: Mapping[str, float | str]) -> Objective:
     if name not in ALGORITHMS:
-        raise refuse(f"loss_fn={OURS}{name} is not known{nearest(name, ALGORITHMS)}", "loss_fn")
+        raise refuse(f"loss_fn={OURS + name!r} is not known{nearest(name, ALGORITHMS)}", "loss_fn")
     try:
         values = {key: _value_of(key, value) for key, value in config.items()}
         recipe = make_recipe(name, values)
     except (ValueError, TypeError) as error:
         raise refuse(f"loss_fn_config: {error}", "loss_fn_config") from None
     if recipe.critic is not None:
-        raise refuse(f"loss_fn={OURS}{name} needs a critic, which this server does not train", "loss_fn")
+        raise refuse(f"loss_fn={OURS + name!r} needs a critic, which this server does not train", "loss_fn")
     settings = tuple(sorted(values.items(), key=lambda item: item[0]))
     return Objective(OURS + name, settings, build(recipe), True, recipe.needs_reference)
 

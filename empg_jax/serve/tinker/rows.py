@@ -19,7 +19,8 @@ from empg_jax.serve.tinker.objectives import Objective
 from empg_jax.serve.wire import ApiError, refuse
 from empg_jax.types import Batch, Outcome, Status, Trajectory, Turn
 
-MIN_ROW = 32  # tokens
+# Every size of a batch is a power of two and not too small: each combination is compiled once.
+MIN_ROW, MIN_TRAJECTORIES, MIN_TURNS = 32, 64, 8
 _KNOWN_INPUTS = {
     "cross_entropy": ("weights",),
     "policy": ("logprobs", "advantages"),
@@ -100,11 +101,11 @@ def make_rows(data: Sequence[Datum], objective: Objective, limits: Limits) -> Ro
     make = _make_episodes if objective.has_credit else _make_pieces
     trajectories, spans = make(data, tokens)
     longest = max(len(row) for row in tokens)
-    row_tokens = min(limits.max_tokens, max(MIN_ROW, 1 << (longest - 1).bit_length()))
+    row_tokens = min(limits.max_tokens, _room(longest, MIN_ROW))
     shares = max(1, limits.micro_tokens // row_tokens // limits.row_devices)
     shape = BatchShape(
-        trajectories=1 << (len(trajectories) - 1).bit_length(),
-        turns=1 << (max(len(t.turns) for t in trajectories) - 1).bit_length(),
+        trajectories=_room(len(trajectories), MIN_TRAJECTORIES),
+        turns=_room(max(len(t.turns) for t in trajectories), MIN_TURNS),
         row_tokens=row_tokens,
         micro_rows=shares * limits.row_devices,
         max_rows=1,  # doubled as needed, so that few shapes are compiled
@@ -114,6 +115,10 @@ def make_rows(data: Sequence[Datum], objective: Objective, limits: Limits) -> Ro
     groups = frozenset(int(t.group_id) for t in trajectories) if objective.has_credit else frozenset()
     lengths = [len(datum.tokens) for datum in data]
     return Rows(batch, layout, shape.micro_rows, lengths, spans, groups)
+
+
+def _room(count: int, least: int) -> int:
+    return max(least, 1 << (count - 1).bit_length())
 
 
 def _check_tokens(datum: Datum, where: str, limits: Limits) -> np.ndarray:
