@@ -1,151 +1,49 @@
 """The official client of the Tinker API against our server; it comes with the extra `tinker`."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
-from empg_jax.config import load_config
-from empg_jax.run.credit import make_recompute
 from tests.serve.servers import ROOT
 
-tinker = pytest.importorskip("tinker", reason="the extra tinker is not installed")
-
-KEY = "tml-secret"
-
-
-@pytest.fixture
-def service(studio, monkeypatch):
-    monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    with tinker.ServiceClient(base_url=studio.url, api_key=KEY) as service:
-        yield service
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tinker") is None,
+    reason="the client is not installed: pip install -e '.[tinker]'",
+)
 
 
-@pytest.fixture
-def training(service):
-    return service.create_lora_training_client(base_model="pupil", rank=8).result()
-
-
-def make_datum(tokens, **inputs):
-    arrays = {name: np.asarray(values) for name, values in inputs.items()}
-    arrays = {
-        name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in arrays.items()
-    }
-    return tinker.Datum(
-        model_input=tinker.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": np.asarray(tokens[1:]), **arrays},
+def run(studio, *command):
+    """Runs Python as a user of the client would."""
+    environment = {"TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1", "TINKER_API_KEY": "tml-secret"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **environment, "TINKER_BASE_URL": studio.url},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def sample(sampling, prompt, count, seed):
-    options = tinker.SamplingParams(max_tokens=6, temperature=1.0, seed=seed)
-    return sampling.sample(tinker.ModelInput.from_ints(prompt), count, options).result().sequences
-
-
-def test_sampler_and_learner_agree_on_every_response(service, training):
-    assert training.get_info().lora_rank is None  # all weights are trained, whatever the client asks
-    assert training.get_tokenizer().encode("AB") == [65, 66]
-    for _ in range(2):  # the first weights, and those after a step
-        sampling = training.save_weights_and_get_sampling_client().result()
-        sequences = sample(sampling, [65, 66], 4, seed=3)
-        rows = [[65, 66, *sequence.tokens] for sequence in sequences]
-        scored = training.forward([make_datum(row) for row in rows], "cross_entropy").result()
-        for row, sequence, output in zip(rows, sequences, scored.loss_fn_outputs, strict=True):
-            learned = output["logprobs"].to_numpy()[1:]
-            assert np.abs(learned - sequence.logprobs).max() <= 1e-5
-            whole = sampling.compute_logprobs(tinker.ModelInput.from_ints(row)).result()
-            assert whole[0] is None and np.abs(np.array(whole[2:]) - sequence.logprobs).max() <= 1e-5
-        # The client splits a batch, sends its first part last, and the step behind it all.
-        service.holder.get_client_config().fwdbwd_max_chunk_len = 1
-        done = training.forward_backward([make_datum(row) for row in rows], "cross_entropy")
-        stepped = training.optim_step(tinker.AdamParams(learning_rate=0.1))
-        assert done.result().metrics["datums:sum"] == 4
-        assert stepped.result().metrics["grad_norm"] > 0
-    with pytest.raises(tinker.RequestFailedError, match=r"User|not known \(did you mean ppo\?\)"):
-        training.forward([make_datum([65, 66])], "ppoo").result()
-    with pytest.raises(tinker.RequestFailedError, match="trains one model at a time"):
-        service.create_lora_training_client(base_model="pupil").result()
-
-
-def test_saved_weights_go_on_in_another_session(studio, service, training):
-    data = [make_datum([65, 66, 67, 68])]
-    training.forward_backward(data, "cross_entropy").result()
-    training.optim_step(tinker.AdamParams(learning_rate=0.1)).result()
-    expected = training.forward(data, "cross_entropy").result().metrics["loss:sum"]
-    path = training.save_state("kept").result().path
-    named = training.save_weights_for_sampler("kept").result().path
-    tokens = [s.tokens for s in sample(service.create_sampling_client(named).result(), [65], 2, seed=1)]
-    service.close("success").result()
-    with tinker.ServiceClient(base_url=studio.url, api_key=KEY) as other:
-        again = other.create_training_client_from_state_with_optimizer(path).result()
-        assert again.forward(data, "cross_entropy").result().metrics["loss:sum"] == pytest.approx(expected)
-        sampling = other.create_sampling_client(model_path=named).result()
-        assert [s.tokens for s in sample(sampling, [65], 2, seed=1)] == tokens
-        with pytest.raises(tinker.NotFoundError, match="there are no weights"):
-            other.create_sampling_client(model_path=path.replace("kept", "lost")).result()
+def test_every_response_agrees_and_saved_weights_go_on(studio):
+    assert run(studio, "-m", "tests.serve.tinker_scenes", "agree", "go_on") == "agree\ngo_on\n"
 
 
 @pytest.mark.slow
-def test_empg_is_computed_on_the_server_from_turns(training):
-    sampling = training.save_weights_and_get_sampling_client(kind="inflight").result()
-    data, records = [], []
-    for member in range(6):
-        row, spans, logprobs = [65, 66], [], [0.0]
-        for turn in range(2):
-            (sequence,) = sample(sampling, row, 1, seed=10 * member + turn)
-            spans.append([len(row) - 1, len(row) - 1 + len(sequence.tokens)])
-            row = [*row, *sequence.tokens, 90 + turn]
-            logprobs += [*sequence.logprobs, 0.0]
-        rewards = [0.5 * (member % 2), float(member % 3)]
-        data.append(
-            make_datum(row, turns=spans, rewards=rewards, group=[member // 3], logprobs=logprobs[:-1] + [0.0])
-        )
-        records.append((spans, rewards, member // 3))
-    done = training.forward_backward(data, "empg:grpo_empg", {"empg.zeta": 0.1}).result()
-    assert done.metrics["logprob_gap:max"] <= 1e-5 and done.metrics["grad_norm:mean"] > 0
-    # The same credit as the command computes from the same entropies.
-    episodes = []
-    for (spans, rewards, group), output in zip(records, done.loss_fn_outputs, strict=True):
-        entropies = output["entropies"].to_numpy()
-        turns = [
-            {"reward": reward, "valid": True, "tokens": b - a, "entropy": float(entropies[a:b].mean())}
-            for (a, b), reward in zip(spans, rewards, strict=True)
-        ]
-        episodes.append({"group_id": group, "turns": turns})
-    keys = ["algorithm.name=grpo_empg", "algorithm.empg.zeta=0.1", "env.invalid_penalty=0"]
-    expected, _ = make_recompute(load_config("quickstart", keys))(read(episodes))
-    for (spans, _, _), output, record in zip(records, done.loss_fn_outputs, expected, strict=True):
-        advantages = output["advantages"].to_numpy()
-        for (a, b), turn in zip(spans, record["turns"], strict=True):
-            np.testing.assert_allclose(advantages[a:b], turn["advantage"], atol=1e-5)
-    with pytest.raises(tinker.RequestFailedError, match="was in an earlier request of this step"):
-        training.forward_backward(data[:1], "empg:grpo_empg", {"empg.zeta": 0.1}).result()
-
-
-def read(episodes):
-    """Checked records of episodes in the order of their groups."""
-    import json
-    import tempfile
-    from pathlib import Path
-
-    from empg_jax.rollout.record import read_episodes
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "episodes.jsonl"
-        path.write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
-        return read_episodes(path)
+def test_empg_is_computed_on_the_server_from_turns(studio):
+    assert run(studio, "-m", "tests.serve.tinker_scenes", "credit") == "credit\n"
 
 
 @pytest.mark.slow
 def test_the_example_learns_in_25_steps(studio):
-    environment = {**os.environ, "TINKER_BASE_URL": studio.url, "TINKER_API_KEY": KEY}
-    command = [sys.executable, ROOT / "scripts" / "examples" / "tinker_client.py", "pupil"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = re.findall(r"step (\d+): reward ([\d.]+) of 8, log-prob gap ([\d.e-]+)", done.stdout)
+    printed = run(studio, "scripts/examples/tinker_client.py", "pupil")
+    found = re.findall(r"step (\d+): reward ([\d.]+) of 8, log-prob gap ([\d.e-]+)", printed)
     assert len(found) == 25
     rewards, gaps = ([float(step[place]) for step in found] for place in (1, 2))
     assert rewards[0] < 0.6 and rewards[-1] > 3.5

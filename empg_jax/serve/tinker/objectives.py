@@ -117,8 +117,8 @@ def _value_of(key: str, value: float | str) -> Any:
     """Read a setting: the wire has numbers and texts only, keys have integers, flags and nulls, too."""
     if isinstance(value, str):
         return json.loads(value) if value in ("true", "false", "null") else value
-    slots = [FACTORIES[slot][factory][option].annotation for slot, factory, option in readers(key)]
-    if any("bool" in kind for kind in slots):
+    kinds = [FACTORIES[slot][factory][option].annotation for slot, factory, option in readers(key)]
+    if any("bool" in kind for kind in kinds):
         return bool(value)
-    is_whole = float(value).is_integer() and any("int" in kind and "float" not in kind for kind in slots)
-    return int(value) if is_whole else float(value)
+    is_count = float(value).is_integer() and any("Count" in kind or "int" in kind for kind in kinds)
+    return int(value) if is_count else float(value)

@@ -252,7 +252,7 @@ def _step(
     """Step with torch's AdamW: clipping by the global norm, decay of every trained parameter."""
     s = settings
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        norm = optax.global_norm(state.opt_state)
+        norm = optax.tree.norm(state.opt_state)
         clip = jnp.where(s["grad_clip_norm"] > 0, jnp.minimum(1.0, s["grad_clip_norm"] / (norm + 1e-6)), 1.0)
         gradients = jax.tree.map(lambda leaf: leaf * clip, state.opt_state)
         adam = optax.scale_by_adam(b1=s["beta1"], b2=s["beta2"], eps=s["eps"])
@@ -262,7 +262,7 @@ def _step(
             widen(state.params),
             directions,
         )
-        metrics = {"grad_norm": norm, "update_norm": optax.global_norm(changes)}
+        metrics = {"grad_norm": norm, "update_norm": optax.tree.norm(changes)}
     params = apply_updates(state.params, changes, state.step)
     zeros = jax.tree.map(jnp.zeros_like, state.opt_state)
     stepped = TrainState(params=params, opt_state=zeros, step=state.step + 1)
