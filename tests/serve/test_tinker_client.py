@@ -31,6 +31,7 @@ def run(studio, *command):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_response_agrees_and_saved_weights_go_on(studio):
     assert run(studio, "-m", "tests.serve.tinker_scenes", "agree", "go_on") == "agree\ngo_on\n"
 

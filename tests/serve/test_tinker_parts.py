@@ -6,13 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.learner.state import init_trained
 from empg_jax.models.decoder import DecoderConfig, init_params
-from empg_jax.models.lora import LoraConfig, combine
+from empg_jax.models.lora import LoraConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.serve.policy import Start
 from empg_jax.serve.tinker.codec import BatchResult, Datum, encode_batch, read_json, read_proto
@@ -51,66 +50,84 @@ def numbers(low, high):
     return lambda length: RNG.uniform(low, high, length).astype(np.float32)
 
 
-def logprobs_of(params, example, base=None):
-    """The log-probabilities of a datum's targets, one row by itself."""
-    row = np.append(example.tokens, example.inputs["target_tokens"][-1:])[None].astype(np.int32)
-    ones = np.ones(row.shape, np.int32)
-    positions = np.arange(row.shape[1], dtype=np.int32)[None]
-    arrays = map(jnp.asarray, (row, positions, ones))
-    return compute_logprobs(combine(base or {}, params), MODEL, *arrays)[0][0, 1:]
+def pad(data):
+    """The rows of datums side by side, and the mask of their targets."""
+    rows = [np.append(d.tokens, d.inputs["target_tokens"][-1:]) for d in data]
+    width = max(map(len, rows))
+    tokens = np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int32)
+    positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
+    segments = (positions < np.array([[len(row)] for row in rows])).astype(np.int32)
+    return tuple(map(jnp.asarray, (tokens, positions, segments)))
 
 
-def check_gradient(trainer, params, loss_of, data, objective):
+def spread(data, name):
+    """An input of datums beside their rows; 0 elsewhere."""
+    width = max(len(d.tokens) for d in data)
+    values = [np.pad(d.inputs[name], (1, width - len(d.tokens))) for d in data]
+    return jnp.asarray(np.stack(values).astype(np.float32))
+
+
+def check_gradient(trainer, loss_of, data, objective):
     """Two requests add up to the gradient of the loss of both."""
-    expected, gradient = jax.jit(jax.value_and_grad(loss_of))(params)
+
+    def whole(params):
+        logprobs = compute_logprobs(params, MODEL, *pad(data))[0]
+        return loss_of(logprobs), logprobs
+
+    params = jax.tree.map(jnp.asarray, trainer.read())
+    (expected, logprobs), gradient = jax.jit(jax.value_and_grad(whole, has_aux=True))(params)
     parts = [trainer.run_batch(part, objective, forward_only=False) for part in (data[:2], data[2:])]
     assert sum(part.metrics["loss:sum"] for part in parts) == pytest.approx(float(expected), rel=1e-5)
-    for part, example in zip([o for p in parts for o in p.outputs], data, strict=True):
-        np.testing.assert_allclose(part["logprobs"], logprobs_of(params, example), atol=1e-5)
+    outputs = [output["logprobs"] for part in parts for output in part.outputs]
+    for output, row in zip(outputs, np.asarray(logprobs), strict=True):
+        np.testing.assert_allclose(output, row[1 : len(output) + 1], atol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), trainer._state.opt_state, gradient)
-    return gradient
+    return params, gradient
 
 
-def test_gradients_are_those_of_the_loss_and_adam_is_torchs():
-    params = init_params(jax.random.key(0), MODEL)
-    mesh = make_mesh(devices=jax.local_devices()[:1])
-    trainer = Trainer(Start(MODEL, mesh, jax.device_get(params), None), LIMITS)
+@pytest.fixture(scope="module")
+def trainer():
+    params = jax.device_get(jax.jit(functools.partial(init_params, config=MODEL))(jax.random.key(0)))
+    return Trainer(Start(MODEL, make_mesh(devices=jax.local_devices()[:1]), params, None), LIMITS)
+
+
+def test_the_gradient_is_that_of_cross_entropy_and_adam_is_torchs(trainer):
     data = make_data(5, 9, 3, 20, weights=numbers(0, 2))
-
-    def cross_entropy(params):
-        return sum(-jnp.sum(d.inputs["weights"] * logprobs_of(params, d)) for d in data)
-
-    objective = find_objective("cross_entropy", {})
-    gradient = check_gradient(trainer, params, cross_entropy, data, objective)
+    params, gradient = check_gradient(
+        trainer,
+        lambda logprobs: -jnp.sum(spread(data, "weights") * logprobs),
+        data,
+        find_objective("cross_entropy", {}),
+    )
     metrics = trainer.step(AdamParams(learning_rate=0.01, beta2=0.95, weight_decay=0.1, grad_clip_norm=0.5))
-    norm = float(optax.tree.norm(gradient))
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    # AdamW's first step in closed form: moments are the clipped gradient and its square.
-    clipped = jax.tree.map(lambda g: g * (0.5 / (norm + 1e-6)), gradient)
-    expected = jax.tree.map(lambda p, g: p - 0.01 * (g / (jnp.abs(g) + 1e-12) + 0.1 * p), params, clipped)
-    stepped = trainer.read()
-    # A sign flips where the gradient is rounding error alone.
-    for (_, found), wanted, g in zip(
-        jax.tree_util.tree_leaves_with_path(stepped),
-        jax.tree.leaves(expected),
-        jax.tree.leaves(clipped),
-        strict=True,
+    # AdamW's first step in closed form: the moments are the clipped gradient and its square.
+    for found, before, leaf in zip(
+        jax.tree.leaves(trainer.read()), jax.tree.leaves(params), leaves, strict=True
     ):
-        clear = np.abs(g) > 1e-5
-        np.testing.assert_allclose(found[clear], np.asarray(wanted)[clear], atol=1e-4)
-    data = make_data(5, 9, 3, 20, logprobs=numbers(-4, -3), advantages=numbers(-1, 1))
-
-    def importance(params):
-        return sum(
-            -jnp.sum(d.inputs["advantages"] * jnp.exp(logprobs_of(params, d) - d.inputs["logprobs"]))
-            for d in data
-        )
-
-    check_gradient(trainer, stepped, importance, data, find_objective("importance_sampling", {}))
+        before, clipped = np.asarray(before), leaf * (0.5 / (norm + 1e-6))
+        expected = before - 0.01 * (clipped / (np.abs(clipped) + 1e-12) + 0.1 * before)
+        clear = np.abs(clipped) > 1e-5  # else the direction is one of rounding errors
+        np.testing.assert_allclose(found[clear], expected[clear], atol=1e-4)
+    trainer.run_batch(data, find_objective("cross_entropy", {}), forward_only=False)
     trainer.drop_gradients()
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(trainer._state.opt_state))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(trainer._state.opt_state))
     with pytest.raises(ApiError, match="there is no gradient"):
         trainer.step(AdamParams())
+
+
+@pytest.mark.slow
+def test_the_gradient_is_that_of_importance_sampling(trainer):
+    trainer.reset()
+    data = make_data(5, 9, 3, 20, logprobs=numbers(-4, -3), advantages=numbers(-1, 1))
+
+    def loss(logprobs):
+        ratios = jnp.exp(logprobs - spread(data, "logprobs"))
+        return -jnp.sum(spread(data, "advantages") * ratios)
+
+    check_gradient(trainer, loss, data, find_objective("importance_sampling", {}))
 
 
 @pytest.mark.slow
