@@ -1,5 +1,7 @@
 """One server for the tests of this folder that a process runs."""
 
+import signal
+
 import httpx
 import openai
 import pytest
@@ -57,3 +59,6 @@ def studio(tmp_path_factory):
     options = [*tinker_http.OPTIONS, f"serve.save_dir={folder}/saved"]
     with servers.serving("quickstart", folder, "--train", "--api-key", "tml-secret", *options) as server:
         yield server
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(timeout=60)
+        assert server.process.returncode == 143

@@ -227,12 +227,13 @@ def describe_batch(result: BatchResult) -> dict[str, Any]:
     """Return the result of a batch as JSON."""
     outputs = [
         {
-            name: {"data": as_floats(values), "dtype": "float32", "shape": list(values.shape)}
+            name: {"data": _with_gaps(values), "dtype": "float32", "shape": list(values.shape)}
             for name, values in output.items()
         }
         for output in result.outputs
     ]
-    return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": result.metrics}
+    metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
+    return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": metrics}
 
 
 def encode_samples(result: SampleResult) -> bytes:
@@ -272,7 +273,7 @@ def describe_samples(result: SampleResult) -> dict[str, Any]:
 
 
 def _with_gaps(values: np.ndarray | None) -> Sequence[float | None] | None:
-    """Write NaN, which JSON does not have, as null."""
+    """Write what JSON does not have, NaN and infinities, as null."""
     if values is None:
         return None
-    return [None if math.isnan(value) else value for value in as_floats(values)]
+    return [value if math.isfinite(value) else None for value in as_floats(values)]

@@ -54,7 +54,8 @@ class Rows:
       batch: on the host.
       layout: its layout.
       micro_rows: rows of a micro-batch.
-      spans: for every datum, the spans of targets that are trained, in order.
+      lengths: number of targets of each datum.
+      spans: the targets that are trained as (datum, first, end), in the order of trajectories and turns.
       groups: the ids of groups that the client gave.
     """
 
@@ -62,7 +63,7 @@ class Rows:
     layout: Layout
     micro_rows: int
     lengths: list[int]
-    spans: list[tuple[int, int, int]]  # datum, first target, end; in the order of trajectories and turns
+    spans: list[tuple[int, int, int]]
     groups: frozenset[int]
 
     def spread(self, values: Sequence[np.ndarray]) -> np.ndarray:

@@ -84,7 +84,7 @@ class Trainer:
           ApiError: an example is malformed, or the loss is not finite; the sum is as before.
         """
         rows = make_rows(data, objective, self.limits)
-        if again := rows.groups & self._groups:
+        if not forward_only and (again := rows.groups & self._groups):
             raise refuse(
                 f"group {min(again)} was in an earlier request of this step: credit compares the "
                 "attempts of a group, so all of them belong in one request"
