@@ -17,13 +17,31 @@ def plain(studio):
         yield plain
 
 
+def generate(plain, tokens, **params):
+    """Tokens of the route that vLLM has."""
+    body = {"token_ids": tokens, "sampling_params": params}
+    answer = plain.http.post("/../../inference/v1/generate", json=body)
+    return answer.json()["choices"][0]["token_ids"]
+
+
 def test_batches_are_applied_in_order_and_make_one_step(plain):
     info = plain.ask("get_info", model_id=plain.model)
     assert (info["is_lora"], info["model_data"]["model_name"]) == (False, "pupil")
     data = [datum(row) for row in ROWS]
     whole = plain.wait(plain.batch(data))
     assert [len(output["logprobs"]["data"]) for output in whole["loss_fn_outputs"]] == [4, 2, 6]
-    first = plain.wait(plain.step())["metrics"]
+    stepped = plain.wait(plain.step(learning_rate=0.1))["metrics"]
+    # Sampled by a session from other weights, the routes of OpenAI still have those that were published.
+    prompt, options = [65, 66], {"seed": 1, "max_tokens": 5}
+    path = plain.wait(plain.begin("save_weights_for_sampler", path="named"))["path"]
+    assert path == f"tinker://{plain.model}/sampler_weights/named"
+    base = plain.ask("create_sampling_session", session_id=plain.session, base_model="pupil")
+    named = plain.ask("create_sampling_session", session_id=plain.session, model_path=path)
+    first, later = (
+        plain.wait(plain.sample(sampler["sampling_session_id"], prompt, **options))["sequences"][0]
+        for sampler in (named, base)
+    )
+    assert first["tokens"] != later["tokens"] and generate(plain, prompt, **options) == first["tokens"]
     # The same weights again, and the batch in two parts: the second arrives first, in protobuf.
     path = plain.wait(plain.begin("save_weights", path="after"))["path"]
     assert path == f"tinker://{plain.model}/weights/after"
@@ -35,8 +53,8 @@ def test_batches_are_applied_in_order_and_make_one_step(plain):
     plain.seq = 2
     parts = [plain.wait(earlier), plain.wait(later)]
     assert sum(part["metrics"]["loss:sum"] for part in parts) == pytest.approx(whole["metrics"]["loss:sum"])
-    again = plain.wait(plain.step())["metrics"]
-    assert again["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-5)
+    again = plain.wait(plain.step(learning_rate=0.1))["metrics"]
+    assert again["grad_norm"] == pytest.approx(stepped["grad_norm"], rel=1e-5)
     after = plain.wait(plain.batch(data, forward_only=True))
     assert after["metrics"]["loss:sum"] < whole["metrics"]["loss:sum"]
     # Saved weights with their optimizer: the next step is the same one.
@@ -83,11 +101,7 @@ def test_samples_carry_entropies_and_versions_of_the_weights_that_they_name(plai
     (entropies, _) = (np.frombuffer(s.empg_entropies, np.float32) for s in answer.sequences)
     np.testing.assert_array_equal(entropies, np.float32(found[0][0]["empg"]["entropies"]))
     # The other routes sample from what was saved last.
-    generated = plain.http.post(
-        "/../../inference/v1/generate",
-        json={"token_ids": [65, 66], "sampling_params": {"seed": 5, "max_tokens": 6}},
-    ).json()["choices"][0]
-    assert generated["token_ids"] == found[0][0]["tokens"]
+    assert generate(plain, [65, 66], seed=5, max_tokens=6) == found[0][0]["tokens"]
     # The server keeps two sets of weights, and the third one takes the place of the first.
     plain.batch([datum([65, 66, 67])])
     plain.step()

@@ -56,6 +56,8 @@ class Samplers:
       newest: the weights that were saved last.
     """
 
+    newest: Weights
+
     def __init__(
         self,
         service: Service,
@@ -70,7 +72,9 @@ class Samplers:
         self.driver, self.trainer, self.worker, self.futures = driver, trainer, worker, futures
         self._service, self._store, self._keep = service, store, keep
         first = trainer.start.params
-        self._first = self.newest = Weights(0, lambda: first)
+        self._first = Weights(0, lambda: first)
+        # Published at once: else the other routes would go on with whatever a session has loaded.
+        self.publish(self._first)
         self._samplers: dict[str, Sampler] = {}
         self._kept: collections.OrderedDict[Weights, None] = collections.OrderedDict()
 
