@@ -84,12 +84,12 @@ def serve(
     sampled token, over the whole distribution. An option that would change the sampling and is not known is
     refused.
 
-    empg-jax serve runs/NAME --port 8000 serve.slots=32
-
     With --train one client at a time trains it: TINKER_BASE_URL=http://127.0.0.1:8000 and a TINKER_API_KEY
     that begins with tml- (the value of --api-key, where there is one) point the tinker package here. Losses:
     cross_entropy, importance_sampling, ppo, cispo, and empg:NAME for every algorithm of this project. Saved
     weights go to serve.save_dir. See empg_jax/serve/README.md.
+
+    empg-jax serve runs/NAME --port 8000 serve.slots=32
 
     curl 127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
     """

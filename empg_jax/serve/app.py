@@ -25,6 +25,7 @@ from empg_jax.serve.service import Asked, Service
 from empg_jax.serve.wire import ApiError, refuse
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
+Guard = Callable[..., Callable[[Request], Awaitable[Response]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +55,7 @@ def make_app(
       max_body_bytes: longest body that is read.
       more: routes of the training API.
     """
-
-    def guarded(
-        handler: Handler, *, has_body: bool, is_json: bool = True
-    ) -> Callable[[Request], Awaitable[Response]]:
-        async def run(request: Request) -> Response:
-            try:
-                _authorize(request, api_key)
-                body: Any = await _read_body(request, max_body_bytes) if has_body else None
-                return await handler(request, parse_json(body) if has_body and is_json else body)
-            except ApiError as error:
-                return _answer_error(error)
-            except ClientDisconnect:
-                return Response(status_code=499)  # nobody reads it
-
-        return run
+    guarded = _guard(api_key, max_body_bytes)
 
     async def health(request: Request) -> Response:
         is_well = driver.failure is None
@@ -103,7 +90,28 @@ def make_app(
     )
 
 
-def _route(route: More, guarded: Callable[..., Callable[[Request], Awaitable[Response]]]) -> Route:
+def _guard(api_key: str | None, max_body_bytes: int) -> Guard:
+    """Make the wrapper of handlers that checks the token, reads the body and tells refusals."""
+
+    def guarded(
+        handler: Handler, *, has_body: bool, is_json: bool = True
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def run(request: Request) -> Response:
+            try:
+                _authorize(request, api_key)
+                body: Any = await _read_body(request, max_body_bytes) if has_body else None
+                return await handler(request, parse_json(body) if has_body and is_json else body)
+            except ApiError as error:
+                return _answer_error(error)
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it
+
+        return run
+
+    return guarded
+
+
+def _route(route: More, guarded: Guard) -> Route:
     has_body = route.method == "POST"
     handler = guarded(route.handler, has_body=has_body, is_json=route.is_json)
     return Route(route.path, handler, methods=[route.method])

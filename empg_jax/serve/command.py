@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import socket
@@ -81,13 +82,7 @@ def serve_policy(
         service = Service(policy.name, policy.tokenizer, policy.renderer, max_tokens=longest)
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}"
-
-        def tell() -> None:
-            announce(f"serving {policy.name} at {url}")
-            if ready_file is not None:
-                write_json_atomic(ready_file, {"url": url, "model": policy.name})
-
-        server = _make_server(tell)
+        server = _make_server(functools.partial(_tell, policy.name, url, ready_file, announce))
         driver = Driver(policy.engine, max_waiting=settings.max_waiting, on_failure=lambda: _end(server))
         with contextlib.ExitStack() as stack:
             more: list[More] = []
@@ -98,15 +93,27 @@ def serve_policy(
             server.config.app = make_app(
                 service, driver, api_key=api_key, max_body_bytes=settings.max_body_mb << 20, more=more
             )
-            try:
-                server.run(sockets=[listener])
-            except SystemExit as error:
-                # uvicorn raises the signal again, which ends this process; see `_leave`.
-                for thread in threads:
-                    thread.close()
-                _leave(any(thread.is_busy for thread in threads), error)
+            _run(server, listener, threads)
         if driver.failure is not None:
             raise EngineError(f"the engine failed: {driver.failure}")
+
+
+def _tell(name: str, url: str, ready_file: Path | None, announce: Callable[[str], None]) -> None:
+    """Tell that the server answers."""
+    announce(f"serving {name} at {url}")
+    if ready_file is not None:
+        write_json_atomic(ready_file, {"url": url, "model": name})
+
+
+def _run(server: uvicorn.Server, listener: socket.socket, threads: Sequence[Driver | Worker]) -> None:
+    """Answer until a signal."""
+    try:
+        server.run(sockets=[listener])
+    except SystemExit as error:
+        # uvicorn raises the signal again, which ends this process; see `_leave`.
+        for thread in threads:
+            thread.close()
+        _leave(any(thread.is_busy for thread in threads), error)
 
 
 def _end(server: uvicorn.Server) -> None:
