@@ -70,6 +70,7 @@ PAGES = [
     "configs/README.md",
     "scripts/README.md",
     "empg_jax/algorithms/README.md",
+    "empg_jax/serve/README.md",
 ]
 
 

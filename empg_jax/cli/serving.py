@@ -71,6 +71,9 @@ def serve(
         str | None,
         typer.Option(envvar="EMPG_API_KEY", show_envvar=True, help="Bearer token that requests need."),
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Let a client train the policy, by the Tinker API (/api/v1).")
+    ] = False,
 ) -> None:
     """Serve a policy over HTTP, in the languages of OpenAI and vLLM; a signal ends it.
 
@@ -80,6 +83,11 @@ def serve(
     token_ids and the field empg: {"version": 1, "entropies", "versions", "logprobs"} with one number per
     sampled token, over the whole distribution. An option that would change the sampling and is not known is
     refused.
+
+    With --train one client at a time trains it: TINKER_BASE_URL=http://127.0.0.1:8000 and a TINKER_API_KEY
+    that begins with tml- (the value of --api-key, where there is one) point the tinker package here. Losses:
+    cross_entropy, importance_sampling, ppo, cispo, and empg:NAME for every algorithm of this project. Saved
+    weights go to serve.save_dir. See empg_jax/serve/README.md.
 
     empg-jax serve runs/NAME --port 8000 serve.slots=32
 
@@ -95,6 +103,7 @@ def serve(
             port=port,
             ready_file=ready_file,
             api_key=api_key,
+            is_trained=train,
             say=say,
             announce=typer.echo,
         )

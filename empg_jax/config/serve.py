@@ -24,3 +24,15 @@ class ServeConfig(Section):
     )
     max_body_mb: int = Field(8, ge=1, description="Largest body of a request in MiB.")
     warm_up: bool = Field(True, description="Compile every program before the first request.")
+    save_dir: str = Field(
+        "runs/tinker", min_length=1, description="Folder of weights that clients save by name (--train)."
+    )
+    snapshots: int = Field(
+        4, ge=1, description="Different weights kept in memory for sampling clients (--train)."
+    )
+    gap_timeout: float = Field(
+        60.0, gt=0, description="Seconds that a training request waits for missing ones before it (--train)."
+    )
+    session_timeout: float = Field(
+        60.0, gt=0, description="Silence of a client after which another may train (--train)."
+    )

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,9 +25,27 @@ from empg_jax.serve.service import Asked, Service
 from empg_jax.serve.wire import ApiError, refuse
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
+Guard = Callable[..., Callable[[Request], Awaitable[Response]]]
 
 
-def make_app(service: Service, driver: Driver, *, api_key: str | None, max_body_bytes: int) -> Starlette:
+@dataclasses.dataclass(frozen=True)
+class More:
+    """A further route; its handler gets the body as JSON, else as bytes. Those of GET get None."""
+
+    method: str
+    path: str
+    handler: Handler
+    is_json: bool = True
+
+
+def make_app(
+    service: Service,
+    driver: Driver,
+    *,
+    api_key: str | None,
+    max_body_bytes: int,
+    more: Sequence[More] = (),
+) -> Starlette:
     """Build the application.
 
     Args:
@@ -34,19 +53,9 @@ def make_app(service: Service, driver: Driver, *, api_key: str | None, max_body_
       driver: the engine's thread.
       api_key: the bearer token that every request needs, except for its health; None needs none.
       max_body_bytes: longest body that is read.
+      more: routes of the training API.
     """
-
-    def guarded(handler: Handler, *, has_body: bool) -> Callable[[Request], Awaitable[Response]]:
-        async def run(request: Request) -> Response:
-            try:
-                _authorize(request, api_key)
-                return await handler(request, await _read_json(request, max_body_bytes) if has_body else None)
-            except ApiError as error:
-                return _answer_error(error)
-            except ClientDisconnect:
-                return Response(status_code=499)  # nobody reads it
-
-        return run
+    guarded = _guard(api_key, max_body_bytes)
 
     async def health(request: Request) -> Response:
         is_well = driver.failure is None
@@ -75,9 +84,37 @@ def make_app(service: Service, driver: Driver, *, api_key: str | None, max_body_
             Route("/health", health, methods=["GET"]),
             Route("/v1/models", guarded(models, has_body=False), methods=["GET"]),
             *(Route(path, guarded(run, has_body=True), methods=["POST"]) for path, run in posts.items()),
+            *(_route(route, guarded) for route in more),
         ],
         exception_handlers={HTTPException: _tell_http},
     )
+
+
+def _guard(api_key: str | None, max_body_bytes: int) -> Guard:
+    """Make the wrapper of handlers that checks the token, reads the body and tells refusals."""
+
+    def guarded(
+        handler: Handler, *, has_body: bool, is_json: bool = True
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def run(request: Request) -> Response:
+            try:
+                _authorize(request, api_key)
+                body: Any = await _read_body(request, max_body_bytes) if has_body else None
+                return await handler(request, parse_json(body) if has_body and is_json else body)
+            except ApiError as error:
+                return _answer_error(error)
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it
+
+        return run
+
+    return guarded
+
+
+def _route(route: More, guarded: Guard) -> Route:
+    has_body = route.method == "POST"
+    handler = guarded(route.handler, has_body=has_body, is_json=route.is_json)
+    return Route(route.path, handler, methods=[route.method])
 
 
 # ------------------------------------------------------------------------------------- the request
@@ -86,17 +123,28 @@ def make_app(service: Service, driver: Driver, *, api_key: str | None, max_body_
 def _authorize(request: Request, api_key: str | None) -> None:
     if api_key is None:
         return
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    # The Tinker client sends its key in a header of its own.
+    named = f"Bearer {request.headers.get('x-api-key', '')}"
+    kind, _, given = request.headers.get("authorization", named).partition(" ")
     if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), api_key.encode()):
         raise ApiError(401, "wrong or missing bearer token", code="invalid_api_key")
 
 
-async def _read_json(request: Request, limit: int) -> Any:
+async def _read_body(request: Request, limit: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
             raise ApiError(413, f"the body is longer than {limit >> 20} MiB (serve.max_body_mb)")
+    return bytes(body)
+
+
+def parse_json(body: bytes) -> Any:
+    """Read a body as JSON.
+
+    Raises:
+      ApiError: it is not JSON.
+    """
     try:
         return json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -17,6 +17,7 @@ import numpy as np
 from empg_jax.engine.engine import Engine, Response, Watch
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.serve.slots import Place, SlotTable
+from empg_jax.types import Params
 
 STREAM = 2  # first number of the sampling ids; 0 and 1 are training and evaluation
 CLOSE_SECONDS = 1.0  # granted to a burst in progress at the end
@@ -32,6 +33,19 @@ class QueueFull(Exception):
 
 class EngineFailed(Exception):
     """The engine raised; the server cannot go on."""
+
+
+@dataclasses.dataclass(eq=False, frozen=True, slots=True)
+class Weights:
+    """Weights that responses can be sampled from.
+
+    Attributes:
+      version: their policy version.
+      read: called on the engine's thread; returns the trained parameters, on any devices.
+    """
+
+    version: int
+    read: Callable[[], Params]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,6 +79,7 @@ class Job:
       watch: asked on the engine's thread whether the response ends, as in `Engine.submit`.
       is_streamed: whether updates come before the end, too.
       token_filter: restricts sampling to likely tokens.
+      weights: what to sample from; None takes the newest that were published.
     """
 
     prompt: np.ndarray
@@ -76,6 +91,7 @@ class Job:
     watch: Watch | None = None
     is_streamed: bool = False
     token_filter: TokenFilter = NO_FILTER
+    weights: Weights | None = None
 
     @property
     def ids(self) -> tuple[int, int, int, int]:
@@ -107,6 +123,9 @@ class Driver:
         self._waiting: collections.deque[Job] = collections.deque()
         self._canceled: set[Job] = set()
         self._live: dict[int, tuple[Job, Place]] = {}
+        # None stands for the weights that the engine came with.
+        self._newest: Weights | None = None
+        self._loaded: Weights | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -121,6 +140,11 @@ class Driver:
     def is_busy(self) -> bool:
         """Whether the thread still runs."""
         return self._thread.is_alive()
+
+    @property
+    def most_at_once(self) -> int:
+        """Largest number of jobs that a request may have."""
+        return self._max_waiting + self.engine.config.slots
 
     def close(self) -> None:
         """Stop the thread after its burst; one that takes longer than `CLOSE_SECONDS` is left alone."""
@@ -145,6 +169,11 @@ class Driver:
                 raise QueueFull
             self._waiting.extend(jobs)
             self._lock.notify()
+
+    def publish(self, weights: Weights) -> None:
+        """Let later jobs that name no weights sample from these."""
+        with self._lock:
+            self._newest = weights
 
     def cancel(self, jobs: list[Job]) -> None:
         """Give up jobs; their slots are free before the next burst. Those that are over are ignored."""
@@ -183,15 +212,21 @@ class Driver:
 
     def _prepare(self) -> bool:
         """Wait for work and place it in slots; return False at the end."""
-        with self._lock:
-            while True:
+        while True:
+            with self._lock:
                 if self._is_closed:
                     return False
                 self._drop_canceled()
                 self._place_waiting()
                 if self.engine.has_work:
                     return True
-                self._lock.wait()
+                weights = self._missing_weights()
+                if weights is None:
+                    self._lock.wait()
+            # The engine is idle: those who sample from other weights wait for its last response. The lock is
+            # not held, because handlers must not wait for a copy of the weights.
+            if weights is not None:
+                self._load(weights)
 
     def _drop_canceled(self) -> None:
         if not self._canceled:
@@ -205,6 +240,8 @@ class Driver:
     def _place_waiting(self) -> None:
         while self._waiting:
             job = self._waiting[0]
+            if self._missing_weights() is not None:
+                return
             place = self._table.take(job.prompt)
             if place is None:
                 return
@@ -221,6 +258,17 @@ class Driver:
                 watch=job.watch,
             )
             self._live[place.slot] = job, place
+
+    def _missing_weights(self) -> Weights | None:
+        """Return the weights that the next job needs, if the engine has others."""
+        wanted = (self._waiting[0].weights or self._newest) if self._waiting else None
+        return None if wanted is self._loaded else wanted
+
+    def _load(self, weights: Weights) -> None:
+        self.engine.swap(self.engine.place(weights.read()), weights.version)
+        with self._lock:
+            self._table.clear()  # the conversations that other weights computed
+        self._loaded = weights
 
     def _deliver(self, ended: list[Response]) -> None:
         finals = {response.slot: response for response in ended}

@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+from jax.sharding import Mesh
+
 from empg_jax.engine.engine import Engine
 from empg_jax.errors import ConfigError, nearest
 from empg_jax.hf.presets import PRESETS
 from empg_jax.learner.state import state_shardings
+from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.assembly import (
     make_model,
@@ -36,6 +40,23 @@ MAX_TOKENS = 4096  # of a conversation, where neither serve.max_tokens nor a run
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """What training on the server starts from.
+
+    Attributes:
+      model: decoder config.
+      mesh: the learner's devices.
+      params: the trained parameters, on the host.
+      base: the frozen parameters below adapters, on the mesh; None without adapters.
+    """
+
+    model: DecoderConfig
+    mesh: Mesh
+    params: Params
+    base: Params | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Policy:
     """A policy that is ready to answer.
 
@@ -45,6 +66,7 @@ class Policy:
       tokenizer: its tokenizer.
       renderer: its chat template; None where it has none that ends a turn.
       engine: the sampler, with weights.
+      start: the same weights for the learner; None where nothing is trained.
     """
 
     name: str
@@ -52,9 +74,12 @@ class Policy:
     tokenizer: Tokenizer
     renderer: ChatRenderer | None
     engine: Engine
+    start: Start | None = None
 
 
-def open_policy(source: str, overrides: Sequence[str], say: Callable[[str], None]) -> Policy:
+def open_policy(
+    source: str, overrides: Sequence[str], say: Callable[[str], None], *, is_trained: bool = False
+) -> Policy:
     """Load a policy and its engine.
 
     Args:
@@ -62,6 +87,7 @@ def open_policy(source: str, overrides: Sequence[str], say: Callable[[str], None
         a configuration; the last two start untrained.
       overrides: dotted overrides of its configuration.
       say: receives messages for the user.
+      is_trained: whether the server trains it, too.
 
     Raises:
       ConfigError: there is no such policy, or an override does not fit.
@@ -73,10 +99,17 @@ def open_policy(source: str, overrides: Sequence[str], say: Callable[[str], None
         saved = open_saved(path, overrides, warn=say)
         home = path.absolute().parents[1] if is_step else path.absolute()
         tokenizer, renderer = saved.language.tokenizer, saved.language.renderer
-        policy = Policy(home.name, saved.config, tokenizer, renderer, _make_engine(saved.config, tokenizer))
-        _load(policy.engine, saved.params, saved.base, saved.step)
+        engine = _make_engine(saved.config, tokenizer)
+        _load(engine, saved.params, saved.base, saved.step)
+        start = Start(saved.model, saved.mesh, saved.params, saved.base)
+        policy = Policy(home.name, saved.config, tokenizer, renderer, engine, start)
     else:
         policy = _open_new(source, path, overrides)
+    assert policy.start is not None
+    first = None
+    if is_trained:  # the learner makes copies of its own, so the first weights wait on the host
+        first = dataclasses.replace(policy.start, params=jax.device_get(policy.start.params))
+    policy = dataclasses.replace(policy, start=first)
     name = policy.config.serve.name
     return policy if name is None else dataclasses.replace(policy, name=name)
 
@@ -111,8 +144,9 @@ def _open_new(source: str, path: Path, overrides: Sequence[str]) -> Policy:
     mesh = make_mesh(**vars(config.mesh), devices=learner_devices(config))
     shardings = state_shardings(mesh, model_config, make_rl_optimizer(config)[0]).params
     engine = _make_engine(config, tokenizer)
-    _load(engine, make_params(config, model_config, shardings), make_base(config, model_config, mesh), 0)
-    return Policy(name, config, tokenizer, renderer, engine)
+    params, base = make_params(config, model_config, shardings), make_base(config, model_config, mesh)
+    _load(engine, params, base, 0)
+    return Policy(name, config, tokenizer, renderer, engine, Start(model_config, mesh, params, base))
 
 
 def _configure(source: str, model: dict[str, Any], overrides: Sequence[str]) -> Config:

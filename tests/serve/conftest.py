@@ -1,10 +1,12 @@
 """One server for the tests of this folder that a process runs."""
 
+import signal
+
 import httpx
 import openai
 import pytest
 
-from tests.serve import servers
+from tests.serve import servers, tinker_http
 
 OPTIONS = [
     "compile_cache=null",
@@ -49,3 +51,14 @@ def client(server):
         http_client=httpx.Client(timeout=120, trust_env=False),
     ) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def studio(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studio")
+    options = [*tinker_http.OPTIONS, f"serve.save_dir={folder}/saved"]
+    with servers.serving("quickstart", folder, "--train", "--api-key", "tml-secret", *options) as server:
+        yield server
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(timeout=60)
+        assert server.process.returncode == 143

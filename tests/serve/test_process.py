@@ -56,6 +56,8 @@ def test_what_is_missing_is_told():
     done = call("quickstart", code=BARE)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: uvicorn not installed; they come with: pip install -e '.[serve]'\n"
+    done = call("quickstart", "--train", code=BARE.replace("uvicorn", "google.protobuf"))
+    assert done.stderr == "error: protobuf not installed; they come with: pip install -e '.[serve]'\n"
 
 
 def test_what_cannot_be_served_is_told(tmp_path):
