@@ -9,6 +9,8 @@ import numpy as np
 
 from empg_jax.engine.programs import Burst, EngineConfig
 
+STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Response:
@@ -28,16 +30,21 @@ class Dispatched:
     """A burst that the device works on.
 
     Attributes:
-      burst: its outputs, not read yet.
+      burst: its outputs, not read yet; None where the device rests.
       version: of the weights.
       members: bool[S], slots that it samples for. A slot whose response is dropped meanwhile leaves.
       may_go_on: bool[S], of these, responses that can outlast it.
     """
 
-    burst: Burst
+    burst: Burst | None
     version: int
     members: np.ndarray
     may_go_on: np.ndarray
+
+    @classmethod
+    def nothing(cls, config: EngineConfig) -> Dispatched:
+        """Make what stands for no burst."""
+        return cls(None, -1, np.zeros(config.slots, bool), np.zeros(config.slots, bool))
 
     def keep(self, slots: np.ndarray) -> None:
         """Let all slots leave but these, bool[S]: their responses have ended or were dropped."""
@@ -51,6 +58,9 @@ class Slots:
     Attributes:
       num_tokens: int[S], tokens of the conversation.
       kv_length: int[S], of these, tokens whose keys are in the cache.
+      shareable: int[S], first rows of the slot's cache that other conversations may copy: the live weights
+        alone computed them, from the tokens of this table, even where the slot was cut or released since. -1
+        where rows of older weights are in use.
       allowed: int[S], tokens that the response may still get; 0 where there is no response.
     """
 
@@ -60,6 +70,7 @@ class Slots:
         self._history = np.zeros((slots, config.max_tokens), np.int32)
         self.num_tokens = np.zeros(slots, np.int64)
         self.kv_length = np.zeros(slots, np.int64)
+        self.shareable = np.zeros(slots, np.int64)
         self.allowed = np.zeros(slots, np.int64)
         self.temperatures = np.full(slots, temperature, np.float32)
         self._prompt_length = np.zeros(slots, np.int64)
@@ -82,8 +93,12 @@ class Slots:
         ids: tuple[int, int, int, int],
         max_response: int | None,
         temperature: float,
-    ) -> None:
-        """Append a prompt and begin a response; see `Engine.submit`."""
+    ) -> int:
+        """Append a prompt and begin a response; see `Engine.submit`.
+
+        Returns:
+          The number of rows that others could have copied, and that this prompt replaces.
+        """
         if self.allowed[slot]:
             raise RuntimeError(f"slot {slot} is still answering")
         room = self.room(slot, len(tokens), is_fresh=is_fresh)
@@ -100,11 +115,25 @@ class Slots:
             raise ValueError(f"slot {slot}: an empty prompt cannot be answered")
         if is_fresh:
             self.kv_length[slot] = 0
+        given_up = self._reuse(slot, start, np.asarray(tokens, np.int32))
         self._history[slot, start : start + len(tokens)] = tokens
         self.num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
         self._ids[slot] = ids
         self.temperatures[slot] = temperature
         self.allowed[slot] = allowed
+        return given_up
+
+    def _reuse(self, slot: int, start: int, tokens: np.ndarray) -> int:
+        """Keep the rows that fit new tokens from ``start`` on; count the shareable ones that do not."""
+        if not self.kv_length[slot]:
+            self.shareable[slot] = max(0, int(self.shareable[slot]))  # no row of older weights is in use
+        held = int(self.shareable[slot])
+        if held <= start:
+            return 0
+        stays = start + count_equal(self._history[slot, start:held], tokens)
+        self.shareable[slot] = stays
+        self.kv_length[slot] = max(int(self.kv_length[slot]), min(stays, start + len(tokens) - 1))
+        return held - stays
 
     def cut(self, slot: int, length: int) -> None:
         """Keep the first ``length`` tokens and their keys; see `Engine.cut`."""
@@ -122,6 +151,55 @@ class Slots:
     def missing(self) -> np.ndarray:
         """Count, by slot, the tokens that a response waits for: all without keys, but the newest."""
         return np.where(self.allowed > 0, self.num_tokens - 1 - self.kv_length, 0)
+
+    def longest(self, in_flight: np.ndarray) -> int:
+        """Return the longest that a conversation can be after the next burst, beside those in flight."""
+        burst = self.config.burst
+        more = np.minimum(self.allowed, np.where(in_flight, 2 * burst, burst))
+        return int((self.num_tokens + more)[self.allowed > 0].max())
+
+    def find_probes(self) -> np.ndarray:
+        """Find the `STALE_PROBES` responses in progress with the most tokens in the cache, if so many are."""
+        live = np.flatnonzero((self.allowed > 0) & (self.kv_length > 0))
+        return live[np.argsort(-self.kv_length[live], kind="stable")][:STALE_PROBES]
+
+    def grow(self, slots: np.ndarray) -> None:
+        """Note that all tokens of these slots, but the newest, have their keys in the cache."""
+        is_pure = self.shareable[slots] >= self.kv_length[slots]
+        self.kv_length[slots] = self.num_tokens[slots] - 1
+        if self.config.share_prefix:
+            rows = np.maximum(self.kv_length[slots], self.shareable[slots])
+            self.shareable[slots] = np.where(is_pure, rows, -1)
+
+    def drop(self, slots: np.ndarray | slice = slice(None)) -> None:
+        """Forget the keys of these slots."""
+        self.kv_length[slots] = self.shareable[slots] = 0
+
+    def age(self, in_flight: np.ndarray) -> None:
+        """Note that all rows, also those of the slots ``in_flight``, are those of older weights."""
+        self.shareable[:] = np.where((self.kv_length > 0) | in_flight, -1, 0)
+
+    def common(self, slot: int, lengths: np.ndarray, at_least: int) -> np.ndarray:
+        """Count, by slot, the first tokens that equal those of another slot that await a prefill.
+
+        Args:
+          slot: the other slot.
+          lengths: int[S], most tokens to count.
+          at_least: where there are fewer, the count is 0.
+        """
+        tokens = self._history[slot, : self.num_tokens[slot] - 1]
+        lengths = np.minimum(lengths, len(tokens))
+        found = np.zeros(self.config.slots, np.int64)
+        if len(tokens) < at_least:
+            return found
+        # One column leaves few candidates of another beginning.
+        last = at_least - 1
+        may_be = (lengths >= at_least) & (self._history[:, last] == tokens[last])
+        may_be[slot] = False
+        for other in np.flatnonzero(may_be):
+            count = count_equal(self._history[other, : lengths[other]], tokens)
+            found[other] = count if count >= at_least else 0
+        return found
 
     def plan(self, allowed: np.ndarray, on_device: np.ndarray) -> np.ndarray:
         """Return the rows of `Request.plan`.
@@ -152,7 +230,7 @@ class Slots:
         sampled = np.flatnonzero(counts)
         self.num_tokens[sampled] += counts[sampled]
         # The newest token has no keys yet: the next decode step computes them.
-        self.kv_length[sampled] = self.num_tokens[sampled] - 1
+        self.grow(sampled)
         self.allowed[sampled] -= counts[sampled]
         # Decoding halts a slot at its stop token, so only its last token can be one.
         stopped = np.isin(burst.tokens[counts[sampled] - 1, sampled], self.config.stop_ids)
@@ -175,3 +253,10 @@ class Slots:
             versions=self._versions[slot, : stop - start].copy(),
             finish_reason=finish_reason,
         )
+
+
+def count_equal(first: np.ndarray, second: np.ndarray) -> int:
+    """Count equal leading elements."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
