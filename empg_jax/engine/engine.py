@@ -355,7 +355,7 @@ class Engine:
             if wave.copies:
                 pairs = make_pairs(wave.copies, self.config.slots, programs.shards)
                 self._cache = programs.copy_rows(self._cache, pairs)
-                self.stats.shared_tokens += sum(copy.new for copy in wave.copies)
+                self.stats.shared_tokens += table.take_copies(wave.copies)
             for group in wave.groups:
                 self._cache = programs.prefill(self._params, self._cache, make_chunk(group, table))
                 self.stats.prefilled_tokens += group.num_tokens

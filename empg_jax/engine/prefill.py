@@ -13,19 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from empg_jax.engine.programs import Chunk, EngineConfig
-from empg_jax.engine.slots import Slots
+from empg_jax.engine.slots import Copy, Slots
 
 MIN_SHARED = 16  # tokens that a copy must save: every chat begins with a few equal ones
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Copy:
-    """The first ``count`` tokens' keys and values of one slot for another; ``new`` of them are missing."""
-
-    slot: int
-    donor: int
-    count: int
-    new: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

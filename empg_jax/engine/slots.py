@@ -14,7 +14,10 @@ STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Response:
-    """One finished response, fields as in `types.Turn`; ``versions`` int32[R] is that of every token."""
+    """One finished response, fields as in `types.Turn`; ``versions`` int32[R] is that of every token.
+
+    The keys and values of the prompt's first ``copied`` tokens came from another conversation.
+    """
 
     slot: int
     prompt_tokens: np.ndarray
@@ -23,6 +26,7 @@ class Response:
     entropies: np.ndarray
     versions: np.ndarray
     finish_reason: str
+    copied: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +56,16 @@ class Dispatched:
         self.may_go_on[:] &= slots
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Copy:
+    """The first ``count`` tokens' keys and values of one slot for another; ``new`` of them are missing."""
+
+    slot: int
+    donor: int
+    count: int
+    new: int
+
+
 class Slots:
     """One row per slot.
 
@@ -62,6 +76,7 @@ class Slots:
         alone computed them, from the tokens of this table, even where the slot was cut or released since. -1
         where rows of older weights are in use.
       allowed: int[S], tokens that the response may still get; 0 where there is no response.
+      copied: int[S], tokens of the response's prompt whose keys were copied from another slot.
     """
 
     def __init__(self, config: EngineConfig, temperature: float) -> None:
@@ -72,6 +87,7 @@ class Slots:
         self.kv_length = np.zeros(slots, np.int64)
         self.shareable = np.zeros(slots, np.int64)
         self.allowed = np.zeros(slots, np.int64)
+        self.copied = np.zeros(slots, np.int64)
         self.temperatures = np.full(slots, temperature, np.float32)
         self._prompt_length = np.zeros(slots, np.int64)
         self._ids = np.zeros((slots, 4), np.int32)
@@ -118,7 +134,7 @@ class Slots:
         given_up = self._reuse(slot, start, np.asarray(tokens, np.int32))
         self._history[slot, start : start + len(tokens)] = tokens
         self.num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
-        self._ids[slot] = ids
+        self._ids[slot], self.copied[slot] = ids, 0
         self.temperatures[slot] = temperature
         self.allowed[slot] = allowed
         return given_up
@@ -151,6 +167,12 @@ class Slots:
     def missing(self) -> np.ndarray:
         """Count, by slot, the tokens that a response waits for: all without keys, but the newest."""
         return np.where(self.allowed > 0, self.num_tokens - 1 - self.kv_length, 0)
+
+    def take_copies(self, copies: Sequence[Copy]) -> int:
+        """Note what responses copy from other conversations; return the tokens that need no prefill by it."""
+        for copy in copies:
+            self.copied[copy.slot] = copy.count
+        return sum(copy.new for copy in copies)
 
     def longest(self, in_flight: np.ndarray) -> int:
         """Return the longest that a conversation can be after the next burst, beside those in flight."""
@@ -252,6 +274,7 @@ class Slots:
             entropies=self._entropies[slot, : stop - start].copy(),
             versions=self._versions[slot, : stop - start].copy(),
             finish_reason=finish_reason,
+            copied=int(self.copied[slot]),
         )
 
 

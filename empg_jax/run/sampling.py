@@ -54,6 +54,7 @@ def make_engine(config: Config, model: DecoderConfig, tokenizer: Tokenizer, *, n
         # Programs for other numbers of rows round differently, so an episode's numbers would depend on which
         # others are prefilled with it.
         row_buckets=(slots,) if _has_barrier(config) else (),
+        share_prefix=r.share_prefix,
     )
     if sizes.slots % r.data:
         raise ConfigError(

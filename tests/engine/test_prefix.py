@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from empg_jax.engine.engine import Engine, EngineConfig
-from empg_jax.engine.prefill import Copy, make_pairs, plan_prefill
-from empg_jax.engine.slots import Slots
+from empg_jax.engine.prefill import make_pairs, plan_prefill
+from empg_jax.engine.slots import Copy, Slots
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
