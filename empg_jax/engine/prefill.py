@@ -43,8 +43,9 @@ class Wave:
 def plan_prefill(table: Slots, config: EngineConfig, capacity: int, shards: int) -> list[Wave]:
     """Plan how every uncached token, except the newest, of conversations that await a response is cached.
 
-    Of three ways, the one with the fewest tokens to compute, padding included, is taken: to copy nothing; to
-    copy what is in the cache; to let conversations also wait for the prefill of others.
+    Of four ways, the one with the fewest tokens to compute, padding included, is taken: to copy nothing; to
+    copy what is in the cache; to let conversations also wait for the prefill of others, where they then have
+    all that they need; to let them wait for any part.
 
     Args:
       table: the conversations.
@@ -61,8 +62,8 @@ def plan_prefill(table: Slots, config: EngineConfig, capacity: int, shards: int)
         return []
     plans = [[Wave((), make_groups(spans, config, capacity))]]
     if config.share_prefix:
-        for waits in (False, True):
-            served = _find_copies(table, list(spans), shards, waits=waits)
+        for left in (-1, 0, capacity):
+            served = _find_copies(table, list(spans), shards, left)
             if any(copy is not None for copies in served for copy in copies.values()):
                 plans.append([_make_wave(copies, spans, config, capacity) for copies in served])
     return min(plans, key=_cost)
@@ -75,7 +76,7 @@ def _cost(waves: Sequence[Wave]) -> tuple[int, int]:
 
 
 def _find_copies(
-    table: Slots, waiting: Sequence[int], shards: int, *, waits: bool
+    table: Slots, waiting: Sequence[int], shards: int, left: int
 ) -> list[dict[int, Copy | None]]:
     """Find the donor of each waiting slot.
 
@@ -83,27 +84,29 @@ def _find_copies(
       table: the conversations.
       waiting: slots that await a prefill.
       shards: see `plan_prefill`.
-      waits: whether a donor may be a slot before, whose rows are still to be computed.
+      left: tokens that may be left to compute where a slot waits for rows that are still to be computed.
 
     Returns:
       For each wave the slots that it serves, with what they copy.
     """
     part = np.arange(table.config.slots) * shards // table.config.slots
-    ready = np.maximum(table.shareable, 0)
-    lengths = ready.copy()  # rows of each slot that can be copied, now or after its wave
+    ready = np.maximum(table.shareable, 0)  # rows of each slot that can be copied now
+    later = ready.copy()  # and after its wave
     wave = np.zeros(table.config.slots, np.int64)
     served: list[dict[int, Copy | None]] = [{}]
     for slot in waiting:
         copy, held = None, int(table.kv_length[slot])
         if table.shareable[slot] >= held:  # else its rows of older weights stay, and are no prefix for others
-            common = table.common(slot, np.where(part == part[slot], lengths, 0), held + MIN_SHARED)
+            needed, is_near = int(table.num_tokens[slot]) - 1, part == part[slot]
+            common = table.common(slot, np.where(is_near, later, 0), held + MIN_SHARED)
+            if needed - common.max() > left:
+                common = table.common(slot, np.where(is_near, ready, 0), held + MIN_SHARED)
             donors = np.flatnonzero(common == common.max())
             after = np.where(common[donors] <= ready[donors], 0, wave[donors] + 1)
             donor, count = int(donors[np.argmin(after)]), int(common.max())
             if count:
                 copy, wave[slot] = Copy(slot, donor, count, count - held), after.min()
-            if waits:
-                lengths[slot] = max(int(lengths[slot]), int(table.num_tokens[slot]) - 1)
+            later[slot] = max(int(ready[slot]), needed)
         while len(served) <= wave[slot]:
             served.append({})
         served[int(wave[slot])][slot] = copy

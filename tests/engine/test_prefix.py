@@ -111,6 +111,10 @@ def test_one_program_for_all_slots_takes_them_at_once_where_waiting_would_cost_m
     prompts = [task(number, 20) for number in range(4)]
     assert len(waiting(prompts, row_buckets=(4,), prefill_buckets=(32, 64))[0]) == 1
     assert len(waiting(prompts, row_buckets=(1, 4), prefill_buckets=(8,))[0]) == 2
+    # A whole prompt costs nothing to wait for.
+    twice = [prompts[0], prompts[0], prompts[1], prompts[1]]
+    copies, tokens = waiting(twice, row_buckets=(4,), prefill_buckets=(32, 64))
+    assert copies == [[], [(1, 0, 39), (3, 2, 39)]] and tokens == [78, 0]
 
 
 def test_pairs_name_slots_inside_their_part():
