@@ -155,7 +155,7 @@ class Engine:
 
         Rows of released slots then count no more: whether a lending came before their use is the clock's.
         """
-        return not (self._slots.kv_length.any() or self._in_flight().any())
+        return self._slots.is_empty and not self._in_flight().any()
 
     def load(self, params: Params, version: int) -> None:
         """Make new weights live; return when they are in place.
@@ -351,6 +351,7 @@ class Engine:
     def _prefill(self) -> None:
         """Cache every uncached token, except the newest, of the conversations that await a response."""
         table, programs = self._slots, self._programs
+        table.reuse()
         for wave in plan_prefill(table, self.config, self.capacity, programs.shards):
             if wave.copies:
                 pairs = make_pairs(wave.copies, self.config.slots, programs.shards)

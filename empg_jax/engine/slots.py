@@ -131,7 +131,7 @@ class Slots:
             raise ValueError(f"slot {slot}: an empty prompt cannot be answered")
         if is_fresh:
             self.kv_length[slot] = 0
-        given_up = self._reuse(slot, start, np.asarray(tokens, np.int32))
+        given_up = self._keep(slot, start, np.asarray(tokens, np.int32))
         self._history[slot, start : start + len(tokens)] = tokens
         self.num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
         self._ids[slot], self.copied[slot] = ids, 0
@@ -139,7 +139,7 @@ class Slots:
         self.allowed[slot] = allowed
         return given_up
 
-    def _reuse(self, slot: int, start: int, tokens: np.ndarray) -> int:
+    def _keep(self, slot: int, start: int, tokens: np.ndarray) -> int:
         """Keep the rows that fit new tokens from ``start`` on; count the shareable ones that do not."""
         if not self.kv_length[slot]:
             self.shareable[slot] = max(0, int(self.shareable[slot]))  # no row of older weights is in use
@@ -148,8 +148,12 @@ class Slots:
             return 0
         stays = start + count_equal(self._history[slot, start:held], tokens)
         self.shareable[slot] = stays
-        self.kv_length[slot] = max(int(self.kv_length[slot]), min(stays, start + len(tokens) - 1))
         return held - stays
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no conversation has keys in the cache, or will find any that were left there."""
+        return not (self.kv_length.any() or ((self.allowed > 0) & (self.shareable > 0)).any())
 
     def cut(self, slot: int, length: int) -> None:
         """Keep the first ``length`` tokens and their keys; see `Engine.cut`."""
@@ -167,6 +171,14 @@ class Slots:
     def missing(self) -> np.ndarray:
         """Count, by slot, the tokens that a response waits for: all without keys, but the newest."""
         return np.where(self.allowed > 0, self.num_tokens - 1 - self.kv_length, 0)
+
+    def reuse(self) -> None:
+        """Go on over rows of a slot's former conversation, as far as its prompt equals them.
+
+        Not before the prefill: the weights may change until then.
+        """
+        found = (self.allowed > 0) & (self.shareable > self.kv_length)
+        self.kv_length[:] = np.where(found, np.minimum(self.shareable, self.num_tokens - 1), self.kv_length)
 
     def take_copies(self, copies: Sequence[Copy]) -> int:
         """Note what responses copy from other conversations; return the tokens that need no prefill by it."""

@@ -195,6 +195,21 @@ def test_rows_of_older_weights_are_not_copied():
     check_same(found, drain(fresh))
 
 
+@pytest.mark.parametrize("slot", [0, 2])
+def test_weights_that_change_before_the_prefill_leave_no_older_rows_in_it(slot):
+    """The prompt is in its own slot already, or in another one."""
+    found = []
+    for share in (True, False):
+        engine = make(stop_ids=(-1,), share_prefix=share)
+        ask(engine, [task(0), task(1)])
+        engine.release(0)
+        engine.submit(slot, task(0), is_fresh=True, ids=(0, 0, 0, 1))
+        engine.swap(engine.place(OTHERS), 1, keep_cache=True)
+        assert engine.measure_stale_gap() is None  # nothing of it is in the cache
+        found.append(drain(engine))
+    check_same(*found)
+
+
 def test_new_weights_leave_no_rows():
     engine = make()
     ask(engine, [task(0)] * 2)
@@ -224,6 +239,7 @@ MOVES = st.lists(
         ),
         st.integers(0, len(PROMPTS) - 1),
     ),
+    min_size=8,
     max_size=30,
 )
 
