@@ -230,23 +230,18 @@ def test_rows_are_copied_on_the_devices_that_hold_them():
 
 # ------------------------------------------------------------------------------------------ any order
 
-PROMPTS = [task(0), task(0), task(1), task(0)[:30] + task(1)[:20], task(2, 4), [5]]
+PROMPTS = [task(0), task(0), task(1), task(0)[:30] + task(1)[:20], [5]]
+ACTIONS = ["ask"] * 4 + ["step"] * 3 + ["swap"] * 2 + ["release", "cut", "follow", "load", "lend"]
 MOVES = st.lists(
-    st.tuples(
-        st.integers(0, SIZES.slots - 1),
-        st.sampled_from(
-            ["ask", "ask", "ask", "follow", "step", "step", "release", "cut", "load", "swap", "lend"]
-        ),
-        st.integers(0, len(PROMPTS) - 1),
-    ),
-    min_size=8,
+    st.tuples(st.integers(0, SIZES.slots - 1), st.sampled_from(ACTIONS), st.integers(0, len(PROMPTS) - 1)),
+    min_size=20,
     max_size=30,
 )
 
 
 def play(engine, moves):
     """Follows the moves; returns the responses in their order, by the number of their request."""
-    found, number, busy = {}, {}, {}
+    found, number, busy, swaps = {}, {}, {}, 0
 
     def step():
         for response in engine.step():
@@ -276,8 +271,10 @@ def play(engine, moves):
             finish()
             engine.load((PARAMS, OTHERS)[count % 2], count)
         elif action == "swap":
-            engine.swap(engine.place((PARAMS, OTHERS)[count % 2]), count, keep_cache=True)
-            if which % 2:
+            weights = [OTHERS, PARAMS][swaps % 2]
+            swaps += 1
+            engine.swap(engine.place(weights), count, keep_cache=True)
+            if which == 0:
                 engine.measure_stale_gap()
         elif action == "lend":
             with engine.lent((PARAMS, OTHERS)[which % 2], 1000 + which % 2, temperature=1.0):
