@@ -285,7 +285,7 @@ def play(engine, moves):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(MOVES)
 def test_any_order_gives_the_same_responses(ahead, moves):
     engine = make(ahead=ahead)
