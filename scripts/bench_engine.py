@@ -7,8 +7,9 @@
 * occupancy: more conversations than slots, through the collector, with simulated environments that answer
   after 1 to 20 ms. Measured until the last conversation has begun; with the tail beside it.
 
-Response lengths are forced (nothing stops by itself), so every run does the same work. On a shared machine
-pin it to one core and compare tokens per CPU-second:
+Nothing is shared between conversations; ``bench_prefix.py`` measures that. Response lengths are forced
+(nothing stops by itself), so every run does the same work. On a shared machine pin it to one core and compare
+tokens per CPU-second:
 
     python scripts/bench_engine.py --pin 0 --out engine.json
 """
@@ -115,6 +116,8 @@ def longest(requests: list[list[tuple[list[int], int]]]) -> int:
 
 def make_engine(slots: int, max_tokens: int, kind: type[Engine] = Engine, **sizes) -> Engine:
     longest_response = min(max(128, args.responses[1]), max_tokens - 1)
+    # A repeated prompt would else be found in its slot, and cost nothing.
+    sizes["share_prefix"] = False
     config = EngineConfig(slots, max_tokens, longest_response, NEVER, burst=args.burst, **sizes)
     engine = kind(MODEL, config, seed=0)
     engine.load(PARAMS, 0)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 TINY = "--hidden 16 --heads 2 --kv-heads 1 --layers 1 --intermediate 16 --vocab 32 --slots 2 --repeats 1"
 WORK = "--turns 3 --observation 5 --first-prompt 7 --responses 2 9 --only agent occupancy"
@@ -33,3 +35,25 @@ def test_a_tiny_benchmark(tmp_path):
     assert result["one_slot_no_reuse"]["prefilled_tokens"] > 2 * new
     assert result["recompiles"] == 0 and 0 < result["slot_occupancy"] <= 1
     assert result["agent_tokens_per_cpu_s"] > 0 and result["agent_speedup"] > 0
+
+
+@pytest.mark.slow
+def test_a_tiny_benchmark_of_shared_prefixes(tmp_path):
+    """A group costs one prefill of what is common; a pool that overflows loses its hits gently."""
+    out = tmp_path / "out.json"
+    shape = "--hidden 16 --heads 2 --layers 1 --vocab 64 --slots 8 --attempts 4 --repeats 1 --response 4"
+    work = "--prompt 64 --shares 0.5 --turns 3 --instructions 40 --observation 8"
+    script = str(ROOT / "scripts" / "bench_prefix.py")
+    options = [*shape.split(), *work.split(), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, script, *options], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    group, pool = result["group"]["0.5"], result["pool"]
+    assert group["prefilled_tokens_without"] == 8 * 63 and group["prefilled_tokens"] == 2 * 63 + 6 * 31
+    assert pool["recompiles"] == 0
+    for order in ("random", "in turn"):
+        fits, overflows = pool[f"{order}, 1x"], pool[f"{order}, 2x"]
+        assert overflows["evicted_tokens"] > 0 and fits["hit_rate"] > fits["hit_rate_without"]
+        assert fits["hit_rate"] > overflows["hit_rate"] > 0.5

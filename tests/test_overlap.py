@@ -76,6 +76,7 @@ def test_a_run_with_a_lag_is_repeated_bit_by_bit_from_its_schedule(tmp_path):
     assert runs.lines(second) == runs.lines(first) and runs.weights(second) == runs.weights(first)
     assert list(read_consumed(second)) == list(read_consumed(first))
     assert any(line["lag"] > 0 for line in runs.lines(first))
+    assert any(line["tokens_shared"] for line in runs.lines(first))
     with pytest.raises(RunError, match=r"the run differs from its schedule|should answer in this round"):
         runs.train(tmp_path / "third", *runs.HOUSE, *LAG, *sizes, *repeat, "seed=1")
 

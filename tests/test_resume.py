@@ -58,6 +58,7 @@ def rollouts(run):
 
 def test_the_same_run_twice_is_the_same(whole, tmp_path):
     assert_same(runs.train(tmp_path / "run", *STEADY), whole[0])
+    assert any(line["tokens_shared"] for line in runs.lines(whole[0]))  # of attempts at a task
 
 
 @pytest.mark.parametrize("share", [0.0, 0.12, 0.3, 0.6, 1.0])

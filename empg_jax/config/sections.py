@@ -115,6 +115,9 @@ class RolloutConfig(Section):
     prefill_buckets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = Field(
         None, description="Lengths that prompts are padded to, ascending (default chosen by the engine)."
     )
+    share_prefix: bool = Field(
+        True, description="Compute a prompt's beginning that conversations share once, and copy its KV."
+    )
     episode_timeout: float = Field(300.0, gt=0, description="Seconds that an episode may last.")
     min_group_size: int | None = Field(
         None, ge=1, description="Attempts that suffice to close a group at its deadline (default all)."

@@ -12,20 +12,23 @@ every decode step. All shapes come from small bucket lists that `Engine.warm_up`
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from empg_jax.engine.programs import Burst, Chunk, Request, cache_sharding, compile_programs
+from empg_jax.engine.prefill import make_chunk, make_pairs, plan_prefill
+from empg_jax.engine.programs import Burst, Request, compile_programs
 from empg_jax.engine.programs import EngineConfig as EngineConfig
 from empg_jax.engine.slots import Dispatched, Slots
 from empg_jax.engine.slots import Response as Response
 from empg_jax.engine.slots import Watch as Watch
+from empg_jax.engine.stats import EngineStats as EngineStats
+from empg_jax.engine.stats import compare_tokens
+from empg_jax.engine.warmup import compile_all
 from empg_jax.models.axes import param_shardings
-from empg_jax.models.decoder import DecoderConfig, KVCache, init_cache
+from empg_jax.models.decoder import DecoderConfig, KVCache
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.lora import combine
 from empg_jax.parallel.arrays import to_local
@@ -35,23 +38,6 @@ from empg_jax.types import Params
 # What belongs to the conversations of one user of an engine.
 _TABLES = ("_slots", "_carried", "_dispatched", "_ended", "stats")
 _OWN = (*_TABLES, "_params", "version", "temperature", "token_filter")
-STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
-
-
-@dataclasses.dataclass
-class EngineStats:
-    """Counts of work done, for metrics and benchmarks."""
-
-    prefilled_tokens: int = 0  # real tokens written by prefill
-    sampled_tokens: int = 0
-    responses: int = 0
-    decode_rows: int = 0  # slots x steps that decode dispatches spent; sampled_tokens of them were of use
-    bursts: int = 0
-
-    @property
-    def occupancy(self) -> float:
-        """Share of the decoded rows that sampled a token of a response."""
-        return self.sampled_tokens / max(1, self.decode_rows)
 
 
 class Engine:
@@ -99,9 +85,9 @@ class Engine:
         self._programs = compile_programs(model, config, self._mesh)
         self._slots = Slots(config, temperature, token_filter)
         self._carried = jax.device_put(np.zeros((config.slots, 4), np.int32), replicated(self._mesh))
-        self._dispatched: Dispatched | None = None
+        self._dispatched = Dispatched.nothing(config)
         self._ended: list[Response] = []  # found outside `step`, which returns them
-        self._cache: KVCache | None = self._new_cache(config.cache_buckets[0])
+        self._cache: KVCache | None = self._programs.new_cache(config.cache_buckets[0])
 
     # ------------------------------------------------------------------------------ conversations
 
@@ -147,7 +133,7 @@ class Engine:
             raise RuntimeError("Engine.submit before Engine.load: there are no weights to sample from")
         token_filter = self.token_filter if token_filter is None else token_filter
         self._check_filter(token_filter)
-        self._slots.begin(
+        self.stats.evicted_tokens += self._slots.begin(
             slot,
             tokens,
             is_fresh=is_fresh,
@@ -157,6 +143,7 @@ class Engine:
             token_filter=token_filter,
             watch=watch,
         )
+        self.stats.prompt_tokens += int(self._slots.num_tokens[slot]) - 1
         self._leave(slot)
 
     def _check_filter(self, token_filter: TokenFilter) -> None:
@@ -183,9 +170,18 @@ class Engine:
 
     def _leave(self, slot: int) -> None:
         """What the device samples for the slot's former response no longer counts."""
-        if self._dispatched is not None:
-            self._dispatched.keep(np.arange(self.config.slots) != slot)
+        self._dispatched.keep(np.arange(self.config.slots) != slot)
         self._ended = [response for response in self._ended if response.slot != slot]
+        if self._is_empty:
+            self._slots.drop()
+
+    @property
+    def _is_empty(self) -> bool:
+        """Whether no conversation has keys in the cache: it may become shorter, and be lent.
+
+        Rows of released slots then count no more: whether a lending came before their use is the clock's.
+        """
+        return self._slots.is_empty and not self._in_flight().any()
 
     def load(self, params: Params, version: int) -> None:
         """Make new weights live; return when they are in place.
@@ -218,13 +214,15 @@ class Engine:
             raise RuntimeError("Engine.swap in the middle of a turn: step the engine until has_work is False")
         self._params = combine(self.base, placed)
         self.version = version
-        if not keep_cache:
+        if keep_cache:
+            self._slots.age(self._in_flight())
+        else:
             self.drop_cache()
 
     def drop_cache(self) -> None:
         """Forget all keys and values: each conversation is prefilled again when it goes on."""
         self._ended += self._take()
-        self._slots.kv_length[:] = 0
+        self._slots.drop()
 
     def measure_stale_gap(self) -> float | None:
         """Measure the error of going on over keys and values of older weights.
@@ -238,19 +236,14 @@ class Engine:
         """
         self._ended += self._take()
         table = self._slots
-        live = np.flatnonzero((table.allowed > 0) & (table.kv_length > 0))
-        probes = live[np.argsort(-table.kv_length[live], kind="stable")][:STALE_PROBES]
+        probes = table.find_probes()
         if not len(probes):
             return None
         self._fit_cache()
         stale = self._peek(probes)
-        table.kv_length[probes] = 0
+        table.drop(probes)
         self._prefill()
-        fresh = self._peek(probes)
-        is_same = stale.tokens[0, probes] == fresh.tokens[0, probes]
-        by_logprob = np.abs(stale.logprobs - fresh.logprobs)[0, probes]
-        by_entropy = np.abs(stale.entropies - fresh.entropies)[0, probes]
-        return float(np.where(is_same, by_logprob, by_entropy).mean())
+        return compare_tokens(stale, self._peek(probes), probes)
 
     def free(self) -> None:
         """Give up weights and cache until weights arrive; conversations keep their tokens.
@@ -285,10 +278,10 @@ class Engine:
         """
         self._check_filter(token_filter)
         own = {name: getattr(self, name) for name in _OWN}
-        cache = self._cache if self._slots.kv_length.any() or self._in_flight().any() else None
-        self._slots, self._dispatched = Slots(self.config, temperature, token_filter), None
-        self._ended, self.temperature, self.token_filter = [], temperature, token_filter
-        self.stats = EngineStats()
+        cache = None if self._is_empty else self._cache
+        self._slots, self._ended = Slots(self.config, temperature, token_filter), []
+        self._dispatched = Dispatched.nothing(self.config)
+        self.temperature, self.token_filter, self.stats = temperature, token_filter, EngineStats()
         try:
             if cache is not None:
                 self._cache = None
@@ -328,8 +321,7 @@ class Engine:
         if self._is_worth_going_ahead():
             following = self._dispatch(patience)
             ended += self._take()
-            if following is not None:
-                following.keep(self._slots.allowed > 0)
+            following.keep(self._slots.allowed > 0)
             self._dispatched = following
         else:
             ended += self._take()
@@ -345,13 +337,13 @@ class Engine:
         nothing for them, and their next turns would wait for it.
         """
         burst = self._dispatched
-        return self._goes_ahead and burst is not None and 2 * burst.may_go_on.sum() > burst.members.sum()
+        return self._goes_ahead and 2 * burst.may_go_on.sum() > burst.members.sum()
 
-    def _dispatch(self, patience: int) -> Dispatched | None:
-        """Prefill what waits and begin a burst for every response; None where there is none."""
+    def _dispatch(self, patience: int) -> Dispatched:
+        """Prefill what waits and begin a burst for every response."""
         table = self._slots
         if not table.allowed.any():
-            return None
+            return Dispatched.nothing(self.config)
         self._fit_cache()
         self._prefill()
         return self._decode(table.allowed, self.config.burst, patience)
@@ -373,8 +365,6 @@ class Engine:
 
     def _in_flight(self) -> np.ndarray:
         """Return bool[S]: the slots whose newest tokens the device alone knows."""
-        if self._dispatched is None:
-            return np.zeros(self.config.slots, bool)
         return self._dispatched.members
 
     def _peek(self, slots: np.ndarray) -> Burst:
@@ -385,51 +375,29 @@ class Engine:
 
     def _take(self) -> list[Response]:
         """Read the burst in flight and record its tokens; return the responses that ended."""
-        done, self._dispatched = self._dispatched, None
-        if done is None:
+        done, self._dispatched = self._dispatched, Dispatched.nothing(self.config)
+        if done.burst is None:
             return []
         burst = jax.device_get(done.burst)  # the only read of the burst
         counts = np.where(done.members, burst.counts, 0)
         before = int(self._slots.num_tokens.sum())
         ended = self._slots.record(burst, counts, done.version)
-        self.stats.bursts += 1
-        self.stats.decode_rows += int(burst.steps) * self.config.slots
-        self.stats.sampled_tokens += int(self._slots.num_tokens.sum()) - before
-        self.stats.responses += len(ended)
+        self.stats.add(burst, len(counts), int(self._slots.num_tokens.sum()) - before, len(ended))
         return ended
 
     def _prefill(self) -> None:
         """Cache every uncached token, except the newest, of the conversations that await a response."""
-        missing = self._slots.missing()
-        lengths = self.config.prefill_lengths(self.capacity)
-        while missing.any():
-            groups: dict[int, list[int]] = {}
-            for slot in np.flatnonzero(missing):
-                groups.setdefault(_fit(int(missing[slot]), lengths), []).append(int(slot))
-            for length, slots in groups.items():
-                sizes = self.config.prefill_rows(length)
-                while slots:
-                    size = _fit(len(slots), sizes)
-                    self._prefill_group(slots[:size], size, length, missing)
-                    del slots[:size]
-
-    def _prefill_group(self, slots: list[int], size: int, length: int, missing: np.ndarray) -> None:
-        """Prefill up to ``length`` tokens of each slot by a dispatch of ``size`` rows; lower ``missing``."""
-        # All slots at once need no gather: row i is slot i. Other groups are padded with rows beyond them.
-        table, is_whole = self._slots, size == self.config.slots
-        rows = np.arange(size, dtype=np.int32) if is_whole else np.full(size, self.config.slots, np.int32)
-        places = slots if is_whole else range(len(slots))
-        tokens = np.zeros((size, length), np.int32)
-        spans = np.zeros((size, 2), np.int32)
-        for row, slot in zip(places, slots, strict=True):
-            start, count = int(table.kv_length[slot]), min(length, int(missing[slot]))
-            rows[row] = slot
-            tokens[row, :count] = table.tokens(slot, start, start + count)
-            spans[row] = start, count
-            table.kv_length[slot] += count
-            missing[slot] -= count
-        self.stats.prefilled_tokens += int(spans[:, 1].sum())
-        self._cache = self._programs.prefill(self._params, self._cache, Chunk(rows, tokens, spans))
+        table, programs = self._slots, self._programs
+        table.reuse()
+        for wave in plan_prefill(table, self.config, self.capacity, programs.shards):
+            if wave.copies:
+                pairs = make_pairs(wave.copies, self.config.slots, programs.shards)
+                self._cache = programs.copy_rows(self._cache, pairs)
+                self.stats.shared_tokens += table.take_copies(wave.copies)
+            for group in wave.groups:
+                self._cache = programs.prefill(self._params, self._cache, make_chunk(group, table))
+                self.stats.prefilled_tokens += group.num_tokens
+        table.grow(np.flatnonzero(table.missing()))
 
     # -------------------------------------------------------------------------------------- cache
 
@@ -438,77 +406,33 @@ class Engine:
         """Current physical length of the cache, in tokens."""
         return 0 if self._cache is None else int(self._cache[0][0].shape[2])
 
-    def _new_cache(self, capacity: int) -> KVCache:
-        layout = self._programs.layout
-        cache = init_cache(layout, self.config.slots, capacity)
-        return jax.device_put(cache, cache_sharding(self._mesh, layout, self.config))
-
     def _fit_cache(self) -> None:
         """Grow the cache to the bucket that this burst needs; start with a fresh one when it is empty."""
-        table, burst = self._slots, self.config.burst
-        busy, in_flight = table.allowed > 0, self._in_flight()
-        more = np.minimum(table.allowed, np.where(in_flight, 2 * burst, burst))
-        longest = int((table.num_tokens + more)[busy].max())
+        longest = self._slots.longest(self._in_flight())
         # The largest bucket is max_tokens, and `submit` admits nothing longer: a bucket is always found.
         wanted = next(n for n in self.config.cache_buckets if n >= longest)
-        if not (table.kv_length.any() or in_flight.any()):
+        if self._is_empty:
             if self.capacity != wanted:
-                self._cache = self._new_cache(wanted)
+                self._cache = self._programs.new_cache(wanted)
             return
         # One bucket at a time: `warm_up` compiled the growth from each bucket to the next one only.
         for capacity in self.config.cache_buckets:
             if self.capacity < capacity <= wanted:
                 self._cache = self._programs.grow(self._cache, capacity)
 
-    @property
-    def num_warm_ups(self) -> int:
-        """The number of programs of `warm_up`, which is how often it calls ``check``."""
-        config = self.config
-        return sum(
-            1 + sum(len(config.prefill_rows(length)) for length in config.prefill_lengths(capacity))
-            for capacity in config.cache_buckets
-        )
-
     def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
         """Compile every bucket before the first episode, so that nothing compiles later.
 
         Args:
-          check: called before each program; it may raise to end the warm-up.
+          check: called before each of the ``config.num_programs`` programs; it may raise to end the warm-up.
 
         Raises:
           RuntimeError: called while conversations are live, or before `load`.
         """
-        config = self.config
         if self.has_work or self._slots.kv_length.any() or self._params is None:
             raise RuntimeError("Engine.warm_up needs loaded weights and no live conversation")
-        for capacity, larger in zip(config.cache_buckets, (*config.cache_buckets[1:], 0), strict=True):
-            cache = self._new_cache(capacity)
-            for length in config.prefill_lengths(capacity):
-                for rows in config.prefill_rows(length):
-                    check()
-                    # All spans are empty: the dispatch compiles the program and writes nothing.
-                    index = np.full(rows, config.slots, np.int32)
-                    tokens, spans = np.zeros((rows, length), np.int32), np.zeros((rows, 2), np.int32)
-                    cache = self._programs.prefill(self._params, cache, Chunk(index, tokens, spans))
-            check()
-            plan, limits = np.zeros((config.slots, 8), np.int32), np.zeros(2, np.int32)
-            table = self._slots
-            request = Request(self._key, plan, self._carried, limits, table.temperatures, table.filters)
-            cache, _, _ = self._programs.decode(self._params, cache, request)
-            if larger:
-                jax.block_until_ready(self._programs.grow(cache, larger))
-        self._cache = self._new_cache(config.cache_buckets[0])
-
-
-def _fit(size: int, buckets: tuple[int, ...]) -> int:
-    """Return the smallest bucket that holds ``size``, unless half of it or more would be padding.
-
-    In that case, and where no bucket is large enough, return the next smaller bucket, if there is one: it is
-    filled completely, and the next dispatch takes the rest.
-    """
-    above = next((bucket for bucket in buckets if bucket >= size), None)
-    below = max((bucket for bucket in buckets if bucket < size), default=None)
-    if above is not None and (below is None or 2 * size > above):
-        return above
-    assert below is not None
-    return below
+        plan, limits = np.zeros((self.config.slots, 8), np.int32), np.zeros(2, np.int32)
+        table = self._slots
+        request = Request(self._key, plan, self._carried, limits, table.temperatures, table.filters)
+        compile_all(self._programs, self.config, self._params, request, check)
+        self._cache = self._programs.new_cache(self.config.cache_buckets[0])

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from empg_jax.engine.cache import copy_rows, grow
 from empg_jax.engine.sampling import fold_keys, position_uniforms, sample, sample_filtered
 from empg_jax.models.axes import param_shardings, repeat_kv_heads
 from empg_jax.models.decoder import (
@@ -24,13 +26,14 @@ from empg_jax.models.decoder import (
     KVCache,
     forward_cached,
     fuse_projections,
+    init_cache,
     output_embedding,
     unstack_layers,
 )
 from empg_jax.models.filtering import uses_filter
 from empg_jax.models.quantize import QUANTIZED_LEAVES
 from empg_jax.parallel.layout import cache_heads
-from empg_jax.parallel.mesh import named_sharding, replicated
+from empg_jax.parallel.mesh import mesh_axes, named_sharding, replicated
 from empg_jax.types import Leaf, Params
 
 # By platform. On GPUs the compiler would merge products of one input (q, k, v; gate, up) by concatenating
@@ -61,6 +64,7 @@ class EngineConfig:
         accelerators only: a CPU has no idle time to fill, and loses 5 % where a new turn waits for a burst.
       has_filter: responses may filter the tokens that they sample (top-k, top-p, min-p). Without it the
         program has no trace of that.
+      share_prefix: compute the keys and values of a prefix once, and copy them into other conversations.
     """
 
     slots: int
@@ -74,6 +78,7 @@ class EngineConfig:
     cache_buckets: tuple[int, ...] = ()
     ahead: bool | None = None
     has_filter: bool = False
+    share_prefix: bool = True
 
     def __post_init__(self) -> None:
         """Fill the bucket lists and refuse sizes that cannot work."""
@@ -107,10 +112,20 @@ class EngineConfig:
     def num_programs(self) -> int:
         """Number of programs that `Engine.warm_up` compiles."""
         growths = len(self.cache_buckets) - 1
-        return growths + sum(
-            1 + sum(len(self.prefill_rows(length)) for length in self.prefill_lengths(capacity))
-            for capacity in self.cache_buckets
+        copies = len(self.cache_buckets) * self.copies_rows
+        return (
+            growths
+            + copies
+            + sum(
+                1 + sum(len(self.prefill_rows(length)) for length in self.prefill_lengths(capacity))
+                for capacity in self.cache_buckets
+            )
         )
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether rows are copied from slot to slot."""
+        return self.share_prefix and self.slots > 1
 
     def prefill_lengths(self, capacity: int) -> tuple[int, ...]:
         """Return the chunk lengths that are used with a cache of this physical length."""
@@ -167,10 +182,13 @@ class Programs:
     """The jitted programs of one model and one set of sizes, and the layout that they work on."""
 
     layout: DecoderConfig
+    new_cache: Callable[[int], KVCache]  # an empty cache of this length, on the engine's devices
     prefill: Any
     decode: Any
     unstack: Any
     grow: Any
+    copy_rows: Any
+    shards: int  # parts that the slots are split into
 
 
 @functools.cache
@@ -181,13 +199,24 @@ def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> 
     cache, burst = cache_sharding(mesh, layout, config), replicated(mesh)
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
     jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
+    (slots_axis, *_) = cache.spec
+    copy = jax.shard_map(
+        copy_rows,
+        mesh=mesh,
+        in_specs=(cache.spec, PartitionSpec(slots_axis)),
+        out_specs=cache.spec,
+        check_vma=False,  # each part makes as many steps as it has copies
+    )
     return Programs(
         layout=layout,
+        new_cache=lambda capacity: jax.device_put(init_cache(layout, config.slots, capacity), cache),
         prefill=jit(functools.partial(prefill, layout, config), out_shardings=cache),
         decode=jit(functools.partial(decode, layout, config), out_shardings=(cache, burst, burst)),
         unstack=jax.jit(functools.partial(_cast_and_unstack, layout, mesh, repeats)),
         # Not donated: a longer cache cannot reuse the memory of a shorter one.
         grow=jax.jit(grow, static_argnums=1, out_shardings=cache),
+        copy_rows=jax.jit(copy, donate_argnums=0, out_shardings=cache),
+        shards=math.prod(mesh.shape[name] for name in mesh_axes(slots_axis)),
     )
 
 
@@ -227,12 +256,6 @@ def _cast_and_unstack(model: DecoderConfig, mesh: Mesh, repeats: int, params: Pa
     if not model.fused_projections:
         return placed
     return placed | {"layers": tuple(map(fuse_projections, placed["layers"]))}
-
-
-def grow(cache: KVCache, capacity: int) -> KVCache:
-    """Copy the cache into a longer one."""
-    more = capacity - cache[0][0].shape[2]
-    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, more), (0, 0))), cache)
 
 
 def prefill(

@@ -13,13 +13,16 @@ from empg_jax.models.filtering import NO_FILTER, TokenFilter
 # Given a response's tokens so far: how many of them to keep where the response ends there, else None.
 Watch = Callable[[np.ndarray], int | None]
 
+STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Response:
     """One finished response, fields as in `types.Turn`.
 
     ``versions`` int32[R] is that of every token. ``full_logprobs`` float32[R], log-probabilities without the
-    response's filter, is there where the engine has filters; else they are ``logprobs``.
+    response's filter, is there where the engine has filters; else they are ``logprobs``. The keys and values
+    of the prompt's first ``copied`` tokens came from another conversation.
     """
 
     slot: int
@@ -30,6 +33,7 @@ class Response:
     versions: np.ndarray
     finish_reason: str
     full_logprobs: np.ndarray | None = None
+    copied: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,21 +41,36 @@ class Dispatched:
     """A burst that the device works on.
 
     Attributes:
-      burst: its outputs, not read yet.
+      burst: its outputs, not read yet; None where the device rests.
       version: of the weights.
       members: bool[S], slots that it samples for. A slot whose response is dropped meanwhile leaves.
       may_go_on: bool[S], of these, responses that can outlast it.
     """
 
-    burst: Burst
+    burst: Burst | None
     version: int
     members: np.ndarray
     may_go_on: np.ndarray
+
+    @classmethod
+    def nothing(cls, config: EngineConfig) -> Dispatched:
+        """Make what stands for no burst."""
+        return cls(None, -1, np.zeros(config.slots, bool), np.zeros(config.slots, bool))
 
     def keep(self, slots: np.ndarray) -> None:
         """Let all slots leave but these, bool[S]: their responses have ended or were dropped."""
         self.members[:] &= slots
         self.may_go_on[:] &= slots
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Copy:
+    """The first ``count`` tokens' keys and values of one slot for another; ``new`` of them are missing."""
+
+    slot: int
+    donor: int
+    count: int
+    new: int
 
 
 class Slots:
@@ -60,7 +79,11 @@ class Slots:
     Attributes:
       num_tokens: int[S], tokens of the conversation.
       kv_length: int[S], of these, tokens whose keys are in the cache.
+      shareable: int[S], first rows of the slot's cache that other conversations may copy: the live weights
+        alone computed them, from the tokens of this table, even where the slot was cut or released since. -1
+        where rows of older weights are in use.
       allowed: int[S], tokens that the response may still get; 0 where there is no response.
+      copied: int[S], tokens of the response's prompt whose keys were copied from another slot.
     """
 
     def __init__(
@@ -71,7 +94,9 @@ class Slots:
         self._history = np.zeros((slots, config.max_tokens), np.int32)
         self.num_tokens = np.zeros(slots, np.int64)
         self.kv_length = np.zeros(slots, np.int64)
+        self.shareable = np.zeros(slots, np.int64)
         self.allowed = np.zeros(slots, np.int64)
+        self.copied = np.zeros(slots, np.int64)
         self.temperatures = np.full(slots, temperature, np.float32)
         filters = np.tile(np.asarray(token_filter, np.float32), (slots, 1))
         self.filters = filters if config.has_filter else None
@@ -99,8 +124,12 @@ class Slots:
         temperature: float,
         token_filter: TokenFilter,
         watch: Watch | None,
-    ) -> None:
-        """Append a prompt and begin a response; see `Engine.submit`."""
+    ) -> int:
+        """Append a prompt and begin a response; see `Engine.submit`.
+
+        Returns:
+          The number of rows that others could have copied, and that this prompt replaces.
+        """
         if self.allowed[slot]:
             raise RuntimeError(f"slot {slot} is still answering")
         room = self.room(slot, len(tokens), is_fresh=is_fresh)
@@ -117,14 +146,32 @@ class Slots:
             raise ValueError(f"slot {slot}: an empty prompt cannot be answered")
         if is_fresh:
             self.kv_length[slot] = 0
+        given_up = self._keep(slot, start, np.asarray(tokens, np.int32))
         self._history[slot, start : start + len(tokens)] = tokens
         self.num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
-        self._ids[slot] = ids
+        self._ids[slot], self.copied[slot] = ids, 0
         self.temperatures[slot] = temperature
         if self.filters is not None:
             self.filters[slot] = token_filter
         self._watches[slot] = watch
         self.allowed[slot] = allowed
+        return given_up
+
+    def _keep(self, slot: int, start: int, tokens: np.ndarray) -> int:
+        """Keep the rows that fit new tokens from ``start`` on; count the shareable ones that do not."""
+        if not self.kv_length[slot]:
+            self.shareable[slot] = max(0, int(self.shareable[slot]))  # no row of older weights is in use
+        held = int(self.shareable[slot])
+        if held <= start:
+            return 0
+        stays = start + count_equal(self._history[slot, start:held], tokens)
+        self.shareable[slot] = stays
+        return held - stays
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no conversation has keys in the cache, or will find any that were left there."""
+        return not (self.kv_length.any() or ((self.allowed > 0) & (self.shareable > 0)).any())
 
     def cut(self, slot: int, length: int) -> None:
         """Keep the first ``length`` tokens and their keys; see `Engine.cut`."""
@@ -142,6 +189,69 @@ class Slots:
     def missing(self) -> np.ndarray:
         """Count, by slot, the tokens that a response waits for: all without keys, but the newest."""
         return np.where(self.allowed > 0, self.num_tokens - 1 - self.kv_length, 0)
+
+    def reuse(self) -> None:
+        """Go on over rows of a slot's former conversation, as far as its prompt equals them.
+
+        Not before the prefill: the weights may change until then.
+        """
+        found = (self.allowed > 0) & (self.shareable > self.kv_length)
+        self.kv_length[:] = np.where(found, np.minimum(self.shareable, self.num_tokens - 1), self.kv_length)
+
+    def take_copies(self, copies: Sequence[Copy]) -> int:
+        """Note what responses copy from other conversations; return the tokens that need no prefill by it."""
+        for copy in copies:
+            self.copied[copy.slot] = copy.count
+        return sum(copy.new for copy in copies)
+
+    def longest(self, in_flight: np.ndarray) -> int:
+        """Return the longest that a conversation can be after the next burst, beside those in flight."""
+        burst = self.config.burst
+        more = np.minimum(self.allowed, np.where(in_flight, 2 * burst, burst))
+        return int((self.num_tokens + more)[self.allowed > 0].max())
+
+    def find_probes(self) -> np.ndarray:
+        """Find the `STALE_PROBES` responses in progress with the most tokens in the cache, if so many are."""
+        live = np.flatnonzero((self.allowed > 0) & (self.kv_length > 0))
+        return live[np.argsort(-self.kv_length[live], kind="stable")][:STALE_PROBES]
+
+    def grow(self, slots: np.ndarray) -> None:
+        """Note that all tokens of these slots, but the newest, have their keys in the cache."""
+        is_pure = self.shareable[slots] >= self.kv_length[slots]
+        self.kv_length[slots] = self.num_tokens[slots] - 1
+        if self.config.share_prefix:
+            rows = np.maximum(self.kv_length[slots], self.shareable[slots])
+            self.shareable[slots] = np.where(is_pure, rows, -1)
+
+    def drop(self, slots: np.ndarray | slice = slice(None)) -> None:
+        """Forget the keys of these slots."""
+        self.kv_length[slots] = self.shareable[slots] = 0
+
+    def age(self, in_flight: np.ndarray) -> None:
+        """Note that all rows, also those of the slots ``in_flight``, are those of older weights."""
+        self.shareable[:] = np.where((self.kv_length > 0) | in_flight, -1, 0)
+
+    def common(self, slot: int, lengths: np.ndarray, at_least: int) -> np.ndarray:
+        """Count, by slot, the first tokens that equal those of another slot that await a prefill.
+
+        Args:
+          slot: the other slot.
+          lengths: int[S], most tokens to count.
+          at_least: where there are fewer, the count is 0.
+        """
+        tokens = self._history[slot, : self.num_tokens[slot] - 1]
+        lengths = np.minimum(lengths, len(tokens))
+        found = np.zeros(self.config.slots, np.int64)
+        if len(tokens) < at_least:
+            return found
+        # One column leaves few candidates of another beginning.
+        last = at_least - 1
+        may_be = (lengths >= at_least) & (self._history[:, last] == tokens[last])
+        may_be[slot] = False
+        for other in np.flatnonzero(may_be):
+            count = count_equal(self._history[other, : lengths[other]], tokens)
+            found[other] = count if count >= at_least else 0
+        return found
 
     def plan(self, allowed: np.ndarray, on_device: np.ndarray) -> np.ndarray:
         """Return the rows of `Request.plan`.
@@ -174,7 +284,7 @@ class Slots:
         sampled = np.flatnonzero(counts)
         self.num_tokens[sampled] += counts[sampled]
         # The newest token has no keys yet: the next decode step computes them.
-        self.kv_length[sampled] = self.num_tokens[sampled] - 1
+        self.grow(sampled)
         self.allowed[sampled] -= counts[sampled]
         # Decoding halts a slot at its stop token, so only its last token can be one.
         stopped = np.isin(burst.tokens[counts[sampled] - 1, sampled], self.config.stop_ids)
@@ -211,4 +321,12 @@ class Slots:
             full_logprobs=None
             if self._full_logprobs is None
             else self._full_logprobs[slot, : stop - start].copy(),
+            copied=int(self.copied[slot]),
         )
+
+
+def count_equal(first: np.ndarray, second: np.ndarray) -> int:
+    """Count equal leading elements."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length

@@ -77,7 +77,7 @@ class Collector:
         self._queue: collections.deque[Attempt] = collections.deque()
         self._episodes: dict[int, Episode] = {}
         self._started: dict[int, float] = {}  # by slot, on the clock of `served`
-        self._free = list(range(engine.config.slots))[::-1]
+        self._free = collections.deque(range(engine.config.slots))
         self._waiting: set[int] = set()  # slots whose environment owes an answer
         self._early: dict[int, EnvReply] = {}  # answers that arrived before the round that takes them
 
@@ -139,7 +139,7 @@ class Collector:
 
     def _start_episodes(self) -> None:
         while self._queue and self._free:
-            slot, attempt = self._free.pop(), self._queue.popleft()
+            slot, attempt = self._free.popleft(), self._queue.popleft()
             self._episodes[slot] = Episode(attempt, self._make_context(), self._parser, self._rules)
             self._started[slot] = self.served
             self.pool.reset(
@@ -228,6 +228,9 @@ class Collector:
         del self._episodes[slot], self._started[slot]
         self._waiting.discard(slot)
         self._early.pop(self._first_handle + slot, None)
+        # The slot that was freed first is taken first: what it holds in the cache is the least likely to be
+        # of use to others. Where all are free nothing is of use, and attempts meet the same slots in every
+        # run, resumed or not.
         self._free.append(slot)
-        # The lowest free slot is taken next, so that attempts meet the same slots in every run.
-        self._free.sort(reverse=True)
+        if not self._episodes:
+            self._free = collections.deque(sorted(self._free))

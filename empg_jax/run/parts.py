@@ -289,7 +289,7 @@ def _warm_up(engine: Engine, learner: Learner, params: Params, counted: Counted)
     if learner.base is not None:
         engine.base = engine.place(learner.base)
     engine.load(params, -1)
-    engine.warm_up(counted("compiling the engine", engine.num_warm_ups))
+    engine.warm_up(counted("compiling the engine", engine.config.num_programs))
     engine.free()
 
 

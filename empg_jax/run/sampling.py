@@ -76,6 +76,7 @@ def make_engine(
         # others are prefilled with it.
         row_buckets=(slots,) if _has_barrier(config) else (),
         has_filter=is_served or not (token_filter.is_off and filter_of(config.eval).is_off),
+        share_prefix=r.share_prefix,
     )
     if sizes.slots % r.data:
         raise ConfigError(

@@ -54,7 +54,7 @@ class Update:
 
     Attributes:
       response: all of the response so far; None after an error.
-      cached: prompt tokens that were in the slot already.
+      cached: prompt tokens that were in the slot already, or copied from another.
       is_final: whether the job is over.
       error: why there is no response.
     """
@@ -282,7 +282,7 @@ class Driver:
                 with self._lock:
                     self._end(slot, response)
             if final is not None or job.is_streamed:
-                job.notify(Update(response, place.kept, is_final=final is not None))
+                job.notify(Update(response, max(place.kept, response.copied), is_final=final is not None))
 
     def _end(self, slot: int, response: Response) -> None:
         """Free a slot, which keeps what the response holds."""

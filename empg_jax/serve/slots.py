@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from empg_jax.engine.slots import count_equal
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
@@ -59,7 +61,7 @@ class SlotTable:
         one whose last use is longest ago; what it shares with the prompt stays.
         """
         tokens = np.asarray(prompt, np.int32)
-        shared = {slot: _common_prefix(kept.tokens, tokens) for slot, kept in self._kept.items()}
+        shared = {slot: count_equal(kept.tokens, tokens) for slot, kept in self._kept.items()}
         going_on = [slot for slot, length in shared.items() if length > self._kept[slot].prompt_length]
         if going_on:
             slot = max(going_on, key=lambda slot: (shared[slot], self._kept[slot].used))
@@ -82,10 +84,3 @@ class SlotTable:
         """Forget the conversations of all slots that do not answer."""
         self._empty.extend(self._kept)
         self._kept.clear()
-
-
-def _common_prefix(first: np.ndarray, second: np.ndarray) -> int:
-    """Return the number of equal leading elements."""
-    length = min(len(first), len(second))
-    different = np.flatnonzero(first[:length] != second[:length])
-    return int(different[0]) if len(different) else length

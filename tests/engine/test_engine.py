@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from empg_jax.config import load_config
-from empg_jax.engine import engine as engine_module
 from empg_jax.engine.engine import Engine, EngineConfig
+from empg_jax.engine.prefill import fit
 from empg_jax.engine.programs import Chunk, Request
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.decoder import DecoderConfig, init_params
@@ -426,17 +426,18 @@ def test_the_warm_up_compiles_as_many_programs_as_are_said():
     sizes = EngineConfig(4, 40, 6, NO_STOPS, prefill_buckets=(4, 16), cache_buckets=(8, 24))
     engine = Engine(SHALLOW, sizes, seed=0)
     engine.load(SHALLOW_PARAMS, 0)
-    programs = (engine._programs.prefill, engine._programs.decode, engine._programs.grow)
+    names, checks = ("prefill", "decode", "grow", "copy_rows"), []
+    programs = [getattr(engine._programs, name) for name in names]
     before = sum(program._cache_size() for program in programs)
-    engine.warm_up()
-    assert sum(program._cache_size() for program in programs) - before == sizes.num_programs
+    engine.warm_up(lambda: checks.append(None))
+    assert sum(program._cache_size() for program in programs) - before == sizes.num_programs == len(checks)
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [(1, 4), (4, 4), (5, 4), (8, 4), (9, 16), (16, 16), (33, 32), (99, 32)]
 )
 def test_the_bucket_is_at_least_half_full_or_smaller(size, expected):
-    assert engine_module._fit(size, (4, 16, 32)) == expected
+    assert fit(size, (4, 16, 32)) == expected
 
 
 def test_nothing_compiles_after_the_warm_up(make):
@@ -461,16 +462,19 @@ def test_nothing_compiles_after_the_warm_up(make):
     assert compiles.count == 0
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill"])
+@pytest.mark.parametrize("name", ["decode", "prefill", "copy_rows"])
 def test_no_program_copies_the_cache(make, name):
     engine = make()
+    given = (engine._params, engine._cache)
     if name == "decode":
         plan, limits = np.zeros((4, 8), np.int32), np.zeros(2, np.int32)
         inputs = Request(engine._key, plan, engine._carried, limits, np.ones(4, np.float32))
+    elif name == "copy_rows":
+        given, inputs = (engine._cache,), np.zeros((4, 3), np.int32)
     else:
         inputs = Chunk(np.zeros(1, np.int32), np.zeros((1, 16), np.int32), np.zeros((1, 2), np.int32))
     program = getattr(engine._programs, name)
-    compiled = program.lower(engine._params, engine._cache, inputs).compile()
+    compiled = program.lower(*given, inputs).compile()
     shape = ",".join(map(str, engine._cache[0][0].shape))
     copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and f"[{shape}]" in line]
     assert copies == []

@@ -306,7 +306,8 @@ def test_members_of_a_group_differ(parts):
 
 @pytest.mark.parametrize(("context", "segments"), [("transcript", 1), ("window", 3)])
 def test_prompts_of_both_contexts(parts, context, segments):
-    collector = parts(f"env.context={context}", "env.history=0")
+    options = [f"env.context={context}", "env.history=0"]
+    collector = parts(*options, "rollout.share_prefix=false")
     found = collect(collector)
     assert {outcome(t) for t in found} == {(Status.TRAINED, "turn_limit")}
     prompts = sum(len(turn.prompt_tokens) for t in found for turn in t.turns)
@@ -322,6 +323,12 @@ def test_prompts_of_both_contexts(parts, context, segments):
     # What is not kept is prefilled, but for the newest token of each prompt.
     turns = sum(len(t.turns) for t in found)
     assert collector.engine.stats.prefilled_tokens == prompts - kept - turns
+    # The attempts at a task share its first prompt, and all prompts the instructions, without a difference.
+    sharing = parts(*options)
+    for a, b in zip(arrays(found), arrays(collect(sharing)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    stats = sharing.engine.stats
+    assert stats.shared_tokens > 0 and stats.prefilled_tokens < collector.engine.stats.prefilled_tokens
 
 
 def test_a_response_that_a_limit_cut_is_recorded_as_such(parts):

@@ -93,6 +93,18 @@ def test_a_chat_that_goes_on_reuses_its_conversation(client):
         total = answer.usage.total_tokens
 
 
+def test_requests_that_begin_alike_share_their_beginning(client, http):
+    """As agents of one environment do: the same instructions, other tasks; told as any server tells it."""
+    words = "red one two three four five six seven eight nine " * 3
+    before, cached = prefilled(http), []
+    for word in ("red", "blue", "green"):
+        messages = [{"role": "user", "content": words + word}]
+        answer = client.chat.completions.create(model="talker", messages=messages, seed=1, max_tokens=3)
+        cached.append(answer.usage.prompt_tokens_details.cached_tokens)
+    assert min(cached[1:]) >= 30
+    assert prefilled(http) - before <= answer.usage.prompt_tokens + 20
+
+
 def test_kept_conversations_give_way_to_new_ones_oldest_first(http):
     conversations = [[10 + number, 11, 12, 13, 14, 15] for number in range(5)]
     answers = [

@@ -1,0 +1,202 @@
+"""The plan of a prefill: what is copied from other conversations, and how the rest goes into dispatches.
+
+Attempts at one task have the same prompt, and all tasks of an environment the same instructions. Keys and
+values of a prefix depend on its tokens and the weights alone, so that they are computed once, in the first
+conversation that needs them, and copied into the others. Everything here is bookkeeping, without a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from empg_jax.engine.programs import Chunk, EngineConfig
+from empg_jax.engine.slots import Copy, Slots
+
+MIN_SHARED = 16  # tokens that a copy must save: every chat begins with a few equal ones
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Group:
+    """One dispatch of ``size`` rows and ``length`` tokens; its spans are (slot, first token, tokens)."""
+
+    size: int
+    length: int
+    spans: tuple[tuple[int, int, int], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, without padding."""
+        return sum(count for _, _, count in self.spans)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wave:
+    """Copies, and the dispatches that follow them. The copies of the next wave need both."""
+
+    copies: tuple[Copy, ...]
+    groups: tuple[Group, ...]
+
+
+def plan_prefill(table: Slots, config: EngineConfig, capacity: int, shards: int) -> list[Wave]:
+    """Plan how every uncached token, except the newest, of conversations that await a response is cached.
+
+    Of four ways, the one with the fewest tokens to compute, padding included, is taken: to copy nothing; to
+    copy what is in the cache; to let conversations also wait for the prefill of others, where they then have
+    all that they need; to let them wait for any part.
+
+    Args:
+      table: the conversations.
+      config: the engine's sizes.
+      capacity: physical length of the cache.
+      shards: parts that the slots are split into. Rows are copied inside a part only, on their own device.
+
+    Returns:
+      Waves, to be dispatched in order; a function of the conversations alone.
+    """
+    missing = table.missing()
+    spans = {int(slot): (int(table.kv_length[slot]), int(missing[slot])) for slot in np.flatnonzero(missing)}
+    if not spans:
+        return []
+    plans = [[Wave((), make_groups(spans, config, capacity))]]
+    if config.share_prefix:
+        for left in (-1, 0, capacity):
+            served = _find_copies(table, list(spans), shards, left)
+            if any(copy is not None for copies in served for copy in copies.values()):
+                plans.append([_make_wave(copies, spans, config, capacity) for copies in served])
+    return min(plans, key=_cost)
+
+
+def _cost(waves: Sequence[Wave]) -> tuple[int, int]:
+    """Count the tokens to compute: with padding, and without."""
+    groups = [group for wave in waves for group in wave.groups]
+    return sum(group.size * group.length for group in groups), sum(group.num_tokens for group in groups)
+
+
+def _find_copies(
+    table: Slots, waiting: Sequence[int], shards: int, left: int
+) -> list[dict[int, Copy | None]]:
+    """Find the donor of each waiting slot.
+
+    Args:
+      table: the conversations.
+      waiting: slots that await a prefill.
+      shards: see `plan_prefill`.
+      left: tokens that may be left to compute where a slot waits for rows that are still to be computed.
+
+    Returns:
+      For each wave the slots that it serves, with what they copy.
+    """
+    part = np.arange(table.config.slots) * shards // table.config.slots
+    ready = np.maximum(table.shareable, 0)  # rows of each slot that can be copied now
+    later = ready.copy()  # and after its wave
+    wave = np.zeros(table.config.slots, np.int64)
+    served: list[dict[int, Copy | None]] = [{}]
+    for slot in waiting:
+        copy, held = None, int(table.kv_length[slot])
+        if table.shareable[slot] >= held:  # else its rows of older weights stay, and are no prefix for others
+            needed, is_near = int(table.num_tokens[slot]) - 1, part == part[slot]
+            common = table.common(slot, np.where(is_near, later, 0), held + MIN_SHARED)
+            if needed - common.max() > left:
+                common = table.common(slot, np.where(is_near, ready, 0), held + MIN_SHARED)
+            donors = np.flatnonzero(common == common.max())
+            after = np.where(common[donors] <= ready[donors], 0, wave[donors] + 1)
+            donor, count = int(donors[np.argmin(after)]), int(common.max())
+            if count:
+                copy, wave[slot] = Copy(slot, donor, count, count - held), after.min()
+            later[slot] = max(int(ready[slot]), needed)
+        while len(served) <= wave[slot]:
+            served.append({})
+        served[int(wave[slot])][slot] = copy
+    return served
+
+
+def _make_wave(
+    copies: Mapping[int, Copy | None],
+    spans: Mapping[int, tuple[int, int]],
+    config: EngineConfig,
+    capacity: int,
+) -> Wave:
+    """Plan the dispatches for what the copies leave."""
+    left = {}
+    for slot, copy in copies.items():
+        start, count = spans[slot]
+        new = 0 if copy is None else copy.new
+        left[slot] = start + new, count - new
+    return Wave(
+        tuple(copy for copy in copies.values() if copy is not None), make_groups(left, config, capacity)
+    )
+
+
+def make_groups(
+    spans: Mapping[int, tuple[int, int]], config: EngineConfig, capacity: int
+) -> tuple[Group, ...]:
+    """Plan dispatches for some slots' missing tokens.
+
+    Args:
+      spans: by slot, the first missing token and how many there are.
+      config: the engine's sizes.
+      capacity: physical length of the cache.
+    """
+    starts = {slot: start for slot, (start, _) in spans.items()}
+    missing = {slot: count for slot, (_, count) in spans.items()}
+    lengths, made = config.prefill_lengths(capacity), []
+    while any(missing.values()):
+        fitted: dict[int, list[int]] = {}
+        for slot, count in missing.items():
+            if count:
+                fitted.setdefault(fit(count, lengths), []).append(slot)
+        for length, slots in fitted.items():
+            while slots:
+                size = fit(len(slots), config.prefill_rows(length))
+                group = tuple((slot, starts[slot], min(length, missing[slot])) for slot in slots[:size])
+                made.append(Group(size, length, group))
+                for slot, _, count in group:
+                    starts[slot] += count
+                    missing[slot] -= count
+                del slots[:size]
+    return tuple(made)
+
+
+def make_chunk(group: Group, table: Slots) -> Chunk:
+    """Build the input of a group's dispatch."""
+    # All slots at once need no gather: row i is slot i. Other groups are padded with rows beyond them.
+    num_slots = table.config.slots
+    is_whole = group.size == num_slots
+    rows = np.arange(num_slots, dtype=np.int32) if is_whole else np.full(group.size, num_slots, np.int32)
+    tokens = np.zeros((group.size, group.length), np.int32)
+    spans = np.zeros((group.size, 2), np.int32)
+    for place, (slot, start, count) in enumerate(group.spans):
+        row = slot if is_whole else place
+        rows[row] = slot
+        tokens[row, :count] = table.tokens(slot, start, start + count)
+        spans[row] = start, count
+    return Chunk(rows, tokens, spans)
+
+
+def make_pairs(copies: Sequence[Copy], slots: int, shards: int) -> np.ndarray:
+    """Build the input of `programs.copy_rows`: int32[slots, 3] of slot, donor and count in each part."""
+    size = slots // shards
+    pairs = np.zeros((slots, 3), np.int32)
+    filled = [0] * shards
+    for copy in copies:
+        part = copy.slot // size
+        pairs[part * size + filled[part]] = copy.slot % size, copy.donor % size, copy.count
+        filled[part] += 1
+    return pairs
+
+
+def fit(size: int, buckets: tuple[int, ...]) -> int:
+    """Return the smallest bucket that holds ``size``, unless half of it or more would be padding.
+
+    In that case, and where no bucket is large enough, return the next smaller bucket, if there is one: it is
+    filled completely, and the next dispatch takes the rest.
+    """
+    above = next((bucket for bucket in buckets if bucket >= size), None)
+    below = max((bucket for bucket in buckets if bucket < size), default=None)
+    if above is not None and (below is None or 2 * size > above):
+        return above
+    assert below is not None
+    return below
