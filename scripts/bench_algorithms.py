@@ -52,6 +52,7 @@ def make_batch(
     loss_mask = exists & (inside % turn_size >= turn_size * 2 // 3)
     old = -rng.gamma(1.0, 0.5, (rows, length)).astype(np.float32)
     entropies = rng.gamma(1.0, 0.5, (rows, length)).astype(np.float32)
+    won = rng.integers(0, 2, trajectories) > 0
     batch = Batch(
         tokens=jnp.asarray(rng.integers(0, vocab, (rows, length)), jnp.int32),
         loss_mask=jnp.asarray(loss_mask),
@@ -63,15 +64,18 @@ def make_batch(
         behavior_logprobs=jnp.asarray(old),
         behavior_entropies=jnp.asarray(entropies),
         minibatch_ids=jnp.asarray(np.arange(rows) * num_minibatches // rows, jnp.int32),
-        returns=jnp.asarray(rng.integers(0, 2, trajectories), jnp.float32),
+        returns=jnp.asarray(won, jnp.float32),
         group_ids=jnp.asarray(np.arange(trajectories) // 8, jnp.int32),
         trajectory_mask=jnp.ones(trajectories, bool),
+        success=jnp.asarray(won),
         truncated=jnp.zeros(trajectories, bool),
         scored_zero=jnp.zeros(trajectories, bool),
         turn_rewards=jnp.asarray(rng.random((trajectories, turns)), jnp.float32),
         turn_truncated=jnp.zeros((trajectories, turns), bool),
         turn_valid=jnp.ones((trajectories, turns), bool),
         anchor_ids=jnp.asarray(rng.integers(0, 20, (trajectories, turns)), jnp.int32),
+        action_ids=jnp.asarray(rng.integers(0, 5, (trajectories, turns)), jnp.int32),
+        milestones=jnp.asarray(rng.random((trajectories, turns)) < 0.2),
         versions=jnp.zeros((trajectories, turns), jnp.int32),
     )
     return batch, Scores(jnp.asarray(old), jnp.asarray(entropies), jnp.asarray(old)), int(loss_mask.sum())
