@@ -22,7 +22,13 @@ from empg_jax.algorithms.graph import (
     pair_ids,
 )
 from empg_jax.algorithms.masking import Arr, Scalar, as_floats, as_ids, as_mask, check_shapes
-from empg_jax.algorithms.segments import center_by_group, number_pairs, segment_means, segment_totals
+from empg_jax.algorithms.segments import (
+    center_by_group,
+    number_pairs,
+    rank_ids,
+    segment_means,
+    segment_totals,
+)
 
 LOG_NOISE = 1e-5  # as NOISE, for logarithms: their rounding is that of the value relative to itself
 SETTLED = 1e-8  # a change of summed differences that float32 no longer sees
@@ -172,7 +178,7 @@ def graph_gae(
     td = jnp.where(graph.mask, gamma * values[graph.dst] - values[graph.src], 0)
     td = _above_noise(td, NOISE)
     size, src, dst = graph.src.size, graph.src, graph.dst
-    moves = number_pairs(number_pairs(src, as_ids(action_ids).ravel() + 1), dst)
+    moves = number_pairs(number_pairs(src, rank_ids(as_ids(action_ids).ravel()) + 1), dst)
     distinct = first_of(moves)
 
     def sweep(sums: Float[Array, " S"]) -> Float[Array, " S"]:

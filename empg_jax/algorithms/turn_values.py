@@ -11,6 +11,7 @@ from empg_jax.algorithms.segments import center_by_group, segment_means
 from empg_jax.algorithms.timeline import last_turns
 
 NORMALIZE = ("group", "none")
+NOISE = 1e-6  # of a difference of values, relative to them
 
 
 def gagpo(
@@ -58,6 +59,8 @@ def gagpo(
     nodes = anchor_groups(as_ids(anchor_ids), mask, ids)
     values = jnp.where(nodes >= 0, segment_means(later, nodes), later)
     advantages, _ = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    # Where nobody else met the observations all differences are 0: rounding must not be scaled up.
+    advantages = jnp.where(jnp.abs(advantages) <= NOISE * jnp.maximum(jnp.abs(values), 1), 0, advantages)
     if normalize == "none":
         return advantages
     members = jnp.where(mask, ids[:, None], -1).ravel()
