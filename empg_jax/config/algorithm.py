@@ -286,8 +286,6 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
         if self.entropy_source == "engine":
             compared = [f"correction.kind={correction.kind}"] if correction.kind not in (OFF, None) else []
             compared += ["loss=decoupled_ppo"] if self.loss == "decoupled_ppo" else []
-            band = (correction.entropy_low, correction.entropy_high)
-            compared += [f"correction.entropy_low={band[0]}"] if band != (None, None) else []
             for key in compared:
                 yield (
                     f"algorithm.{key} compares learner and sampler, but algorithm.entropy_source=engine "
