@@ -74,7 +74,7 @@ class Turn:
       observation: text that the turn answers (for display; never tokenized again).
       response: decoded response text (for display; never tokenized again).
       versions: int32[R], the policy version of every token, where they differ; else None.
-      action: the action that the environment executed; empty where it is not known.
+      action: the action that the environment executed; None where it is not known.
       milestone: whether the turn reached a subgoal, by the environment's word.
     """
 
@@ -90,7 +90,7 @@ class Turn:
     observation: str = ""
     response: str = ""
     versions: np.ndarray | None = None
-    action: str = ""
+    action: str | None = None
     milestone: bool = False
 
 

@@ -3,6 +3,7 @@
 * quickstart size (128 trajectories x 10 turns, 64 rows x 256 tokens): CPU-seconds of one credit call
   (median), and of the update that it belongs to: score pass, credit, optimizer steps of the quickstart's
   model. Modulation is also shown apart from the base estimator, and the entropies apart from both.
+  The methods that credit steps come after them.
 * large (1,024 trajectories x 50 turns, 1,024 rows x 4,096 tokens): seconds of one credit call.
 
 Run ``python scripts/bench_algorithms.py --out result.json``. Everything is measured in this process, on CPU,
@@ -81,6 +82,9 @@ def make_batch(
     return batch, Scores(jnp.asarray(old), jnp.asarray(entropies), jnp.asarray(old)), int(loss_mask.sum())
 
 
+STEPWISE = ("gigpo", "hgpo", "crbc", "graph_hca", "graft", "graph_gpo", "gagpo", "beacon")
+
+
 def cpu_seconds(call: Callable[[], Any], repeats: int) -> float:
     """Measure the median CPU-seconds (all threads) of a call, after one that compiles."""
     import jax
@@ -110,7 +114,7 @@ def measure_quickstart(repeats: int, vocab: int) -> dict[str, Any]:
     optimizer, _ = make_optimizer(learning_rate=1e-3, final_learning_rate=5e-5, total_steps=1000)
     model, mesh = DecoderConfig(vocab_size=vocab), make_mesh()
     credit_seconds, learner = {}, None
-    for name in ("grpo", "grpo_empg", "grpo_aem"):
+    for name in ("grpo", "grpo_empg", "grpo_aem", *STEPWISE):
         algorithm = make_algorithm(name, num_minibatches=steps)
         learner = make_learner(model, algorithm, optimizer, mesh, micro_rows=micro_rows)
         credit_seconds[name] = cpu_seconds(lambda learner=learner: learner.credit(batch, scores), repeats)
@@ -138,7 +142,7 @@ def measure_quickstart(repeats: int, vocab: int) -> dict[str, Any]:
         "optimizer_cpu_seconds": optimize,
         "credit_cpu_seconds": credit_seconds,
     }
-    for name in ("grpo_empg", "grpo_aem"):
+    for name in ("grpo_empg", "grpo_aem", *STEPWISE):
         update = score + credit_seconds[name] + optimize
         result[f"{name}_share_of_update"] = credit_seconds[name] / update
         result[f"{name}_extra_over_grpo_cpu_seconds"] = credit_seconds[name] - credit_seconds["grpo"]
@@ -237,7 +241,17 @@ def main() -> None:
     }
     if not arguments.skip_large:
         result["large"] = measure_large(
-            ["grpo", "grpo_empg", "grpo_aem", "gigpo_aem", "gspo_aem", "reinforce_pp"]
+            [
+                "grpo",
+                "grpo_empg",
+                "grpo_aem",
+                "gigpo_aem",
+                "gspo_aem",
+                "reinforce_pp",
+                "crbc",
+                "graft",
+                "hgpo",
+            ]
         )
     text = json.dumps(result, indent=2)
     print(text)

@@ -159,8 +159,8 @@ def gspo(
     Raises:
       ValueError: for different shapes.
     """
-    bounds = {"clip_low": clip_low, "clip_high": clip_high}
-    return _segment_clip(logprobs, old_logprobs, advantages, sequence_ids, **bounds)
+    streams = (logprobs, old_logprobs, advantages, sequence_ids)
+    return _segment_clip(*streams, clip_low=clip_low, clip_high=clip_high)
 
 
 def turn_ratio_clip(
@@ -197,8 +197,8 @@ def turn_ratio_clip(
       ValueError: for an unknown ``ratio`` or different shapes.
     """
     check_choice("ratio", ratio, TURN_RATIOS)
-    bounds = {"clip_low": clip_low, "clip_high": clip_high}
-    return _segment_clip(logprobs, old_logprobs, advantages, turn_sequence_ids, ratio=ratio, **bounds)
+    streams = (logprobs, old_logprobs, advantages, turn_sequence_ids)
+    return _segment_clip(*streams, clip_low=clip_low, clip_high=clip_high, ratio=ratio)
 
 
 def decoupled_ppo(

@@ -277,7 +277,7 @@ def _trajectory_table(trajectories: Sequence[Trajectory], shape: BatchShape) -> 
             table["turn_truncated"][i, t] = turn.finish_reason == "length"
             table["turn_valid"][i, t] = turn.is_valid
             table["anchor_ids"][i, t] = anchors.setdefault(turn.anchor, len(anchors))
-            if turn.action:
+            if turn.action is not None:
                 table["action_ids"][i, t] = actions.setdefault(turn.action, len(actions))
             table["milestones"][i, t] = turn.milestone
             table["versions"][i, t] = turn.version

@@ -185,7 +185,7 @@ def _describe_turn(turn: Turn) -> Record:
         "finish_reason": turn.finish_reason,
         "version": turn.version,
         "tokens": len(turn.response_tokens),
-        "action": turn.action,
+        **({"action": turn.action} if turn.action is not None else {}),
         **({"milestone": True} if turn.milestone else {}),
     }
 
@@ -282,7 +282,7 @@ def _make_turn(fields: Mapping[str, Any], *, prompt: np.ndarray, fallback: str) 
         finish_reason=fields.get("finish_reason", "stop"),
         observation=fields.get("observation", ""),
         response=fields.get("response", ""),
-        action=fields.get("action", fields.get("response", "")),
+        action=fields.get("action", fields.get("response")),
         milestone=fields.get("milestone", False),
     )
 

@@ -270,7 +270,7 @@ def turn_ppo(
                 "this algorithm has a critic: scores.values must hold its values before the update"
             )
         place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
-        slots = turn_slots(*place, worth.mask.shape)
+        slots = turn_slots(*place, (worth.mask.shape[0], worth.mask.shape[1]))
         values = _at_first_tokens(scores.values, slots, worth.mask.size).reshape(worth.mask.shape)
         rewards = worth.turn_rewards - worth.turn_penalties
         found = turn_values.turn_gae(rewards, values, worth.mask, gamma=turn_gamma, lam=turn_lam)
