@@ -11,7 +11,7 @@ from empg_jax import algorithms as al
 from . import step_oracles
 
 N, K = 8, 5
-quick = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 2**31 - 1)
 
 
