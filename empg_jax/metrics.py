@@ -73,6 +73,7 @@ METRICS: dict[str, str] = {
     "clip_fraction": "Share of trained tokens whose ratio was clipped.",
     "dual_clip_fraction": "Share of trained tokens whose loss is at the dual clip's bound.",
     "stale_fraction": "Share of trained tokens whose sampler was too far off for decoupled PPO.",
+    "entropy_kept": "Share of trained tokens whose entropy moved too little for entropy ratio clipping.",
     "behavior_ess": "Effective sample size of the importance weights, as a share of tokens.",
     "correction_kept": "Share of sampled tokens that the off-policy correction kept.",
     "grad_norm": "Global gradient norm before clipping.",

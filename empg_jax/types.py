@@ -75,6 +75,8 @@ class Turn:
       observation: text that the turn answers (for display; never tokenized again).
       response: decoded response text (for display; never tokenized again).
       versions: int32[R], the policy version of every token, where they differ; else None.
+      action: the action that the environment executed; None where it is not known.
+      milestone: whether the turn reached a subgoal, by the environment's word.
     """
 
     prompt_tokens: np.ndarray
@@ -89,6 +91,8 @@ class Turn:
     observation: str = ""
     response: str = ""
     versions: np.ndarray | None = None
+    action: str | None = None
+    milestone: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,12 +166,17 @@ class Batch:
     returns: Leaf = _per("trajectory", np.float32)  # sum of the environment's rewards, without penalties
     group_ids: Leaf = _per("trajectory", np.int32, absent=-1)  # in [0, N)
     trajectory_mask: Leaf = _per("trajectory", bool)
+    success: Leaf = _per("trajectory", bool)  # the environment's verdict
     truncated: Leaf = _per("trajectory", bool)  # a limit ended the episode, not the task
     scored_zero: Leaf = _per("trajectory", bool)  # a limit was exceeded: the algorithm caps the return at 0
     turn_rewards: Leaf = _per("turn", np.float32)  # the environment's own reward of the turn
     turn_truncated: Leaf = _per("turn", bool)  # the token limit cut the response
     turn_valid: Leaf = _per("turn", bool)  # the parser accepted the turn's action
     anchor_ids: Leaf = _per("turn", np.int32, absent=-1)  # observation key, equal ids = equal observation
+    action_ids: Leaf = _per(
+        "turn", np.int32, absent=-1
+    )  # executed action, equal ids = equal action; -1: unknown
+    milestones: Leaf = _per("turn", bool)  # the environment verified a subgoal that the turn reached
     versions: Leaf = _per("turn", np.int32)  # policy version that sampled the turn
 
 

@@ -3,6 +3,7 @@
 * quickstart size (128 trajectories x 10 turns, 64 rows x 256 tokens): CPU-seconds of one credit call
   (median), and of the update that it belongs to: score pass, credit, optimizer steps of the quickstart's
   model. Modulation is also shown apart from the base estimator, and the entropies apart from both.
+  The methods that credit steps come after them.
 * large (1,024 trajectories x 50 turns, 1,024 rows x 4,096 tokens): seconds of one credit call.
 
 Run ``python scripts/bench_algorithms.py --out result.json``. Everything is measured in this process, on CPU,
@@ -52,6 +53,7 @@ def make_batch(
     loss_mask = exists & (inside % turn_size >= turn_size * 2 // 3)
     old = -rng.gamma(1.0, 0.5, (rows, length)).astype(np.float32)
     entropies = rng.gamma(1.0, 0.5, (rows, length)).astype(np.float32)
+    won = rng.integers(0, 2, trajectories) > 0
     batch = Batch(
         tokens=jnp.asarray(rng.integers(0, vocab, (rows, length)), jnp.int32),
         loss_mask=jnp.asarray(loss_mask),
@@ -63,18 +65,24 @@ def make_batch(
         behavior_logprobs=jnp.asarray(old),
         behavior_entropies=jnp.asarray(entropies),
         minibatch_ids=jnp.asarray(np.arange(rows) * num_minibatches // rows, jnp.int32),
-        returns=jnp.asarray(rng.integers(0, 2, trajectories), jnp.float32),
+        returns=jnp.asarray(won, jnp.float32),
         group_ids=jnp.asarray(np.arange(trajectories) // 8, jnp.int32),
         trajectory_mask=jnp.ones(trajectories, bool),
+        success=jnp.asarray(won),
         truncated=jnp.zeros(trajectories, bool),
         scored_zero=jnp.zeros(trajectories, bool),
         turn_rewards=jnp.asarray(rng.random((trajectories, turns)), jnp.float32),
         turn_truncated=jnp.zeros((trajectories, turns), bool),
         turn_valid=jnp.ones((trajectories, turns), bool),
         anchor_ids=jnp.asarray(rng.integers(0, 20, (trajectories, turns)), jnp.int32),
+        action_ids=jnp.asarray(rng.integers(0, 5, (trajectories, turns)), jnp.int32),
+        milestones=jnp.asarray(rng.random((trajectories, turns)) < 0.2),
         versions=jnp.zeros((trajectories, turns), jnp.int32),
     )
     return batch, Scores(jnp.asarray(old), jnp.asarray(entropies), jnp.asarray(old)), int(loss_mask.sum())
+
+
+STEPWISE = ("gigpo", "hgpo", "crbc", "graph_hca", "graft", "graph_gpo", "gagpo", "beacon")
 
 
 def cpu_seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -106,7 +114,7 @@ def measure_quickstart(repeats: int, vocab: int) -> dict[str, Any]:
     optimizer, _ = make_optimizer(learning_rate=1e-3, final_learning_rate=5e-5, total_steps=1000)
     model, mesh = DecoderConfig(vocab_size=vocab), make_mesh()
     credit_seconds, learner = {}, None
-    for name in ("grpo", "grpo_empg", "grpo_aem"):
+    for name in ("grpo", "grpo_empg", "grpo_aem", *STEPWISE):
         algorithm = make_algorithm(name, num_minibatches=steps)
         learner = make_learner(model, algorithm, optimizer, mesh, micro_rows=micro_rows)
         credit_seconds[name] = cpu_seconds(lambda learner=learner: learner.credit(batch, scores), repeats)
@@ -134,7 +142,7 @@ def measure_quickstart(repeats: int, vocab: int) -> dict[str, Any]:
         "optimizer_cpu_seconds": optimize,
         "credit_cpu_seconds": credit_seconds,
     }
-    for name in ("grpo_empg", "grpo_aem"):
+    for name in ("grpo_empg", "grpo_aem", *STEPWISE):
         update = score + credit_seconds[name] + optimize
         result[f"{name}_share_of_update"] = credit_seconds[name] / update
         result[f"{name}_extra_over_grpo_cpu_seconds"] = credit_seconds[name] - credit_seconds["grpo"]
@@ -233,7 +241,17 @@ def main() -> None:
     }
     if not arguments.skip_large:
         result["large"] = measure_large(
-            ["grpo", "grpo_empg", "grpo_aem", "gigpo_aem", "gspo_aem", "reinforce_pp"]
+            [
+                "grpo",
+                "grpo_empg",
+                "grpo_aem",
+                "gigpo_aem",
+                "gspo_aem",
+                "reinforce_pp",
+                "crbc",
+                "graft",
+                "hgpo",
+            ]
         )
     text = json.dumps(result, indent=2)
     print(text)

@@ -34,6 +34,30 @@ def test_the_first_line_names_the_algorithm_in_full():
     line = first_line("quickstart", "clip_high=0.3")
     assert line.endswith("; ppo_clip(clip_low=0.2, clip_high=0.3, dual_clip=3)")
     assert "turn_penalty(amount=0.1)" in first_line("alfworld_verl")
+    line = first_line("quickstart", "name=crbc_aem", "graph.beta=0.9")
+    assert line.startswith("CRBC + AEM (lambda=1, group, min_range=0.1); crbc(beta=0.9, weight=5, ")
+    assert first_line("quickstart", "name=graft", "turn_ratio=product").startswith("GRAFT; turn_ratio_clip(")
+    assert first_line("quickstart", "name=sampo") == "SAMPO; drop_uniform(unit=group)"
+
+
+def test_entropy_ratio_clipping_stands_beside_other_corrections():
+    learner = ["algorithm.entropy_source=learner"]
+    named = load_config("quickstart", ["algorithm.name=erc", *learner])
+    assert [part.name for part in make_recipe_from(named).correct] == ["entropy_ratio"]
+    options = make_recipe_from(named).correct[0].options
+    assert (
+        options == {"low": 0.95, "high": 1.05}
+        and make_recipe_from(named).objective.options["dual_clip"] == 10
+    )
+    keys = ["algorithm.correction.kind=tis", "algorithm.correction.entropy_high=1.2", *learner]
+    keys += ["algorithm.correction.sequence_delta=0.3"]
+    recipe = make_recipe_from(load_config("quickstart", ["algorithm.name=sapo", *keys]))
+    assert {part.name for part in recipe.correct} == {"tis", "sequence_mask", "entropy_ratio"}
+    assert next(part for part in recipe.correct if part.name == "entropy_ratio").options["high"] == 1.2
+    both = load_config("quickstart", ["algorithm.name=erc", *keys])
+    assert len(make_recipe_from(both).correct) == 3
+    off = ["algorithm.correction.entropy_low=null", "algorithm.correction.entropy_high=null"]
+    assert make_recipe_from(load_config("quickstart", ["algorithm.name=erc", *learner, *off])).correct == ()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -81,6 +105,14 @@ IN_VAIN = {
     ("name=grpo", "empg.zeta=0.2"): r"empg\.zeta=0\.2 .*algorithm\.modulation=none: it belongs to empg",
     ("aem.lam=2",): r"aem\.lam=2.*algorithm\.modulation=empg: it belongs to aem",
     ("name=grpo", "critic.value_coef=1"): r"value_coef=1.*algorithm\.name=grpo: it belongs to ppo",
+    ("loss=turn_ratio_clip", "ratio_unit=turn"): r"ratio_unit=turn.* it belongs to gspo",
+    ("turn_ratio=product",): r"turn_ratio=product.* it belongs to turn_ratio_clip",
+    (
+        "name=gigpo",
+        "graph.beta=0.9",
+    ): r"graph\.beta=0\.9.*name=gigpo: it belongs to crbc and graph_hca and graft",
+    ("name=crbc", "graph.lam=0.5"): r"graph\.lam=0\.5.*name=crbc: it belongs to graft",
+    ("name=gigpo", "hgpo.history=3"): r"hgpo\.history=3.*name=gigpo: it belongs to hgpo",
     ("loss=decoupled_ppo",): r"loss=decoupled_ppo compares learner and sampler.*entropy_source=learner",
     ("overlong_factor=2",): r"overlong_factor=2.* has no effect with algorithm\.overlong_length=null",
     ("correction.sequence_logprobs=learner",): r"no effect with algorithm\.correction\.sequence_delta=null",

@@ -42,7 +42,10 @@ def produced(tmp_path_factory):
         "ppo": ["algorithm.name=ppo", "algorithm.kl_coef=0.1", "log.drift_every=1", "eval.every=1"],
         # Dynamic sampling, and samplers that are too far off.
         "dapo": ["algorithm.name=dapo", "rollout.max_refills=1", "algorithm.dual_clip=3.0"],
-        "decoupled": ["algorithm.loss=decoupled_ppo", "algorithm.entropy_source=learner"],
+        "decoupled": [
+            *("algorithm.loss=decoupled_ppo", "algorithm.entropy_source=learner"),
+            "algorithm.correction.entropy_low=0.9",
+        ],
         # Weights that go live inside responses.
         "burst": BURST,
         # A warm start on chats, whose held-out part is measured.

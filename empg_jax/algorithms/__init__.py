@@ -30,17 +30,28 @@ if TYPE_CHECKING:
     from empg_jax.algorithms.contract import Turns as Turns
     from empg_jax.algorithms.contract import Worth as Worth
     from empg_jax.algorithms.corrections import effective_sample_size as effective_sample_size
+    from empg_jax.algorithms.corrections import entropy_ratio_mask as entropy_ratio_mask
     from empg_jax.algorithms.corrections import mis_mask as mis_mask
     from empg_jax.algorithms.corrections import offpolicy_sequence_mask as offpolicy_sequence_mask
     from empg_jax.algorithms.corrections import tis_weights as tis_weights
     from empg_jax.algorithms.describe import describe_recipe as describe_recipe
     from empg_jax.algorithms.entry import load_recipe as load_recipe
+    from empg_jax.algorithms.gains import a2tgpo as a2tgpo
+    from empg_jax.algorithms.gains import igpo as igpo
+    from empg_jax.algorithms.gains import information_gains as information_gains
+    from empg_jax.algorithms.graph import closure_values as closure_values
+    from empg_jax.algorithms.graph_credit import crbc as crbc
+    from empg_jax.algorithms.graph_credit import graft as graft
+    from empg_jax.algorithms.graph_credit import graph_gpo as graph_gpo
+    from empg_jax.algorithms.graph_credit import graph_hca as graph_hca
+    from empg_jax.algorithms.histories import hgpo as hgpo
     from empg_jax.algorithms.losses import cispo as cispo
     from empg_jax.algorithms.losses import kl_penalty as kl_penalty
     from empg_jax.algorithms.losses import reinforce_loss as reinforce_loss
     from empg_jax.algorithms.losses import sapo as sapo
     from empg_jax.algorithms.losses import value_loss as value_loss
     from empg_jax.algorithms.masking import whiten as whiten
+    from empg_jax.algorithms.milestones import beacon as beacon
     from empg_jax.algorithms.modulation import aem as aem
     from empg_jax.algorithms.modulation import empg as empg
     from empg_jax.algorithms.part import Correction as Correction
@@ -63,18 +74,31 @@ if TYPE_CHECKING:
     from empg_jax.algorithms.theory import entropy_drift as entropy_drift
     from empg_jax.algorithms.theory import renyi2_entropy as renyi2_entropy
     from empg_jax.algorithms.theory import score_norm_sq as score_norm_sq
+    from empg_jax.algorithms.turn_values import gagpo as gagpo
+    from empg_jax.algorithms.turn_values import turn_gae as turn_gae
 
 _HOMES = {
     "advantages": ("grpo", "grpo_turn_rows", "has_spread", "overlong_penalty", "reinforce", "rloo"),
     "aggregation": ("loss_weights",),
     "compose": ("Algorithm", "build"),
     "contract": ("LossResult", "Modulation", "Penalties", "TokenCredit", "Turns", "Worth"),
-    "corrections": ("effective_sample_size", "mis_mask", "offpolicy_sequence_mask", "tis_weights"),
+    "corrections": (
+        "effective_sample_size",
+        "entropy_ratio_mask",
+        "mis_mask",
+        "offpolicy_sequence_mask",
+        "tis_weights",
+    ),
     "describe": ("describe_recipe",),
     "entry": ("load_recipe",),
     "anchors": ("gigpo", "similarity_anchors"),
+    "gains": ("a2tgpo", "igpo", "information_gains"),
+    "graph": ("closure_values",),
+    "graph_credit": ("crbc", "graft", "graph_gpo", "graph_hca"),
+    "histories": ("hgpo",),
     "losses": ("cispo", "kl_penalty", "reinforce_loss", "sapo", "value_loss"),
     "masking": ("whiten",),
+    "milestones": ("beacon",),
     "modulation": ("aem", "empg"),
     "part": ("Correction", "Part"),
     "recipe": ("Recipe",),
@@ -82,6 +106,7 @@ _HOMES = {
     "returns": ("discounted_returns", "gae", "reinforce_pp"),
     "segments": ("compute_turn_entropies", "count_turn_tokens", "turns_to_tokens"),
     "surrogates": ("decoupled_ppo", "gspo", "ppo_clip", "turn_ratio_clip"),
+    "turn_values": ("gagpo", "turn_gae"),
     "theory": ("entropy_drift", "renyi2_entropy", "score_norm_sq"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

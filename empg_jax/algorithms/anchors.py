@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 from empg_jax.algorithms.advantages import SINGLETONS, grpo, grpo_turn_rows
 from empg_jax.algorithms.masking import Arr, Scalar, as_floats, as_ids, as_mask, check_choice, check_shapes
-from empg_jax.algorithms.segments import center_by_group
+from empg_jax.algorithms.segments import center_by_group, number_pairs
 from empg_jax.types import Trajectory
 
 STATISTICS = ("trajectories", "step_rows")
@@ -29,14 +29,7 @@ def anchor_groups(
       group_ids: in [0, N), -1 = absent.
     """
     groups = jnp.broadcast_to(group_ids[:, None], anchor_ids.shape)
-    valid = turn_mask & (groups >= 0) & (anchor_ids >= 0)
-    places = jnp.arange(anchor_ids.size, dtype=jnp.int32)
-    keys = (jnp.where(valid, groups, -1).ravel(), jnp.where(valid, anchor_ids, -1).ravel(), places)
-    group, anchor, origin = jax.lax.sort(keys, num_keys=2)
-    starts = (group != jnp.roll(group, 1)) | (anchor != jnp.roll(anchor, 1))
-    numbers = jnp.cumsum(starts.astype(jnp.int32).at[0].set(0))
-    numbers = jnp.zeros_like(numbers).at[origin].set(numbers)
-    return jnp.where(valid, numbers.reshape(anchor_ids.shape), -1)
+    return number_pairs(jnp.where(turn_mask, groups, -1), anchor_ids)
 
 
 def gigpo(

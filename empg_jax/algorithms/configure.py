@@ -3,33 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from empg_jax.algorithms import parts
 from empg_jax.algorithms.keys import Chosen, Spec, resolve
 from empg_jax.algorithms.part import Correction, Part, name_of
-from empg_jax.algorithms.parts import (
-    aggregate,
-    correct,
-    estimate,
-    keep,
-    modulate,
-    objective,
-    penalise,
-    regularize,
-)
 from empg_jax.algorithms.recipe import Recipe
 from empg_jax.algorithms.signatures import FACTORIES
 
 SLOTS = ("estimate", "penalise", "modulate", "objective", "correct", "keep", "aggregate", "kl", "critic")
-_MODULES = {
-    "estimate": estimate,
-    "penalise": penalise,
-    "modulate": modulate,
-    "objective": objective,
-    "correct": correct,
-    "keep": keep,
-    "aggregate": aggregate,
-    "kl": regularize,
-    "critic": regularize,
-}
 _SEVERAL = ("penalise", "correct", "keep")
 
 
@@ -59,7 +39,7 @@ def spec_of(recipe: Recipe) -> Spec:
 def _make(slot: str, chosen: Chosen) -> Any:
     """Make a part by its factory."""
     assert chosen.factory is not None
-    factory: Callable[..., Any] = getattr(_MODULES[slot], chosen.factory.replace("-", "_"))
+    factory: Callable[..., Any] = getattr(parts, chosen.factory.replace("-", "_"))
     names = FACTORIES[slot][chosen.factory]
     return factory(**{name: value for name, value in chosen.options.items() if name in names})
 

@@ -115,6 +115,14 @@ class Weigh(Protocol):
 
 
 @runtime_checkable
+class Limit(Protocol):
+    """``(entropies, rows, scores) -> bool[B T]``: tokens whose policy loss keeps its gradient."""
+
+    def __call__(self, entropies: Float[Array, "B T"], rows: Batch, scores: Scores, /) -> Bool[Array, "B T"]:
+        """Choose tokens."""
+
+
+@runtime_checkable
 class MeanWeight(Protocol):
     """``(batch, scores) -> float[]``: the divisor of the weights, over the whole batch."""
 

@@ -215,3 +215,39 @@ def effective_sample_size(
     weights = jnp.exp(change - top)
     square = masked_mean(weights**2, valid)
     return masked_mean(weights, valid) ** 2 / jnp.where(square > 0, square, 1)
+
+
+def entropy_ratio_mask(
+    entropies: Real[Arr, "B T"],
+    old_entropies: Real[Arr, "B T"],
+    mask: Shaped[Arr, "B T"],
+    *,
+    low: Scalar = 0.95,
+    high: Scalar = 1.05,
+) -> Bool[Array, "B T"]:
+    """Mark the tokens whose distribution moved little since the update began (entropy ratio clipping).
+
+        q = (H + 1e-8) / (H_old + 1e-8);   keep where low < q < high
+
+    PPO's clip sees the sampled token only, an entropy sees the whole distribution. A token outside keeps the
+    value of its loss and its place in the denominator, but has no gradient. In the first optimizer step of a
+    batch q is 1. Source: ERC, https://arxiv.org/abs/2512.05591, and https://github.com/Kwai-Klear/ERC.
+
+    Args:
+      entropies: of the policy being trained, in nats.
+      old_entropies: of the policy before the update, at the same temperature.
+      mask: valid tokens.
+      low: smallest ratio.
+      high: largest ratio.
+
+    Returns:
+      Bool [B, T], False off the mask.
+
+    Raises:
+      ValueError: for different shapes.
+    """
+    check_shapes(entropies=entropies, old_entropies=old_entropies, mask=mask)
+    new, old = as_floats(jax.lax.stop_gradient(entropies), jax.lax.stop_gradient(old_entropies))
+    valid = as_mask(mask)
+    ratio = (jnp.where(valid, new, 0) + 1e-8) / (jnp.where(valid, old, 0) + 1e-8)
+    return valid & (ratio > jnp.asarray(low, ratio.dtype)) & (ratio < jnp.asarray(high, ratio.dtype))

@@ -20,6 +20,16 @@ _TITLES = {
     "reinforce_pp": "REINFORCE++",
     "reinforce_pp_baseline": "REINFORCE++ baseline",
     "ppo": "PPO",
+    "hgpo": "HGPO",
+    "crbc": "CRBC",
+    "graph_hca": "GraphHCA",
+    "graft": "GRAFT",
+    "graph_gpo": "GraphGPO",
+    "gagpo": "GAGPO",
+    "turn_ppo": "Turn-PPO",
+    "beacon": "BEACON",
+    "erc": "GRPO with entropy ratio clipping",
+    "sampo": "SAMPO",
 }
 
 

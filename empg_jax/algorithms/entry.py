@@ -131,12 +131,15 @@ def _small_batch() -> tuple[Batch, Scores]:
         returns=jnp.asarray(rewards.sum(1)),
         group_ids=ints([0, 0, 1, 1]),
         trajectory_mask=jnp.ones(rows, bool),
+        success=jnp.asarray([True, False, False, False]),
         truncated=jnp.asarray([False, False, False, True]),
         scored_zero=jnp.zeros(rows, bool),
         turn_rewards=jnp.asarray(rewards),
         turn_truncated=table(False),
         turn_valid=table(True).at[2, 0].set(False),
         anchor_ids=ints(np.tile([0, 1], (rows, 1))),
+        action_ids=ints(np.tile([0, 1], (rows, 1))),
+        milestones=table(False).at[1, 0].set(True),
         versions=ints(np.zeros((rows, turns))),
     )
     return batch, Scores(logprobs, stream(0.1, 2.0), logprobs, values)

@@ -26,9 +26,26 @@ _SPELLED: dict[str, dict[str, str]] = {
     "gspo": {"unit": "ratio_unit"},
     "tis": {name: f"correction.{name}" for name in ("cap", "level", "normalize")},
     "mis": {name: f"correction.{name}" for name in ("low", "high", "level")},
+    "entropy_ratio": {"low": "correction.entropy_low", "high": "correction.entropy_high"},
+    "turn_ratio_clip": {"ratio": "turn_ratio"},
+    "hgpo": {
+        name: f"hgpo.{name}" for name in ("history", "alpha", "level_offset", "drop_zeros", "base_group")
+    },
+    "crbc": {name: f"graph.{name}" for name in ("beta", "weight", "trajectory_weight", "min_std", "sweeps")},
+    "graph_hca": {name: f"graph.{name}" for name in ("floor", "weight", "sweeps")} | {"gamma": "graph.beta"},
+    "graft": {"gamma": "graph.beta", "lam": "graph.lam", "sweeps": "graph.sweeps"},
+    "graph_gpo": {
+        "decay": "graph.decay",
+        "step_weight": "graph.weight",
+        "episode_weight": "graph.trajectory_weight",
+        "sweeps": "graph.sweeps",
+    },
+    "gagpo": {"normalize": "gagpo_normalize"},
+    "beacon": {"weight": "milestone_weight", "scale": "milestone_scale"},
     "sequence_mask": {"delta": "correction.sequence_delta", "logprobs_of": "correction.sequence_logprobs"},
     "mask_truncated": {"unit": "mask_truncated"},
     "drop_void": {"unit": "drop_void"},
+    "drop_uniform": {"unit": "drop_uniform"},
     "seq-mean-token-mean": {"unit": "aggregation_unit"},
     "seq-mean-token-sum": {"unit": "aggregation_unit"},
     "seq-mean-token-sum-norm": {"scale": "loss_scale"},
@@ -40,9 +57,12 @@ _PREFIXED = ("empg", "aem", "critic")  # their keys stand in a section of that n
 _DECIDERS = {"estimate": "name", "objective": "loss", "modulate": "modulation", "aggregate": "aggregation"}
 _DECIDERS |= {"correct": "correction.kind", "critic": "name", "kl": "kl_coef", "penalise": "overlong_length"}
 OBJECTIVE_NAMES = {"reinforce": "reinforce_loss"}  # the key's value, where it is not the factory's name
+_KEEPS = ("mask_truncated", "drop_void", "drop_uniform")
+_BANDS = ("correction.entropy_low", "correction.entropy_high")
+_BESIDE = ("sequence_mask", "entropy_ratio")  # corrections that stand beside any other
 SELECTORS = (
     *("modulation", "loss", "aggregation", "correction.kind", "correction.sequence_delta", "kl_coef"),
-    *("mask_truncated", "drop_void", "invalid_penalty", "overlong_length", "overlong_cache", "entropy_coef"),
+    *(*_BANDS, *_KEEPS, "invalid_penalty", "overlong_length", "overlong_cache", "entropy_coef"),
 )
 
 
@@ -128,7 +148,7 @@ def choose(spec: Spec, values: Mapping[str, Any]) -> Spec:
             chosen[slot] = ()
         elif not any(part.factory == factory for part in chosen.get(slot, ())):
             chosen[slot] = (*_besides(slot, factory, chosen.get(slot, ())), Chosen(factory, {}))
-    off = [key for key in ("mask_truncated", "drop_void") if values.get(key) == OFF]
+    off = [key for key in _KEEPS if values.get(key) == OFF]
     chosen["keep"] = tuple(part for part in chosen.get("keep", ()) if part.factory not in off)
     return chosen
 
@@ -137,7 +157,7 @@ def written_out(spec: Spec) -> dict[str, Any]:
     """Write a spec as keys: its choices, and the options that it sets itself; None for parts unknown."""
     objective, aggregate = (spec.get(slot, ()) for slot in ("objective", "aggregate"))
     modulation = spec.get("modulate", ())
-    weighing = [part for part in spec.get("correct", ()) if part.factory != "sequence_mask"]
+    weighing = [part for part in spec.get("correct", ()) if part.factory not in _BESIDE]
     keys: dict[str, Any] = {
         "loss": spelled(objective[0].factory) if objective and objective[0].factory else None,
         "aggregation": aggregate[0].factory if aggregate else None,
@@ -212,9 +232,11 @@ def _selections(values: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
         yield "correct", None if kind == OFF else _known("correction.kind", kind, (OFF, "tis", "mis"))
     if values.get("correction.sequence_delta") is not None:
         yield "correct", "sequence_mask"
+    if any(values.get(key) is not None for key in _BANDS):
+        yield "correct", "entropy_ratio"
     if values.get("kl_coef") is not None:
         yield "kl", "kl" if values["kl_coef"] else None
-    for key in ("mask_truncated", "drop_void"):
+    for key in _KEEPS:
         if values.get(key, OFF) not in (None, OFF):
             yield "keep", key
     if values.get("invalid_penalty"):
@@ -230,9 +252,7 @@ def _besides(slot: str, factory: str, parts: tuple[Chosen, ...]) -> tuple[Chosen
     if slot in ("penalise", "keep"):
         return parts
     if slot == "correct":
-        return tuple(
-            part for part in parts if (part.factory == "sequence_mask") != (factory == "sequence_mask")
-        )
+        return tuple(part for part in parts if part.factory in _BESIDE or factory in _BESIDE)
     return ()
 
 
@@ -259,7 +279,7 @@ def _with_options(slot: str, part: Chosen, values: Mapping[str, Any]) -> Chosen:
 
 def is_off(key: str, value: Any) -> bool:
     """Tell whether a key says that its own part is absent, or that a default holds."""
-    if key in ("mask_truncated", "drop_void"):
+    if key in _KEEPS:
         return value in (None, OFF)
     return value is None or (key in ("kl_coef", "invalid_penalty", "reward_kl_coef") and not value)
 

@@ -43,6 +43,11 @@ def make_loss(recipe: Recipe) -> Callable[..., LossResult]:
                 weights = correction.weigh(logprobs, batch_rows, scores_rows, advantages)
                 # where, not a product alone: a rejected token's loss may be infinite or NaN.
                 values = jnp.where(weights != 0, values * jax.lax.stop_gradient(weights), 0)
+        for correction in recipe.correct:  # type: ignore[union-attr]
+            if correction.limit is not None:
+                kept = correction.limit(jax.lax.stop_gradient(entropies), batch_rows, scores_rows)
+                values = jnp.where(kept, values, jax.lax.stop_gradient(values))
+                metrics["entropy_kept"] = kept.astype(values.dtype)
         change = log_ratio(logprobs, scores_rows.old_logprobs)
         metrics |= {
             "policy_loss": values,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Real
 from empg_jax.algorithms.masking import Arr, Scalar, check_choice, check_shapes
 from empg_jax.algorithms.surrogates import MAX_LOG_RATIO, clip_ratio, log_ratio, policy_streams
 
-KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+")
+KL_KINDS = ("k1", "k2", "k3", "k1+", "k3+", "k3_is")
 
 
 def reinforce_loss(logprobs: Real[Arr, "*shape"], advantages: Real[Arr, "*shape"]) -> Float[Array, "*shape"]:
@@ -137,29 +137,42 @@ def value_loss(
 
 
 def kl_penalty(
-    logprobs: Real[Arr, "*shape"], ref_logprobs: Real[Arr, "*shape"], *, kind: str = "k3"
+    logprobs: Real[Arr, "*shape"],
+    ref_logprobs: Real[Arr, "*shape"],
+    *,
+    kind: str = "k3",
+    old_logprobs: Real[Arr, "*shape"] | None = None,
 ) -> Float[Array, "*shape"]:
     """Estimate KL(policy ‖ reference) from one sampled token, with d = logprobs − ref_logprobs.
 
         k1 = d,   k2 = d²/2,   k3 = exp(−d) + d − 1   (−d clamped to ±20, k3 to ±10)
 
     k1 and k3 are unbiased values; the gradient of k2 is the right one for the reverse KL under on-policy
-    sampling. ``"k1+"`` and ``"k3+"`` have the value of k1 or k3 and the gradient of k2.
-    Source: http://joschu.net/blog/kl-approx.html.
+    sampling. ``"k1+"`` and ``"k3+"`` have the value of k1 or k3 and the gradient of k2. ``"k3_is"`` is k3
+    times the ratio of policy to sampler, with the gradient of both factors: value and gradient are unbiased
+    under samples of ``old_logprobs``. Sources: http://joschu.net/blog/kl-approx.html; DeepSeek-V3.2,
+    https://arxiv.org/abs/2512.02556, Eq. 7.
 
     Args:
       logprobs: of the policy being trained.
       ref_logprobs: of the frozen reference; a constant.
-      kind: one of ``k1``, ``k2``, ``k3``, ``k1+``, ``k3+``.
+      kind: one of ``k1``, ``k2``, ``k3``, ``k1+``, ``k3+``, ``k3_is``.
+      old_logprobs: of the policy that sampled; for ``k3_is`` alone.
 
     Returns:
       KL per token, not masked.
 
     Raises:
-      ValueError: for an unknown kind or different shapes.
+      ValueError: for an unknown kind, different shapes, or ``k3_is`` without ``old_logprobs``.
     """
     check_choice("kind", kind, KL_KINDS)
+    if (kind == "k3_is") != (old_logprobs is not None):
+        raise ValueError(f"kind={kind!r}: k3_is needs old_logprobs, and no other kind does")
     check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    if old_logprobs is not None:
+        check_shapes(logprobs=logprobs, old_logprobs=old_logprobs)
+        weight = jnp.exp(log_ratio(*policy_streams(logprobs, old_logprobs)))
+        return weight * kl_penalty(logprobs, ref_logprobs, kind="k3")
     logprobs, ref_logprobs = policy_streams(logprobs, ref_logprobs)
     difference = logprobs - ref_logprobs
     squared = difference**2 / 2

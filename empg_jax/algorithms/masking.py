@@ -110,11 +110,21 @@ def next_valid_values(values: Float[Array, "R L"], mask: Bool[Array, "R L"]) -> 
       mask: which places exist.
     """
     length = values.shape[1]
-    places = jnp.where(mask, jnp.arange(length, dtype=jnp.int32)[None, :], length)
-    from_here = jax.lax.cummin(places, axis=1, reverse=True)
-    after = jnp.concatenate([from_here[:, 1:], jnp.full_like(from_here[:, :1], length)], axis=1)
+    after = next_valid_places(mask)
     found = jnp.take_along_axis(values, jnp.minimum(after, length - 1), axis=1)
     return jnp.where(mask & (after < length), found, 0)
+
+
+def next_valid_places(mask: Bool[Array, "R L"]) -> Int[Array, "R L"]:
+    """Find the column of the row's next valid place after each place; L where there is none.
+
+    Args:
+      mask: which places exist.
+    """
+    length = mask.shape[1]
+    places = jnp.where(mask, jnp.arange(length, dtype=jnp.int32)[None, :], length)
+    from_here = jax.lax.cummin(places, axis=1, reverse=True)
+    return jnp.concatenate([from_here[:, 1:], jnp.full_like(from_here[:, :1], length)], axis=1)
 
 
 def masked_quantiles(

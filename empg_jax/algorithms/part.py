@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from empg_jax.algorithms.contract import Accept, MeanWeight, Weigh
+from empg_jax.algorithms.contract import Accept, Limit, MeanWeight, Weigh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Correction:
       weigh: constants that multiply the policy loss; None = 1.
       mean_weight: normalizer of these constants; None = 1. `weigh` sees some rows only, so credit divides the
         advantages by the normalizer; objectives are proportional to the advantages.
+      limit: tokens whose policy loss keeps its gradient; the others keep its value. None = all.
     """
 
     name: str = "correction"
@@ -51,6 +52,7 @@ class Correction:
     accept: Accept | None = None
     weigh: Weigh | None = None
     mean_weight: MeanWeight | None = None
+    limit: Limit | None = None
 
 
 def default_of(function: Callable[..., Any], name: str) -> Any:

@@ -30,6 +30,24 @@ RECIPES: dict[str, Recipe] = {
     "reinforce_pp": Recipe(estimate=parts.reinforce_pp(reward_kl_coef=0.001)),
     "reinforce_pp_baseline": Recipe(estimate=parts.reinforce_pp(group_baseline=True)),
     "ppo": Recipe(estimate=parts.ppo(), critic=parts.critic()),
+    "hgpo": Recipe(estimate=parts.hgpo()),
+    "crbc": Recipe(estimate=parts.crbc()),
+    "graph_hca": Recipe(estimate=parts.graph_hca()),
+    "graft": Recipe(estimate=parts.graft(), objective=parts.turn_ratio_clip()),
+    "graph_gpo": Recipe(estimate=parts.graph_gpo()),
+    "gagpo": Recipe(estimate=parts.gagpo(), objective=parts.turn_ratio_clip()),
+    "turn_ppo": Recipe(estimate=parts.turn_ppo(), objective=parts.turn_ratio_clip(), critic=parts.critic()),
+    "beacon": Recipe(estimate=parts.beacon()),
+    "erc": Recipe(
+        estimate=parts.grpo(),
+        objective=parts.ppo_clip(clip_low=0.2, clip_high=0.28, dual_clip=10.0),
+        correct=parts.entropy_ratio(low=0.95, high=1.05),
+    ),
+    "sampo": Recipe(
+        estimate=parts.gigpo(),
+        objective=parts.gspo(clip_low=3e-3, clip_high=4e-3, unit="turn"),
+        keep=parts.drop_uniform(unit="group"),
+    ),
 }
 
 # Every recipe also with each modulation: grpo, grpo_empg, grpo_aem, ...

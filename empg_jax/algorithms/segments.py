@@ -57,6 +57,23 @@ def rank_ids(ids: Int[Array, "..."]) -> Int[Array, "..."]:
     return jnp.where(ids >= 0, places.reshape(ids.shape), -1)
 
 
+def number_pairs(first: Int[Array, "..."], second: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Number the distinct pairs in [0, size) by a sort of two keys; -1 where either id is -1.
+
+    Args:
+      first: arbitrary int32 of any shape; -1 = absent.
+      second: likewise, of the same shape.
+    """
+    valid = (first >= 0) & (second >= 0)
+    places = jnp.arange(first.size, dtype=jnp.int32)
+    keys = (jnp.where(valid, first, -1).ravel(), jnp.where(valid, second, -1).ravel(), places)
+    one, two, origin = jax.lax.sort(keys, num_keys=2)
+    starts = (one != jnp.roll(one, 1)) | (two != jnp.roll(two, 1))
+    numbers = jnp.cumsum(starts.astype(jnp.int32).at[0].set(0))
+    numbers = jnp.zeros_like(numbers).at[origin].set(numbers)
+    return jnp.where(valid, numbers.reshape(first.shape), -1)
+
+
 def segment_totals(values: Float[Array, "..."], ids: Int[Array, "..."]) -> Float[Array, "..."]:
     """Compute each place's segment sum, in the shape of the input; 0 where the id is -1.
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _HERE = Path(__file__).parent
-# The slots of a recipe, and the file that holds their factories.
+# The files of factories, and the slot of a recipe that each belongs to.
 _SLOT_FILES = {
     "estimate": "estimate",
+    "stepwise": "estimate",
     "penalise": "penalise",
     "modulate": "modulate",
     "objective": "objective",
@@ -32,6 +33,10 @@ _PURE = (
     "losses",
     "corrections",
     "aggregation",
+    "graph_credit",
+    "histories",
+    "milestones",
+    "turn_values",
 )
 
 
@@ -108,7 +113,7 @@ def _read_factories() -> dict[str, dict[str, dict[str, Parameter]]]:
     """Read slot -> factory -> keyword -> parameter, in the order of the source."""
     pure = _read_pure()
     table: dict[str, dict[str, dict[str, Parameter]]] = {}
-    for file in _SLOT_FILES.values():
+    for file, slot_of in _SLOT_FILES.items():
         for function in _functions(_HERE / "parts" / f"{file}.py"):
             if not isinstance(function.returns, ast.Name) or function.returns.id not in (
                 "Part",
@@ -129,7 +134,7 @@ def _read_factories() -> dict[str, dict[str, dict[str, Parameter]]]:
                 )
                 for argument, default in [*positional, *keywords]
             }
-            slot = function.name if file == "regularize" else file
+            slot = function.name if file == "regularize" else slot_of
             name = function.name.replace("_", "-") if file == "aggregate" else function.name
             table.setdefault(slot, {})[name] = parameters
     return table

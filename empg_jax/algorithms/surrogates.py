@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
 from empg_jax.algorithms.masking import Arr, Scalar, as_floats, as_ids, check_choice, check_shapes
-from empg_jax.algorithms.segments import rank_ids, segment_means
+from empg_jax.algorithms.segments import rank_ids, segment_means, segment_totals
 
 MAX_LOG_RATIO = 20.0
 STALE_MODES = ("mask", "clamp")
+TURN_RATIOS = ("mean", "product")
 
 
 def policy_streams(*streams: Real[Arr, "*shape"]) -> tuple[Float[Array, "*shape"], ...]:
@@ -89,19 +90,25 @@ def check_dual_clip(dual_clip: Scalar | None) -> None:
 
 
 def segment_log_ratio(
-    logprobs: Float[Array, "B T"], old_logprobs: Float[Array, "B T"], segment_ids: Int[Array, "B T"]
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    ratio: str = "mean",
 ) -> Float[Array, "B T"]:
-    """Average each segment's log ratio in value; the own token's log-prob in gradient; 0 at id -1.
+    """Average or sum each segment's log ratio in value; the own token's log-prob in gradient; 0 at id -1.
 
     Args:
       logprobs: of the policy being trained.
       old_logprobs: of the policy before the update.
       segment_ids: arbitrary ids; -1 = a token that does not count.
+      ratio: ``"mean"`` or ``"product"`` of the tokens' ratios.
     """
     counted = segment_ids >= 0
     logprobs = jnp.where(counted, logprobs, 0)  # before the subtraction: infinite junk must not reach it
     change = jax.lax.stop_gradient(logprobs) - jnp.where(counted, old_logprobs, 0)
-    return segment_means(change, rank_ids(segment_ids)) + (logprobs - jax.lax.stop_gradient(logprobs))
+    together = segment_means if ratio == "mean" else segment_totals
+    return together(change, rank_ids(segment_ids)) + (logprobs - jax.lax.stop_gradient(logprobs))
 
 
 def _segment_clip(
@@ -109,13 +116,16 @@ def _segment_clip(
     old_logprobs: Real[Arr, "B T"],
     advantages: Real[Arr, "B T"],
     segment_ids: Int[Arr, "B T"],
+    *,
     clip_low: Scalar,
     clip_high: Scalar,
+    ratio: str = "mean",
 ) -> Float[Array, "B T"]:
     check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, segment_ids=segment_ids)
     logprobs, old_logprobs, advantages = policy_streams(logprobs, old_logprobs, advantages)
     ids = as_ids(segment_ids)
-    ratios = jnp.exp(jnp.minimum(segment_log_ratio(logprobs, old_logprobs, ids), 10.0))
+    change = segment_log_ratio(logprobs, old_logprobs, ids, ratio=ratio)
+    ratios = jnp.exp(jnp.minimum(change, 10.0))
     return clipped_surrogate(ratios, jnp.where(ids >= 0, advantages, 0), clip_low, clip_high)
 
 
@@ -149,7 +159,8 @@ def gspo(
     Raises:
       ValueError: for different shapes.
     """
-    return _segment_clip(logprobs, old_logprobs, advantages, sequence_ids, clip_low, clip_high)
+    streams = (logprobs, old_logprobs, advantages, sequence_ids)
+    return _segment_clip(*streams, clip_low=clip_low, clip_high=clip_high)
 
 
 def turn_ratio_clip(
@@ -160,10 +171,14 @@ def turn_ratio_clip(
     *,
     clip_low: Scalar = 0.2,
     clip_high: Scalar = 0.2,
+    ratio: str = "mean",
 ) -> Float[Array, "B T"]:
     """Compute GSPO with one ratio per turn, as frameworks with one row per turn compute it.
 
-    Source: the turn as unit of the ratio, https://arxiv.org/abs/2511.20718.
+        s = exp(mean_t log r_t) over the tokens of the turn, or their product;   ∂s/∂logprob_t = s
+
+    Sources: the turn as unit of the ratio, https://arxiv.org/abs/2511.20718; Turn-PPO,
+    https://arxiv.org/abs/2512.17008; GAGPO and GRAFT train with it.
 
     Args:
       logprobs: of the policy being trained; the only stream with a gradient.
@@ -172,14 +187,18 @@ def turn_ratio_clip(
       turn_sequence_ids: arbitrary ids of the turns; -1 at every token that does not count.
       clip_low: lo.
       clip_high: hi.
+      ratio: geometric ``"mean"`` of the tokens' ratios, or their ``"product"``: the probability ratio of the
+        whole response, which leaves the range sooner the longer it is.
 
     Returns:
       Loss per token, 0 where the id is -1.
 
     Raises:
-      ValueError: for different shapes.
+      ValueError: for an unknown ``ratio`` or different shapes.
     """
-    return _segment_clip(logprobs, old_logprobs, advantages, turn_sequence_ids, clip_low, clip_high)
+    check_choice("ratio", ratio, TURN_RATIOS)
+    streams = (logprobs, old_logprobs, advantages, turn_sequence_ids)
+    return _segment_clip(*streams, clip_low=clip_low, clip_high=clip_high, ratio=ratio)
 
 
 def decoupled_ppo(

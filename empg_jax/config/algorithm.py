@@ -33,7 +33,12 @@ from empg_jax.algorithms.signatures import FACTORIES, RECIPES, Parameter
 from empg_jax.errors import nearest
 
 ALGORITHM_NAMES = (*RECIPES, *(f"{name}_{kind}" for name in RECIPES for kind in MODULATIONS))
-NO_GROUP_BASELINE = ("reinforce", "reinforce_pp", "ppo")  # the others compare the attempts of one task
+NO_GROUP_BASELINE = (
+    "reinforce",
+    "reinforce_pp",
+    "ppo",
+    "turn_ppo",
+)  # the others compare the attempts of one task
 
 
 class Section(BaseModel):
@@ -61,8 +66,11 @@ _ABSENT: dict[str, Any] = {
     "overlong_length": None,
     "overlong_cache": None,
     "correction.sequence_delta": None,
+    "correction.entropy_low": None,
+    "correction.entropy_high": None,
     "mask_truncated": OFF,
     "drop_void": OFF,
+    "drop_uniform": OFF,
 }
 
 
@@ -73,7 +81,7 @@ def _key_field(key: str) -> tuple[Any, Any]:
     default, sentence = found[0].default, found[0].sentence
     if key in _ABSENT:
         default = _ABSENT[key]
-        kind = Literal["none", "turn", "trajectory"] if default == OFF else kind
+        kind = Literal["none", *found[0].choices] if default == OFF else kind
     elif any(parameter.default != default for parameter in found):
         default, sentence = None, f"{sentence.rstrip('.')}; null is the chosen part's own."
     assert default is not inspect.Parameter.empty, key
@@ -108,6 +116,14 @@ class EmpgConfig(create_model("EmpgKeys", __base__=Section, **_keys_below("empg"
 
 class AemConfig(create_model("AemKeys", __base__=Section, **_keys_below("aem"))):  # type: ignore
     """Adaptive Entropy Modulation (arXiv 2605.00425)."""
+
+
+class GraphConfig(create_model("GraphKeys", __base__=Section, **_keys_below("graph"))):  # type: ignore
+    """The state graph of a task's attempts (CRBC, GraphHCA, GRAFT, GraphGPO)."""
+
+
+class HgpoConfig(create_model("HgpoKeys", __base__=Section, **_keys_below("hgpo"))):  # type: ignore
+    """Groups by common history (HGPO, arXiv 2602.22817)."""
 
 
 class CriticConfig(create_model("CriticKeys", __base__=Section, **_keys_below("critic"))):  # type: ignore
@@ -151,6 +167,8 @@ _FIELDS: dict[str, Any] = {
     "empg": _section(EmpgConfig, "Settings of EMPG."),
     "aem": _section(AemConfig, "Settings of AEM."),
     **_top_keys("estimate"),
+    "hgpo": _section(HgpoConfig, "Settings of HGPO."),
+    "graph": _section(GraphConfig, "Settings of the methods on a state graph."),
     "critic": _section(CriticConfig, "Settings of the critic."),
     **_top_keys("penalise"),
     "loss": _choice("objective", "ppo_clip", "Policy loss."),

@@ -263,11 +263,13 @@ def _trajectory_table(trajectories: Sequence[Trajectory], shape: BatchShape) -> 
     table = empty_fields(trajectory=(n,), turn=(n, k))
     groups: dict[int, int] = {}
     anchors: dict[int, int] = {}
+    actions: dict[str, int] = {}
     for i, trajectory in enumerate(trajectories):
         table["returns"][i] = trajectory.episode_return
         # Numbered anew from 0: segment sums need small indices, not run-wide group ids and 64-bit hashes.
         table["group_ids"][i] = groups.setdefault(trajectory.group_id, len(groups))
         table["trajectory_mask"][i] = True
+        table["success"][i] = trajectory.is_success
         table["truncated"][i] = trajectory.truncated
         table["scored_zero"][i] = trajectory.outcome.status is Status.SCORED_ZERO
         for t, turn in enumerate(trajectory.turns):
@@ -275,5 +277,8 @@ def _trajectory_table(trajectories: Sequence[Trajectory], shape: BatchShape) -> 
             table["turn_truncated"][i, t] = turn.finish_reason == "length"
             table["turn_valid"][i, t] = turn.is_valid
             table["anchor_ids"][i, t] = anchors.setdefault(turn.anchor, len(anchors))
+            if turn.action is not None:
+                table["action_ids"][i, t] = actions.setdefault(turn.action, len(actions))
+            table["milestones"][i, t] = turn.milestone
             table["versions"][i, t] = turn.version
     return table

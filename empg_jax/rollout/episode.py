@@ -87,7 +87,7 @@ class Episode:
         self, observation: str, reward: float, terminated: bool, truncated: bool, info: Mapping[str, Any]
     ) -> PromptDelta | Trajectory:
         """Take the environment's answer; return the next prompt, or the finished trajectory."""
-        response = self._take_response(reward)
+        response = self._take_response(reward, milestone=bool(info.get("milestone", False)))
         if terminated or truncated or len(self._turns) >= self._rules.max_turns:
             won = bool(info.get("won", False))
             usual = "won" if won else "ended" if terminated else "turn_limit"
@@ -121,7 +121,7 @@ class Episode:
             return self._finish(Status.SCORED_ZERO, reason, {}, False, False, True, detail=detail)
         return self._finish(Status.DISCARDED, reason, {}, False, False, True, detail=detail)
 
-    def _take_response(self, reward: float) -> Response:
+    def _take_response(self, reward: float, *, milestone: bool = False) -> Response:
         response = self._response
         assert response is not None, "the environment answered before the policy acted"
         self._turns.append(
@@ -138,6 +138,8 @@ class Episode:
                 observation=self._observation,
                 response=self._text,
                 versions=response.versions if np.ptp(response.versions) else None,
+                action=self._action,
+                milestone=milestone,
             )
         )
         self._response = None

@@ -54,6 +54,8 @@ TURN_FIELDS: dict[str, tuple[Any, str]] = {
     "entropy": (NUMBER, "a number"),
     "logprob": (NUMBER, "a number"),
     "anchor": (str, "a string"),
+    "action": (str, "a string"),
+    "milestone": (bool, "true or false"),
     "token_ids": (list, "a list of integers"),
     "token_logprobs": (list, "a list of numbers"),
     "token_entropies": (list, "a list of numbers"),
@@ -183,6 +185,8 @@ def _describe_turn(turn: Turn) -> Record:
         "finish_reason": turn.finish_reason,
         "version": turn.version,
         "tokens": len(turn.response_tokens),
+        **({"action": turn.action} if turn.action is not None else {}),
+        **({"milestone": True} if turn.milestone else {}),
     }
 
 
@@ -278,6 +282,8 @@ def _make_turn(fields: Mapping[str, Any], *, prompt: np.ndarray, fallback: str) 
         finish_reason=fields.get("finish_reason", "stop"),
         observation=fields.get("observation", ""),
         response=fields.get("response", ""),
+        action=fields.get("action", fields.get("response")),
+        milestone=fields.get("milestone", False),
     )
 
 

@@ -18,6 +18,7 @@ from empg_jax.types import Outcome, Status, Trajectory, Turn
 
 ARRAYS = ("prompt_tokens", "response_tokens", "behavior_logprobs", "entropies")
 SCALARS = ("reward", "version", "anchor", "is_valid", "finish_reason", "observation", "response")
+LATER = ("action", "milestone")  # likewise; files of older versions have none
 FIELDS = ("task", "split", "group_id", "member", "episode_return", "is_success", "terminated", "truncated")
 
 
@@ -32,7 +33,7 @@ def pack_trajectories(trajectories: Sequence[Trajectory]) -> tuple[str, dict[str
             for name in ARRAYS:
                 parts[name].append(getattr(turn, name))
                 lengths.append(len(getattr(turn, name)))
-            turns.append({"lengths": lengths} | {name: getattr(turn, name) for name in SCALARS})
+            turns.append({"lengths": lengths} | {name: getattr(turn, name) for name in (*SCALARS, *LATER)})
             if turn.versions is not None:
                 turns[-1]["versions"] = turn.versions.tolist()
         outcome = trajectory.outcome
@@ -59,6 +60,7 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
                 position[name] += length
             if "versions" in turn:
                 values["versions"] = np.asarray(turn["versions"], np.int32)
+            values |= {name: turn[name] for name in LATER if name in turn}
             turns.append(Turn(**values, **{name: turn[name] for name in SCALARS}))
         status, reason, detail = entry["outcome"]
         trajectories.append(

@@ -48,12 +48,15 @@ def make_batch(seed=0, *, junk=0.0):
         returns=jnp.asarray(returns),
         group_ids=jnp.asarray([0, 0, 1, 1, 4, 4, -1, 4], jnp.int32),
         trajectory_mask=jnp.asarray([1, 1, 1, 1, 1, 1, 0, 0], bool),
+        success=jnp.asarray(returns >= 1),
         truncated=jnp.zeros(N, bool),
         scored_zero=jnp.zeros(N, bool),
         turn_rewards=jnp.asarray(turn_rewards),
         turn_truncated=jnp.zeros((N, K), bool),
         turn_valid=jnp.asarray(rng.random((N, K)) < 0.7),
         anchor_ids=jnp.asarray(rng.integers(0, 3, (N, K)), jnp.int32),
+        action_ids=jnp.asarray(rng.integers(0, 2, (N, K)), jnp.int32),
+        milestones=jnp.asarray(rng.random((N, K)) < 0.4),
         versions=jnp.zeros((N, K), jnp.int32),
     )
     scores = Scores(

@@ -76,6 +76,7 @@ SAMPLE = (
     "gigpo",
     "reinforce_pp_empg",
     "ppo_aem",
+    "turn_ppo_aem",
 )
 
 

@@ -248,7 +248,11 @@ def test_every_algorithm_is_known_and_resolves_to_its_recipe():
         (EmpgConfig, "center", CENTERS),
         (AemConfig, "scope", SCOPES),
         (AemConfig, "mean", MEANS),
-        (CorrectionConfig, "kind", ("none", *(FACTORIES["correct"].keys() - {"sequence_mask"}))),
+        (
+            CorrectionConfig,
+            "kind",
+            ("none", *(FACTORIES["correct"].keys() - {"sequence_mask", "entropy_ratio"})),
+        ),
         (CorrectionConfig, "level", LEVELS),
         (CorrectionConfig, "stale_mode", STALE_MODES),
     ],

@@ -299,3 +299,25 @@ def test_terse_view_hides_what_is_behind_a_door_and_names_the_only_instance(scen
 )
 def test_grammar(text: str, expected: Command | None) -> None:
     assert commands.parse(text) == expected
+
+
+def test_milestones_are_told_once_and_in_order():
+    """The expert's turns: an object in hand, then its change or the first of two, then the goal."""
+    env, found = HouseholdEnv("easy"), {}
+    for index in range(60):
+        _, info = env.reset(split="train", index=index)
+        family, verbs, won = info["family"], [], False
+        assert info["milestone"] is False
+        for _ in range(env.max_turns):
+            action = env.expert_action()
+            _, _, won, truncated, info = env.step(action)
+            verbs += [action.split()[0]] * info["milestone"]
+            if won or truncated:
+                break
+        if won:
+            found.setdefault(family, set()).add(tuple(verbs))
+    between = {"clean": ("clean",), "heat": ("heat",), "cool": ("cool",), "pick_two": ("move",)}
+    assert len(found) >= 4
+    for family, orders in found.items():
+        last = "use" if family == "examine" else "move"
+        assert orders == {("take", *between.get(family, ()), last)}

@@ -282,3 +282,20 @@ def test_what_does_not_fit_is_refused():
     )
     with pytest.raises(ValueError, match="group 5 member 1 was discarded"):
         make_batch([discarded], SHAPE, seed=(0,))
+
+
+def test_actions_and_milestones_have_their_place():
+    """Equal actions have equal numbers over the whole batch; one that is not known is -1."""
+    episodes = Episodes()
+    told = (("go", False), (None, False), ("", True)), (("", False), ("go", True))
+    made = [
+        episodes.trajectory(
+            [episodes.turn(episodes.draw(2), 1, action=action, milestone=hit) for action, hit in turns],
+            is_success=number == 0,
+        )
+        for number, turns in enumerate(told)
+    ]
+    batch, _ = make_batch(made, BatchShape(3, 4, 16, 1, 8, 1), seed=(0,))
+    assert batch.action_ids.tolist() == [[0, -1, 1, -1], [1, 0, -1, -1], [-1] * 4]
+    assert batch.milestones[:2, :3].tolist() == [[False, False, True], [False, True, False]]
+    assert batch.success.tolist() == [True, False, False]

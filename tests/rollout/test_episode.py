@@ -197,3 +197,12 @@ def test_a_response_that_two_versions_sampled_is_as_old_as_the_older_one():
     turns = episode.on_step("won", 1.0, True, False, {"won": True}).turns
     assert [turn.version for turn in turns] == [3, 5]
     assert turns[0].versions.tolist() == [3, 4] and turns[1].versions is None
+
+
+def test_a_turn_holds_the_executed_action_and_whether_it_reached_a_milestone():
+    episode, _ = begin()
+    respond(episode, "take it")
+    episode.on_step("a hall", 0.0, False, False, {"milestone": True})
+    respond(episode, "")
+    found = episode.on_step("the end", 0.0, True, False, {"won": True})
+    assert [(turn.action, turn.milestone) for turn in found.turns] == [("TAKE IT", True), ("", False)]

@@ -187,3 +187,20 @@ def test_not_a_number_is_no_number(tmp_path):
     path.write_text('{"turns": [{"reward": NaN, "valid": true, "tokens": 2, "entropy": 0.5}]}\n')
     with pytest.raises(RecordError, match=r"turns\[0\]\.reward: expected a number, got NaN"):
         read_episodes(path)
+
+
+def test_action_and_milestone_come_back():
+    """Without an action the response stands for it; without both it is not known."""
+    episodes = Episodes()
+    told = [{"action": "go", "milestone": True}, {"action": "", "response": "hm"}]
+    turns = [episodes.turn([1], 1, **fields) for fields in told]
+    trajectory = episodes.trajectory(turns, episode_return=0.0)
+    (record,) = describe_episodes([trajectory], make_credit([trajectory]), update=1)
+    found = make_trajectory(record, is_transcript=True).turns
+    assert [(turn.action, turn.milestone) for turn in found] == [("go", True), ("", False)]
+    for turn in record["turns"]:
+        del turn["action"]
+    again = make_trajectory(record, is_transcript=True).turns
+    assert [turn.action for turn in again] == ["", "hm"]
+    del record["turns"][0]["response"]
+    assert make_trajectory(record, is_transcript=True).turns[0].action is None

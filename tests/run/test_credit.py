@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from empg_jax.cli import app
 from tests import runs
+from tests.algorithms import step_oracles
 
 TURN = {"reward": 0.0, "valid": True, "tokens": 3, "entropy": 0.5}
 PLAIN = ["algorithm.modulation=none"]
@@ -190,3 +191,46 @@ def check_tokens(records):
         assert {len(array) for array in arrays} == {turn["tokens"]}
         means = [np.mean(array) for array in arrays[1:]]
         assert means == pytest.approx([turn["logprob"], turn["entropy"], turn["advantage"]], abs=1e-5)
+
+
+def as_tables(records):
+    """The episodes of a file as the loops take them."""
+    shape = (len(records), max(len(record["turns"]) for record in records))
+    names = {name: {} for name in ("anchor", "action")}
+
+    def table(name, kind):
+        found = np.full(shape, -1 if name in names else 0, kind)
+        for i, record in enumerate(records):
+            for t, turn in enumerate(record["turns"]):
+                value = turn.get(name, 0)
+                found[i, t] = names[name].setdefault(value, len(names[name])) if name in names else value
+        return found
+
+    lengths = np.array([len(record["turns"]) for record in records])
+    data = {"anchors": table("anchor", int), "actions": table("action", int)}
+    data |= {"rewards": table("reward", float), "milestones": table("milestone", bool)}
+    data |= {"mask": np.arange(shape[1]) < lengths[:, None], "groups": [r["group_id"] for r in records]}
+    data["groups"] -= np.min(data["groups"])
+    data |= {"success": np.array([r["success"] for r in records])}
+    data |= {"returns": np.array([r["return"] for r in records])}
+    return data | {"turn_returns": step_oracles.backwards(data, data["rewards"], 0.95)}
+
+
+@pytest.mark.slow
+def test_step_credit_of_a_run_is_that_of_the_loops(tmp_path):
+    """A run with CRBC; its episodes credited again, and by other methods, against plain loops."""
+    options = ["algorithm.name=crbc_aem", "rollout.group_size=4", "sft.updates=0", "eval.tasks=2"]
+    run = runs.train(tmp_path / "run", *runs.HOUSE, *options, "train.updates=1")
+    (file,) = (run / "rollouts").iterdir()
+    trained = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    assert all(isinstance(turn["action"], str) for record in trained for turn in record["turns"])
+    data = as_tables(trained)
+    again = credit(run / "config.yaml", file)
+    np.testing.assert_allclose(column(again, "advantage"), column(trained, "advantage"), atol=1e-4)
+    assert np.ptp(column(trained, "factor")) > 0
+    for name in ("crbc", "graft", "hgpo", "beacon"):
+        oracle = step_oracles.ORACLES[name]
+        found = column(credit(run / "config.yaml", file, f"algorithm.name={name}"), "advantage_base")
+        expected = oracle(data)[data["mask"]]
+        assert np.ptp(expected) > 0.1, name
+        np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=name)

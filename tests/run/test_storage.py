@@ -31,7 +31,12 @@ def test_round_trip():
         episodes.draw(3), 2, reward=0.1, version=7, anchor=2**62, is_valid=False, finish_reason="length"
     )
     odd = dataclasses.replace(
-        odd, observation='You see\n"a" 苹果', response="", behavior_logprobs=np.float32([-1e-30, -np.pi])
+        odd,
+        action="",
+        milestone=True,
+        observation='You see\n"a" 苹果',
+        response="",
+        behavior_logprobs=np.float32([-1e-30, -np.pi]),
     )
     trajectories = [
         episodes.transcript(
@@ -58,6 +63,15 @@ def test_files_of_versions_without_families_are_read():
     header, arrays = pack_trajectories([Episodes().transcript([(2, 1)])])
     older = [{key: value for key, value in each.items() if key != "family"} for each in json.loads(header)]
     assert unpack_trajectories(json.dumps(older), arrays)[0].family == ""
+
+
+def test_files_of_versions_without_actions_are_read():
+    header, arrays = pack_trajectories([Episodes().transcript([(2, 1)])])
+    older = json.loads(header)
+    for turn in older[0]["turns"]:
+        del turn["action"], turn["milestone"]
+    (turn,) = unpack_trajectories(json.dumps(older), arrays)[0].turns
+    assert turn.action is None and turn.milestone is False
 
 
 def test_nothing_at_all():

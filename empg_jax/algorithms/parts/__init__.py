@@ -13,6 +13,7 @@ from empg_jax.algorithms.parts.aggregate import seq_mean_token_mean as seq_mean_
 from empg_jax.algorithms.parts.aggregate import seq_mean_token_sum as seq_mean_token_sum
 from empg_jax.algorithms.parts.aggregate import seq_mean_token_sum_norm as seq_mean_token_sum_norm
 from empg_jax.algorithms.parts.aggregate import token_mean as token_mean
+from empg_jax.algorithms.parts.correct import entropy_ratio as entropy_ratio
 from empg_jax.algorithms.parts.correct import mis as mis
 from empg_jax.algorithms.parts.correct import sequence_mask as sequence_mask
 from empg_jax.algorithms.parts.correct import tis as tis
@@ -23,6 +24,7 @@ from empg_jax.algorithms.parts.estimate import ppo as ppo
 from empg_jax.algorithms.parts.estimate import reinforce as reinforce
 from empg_jax.algorithms.parts.estimate import reinforce_pp as reinforce_pp
 from empg_jax.algorithms.parts.estimate import rloo as rloo
+from empg_jax.algorithms.parts.keep import drop_uniform as drop_uniform
 from empg_jax.algorithms.parts.keep import drop_void as drop_void
 from empg_jax.algorithms.parts.keep import mask_truncated as mask_truncated
 from empg_jax.algorithms.parts.modulate import aem as aem
@@ -38,3 +40,11 @@ from empg_jax.algorithms.parts.penalise import overlong as overlong
 from empg_jax.algorithms.parts.penalise import turn_penalty as turn_penalty
 from empg_jax.algorithms.parts.regularize import critic as critic
 from empg_jax.algorithms.parts.regularize import kl as kl
+from empg_jax.algorithms.parts.stepwise import beacon as beacon
+from empg_jax.algorithms.parts.stepwise import crbc as crbc
+from empg_jax.algorithms.parts.stepwise import gagpo as gagpo
+from empg_jax.algorithms.parts.stepwise import graft as graft
+from empg_jax.algorithms.parts.stepwise import graph_gpo as graph_gpo
+from empg_jax.algorithms.parts.stepwise import graph_hca as graph_hca
+from empg_jax.algorithms.parts.stepwise import hgpo as hgpo
+from empg_jax.algorithms.parts.stepwise import turn_ppo as turn_ppo

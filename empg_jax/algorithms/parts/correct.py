@@ -98,3 +98,23 @@ def sequence_mask(
         return kept.astype(jnp.float32)
 
     return Correction("sequence_mask", {"delta": delta, "logprobs_of": logprobs_of}, weigh=weigh)
+
+
+def entropy_ratio(
+    *,
+    low: NonNegative = default_of(corrections.entropy_ratio_mask, "low"),
+    high: Positive = default_of(corrections.entropy_ratio_mask, "high"),
+) -> Correction:
+    """Bind `entropy_ratio_mask`: tokens whose entropy moved too far leave the gradient, not the denominator.
+
+    Args:
+      low: Smallest ratio of a token's entropy to that before the update that still trains it; null is off.
+      high: Largest such ratio; null is off.
+    """
+    if low >= high:
+        raise ValueError(f"correction.entropy_low={low} must be below correction.entropy_high={high}")
+
+    def limit(entropies: Float[Array, "B T"], rows: Batch, scores: Scores) -> Bool[Array, "B T"]:
+        return corrections.entropy_ratio_mask(entropies, scores.entropies, rows.loss_mask, low=low, high=high)
+
+    return Correction("entropy_ratio", {"low": low, "high": high}, limit=limit)

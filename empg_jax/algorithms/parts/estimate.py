@@ -118,7 +118,7 @@ def gigpo(
 
     Args:
       omega: Weight of GiGPO's step part.
-      turn_gamma: Discount per turn of GiGPO's step returns.
+      turn_gamma: Discount per turn of step returns, milestones and temporal differences of turns.
       scale_by_std: Divide group advantages by the group's standard deviation.
       eps: Added to a group's standard deviation.
       singleton: Advantage of a group of one.

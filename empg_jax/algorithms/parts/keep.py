@@ -5,6 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from empg_jax.algorithms.advantages import has_spread
 from empg_jax.algorithms.contract import Turns
 from empg_jax.algorithms.masking import check_choice
 from empg_jax.algorithms.part import Part
@@ -44,3 +45,17 @@ def drop_void(*, unit: Literal["turn", "trajectory"] = "turn") -> Part:
         return _without(turns.mask & ~batch.turn_valid, unit)
 
     return Part("drop_void", {"unit": unit}, keep)
+
+
+def drop_uniform(*, unit: Literal["group"] = "group") -> Part:
+    """Leave out groups whose attempts all have one raw return: dynamic filtering without another sample.
+
+    Args:
+      unit: Leave out the groups whose attempts all have one return.
+    """
+    check_choice("drop_uniform", unit, ("group",))
+
+    def keep(batch: Batch, turns: Turns) -> Bool[Array, "N K"]:
+        return turns.mask & has_spread(batch.returns, batch.group_ids)[:, None]
+
+    return Part("drop_uniform", {"unit": unit}, keep)

@@ -65,14 +65,14 @@ def _ratio_ids(rows: Batch, unit: str) -> Int[Array, "B T"]:
 
 
 def _unit_objective(
-    loss_of: Callable[..., Float[Array, "B T"]], unit: str, bounds: dict[str, Any]
+    loss_of: Callable[..., Float[Array, "B T"]], unit: str, bounds: dict[str, Any], **ratio: str
 ) -> Callable[..., LossResult]:
     def objective(
         logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
     ) -> LossResult:
         ids = _ratio_ids(rows, unit)
-        loss = loss_of(logprobs, scores.old_logprobs, advantages, ids, **bounds)
-        change = segment_log_ratio(logprobs, scores.old_logprobs, ids)
+        loss = loss_of(logprobs, scores.old_logprobs, advantages, ids, **bounds, **ratio)
+        change = segment_log_ratio(logprobs, scores.old_logprobs, ids, **ratio)
         return loss, clipped_share(jnp.minimum(change, 10), advantages, bounds)
 
     return objective
@@ -100,15 +100,19 @@ def turn_ratio_clip(
     *,
     clip_low: Positive = default_of(surrogates.turn_ratio_clip, "clip_low"),
     clip_high: Positive = default_of(surrogates.turn_ratio_clip, "clip_high"),
+    ratio: Literal["mean", "product"] = default_of(surrogates.turn_ratio_clip, "ratio"),
 ) -> Part:
     """Bind `turn_ratio_clip`: one ratio for a turn.
 
     Args:
       clip_low: Ratios are clipped at 1 - clip_low.
       clip_high: Ratios are clipped at 1 + clip_high.
+      ratio: Ratio of a turn in turn_ratio_clip, from those of its tokens; mean is the geometric one.
     """
+    check_choice("turn_ratio", ratio, surrogates.TURN_RATIOS)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}
-    return Part("turn_ratio_clip", bounds, _unit_objective(surrogates.turn_ratio_clip, "turn", bounds))
+    objective = _unit_objective(surrogates.turn_ratio_clip, "turn", bounds, ratio=ratio)
+    return Part("turn_ratio_clip", {**bounds, "ratio": ratio}, objective)
 
 
 def cispo(

@@ -14,20 +14,22 @@ from empg_jax.types import Scores
 def kl(
     coef: NonNegative,
     *,
-    kind: Literal["k1", "k2", "k3", "k1+", "k3+"] = default_of(losses.kl_penalty, "kind"),
+    kind: Literal["k1", "k2", "k3", "k1+", "k3+", "k3_is"] = default_of(losses.kl_penalty, "kind"),
 ) -> Part:
     """Bind `kl_penalty` to the frozen reference policy.
 
     Args:
       coef: Weight of the KL penalty to the reference policy.
-      kind: Estimator of that KL; + corrects its gradient.
+      kind: Estimator of that KL; + corrects its gradient, k3_is both under older samples (DeepSeek-V3.2).
     """
     check_choice("kl_kind", kind, losses.KL_KINDS)
 
     def penalty(
         logprobs: Float[Array, "B T"], scores: Scores
     ) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
-        return losses.kl_penalty(logprobs, scores.ref_logprobs, kind=kind), jnp.asarray(coef, logprobs.dtype)
+        old = scores.old_logprobs if kind == "k3_is" else None
+        found = losses.kl_penalty(logprobs, scores.ref_logprobs, kind=kind, old_logprobs=old)
+        return found, jnp.asarray(coef, logprobs.dtype)
 
     return Part("kl", {"coef": coef, "kind": kind}, penalty, needs=("ref_logprobs",))
 

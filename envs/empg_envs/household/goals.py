@@ -46,13 +46,34 @@ class HouseholdGoal:
         """Return whether the world meets the goal."""
         if self.family == EXAMINE:
             return self._is_lit(world)
-        class_of = world.scene.class_of
         needed = 2 if self.family == PICK_TWO else 1
-        return any(
-            sum(class_of[thing] == self.thing and self.is_ready(world, thing) for thing in things) >= needed
+        return self._most_placed(world) >= needed
+
+    def milestones(self, world: World) -> frozenset[str]:
+        """Name the subgoals that hold now: ``held``, ``ready`` (clean, hot, cool), ``placed``, ``met``.
+
+        ``held`` is an object of the wanted class in hand; ``placed`` is one of two at the target.
+        """
+        class_of = world.scene.class_of
+        held = world.holding is not None and class_of[world.holding] == self.thing
+        things = (*(thing for inside in world.contents.values() for thing in inside), world.holding)
+        changed = self.family in (CLEAN, HEAT, COOL) and any(
+            thing is not None and class_of[thing] == self.thing and self.is_ready(world, thing)
+            for thing in things
+        )
+        placed = self.family == PICK_TWO and self._most_placed(world) > 0
+        found = {"held": held, "ready": changed, "placed": placed, "met": self.is_met(world)}
+        return frozenset(name for name, holds in found.items() if holds)
+
+    def _most_placed(self, world: World) -> int:
+        """Count the wanted objects in the receptacle of the target's class that has most of them."""
+        class_of = world.scene.class_of
+        counts = (
+            sum(class_of[thing] == self.thing and self.is_ready(world, thing) for thing in things)
             for receptacle, things in world.contents.items()
             if class_of[receptacle] == self.target
         )
+        return max(counts, default=0)
 
     def is_ready(self, world: World, thing: str) -> bool:
         """Return whether an object is in the wanted state (clean, hot, cool)."""

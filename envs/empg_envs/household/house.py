@@ -73,7 +73,8 @@ class HouseEnv:
     panels, split and index; a seed only selects an index if none is given.
 
     ``info`` contains ``task`` (the task sentence), ``family``, ``admissible`` (the sorted commands that have
-    an effect now) and ``won``.
+    an effect now), ``won``, and ``milestone``: whether this step reached a subgoal for the first time in the
+    episode (`HouseholdGoal.milestones`).
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class HouseEnv:
         self._world: World | None = None
         self._turn = 0
         self._is_done = False
+        self._reached: frozenset[str] = frozenset()
 
     @property
     def max_turns(self) -> int:
@@ -155,6 +157,7 @@ class HouseEnv:
         self._world = self._enter(self._game.scene)
         self._turn = 0
         self._is_done = False
+        self._reached = self._game.goal.milestones(self._world)
         return self._texts.opening(self._game, self._world), self._info(won=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -199,9 +202,12 @@ class HouseEnv:
 
     def _info(self, won: bool) -> dict[str, Any]:
         assert self._game is not None and self._world is not None
+        before = self._reached
+        self._reached = before | self._game.goal.milestones(self._world)
         return {
             "task": self._game.task,
             "family": self._game.goal.family,
             "admissible": self._grammar.spell(self._world.admissible()),
             "won": won,
+            "milestone": self._reached != before,
         }

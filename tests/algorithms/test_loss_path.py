@@ -1,0 +1,57 @@
+"""What acts in the loss alone, from a file to values and gradients: SAMPO's filter, entropies, the KL."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from empg_jax.run.assembly import make_algorithm_from
+from empg_jax.types import Scores
+
+from .test_credit_path import run
+
+
+def test_uniform_groups_leave_sampos_loss_and_nothing_else(tmp_path):
+    """The second group differs in raw returns, as the first does: with `drop_uniform` all stay."""
+    plain = run(tmp_path, {"name": "gigpo"})[2]
+    batch, _, credit, config = run(tmp_path, {"name": "sampo"})
+    np.testing.assert_allclose(credit.turns.advantages, plain.turns.advantages, atol=1e-6)
+    np.testing.assert_allclose(credit.loss_weights, plain.loss_weights)
+    same = batch.replace(returns=np.where(batch.group_ids == 1, np.float32(0.5), batch.returns))
+    scores = Scores(batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
+    weights = np.asarray(make_algorithm_from(config).credit(same, scores).loss_weights)
+    first = batch.loss_mask & (np.asarray(batch.group_ids)[batch.trajectory_ids] == 0)
+    np.testing.assert_allclose(weights, first / first.sum(), rtol=1e-5)
+
+
+def test_entropy_ratio_clipping_removes_gradients_only(tmp_path):
+    """Where entropies doubled the loss keeps its value without a gradient; the others keep both."""
+    batch, scores, credit, config = run(tmp_path, {"name": "erc", "entropy_source": "learner"})
+    batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
+    algorithm = make_algorithm_from(config)
+    moved = jnp.asarray(np.arange(batch.tokens.shape[0]) % 2 == 0)[:, None]
+    entropies = jnp.where(moved, 2.0, 1.0) * scores.entropies
+
+    def total(logprobs, entropies):
+        loss, metrics = algorithm.loss(logprobs, entropies, batch, scores, credit.advantages)
+        return jnp.sum(loss), (loss, metrics)
+
+    (_, (loss, metrics)), gradient = jax.value_and_grad(total, has_aux=True)(scores.old_logprobs, entropies)
+    mask = np.asarray(batch.loss_mask)
+    np.testing.assert_allclose(np.asarray(loss)[mask], -np.asarray(credit.advantages)[mask], rtol=1e-5)
+    kept = mask & ~np.asarray(moved)
+    np.testing.assert_array_equal(np.asarray(metrics["entropy_kept"])[mask], kept[mask])
+    np.testing.assert_allclose(gradient, np.where(kept, -np.asarray(credit.advantages), 0), atol=1e-6)
+
+
+def test_the_kl_of_older_samples_from_a_file(tmp_path):
+    options = {"name": "grpo", "kl_coef": 0.5, "kl_kind": "k3_is"}
+    batch, scores, credit, config = run(tmp_path, options)
+    batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
+    new = scores.old_logprobs - 0.25 * batch.loss_mask.astype(jnp.float32)
+    plain = make_algorithm_from(run(tmp_path, {"name": "grpo"})[3])
+    streams = (new, scores.entropies, batch, scores, credit.advantages)
+    change = make_algorithm_from(config).loss(*streams)[0] - plain.loss(*streams)[0]
+    mask = np.asarray(batch.loss_mask)
+    back = np.asarray(scores.ref_logprobs - new)
+    expected = 0.5 * np.exp(-0.25) * np.clip(np.exp(back) - back - 1, None, 10)
+    np.testing.assert_allclose(np.asarray(change)[mask], expected[mask], rtol=1e-4, atol=1e-5)
