@@ -419,7 +419,7 @@ def evaluate(parts: Parts, run: RunState, when: str) -> Evaluation:
     evaluator, progress = parts.evaluator, parts.progress
     with parts.clock.phase("eval"):
         if when != "during":  # else the display stays with the RL phase
-            progress.phase(f"evaluation ({when})", len(evaluator.tasks), "tasks")
+            progress.phase(f"evaluation ({when})", len(evaluator.places), "tasks")
         advance = progress.advance if when != "during" else lambda n, values: None
         play = functools.partial(
             evaluator.run, run.state.params, run.update, advance=advance, check=parts.check_stop

@@ -133,7 +133,7 @@ def make_evaluator(
     attempts: int = 1,
     hosts: Hosts = ALONE,
 ) -> Evaluator:
-    """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, at ``eval.temperature``.
+    """Build an evaluator of ``eval.tasks`` tasks of every panel in ``env.eval_split``.
 
     Args:
       config: the configuration.
@@ -147,22 +147,21 @@ def make_evaluator(
     Raises:
       ConfigError: the environment has no such split.
     """
-    split = config.env.eval_split
-    if split not in pool.splits:
-        raise ConfigError(
-            f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
-        )
+    for split in config.env.eval_panels:
+        if split not in pool.splits:
+            raise ConfigError(
+                f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
+            )
     collector = make_collector(
         config, engine, pool, language, stream=EVALUATION_STREAM, first_handle=first_handle
     )
-    num_tasks = min(config.eval.tasks, pool.splits[split])
+    panels = {split: min(config.eval.tasks, pool.splits[split]) for split in config.env.eval_panels}
     share = hosts.index, hosts.num
     return Evaluator(
         collector,
         engine,
         temperature=config.eval.temperature,
-        split=split,
-        num_tasks=num_tasks,
+        panels=panels,
         attempts=attempts,
         tell=pool.tell,
         share=share,

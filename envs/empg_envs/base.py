@@ -19,8 +19,8 @@ class TextEnv(Protocol):
     """A text environment that plays one episode at a time.
 
     ``info`` contains only JSON-able values: ``task`` (the goal sentence), ``won`` (bool), and optionally
-    ``admissible`` (sorted list of commands), ``metrics`` (dict of floats), and the kind of the task as
-    ``group``, ``family`` or ``repo``, by which evaluations are split. At the end of an episode it may name an
+    ``admissible`` (sorted list of commands), ``metrics`` (dict of floats), and ``group`` (str), the kind of
+    the task, for which success is also reported by itself. At the end of an episode it may name an
     ``outcome`` of its own (a word that is counted, in place of ``won``, ``ended`` or ``turn_limit``) and say
     more in ``detail``. An environment with an expert also has the method ``expert_action(self) -> str``.
 

@@ -107,7 +107,7 @@ class OfficialPanels:
             "split": split,
             "index": index,
             "task": game.task,
-            "family": game.goal.family,
+            "group": game.goal.family,
             "thing": game.goal.thing,
             "target": game.goal.target,
             "content_hash": file.content_hash,

@@ -26,9 +26,9 @@ class DeepSearchEnv:
     answer ends the episode with reward 1.0 if it matches a golden answer exactly after normalization, else
     0.0. A failure of the search engine raises an exception, so that such an episode is lost but not scored.
 
-    ``info`` contains ``task`` (the question), ``won``, ``tools`` (the available ones) and ``metrics``
-    (``exact_match``, ``sub_match``, ``f1``, ``answered``, ``searches``, ``opens``, and ``exact_match_GROUP``
-    for grouped questions). In embedded worlds it also contains ``admissible``: tool calls about names that
+    ``info`` contains ``task`` (the question), ``group`` (its data set, or its number of hops), ``won``,
+    ``tools`` (the available ones) and ``metrics`` (``exact_match``, ``sub_match``, ``f1``, ``answered``,
+    ``searches`` and ``opens``). In embedded worlds it also contains ``admissible``: tool calls about names that
     the agent has seen.
     """
 
@@ -245,16 +245,13 @@ class DeepSearchEnv:
             "searches": float(self._searches),
             "opens": float(self._opens),
         }
-        if question.group:
-            metrics[f"exact_match_{question.group}"] = exact
         info: dict[str, Any] = {
             "task": question.text,
+            "group": question.group,
             "won": exact == 1.0,
             "tools": list(self._tools),
             "metrics": metrics,
         }
-        if question.group:
-            info["group"] = question.group
         if self._task.puzzle is not None:
             calls = expert.list_calls(self._task, self._shown, OPEN in self._tools)
             info["admissible"] = sorted(map(str, calls))

@@ -201,7 +201,7 @@ class HouseEnv:
         assert self._game is not None and self._world is not None
         return {
             "task": self._game.task,
-            "family": self._game.goal.family,
+            "group": self._game.goal.family,
             "admissible": self._grammar.spell(self._world.admissible()),
             "won": won,
         }

@@ -97,6 +97,11 @@ class Goal:
     product_category: str
     weight: float = 1.0
 
+    @property
+    def department(self) -> str:
+        """The first category of the product; ``none`` where its data name none."""
+        return self.product_category.partition(CATEGORY_MARK)[0].strip() or "none"
+
     def content_hash(self) -> str:
         """Return the hash of the task: product, task sentence and requirements of the purchase."""
         content = [self.asin, self.instruction, self.attributes, self.price_upper, self.options]
