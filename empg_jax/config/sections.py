@@ -35,6 +35,11 @@ class EnvConfig(Section):
         description="Panel of held-out tasks for evaluation; several as a list or with +, such as "
         "valid_seen+valid_unseen, each of which is also reported by itself.",
     )
+    sampler: Literal["uniform", "adaptive"] = Field(
+        "uniform",
+        description="Choice of tasks: each once in a pass over the panel, or (adaptive) those that are "
+        "solved about half of the time most often.",
+    )
     max_turns: int = Field(10, ge=1, description="Turns after which an episode is truncated.")
     context: Literal["transcript", "window"] = Field(
         "transcript", description="Prompt of a turn: the growing transcript, or a fresh prompt with a window."

@@ -28,8 +28,8 @@ class DeepSearchEnv:
 
     ``info`` contains ``task`` (the question), ``group`` (its data set, or its number of hops), ``won``,
     ``tools`` (the available ones) and ``metrics`` (``exact_match``, ``sub_match``, ``f1``, ``answered``,
-    ``searches`` and ``opens``). In embedded worlds it also contains ``admissible``: tool calls about names that
-    the agent has seen.
+    ``searches`` and ``opens``). In embedded worlds it also contains ``admissible``: tool calls about names
+    that the agent has seen.
     """
 
     def __init__(

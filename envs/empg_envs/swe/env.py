@@ -29,9 +29,9 @@ class SweEnv:
     1.0 if the task is solved, else 0.0. At the limit of turns or time the episode is truncated with reward
     0.0, unless ``submit_at_limit`` is set.
 
-    ``info`` contains ``task`` (the problem statement), ``instance_id``, ``group`` (the repository) and
-    ``won``. After the grading it also contains ``reason`` and ``metrics`` (shares of tests with the wanted status, and whether
-    the grade is suspect). A patch that tampers with its judge has the reward 0.0 and ``outcome`` ``suspect``,
+    ``info`` contains ``task`` (the problem statement), ``instance_id``, ``group`` (the repository), ``won``,
+    and after the grading ``reason`` and ``metrics`` (shares of tests with the wanted status, and whether the
+    grade is suspect). A patch that tampers with its judge has the reward 0.0 and ``outcome`` ``suspect``,
     with the signs of it in ``detail``; see `empg_envs.swe.judge`.
     """
 

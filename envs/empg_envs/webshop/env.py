@@ -46,8 +46,8 @@ class WebShopEnv:
     The reward of a purchase is WebShop's score in [0, 1]; every other step gives 0. ``info`` contains
     ``task``, ``group`` (the department of the goal's product), ``won`` (score 1.0), ``admissible``,
     ``clickables`` in page order, ``has_search``, ``tagger`` (name of the noun tagger) and ``metrics`` with
-    ``task_score``, which is WebShop's score even if ``win_reward`` changes the reward, and ``tagger_NAME`` (1),
-    so that metrics and summaries say which tagger scored them.
+    ``task_score``, which is WebShop's score even if ``win_reward`` changes the reward, and ``tagger_NAME``
+    (1), so that metrics and summaries say which tagger scored them.
     """
 
     threads = False  # all instances share the catalog's caches; nothing here waits, so threads gain nothing
