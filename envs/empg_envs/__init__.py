@@ -68,8 +68,8 @@ def _packaged(name: str, env: str, **declared: Any) -> EnvSpec:
 
 ENVS: dict[str, EnvSpec] = {
     "household": _packaged("household", "HouseholdEnv"),
-    "alfworld": _packaged("alfworld", "AlfworldEnv"),
-    "webshop": _packaged("webshop", "WebShopEnv"),
+    "alfworld": _packaged("alfworld", "AlfworldEnv", texts=("template",)),
+    "webshop": _packaged("webshop", "WebShopEnv", texts=("template",)),
     "deepsearch": _packaged("deepsearch", "DeepSearchEnv"),
     "swe": _packaged("swe", "SweEnv", timeout_outcome="zero"),
     "harness": dataclasses.replace(_packaged("harness", "HarnessEnv"), phrases=None, has_calls=True),

@@ -146,6 +146,7 @@ class EnvSpec:
         spaces. None for an environment without a closed vocabulary.
       has_calls: each observation is a call of a program, whose whole conversation is ``info["messages"]`` and
         whose tools are ``info["tools"]``; the prompt builder is not used.
+      texts: prompt options that name a file of text, such as a template, whose content a run keeps.
       timeout_outcome: treatment of an episode that exceeds its time: ``discard``, or ``zero`` where an agent
         could bring that about to be rid of a lost episode.
     """
@@ -156,6 +157,7 @@ class EnvSpec:
     parser: Callable[..., ActionParser]
     phrases: Callable[..., list[str]] | None = None
     has_calls: bool = False
+    texts: tuple[str, ...] = ()
     timeout_outcome: str = "discard"
 
 
