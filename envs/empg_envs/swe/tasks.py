@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from empg_envs.cache import cache_folder
 from empg_envs.swe import patches
 from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.tree import Tree, content_hash, read_archive, read_folder
@@ -245,7 +245,7 @@ def _add_second_bugs(panels: dict[str, list[Task]]) -> None:
 
 def default_sources() -> Path:
     """Return the default folder of source archives, below ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "empg-jax" / "swe"
+    return cache_folder("swe")
 
 
 def broken_tree(task: Task, sources: str | Path | None = None) -> Tree:
