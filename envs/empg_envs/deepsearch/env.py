@@ -57,7 +57,8 @@ class DeepSearchEnv:
             `empg_envs.deepsearch.questions.make_panels`. None selects the embedded worlds.
           corpus: wiki-18-format file with the passages.
           retriever: ``bm25s`` (default for a corpus), ``builtin``, ``tantivy``, or ``remote``.
-          retriever_options: keyword arguments of the retriever.
+          retriever_options: keyword arguments of the retriever. With ``index_dir``, ``bm25s`` and ``tantivy``
+            keep their index in that folder, where all workers share it; see `empg_envs.deepsearch.ondisk`.
           topk: number of passages that a search shows.
           max_turns: number of steps after which an episode is truncated. The default is the level's limit, or
             4 for files.

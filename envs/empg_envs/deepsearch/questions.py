@@ -178,5 +178,11 @@ def make_panels(files: str | Sequence[str] | Mapping[str, Any]) -> Panels:
     return Panels({split: questions for split, questions in by_split.items() if questions})
 
 
+def list_files(files: str | Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return all files that `make_panels` would read."""
+    named = files.values() if isinstance(files, Mapping) else [files]
+    return [path for paths in named for path in _as_list(paths)]
+
+
 def _as_list(paths: str | Sequence[str]) -> list[str]:
     return [paths] if isinstance(paths, str) else [str(path) for path in paths]
