@@ -128,15 +128,14 @@ def serve_corpus(
       ServeError, ValueError: see `make_engine` and `open_server`.
     """
     began = time.monotonic()
-    retriever = choose_retriever(retriever, encoder is not None, say)
-    passages: Sequence[Passage]
-    if index_dir is None:
-        passages = read_corpus(corpus)
-        engine = make_engine(retriever, passages, encoder, say)
-    elif encoder is None:
-        engine, passages = open_index(retriever, corpus, index_dir)
-    else:
+    if index_dir is not None and encoder is not None:
         raise ServeError(f"--index-dir {index_dir} keeps no vectors of an encoder (--model): use --vectors")
+    passages: Sequence[Passage] = read_corpus(corpus) if index_dir is None else ()
+    retriever = choose_retriever(retriever, encoder is not None, say)
+    if index_dir is None:
+        engine = make_engine(retriever, passages, encoder, say)
+    else:
+        engine, passages = open_index(retriever, corpus, index_dir)
     with open_server(engine, len(passages), **options) as server:
         seconds = time.monotonic() - began
         say(f"{len(passages)} passages, {retriever}, ready after {seconds:.1f} s: {server.url}")
