@@ -207,7 +207,7 @@ def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
         10 % valid, 20 % test.
 
     Raises:
-      TaskError: a file cannot be read or contains no task, an id occurs twice, or a task names no broken test.
+      TaskError: a file cannot be read or contains no task, an id occurs twice, or a task has no broken test.
     """
     panels: dict[str, list[Task]] = {}
     if isinstance(tasks, Mapping):
