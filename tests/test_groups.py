@@ -93,7 +93,7 @@ def test_panels_are_written_with_a_plus_or_as_a_list(given):
     [
         ("household", {"pick", "examine", "clean", "heat", "cool", "pick_two"}),
         ("alfworld", {"pick", "examine", "clean", "heat", "cool", "pick_two"}),
-        ("deepsearch", {"1 hop", "2 hops"}),
+        ("deepsearch", {"1-hop", "2-hop"}),
         ("webshop", {"tiny"}),
     ],
 )

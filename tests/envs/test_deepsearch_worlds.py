@@ -115,9 +115,7 @@ def test_panels_keep_domains_apart() -> None:
     env = make_env("deepsearch")
     task = env.get_task("test_ood", 0)
     assert (
-        task["group"]
-        == f"{task['metadata']['hops']} hops"
-        == env.reset(split="test_ood", index=0)[1]["group"]
+        task["group"] == f"{task['metadata']['hops']}-hop" == env.reset(split="test_ood", index=0)[1]["group"]
     )
     other = make_env("deepsearch", style="search_r1")
     assert env.panel_hash("valid") == other.panel_hash("valid") != env.panel_hash("test_ood")

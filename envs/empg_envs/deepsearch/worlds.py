@@ -63,7 +63,7 @@ class Puzzle:
             id=f"{split}-{index}",
             text=text,
             golden_answers=(self.chain[-1],),
-            group=f"{hops} hop{'s' if hops > 1 else ''}",
+            group=f"{hops}-hop",
             metadata={"type": "bridge", "hops": hops, "supporting_titles": self.chain[:-1]},
         )
 
