@@ -56,7 +56,8 @@ def _with_fewer_slots(config: Config, attempts: int) -> Config:
     """Take no more slots than there are episodes: each has room for a whole conversation."""
     r = config.rollout
     slots = r.slots or r.tasks_per_update * r.group_size
-    needed = -(-config.eval.tasks * attempts // r.data) * r.data  # the slots are split over these devices
+    episodes = config.eval.tasks * len(config.env.eval_panels) * attempts
+    needed = -(-episodes // r.data) * r.data  # the slots are split over these devices
     return config.model_copy(update={"rollout": r.model_copy(update={"slots": min(slots, needed)})})
 
 
@@ -70,11 +71,9 @@ def _evaluate(saved: SavedRun, attempts: int) -> dict[str, Any]:
         _warn("eval.temperature=0: the attempts at a task differ only where its environment does")
     with make_pool(config) as pool:
         evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0, attempts=attempts)
-        if evaluator.num_tasks < config.eval.tasks:
-            _warn(
-                f"eval.tasks={config.eval.tasks}: {split} has {evaluator.num_tasks} tasks; "
-                "all of them are attempted"
-            )
+        for panel, count in evaluator.panels.items():
+            if count < config.eval.tasks:
+                _warn(f"eval.tasks={config.eval.tasks}: {panel} has {count} tasks; all of them are attempted")
         with Progress(config.log.progress) as progress:
             progress.phase("evaluation", evaluator.num_tasks * attempts, "episodes")
             result = evaluator.run(saved.params, saved.step, advance=progress.advance)

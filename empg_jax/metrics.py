@@ -13,9 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_jax.files import write_text_atomic
+
+if TYPE_CHECKING:
+    from empg_jax.types import Trajectory
 
 SHOWN_LINES = 10  # damaged lines that a warning lists
 
@@ -23,6 +26,7 @@ SHOWN_LINES = 10  # damaged lines that a warning lists
 METRICS: dict[str, str] = {
     # Episodes of the update
     "success_rate": "Share of the trained episodes that the environment calls solved.",
+    "success/*": "The same for the group of tasks in the name, such as a task family.",
     "episode_return": "Mean return of the trained episodes.",
     "episode_turns": "Mean turns of the trained episodes.",
     "response_tokens": "Mean sampled tokens per turn.",
@@ -103,6 +107,7 @@ METRICS: dict[str, str] = {
     "seconds_*": "Wall seconds of the phase in the name, as in wall_seconds of summary.json.",
     # Held-out evaluation
     "eval_success": "Share of the held-out tasks solved.",
+    "eval_success/*": "The same for a group of tasks; for a panel, or PANEL/GROUP, with several panels.",
     "eval_return": "Mean return on the held-out tasks.",
     "eval_turns": "Mean turns on the held-out tasks.",
     "eval_entropy": "Mean token entropy on the held-out tasks, in nats.",
@@ -178,6 +183,32 @@ def reduce_metrics(parts: Iterable[tuple[Mapping[str, float], float]]) -> dict[s
             sums[name] = sums.get(name, 0.0) + weight * float(value)
             weights[name] = weights.get(name, 0.0) + weight
     return {name: sums[name] / weights[name] for name in sums}
+
+
+def label_groups(trajectories: Iterable[Trajectory]) -> dict[str, list[Trajectory]]:
+    """Sort episodes by the group of their task, ``info["group"]``, under the names of metrics and tables.
+
+    Episodes of several panels are also sorted by panel, and a group's name begins with its panel's
+    (``valid_seen``, ``valid_seen/pick``). An episode whose task has no group is in none.
+    """
+    episodes = list(trajectories)
+    has_panels = len({episode.split for episode in episodes}) > 1
+    found: dict[str, list[Trajectory]] = {}
+    for episode in episodes:
+        parts = [episode.split] if has_panels else []
+        if has_panels:
+            found.setdefault(episode.split, []).append(episode)
+        if episode.group:
+            found.setdefault("/".join([*parts, episode.group]), []).append(episode)
+    return dict(sorted(found.items()))
+
+
+def group_success(prefix: str, trajectories: Iterable[Trajectory]) -> dict[str, float]:
+    """Compute the share of episodes that were solved, for every group of `label_groups`."""
+    return {
+        f"{prefix}/{name}": sum(each.is_success for each in episodes) / len(episodes)
+        for name, episodes in label_groups(trajectories).items()
+    }
 
 
 def _warn(line: str) -> None:

@@ -35,6 +35,7 @@ from empg_jax.run.assembly import (
 )
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.consumed import drop_consumed, write_consumed
+from empg_jax.run.environment import keep_texts
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
 from empg_jax.run.guards import check_gap, check_steps
 from empg_jax.run.leaving import leave
@@ -93,6 +94,7 @@ def train(config: Config, *, resume: Path | None = None, step: int | None = None
       PoolError: the environments keep failing.
       Stopped: SIGINT or SIGTERM; a checkpoint was written, or nothing yet.
     """
+    config = keep_texts(config)
     with joined(config.hosts, functools.partial(shared_facts, config, resume, step)) as hosts:
         use_compile_cache(config.compile_cache)
         return train_on(hosts, without_hosts(config), resume=resume, step=step)
@@ -422,7 +424,7 @@ def evaluate(parts: Parts, run: RunState, when: str) -> Evaluation:
     evaluator, progress = parts.evaluator, parts.progress
     with parts.clock.phase("eval"):
         if when != "during":  # else the display stays with the RL phase
-            progress.phase(f"evaluation ({when})", len(evaluator.tasks), "tasks")
+            progress.phase(f"evaluation ({when})", len(evaluator.places), "tasks")
         advance = progress.advance if when != "during" else lambda n, values: None
         play = functools.partial(
             evaluator.run, run.state.params, run.update, advance=advance, check=parts.check_stop

@@ -112,7 +112,7 @@ class Trajectory:
       terminated: whether the task ended the episode.
       truncated: whether a limit ended the episode.
       metrics: further scalars that the environment reported at the end.
-      family: the kind of the task in the environment's own words; empty where it names none.
+      group: the kind of the task in the environment's words, ``info["group"]``; empty where it names none.
     """
 
     task: int
@@ -126,7 +126,7 @@ class Trajectory:
     terminated: bool
     truncated: bool
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    family: str = ""
+    group: str = ""
 
     @property
     def oldest_version(self) -> int:

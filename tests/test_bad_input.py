@@ -49,7 +49,7 @@ def refuse(*arguments):
             "alfworld_verl",
             "env.prompt_options.stile=verl",
             "env.prompt_options: environment alfworld has no prompt option 'stile' (did you mean 'style'?); "
-            "its prompt options are style, list_admissible, parser\n",
+            "its prompt options are style, list_admissible, parser, template\n",
         ),
         ("deepsearch_tiny", "env.options.topn=1", "deepsearch has no option 'topn' (did you mean 'topk'?)"),
         ("webshop_tiny", "env.options.qqq=1", "webshop has no option 'qqq'; its options are level, style,"),

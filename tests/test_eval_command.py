@@ -1,4 +1,4 @@
-"""`empg-jax eval` as a person calls it: a run, a checkpoint, an exported model; attempts, families, files."""
+"""`empg-jax eval` as a person calls it: a run, a checkpoint, an exported model; attempts, groups, files."""
 
 import json
 
@@ -60,15 +60,15 @@ def test_attempts_differ_and_are_averaged_over_tasks(attempted):
         assert low < high and low <= found["value"] <= high and found["tasks"] == 6
 
 
-def test_families_of_the_environment_have_rows(run_dir, attempted):
-    families = attempted["families"]
-    assert families and sum(each["mean@k"]["4"]["tasks"] for each in families.values()) == 6
+def test_groups_of_the_environment_have_rows(run_dir, attempted):
+    groups = attempted["groups"]
+    assert groups and sum(each["mean@k"]["4"]["tasks"] for each in groups.values()) == 6
     table = (run_dir / "eval" / "eval.md").read_text()
     records = read_episodes(run_dir / "rollouts" / "update-000001.jsonl.gz")
-    assert all(record["family"] for record in records)  # those of training say it, too
-    for name in families:
+    assert all(record["group"] for record in records)  # those of training say it, too
+    for name in groups:
         assert f"| {name} | " in table
-    assert "| family | tasks | mean@4, 95 % interval | pass@1, 95 % interval |" in table
+    assert "| group | tasks | mean@4, 95 % interval | pass@1, 95 % interval |" in table
 
 
 def test_files_lie_in_the_runs_folder_or_where_one_says(run_dir, attempted, tmp_path):
@@ -188,6 +188,6 @@ def test_tasks_with_too_few_results_have_no_part_in_pass_at_k():
     assert found["pass@k"]["1"]["value"] == 0.5 and found["pass@k"]["2"] | {"interval": 0} == {
         "value": 1.0, "interval": 0, "method": "wilson", "tasks": 2,
     }  # fmt: skip
-    assert found["families"] == {}
+    assert found["groups"] == {}
     rows = [line for line in render_evaluation(found).splitlines() if line.startswith("| all tasks")]
     assert len(rows) == 1 and "50.0% [" in rows[0]

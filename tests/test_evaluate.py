@@ -31,7 +31,11 @@ class Collector:
         attempt = self.queue.pop()
         self.seen.append(attempt)
         trajectory = EPISODES.transcript(
-            [(2, 1)], task=attempt.task, member=attempt.member, split=attempt.split
+            [(2, 1)],
+            task=attempt.task,
+            member=attempt.member,
+            split=attempt.split,
+            group_id=attempt.group_id,
         )
         if self.fails(attempt):
             outcome = Outcome(Status.DISCARDED, "env_error", "the house burnt down")
@@ -80,6 +84,19 @@ def test_every_task_once_in_order(make_evaluator):
     assert {(a.task, a.group_id, a.member, a.retry) for a in collector.seen} == {
         (t, t, 0, 0) for t in range(5)
     }
+
+
+def test_two_panels_are_played_one_after_the_other(make_evaluator):
+    evaluator, collector = make_evaluator(
+        lambda a: (a.split, a.task) == ("test", 1), "env.eval_split=train+test", "eval.tasks=3"
+    )
+    result = evaluator.run(None, 0)
+    assert evaluator.panels == {"train": 3, "test": 3} and evaluator.num_tasks == 6
+    assert len({a.group_id for a in collector.seen}) == 6  # sampling keys of their own
+    played = [("train", 0), ("train", 1), ("train", 2), ("test", 0), ("test", 2)]
+    assert [(t.split, t.task) for t in result.trajectories] == played
+    assert result.missing == (4,) and len(result.wins) == 6 and result.wins[4] == "-"
+    assert {"eval_success/train", "eval_success/test"} < result.metrics.keys()
 
 
 def test_attempts_at_a_task_have_keys_of_their_own(make_evaluator):

@@ -61,6 +61,27 @@ def test_the_same_run_twice_is_the_same(whole, tmp_path):
     assert any(line["tokens_shared"] for line in runs.lines(whole[0]))  # of attempts at a task
 
 
+@pytest.mark.slow
+def test_an_adaptive_sampler_draws_the_same_after_a_stop(tmp_path, stop_at, whole):
+    adaptive = [*STEADY, "env.sampler=adaptive", "sft.updates=0", "eval.tasks=2", "train.updates=5"]
+    run = runs.train(tmp_path / "run", *adaptive)
+    stop_at(whole[1] // 2)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "again", *adaptive)
+    stop_at(None)
+    cut_short = len(list(read_consumed(tmp_path / "again")))
+    runs.resume(tmp_path / "again")
+    consumed = list(read_consumed(run))
+    assert 0 < cut_short < len(consumed) == 10
+    assert list(read_consumed(tmp_path / "again")) == consumed
+    assert runs.lines(tmp_path / "again") == runs.lines(run)
+    uniform = [line["task"] for line in read_consumed(whole[0])]
+    assert [line["task"] for line in consumed][: len(uniform)] != uniform
+    # What the last checkpoint remembers are the groups that were trained on.
+    solved = runs.restored(run).progress["ledger"]["solved"]
+    assert sorted(task for task, _, _ in solved) == sorted({line["task"] for line in consumed})
+
+
 @pytest.mark.parametrize("share", [0.0, 0.12, 0.3, 0.6, 1.0])
 def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, share):
     """The first moments are in the warm start, the others in the middle of collection."""

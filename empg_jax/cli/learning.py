@@ -96,7 +96,9 @@ def evaluate(
     overrides: Overrides = None,
     *,
     tasks: Annotated[int | None, typer.Option(help="Held-out tasks (eval.tasks).")] = None,
-    split: Annotated[str | None, typer.Option(help="Panel of tasks (env.eval_split).")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Panel of tasks, several with + (env.eval_split).")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Sampling temperature (eval.temperature).")
     ] = None,
@@ -116,7 +118,7 @@ def evaluate(
     """Evaluate a policy on held-out tasks; the result is one JSON object on stdout.
 
     Intervals are of 95 %, over tasks: Wilson's where a task is solved or not, else a bootstrap.
-    Where the environment names the families of its tasks, each has estimates of its own.
+    Groups of tasks that the environment names have estimates of their own, and so have several panels.
 
     empg-jax eval runs/NAME --attempts 4 --tasks 64
 

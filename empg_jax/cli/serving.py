@@ -22,6 +22,9 @@ def retrieve(
     query_prefix: Annotated[str, typer.Option(help="Put before queries (E5: 'query: ').")] = "",
     passage_prefix: Annotated[str, typer.Option(help="Put before passages (E5: 'passage: ').")] = "",
     vectors: Annotated[Path | None, typer.Option(help="File (.npz) for the passages' vectors.")] = None,
+    index_dir: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the index of bm25s or tantivy, built once.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = (
         "127.0.0.1"
     ),
@@ -40,6 +43,7 @@ def retrieve(
                 retriever=retriever,
                 encoder={"model": model, "cache": vectors, **prefixes} if model is not None else None,
                 say=say,
+                index_dir=None if index_dir is None else str(index_dir),
                 host=host,
                 port=port,
                 topk=topk,

@@ -145,6 +145,11 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"algorithm.entropy_source=engine needs on-policy data, but {older}: leave that out, or use "
             "algorithm.entropy_source=learner"
         )
+    if rollout.stored is not None and config.env.sampler != "uniform":
+        yield (
+            f"env.sampler={config.env.sampler} has no effect with rollout.stored={rollout.stored}: stored "
+            "groups are taken in their order; use env.sampler=uniform"
+        )
     if rollout.stored is not None and lag > 0:
         yield f"train.max_lag={lag} has no effect with rollout.stored={rollout.stored}: nothing is sampled"
     if rollout.max_stale_gap != 0.05 and rollout.publish != "burst":

@@ -10,6 +10,11 @@ from empg_jax.config.algorithm import Section
 from empg_jax.config.model import Options, as_list
 
 
+def join_panels(value: Any) -> Any:
+    """Write a list of panels as one text, so that a resolved configuration keeps one form."""
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
 class EnvConfig(Section):
     """The environment of the agent, and the prompts made from it."""
 
@@ -29,7 +34,17 @@ class EnvConfig(Section):
         "environment brings).",
     )
     split: str = Field("train", description="Panel of tasks that are trained on.")
-    eval_split: str = Field("test", description="Panel of held-out tasks for evaluation.")
+    eval_split: Annotated[str, BeforeValidator(join_panels)] = Field(
+        "test",
+        min_length=1,
+        description="Panel of held-out tasks for evaluation; several as a list or with +, such as "
+        "valid_seen+valid_unseen, each of which is also reported by itself.",
+    )
+    sampler: Literal["uniform", "adaptive"] = Field(
+        "uniform",
+        description="Choice of tasks: each once in a pass over the panel, or (adaptive) those that are "
+        "solved about half of the time most often.",
+    )
     max_turns: int = Field(10, ge=1, description="Turns after which an episode is truncated.")
     context: Literal["transcript", "window"] = Field(
         "transcript", description="Prompt of a turn: the growing transcript, or a fresh prompt with a window."
@@ -55,6 +70,11 @@ class EnvConfig(Section):
                 "set env.name=null"
             )
         return {**data, "name": None}
+
+    @property
+    def eval_panels(self) -> tuple[str, ...]:
+        """The panels of `eval_split`, each once."""
+        return tuple(dict.fromkeys(self.eval_split.split("+")))
 
     @property
     def target(self) -> str:
@@ -287,7 +307,7 @@ class SftConfig(Section):
 class EvalConfig(Section):
     """Evaluation on held-out tasks (`env.eval_split`)."""
 
-    tasks: int = Field(256, ge=1, description="Held-out tasks, each attempted once.")
+    tasks: int = Field(256, ge=1, description="Held-out tasks of each panel, each attempted once.")
     every: int = Field(0, ge=0, description="Updates between evaluations; 0 is only before and after.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="As rollout.top_p, for the held-out episodes.")

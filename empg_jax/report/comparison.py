@@ -13,7 +13,7 @@ import yaml
 
 from empg_jax.errors import ConfigError
 from empg_jax.metrics import read_metrics
-from empg_jax.report.curves import column, held_out_points
+from empg_jax.report.curves import column, held_out_groups, held_out_points
 from empg_jax.report.statistics import Difference, area, bootstrap, compare, interquartile_mean
 
 # Keys that may differ between the runs of one arm.
@@ -94,8 +94,10 @@ def read_run(folder: Path) -> Run:
     series = {name: _pairs(*column(_numeric(records, name), name)) for name in names}
     try:
         series["held_out"] = list(held_out_points(folder, records).items())
+        for name in held_out_groups(folder):
+            series[name] = list(held_out_points(folder, records, name).items())
     except (ValueError, TypeError, AttributeError):  # a summary.json of which a part is missing
-        series["held_out"] = []
+        series.setdefault("held_out", [])
     seed = settings.get("seed")
     return Run(folder, seed if isinstance(seed, int) else None, settings, series)
 
@@ -136,10 +138,19 @@ def measure(run: Run, metric: str, how: str) -> float:
 def summarize(arms: Mapping[str, Sequence[Run]]) -> tuple[list[Line], list[Pairing]]:
     """Compute every measure for every arm, and the differences of the arms from the first one.
 
-    Measures that no run recorded are left out; the seconds of each phase are measures, too.
+    Measures that no run recorded are left out; the success in each group of tasks and the seconds of each
+    phase are measures, too.
     """
-    phases = sorted(_seconds(arms))
-    measures = MEASURES | {f"{name.removeprefix('seconds_')}, seconds": (name, WHOLE) for name in phases}
+    measures = MEASURES | {
+        f"held-out success of {name.removeprefix('eval_success/')}, end": (name, "last point")
+        for name in _named(arms, "eval_success/")
+    }
+    measures |= {
+        f"success of {name.removeprefix('success/')}, end": (name, LAST) for name in _named(arms, "success/")
+    }
+    measures |= {
+        f"{name.removeprefix('seconds_')}, seconds": (name, WHOLE) for name in _named(arms, "seconds_")
+    }
     first = next(iter(arms))
     lines, pairings = [], []
     for name, (metric, how) in measures.items():
@@ -169,9 +180,9 @@ def _by_seed(runs: Sequence[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: (run.seed is None, run.seed or 0, str(run.folder)))
 
 
-def _seconds(arms: Mapping[str, Sequence[Run]]) -> set[str]:
+def _named(arms: Mapping[str, Sequence[Run]], prefix: str) -> list[str]:
     names = {name for runs in arms.values() for run in runs for name in run.series}
-    return {name for name in names if name.startswith("seconds_")}
+    return sorted(name for name in names if name.startswith(prefix))
 
 
 def _numeric(records: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:

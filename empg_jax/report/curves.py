@@ -67,17 +67,30 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
-def held_out_points(run_dir: Path, records: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """Collect the success on the held-out panel by update: before, during and after training."""
-    updates, values = column(records, "eval_success")
+def held_out_points(
+    run_dir: Path, records: Sequence[dict[str, Any]], metric: str = "eval_success"
+) -> dict[int, float]:
+    """Collect an ``eval_*`` metric, by default the success, by update: before, during and after training."""
+    updates, values = column(records, metric)
     points = dict(zip(updates.tolist(), values.tolist(), strict=True))
     path = run_dir / "summary.json"
     if path.exists():
         summary = json.loads(path.read_text(encoding="utf-8"))
         for when, update in (("before", 0), ("after", summary.get("updates", 0))):
-            if summary.get(f"eval_success_{when}") is not None:
-                points[update] = summary[f"eval_success_{when}"]
+            if summary.get(f"{metric}_{when}") is not None:
+                points[update] = summary[f"{metric}_{when}"]
     return dict(sorted(points.items()))
+
+
+def held_out_groups(run_dir: Path) -> list[str]:
+    """List the metrics ``eval_success/GROUP`` of a run's summary, sorted."""
+    path = run_dir / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return sorted(
+        name.removesuffix("_after")
+        for name in summary
+        if name.startswith("eval_success/") and name.endswith("_after")
+    )
 
 
 def _success(axes: Any, records: Sequence[dict[str, Any]], held_out: dict[int, float]) -> None:

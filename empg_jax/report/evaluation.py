@@ -1,4 +1,4 @@
-"""The report of an evaluation: estimates over all tasks and over each family, as JSON and as Markdown."""
+"""The report of an evaluation: estimates over all tasks and each group of tasks, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from empg_jax.errors import ConfigError, RunError
 from empg_jax.files import write_json_atomic, write_text_atomic
+from empg_jax.metrics import label_groups
 from empg_jax.report.intervals import estimate, pass_at_k, sizes_up_to
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ TOLD = {
 
 
 def estimate_success(episodes: Iterable[Trajectory], attempts: int) -> dict[str, Any]:
-    """Estimate success over all tasks, and over the tasks of every family that the environment names.
+    """Estimate success over all tasks, and over every group of `empg_jax.metrics.label_groups`.
 
     Args:
       episodes: the attempts that have a result.
@@ -33,25 +34,21 @@ def estimate_success(episodes: Iterable[Trajectory], attempts: int) -> dict[str,
         failed, has no part in pass@k for a larger k.
 
     Returns:
-      ``attempts``; ``mean@k`` and ``pass@k``, by k, each an `estimate`; ``families``: the same two by family.
+      ``attempts``; ``mean@k`` and ``pass@k``, by k, each an `estimate`; ``groups``: the same two by group.
     """
-    results: dict[int, list[bool]] = collections.defaultdict(list)
-    families: dict[str, set[int]] = collections.defaultdict(set)
-    for episode in episodes:
-        results[episode.task].append(episode.is_success)
-        if episode.family:
-            families[episode.family].add(episode.task)
+    episodes = list(episodes)
     return {
         "attempts": attempts,
-        **_estimates(list(results.values()), attempts),
-        "families": {
-            name: _estimates([results[task] for task in sorted(tasks)], attempts)
-            for name, tasks in sorted(families.items())
-        },
+        **_estimates(episodes, attempts),
+        "groups": {name: _estimates(each, attempts) for name, each in label_groups(episodes).items()},
     }
 
 
-def _estimates(results: Sequence[Sequence[bool]], attempts: int) -> dict[str, Any]:
+def _estimates(episodes: Iterable[Trajectory], attempts: int) -> dict[str, Any]:
+    by_task: dict[tuple[str, int], list[bool]] = collections.defaultdict(list)
+    for episode in episodes:
+        by_task[episode.split, episode.task].append(episode.is_success)
+    results = list(by_task.values())
     passes = {}
     for k in sizes_up_to(attempts):
         values = [pass_at_k(len(task), sum(task), k) for task in results if len(task) >= k]
@@ -88,13 +85,13 @@ def write_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def render_evaluation(result: Mapping[str, Any]) -> str:
-    """Render the result as Markdown: a table with a row for all tasks and one per family."""
+    """Render the result as Markdown: a table with a row for all tasks, and one per panel and group."""
     about = [f"{name} {result[key]}" for key, name in _HEAD.items() if key in result]
-    rows = {"all tasks": result, **result.get("families", {})}
+    rows = {"all tasks": result, **result.get("groups", {})}
     columns = [(kind, k) for kind in ("mean@k", "pass@k") for k in result.get(kind, {})]
     # With one attempt at each task, pass@1 says the same as mean@1.
     columns = columns[:1] if result.get("attempts") == 1 else columns
-    heads = ["family", "tasks", *(f"{kind[:-1]}{k}, 95 % interval" for kind, k in columns)]
+    heads = ["group", "tasks", *(f"{kind[:-1]}{k}, 95 % interval" for kind, k in columns)]
     lines = ["# Evaluation", "", ", ".join(about), "", _row(heads), _row(["---"] * len(heads))]
     lines += [_row([_plain(name), *_cells(found, columns)]) for name, found in rows.items()]
     told = [f"- {label}: {result[key]:.4g}" for key, label in TOLD.items() if key in result]

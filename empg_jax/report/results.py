@@ -11,7 +11,7 @@ import numpy as np
 from empg_jax.engine.engine import EngineStats
 from empg_jax.files import as_json, write_json_atomic
 from empg_jax.learner.batching import BatchShape, Layout
-from empg_jax.metrics import reduce_metrics
+from empg_jax.metrics import group_success, reduce_metrics
 from empg_jax.report.curves import plot_curves
 from empg_jax.report.record import RunRecord
 from empg_jax.report.summary import paired_interval, print_summary
@@ -78,6 +78,7 @@ def describe_update(
         "packing_efficiency": layout.num_tokens / (layout.num_rows * shape.row_tokens),
         "seconds_cycle": seconds,
     }
+    values |= group_success("success", trajectories)
     values |= {f"lag_share_{age}": float(np.mean(ages == age)) for age in np.unique(ages)}
     for name in sorted({name for t in trajectories for name in t.metrics}):
         values[f"env_{name}"] = float(np.mean([t.metrics[name] for t in trajectories if name in t.metrics]))

@@ -36,7 +36,7 @@ def _comparison(summary: Mapping[str, Any]) -> Table:
     table.add_column("")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
-    for stem, (label, template) in COMPARED.items():
+    for stem, (label, template) in _compared(summary).items():
         values = [summary.get(f"{stem}_{when}") for when in ("before", "after")]
         if all(value is None for value in values):
             continue
@@ -53,6 +53,14 @@ def _comparison(summary: Mapping[str, Any]) -> Table:
             change += " (n/a)" if interval is None else f" {_interval(interval, sign='+')}"
         table.add_row(label, *cells, change)
     return table
+
+
+def _compared(summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the rows of the table: those of `COMPARED`, and the success in each group of tasks."""
+    start = "eval_success/"
+    found = {name.rpartition("_")[0] for name in summary if name.startswith(start)}
+    groups = {stem: (f"success, {stem.removeprefix(start)}", "{:.1%}") for stem in sorted(found)}
+    return {"eval_success": COMPARED["eval_success"], **groups, **COMPARED}
 
 
 def paired_interval(before: str, after: str) -> tuple[float, float] | None:

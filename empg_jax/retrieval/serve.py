@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from empg_envs.deepsearch.ondisk import open_index
 from empg_envs.deepsearch.passages import RETRIEVERS, Passage, Retriever, make_retriever, read_corpus
 from empg_jax.errors import UserError
 from empg_jax.retrieval.batcher import Batcher
@@ -109,6 +110,7 @@ def serve_corpus(
     retriever: str,
     encoder: Mapping[str, Any] | None,
     say: Callable[[str], None],
+    index_dir: str | None = None,
     **options: Any,
 ) -> None:
     """Read a corpus, index it, and serve until an exception, such as a signal's, ends the server.
@@ -118,6 +120,7 @@ def serve_corpus(
       retriever: see `make_engine`.
       encoder: see `make_engine`.
       say: called with progress messages.
+      index_dir: folder where the index is kept, in place of memory; see `empg_envs.deepsearch.ondisk`.
       **options: options of `open_server`.
 
     Raises:
@@ -125,9 +128,14 @@ def serve_corpus(
       ServeError, ValueError: see `make_engine` and `open_server`.
     """
     began = time.monotonic()
-    passages = read_corpus(corpus)
+    if index_dir is not None and encoder is not None:
+        raise ServeError(f"--index-dir {index_dir} keeps no vectors of an encoder (--model): use --vectors")
+    passages: Sequence[Passage] = read_corpus(corpus) if index_dir is None else ()
     retriever = choose_retriever(retriever, encoder is not None, say)
-    engine = make_engine(retriever, passages, encoder, say)
+    if index_dir is None:
+        engine = make_engine(retriever, passages, encoder, say)
+    else:
+        engine, passages = open_index(retriever, corpus, index_dir)
     with open_server(engine, len(passages), **options) as server:
         seconds = time.monotonic() - began
         say(f"{len(passages)} passages, {retriever}, ready after {seconds:.1f} s: {server.url}")

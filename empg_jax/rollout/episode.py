@@ -18,8 +18,6 @@ from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.types import Outcome, Status, Trajectory, Turn
 from empg_jax.workers.faults import Tell
 
-# Where an environment's info names the kind of its task; the first of them that is there counts.
-FAMILY_KEYS = ("group", "family", "repo")
 MAX_DETAIL = 500  # characters of a failure's text in the event log; full tracebacks would flood it
 
 
@@ -169,7 +167,7 @@ class Episode:
             truncated=truncated,
             metrics={name: float(value) for name, value in (info.get("metrics") or {}).items()},
             # The task's kind is known from the start; an episode that a limit ends has no last info.
-            family=next((str(self._info[key]) for key in FAMILY_KEYS if self._info.get(key)), ""),
+            group=str(self._info.get("group") or ""),
         )
 
 

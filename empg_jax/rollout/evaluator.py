@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from empg_jax.engine.engine import Engine
 from empg_jax.errors import RunError
+from empg_jax.metrics import group_success
 from empg_jax.models.filtering import TokenFilter
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.episode import Attempt, tell_discarded
@@ -27,8 +28,9 @@ class Evaluation:
 
     Attributes:
       metrics: the numbers; ``eval_missing`` counts the attempts without a result.
-      trajectories: the episodes of all other attempts, in the panel's order.
-      missing: the task of every attempt that failed again and again outside the policy.
+      trajectories: the episodes of all other attempts, in the order of the panels and their tasks.
+      missing: the place of every attempt that failed again and again outside the policy; tasks have places
+        from 0, through all panels.
     """
 
     metrics: dict[str, float]
@@ -37,14 +39,14 @@ class Evaluation:
 
     @property
     def wins(self) -> str:
-        """``1`` for a task solved, ``0`` for one not solved, ``-`` for one missing, in the panel's order.
+        """``1`` for a task solved, ``0`` for one not solved, ``-`` for one missing, by place.
 
         Only for evaluations of one attempt at each task.
         """
         episodes = iter(self.trajectories)
         count = len(self.trajectories) + len(self.missing)
         return "".join(
-            "-" if task in self.missing else str(int(next(episodes).is_success)) for task in range(count)
+            "-" if place in self.missing else str(int(next(episodes).is_success)) for place in range(count)
         )
 
 
@@ -56,14 +58,15 @@ class Evaluator:
       engine: the engine, which training may use, too.
       temperature: of the held-out episodes.
       token_filter: of the held-out episodes.
-      split: panel of tasks.
-      num_tasks: number of tasks to attempt, from the start of the panel.
+      panels: number of tasks to attempt, from the start of each panel, by panel.
       attempts: attempts at each task, with sampling keys of their own.
       tell: receives an event for every attempt that was discarded.
       share: (index, number) of this host, which plays every ``number``-th task.
 
     Attributes:
-      tasks: the tasks that this host plays.
+      panels: the panels.
+      num_tasks: tasks of all panels.
+      places: the places of the tasks that this host plays; tasks have places from 0, through all panels.
     """
 
     def __init__(
@@ -73,15 +76,16 @@ class Evaluator:
         *,
         temperature: float,
         token_filter: TokenFilter,
-        split: str,
-        num_tasks: int,
+        panels: Mapping[str, int],
         attempts: int = 1,
         tell: Tell = tell_nobody,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.engine, self.num_tasks = engine, num_tasks
-        self.tasks = range(share[0], num_tasks, share[1])
-        self._collector, self._split, self._tell = collector, split, tell
+        self.engine, self.panels = engine, panels
+        self._tasks = [(split, task) for split, count in panels.items() for task in range(count)]
+        self.num_tasks = len(self._tasks)
+        self.places = range(share[0], self.num_tasks, share[1])
+        self._collector, self._tell = collector, tell
         self._temperature, self._filter, self._attempts = temperature, token_filter, attempts
 
     def run(
@@ -110,10 +114,13 @@ class Evaluator:
         self, advance: Callable[[int, dict[str, float]], None], check: Callable[[], None]
     ) -> Evaluation:
         members = range(self._attempts)
-        self._collector.admit(Attempt(self._split, task, task, m) for task in self.tasks for m in members)
+        # A place takes the part of a group's number: no two attempts of an evaluation share sampling keys.
+        self._collector.admit(
+            Attempt(*self._tasks[place], place, m) for place in self.places for m in members
+        )
         found: list[Trajectory] = []
         missing: list[int] = []
-        while len(found) + len(missing) < len(self.tasks) * self._attempts:
+        while len(found) + len(missing) < len(self.places) * self._attempts:
             try:
                 check()
             except BaseException:
@@ -128,12 +135,12 @@ class Evaluator:
                 if trajectory.outcome.reason == "outage" or attempt.retry + 1 < MAX_RETRIES:
                     self._collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
                 else:
-                    missing.append(attempt.task)
+                    missing.append(attempt.group_id)
                     advance(1, {})
                     outcome = trajectory.outcome
                     self._tell(
                         "evaluation_task_missing",
-                        split=self._split,
+                        split=attempt.split,
                         task=attempt.task,
                         reason=outcome.reason,
                         detail=outcome.detail,
@@ -142,9 +149,9 @@ class Evaluator:
 
 
 def conclude(trajectories: Iterable[Trajectory], missing: Iterable[int]) -> Evaluation:
-    """Make the result of an evaluation from its episodes, in any order, and the tasks of those missing."""
-    # Episodes end in any order; the panel's order makes two evaluations comparable task by task.
-    ordered = sorted(trajectories, key=lambda trajectory: (trajectory.task, trajectory.member))
+    """Make the result of an evaluation from its episodes, in any order, and the places of those missing."""
+    # Episodes end in any order; the panels' order makes two evaluations comparable task by task.
+    ordered = sorted(trajectories, key=lambda trajectory: (trajectory.group_id, trajectory.member))
     without = tuple(sorted(missing))
     metrics = {"eval_missing": float(len(without))}
     if ordered:
@@ -158,6 +165,7 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     entropies = np.concatenate([turn.entropies for turn in turns])
     values = {
         "eval_success": float(np.mean([t.is_success for t in trajectories])),
+        **group_success("eval_success", trajectories),
         "eval_return": float(np.mean([t.episode_return for t in trajectories])),
         "eval_turns": float(np.mean([len(t.turns) for t in trajectories])),
         "eval_entropy": float(entropies.mean()),

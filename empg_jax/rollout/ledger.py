@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from empg_jax.rollout.episode import Attempt, tell_discarded
-from empg_jax.rollout.order import TaskOrder
+from empg_jax.rollout.order import Order
 from empg_jax.types import Outcome, Status, Trajectory
 from empg_jax.workers.faults import Tell, tell_nobody
 
@@ -75,7 +75,7 @@ class Ledger:
     """The groups of a run; see the module's docstring.
 
     Args:
-      order: the tasks in training order.
+      order: the choice of tasks; it hears of every complete group.
       group_size: attempts of each task.
       groups_per_update: groups that one update consumes.
       max_lag: largest age, in updates, of a turn that is trained on.
@@ -99,7 +99,7 @@ class Ledger:
 
     def __init__(
         self,
-        order: TaskOrder,
+        order: Order,
         *,
         group_size: int,
         groups_per_update: int,
@@ -150,7 +150,8 @@ class Ledger:
                 while self._next_position in self._taken:
                     self._taken.discard(self._next_position)
                     self._next_position += self._stride
-                task = self.order.task_at(self._next_position)
+                busy = {group.task for group in self._groups.values()}
+                task = self.order.task_at(self._next_position, busy)
                 self._next_position += self._stride
             missing = dict.fromkeys(range(self._group_size), 0)
             group = Group(self._next_group, task, version, missing, since=now)
@@ -181,7 +182,7 @@ class Ledger:
             group.done[attempt.member] = trajectory
             if not group.missing:
                 self._losses.pop(group.task, None)
-                self._replace_uniform(group)
+                self._complete(group)
         elif outcome.reason == "outage":  # the pool holds the next attempt until it is over
             self.starts.append(attempt)
         elif group.missing[attempt.member] + 1 < MAX_RETRIES and outcome.reason != "quarantined":
@@ -207,7 +208,7 @@ class Ledger:
             is_late = now - group.since > self._group_timeout
             if group.missing and is_late and len(group.done) >= self._min_group_size:
                 self._give_up(group, "group_closed")
-                self._replace_uniform(group)
+                self._complete(group)
 
     def forgive(self) -> None:
         """Forget the failures of attempts and tasks so far: they had a common cause."""
@@ -229,8 +230,9 @@ class Ledger:
         self.starts = [attempt for attempt in self.starts if attempt.group_id != group.id]
         self.cancels.append(group.id)
 
-    def _replace_uniform(self, group: Group) -> None:
-        """Replace a complete group whose returns are all equal, within the limit of dynamic sampling."""
+    def _complete(self, group: Group) -> None:
+        """Tell the order; replace a group whose returns are all equal, within dynamic sampling's limit."""
+        self.order.note(group.task, [trajectory.is_success for trajectory in group.members])
         if self._max_refills is None or self._uniform >= self._max_refills * self._per_update:
             return
         if is_uniform(group.members):
@@ -312,6 +314,7 @@ class Ledger:
             "outcomes": dict(self.outcomes),
             "counts": dict(self.counts),
             "groups": groups,
+            **self.order.cut(),
         }
         if self._taken:
             values["taken"] = sorted(self._taken)
@@ -325,6 +328,7 @@ class Ledger:
         self._again = collections.deque(values["again"])
         self._losses = collections.Counter({int(task): losses for task, losses in values["losses"]})
         self._uniform = values["uniform"]
+        self.order.restore(values)
         self.outcomes = collections.Counter(values["outcomes"])
         self.counts = collections.Counter(values["counts"])
         done: dict[int, dict[int, Trajectory]] = collections.defaultdict(dict)

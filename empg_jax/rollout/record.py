@@ -32,7 +32,7 @@ EPISODE_FIELDS: dict[str, tuple[Any, str]] = {
     "member": (int, "an integer"),
     "task": (int, "an integer"),
     "split": (str, "a string"),
-    "family": (str, "a string"),
+    "group": (str, "a string"),
     "status": (str, "a string"),
     "reason": (str, "a string"),
     "detail": (str, "a string"),
@@ -97,7 +97,7 @@ def describe_episodes(
             "member": trajectory.member,
             "task": trajectory.task,
             "split": trajectory.split,
-            **({"family": trajectory.family} if trajectory.family else {}),
+            **({"group": trajectory.group} if trajectory.group else {}),
             "status": trajectory.outcome.status.value,
             "reason": trajectory.outcome.reason,
             **({"detail": trajectory.outcome.detail} if trajectory.outcome.detail else {}),
@@ -260,7 +260,7 @@ def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
         terminated=record.get("terminated", not truncated),
         truncated=truncated,
         metrics=record.get("metrics", {}),
-        family=record.get("family", ""),
+        group=record.get("group", ""),
     )
 
 

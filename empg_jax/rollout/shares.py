@@ -11,6 +11,7 @@ import collections
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from empg_jax.rollout.adaptive import join_records
 from empg_jax.types import Trajectory
 
 
@@ -59,6 +60,7 @@ def _divide(cuts: Sequence[dict[str, Any]], index: int, num: int) -> dict[str, A
         "outcomes": _add(cut["outcomes"] for cut in totals),
         "counts": _add(cut["counts"] for cut in totals),
         "groups": groups[index::num],
+        **join_records(cuts),
         "faults": _join_faults([cut["faults"] for cut in cuts]),
     }
 

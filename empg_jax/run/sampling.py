@@ -12,11 +12,12 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.parallel.hosts import ALONE, Hosts
 from empg_jax.parallel.mesh import make_mesh
+from empg_jax.rollout.adaptive import AdaptiveOrder
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.episode import EpisodeRules
 from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.ledger import Ledger
-from empg_jax.rollout.order import TaskOrder
+from empg_jax.rollout.order import Order, TaskOrder
 from empg_jax.rollout.schedule import read_schedule
 from empg_jax.rollout.stored import StoredCollector, group_episodes
 from empg_jax.rollout.thread import RolloutThread
@@ -182,7 +183,7 @@ def make_evaluator(
     attempts: int = 1,
     hosts: Hosts = ALONE,
 ) -> Evaluator:
-    """Build an evaluator of ``eval.tasks`` tasks of ``env.eval_split``, sampled as ``eval`` says.
+    """Build an evaluator of ``eval.tasks`` tasks of each panel of ``env.eval_split``, sampled as ``eval`` says.
 
     Args:
       config: the configuration.
@@ -196,23 +197,22 @@ def make_evaluator(
     Raises:
       ConfigError: the environment has no such split.
     """
-    split = config.env.eval_split
-    if split not in pool.splits:
-        raise ConfigError(
-            f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
-        )
+    for split in config.env.eval_panels:
+        if split not in pool.splits:
+            raise ConfigError(
+                f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
+            )
     collector = make_collector(
         config, engine, pool, language, stream=EVALUATION_STREAM, first_handle=first_handle
     )
-    num_tasks = min(config.eval.tasks, pool.splits[split])
+    panels = {split: min(config.eval.tasks, pool.splits[split]) for split in config.env.eval_panels}
     share = hosts.index, hosts.num
     return Evaluator(
         collector,
         engine,
         temperature=config.eval.temperature,
         token_filter=filter_of(config.eval),
-        split=split,
-        num_tasks=num_tasks,
+        panels=panels,
         attempts=attempts,
         tell=pool.tell,
         share=share,
@@ -225,14 +225,15 @@ def make_rollout(
     """Build the thread that plays this host's training episodes, with its ledger.
 
     Raises:
-      ConfigError: the environment has no such split.
+      ConfigError: the environment has no such split, or too few tasks for the hosts.
     """
     r, split = config.rollout, config.env.split
     stored = None if r.stored is None else _load_stored(config, engine.model.vocab_size)
     if split not in pool.splits:
         raise ConfigError(f"env.split={split} does not exist; the environment has {', '.join(pool.splits)}")
+    num_tasks = pool.splits[split] if stored is None else len(stored)
     ledger = Ledger(
-        TaskOrder(split, pool.splits[split] if stored is None else len(stored), config.seed),
+        _make_order(config, num_tasks, hosts),
         group_size=r.group_size,
         groups_per_update=r.tasks_per_update // hosts.num,
         max_lag=config.train.max_lag,
@@ -254,6 +255,15 @@ def make_rollout(
     if r.schedule is not None:
         rollout.schedule = read_schedule(Path(r.schedule).expanduser())
     return rollout
+
+
+def _make_order(config: Config, num_tasks: int, hosts: Hosts) -> Order:
+    if config.env.sampler == "uniform":
+        return TaskOrder(config.env.split, num_tasks, config.seed)
+    try:
+        return AdaptiveOrder(config.env.split, num_tasks, config.seed, (hosts.index, hosts.num))
+    except ValueError as error:
+        raise ConfigError(f"env.split={config.env.split} with env.sampler=adaptive: {error}") from None
 
 
 def check_rollout(config: Config, vocab_size: int) -> None:

@@ -40,7 +40,7 @@ def pack_trajectories(trajectories: Sequence[Trajectory]) -> tuple[str, dict[str
         header.append(
             {name: getattr(trajectory, name) for name in FIELDS}
             | {"outcome": [outcome.status.value, outcome.reason, outcome.detail]}
-            | {"turns": turns, "metrics": dict(trajectory.metrics), "family": trajectory.family}
+            | {"turns": turns, "metrics": dict(trajectory.metrics), "group": trajectory.group}
         )
     return json.dumps(header), {name: np.concatenate(p) for name, p in parts.items() if p}
 
@@ -69,7 +69,7 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
                 turns=tuple(turns),
                 outcome=Outcome(Status(status), reason, detail),
                 metrics=entry["metrics"],
-                family=entry.get("family", ""),  # files of older versions have none
+                group=entry.get("group", ""),  # files of older versions have none
             )
         )
     return trajectories

@@ -79,8 +79,8 @@ def _adapted(name: str, env: str, prompts: str, parser: str, **declared: Any) ->
 
 ENVS: dict[str, EnvSpec] = {
     "household": _packaged("household", "HouseholdEnv"),
-    "alfworld": _packaged("alfworld", "AlfworldEnv"),
-    "webshop": _packaged("webshop", "WebShopEnv"),
+    "alfworld": _packaged("alfworld", "AlfworldEnv", texts=("template",)),
+    "webshop": _packaged("webshop", "WebShopEnv", texts=("template",)),
     "deepsearch": _packaged("deepsearch", "DeepSearchEnv"),
     "swe": _packaged("swe", "SweEnv", timeout_outcome="zero"),
     "harness": dataclasses.replace(_packaged("harness", "HarnessEnv"), phrases=None, has_calls=True),

@@ -19,8 +19,8 @@ class TextEnv(Protocol):
     """A text environment that plays one episode at a time.
 
     ``info`` contains only JSON-able values: ``task`` (the goal sentence), ``won`` (bool), and optionally
-    ``admissible`` (sorted list of commands), ``metrics`` (dict of floats), and the kind of the task as
-    ``group``, ``family`` or ``repo``, by which evaluations are split. At the end of an episode it may name an
+    ``admissible`` (sorted list of commands), ``metrics`` (dict of floats), and ``group`` (str), the kind of
+    the task, for which success is also reported by itself. At the end of an episode it may name an
     ``outcome`` of its own (a word that is counted, in place of ``won``, ``ended`` or ``turn_limit``) and say
     more in ``detail``. An environment with an expert also has the method ``expert_action(self) -> str``.
 
@@ -148,6 +148,7 @@ class EnvSpec:
         whose tools are ``info["tools"]``; the prompt builder is not used.
       is_tried: one is built before a run, so that options which it refuses are told at once; that must be
         quick and start nothing.
+      texts: prompt options that name a file of text, such as a template, whose content a run keeps.
       timeout_outcome: treatment of an episode that exceeds its time: ``discard``, or ``zero`` where an agent
         could bring that about to be rid of a lost episode.
     """
@@ -159,6 +160,7 @@ class EnvSpec:
     phrases: Callable[..., list[str]] | None = None
     has_calls: bool = False
     is_tried: bool = False
+    texts: tuple[str, ...] = ()
     timeout_outcome: str = "discard"
 
 

@@ -13,7 +13,7 @@ SUMS = {"dataset": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "max_
 def test_one_turn_scored_by_the_package():
     env = make_env("reasoning_gym", dataset="countdown")
     question, info = env.reset(split="train", index=3)
-    assert "target" in question and info["family"] == "countdown" and not info["won"]
+    assert "target" in question and info["group"] == "countdown" and not info["won"]
     observation, reward, terminated, truncated, info = env.step(f" {env.expert_action()}\n")
     assert (observation, reward, terminated, truncated) == ("", 1.0, True, False)
     assert info["won"] and info["metrics"] == {"score": 1.0, "scorer_error": 0.0}
@@ -60,11 +60,11 @@ def test_several_datasets_at_levels_of_their_curricula():
         {"name": "lcm", "params": {"max_numbers": 2}},
     ]
     env = make_env("reasoning_gym", dataset=entries, level=1)
-    families = [env.reset(split="train", index=index)[1]["family"] for index in range(60)]
-    assert set(families) == {"chain_sum", "gcd", "lcm"} and families.count("chain_sum") > 20
+    groups = [env.reset(split="train", index=index)[1]["group"] for index in range(60)]
+    assert set(groups) == {"chain_sum", "gcd", "lcm"} and groups.count("chain_sum") > 20
     for index in range(60):
         question, info = env.reset(split="train", index=index)
-        assert info["family"] != "chain_sum" or len(question.split()) <= 13  # level 0 has two terms
+        assert info["group"] != "chain_sum" or len(question.split()) <= 13  # level 0 has two terms
         assert env.step(env.expert_action())[1] == 1.0
 
 

@@ -100,6 +100,10 @@ REFUSED = {
         "algorithm.name=reinforce",
         "rollout.filter_groups=true",
     ): r"rollout\.filter_groups=true compares .* rollout\.group_size=1",
+    (
+        "env.sampler=adaptive",
+        "rollout.stored=a.npz",
+    ): r"sampler=adaptive has no effect with rollout\.stored=a",
     ("rollout.max_refills=3",): r"max_refills=3 has no effect with rollout\.filter_groups=false",
     ("foo",): r"override 'foo' is not of the form section\.key=value",
     (".x=1",): r"override '\.x=1' is not of the form",

@@ -1,6 +1,9 @@
 """Reading problems and game files: names, goals, quirks of the start, what is refused and how it is told."""
 
 import json
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from empg_envs.alfworld import files
 from empg_envs.alfworld.env import AlfworldEnv
 from empg_envs.alfworld.files import OfficialPanels
 from empg_envs.alfworld.game import Game, name_entities, parse_game
@@ -250,6 +254,45 @@ def test_a_folder_is_opened_and_what_is_broken_named_and_counted(tmp_path: Path)
     assert reasons["trial_1"] == ("unsolvable", "the file says solvable=False")
     assert reasons["trial_2"][0] == reasons["empty"][0] == "malformed"
     assert "not a readable JSON file" in reasons["empty"][1]
+
+
+def test_games_are_parsed_once_and_shared_by_all_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data, parsed = tmp_path / "data", []
+    fill(data / "json_2.1.2")
+    judge = files.parse_game
+    monkeypatch.setattr(files, "parse_game", lambda content: parsed.append(content) or judge(content))
+    first = AlfworldEnv(data=str(data))
+    assert len(parsed) == 3
+    second = AlfworldEnv(data=str(data))
+    assert len(parsed) == 3 and second.panel_hash("train") == first.panel_hash("train")
+    # Another content is another index, wherever it lies; the same content is not.
+    changed = fill(data / "json_2.1.2")[0]
+    changed.write_text(changed.read_text().replace("Your task is to: ", "Your task is to: please ", 1))
+    assert AlfworldEnv(data=str(data)).panel_hash("train") != first.panel_hash("train") and len(parsed) == 6
+    shutil.copytree(data, tmp_path / "copy")
+    AlfworldEnv(data=str(tmp_path / "copy"))
+    assert len(parsed) == 6
+    # Without a place for the index, games are played all the same.
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert AlfworldEnv(data=str(tmp_path / "copy")).num_tasks("train") == 3 and len(parsed) == 9
+
+
+def test_processes_that_want_the_same_file_build_it_once(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from empg_envs.cache import build_once\n"
+        "def build(path):\n"
+        "    path.write_text('x'); time.sleep(0.2); open(sys.argv[2], 'a').write('built ')\n"
+        "print(build_once(pathlib.Path(sys.argv[1]), build).read_text())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "deep" / "file"), str(tmp_path / "diary")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate(timeout=300)[0] for process in processes] == ["x\n"] * 3
+    assert (tmp_path / "diary").read_text() == "built "
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["file", "file.lock"]
 
 
 def test_missing_data_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

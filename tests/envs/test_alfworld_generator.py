@@ -39,7 +39,7 @@ def test_panels_are_disjoint_and_every_game_is_won_by_the_solver_only_after_its_
             seen.add(env.get_task(split, index)["content_hash"])
             _, info = env.reset(split=split, index=index)
             assert env._game is not None and not env._game.goal.is_met(World(env._game.scene))
-            families.add(info["family"])
+            families.add(info["group"])
             while not info["won"]:
                 action = env.expert_action()
                 assert action in info["admissible"]
@@ -53,7 +53,7 @@ def test_the_tiny_level_is_what_its_configuration_says() -> None:
     env = AlfworldEnv(source="generated", level="tiny", max_turns=12)
     for index in range(30):
         task = env.get_task("train", index)
-        assert task["family"] == "pick" and len(task["contents"]) <= 8
+        assert task["group"] == "pick" and len(task["contents"]) <= 8
     rng, wins = random.Random(1), 0
     for index in range(300):
         _, info = env.reset(split="train", index=index)
@@ -76,7 +76,7 @@ def test_a_game_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
         task = read.describe("train", position)
         index = int(task["id"].rpartition("_")[2])
         assert read.load("train", position) == panels.load("train", index)
-        assert task["id"].split("/")[1].startswith(TASK_TYPES[task["family"]])
+        assert task["id"].split("/")[1].startswith(TASK_TYPES[task["group"]])
         assert task["task"] == panels.make("train", index).task
 
 

@@ -107,7 +107,7 @@ def test_panels_hold_every_game_once_and_nothing_is_left_out(data: Path, index: 
         }
         assert len({task["content_hash"] for task in tasks}) == count
         # A panel's beginning is no run of one task family, as the folders' order would be.
-        assert len({task["family"] for task in tasks[:20]}) >= 4
+        assert len({task["group"] for task in tasks[:20]}) >= 4
 
 
 # Changing it means that "the first 128 games" are other games.

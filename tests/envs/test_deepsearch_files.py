@@ -162,8 +162,8 @@ def test_training_gives_way_to_held_out_panels(tmp_path) -> None:
     panels = make_panels(files)
     assert [panels.get("train", i).text for i in range(panels.num_tasks("train"))] == ["Question number 0?"]
     assert panels.num_tasks("test") == 2
-    assert {panels.get("test", i).group for i in range(2)} == {"in_domain"}
-    assert panels.get("test_ood", 0).group == "out_of_domain"
+    assert {panels.get("test", i).group for i in range(2)} == {"test"}
+    assert panels.get("test_ood", 0).group == "test"  # the file's name
     assert make_panels({"test:hotpot": test}).get("test", 0).group == "hotpot"
     with pytest.raises(DataError, match="panel 'train' holds no question"):
         make_panels({"train": test, "test": test})

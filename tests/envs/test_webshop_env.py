@@ -129,7 +129,8 @@ def test_rewards_and_limits() -> None:
         winning.step(action)
     _, reward, terminated, truncated, info = winning.step("buy")
     assert (reward, terminated, truncated, info["won"]) == (0.0, True, False, False)
-    assert info["metrics"] == {"task_score": 0.6}  # two attributes and the price of five conditions
+    assert info["metrics"]["task_score"] == 0.6  # two attributes and the price of five conditions
+    assert info["metrics"]["tagger_lexicon"] == 1.0 and info["tagger"] == "lexicon"
     short = WebShopEnv(level="tiny", max_turns=2)
     short.reset(split="test", index=0)
     assert short.step("leave")[2:4] == (False, False)

@@ -74,6 +74,19 @@ def test_bad_rows_are_named_skipped_and_counted(tmp_path: Path, caplog: pytest.L
     assert env.describe()["skipped"] == 4 and "B0002" in env.describe()["skipped_rows"][0]
 
 
+def test_entries_that_are_no_objects_are_named_and_skipped(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "data", [make_row(0), make_row(1), make_row(2)])
+    (folder / "items_ins_v2_1000.json.gz").unlink()
+    entry = {"attributes": ["oak"], "instruction": "Find lamps", "instruction_attributes": ["oak"]}
+    (folder / "items_ins_v2_1000.json").write_text(json.dumps({"B0000": entry, "B0002": 7}))
+    human = [{"instruction": "a lamp.", "instruction_attributes": ["oak"], "instruction_options": []}]
+    (folder / "items_human_ins.json").write_text(json.dumps({"B0000": human, "B0001": 7}))
+    (said,) = load(folder).meta["skipped_rows"]
+    assert said == "row 2 ('B0002'): the entry in the attribute file must be an object, not 7"
+    said = load(folder, "human").meta["skipped_rows"][-1]
+    assert said == "instruction of 'B0001': human instructions must be a list of objects, not 7"
+
+
 def test_prices_do_not_depend_on_rows_that_do_not_count(tmp_path: Path) -> None:
     clean = load(write_files(tmp_path / "clean", [make_row(n) for n in range(6)]))
     rows = [make_row(0), make_row(0), make_row(2, name=None), *(make_row(n) for n in range(1, 6))]

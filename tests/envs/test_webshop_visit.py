@@ -136,11 +136,8 @@ def test_leaving_an_item_forgets_options_and_leaving_a_sub_page_does_not() -> No
     [
         ("b022", "description", " [SEP] About it."),
         ("b001", "description", ""),
-        (
-            "b001",
-            "features",
-            " [SEP] first [SEP] ",
-        ),  # texts of nothing vanish, blanks do not
+        # A bullet without a text is a segment; a description without one is none.
+        ("b001", "features", " [SEP] first [SEP]  [SEP]  [SEP] "),
         ("b001", "reviews", ""),
     ],
 )

@@ -85,23 +85,22 @@ def test_ends_that_the_environment_names(flags, info, reason, terminated):
 
 
 @pytest.mark.parametrize(
-    ("info", "family"),
+    ("info", "group"),
     [
         ({}, ""),
-        ({"group": None, "family": "pick"}, "pick"),
-        ({"group": "hops", "family": "pick"}, "hops"),
-        ({"repo": "toolz"}, "toolz"),
+        ({"group": None}, ""),
+        ({"group": "2 hops"}, "2 hops"),
     ],
 )
-def test_the_family_is_the_environments_however_the_episode_ends(info, family):
+def test_the_group_is_the_environments_however_the_episode_ends(info, group):
     episode, _ = make_episode()
     episode.on_reset("a room", info)
     respond(episode)
-    assert episode.on_context_limit().family == family
+    assert episode.on_context_limit().group == group
     episode, _ = make_episode()
     episode.on_reset("a room", info)
     respond(episode)
-    assert episode.on_step("the end", 1.0, True, False, {"won": True, **info}).family == family
+    assert episode.on_step("the end", 1.0, True, False, {"won": True, **info}).group == group
 
 
 def test_the_turn_limit_truncates():

@@ -116,13 +116,13 @@ def test_what_training_wrote_is_read_back(tmp_path):
         truncated=True,
         terminated=False,
         outcome=Outcome(Status.SCORED_ZERO, "context_limit"),
-        family="pick",
+        group="pick",
     )
     path = write(tmp_path, *describe_episodes([made], make_credit([made]), update=1))
     found = make_trajectory(read_episodes(path)[0], is_transcript=False)
     assert found.outcome == made.outcome and found.truncated and not found.terminated
     assert (found.group_id, found.member, found.episode_return) == (7, 1, 0.5)
-    assert found.family == "pick"
+    assert found.group == "pick"
     assert found.turns[0].anchor == found.turns[1].anchor
     assert [turn.version for turn in found.turns] == [2, 0]
 

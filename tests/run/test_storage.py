@@ -40,7 +40,7 @@ def test_round_trip():
     )
     trajectories = [
         episodes.transcript(
-            [(4, 2), (3, 1)], task=5, group_id=2**40, member=3, metrics={"goals": 0.25}, family="pick"
+            [(4, 2), (3, 1)], task=5, group_id=2**40, member=3, metrics={"goals": 0.25}, group="pick"
         ),
         episodes.trajectory(
             [odd],
@@ -59,10 +59,10 @@ def test_round_trip():
         assert_same(one, other)
 
 
-def test_files_of_versions_without_families_are_read():
+def test_files_of_versions_without_groups_are_read():
     header, arrays = pack_trajectories([Episodes().transcript([(2, 1)])])
-    older = [{key: value for key, value in each.items() if key != "family"} for each in json.loads(header)]
-    assert unpack_trajectories(json.dumps(older), arrays)[0].family == ""
+    older = [{key: value for key, value in each.items() if key != "group"} for each in json.loads(header)]
+    assert unpack_trajectories(json.dumps(older), arrays)[0].group == ""
 
 
 def test_files_of_versions_without_actions_are_read():

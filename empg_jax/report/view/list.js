@@ -29,8 +29,8 @@ function fillFilters() {
   const distinct = (name) => [...new Set(head.columns[name])].filter((value) => value !== "").sort();
   fillSelect($("f-reason"), distinct("reason"), "any");
   fillSelect($("f-split"), distinct("split"), "any");
-  fillSelect($("f-family"), distinct("family"), "any");
-  $("family-label").hidden = distinct("family").length === 0;
+  fillSelect($("f-kind"), distinct("kind"), "any");
+  $("kind-label").hidden = distinct("kind").length === 0;
   if (!$("order").options.length) fillSelect($("order"), Object.keys(ORDERS));
   $("search").title = `task, responses and observations; the first ${head.searched} characters of an episode`;
 }
@@ -60,7 +60,7 @@ function readTests() {
     else if (test) tests.push([head.columns[column], test]);
   };
   for (const name of ["update", "group", "task"]) add("f-" + name, name, rangeTest($("f-" + name).value));
-  for (const name of ["reason", "split", "family"]) {
+  for (const name of ["reason", "split", "kind"]) {
     const wanted = $("f-" + name).value;
     add("f-" + name, name, wanted ? (value) => value === wanted : null);
   }

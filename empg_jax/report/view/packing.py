@@ -14,7 +14,7 @@ from empg_jax.report.view.reading import Record
 
 # The columns of the list, in this order. ``chunk`` and ``slot`` say where the transcript of an episode lies.
 COLUMNS = (
-    *("update", "group", "member", "task", "split", "family", "status", "reason", "return", "success"),
+    *("update", "group", "member", "task", "split", "kind", "status", "reason", "return", "success"),
     *("turns", "tokens", "entropy", "advantage", "goal", "chunk", "slot"),
 )
 TURN_TEXTS = ("observation", "response", "finish_reason")
@@ -150,7 +150,7 @@ def _row(record: Record) -> dict[str, Any]:
         "member": _key(record, "member"),
         "task": number(record.get("task")),
         "split": _text(record.get("split")),
-        "family": _text(record.get("family")),
+        "kind": _text(record.get("group")),
         "status": _text(record.get("status")),
         "reason": _text(record.get("reason")),
         "return": returned,

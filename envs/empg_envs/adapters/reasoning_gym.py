@@ -77,7 +77,7 @@ class ReasoningGymEnv(ForeignEnv):
 
     def _info(self, won: bool) -> dict[str, Any]:
         name = _source_of(self._entry)
-        return {"task": f"answer the question ({name})", "family": name, "won": won}
+        return {"task": f"answer the question ({name})", "group": name, "won": won}
 
     def _find(self, split: str, index: int) -> dict[str, Any]:
         """Return the first question of a task's seeds whose hash belongs to the split."""

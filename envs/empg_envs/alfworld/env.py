@@ -23,7 +23,8 @@ OLD_TOOLS = {**TOOLS, "clean": TOOLS["clean"] | {"sink"}}
 class AlfworldEnv(HouseEnv):
     """ALFWorld with exactly its commands and texts: one room and one task per episode.
 
-    ``info`` has the keys of the household: ``task``, ``family``, ``admissible``, ``won``, ``milestone``.
+    ``info`` has the keys of the household: ``task``, ``group`` (the task family), ``admissible``, ``won``,
+    ``milestone``.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Panels of official games, from a folder that ``alfworld-download`` has written.
 
 The filters are those of ALFWorld's own loader: paths with ``movable`` or ``Sliced`` are left out, and so are
-games whose file does not say that they are solvable. In addition, every file is parsed once when the folder
-is opened. A file that cannot be played is left out, named in a warning, and counted.
+games whose file does not say that they are solvable. In addition, every file is parsed once on a machine. A
+file that cannot be played is left out, named in a warning, and counted. What the parsing found is kept in an
+index, whose name is a hash of the files' content: the next worker, or run, opens the folder without parsing.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from empg_envs.alfworld.game import Game, load_game, parse_game, read_game
 from empg_envs.alfworld.problem import GameFileError
+from empg_envs.cache import build_once, cache_folder
 
 VARIABLE = "ALFWORLD_DATA"
 GAME_FILE = "game.tw-pddl"
@@ -27,6 +30,7 @@ FOLDERS = ("json_2.1.2", "json_2.1.1")
 # Order of the splits; ALFWorld's papers call the last two "seen" and "unseen".
 SPLITS = ("train", "valid_train", "valid_seen", "valid_unseen")
 UNSUPPORTED = ("movable", "Sliced")
+VERSION = 1  # of the index below and of the parser: a game that is read otherwise needs another one
 _NAMED = 5  # number of skipped files that a warning names
 
 
@@ -66,7 +70,7 @@ class OfficialPanels:
     """
 
     def __init__(self, data: str | os.PathLike[str] | None = None) -> None:
-        """Open a data folder and parse every game in it once (about 1 ms each).
+        """Open a data folder; every game in it is parsed once (about 1 ms each) and listed in an index.
 
         Args:
           data: the folder that contains ``json_2.1.1`` (or ``json_2.1.2``), or that folder itself. The
@@ -92,7 +96,8 @@ class OfficialPanels:
 
     def load(self, split: str, index: int) -> Game:
         """Return one game; it is cached, because a group plays the same game several times."""
-        return _load(self._file(split, index).path)
+        file = self._file(split, index)
+        return _load(file.path, file.content_hash)
 
     def content(self, split: str, index: int) -> dict[str, Any]:
         """Return the content of the game's file."""
@@ -107,7 +112,7 @@ class OfficialPanels:
             "split": split,
             "index": index,
             "task": game.task,
-            "family": game.goal.family,
+            "group": game.goal.family,
             "thing": game.goal.thing,
             "target": game.goal.target,
             "content_hash": file.content_hash,
@@ -162,21 +167,49 @@ _HOW = (
 
 
 def _scan(root: Path) -> tuple[Mapping[str, tuple[GameFile, ...]], list[Skipped]]:
-    panels: dict[str, tuple[GameFile, ...]] = {}
+    listed = [path for split in SPLITS for path in sorted((root / split).rglob(GAME_FILE))]
+    panels: dict[str, list[GameFile]] = {}
     skipped: list[Skipped] = []
-    for split in SPLITS:
-        found = []
-        for path in sorted((root / split).rglob(GAME_FILE)):
+    for path, (content_hash, kind, reason) in zip(listed, _examine(root, listed), strict=True):
+        if kind:
+            skipped.append(Skipped(path, kind, reason))
+        else:
             game_id = path.parent.relative_to(root).as_posix()
-            try:
-                content = _read(path, game_id)
-                found.append(GameFile(game_id, path, parse_game(content).content_hash))
-            except GameFileError as error:
-                skipped.append(Skipped(path, error.kind, str(error)))
-        if found:
-            found.sort(key=lambda file: hashlib.sha256(file.id.encode()).digest())
-            panels[split] = tuple(found)
-    return panels, skipped
+            panels.setdefault(game_id.partition("/")[0], []).append(GameFile(game_id, path, content_hash))
+    for found in panels.values():
+        found.sort(key=lambda file: hashlib.sha256(file.id.encode()).digest())
+    return {split: tuple(found) for split, found in panels.items()}, skipped
+
+
+def _examine(root: Path, paths: Sequence[Path]) -> list[list[str]]:
+    """Return [content hash, "", ""] of every game, or ["", kind, reason] of one that is left out."""
+    digest = hashlib.blake2b(f"alfworld/{VERSION}".encode(), digest_size=16)
+    for path in paths:
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + _hash_file(path))
+    index = cache_folder("alfworld") / f"{digest.hexdigest()}.json"
+
+    def build(unfinished: Path) -> None:
+        unfinished.write_text(json.dumps([_judge(root, path) for path in paths]), encoding="utf-8")
+
+    try:
+        return json.loads(build_once(index, build).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no cache can be written, or its disk is damaged: games are what counts
+        return [_judge(root, path) for path in paths]
+
+
+def _hash_file(path: Path) -> bytes:
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+    except OSError as error:
+        return str(error).encode()
+
+
+def _judge(root: Path, path: Path) -> list[str]:
+    try:
+        content = _read(path, path.parent.relative_to(root).as_posix())
+        return [parse_game(content).content_hash, "", ""]
+    except GameFileError as error:
+        return ["", error.kind, str(error)]
 
 
 def _read(path: Path, game_id: str) -> dict[str, Any]:
@@ -204,5 +237,5 @@ def _warn(root: Path, skipped: list[Skipped]) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _load(path: Path) -> Game:
+def _load(path: Path, content_hash: str) -> Game:
     return load_game(path)

@@ -72,7 +72,7 @@ class GeneratedPanels:
             "split": split,
             "index": index,
             "task": game.task,
-            "family": game.goal.family,
+            "group": game.goal.family,
             "thing": game.goal.thing,
             "target": game.goal.target,
             "contents": {name: list(inside) for name, inside in game.scene.start.items()},

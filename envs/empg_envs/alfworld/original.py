@@ -108,7 +108,7 @@ class OriginalEnv:
     def _info(self, state: Any) -> dict[str, Any]:
         return {
             "task": self._task["task"],
-            "family": self._task["family"],
+            "group": self._task["group"],
             "admissible": list(state["admissible_commands"]),
             "won": bool(state["won"]),
         }

@@ -9,10 +9,11 @@ from empg_envs.alfworld.generator import GeneratedPanels
 from empg_envs.alfworld.rooms import PRESETS
 from empg_envs.base import ActionParser, Message, ParsedAction, PlainPrompts, PromptBuilder
 from empg_envs.household import commands
-from empg_envs.household.prompt import AlfworldPrompts, LineParser
+from empg_envs.household.prompt import AlfworldPrompts, LineParser, quote_commands
 from empg_envs.household.tables import LAMP
 from empg_envs.household.texts import HELP, NOTHING_HAPPENS
 from empg_envs.tags import TagParser
+from empg_envs.template import TemplatePrompts
 
 STYLES = ("verl", "compact")
 PARSERS = ("tags", "line")
@@ -24,7 +25,9 @@ _BANNER = "-= Welcome to TextWorld, ALFRED! =-"
 _MAX_NUMBER = 20  # largest number of instances of one class in a generated room
 
 
-def make_prompts(style: str = "verl", list_admissible: bool = True, parser: str = "tags") -> PromptBuilder:
+def make_prompts(
+    style: str = "verl", list_admissible: bool = True, parser: str = "tags", template: str | None = None
+) -> PromptBuilder:
     """Build the prompt builder.
 
     Args:
@@ -34,18 +37,27 @@ def make_prompts(style: str = "verl", list_admissible: bool = True, parser: str 
         own tokenizer.
       list_admissible: whether ``verl`` prompts list the admissible commands (without ``help``).
       parser: the parser of the answers; a ``verl`` prompt asks for its format.
+      template: file with a prompt in place of ``verl``'s own words; see `empg_envs.template`. The admissible
+        commands are ``{admissible_actions}``.
 
     Raises:
-      ValueError: an unknown style or parser.
+      ValueError: an unknown style or parser, or a template that cannot be used.
     """
     _check("parser", parser, PARSERS)
     _check("prompt style", style, STYLES)
     if style == "compact":
+        if template is not None:
+            raise ValueError("an alfworld template goes with style 'verl', not 'compact'")
         return CompactPrompts()
-    return AlfworldPrompts(list_admissible, "tags" if parser == "tags" else "plain", _ROLE)
+    usual = AlfworldPrompts(list_admissible, "tags" if parser == "tags" else "plain", _ROLE)
+    if template is None:
+        return usual
+    return TemplatePrompts(template, usual, ("admissible_actions", quote_commands))
 
 
-def make_parser(parser: str = "tags", *, style: str = "verl", list_admissible: bool = True) -> ActionParser:
+def make_parser(
+    parser: str = "tags", *, style: str = "verl", list_admissible: bool = True, template: str | None = None
+) -> ActionParser:
     """Build the action parser; it accepts the options of `make_prompts`.
 
     Args:
@@ -53,6 +65,7 @@ def make_parser(parser: str = "tags", *, style: str = "verl", list_admissible: b
         lower-cased and with single blanks. It is valid if it follows the grammar of either release.
       style: ignored; it only affects the prompts.
       list_admissible: ignored; it only affects the prompts.
+      template: ignored; it only affects the prompts.
 
     Raises:
       ValueError: an unknown parser.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,18 +35,33 @@ def _import_bm25s() -> Any:
 bm25s = _import_bm25s()
 
 
+def _index(passages: Iterable[Passage], k1: float, b: float) -> Any:
+    """Index passages; their words become numbers one passage at a time: texts take much more memory."""
+    numbers: dict[str, int] = {}
+    found = [[numbers.setdefault(word, len(numbers)) for word in index_words(each)] for each in passages]
+    engine = bm25s.BM25(method="lucene", k1=k1, b=b)
+    engine.index((found, numbers), show_progress=False)
+    return engine
+
+
 class NumpyBm25:
     """BM25 (Lucene's variant) with the whole index in NumPy arrays.
 
     Only passages that share a term with the query are found. Passages of equal score keep the corpus order.
     """
 
-    def __init__(self, passages: Sequence[Passage], *, k1: float = K1, b: float = B) -> None:
-        """Build the index; ``k1`` and ``b`` are BM25's parameters."""
+    def __init__(
+        self, passages: Sequence[Passage], *, k1: float = K1, b: float = B, folder: Path | None = None
+    ) -> None:
+        """Build the index, or open the one in a folder (`build`); ``k1`` and ``b`` are BM25's parameters."""
         self._passages = passages
-        self._engine = bm25s.BM25(method="lucene", k1=k1, b=b)
-        self._engine.index([index_words(passage) for passage in passages], show_progress=False)
+        self._engine = _index(passages, k1, b) if folder is None else bm25s.BM25.load(folder, mmap=True)
         self._ids: dict[str, int] = self._engine.vocab_dict
+
+    @staticmethod
+    def build(passages: Iterable[Passage], folder: Path, *, k1: float = K1, b: float = B) -> None:
+        """Write the index of these passages to a new folder."""
+        _index(passages, k1, b).save(folder, show_progress=False)
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """Return the best passages for each query; see `Retriever`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import tantivy
 
@@ -17,24 +18,41 @@ class TantivyBm25:
 
     _FIELD = "terms"
 
-    def __init__(self, passages: Sequence[Passage]) -> None:
-        """Build the index in memory."""
+    def __init__(self, passages: Sequence[Passage], *, folder: Path | None = None) -> None:
+        """Build the index in memory, or open the one in a folder (`build`)."""
         self._passages = passages
+        self._schema = self._make_schema()
+        if folder is None:
+            index = tantivy.Index(self._schema)
+            self._fill(index, passages)
+        else:
+            index = tantivy.Index(self._schema, path=str(folder))
+        self._searcher = index.searcher()
+
+    @classmethod
+    def build(cls, passages: Iterable[Passage], folder: Path) -> None:
+        """Write the index of these passages to a new folder."""
+        folder.mkdir()
+        cls._fill(tantivy.Index(cls._make_schema(), path=str(folder)), passages)
+
+    @classmethod
+    def _make_schema(cls) -> tantivy.Schema:
         builder = tantivy.SchemaBuilder()
         # The indexed text consists of analyzed terms, separated by blanks.
-        builder.add_text_field(self._FIELD, tokenizer_name="whitespace")
+        builder.add_text_field(cls._FIELD, tokenizer_name="whitespace")
         builder.add_unsigned_field("number", stored=True)
-        schema = builder.build()
-        index = tantivy.Index(schema)
+        return builder.build()
+
+    @classmethod
+    def _fill(cls, index: tantivy.Index, passages: Iterable[Passage]) -> None:
         writer = index.writer(num_threads=1)
         for number, passage in enumerate(passages):
             writer.add_document(
-                tantivy.Document(**{self._FIELD: [" ".join(index_words(passage))], "number": number})
+                tantivy.Document(**{cls._FIELD: [" ".join(index_words(passage))], "number": number})
             )
         writer.commit()
+        writer.wait_merging_threads()
         index.reload()
-        self._schema = schema
-        self._searcher = index.searcher()
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """Return the best passages for each query; see `Retriever`."""

@@ -26,10 +26,10 @@ class DeepSearchEnv:
     answer ends the episode with reward 1.0 if it matches a golden answer exactly after normalization, else
     0.0. A failure of the search engine raises an exception, so that such an episode is lost but not scored.
 
-    ``info`` contains ``task`` (the question), ``won``, ``tools`` (the available ones) and ``metrics``
-    (``exact_match``, ``sub_match``, ``f1``, ``answered``, ``searches``, ``opens``, and ``exact_match_GROUP``
-    for grouped questions). In embedded worlds it also contains ``admissible``: tool calls about names that
-    the agent has seen.
+    ``info`` contains ``task`` (the question), ``group`` (its data set, or its number of hops), ``won``,
+    ``tools`` (the available ones) and ``metrics`` (``exact_match``, ``sub_match``, ``f1``, ``answered``,
+    ``searches`` and ``opens``). In embedded worlds it also contains ``admissible``: tool calls about names
+    that the agent has seen.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class DeepSearchEnv:
             `empg_envs.deepsearch.questions.make_panels`. None selects the embedded worlds.
           corpus: wiki-18-format file with the passages.
           retriever: ``bm25s`` (default for a corpus), ``builtin``, ``tantivy``, or ``remote``.
-          retriever_options: keyword arguments of the retriever.
+          retriever_options: keyword arguments of the retriever. With ``index_dir``, ``bm25s`` and ``tantivy``
+            keep their index in that folder, where all workers share it; see `empg_envs.deepsearch.ondisk`.
           topk: number of passages that a search shows.
           max_turns: number of steps after which an episode is truncated. The default is the level's limit, or
             4 for files.
@@ -245,16 +246,13 @@ class DeepSearchEnv:
             "searches": float(self._searches),
             "opens": float(self._opens),
         }
-        if question.group:
-            metrics[f"exact_match_{question.group}"] = exact
         info: dict[str, Any] = {
             "task": question.text,
+            "group": question.group,
             "won": exact == 1.0,
             "tools": list(self._tools),
             "metrics": metrics,
         }
-        if question.group:
-            info["group"] = question.group
         if self._task.puzzle is not None:
             calls = expert.list_calls(self._task, self._shown, OPEN in self._tools)
             info["admissible"] = sorted(map(str, calls))

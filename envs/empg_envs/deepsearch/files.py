@@ -40,6 +40,17 @@ def find_file(path: str) -> Path:
         raise DataError(f"{path}: the hub did not give this file: {error}") from error
 
 
+def stamp_of(path: str) -> tuple[str, int, int, int]:
+    """Return what changes with a file, and may stand for its content: its path, size, time and inode.
+
+    Raises:
+      DataError: there is no such file.
+    """
+    source = find_file(path).resolve()
+    status = source.stat()
+    return str(source), status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects of a JSON-lines file with their places (``FILE line N``) for error messages.
 

@@ -7,10 +7,10 @@ import functools
 import importlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from empg_envs.deepsearch.files import DataError, read_rows, require_text
+from empg_envs.deepsearch.files import DataError, read_rows, require_text, stamp_of
 
 MAX_TOPK = 100
 EXTRA = ".[deepsearch]"
@@ -104,25 +104,38 @@ def make_retriever(name: str, passages: Sequence[Passage] | None = None, **optio
     if (passages is None) != (name == "remote"):
         needs = "has its own corpus on the server" if name == "remote" else "needs a corpus"
         raise ValueError(f"retriever {name!r} {needs}")
+    build = find_retriever(name)
+    retriever: Retriever = build(**options) if passages is None else build(passages, **options)
+    return retriever
+
+
+def find_retriever(name: str) -> Any:
+    """Return the class of a retriever.
+
+    Raises:
+      ValueError: a package is not installed.
+    """
     module, attribute = RETRIEVERS[name]
     try:
-        build = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"retriever {name!r} needs the package {error.name!r}: in the clone: pip install -e '{EXTRA}', "
             "or use retriever 'builtin'"
         ) from error
-    retriever: Retriever = build(**options) if passages is None else build(passages, **options)
-    return retriever
 
 
 def read_corpus(path: str) -> list[Passage]:
+    """Read a whole corpus; see `iterate_corpus`."""
+    return list(iterate_corpus(path))
+
+
+def iterate_corpus(path: str) -> Iterator[Passage]:
     """Read a corpus: JSON lines, also gzipped, with ``id`` and ``contents`` (or ``title`` and ``text``).
 
     Raises:
       DataError: a line is malformed or repeats an id, or the file is empty.
     """
-    passages = []
     seen: dict[str, str] = {}
     for place, row in read_rows(path):
         key = require_text(row, "id", place)
@@ -130,13 +143,12 @@ def read_corpus(path: str) -> list[Passage]:
             raise DataError(f"{place}: id {key!r} occurs before, in {seen[key]}")
         seen[key] = place
         if "contents" in row:
-            passages.append(parse_contents(key, require_text(row, "contents", place)))
+            yield parse_contents(key, require_text(row, "contents", place))
         else:
             title, text = require_text(row, "title", place), require_text(row, "text", place)
-            passages.append(Passage(key, title, text, is_quoted=False))
-    if not passages:
+            yield Passage(key, title, text, is_quoted=False)
+    if not seen:
         raise DataError(f"{path}: no passages; expected one JSON object per line")
-    return passages
 
 
 def parse_contents(key: str, contents: str) -> Passage:
@@ -175,7 +187,11 @@ def _fold(text: str) -> str:
     return "".join(character for character in decomposed if not unicodedata.combining(character))
 
 
-@functools.lru_cache(maxsize=8)
 def load_corpus(path: str) -> tuple[Passage, ...]:
     """Read a corpus once per process (`read_corpus`), because a worker's environments share it."""
+    return _load_corpus(path, stamp_of(path))
+
+
+@functools.lru_cache(maxsize=8)
+def _load_corpus(path: str, stamp: object) -> tuple[Passage, ...]:
     return tuple(read_corpus(path))

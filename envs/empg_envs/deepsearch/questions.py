@@ -16,7 +16,6 @@ from typing import Any
 from empg_envs.deepsearch.files import DataError, read_rows, require_text
 
 TRAIN = "train"
-IN_DOMAIN, OUT_OF_DOMAIN = "in_domain", "out_of_domain"
 _SHARES = {TRAIN: (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0)}
 
 
@@ -28,7 +27,7 @@ class Question:
       id: id in the question's file.
       text: the question.
       golden_answers: accepted answers; one match is enough.
-      group: group of the reported scores (``in_domain``, ``out_of_domain``, or a data set's name).
+      group: group of the reported scores: a data set's name, or a number of hops.
       metadata: other JSON-able fields of the file.
     """
 
@@ -56,10 +55,15 @@ class Question:
 def read_questions(path: str, group: str = "") -> list[Question]:
     """Read a question file.
 
+    Args:
+      path: the file.
+      group: the questions' group; the default is the file's name without its endings.
+
     Raises:
       DataError: a line is malformed, or the file is empty.
     """
     questions = []
+    group = group or path.rpartition("/")[2].partition(".")[0]
     for place, row in read_rows(path):
         answers = row.get("golden_answers")
         if isinstance(answers, str):
@@ -151,8 +155,8 @@ def make_panels(files: str | Sequence[str] | Mapping[str, Any]) -> Panels:
     Args:
       files: one file or several, which are split by hash into train, valid and test; or a mapping from the
         name of a panel to its file or files. Such a name may contain a group after a colon
-        (``test:hotpotqa``), under which its scores are reported. The default group is ``out_of_domain`` for
-        a panel whose name ends in ``_ood``, else ``in_domain``.
+        (``test:hotpotqa``), under which success is also reported by itself. The default group is the name of
+        the question's file.
 
     Raises:
       DataError: a file is malformed, or a panel is empty.
@@ -162,9 +166,7 @@ def make_panels(files: str | Sequence[str] | Mapping[str, Any]) -> Panels:
         for name, paths in files.items():
             split, _, group = str(name).partition(":")
             panels.setdefault(split, []).extend(
-                question
-                for path in _as_list(paths)
-                for question in read_questions(path, group or _usual_group(split))
+                question for path in _as_list(paths) for question in read_questions(path, group)
             )
         return Panels(panels)
     pooled = [question for path in _as_list(files) for question in read_questions(path)]
@@ -176,8 +178,10 @@ def make_panels(files: str | Sequence[str] | Mapping[str, Any]) -> Panels:
     return Panels({split: questions for split, questions in by_split.items() if questions})
 
 
-def _usual_group(split: str) -> str:
-    return OUT_OF_DOMAIN if split.endswith("_ood") else IN_DOMAIN
+def list_files(files: str | Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return all files that `make_panels` would read."""
+    named = files.values() if isinstance(files, Mapping) else [files]
+    return [path for paths in named for path in _as_list(paths)]
 
 
 def _as_list(paths: str | Sequence[str]) -> list[str]:

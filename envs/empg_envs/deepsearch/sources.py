@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 from empg_envs.deepsearch import worlds
 from empg_envs.deepsearch.bm25 import BuiltinBm25
+from empg_envs.deepsearch.files import stamp_of
+from empg_envs.deepsearch.ondisk import open_index
 from empg_envs.deepsearch.passages import Passage, Retriever, load_corpus, make_retriever
-from empg_envs.deepsearch.questions import Panels, Question, make_panels
+from empg_envs.deepsearch.questions import Panels, Question, list_files, make_panels
 from empg_envs.deepsearch.tables import KIND_OF_VALUE, LEVELS, Level
 from empg_envs.deepsearch.texts import TEXTS, Texts
 
@@ -126,18 +128,29 @@ def open_files(
             "deepsearch questions need passages: set corpus (a wiki-18 file), or retriever 'remote' with "
             "retriever_options {'urls': ['http://127.0.0.1:8000/retrieve']}"
         )
-    panels = _load_panels(json.dumps(questions))
-    return FileSource(panels, _load_retriever(name, corpus, json.dumps(dict(retriever_options or {}))))
+    # A file that was changed is read again.
+    panels = _load_panels(json.dumps(questions), tuple(map(stamp_of, list_files(questions))))
+    options = json.dumps(dict(retriever_options or {}))
+    stamp = None if corpus is None else stamp_of(corpus)
+    return FileSource(panels, _load_retriever(name, corpus, options, stamp))
 
 
 @functools.lru_cache(maxsize=8)
-def _load_panels(questions: str) -> Panels:
+def _load_panels(questions: str, stamps: object) -> Panels:
     return make_panels(json.loads(questions))
 
 
 @functools.lru_cache(maxsize=8)
-def _load_retriever(name: str, corpus: str | None, options: str) -> Retriever:
-    return make_retriever(name, None if corpus is None else load_corpus(corpus), **json.loads(options))
+def _load_retriever(name: str, corpus: str | None, options: str, stamp: object) -> Retriever:
+    chosen = json.loads(options)
+    folder = chosen.pop("index_dir", None)
+    if folder is None:
+        return make_retriever(name, None if corpus is None else load_corpus(corpus), **chosen)
+    if corpus is None:
+        raise ValueError(
+            f"index_dir={folder} keeps the index of a corpus, but retriever {name!r} has none here"
+        )
+    return open_index(name, corpus, folder, **chosen)[0]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -21,7 +21,7 @@ import json
 import operator
 from collections.abc import Iterator
 
-from empg_envs.deepsearch.questions import IN_DOMAIN, OUT_OF_DOMAIN, Question
+from empg_envs.deepsearch.questions import Question
 from empg_envs.deepsearch.tables import KIND_OF_VALUE, LEVELS, NAMES, RELATIONS, Level
 from empg_envs.draw import Draw
 
@@ -57,13 +57,14 @@ class Puzzle:
         return things
 
     def to_question(self, split: str, index: int, text: str) -> Question:
-        """Return the question as a `Question`."""
+        """Return the question as a `Question`; its group is the number of links to follow."""
+        hops = len(self.relations)
         return Question(
             id=f"{split}-{index}",
             text=text,
             golden_answers=(self.chain[-1],),
-            group=OUT_OF_DOMAIN if split == "test_ood" else IN_DOMAIN,
-            metadata={"type": "bridge", "hops": len(self.relations), "supporting_titles": self.chain[:-1]},
+            group=f"{hops}-hop",
+            metadata={"type": "bridge", "hops": hops, "supporting_titles": self.chain[:-1]},
         )
 
 

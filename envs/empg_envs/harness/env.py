@@ -42,8 +42,8 @@ class HarnessEnv:
 
     Args:
       command: the program and its arguments; no shell reads them.
-      tasks: JSON lines, one task each; ``"split"`` in a task says ``train`` or ``test``. Without any split,
-        every fifth task is a test task. None: the tasks are numbers.
+      tasks: JSON lines, one task each; ``"split"`` in a task says ``train`` or ``test``, and ``"group"`` its
+        kind. Without any split, every fifth task is a test task. None: the tasks are numbers.
       num_tasks: number of tasks of each split where there is no file.
       scorer: ``package.module:function`` that gives the reward in place of the last line. It gets the task
         and the program's output, and returns a number, or a dict like that line.
@@ -201,7 +201,8 @@ class HarnessEnv:
     def _observe(self, call: Call) -> tuple[str, dict[str, Any]]:
         self._call = call
         task = json.dumps(self._task, ensure_ascii=False)
-        info = {"task": task, "messages": call.messages, "tools": call.tools, "won": False}
+        group = str(self._task.get("group") or "")
+        info = {"task": task, "group": group, "messages": call.messages, "tools": call.tools, "won": False}
         return call.messages[-1]["content"], info
 
     def _score(self) -> dict[str, Any]:

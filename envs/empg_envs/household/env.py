@@ -69,7 +69,7 @@ class GeneratedPanels:
             "split": split,
             "index": index,
             "task": game.task,
-            "family": game.goal.family,
+            "group": game.goal.family,
             "thing": game.goal.thing,
             "target": game.goal.target,
             "rooms": {room: list(names) for room, names in game.scene.rooms.items()},

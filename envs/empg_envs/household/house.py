@@ -206,7 +206,7 @@ class HouseEnv:
         self._reached = before | self._game.goal.milestones(self._world)
         return {
             "task": self._game.task,
-            "family": self._game.goal.family,
+            "group": self._game.goal.family,
             "admissible": self._grammar.spell(self._world.admissible()),
             "won": won,
             "milestone": self._reached != before,

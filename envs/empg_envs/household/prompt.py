@@ -167,8 +167,12 @@ class AlfworldPrompts(PlainPrompts):
     def _offer(self, info: Mapping[str, Any]) -> list[str]:
         if not self._list_admissible:
             return []
-        listed = "\n ".join(f"'{command}'" for command in _offered(info))
-        return [f"Admissible commands now: [{listed}]."]
+        return [f"Admissible commands now: [{quote_commands(info)}]."]
+
+
+def quote_commands(info: Mapping[str, Any]) -> str:
+    """Return the admissible commands but ``help``, each in quotes on a line of its own."""
+    return "\n ".join(f"'{command}'" for command in _offered(info))
 
 
 def _offered(info: Mapping[str, Any]) -> list[str]:

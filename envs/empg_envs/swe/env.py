@@ -29,9 +29,9 @@ class SweEnv:
     1.0 if the task is solved, else 0.0. At the limit of turns or time the episode is truncated with reward
     0.0, unless ``submit_at_limit`` is set.
 
-    ``info`` contains ``task`` (the problem statement), ``instance_id``, ``repo`` and ``won``. After the
-    grading it also contains ``reason`` and ``metrics`` (shares of tests with the wanted status, and whether
-    the grade is suspect). A patch that tampers with its judge has the reward 0.0 and ``outcome`` ``suspect``,
+    ``info`` contains ``task`` (the problem statement), ``instance_id``, ``group`` (the repository), ``won``,
+    and after the grading ``reason`` and ``metrics`` (shares of tests with the wanted status, and whether the
+    grade is suspect). A patch that tampers with its judge has the reward 0.0 and ``outcome`` ``suspect``,
     with the signs of it in ``detail``; see `empg_envs.swe.judge`.
     """
 
@@ -260,7 +260,7 @@ class SweEnv:
         info: dict[str, Any] = {
             "task": self._task.problem_statement,
             "instance_id": self._task.instance_id,
-            "repo": self._task.repo,
+            "group": self._task.repo,
             "won": won,
         }
         if grade is not None:

@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from empg_envs.cache import cache_folder
 from empg_envs.swe import patches
 from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.tree import Tree, content_hash, read_archive, read_folder
@@ -173,18 +173,29 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise TaskError(f"cannot read the tasks file {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"the tasks file {str(path)!r} is no text in UTF-8 ({error})") from None
     if text.lstrip().startswith("["):
-        yield from json.loads(text)
+        listed = enumerate(_parse_json(text, str(path)))
+        yield from (_as_row(row, f"{path}: entry {number} of the list") for number, row in listed)
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise TaskError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise TaskError(f"{path}:{number}: expected an object, not {type(row).__name__}")
-            yield row
+            place = f"{path}:{number}"
+            yield _as_row(_parse_json(line, place), place)
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{place}: not JSON ({error})") from None
+
+
+def _as_row(row: Any, place: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise TaskError(f"{place}: expected an object, not {type(row).__name__}")
+    return row
 
 
 def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
@@ -196,7 +207,7 @@ def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
         10 % valid, 20 % test.
 
     Raises:
-      TaskError: a file cannot be read or contains no task, or an id occurs twice.
+      TaskError: a file cannot be read or contains no task, an id occurs twice, or a task has no broken test.
     """
     panels: dict[str, list[Task]] = {}
     if isinstance(tasks, Mapping):
@@ -209,7 +220,7 @@ def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
     panels = {split: found for split, found in panels.items() if found}
     if not panels:
         raise TaskError(f"no task in {tasks!r}")
-    _check_unique(panels.values())
+    _check(panels.values())
     _add_second_bugs(panels)
     order = {split: number for number, split in enumerate(SPLITS)}
     return dict(sorted(panels.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
@@ -221,9 +232,13 @@ def hashed_split(instance_id: str) -> str:
     return "test" if tenth < 2 else "valid" if tenth == 2 else "train"
 
 
-def _check_unique(panels: Iterable[list[Task]]) -> None:
+def _check(panels: Iterable[list[Task]]) -> None:
     seen: set[str] = set()
     for task in (task for panel in panels for task in panel):
+        if not task.fail_to_pass and task.expected is None:
+            raise TaskError(
+                f"task {task.instance_id!r}: FAIL_TO_PASS names no test, so that it can never be resolved"
+            )
         if task.instance_id in seen:
             raise TaskError(f"task {task.instance_id!r} occurs twice")
         seen.add(task.instance_id)
@@ -245,7 +260,7 @@ def _add_second_bugs(panels: dict[str, list[Task]]) -> None:
 
 def default_sources() -> Path:
     """Return the default folder of source archives, below ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "empg-jax" / "swe"
+    return cache_folder("swe")
 
 
 def broken_tree(task: Task, sources: str | Path | None = None) -> Tree:

@@ -44,9 +44,10 @@ class WebShopEnv:
     """A shop where the agent searches a product, chooses its options and buys it.
 
     The reward of a purchase is WebShop's score in [0, 1]; every other step gives 0. ``info`` contains
-    ``task``, ``won`` (score 1.0), ``admissible``, ``clickables`` in page order, ``has_search``, ``tagger``
-    (name of the noun tagger) and ``metrics`` with ``task_score``, which is WebShop's score even if
-    ``win_reward`` changes the reward.
+    ``task``, ``group`` (the department of the goal's product), ``won`` (score 1.0), ``admissible``,
+    ``clickables`` in page order, ``has_search``, ``tagger`` (name of the noun tagger) and ``metrics`` with
+    ``task_score``, which is WebShop's score even if ``win_reward`` changes the reward, and ``tagger_NAME``
+    (1), so that metrics and summaries say which tagger scored them.
     """
 
     threads = False  # all instances share the catalog's caches; nothing here waits, so threads gain nothing
@@ -261,12 +262,13 @@ class WebShopEnv:
     def _info(self, visit: Visit, score: float) -> dict[str, Any]:
         return {
             "task": visit.goal.instruction,
+            "group": visit.goal.department,
             "won": score == 1.0,
             "admissible": sorted(set(self._style.admissible(visit))),
             "clickables": visit.clickables(),
             "has_search": visit.page is Page.SEARCH,
             "tagger": self.shop.tagger.name,
-            "metrics": {"task_score": score},
+            "metrics": {"task_score": score, f"tagger_{self.shop.tagger.name}": 1.0},
         }
 
 

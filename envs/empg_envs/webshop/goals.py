@@ -99,6 +99,8 @@ def human_goals(
     Raises:
       BadRow: a field of an instruction is missing.
     """
+    if not isinstance(entries, list | tuple) or not all(isinstance(entry, dict) for entry in entries):
+        raise BadRow(f"human instructions must be a list of objects, not {entries!r:.80}")
     for entry in entries:
         attributes = tuple(_texts(entry, "instruction_attributes"))
         if not attributes:

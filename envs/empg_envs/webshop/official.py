@@ -1,24 +1,21 @@
 """Catalogs from WebShop's own data files, which are read as a stream and built once.
 
 Malformed rows are left out and counted, and the first of them are named. The finished catalog is stored in a
-cache folder under a name that depends on the files and options. The first process that needs a catalog builds
-it under a temporary name and renames it when it is complete; other processes wait.
+cache folder under a name that depends on the files and options (`empg_envs.cache`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import random
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from empg_envs.cache import build_once, cache_folder
 from empg_envs.webshop.files import Files, MissingData
 from empg_envs.webshop.goals import PRICE_SEED, draw_price, human_goals, synthetic_goals
 from empg_envs.webshop.schema import BadRow, read_product
@@ -44,7 +41,7 @@ def load(files: Files, cache_dir: str | None = None, *, build_large: bool = Fals
       ValueError: a file is no JSON of the expected form, or contains no goal.
       OSError: the cache folder cannot be written.
     """
-    folder = Path(cache_dir) if cache_dir else _default_cache()
+    folder = Path(cache_dir) if cache_dir else cache_folder("webshop")
     path = folder / f"{_fingerprint(files)}.sqlite"
     if path.exists():
         return open_store(path)
@@ -54,16 +51,7 @@ def load(files: Files, cache_dir: str | None = None, *, build_large: bool = Fals
             f"python -m empg_envs.webshop {files.products.parent} --size full "
             f"--goals {'human' if files.human else 'synthetic'} once"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
-        if not path.exists():
-            unfinished = path.with_suffix(f".{os.getpid()}.part")
-            try:
-                _build(files, unfinished)
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
-    return open_store(path)
+    return open_store(build_once(path, lambda unfinished: _build(files, unfinished)))
 
 
 def _build(files: Files, path: Path) -> None:
@@ -131,15 +119,3 @@ def _fingerprint(files: Files) -> str:
             file.seek(max(status.st_size - _SAMPLE, 0))
             digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:24]
-
-
-def _default_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "empg-jax" / "webshop"
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

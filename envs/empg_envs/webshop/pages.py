@@ -86,7 +86,8 @@ def _detail(visit: Visit) -> Iterator[str]:
     if visit.detail == "description":
         yield product.description
     elif visit.detail == "features":
-        yield from product.bullets
+        # The original's template has a blank before each, so that an empty bullet is a segment, too.
+        yield from (f" {bullet}" for bullet in product.bullets)
 
 
 def _receipt(visit: Visit, reward: Reward) -> Iterator[str]:

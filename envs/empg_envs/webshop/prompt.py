@@ -7,6 +7,7 @@ from typing import Any
 
 from empg_envs.base import ActionParser, Message, ParsedAction, PlainPrompts, PromptBuilder, quote_turns
 from empg_envs.tags import TagParser
+from empg_envs.template import TemplatePrompts
 from empg_envs.webshop import assortment as words
 from empg_envs.webshop.actions import SEARCH, parse_action
 from empg_envs.webshop.pages import SEPARATOR
@@ -32,20 +33,30 @@ _ANSWER = {
 }
 
 
-def make_prompts(style: str = "terse", parser: str = "plain") -> PromptBuilder:
+def make_prompts(style: str = "terse", parser: str = "plain", template: str | None = None) -> PromptBuilder:
     """Build the prompt builder that fits an environment's style.
 
     Args:
       style: ``terse`` (only the observation) or ``page`` (role, request, page, admissible actions).
       parser: the parser of the answers; the instructions ask for its format.
+      template: file with a prompt in place of the style ``page``'s own words; see `empg_envs.template`. The
+        actions at hand are ``{available_actions}``.
 
     Raises:
-      ValueError: the style or parser is unknown, or ``terse``, which has no instructions, is combined with
-        ``tags``.
+      ValueError: the style or parser is unknown, ``terse``, which has no instructions, is combined with
+        ``tags``, or a template cannot be used.
     """
     _check(style, parser)
     if style == "page":
-        return PagePrompts(parser)
+        usual = PagePrompts(parser)
+        if template is None:
+            return usual
+        show = lambda observation, info: quote_page(observation, info["task"])  # noqa: E731
+        return TemplatePrompts(
+            template, usual, ("available_actions", quote_actions), show, MAX_PROMPT_CHARACTERS
+        )
+    if template is not None:
+        raise ValueError("a webshop template goes with style 'page', not 'terse'")
     if parser == "tags":
         raise ValueError(
             "webshop style 'terse' gives no instructions, so it needs parser 'plain', not 'tags'"
@@ -53,12 +64,13 @@ def make_prompts(style: str = "terse", parser: str = "plain") -> PromptBuilder:
     return PlainPrompts()
 
 
-def make_parser(parser: str = "plain", *, style: str = "terse") -> ActionParser:
+def make_parser(parser: str = "plain", *, style: str = "terse", template: str | None = None) -> ActionParser:
     """Build the action parser; it accepts the options of `make_prompts`.
 
     Args:
       parser: ``plain`` (the first line) or ``tags`` (think and action tags).
       style: the style whose grammar a valid plain answer follows.
+      template: ignored; it only affects the prompts.
 
     Raises:
       ValueError: the style or parser is unknown.
@@ -129,10 +141,9 @@ class PagePrompts(PlainPrompts):
         return [{"role": "user", "content": content}]
 
     def _now(self, observation: str, info: Mapping[str, Any]) -> list[str]:
-        offered = "\n".join(f"'{action}'," for action in offered_actions(info))
         return [
             f"The page now: {quote_page(observation, info['task'])}",
-            f"Actions that you can take:\n[\n{offered}\n]",
+            f"Actions that you can take:\n[\n{quote_actions(info)}\n]",
             self._answer,
         ]
 
@@ -152,6 +163,11 @@ def offered_actions(info: Mapping[str, Any]) -> list[str]:
     """Return the actions in the order of the page; with a search bar, the search comes first."""
     search = [SEARCH_HINT] if info.get("has_search") else []
     return [*search, *(f"click[{name}]" for name in info.get("clickables", ()) if name != SEARCH)]
+
+
+def quote_actions(info: Mapping[str, Any]) -> str:
+    """Return the actions at hand, each in quotes and with a comma on a line of its own."""
+    return "\n".join(f"'{action}'," for action in offered_actions(info))
 
 
 def phrases(level: str = "tiny", style: str | None = None, **options: Any) -> list[str]:

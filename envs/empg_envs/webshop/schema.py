@@ -97,6 +97,11 @@ class Goal:
     product_category: str
     weight: float = 1.0
 
+    @property
+    def department(self) -> str:
+        """The first category of the product; ``none`` where its data name none."""
+        return self.product_category.partition(CATEGORY_MARK)[0].strip() or "none"
+
     def content_hash(self) -> str:
         """Return the hash of the task: product, task sentence and requirements of the purchase."""
         content = [self.asin, self.instruction, self.attributes, self.price_upper, self.options]
@@ -143,6 +148,8 @@ def read_product(row: Any, attributes: Any) -> Product:
     if not _is_texts(bullets) and not isinstance(bullets, str):
         raise BadRow(f"field 'small_description' must be a text or a list of texts, not {bullets!r}")
     prices, tag = _read_price(row.get("pricing"))
+    if attributes is not None and not isinstance(attributes, dict):
+        raise BadRow(f"the entry in the attribute file must be an object, not {attributes!r:.80}")
     known = attributes.get("attributes", NO_ATTRIBUTES) if isinstance(attributes, dict) else NO_ATTRIBUTES
     if not _is_texts(known):
         raise BadRow(f"field 'attributes' of the attribute file must be a list of texts, not {known!r}")

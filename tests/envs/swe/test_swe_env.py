@@ -69,7 +69,7 @@ def test_the_expert_repairs_through_every_protocol(make: Any, tools: str, tmp_pa
 def test_the_expert_finds_its_way_after_other_actions(make: Any) -> None:
     env = make()
     _, info = env.reset(split="train", index=1)
-    repo = info["repo"]
+    repo = info["group"]
     spoil = f"sed -i '1s/.*/import os/' {repo}.py; echo 1 > new.txt; rm -f tests/*"
     env.step(render_call("execute_bash", cmd=spoil))
     for _ in range(12):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from empg_envs import make_env
 from empg_envs.swe import tasks
 from empg_envs.swe.predictions import append_prediction, prediction, read_predictions, write_predictions
 from empg_envs.swe.tasks import TaskError, broken_tree, load_panels, parse_row
@@ -70,6 +71,25 @@ def test_files_split_by_field_or_hash(tmp_path: Path) -> None:
         load_panels({"a": str(path)})
     with pytest.raises(TaskError, match="cannot read"):
         load_panels(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (json.dumps([ROW, 7]).encode(), r"t\.json: entry 1 of the list: expected an object, not int"),
+        (json.dumps([ROW]).encode()[:-5], r"t\.json: not JSON \("),
+        (b"\xff\xfe\x00", r"t\.json' is no text in UTF-8"),
+        (
+            json.dumps({**ROW, "FAIL_TO_PASS": []}).encode(),
+            "FAIL_TO_PASS names no test, .* never be resolved",
+        ),
+    ],
+)
+def test_files_that_hold_no_tasks_are_told(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "t.json"
+    path.write_bytes(content)
+    with pytest.raises(TaskError, match=says):
+        make_env("swe", tasks=str(path))
 
 
 def test_sources_are_found_by_hash_and_checked(tmp_path: Path) -> None:
