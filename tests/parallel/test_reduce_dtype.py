@@ -69,7 +69,9 @@ def test_the_key_decides(reduce_dtype):
 def test_the_key_decides_for_biases_adapters_and_experts(reduce_dtype):
     config = load_config("quickstart", ["model.dtype=bfloat16", f"model.reduce_dtype={reduce_dtype}"])
     model = make_model(config, make_language(config).tokenizer)
-    model = dataclasses.replace(model, num_layers=1, remat="none", scan_layers=False, qkv_bias=True, head_dim=24)
+    model = dataclasses.replace(
+        model, num_layers=1, remat="none", scan_layers=False, qkv_bias=True, head_dim=24
+    )
     model = dataclasses.replace(model, moe=MoeConfig(4, 2, 40), lora=LoraConfig(rank=3))
     lines = gradient_lines(model, make_mesh(fsdp=4))
     biases = types_of(lines, "reduce_sum[axes=(0, 1)", (model.num_heads * model.head_dim,))
