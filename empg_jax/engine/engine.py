@@ -268,8 +268,8 @@ class Engine:
     def place(self, params: Params) -> Params:
         """Copy stacked parameters into this engine's layout and placement.
 
-        Engines of equal model, sizes and mesh may share the copy. Of parameters that are split over hosts it is
-        made layer by layer (`move_in_pieces`).
+        Engines of equal model, sizes and mesh may share the copy. Parameters that are split over hosts come
+        layer by layer (`move_in_pieces`).
         """
         if is_here(params):
             return self._place_piece(params)

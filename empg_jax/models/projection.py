@@ -111,7 +111,7 @@ project.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def add_bias(outputs: Float[Array, "*batch E"], bias: Float[Array, "E"]) -> Float[Array, "*batch E"]:
-    """Add a bias in the type of the outputs; its gradient is added up in the bias's own type, as a kernel's."""
+    """Add a bias in the type of the outputs; its gradient is added up in the bias's own type."""
     return outputs + _row(bias.astype(outputs.dtype), outputs.ndim)
 
 

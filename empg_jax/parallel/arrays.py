@@ -42,10 +42,10 @@ def is_here(tree: Any) -> bool:
 def move_in_pieces(params: Params, place: Callable[[Params], Params]) -> Params:
     """Copy stacked parameters of the learner's mesh to this host piece by piece.
 
-    A piece is one array outside of the layers, or a single layer, whose arrays keep their first axis, of size
-    1. Above what is placed, each device of the mesh holds one piece whole at a time: at the peak one layer and
-    one replica. The arrays outside of the layers may be larger than a layer and come first, while the
-    replica is still small.
+    A piece is one array outside of the layers, or a single layer, whose arrays keep their first axis, of
+    size 1. Above what is placed, each device of the mesh holds one piece whole at a time: at the peak one
+    replica and one layer. The arrays outside of the layers may be larger than a layer and come first, while
+    the replica is still small.
 
     Args:
       params: stacked parameters that are split over hosts.

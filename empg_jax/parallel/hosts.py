@@ -269,9 +269,9 @@ def joined(section: Section, facts: Callable[[], Mapping[str, Any]]) -> Iterator
 def _delay_abort() -> None:
     """Give our own sentence time when the coordinator dies: JAX aborts the process at that moment.
 
-    JAX offers no way to be told in place of it (jaxlib 0.10: a callback of the client ends in another abort).
-    So the signal of an abort goes to the C library's ``sleep``, for as many seconds as its number (6). It needs
-    no lock of Python, and the watch goes on meanwhile and ends the process. After it, the abort takes its way.
+    JAX offers no way to be told in place of it (jaxlib 0.10: a callback of the client ends in another
+    abort). So the signal of an abort goes to the C library's ``sleep``, for as many seconds as its number
+    (6). It needs no lock of Python; the watch goes on meanwhile and ends the process. Else the abort goes on.
     """
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p

@@ -254,6 +254,6 @@ def cache_heads(num_heads: int, num_kv_heads: int, tensor: int) -> int:
 
 
 def cache_heads_here(num_heads: int, num_kv_heads: int, tensor: int) -> int:
-    """Return the number of these heads on each device: its part, or all where the devices do not divide them."""
+    """Return the number of these heads on each device: all where the devices do not divide them."""
     kept = cache_heads(num_heads, num_kv_heads, tensor)
     return kept if kept % tensor else kept // tensor

@@ -2,8 +2,8 @@
 
 A checkpoint holds the train state, the progress (JSON: update, task cursor, phase, counters) and the replay
 buffer. Where adapters are trained, the state holds the adapters alone, and the progress holds the checksum of
-the base below them. A failed write leaves the earlier checkpoints as they were. Every array has a checksum, also where
-it is split over hosts; a damaged checkpoint is skipped with a message.
+the base below them. A failed write leaves the earlier checkpoints as they were. Every array has a checksum,
+also where it is split over hosts; a damaged checkpoint is skipped with a message.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Gradients are computed and added up over devices in the type that the configuration names."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
