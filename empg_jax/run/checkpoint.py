@@ -273,12 +273,12 @@ class Checkpoints:
         told = json.loads(progress.get("checksums", "{}"))  # absent in a checkpoint of an older version
         text = progress["json"] + progress["trajectories"]
         if told.get("text", crc_of(text)) != crc_of(text):
-            raise CheckpointError("the progress is damaged: its checksum does not match")
+            raise _damaged("the progress")
         sums = told.get("sums", {})  # older versions had sums of another kind
         whole = jax.tree.map(lambda leaf: None if is_split(leaf) else leaf, parts["state"])
         for name, tree in (("state", whole), ("buffer", arrays)):
             if (leaf := describe_damage(tree, sums.get(name, {}))) is not None:
-                raise CheckpointError(f"{name}{leaf} is damaged: its checksum does not match")
+                raise _damaged(f"{name}{leaf}")
         trajectories = unpack_trajectories(progress["trajectories"], arrays)
         return Restored(
             int(path.stem), parts["state"], json.loads(progress["json"]), trajectories, sums.get("state", {})
@@ -288,7 +288,7 @@ class Checkpoints:
         """Return what is wrong with the arrays that are split over hosts, or None; all hosts have read it."""
         split = jax.tree.map(lambda leaf: leaf if is_split(leaf) else None, found.state)
         leaf = describe_damage(split, found.sums, self._hosts)
-        return leaf and f"{found.step}: state{leaf} is damaged: its checksum does not match"
+        return leaf and f"{found.step}: {_first_line(_damaged(f'state{leaf}'))}"
 
     def _failure(self, error: Exception) -> CheckpointError:
         kept = f"; usable: {self.steps}" if self.steps else ""
@@ -339,6 +339,10 @@ def _abstract(shapes: Any, shardings: Any) -> Any:
 def _on_host(tree: Any) -> Any:
     """Describe the tree as arrays in the host's memory; nothing is allocated until they are filled."""
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+
+
+def _damaged(what: str) -> CheckpointError:
+    return CheckpointError(f"{what} is damaged: its checksum does not match")
 
 
 def _first_line(error: Exception) -> str:
