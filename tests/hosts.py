@@ -7,7 +7,7 @@ from empg_jax.metrics import read_metrics
 from empg_jax.run.consumed import read_consumed
 from tests import runs
 
-PATIENCE = 300.0  # seconds for a process to get on
+PATIENCE = 600.0  # seconds for a process to get on
 BOTH = [*runs.HOUSE, "mesh.data=2", "sft.updates=0", "eval.tasks=4", "rollout.deterministic=true"]
 SLOW = "env.options.latency=0.2"
 START = """
