@@ -31,7 +31,7 @@ from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, KVCache
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.lora import combine
-from empg_jax.parallel.arrays import to_local
+from empg_jax.parallel.arrays import is_here, move_in_pieces
 from empg_jax.parallel.mesh import make_mesh, replicated
 from empg_jax.types import Params
 
@@ -297,9 +297,15 @@ class Engine:
     def place(self, params: Params) -> Params:
         """Copy stacked parameters into this engine's layout and placement.
 
-        Engines of equal model, sizes and mesh may share the copy.
+        Engines of equal model, sizes and mesh may share the copy. Parameters that are split over hosts come
+        layer by layer (`move_in_pieces`).
         """
-        moved = to_local(params, param_shardings(self._mesh, params, self.model.head_dim))
+        if is_here(params):
+            return self._place_piece(params)
+        return move_in_pieces(params, self._place_piece)
+
+    def _place_piece(self, params: Params) -> Params:
+        moved = jax.device_put(params, param_shardings(self._mesh, params, self.model.head_dim))
         return jax.block_until_ready(self._programs.unstack(moved))
 
     def take_stats(self) -> EngineStats:

@@ -252,7 +252,9 @@ def _cast_and_unstack(model: DecoderConfig, mesh: Mesh, repeats: int, params: Pa
     if repeats > 1:
         params = repeat_kv_heads(params, model.head_dim, repeats)
         params = jax.lax.with_sharding_constraint(params, param_shardings(mesh, params, model.head_dim))
-    placed = unstack_layers(params, model.num_layers)
+    if "layers" not in params:
+        return params
+    placed = unstack_layers(params, len(jax.tree.leaves(params["layers"])[0]))
     if not model.fused_projections:
         return placed
     return placed | {"layers": tuple(map(fuse_projections, placed["layers"]))}

@@ -41,6 +41,7 @@ _LEAF_AXES: dict[str, tuple[int | None, ...]] = {
     },
 }
 _PACKED = SCHEMES["nf4"].leaves
+_SENT = ("kernel", "bias", "lora_a", "lora_b")  # leaves that the computation takes in its own type
 
 
 def param_axes(params: Params, head_dim: int = 1) -> Params:
@@ -70,20 +71,21 @@ def param_shardings(mesh: Mesh, params: Params, head_dim: int) -> Params:
 
 
 def gather_layer(layer: Params, head_dim: int, dtype: Any, reduce_dtype: Any) -> Params:
-    """Return a single layer's parameters as the layer needs them: whole, matrices rounded to ``dtype``.
+    """Return a single layer's parameters as the layer needs them: whole, those of its products in ``dtype``.
 
     Args:
       layer: the layer's parameters, split.
       head_dim: width of a head.
-      dtype: type in which matrices are sent; the computation's is often smaller than the parameter's.
-      reduce_dtype: type in which the gradients of matrices are added up over devices.
+      dtype: type in which matrices and biases are sent; the computation's is often smaller than the
+        parameter's.
+      reduce_dtype: type in which their gradients are added up over devices.
     """
     kept = max(dtype, reduce_dtype, key=lambda each: jnp.dtype(each).itemsize)
 
     def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
         axes = _layer_axes(names, head_dim)
-        if names[-1] != "kernel":
+        if names[-1] not in _SENT:
             return gather_weight(leaf, axes)
         return gather_weight(leaf.astype(kept), axes, dtype)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from empg_jax.models.quantize import SCHEMES, dequantize_module
 from empg_jax.parallel.layout import ACTIVATIONS, current_mesh
@@ -57,13 +57,14 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "E D F"]:
-        """Return all matrices, in ``dtype``."""
+        """Return all matrices: quantized ones in ``dtype``, others as they are kept."""
         for scheme in SCHEMES.values():
             if self.has_variable("params", scheme.leaves[0]):
                 held: Params = {name: self.get_variable("params", name) for name in scheme.leaves}
                 return jax.vmap(lambda module: dequantize_module(module, self.dtype))(held)
         start = nn.initializers.variance_scaling(self.scale, "fan_in", "normal", batch_axis=(0,))
-        return self.param("kernel", start, self.shape, self.param_dtype).astype(self.dtype)
+        kernel: Array = self.param("kernel", start, self.shape, self.param_dtype)
+        return kernel
 
 
 def make_experts(
@@ -128,15 +129,49 @@ def _mix(
     order = jnp.argsort(keys)
     counts = jnp.zeros((held,), jnp.int32).at[keys].add(1, mode="drop")
     rows = states[order // config.top_k]
-    first, second = (jax.lax.ragged_dot(rows, matrices, counts) for matrices in (gate, up))
+    first, second = (multiply(rows, matrices, counts) for matrices in (gate, up))
     first, second = checkpoint_name((first, second), "mlp")
-    results = jax.lax.ragged_dot(nn.silu(first) * second, down, counts)
+    results = multiply(nn.silu(first) * second, down, counts)
     results = results * shares.reshape(-1)[order][:, None].astype(results.dtype)
     # ragged_dot leaves rows behind the last group undefined: replace them rather than multiply them by 0.
     results = jnp.where(is_here[order][:, None], results, jnp.zeros((), results.dtype))
     mixed = results[jnp.argsort(order)].reshape(len(states), config.top_k, -1).sum(axis=1)
     mixed = mixed if axis is None else jax.lax.psum(mixed, axis)
     return mixed.reshape(hidden.shape)
+
+
+@jax.custom_vjp
+def multiply(
+    rows: Float[Array, "M D"], matrices: Float[Array, "E D F"], counts: Int[Array, "E"]
+) -> Float[Array, "M F"]:
+    """Multiply each expert's rows with its matrix, in the type of the rows.
+
+    The gradient of the matrices is computed, and added up over devices, in their own type, which may be wider
+    (as in `models.projection.project`).
+    """
+    return jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), counts)
+
+
+def _forward(rows: Array, matrices: Array, counts: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return multiply(rows, matrices, counts), (rows, matrices, counts)
+
+
+def _backward(residuals: tuple[Array, Array, Array], slope: Array) -> tuple[Array, Array, None]:
+    rows, matrices, counts = residuals
+    product = jax.lax.ragged_dot_general
+    d_rows = product(slope, matrices.astype(rows.dtype), counts, _BACK)
+    d_matrices = product(rows, slope, counts, _PER_EXPERT, preferred_element_type=matrices.dtype)
+    return d_rows, d_matrices, None
+
+
+# Rows times the transposed matrix of their group; and sums over the rows of each group, one matrix per group.
+_BACK = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
+_PER_EXPERT = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+)
+multiply.defvjp(_forward, _backward)
 
 
 def _route(logits: Array, config: MoeConfig) -> tuple[Array, Array]:

@@ -2,7 +2,8 @@
 
 The names of its parameters decide how a layer computes: ``kernel`` or a quantized form of it
 (`models.quantize`), ``bias``, and ``lora_a``, ``lora_b`` (`models.lora`). `project` has a custom gradient,
-because XLA:CPU computes the automatic gradient of a kernel slowly.
+because XLA:CPU computes the automatic gradient of a kernel slowly. Gradients are added up in the type of the
+parameter, which may be wider than the computation's.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ class Linear(nn.Module):
         inputs = inputs.astype(self.dtype)
         outputs = self._base_product(inputs)
         if self.has_variable("params", "lora_a"):
-            down: Array = self.get_variable("params", "lora_a").astype(self.dtype)
-            up: Array = self.get_variable("params", "lora_b").astype(self.dtype)
+            down: Array = self.get_variable("params", "lora_a")
+            up: Array = self.get_variable("params", "lora_b")
             outputs = outputs + self.lora_scale * project(project(inputs, down), up)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
-            outputs = outputs + _row(bias.astype(self.dtype), outputs.ndim)
+            outputs = add_bias(outputs, bias)
         return outputs
 
     def _base_product(self, inputs: Array) -> Array:
@@ -106,3 +107,20 @@ def _transposed_first(inputs: Array, slope: Array, dtype: Any) -> Array:
 
 
 project.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def add_bias(outputs: Float[Array, "*batch E"], bias: Float[Array, "E"]) -> Float[Array, "*batch E"]:
+    """Add a bias in the type of the outputs; its gradient is added up in the bias's own type."""
+    return outputs + _row(bias.astype(outputs.dtype), outputs.ndim)
+
+
+def _add_forward(outputs: Array, bias: Array) -> tuple[Array, Array]:
+    return add_bias(outputs, bias), bias
+
+
+def _add_backward(bias: Array, slope: Array) -> tuple[Array, Array]:
+    return slope, jnp.sum(slope, axis=tuple(range(slope.ndim - 1)), dtype=bias.dtype)
+
+
+add_bias.defvjp(_add_forward, _add_backward)

@@ -1,4 +1,4 @@
-"""Arrays that several hosts share: to the devices, back to every host, and from the learner to one host.
+"""Arrays that several hosts share: to the devices, back to every host, and from the learner in pieces.
 
 All hosts call these functions together, with the same values. On one host they are plain copies.
 """
@@ -6,6 +6,7 @@ All hosts call these functions together, with the same values. On one host they 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from empg_jax.parallel.mesh import replicated
+from empg_jax.types import Params
 
 
 def put(tree: Any, shardings: Any) -> Any:
@@ -32,21 +34,58 @@ def fetch(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(_whole, tree))
 
 
-def to_local(tree: Any, shardings: Any) -> Any:
-    """Copy arrays of the learner's mesh to a mesh of this host, one array at a time.
+def is_here(tree: Any) -> bool:
+    """Return whether this host's devices hold all parts of all arrays."""
+    return all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree))
+
+
+def move_in_pieces(params: Params, place: Callable[[Params], Params]) -> Params:
+    """Copy stacked parameters of the learner's mesh to this host piece by piece.
+
+    A piece is one array outside of the layers, or a single layer, whose arrays keep their first axis, of
+    size 1. Above what is placed, each device of the mesh holds one piece whole at a time: at the peak one
+    replica and one layer. The arrays outside of the layers may be larger than a layer and come first, while
+    the replica is still small.
 
     Args:
-      tree: arrays on any devices.
-      shardings: where each goes on this host.
+      params: stacked parameters that are split over hosts.
+      place: copies a piece to where it stays; of a layer it returns a tuple.
+
+    Returns:
+      What was placed, as one tree with ``layers`` as a tuple.
     """
-    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
-        return jax.device_put(tree, shardings)
+    placed: Params = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path({**params, "layers": {}}):
+        (first, *inner) = [entry.key for entry in path]
+        # Every piece is freed when `place` returns: none has a name here.
+        part = place({first: _nest(inner, _wait_local(_whole(leaf)))})
+        placed[first] = placed.get(first, {}) | part[first]
+    layers: list[Params] = []
+    stacked = {"layers": params["layers"]}
+    first_leaf = jax.tree.leaves(stacked)[0]
+    take = take_layer(first_leaf.sharding.mesh)
+    for number in range(len(first_leaf)):
+        layers += place(jax.tree.map(_wait_local, take(stacked, np.int32(number))))["layers"]
+    return placed | {"layers": tuple(layers)}
 
-    def move(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-        # Waited for: else the gathered copies of all arrays would be there at the same time.
-        return jax.block_until_ready(jax.device_put(_whole(leaf).addressable_data(0), sharding))
 
-    return jax.tree.map(move, tree, shardings)
+def _nest(names: list[str], leaf: Any) -> Any:
+    return functools.reduce(lambda inner, name: {name: inner}, reversed(names), leaf)
+
+
+@functools.cache
+def take_layer(mesh: Mesh) -> Any:
+    """Compile the program that gathers one of the stacked layers to every device of a mesh."""
+
+    def take(stacked: Params, number: jax.Array) -> Params:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number, 1), stacked)
+
+    return jax.jit(take, out_shardings=replicated(mesh))
+
+
+def _wait_local(leaf: jax.Array) -> jax.Array:
+    """Wait for a replicated array, and return the copy of it on this host's first device."""
+    return jax.block_until_ready(leaf.addressable_data(0))
 
 
 def _whole(leaf: Any) -> Any:

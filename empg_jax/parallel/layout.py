@@ -251,3 +251,9 @@ def cache_heads(num_heads: int, num_kv_heads: int, tensor: int) -> int:
     """
     repeated = math.lcm(num_kv_heads, tensor)
     return num_kv_heads if num_heads % repeated else repeated
+
+
+def cache_heads_here(num_heads: int, num_kv_heads: int, tensor: int) -> int:
+    """Return the number of these heads on each device: all where the devices do not divide them."""
+    kept = cache_heads(num_heads, num_kv_heads, tensor)
+    return kept if kept % tensor else kept // tensor

@@ -61,6 +61,7 @@ class Line:
         self._file = connection.makefile("rb")
         self._lock = threading.Lock()
         self.peer: dict[str, Any] = {}
+        self.is_silent = False  # whether the last wait was in vain, on an open line
 
     def send(self, **values: Any) -> None:
         """Send an object; a closed line is left to whoever reads it."""
@@ -72,7 +73,8 @@ class Line:
         try:
             self._connection.settimeout(max(seconds, 0.01))
             found = json.loads(self._file.readline(MAX_LINE))
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            self.is_silent = isinstance(error, TimeoutError)
             return None
         return found if isinstance(found, dict) else None
 
@@ -257,7 +259,7 @@ class Watch:
                     return
                 continue
             if heard is None:
-                heard = {"gone": f"{name} is gone: its connection is closed or silent"}
+                heard = {"gone": f"{name} {self._describe_end(line)}"}
             elif "ended" in heard:
                 heard = {"gone": f"{name} has ended: {heard['ended']}"}
             if "gone" in heard or "stop" in heard:
@@ -268,6 +270,11 @@ class Watch:
                 return
             if "stop" in heard:
                 self._on_stop(int(heard["stop"]))
+
+    def _describe_end(self, line: Line) -> str:
+        if line.is_silent:
+            return f"did not answer for {self._seat.timeout:g} s (hosts.timeout): it is stuck or cut off"
+        return "is gone: its connection is closed"
 
     def close(self) -> None:
         """End the watch; the others do not miss this host from here on."""

@@ -22,7 +22,7 @@ from empg_jax.learner.state import base_model, init_trained
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.head import LARGE_SLAB
-from empg_jax.parallel.layout import cache_heads, head_shards
+from empg_jax.parallel.layout import cache_heads_here, head_shards
 from empg_jax.parallel.mesh import AXES, fit_spec, mesh_axes
 from empg_jax.run.assembly import (
     make_batch_shape,
@@ -260,8 +260,7 @@ def _engine_items(
         size = shard_bytes(base, model.head_dim, mesh)
         yield Item("engine base", size, "always", f"the frozen weights, {where}")
     slots = -(-(r.slots or r.tasks_per_update * r.group_size) // r.data)
-    kept = cache_heads(model.num_heads, model.num_kv_heads, r.tensor)
-    kv_heads = kept if kept % r.tensor else kept // r.tensor
+    kv_heads = cache_heads_here(model.num_heads, model.num_kv_heads, r.tensor)
     per_token = 2 * model.num_layers * kv_heads * model.head_dim * narrow
     note, caches = f"{slots} slots of {r.max_tokens} tokens, {where}", 1
     if config.train.max_lag:

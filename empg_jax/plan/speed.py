@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from empg_jax.errors import ConfigError
 from empg_jax.learner.state import base_model
 from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.parallel.layout import cache_heads_here
 from empg_jax.run.assembly import micro_rows
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def compute_speed(config: Config, model: DecoderConfig, chip: Chip) -> Speed:
     if mesh.data > 1:  # the split gradients are added up over the copies: scattered and gathered
         sent += 2 * kept * count / mesh.tensor / split * (1 - 1 / mesh.data)
     slots = r.slots or r.tasks_per_update * r.group_size
-    heads = max(1, model.num_kv_heads // r.tensor)
+    heads = cache_heads_here(model.num_heads, model.num_kv_heads, r.tensor)
     live = slots / r.data * r.max_tokens / 2 * 2 * model.num_layers * heads * model.head_dim * narrow
     return Speed(
         compute=tokens * per_token / devices / chip.flops,

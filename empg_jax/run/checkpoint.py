@@ -2,8 +2,8 @@
 
 A checkpoint holds the train state, the progress (JSON: update, task cursor, phase, counters) and the replay
 buffer. Where adapters are trained, the state holds the adapters alone, and the progress holds the checksum of
-the base below them. A failed write leaves the earlier checkpoints as they were. Every array has a checksum;
-a damaged checkpoint is skipped with a message.
+the base below them. A failed write leaves the earlier checkpoints as they were. Every array has a checksum,
+also where it is split over hosts; a damaged checkpoint is skipped with a message.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from empg_jax.errors import RunError
 from empg_jax.learner.state import TrainState
 from empg_jax.parallel.hosts import ALONE, HostLost, Hosts
-from empg_jax.run.checksums import checksums, crc_of, describe_damage, nonfinite_leaf
+from empg_jax.run.checksums import checksums, crc_of, describe_damage, is_split, nonfinite_leaf
 from empg_jax.run.storage import pack_trajectories, unpack_trajectories
 from empg_jax.types import Params, Trajectory
 
@@ -36,12 +36,13 @@ class CheckpointError(RunError):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """The content of a checkpoint."""
+    """The content of a checkpoint, and the checksums of its state."""
 
     step: int
     state: TrainState
     progress: dict[str, Any]
     trajectories: list[Trajectory]
+    sums: dict[str, int]
 
 
 class RefusedCheckpoint(CheckpointError):
@@ -127,10 +128,11 @@ class Checkpoints:
             raise self._failure(ValueError(f"{bad} is not finite"))
         header, arrays = pack_trajectories(trajectories)
         text = json.dumps(progress)
-        sums = {"state": checksums(state), "buffer": checksums(arrays), "text": crc_of(text + header)}
+        sums = {"state": checksums(state, self._hosts), "buffer": checksums(arrays)}
+        told = {"sums": sums, "text": crc_of(text + header)}
         parts: dict[str, Any] = {
             "state": state,
-            "progress": {"json": text, "trajectories": header, "checksums": json.dumps(sums)},
+            "progress": {"json": text, "trajectories": header, "checksums": json.dumps(told)},
         }
         if arrays:
             parts["buffer"] = arrays
@@ -224,7 +226,9 @@ class Checkpoints:
             # What one host cannot read, none goes on from.
             problem = next(filter(None, self._hosts.agree("read", problem)), None)
             if problem is None and found is not None:
-                return found
+                problem = self._split_damage(found)
+                if problem is None:
+                    return found
             problems.append(str(problem))
             self._warn(f"checkpoint {problem} (in {self.directory}); skipped")
         told = "; ".join(problems) or "the folder holds none"
@@ -266,15 +270,25 @@ class Checkpoints:
             wanted["buffer"] = None
         parts = ocp.load_checkpointables(path, wanted)
         progress, arrays = parts["progress"], parts.get("buffer") or {}
-        sums = json.loads(progress.get("checksums", "{}"))  # absent in a checkpoint of an older version
+        told = json.loads(progress.get("checksums", "{}"))  # absent in a checkpoint of an older version
         text = progress["json"] + progress["trajectories"]
-        if sums.get("text", crc_of(text)) != crc_of(text):
-            raise CheckpointError("the progress is damaged: its checksum does not match")
-        for name, tree in (("state", parts["state"]), ("buffer", arrays)):
+        if told.get("text", crc_of(text)) != crc_of(text):
+            raise _damaged("the progress")
+        sums = told.get("sums", {})  # older versions had sums of another kind
+        whole = jax.tree.map(lambda leaf: None if is_split(leaf) else leaf, parts["state"])
+        for name, tree in (("state", whole), ("buffer", arrays)):
             if (leaf := describe_damage(tree, sums.get(name, {}))) is not None:
-                raise CheckpointError(f"{name}{leaf} is damaged: its checksum does not match")
+                raise _damaged(f"{name}{leaf}")
         trajectories = unpack_trajectories(progress["trajectories"], arrays)
-        return Restored(int(path.stem), parts["state"], json.loads(progress["json"]), trajectories)
+        return Restored(
+            int(path.stem), parts["state"], json.loads(progress["json"]), trajectories, sums.get("state", {})
+        )
+
+    def _split_damage(self, found: Restored) -> str | None:
+        """Return what is wrong with the arrays that are split over hosts, or None; all hosts have read it."""
+        split = jax.tree.map(lambda leaf: leaf if is_split(leaf) else None, found.state)
+        leaf = describe_damage(split, found.sums, self._hosts)
+        return leaf and f"{found.step}: {_first_line(_damaged(f'state{leaf}'))}"
 
     def _failure(self, error: Exception) -> CheckpointError:
         kept = f"; usable: {self.steps}" if self.steps else ""
@@ -325,6 +339,10 @@ def _abstract(shapes: Any, shardings: Any) -> Any:
 def _on_host(tree: Any) -> Any:
     """Describe the tree as arrays in the host's memory; nothing is allocated until they are filled."""
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+
+
+def _damaged(what: str) -> CheckpointError:
+    return CheckpointError(f"{what} is damaged: its checksum does not match")
 
 
 def _first_line(error: Exception) -> str:

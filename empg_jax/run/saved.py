@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +59,11 @@ class SavedRun:
 
 
 def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> SavedRun:
-    """Load the newest usable checkpoint of a run, or a given one.
+    """Load the newest usable checkpoint of a run, or a given one, into this process.
+
+    Where the run's mesh has more devices than are here, as in a run of several hosts, the state is split over
+    those that are here. It must fit them whole, moments included; else use the host's memory
+    (``JAX_PLATFORMS=cpu``).
 
     Args:
       path: run folder, or a step's folder inside its ``checkpoints``.
@@ -69,7 +74,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
       ConfigError: there is no run at the path.
       CheckpointError: there is no usable checkpoint at the path, or its adapters belong to another
         base.
-      ConfigError: an override does not fit, or devices are missing (``mesh.fsdp=1`` takes one).
+      ConfigError: an override does not fit, or it asks for devices that are missing.
     """
     # Imported here, because it loads pydantic, which only this function needs.
     from empg_jax.config import load_config
@@ -80,6 +85,8 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
             f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP"
         )
     config = load_config(str(run_dir / "config.yaml"), overrides)
+    if not any(change.startswith("mesh.") for change in overrides):
+        config = _fit_mesh(config, warn)
     check_devices(config)
     language = make_language(config, run_dir / "tokenizer")
     model = make_model(config, language.tokenizer)
@@ -93,6 +100,17 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
     base = make_base(config, model, mesh)
     check_base(restored.progress.get("base"), None if base is None else checksum(base))
     return SavedRun(config, language, model, mesh, restored.step, restored.state.params, base)
+
+
+def _fit_mesh(config: Config, warn: Callable[[str], None]) -> Config:
+    """Split over the devices that are here, if the mesh has more of them."""
+    devices = len(learner_devices(config))
+    needed = math.prod(vars(config.mesh).values())
+    if needed <= devices:
+        return config
+    warn(f"the run's mesh has {needed} devices, and here are {devices}: mesh.fsdp={devices}")
+    mesh = type(config.mesh)(fsdp=devices)
+    return config.model_copy(update={"mesh": mesh})
 
 
 def open_new(config: Config) -> SavedRun:

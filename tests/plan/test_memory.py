@@ -239,6 +239,11 @@ def test_expected_times_follow_from_the_peaks():
     cache = 40 * 128 * 2 * 28 * 4 * 128 * 2
     assert speed.step == pytest.approx((2 * weights + cache) / 1e12, rel=0.01)
     assert speed.decode_rate == pytest.approx(40 / speed.step)
+    # Over 7 devices each of the 4 key/value heads is kept 7 times; 3 devices keep all of them.
+    for tensor, heads in ((7, 4), (3, 4), (2, 2)):
+        config, _ = _seven(dict(fsdp=8), {"tensor": tensor})
+        step = (2 * weights / tensor + cache * heads / 4) / 1e12
+        assert compute_speed(config, model, chip).step == pytest.approx(step, rel=0.01)
 
 
 def test_the_command_prints_the_plan():
