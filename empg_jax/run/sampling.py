@@ -183,7 +183,7 @@ def make_evaluator(
     attempts: int = 1,
     hosts: Hosts = ALONE,
 ) -> Evaluator:
-    """Build an evaluator of ``eval.tasks`` tasks of each panel of ``env.eval_split``, sampled as ``eval`` says.
+    """Build an evaluator of ``eval.tasks`` tasks of each panel in ``env.eval_split``, sampled as it says.
 
     Args:
       config: the configuration.
