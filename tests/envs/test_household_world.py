@@ -306,7 +306,7 @@ def test_milestones_are_told_once_and_in_order():
     env, found = HouseholdEnv("easy"), {}
     for index in range(60):
         _, info = env.reset(split="train", index=index)
-        family, verbs, won = info["family"], [], False
+        family, verbs, won = info["group"], [], False
         assert info["milestone"] is False
         for _ in range(env.max_turns):
             action = env.expert_action()

@@ -70,7 +70,7 @@ def test_a_silent_host_is_gone():
     losses = []
     watch = Watch(places[0], lines[0], on_lost=losses.append, on_stop=print)
     wait_for(lambda: losses)  # host 1 sends no sign of life
-    assert "host 1" in losses[0] and "is gone" in losses[0]
+    assert "host 1" in losses[0] and "did not answer for 1 s" in losses[0]
     watch.close()
     for line in (lines[0][1], lines[1][0]):
         line.close()

@@ -64,9 +64,9 @@ class Speaker(ScriptedEngine):
         self.prompts = []
         self._tokens = np.asarray(tokens, np.int32)
 
-    def submit(self, slot, tokens, *, is_fresh, ids):
+    def submit(self, slot, tokens, **options):
         self.prompts.append(list(tokens))
-        super().submit(slot, tokens, is_fresh=is_fresh, ids=ids)
+        super().submit(slot, tokens, **options)
 
     def _respond(self, slot, ids):
         zeros = np.zeros(len(self._tokens), np.float32)

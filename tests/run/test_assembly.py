@@ -53,6 +53,14 @@ CHANGED = {
         **{"kind": "mis", "level": "sequence", "low": 0.9, "high": 1.1, "sequence_delta": 0.2},
         "sequence_logprobs": "learner",
     },
+    "hgpo": {"history": 1, "alpha": 2.0, "level_offset": 3.0, "drop_zeros": False, "base_group": True},
+    "graph": {"beta": 0.5, "weight": 2.0},
+    "milestone_weight": 0.5,
+    "milestone_scale": 5.0,
+    "turn_lam": 0.7,
+    "gagpo_normalize": "none",
+    "turn_ratio": "product",
+    "drop_uniform": "group",
 }
 NOT_OF_THE_RECIPE = {"entropy_source"}  # of scoring
 NEEDS = {
@@ -78,6 +86,13 @@ NEEDS = {
     "overlong_length": {"overlong_cache": 3},
     "overlong_cache": {"overlong_length": 9},
     "correction": {"entropy_source": "learner"},
+    "hgpo": {"name": "hgpo"},
+    "graph": {"name": "crbc"},
+    "milestone_weight": {"name": "beacon"},
+    "milestone_scale": {"name": "beacon"},
+    "turn_lam": {"name": "gagpo"},
+    "gagpo_normalize": {"name": "gagpo"},
+    "turn_ratio": {"loss": "turn_ratio_clip"},
 }
 
 

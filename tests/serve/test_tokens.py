@@ -74,7 +74,8 @@ def test_a_conversation_that_goes_on_prefills_only_what_is_new(http):
         prompt = [*prompt, *choice["token_ids"], 2, 20 + turn, 3]
     # All but the newest token of a prompt, which decoding reads; afterwards the response's last one, and the
     # new message's first two.
-    assert cached == [9, 3, 3, 3]
+    # The first prompt may begin as one that another test left in its slot.
+    assert cached[0] <= 9 and cached[1:] == [3, 3, 3]
 
 
 def test_a_chat_that_goes_on_reuses_its_conversation(client):
