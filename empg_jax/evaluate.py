@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from empg_jax.report.evaluation import estimate_success
 from empg_jax.report.progress import Progress
 from empg_jax.rollout.evaluator import EvaluationError
+from empg_jax.run.environment import eval_panels
 from empg_jax.run.process import use_compile_cache
 from empg_jax.run.sampling import (
     make_engine,
@@ -56,7 +57,7 @@ def _with_fewer_slots(config: Config, attempts: int) -> Config:
     """Take no more slots than there are episodes: each has room for a whole conversation."""
     r = config.rollout
     slots = r.slots or r.tasks_per_update * r.group_size
-    episodes = config.eval.tasks * len(config.env.eval_panels) * attempts
+    episodes = config.eval.tasks * len(eval_panels(config)) * attempts
     needed = -(-episodes // r.data) * r.data  # the slots are split over these devices
     return config.model_copy(update={"rollout": r.model_copy(update={"slots": min(slots, needed)})})
 

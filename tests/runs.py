@@ -130,6 +130,12 @@ def quick_compilations():
         jax.clear_caches()  # later tests must not meet these programs, which round differently
 
 
+def compiled_folder(tmp_path_factory):
+    """The folder of compiled programs that all processes of a test session share."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+
+
 @contextlib.contextmanager
 def share_compilations(folder):
     """Keeps compiled programs in a folder, for this process and those that it starts."""

@@ -27,7 +27,7 @@ def call(folder, *command, **variables):
 
 @pytest.fixture
 def compiled(tmp_path_factory):
-    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

@@ -41,7 +41,7 @@ SMALL = [*runs.HOUSE, "sft.updates=0", "eval.tasks=1"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

@@ -10,6 +10,7 @@ from empg_envs import make_env
 from empg_jax.cli import app
 from empg_jax.config import load_config
 from empg_jax.metrics import group_success, read_metrics
+from empg_jax.run.environment import eval_panels
 from tests import runs
 from tests.episodes import Episodes
 
@@ -84,8 +85,9 @@ def test_the_comparison_of_runs_measures_groups(run_dir, tmp_path):
 
 @pytest.mark.parametrize("given", ["valid_seen+valid_unseen", "[valid_seen, valid_unseen]"])
 def test_panels_are_written_with_a_plus_or_as_a_list(given):
-    env = load_config("alfworld_transcript", [f"env.eval_split={given}"]).env
-    assert (env.eval_split, env.eval_panels) == ("valid_seen+valid_unseen", ("valid_seen", "valid_unseen"))
+    config = load_config("alfworld_transcript", [f"env.eval_split={given}"])
+    assert config.env.eval_split == "valid_seen+valid_unseen"
+    assert eval_panels(config) == ("valid_seen", "valid_unseen")
 
 
 @pytest.mark.parametrize(

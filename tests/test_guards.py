@@ -20,7 +20,7 @@ RUIN = [*runs.HOUSE, "sft.updates=0", "train.learning_rate=1e30", "checkpoint.ke
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

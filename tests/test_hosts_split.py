@@ -49,7 +49,7 @@ main()
 def run(tmp_path_factory):
     """The folder of a run that two hosts trained, and beside it what the second one noted of its weights."""
     folder = tmp_path_factory.mktemp("split")
-    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         os.environ["PIECES"] = str(folder / "pieces.json")
         try:
             hosts.succeed(*hosts.start_both(runs.command(folder / "run", *SPLIT), code=WATCHED))

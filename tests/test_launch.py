@@ -125,7 +125,7 @@ BOTH = [*runs.HOUSE, "mesh.data=2", "sft.updates=0", "eval.tasks=4", "rollout.de
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

@@ -16,7 +16,7 @@ LAG = ["train.max_lag=2", "env.options.latency=0.01", "train.updates=6", "eval.e
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

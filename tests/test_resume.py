@@ -17,7 +17,7 @@ STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9", "log.r
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

@@ -48,7 +48,7 @@ def test_it_trains_and_its_tests_pass(written, tmp_path, tmp_path_factory):
     """By the console script, which (other than ``python -m``) has the current folder on no path."""
     kind, name = written
     script = [sys.executable, "-P", "-c", "from empg_jax.cli import main; main()"]
-    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         small = [*SMALL, *(["rollout.prefill_buckets=[32]"] if kind == "algorithm" else [])]
         train = [*script, "train", f"{name}/config.yaml", *small, "run_dir=run"]
         done = subprocess.run(train, cwd=tmp_path, capture_output=True, text=True, timeout=500)

@@ -17,7 +17,7 @@ SMALL = ["sft.updates=0", "eval.tasks=2", "log.rollouts_every=1"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

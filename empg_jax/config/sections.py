@@ -72,11 +72,6 @@ class EnvConfig(Section):
         return {**data, "name": None}
 
     @property
-    def eval_panels(self) -> tuple[str, ...]:
-        """The panels of `eval_split`, each once."""
-        return tuple(dict.fromkeys(self.eval_split.split("+")))
-
-    @property
     def target(self) -> str:
         """Argument of `empg_envs.make_env`: the entry point, else the name."""
         target = self.entry_point or self.name

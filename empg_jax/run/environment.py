@@ -69,3 +69,8 @@ def keep_texts(config: Config) -> Config:
 def reads_bytes(config: Config, spec: EnvSpec) -> bool:
     """Return whether the built-in byte-level tokenizer is used because no other tokenizer is available."""
     return config.model.tokenizer is None and config.model.path is None and spec.phrases is None
+
+
+def eval_panels(config: Config) -> tuple[str, ...]:
+    """Return the panels of ``env.eval_split``, each once."""
+    return tuple(dict.fromkeys(config.env.eval_split.split("+")))

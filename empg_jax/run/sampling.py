@@ -22,7 +22,7 @@ from empg_jax.rollout.schedule import read_schedule
 from empg_jax.rollout.stored import StoredCollector, group_episodes
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.devices import engine_devices
-from empg_jax.run.environment import find_spec
+from empg_jax.run.environment import eval_panels, find_spec
 from empg_jax.run.storage import load_trajectories
 from empg_jax.text.stops import StopSearch
 from empg_jax.text.tokenizer import Tokenizer
@@ -197,7 +197,8 @@ def make_evaluator(
     Raises:
       ConfigError: the environment has no such split.
     """
-    for split in config.env.eval_panels:
+    splits = eval_panels(config)
+    for split in splits:
         if split not in pool.splits:
             raise ConfigError(
                 f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
@@ -205,7 +206,7 @@ def make_evaluator(
     collector = make_collector(
         config, engine, pool, language, stream=EVALUATION_STREAM, first_handle=first_handle
     )
-    panels = {split: min(config.eval.tasks, pool.splits[split]) for split in config.env.eval_panels}
+    panels = {split: min(config.eval.tasks, pool.splits[split]) for split in splits}
     share = hosts.index, hosts.num
     return Evaluator(
         collector,

@@ -36,7 +36,7 @@ RULES = list(np.random.default_rng(0).integers(0, 38, 40))  # the instructions t
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(tmp_path_factory.getbasetemp() / "compiled"):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 
