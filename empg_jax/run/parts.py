@@ -209,15 +209,9 @@ def open_run(
         progress.message(f"resumed at update {run.update} of {config.train.updates}")
     if config.train.max_lag and hosts.num == 1:
         rollout.recorder = Recorder(run_dir / FILENAME, run.update)
-    log = MetricsLog(
-        run_dir,
-        tensorboard=config.log.tensorboard,
-        trackers=open_trackers(config, run_dir, is_resumed=is_resumed) if hosts.is_first else (),
-        # The line of an update that was stopped before its line is written again.
-        resume_at=run.update + (run.record.unlogged is None) if is_resumed else None,
-        warn=progress.message,
-        is_written=hosts.is_first,
-    )
+    # The line of an update that was stopped before its line is written again.
+    resume_at = run.update + (run.record.unlogged is None) if is_resumed else None
+    log = _open_log(config, run_dir, progress, hosts, resume_at)
     parts = Parts(
         config=config,
         run_dir=run_dir,
@@ -241,6 +235,20 @@ def open_run(
         hosts=hosts,
     )
     return parts, run
+
+
+def _open_log(
+    config: Config, run_dir: Path, progress: Progress, hosts: Hosts, resume_at: int | None
+) -> MetricsLog:
+    is_resumed = resume_at is not None
+    return MetricsLog(
+        run_dir,
+        tensorboard=config.log.tensorboard,
+        trackers=open_trackers(config, run_dir, is_resumed=is_resumed) if hosts.is_first else (),
+        resume_at=resume_at,
+        warn=progress.message,
+        is_written=hosts.is_first,
+    )
 
 
 def _open_language(config: Config, run_dir: Path, hosts: Hosts, *, is_resumed: bool) -> Language:
