@@ -84,9 +84,9 @@ def serve(
     Routes: GET /health, GET /v1/models, POST /v1/chat/completions, POST /v1/completions, and POST
     /inference/v1/generate (token ids in and out). A conversation keeps its KV: a request that goes on with
     it prefills only what is new (usage.prompt_tokens_details.cached_tokens). return_token_ids=true adds
-    token_ids and the field empg: {"version": 2, "entropies", "versions", "logprobs", "sampling_logprobs"} with
-    one number per sampled token; all but the last are over the whole distribution. An option that would change the sampling and is not known is
-    refused.
+    token_ids and the field empg: {"version": 2, "entropies", "versions", "logprobs", "sampling_logprobs"}
+    with one number per sampled token; entropies and logprobs are those of the whole vocabulary. An option
+    that would change the sampling and is not known is refused.
 
     With --train one client at a time trains it: TINKER_BASE_URL=http://127.0.0.1:8000 and a TINKER_API_KEY
     that begins with tml- (the value of --api-key, where there is one) point the tinker package here. Losses:
