@@ -231,6 +231,7 @@ def entry(attribute, *overrides):
     return load_config("quickstart", [f"algorithm.entry_point={attribute}", LEARNER, *overrides])
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_is_found_composed_and_described(own):
     config = entry("own_recipes:RECIPE")
     assert config.algorithm.name is None and config.algorithm.modulation == "empg"

@@ -51,6 +51,7 @@ def test_a_stopped_and_resumed_run_equals_the_whole_one(tmp_path, monkeypatch, o
         assert any(line["groups_replaced"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_is_trained_and_named_first(tmp_path, capfd):
     own = ["algorithm.entry_point=tests.test_algorithm_runs:OWN", "algorithm.empg.zeta=0.3"]
     folder = runs.train(tmp_path / "own", *STEADY, *own, "train.updates=1", "eval.tasks=2")
@@ -73,6 +74,7 @@ def own_estimator(batch, scores, worth):
 OWN = Recipe(estimate=own_estimator, modulate=parts.empg())
 
 
+@pytest.mark.slow
 def test_the_drift_of_the_entropy_is_measured_after_the_update(tmp_path):
     """Only every other update; measuring changes nothing of the run itself."""
     plain = runs.train(tmp_path / "plain", *STEADY)

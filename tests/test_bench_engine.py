@@ -17,6 +17,7 @@ BARE = (
 )
 
 
+@pytest.mark.slow
 def test_a_tiny_benchmark(tmp_path):
     requests, out = tmp_path / "requests.json", tmp_path / "out.json"
     script = str(ROOT / "scripts" / "bench_engine.py")

@@ -153,6 +153,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     run = tmp_path / "run"
@@ -178,6 +179,7 @@ def damage(folder):
 
 # Orbax leaves a coroutine behind when it finds a file damaged.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
 def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
     run = runs.train(tmp_path / "run", *HOUSE, "rollout.deterministic=true")
     weights, lines = runs.weights(run), runs.lines(run)
@@ -214,6 +216,7 @@ def test_a_changed_byte_costs_its_checkpoint_and_nothing_else(tmp_path):
     gc.collect()
 
 
+@pytest.mark.slow
 def test_damaged_logs_never_stop_a_resume(tmp_path):
     run = runs.train(tmp_path / "run", *runs.HOUSE, "rollout.deterministic=true", "train.updates=2")
     lines, nulls = runs.lines(run), b"\0" * 512
@@ -368,6 +371,7 @@ def test_an_outage_of_every_environment_costs_time_only(tmp_path, opened, mode):
     assert "outage" in discarded and discarded <= {"outage", "env_error"}
 
 
+@pytest.mark.slow
 def test_an_outage_beyond_patience_ends_the_run_with_a_checkpoint(tmp_path, opened, capsys):
     backend = tmp_path / "backend"
     backend.touch()
@@ -513,6 +517,7 @@ def fail_at(update, error, where):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["rollout", "evaluation"])
+@pytest.mark.slow
 def test_an_error_leaves_a_checkpoint_of_the_last_update(tmp_path, opened, capsys, error, where):
     options = [*HOUSE, "rollout.deterministic=true", "eval.every=1", "eval.tasks=2"]
     whole = runs.train(tmp_path / "whole", *options)
@@ -548,6 +553,7 @@ def test_an_error_in_the_middle_of_an_update_saves_nothing_of_it(tmp_path, opene
     assert runs.restored(tmp_path / "run").progress["update"] == 1
 
 
+@pytest.mark.slow
 def test_an_error_in_the_first_evaluation_keeps_the_warm_start(tmp_path, opened):
     opened.changes.append(fail_at(0, RuntimeError, "evaluation"))
     run = tmp_path / "run"

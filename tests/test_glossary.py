@@ -72,5 +72,6 @@ def test_every_name_of_the_glossary_is_produced(produced):
     assert missing == []
 
 
+@pytest.mark.slow
 def test_no_other_name_is_produced(produced):
     assert [name for name in sorted(produced) if describe_metric(name) is None] == []

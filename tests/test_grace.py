@@ -9,6 +9,8 @@ import pytest
 from empg_jax.metrics import read_metrics
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 # From update 2 on the main thread is in C code for minutes, where no handler of Python is called.
 STUCK = """
 import hashlib

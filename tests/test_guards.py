@@ -14,6 +14,8 @@ from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.run.guards import MAX_ROLLBACKS, MAX_SKIPS, TrainingError
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 # The first step of the run ruins the weights; every step after it is left out.
 RUIN = [*runs.HOUSE, "sft.updates=0", "train.learning_rate=1e30", "checkpoint.keep=1", "train.updates=9"]
 

@@ -15,6 +15,8 @@ from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.run.saved import open_saved
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 ADAPTERS = [
     *runs.HOUSE,
     "model.lora.rank=4",

@@ -11,6 +11,8 @@ from empg_jax.run.consumed import read_consumed
 from empg_jax.run.parts import open_run
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 LAG = ["train.max_lag=2", "env.options.latency=0.01", "train.updates=6", "eval.every=2"]
 
 

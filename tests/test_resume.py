@@ -96,6 +96,7 @@ def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, shar
     assert [(event["event"], event["signal"]) for event in events] == [("stop_requested", signal.SIGTERM)]
 
 
+@pytest.mark.slow
 def test_stopped_twice(whole, tmp_path, stop_at):
     stop_at(2)
     with pytest.raises(trainer.Stopped):
@@ -108,6 +109,7 @@ def test_stopped_twice(whole, tmp_path, stop_at):
     assert_same(tmp_path / "run", whole[0])
 
 
+@pytest.mark.slow
 def test_a_finished_run_may_be_given_more_updates(whole, tmp_path):
     runs.train(tmp_path / "run", *STEADY, "train.updates=2")
     runs.resume(tmp_path / "run", "train.updates=3")

@@ -111,6 +111,7 @@ def test_variants_of_the_loop(tmp_path, overrides, expected):
         assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-4) and lines[-1]["kl"] > lines[0]["kl"]
 
 
+@pytest.mark.slow
 def test_the_schedule_counts_the_steps_that_are_made(tmp_path):
     """Four short episodes fit into one row, and still make two steps an update: the decay reaches its end."""
     options = ["train.schedule=linear", "train.learning_rate=1e-3", "train.final_learning_rate=1e-4"]

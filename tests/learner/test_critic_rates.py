@@ -84,6 +84,7 @@ def moved(before, after):
     return max(jax.tree.leaves(change)), head
 
 
+@pytest.mark.slow
 def test_dense_rewards_are_explained_with_a_rate_of_its_own():
     """At the policy's rate alone the head stays where it began, and nothing is ever explained."""
     slow, *_ = train(20)

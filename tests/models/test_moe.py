@@ -89,6 +89,7 @@ def test_on_a_mesh(mesh):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(expected[1]))
 
 
+@pytest.mark.slow
 def test_the_whole_model_cached_quantized_and_rematerialized():
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), MODEL)
     layers = params["layers"]

@@ -86,6 +86,7 @@ def test_one_device_keeps_the_precision_of_the_parameters():
     assert kernel_products(model, make_mesh()) == {"float32"}
 
 
+@pytest.mark.slow
 def test_weights_are_sent_in_the_type_of_the_computation():
     """The result has the rounding of the narrow type; its gradient has not."""
     model = dataclasses.replace(MODEL, dtype=jnp.bfloat16)

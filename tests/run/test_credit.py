@@ -148,6 +148,7 @@ def test_it_is_quick_and_loads_no_model(tmp_path):
     ],
     ids=["transcript, empg", "window, aem, penalty", "window, gigpo", "tokens"],
 )
+@pytest.mark.slow
 def test_credit_gives_what_training_used(tmp_path, options):
     """Every file that a run wrote, credited again with the run's own configuration."""
     run = runs.train(tmp_path / "run", *runs.HOUSE, "sft.updates=0", "rollout.group_size=4", *options)
@@ -166,6 +167,7 @@ def test_credit_gives_what_training_used(tmp_path, options):
     assert spread > 0.1
 
 
+@pytest.mark.slow
 def test_records_hold_the_environments_rewards_whatever_the_penalty(tmp_path):
     """Every response of a policy that knows nothing is invalid; a short context breaks some episodes."""
     options = ["env.invalid_penalty=0.25", "rollout.max_tokens=64", "train.micro_tokens=256", "eval.tasks=1"]

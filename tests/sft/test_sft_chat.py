@@ -105,6 +105,7 @@ def plain_loss(params, model, examples):
 compiled = jax.jit(compute_logprobs, static_argnums=1)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_is_the_cross_entropy_of_the_answers(bpe_run):
     _, _, model, examples = bpe_run
     assert 5 <= len(examples.held_out) <= 20 and len(examples.train) + len(examples.held_out) == 60

@@ -86,6 +86,7 @@ def test_the_loss_is_cross_entropy_on_sampled_tokens_alone():
     assert "sft" not in ALGORITHMS  # it is not for RL
 
 
+@pytest.mark.slow
 def test_the_warm_start_alone_is_a_run_that_learns(tmp_path, tmp_path_factory):
     with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         config = runs.configure(tmp_path / "run", "sft.updates=30", "eval.tasks=4")

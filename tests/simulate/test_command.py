@@ -195,6 +195,7 @@ def test_another_batch_takes_an_update_in_proportion(tmp_path, known):
     assert both["world"]["decode_rate"] == 300 and both["world"]["update_seconds"] == pytest.approx(0.4)
 
 
+@pytest.mark.slow
 def test_a_real_run_is_planned_from(tmp_path):
     run = runs.train(tmp_path / "run", "train.updates=3", "sft.updates=0")
     lines = runs.lines(run)
