@@ -27,7 +27,7 @@ def _compiled(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [PPO, DAPO], ids=["ppo", "dapo"])
+@pytest.mark.parametrize("options", [PPO, pytest.param(DAPO, marks=pytest.mark.long)], ids=["ppo", "dapo"])
 def test_a_stopped_and_resumed_run_equals_the_whole_one(tmp_path, monkeypatch, options):
     moments = Moments(monkeypatch)
     whole = runs.train(tmp_path / "whole", *STEADY, *options)

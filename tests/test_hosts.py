@@ -58,6 +58,7 @@ def test_two_hosts_equal_one(tmp_path):
     assert "coordinator: null" in (tmp_path / "two" / "config.yaml").read_text()
 
 
+@pytest.mark.long
 def test_four_hosts_equal_one(tmp_path):
     """Weights are split over two pairs of hosts, and copied over the pairs."""
     options = [*BOTH, "mesh.data=2", "mesh.fsdp=2", "rollout.tasks_per_update=4", "train.updates=2"]
@@ -239,7 +240,7 @@ def test_a_signal_in_the_warm_start_stops_all(tmp_path):
     assert (run / "checkpoints" / "0").exists()
 
 
-@pytest.mark.parametrize("sick", [0, 1])
+@pytest.mark.parametrize("sick", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_an_error_elsewhere_on_one_host_ends_the_other(tmp_path, sick):
     run, port = tmp_path / "run", free_port()
     fault = """
@@ -290,7 +291,7 @@ def left_by_open_mpi(port, index):
     }
 
 
-@pytest.mark.parametrize("left_by", [left_by_slurm, left_by_open_mpi])
+@pytest.mark.parametrize("left_by", [left_by_slurm, pytest.param(left_by_open_mpi, marks=pytest.mark.long)])
 def test_a_scheduler_s_variables_suffice(tmp_path, monkeypatch, left_by):
     port, processes = free_port(), []
     for index in (0, 1):

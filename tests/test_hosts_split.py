@@ -88,7 +88,7 @@ def test_weights_come_layer_by_layer(run):
         assert max(beside for beside, _ in pieces) <= kept + layer + 1024, (kept, layer, pieces)
 
 
-@pytest.mark.parametrize("num", [1, 2])
+@pytest.mark.parametrize("num", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_damage_to_split_weights_is_found(run, tmp_path, num):
     """Weights of the newest checkpoint are not those that were saved; a file of the one before is damaged."""
     copy = tmp_path / "run"

@@ -59,7 +59,7 @@ def find_port():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_search_server_that_is_away_costs_time_only(tmp_path, monkeypatch, lag):
     files = {}
     for split, numbers in {"train": range(20), "test": range(20, 24)}.items():

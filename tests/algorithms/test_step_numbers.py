@@ -130,7 +130,9 @@ def compute_losses():
     }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("plain", marks=pytest.mark.slow), "jit"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("plain", marks=[pytest.mark.slow, pytest.mark.long]), "jit"]
+)
 def found(request):
     """The results, by name."""
     calls = (compute_graphs, compute_turns, compute_losses)

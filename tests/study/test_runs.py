@@ -197,6 +197,7 @@ def test_the_run_of_a_killed_process_is_not_begun_twice(folder, runs_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_study_of_real_runs(folder, tmp_path, monkeypatch):
     """Two arms start from the same weights; a run that is killed goes on from its checkpoint."""
     small = [each for each in (*runs.TINY, *runs.HOUSE) if not each.startswith("eval.every")]

@@ -237,7 +237,9 @@ def run_soak(seconds, trouble):
         return soak, before, after, pool.worker_pids()
 
 
-@pytest.mark.parametrize("trouble", [HEAVY, LIGHT], ids=["heavy", "light"])
+@pytest.mark.parametrize(
+    "trouble", [HEAVY, pytest.param(LIGHT, marks=pytest.mark.long)], ids=["heavy", "light"]
+)
 def test_soak_loses_and_doubles_nothing(capsys, trouble):
     calm, *_ = run_soak(SECONDS / 4, dataclasses.replace(trouble, rate=0.0, steps_per_kill=0))
     soak, before, after, pids = run_soak(SECONDS, trouble)
