@@ -103,7 +103,11 @@ def train(folder, options, *more):
     ("name", "more"),
     [
         ("chat_agent", ["algorithm.name=grpo_empg"]),
-        ("tool_agent", ["algorithm.name=grpo_aem", "rollout.max_tokens=1024", "train.micro_tokens=2048"]),
+        pytest.param(
+            "tool_agent",
+            ["algorithm.name=grpo_aem", "rollout.max_tokens=1024", "train.micro_tokens=2048"],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_an_example_trains_for_two_updates(name, more, tmp_path):
