@@ -1,12 +1,16 @@
 """The byte-level tokenizer: every text comes back exactly, an id is a byte, a control token ends a turn."""
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from empg_jax.text import ChatRenderer, build_byte_tokenizer, load_tokenizer
 
 TOKENIZER = build_byte_tokenizer()
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]))  # lone surrogates are no text in UTF-8
+CONTROLS = [TOKENIZER.id_to_token(index) for index in sorted(TOKENIZER.special_ids)]
+# Lone surrogates are no text in UTF-8; a control token's spelling means the token (its own test below).
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])).filter(
+    lambda text: not any(control in text for control in CONTROLS)
+)
 
 
 @given(TEXTS)
@@ -14,6 +18,13 @@ def test_an_id_is_a_byte_and_comes_back_exactly(text):
     ids = TOKENIZER.encode(text)
     assert ids == list(text.encode())
     assert TOKENIZER.decode(ids) == text
+
+
+@given(TEXTS, st.sampled_from(CONTROLS), TEXTS)
+def test_a_control_token_in_a_text_means_itself(before, control, after):
+    assume(not any(other in before + control + after for other in CONTROLS if other != control))
+    ids = TOKENIZER.encode(before + control + after)
+    assert ids == [*before.encode(), TOKENIZER.token_to_id(control), *after.encode()]
 
 
 def test_control_tokens_come_behind_the_bytes():
