@@ -1,5 +1,6 @@
 """The examples of `scripts/examples` do what their first lines say, each in a process of its own."""
 
+import json
 import re
 import shlex
 import shutil
@@ -14,6 +15,15 @@ EXAMPLES = runs.ROOT / "scripts" / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
 # Groups of two in a house where every third text wins: soon one wins as a whole.
 SMALL = [*runs.TINY, *runs.HOUSE, "rollout.prefill_buckets=[32]", "sft.updates=0", "eval.tasks=2"]
+# What a notebook program offers beside Python.
+NOTEBOOK_PROGRAM = """
+import sys, types
+sys.modules["IPython"] = types.ModuleType("IPython")
+sys.modules["IPython"].version_info = (9, 0)  # matplotlib looks at it
+sys.modules["IPython.display"] = shown = types.ModuleType("IPython.display")
+shown.Image = lambda filename: filename.name if filename.stat().st_size else None
+shown.display = lambda picture: print(picture, "is shown")
+"""
 CONSOLE = "from empg_jax.cli import main; main()"
 
 
@@ -56,6 +66,21 @@ def test_an_own_algorithm_is_trained_and_its_rollouts_are_read(tmp_path):
     read = call(tmp_path, EXAMPLES / "read_rollouts.py", "run")
     assert read.returncode == 0, read.stderr
     assert "turns of 4 episodes\n" in read.stdout and "moved most: " in read.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    code[0] += f"\noverrides = {[*SMALL, 'log.rollouts_every=1']}"
+    (tmp_path / "notebook.py").write_text("\n\n".join([NOTEBOOK_PROGRAM, *code]))
+    done = call(tmp_path, "notebook.py")
+    assert done.returncode == 0, done.stderr
+    assert "> go to" in done.stdout and "entropy  factor" in done.stdout and "AEM" in done.stdout
+    assert "curves.png is shown" in done.stdout
+    assert (tmp_path / "runs" / "notebook" / "model" / "config.json").exists()
 
 
 @pytest.mark.slow
