@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import time
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from empg_jax.run.assembly import (
 )
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.consumed import drop_consumed, write_consumed
-from empg_jax.run.environment import keep_texts
+from empg_jax.run.environment import keep_date, keep_texts
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
 from empg_jax.run.guards import check_gap, check_steps
 from empg_jax.run.leaving import leave
@@ -105,6 +106,8 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(make_progress(config, hosts))
         check_shares(config, hosts)
+        if resume is None:
+            config = keep_date(config, hosts.first("date", lambda: datetime.date.today().isoformat()))
         # Bad models and data are told before a folder is made and a model is built. A refusal is one message.
         model = check_model(config)
         check_rollout(config, model.vocab_size)
