@@ -30,6 +30,7 @@ from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
 from empg_jax.run.assembly import (
+    asks_for_date,
     describe_algorithm,
     make_language,
     make_rl_optimizer,
@@ -106,10 +107,10 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(make_progress(config, hosts))
         check_shares(config, hosts)
-        if resume is None:
-            config = keep_date(config, hosts.first("date", lambda: datetime.date.today().isoformat()))
         # Bad models and data are told before a folder is made and a model is built. A refusal is one message.
         model = check_model(config)
+        if resume is None and asks_for_date(config):
+            config = keep_date(config, hosts.first("date", lambda: datetime.date.today().isoformat()))
         check_rollout(config, model.vocab_size)
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none

@@ -54,8 +54,8 @@ class ModelConfig(Section):
     )
     chat_date: str | None = Field(
         None,
-        description="Date that chat templates print as today's, as 2026-11-27 (null: a run writes the day of "
-        "its start here).",
+        description="Date that the chat template prints as today, such as 2026-11-27 (null: where it prints "
+        "one, a run writes the day of its start here).",
     )
     hidden_size: int = Field(64, ge=1, description="Width of the residual stream.")
     num_layers: int = Field(2, ge=1, description="Number of decoder blocks.")

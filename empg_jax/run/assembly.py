@@ -40,7 +40,7 @@ from empg_jax.text.builtin import BYTES, build_byte_tokenizer, build_phrase_toke
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.history import UnstableHistory
 from empg_jax.text.template import ChatTemplateError, read_source, stop_clock
-from empg_jax.text.tokenizer import Tokenizer, load_tokenizer
+from empg_jax.text.tokenizer import Tokenizer, load_tokenizer, read_chat_template
 from empg_jax.text.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
@@ -105,6 +105,19 @@ def chat_variables(config: Config) -> dict[str, Any]:
     model = config.model
     day = {} if model.chat_date is None else {"strftime_now": stop_clock(model.chat_date)}
     return {**model.chat_options, **day}
+
+
+def asks_for_date(config: Config) -> bool:
+    """Return whether the chat template prints today's date, and the configuration does not set it."""
+    m = config.model
+    if m.chat_date is not None:
+        return False
+    folder = m.tokenizer or m.path
+    if m.chat_template is not None:
+        source: str | None = read_source(m.chat_template)
+    else:
+        source = None if folder in (None, BYTES) else read_chat_template(folder)
+    return source is not None and "strftime_now" in source
 
 
 def make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:

@@ -67,9 +67,7 @@ def keep_texts(config: Config) -> Config:
 
 
 def keep_date(config: Config, today: str) -> Config:
-    """Write a run's date into its configuration, unless it has one: a resumed run tells the same date."""
-    if config.model.chat_date is not None:
-        return config
+    """Write a run's date into its configuration: a resumed run tells its policy the same date."""
     if not hasattr(config, "model_copy"):  # a resolved file, read without pydantic
         vars(config.model)["chat_date"] = today
         return config
