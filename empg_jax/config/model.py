@@ -100,7 +100,9 @@ class ModelConfig(Section):
         try:  # YAML reads a date where no quotes stand
             return datetime.date.fromisoformat(str(value)).isoformat()
         except ValueError:
-            raise ValueError(f"{value} is no date: write year, month and day, as 2026-11-27") from None
+            raise ValueError(
+                f"model.chat_date={value} is no date: write year, month and day, as 2026-11-27"
+            ) from None
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
