@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from empg_jax.text.history import HistoryMode, SuffixFinder
+from empg_jax.text.history import HistoryMode, SuffixFinder, UnstableHistory
 from empg_jax.text.seams import Seam, SeamFinder, is_plain
 from empg_jax.text.template import ChatTemplateError, Message
 from empg_jax.text.tokenizer import Tokenizer
@@ -62,8 +62,7 @@ class ChatRenderer:
         self.end_token = end_token
         self.lead = self._find_lead()
         self._opening = self._find_opening()
-        if history == "append":
-            self._suffixes.find([{"role": "user", "content": "next question"}])  # raises if it cannot
+        self._closing = self._find_closing() if history == "append" else self.end_token
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
@@ -118,8 +117,11 @@ class ChatRenderer:
             raise ValueError("follow needs at least one new message after the response")
         # Seams were probed without variables, which a template may print anywhere.
         delta = None if variables else self._quick_delta(prefix_messages, response_text, new_messages)
+        end_id: int | None = self.end_id
         if delta is None and self.history == "append":
-            delta = self.suffix(new_messages, **variables)
+            suffix = self.suffix(new_messages, **variables)
+            delta = None if suffix is None else self._closing + suffix
+            end_id = self.tokenizer.token_to_id(self._closing)
         elif delta is None:
             delta = self._exact_delta(prefix_messages, response_text, new_messages, **variables)
         if delta is None:
@@ -127,16 +129,17 @@ class ChatRenderer:
         ids = self._encode(delta)
         # A tokenizer never merges a control token with its neighbors. The ids before and after the end of the
         # turn are therefore the same as in a tokenization of the whole text.
-        if not ids or ids[0] != self.end_id:
+        if not ids or ids[0] != end_id:
             return None
         return list(ids[1:] if stopped else ids)
 
     def suffix(self, new_messages: Sequence[Message], **variables: Any) -> str | None:
-        """Return the text from the end of any answer to the next one; None if there is no fixed text."""
+        """Return the text between the end of any answer and the next answer; None if it is not fixed."""
         try:
-            return self._suffixes.find(new_messages, **variables)
+            found = self._suffixes.find(new_messages, **variables)
         except ChatTemplateError:
             return None
+        return found.removeprefix(self._closing) if found.startswith(self._closing) else None
 
     @functools.cached_property
     def tells_tools(self) -> bool:
@@ -156,6 +159,20 @@ class ChatRenderer:
         except ChatTemplateError:
             return "user"
         return "tool"
+
+    def _find_closing(self) -> str:
+        """Return the control token that ends an answer in history; it may be another one at the very end.
+
+        Raises:
+          UnstableHistory: there is none, or the text after an answer is not fixed.
+        """
+        found = self._suffixes.find([{"role": "user", "content": "next question"}])
+        first = next(iter(self._encode(found)), None)
+        if first not in self.tokenizer.special_ids:
+            raise UnstableHistory(
+                f"after an answer the chat template prints {found!r}: no control token ends it"
+            )
+        return str(self.tokenizer.id_to_token(first))
 
     def _find_lead(self) -> str:
         probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]

@@ -12,7 +12,7 @@ from empg_jax.text.chatfile import parse_conversation
 from empg_jax.text.history import UnstableHistory
 from empg_jax.text.probe import describe_rows, find_rewriting
 from empg_jax.text.rows import tokenize_conversation
-from tests.text.families import ALTERNATING, CHATML, TEMPLATES, THINKING, build_bpe
+from tests.text.families import ALTERNATING, CHANNELS, CHATML, TEMPLATES, THINKING, build_bpe
 from tests.text.test_exact_rows import OBSERVATIONS, SAID, TEXTS, THOUGHT, Said, extends, play, rows_of
 
 QUIET = {"enable_thinking": False}
@@ -60,7 +60,7 @@ def test_a_conversation_is_its_start_the_responses_and_deltas(family, options, t
     flags = [False] * len(ids) + [True] * (len(expected) - len(ids))
     for observation, before, response in zip(observations[1:], said, said[1:], strict=False):
         suffix = renderer.suffix([{"role": "user", "content": observation}])
-        delta = renderer.tokenizer.encode(suffix)[before.is_stopped :]
+        delta = renderer.tokenizer.encode(renderer.end_token + suffix)[before.is_stopped :]
         spoken = response.tokens(renderer)
         expected += [*delta, *spoken]
         flags += [False] * len(delta) + [True] * len(spoken)
@@ -97,6 +97,32 @@ def test_a_template_that_prints_differently_behind_different_conversations_is_re
     shouting = "{%- for m in messages %}{{ '<|im_start|>' + m.content | upper + '<|im_end|>' }}{% endfor %}"
     with pytest.raises(UnstableHistory, match="does not print an answer as it is"):
         ChatRenderer(build_bpe("chatml", shouting), history="append")
+
+
+def test_an_answer_that_ends_otherwise_in_history_keeps_its_own_end():
+    """As gpt-oss does it: channels are sampled, and the last answer ends by a token of its own."""
+    renderer = ChatRenderer(build_bpe("channels", CHANNELS), history="append")
+    encode = renderer.tokenizer.encode
+    assert renderer.end_token == "<|return|>"
+    said = [
+        Said("<|channel|>analysis<|message|>hm"),
+        Said("<|channel|>final<|message|>go"),
+        Said("open", False),
+    ]
+    ((tokens, mask),) = rows_of(play(renderer, OBSERVATIONS[:4], said)[0])
+    spans = [response.tokens(renderer).tolist() for response in said]
+    between = [
+        encode(f"<|start|>user<|message|>{text}<|end|><|start|>assistant") for text in OBSERVATIONS[:3]
+    ]
+    assert tokens.tolist() == [i for pair in zip(between, spans, strict=True) for part in pair for i in part]
+    assert tokens[mask].tolist() == [i for span in spans for i in span]
+    cut = renderer.follow(
+        [{"role": "user", "content": "a"}], "b", [{"role": "user", "content": "c"}], stopped=False
+    )
+    assert cut == encode("<|end|><|start|>user<|message|>c<|end|><|start|>assistant")
+    assert describe_rows(renderer).startswith(
+        "rows per episode: 1 (env.history_mode=append; with template 3 in"
+    )
 
 
 def test_messages_that_a_template_refuses_begin_afresh():
