@@ -12,6 +12,7 @@ from empg_jax.text.probe import describe_rows
 from empg_jax.text.template import read_source
 from tests.text.families import build_bpe
 from tests.text.hub import need_tokenizer
+from tests.text.test_exact_rows import Said, play, rows_of
 
 QUIET, OPEN = {"enable_thinking": False}, {"opens_thought": True}
 CONTENTS = st.sampled_from(
@@ -138,6 +139,20 @@ def test_both_histories_of_the_real_models_template():
         question, new = [{"role": "user", "content": "a"}], [{"role": "user", "content": "b\n"}]
         deltas = [each.follow(question, "go", new, stopped=True) for each in (appending, trained)]
         assert deltas[0] == deltas[1] and appending.start(question) == trained.start(question)
+
+
+@pytest.mark.slow
+def test_thirty_turns_of_the_real_model_are_a_tenth_of_the_tokens():
+    said = [Said("go to shelf 2")] * 30
+    seen = [
+        f"You arrive at shelf {i}. On it you see an apple 1, a bowl 2 and a cup 1. " * 2 for i in range(31)
+    ]
+    counts = {}
+    for history in ("template", "append"):
+        rows = rows_of(play(ChatRenderer(real(True), options=QUIET, history=history), seen, said)[0])
+        counts[history] = len(rows), sum(len(tokens) for tokens, _ in rows)
+    (rows, tokens), (kept_rows, kept_tokens) = counts["template"], counts["append"]
+    assert (rows, kept_rows) == (30, 1) and tokens > 10 * kept_tokens
 
 
 @pytest.mark.slow
