@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import time
 from collections.abc import Sequence
@@ -29,13 +30,14 @@ from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
 from empg_jax.run.assembly import (
+    asks_for_date,
     describe_algorithm,
     make_language,
     make_rl_optimizer,
 )
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.consumed import drop_consumed, write_consumed
-from empg_jax.run.environment import keep_texts
+from empg_jax.run.environment import keep_date, keep_texts
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
 from empg_jax.run.guards import check_gap, check_steps
 from empg_jax.run.leaving import leave
@@ -107,6 +109,8 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         check_shares(config, hosts)
         # Bad models and data are told before a folder is made and a model is built. A refusal is one message.
         model = check_model(config)
+        if resume is None and asks_for_date(config):
+            config = keep_date(config, hosts.first("date", lambda: datetime.date.today().isoformat()))
         check_rollout(config, model.vocab_size)
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none

@@ -1,11 +1,12 @@
 """How a configuration becomes tokenizer and chat format, and what is said where it cannot."""
 
+import functools
 import json
 
 import pytest
 
 from empg_jax.errors import ConfigError
-from empg_jax.run.assembly import make_language
+from empg_jax.run.assembly import asks_for_date, make_language
 from empg_jax.text import Tokenizer
 from tests import runs
 from tests.text.families import CHATML, build_bpe
@@ -83,3 +84,25 @@ def test_another_models_tokenizer_is_refused(folder, tmp_path):
     (model / "config.json").write_text(json.dumps({"eos_token_id": 151643}))
     with pytest.raises(ConfigError, match=r"says eos_token_id=151643, but the tokenizer"):
         language("null", path)
+
+
+def test_a_packaged_template_is_named(folder, tmp_path):
+    found = language(
+        folder, "model.chat_template=qwen3_training", "model.chat_options={enable_thinking: false}"
+    )
+    answered = [*QUESTION, {"role": "assistant", "content": "There."}, *QUESTION]
+    assert "assistant\n<think>\n\n</think>\n\nThere.<|im_end|>" in found.renderer.render(answered)
+    with pytest.raises(
+        ConfigError, match="there is no chat template qwen9: name a file, or one of qwen3_train"
+    ):
+        language(folder, "model.chat_template=qwen9")
+
+
+def test_a_date_in_a_template_is_the_configured_one(folder, tmp_path):
+    (tmp_path / "dated.jinja").write_text("{{- strftime_now('%d %b %Y') }}" + CHATML)
+    override = f"model.chat_template={tmp_path / 'dated.jinja'}"
+    told = language(folder, override, "model.chat_date=2001-02-03").renderer.render(QUESTION)
+    assert told.startswith("03 Feb 2001")
+    ask = functools.partial(runs.configure, "unused", f"model.tokenizer={folder}")
+    assert asks_for_date(ask(override)) and not asks_for_date(ask())
+    assert not asks_for_date(ask(override, "model.chat_date=2001-02-03"))

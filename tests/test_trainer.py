@@ -35,6 +35,7 @@ def test_a_run_leaves_its_files(run):
     assert load_config(run / "config.yaml") == runs.configure(run, "log.tensorboard=true")
     environment = json.loads((run / "environment.json").read_text())
     assert environment["seed"] == 0 and environment["packages"]["jax"]
+    assert environment["rows"] == "rows per episode: 1"
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert 'id="data-update-000003.0"' in (run / "view.html").read_text()  # its look: tests/run/test_view.py
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2", "3"]  # keep=3
@@ -100,6 +101,8 @@ def test_variants_of_the_loop(tmp_path, overrides, expected):
     lines = read_metrics(run / "metrics.jsonl")
     assert json.loads((run / "summary.json").read_text())["recompiles_after_warmup"] == 0
     assert [line["update"] for line in lines] == [1, 2, 3]
+    told = json.loads((run / "environment.json").read_text())["rows"]
+    assert ("one per turn" in told) == ("env.context=window" in overrides)
     assert any(line["mixed_groups"] > 0 for line in lines)
     assert all(line["grad_norm"] > 0 for line in lines if line["mixed_groups"] > 0)
     assert expected <= {name for line in lines for name in line}

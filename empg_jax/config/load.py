@@ -112,6 +112,11 @@ def _env_problems(config: Config) -> Iterator[str]:
     env = config.env
     if env.name is None and env.entry_point is None:
         yield "env.name=null and env.entry_point=null: name an environment, for example env.name=household"
+    if env.history_mode == "append" and env.context == "window":
+        yield (
+            "env.history_mode=append has no effect with env.context=window: every turn has a fresh prompt "
+            "there; use env.context=transcript"
+        )
     if env.parser not in (None, "line", "whole") and config.sft.updates and config.sft.data is None:
         yield (
             f"env.parser={env.parser}: the expert shows bare actions with sft.updates={config.sft.updates}; "

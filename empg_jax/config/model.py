@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from empg_jax.config.algorithm import Section
 
@@ -43,11 +44,18 @@ class ModelConfig(Section):
         "default the model's, else one built for the environment, or bytes where its vocabulary is open.",
     )
     chat_template: str | None = Field(
-        None, description="File with a chat template (Jinja) in place of the tokenizer's own."
+        None,
+        description="File with a chat template (Jinja) in place of the tokenizer's own, or qwen3_training, "
+        "which is packaged and keeps what Qwen3's own takes out of the history.",
     )
     chat_options: Options = Field(
         default_factory=dict,
         description="Variables for the chat template, for example {enable_thinking: false}.",
+    )
+    chat_date: str | None = Field(
+        None,
+        description="Date that the chat template prints as today, such as 2026-11-27 (null: where it prints "
+        "one, a run writes the day of its start here).",
     )
     hidden_size: int = Field(64, ge=1, description="Width of the residual stream.")
     num_layers: int = Field(2, ge=1, description="Number of decoder blocks.")
@@ -83,6 +91,18 @@ class ModelConfig(Section):
     quantize: Literal["none", "int8", "nf4"] = Field(
         "none", description="Storage type of the frozen matrices below adapters."
     )
+
+    @field_validator("chat_date", mode="before")
+    @classmethod
+    def _check_date(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        try:  # YAML reads a date where no quotes stand
+            return datetime.date.fromisoformat(str(value)).isoformat()
+        except ValueError:
+            raise ValueError(
+                f"model.chat_date={value} is no date: write year, month and day, as 2026-11-27"
+            ) from None
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

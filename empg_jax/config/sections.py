@@ -50,6 +50,11 @@ class EnvConfig(Section):
         "transcript", description="Prompt of a turn: the growing transcript, or a fresh prompt with a window."
     )
     history: int = Field(2, ge=0, description="Past turns in a fresh prompt (env.context=window).")
+    history_mode: Literal["template", "append"] = Field(
+        "template",
+        description="Earlier answers in a transcript: as the chat template prints them, or as they were "
+        "sampled, with one training row per episode under every template.",
+    )
     invalid_penalty: float = Field(
         0.0, ge=0, description="Penalty that the algorithm subtracts for every turn without a valid action."
     )

@@ -17,7 +17,17 @@ from empg_jax.report.curves import column, held_out_groups, held_out_points
 from empg_jax.report.statistics import Difference, area, bootstrap, compare, interquartile_mean
 
 # Keys that may differ between the runs of one arm.
-APART = ("name", "seed", "run_dir", "compile_cache", "log.", "checkpoint.", "hosts.", "train.profile")
+APART = (
+    "name",
+    "seed",
+    "run_dir",
+    "compile_cache",
+    "log.",
+    "checkpoint.",
+    "hosts.",
+    "train.profile",
+    "model.chat_date",
+)
 # Measure -> (metric, how its updates become one number).
 LAST, WHOLE, AREA = "mean of the last tenth", "mean over all updates", "area under the curve"
 MEASURES = {

@@ -3,6 +3,9 @@
 *Transcript*: the conversation only grows, so the model keeps its KV and gets the new tokens alone. Where the
 chat template does not allow that, the whole conversation is given as a fresh prompt (and a new row starts).
 *Window*: every turn is a fresh prompt that repeats the last ``history`` turns (as verl-agent does).
+
+Tools that an environment declares (``info["tools"]``) are told by the model's own template where it tells
+any; the prompt builder then gets an info without them.
 """
 
 from __future__ import annotations
@@ -88,6 +91,25 @@ def make_context(
     raise ValueError(f"env.context={kind!r} is unknown: use 'transcript' or 'window'")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Tools:
+    """The tools of an episode that the template tells: its variables, and the role of calls' results."""
+
+    variables: dict[str, Any]
+    role: str
+
+    def hide(self, info: Info) -> Info:
+        """Return an info for the prompt builder, without the tools that the template tells."""
+        return {**info, "tools": []} if self.variables else info
+
+
+def _find_tools(renderer: ChatRenderer, info: Info) -> _Tools:
+    tools = info.get("tools")
+    if not tools or not renderer.tells_tools:
+        return _Tools({}, "user")
+    return _Tools({"tools": tools}, renderer.role_of_results(tools))
+
+
 class _Transcript:
     """A context that appends new messages, and starts a fresh prompt only where the template demands it."""
 
@@ -95,10 +117,12 @@ class _Transcript:
         self._prompts = prompts
         self._renderer = renderer
         self._messages: list[dict[str, str]] = []
+        self._tools = _Tools({}, "user")
 
     def start(self, observation: str, info: Info) -> PromptDelta:
-        self._messages = list(self._prompts.start(observation, info))
-        return PromptDelta(self._renderer.start(self._messages), is_fresh=True)
+        self._tools = _find_tools(self._renderer, info)
+        self._messages = list(self._prompts.start(observation, self._tools.hide(info)))
+        return self._whole()
 
     def follow(
         self,
@@ -109,15 +133,20 @@ class _Transcript:
         observation: str,
         info: Info,
     ) -> PromptDelta:
-        new_messages = [{"role": "user", "content": self._prompts.follow(observation, info)}]
+        content = self._prompts.follow(observation, self._tools.hide(info))
+        new_messages = [{"role": self._tools.role, "content": content}]
         # Another stop token is an ordinary sampled token: the template's end of turn must still follow it.
         ended = stopped and response_tokens[-1] == self._renderer.end_id
-        tokens = self._renderer.follow(self._messages, response_text, new_messages, stopped=ended)
+        tokens = self._renderer.follow(
+            self._messages, response_text, new_messages, stopped=ended, **self._tools.variables
+        )
         self._messages += [{"role": "assistant", "content": response_text}, *new_messages]
         # The template renders earlier messages differently now, so the old tokens are no prefix any more.
-        if tokens is None:
-            return PromptDelta(self._renderer.start(self._messages), is_fresh=True)
-        return PromptDelta(tokens, is_fresh=False)
+        return self._whole() if tokens is None else PromptDelta(tokens, is_fresh=False)
+
+    def _whole(self) -> PromptDelta:
+        tokens = self._renderer.start(self._messages, **self._tools.variables)
+        return PromptDelta(tokens, is_fresh=True)
 
 
 class _Window:
@@ -129,10 +158,12 @@ class _Window:
         self._turns: deque[tuple[str, str]] = deque(maxlen=history)
         self._observation = ""
         self._num_turns = 0
+        self._tools = _Tools({}, "user")
 
     def start(self, observation: str, info: Info) -> PromptDelta:
         self._turns.clear()
         self._num_turns = 0
+        self._tools = _find_tools(self._renderer, info)
         return self._prompt(observation, info)
 
     def follow(
@@ -150,8 +181,9 @@ class _Window:
 
     def _prompt(self, observation: str, info: Info) -> PromptDelta:
         self._observation = observation
-        messages = self._prompts.window(list(self._turns), observation, info, self._num_turns)
-        return PromptDelta(self._renderer.start(messages), is_fresh=True)
+        shown = self._tools.hide(info)
+        messages = self._prompts.window(list(self._turns), observation, shown, self._num_turns)
+        return PromptDelta(self._renderer.start(messages, **self._tools.variables), is_fresh=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -38,8 +38,9 @@ from empg_jax.rollout.context import CallContext, ContextFactory, make_context
 from empg_jax.run.environment import find_spec, reads_bytes
 from empg_jax.text.builtin import BYTES, build_byte_tokenizer, build_phrase_tokenizer
 from empg_jax.text.chat import ChatRenderer
-from empg_jax.text.template import ChatTemplateError
-from empg_jax.text.tokenizer import Tokenizer, load_tokenizer
+from empg_jax.text.history import UnstableHistory
+from empg_jax.text.template import ChatTemplateError, read_source, stop_clock
+from empg_jax.text.tokenizer import Tokenizer, load_tokenizer, read_chat_template
 from empg_jax.text.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
@@ -70,8 +71,14 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
     """
     spec = find_spec(config)
     tokenizer = make_tokenizer(config, tokenizer_path, spec)
+    options = chat_variables(config)
     try:
-        renderer = ChatRenderer(tokenizer, options=config.model.chat_options)
+        renderer = ChatRenderer(tokenizer, options=options, history=config.env.history_mode)
+    except UnstableHistory as error:
+        raise ConfigError(
+            f"env.history_mode=append: {error}; what follows an answer must not depend on what stands before "
+            "it: use env.history_mode=template, or model.chat_template=FILE"
+        ) from None
     except ChatTemplateError as error:
         raise ConfigError(f"{error}; model.chat_template=FILE brings a template of your own") from None
     prompts = _call("env.prompt_options", spec.prompts, config.env.prompt_options)
@@ -93,6 +100,26 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
     return Language(tokenizer, renderer, context, parser)
 
 
+def chat_variables(config: Config) -> dict[str, Any]:
+    """Return the variables of the chat template: those of the configuration, and the clock of the run."""
+    model = config.model
+    day = {} if model.chat_date is None else {"strftime_now": stop_clock(model.chat_date)}
+    return {**model.chat_options, **day}
+
+
+def asks_for_date(config: Config) -> bool:
+    """Return whether the chat template prints today's date, and the configuration does not set it."""
+    m = config.model
+    if m.chat_date is not None:
+        return False
+    folder = m.tokenizer or m.path
+    if m.chat_template is not None:
+        source: str | None = read_source(m.chat_template)
+    else:
+        source = None if folder in (None, BYTES) else read_chat_template(folder)
+    return source is not None and "strftime_now" in source
+
+
 def make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
     """Choose the first of: saved tokenizer, configured one, one built for the environment, bytes.
 
@@ -103,7 +130,7 @@ def make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokeniz
     try:
         if saved is not None:
             return load_tokenizer(saved)
-        template = None if m.chat_template is None else Path(m.chat_template).expanduser().read_text("utf-8")
+        template = None if m.chat_template is None else read_source(m.chat_template)
         if m.tokenizer == BYTES or reads_bytes(config, spec):
             return build_byte_tokenizer(template)
         if (path := m.tokenizer or m.path) is not None:

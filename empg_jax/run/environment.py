@@ -66,6 +66,14 @@ def keep_texts(config: Config) -> Config:
     return config.model_copy(update={"env": config.env.model_copy(update={"prompt_options": options})})
 
 
+def keep_date(config: Config, today: str) -> Config:
+    """Write a run's date into its configuration: a resumed run tells its policy the same date."""
+    if not hasattr(config, "model_copy"):  # a resolved file, read without pydantic
+        vars(config.model)["chat_date"] = today
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"chat_date": today})})
+
+
 def reads_bytes(config: Config, spec: EnvSpec) -> bool:
     """Return whether the built-in byte-level tokenizer is used because no other tokenizer is available."""
     return config.model.tokenizer is None and config.model.path is None and spec.phrases is None

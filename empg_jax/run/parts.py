@@ -16,7 +16,7 @@ import optax
 
 from empg_jax.engine.engine import Engine
 from empg_jax.learner.batching import BatchShape, make_batch
-from empg_jax.learner.fingerprint import TEXT, checksum, text_logprob
+from empg_jax.learner.fingerprint import checksum
 from empg_jax.learner.state import TrainState, init_state, restart_optimizer, state_shapes
 from empg_jax.learner.update import Learner, make_learner
 from empg_jax.metrics import MetricsLog
@@ -31,6 +31,7 @@ from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.schedule import FILENAME, Recorder
 from empg_jax.rollout.shares import take_share
 from empg_jax.rollout.thread import RolloutThread
+from empg_jax.run.announcing import announce_model, announce_rows
 from empg_jax.run.assembly import (
     Language,
     make_algorithm_from,
@@ -42,7 +43,6 @@ from empg_jax.run.assembly import (
 )
 from empg_jax.run.checkpoint import Checkpoints, Restored, check_base
 from empg_jax.run.devices import learner_devices
-from empg_jax.run.folder import add_run_info
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
 from empg_jax.run.sampling import (
     filter_of,
@@ -198,6 +198,7 @@ def open_run(
         evaluator = make_evaluator(config, engine, pool, language, first_handle=first, hosts=hosts)
     if config.model.path is not None:
         announce_model(config, run_dir, learner, language, state.params, say=progress.message, hosts=hosts)
+    announce_rows(config, run_dir, language, say=progress.message, hosts=hosts)
     run = RunState(state)
     base_checksum = None if learner.base is None else checksum(learner.base)
     if is_resumed:
@@ -299,24 +300,6 @@ def _warm_up(engine: Engine, learner: Learner, params: Params, counted: Counted)
     engine.load(params, -1)
     engine.warm_up(counted("compiling the engine", engine.config.num_programs))
     engine.free()
-
-
-def announce_model(
-    config: Config,
-    run_dir: Path,
-    learner: Learner,
-    language: Language,
-    params: Params,
-    *,
-    say: Callable[[str], None],
-    hosts: Hosts = ALONE,
-) -> None:
-    """Report the loaded model's log-probability of a fixed text, and record it in the run's folder."""
-    ids = language.tokenizer.encode(TEXT)
-    value = round(text_logprob(params, learner.model, ids, learner.mesh, learner.base), 4)
-    say(f"{config.model.path}: {value:.4f} nats per token on a fixed text")
-    if hosts.is_first:
-        add_run_info(run_dir, {"model": {"path": config.model.path, "text_logprob": value}})
 
 
 # ------------------------------------------------------------------------------- saving and restoring

@@ -17,6 +17,7 @@ from empg_jax.learner.state import state_shardings
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.assembly import (
+    chat_variables,
     make_model,
     make_rl_optimizer,
     make_tokenizer,
@@ -137,7 +138,7 @@ def _open_new(source: str, path: Path, overrides: Sequence[str]) -> Policy:
     check_devices(config)
     tokenizer = make_tokenizer(config, None, find_spec(config))
     try:
-        renderer = ChatRenderer(tokenizer, options=config.model.chat_options)
+        renderer = ChatRenderer(tokenizer, options=chat_variables(config))
     except ChatTemplateError:
         renderer = None  # a base model: completions work without a template
     model_config = make_model(config, tokenizer)

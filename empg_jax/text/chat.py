@@ -4,19 +4,22 @@ A conversation is tokenized once and only grows. Sampled ids are never tokenized
 only its own tokens. Not every chat template allows this, so the renderer checks it: the template's text with
 the new messages must start with the text before them plus the response. If it does not (a template may strip
 reasoning from history or trim white space), `ChatRenderer.follow` returns None, and the caller starts a new
-row from a full rendering.
+row from a full rendering. With an append-only history it goes on with what was sampled (see `history`).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from empg_jax.text.history import HistoryMode, SuffixFinder, UnstableHistory
 from empg_jax.text.seams import Seam, SeamFinder, is_plain
 from empg_jax.text.template import ChatTemplateError, Message
 from empg_jax.text.tokenizer import Tokenizer
+
+_TOOL = "empgtool0x"
 
 
 class ChatRenderer:
@@ -25,13 +28,16 @@ class ChatRenderer:
     Args:
       tokenizer: a tokenizer with a chat template.
       options: variables for the template, for example ``{"enable_thinking": False}``.
+      history: ``template`` prints earlier answers as the template does, ``append`` keeps them as sampled.
       cache_size: number of encoded texts to keep.
 
     Raises:
       ChatTemplateError: there is no template, or it does not end an assistant's turn with a single control
         token. A sampler could then not detect the end of a turn.
+      UnstableHistory: the history is append-only, and the template does not allow that.
 
     Attributes:
+      history: as given.
       end_id: id of the control token with which the template ends an assistant's turn.
       end_token: text of this token.
       lead: white space that the template prints before an answer and that the policy has to sample (usually
@@ -39,18 +45,24 @@ class ChatRenderer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, options: Mapping[str, Any] | None = None, cache_size: int = 8192
+        self,
+        tokenizer: Tokenizer,
+        *,
+        options: Mapping[str, Any] | None = None,
+        history: HistoryMode = "template",
+        cache_size: int = 8192,
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.history = tokenizer, history
         self._options = dict(options or {})
         self._encode = functools.lru_cache(maxsize=cache_size)(lambda text: tuple(tokenizer.encode(text)))
-        self._seams = SeamFinder(self.render)
+        self._seams, self._suffixes = SeamFinder(self.render), SuffixFinder(self.render)
         self.end_id = _require_turn_end(tokenizer)
         end_token = tokenizer.id_to_token(self.end_id)
         assert end_token is not None
         self.end_token = end_token
         self.lead = self._find_lead()
         self._opening = self._find_opening()
+        self._closing = self._find_closing() if history == "append" else self.end_token
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
@@ -58,6 +70,12 @@ class ChatRenderer:
         """Return the template's text of a conversation; ``variables`` override the renderer's options."""
         variables = {**self._options, **variables}
         return self.tokenizer.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    def trace(self, messages: Sequence[Message]) -> Iterator[tuple[str, int]]:
+        """Yield the pieces of a prompt's text, each with the line of the template that prints it."""
+        template = self.tokenizer.chat_template
+        assert template is not None  # else there were no renderer
+        return template.trace(messages, add_generation_prompt=True, **self._options)
 
     def start(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Return the ids of the whole conversation so far, including the generation prompt."""
@@ -92,22 +110,69 @@ class ChatRenderer:
 
         Returns:
           The ids after the response, including the generation prompt. None if the template renders the longer
-          conversation differently, so that a full rendering is needed.
+          conversation differently, so that a full rendering is needed; with an append-only history, if it has
+          no fixed text for these messages.
         """
         if not new_messages:
             raise ValueError("follow needs at least one new message after the response")
         # Seams were probed without variables, which a template may print anywhere.
         delta = None if variables else self._quick_delta(prefix_messages, response_text, new_messages)
-        if delta is None:
+        end_id: int | None = self.end_id
+        if delta is None and self.history == "append":
+            suffix = self.suffix(new_messages, **variables)
+            delta = None if suffix is None else self._closing + suffix
+            end_id = self.tokenizer.token_to_id(self._closing)
+        elif delta is None:
             delta = self._exact_delta(prefix_messages, response_text, new_messages, **variables)
         if delta is None:
             return None
         ids = self._encode(delta)
         # A tokenizer never merges a control token with its neighbors. The ids before and after the end of the
         # turn are therefore the same as in a tokenization of the whole text.
-        if not ids or ids[0] != self.end_id:
+        if not ids or ids[0] != end_id:
             return None
         return list(ids[1:] if stopped else ids)
+
+    def suffix(self, new_messages: Sequence[Message], **variables: Any) -> str | None:
+        """Return the text between the end of any answer and the next answer; None if it is not fixed."""
+        try:
+            found = self._suffixes.find(new_messages, **variables)
+        except ChatTemplateError:
+            return None
+        return found.removeprefix(self._closing) if found.startswith(self._closing) else None
+
+    @functools.cached_property
+    def tells_tools(self) -> bool:
+        """Whether the template prints tools that it is given."""
+        tool = {"name": _TOOL, "description": _TOOL, "parameters": {"type": "object", "properties": {}}}
+        question: list[Message] = [{"role": "user", "content": "question"}]
+        try:
+            return _TOOL in self.render(question, tools=[{"type": "function", "function": tool}])
+        except ChatTemplateError:
+            return False
+
+    def role_of_results(self, tools: Sequence[Any]) -> str:
+        """Return the role of the results of calls: ``tool``, or ``user`` where the template refuses it."""
+        call: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "x"}]
+        try:
+            self.render([*call, {"role": "tool", "content": "result"}], tools=tools)
+        except ChatTemplateError:
+            return "user"
+        return "tool"
+
+    def _find_closing(self) -> str:
+        """Return the control token that ends an answer in history; it may be another one at the very end.
+
+        Raises:
+          UnstableHistory: there is none, or the text after an answer is not fixed.
+        """
+        found = self._suffixes.find([{"role": "user", "content": "next question"}])
+        first = next(iter(self._encode(found)), None)
+        if first not in self.tokenizer.special_ids:
+            raise UnstableHistory(
+                f"after an answer the chat template prints {found!r}: no control token ends it"
+            )
+        return str(self.tokenizer.id_to_token(first))
 
     def _find_lead(self) -> str:
         probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]

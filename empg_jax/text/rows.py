@@ -3,14 +3,16 @@
 Each trained answer follows exactly the prompt that the template would give to a sampler. It consists of
 exactly the tokens that the policy would have to sample, including the end-of-turn token. If the template
 prints the longer conversation as an extension of the shorter one, both answers share a row. Otherwise (a
-template may strip reasoning from history) the later answer starts a new row. No answer is trained on twice.
+template may strip reasoning from history) the later answer starts a new row, unless the history is
+append-only. No answer is trained on twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from empg_jax.text.chat import ChatRenderer, encode_behind
 from empg_jax.text.chatfile import ChatDataError, Conversation
@@ -55,25 +57,27 @@ def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) ->
     for index, message in enumerate(conversation.messages):
         if end in message["content"]:
             raise ChatDataError(f"message {index} holds the control token {end}, which ends a turn")
-    render = renderer.render
-    if conversation.tools is not None:
-        render = functools.partial(render, tools=conversation.tools)
+    variables: dict[str, Any] = {} if conversation.tools is None else {"tools": conversation.tools}
+    render: Callable[..., str] = functools.partial(renderer.render, **variables)
     rows: list[TokenRow] = []
-    row, shown = TokenRow([], []), ""  # shown: the text of the row so far
+    row, shown, last = TokenRow([], []), "", -1  # shown: the text of the row so far; last: its last answer
     for index, message in enumerate(conversation.messages):
         if message["role"] != "assistant":
             continue
         before = conversation.messages[:index]
         prompt = render(before)
-        if not rows or not prompt.startswith(shown):
-            row, shown = TokenRow([], []), ""
+        new = prompt[len(shown) :] if rows and prompt.startswith(shown) else None
+        if renderer.history == "append" and rows and index > last + 1:
+            new = renderer.suffix(before[last + 1 :], **variables)
+        if new is None:
+            row, shown, new = TokenRow([], []), "", prompt
             rows.append(row)
         whole = render((*before, message), add_generation_prompt=False)
         answer = _answer(prompt, whole, message["content"], end)
-        prompt_ids, answer_ids = _encode(renderer, prompt[len(shown) :], answer, is_first=not shown)
+        prompt_ids, answer_ids = _encode(renderer, new, answer, is_first=not shown)
         row.add(prompt_ids, False)
         row.add(answer_ids, conversation.is_trained[index])
-        shown = prompt + answer
+        shown, last = shown + new + answer, index
     return [kept for row in rows if (kept := row.cut()) is not None]
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 import jinja2
 import jinja2.ext
@@ -23,6 +25,8 @@ import jinja2.sandbox
 from empg_jax.errors import UserError
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...} and other keys that a template may read
+PACKAGED = Path(__file__).with_name("templates")
+ENDING = ".jinja"
 
 
 class ChatTemplateError(UserError, ValueError):
@@ -61,16 +65,54 @@ class ChatTemplate:
         Raises:
           ChatTemplateError: the template refuses the conversation (its own message is kept).
         """
-        variables = {"tools": None, "documents": None, **self.special_tokens, **options}
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **variables
-            )
+            return self._template.render(self._variables(messages, add_generation_prompt, options))
         except (jinja2.TemplateError, TypeError) as error:
             roles = [message.get("role") for message in messages]
             raise ChatTemplateError(
                 f"the chat template refused a conversation with roles {roles}: {error}"
             ) from error
+
+    def trace(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, **options: Any
+    ) -> Iterator[tuple[str, int]]:
+        """Yield the pieces of a conversation's text, each with the line of the template that prints it.
+
+        The conversation must be one that `render` accepts.
+        """
+        variables = self._variables(messages, add_generation_prompt, options)
+        # The compiled template is a generator: where it stands after a piece is where the piece was printed.
+        context = self._template.new_context(variables)
+        pieces = cast("types.GeneratorType[str, None, None]", self._template.root_render_func(context))
+        for piece in pieces:
+            assert pieces.gi_frame is not None  # it has not ended
+            yield str(piece), self._template.get_corresponding_lineno(pieces.gi_frame.f_lineno)
+
+    def _variables(
+        self, messages: Sequence[Message], add_generation_prompt: bool, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return {"tools": None, "documents": None, **self.special_tokens, **options, **given}
+
+
+def read_source(name: str) -> str:
+    """Read a chat template: a file, or one that is packaged here, by its name (``qwen3_training``).
+
+    Raises:
+      OSError: there is no such file and no such name, or the file cannot be read.
+    """
+    path, packaged = Path(name).expanduser(), PACKAGED / f"{name}{ENDING}"
+    if not path.exists() and packaged.parent == PACKAGED and packaged.exists():
+        path = packaged
+    if not path.exists():
+        names = ", ".join(sorted(file.stem for file in PACKAGED.glob(f"*{ENDING}")))
+        raise FileNotFoundError(f"there is no chat template {name}: name a file, or one of {names}")
+    return path.read_text("utf-8")
+
+
+def stop_clock(day: str) -> Callable[[str], str]:
+    """Return a ``strftime_now`` of midnight on a day (``2026-11-27``), in place of one that goes on."""
+    return datetime.datetime.combine(datetime.date.fromisoformat(day), datetime.time()).strftime
 
 
 class _GenerationBlock(jinja2.ext.Extension):

@@ -192,6 +192,12 @@ def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None
         raise ValueError(f"tokenizer in {folder}: {error}") from error
 
 
+def read_chat_template(path: str | pathlib.Path) -> str | None:
+    """Read the source of the chat template in a tokenizer's folder; None where there is none."""
+    folder = find_folder(path, _FILES, "tokenizer")
+    return _read_chat_template(folder, _read_json(folder / "tokenizer_config.json"))
+
+
 def load_backend(folder: pathlib.Path) -> tokenizers.Tokenizer:
     """Read only the ``tokenizers`` backend of a folder, without special token names and template.
 

@@ -12,7 +12,9 @@ from empg_envs.base import EnvFault
 from empg_jax.config import load_config
 from empg_jax.rollout.episode import Attempt
 from empg_jax.run import assembly, sampling
+from tests import runs
 from tests.rollout.scripted import Speaker, run
+from tests.text.hub import need_tokenizer
 
 SERVER = Path(__file__).with_name("mcp_server.py")
 
@@ -139,6 +141,40 @@ def test_the_policy_reads_the_tools_and_its_call_arrives(options):
     assert first.is_valid and second.observation == "the word is w0"
     prompt = language.tokenizer.decode(engine.prompts[0])
     assert '{"name": "find", "description": "find it"' in prompt and "Which word is in drawer 0?" in prompt
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        f"model.chat_template={runs.ROOT / 'scripts' / 'examples' / 'tools.jinja'}",
+        pytest.param("qwen3", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("history_mode", ["template", "append"])
+def test_the_models_own_template_tells_the_tools_and_the_results(options, model, history_mode):
+    """Where the template has a place for tools, they stand there and nowhere else."""
+    is_real = model == "qwen3"
+    overrides = [f"env.options.{key}={json.dumps(value)}" for key, value in options.items()]
+    overrides += [f"model.tokenizer={need_tokenizer(model)}" if is_real else model]
+    limits = ["workers.num=1", "workers.step_timeout=150", "workers.reset_timeout=150", "env.max_turns=2"]
+    overrides += [f"env.history_mode={history_mode}"]
+    config = load_config("quickstart", ["env.name=mcp", "sft.updates=0", *overrides, *limits])
+    language = assembly.make_language(config)
+    said = '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "find", "arguments": {"drawer": 0}}\n</tool_call>'
+    with sampling.make_pool(config) as pool:
+        engine = Speaker([*language.tokenizer.encode(said), language.renderer.end_id])
+        collector = sampling.make_collector(config, engine, pool, language, stream=0)
+        (trajectory,) = run(collector, [Attempt("train", 0, 0, 0)]).values()
+    assert [turn.is_valid for turn in trajectory.turns] == [True, True]
+    assert trajectory.turns[1].observation == "the word is w0"
+    first, second = (language.tokenizer.decode(prompt, skip_special=False) for prompt in engine.prompts)
+    declared = '{"type": "function", "function": {"name": "find", "description": "find it"'
+    assert first.count(declared) == 1 and "You have these tools" not in first
+    assert first.index(declared) < first.index("Which word is in drawer 0?")
+    result = (
+        "<tool_response>\nthe word is w0\n</tool_response>" if is_real else "<tool_response>the word is w0"
+    )
+    assert result in second and "find" not in second  # an answer's end, the result, the next prompt
 
 
 def test_prompts_and_parser():

@@ -1,10 +1,12 @@
 """Transcript prompts grow exactly; window prompts know only the last turns."""
 
+import functools
+
 import pytest
 
-from empg_jax.rollout.context import PromptDelta, make_context
+from empg_jax.rollout.context import CallContext, PromptDelta, make_context
 from empg_jax.text import ChatRenderer, build_phrase_tokenizer
-from tests.text.families import build_bpe
+from tests.text.families import CHATML, build_bpe
 
 
 class Prompts:
@@ -118,3 +120,57 @@ def test_bad_settings_are_named():
         make_context("scroll", Prompts(), renderer, history=2)
     with pytest.raises(ValueError, match=r"env\.history=-1"):
         make_context("window", Prompts(), renderer, history=-1)
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+
+
+class TellingPrompts(Prompts):
+    """Tells the tools itself, where there are any."""
+
+    def start(self, observation, info):
+        return [{"role": "user", "content": f"{len(info['tools'])} tools; {observation}"}]
+
+    def window(self, history, observation, info, turn):
+        return [{"role": "user", "content": f"{len(info['tools'])} tools; {turn}"}]
+
+
+@pytest.mark.parametrize(("family", "is_told"), [("chatml", True), ("thinking", False)])
+@pytest.mark.parametrize("kind", ["transcript", "window"])
+def test_tools_are_told_by_the_template_where_it_can(kind, family, is_told):
+    renderer = ChatRenderer(build_bpe(family))
+    assert renderer.tells_tools == is_told
+    context = make_context(kind, TellingPrompts(), renderer, history=1)()
+    decode = functools.partial(renderer.tokenizer.decode, skip_special=False)
+    info = {"task": "find it", "tools": TOOLS}
+    first = decode(context.start("obs 0", info).tokens)
+    assert ('"name": "look"' in first) == is_told and ("0 tools" if is_told else "1 tools") in first
+    delta = context.follow([renderer.end_id], "", True, "act", "obs 1", info)
+    after = decode(delta.tokens)
+    assert delta.is_fresh == (kind == "window")
+    if kind == "transcript":
+        assert ("<tool_response>\nobs 1" in after) == is_told and "look" not in after
+    else:
+        assert ('"name": "look"' in after) == is_told
+
+
+def test_results_are_words_of_the_user_where_the_template_knows_no_tool():
+    known = "{%- if message['role'] == 'tool' %}"
+    refusing = CHATML.replace(known, known + "{{ raise_exception('no calls') }}")
+    for template, role in ((CHATML, "tool"), (refusing, "user")):
+        renderer = ChatRenderer(build_bpe("chatml", template))
+        assert renderer.tells_tools and renderer.role_of_results(TOOLS) == role
+
+
+@pytest.mark.parametrize(("history", "is_fresh"), [("template", True), ("append", False)])
+def test_a_program_that_goes_on_with_its_conversation_stays_in_its_row(history, is_fresh):
+    renderer = ChatRenderer(build_bpe("thinking"), history=history)
+    context, said = CallContext(renderer), "<think>\nhm\n</think>\n\ngo"
+    messages = [{"role": "user", "content": "a"}]
+    context.start("a", {"messages": messages, "tools": []})
+    messages = [*messages, {"role": "assistant", "content": said}, {"role": "user", "content": "b"}]
+    ids = [*renderer.tokenizer.encode(said), renderer.end_id]
+    delta = context.follow(ids, said, True, said, "b", {"messages": messages, "tools": []})
+    assert delta.is_fresh == is_fresh
+    forgotten = {"messages": messages[-1:], "tools": []}  # a history of its own is a row of its own
+    assert context.follow(ids, said, True, said, "b", forgotten).is_fresh

@@ -99,6 +99,18 @@ BRACKETS = """
 # Mistral's other manner: a space stands before a trimmed answer, which a sampler must say itself.
 SPACED = BRACKETS.replace("message['content'] + eos_token", "' ' + message['content'] | trim + eos_token")
 
+# gpt-oss's manner: an answer names its channel, which a generation prompt leaves open; an answer that is over
+# for good ends by another token than one in history.
+CHANNELS = """
+{%- for message in messages %}
+    {{- '<|start|>' + message.role }}
+    {%- if message.role == 'assistant' %}{{- '<|channel|>final' }}{% endif %}
+    {{- '<|message|>' + message.content }}
+    {{- '<|return|>' if message.role == 'assistant' and loop.last else '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{% endif %}
+"""
+
 TEMPLATES = {
     "chatml": CHATML,
     "thinking": THINKING,
@@ -108,6 +120,7 @@ TEMPLATES = {
 }
 ALTERNATING = ("brackets", "spaced")  # only user and assistant, by turns
 _SPECIALS = {
+    "channels": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"],
     "chatml": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
     "thinking": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
     "headers": [
@@ -121,6 +134,7 @@ _SPECIALS = {
     "spaced": ["<s>", "</s>", "[INST]", "[/INST]"],
 }
 _NAMED = {
+    "channels": {"eos_token": "<|return|>"},
     "chatml": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     "thinking": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     "headers": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},

@@ -10,10 +10,8 @@ from empg_envs.base import Message, PlainParser, quote_turns
 from empg_envs.guided import GuidedPrompts
 from empg_envs.parsers import CallParser, WholeParser
 
-_CALL = (
-    'Call one with <tool_call>{"name": ..., "arguments": {...}}</tool_call>. '
-    "A response without a call is your answer, and ends the task."
-)
+_CALL = 'Call one with <tool_call>{"name": ..., "arguments": {...}}</tool_call>.'
+_ANSWER = "A response without a call is your answer, and ends the task."
 
 
 def make_prompts(instructions: str = "") -> GuidedPrompts:
@@ -42,7 +40,10 @@ def make_line_parser(instructions: str = "", list_actions: bool = True) -> Plain
 
 
 class ToolPrompts(GuidedPrompts):
-    """A prompt builder that tells the tools of ``info["tools"]`` and how to call them."""
+    """A prompt builder that tells the tools of ``info["tools"]`` and how to call them.
+
+    Where the model's own template tells the tools, there are none in ``info``.
+    """
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
         """Return one user message: instructions, tools and task."""
@@ -50,8 +51,8 @@ class ToolPrompts(GuidedPrompts):
         tools = "\n".join(
             json.dumps(tool["function"], ensure_ascii=False) for tool in info.get("tools") or ()
         )
-        text = f"You have these tools, one in a line:\n{tools}\n\n{_CALL}\n\n{message['content']}"
-        return [{**message, "content": text}]
+        told = f"You have these tools, one in a line:\n{tools}\n\n{_CALL} {_ANSWER}" if tools else _ANSWER
+        return [{**message, "content": f"{told}\n\n{message['content']}"}]
 
     def recall(
         self, history: Sequence[tuple[str, str]], observation: str, info: Mapping[str, Any], turn: int

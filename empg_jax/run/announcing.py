@@ -1,0 +1,52 @@
+"""What a run says of its model and of its conversations at the start, and keeps in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from empg_jax.learner.fingerprint import TEXT, text_logprob
+from empg_jax.learner.update import Learner
+from empg_jax.parallel.hosts import ALONE, Hosts
+from empg_jax.run.assembly import Language
+from empg_jax.run.environment import find_spec
+from empg_jax.run.folder import add_run_info
+from empg_jax.text.probe import describe_rows
+from empg_jax.types import Params
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+
+def announce_model(
+    config: Config,
+    run_dir: Path,
+    learner: Learner,
+    language: Language,
+    params: Params,
+    *,
+    say: Callable[[str], None],
+    hosts: Hosts = ALONE,
+) -> None:
+    """Report the loaded model's log-probability of a fixed text, and record it in the run's folder."""
+    ids = language.tokenizer.encode(TEXT)
+    value = round(text_logprob(params, learner.model, ids, learner.mesh, learner.base), 4)
+    say(f"{config.model.path}: {value:.4f} nats per token on a fixed text")
+    if hosts.is_first:
+        add_run_info(run_dir, {"model": {"path": config.model.path, "text_logprob": value}})
+
+
+def announce_rows(
+    config: Config, run_dir: Path, language: Language, *, say: Callable[[str], None], hosts: Hosts = ALONE
+) -> None:
+    """Report how many training rows an episode has, and why, and record it in the run's folder."""
+    if config.env.context == "window":
+        line = "rows per episode: one per turn, because env.context=window gives every turn a fresh prompt"
+    else:
+        line = describe_rows(language.renderer)
+        if find_spec(config).has_calls:
+            line += " (where the program goes on with its conversation as it is)"
+    say(line)
+    if hosts.is_first:
+        add_run_info(run_dir, {"rows": line})
