@@ -23,7 +23,6 @@ FLOORS = {
     "hf": 3,
     "learner": 3,
     "retrieval": 4,
-    "sampler": 4,
     "text": 4,
     "report": 5,
     "rollout": 5,

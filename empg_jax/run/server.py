@@ -14,11 +14,11 @@ from empg_jax.engine.programs import EngineConfig
 from empg_jax.errors import ConfigError
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
-from empg_jax.sampler.answers import Ask, SamplerError
-from empg_jax.sampler.client import Client
-from empg_jax.sampler.engine import ServerEngine
-from empg_jax.sampler.folders import Folders, check_writable
-from empg_jax.sampler.patience import Patience
+from empg_jax.rollout.server.answers import Ask, SamplerError
+from empg_jax.rollout.server.client import Client
+from empg_jax.rollout.server.engine import ServerEngine
+from empg_jax.rollout.server.folders import Folders, check_writable
+from empg_jax.rollout.server.patience import Patience
 from empg_jax.types import Params
 
 if TYPE_CHECKING:
@@ -33,17 +33,14 @@ def open_server(
     """Connect to the server and build the engine on it.
 
     Raises:
-      ConfigError: the server does not answer, or weights cannot be published.
+      ConfigError: as `check_server`; or weights cannot be published.
     """
-    r, client = config.rollout, None
+    r, client = config.rollout, _connect(config, model)
+    home = None if r.weights_dir is None else Path(r.weights_dir).expanduser().absolute()
     try:
-        client = _make_client(config, model.vocab_size)
-        client.connect()
-        home = None if r.weights_dir is None else Path(r.weights_dir).expanduser().absolute()
         folders = Folders(model, home)
     except SamplerError as error:
-        if client is not None:
-            client.close()
+        client.close()
         raise ConfigError(str(error)) from None
     engine = ServerEngine(
         model,
@@ -66,18 +63,7 @@ def check_server(config: Config, model: DecoderConfig) -> None:
     Raises:
       ConfigError: it does not answer, is of an unknown kind, or cannot sample for this run.
     """
-    client = None
-    try:
-        check_writable(model)
-        client = _make_client(config, model.vocab_size)
-        client.connect()
-        _check_length(client, config.rollout.max_tokens)
-        _check_meaning(client, config)
-    except SamplerError as error:
-        raise ConfigError(str(error)) from None
-    finally:
-        if client is not None:
-            client.close()
+    _connect(config, model).close()
 
 
 @contextlib.contextmanager
@@ -88,6 +74,22 @@ def closing_sampler(engine: SamplingEngine) -> Iterator[None]:
     finally:
         if isinstance(engine, ServerEngine):
             engine.close()
+
+
+def _connect(config: Config, model: DecoderConfig) -> Client:
+    """Connect to the server and check it."""
+    client = None
+    try:
+        check_writable(model)
+        client = _make_client(config, model.vocab_size)
+        client.connect()
+        _check_length(client, config.rollout.max_tokens)
+        _check_meaning(client, config)
+    except SamplerError as error:
+        if client is not None:
+            client.close()
+        raise ConfigError(str(error)) from None
+    return client
 
 
 def _make_client(config: Config, vocab_size: int) -> Client:

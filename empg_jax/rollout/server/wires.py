@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from empg_jax.sampler.answers import Ask, BadAnswer, Sampled, SamplerError
+from empg_jax.rollout.server.answers import Ask, BadAnswer, Sampled, SamplerError
 
 Body = dict[str, Any]
 TOKEN = "token_id:"

@@ -13,9 +13,9 @@ from empg_jax.engine.slots import Response, Watch
 from empg_jax.engine.stats import EngineStats
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
-from empg_jax.sampler.answers import Ask, Failure, Sampled
-from empg_jax.sampler.client import Client
-from empg_jax.sampler.folders import Folders, Placed
+from empg_jax.rollout.server.answers import Ask, Failure, Sampled
+from empg_jax.rollout.server.client import Client
+from empg_jax.rollout.server.folders import Folders, Placed
 from empg_jax.types import Params
 
 # Seconds that a step waits for a response while environments may answer, and while none is waited for.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from empg_jax.sampler.answers import SamplerError
+from empg_jax.rollout.server.answers import SamplerError
 
 
 class Patience:

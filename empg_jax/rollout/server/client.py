@@ -20,9 +20,9 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from empg_jax.sampler.answers import Ask, BadAnswer, Failure, Sampled, SamplerError, check_answer
-from empg_jax.sampler.patience import Patience
-from empg_jax.sampler.wires import Model, Wire, find_wire
+from empg_jax.rollout.server.answers import Ask, BadAnswer, Failure, Sampled, SamplerError, check_answer
+from empg_jax.rollout.server.patience import Patience
+from empg_jax.rollout.server.wires import Model, Wire, find_wire
 
 if TYPE_CHECKING:
     import httpx

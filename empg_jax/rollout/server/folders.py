@@ -12,7 +12,7 @@ from empg_jax.hf.config import config_to_hf
 from empg_jax.hf.save import save_hf
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.lora import merge
-from empg_jax.sampler.answers import SamplerError
+from empg_jax.rollout.server.answers import SamplerError
 from empg_jax.types import Params
 
 
