@@ -81,7 +81,7 @@ class Collector:
         self._queue: collections.deque[Attempt] = collections.deque()
         self._episodes: dict[int, Episode] = {}
         self._started: dict[int, float] = {}  # by slot, on the clock of `served`
-        self._asked: dict[int, float] = {}  # the same of responses in progress, where they have deadlines
+        self._asked: dict[int, float] = {}  # by slot, the timer where a response with a deadline began
         self._lost: list[tuple[Attempt, Trajectory]] = []  # episodes whose responses failed
         self._free = collections.deque(range(engine.config.slots))
         self._waiting: set[int] = set()  # slots whose environment owes an answer
@@ -218,12 +218,12 @@ class Collector:
         ids = (self._stream, a.group_id, a.member + RETRY_STRIDE * a.retry, episode.num_turns)
         self.engine.submit(slot, step.tokens, is_fresh=step.is_fresh, ids=ids, watch=self._make_watch())
         if self._has_deadlines:
-            self._asked[slot] = self.served
+            self._asked[slot] = self._timer()
 
     def _on_response(self, response: Response) -> None:
         slot, episode = response.slot, self._episodes[response.slot]
         if slot in self._asked:
-            self._started[slot] += self.served - self._asked.pop(slot)
+            self._started[slot] += self._timer() - self._asked.pop(slot)
         if response.failure is not None:
             self._free_slot(slot)
             self._lost.append((episode.attempt, episode.on_failure("sampler", response.failure)))

@@ -1,5 +1,6 @@
 """Training on the samples of our own server in a process of its own, by the commands, over loopback HTTP."""
 
+import asyncio
 import gzip
 import json
 
@@ -9,6 +10,8 @@ from typer.testing import CliRunner
 
 from empg_jax.cli import app
 from empg_jax.metrics import read_metrics
+from empg_jax.serve.reload import make_reload
+from empg_jax.serve.wire import ApiError
 from tests import runs
 from tests.serve import servers
 
@@ -83,3 +86,75 @@ def test_the_same_tokens_as_the_engine_in_the_program(server, tmp_path, monkeypa
         body = {"prompt": [1], "max_tokens": 1, "return_token_ids": True}
         choice = http.post("/v1/completions", json=body, timeout=60).json()["choices"][0]
     assert choice["empg"]["versions"] == [2]
+
+
+def refuse(command, *overrides):
+    """Call a command that must fail; return its exit code and message."""
+    done = CliRunner().invoke(app, [*command, *SAME, *overrides])
+    assert not isinstance(done.exception, AssertionError), done.exception
+    return done.exit_code, " ".join(done.output.split())
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_sample_for_the_run_is_told_at_the_start(server, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    asked = [*runs.command(run_dir), "rollout.engine=openai"]
+    code, message = refuse(asked, "rollout.url=http://127.0.0.1:9")
+    assert code == 2 and "rollout.url=http://127.0.0.1:9 does not answer" in message
+    code, message = refuse(asked, f"rollout.url={server.url}")
+    assert code == 2 and "status 401" in message and "EMPG_API_KEY" in message
+    monkeypatch.setenv("EMPG_API_KEY", KEY)
+    longer = ("rollout.max_tokens=128", "train.micro_tokens=512", f"rollout.url={server.url}")
+    code, message = refuse(asked, *longer)
+    assert code == 2 and "conversations of at most 96 tokens, but rollout.max_tokens=128" in message
+    assert not run_dir.exists()  # nothing was written
+
+
+@pytest.mark.slow
+def test_a_server_of_another_model_refuses_the_weights(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMPG_API_KEY", KEY)
+    asked = [
+        "rollout",
+        "quickstart",
+        "--episodes",
+        "2",
+        "--out",
+        str(tmp_path / "episodes.jsonl"),
+        *runs.TINY,
+    ]
+    code, message = refuse(
+        asked, "model.hidden_size=16", "rollout.engine=openai", f"rollout.url={server.url}"
+    )
+    assert code == 1 and "refuses POST /update_weights_from_disk: status 400" in message
+    assert "instead of" in message  # the server names the shapes
+
+
+@pytest.mark.slow
+def test_only_what_fits_is_loaded(server, tmp_path):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=60) as http:
+
+        def post(body, path="/update_weights_from_disk", headers=headers):
+            answer = http.post(path, json=body, headers=headers)
+            return answer.status_code, answer.json()["error"]["message"]
+
+        assert post({"model_path": str(tmp_path)}, headers={})[0] == 401
+        status, message = post({"model_path": "owner/name"})
+        assert status == 400 and "must be a folder that this server sees" in message
+        status, message = post({"model_path": str(tmp_path)})
+        assert status == 400 and f"model_path={tmp_path}" in message
+        status, message = post({"model_path": str(tmp_path), "weight_version": "new"})
+        assert status == 400 and "weight_version='new' must be a number" in message
+        assert post({"folder": str(tmp_path)})[0] == 400
+        for ids in ([1, 2, 3], [1, 2, 3, -4], "1234"):
+            status, message = post({"prompt": [1], "empg": {"ids": ids}}, "/v1/completions")
+            assert status == 400 and "empg.ids must be four integers" in message
+        status, message = post({"prompt": [1], "n": 2, "empg": {"ids": [0, 0, 0, 0]}}, "/v1/completions")
+        assert status == 400 and "one prompt, with n=1" in message
+
+
+def test_without_a_token_nobody_loads_weights():
+    route = make_reload(None, None, has_key=False)
+    with pytest.raises(ApiError, match="start with --api-key") as refused:
+        asyncio.run(route.handler(None, {"model_path": "/"}))
+    assert refused.value.status == 403
