@@ -216,9 +216,9 @@ class Collector:
             return
         a = episode.attempt
         ids = (self._stream, a.group_id, a.member + RETRY_STRIDE * a.retry, episode.num_turns)
-        self.engine.submit(slot, step.tokens, is_fresh=step.is_fresh, ids=ids, watch=self._make_watch())
         if self._has_deadlines:
             self._asked[slot] = self._timer()
+        self.engine.submit(slot, step.tokens, is_fresh=step.is_fresh, ids=ids, watch=self._make_watch())
 
     def _on_response(self, response: Response) -> None:
         slot, episode = response.slot, self._episodes[response.slot]

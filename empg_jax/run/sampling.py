@@ -107,7 +107,13 @@ def _size_engine(config: Config, tokenizer: Tokenizer, num_hosts: int, *, has_fi
 
 
 def make_sampler(
-    config: Config, model: DecoderConfig, tokenizer: Tokenizer, base: Params | None, *, num_hosts: int = 1
+    config: Config,
+    model: DecoderConfig,
+    tokenizer: Tokenizer,
+    base: Params | None,
+    *,
+    num_hosts: int = 1,
+    tell: Tell = tell_nobody,
 ) -> SamplingEngine:
     """Build what samples a run's episodes: this host's engine, or one on the server of ``rollout.url``.
 
@@ -117,6 +123,7 @@ def make_sampler(
       tokenizer: its tokenizer.
       base: the frozen weights below adapters; None without adapters.
       num_hosts: hosts that share the slots.
+      tell: receives the failures of a server.
 
     Raises:
       ConfigError: as `make_engine`; or the server cannot sample for this run.
@@ -129,7 +136,7 @@ def make_sampler(
     if num_hosts > 1:
         raise ConfigError(f"rollout.engine=openai samples for one host, but {num_hosts} train together")
     sizes = _size_engine(config, tokenizer, num_hosts, has_filter=True)
-    return open_server(config, model, sizes, base)
+    return open_server(config, model, sizes, base, tell)
 
 
 def filter_of(section: RolloutConfig | EvalConfig) -> TokenFilter:

@@ -20,6 +20,7 @@ from empg_jax.rollout.server.engine import ServerEngine
 from empg_jax.rollout.server.folders import Folders, check_writable
 from empg_jax.rollout.server.patience import Patience
 from empg_jax.types import Params
+from empg_jax.workers.faults import Tell, tell_nobody
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -28,14 +29,18 @@ SAME = 1e-3  # nats between log-probabilities that count as equal
 
 
 def open_server(
-    config: Config, model: DecoderConfig, sizes: EngineConfig, base: Params | None
+    config: Config,
+    model: DecoderConfig,
+    sizes: EngineConfig,
+    base: Params | None,
+    tell: Tell = tell_nobody,
 ) -> ServerEngine:
-    """Connect to the server and build the engine on it.
+    """Connect to the server and build the engine on it; ``tell`` receives the server's failures.
 
     Raises:
       ConfigError: as `check_server`; or weights cannot be published.
     """
-    r, client = config.rollout, _connect(config, model)
+    r, client = config.rollout, _connect(config, model, tell)
     home = None if r.weights_dir is None else Path(r.weights_dir).expanduser().absolute()
     try:
         folders = Folders(model, home)
@@ -63,7 +68,7 @@ def check_server(config: Config, model: DecoderConfig) -> None:
     Raises:
       ConfigError: it does not answer, is of an unknown kind, or cannot sample for this run.
     """
-    _connect(config, model).close()
+    _connect(config, model, tell_nobody).close()
 
 
 @contextlib.contextmanager
@@ -76,12 +81,12 @@ def closing_sampler(engine: SamplingEngine) -> Iterator[None]:
             engine.close()
 
 
-def _connect(config: Config, model: DecoderConfig) -> Client:
+def _connect(config: Config, model: DecoderConfig, tell: Tell) -> Client:
     """Connect to the server and check it."""
     client = None
     try:
         check_writable(model)
-        client = _make_client(config, model.vocab_size)
+        client = _make_client(config, model.vocab_size, tell)
         client.connect()
         _check_length(client, config.rollout.max_tokens)
         _check_meaning(client, config)
@@ -92,9 +97,9 @@ def _connect(config: Config, model: DecoderConfig) -> Client:
     return client
 
 
-def _make_client(config: Config, vocab_size: int) -> Client:
+def _make_client(config: Config, vocab_size: int, tell: Tell) -> Client:
     faults = config.faults
-    patience = Patience(faults.patience, backoff=faults.backoff, backoff_max=faults.backoff_max)
+    patience = Patience(faults.patience, backoff=faults.backoff, backoff_max=faults.backoff_max, tell=tell)
     assert config.rollout.url is not None  # a check of the configuration refuses this engine without
     return Client(
         config.rollout.url,

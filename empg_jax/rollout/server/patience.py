@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from empg_jax.rollout.server.answers import SamplerError
+from empg_jax.workers.faults import Tell, tell_nobody
 
 
 class Patience:
@@ -15,6 +16,7 @@ class Patience:
       seconds: longest outage.
       backoff: wait before the second attempt; it doubles with every further one.
       backoff_max: longest wait.
+      tell: receives ``sampler_failing`` when an outage begins, and ``sampler_answers`` when it is over.
       timer: a monotonic clock, in seconds.
     """
 
@@ -24,13 +26,17 @@ class Patience:
         *,
         backoff: float,
         backoff_max: float,
+        tell: Tell = tell_nobody,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._seconds, self._backoff, self._backoff_max, self._timer = seconds, backoff, backoff_max, timer
+        self._seconds, self._backoff, self._backoff_max = seconds, backoff, backoff_max
+        self._tell, self._timer = tell, timer
         self._since: float | None = None
 
     def succeed(self) -> None:
         """Note that the server did what it was asked."""
+        if self._since is not None:
+            self._tell("sampler_answers", seconds=round(self._timer() - self._since, 3))
         self._since = None
 
     def fail(self, reason: str) -> None:
@@ -42,6 +48,7 @@ class Patience:
         now = self._timer()
         if self._since is None:
             self._since = now
+            self._tell("sampler_failing", detail=reason)
         elif now - self._since > self._seconds:
             raise SamplerError(
                 f"nothing was sampled for {now - self._since:.0f} s (faults.patience={self._seconds:g}); the "

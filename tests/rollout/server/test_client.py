@@ -147,8 +147,12 @@ def test_the_start_tells_what_is_wrong():
 
 
 def test_patience_is_that_of_an_outage():
-    now = [0.0]
-    patience = Patience(10.0, backoff=0.5, backoff_max=3.0, timer=lambda: now[0])
+    now, told = [0.0], []
+
+    def tell(event, **fields):
+        told.append((event, *fields.values()))
+
+    patience = Patience(10.0, backoff=0.5, backoff_max=3.0, tell=tell, timer=lambda: now[0])
     for now[0] in (0.0, 9.0):
         patience.fail("a")
     patience.succeed()
@@ -157,6 +161,7 @@ def test_patience_is_that_of_an_outage():
     now[0] = 21.5
     with pytest.raises(SamplerError, match=r"nothing was sampled for 10 s .*: c"):
         patience.fail("c")
+    assert told == [("sampler_failing", "a"), ("sampler_answers", 9.0), ("sampler_failing", "b")]
     assert [patience.wait(n) for n in (1, 2, 3, 4, 99)] == [0.5, 1.0, 2.0, 3.0, 3.0]
 
 
