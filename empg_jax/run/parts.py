@@ -192,7 +192,13 @@ def open_run(
         counted = functools.partial(progress.counting, check)
         learner, schedule, state = _start_learner(config, model, shape, counted)
         engine = make_sampler(
-            config, model, language.tokenizer, learner.base, num_hosts=hosts.num, tell=events.tell
+            config,
+            model,
+            language.tokenizer,
+            learner.base,
+            num_hosts=hosts.num,
+            tell=events.tell,
+            check=stop.check,
         )
         if isinstance(engine, Engine):  # nothing of a server is compiled here
             _warm_up(engine, state.params, counted)

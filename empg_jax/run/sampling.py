@@ -114,6 +114,7 @@ def make_sampler(
     *,
     num_hosts: int = 1,
     tell: Tell = tell_nobody,
+    check: Callable[[], None] = lambda: None,
 ) -> SamplingEngine:
     """Build what samples a run's episodes: this host's engine, or one on the server of ``rollout.url``.
 
@@ -124,6 +125,7 @@ def make_sampler(
       base: the frozen weights below adapters; None without adapters.
       num_hosts: hosts that share the slots.
       tell: receives the failures of a server.
+      check: called while a server is waited for; it may raise to end the wait.
 
     Raises:
       ConfigError: as `make_engine`; or the server cannot sample for this run.
@@ -136,7 +138,7 @@ def make_sampler(
     if num_hosts > 1:
         raise ConfigError(f"rollout.engine=openai samples for one host, but {num_hosts} train together")
     sizes = _size_engine(config, tokenizer, num_hosts, has_filter=True)
-    return open_server(config, model, sizes, base, tell)
+    return open_server(config, model, sizes, base, tell=tell, check=check)
 
 
 def filter_of(section: RolloutConfig | EvalConfig) -> TokenFilter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,14 +33,16 @@ def open_server(
     model: DecoderConfig,
     sizes: EngineConfig,
     base: Params | None,
+    *,
     tell: Tell = tell_nobody,
+    check: Callable[[], None] = lambda: None,
 ) -> ServerEngine:
-    """Connect to the server and build the engine on it; ``tell`` receives the server's failures.
+    """Connect to the server and build the engine on it; `make_sampler` says what the arguments are.
 
     Raises:
       ConfigError: as `check_server`; or weights cannot be published.
     """
-    r, client = config.rollout, _connect(config, model, tell)
+    r, client = config.rollout, _connect(config, model, tell, check)
     home = None if r.weights_dir is None else Path(r.weights_dir).expanduser().absolute()
     try:
         folders = Folders(model, home)
@@ -68,7 +70,7 @@ def check_server(config: Config, model: DecoderConfig) -> None:
     Raises:
       ConfigError: it does not answer, is of an unknown kind, or cannot sample for this run.
     """
-    _connect(config, model, tell_nobody).close()
+    _connect(config, model).close()
 
 
 @contextlib.contextmanager
@@ -81,12 +83,17 @@ def closing_sampler(engine: SamplingEngine) -> Iterator[None]:
             engine.close()
 
 
-def _connect(config: Config, model: DecoderConfig, tell: Tell) -> Client:
+def _connect(
+    config: Config,
+    model: DecoderConfig,
+    tell: Tell = tell_nobody,
+    check: Callable[[], None] = lambda: None,
+) -> Client:
     """Connect to the server and check it."""
     client = None
     try:
         check_writable(model)
-        client = _make_client(config, model.vocab_size, tell)
+        client = _make_client(config, model.vocab_size, tell, check)
         client.connect()
         _check_length(client, config.rollout.max_tokens)
         _check_meaning(client, config)
@@ -97,7 +104,7 @@ def _connect(config: Config, model: DecoderConfig, tell: Tell) -> Client:
     return client
 
 
-def _make_client(config: Config, vocab_size: int, tell: Tell) -> Client:
+def _make_client(config: Config, vocab_size: int, tell: Tell, check: Callable[[], None]) -> Client:
     faults = config.faults
     patience = Patience(faults.patience, backoff=faults.backoff, backoff_max=faults.backoff_max, tell=tell)
     assert config.rollout.url is not None  # a check of the configuration refuses this engine without
@@ -106,6 +113,7 @@ def _make_client(config: Config, vocab_size: int, tell: Tell) -> Client:
         timeout=config.rollout.request_timeout,
         patience=patience,
         vocab_size=vocab_size,
+        check=check,
     )
 
 

@@ -16,7 +16,7 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 API_KEY = "EMPG_API_KEY"  # the variable with the bearer token, as of `empg-jax serve`
 MAX_TRIES = 3  # of a request that fails while the server answers others
 HEALTH_SECONDS = 10.0
+WAKE_SECONDS = 0.2  # between two looks of a waiting caller at requests to stop
 MAX_MESSAGE = 300  # characters of a server's message that are told
 
 T = TypeVar("T")
@@ -57,9 +58,11 @@ class Client:
       timeout: seconds that a response, or the loading of weights, may take.
       patience: how long failures may last.
       vocab_size: number of the model's tokens.
+      check: called while weights are published; it may raise to end the wait.
       transport: in place of the network.
 
     Attributes:
+      check: the function of that name.
       wire: how the server is talked to; known after `connect`.
       model: the model that it serves.
     """
@@ -71,11 +74,13 @@ class Client:
         timeout: float,
         patience: Patience,
         vocab_size: int,
+        check: Callable[[], None] = lambda: None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout, self._patience, self._vocab_size = timeout, patience, vocab_size
         self._httpx: Any = import_httpx()
+        self.check = check
         self._transport = transport
         self.wire: Wire
         self.model: Model
@@ -100,9 +105,12 @@ class Client:
         """Run a coroutine on the loop and wait for it."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise SamplerError(f"{self.url}: the connection was closed") from None
+            while not concurrent.futures.wait([future], WAKE_SECONDS).done:
+                self.check()
+        except BaseException:
+            future.cancel()
+            raise
+        return future.result()
 
     # --------------------------------------------------------------------- the rollout thread's side
 

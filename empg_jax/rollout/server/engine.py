@@ -133,6 +133,8 @@ class ServerEngine:
         Raises:
           SamplerError: the server refuses requests, or fails for too long.
         """
+        if not is_eager:  # else whoever calls looks for a stop
+            self._client.check()
         ended, self._ended = self._ended, []
         if not ended and self._asked:
             ended = self._take(EAGER_SECONDS if is_eager else PATIENT_SECONDS)
@@ -214,6 +216,7 @@ class ServerEngine:
         Responses in progress end first. The server gets its former weights back with the next request.
         """
         while self._asked:
+            self._client.check()
             self._ended += self._take(PATIENT_SECONDS)
         own = {name: getattr(self, name) for name in _OWN}
         is_new = self._wanted is None or version != self.version

@@ -79,13 +79,14 @@ class StandIn:
 
 
 @contextlib.contextmanager
-def connected(server, *, timeout=60.0, patience=60.0):
+def connected(server, *, timeout=60.0, patience=60.0, check=lambda: None):
     """A client of the stand-in."""
     client = Client(
         "http://stand.in/v1",
         timeout=timeout,
         patience=Patience(patience, backoff=0.001, backoff_max=0.01),
         vocab_size=VOCABULARY,
+        check=check,
         transport=httpx.MockTransport(server.handle),
     )
     try:

@@ -2,11 +2,13 @@
 
 import importlib
 import sys
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
 
+from empg_jax.errors import Interrupted
 from empg_jax.rollout.server.answers import Failure, SamplerError
 from empg_jax.rollout.server.client import Client, import_httpx
 from empg_jax.rollout.server.patience import Patience
@@ -112,6 +114,25 @@ def test_a_server_that_stays_away_ends_the_run():
         number = client.ask(make_ask())
         with pytest.raises(SamplerError, match=r"faults.patience=0.05\); the last failure.*refused"):
             collect(client, number)
+
+
+def test_a_stop_ends_the_wait_for_a_server_that_is_away():
+    is_asked = threading.Event()
+
+    def check():
+        if is_asked.is_set():
+            raise Interrupted
+
+    server = StandIn()
+    with connected(server, check=check) as client:
+        server.is_away = True
+        threading.Timer(0.1, is_asked.set).start()
+        with pytest.raises(Interrupted):
+            client.publish(WEIGHTS, 3)
+        is_asked.clear()
+        server.is_away = False
+        client.publish(WEIGHTS, 4)  # the attempts at the other ones were given up
+    assert server.loads == [(str(WEIGHTS), "4")]
 
 
 def test_weights_that_are_refused_end_the_run():
