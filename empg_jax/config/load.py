@@ -44,7 +44,10 @@ from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
 # The machines may: all numbers stay the same but for rounding.
-RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*", "train.profile")
+RESUMABLE_KEYS = (
+    *("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*", "train.profile"),
+    *("rollout.url", "rollout.weights_dir", "rollout.request_timeout"),
+)
 
 
 class Config(Section):

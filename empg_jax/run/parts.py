@@ -191,15 +191,8 @@ def open_run(
         shape = make_batch_shape(config)
         counted = functools.partial(progress.counting, check)
         learner, schedule, state = _start_learner(config, model, shape, counted)
-        engine = make_sampler(
-            config,
-            model,
-            language.tokenizer,
-            learner.base,
-            num_hosts=hosts.num,
-            tell=events.tell,
-            check=stop.check,
-        )
+        build = functools.partial(make_sampler, num_hosts=hosts.num, tell=events.tell, check=stop.check)
+        engine = build(config, model, language.tokenizer, learner.base)
         if isinstance(engine, Engine):  # nothing of a server is compiled here
             _warm_up(engine, state.params, counted)
         progress.close()

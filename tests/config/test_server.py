@@ -3,6 +3,7 @@
 import pytest
 
 from empg_jax.config import load_config
+from empg_jax.config.load import check_resumable
 from empg_jax.errors import ConfigError
 
 SERVER = ["rollout.engine=openai", "rollout.url=http://127.0.0.1:8000"]
@@ -20,6 +21,12 @@ def test_the_learner_scores_and_corrects():
     assert "samples of another program without a correction" in own.notes[-1]
     lagging = load_config("quickstart", [*SERVER, "train.max_lag=1"])
     assert lagging.algorithm.correction.kind == "tis"
+
+
+def test_a_resumed_run_may_find_its_server_elsewhere():
+    check_resumable(["rollout.url=http://127.0.0.1:9", "rollout.weights_dir=/w", "rollout.request_timeout=9"])
+    with pytest.raises(ConfigError, match=r"rollout.engine=builtin: a resumed run may change only"):
+        check_resumable(["rollout.engine=builtin"])
 
 
 @pytest.mark.parametrize(
