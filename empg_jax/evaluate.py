@@ -12,11 +12,12 @@ from empg_jax.rollout.evaluator import EvaluationError
 from empg_jax.run.environment import eval_panels
 from empg_jax.run.process import use_compile_cache
 from empg_jax.run.sampling import (
-    make_engine,
     make_evaluator,
     make_pool,
+    make_sampler,
 )
 from empg_jax.run.saved import SavedRun, open_new, open_saved
+from empg_jax.run.server import closing_sampler
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -65,12 +66,10 @@ def _with_fewer_slots(config: Config, attempts: int) -> Config:
 def _evaluate(saved: SavedRun, attempts: int) -> dict[str, Any]:
     config, split = saved.config, saved.config.env.eval_split
     use_compile_cache(config.compile_cache)
-    engine = make_engine(config, saved.model, saved.language.tokenizer)
-    if saved.base is not None:
-        engine.base = engine.place(saved.base)
+    engine = make_sampler(config, saved.model, saved.language.tokenizer, saved.base)
     if attempts > 1 and config.eval.temperature == 0:
         _warn("eval.temperature=0: the attempts at a task differ only where its environment does")
-    with make_pool(config) as pool:
+    with closing_sampler(engine), make_pool(config) as pool:
         evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0, attempts=attempts)
         for panel, count in evaluator.panels.items():
             if count < config.eval.tasks:

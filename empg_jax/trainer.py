@@ -58,6 +58,7 @@ from empg_jax.run.sampling import (
     make_pool,
 )
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save, save_after_error
+from empg_jax.run.server import closing_sampler
 from empg_jax.run.together import (
     add_counts,
     check_shares,
@@ -111,7 +112,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         model = check_model(config)
         if resume is None and asks_for_date(config):
             config = keep_date(config, hosts.first("date", lambda: datetime.date.today().isoformat()))
-        check_rollout(config, model.vocab_size)
+        check_rollout(config, model)
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
@@ -199,6 +200,7 @@ def train_in_folder(
             hosts=hosts,
         )
         stack.callback(parts.log.close)
+        stack.enter_context(closing_sampler(parts.engine))
         if step is not None:
             go_back(parts, run)
         if hosts.is_first:

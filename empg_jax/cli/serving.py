@@ -86,7 +86,8 @@ def serve(
     it prefills only what is new (usage.prompt_tokens_details.cached_tokens). return_token_ids=true adds
     token_ids and the field empg: {"version": 2, "entropies", "versions", "logprobs", "sampling_logprobs"}
     with one number per sampled token; entropies and logprobs are those of the whole vocabulary. An option
-    that would change the sampling and is not known is refused.
+    that would change the sampling and is not known is refused. With --api-key, weights of the same model are
+    taken by POST /update_weights_from_disk, which a run with rollout.engine=openai publishes by.
 
     With --train one client at a time trains it: TINKER_BASE_URL=http://127.0.0.1:8000 and a TINKER_API_KEY
     that begins with tml- (the value of --api-key, where there is one) point the tinker package here. Losses:

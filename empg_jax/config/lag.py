@@ -1,4 +1,4 @@
-"""Defaults of training on samples of other weights: ``train.max_lag`` above 0, or stored episodes."""
+"""Defaults of training on what others sampled: older weights, stored episodes, or another program."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ from typing import Any
 
 from empg_jax.config.algorithm import AlgorithmConfig
 
+SERVER = "rollout.engine=openai"
+
 
 def find_lag(values: Mapping[str, Any]) -> str | None:
-    """Return the key, with its value, that makes samples older than the weights; None: none does."""
+    """Return the key, with its value, that makes samples differ from the policy's; None: none does."""
     train, rollout = (values.get(section) for section in ("train", "rollout"))
     lag = train.get("max_lag") if isinstance(train, Mapping) else None
     if isinstance(lag, int) and lag > 0:
         return f"train.max_lag={lag}"
-    stored = rollout.get("stored") if isinstance(rollout, Mapping) else None
-    return None if stored is None else f"rollout.stored={stored}"
+    if not isinstance(rollout, Mapping):
+        return None
+    if (stored := rollout.get("stored")) is not None:
+        return f"rollout.stored={stored}"
+    return SERVER if rollout.get("engine") == "openai" else None
+
+
+def tell_lag(lag: str) -> str:
+    """Say what such a key means."""
+    return f"{lag} trains on samples of {'another program' if lag == SERVER else 'other weights'}"
 
 
 def with_lag_defaults(
@@ -28,7 +38,7 @@ def with_lag_defaults(
     """Correct for the sampler's age, unless the user decided otherwise.
 
     Without a correction of its own, the algorithm gets truncated importance sampling. Entropies come from the
-    learner's score pass: those of the sampler belong to older weights.
+    learner's score pass: those of the sampler belong to older weights, or there are none.
 
     Args:
       values: the file with the command's overrides, as read; they set a lag.
@@ -40,7 +50,7 @@ def with_lag_defaults(
       The values with these defaults, and a note on each.
     """
     algorithm, notes = dict(values.get("algorithm") or {}), []
-    why = f"{lag} trains on samples of other weights"
+    why = tell_lag(lag)
     if algorithm.get("entropy_source") == "engine":
         if is_entropy_source_given:
             return values, []  # a contradiction, which the check of the configuration reports
@@ -59,7 +69,7 @@ def lag_notes(lag: str | None, algorithm: AlgorithmConfig) -> Iterator[str]:
     """Yield a note when such samples are trained on without a correction, which is allowed."""
     if lag is not None and not _is_corrected(algorithm):
         yield (
-            f"{lag} trains on samples of other weights without a correction: "
+            f"{tell_lag(lag)} without a correction: "
             "algorithm.correction.kind=tis (or mis), or algorithm.loss=decoupled_ppo corrects for that"
         )
 

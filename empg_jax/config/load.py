@@ -38,12 +38,16 @@ from empg_jax.config.sections import (
     WorkersConfig,
 )
 from empg_jax.config.serve import ServeConfig
+from empg_jax.config.server import server_problems
 from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, read_file
 from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
 # The machines may: all numbers stay the same but for rounding.
-RESUMABLE_KEYS = ("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*", "train.profile")
+RESUMABLE_KEYS = (
+    *("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*", "train.profile"),
+    *("rollout.url", "rollout.weights_dir", "rollout.request_timeout"),
+)
 
 
 class Config(Section):
@@ -178,6 +182,7 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.schedule={rollout.schedule} repeats a run with a lag: it needs "
             "rollout.deterministic=true and that run's train.max_lag"
         )
+    yield from server_problems(rollout, config.hosts)
     if rollout.group_size == 1 and rollout.filter_groups:
         yield "rollout.filter_groups=true compares the attempts of a task, but rollout.group_size=1"
     if rollout.max_refills != 10 and not rollout.filter_groups:

@@ -108,6 +108,24 @@ class RolloutConfig(Section):
     max_response_tokens: int = Field(16, ge=1, description="Tokens that one response may have.")
     max_tokens: int = Field(256, ge=2, description="Longest conversation in tokens, and the row length.")
     deterministic: bool = Field(False, description="Barrier per turn, fixed shapes: repeatable bit by bit.")
+    engine: Literal["builtin", "openai"] = Field(
+        "builtin",
+        description="What samples: the engine in this program, or (openai) a server of vLLM, SGLang or "
+        "empg-jax serve (extra: sampler).",
+    )
+    url: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="That server; its bearer token is EMPG_API_KEY of the environment.",
+    )
+    weights_dir: str | None = Field(
+        None,
+        description="Folder that the server sees, too, for published weights (default: this machine's "
+        "folder of temporary files).",
+    )
+    request_timeout: float = Field(
+        120.0, gt=0, description="Seconds that the server may take for a response, or to load weights."
+    )
     stored: str | None = Field(
         None, description="Episodes to train on in place of playing: FILE.npz of empg-jax rollout."
     )

@@ -94,8 +94,9 @@ def compute_plan(config: Config, model: DecoderConfig) -> Plan:
     items = [
         *_state_items(config, model, mesh, trained, base),
         *_update_items(config, model, mesh, trained, base),
-        *_engine_items(config, model, trained, base),
     ]
+    if config.rollout.engine == "builtin":
+        items += _engine_items(config, model, trained, base)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: _plain(model))))
     return Plan(config.name, dict(vars(config.mesh)), count, tuple(item for item in items if item.size))
 

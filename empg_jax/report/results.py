@@ -74,10 +74,11 @@ def describe_update(
         "prefix_hits": engine.hit_rate,
         "tokens_evicted": float(engine.evicted_tokens),
         "tokens_per_second": engine.sampled_tokens / seconds,
-        "slot_occupancy": engine.occupancy,
         "packing_efficiency": layout.num_tokens / (layout.num_rows * shape.row_tokens),
         "seconds_cycle": seconds,
     }
+    if engine.decode_rows:  # what the slots of a server do is not known
+        values["slot_occupancy"] = engine.occupancy
     values |= group_success("success", trajectories)
     values |= {f"lag_share_{age}": float(np.mean(ages == age)) for age in np.unique(ages)}
     for name in sorted({name for t in trajectories for name in t.metrics}):

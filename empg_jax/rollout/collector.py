@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from empg_jax.engine.engine import Engine, Response, Watch
+from empg_jax.engine.engine import Response, Watch
+from empg_jax.engine.interface import SamplingEngine
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
 from empg_jax.rollout.schedule import Round, ScheduleError
@@ -42,6 +43,7 @@ class Collector:
         episode does not age while nobody serves it.
       is_deterministic: use a barrier per turn.
       make_watch: makes what ends a response besides its tokens, one for each (see `Engine.submit`).
+      has_deadlines: responses have deadlines of their own, so that no episode ages while one is sampled.
       timer: a monotonic clock, in seconds.
 
     Attributes:
@@ -51,7 +53,7 @@ class Collector:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: SamplingEngine,
         pool: EnvPool,
         make_context: Callable[[], EpisodeContext],
         parser: Any,
@@ -64,6 +66,7 @@ class Collector:
         episode_timeout: float = 300.0,
         is_deterministic: bool = False,
         make_watch: Callable[[], Watch | None] = lambda: None,
+        has_deadlines: bool = False,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.pool = engine, pool
@@ -71,12 +74,15 @@ class Collector:
         self._seed, self._stream, self._first_handle = seed, stream, first_handle
         self._episode_timeout = episode_timeout
         self._is_deterministic, self._timer, self._make_watch = is_deterministic, timer, make_watch
+        self._has_deadlines = has_deadlines
         self.served = 0.0
         self.answered: list[int] = []
         self._handles = range(first_handle, first_handle + engine.config.slots)
         self._queue: collections.deque[Attempt] = collections.deque()
         self._episodes: dict[int, Episode] = {}
         self._started: dict[int, float] = {}  # by slot, on the clock of `served`
+        self._asked: dict[int, float] = {}  # by slot, the timer where a response with a deadline began
+        self._lost: list[tuple[Attempt, Trajectory]] = []  # episodes whose responses failed
         self._free = collections.deque(range(engine.config.slots))
         self._waiting: set[int] = set()  # slots whose environment owes an answer
         self._early: dict[int, EnvReply] = {}  # answers that arrived before the round that takes them
@@ -84,7 +90,7 @@ class Collector:
     @property
     def in_flight(self) -> int:
         """Number of attempts that were admitted and have not ended."""
-        return len(self._queue) + len(self._episodes)
+        return len(self._queue) + len(self._episodes) + len(self._lost)
 
     def admit(self, attempts: Iterable[Attempt]) -> None:
         """Queue attempts; each starts as soon as a slot is free."""
@@ -103,6 +109,7 @@ class Collector:
     def cancel_all(self) -> None:
         """Give up everything in flight."""
         self._queue.clear()
+        self._lost.clear()
         for slot in list(self._episodes):
             self._free_slot(slot)
 
@@ -125,6 +132,8 @@ class Collector:
         # By slot, so that actions are sent in an order that does not depend on which response ended first.
         for response in sorted(responses, key=lambda r: r.slot):
             self._on_response(response)
+        lost, self._lost = self._lost, []
+        finished.extend(lost)
         # Nor does an episode age while the environments are away.
         spent = self._timer() - began - (self.pool.breaker.seconds - away)
         self.served = self.served + max(0.0, spent) if wanted is None else wanted.served
@@ -207,17 +216,26 @@ class Collector:
             return
         a = episode.attempt
         ids = (self._stream, a.group_id, a.member + RETRY_STRIDE * a.retry, episode.num_turns)
+        if self._has_deadlines:
+            self._asked[slot] = self._timer()
         self.engine.submit(slot, step.tokens, is_fresh=step.is_fresh, ids=ids, watch=self._make_watch())
 
     def _on_response(self, response: Response) -> None:
-        episode = self._episodes[response.slot]
+        slot, episode = response.slot, self._episodes[response.slot]
+        if slot in self._asked:
+            self._started[slot] += self._timer() - self._asked.pop(slot)
+        if response.failure is not None:
+            self._free_slot(slot)
+            self._lost.append((episode.attempt, episode.on_failure("sampler", response.failure)))
+            return
         action = episode.on_response(response, self._decode(response.tokens.tolist()))
-        self.pool.step(self._first_handle + response.slot, action)
-        self._waiting.add(response.slot)
+        self.pool.step(self._first_handle + slot, action)
+        self._waiting.add(slot)
 
     def _expire(self) -> Iterator[tuple[Attempt, Trajectory]]:
         limit = self.served - self._episode_timeout
-        for slot in [slot for slot, started in self._started.items() if started < limit]:
+        late = [slot for slot, at in self._started.items() if at < limit and slot not in self._asked]
+        for slot in late:
             episode = self._episodes[slot]
             self._free_slot(slot)
             yield episode.attempt, episode.on_failure("timeout", f"longer than {self._episode_timeout:g} s")
@@ -226,6 +244,7 @@ class Collector:
         self.pool.release(self._first_handle + slot)
         self.engine.release(slot)
         del self._episodes[slot], self._started[slot]
+        self._asked.pop(slot, None)
         self._waiting.discard(slot)
         self._early.pop(self._first_handle + slot, None)
         # The slot that was freed first is taken first: what it holds in the cache is the least likely to be

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from empg_jax.engine.engine import Engine
+from empg_jax.engine.interface import SamplingEngine
 from empg_jax.errors import RunError
 from empg_jax.metrics import group_success
 from empg_jax.models.filtering import TokenFilter
@@ -72,7 +72,7 @@ class Evaluator:
     def __init__(
         self,
         collector: Collector,
-        engine: Engine,
+        engine: SamplingEngine,
         *,
         temperature: float,
         token_filter: TokenFilter,

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from empg_jax.engine.engine import Engine
+from empg_jax.engine.interface import SamplingEngine
 from empg_jax.errors import ConfigError
 from empg_jax.rollout.episode import Attempt
 from empg_jax.rollout.schedule import Round
@@ -62,7 +62,7 @@ class StoredCollector:
       groups: the stored episodes; an attempt's task is a place in this list.
     """
 
-    def __init__(self, engine: Engine, pool: EnvPool, groups: Sequence[Sequence[Trajectory]]) -> None:
+    def __init__(self, engine: SamplingEngine, pool: EnvPool, groups: Sequence[Sequence[Trajectory]]) -> None:
         self.engine, self.pool = engine, pool
         self.served = 0.0  # nothing takes time here
         self.answered: list[int] = []

@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-from empg_jax.engine.engine import Engine, EngineStats
+from empg_jax.engine.interface import SamplingEngine
+from empg_jax.engine.stats import EngineStats
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.incidents import count_incidents
 from empg_jax.rollout.ledger import Ledger, Reserved
@@ -100,7 +101,7 @@ class RolloutThread:
         self._since = time.monotonic()
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> SamplingEngine:
         """The sampler."""
         return self.collector.engine
 

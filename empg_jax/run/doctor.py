@@ -20,6 +20,7 @@ from empg_jax.report.environment import package_versions
 # Modules of the extras, and what each is for.
 EXTRAS = {
     "serve": (("starlette", "uvicorn"), "empg-jax serve, env.name=harness"),
+    "sampler": (("httpx",), "rollout.engine=openai"),
     "deepsearch": (("bm25s",), "a faster BM25 for empg-jax retrieve"),
     "tantivy": (("tantivy",), "BM25 over large corpora"),
     "wandb": (("wandb",), "log.wandb=true"),

@@ -33,10 +33,12 @@ def check_gap(config: Config, update: int, measured: Mapping[str, float]) -> Non
     """
     mean = measured.get("logprob_gap", 0.0)
     if mean > GAP_LIMIT:
+        cause = f"a numerical fault (model.dtype={config.model.dtype})"
+        if config.rollout.engine != "builtin":
+            cause += f", or the server of rollout.url={config.rollout.url} has other weights or another model"
         raise TrainingError(
             f"sampler and learner disagree: the mean log-prob difference is {mean:.3g} at update "
-            f"{update}, limit {GAP_LIMIT:g}. They run the same weights, so this is a numerical fault "
-            f"(model.dtype={config.model.dtype})"
+            f"{update}, limit {GAP_LIMIT:g}. They run the same weights, so this is {cause}"
         )
 
 

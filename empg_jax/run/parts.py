@@ -15,6 +15,7 @@ import jax
 import optax
 
 from empg_jax.engine.engine import Engine
+from empg_jax.engine.interface import SamplingEngine
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.fingerprint import checksum
 from empg_jax.learner.state import TrainState, init_state, restart_optimizer, state_shapes
@@ -46,9 +47,9 @@ from empg_jax.run.devices import learner_devices
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
 from empg_jax.run.sampling import (
     filter_of,
-    make_engine,
     make_evaluator,
     make_rollout,
+    make_sampler,
 )
 from empg_jax.run.weights import make_base, make_params
 from empg_jax.types import Params, Trajectory
@@ -69,7 +70,7 @@ class Parts:
     config: Config
     run_dir: Path
     language: Language
-    engine: Engine
+    engine: SamplingEngine
     learner: Learner
     shape: BatchShape
     schedule: optax.Schedule
@@ -190,8 +191,10 @@ def open_run(
         shape = make_batch_shape(config)
         counted = functools.partial(progress.counting, check)
         learner, schedule, state = _start_learner(config, model, shape, counted)
-        engine = make_engine(config, model, language.tokenizer, num_hosts=hosts.num)
-        _warm_up(engine, learner, state.params, counted)
+        build = functools.partial(make_sampler, num_hosts=hosts.num, tell=events.tell, check=stop.check)
+        engine = build(config, model, language.tokenizer, learner.base)
+        if isinstance(engine, Engine):  # nothing of a server is compiled here
+            _warm_up(engine, state.params, counted)
         progress.close()
         rollout = make_rollout(config, engine, pool, language, hosts)
         first = engine.config.slots  # the engine of training has the handles below
@@ -293,10 +296,8 @@ def _start_learner(
     return learner, schedule, state
 
 
-def _warm_up(engine: Engine, learner: Learner, params: Params, counted: Counted) -> None:
+def _warm_up(engine: Engine, params: Params, counted: Counted) -> None:
     """Compile the engine's programs; the weights of a run are published to it later."""
-    if learner.base is not None:
-        engine.base = engine.place(learner.base)
     engine.load(params, -1)
     engine.warm_up(counted("compiling the engine", engine.config.num_programs))
     engine.free()

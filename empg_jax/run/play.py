@@ -11,11 +11,12 @@ from empg_jax.rollout.record import describe_episodes
 from empg_jax.run.process import use_compile_cache
 from empg_jax.run.rollouts import write_records
 from empg_jax.run.sampling import (
-    make_engine,
     make_pool,
     make_rollout,
+    make_sampler,
 )
 from empg_jax.run.saved import SavedRun, open_new, open_saved
+from empg_jax.run.server import closing_sampler
 from empg_jax.run.storage import save_trajectories
 
 if TYPE_CHECKING:
@@ -52,11 +53,9 @@ def play(saved: SavedRun, episodes: int, out: Path, say: Callable[[str], None]) 
     """Play the first tasks of the training order, as one batch, and write its records."""
     config, step = saved.config, saved.step
     use_compile_cache(config.compile_cache)
-    engine = make_engine(config, saved.model, saved.language.tokenizer)
-    if saved.base is not None:
-        engine.base = engine.place(saved.base)
+    engine = make_sampler(config, saved.model, saved.language.tokenizer, saved.base)
     groups = -(-episodes // config.rollout.group_size)
-    with make_pool(config) as pool:
+    with closing_sampler(engine), make_pool(config) as pool:
         rollout = make_rollout(_as_one_batch(config, groups, step), engine, pool, saved.language)
         with rollout:
             rollout.publish(saved.params, step)

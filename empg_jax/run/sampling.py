@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from empg_jax.engine.engine import Engine, EngineConfig, Watch
+from empg_jax.engine.interface import SamplingEngine
 from empg_jax.errors import ConfigError
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
@@ -23,10 +24,11 @@ from empg_jax.rollout.stored import StoredCollector, group_episodes
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.devices import engine_devices
 from empg_jax.run.environment import eval_panels, find_spec
+from empg_jax.run.server import check_server, open_server
 from empg_jax.run.storage import load_trajectories
 from empg_jax.text.stops import StopSearch
 from empg_jax.text.tokenizer import Tokenizer
-from empg_jax.types import Trajectory
+from empg_jax.types import Params, Trajectory
 from empg_jax.workers.faults import FaultPolicy, Tell, tell_nobody
 from empg_jax.workers.memory import limit_memory
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
@@ -65,20 +67,8 @@ def make_engine(
     r = config.rollout
     check_filters(config, model.vocab_size)
     token_filter = NO_FILTER if is_served else filter_of(r)
-    slots = r.slots or r.tasks_per_update * r.group_size // num_hosts
-    sizes = EngineConfig(
-        slots=slots,
-        max_tokens=r.max_tokens,
-        max_response_tokens=r.max_response_tokens,
-        stop_ids=tokenizer.stop_ids,
-        burst=r.burst,
-        prefill_buckets=tuple(r.prefill_buckets or ()),
-        # Programs for other numbers of rows round differently, so an episode's numbers would depend on which
-        # others are prefilled with it.
-        row_buckets=(slots,) if _has_barrier(config) else (),
-        has_filter=is_served or not (token_filter.is_off and filter_of(config.eval).is_off),
-        share_prefix=r.share_prefix,
-    )
+    has_filter = is_served or not (token_filter.is_off and filter_of(config.eval).is_off)
+    sizes = _size_engine(config, tokenizer, num_hosts, has_filter=has_filter)
     if sizes.slots % r.data:
         raise ConfigError(
             f"{sizes.slots} slots (rollout.slots) do not split over rollout.data={r.data} devices"
@@ -95,6 +85,60 @@ def make_engine(
         token_filter=token_filter,
         mesh=mesh,
     )
+
+
+def _size_engine(config: Config, tokenizer: Tokenizer, num_hosts: int, *, has_filter: bool) -> EngineConfig:
+    """Choose the sizes of one host's engine."""
+    r = config.rollout
+    slots = r.slots or r.tasks_per_update * r.group_size // num_hosts
+    return EngineConfig(
+        slots=slots,
+        max_tokens=r.max_tokens,
+        max_response_tokens=r.max_response_tokens,
+        stop_ids=tokenizer.stop_ids,
+        burst=r.burst,
+        prefill_buckets=tuple(r.prefill_buckets or ()),
+        # Programs for other numbers of rows round differently, so an episode's numbers would depend on which
+        # others are prefilled with it.
+        row_buckets=(slots,) if _has_barrier(config) else (),
+        has_filter=has_filter,
+        share_prefix=r.share_prefix,
+    )
+
+
+def make_sampler(
+    config: Config,
+    model: DecoderConfig,
+    tokenizer: Tokenizer,
+    base: Params | None,
+    *,
+    num_hosts: int = 1,
+    tell: Tell = tell_nobody,
+    check: Callable[[], None] = lambda: None,
+) -> SamplingEngine:
+    """Build what samples a run's episodes: this host's engine, or one on the server of ``rollout.url``.
+
+    Args:
+      config: the configuration.
+      model: the decoder's config.
+      tokenizer: its tokenizer.
+      base: the frozen weights below adapters; None without adapters.
+      num_hosts: hosts that share the slots.
+      tell: receives the failures of a server.
+      check: called while a server is waited for; it may raise to end the wait.
+
+    Raises:
+      ConfigError: as `make_engine`; or the server cannot sample for this run.
+    """
+    if config.rollout.engine == "builtin":
+        engine = make_engine(config, model, tokenizer, num_hosts=num_hosts)
+        if base is not None:
+            engine.base = engine.place(base)
+        return engine
+    if num_hosts > 1:
+        raise ConfigError(f"rollout.engine=openai samples for one host, but {num_hosts} train together")
+    sizes = _size_engine(config, tokenizer, num_hosts, has_filter=True)
+    return open_server(config, model, sizes, base, tell=tell, check=check)
 
 
 def filter_of(section: RolloutConfig | EvalConfig) -> TokenFilter:
@@ -148,7 +192,13 @@ def make_rules(config: Config) -> EpisodeRules:
 
 
 def make_collector(
-    config: Config, engine: Engine, pool: EnvPool, language: Language, *, stream: int, first_handle: int = 0
+    config: Config,
+    engine: SamplingEngine,
+    pool: EnvPool,
+    language: Language,
+    *,
+    stream: int,
+    first_handle: int = 0,
 ) -> Collector:
     """Build a collector for training (``stream`` 0) or evaluation (1)."""
     return Collector(
@@ -164,6 +214,7 @@ def make_collector(
         episode_timeout=config.rollout.episode_timeout,
         is_deterministic=_has_barrier(config),
         make_watch=_make_watches(config, language.tokenizer),
+        has_deadlines=config.rollout.engine != "builtin",
     )
 
 
@@ -175,7 +226,7 @@ def _make_watches(config: Config, tokenizer: Tokenizer) -> Callable[[], Watch | 
 
 def make_evaluator(
     config: Config,
-    engine: Engine,
+    engine: SamplingEngine,
     pool: EnvPool,
     language: Language,
     *,
@@ -221,7 +272,7 @@ def make_evaluator(
 
 
 def make_rollout(
-    config: Config, engine: Engine, pool: EnvPool, language: Language, hosts: Hosts = ALONE
+    config: Config, engine: SamplingEngine, pool: EnvPool, language: Language, hosts: Hosts = ALONE
 ) -> RolloutThread:
     """Build the thread that plays this host's training episodes, with its ledger.
 
@@ -267,14 +318,17 @@ def _make_order(config: Config, num_tasks: int, hosts: Hosts) -> Order:
         raise ConfigError(f"env.split={config.env.split} with env.sampler=adaptive: {error}") from None
 
 
-def check_rollout(config: Config, vocab_size: int) -> None:
-    """Check the filters, the files that rollouts are repeated or taken from, and Ray, before a run writes.
+def check_rollout(config: Config, model: DecoderConfig) -> None:
+    """Check filters, a server, files that rollouts are repeated or taken from, and Ray, before a run writes.
 
     Raises:
-      ConfigError: a filter does not fit the vocabulary; a file is missing, damaged, or does not fit the run;
-        or Ray is not installed.
+      ConfigError: a filter does not fit the vocabulary; the server does not answer, or cannot sample for this
+        run; a file is missing, damaged, or does not fit the run; or Ray is not installed.
     """
+    vocab_size = model.vocab_size
     check_filters(config, vocab_size)
+    if config.rollout.engine != "builtin":
+        check_server(config, model)
     if config.workers.backend == "ray":
         check_ray(config.workers.ray_address)
     if config.rollout.stored is not None:

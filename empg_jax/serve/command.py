@@ -73,6 +73,7 @@ def serve_policy(
         from empg_jax.serve.app import make_app
         from empg_jax.serve.driver import Driver
         from empg_jax.serve.policy import open_policy
+        from empg_jax.serve.reload import make_reload
         from empg_jax.serve.service import Service
 
         policy = open_policy(source, overrides, say, is_trained=is_trained)
@@ -85,11 +86,13 @@ def serve_policy(
         server = _make_server(functools.partial(_tell, policy.name, url, ready_file, announce))
         driver = Driver(policy.engine, max_waiting=settings.max_waiting, on_failure=lambda: _end(server))
         with contextlib.ExitStack() as stack:
-            more: list[More] = []
+            more: list[More]
             threads: list[Driver | Worker] = [stack.enter_context(driver)]
             if is_trained:
                 more, worker = _make_training(policy, service, driver, say)
                 threads.append(stack.enter_context(worker))
+            else:
+                more = [make_reload(policy.engine, driver, has_key=api_key is not None)]
             server.config.app = make_app(
                 service, driver, api_key=api_key, max_body_bytes=settings.max_body_mb << 20, more=more
             )

@@ -80,6 +80,7 @@ class Job:
       is_streamed: whether updates come before the end, too.
       token_filter: restricts sampling to likely tokens.
       weights: what to sample from; None takes the newest that were published.
+      key: numbers in place of seed and choice.
     """
 
     prompt: np.ndarray
@@ -92,10 +93,13 @@ class Job:
     is_streamed: bool = False
     token_filter: TokenFilter = NO_FILTER
     weights: Weights | None = None
+    key: tuple[int, int, int, int] | None = None
 
     @property
     def ids(self) -> tuple[int, int, int, int]:
         """The numbers that the engine's keys are folded from."""
+        if self.key is not None:
+            return self.key
         mask = (1 << SEED_BITS) - 1
         return STREAM, (self.seed >> SEED_BITS) & mask, self.seed & mask, self.choice
 

@@ -31,6 +31,7 @@ from empg_jax.serve.wire import (
     check_keys,
     read_flag,
     read_ids,
+    read_key,
     read_sampling,
     refuse,
 )
@@ -55,6 +56,7 @@ class Asked:
       is_streamed: whether the answer is a stream.
       has_usage: whether a stream ends with the counts of tokens.
       has_tokens: whether the answer lists token ids and their statistics.
+      key: the numbers that the sampling keys are folded from; None makes them from the seed.
       request_id: the name of an answer without a head.
     """
 
@@ -66,6 +68,7 @@ class Asked:
     is_streamed: bool = False
     has_usage: bool = False
     has_tokens: bool = False
+    key: tuple[int, int, int, int] | None = None
     request_id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
 
     @property
@@ -92,6 +95,7 @@ class Asked:
             notify=notify,
             watch=StopSearch(self.decode, s.stops, s.stop_ids) if needs_watch else None,
             is_streamed=self.is_streamed,
+            key=self.key,
         )
 
 
@@ -206,15 +210,20 @@ class Service:
         options = given.get("stream_options", {})
         if not isinstance(options, dict):
             raise refuse("stream_options must be an object", "stream_options")
+        sampling = read_sampling(given, self._tokenizer.vocab_size, default_max_tokens=default_max_tokens)
+        key = read_key(given)
+        if key is not None and len(prompts) * sampling.n > 1:
+            raise refuse("empg.ids are those of one response: ask for one prompt, with n=1", "empg")
         return Asked(
             [np.asarray(prompt, np.int32) for prompt in prompts],
-            read_sampling(given, self._tokenizer.vocab_size, default_max_tokens=default_max_tokens),
+            sampling,
             head,
             self._tokenizer.decode,
             tools=tools or [],
             is_streamed=read_flag(given, "stream"),
             has_usage=read_flag(options, "include_usage"),
             has_tokens=read_flag(given, "return_token_ids"),
+            key=key,
         )
 
     def _check_length(self, prompt: Sequence[int]) -> None:

@@ -53,7 +53,7 @@ SAMPLING = frozenset(
 ANSWER = frozenset({"model", "stream", "stream_options", "return_token_ids"})
 CHAT = SAMPLING | ANSWER | {"messages", "tools", "tool_choice", "max_completion_tokens"}
 CHAT |= {"chat_template_kwargs"}
-COMPLETION = SAMPLING | ANSWER | {"prompt"}
+COMPLETION = SAMPLING | ANSWER | {"prompt", "empg"}
 GENERATE = frozenset({"model", "token_ids", "sampling_params", "stream"})
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -204,6 +204,21 @@ def read_ids(value: Any, where: str, vocab_size: int | None = None) -> list[int]
     if wrong is not None:
         raise refuse(f"{where}: {wrong} is no token id; they lie in [0, {top})", where)
     return value
+
+
+def read_key(given: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
+    """Read ``empg.ids``: the four numbers that sampling keys are folded from, in place of a seed.
+
+    Raises:
+      ApiError: they are something else.
+    """
+    asked = given.get("empg")
+    if asked is None:
+        return None
+    ids = check_keys(asked, frozenset({"ids"}), "empg").get("ids")
+    if not isinstance(ids, list) or len(ids) != 4 or not all(type(n) is int and 0 <= n < 2**31 for n in ids):
+        raise refuse("empg.ids must be four integers in [0, 2**31)", "empg")
+    return ids[0], ids[1], ids[2], ids[3]
 
 
 def read_flag(given: Mapping[str, Any], key: str) -> bool:

@@ -120,7 +120,9 @@ def test_every_shipped_config_has_a_plan(path):
     config = load_config(path)
     plan = compute_plan(config, find_shape(config))
     assert plan.total > 0 and plan.num_params > 0
-    assert {"KV cache", "activations", "logits", "optimizer"} <= sizes(plan).keys()
+    assert {"activations", "logits", "optimizer"} <= sizes(plan).keys()
+    # Where a server samples, there is no engine here.
+    assert ("KV cache" in sizes(plan)) == (config.rollout.engine == "builtin")
     devices = config.rollout.data * config.rollout.tensor
     assert devices <= max(8, plan.devices)
 

@@ -1,0 +1,72 @@
+"""New weights from a folder while the server runs: ``/update_weights_from_disk``, as SGLang has it.
+
+A trainer elsewhere publishes by it (``rollout.engine=openai``). Requests that arrive after the answer are
+sampled from the new weights; those in progress end with the old ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from empg_jax.engine.engine import Engine
+from empg_jax.hf.load import load_hf
+from empg_jax.serve.app import More
+from empg_jax.serve.driver import Driver, Weights
+from empg_jax.serve.wire import ApiError, check_keys, refuse
+from empg_jax.types import Params
+
+KEYS = frozenset({"model_path", "weight_version", "load_format", "abort_all_requests", "flush_cache"})
+
+
+def make_reload(engine: Engine, driver: Driver, *, has_key: bool) -> More:
+    """Make the route.
+
+    Args:
+      engine: takes the weights, on its own thread.
+      driver: that thread.
+      has_key: whether requests need a bearer token; without one nobody may change the weights.
+    """
+    turn = asyncio.Lock()  # one set of weights at a time is read into memory
+
+    async def reload(request: Request, body: Any) -> Response:
+        if not has_key:
+            raise ApiError(403, "weights can be changed only where a token is needed: start with --api-key")
+        if engine.base:
+            raise refuse("this policy has adapters: serve a whole model to change its weights")
+        given = check_keys(body, KEYS)
+        path, version = given.get("model_path"), _read_version(given)
+        if not isinstance(path, str) or not Path(path).is_dir():
+            raise refuse(f"model_path={path!r} must be a folder that this server sees", "model_path")
+        async with turn:
+            params = await asyncio.to_thread(_load, engine, path)
+            number = engine.version + 1 if version is None else version
+            driver.publish(Weights(number, [params].pop))
+        return JSONResponse(
+            {"success": True, "message": f"weights of version {number} loaded", "num_paused_requests": 0}
+        )
+
+    return More("POST", "/update_weights_from_disk", reload)
+
+
+def _read_version(given: dict[str, Any]) -> int | None:
+    version = given.get("weight_version")
+    if version is None:
+        return None
+    if not str(version).isdecimal() or int(version) >= 2**31:
+        raise refuse(f"weight_version={version!r} must be a number in [0, 2**31)", "weight_version")
+    return int(version)
+
+
+def _load(engine: Engine, path: str) -> Params:
+    # A critic's head is no part of what is published.
+    model = dataclasses.replace(engine.model, value_head=False)
+    try:
+        return load_hf(path, model)[1]
+    except (OSError, ValueError) as error:
+        raise refuse(f"model_path={path}: {error}", "model_path") from None
