@@ -14,9 +14,10 @@ def reference_attention(
     segment_ids: Int[Array, "B T"],
     trunk_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Compute ``softmax(q k^T / sqrt(d)) v`` over the token itself and earlier tokens of its segment and its trunk.
+    """Compute ``softmax(q k^T / sqrt(d)) v`` over the token itself and what it sees before it.
 
-    The computation is in float32 (float64 for float64 inputs) and holds ``[B, H, T, T]`` scores in memory.
+    A token sees earlier tokens of its segment and of its trunk. The computation is in float32 (float64 for
+    float64 inputs) and holds ``[B, H, T, T]`` scores in memory.
 
     Args:
       queries: rotated queries.
