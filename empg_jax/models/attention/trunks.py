@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from empg_jax.models.attention.cached import MASKED
 from empg_jax.models.attention.packed import SAVED
 
-TILE = 128  # tokens; longer rows get larger tiles
+TILE = 64  # tokens; longer rows get larger tiles
 MOST_TILES = 64  # of a row
 
 
