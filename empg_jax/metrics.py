@@ -96,6 +96,7 @@ METRICS: dict[str, str] = {
     "tokens_evicted": "Tokens whose keys and values could have been copied, until others took their place.",
     "tokens_per_second": "Sampled tokens per second of seconds_cycle.",
     "slot_occupancy": "Share of the sampler's slots that sampled a response's token, mean over decode steps.",
+    "train_tokens_shared": "Tokens that an update left out, because another episode begins with them too.",
     "packing_efficiency": "Share of the learner's row tokens that are not padding.",
     "recompiles": "Programs compiled during the update; 0 after the warm-up.",
     "stale_gap": "Log-prob error of going on over KV of older weights, the largest measured (publish=burst).",

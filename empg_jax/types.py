@@ -157,7 +157,10 @@ class Batch:
     loss_mask: Leaf = _per("token", bool)  # sampled by the policy, hence trainable
     segment_ids: Leaf = _per("token", np.int32)  # packed sequence in the row, from 1; 0 = padding
     positions: Leaf = _per("token", np.int32)  # position inside the segment
-    sequence_ids: Leaf = _per("token", np.int32, absent=-1)  # the segment, unique in the whole batch
+    # The earlier segment of the row that its own one continues (`learner.sharing`); -1: it begins by itself.
+    trunk_ids: Leaf = _per("token", np.int32, absent=-1)
+    # The segment, unique in the whole batch; -1 at padding and trunks, which hold no sampled token.
+    sequence_ids: Leaf = _per("token", np.int32, absent=-1)
     trajectory_ids: Leaf = _per("token", np.int32)  # in [0, N); read only under loss_mask
     turn_ids: Leaf = _per("token", np.int32)  # in [0, K); read only under loss_mask
     behavior_logprobs: Leaf = _per("token", np.float32)

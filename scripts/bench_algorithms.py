@@ -59,6 +59,7 @@ def make_batch(
         loss_mask=jnp.asarray(loss_mask),
         segment_ids=jnp.asarray(np.where(exists, place // span % per_row + 1, 0), jnp.int32),
         positions=jnp.asarray(inside, jnp.int32),
+        trunk_ids=jnp.full((rows, length), -1, jnp.int32),
         sequence_ids=jnp.asarray(np.where(exists, owner, -1), jnp.int32),
         trajectory_ids=jnp.asarray(owner, jnp.int32),
         turn_ids=jnp.asarray(turn_ids, jnp.int32),

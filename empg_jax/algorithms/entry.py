@@ -122,6 +122,7 @@ def _small_batch() -> tuple[Batch, Scores]:
         loss_mask=jnp.asarray(mask),
         segment_ids=ints(0 * place + 1),
         positions=ints(place),
+        trunk_ids=ints(0 * place - 1),
         sequence_ids=ints(owner),
         trajectory_ids=ints(owner),
         turn_ids=ints(place // 4),

@@ -220,6 +220,11 @@ def _learner_problems(config: Config) -> Iterator[str]:
             f"{rollout.max_tokens}, which mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} cannot divide: "
             f"use train.micro_tokens={right}{_devices_hint(mesh)}"
         )
+    if train.share_prefix and mesh.sequence > 1:
+        yield (
+            f"train.share_prefix=true with mesh.sequence={mesh.sequence}: shared beginnings cannot be split "
+            "over time; use mesh.sequence=1 or train.share_prefix=false"
+        )
     if rollout.max_tokens % mesh.sequence:
         yield f"mesh.sequence={mesh.sequence} must divide rollout.max_tokens={rollout.max_tokens}"
     if model.path is None and model.preset is None and model.num_heads % mesh.tensor:

@@ -252,6 +252,11 @@ class TrainConfig(Section):
     num_minibatches: int = Field(4, ge=1, description="Optimizer steps that a batch is split into.")
     epochs: int = Field(1, ge=1, description="Passes over a batch.")
     micro_tokens: int = Field(4096, ge=1, description="Tokens per forward/backward pass, over all devices.")
+    share_prefix: bool = Field(
+        False,
+        description="Compute a beginning that several episodes of an optimizer step share once (exact); the "
+        "attention of updates is then plain XLA on every platform.",
+    )
     max_lag: int = Field(0, ge=0, description="Oldest policy version trained on; 0 is synchronous training.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["linear", "cosine", "constant"] = Field(

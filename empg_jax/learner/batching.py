@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from empg_jax.learner.sharing import Family, find_families, pack_families
 from empg_jax.types import Batch, Status, Trajectory, empty_fields
 
 
@@ -31,6 +32,7 @@ class BatchShape:
       micro_rows: R, rows per micro-batch.
       max_rows: rows that a batch has room for; one that needs more gets twice the room, and so on.
       num_minibatches: optimizer steps per pass over the batch.
+      shares_prefix: whether segments of a mini-batch that begin alike share their beginning.
     """
 
     trajectories: int
@@ -39,6 +41,7 @@ class BatchShape:
     micro_rows: int
     max_rows: int
     num_minibatches: int
+    shares_prefix: bool = False
 
     @property
     def micro_batches(self) -> int:
@@ -53,8 +56,9 @@ class Layout:
 
     bounds: tuple[tuple[int, int], ...]
     num_rows: int
-    num_tokens: int  # real tokens, padding excluded
+    num_tokens: int  # tokens in the rows, padding excluded
     num_segments: int
+    num_shared: int = 0  # tokens that are not in the rows, because another segment's stand for them
 
 
 @dataclasses.dataclass
@@ -67,6 +71,12 @@ class Segment:
     turn_ids: np.ndarray  # int32[L]
     logprobs: np.ndarray  # float32[L]
     entropies: np.ndarray  # float32[L]
+
+    @property
+    def beginning(self) -> np.ndarray:
+        """The tokens that other segments may share: the first prompt without its last token."""
+        sampled = int(self.loss_mask.argmax()) if self.loss_mask.any() else len(self.tokens)
+        return self.tokens[: max(sampled - 1, 0)]
 
 
 def merge_turns(trajectory: Trajectory, index: int) -> list[Segment]:
@@ -102,39 +112,6 @@ def merge_turns(trajectory: Trajectory, index: int) -> list[Segment]:
         so_far = np.concatenate([prompt, turn.response_tokens])
     close()
     return segments
-
-
-def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack items into rows of ``capacity`` by first-fit decreasing.
-
-    Args:
-      lengths: length of each item.
-      capacity: tokens per row.
-
-    Returns:
-      Item indices per row; deterministic, ties in input order.
-
-    Raises:
-      ValueError: an item is longer than a row.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    # Longest first, because short items fill the gaps that long ones leave.
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[item]
-        if length > capacity:
-            raise ValueError(
-                f"a segment of {length} tokens does not fit a row of {capacity}: raise rollout.max_tokens"
-            )
-        for row, free in enumerate(room):
-            if length <= free:
-                rows[row].append(item)
-                room[row] -= length
-                break
-        else:
-            rows.append([item])
-            room.append(capacity - length)
-    return rows
 
 
 def make_batch(
@@ -174,8 +151,9 @@ def make_batch(
     for place, row in zip(places, rows, strict=True):
         _fill_row(fields, place, row, segments)
     batch = Batch(minibatch_ids=minibatch_ids, **fields, **_trajectory_table(trajectories, shape))
-    num_tokens = sum(len(segment.tokens) for segment in segments)
-    return batch, Layout(bounds, len(rows), num_tokens, len(segments))
+    num_shared = sum((len(family.items) - 1) * family.length for row in rows for family in row)
+    num_tokens = sum(len(segment.tokens) for segment in segments) - num_shared
+    return batch, Layout(bounds, len(rows), num_tokens, len(segments), num_shared)
 
 
 def find_tokens(before: Batch, after: Batch) -> np.ndarray:
@@ -186,28 +164,34 @@ def find_tokens(before: Batch, after: Batch) -> np.ndarray:
       after: another one.
 
     Returns:
-      int32[B T], for every token of ``after`` its place in ``before``, rows laid end to end; -1 at padding.
+      int32[B T], for every token of ``after`` its place in ``before``, rows laid end to end; -1 at padding,
+      and where a token is in a shared beginning of either layout.
     """
-    is_real = before.sequence_ids >= 0
-    # Segments and their numbers are the same in both layouts, so the start of each segment is enough.
-    begins = np.zeros(int(before.sequence_ids.max(initial=-1)) + 1, np.int32)
-    places = np.flatnonzero(is_real & (before.positions == 0))
-    begins[before.sequence_ids.ravel()[places]] = places
+    numbers = before.sequence_ids.ravel()
+    # Segments and their numbers are the same in both layouts, so one place of each segment is enough: that of
+    # its position 0, which lies outside of it if it continues a trunk.
+    begins = np.zeros(int(numbers.max(initial=-1)) + 1, np.int32)
+    places = np.flatnonzero(numbers >= 0)
+    begins[numbers[places]] = places - before.positions.ravel()[places]
     found = np.full(after.sequence_ids.shape, -1, np.int32)
     kept = after.sequence_ids >= 0
-    found[kept] = begins[after.sequence_ids[kept]] + after.positions[kept]
+    wanted = after.sequence_ids[kept]
+    places = begins[wanted] + after.positions[kept]
+    is_own = np.logical_and(places >= 0, numbers[np.maximum(places, 0)] == wanted)
+    found[kept] = np.where(is_own, places, -1)
     return found
 
 
 def _deal_segments(
     segments: Sequence[Segment], shape: BatchShape, seed: tuple[int, ...]
-) -> list[list[list[int]]]:
+) -> list[list[list[Family]]]:
     """Deal whole trajectories evenly to the optimizer steps and pack each step's segments into rows.
 
     Returns:
-      Segment indices per row per step. Fewer steps than ``num_minibatches`` only where there are fewer
-      trajectories.
+      Segment indices per row per step, by family. Fewer steps than ``num_minibatches`` only where there are
+      fewer trajectories.
     """
+    lengths = [len(segment.tokens) for segment in segments]
     items_of: dict[int, list[int]] = {}
     for item, segment in enumerate(segments):
         items_of.setdefault(segment.trajectory, []).append(item)
@@ -215,8 +199,11 @@ def _deal_segments(
     steps = []
     for owners in np.array_split(order, max(1, min(shape.num_minibatches, len(order)))):
         items = [item for owner in owners for item in items_of[int(owner)]]
-        rows = pack_rows([len(segments[item].tokens) for item in items], shape.row_tokens)
-        steps.append([[items[index] for index in row] for row in rows])
+        families = [Family((item,)) for item in items]
+        if shape.shares_prefix:
+            found = find_families([segments[item].beginning for item in items])
+            families = [Family(tuple(items[i] for i in family.items), family.length) for family in found]
+        steps.append(pack_families(families, lengths, shape.row_tokens))
     return [rows for rows in steps if rows]
 
 
@@ -241,21 +228,35 @@ def _place_rows(
     return places, minibatch_ids, tuple(bounds)
 
 
-def _fill_row(fields: dict[str, np.ndarray], place: int, items: list[int], segments: list[Segment]) -> None:
-    start = 0
-    for number, item in enumerate(items, start=1):
-        segment = segments[item]
-        span = slice(start, start + len(segment.tokens))
-        fields["tokens"][place, span] = segment.tokens
-        fields["loss_mask"][place, span] = segment.loss_mask
-        fields["segment_ids"][place, span] = number
-        fields["positions"][place, span] = np.arange(len(segment.tokens))
-        fields["sequence_ids"][place, span] = item
-        fields["trajectory_ids"][place, span] = segment.trajectory
-        fields["turn_ids"][place, span] = segment.turn_ids
-        fields["behavior_logprobs"][place, span] = segment.logprobs
-        fields["behavior_entropies"][place, span] = segment.entropies
-        start = span.stop
+def _fill_row(
+    fields: dict[str, np.ndarray], place: int, families: list[Family], segments: list[Segment]
+) -> None:
+    """Write a row: each family's trunk, where it has one, and what its segments have beyond it."""
+    row = {name: field[place] for name, field in fields.items()}
+    start, number = 0, 0
+    for family in families:
+        trunk = -1
+        if family.length:
+            number += 1
+            trunk, span = number, slice(start, start + family.length)
+            row["tokens"][span] = segments[family.items[0]].tokens[: family.length]
+            row["segment_ids"][span] = number
+            row["positions"][span] = np.arange(family.length)
+            start = span.stop
+        for item in family.items:
+            segment, number, own = segments[item], number + 1, slice(family.length, None)
+            span = slice(start, start + len(segment.tokens) - family.length)
+            row["tokens"][span] = segment.tokens[own]
+            row["loss_mask"][span] = segment.loss_mask[own]
+            row["segment_ids"][span] = number
+            row["positions"][span] = np.arange(family.length, len(segment.tokens))
+            row["trunk_ids"][span] = trunk
+            row["sequence_ids"][span] = item
+            row["trajectory_ids"][span] = segment.trajectory
+            row["turn_ids"][span] = segment.turn_ids[own]
+            row["behavior_logprobs"][span] = segment.logprobs[own]
+            row["behavior_entropies"][span] = segment.entropies[own]
+            start = span.stop
 
 
 def _trajectory_table(trajectories: Sequence[Trajectory], shape: BatchShape) -> dict[str, np.ndarray]:

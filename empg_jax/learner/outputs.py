@@ -38,6 +38,7 @@ def compute_outputs(
     segment_ids: Int[Array, "B T"],
     temperature: float = 1.0,
     *,
+    trunk_ids: Int[Array, "B T"] | None = None,
     token_filter: TokenFilter = NO_FILTER,
     loss_mask: Bool[Array, "B T"] | None = None,
     has_critic: bool = False,
@@ -48,7 +49,7 @@ def compute_outputs(
     The shift by one happens here and nowhere else: the prediction of position ``t - 1`` is stored at ``t``.
     Position 0 holds zeros. The first token of a segment is scored against the state of the token before
     it, in another segment, so it must be masked. It is never a sampled token, because every response follows
-    a prompt.
+    a prompt, whose last token is never in a shared beginning (`sharing`).
 
     Args:
       params: stacked parameters.
@@ -57,6 +58,7 @@ def compute_outputs(
       positions: position inside the segment.
       segment_ids: number of the packed sequence in the row, from 1; 0 is padding.
       temperature: the rollout temperature; divides the logits.
+      trunk_ids: the segment of the row that each token's own one continues; None: there are none.
       token_filter: the rollouts' filter. Log-probabilities are those of the filtered distribution, so that
         their ratio to the sampler's is right; entropies are those of the whole one.
       loss_mask: the tokens whose log-prob and entropy are read; those of the others may be 0. None: all.
@@ -66,7 +68,7 @@ def compute_outputs(
     Returns:
       ``(logprobs, entropies, values)``, float32, entropies in nats; values None without a critic.
     """
-    hidden = forward(params, model, tokens, positions, segment_ids)
+    hidden = forward(params, model, tokens, positions, segment_ids, trunk_ids)
     weights = output_embedding(params).astype(model.dtype)
     # Rolled, not sliced: where time is split over devices, every device keeps a part of equal length.
     predicted = jnp.roll(tokens, -1, axis=1)

@@ -108,6 +108,7 @@ def make_learner(
     has_reference: bool = False,
     max_kl: float = math.inf,
     base: Params | None = None,
+    shares_prefix: bool = False,
 ) -> Learner:
     """Build the programs for a mesh; each compiles at its first call.
 
@@ -122,19 +123,25 @@ def make_learner(
       has_reference: whether ``score`` also scores the frozen reference (KL term).
       max_kl: an optimizer step is skipped when the KL of its policy from the old one exceeds this bound.
       base: the frozen parameters, on the mesh, where the model has adapters.
+      shares_prefix: whether rows hold beginnings that several segments share (`BatchShape.shares_prefix`).
 
     Returns:
       The programs. Shapes other than the first batch's would compile again.
 
     Raises:
       ValueError: the mesh does not divide ``micro_rows``, the model lacks the critic's value head, or it has
-        adapters and no base.
+        adapters and no base; or shared beginnings would be split over time.
     """
     if (model.lora is None) != (base is None):
         raise ValueError("a model with adapters (lora) needs its base; without adapters there is no base")
     has_critic = algorithm.value_loss is not None
     if has_critic and not model.value_head:
         raise ValueError("this algorithm has a critic: the model needs value_head=True")
+    if shares_prefix and mesh.shape["sequence"] > 1:
+        raise ValueError(
+            f"sequence={mesh.shape['sequence']}: rows with shared beginnings cannot be split over time; use "
+            "a mesh with sequence=1 (or train.share_prefix=false)"
+        )
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if micro_rows % row_devices:
         raise ValueError(
@@ -148,7 +155,17 @@ def make_learner(
     credit_shardings = Credit(
         tokens, tokens, metrics=one, turns=one, value_targets=tokens if has_critic else None
     )
-    spec = _Spec(model, algorithm, optimizer, micro_rows, temperature, token_filter, has_reference, max_kl)
+    spec = _Spec(
+        model=model,
+        algorithm=algorithm,
+        optimizer=optimizer,
+        micro_rows=micro_rows,
+        temperature=temperature,
+        token_filter=token_filter,
+        has_reference=has_reference,
+        max_kl=max_kl,
+        shares_prefix=shares_prefix,
+    )
     jit = functools.partial(_jit, mesh)
 
     def above(program: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,6 +240,7 @@ class _Spec:
       token_filter: the rollouts' filter.
       has_reference: whether the frozen reference is scored too.
       max_kl: bound on the KL from the old policy.
+      shares_prefix: whether rows hold shared beginnings.
     """
 
     model: DecoderConfig
@@ -233,26 +251,22 @@ class _Spec:
     token_filter: TokenFilter
     has_reference: bool
     max_kl: float
+    shares_prefix: bool
 
-    def outputs(
-        self,
-        params: Params,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        loss_mask: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    def outputs(self, params: Params, rows: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Compute log-probs, entropies and, with a critic, values of the sampled tokens of some rows."""
         has_critic = self.algorithm.value_loss is not None
         return compute_outputs(
             params,
             self.model,
-            tokens,
-            positions,
-            segment_ids,
+            rows.tokens,
+            rows.positions,
+            rows.segment_ids,
             self.temperature,
+            # Without trunks the platform's fused kernels can be used.
+            trunk_ids=rows.trunk_ids if self.shares_prefix else None,
             token_filter=self.token_filter,
-            loss_mask=loss_mask,
+            loss_mask=rows.loss_mask,
             has_critic=has_critic,
             detach_critic=self.algorithm.detach_critic,
         )
@@ -283,14 +297,13 @@ class _Spec:
         probe = self.micro(batch.tokens, jnp.int32(0))
 
         def score_rows(index: jax.Array) -> dict[str, jax.Array]:
-            names = ("tokens", "positions", "segment_ids", "loss_mask")
-            rows = [self.micro(getattr(batch, name), index) for name in names]
-            logprobs, entropies, values = self.outputs(params, *rows)
+            rows = self.micro_batch(batch, index)
+            logprobs, entropies, values = self.outputs(params, rows)
             found = {"old_logprobs": logprobs, "entropies": entropies}
             if values is not None:
                 found["values"] = values
             if self.has_reference:
-                found["ref_logprobs"] = self.outputs(ref_params, *rows)[0]
+                found["ref_logprobs"] = self.outputs(ref_params, rows)[0]
             return found
 
         def body(index: jax.Array, grids: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -327,9 +340,7 @@ class _Spec:
             rows_scores = jax.tree.map(lambda leaf: self.micro(leaf, index), scores)
             advantages, weights = self.micro(credit.advantages, index), self.micro(credit.loss_weights, index)
             policy = combine(base or {}, params)
-            logprobs, entropies, values = self.outputs(
-                policy, rows.tokens, rows.positions, rows.segment_ids, rows.loss_mask
-            )
+            logprobs, entropies, values = self.outputs(policy, rows)
             per_token, metrics = self.algorithm.loss(logprobs, entropies, rows, rows_scores, advantages)
             if values is not None:
                 targets = self.micro(credit.value_targets, index)

@@ -27,9 +27,11 @@ from jaxtyping import Array, Float, Int
 from empg_jax.models.attention import (
     BACKENDS,
     SAVED,
+    Segments,
     cached_attention,
     packed_attention,
     sliced_attention,
+    trunk_attention,
 )
 from empg_jax.models.axes import gather_layer
 from empg_jax.models.axes import param_axes as param_axes
@@ -271,6 +273,7 @@ def forward(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
+    trunk_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Compute the normalized final hidden states of packed rows.
 
@@ -280,14 +283,19 @@ def forward(
       tokens: packed rows.
       positions: position inside the segment.
       segment_ids: packed sequence of each token.
+      trunk_ids: the segment that each token's own one continues (`attention.trunks`); None: there are none.
+        Time must not be split over devices then.
     """
     rope = compute_rope(config, positions)
     block = Block(config)
     is_split = current_mesh() is not None
-    attention = functools.partial(packed_attention, backend=config.attention)
+    attention: Callable[..., Array] = functools.partial(packed_attention, backend=config.attention)
+    segments: Array | Segments = segment_ids
+    if trunk_ids is not None:
+        attention, segments = trunk_attention, Segments(segment_ids, trunk_ids)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        return split_attention(attention, sliced_attention, q, k, v, segment_ids), None
+        return split_attention(attention, sliced_attention, q, k, v, segments), None
 
     def layer(x: Array, layer_params: Params) -> Any:
         if is_split:

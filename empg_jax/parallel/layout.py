@@ -171,14 +171,14 @@ def embed_tokens(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: A
 
 
 def split_attention(
-    attention: Callable[[Array, Array, Array, Array], Array],
-    sliced: Callable[[Array, Array, Array, Array, Array], Array],
+    attention: Callable[[Array, Array, Array, Any], Array],
+    sliced: Callable[[Array, Array, Array, Any, Array], Array],
     queries: Float[Array, "B T H d"],
     keys: Float[Array, "B T K d"],
     values: Float[Array, "B T K d"],
-    segment_ids: Int[Array, "B T"],
+    segments: Any,
 ) -> Float[Array, "B T H d"]:
-    """Compute ``attention(queries, keys, values, segment_ids)`` split over devices by rows and heads.
+    """Compute ``attention(queries, keys, values, segments)`` split over devices by rows and heads.
 
     If time is split, an all-to-all splits the heads instead, so that a device has whole rows. Fewer key/value
     heads than devices are repeated. Where the query heads cannot be divided, the keys and values of whole
@@ -190,11 +190,11 @@ def split_attention(
       queries: rotated queries.
       keys: rotated keys.
       values: values.
-      segment_ids: packed sequence of each token.
+      segments: packed sequence of each token, int32[B T], or a tuple of such arrays.
     """
     mesh = current_mesh()
     if mesh is None:
-        return attention(queries, keys, values, segment_ids)
+        return attention(queries, keys, values, segments)
     shards = head_shards(dict(mesh.shape), queries.shape[2])
     repeats = math.lcm(keys.shape[2], math.prod(shards)) // keys.shape[2]
     keys, values = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (keys, values))
@@ -207,22 +207,22 @@ def split_attention(
     def swap(x: Array, split_axis: int, concat_axis: int) -> Array:
         return jax.lax.all_to_all(x, "sequence", split_axis, concat_axis, tiled=True)
 
-    def local(queries: Array, keys: Array, values: Array, segment_ids: Array) -> Array:
+    def local(queries: Array, keys: Array, values: Array, segments: Any) -> Array:
         if not is_time_split:
-            return attention(queries, keys, values, segment_ids)
+            return attention(queries, keys, values, segments)
         if shards.sequence == 1:
             k, v = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (keys, values))
             start = jax.lax.axis_index("sequence") * queries.shape[1]
-            return sliced(queries, k, v, segment_ids, start)
+            return sliced(queries, k, v, segments, start)
         q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (queries, keys, values))
-        return swap(attention(q, k, v, segment_ids), split_axis=1, concat_axis=2)
+        return swap(attention(q, k, v, segments), split_axis=1, concat_axis=2)
 
     return jax.shard_map(
         local,
         in_specs=(spec, spec, spec, PartitionSpec(rows, None)),
         out_specs=spec,
         check_vma=False,  # kernels do not declare how their results vary over devices
-    )(queries, keys, values, segment_ids)
+    )(queries, keys, values, segments)
 
 
 class HeadShards(NamedTuple):

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from empg_jax.engine.programs import PREFILL_TOKENS
+from empg_jax.learner.batching import BatchShape
 from empg_jax.learner.state import base_model, init_trained
+from empg_jax.models.attention.trunks import tile_size
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.head import LARGE_SLAB
@@ -26,7 +28,6 @@ from empg_jax.parallel.layout import cache_heads_here, head_shards
 from empg_jax.parallel.mesh import AXES, fit_spec, mesh_axes
 from empg_jax.run.assembly import (
     make_batch_shape,
-    micro_rows,
     needs_reference,
 )
 from empg_jax.run.weights import base_shapes
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from empg_jax.config import Config
 
 MARGIN = 1.3  # of estimates; the compiler reserves 0.9 to 1.25 times what the formulas say
-_BATCH_BYTES = 56  # bytes per token of a batch: ids, masks, scores, credit
+_BATCH_BYTES = 60  # bytes per token of a batch: ids, masks, scores, credit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,19 +179,18 @@ def _widths(model: DecoderConfig, mesh: AbstractMesh) -> _Widths:
     )
 
 
-def activation_bytes(model: DecoderConfig, mesh: AbstractMesh, tokens: int, row: int) -> tuple[int, int]:
+def activation_bytes(model: DecoderConfig, mesh: AbstractMesh, shape: BatchShape) -> tuple[int, int]:
     """Compute the bytes of activations on one device.
 
     Args:
       model: the decoder's config; ``remat`` decides which activations are kept.
       mesh: sizes of the mesh's axes.
-      tokens: tokens of a micro-batch on one device.
-      row: tokens of a row.
+      shape: the sizes of a micro-batch.
 
     Returns:
       Bytes that all layers keep for the backward pass, and bytes in use while one layer runs.
     """
-    w, wide = _widths(model, mesh), 4
+    w, wide, tokens = _widths(model, mesh), 4, _tokens_here(mesh, shape)
     narrow = jnp.dtype(model.dtype).itemsize
     full = narrow * (w.stream + w.queries) + wide * w.heads
     dots = full + narrow * (w.stream + w.queries + 2 * w.keys + 2 * w.hidden)
@@ -200,25 +200,36 @@ def activation_bytes(model: DecoderConfig, mesh: AbstractMesh, tokens: int, row:
     kept = {"full": full, "dots": dots, "none": everything}[model.remat]
     # A layer's gradient needs all arrays of its forward pass, and the gradients of its widest part.
     slopes = wide * 2 * w.stream + narrow * 3 * w.hidden
-    attention = _score_bytes(model, mesh, tokens, row)
+    attention = _score_bytes(model, mesh, shape)
     return tokens * kept * model.num_layers, tokens * (everything + slopes) + attention
 
 
-def _score_bytes(model: DecoderConfig, mesh: AbstractMesh, tokens: int, row: int) -> int:
-    """Compute the bytes of one tile's three float32 tables (`models.attention.tiles`)."""
+def _tokens_here(mesh: AbstractMesh, shape: BatchShape) -> int:
+    """Compute the tokens of a micro-batch on one device."""
+    return _rows_here(mesh, shape) * shape.row_tokens // mesh.shape["sequence"]
+
+
+def _rows_here(mesh: AbstractMesh, shape: BatchShape) -> int:
+    return -(-shape.micro_rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
+
+
+def _score_bytes(model: DecoderConfig, mesh: AbstractMesh, shape: BatchShape) -> int:
+    """Compute the bytes of one tile's three float32 tables (`models.attention`: `tiles` or `trunks`)."""
     heads = model.num_heads // math.prod(head_shards(mesh.shape, model.num_heads))
-    rows = -(-tokens * mesh.shape["sequence"] // row)
-    return 3 * 4 * rows * heads * max(64, -(-row // 16)) * row
+    row = shape.row_tokens
+    if not shape.shares_prefix:
+        return 3 * 4 * _rows_here(mesh, shape) * heads * max(64, -(-row // 16)) * row
+    # The sums of the keys' and values' gradients beside them have the length of a row.
+    sums = 2 * 4 * row * model.head_dim
+    return _rows_here(mesh, shape) * heads * (3 * 4 * tile_size(row) ** 2 + sums)
 
 
 def _update_items(
     config: Config, model: DecoderConfig, mesh: AbstractMesh, trained: Params, base: Params | None
 ) -> Iterator[Item]:
-    row, sizes = config.rollout.max_tokens, mesh.shape
-    row_shards = sizes["data"] * sizes["fsdp"]
-    rows = -(-micro_rows(config) // row_shards)
-    tokens = rows * row // sizes["sequence"]
-    kept, working = activation_bytes(model, mesh, tokens, row)
+    sizes, shape = mesh.shape, make_batch_shape(config)
+    row_shards, tokens = sizes["data"] * sizes["fsdp"], _tokens_here(mesh, shape)
+    kept, working = activation_bytes(model, mesh, shape)
     policy = f"{model.num_layers} layers, remat={model.remat}"
     yield Item("activations", _estimate(kept), "update", f"{tokens} tokens a device, {policy}")
     logits = min(tokens * -(-model.vocab_size // sizes["tensor"]), LARGE_SLAB)
@@ -232,9 +243,8 @@ def _update_items(
     yield Item("one layer", _estimate(working), "layer", note)
     note = "one chunk of the vocabulary, three times, and its part of the table"
     yield Item("logits", _estimate(head), "head", note)
-    whole = make_batch_shape(config)
-    batch = whole.max_rows * row * _BATCH_BYTES // (row_shards * sizes["sequence"])
-    yield Item("batch", batch, "always", f"at most {whole.max_rows} rows of {row} tokens")
+    batch = shape.max_rows * shape.row_tokens * _BATCH_BYTES // (row_shards * sizes["sequence"])
+    yield Item("batch", batch, "always", f"at most {shape.max_rows} rows of {shape.row_tokens} tokens")
 
 
 def _gathered_bytes(model: DecoderConfig, mesh: AbstractMesh, numbers: int) -> int:

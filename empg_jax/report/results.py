@@ -74,6 +74,7 @@ def describe_update(
         "prefix_hits": engine.hit_rate,
         "tokens_evicted": float(engine.evicted_tokens),
         "tokens_per_second": engine.sampled_tokens / seconds,
+        "train_tokens_shared": float(layout.num_shared),
         "packing_efficiency": layout.num_tokens / (layout.num_rows * shape.row_tokens),
         "seconds_cycle": seconds,
     }

@@ -298,19 +298,28 @@ def make_batch_shape(config: Config) -> BatchShape:
     r, num_minibatches = config.rollout, config.train.num_minibatches
     trajectories = r.tasks_per_update * r.group_size
     share = -(-trajectories // num_minibatches)
-    rows = share * num_minibatches * (config.env.max_turns if config.env.context == "window" else 1)
+    share *= config.env.max_turns if config.env.context == "window" else 1
+    rows, joined = micro_rows(config), 1
+    if config.train.share_prefix:
+        # One long row per device: the more conversations are in a row, the more share one beginning.
+        rows = config.mesh.data * config.mesh.fsdp
+        joined = micro_rows(config) // rows
+        # A new row is begun only where no other has room for a whole conversation, so each but the last
+        # holds the tokens of ``joined - 1`` conversations of full length.
+        share = -(-share // max(joined - 1, 1))
     return BatchShape(
         trajectories=trajectories,
         turns=config.env.max_turns,
-        row_tokens=r.max_tokens,
-        micro_rows=micro_rows(config),
-        max_rows=rows,
+        row_tokens=joined * r.max_tokens,
+        micro_rows=rows,
+        max_rows=share * num_minibatches,
         num_minibatches=num_minibatches,
+        shares_prefix=config.train.share_prefix,
     )
 
 
 def micro_rows(config: Config) -> int:
-    """Compute the rows of a micro-batch over all devices."""
+    """Compute the rows of ``rollout.max_tokens`` in a micro-batch over all devices."""
     return config.train.micro_tokens // config.rollout.max_tokens
 
 

@@ -281,6 +281,7 @@ def _start_learner(
         has_reference=needs_reference(config),
         max_kl=math.inf if config.train.max_kl is None else config.train.max_kl,
         base=make_base(config, model, mesh),
+        shares_prefix=shape.shares_prefix,
     )
     empty, _ = make_batch([], shape, seed=(0,))
     # The warm-up donates its state, so it gets a spare one.

@@ -39,6 +39,7 @@ def make_batch(seed=0, *, junk=0.0):
         loss_mask=jnp.asarray(loss_mask),
         segment_ids=jnp.asarray(sequence_ids >= 0).astype(jnp.int32),
         positions=jnp.zeros((B, T), jnp.int32),
+        trunk_ids=jnp.full((B, T), -1, jnp.int32),
         sequence_ids=jnp.asarray(sequence_ids),
         trajectory_ids=jnp.asarray(trajectory_ids),
         turn_ids=jnp.asarray(turn_ids),

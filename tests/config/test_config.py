@@ -75,6 +75,7 @@ REFUSED = {
     ("run_dir=gs://bucket/run",): r"run_dir=gs://bucket/run is an object store; a run needs a folder",
     ("checkpoint.dir=s3://bucket/run",): r"checkpoint\.dir=s3://bucket/run is an object store",
     ("mesh.sequence=3",): r"mesh\.sequence=3 must divide rollout\.max_tokens=256",
+    ("train.share_prefix=true", "mesh.sequence=2"): r"train\.share_prefix=true with mesh\.sequence=2",
     ("mesh.tensor=3",): r"mesh\.tensor=3 must divide model\.num_heads=4",
     ("train.num_minibatches=129",): r"train\.num_minibatches=129 is more than the 128 episodes",
     ("train.warmup_updates=181",): r"train\.warmup_updates=181 exceeds train\.updates=180",

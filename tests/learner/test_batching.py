@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from empg_jax.learner.batching import BatchShape, find_tokens, make_batch, merge_turns, pack_rows
+from empg_jax.learner.batching import BatchShape, find_tokens, make_batch, merge_turns
+from empg_jax.learner.sharing import Family, pack_families
 from empg_jax.types import Outcome, Status
 from tests.episodes import Episodes, entropy_of, logprob_of
 
@@ -62,21 +63,27 @@ def test_a_prompt_that_lost_its_end_starts_a_segment():
 # ------------------------------------------------------------------------------------------- packing
 
 
+def pack_alone(lengths, capacity):
+    """Rows of segments that share nothing."""
+    rows = pack_families([Family((item,)) for item in range(len(lengths))], lengths, capacity)
+    return [[item for family in row for item in family.items] for row in rows]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 20), max_size=40), st.integers(20, 50))
 def test_packing(lengths, capacity):
-    rows = pack_rows(lengths, capacity)
+    rows = pack_alone(lengths, capacity)
     assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
     loads = [sum(lengths[i] for i in row) for row in rows]
     assert all(0 < load <= capacity for load in loads)
     # No two rows would fit into one: at most one row is half empty.
     assert all(a + b > capacity for i, a in enumerate(loads) for b in loads[i + 1 :])
-    assert rows == pack_rows(lengths, capacity)
+    assert rows == pack_alone(lengths, capacity)
 
 
 def test_an_item_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match=r"segment of 9 tokens does not fit a row of 8"):
-        pack_rows([3, 9], 8)
+        pack_alone([3, 9], 8)
 
 
 # ------------------------------------------------------------------------------------------- batches

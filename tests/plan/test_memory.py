@@ -23,6 +23,7 @@ from empg_jax.plan.explain import GIB, as_line, explain, find_shape, spread
 from empg_jax.plan.memory import compute_plan
 from empg_jax.plan.speed import Chip, compute_speed
 from empg_jax.plan.whole import whole_lines
+from empg_jax.run.assembly import make_batch_shape
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = DecoderConfig(
@@ -52,11 +53,18 @@ def update_bytes(plan):
     return dataclasses.replace(plan, items=[item for item in plan.items if item.name in LEARNER]).total
 
 
-def reserved_bytes(model, mesh, rows, length):
+def reserved_bytes(model, mesh, shape):
     """What the compiler reserves for the update on one device, arguments included."""
     optimizer, _ = make_optimizer(learning_rate=1.0, final_learning_rate=1.0, total_steps=1)
-    learner = make_learner(model, make_algorithm("grpo"), optimizer, make_mesh(**mesh), micro_rows=rows)
-    batch, _ = make_batch([], BatchShape(rows, 4, length, rows, rows, 1), seed=(0,))
+    learner = make_learner(
+        model,
+        make_algorithm("grpo"),
+        optimizer,
+        make_mesh(**mesh),
+        micro_rows=shape.micro_rows,
+        shares_prefix=shape.shares_prefix,
+    )
+    batch, _ = make_batch([], shape, seed=(0,))
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         jax.eval_shape(learner.put, batch),
@@ -78,7 +86,17 @@ def reserved_bytes(model, mesh, rows, length):
 def test_the_estimate_is_near_what_the_compiler_reserves(remat, mesh):
     model = dataclasses.replace(SMALL, remat=remat)
     planned = update_bytes(compute_plan(make_config(mesh, 8, 256), model))
-    assert 0.65 < reserved_bytes(model, mesh, 8, 256) / planned <= 1.0
+    assert 0.65 < reserved_bytes(model, mesh, BatchShape(8, 4, 256, 8, 8, 1)) / planned <= 1.0
+
+
+@pytest.mark.slow
+def test_rows_with_shared_beginnings_are_estimated_too():
+    train = {"micro_tokens": 8 * 256, "num_minibatches": 1, "share_prefix": True}
+    config = make_config({}, 8, 256, train=train)
+    shape = make_batch_shape(config)
+    assert (shape.micro_rows, shape.row_tokens) == (1, 8 * 256)
+    planned = update_bytes(compute_plan(config, SMALL))
+    assert 0.65 < reserved_bytes(SMALL, {}, shape) / planned <= 1.0
 
 
 def test_weights_moments_and_cache_are_counted_exactly():

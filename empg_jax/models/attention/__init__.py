@@ -9,6 +9,8 @@ platform selects the back end when a program is lowered (`packed`):
 `splash`        JAX's splash kernel with segments and grouped heads                             TPU
 ==============  ==============================================================================  ===========
 
+``trunk_attention`` is packed attention over rows in which segments share their beginning (`trunks`).
+
 ``sliced_attention`` is attention of a part of a row's queries, for more devices along time than heads.
 
 ``cached_attention`` is attention over the engine's KV cache. On GPUs its decode step uses the Pallas kernel
@@ -32,3 +34,5 @@ from empg_jax.models.attention.packed import is_fusible as is_fusible
 from empg_jax.models.attention.packed import packed_attention as packed_attention
 from empg_jax.models.attention.reference import reference_attention as reference_attention
 from empg_jax.models.attention.sliced import sliced_attention as sliced_attention
+from empg_jax.models.attention.trunks import Segments as Segments
+from empg_jax.models.attention.trunks import trunk_attention as trunk_attention

@@ -12,16 +12,19 @@ def reference_attention(
     keys: Float[Array, "B T K d"],
     values: Float[Array, "B T K d"],
     segment_ids: Int[Array, "B T"],
+    trunk_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Compute ``softmax(q k^T / sqrt(d)) v`` over the token itself and earlier tokens of its segment.
+    """Compute ``softmax(q k^T / sqrt(d)) v`` over the token itself and what it sees before it.
 
-    The computation is in float32 (float64 for float64 inputs) and holds ``[B, H, T, T]`` scores in memory.
+    A token sees earlier tokens of its segment and of its trunk. The computation is in float32 (float64 for
+    float64 inputs) and holds ``[B, H, T, T]`` scores in memory.
 
     Args:
       queries: rotated queries.
       keys: rotated keys.
       values: values.
       segment_ids: packed sequence of each token.
+      trunk_ids: the segment that each token's own one continues, -1 for none (`trunks`); None: no trunks.
 
     Returns:
       The output, in the type of the queries.
@@ -32,6 +35,8 @@ def reference_attention(
     k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
     scores = jnp.einsum("bthd,bshd->bhts", q, k) * queries.shape[3] ** -0.5
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if trunk_ids is not None:
+        same = jnp.logical_or(same, trunk_ids[:, :, None] == segment_ids[:, None, :])
     visible = jnp.logical_and(same, jnp.tri(length, dtype=bool)[None])[:, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhts,bshd->bthd", weights, v).astype(queries.dtype)
