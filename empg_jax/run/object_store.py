@@ -170,8 +170,10 @@ def check_object_store(url: str, hosts: Hosts, *, is_new: bool) -> None:
     except RefusedCheckpoint as error:
         problem = str(error)
     except Exception as error:
+        is_silent = isinstance(error, TimeoutError)
+        what = f"no answer within {PROBE_SECONDS:.0f} s" if is_silent else first_line(error)
         problem = (
-            f"cannot be used: {first_line(error)}; the bucket must exist, and this machine must have the "
+            f"cannot be used: {what}; the bucket must exist, and this machine must have the "
             "right to write to it: 'gcloud auth application-default login', "
             "GOOGLE_APPLICATION_CREDENTIALS=KEY.json, or the machine's service account"
         )

@@ -69,7 +69,6 @@ def test_steps_come_back_and_only_the_newest_are_kept(open_folder):
     found = open_folder().restore(SHARDINGS, SHAPES)
     assert found.step == 3 and found.progress == {"update": 3, "record": {"a": 0.1}}
     jax.tree.map(np.testing.assert_array_equal, found.state, make_state(3))
-    assert int(open_folder().restore(SHARDINGS, SHAPES, step=2).state.step) == 2
     assert checkpoints.read_progress(2)["update"] == 2
     with pytest.raises(RefusedCheckpoint, match=r"gs://bucket/.*/run has no checkpoint 1; it has: 2, 3"):
         checkpoints.check_step(1)
@@ -105,12 +104,10 @@ def test_a_step_that_is_written_again_is_there_at_every_moment(
         checkpoints.wait()
     assert names(checkpoints) == ["1", "1.1"]
     again = open_folder()
-    assert again.steps == [1] and int(again.restore(SHARDINGS, SHAPES).state.step) == kept_value
+    assert again.steps == [1]
     again.recover()
     assert again.steps == [1] and int(again.restore(SHARDINGS, SHAPES).state.step) == kept_value
     assert len(names(again)) == 1
-    write(again, 1)
-    assert int(open_folder().restore(SHARDINGS, SHAPES).state.step) == 1 and len(names(again)) == 1
 
 
 def test_what_is_set_aside_stays_but_does_not_count(open_folder):
