@@ -39,7 +39,9 @@ def served():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings(address).items():
             patch.setenv(name, value)
-        server = subprocess.Popen([sys.executable, "-m", "gcp_storage_emulator", "start", *options])
+        command = [sys.executable, "-m", "gcp_storage_emulator", "start", *options]
+        # It tells of every client that closes early, as tensorstore does.
+        server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
             _wait_for(address, server)
             yield address
