@@ -31,6 +31,16 @@ class RunError(UserError, RuntimeError):
     exit_code = 1
 
 
+class CheckpointError(RunError):
+    """A checkpoint could not be written or read."""
+
+
+class RefusedCheckpoint(CheckpointError):
+    """There is no such run, or its checkpoint does not fit the request; nothing was started."""
+
+    exit_code = 2
+
+
 class Interrupted(Exception):
     """A request to stop that arrived in the middle of work."""
 
@@ -50,6 +60,12 @@ class Stopped(UserError):
         super().__init__(f"stopped by signal {signum}; {way_on}")
         self.signum, self.run_dir = signum, run_dir
         self.exit_code = 128 + signum
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's class and the first line of its message."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
 def closest(wrong: str, choices: Iterable[str]) -> str | None:

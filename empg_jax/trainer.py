@@ -62,6 +62,7 @@ from empg_jax.run.server import closing_sampler
 from empg_jax.run.together import (
     add_counts,
     check_shares,
+    check_store,
     gather_delivery,
     gather_evaluation,
     make_progress,
@@ -116,6 +117,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
+        check_store(config, hosts, is_new=resume is None)
         stop = stack.enter_context(StopRequest(hosts.ask_stop if hosts.num > 1 else None))
         hosts.on_stop = stop.set
         examples = None

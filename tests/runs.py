@@ -21,6 +21,7 @@ from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run import assembly
 from empg_jax.run.assembly import make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
+from empg_jax.run.folder import checkpoint_dir
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -103,7 +104,7 @@ def restored(run_dir, step=None):
     config = load_config(Path(run_dir) / "config.yaml")
     model = assembly.make_model(config, assembly.make_language(config).tokenizer)
     optimizer, _ = make_rl_optimizer(config)
-    checkpoints = Checkpoints(Path(run_dir) / "checkpoints", keep=9, warn=print)
+    checkpoints = Checkpoints(checkpoint_dir(config, Path(run_dir)), keep=9, warn=print)
     mesh = make_mesh(**vars(config.mesh))
     try:
         return checkpoints.restore(

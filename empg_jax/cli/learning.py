@@ -22,7 +22,7 @@ from empg_jax.cli.completing import complete_config
 from empg_jax.config.model_source import load_for_model
 from empg_jax.errors import ConfigError
 from empg_jax.files import as_json
-from empg_jax.run.folder import check_run, is_finished, split_checkpoint
+from empg_jax.run.folder import check_run, is_finished, names_run, split_checkpoint
 
 
 @app.command()
@@ -172,7 +172,7 @@ def rollout(
     """Play training episodes without learning; write records for 'empg-jax credit', or .npz to train on."""
     with reporting():
         changes = list(overrides or [])
-        resolved = None if Path(source).is_dir() else load_checked(source, changes)
+        resolved = None if names_run(Path(source)) else load_checked(source, changes)
         from empg_jax.run.play import play_new, play_run
 
         if resolved is None:

@@ -202,12 +202,21 @@ def _devices_hint(mesh: MeshConfig) -> str:
 
 
 def _folder_problems(config: Config) -> Iterator[str]:
-    for key, folder in {"run_dir": config.run_dir, "checkpoint.dir": config.checkpoint.dir}.items():
-        if folder is not None and "://" in folder:
-            yield (
-                f"{key}={folder} is an object store; a run needs a folder of a file system, for several "
-                "hosts one that all of them share (for example a mounted bucket)"
-            )
+    run_dir, directory = config.run_dir, config.checkpoint.dir
+    if run_dir is not None and "://" in run_dir:
+        yield (
+            f"run_dir={run_dir} is an object store; a run needs a folder of a file system, for several hosts "
+            "one that all of them share (for example a mounted bucket); only checkpoint.dir may be gs://"
+        )
+    if directory is None or "://" not in directory:
+        return
+    if not directory.startswith("gs://"):
+        yield (
+            f"checkpoint.dir={directory} is an object store that orbax cannot write arrays to: it knows "
+            "gs:// alone; mount the bucket (for example with mountpoint-s3 or rclone) and name the folder"
+        )
+    elif not all(directory.removeprefix("gs://").strip("/").partition("/")[::2]):
+        yield f"checkpoint.dir={directory} must name a folder in a bucket: gs://BUCKET/FOLDER"
 
 
 def _learner_problems(config: Config) -> Iterator[str]:

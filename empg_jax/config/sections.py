@@ -361,7 +361,11 @@ class CheckpointConfig(Section):
         ),
     )
     dir: str | None = Field(
-        None, description="Folder of the checkpoints (default: checkpoints in the run folder)."
+        None,
+        description=(
+            "Folder of the checkpoints (default: checkpoints in the run folder), or gs://BUCKET/FOLDER "
+            "(extra gcs)."
+        ),
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,13 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from empg_jax.errors import RunError
+from empg_jax.errors import CheckpointError, RefusedCheckpoint, first_line
 from empg_jax.learner.state import TrainState
 from empg_jax.parallel.hosts import ALONE, HostLost, Hosts
 from empg_jax.run.checksums import checksums, crc_of, describe_damage, is_split, nonfinite_leaf
+from empg_jax.run.step_folders import open_step_folders
 from empg_jax.run.storage import pack_trajectories, unpack_trajectories
 from empg_jax.types import Params, Trajectory
-
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written or deleted
-
-
-class CheckpointError(RunError):
-    """A checkpoint could not be written or read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,59 +39,39 @@ class Restored:
     sums: dict[str, int]
 
 
-class RefusedCheckpoint(CheckpointError):
-    """There is no such run, or its checkpoint does not fit the request; nothing was started."""
-
-    exit_code = 2
-
-
 class Checkpoints:
     """The checkpoints of a run: one folder per step, named by its number.
 
-    A folder gets its name only when it is complete. A step that exists is written under ``<step>.new``, read
-    back, and only then swapped with the old one.
+    A step counts only when it is complete. One that exists is written beside the old one, read back, and only
+    then swapped with it.
 
     Args:
-      directory: folder of the checkpoints; created when absent.
+      directory: folder of the checkpoints, created when absent, or the URL of an object store.
       keep: number of newest checkpoints to keep.
       warn: receives messages for the user.
       hosts: all write their parts into the same folder; the first one renames and deletes.
     """
 
     def __init__(
-        self, directory: Path, *, keep: int, warn: Callable[[str], None], hosts: Hosts = ALONE
+        self, directory: Path | str, *, keep: int, warn: Callable[[str], None], hosts: Hosts = ALONE
     ) -> None:
-        self.directory, self._keep, self._warn = Path(directory).resolve(), keep, warn
+        self._folders, self._keep, self._warn = open_step_folders(directory), keep, warn
+        self.directory = self._folders.directory
         self._hosts = hosts
         self._writing: int | None = None  # step of the newest write, finished or not
-        self._pending: tuple[Any, Path, Any] | None = None  # orbax's response, the folder, the shapes
+        self._pending: tuple[Any, str, Any] | None = None  # orbax's response, the name, the shapes
         self._protected: frozenset[int] = frozenset()
 
     @property
     def steps(self) -> list[int]:
         """Steps on disk, ascending."""
-        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+        return self._folders.steps
 
     def recover(self) -> None:
         """Finish or undo what a killed process left half done; only the run itself may call this."""
         if self._hosts.is_first:
-            self._recover()
+            self._folders.recover()
         self._hosts.barrier("recovered")
-
-    def _recover(self) -> None:
-        for path in sorted(self.directory.glob("*.new")):
-            target = path.with_suffix("")
-            if target.exists() or not target.name.isdigit():
-                shutil.rmtree(path)  # not known to be good, and the one before it is there
-            else:
-                path.rename(target)
-        for path in sorted(self.directory.glob("*.old")):
-            if path.with_suffix("").exists() or not path.stem.isdigit():
-                shutil.rmtree(path)
-            else:
-                path.rename(path.with_suffix(""))
-        for path in self.directory.glob(f"*{UNFINISHED}*"):
-            shutil.rmtree(path, ignore_errors=True)
 
     def save(
         self,
@@ -136,15 +110,15 @@ class Checkpoints:
         }
         if arrays:
             parts["buffer"] = arrays
-        target = self.directory / str(step)
-        is_there = self._hosts.first("is-there", target.exists)
-        path = target.with_suffix(".new") if is_there else target
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            response = ocp.save_checkpointables_async(path, parts, overwrite=True)
+            name = self._hosts.first("is-there", lambda: self._folders.new_name(step))
+            self._folders.make()
+            response = ocp.save_checkpointables_async(self.directory / name, parts, overwrite=True)
+        except HostLost:
+            raise
         except Exception as error:
             raise self._failure(error) from error
-        self._pending = (response, path, _on_host(state))
+        self._pending = (response, name, _on_host(state))
 
     def wait(self) -> None:
         """Return when everything is on disk.
@@ -154,15 +128,16 @@ class Checkpoints:
         """
         if self._pending is None:
             return
-        (response, path, shapes), self._pending = self._pending, None
+        (response, name, shapes), self._pending = self._pending, None
+        is_second = not name.isdigit()
         try:
             # Orbax keeps a thread and its descriptors until the response is asked for its result.
             response.result()
-            if path.suffix:
-                self._load(path, shapes)  # known to be good before the old one goes
+            if is_second:
+                self._load(self.directory / name, shapes)  # known to be good before the old one goes
             if self._hosts.is_first:
-                if path.suffix:
-                    _swap(path)
+                if is_second:
+                    self._folders.swap(name)
                 self._evict()
             self._hosts.barrier("written")
         except HostLost:
@@ -173,9 +148,7 @@ class Checkpoints:
     def _evict(self) -> None:
         for step in self.steps[: -self._keep]:
             if step not in self._protected:
-                # Renamed first: a kill in the middle leaves no step that is half deleted.
-                gone = (self.directory / str(step)).rename(self.directory / f"{step}{UNFINISHED}")
-                shutil.rmtree(gone)
+                self._folders.remove(step)
 
     def save_reference(self, params: Params) -> None:
         """Write the frozen reference policy, once per run, beside the checkpoints.
@@ -183,10 +156,14 @@ class Checkpoints:
         Raises:
           CheckpointError: it could not be written.
         """
+        path = self._folders.reference
         try:
-            ocp.save(self._reference, params, overwrite=True)
+            self._hosts.first("reference", self._folders.drop_reference)
+            ocp.save(path, params, overwrite=True)
+        except HostLost:
+            raise
         except Exception as error:
-            raise CheckpointError(f"{self._reference} could not be written: {_first_line(error)}") from error
+            raise CheckpointError(f"{path} could not be written: {first_line(error)}") from error
 
     def load_reference(self, shardings: Params, shapes: Params) -> Params:
         """Read the frozen reference policy back onto the mesh.
@@ -194,14 +171,11 @@ class Checkpoints:
         Raises:
           CheckpointError: it cannot be read.
         """
+        path = self._folders.reference
         try:
-            return ocp.load(self._reference, _abstract(shapes, shardings))
+            return ocp.load(path, _abstract(shapes, shardings))
         except Exception as error:
-            raise CheckpointError(f"{self._reference} cannot be read: {_first_line(error)}") from error
-
-    @property
-    def _reference(self) -> Path:
-        return self.directory.parent / "reference"
+            raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
 
     def restore(self, shardings: TrainState, shapes: TrainState, *, step: int | None = None) -> Restored:
         """Load the newest complete checkpoint (or the one of ``step``) onto the mesh.
@@ -220,9 +194,9 @@ class Checkpoints:
         for candidate in self._hosts.first("steps", lambda: tried):
             found, problem = None, None
             try:
-                found = self._load(self.directory / str(candidate), abstract)
+                found = self._load(self._folders.path(candidate), abstract)
             except Exception as error:  # a damaged file may raise anything in the reader
-                problem = f"{candidate}: {_first_line(error)}"
+                problem = f"{candidate}: {first_line(error)}"
             # What one host cannot read, none goes on from.
             problem = next(filter(None, self._hosts.agree("read", problem)), None)
             if problem is None and found is not None:
@@ -238,7 +212,7 @@ class Checkpoints:
         """Read the progress of the newest readable checkpoint (or of ``step``) without its arrays."""
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
-                parts = ocp.load_checkpointables(self.directory / str(candidate), {"progress": None})
+                parts = ocp.load_checkpointables(self._folders.path(candidate), {"progress": None})
                 return dict(json.loads(parts["progress"]["json"]))
             except Exception as error:  # `restore` tells of it and passes it over
                 del error
@@ -255,15 +229,13 @@ class Checkpoints:
             raise RefusedCheckpoint(f"{self.directory} has no checkpoint {step}; it has: {there}")
 
     def set_aside(self, after: int) -> list[int]:
-        """Rename the checkpoints behind a step to ``<step>.aside``: the run goes on without them."""
+        """Set the checkpoints behind a step aside, as ``<step>.aside``: the run goes on without them."""
         moved = self._hosts.first("behind", lambda: [step for step in self.steps if step > after])
         for step in moved if self._hosts.is_first else []:
-            target = self.directory / f"{step}.aside"
-            shutil.rmtree(target, ignore_errors=True)
-            (self.directory / str(step)).rename(target)
+            self._folders.set_aside(step)
         return moved
 
-    def _load(self, path: Path, abstract: Any) -> Restored:
+    def _load(self, path: Any, abstract: Any) -> Restored:
         wanted: dict[str, Any] = {"state": abstract, "progress": None}
         # An empty buffer has no arrays, and then the checkpoint has no such part.
         if (path / "buffer").exists():
@@ -288,26 +260,22 @@ class Checkpoints:
         """Return what is wrong with the arrays that are split over hosts, or None; all hosts have read it."""
         split = jax.tree.map(lambda leaf: leaf if is_split(leaf) else None, found.state)
         leaf = describe_damage(split, found.sums, self._hosts)
-        return leaf and f"{found.step}: {_first_line(_damaged(f'state{leaf}'))}"
+        return leaf and f"{found.step}: {first_line(_damaged(f'state{leaf}'))}"
 
     def _failure(self, error: Exception) -> CheckpointError:
-        kept = f"; usable: {self.steps}" if self.steps else ""
+        try:
+            steps = self.steps
+        except CheckpointError:  # a store that cannot be written to cannot be listed, either
+            steps = []
+        kept = f"; usable: {steps}" if steps else ""
         return CheckpointError(
-            f"checkpoint {self._writing} could not be written to {self.directory}: {_first_line(error)}{kept}"
+            f"checkpoint {self._writing} could not be written to {self.directory}: {first_line(error)}{kept}"
         )
 
     def close(self) -> None:
         """Wait for the last write."""
         with contextlib.suppress(HostLost):  # this host fails alone, and its own error is the one to see
             self.wait()
-
-
-def _swap(path: Path) -> None:
-    """Put a step that was written again in the place of the old one."""
-    target, old = path.with_suffix(""), path.with_suffix(".old")
-    target.rename(old)
-    path.rename(target)
-    shutil.rmtree(old)
 
 
 def check_base(saved: str | None, found: str | None) -> None:
@@ -343,8 +311,3 @@ def _on_host(tree: Any) -> Any:
 
 def _damaged(what: str) -> CheckpointError:
     return CheckpointError(f"{what} is damaged: its checksum does not match")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from empg_jax.errors import ConfigError
 from empg_jax.files import write_json_atomic, write_text_atomic
 from empg_jax.report.environment import describe_environment
+from empg_jax.run.step_folders import is_object_store, open_step_folders
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -39,9 +40,12 @@ def create_run_dir(config: Config) -> Path:
     raise ConfigError(f"runs/{config.name}-{stamp} and its numbered siblings exist: set run_dir")
 
 
-def checkpoint_dir(config: Config, run_dir: Path) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return Path(config.checkpoint.dir or run_dir / "checkpoints")
+def checkpoint_dir(config: Config, run_dir: Path) -> Path | str:
+    """Return the folder of a run's checkpoints, or the URL of an object store."""
+    directory = config.checkpoint.dir
+    if directory is not None and is_object_store(directory):
+        return directory  # as a path it would lose a slash
+    return Path(directory or run_dir / "checkpoints")
 
 
 def split_checkpoint(path: Path) -> tuple[Path, int | None]:
@@ -51,13 +55,20 @@ def split_checkpoint(path: Path) -> tuple[Path, int | None]:
     return path, None
 
 
+def names_run(path: Path) -> bool:
+    """Return whether a path is a folder, or ``RUN/checkpoints/STEP`` of a run that keeps those elsewhere."""
+    run_dir, step = split_checkpoint(path)
+    is_elsewhere = step is not None and not path.parent.exists() and (run_dir / "config.yaml").is_file()
+    return is_elsewhere or path.is_dir()
+
+
 def check_run(path: Path) -> None:
     """Refuse what cannot be a run's or a checkpoint's folder by its look.
 
     Raises:
       ConfigError: it is no folder, or it is a model's.
     """
-    if not path.is_dir():
+    if not names_run(path):
         raise ConfigError(f"{path} is not a folder: name a run, or a checkpoint inside one")
     if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
         raise ConfigError(
@@ -71,9 +82,9 @@ def is_finished(run_dir: Path, config: Config) -> bool:
 
     Raises:
       ConfigError: the run has made more updates than ``train.updates``.
+      CheckpointError: its checkpoints lie in an object store that cannot be read.
     """
-    folder = checkpoint_dir(config, run_dir)
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    steps = open_step_folders(checkpoint_dir(config, run_dir)).steps
     made, wanted = max(steps, default=0), config.train.updates
     if wanted < made:
         raise ConfigError(

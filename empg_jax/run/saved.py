@@ -94,6 +94,8 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
     mesh = make_mesh(**vars(config.mesh))
     directory = checkpoint_dir(config, run_dir)
     checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=warn)
+    if step is not None:
+        checkpoints.check_step(step)
     restored = checkpoints.restore(
         state_shardings(mesh, model, optimizer), state_shapes(model, optimizer), step=step
     )

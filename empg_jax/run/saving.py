@@ -80,7 +80,11 @@ def save_after_error(parts: Parts, run: RunState, error: BaseException) -> None:
         run.saved = None
         is_saved = False
         parts.progress.message(f"no checkpoint could be written after the error: {problem}")
-    steps = parts.checkpoints.steps
+    try:
+        steps = parts.checkpoints.steps
+    except CheckpointError as problem:  # an object store that does not answer
+        steps = []
+        parts.progress.message(str(problem))
     parts.events.tell("run_failed", error=kind, checkpoints=steps)
     if is_saved:
         left = f"checkpoint {run.boundary.update} holds the last update"

@@ -25,6 +25,7 @@ from empg_jax.rollout.shares import join_cuts
 from empg_jax.rollout.thread import Cut, Delivery
 from empg_jax.run.assembly import flat
 from empg_jax.run.process import StopRequest
+from empg_jax.run.step_folders import is_object_store
 from empg_jax.run.storage import from_bytes, to_bytes
 from empg_jax.types import Trajectory
 
@@ -72,6 +73,20 @@ def without_hosts(config: Config) -> Config:
     if not hasattr(config, "model_copy"):  # a resolved file, read without pydantic
         return config
     return config.model_copy(update={"hosts": type(config.hosts)()})
+
+
+def check_store(config: Config, hosts: Hosts, *, is_new: bool) -> None:
+    """Check that every host can write to the object store of the checkpoints, where there is one.
+
+    Raises:
+      RefusedCheckpoint: a host cannot, or the store holds another run's checkpoints and this run is new.
+    """
+    directory = config.checkpoint.dir
+    if directory is not None and is_object_store(directory):
+        # Imported only where it is chosen: it takes a second.
+        from empg_jax.run.object_store import check_object_store
+
+        check_object_store(directory, hosts, is_new=is_new)
 
 
 def make_progress(config: Config, hosts: Hosts) -> Progress:
