@@ -22,7 +22,8 @@ class Response:
 
     ``versions`` int32[R] is that of every token. ``full_logprobs`` float32[R], log-probabilities without the
     response's filter, is there where the engine has filters; else they are ``logprobs``. The keys and values
-    of the prompt's first ``copied`` tokens came from another conversation.
+    of the prompt's first ``copied`` tokens came from another conversation. ``text`` is the response's text
+    where it is not that of the tokens, as from an endpoint that does not tell them.
     """
 
     slot: int
@@ -34,6 +35,7 @@ class Response:
     finish_reason: str
     full_logprobs: np.ndarray | None = None
     copied: int = 0
+    text: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

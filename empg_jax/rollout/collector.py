@@ -211,7 +211,8 @@ class Collector:
 
     def _on_response(self, response: Response) -> None:
         episode = self._episodes[response.slot]
-        action = episode.on_response(response, self._decode(response.tokens.tolist()))
+        text = self._decode(response.tokens.tolist()) if response.text is None else response.text
+        action = episode.on_response(response, text)
         self.pool.step(self._first_handle + response.slot, action)
         self._waiting.add(response.slot)
 
