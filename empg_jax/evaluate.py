@@ -1,35 +1,52 @@
-"""Held-out evaluation of a policy: a run on disk, one of its checkpoints, or a model with a configuration."""
+"""Held-out evaluation of a policy: a run on disk, one of its checkpoints, a model, or one behind HTTP."""
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from empg_jax.engine.engine import Engine
+from empg_jax.errors import ConfigError
+from empg_jax.learner.fingerprint import checksum
 from empg_jax.report.evaluation import estimate_success
 from empg_jax.report.progress import Progress
-from empg_jax.rollout.evaluator import EvaluationError
-from empg_jax.run.environment import eval_panels
+from empg_jax.rollout.collector import Collector
+from empg_jax.rollout.context import make_context
+from empg_jax.rollout.endpoint import Endpoint, EndpointEngine, MessageRenderer
+from empg_jax.rollout.evaluator import Evaluation, EvaluationError, Evaluator
+from empg_jax.run.assembly import make_prompts
+from empg_jax.run.attempts import Attempts, identify
+from empg_jax.run.environment import eval_panels, find_spec
 from empg_jax.run.process import use_compile_cache
 from empg_jax.run.sampling import (
+    EVALUATION_STREAM,
+    count_panels,
+    filter_of,
     make_evaluator,
     make_pool,
+    make_rules,
     make_sampler,
 )
 from empg_jax.run.saved import SavedRun, open_new, open_saved
 from empg_jax.run.server import closing_sampler
+from empg_jax.text.chat import ChatRenderer
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
 
 
-def evaluate_run(path: Path, overrides: list[str], *, attempts: int = 1) -> dict[str, Any]:
+def evaluate_run(
+    path: Path, overrides: list[str], *, attempts: int = 1, out: Path | None = None
+) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, or one checkpoint of it (``RUN/checkpoints/STEP``).
 
     Args:
       path: run folder, or a step's folder inside its ``checkpoints``.
       overrides: dotted overrides of the run's configuration, for example ``eval.tasks=512``.
       attempts: attempts at each task, each with sampling keys of its own.
+      out: folder that keeps finished attempts: an evaluation that was cut off goes on there.
 
     Returns:
       ``eval_*`` metrics, ``eval_tasks``, ``split``, ``step``, ``source``, ``env``; what
@@ -40,18 +57,101 @@ def evaluate_run(path: Path, overrides: list[str], *, attempts: int = 1) -> dict
       CheckpointError: there is no run or no usable checkpoint at the path.
       EvaluationError: the environment failed in every attempt.
     """
-    return {**_evaluate(open_saved(path, overrides, warn=_warn), attempts), "source": str(path)}
+    return {**_evaluate(open_saved(path, overrides, warn=_warn), attempts, out), "source": str(path)}
 
 
-def evaluate_model(source: str, config: Config, *, attempts: int = 1) -> dict[str, Any]:
+def evaluate_model(
+    source: str, config: Config, *, attempts: int = 1, out: Path | None = None
+) -> dict[str, Any]:
     """Evaluate the weights that a configuration starts from; otherwise as `evaluate_run`.
 
     Args:
       source: the model's name for the report.
       config: a configuration with ``model.path`` or ``model.preset``.
       attempts: attempts at each task.
+      out: folder that keeps finished attempts.
     """
-    return {**_evaluate(open_new(_with_fewer_slots(config, attempts)), attempts), "source": source}
+    return {**_evaluate(open_new(_with_fewer_slots(config, attempts)), attempts, out), "source": source}
+
+
+def evaluate_endpoint(
+    url: str,
+    config: Config,
+    *,
+    attempts: int = 1,
+    out: Path | None = None,
+    model: str | None = None,
+    key: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate the policy behind a server that speaks OpenAI's chat completions.
+
+    The environment's prompts go there as messages; the server's template makes tokens of them. Otherwise as
+    `evaluate_run`, with ``model``, the name there, and without a step. Entropies are told where the server is
+    one of ``empg-jax serve``.
+
+    Args:
+      url: the server's address.
+      config: environment, prompts and sampling; its model has no part.
+      attempts: attempts at each task.
+      out: folder that keeps finished attempts.
+      model: the model's name there; None takes the only one.
+      key: the bearer token, or None.
+
+    Raises:
+      ConfigError: the environment's program calls the policy itself, or several models are there.
+      EndpointError: the server cannot be reached, or refuses or fails to answer.
+    """
+    spec = find_spec(config)
+    if spec.has_calls:
+        raise ConfigError(
+            f"{config.env.target} runs programs that call the policy themselves; point them at {url} instead"
+        )
+    endpoint = Endpoint(
+        url, model=model, key=key, sampling=_sampling(config), timeout=config.rollout.episode_timeout
+    )
+    prompts, parser = make_prompts(config, spec)
+    renderer = cast(ChatRenderer, MessageRenderer())
+    slots = config.rollout.slots or config.rollout.tasks_per_update * config.rollout.group_size
+    with (
+        EndpointEngine(endpoint, slots=slots, seed=config.seed) as server,
+        make_pool(config) as pool,
+        Attempts(out, identify(config, url, endpoint.model, attempts)) as kept,
+    ):
+        engine = cast(Engine, server)  # it has what collector and evaluator ask of one
+        collector = Collector(
+            engine,
+            pool,
+            make_context(config.env.context, prompts, renderer, config.env.history),
+            parser,
+            lambda tokens: "",  # responses bring their texts
+            make_rules(config),
+            seed=config.seed,
+            stream=EVALUATION_STREAM,
+            episode_timeout=config.rollout.episode_timeout,
+        )
+        evaluator = Evaluator(
+            collector,
+            engine,
+            temperature=config.eval.temperature,
+            token_filter=filter_of(config.eval),
+            panels=count_panels(config, pool),
+            attempts=attempts,
+            tell=pool.tell,
+        )
+        result = _play(config, evaluator, attempts, kept, None, 0)
+    found = _describe(config, evaluator, result, attempts)
+    if math.isnan(found["eval_entropy"]):
+        del found["eval_entropy"]
+    return {**found, "source": url, "model": endpoint.model}
+
+
+def _sampling(config: Config) -> dict[str, Any]:
+    """Return the fields of a request; those that not every server knows only where they are needed."""
+    e, r = config.eval, config.rollout
+    fields = {"temperature": e.temperature, "max_tokens": r.max_response_tokens}
+    optional = {"top_p": (e.top_p, 1.0), "top_k": (e.top_k, 0), "min_p": (e.min_p, 0.0)}
+    fields |= {name: value for name, (value, off) in optional.items() if value != off}
+    return {**fields, **({"stop": list(r.stop)} if r.stop else {})}
 
 
 def _with_fewer_slots(config: Config, attempts: int) -> Config:
@@ -63,32 +163,52 @@ def _with_fewer_slots(config: Config, attempts: int) -> Config:
     return config.model_copy(update={"rollout": r.model_copy(update={"slots": min(slots, needed)})})
 
 
-def _evaluate(saved: SavedRun, attempts: int) -> dict[str, Any]:
-    config, split = saved.config, saved.config.env.eval_split
+def _evaluate(saved: SavedRun, attempts: int, out: Path | None) -> dict[str, Any]:
+    config = saved.config
     use_compile_cache(config.compile_cache)
     engine = make_sampler(config, saved.model, saved.language.tokenizer, saved.base)
     if attempts > 1 and config.eval.temperature == 0:
         _warn("eval.temperature=0: the attempts at a task differ only where its environment does")
-    with closing_sampler(engine), make_pool(config) as pool:
+    policy = () if out is None else (saved.step, checksum(saved.params), saved.base and checksum(saved.base))
+    with (
+        closing_sampler(engine),
+        make_pool(config) as pool,
+        Attempts(out, identify(config, attempts, *policy)) as kept,
+    ):
         evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0, attempts=attempts)
-        for panel, count in evaluator.panels.items():
-            if count < config.eval.tasks:
-                _warn(f"eval.tasks={config.eval.tasks}: {panel} has {count} tasks; all of them are attempted")
-        with Progress(config.log.progress) as progress:
-            progress.phase("evaluation", evaluator.num_tasks * attempts, "episodes")
-            result = evaluator.run(saved.params, saved.step, advance=progress.advance)
+        result = _play(config, evaluator, attempts, kept, saved.params, saved.step)
+    fingerprint = {} if config.model.path is None else {"text_logprob": saved.text_logprob()}
+    found = _describe(config, evaluator, result, attempts)
+    return {**found, **fingerprint, "step": saved.step}
+
+
+def _play(
+    config: Config, evaluator: Evaluator, attempts: int, kept: Attempts, params: Any, step: int
+) -> Evaluation:
+    """Make the attempts that are not kept yet, and keep all."""
+    for panel, count in evaluator.panels.items():
+        if count < config.eval.tasks:
+            _warn(f"eval.tasks={config.eval.tasks}: {panel} has {count} tasks; all of them are attempted")
+    total = evaluator.num_tasks * attempts
+    if kept.done:
+        _warn(f"going on: {len(kept.done)} of {total} attempts were finished before")
+    with Progress(config.log.progress) as progress:
+        progress.phase("evaluation", total, "episodes")
+        result = evaluator.run(params, step, advance=progress.advance, done=kept.done, keep=kept.keep)
     if not result.trajectories:
         raise EvaluationError(
-            f"none of the {evaluator.num_tasks} tasks of {split} could be attempted: the "
+            f"none of the {evaluator.num_tasks} tasks of {config.env.eval_split} could be attempted: the "
             "environment failed every time"
         )
-    fingerprint = {} if config.model.path is None else {"text_logprob": saved.text_logprob()}
+    kept.finish(result.trajectories)
+    return result
+
+
+def _describe(config: Config, evaluator: Evaluator, result: Evaluation, attempts: int) -> dict[str, Any]:
     return {
         **result.metrics,
-        **fingerprint,
         "eval_tasks": evaluator.num_tasks,
-        "split": split,
-        "step": saved.step,
+        "split": config.env.eval_split,
         "env": config.env.target,
         **estimate_success(result.trajectories, attempts),
     }

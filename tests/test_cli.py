@@ -161,7 +161,12 @@ def test_an_unexpected_failure_keeps_its_traceback(run, monkeypatch):
 def test_eval_turns_options_into_overrides(run, monkeypatch, tmp_path):
     calls = []
     result = {"eval_success": 0.5, "eval_tasks": 10}
-    _fake(monkeypatch, "empg_jax.evaluate", evaluate_run=lambda *arguments: calls.append(arguments) or result)
+
+    def evaluate(*arguments, out):
+        calls.append(arguments)
+        return result
+
+    _fake(monkeypatch, "empg_jax.evaluate", evaluate_run=evaluate)
     code, out, _ = run("eval", tmp_path, "seed=1", "--tasks", 10, "--split", "valid", "--temperature", 0)
     assert code == 0 and json.loads(out) == result
     path, overrides = calls[0]

@@ -11,8 +11,10 @@ from empg_jax.config.model_source import FOR_LANGUAGE_MODELS, load_for_model
 from empg_jax.errors import ConfigError
 from empg_jax.report.evaluation import estimate_success, render_evaluation
 from empg_jax.rollout.record import read_episodes
+from empg_jax.run.attempts import Attempts
 from tests import runs
 from tests.episodes import Episodes
+from tests.serve.servers import serving
 
 PRESETS = ["qwen2.5-0.5b", "qwen3-0.6b"]
 EPISODES = Episodes()
@@ -77,6 +79,43 @@ def test_files_lie_in_the_runs_folder_or_where_one_says(run_dir, attempted, tmp_
     assert code == 0 and json.loads((tmp_path / "new" / "eval.json").read_text()) == json.loads(out)
     assert str(tmp_path / "new" / "eval.md") in err
     assert json.loads((run_dir / "eval" / "eval.json").read_text()) == attempted
+
+
+def test_the_same_command_goes_on(run_dir, attempted, tmp_path, monkeypatch):
+    command = ["eval", run_dir, "--attempts", 4, "--tasks", 6, "--out", tmp_path / "new"]
+
+    def die(kept, episodes):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempts, "finish", die)
+        assert call(*command)[0] == 130
+    (partial,) = (tmp_path / "new").iterdir()
+    lines = partial.read_text().splitlines(keepends=True)
+    assert len(lines) == 24
+    partial.write_text("".join(lines[:9]) + lines[9][:50])  # what a kill leaves
+    code, out, err = call(*command)
+    assert code == 0 and "going on: 9 of 24 attempts were finished before" in err
+    entropy = json.loads(out)["eval_entropy"]
+    assert {**json.loads(out), "eval_entropy": 0} == {**attempted, "eval_entropy": 0}
+    # A turn is kept with its mean, not with every token.
+    assert entropy == pytest.approx(attempted["eval_entropy"], rel=1e-5)
+    assert json.loads(call("compare", run_dir, tmp_path / "new")[1])["gained"] == 0
+
+
+@pytest.mark.slow
+def test_behind_our_own_server_a_run_does_the_same(run_dir, tmp_path):
+    greedy = ["--tasks", 4, "--temperature", 0]
+    here = json.loads(call("eval", run_dir, *greedy, "--out", tmp_path / "here")[1])
+    with serving(run_dir, tmp_path, "serve.slots=2", "serve.warm_up=false") as server:
+        given = ["--config", "quickstart", *runs.TINY, *runs.HOUSE]
+        code, out, err = call("eval", server.url, *given, *greedy, "--out", tmp_path / "there")
+    there = json.loads(out)
+    assert code == 0 and there["model"] == server.model, err
+    for name in ("eval_success", "eval_return", "eval_turns", "eval_invalid_actions", "eval_env_steps"):
+        assert there[name] == here[name], name
+    assert there["eval_entropy"] == pytest.approx(here["eval_entropy"], rel=1e-3)
+    assert json.loads(call("compare", tmp_path / "here", tmp_path / "there")[1])["gained"] == 0
 
 
 def test_one_attempt_is_what_it_was_before(run_dir, tmp_path):

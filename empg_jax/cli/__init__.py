@@ -6,7 +6,7 @@ done, 1 the run failed, 2 the configuration or the command line is wrong, 130 an
 SIGTERM.
 """
 
-from empg_jax.cli import checking, learning, serving, showing, starting  # registers the commands
+from empg_jax.cli import checking, evaluating, learning, serving, showing, starting  # registers the commands
 from empg_jax.cli.app import app, main
 
-__all__ = ["app", "checking", "learning", "main", "serving", "showing", "starting"]
+__all__ = ["app", "checking", "evaluating", "learning", "main", "serving", "showing", "starting"]

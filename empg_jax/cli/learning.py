@@ -1,8 +1,7 @@
-"""Commands that make or use weights: train, sft, eval, rollout, export."""
+"""Commands that make or use weights: train, sft, rollout, export."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +11,14 @@ from empg_jax.cli.app import (
     ConfigArgument,
     Overrides,
     app,
-    check_environment,
     load_checked,
     load_run,
     reporting,
     say,
 )
 from empg_jax.cli.completing import complete_config
-from empg_jax.config.model_source import load_for_model
 from empg_jax.errors import ConfigError
-from empg_jax.files import as_json
-from empg_jax.run.folder import check_run, is_finished, names_run, split_checkpoint
+from empg_jax.run.folder import check_run, is_finished, names_run
 
 
 @app.command()
@@ -81,77 +77,6 @@ def sft(config: ConfigArgument, overrides: Overrides = None) -> None:
         from empg_jax.trainer import run_sft
 
         typer.echo(run_sft(resolved).absolute())
-
-
-@app.command("eval")
-def evaluate(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_OR_MODEL",
-            help="Folder of a run or of a checkpoint; with --env or --config a Hugging Face folder, hub id, "
-            "or preset (random weights).",
-        ),
-    ],
-    overrides: Overrides = None,
-    *,
-    tasks: Annotated[int | None, typer.Option(help="Held-out tasks (eval.tasks).")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Panel of tasks, several with + (env.eval_split).")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Sampling temperature (eval.temperature).")
-    ] = None,
-    attempts: Annotated[int, typer.Option(min=1, help="Attempts at each task: mean@k and pass@k.")] = 1,
-    env: Annotated[
-        str | None,
-        typer.Option(help="For a model: environment, with the prompts of its packaged configuration."),
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option(help="For a model: configuration that says how prompts are built.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for eval.json and eval.md (default RUN/eval; none for a model)."),
-    ] = None,
-) -> None:
-    """Evaluate a policy on held-out tasks; the result is one JSON object on stdout.
-
-    Intervals are of 95 %, over tasks: Wilson's where a task is solved or not, else a bootstrap.
-    Groups of tasks that the environment names have estimates of their own, and so have several panels.
-
-    empg-jax eval runs/NAME --attempts 4 --tasks 64
-
-    empg-jax eval Qwen/Qwen2.5-0.5B-Instruct --env household rollout.slots=16 --out results
-    """
-    with reporting():
-        # Options are short forms of overrides, so there is one path and one set of checks.
-        options = {"eval.tasks": tasks, "env.eval_split": split, "eval.temperature": temperature}
-        changes = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-        changes = [*(overrides or []), *changes]
-        more = {} if attempts == 1 else {"attempts": attempts}
-        from empg_jax.report.evaluation import check_out, write_evaluation
-
-        check_out(out)
-        if env is None and config is None:
-            check_run(Path(source))
-            from empg_jax.evaluate import evaluate_run
-
-            result = evaluate_run(Path(source), changes, **more)
-            out = out or split_checkpoint(Path(source))[0] / "eval"
-        else:
-            from empg_jax.evaluate import evaluate_model
-            from empg_jax.hf.presets import PRESETS
-
-            model = load_for_model(source, changes, env=env, config=config, presets=list(PRESETS), say=say)
-            for note in check_environment(model):
-                say(f"note: {note}")
-
-            result = evaluate_model(source, model, **more)
-        typer.echo(json.dumps(as_json(result), allow_nan=False))
-        if out is not None:
-            write_evaluation(out, result)
-            say(f"{out / 'eval.json'} and {out / 'eval.md'} are written")
 
 
 @app.command()

@@ -38,7 +38,8 @@ def load_for_model(
     """Load the configuration under which a model is played.
 
     Args:
-      source: a Hugging Face folder or hub id, or the name of a preset, whose weights are random.
+      source: a Hugging Face folder or hub id, the name of a preset, whose weights are random, or the address
+        of a server.
       overrides: dotted overrides; later than everything else.
       env: name or entry point of an environment. It chooses the packaged configuration for its prompts where
         ``config`` is None, else it must be that configuration's own.
@@ -73,8 +74,15 @@ def _choose(env: str) -> tuple[str, list[str]]:
     return FOR_LANGUAGE_MODELS[env], ONE_DEVICE
 
 
+def is_address(source: str) -> bool:
+    """Return whether a policy is behind a server, by the look of its name."""
+    return source.startswith(("http://", "https://"))
+
+
 def _locate(source: str, presets: Sequence[str]) -> list[str]:
     """Return the overrides that name the model."""
+    if is_address(source):
+        return ["model.path=null", "model.preset=null"]
     folder = Path(source).expanduser()
     if folder.is_dir():
         if (folder / "config.yaml").is_file():

@@ -23,7 +23,8 @@ class Response:
     ``versions`` int32[R] is that of every token. ``full_logprobs`` float32[R], log-probabilities without the
     response's filter, is there where the engine has filters; else they are ``logprobs``. The keys and values
     of the prompt's first ``copied`` tokens came from another conversation. ``failure`` tells why there is no
-    response, where a server was to sample it.
+    response, where a server was to sample it. ``text`` is the response's text where it is not that of the
+    tokens, as from an endpoint that does not tell them.
     """
 
     slot: int
@@ -36,6 +37,7 @@ class Response:
     full_logprobs: np.ndarray | None = None
     copied: int = 0
     failure: str | None = None
+    text: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

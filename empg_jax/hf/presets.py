@@ -54,6 +54,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-32b": _shape(151936, 5120, 64, 64, 8, 25600, tied=False) | _QWEN3,
     "llama3.2-1b": _shape(128256, 2048, 16, 32, 8, 8192, tied=True) | _LLAMA3 | {"head_dim": 64},
     "llama3.2-3b": _shape(128256, 3072, 28, 24, 8, 8192, tied=True) | _LLAMA3 | {"head_dim": 128},
+    "smollm2-135m": _shape(49152, 576, 30, 9, 3, 1536, tied=True)
+    | {"head_dim": 64, "rope_theta": 1e5, "norm_eps": 1e-5, "qkv_bias": False},
 }
 
 

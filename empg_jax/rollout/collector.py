@@ -228,7 +228,8 @@ class Collector:
             self._free_slot(slot)
             self._lost.append((episode.attempt, episode.on_failure("sampler", response.failure)))
             return
-        action = episode.on_response(response, self._decode(response.tokens.tolist()))
+        text = self._decode(response.tokens.tolist()) if response.text is None else response.text
+        action = episode.on_response(response, text)
         self.pool.step(self._first_handle + slot, action)
         self._waiting.add(slot)
 

@@ -95,6 +95,8 @@ class Evaluator:
         *,
         advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
         check: Callable[[], None] = lambda: None,
+        done: Sequence[Trajectory] = (),
+        keep: Callable[[Trajectory], None] = lambda trajectory: None,
     ) -> Evaluation:
         """Attempt every task of this host with these weights.
 
@@ -106,19 +108,29 @@ class Evaluator:
           version: the policy version of these weights.
           advance: called for every finished episode, for a progress display.
           check: called in every round; it may raise to end the evaluation.
+          done: episodes of an evaluation like this one that was cut off; their attempts are not made again.
+          keep: called with every finished episode that counts.
         """
         with self.engine.lent(params, version, temperature=self._temperature, token_filter=self._filter):
-            return self._play(advance, check)
+            return self._play(list(done), advance, check, keep)
 
     def _play(
-        self, advance: Callable[[int, dict[str, float]], None], check: Callable[[], None]
+        self,
+        found: list[Trajectory],
+        advance: Callable[[int, dict[str, float]], None],
+        check: Callable[[], None],
+        keep: Callable[[Trajectory], None],
     ) -> Evaluation:
-        members = range(self._attempts)
+        made = {(episode.group_id, episode.member) for episode in found}
+        if found:
+            advance(len(found), {})
         # A place takes the part of a group's number: no two attempts of an evaluation share sampling keys.
         self._collector.admit(
-            Attempt(*self._tasks[place], place, m) for place in self.places for m in members
+            Attempt(*self._tasks[place], place, member)
+            for place in self.places
+            for member in range(self._attempts)
+            if (place, member) not in made
         )
-        found: list[Trajectory] = []
         missing: list[int] = []
         while len(found) + len(missing) < len(self.places) * self._attempts:
             try:
@@ -129,6 +141,7 @@ class Evaluator:
             for attempt, trajectory in self._collector.advance():
                 if trajectory.outcome.is_trained:
                     found.append(trajectory)
+                    keep(trajectory)
                     advance(1, {})
                     continue
                 tell_discarded(self._tell, attempt, trajectory.outcome)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from empg_envs import EnvSpec, parsers
-from empg_envs.base import ActionParser
+from empg_envs.base import ActionParser, PromptBuilder
 from empg_jax.algorithms import (
     ALGORITHMS,
     Algorithm,
@@ -81,12 +81,7 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
         ) from None
     except ChatTemplateError as error:
         raise ConfigError(f"{error}; model.chat_template=FILE brings a template of your own") from None
-    prompts = _call("env.prompt_options", spec.prompts, config.env.prompt_options)
-    parser = _call("env.prompt_options", spec.parser, config.env.prompt_options)
-    if (name := config.env.parser) is not None:
-        if spec.has_calls:
-            raise ConfigError(f"env.parser={name}: an answer to {config.env.target} is the whole response")
-        parser, prompts = parsers.make_parser(name), parsers.ask_for(name, prompts)
+    prompts, parser = make_prompts(config, spec)
     context: ContextFactory
     if spec.has_calls:
         if config.env.context != "transcript":
@@ -98,6 +93,21 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
     else:
         context = make_context(config.env.context, prompts, renderer, config.env.history)
     return Language(tokenizer, renderer, context, parser)
+
+
+def make_prompts(config: Config, spec: EnvSpec) -> tuple[PromptBuilder, ActionParser]:
+    """Build the environment's prompts and the parser of the answers.
+
+    Raises:
+      ConfigError: it refuses its options.
+    """
+    prompts = _call("env.prompt_options", spec.prompts, config.env.prompt_options)
+    parser = _call("env.prompt_options", spec.parser, config.env.prompt_options)
+    if (name := config.env.parser) is not None:
+        if spec.has_calls:
+            raise ConfigError(f"env.parser={name}: an answer to {config.env.target} is the whole response")
+        parser, prompts = parsers.make_parser(name), parsers.ask_for(name, prompts)
+    return prompts, parser
 
 
 def chat_variables(config: Config) -> dict[str, Any]:

@@ -248,16 +248,10 @@ def make_evaluator(
     Raises:
       ConfigError: the environment has no such split.
     """
-    splits = eval_panels(config)
-    for split in splits:
-        if split not in pool.splits:
-            raise ConfigError(
-                f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
-            )
+    panels = count_panels(config, pool)
     collector = make_collector(
         config, engine, pool, language, stream=EVALUATION_STREAM, first_handle=first_handle
     )
-    panels = {split: min(config.eval.tasks, pool.splits[split]) for split in splits}
     share = hosts.index, hosts.num
     return Evaluator(
         collector,
@@ -269,6 +263,21 @@ def make_evaluator(
         tell=pool.tell,
         share=share,
     )
+
+
+def count_panels(config: Config, pool: EnvPool) -> dict[str, int]:
+    """Return the number of tasks to attempt of each panel in ``env.eval_split``.
+
+    Raises:
+      ConfigError: the environment has no such split.
+    """
+    splits = eval_panels(config)
+    for split in splits:
+        if split not in pool.splits:
+            raise ConfigError(
+                f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
+            )
+    return {split: min(config.eval.tasks, pool.splits[split]) for split in splits}
 
 
 def make_rollout(

@@ -152,6 +152,23 @@ def test_configs_for_a_node_and_for_eight_fit():
 
 
 @pytest.mark.parametrize(
+    ("name", "memory", "changes"),
+    [
+        ("household_qwen2.5_0.5b", 24, []),
+        ("household_qwen2.5_1.5b_lora", 80, []),
+        ("household_qwen2.5_1.5b_lora", 24, ["rollout.slots=32", "train.micro_tokens=6144"]),
+        ("household_smollm2", 8, []),
+    ],
+)
+def test_configs_for_one_gpu_fit(name, memory, changes):
+    config = load_config(name, changes)
+    plan = compute_plan(config, find_shape(config))
+    assert plan.devices == 1 and 0.3 < plan.total / (memory * GIB) < 0.9
+    top = (CONFIGS[0].parent / f"{name}.yaml").read_text()
+    assert " ".join(changes) in top  # what the file says to override
+
+
+@pytest.mark.parametrize(
     "path, preset",
     [("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"), ("meta-llama/Llama-3.2-1B", "llama3.2-1b")],
 )

@@ -1,0 +1,169 @@
+"""Two evaluations on the same tasks: the paired difference of their success, with exact tests."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from empg_jax.errors import ConfigError
+from empg_jax.report.intervals import QUANTILES, RESAMPLES
+from empg_jax.report.summary import exact_interval, paired_interval
+
+EPISODES = "episodes.jsonl"  # of an evaluation's folder: one line per attempt
+Task = tuple[str, int]
+
+
+def compare(first: Path, second: Path) -> dict[str, Any]:
+    """Compare the second evaluation with the first, task by task.
+
+    Args:
+      first: folder of an evaluation, or a run that has one.
+      second: another.
+
+    Returns:
+      ``first`` and ``second`` (the folders), ``unpaired`` (tasks that only one of them has), the numbers of
+      `pair` for all tasks, and the same for each group of tasks in ``groups``.
+
+    Raises:
+      ConfigError: there is no evaluation in a folder, or the two have no task in common.
+    """
+    folders = [find_evaluation(path) for path in (first, second)]
+    _check_same_tasks(folders)
+    (shares, names), (others, _) = (read_shares(folder) for folder in folders)
+    tasks = [task for task in shares if task in others]
+    if not tasks:
+        raise ConfigError(f"{folders[0]} and {folders[1]} have no task in common: nothing can be paired")
+    groups = collections.defaultdict(list)
+    for task in tasks:
+        groups[names[task]].append(task)
+    return {
+        "first": str(folders[0]),
+        "second": str(folders[1]),
+        "unpaired": len(shares.keys() ^ others.keys()),
+        **pair([shares[task] for task in tasks], [others[task] for task in tasks]),
+        "groups": {
+            name: pair([shares[task] for task in each], [others[task] for task in each])
+            for name, each in sorted(groups.items())
+            if name
+        },
+    }
+
+
+def pair(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Compute the paired difference of the share of attempts that succeed.
+
+    Where every task was solved or not, interval and test are exact (McNemar: only tasks that changed carry
+    information, and the count of gains among them is binomial); without a change the interval is what as
+    many tasks without one allow. Shares between 0 and 1 have a bootstrap interval over tasks and an exact
+    sign test.
+
+    Returns:
+      ``tasks``, ``success`` (of both), ``gain``, ``interval`` (95 %), ``gained``, ``lost`` (tasks),
+      ``p_value`` (two-sided), ``method`` (``exact`` or ``bootstrap``).
+    """
+    x, y = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    gained, lost = int((y > x).sum()), int((y < x).sum())
+    if np.isin(np.concatenate([x, y]), (0.0, 1.0)).all():
+        method, found = "exact", paired_interval(_wins(x), _wins(y))
+        top = exact_interval(0, len(x))[1]
+        interval = (-top, top) if found is None else found
+    else:
+        method = "bootstrap"
+        rng = np.random.default_rng(0)  # the same results give the same interval
+        picks = rng.integers(len(x), size=(RESAMPLES, len(x)))
+        low, high = np.percentile((y - x)[picks].mean(axis=1), QUANTILES)
+        interval = float(low), float(high)
+    return {
+        "tasks": len(x),
+        "success": [round(float(x.mean()), 6), round(float(y.mean()), 6)],
+        "gain": round(float((y - x).mean()), 6),
+        "interval": [round(bound, 6) for bound in interval],
+        "gained": gained,
+        "lost": lost,
+        "p_value": sign_test(gained, lost),
+        "method": method,
+    }
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """Return the two-sided exact probability of a count as uneven as this, if both were as likely."""
+    changed = gained + lost
+    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, float(2 * tail / 2**changed))
+
+
+def find_evaluation(path: Path) -> Path:
+    """Return the folder with the episodes of an evaluation.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    for folder in (path, path / "eval"):
+        if (folder / EPISODES).is_file():
+            return folder
+    partial = [file for each in (path, path / "eval") for file in each.glob("episodes-*.partial.jsonl")]
+    told = " (one is not finished: call the same empg-jax eval again)" if partial else ""
+    raise ConfigError(
+        f"{path} holds no evaluation{told}: expected {EPISODES}, which empg-jax eval --out writes"
+    )
+
+
+def read_shares(folder: Path) -> tuple[dict[Task, float], dict[Task, str]]:
+    """Read the share of attempts that succeed, and the name of the group, of every task.
+
+    Raises:
+      ConfigError: a line is no episode.
+    """
+    results, names = collections.defaultdict(list), {}
+    with (folder / EPISODES).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                task = str(record["split"]), int(record["task"])
+                results[task].append(bool(record["success"]))
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"{folder / EPISODES}, line {number}: no episode") from None
+            names[task] = str(record.get("group", ""))
+    return {task: sum(each) / len(each) for task, each in results.items()}, names
+
+
+def render_comparison(found: Mapping[str, Any]) -> str:
+    """Render a comparison as Markdown: a row for all tasks, and one per group."""
+    lines = [
+        f"# {found['second']} against {found['first']}",
+        "",
+        "| group | tasks | first | second | difference, 95 % interval | gained | lost | p |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in {"all tasks": found, **found["groups"]}.items():
+        low, high = row["interval"]
+        first, second = row["success"]
+        difference = f"{row['gain'] * 100:+.1f} [{low * 100:+.1f}, {high * 100:+.1f}]"
+        name = " ".join(name.split()).replace("|", "\\|")
+        lines.append(
+            f"| {name} | {row['tasks']} | {first:.1%} | {second:.1%} | {difference} | {row['gained']} | "
+            f"{row['lost']} | {row['p_value']:.3g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _check_same_tasks(folders: Sequence[Path]) -> None:
+    """Refuse evaluations of different environments, whose tasks only have equal numbers."""
+    envs = []
+    for folder in folders:
+        try:
+            envs.append(json.loads((folder / "eval.json").read_text(encoding="utf-8")).get("env"))
+        except (OSError, ValueError, AttributeError):
+            return
+    if envs[0] != envs[1]:
+        raise ConfigError(f"{folders[0]} is of {envs[0]}, {folders[1]} of {envs[1]}: their tasks differ")
+
+
+def _wins(shares: np.ndarray) -> str:
+    return "".join(str(int(share)) for share in shares)

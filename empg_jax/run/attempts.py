@@ -1,0 +1,117 @@
+"""The finished attempts of an evaluation on disk, so that one that was cut off goes on.
+
+While an evaluation runs, each finished attempt is a line of ``episodes-ID.partial.jsonl``. ``ID`` stands for
+everything that decides its result: the same command finds the same file. At the end the file becomes
+``episodes.jsonl``, which `empg_jax.report.pairing` compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from empg_jax.errors import RunError
+from empg_jax.report.pairing import EPISODES
+from empg_jax.rollout.record import describe_episodes, make_trajectory
+from empg_jax.types import Trajectory
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
+
+# Sections of the configuration that no result depends on.
+IRRELEVANT = ("name", "run_dir", "compile_cache", "log", "workers", "checkpoint", "faults", "hosts", "serve")
+
+
+def identify(config: Config, *parts: object) -> str:
+    """Return the name of an evaluation: equal for the same policy, tasks, prompts and sampling.
+
+    Args:
+      config: the configuration.
+      *parts: what else decides: the policy, the number of attempts.
+    """
+    settings = config.model_dump(mode="json", exclude=set(IRRELEVANT))
+    text = json.dumps([settings, [str(part) for part in parts]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Attempts:
+    """The file of an evaluation in progress.
+
+    Args:
+      folder: where it lies; it is made if need be. None keeps nothing.
+      identity: of `identify`.
+
+    Raises:
+      RunError: the folder cannot be written.
+
+    Attributes:
+      done: the episodes that an earlier call finished.
+    """
+
+    def __init__(self, folder: Path | None, identity: str) -> None:
+        self._folder = folder
+        self.done: list[Trajectory] = []
+        if folder is None:
+            return
+        self._path = folder / f"episodes-{identity}.partial.jsonl"
+        try:
+            folder.mkdir(exist_ok=True)
+            if self._path.exists():
+                self.done = _read(self._path)
+            # Written anew: a line that was cut off in the middle would spoil the next one.
+            self._file = self._path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"the evaluation cannot be kept in {folder}: {error}") from None
+        for episode in self.done:
+            self.keep(episode)
+
+    def __enter__(self) -> Attempts:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._folder is not None:
+            self._file.close()
+
+    def keep(self, episode: Trajectory) -> None:
+        """Add a finished attempt."""
+        if self._folder is not None:
+            (record,) = describe_episodes([episode], None, update=0)
+            self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def finish(self, episodes: Sequence[Trajectory]) -> None:
+        """Give the complete file its name, with the episodes in the order of the tasks."""
+        if self._folder is None:
+            return
+        self._file.seek(0)
+        self._file.truncate()
+        for episode in episodes:
+            self.keep(episode)
+        self._file.close()
+        self._path.replace(self._folder / EPISODES)
+
+
+def _read(path: Path) -> list[Trajectory]:
+    """Read the episodes up to the first line that is damaged, as the last one is after a kill."""
+    found: dict[tuple[int, int], Trajectory] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            episode = make_trajectory(_with_nan(json.loads(line)), is_transcript=False)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            break
+        found[episode.group_id, episode.member] = episode
+    return list(found.values())
+
+
+def _with_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """Put NaN where a number is not known: JSON has no such number."""
+    unknown = {"entropy": math.nan, "logprob": math.nan}
+    turns = [
+        {**turn, **{name: nan for name, nan in unknown.items() if turn.get(name) is None}}
+        for turn in record["turns"]
+    ]
+    return {**record, "turns": turns}
