@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "envs")]
 
 import numpy as np
+from serving import serving
 
 from empg_jax.serve.driver import Driver, Job
 from empg_jax.serve.policy import open_policy
@@ -222,18 +222,11 @@ async def measure_server(process: subprocess.Popen, url: str) -> dict:
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        ready = Path(folder) / "ready.json"
-        command = [sys.executable, "-m", "empg_jax", "serve", args.source, "--ready-file", str(ready)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2]), "EMPG_API_KEY": ""}
-        process = subprocess.Popen([*command, *OVERRIDES], stdout=subprocess.DEVNULL, env=environment)
-        try:
-            while not ready.exists() and process.poll() is None:
-                time.sleep(0.1)
-            server = asyncio.run(measure_server(process, json.loads(ready.read_text())["url"]))
-        finally:
-            process.terminate()
-            process.wait()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(folder, "serve", args.source, *OVERRIDES) as found,
+    ):
+        server = asyncio.run(measure_server(found.process, found.url))
     policy = open_policy(args.source, OVERRIDES, print)
     policy.engine.warm_up()
     with Driver(policy.engine, max_waiting=args.clients) as driver:
