@@ -39,7 +39,9 @@ def serving(folder: Path | str, *command: object) -> Iterator[Server]:
         **os.environ,
         "XLA_FLAGS": "",
         "EMPG_API_KEY": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "envs"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "envs"), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "empg_jax", *map(str, command), "--ready-file", str(ready)],

@@ -4,10 +4,11 @@ import signal
 
 import httpx
 import openai
+import plain_tinker
 import pytest
 from serving import serving
 
-from tests.serve import servers, tinker_http
+from tests.serve import servers
 
 OPTIONS = [
     "compile_cache=null",
@@ -56,7 +57,7 @@ def client(server):
 @pytest.fixture(scope="session")
 def studio(tmp_path_factory):
     folder = tmp_path_factory.mktemp("studio")
-    options = [*tinker_http.OPTIONS, f"serve.save_dir={folder}/saved"]
+    options = [*plain_tinker.OPTIONS, f"serve.save_dir={folder}/saved"]
     command = ["serve", "quickstart", "--train", "--api-key", "tml-secret", *options]
     with serving(folder, *command) as server:
         yield server
