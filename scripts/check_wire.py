@@ -168,7 +168,7 @@ def play_harness(kit: Kit) -> Found:
         "model.tokenizer=bytes",
         "rollout.max_response_tokens=4",
         "rollout.tasks_per_update=4",  # every episode starts a program
-        "train.updates=8",
+        "train.num_minibatches=2",
     )
 
 

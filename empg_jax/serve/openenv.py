@@ -1,8 +1,8 @@
 """Environments behind OpenEnv's messages: one WebSocket is one session with an environment of its own.
 
 A client sends ``{"type": "reset" | "step" | "state" | "close", "data": {...}}`` to ``/ws``. Answers are
-observations (``text``, ``info``, ``truncated``, beside ``reward`` and ``done``), states, or errors with a code
-and a message, after which the session goes on. An action is ``{"message": TEXT}``.
+observations (``text``, ``info``, ``truncated``, beside ``reward`` and ``done``), states, or errors with a
+code and a message, after which the session goes on. An action is ``{"message": TEXT}``.
 """
 
 from __future__ import annotations
