@@ -10,7 +10,7 @@ Server and engine are measured in turns, `--rounds` times, so that both meet the
   which other programs on the machine hardly change.
 * first: seconds to the first tokens of a stream, both ways.
 * mixed: `--mixed` requests of all kinds, also wrong ones and clients that go away; afterwards no slot is
-  busy, and the server's memory is compared with that after the first tenth.
+  busy, and the server's memory is told after a tenth, half and all.
 
     python scripts/bench_serve.py --mixed 10000 --out serve.json
 """
@@ -229,19 +229,20 @@ def measure_round(process: subprocess.Popen, url: str, driver: Driver) -> dict[s
 
 
 async def measure_mixed(process: subprocess.Popen, url: str) -> dict:
+    statuses: dict[str, int] = {}
+    memory = {}
     tenth = max(1, args.mixed // 10)
-    await send_mixed(url, tenth, seed=1)
-    await settle(url)
-    before = resident_mb(process.pid)
-    statuses = await send_mixed(url, args.mixed - tenth, seed=2)
-    health = await settle(url)
+    for name, count in (("a_tenth", tenth), ("half", 4 * tenth), ("all", args.mixed - 5 * tenth)):
+        for status, found in (await send_mixed(url, count, seed=count)).items():
+            statuses[status] = statuses.get(status, 0) + found
+        health = await settle(url)
+        memory[name] = round(resident_mb(process.pid), 1)
     return {
         "requests": args.mixed,
         "statuses": statuses,
         "busy_after": health["busy"],
         "waiting_after": health["waiting"],
-        "rss_mb_after_a_tenth": round(before, 1),
-        "rss_mb_at_the_end": round(resident_mb(process.pid), 1),
+        "rss_mb_after": memory,
     }
 
 
