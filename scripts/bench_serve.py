@@ -1,12 +1,16 @@
 """Measure the server beside the bare engine on this machine; prints one JSON object.
 
+Server and engine are measured in turns, `--rounds` times, so that both meet the same load of the machine.
+
 * latency: `--clients` clients ask, one request after another, for `--tokens` tokens each: over HTTP from a
   server in a second process, and from the engine's thread without HTTP. The difference of the medians is what
   the wire costs, apart from this: clients that take their time are answered in smaller, quicker batches.
 * alone: the same with one client, where the difference is the wire's alone.
+* cpu: CPU time of the server and of the bare engine for the same requests; the difference is the wire's work,
+  which other programs on the machine hardly change.
 * first: seconds to the first tokens of a stream, both ways.
 * mixed: `--mixed` requests of all kinds, also wrong ones and clients that go away; afterwards no slot is
-  busy, and the server's memory is compared with that after the first tenth.
+  busy, and the server's memory is told after a tenth, half and all.
 
     python scripts/bench_serve.py --mixed 10000 --out serve.json
 """
@@ -31,7 +35,8 @@ parser.add_argument("--out", help="also write the JSON here")
 parser.add_argument("--source", default="quickstart", help="what to serve, as of empg-jax serve")
 parser.add_argument("--overrides", nargs="*", default=["model.tokenizer=bytes", "serve.max_tokens=256"])
 parser.add_argument("--clients", type=int, default=32)
-parser.add_argument("--requests", type=int, default=20, help="of each client")
+parser.add_argument("--requests", type=int, default=8, help="of each client in each round")
+parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--tokens", type=int, default=32)
 parser.add_argument("--mixed", type=int, default=1000)
 args = parser.parse_args()
@@ -39,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "envs")]
 
 import numpy as np
+from serving import serving
 
 from empg_jax.serve.driver import Driver, Job
 from empg_jax.serve.policy import open_policy
@@ -193,61 +199,82 @@ async def settle(url: str) -> dict:
     return health
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process and its threads so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def percentiles(seconds: list[float]) -> dict[str, float]:
     cuts = statistics.quantiles(seconds, n=100)
     return {f"p{p}_ms": round(1e3 * cuts[p - 1], 3) for p in (50, 95)}
 
 
-async def measure_server(process: subprocess.Popen, url: str) -> dict:
-    await measure_http(url, args.clients, is_streamed=False)  # whatever is slow only once
-    latency = await measure_http(url, args.clients, is_streamed=False)
-    first = await measure_http(url, args.clients, is_streamed=True)
-    alone = await measure_http(url, 1, is_streamed=False)
+def measure_round(process: subprocess.Popen, url: str, driver: Driver) -> dict[str, dict]:
+    """Measure the server, then the bare engine, at nearly the same time: the machine's load is the same."""
+
+    def ask(clients: int, is_streamed: bool) -> list[float]:
+        return asyncio.run(measure_http(url, clients, is_streamed=is_streamed))
+
+    began = cpu_seconds(process.pid)
+    over_http = {"latency": ask(args.clients, False)}
+    cpu = {"server": (cpu_seconds(process.pid) - began) / len(over_http["latency"])}
+    began = time.process_time()
+    bare = {"latency": measure_engine(driver, args.clients, is_streamed=False)}
+    cpu["engine"] = (time.process_time() - began) / len(bare["latency"])
+    for name, clients, is_streamed in (("first", args.clients, True), ("alone", 1, False)):
+        over_http[name] = ask(clients, is_streamed)
+        bare[name] = measure_engine(driver, clients, is_streamed=is_streamed)
+    return {"server": over_http, "engine": bare, "cpu": cpu}
+
+
+async def measure_mixed(process: subprocess.Popen, url: str) -> dict:
+    statuses: dict[str, int] = {}
+    memory = {}
     tenth = max(1, args.mixed // 10)
-    await send_mixed(url, tenth, seed=1)
-    await settle(url)
-    before = resident_mb(process.pid)
-    statuses = await send_mixed(url, args.mixed - tenth, seed=2)
-    health = await settle(url)
-    mixed = {
+    for name, count in (("a_tenth", tenth), ("half", 4 * tenth), ("all", args.mixed - 5 * tenth)):
+        for status, found in (await send_mixed(url, count, seed=count)).items():
+            statuses[status] = statuses.get(status, 0) + found
+        health = await settle(url)
+        memory[name] = round(resident_mb(process.pid), 1)
+    return {
         "requests": args.mixed,
         "statuses": statuses,
         "busy_after": health["busy"],
         "waiting_after": health["waiting"],
-        "rss_mb_after_a_tenth": round(before, 1),
-        "rss_mb_at_the_end": round(resident_mb(process.pid), 1),
+        "rss_mb_after": memory,
     }
-    times = {"latency": latency, "first": first, "alone": alone}
-    return {name: percentiles(seconds) for name, seconds in times.items()} | {"mixed": mixed}
+
+
+def summarize(rounds: list[dict[str, dict]]) -> dict:
+    """Return percentiles over all rounds, and medians of the rounds' differences."""
+    result: dict = {"clients": args.clients, "tokens": args.tokens, "rounds": len(rounds)}
+    for name in ("latency", "first", "alone"):
+        medians = [
+            [statistics.median(found[side][name]) for side in ("server", "engine")] for found in rounds
+        ]
+        result[f"{name}_over_the_engine_ms"] = round(1e3 * statistics.median(a - b for a, b in medians), 3)
+    over = [found["cpu"]["server"] - found["cpu"]["engine"] for found in rounds]
+    result["cpu_over_the_engine_ms"] = round(1e3 * statistics.median(over), 3)
+    for side in ("server", "engine"):
+        result[side] = {
+            name: percentiles([s for found in rounds for s in found[side][name]])
+            for name in ("latency", "first", "alone")
+        } | {"cpu_ms": round(1e3 * statistics.median(found["cpu"][side] for found in rounds), 3)}
+    return result
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        ready = Path(folder) / "ready.json"
-        command = [sys.executable, "-m", "empg_jax", "serve", args.source, "--ready-file", str(ready)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2]), "EMPG_API_KEY": ""}
-        process = subprocess.Popen([*command, *OVERRIDES], stdout=subprocess.DEVNULL, env=environment)
-        try:
-            while not ready.exists() and process.poll() is None:
-                time.sleep(0.1)
-            server = asyncio.run(measure_server(process, json.loads(ready.read_text())["url"]))
-        finally:
-            process.terminate()
-            process.wait()
-    policy = open_policy(args.source, OVERRIDES, print)
-    policy.engine.warm_up()
-    with Driver(policy.engine, max_waiting=args.clients) as driver:
-        measure_engine(driver, args.clients, is_streamed=False)
-        engine = {
-            "latency": percentiles(measure_engine(driver, args.clients, is_streamed=False)),
-            "first": percentiles(measure_engine(driver, args.clients, is_streamed=True)),
-            "alone": percentiles(measure_engine(driver, 1, is_streamed=False)),
-        }
-    over = {
-        f"{name}_over_the_engine_ms": round(server[name]["p50_ms"] - engine[name]["p50_ms"], 3)
-        for name in ("latency", "first", "alone")
-    }
-    result = {"clients": args.clients, "tokens": args.tokens, **over, "server": server, "engine": engine}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(folder, "serve", args.source, *OVERRIDES) as found,
+    ):
+        policy = open_policy(args.source, OVERRIDES, print)
+        policy.engine.warm_up()
+        with Driver(policy.engine, max_waiting=args.clients) as driver:
+            measure_round(found.process, found.url, driver)  # whatever is slow only once
+            rounds = [measure_round(found.process, found.url, driver) for _ in range(args.rounds)]
+        result = summarize(rounds) | {"mixed": asyncio.run(measure_mixed(found.process, found.url))}
     print(json.dumps(result))
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=2) + "\n")

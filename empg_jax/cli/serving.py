@@ -114,6 +114,50 @@ def serve(
         )
 
 
+@app.command("serve-env")
+def serve_env(
+    env: Annotated[
+        str, typer.Argument(metavar="ENV", help="A name ('empg-jax envs'), or package.module:attribute.")
+    ],
+    options: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the environment; may be repeated."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="File for the address, written when the server answers.")
+    ] = None,
+    sessions: Annotated[int, typer.Option(min=1, help="Clients at a time; others are turned away.")] = 64,
+    idle_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds without a message after which a session ends.")
+    ] = 600.0,
+) -> None:
+    """Serve an environment to OpenEnv's clients, over WebSocket; a signal ends it.
+
+    Every connection is a session with an environment of its own. An action is {"message": TEXT}; an
+    observation has text, info and truncated. A seed names a task: seed % tasks of the first split, from 2^28
+    on of the second, and so on; reset also takes split and index. See envs/empg_envs/adapters/README.md.
+
+    empg-jax serve-env household --options level=tiny --port 8000
+    """
+    with reporting():
+        from empg_jax.serve.environments import serve_environment
+
+        serve_environment(
+            env,
+            options or [],
+            host=host,
+            port=port,
+            ready_file=ready_file,
+            sessions=sessions,
+            idle_timeout=idle_timeout,
+            announce=typer.echo,
+        )
+
+
 @app.command()
 def chat(
     source: Annotated[

@@ -164,7 +164,7 @@ class _Updates:
     def __init__(self, driver: Driver, asked: Asked) -> None:
         self._driver, self._over = driver, 0
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Update] | None] = asyncio.Queue()  # None: the client is gone
         self.jobs: list[Job] = [
             asked.make_job(index, self._receiver(index)) for index in range(asked.num_choices)
         ]
@@ -186,15 +186,27 @@ class _Updates:
         return receive
 
     async def read(self) -> AsyncGenerator[tuple[int, Update], None]:
-        """Yield updates until all jobs are over."""
+        """Yield updates until all jobs are over.
+
+        Raises:
+          ClientDisconnect: `leave` was called.
+          ApiError: the engine has stopped.
+        """
         left = len(self.jobs)
         while left:
-            index, update = await self._queue.get()
+            item = await self._queue.get()
+            if item is None:
+                raise ClientDisconnect
+            index, update = item
             left -= update.is_final
             if update.error is not None:
                 raise ApiError(503, f"the engine has stopped: {update.error}")
             self._over += update.is_final
             yield index, update
+
+    def leave(self) -> None:
+        """Let the reader know that the client has gone away."""
+        self._queue.put_nowait(None)
 
     def give_up(self) -> None:
         """Free the slots of the jobs that are not over."""
@@ -206,16 +218,11 @@ async def _serve(request: Request, driver: Driver, service: Service, asked: Aske
     updates = _Updates(driver, asked)
     if asked.is_streamed:
         return StreamingResponse(_stream(updates, service, asked), media_type="text/event-stream")
-    collecting = asyncio.ensure_future(_collect(updates))
-    leaving = asyncio.ensure_future(_until_gone(request))
+    leaving = asyncio.ensure_future(_tell_when_gone(request, updates))
     try:
-        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            raise ClientDisconnect
-        return JSONResponse(service.answer(asked, await collecting))
+        return JSONResponse(service.answer(asked, await _collect(updates)))
     finally:
-        for task in (collecting, leaving):
-            task.cancel()
+        leaving.cancel()
         updates.give_up()
 
 
@@ -227,10 +234,11 @@ async def _collect(updates: _Updates) -> list[Update]:
     return [found[index] for index in sorted(found)]
 
 
-async def _until_gone(request: Request) -> None:
+async def _tell_when_gone(request: Request, updates: _Updates) -> None:
     """Wait until the client closes its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    updates.leave()
 
 
 async def _stream(updates: _Updates, service: Service, asked: Asked) -> AsyncIterator[bytes]:

@@ -4,9 +4,11 @@ import signal
 
 import httpx
 import openai
+import plain_tinker
 import pytest
+from serving import serving
 
-from tests.serve import servers, tinker_http
+from tests.serve import servers
 
 OPTIONS = [
     "compile_cache=null",
@@ -29,9 +31,8 @@ def talker(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(talker, tmp_path_factory):
     """The server, which expects the bearer token ``secret``."""
-    with servers.serving(
-        talker, tmp_path_factory.mktemp("server"), "--api-key", "secret", *OPTIONS
-    ) as server:
+    folder = tmp_path_factory.mktemp("server")
+    with serving(folder, "serve", talker, "--api-key", "secret", *OPTIONS) as server:
         yield server
 
 
@@ -56,8 +57,9 @@ def client(server):
 @pytest.fixture(scope="session")
 def studio(tmp_path_factory):
     folder = tmp_path_factory.mktemp("studio")
-    options = [*tinker_http.OPTIONS, f"serve.save_dir={folder}/saved"]
-    with servers.serving("quickstart", folder, "--train", "--api-key", "tml-secret", *options) as server:
+    options = [*plain_tinker.OPTIONS, f"serve.save_dir={folder}/saved"]
+    command = ["serve", "quickstart", "--train", "--api-key", "tml-secret", *options]
+    with serving(folder, *command) as server:
         yield server
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(timeout=60)

@@ -1,22 +1,16 @@
 """A small model that says tool calls, and servers in processes of their own."""
 
-import contextlib
 import itertools
-import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
+from serving import ROOT
 
 from empg_jax.hf.save import save_hf
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.text import build_phrase_tokenizer
 
-ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "scripts" / "examples" / "tools.jinja"
 WORDS = [*"red green blue one two three four five six seven eight nine".split(), "north", "south"]  # noqa: SIM905
 CALL = '{"name": "add", "arguments": {"a": 2, "b": 3}}'
@@ -63,37 +57,6 @@ def save_talker(folder):
     params["head"]["embedding"] = head
     save_hf(params, model, folder, tokenizer)
     return folder
-
-
-class Server:
-    """A running server; `process` is the command's."""
-
-    def __init__(self, process, url, model):
-        self.process, self.url, self.model = process, url, model
-
-
-@contextlib.contextmanager
-def serving(source, folder, *options):
-    """A server of ``source``, by the command; ``folder`` takes its files."""
-    ready = Path(folder) / "ready.json"
-    errors = (Path(folder) / "stderr.txt").open("w+")
-    # One device, as on a user's machine.
-    environment = {**os.environ, "XLA_FLAGS": "", "EMPG_API_KEY": ""}
-    command = [sys.executable, "-m", "empg_jax", "serve", str(source), "--ready-file", str(ready), *options]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
-    )
-    try:
-        end = time.monotonic() + 240
-        while not ready.exists():
-            assert process.poll() is None and time.monotonic() < end, Path(errors.name).read_text()
-            time.sleep(0.05)
-        found = json.loads(ready.read_text())
-        yield Server(process, found["url"], found["model"])
-    finally:
-        process.kill()
-        process.communicate()
-        errors.close()
 
 
 def wait_until(condition, seconds=60):

@@ -8,9 +8,9 @@ import threading
 import time
 
 import httpx
+from serving import ROOT, serving
 
 from tests.serve.conftest import OPTIONS
-from tests.serve.servers import ROOT, serving
 
 BARE = (
     "import importlib.util as util; find = util.find_spec\n"
@@ -19,13 +19,13 @@ BARE = (
 )
 
 
-def call(*arguments, code="from empg_jax.cli import main; main()"):
-    command = [sys.executable, "-c", code, "serve", *map(str, arguments)]
+def call(*arguments, code="from empg_jax.cli import main; main()", command="serve"):
+    command = [sys.executable, "-c", code, command, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_a_signal_ends_it_in_the_middle_of_requests(talker, tmp_path):
-    with serving(talker, tmp_path, *OPTIONS) as server:
+    with serving(tmp_path, "serve", talker, *OPTIONS) as server:
         assert json.loads((tmp_path / "ready.json").read_text()) == {"url": server.url, "model": "talker"}
         body = {"prompt": "north", "temperature": 0, "max_tokens": 1000, "n": 12, "stream": True}
         began = threading.Event()

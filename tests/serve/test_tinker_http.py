@@ -3,9 +3,10 @@
 import httpx
 import numpy as np
 import pytest
+from plain_tinker import Plain, datum
 
 from empg_jax.serve.tinker.proto import message
-from tests.serve.tinker_http import Plain, as_proto, datum
+from tests.serve.protos import as_proto
 
 ROWS = [[65, 66, 67, 68, 69], [70, 71, 72], [80, 81, 82, 83, 84, 85, 86]]
 

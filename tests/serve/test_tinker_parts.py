@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_tinker import datum
 
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.learner.state import init_trained
@@ -22,7 +23,7 @@ from empg_jax.serve.tinker.rows import Limits, make_rows
 from empg_jax.serve.tinker.trainer import AdamParams, Trainer
 from empg_jax.serve.wire import ApiError
 from empg_jax.types import Scores
-from tests.serve.tinker_http import as_proto, datum
+from tests.serve.protos import as_proto
 
 MODEL = DecoderConfig(
     vocab_size=32,

@@ -41,8 +41,12 @@ class Worker:
 
     def close(self) -> None:
         """Stop after the work in progress; work that takes longer than `CLOSE_SECONDS` is left alone."""
-        self._queue.put(None)
+        self.finish()
         self._thread.join(timeout=CLOSE_SECONDS)
+
+    def finish(self) -> None:
+        """Stop after all that was submitted, without waiting for it."""
+        self._queue.put(None)
 
     def submit(self, work: Callable[[], Any], done: Done) -> None:
         """Do some work in its turn.

@@ -26,7 +26,8 @@ from empg_envs.names import import_function
 from empg_envs.task_lines import describe_task, number_tasks, read_tasks
 from empg_envs.verdicts import read_verdict
 
-LOOK_SECONDS = 0.02  # between two looks at a program that does not call
+LOOK_SECONDS = 0.02  # until the first look at a program that does not call
+LONGEST_LOOK = 0.16  # between two looks; every one is twice as long as the one before
 TAIL = 2000  # last characters of a program's output in messages
 
 _endpoint: list[Endpoint] = []
@@ -183,14 +184,15 @@ class HarnessEnv:
           EnvFault: it did neither in time.
         """
         assert self._session is not None and self._process is not None
-        end = time.monotonic() + seconds
+        end, look = time.monotonic() + seconds, LOOK_SECONDS
         while True:
             # Looked at first: a call that was made before the end must not be lost.
             has_ended = self._process.poll() is not None
             with contextlib.suppress(queue.Empty):
-                return self._session.calls.get(timeout=0 if has_ended else LOOK_SECONDS)
+                return self._session.calls.get(timeout=0 if has_ended else look)
             if has_ended:
                 return None
+            look = min(2 * look, LONGEST_LOOK)
             if time.monotonic() > end:
                 raise EnvFault(
                     "agent_timeout",

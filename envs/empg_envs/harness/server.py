@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -228,13 +229,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"error": {"message": message, "type": "invalid_request_error"}})
 
     def _write(self, status: int, body: bytes, kind: str) -> None:
-        # The program may have gone away meanwhile, which is its own affair.
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {kind}"]
+        lines += [f"Content-Length: {len(body)}", *(["Connection: close"] if self.close_connection else [])]
+        head = "\r\n".join([*lines, "", ""]).encode()
+        # One packet. The program may have gone away meanwhile, which is its own affair.
         with contextlib.suppress(OSError):
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(head + body)
 
 
 def _missing(session: Session | None, route: str) -> tuple[int, str]:

@@ -1,0 +1,155 @@
+"""What our HTTP servers share: a bound address, uvicorn until a signal, an end that waits for nobody."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from empg_jax.errors import ConfigError, UserError
+from empg_jax.files import write_json_atomic
+
+if TYPE_CHECKING:
+    import uvicorn
+
+GRACE = 1  # seconds that requests in progress get after a signal
+BACKLOG = 2048
+
+
+class ServeError(UserError):
+    """A server that cannot start. The message gives the reason."""
+
+
+class Work(Protocol):
+    """Threads of a server that end before it does."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread still runs."""
+        ...
+
+    def close(self) -> None:
+        """Stop; what takes long is left alone."""
+        ...
+
+
+def check_packages(*names: str) -> None:
+    """Look for the packages that a server needs.
+
+    Raises:
+      ServeError: one is not installed; the message says how to install it.
+    """
+    missing = [name.rpartition(".")[2] for name in names if _is_missing(name)]
+    if missing:
+        raise ServeError(f"{' and '.join(missing)} not installed; they come with: pip install -e '.[serve]'")
+
+
+def _is_missing(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is None
+    except ModuleNotFoundError:  # the package above it is missing
+        return True
+
+
+def check_ready_file(path: Path | None) -> None:
+    """Look whether the file for the address can be written.
+
+    Raises:
+      ConfigError: its folder does not exist.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"--ready-file {path}: expected a file in a folder that exists")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind an address; whoever starts several servers learns at once that a port is taken.
+
+    Raises:
+      ServeError: it cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ServeError(f"cannot listen on {host}:{port}: {error}") from None
+    return listener
+
+
+def make_server(
+    name: str,
+    listener: socket.socket,
+    ready_file: Path | None,
+    announce: Callable[[str], None],
+    **options: Any,
+) -> uvicorn.Server:
+    """Make the HTTP server, which tells its address when it answers; it has no application yet.
+
+    Args:
+      name: what is served.
+      listener: the bound address.
+      ready_file: file to write ``{"url", "model"}`` to.
+      announce: receives the one line that tells the address.
+      **options: further options of ``uvicorn.Config``.
+    """
+    import uvicorn
+
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    tell = functools.partial(_tell, name, url, ready_file, announce)
+
+    class Server(uvicorn.Server):
+        """uvicorn, which tells when it answers."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                tell()
+
+    config = uvicorn.Config(
+        _no_app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=GRACE,
+        backlog=BACKLOG,
+        **options,
+    )
+    return Server(config)
+
+
+def _tell(name: str, url: str, ready_file: Path | None, announce: Callable[[str], None]) -> None:
+    announce(f"serving {name} at {url}")
+    if ready_file is not None:
+        write_json_atomic(ready_file, {"url": url, "model": name})
+
+
+async def _no_app(*_: object) -> None:
+    raise AssertionError("the application is set before the server runs")
+
+
+def run_server(server: uvicorn.Server, listener: socket.socket, works: Sequence[Work]) -> None:
+    """Answer until a signal, which is raised again when `works` are closed."""
+    try:
+        server.run(sockets=[listener])
+    except SystemExit as error:
+        # uvicorn raises the signal again, which ends this process.
+        for work in works:
+            work.close()
+        _leave(any(work.is_busy for work in works), error)
+
+
+def _leave(is_busy: bool, error: SystemExit) -> NoReturn:
+    """End the process; where a thread is busy (it may compile), without waiting for it."""
+    if is_busy:
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error.code, int) else 1)
+    raise error

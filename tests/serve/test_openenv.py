@@ -1,0 +1,130 @@
+"""Our environments behind OpenEnv's messages, by the command, with our own client and with bare messages."""
+
+import contextlib
+import json
+import signal
+
+import httpx
+import pytest
+from serving import serving
+
+from empg_envs import make_env
+from tests.adapters.needs import need
+from tests.serve.servers import wait_until
+from tests.serve.test_process import call
+
+need("websockets")
+HOUSE = ["serve-env", "household", "--options", "level=tiny"]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("house"), *HOUSE, "--sessions", "2") as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def connected(url, **options):
+    from websockets.sync.client import connect
+
+    with connect(f"{url.replace('http', 'ws')}/ws", proxy=None, open_timeout=60, **options) as socket:
+        yield socket
+
+
+def ask(socket, kind, text=None, **data):
+    socket.send(json.dumps({"type": kind, "data": data}) if text is None else text)
+    return json.loads(socket.recv(timeout=60))
+
+
+@pytest.mark.parametrize(("split", "index"), [("train", 7), ("test", 3)])
+def test_our_client_plays_the_same_episode(split, index, url):
+    there = make_env("openenv", url=url, observe="text", timeout=60)
+    here = make_env("household", level="tiny")
+    observation, _ = there.reset(split=split, index=index)
+    expected, info = here.reset(split=split, index=index)
+    assert observation == expected
+    for _ in range(40):
+        action = here.expert_action()
+        observation, reward, terminated, truncated, found = there.step(action)
+        expected, *result, _, info = here.step(action)
+        assert (observation, [reward, terminated]) == (expected, result) and not truncated
+        if terminated:
+            break
+    assert terminated and found["won"] and info["won"]
+    there.close()
+
+
+def test_sessions_are_isolated_and_limited(url):
+    with connected(url) as first, connected(url) as second:
+        one, two = ask(first, "reset", seed=0, episode_id="a"), ask(second, "reset", split="train", index=1)
+        assert one["data"]["observation"]["text"] != two["data"]["observation"]["text"]
+        assert one["data"]["reward"] is None and one["data"]["done"] is False
+        ask(first, "step", message="look")
+        assert ask(first, "state")["data"] == {
+            "episode_id": "a", "step_count": 1, "split": "train", "index": 0,
+        }  # fmt: skip
+        assert ask(second, "state")["data"]["step_count"] == 0
+        assert httpx.get(f"{url}/health", trust_env=False).json() == {"status": "healthy", "sessions": 2}
+        with connected(url) as third:
+            error = json.loads(third.recv(timeout=60))["data"]
+            assert error["code"] == "CAPACITY_REACHED" and "2 sessions are open" in error["message"]
+    # Closed, or gone: both places are free again.
+    wait_until(lambda: httpx.get(f"{url}/health", trust_env=False).json()["sessions"] == 0)
+
+
+STEP, RESET, WRONG = '{"type": "step", "data": ', '{"type": "reset", "data": ', "VALIDATION_ERROR"
+BAD = {
+    "no JSON": ("{", "INVALID_JSON", "not JSON"),
+    "no object": ("[]", "UNKNOWN_TYPE", "unknown type None"),
+    "type": ('{"type": "stop"}', "UNKNOWN_TYPE", "unknown type 'stop'"),
+    "data": (STEP + '1}', WRONG, "data must be an object"),
+    "action": (STEP + '{"massage": "look"}}', WRONG, "no field 'massage'"),
+    "no text": (STEP + '{"message": 1}}', WRONG, 'an action is {"message": TEXT}'),
+    "too early": (STEP + '{"message": "look"}}', "EXECUTION_ERROR", "has not begun: send reset"),
+    "seed": (RESET + '{"seed": -1}}', WRONG, "seed must be an integer from 0"),
+    "split": (RESET + '{"split": "dev"}}', WRONG, "unknown split 'dev'"),
+    "index": (RESET + '{"index": 1000000000}}', WRONG, "index must lie in 0 to"),
+    "name": (RESET + '{"episode_id": 1}}', WRONG, "episode_id must be a text"),
+}  # fmt: skip
+
+
+def test_bad_messages_are_told_and_the_session_goes_on(url):
+    with connected(url) as socket:
+        for text, code, message in BAD.values():
+            answer = ask(socket, "", text)
+            assert (answer["type"], answer["data"]["code"]) == ("error", code), answer
+            assert message in answer["data"]["message"]
+        assert ask(socket, "reset", seed=2)["type"] == "observation"
+        socket.send("x" * (2 << 20))
+        with pytest.raises(Exception, match=r"1009|too big"):  # the only one that ends it
+            socket.recv(timeout=60)
+
+
+def test_pages_of_other_sites_and_requests_without_a_session(url):
+    from websockets.exceptions import InvalidStatus
+
+    with pytest.raises(InvalidStatus), connected(url, origin="http://evil.example"):
+        pass
+    answer = httpx.post(f"{url}/step", json={"action": {"message": "look"}}, trust_env=False)
+    assert answer.status_code == 409 and "WebSocket /ws" in answer.json()["detail"]
+    schema = httpx.get(f"{url}/schema", trust_env=False).json()
+    assert schema.keys() == {"action", "observation", "state"}
+    assert httpx.get(f"{url}/metadata", trust_env=False).json()["name"] == "household"
+
+
+def test_silent_sessions_end_and_so_does_the_server(tmp_path):
+    with serving(tmp_path, *HOUSE, "--idle-timeout", "0.3") as server, connected(server.url) as socket:
+        error = json.loads(socket.recv(timeout=60))["data"]
+        assert error["code"] == "SESSION_ERROR" and "no message for 0.3 s" in error["message"]
+        server.process.send_signal(signal.SIGTERM)
+        out, _ = server.process.communicate(timeout=60)
+        assert server.process.returncode == 143 and out == f"serving household at {server.url}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["houshold"], "did you mean 'household'"), (["household", "--options", "levle=tiny"], "levle")],
+)
+def test_what_cannot_be_served_is_told(arguments, message):
+    done = call(*arguments, command="serve-env")
+    assert done.returncode == 2 and message in done.stderr, done.stderr
