@@ -10,7 +10,7 @@ from empg_jax.report.evaluation import estimate_success
 from empg_jax.report.progress import Progress
 from empg_jax.rollout.evaluator import EvaluationError
 from empg_jax.run.environment import eval_panels
-from empg_jax.run.process import use_compile_cache
+from empg_jax.run.process import prepare_jax
 from empg_jax.run.sampling import (
     make_engine,
     make_evaluator,
@@ -64,7 +64,7 @@ def _with_fewer_slots(config: Config, attempts: int) -> Config:
 
 def _evaluate(saved: SavedRun, attempts: int) -> dict[str, Any]:
     config, split = saved.config, saved.config.env.eval_split
-    use_compile_cache(config.compile_cache)
+    prepare_jax(config)
     engine = make_engine(config, saved.model, saved.language.tokenizer)
     if saved.base is not None:
         engine.base = engine.place(saved.base)

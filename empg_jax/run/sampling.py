@@ -72,6 +72,7 @@ def make_engine(
         max_response_tokens=r.max_response_tokens,
         stop_ids=tokenizer.stop_ids,
         burst=r.burst,
+        prefill_chunk=r.prefill_chunk,
         prefill_buckets=tuple(r.prefill_buckets or ()),
         # Programs for other numbers of rows round differently, so an episode's numbers would depend on which
         # others are prefilled with it.
