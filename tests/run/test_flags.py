@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
+import jaxlib
 import pytest
 
 from empg_jax.run import flags
@@ -69,8 +69,8 @@ def test_without_a_library_no_flag_is_known(tmp_path):
 
 def test_the_installed_jaxlib_accepts_the_flags_of_gpus():
     """An unknown flag ends the process; the CPU's client reads the flags of all platforms."""
-    package = Path(jax.lib.__file__).parents[1] / "jaxlib" / "libjax_common.so"
-    found = choose_flags(GPU, "", [package])
+    library = Path(jaxlib.__file__).parent / "libjax_common.so"
+    found = choose_flags(GPU, "", [library])
     assert len(found) == len(NAMES)
     done = subprocess.run(
         [sys.executable, "-c", "import jax; print(jax.jit(lambda x: x + 1)(1))"],
