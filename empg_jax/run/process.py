@@ -35,7 +35,9 @@ def prepare_jax(config: Config) -> None:
     asked = config.model.matmul_precision
     precision = find_precision(asked, config.model.dtype, jax.default_backend())
     # What JAX was told by other means (JAX_DEFAULT_MATMUL_PRECISION) stays where the configuration is silent.
-    if precision is not None and (asked is not None or jax.config.jax_default_matmul_precision is None):
+    if precision is not None and (
+        asked is not None or getattr(jax.config, "jax_default_matmul_precision", None) is None
+    ):
         jax.config.update("jax_default_matmul_precision", precision)
 
 
