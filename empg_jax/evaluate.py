@@ -19,7 +19,7 @@ from empg_jax.rollout.evaluator import Evaluation, EvaluationError, Evaluator
 from empg_jax.run.assembly import make_prompts
 from empg_jax.run.attempts import Attempts, identify
 from empg_jax.run.environment import eval_panels, find_spec
-from empg_jax.run.process import use_compile_cache
+from empg_jax.run.process import prepare_jax
 from empg_jax.run.sampling import (
     EVALUATION_STREAM,
     count_panels,
@@ -165,7 +165,7 @@ def _with_fewer_slots(config: Config, attempts: int) -> Config:
 
 def _evaluate(saved: SavedRun, attempts: int, out: Path | None) -> dict[str, Any]:
     config = saved.config
-    use_compile_cache(config.compile_cache)
+    prepare_jax(config)
     engine = make_sampler(config, saved.model, saved.language.tokenizer, saved.base)
     if attempts > 1 and config.eval.temperature == 0:
         _warn("eval.temperature=0: the attempts at a task differ only where its environment does")

@@ -6,6 +6,7 @@ trackers of experiments get the same numbers when they are switched on, under na
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -276,7 +277,9 @@ class MetricsLog:
         self._strict = strict
         self._start = time.monotonic()
         self._trackers = list(trackers)
-        self._tensorboard = _open_tensorboard(run_dir, resume_at) if tensorboard else None
+        # Opened at the first line: loading it takes a second, which no first episode should wait for.
+        self._open = functools.partial(_open_tensorboard, run_dir, resume_at) if tensorboard else None
+        self._tensorboard: Any = None
         if resume_at is not None and is_written and self.path.exists():
             _truncate(self.path, resume_at, warn)
         # Unbuffered and in append mode: a line is one write, complete or absent.
@@ -297,10 +300,11 @@ class MetricsLog:
         record: dict[str, Any] = {"update": step, "time": round(time.monotonic() - self._start, 3)}
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        if self._tensorboard is None and not self._trackers:
+        if self._open is None and not self._trackers:
             return
         numbers = {grouped(name): value for name, value in numbers.items()}
-        if self._tensorboard is not None:
+        if self._open is not None:
+            self._tensorboard = self._tensorboard or self._open()
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
         for tracker in self._trackers:
@@ -311,7 +315,7 @@ class MetricsLog:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-            self._tensorboard = None
+        self._tensorboard = self._open = None
         while self._trackers:
             self._trackers.pop().finish()
 

@@ -49,7 +49,7 @@ from empg_jax.run.parts import (
     has_begun,
     open_run,
 )
-from empg_jax.run.process import CompileCounter, StopRequest, use_compile_cache
+from empg_jax.run.process import CompileCounter, StopRequest, prepare_jax
 from empg_jax.run.profiling import Profiler
 from empg_jax.run.resuming import check_resume, go_back, tell_passed_over
 from empg_jax.run.rollouts import drop_rollouts, write_episodes
@@ -100,7 +100,7 @@ def train(config: Config, *, resume: Path | None = None, step: int | None = None
     """
     config = keep_texts(config)
     with joined(config.hosts, functools.partial(shared_facts, config, resume, step)) as hosts:
-        use_compile_cache(config.compile_cache)
+        prepare_jax(config)
         return train_on(hosts, without_hosts(config), resume=resume, step=step)
 
 

@@ -5,7 +5,8 @@
 * agent: live conversations, 10 turns each, 60-token observations, responses of 8 to 64 tokens. The same
   requests go through (a) the engine with kept KV and (b) one slot that prefills every conversation anew.
 * occupancy: more conversations than slots, through the collector, with simulated environments that answer
-  after 1 to 20 ms. Measured until the last conversation has begun; with the tail beside it.
+  after 1 to 20 ms. Measured until the last conversation has begun; with the tail beside it. ``--run RUN``
+  sets the occupancy of a real run beside it: that of every update, as its ``metrics.jsonl`` says.
 
 Nothing is shared between conversations; ``bench_prefix.py`` measures that. Response lengths are forced
 (nothing stops by itself), so every run does the same work. On a shared machine pin it to one core and compare
@@ -46,6 +47,7 @@ parser.add_argument("--observation", type=int, default=60)
 parser.add_argument("--first-prompt", type=int, default=120)
 parser.add_argument("--responses", type=int, nargs=2, default=[8, 64], help="shortest and longest")
 parser.add_argument("--requests", help="file of requests: read if it exists, else written")
+parser.add_argument("--run", type=Path, help="folder of a run, whose occupancy is told, too")
 args = parser.parse_args()
 if args.pin is not None:
     os.sched_setaffinity(0, {args.pin})
@@ -308,6 +310,18 @@ def bench_occupancy(counter: CompileCounter) -> tuple[dict, int]:
     return result, counter.count - compiled
 
 
+def read_occupancy(run: Path) -> dict:
+    """Read the occupancy of a run's updates."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    found = [line["slot_occupancy"] for line in lines if "slot_occupancy" in line]
+    return {
+        "updates": len(found),
+        "median": round(statistics.median(found), 4),
+        "least": round(min(found), 4),
+        "most": round(max(found), 4),
+    }
+
+
 # ---------------------------------------------------------------------------------------------- main
 
 
@@ -337,6 +351,8 @@ def main() -> None:
         if "occupancy" in args.only:
             result["occupancy"], recompiles = bench_occupancy(counter)
             result["slot_occupancy"] = result["occupancy"]["slot_occupancy"]
+            if args.run:
+                result["slot_occupancy_of_run"] = read_occupancy(args.run)
             result["recompiles"] += recompiles
     device = jax.devices()[0]
     result |= {

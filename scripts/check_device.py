@@ -1,4 +1,4 @@
-"""Check a machine with an accelerator, step by step: limits, attention, update, decode, parity, quickstart.
+"""Check a machine with a GPU or TPU, step by step: limits, attention, update, decode, parity, quickstart.
 
 Every step is a program of its own with a time limit; one that fails or takes too long does not stop the
 others. ``OUT/summary.json`` is written again after each step. It holds the step's own JSON, its seconds and,
@@ -7,6 +7,7 @@ for a failure, the end of its output. The steps are sorted by value: steps that 
 pydantic, no typer.
 
     python scripts/check_device.py OUT
+    python scripts/check_device.py OUT --device tpu
     python scripts/check_device.py OUT --tiny      the same steps at sizes for a CPU, to test the script
 """
 
@@ -29,6 +30,7 @@ SHORTEST = 15  # seconds; a step that has less left is not begun
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("out", type=Path, help="folder for the results; made if it is not there")
+parser.add_argument("--device", default="gpu", choices=("gpu", "tpu"), help="whose steps")
 parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
 parser.add_argument("--seconds", type=float, default=480, help="time for all steps together (default 480)")
 parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps only")
@@ -52,23 +54,31 @@ class Step:
     tiny: str
 
 
-# 16k packed tokens in bfloat16.
-UPDATE = (
-    "--rows 4 --micro-rows 4 --length 4096 --dtype bfloat16 --param-dtype bfloat16 --remat dots --repeats 4"
-)
+# 16k packed tokens in bfloat16; on a TPU half of them at a time, and less is kept: a small one has 16 GB.
+UPDATE = "bench_learner.py --rows 4 --length 4096 --dtype bfloat16 --param-dtype bfloat16 --repeats 4"
+LARGE, SMALL = "--micro-rows 4 --remat dots", "--micro-rows 2 --remat full"
 TINY_UPDATE = "bench_learner.py --rows 2 --length 128 --repeats 1 --out {json}"
+TINY_DECODE = "bench_decode.py --slots 1 2 --context 32 --new 24 --capacity 128 --out {json}"
 GAP = "check_parity.py --only model --dtypes bfloat16 --out {json}"
 AGENT = "bench_engine.py --only agent --out {json}"
 RUN = "train_resolved.py {scripts}/quickstart.resolved.yaml run_dir={json}.run log.tensorboard=false"
-STEPS = (
-    Step("limit", 45, "bench_limit.py --out {json}", "bench_limit.py --sizes 256 --out {json}"),
-    Step("update-1.5b", 100, f"bench_learner.py --preset qwen2.5-1.5b {UPDATE} --out {{json}}", TINY_UPDATE),
-    Step(
-        "decode-1.5b",
-        130,
-        "bench_decode.py --preset qwen2.5-1.5b --slots 1 16 64 256 --burst 16 --out {json}",
-        "bench_decode.py --slots 1 2 --context 32 --new 24 --capacity 128 --out {json}",
-    ),
+
+
+def update(name: str, seconds: int, options: str) -> Step:
+    """Return the step that measures updates of a model."""
+    return Step(
+        f"update-{name}", seconds, f"{UPDATE} --preset qwen2.5-{name} {options} --out {{json}}", TINY_UPDATE
+    )
+
+
+def decode(name: str, seconds: int, slots: str) -> Step:
+    """Return the step that measures decoding with a model."""
+    command = f"bench_decode.py --preset qwen2.5-{name} --slots {slots} --burst 16 --out {{json}}"
+    return Step(f"decode-{name}", seconds, command, TINY_DECODE)
+
+
+LIMIT = Step("limit", 45, "bench_limit.py --out {json}", "bench_limit.py --sizes 256 --out {json}")
+ATTENTION = (
     Step(
         "attention-speed",
         60,
@@ -81,11 +91,34 @@ STEPS = (
         "check_parity.py --only attention --dtypes bfloat16 --out {json}",
         "check_parity.py --only attention --dtypes float32 --out {json}",
     ),
-    Step("quickstart", 150, f"{RUN} train.updates=40", f"{RUN} train.updates=1 sft.updates=2 eval.tasks=8"),
-    Step("update-0.5b", 80, f"bench_learner.py --preset qwen2.5-0.5b {UPDATE} --out {{json}}", TINY_UPDATE),
+)
+QUICKSTART = Step(
+    "quickstart", 150, f"{RUN} train.updates=40", f"{RUN} train.updates=1 sft.updates=2 eval.tasks=8"
+)
+REST = (
     Step("gap-0.5b", 90, f"{GAP} --preset qwen2.5-0.5b", GAP),
     Step("agent", 90, f"{AGENT} --dtype bfloat16 --repeats 3", f"{AGENT} --slots 2 --turns 2 --repeats 1"),
 )
+# By value. The kernel of TPUs has never run: its numbers come before its speed.
+STEPS = {
+    "gpu": (
+        LIMIT,
+        update("1.5b", 100, LARGE),
+        decode("1.5b", 130, "1 16 64 256"),
+        *ATTENTION,
+        QUICKSTART,
+        update("0.5b", 80, LARGE),
+        *REST,
+    ),
+    "tpu": (
+        LIMIT,
+        *reversed(ATTENTION),
+        update("0.5b", 120, SMALL),
+        decode("0.5b", 130, "1 16 64"),
+        QUICKSTART,
+        *REST,
+    ),
+}
 
 
 def run_step(step: Step, arguments: str, out: Path, seconds: float) -> dict[str, Any]:
@@ -132,18 +165,19 @@ def write_summary(out: Path, summary: dict[str, Any]) -> None:
 def main() -> int:
     """Run the steps that fit; exit code 1 when one failed or none ran."""
     args = parser.parse_args()
-    names = [step.name for step in STEPS]
+    steps = STEPS[args.device]
+    names = [step.name for step in steps]
     if unknown := sorted(set(args.only or ()) - set(names)):
         parser.error(f"no step is called {', '.join(unknown)}; there are: {', '.join(names)}")
     if args.list:
-        print("\n".join(f"{step.name:18}{step.seconds:4} s at most" for step in STEPS))
+        print("\n".join(f"{step.name:18}{step.seconds:4} s at most" for step in steps))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     # Programs that two steps share compile once.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((args.out / "compiled").resolve()))
     out, start = args.out.resolve(), time.monotonic()
-    summary: dict[str, Any] = {"is_tiny": args.tiny, "steps": {}, "skipped": []}
-    for step in STEPS:
+    summary: dict[str, Any] = {"device": args.device, "is_tiny": args.tiny, "steps": {}, "skipped": []}
+    for step in steps:
         if args.only and step.name not in args.only:
             continue
         left = args.seconds - (time.monotonic() - start)
@@ -152,14 +186,14 @@ def main() -> int:
             print(f"{step.name:18}skipped: {max(left, 0):.0f} s left", flush=True)
         else:
             arguments = step.tiny if args.tiny else step.command
-            found = run_step(step, arguments, out, min(step.seconds, left))
-            summary["steps"][step.name] = found
-            verdict = "ok" if found["ok"] else f"FAILED ({found['exit']})"
-            print(f"{step.name:18}{verdict:10}{found['seconds']:7.1f} s", flush=True)
+            result = run_step(step, arguments, out, min(step.seconds, left))
+            summary["steps"][step.name] = result
+            verdict = "ok" if result["ok"] else f"FAILED ({result['exit']})"
+            print(f"{step.name:18}{verdict:10}{result['seconds']:7.1f} s", flush=True)
         summary["seconds"] = round(time.monotonic() - start, 1)
         write_summary(out, summary)
-    steps = summary["steps"].values()
-    return 0 if steps and all(step["ok"] for step in steps) else 1
+    found = summary["steps"].values()
+    return 0 if found and all(result["ok"] for result in found) else 1
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ BARE = (
 def test_a_tiny_benchmark(tmp_path):
     requests, out = tmp_path / "requests.json", tmp_path / "out.json"
     script = str(ROOT / "scripts" / "bench_engine.py")
+    occupancies = [{"slot_occupancy": share} for share in (0.5, 0.25, 0.75)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in occupancies))
     options = [*TINY.split(), *WORK.split(), "--requests", str(requests), "--out", str(out)]
+    options += ["--run", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-c", BARE, script, *options], capture_output=True, text=True, timeout=300
     )
@@ -35,6 +38,7 @@ def test_a_tiny_benchmark(tmp_path):
     assert result["prefilled_tokens"] == new - 2
     assert result["one_slot_no_reuse"]["prefilled_tokens"] > 2 * new
     assert result["recompiles"] == 0 and 0 < result["slot_occupancy"] <= 1
+    assert result["slot_occupancy_of_run"] == {"updates": 3, "median": 0.5, "least": 0.25, "most": 0.75}
     assert result["agent_tokens_per_cpu_s"] > 0 and result["agent_speedup"] > 0
 
 

@@ -31,7 +31,9 @@ def check(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
 
     def run(*names, options=()):
-        monkeypatch.setattr(module, "STEPS", tuple(steps[name] for name in names))
+        monkeypatch.setattr(
+            module, "STEPS", dict.fromkeys(("gpu", "tpu"), tuple(steps[name] for name in names))
+        )
         monkeypatch.setattr(sys, "argv", ["check_device.py", str(tmp_path / "out"), *options])
         code = module.main()
         os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -55,12 +57,25 @@ def test_steps_that_no_longer_fit_are_listed(check):
     assert code == 1 and summary["skipped"] == ["good", "good"] and not summary["steps"]
 
 
-def test_an_unknown_step_is_refused_before_anything_runs(tmp_path):
+@pytest.mark.parametrize("script", ["check_gpu.sh", "check_tpu.sh"])
+def test_an_unknown_step_is_refused_before_anything_runs(tmp_path, script):
     done = subprocess.run(
-        [SCRIPTS / "check_gpu.sh", tmp_path / "out", "--only", "decod"],
+        [SCRIPTS / script, tmp_path / "out", "--only", "decod"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHON": sys.executable},
     )
     assert done.returncode == 2 and "no step is called decod; there are: limit," in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_steps_of_a_tpu_are_its_own():
+    done = subprocess.run(
+        [SCRIPTS / "check_tpu.sh", "unused", "--list"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable},
+    )
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names[:2] == ["limit", "attention-parity"] and "update-1.5b" not in names
+    assert {"update-0.5b", "decode-0.5b", "quickstart", "gap-0.5b", "agent"} <= set(names)

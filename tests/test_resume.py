@@ -4,6 +4,8 @@ import random
 import signal
 import time
 
+import jax
+import optax
 import pytest
 
 from empg_jax import trainer
@@ -114,6 +116,17 @@ def test_a_finished_run_may_be_given_more_updates(whole, tmp_path):
     runs.train(tmp_path / "run", *STEADY, "train.updates=2")
     runs.resume(tmp_path / "run", "train.updates=3")
     assert_same(tmp_path / "run", whole[0])
+
+
+@pytest.mark.slow
+def test_narrow_moments_go_on_bit_by_bit(tmp_path):
+    narrow = [*STEADY, "sft.updates=0", "eval.tasks=2", "train.moments=bfloat16"]
+    run = runs.train(tmp_path / "run", *narrow)
+    runs.train(tmp_path / "again", *narrow, "train.updates=2")
+    runs.resume(tmp_path / "again", "train.updates=3")
+    assert_same(tmp_path / "again", run)
+    adam = optax.tree_utils.tree_get(runs.restored(run).state.opt_state, "mu")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(adam)} == {"bfloat16"}
 
 
 def test_without_determinism_a_resumed_run_still_trains_every_group_once(tmp_path, stop_at):

@@ -16,6 +16,7 @@ from empg_jax import __version__
 from empg_jax.cli.completing import complete_config, complete_override
 from empg_jax.config import Config, check_resumable, load_config
 from empg_jax.errors import ConfigError, Stopped, UserError
+from empg_jax.run.flags import set_flags
 
 app = typer.Typer(
     name="empg-jax",
@@ -61,6 +62,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     # Orbax logs its housekeeping, which is noise to the user; its failures are raised as CheckpointError.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    set_flags()  # JAX reads them when it is imported
     app()
 
 

@@ -74,6 +74,11 @@ class ModelConfig(Section):
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type in which gradients are added up over devices, where dtype is narrower."
     )
+    matmul_precision: Literal["default", "high", "highest"] | None = Field(
+        None,
+        description="Precision of matrix products on GPUs and TPUs: default is their fastest (TF32 or "
+        "bfloat16 for float32 numbers), highest all bits of float32; null: what dtype promises.",
+    )
     remat: Literal["full", "dots", "none"] = Field(
         "full",
         description="Rematerialization in the backward pass to save memory: everything except attention's "

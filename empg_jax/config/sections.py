@@ -153,6 +153,12 @@ class RolloutConfig(Section):
     prefill_buckets: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = Field(
         None, description="Lengths that prompts are padded to, ascending (default chosen by the engine)."
     )
+    prefill_chunk: int = Field(
+        1024,
+        ge=0,
+        description="Tokens of a long prompt that are prefilled between two bursts of the others, at least "
+        "the largest of prefill_buckets; 0: the whole prompt.",
+    )
     share_prefix: bool = Field(
         True, description="Compute a prompt's beginning that conversations share once, and copy its KV."
     )
@@ -264,6 +270,11 @@ class TrainConfig(Section):
     )
     final_learning_rate: float = Field(5e-5, ge=0, description="Learning rate at the last update.")
     warmup_updates: int = Field(0, ge=0, description="Updates of linear warm-up.")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Type in which AdamW keeps first moments, where bfloat16 saves a quarter of its memory; "
+        "the second ones need float32.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     beta1: float = Field(0.9, ge=0, lt=1, description="First moment decay of AdamW.")
     beta2: float = Field(0.99, ge=0, lt=1, description="Second moment decay of AdamW.")

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from empg_jax.engine.prefill import make_chunk, make_pairs, plan_prefill
+from empg_jax.engine.filling import fill, fit_cache, measure
 from empg_jax.engine.programs import Burst, Request, compile_programs
 from empg_jax.engine.programs import EngineConfig as EngineConfig
 from empg_jax.engine.slots import Dispatched, Slots
@@ -316,7 +316,10 @@ class Engine:
     # ------------------------------------------------------------------------------------ running
 
     def step(self, *, is_eager: bool = True) -> list[Response]:
-        """Prefill the submitted prompts, decode one burst, and return the responses that ended.
+        """Prefill submitted prompts, decode one burst, and return the responses that ended.
+
+        A step writes at most ``EngineConfig.prefill_chunk`` tokens of a prompt into the cache, so that the
+        other responses go on beside a long one.
 
         Args:
           is_eager: end the burst early once ``patience`` responses have ended, so that their environments can
@@ -346,13 +349,18 @@ class Engine:
         return self._goes_ahead and 2 * burst.may_go_on.sum() > burst.members.sum()
 
     def _dispatch(self, patience: int) -> Dispatched:
-        """Prefill what waits and begin a burst for every response."""
+        """Prefill a chunk of what waits and begin a burst for every response whose prompt is in the cache."""
         table = self._slots
         if not table.allowed.any():
             return Dispatched.nothing(self.config)
         self._fit_cache()
-        self._prefill()
-        return self._decode(table.allowed, self.config.burst, patience)
+        self._prefill(self.config.prefill_chunk)
+        ready = np.where(table.missing() > 0, 0, table.allowed)
+        if not ready.any():
+            # With all chunks on the device at once, a prompt that comes meanwhile would wait for them.
+            jax.block_until_ready(self._cache)
+            return Dispatched.nothing(self.config)
+        return self._decode(ready, self.config.burst, patience)
 
     def _decode(self, allowed: np.ndarray, steps: int, patience: int) -> Dispatched:
         """Begin a burst for the slots with tokens ``allowed``."""
@@ -391,40 +399,25 @@ class Engine:
         self.stats.add(burst, len(counts), int(self._slots.num_tokens.sum()) - before, len(ended))
         return ended
 
-    def _prefill(self) -> None:
-        """Cache every uncached token, except the newest, of the conversations that await a response."""
-        table, programs = self._slots, self._programs
-        table.reuse()
-        for wave in plan_prefill(table, self.config, self.capacity, programs.shards):
-            if wave.copies:
-                pairs = make_pairs(wave.copies, self.config.slots, programs.shards)
-                self._cache = programs.copy_rows(self._cache, pairs)
-                self.stats.shared_tokens += table.take_copies(wave.copies)
-            for group in wave.groups:
-                self._cache = programs.prefill(self._params, self._cache, make_chunk(group, table))
-                self.stats.prefilled_tokens += group.num_tokens
-        table.grow(np.flatnonzero(table.missing()))
+    def _prefill(self, limit: int = 0) -> None:
+        """Cache what waits, of each conversation up to ``limit`` tokens at a time (0: all)."""
+        assert self._cache is not None  # `_fit_cache` came before
+        found = fill(self._programs, self.config, self._params, self._cache, self._slots, limit)
+        self._cache = found.cache
+        self.stats.shared_tokens += found.shared
+        self.stats.prefilled_tokens += found.computed
 
     # -------------------------------------------------------------------------------------- cache
 
     @property
     def capacity(self) -> int:
         """Current physical length of the cache, in tokens."""
-        return 0 if self._cache is None else int(self._cache[0][0].shape[2])
+        return measure(self._cache)
 
     def _fit_cache(self) -> None:
         """Grow the cache to the bucket that this burst needs; start with a fresh one when it is empty."""
         longest = self._slots.longest(self._in_flight())
-        # The largest bucket is max_tokens, and `submit` admits nothing longer: a bucket is always found.
-        wanted = next(n for n in self.config.cache_buckets if n >= longest)
-        if self._is_empty:
-            if self.capacity != wanted:
-                self._cache = self._programs.new_cache(wanted)
-            return
-        # One bucket at a time: `warm_up` compiled the growth from each bucket to the next one only.
-        for capacity in self.config.cache_buckets:
-            if self.capacity < capacity <= wanted:
-                self._cache = self._programs.grow(self._cache, capacity)
+        self._cache = fit_cache(self._programs, self.config, self._cache, longest, is_empty=self._is_empty)
 
     def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
         """Compile every bucket before the first episode, so that nothing compiles later.

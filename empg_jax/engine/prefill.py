@@ -160,6 +160,31 @@ def make_groups(
     return tuple(made)
 
 
+def cut_waves(waves: Sequence[Wave], limit: int, config: EngineConfig, capacity: int) -> list[Wave]:
+    """Return the first part of a plan, in which no conversation is computed further than ``limit`` tokens.
+
+    It ends with the first wave that leaves a rest: the next ones copy what is still to be computed.
+
+    Args:
+      waves: the plan.
+      limit: most tokens of a conversation; 0: the whole plan.
+      config: the engine's sizes.
+      capacity: physical length of the cache.
+    """
+    cut: list[Wave] = []
+    for wave in waves:
+        spans: dict[int, tuple[int, int]] = {}
+        for slot, start, count in (span for group in wave.groups for span in group.spans):
+            first, before = spans.get(slot, (start, 0))
+            spans[slot] = first, before + count
+        if not limit or all(count <= limit for _, count in spans.values()):
+            cut.append(wave)
+            continue
+        spans = {slot: (start, min(count, limit)) for slot, (start, count) in spans.items()}
+        return [*cut, Wave(wave.copies, make_groups(spans, config, capacity))]
+    return cut
+
+
 def make_chunk(group: Group, table: Slots) -> Chunk:
     """Build the input of a group's dispatch."""
     # All slots at once need no gather: row i is slot i. Other groups are padded with rows beyond them.

@@ -40,7 +40,7 @@ from empg_jax.types import Leaf, Params
 # their weights inside the loop over steps: 1.7 times the traffic that a step of a 1.5B model needs.
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
 # Most tokens of one prefill dispatch, padding included; bounds its memory.
-PREFILL_TOKENS = 16384
+PREFILL_TOKENS = 8192
 # Programs that default sizes may lead to: each takes seconds to minutes to compile for a large model.
 MAX_PROGRAMS = 24
 
@@ -56,7 +56,10 @@ class EngineConfig:
       stop_ids: sampling one of these ends a response (the token belongs to the response).
       burst: decode steps per dispatch at most.
       patience: responses that must have ended for a burst to end early; default a sixteenth of the slots.
-      prefill_buckets: lengths that prefill chunks are padded to; default 16, 64, 256 up to ``max_tokens``.
+      prefill_chunk: most tokens of a prompt that a step writes into the cache before its burst, but at least
+        the largest of ``prefill_buckets``; 0: the whole prompt.
+      prefill_buckets: lengths that prefill dispatches are padded to; default 16, 64, 256 up to
+        ``prefill_chunk`` (1024 without one) and ``max_tokens``.
       row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, ``slots`` / 8 …
       cache_buckets: physical cache lengths; default 128, 256, 384, 512 … to ``max_tokens``. Default lists
         are thinned out where they would make more than `MAX_PROGRAMS` programs.
@@ -73,6 +76,7 @@ class EngineConfig:
     stop_ids: tuple[int, ...]
     burst: int = 8
     patience: int = 0
+    prefill_chunk: int = 1024
     prefill_buckets: tuple[int, ...] = ()
     row_buckets: tuple[int, ...] = ()
     cache_buckets: tuple[int, ...] = ()
@@ -89,7 +93,10 @@ class EngineConfig:
                 f"max_response_tokens={self.max_response_tokens} must lie in "
                 f"[1, max_tokens={self.max_tokens})"
             )
-        lengths = [n for n in (16, 64, 256, 1024) if n < self.max_tokens] or [self.max_tokens]
+        largest = self.prefill_chunk or 1024
+        lengths = [
+            n for n in {*(4**i for i in range(2, 16) if 4**i < largest), largest} if n < self.max_tokens
+        ]
         rows = {1, *(n for n in (self.slots // 8**i for i in range(8)) if n >= 4)}
         capacities = [128, *(n for i in range(8, 31) for n in (2**i, 3 * 2 ** (i - 1)))]
         capacities = [n for n in capacities if n < self.max_tokens]
@@ -100,13 +107,15 @@ class EngineConfig:
         lists = ("cache_buckets", "prefill_buckets", "row_buckets")
         chosen = [name for name in lists if not getattr(self, name)]
         fill("patience", self.patience or max(1, self.slots // 16))
-        fill("prefill_buckets", tuple(sorted(self.prefill_buckets or lengths)))
+        fill("prefill_buckets", tuple(sorted(self.prefill_buckets or lengths or [self.max_tokens])))
         fill("row_buckets", tuple(sorted({*(self.row_buckets or rows), self.slots})))
         fill("cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens})))
         while self.num_programs > MAX_PROGRAMS and chosen:
             longest = max(chosen, key=lambda name: len(getattr(self, name)))
             fill(longest, getattr(self, longest)[::-1][::2][::-1])  # every second one, and the largest
             chosen = [name for name in chosen if len(getattr(self, name)) > 1]
+        if self.prefill_chunk:  # a smaller chunk would be padded
+            fill("prefill_chunk", max(self.prefill_chunk, self.prefill_buckets[-1]))
 
     @property
     def num_programs(self) -> int:

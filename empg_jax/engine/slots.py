@@ -215,14 +215,17 @@ class Slots:
         return int((self.num_tokens + more)[self.allowed > 0].max())
 
     def find_probes(self) -> np.ndarray:
-        """Find the `STALE_PROBES` responses in progress with the most tokens in the cache, if so many are."""
-        live = np.flatnonzero((self.allowed > 0) & (self.kv_length > 0))
+        """Find the `STALE_PROBES` responses in progress with the most tokens in the cache, if so many are.
+
+        A prompt that is not wholly in the cache has no next token yet.
+        """
+        live = np.flatnonzero((self.allowed > 0) & (self.kv_length > 0) & (self.missing() == 0))
         return live[np.argsort(-self.kv_length[live], kind="stable")][:STALE_PROBES]
 
-    def grow(self, slots: np.ndarray) -> None:
-        """Note that all tokens of these slots, but the newest, have their keys in the cache."""
+    def grow(self, slots: np.ndarray, lengths: np.ndarray | None = None) -> None:
+        """Note the first tokens of these slots that have keys in the cache; default all but the newest."""
         is_pure = self.shareable[slots] >= self.kv_length[slots]
-        self.kv_length[slots] = self.num_tokens[slots] - 1
+        self.kv_length[slots] = self.num_tokens[slots] - 1 if lengths is None else lengths
         if self.config.share_prefix:
             rows = np.maximum(self.kv_length[slots], self.shareable[slots])
             self.shareable[slots] = np.where(is_pure, rows, -1)

@@ -2,7 +2,7 @@
 
 The trained parameters are all parameters, or the adapters alone where the model has adapters (`models.lora`).
 In the second case the frozen base is no part of the state. Gradients are summed and moments are kept in
-float32, whatever the type of the parameters.
+float32, whatever the type of the parameters; the first moments may be bfloat16.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TrainState:
     """Everything that an update changes. An update takes it as a donated argument and returns the new one."""
 
     params: Params  # the trained ones only
-    opt_state: Any  # moments in float32
+    opt_state: Any  # moments in float32, or the first ones in bfloat16
     step: Leaf  # int32[], optimizer steps made
 
 
@@ -42,6 +42,7 @@ def make_optimizer(
     warmup_steps: int = 0,
     beta1: float = 0.9,
     beta2: float = 0.99,
+    moments: str = "float32",
     weight_decay: float = 0.0,
     grad_clip: float = 1.0,
     critic_learning_rate: float | None = None,
@@ -58,6 +59,8 @@ def make_optimizer(
       warmup_steps: steps of linear warm-up from zero.
       beta1: first moment decay.
       beta2: second moment decay.
+      moments: type that the first moments are kept in. The second ones stay float32: they change by less than
+        the last bit of a bfloat16 number, and would stand still.
       weight_decay: decoupled decay of matrices (norms and biases do not decay).
       grad_clip: largest global gradient norm.
       critic_learning_rate: peak of the critic's head, on the same schedule; None = the policy's.
@@ -71,12 +74,13 @@ def make_optimizer(
     Raises:
       ValueError: unknown schedule.
     """
+    kept = None if moments == "float32" else moments  # None: as wide as the gradients
     decay = _schedule(learning_rate, final_learning_rate, total_steps, schedule, warmup_steps)
 
     def adam(rate: optax.Schedule, clip: float) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(clip),
-            optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_decayed),
+            optax.adamw(rate, b1=beta1, b2=beta2, mu_dtype=kept, weight_decay=weight_decay, mask=_decayed),
         )
 
     if critic_learning_rate is None and critic_grad_clip is None and not critic_warmup_steps:

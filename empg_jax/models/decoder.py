@@ -362,6 +362,7 @@ def forward_cached(
     block = Block(config)
     write_rows = jnp.arange(tokens.shape[0]) if rows is None else rows
 
+    @jax.jit  # traced once for all layers; the compiler dissolves the call
     def layer(x: Array, layer_params: Params, layer_cache: tuple[Array, Array]) -> tuple[Array, Any]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
             written = [

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from empg_jax.engine.programs import PREFILL_TOKENS
+from empg_jax.engine.programs import EngineConfig
 from empg_jax.learner.batching import BatchShape
 from empg_jax.learner.state import base_model, init_trained
+from empg_jax.models.attention.cached import SCORES
 from empg_jax.models.attention.trunks import tile_size
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
@@ -121,7 +122,9 @@ def _state_items(
         yield Item("frozen weights", shard_bytes(base, model.head_dim, mesh), "always", note)
     if needs_reference(config) and (base is None or config.sft.updates > 0):
         yield Item("reference", size, "always", f"frozen copy of the {kind} for the KL term")
-    yield Item("optimizer", 2 * wide, "always", "two moments, float32")
+    first = shard_bytes(trained, model.head_dim, mesh, itemsize=jnp.dtype(config.train.moments).itemsize)
+    note = f"first moments in {config.train.moments}, second ones in float32"
+    yield Item("optimizer", first + wide, "always", note)
     # The float32 sum over micro-batches, and the newest micro-batch's gradients in the parameters' type.
     yield Item("gradients", wide + size, "update", "sum in float32, and one micro-batch's")
 
@@ -277,9 +280,29 @@ def _engine_items(
     if config.train.max_lag:
         note, caches = f"{note}; another for evaluation", 2
     yield Item("KV cache", caches * slots * r.max_tokens * per_token, when, note)
-    heads = model.num_heads // (r.tensor if model.num_heads % r.tensor == 0 else 1)
-    prefill = 2 * 4 * min(PREFILL_TOKENS, slots * r.max_tokens) * heads * r.max_tokens
     logits = 3 * 4 * slots * model.vocab_size // r.tensor
-    yield Item(
-        "sampling", _estimate(max(prefill, logits)), "rollout", "attention of a prefill, or logits of a step"
+    prefill = _prefill_bytes(config, model, mesh, slots)
+    yield Item("sampling", _estimate(max(prefill, logits)), "rollout", "one prefill, or logits of a step")
+
+
+def _prefill_bytes(config: Config, model: DecoderConfig, mesh: AbstractMesh, slots: int) -> int:
+    """Compute the bytes that one prefill dispatch needs besides weights and cache."""
+    r, w, narrow = config.rollout, _widths(model, mesh), jnp.dtype(model.dtype).itemsize
+    sizes = EngineConfig(
+        slots=slots,
+        max_tokens=r.max_tokens,
+        max_response_tokens=r.max_response_tokens,
+        stop_ids=(0,),
+        prefill_chunk=r.prefill_chunk,
+        prefill_buckets=tuple(r.prefill_buckets or ()),
     )
+    most = 0
+    for length in sizes.prefill_lengths(r.max_tokens):
+        for rows in sizes.prefill_rows(length):
+            queries = min(length, max(1, SCORES // (rows * model.num_heads * r.max_tokens)))
+            scores = 2 * 4 * rows * queries * w.heads * r.max_tokens
+            # Fewer rows than slots are copies of the keys and values that they read.
+            copies = 2 * narrow * rows * r.max_tokens * w.keys if rows < slots else 0
+            layer = rows * length * (4 * 2 * w.stream + narrow * (w.stream + 2 * w.queries + 3 * w.hidden))
+            most = max(most, layer + scores + copies)
+    return most

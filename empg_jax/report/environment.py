@@ -25,6 +25,8 @@ PACKAGES = (
     "pydantic",
 )
 
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")
+
 
 def describe_environment(seed: int) -> dict[str, Any]:
     """Describe everything outside the configuration that may change a result."""
@@ -42,7 +44,7 @@ def describe_environment(seed: int) -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in devices],
         "processes": jax.process_count(),
-        "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "JAX_PLATFORMS") if name in os.environ},
+        "flags": {name: os.environ[name] for name in FLAGS if name in os.environ},
         "git": git_state(Path(__file__).resolve().parents[2]),
     }
 

@@ -346,6 +346,7 @@ def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, opt
         warmup_steps=t.warmup_updates * steps,
         beta1=t.beta1,
         beta2=t.beta2,
+        moments=t.moments,
         weight_decay=t.weight_decay,
         grad_clip=t.grad_clip,
         critic_learning_rate=critic.get("learning_rate"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from empg_jax.report.environment import package_versions
+from empg_jax.run.flags import tell_flags
 
 # Modules of the extras, and what each is for.
 EXTRAS = {
@@ -257,6 +258,7 @@ def _learn() -> str:
 CHECKS: dict[str, Callable[[], str]] = {
     "packages": _packages,
     "devices": _devices,
+    "XLA flags": tell_flags,
     "memory": _memory,
     "attention": _attention,
     "compile cache": _compile_cache,

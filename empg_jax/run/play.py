@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from empg_jax.errors import ConfigError
 from empg_jax.rollout.record import describe_episodes
-from empg_jax.run.process import use_compile_cache
+from empg_jax.run.process import prepare_jax
 from empg_jax.run.rollouts import write_records
 from empg_jax.run.sampling import (
     make_pool,
@@ -52,7 +52,7 @@ def play_new(config: Config, episodes: int, out: Path, say: Callable[[str], None
 def play(saved: SavedRun, episodes: int, out: Path, say: Callable[[str], None]) -> None:
     """Play the first tasks of the training order, as one batch, and write its records."""
     config, step = saved.config, saved.step
-    use_compile_cache(config.compile_cache)
+    prepare_jax(config)
     engine = make_sampler(config, saved.model, saved.language.tokenizer, saved.base)
     groups = -(-episodes // config.rollout.group_size)
     with closing_sampler(engine), make_pool(config) as pool:

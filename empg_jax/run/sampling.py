@@ -97,6 +97,7 @@ def _size_engine(config: Config, tokenizer: Tokenizer, num_hosts: int, *, has_fi
         max_response_tokens=r.max_response_tokens,
         stop_ids=tokenizer.stop_ids,
         burst=r.burst,
+        prefill_chunk=r.prefill_chunk,
         prefill_buckets=tuple(r.prefill_buckets or ()),
         # Programs for other numbers of rows round differently, so an episode's numbers would depend on which
         # others are prefilled with it.

@@ -12,7 +12,7 @@ from empg_jax.hf.presets import PRESETS
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.run.environment import find_spec
 from empg_jax.run.folder import split_checkpoint
-from empg_jax.run.process import use_compile_cache
+from empg_jax.run.process import prepare_jax
 from empg_jax.run.sampling import make_engine
 from empg_jax.run.saved import SavedRun, open_new, open_saved
 from empg_jax.run.terminal import Say, build_env, choose_task, plain, play_task
@@ -147,7 +147,7 @@ class PolicyAgent:
 
 def _open_engine(saved: SavedRun) -> Engine:
     """Build an engine for one conversation on one device."""
-    use_compile_cache(saved.config.compile_cache)
+    prepare_jax(saved.config)
     one = {"slots": 1, "data": 1, "tensor": 1, "devices": None}
     rollout = saved.config.rollout.model_copy(update=one)
     config = saved.config.model_copy(update={"rollout": rollout})

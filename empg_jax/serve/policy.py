@@ -24,7 +24,7 @@ from empg_jax.run.assembly import (
 )
 from empg_jax.run.devices import check_devices, learner_devices
 from empg_jax.run.environment import find_spec
-from empg_jax.run.process import use_compile_cache
+from empg_jax.run.process import prepare_jax
 from empg_jax.run.sampling import make_engine
 from empg_jax.run.saved import open_saved
 from empg_jax.run.weights import make_base, make_params
@@ -134,7 +134,7 @@ def _open_new(source: str, path: Path, overrides: Sequence[str]) -> Policy:
             f"{source} is no run, no Hugging Face folder, no preset and no configuration{hint}; presets are "
             f"{', '.join(PRESETS)}"
         )
-    use_compile_cache(config.compile_cache)
+    prepare_jax(config)
     check_devices(config)
     tokenizer = make_tokenizer(config, None, find_spec(config))
     try:
@@ -166,7 +166,7 @@ def _configure(source: str, model: dict[str, Any], overrides: Sequence[str]) -> 
 
 def _make_engine(config: Config, tokenizer: Tokenizer) -> Engine:
     """Build an engine whose slots and lengths are those of ``serve``."""
-    use_compile_cache(config.compile_cache)
+    prepare_jax(config)
     longest = config.serve.max_tokens or config.rollout.max_tokens
     buckets = tuple(size for size in config.rollout.prefill_buckets or () if size <= longest)
     sizes = {

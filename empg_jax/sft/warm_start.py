@@ -83,6 +83,7 @@ def warm_start(
         schedule="cosine",
         grad_clip=config.train.grad_clip,
         beta2=config.train.beta2,
+        moments=config.train.moments,
     )
     shape = _batch_shape(config, examples)
     learner = make_learner(

@@ -116,6 +116,39 @@ def test_a_restarted_optimizer_keeps_the_parameters_and_owns_a_copy():
 # -------------------------------------------------------------------------------------- optimizer
 
 
+def test_first_moments_in_half_the_memory_learn_alike():
+    """A least-squares problem: both come to the same error, and only the first moments are narrow."""
+    generator = np.random.default_rng(0)
+    inputs, wanted = (jnp.asarray(generator.normal(size=size), jnp.float32) for size in ((64, 8), (64, 4)))
+    params = {"layer": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros((1, 4))}}
+
+    def error(params):
+        return jnp.mean((inputs @ params["layer"]["kernel"] + params["layer"]["bias"] - wanted) ** 2)
+
+    errors = {}
+    for moments in ("float32", "bfloat16"):
+        optimizer, _ = make_optimizer(
+            learning_rate=1e-2, final_learning_rate=1e-3, total_steps=150, moments=moments
+        )
+        state, trained = optimizer.init(params), params
+        kinds = {
+            name: {leaf.dtype.name for leaf in jax.tree.leaves(optax.tree_utils.tree_get(state, name))}
+            for name in ("mu", "nu")
+        }
+        assert kinds == {"mu": {moments}, "nu": {"float32"}}
+
+        @jax.jit
+        def step(trained, state, update=optimizer.update):
+            changes, state = update(jax.grad(error)(trained), state, trained)
+            return optax.apply_updates(trained, changes), state
+
+        for _ in range(150):
+            trained, state = step(trained, state)
+        errors[moments] = float(error(trained))
+    assert errors["float32"] < 0.95 * float(error(params))
+    assert errors["bfloat16"] == pytest.approx(errors["float32"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "schedule, warmup, expected",
     [

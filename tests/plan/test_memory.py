@@ -108,6 +108,8 @@ def test_weights_moments_and_cache_are_counted_exactly():
     assert (plan.num_params, found["weights"], found["optimizer"]) == (count, 4 * count, 8 * count)
     assert found["engine weights"] == 2 * 4 * count
     assert found["KV cache"] == (2 * 4 * 4 * 32 * 4) * 8 * 256  # a token's bytes x tokens
+    config = make_config({}, 8, 256, train={"micro_tokens": 8 * 256, "moments": "bfloat16"})
+    assert sizes(compute_plan(config, model))["optimizer"] == (4 + 2) * count
     split = sizes(compute_plan(make_config(dict(fsdp=4, tensor=2), 8, 256), model))
     assert split["weights"] == pytest.approx(4 * count / 8, rel=0.01)
     assert split["engine weights"] == found["engine weights"]

@@ -77,3 +77,11 @@ def test_versions_outside_the_bounds_are_named(only, monkeypatch):
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: lines)
     code, out = call()
     assert code == 1 and " is not <0.2; no-such-package is missing" in out and "wandb" not in out
+
+
+def test_the_flags_of_xla_are_told(only, monkeypatch):
+    only("XLA flags")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x")
+    assert "ok     XLA flags: XLA_FLAGS=--xla_dump_to=/tmp/x" in call()[1]
+    monkeypatch.delenv("XLA_FLAGS")
+    assert "XLA flags: none set (on a CPU, or a single GPU, none is of use)" in call()[1]

@@ -2,6 +2,9 @@
 
 A decode step has one query per row, so its time is the time to read the cache. The products read the whole
 cache. The GPU kernel of `ragged` reads only the filled part; it is used if it supports the cache's shape.
+
+A prefill has many queries per row. Those whose scores would need more memory than `SCORES` go block by block,
+with the same numbers: every query sees all of its keys at once.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from empg_jax.models.attention.dispatch import by_platform
 
 # Score of a hidden key. It is finite, so that a row without any visible key gives no NaN.
 MASKED = -1e30
+# Most scores that are in memory at one time: 256 MiB in float32.
+SCORES = 2**26
 
 
 def cached_attention(
@@ -52,6 +57,23 @@ _decode = by_platform("decode_attention", _dense_decode, cuda=ragged.decode)
 
 
 def _attend(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
+    """Attend in blocks of queries whose scores fit into `SCORES`."""
+    rows, length, heads, _ = queries.shape
+    fitting = max(1, SCORES // (rows * heads * keys.shape[2]))
+    if fitting >= length:
+        return _attend_at_once(queries, keys, values, positions)
+    size = next(n for n in range(fitting, 0, -1) if length % n == 0)
+
+    def split(array: Array) -> Array:
+        return jnp.moveaxis(array.reshape(rows, length // size, size, *array.shape[2:]), 1, 0)
+
+    output = jax.lax.map(
+        lambda block: _attend_at_once(block[0], keys, values, block[1]), (split(queries), split(positions))
+    )
+    return jnp.moveaxis(output, 0, 1).reshape(queries.shape)
+
+
+def _attend_at_once(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
     rows, length, heads, depth = queries.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     groups = heads // kv_heads

@@ -9,6 +9,7 @@ CPU program never traces a GPU kernel.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,18 @@ def by_platform(
     for platform, body in bodies.items():
         mlir.register_lowering(operation, _lower_for(platform, body), platform=platform)
     return operation.bind
+
+
+def load_late(module: str, name: str) -> Callable[..., Any]:
+    """Return a function of a module that is imported at its first call.
+
+    A body that only one platform traces need not be loaded on the others: Pallas takes a while.
+    """
+
+    def call(*arrays: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arrays, **options)
+
+    return call
 
 
 def _lower_for(platform: str, body: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from empg_jax.models.attention import splash, tiles, triton
-from empg_jax.models.attention.dispatch import by_platform
+from empg_jax.models.attention import tiles
+from empg_jax.models.attention.dispatch import by_platform, load_late
 from empg_jax.models.attention.operands import Operands
 
 # Checkpoint name of attention's residuals (output and normalizer); `jax.checkpoint` policies keep them by it.
@@ -113,10 +113,13 @@ def _from_arrays(backward: Callable[..., tuple[Array, ...]]) -> Callable[..., tu
 
 _packed.defvjp(_forward, _backward)
 
-_fused_forward = by_platform("attention", tiles.forward, cuda=triton.forward, tpu=splash.forward)
+_TRITON, _SPLASH = (f"empg_jax.models.attention.{name}" for name in ("triton", "splash"))
+_fused_forward = by_platform(
+    "attention", tiles.forward, cuda=load_late(_TRITON, "forward"), tpu=load_late(_SPLASH, "forward")
+)
 _fused_backward = by_platform(
     "attention_backward",
     _from_arrays(tiles.backward),
-    cuda=_from_arrays(triton.backward),
-    tpu=_from_arrays(splash.backward),
+    cuda=_from_arrays(load_late(_TRITON, "backward")),
+    tpu=_from_arrays(load_late(_SPLASH, "backward")),
 )

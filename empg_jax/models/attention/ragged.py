@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import decode_attention as kernels
 from jaxtyping import Array, Float, Int
 
 # Number of keys that a kernel program reads at a time; the cache's length must be a multiple of it.
@@ -42,6 +41,9 @@ def decode(
     Returns:
       A tuple with the attention output, in the type of the queries.
     """
+    # It loads Pallas, which only a GPU needs and which takes a while.
+    from jax.experimental.pallas.ops.gpu import decode_attention as kernels
+
     rows, heads, depth = queries.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     flat = rows * kv_heads
