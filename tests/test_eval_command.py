@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from serving import serving
 from typer.testing import CliRunner
 
 from empg_jax.cli import app
@@ -14,7 +15,6 @@ from empg_jax.rollout.record import read_episodes
 from empg_jax.run.attempts import Attempts
 from tests import runs
 from tests.episodes import Episodes
-from tests.serve.servers import serving
 
 PRESETS = ["qwen2.5-0.5b", "qwen3-0.6b"]
 EPISODES = Episodes()
@@ -107,7 +107,7 @@ def test_the_same_command_goes_on(run_dir, attempted, tmp_path, monkeypatch):
 def test_behind_our_own_server_a_run_does_the_same(run_dir, tmp_path):
     greedy = ["--tasks", 4, "--temperature", 0]
     here = json.loads(call("eval", run_dir, *greedy, "--out", tmp_path / "here")[1])
-    with serving(run_dir, tmp_path, "serve.slots=2", "serve.warm_up=false") as server:
+    with serving(tmp_path, "serve", run_dir, "serve.slots=2", "serve.warm_up=false") as server:
         given = ["--config", "quickstart", *runs.TINY, *runs.HOUSE]
         code, out, err = call("eval", server.url, *given, *greedy, "--out", tmp_path / "there")
     there = json.loads(out)

@@ -66,7 +66,7 @@ class StoreFolders:
             fsspec.get_filesystem_class("gcs")
         except ImportError:
             raise RefusedCheckpoint(
-                f"checkpoint.dir={url} needs the package gcsfs: pip install 'empg-jax[gcs]'"
+                f"checkpoint.dir={url} needs the package gcsfs: pip install -e '.[gcs]'"
             ) from None
 
     @property

@@ -139,13 +139,19 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path):
 
 
 @real
+@pytest.mark.slow
 @pytest.mark.long
 def test_real_text_trains(tmp_path):
     run_dir = trainer.train(
         load_config(
             "household_smollm2",
             [
-                *(f"model.path={FOLDER}", f"run_dir={tmp_path / 'run'}", "train.updates=1"),
+                *(
+                    f"model.path={FOLDER}",
+                    f"run_dir={tmp_path / 'run'}",
+                    "train.updates=1",
+                    "train.warmup_updates=0",
+                ),
                 *("sft.updates=1", "sft.demonstrations=8", "eval.tasks=1", "log.progress=false"),
             ],
         )

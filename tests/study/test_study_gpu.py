@@ -55,8 +55,10 @@ def test_what_a_run_has_is_told(tmp_path):
     assert table[3] == "| grpo | 2 | left out | 0 | - | - | - | - | - | - |"
 
 
+@pytest.mark.slow
 @pytest.mark.long
-def test_the_dry_run_trains_every_arm(tmp_path):
+def test_the_dry_run_trains_every_arm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHON", sys.executable)
     call = [str(ROOT / "scripts" / "study_gpu.sh"), str(tmp_path), "--tiny", "--seconds", "1800"]
     assert study_gpu.run(call, tmp_path / "log", 1800) == "finished"
     runs = json.loads((tmp_path / "summary.json").read_text())["runs"]

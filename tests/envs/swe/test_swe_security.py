@@ -152,7 +152,10 @@ def _accept(server: socket.socket) -> None:
     ("command", "reasons"),
     [
         ("f() { f | f & }; f; sleep 20", {"processes"}),
-        ("for i in 1 2 3; do python -c 'b = bytearray(180 << 20); input()' & done; sleep 20", {"memory"}),
+        (
+            "for i in 1 2 3; do python -c 'import time; b = bytearray(180 << 20); time.sleep(20)' & done; sleep 20",
+            {"memory"},
+        ),
         ("yes", {"output"}),
         ("while :; do :; done", {"timeout"}),
         ("trap '' TERM INT; sleep 20", {"timeout"}),

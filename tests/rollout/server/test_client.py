@@ -13,6 +13,7 @@ from empg_jax.rollout.server.answers import Failure, SamplerError
 from empg_jax.rollout.server.client import Client, import_httpx
 from empg_jax.rollout.server.patience import Patience
 from tests.rollout.server.standin import StandIn, collect, connected, make_ask
+from tests.serve.servers import wait_until
 
 WEIGHTS = Path("/weights/000003")
 
@@ -90,7 +91,9 @@ def test_a_request_that_is_given_up_says_nothing():
     server = StandIn()
     server.troubles = ["hang"]
     with connected(server) as client:
-        client.cancel(client.ask(make_ask()))
+        asked = client.ask(make_ask())
+        wait_until(lambda: server.bodies)
+        client.cancel(asked)
         assert collect(client, client.ask(make_ask())).tokens.tolist() == [7, 2]
 
 
