@@ -146,12 +146,8 @@ def test_real_text_trains(tmp_path):
         load_config(
             "household_smollm2",
             [
-                *(
-                    f"model.path={FOLDER}",
-                    f"run_dir={tmp_path / 'run'}",
-                    "train.updates=1",
-                    "train.warmup_updates=0",
-                ),
+                *(f"model.path={FOLDER}", f"run_dir={tmp_path / 'run'}"),
+                *("train.updates=1", "train.warmup_updates=0"),
                 *("sft.updates=1", "sft.demonstrations=8", "eval.tasks=1", "log.progress=false"),
             ],
         )

@@ -148,14 +148,14 @@ def _accept(server: socket.socket) -> None:
         return
 
 
+HOARD = "import time; b = bytearray(180 << 20); time.sleep(20)"
+
+
 @pytest.mark.parametrize(
     ("command", "reasons"),
     [
         ("f() { f | f & }; f; sleep 20", {"processes"}),
-        (
-            "for i in 1 2 3; do python -c 'import time; b = bytearray(180 << 20); time.sleep(20)' & done; sleep 20",
-            {"memory"},
-        ),
+        (f"for i in 1 2 3; do python -c '{HOARD}' & done; sleep 20", {"memory"}),
         ("yes", {"output"}),
         ("while :; do :; done", {"timeout"}),
         ("trap '' TERM INT; sleep 20", {"timeout"}),
