@@ -43,6 +43,7 @@ def test_a_tiny_benchmark(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_benchmark_of_shared_prefixes(tmp_path):
     """A group costs one prefill of what is common; a pool that overflows loses its hits gently."""
     out = tmp_path / "out.json"

@@ -86,5 +86,5 @@ def test_the_missing_package_is_named_before_a_folder_is_made(tmp_path, monkeypa
     monkeypatch.delitem(_registry, "gcs", raising=False)
     run = [f"run_dir={tmp_path / 'run'}", f"checkpoint.dir={URL}"]
     code, _, err = call("train", "quickstart", *runs.TINY, *SHORT, *run)
-    assert code == 2 and f"checkpoint.dir={URL} needs the package gcsfs: pip install 'empg-jax[gcs]'" in err
+    assert code == 2 and f"checkpoint.dir={URL} needs the package gcsfs: pip install -e '.[gcs]'" in err
     assert not (tmp_path / "run").exists()

@@ -43,6 +43,7 @@ def test_an_absent_package_is_skipped_and_a_failure_leaves_the_others(monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rewards_rise_through_a_program_and_through_openenv(tmp_path):
     need("gymnasium", "websockets")
     out = tmp_path / "wire.json"

@@ -101,7 +101,7 @@ def test_one_becomes_two(tmp_path):
     assert json.loads((run / "summary.json").read_text())["updates"] == 5
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_killed_host_ends_the_other_and_all_go_on(tmp_path, killed):
     run = tmp_path / "run"
     both = start_both(runs.command(run, *BOTH, SLOW, "train.updates=6"))
@@ -227,6 +227,7 @@ def test_an_error_on_one_host_ends_all_with_a_checkpoint(tmp_path):
     assert made >= 2 and (run / "checkpoints" / str(made)).exists()
 
 
+@pytest.mark.long
 def test_a_signal_in_the_warm_start_stops_all(tmp_path):
     run = tmp_path / "run"
     both = start_both(runs.command(run, *BOTH, "sft.updates=4000", "sft.batch_size=8"))

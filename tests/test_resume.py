@@ -84,7 +84,12 @@ def test_an_adaptive_sampler_draws_the_same_after_a_stop(tmp_path, stop_at, whol
     assert sorted(task for task, _, _ in solved) == sorted({line["task"] for line in consumed})
 
 
-@pytest.mark.parametrize("share", [0.0, 0.12, 0.3, 0.6, 1.0])
+BY_HAND = [pytest.mark.slow, pytest.mark.long]
+
+
+@pytest.mark.parametrize(
+    "share", [0.0, pytest.param(0.12, marks=BY_HAND), 0.3, pytest.param(0.6, marks=BY_HAND), 1.0]
+)
 def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, share):
     """The first moments are in the warm start, the others in the middle of collection."""
     run, count = whole

@@ -186,6 +186,7 @@ def sft_lines(run):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_died_goes_on_from_its_checkpoint_and_into_rl(chat_file, tmp_path, monkeypatch, capsys):
     whole = trainer.run_sft(runs.configure(tmp_path / "whole", *CHAT, f"sft.data={chat_file}"))
     summary = json.loads((whole / "summary.json").read_text())

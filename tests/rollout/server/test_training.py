@@ -6,6 +6,7 @@ import json
 
 import httpx
 import pytest
+from serving import serving
 from typer.testing import CliRunner
 
 from empg_jax.cli import app
@@ -13,7 +14,6 @@ from empg_jax.metrics import read_metrics
 from empg_jax.serve.reload import make_reload
 from empg_jax.serve.wire import ApiError
 from tests import runs
-from tests.serve import servers
 
 KEY = "secret"
 # Both runs learn from the learner's scores, as a run with a server always does.
@@ -34,9 +34,8 @@ def compiled(tmp_path_factory):
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     options = [o for o in runs.TINY if not o.startswith(("sft", "eval", "log", "checkpoint", "workers"))]
-    with servers.serving(
-        "quickstart", folder, "--api-key", KEY, *options, "seed=3", "serve.warm_up=false", "serve.slots=4"
-    ) as server:
+    more = ["seed=3", "serve.warm_up=false", "serve.slots=4"]
+    with serving(folder, "serve", "quickstart", "--api-key", KEY, *options, *more) as server:
         yield server
 
 
