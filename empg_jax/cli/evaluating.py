@@ -132,8 +132,8 @@ def compare(
 ) -> None:
     """Compare two evaluations task by task: the gain of the second, its 95 % interval and an exact test.
 
-    With one attempt at each task both are exact (McNemar); with several the interval is a bootstrap over
-    tasks and the test a sign test.
+    With one attempt at each task the interval is that of the score test (Tango) and the test is McNemar's;
+    with several the interval is a bootstrap over tasks and the test a sign test.
     """
     with reporting():
         from empg_jax.report.pairing import compare as compare_folders

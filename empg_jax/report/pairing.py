@@ -13,7 +13,7 @@ import numpy as np
 
 from empg_jax.errors import ConfigError
 from empg_jax.report.intervals import QUANTILES, RESAMPLES
-from empg_jax.report.summary import exact_interval, paired_interval
+from empg_jax.report.summary import paired_interval
 
 EPISODES = "episodes.jsonl"  # of an evaluation's folder: one line per attempt
 Task = tuple[str, int]
@@ -58,21 +58,20 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 def pair(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Compute the paired difference of the share of attempts that succeed.
 
-    Where every task was solved or not, interval and test are exact (McNemar: only tasks that changed carry
-    information, and the count of gains among them is binomial); without a change the interval is what as
-    many tasks without one allow. Shares between 0 and 1 have a bootstrap interval over tasks and an exact
-    sign test.
+    Where every task was solved or not, the interval is that of `paired_interval`. Shares between 0 and 1 have
+    a bootstrap interval over tasks. The test is exact (McNemar, the sign test): only tasks that changed carry
+    information, and the count of gains among them is binomial.
 
     Returns:
       ``tasks``, ``success`` (of both), ``gain``, ``interval`` (95 %), ``gained``, ``lost`` (tasks),
-      ``p_value`` (two-sided), ``method`` (``exact`` or ``bootstrap``).
+      ``p_value`` (two-sided), ``method`` of the interval (``score`` or ``bootstrap``).
     """
     x, y = np.asarray(before, np.float64), np.asarray(after, np.float64)
     gained, lost = int((y > x).sum()), int((y < x).sum())
     if np.isin(np.concatenate([x, y]), (0.0, 1.0)).all():
-        method, found = "exact", paired_interval(_wins(x), _wins(y))
-        top = exact_interval(0, len(x))[1]
-        interval = (-top, top) if found is None else found
+        method, found = "score", paired_interval(_wins(x), _wins(y))
+        assert found is not None  # every task here has both results
+        interval = found
     else:
         method = "bootstrap"
         rng = np.random.default_rng(0)  # the same results give the same interval

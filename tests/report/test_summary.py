@@ -2,10 +2,11 @@
 
 import io
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from empg_jax.report.summary import exact_interval, paired_interval, print_summary, wilson_interval
+from empg_jax.report.summary import paired_interval, print_summary, wilson_interval
 
 SUMMARY = {
     "eval_success_before": 0.25,
@@ -42,9 +43,11 @@ def test_an_interrupted_run_has_only_its_first_half():
 
 
 def test_the_interval_of_the_gain_pairs_tasks():
-    """Two of four tasks changed, both for the better: the rate of that lies in [0.025 ** (1 / 2), 1]."""
+    """The score test by hand: 12 of 50 tasks gained and 2 lost is 20 points."""
+    low, high = paired_interval("0" * 12 + "1" * 38, "1" * 12 + "0" * 2 + "1" * 36)
+    assert (low, high) == pytest.approx((0.0611, 0.3447), abs=1e-4)
     low, high = paired_interval("0010", "1011")
-    assert (low, high) == pytest.approx(((2 * 0.025**0.5 - 1) / 2, 0.5))
+    assert low < 0.5 < high
     # What was lost counts as what was gained, with the other sign.
     assert paired_interval("1011", "0010") == pytest.approx((-high, -low))
     with pytest.raises(ValueError, match="3 tasks before and 2 after"):
@@ -52,8 +55,23 @@ def test_the_interval_of_the_gain_pairs_tasks():
     assert "+55.1 points [+49.5, +60.5]" in _text({**SUMMARY, "eval_gain_interval": [0.495, 0.605]})
 
 
-def test_where_no_result_changed_there_is_no_interval():
-    assert paired_interval("0110", "0110") is None
+@pytest.mark.parametrize(("gained", "lost", "total"), [(0.3, 0.05, 16), (0.1, 0.1, 64), (0.6, 0.03, 256)])
+def test_the_interval_of_the_gain_holds_it_in_95_of_100_cases(gained, lost, total):
+    draws = np.random.default_rng(0).multinomial(total, [gained, lost, 1 - gained - lost], size=1000)
+    held = 0
+    for up, down, same in draws:
+        low, high = paired_interval("0" * up + "1" * down + "1" * same, "1" * up + "0" * down + "1" * same)
+        held += low <= gained - lost <= high
+    assert 930 <= held <= 985
+
+
+def test_without_a_change_the_interval_has_width():
+    high = 1.959964**2 / (16 + 1.959964**2)
+    assert paired_interval("01" * 8, "01" * 8) == pytest.approx((-high, high))
+
+
+def test_without_a_pair_there_is_no_interval():
+    assert paired_interval("0-", "-1") is None
     assert "+55.1 points (n/a)" in _text({**SUMMARY, "eval_gain_interval": None})
 
 
@@ -64,17 +82,3 @@ def test_no_success_is_not_certain_failure():
     assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)  # a table's value
     text = _text({"eval_success_before": 0.0, "eval_success_after": 0.0, "eval_tasks": 16})
     assert "0.0% [0.0, 19.4]" in text
-
-
-@pytest.mark.parametrize(
-    ("count", "total", "expected"),
-    [
-        (0, 10, (0.0, 0.3085)),
-        (3, 10, (0.0667, 0.6525)),
-        (10, 10, (0.6915, 1.0)),
-        (400, 512, (0.7429, 0.8164)),
-    ],
-)
-def test_the_exact_interval(count, total, expected):
-    """Values of scipy.stats.binomtest(...).proportion_ci(method="exact")."""
-    assert exact_interval(count, total) == pytest.approx(expected, abs=1e-4)
