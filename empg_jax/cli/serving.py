@@ -10,6 +10,13 @@ import typer
 from empg_jax.cli.app import Overrides, app, reporting, say
 from empg_jax.errors import ConfigError
 
+# What every server takes.
+Host = Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
+ReadyFile = Annotated[
+    Path | None, typer.Option(help="File for the address, written when the server answers.")
+]
+
 
 @app.command()
 def retrieve(
@@ -25,10 +32,8 @@ def retrieve(
     index_dir: Annotated[
         Path | None, typer.Option(help="Folder that keeps the index of bm25s or tantivy, built once.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     topk: Annotated[int, typer.Option(min=1, max=100, help="Passages where a request does not say.")] = 3,
     cache: Annotated[int, typer.Option(min=0, help="Queries whose results are remembered.")] = 65536,
 ) -> None:
@@ -64,13 +69,10 @@ def serve(
         ),
     ],
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="File for the address, written when the server answers.")
-    ] = None,
+    *,
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+    ready_file: ReadyFile = None,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="EMPG_API_KEY", show_envvar=True, help="Bearer token that requests need."),
@@ -123,13 +125,10 @@ def serve_env(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="An option of the environment; may be repeated."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="File for the address, written when the server answers.")
-    ] = None,
+    *,
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+    ready_file: ReadyFile = None,
     sessions: Annotated[int, typer.Option(min=1, help="Clients at a time; others are turned away.")] = 64,
     idle_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds without a message after which a session ends.")
