@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from empg_jax.engine.engine import Engine
+from empg_jax.engine.interface import SamplingEngine
 from empg_jax.errors import ConfigError
 from empg_jax.learner.fingerprint import checksum
 from empg_jax.report.evaluation import estimate_success
@@ -117,7 +117,7 @@ def evaluate_endpoint(
         make_pool(config) as pool,
         Attempts(out, identify(config, url, endpoint.model, attempts)) as kept,
     ):
-        engine = cast(Engine, server)  # it has what collector and evaluator ask of one
+        engine = cast(SamplingEngine, server)  # it has what collector and evaluator ask of one
         collector = Collector(
             engine,
             pool,

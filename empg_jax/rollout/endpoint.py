@@ -2,7 +2,7 @@
 
 A collector gives prompts as tokens. Here the tokens of a prompt are the bytes of its messages, and the
 server's own template makes the real ones of them. `EndpointEngine` has what a collector and an evaluator need
-of an `empg_jax.engine.engine.Engine`; each response in progress is a request in a thread of its own.
+of a `SamplingEngine`; each response in progress is a request in a thread of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from empg_jax.engine.engine import Response
+from empg_jax.engine.slots import Response
 from empg_jax.errors import ConfigError, RunError
 from empg_jax.text.template import Message
 
