@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import os
 import socket
 import sys
@@ -123,22 +124,23 @@ print(right.recv(9).decode(), hasattr(socket, "AF_VSOCK"), hasattr(socket, "AF_P
 
 def test_a_snapshot_takes_time_in_proportion_to_its_files() -> None:
     need_cages()
-    cage = BubblewrapSandbox(find_interpreter(), Limits())
-    cage.reset({})
-
-    def seconds(files: int) -> float:
-        command = (
-            f"import os; os.mkdir('d{files}'); [open(f'd{files}/{{n}}', 'w').close() for n in range({files})]"
-        )
+    counts = (1000, 10_000)
+    cages = {files: BubblewrapSandbox(find_interpreter(), Limits()) for files in counts}
+    seconds = dict.fromkeys(counts, math.inf)
+    for files, cage in cages.items():
+        cage.reset({})
+        command = f"[open(f'{{n}}', 'w').close() for n in range({files})]"
         assert cage.exec(f'python -c "{command}"', 60).returncode == 0
-        started = time.perf_counter()
-        assert len(cage.snapshot()) >= files
-        return time.perf_counter() - started
-
-    few = min(seconds(1000), 0.5)
+    # The best of several in turn: what else the machine does slows one, not all of them.
+    for _ in range(4):
+        for files, cage in cages.items():
+            started = time.perf_counter()
+            assert len(cage.snapshot()) == files
+            seconds[files] = min(seconds[files], time.perf_counter() - started)
     # Ten times the files: some 0.15 s on an idle machine; with squared time it would be 100 times.
-    assert seconds(10_000) < max(1.0, 30 * few)
-    cage.close()
+    assert seconds[10_000] < 50 * seconds[1000]
+    for cage in cages.values():
+        cage.close()
 
 
 def _accept(server: socket.socket) -> None:
