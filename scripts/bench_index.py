@@ -1,7 +1,8 @@
 """Measure indexes on disk: build one over made-up passages, then open it from several processes at once.
 
 Print one JSON object. The passages have 100 words whose frequencies fall as those of a language do (Zipf). An
-index is built by one process that ends, so that its largest memory is told; opening counts the first search, not the imports.
+index is built by one process that ends, so that its largest memory is told; opening counts the first search,
+not the imports.
 
     PYTHONPATH=.:envs python scripts/bench_index.py --passages 1000000 --folder /tmp/index
 """

@@ -150,14 +150,23 @@ def write_made_up_files(folder: Path, count: int) -> None:
 
 
 def measure_large(count: int, seconds: float, episodes: int, parent: str | None) -> dict[str, Any]:
-    """Build a catalog of ``count`` products by the command that users call, and measure it like the others."""
+    """Build a catalog of ``count`` products by the users' command, and measure it like the others."""
     with tempfile.TemporaryDirectory(dir=parent) as name:
         folder = Path(name)
         write_made_up_files(folder, count)
         files = round(sum(file.stat().st_size for file in folder.iterdir()) / 2**20)
         cache = folder / "cache"
         options = {"level": "official", "data": name, "size": "full", "cache_dir": str(cache)}
-        command = [sys.executable, "-m", "empg_envs.webshop", name, "--size", "full", "--cache-dir", str(cache)]
+        command = [
+            sys.executable,
+            "-m",
+            "empg_envs.webshop",
+            name,
+            "--size",
+            "full",
+            "--cache-dir",
+            str(cache),
+        ]
         built = measure_building(command, cache, PYTHONPATH=str(ROOT / "envs"))
         said = {"files_mb": files, "built": built}
         print(json.dumps(said), file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from empg_envs.deepsearch.ondisk import open_index
+from empg_envs.deepsearch.pages import Pages, open_pages
 from empg_envs.deepsearch.passages import RETRIEVERS, Passage, Retriever, make_retriever, read_corpus
 from empg_jax.errors import UserError
 from empg_jax.retrieval.batcher import Batcher
@@ -81,6 +82,7 @@ def open_server(
     engine: Retriever,
     num_passages: int,
     *,
+    pages: Pages | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     topk: int = 3,
@@ -94,7 +96,7 @@ def open_server(
     batcher = Batcher(engine, cache_size=cache_size)
     try:
         try:
-            server = RetrievalServer(batcher, num_passages, host=host, port=port, topk=topk)
+            server = RetrievalServer(batcher, num_passages, pages=pages, host=host, port=port, topk=topk)
         except OSError as error:
             raise ServeError(f"cannot listen on {host}:{port}: {error}") from error
         with server:
@@ -136,7 +138,7 @@ def serve_corpus(
         engine = make_engine(retriever, passages, encoder, say)
     else:
         engine, passages = open_index(retriever, corpus, index_dir)
-    with open_server(engine, len(passages), **options) as server:
+    with open_server(engine, len(passages), pages=open_pages(passages), **options) as server:
         seconds = time.monotonic() - began
         say(f"{len(passages)} passages, {retriever}, ready after {seconds:.1f} s: {server.url}")
         server.serve_forever(poll_interval=0.1)

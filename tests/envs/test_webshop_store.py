@@ -211,7 +211,10 @@ def test_streaming_gives_what_json_gives(
 
 
 def test_the_order_of_goals_is_kept_and_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, cache = write_files(tmp_path / "data", [make_row(n) for n in range(0, 1200, 2)]), tmp_path / "cache"
+    folder, cache = (
+        write_files(tmp_path / "data", [make_row(n) for n in range(0, 1200, 2)]),
+        tmp_path / "cache",
+    )
     options = {"level": "official", "data": str(folder), "cache_dir": str(cache)}
     tasks = [WebShopEnv(**options).get_task("train", index)["content_hash"] for index in range(3)]
     kept = next(cache.glob("*.order-233"))

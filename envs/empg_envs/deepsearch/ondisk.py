@@ -89,6 +89,7 @@ class PassageFile(Sequence[Passage]):
 
     def __init__(self, folder: Path) -> None:
         """Map the files of a folder into memory."""
+        self.folder = folder
         self._lines = _map(folder / "passages.jsonl")
         self._ends = memoryview(_map(folder / "ends.bin")).cast("Q")
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from empg_envs.deepsearch.passages import Hit, Passage, RetrieverError, check_topk, parse_contents
 
 MAX_REPLY_BYTES = 64 << 20
+PAGES_PATH = "/pages"  # an addition to Search-R1's protocol; `empg-jax retrieve` has it
+
+_Reply = TypeVar("_Reply")
 
 
 class RemoteRetriever:
@@ -51,13 +54,21 @@ class RemoteRetriever:
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """Return the best passages for each query; see `Retriever`."""
         request = {"queries": list(queries), "topk": check_topk(topk), "return_scores": True}
+        return self._ask(None, request, lambda text: read_reply(text, len(queries), topk))
+
+    def read_page(self, title: str) -> Sequence[Passage]:
+        """Return the passages of a title in the server's corpus; see `empg_envs.deepsearch.pages.Pages`."""
+        (hits,) = self._ask(PAGES_PATH, {"titles": [title]}, lambda text: read_reply(text, 1, None))
+        return [hit.passage for hit in hits]
+
+    def _ask(self, path: str | None, request: dict[str, Any], read: Callable[[bytes], _Reply]) -> _Reply:
         body = json.dumps(request).encode()  # non-ASCII characters, even lone surrogates, are escaped
         problems = []
         for attempt in range(self._attempts):
             server = self._servers[self._next % len(self._servers)]
             self._next += 1
             try:
-                return read_reply(server.post(body), len(queries), topk)
+                return read(server.post(body, path))
             except (OSError, http.client.HTTPException, RetrieverError) as error:
                 # The other connections are as old as the one that failed.
                 server.close()
@@ -88,14 +99,14 @@ class _Server:
         self._connect = lambda: kind(host, port, timeout=timeout)
         self._idle: list[http.client.HTTPConnection] = []
 
-    def post(self, body: bytes) -> bytes:
-        """Send a request; return the answer's body."""
+    def post(self, body: bytes, path: str | None = None) -> bytes:
+        """Send a request, to another path of the server than its address names if one is given."""
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = self._connect()
         try:
-            text = self._ask(connection, body)
+            text = self._ask(connection, body, path or self._path)
         except BaseException:
             # A late answer would be taken for that of the next request.
             connection.close()
@@ -103,10 +114,10 @@ class _Server:
         self._idle.append(connection)
         return text
 
-    def _ask(self, connection: http.client.HTTPConnection, body: bytes) -> bytes:
+    def _ask(self, connection: http.client.HTTPConnection, body: bytes, path: str) -> bytes:
         if connection.sock is None:
             connection.connect()
-        connection.request("POST", self._path, body, {"Content-Type": "application/json"})
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         # Read one byte more than allowed to detect a longer answer without reading all of it.
         text = response.read(MAX_REPLY_BYTES + 1)
@@ -122,8 +133,10 @@ class _Server:
             self._idle.pop().close()
 
 
-def read_reply(text: bytes, num_queries: int, topk: int) -> list[list[Hit]]:
+def read_reply(text: bytes, num_queries: int, topk: int | None) -> list[list[Hit]]:
     """Parse an answer: for each query a list of ``{"document", "score"}`` or of bare documents.
+
+    At most ``topk`` of them are kept; None keeps all.
 
     A document has ``contents``, or ``title`` and ``text``. Without an id, its contents serve as the id.
 

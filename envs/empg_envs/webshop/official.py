@@ -60,8 +60,8 @@ def load(files: Files, cache_dir: str | None = None, *, build_large: bool = Fals
 def load_order(files: Files, count: int, seed: int, cache_dir: str | None = None) -> Sequence[int]:
     """Return the positions of goals in the order of their numbers (`shuffled`).
 
-    The order is kept beside the catalog and mapped into memory, because to shuffle a million goals takes every
-    worker a second and its own memory. Where nothing can be written, each worker does that.
+    The order is kept beside the catalog and mapped into memory, because to shuffle a million goals takes
+    every worker a second and its own memory. Where nothing can be written, each worker does that.
     """
     path = _catalog_path(files, cache_dir).with_suffix(f".order-{seed}")
     try:
