@@ -11,13 +11,16 @@ from empg_envs.deepsearch.bm25 import BuiltinBm25
 from empg_envs.deepsearch.pages import MemoryPages, cut_piece, read_key, write_key
 from empg_envs.deepsearch.pages_ondisk import DiskPages
 from empg_envs.deepsearch.passages import RetrieverError, read_corpus
-from empg_envs.deepsearch.prompt import phrases
+from empg_envs.deepsearch.prompt import make_parser, make_prompts, phrases
 from empg_jax.config import load_config
 from empg_jax.learner.batching import make_batch
 from empg_jax.retrieval.serve import open_server
+from empg_jax.rollout.context import make_context
 from empg_jax.run.assembly import make_batch_shape, make_language
 from empg_jax.sft.demonstrations import record_demonstrations
 from empg_jax.text.builtin import build_phrase_tokenizer
+from empg_jax.text.chat import ChatRenderer
+from tests.text.families import build_bpe
 
 BROWSE = {"tools": ["search", "browse"]}
 ROWS = [
@@ -190,8 +193,6 @@ def test_a_configuration_trains_on_calls_that_browse() -> None:
 
 
 def test_the_prompt_tells_of_the_tool_that_is_on_offer() -> None:
-    from empg_envs.deepsearch.prompt import make_parser, make_prompts
-
     for tools, tags in ((["search"], ()), (["search", "browse"], ("<browse>",))):
         options = {} if not tags else {"tools": tools}
         _, info = make_env("deepsearch", style="search_r1", **options).reset(split="test", index=0)
@@ -202,6 +203,20 @@ def test_the_prompt_tells_of_the_tool_that_is_on_offer() -> None:
             assert (parsed.action, parsed.is_valid) == (
                 ("<browse>Oslo</browse>", True) if tags else ("", False)
             )
+
+
+@pytest.mark.parametrize("kind", ["transcript", "window"])
+def test_a_template_that_tells_tools_leaves_these_to_the_prompt(kind) -> None:
+    renderer = ChatRenderer(build_bpe("chatml"))
+    assert renderer.tells_tools
+    env = make_env("deepsearch", style="search_r1", **BROWSE)
+    observation, info = env.reset(split="test", index=0)
+    context = make_context(kind, make_prompts("search_r1"), renderer, history=1)()
+    told = renderer.tokenizer.decode(context.start(observation, info).tokens, skip_special=False)
+    assert "<browse>its title</browse>" in told and "# Tools" not in told and '"search"' not in told
+    observation, *_, info = env.step("<search>x</search>")
+    delta = context.follow([renderer.end_id], "", True, "<search>x</search>", observation, info)
+    assert "<tool_response>" not in renderer.tokenizer.decode(delta.tokens, skip_special=False)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -97,7 +98,8 @@ def make_retriever(name: str, passages: Sequence[Passage] | None = None, **optio
       **options: options of that retriever.
 
     Raises:
-      ValueError: the name is unknown, the corpus is missing or not allowed, or a package is not installed.
+      ValueError: the name or an option is unknown, the corpus is missing or not allowed, or a package is not
+        installed.
     """
     if name not in RETRIEVERS:
         raise ValueError(f"unknown retriever {name!r}; the retrievers are {', '.join(RETRIEVERS)}")
@@ -105,7 +107,12 @@ def make_retriever(name: str, passages: Sequence[Passage] | None = None, **optio
         needs = "has its own corpus on the server" if name == "remote" else "needs a corpus"
         raise ValueError(f"retriever {name!r} {needs}")
     build = find_retriever(name)
-    retriever: Retriever = build(**options) if passages is None else build(passages, **options)
+    given = () if passages is None else (passages,)
+    try:
+        inspect.signature(build).bind(*given, **options)
+    except TypeError as error:
+        raise ValueError(f"retriever {name!r}: wrong retriever_options: {error}") from None
+    retriever: Retriever = build(*given, **options)
     return retriever
 
 
