@@ -10,8 +10,9 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 HUB = "hub:"
 EXTRA = ".[parquet]"
@@ -86,20 +87,20 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{place}: broken gzip file: {error}") from error
 
 
-def _is_array(file: IO[bytes]) -> bool:
+def _is_array(file: BufferedIOBase) -> bool:
     head = file.read(_HEAD)
     file.seek(0)
     return bool(_WRAPPED.match(head) or _ARRAY.match(head))
 
 
-def _read_lines(lines: IO[bytes], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_lines(lines: BufferedIOBase, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         place = f"{path} line {number}"
         if line.strip():
             yield place, _check_object(_parse(line, place), place)
 
 
-def _read_array(file: IO[bytes], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_array(file: BufferedIOBase, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     whole = _parse(file.read(), path)
     rows = whole if isinstance(whole, list) else next(whole[key] for key in ("Data", "data") if key in whole)
     for number, row in enumerate(rows, start=1):

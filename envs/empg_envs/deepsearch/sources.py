@@ -143,7 +143,8 @@ def open_files(
     # A file that was changed is read again.
     panels = _load_panels(json.dumps(questions), tuple(map(stamp_of, list_files(questions))))
     options = json.dumps(dict(retriever_options or {}))
-    stamp = None if corpus is None else stamp_of(corpus)
+    index = (retriever_options or {}).get("index")
+    stamp = tuple(stamp_of(path) for path in (corpus, index) if path is not None)
     engine, _ = _load_retriever(name, corpus, options, stamp)
     return FileSource(panels, engine, _load_pages(name, corpus, options, stamp) if with_pages else None)
 
