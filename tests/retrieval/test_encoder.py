@@ -174,6 +174,21 @@ def test_dense_retrieval_and_its_cache(folder, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".npz"] == ["vectors.npz"]
 
 
+def test_the_devices_of_a_process_have_a_piece_each(folder, monkeypatch) -> None:
+    passages = [Passage(str(n), "oslo" if n % 2 else "rome", f"the {n % 3} norway") for n in range(6)]
+    encoder, found = TextEncoder(folder, batch_size=4), []
+    device = jax.local_devices()[0]
+    for count in (1, 2, 3, 9):  # more devices than passages, too
+        monkeypatch.setattr(jax, "local_devices", lambda count=count: [device] * count)
+        engine = DenseRetriever(passages, encoder)
+        assert len(engine._pieces) == min(count, 6)
+        found.append(engine.search(["rome", "oslo norway"], 5))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert [hit.passage.id for hit in one] == [hit.passage.id for hit in two]
+            np.testing.assert_allclose([h.score for h in one], [h.score for h in two], atol=1e-6)
+
+
 def test_an_index_of_the_same_vectors_finds_the_same(folder, tmp_path) -> None:
     titles = ("oslo", "rome", "norway", "italy")
     passages = [Passage(str(n), title, f"the {title}") for n, title in enumerate(titles)]
