@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "envs")]
 
 from empg_envs.deepsearch.ondisk import ENGINES, open_index
+from empg_envs.deepsearch.pages import open_pages
 from empg_envs.deepsearch.passages import find_retriever
 from scripts.opening import measure_building, measure_opening, open_when_told
 
@@ -41,18 +42,22 @@ def write_corpus(path: Path, count: int) -> None:
             file.write(json.dumps({"id": str(number), "contents": f'"{title}"\n{text}'}) + "\n")
 
 
-def use_index(name: str, corpus: str, folder: str) -> object:
-    """Open an index, which builds it at first, and search for the words of a title."""
+def use_index(name: str, corpus: str, folder: str, with_pages: bool) -> object:
+    """Open an index, which builds it at first, and search for the words of a title; or read its page."""
     engine, passages = open_index(name, corpus, folder)
     wanted = passages[len(passages) // 2].title
+    if with_pages:
+        pages = open_pages(passages)
+        assert pages.read_page(wanted), f"{name}: no page {wanted!r}"
+        return pages
     (hits,) = engine.search([wanted], 3)
     assert len(hits) == 3, f"{name}: {wanted!r} finds {len(hits)} passages"
     return engine, passages
 
 
-def measure_index(name: str, corpus: Path, folder: Path) -> dict[str, Any]:
+def measure_index(name: str, corpus: Path, folder: Path, *more: str) -> dict[str, Any]:
     """Build an index and open it."""
-    command = [sys.executable, __file__, "--use", name, str(corpus), str(folder)]
+    command = [sys.executable, __file__, "--use", name, str(corpus), str(folder), *more]
     built = measure_building(command, folder)
     print(json.dumps({name: built}), file=sys.stderr, flush=True)
     return {"built": built, "opened": [measure_opening([*command, "--told"], count) for count in (1, 2, 8)]}
@@ -66,14 +71,15 @@ def main() -> None:
     parser.add_argument("--retrievers", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--folder", help="where corpus and indexes are written and removed again")
     parser.add_argument("--use", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--pages", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--told", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.use:
         if chosen.told:
             find_retriever(chosen.use[0])  # imports come before the opening
-            open_when_told(lambda: use_index(*chosen.use))
+            open_when_told(lambda: use_index(*chosen.use, chosen.pages))
         else:
-            use_index(*chosen.use)
+            use_index(*chosen.use, chosen.pages)
         return
     if chosen.folder:
         Path(chosen.folder).mkdir(parents=True, exist_ok=True)
@@ -85,6 +91,8 @@ def main() -> None:
         for name in chosen.retrievers:
             (folder := Path(scratch) / name).mkdir()
             found[name] = measure_index(name, corpus, folder)
+            if name == chosen.retrievers[-1]:
+                found["pages, once the index is there"] = measure_index(name, corpus, folder, "--pages")
     print(json.dumps(found, indent=2))
 
 
