@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "envs")]
 
 from empg_envs import make_env
 from empg_envs.webshop.assortment import BRANDS, COLORS, DEPARTMENTS
+from scripts.opening import measure_building, measure_opening, open_when_told, read_pss
 
 
 def policy(rng: random.Random, info: dict[str, Any]) -> str:
@@ -59,14 +60,6 @@ def measure_steps(options: dict[str, Any], seconds: float) -> dict[str, Any]:
         "searches_share": round(searches / steps, 2),
         **{key: env.describe()[key] for key in ("products", "goals", "tagger")},  # type: ignore[attr-defined]
     }
-
-
-def read_pss(pid: int) -> float:
-    """Read the proportional set size in MB."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"no Pss in /proc/{pid}/smaps_rollup")
 
 
 class Worker:
@@ -156,22 +149,41 @@ def write_made_up_files(folder: Path, count: int) -> None:
         ins.write("}")
 
 
-def measure_large(count: int, seconds: float, episodes: int) -> dict[str, Any]:
-    """Build a catalog of ``count`` products and measure it like the others."""
-    with tempfile.TemporaryDirectory() as name:
+def measure_large(count: int, seconds: float, episodes: int, parent: str | None) -> dict[str, Any]:
+    """Build a catalog of ``count`` products by the users' command, and measure it like the others."""
+    with tempfile.TemporaryDirectory(dir=parent) as name:
         folder = Path(name)
         write_made_up_files(folder, count)
-        options = {"level": "official", "data": name, "size": "full", "cache_dir": str(folder / "cache")}
-        started = time.perf_counter()
-        make_env("webshop", **options).list_splits()
-        built = time.perf_counter() - started
-        (catalog,) = (folder / "cache").glob("*.sqlite")
+        files = round(sum(file.stat().st_size for file in folder.iterdir()) / 2**20)
+        cache = folder / "cache"
+        options = {"level": "official", "data": name, "size": "full", "cache_dir": str(cache)}
+        command = [
+            sys.executable,
+            "-m",
+            "empg_envs.webshop",
+            name,
+            "--size",
+            "full",
+            "--cache-dir",
+            str(cache),
+        ]
+        built = measure_building(command, cache, PYTHONPATH=str(ROOT / "envs"))
+        said = {"files_mb": files, "built": built}
+        print(json.dumps(said), file=sys.stderr, flush=True)
+        opener = [sys.executable, __file__, "--open", json.dumps(options)]
         return {
-            "built_seconds": round(built, 1),
-            "catalog_mb": round(catalog.stat().st_size / 2**20, 1),
+            **said,
+            "opened": [measure_opening(opener, workers) for workers in (1, 8)],
             **measure_steps(options, seconds),
             **measure_memory(options, episodes),
         }
+
+
+def open_shop(options: dict[str, Any]) -> object:
+    """Open a catalog as a worker does, and see the first goal."""
+    env = make_env("webshop", style="page", **options)
+    env.reset(split=env.list_splits()[0], index=0)
+    return env
 
 
 def main() -> None:
@@ -182,7 +194,12 @@ def main() -> None:
     parser.add_argument(
         "--episodes", type=int, default=20, help="episodes per worker before its memory is read"
     )
+    parser.add_argument("--folder", help="where the files of --products are written and removed again")
+    parser.add_argument("--open", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.open:
+        open_when_told(lambda: open_shop(json.loads(chosen.open)))
+        return
     shops: dict[str, dict[str, Any]] = {"tiny": {"level": "tiny"}, "standard": {"level": "standard"}}
     if chosen.data:
         shops["official"] = {"level": "official", "data": str(Path(chosen.data).resolve())}
@@ -191,7 +208,8 @@ def main() -> None:
         for name, options in shops.items()
     }
     if chosen.products:
-        found[f"made_up_{chosen.products}"] = measure_large(chosen.products, chosen.seconds, chosen.episodes)
+        large = measure_large(chosen.products, chosen.seconds, chosen.episodes, chosen.folder)
+        found[f"made_up_{chosen.products}"] = large
     print(json.dumps(found, indent=2))
 
 

@@ -39,7 +39,7 @@ GENERATED = {
     ],
     "webshop": ["env.options={level: tiny, win_reward: 10.0}"],
     "deepsearch": [
-        "env.options={level: tiny, style: search_r1, topk: 2, max_turns: 3}",
+        "env.options={level: tiny, style: search_r1, tools: [search, browse], topk: 2, max_turns: 3}",
         "model.tokenizer=bytes",
     ],
     "swe": [

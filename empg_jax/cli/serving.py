@@ -24,13 +24,24 @@ def retrieve(
     corpus: Annotated[
         str, typer.Option(help="JSON lines with 'id' and 'contents' (wiki-18's format), maybe gzipped.")
     ],
-    retriever: Annotated[str, typer.Option(help="auto, bm25s, builtin, tantivy, or dense.")] = "auto",
-    model: Annotated[str | None, typer.Option(help="Folder of a BERT-style encoder, for dense.")] = None,
+    retriever: Annotated[
+        str, typer.Option(help="auto, bm25s, builtin, tantivy, dense, faiss, or vectors.")
+    ] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a BERT-style encoder, for dense, faiss and vectors.")
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="In place of --model: package.module:function, or address of /v1/embeddings."),
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="For faiss its index file, for vectors an .npy file.")
+    ] = None,
     query_prefix: Annotated[str, typer.Option(help="Put before queries (E5: 'query: ').")] = "",
     passage_prefix: Annotated[str, typer.Option(help="Put before passages (E5: 'passage: ').")] = "",
     vectors: Annotated[Path | None, typer.Option(help="File (.npz) for the passages' vectors.")] = None,
     index_dir: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the index of bm25s or tantivy, built once.")
+        Path | None, typer.Option(help="Folder that keeps passages and the index of bm25s or tantivy.")
     ] = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -42,11 +53,14 @@ def retrieve(
         from empg_jax.retrieval.serve import serve_corpus
 
         prefixes = {"query_prefix": query_prefix, "passage_prefix": passage_prefix}
+        found = {"model": model, "cache": vectors, **prefixes}
+        if index is not None or encoder is not None:
+            found |= {"index": index and str(index), "encoder": encoder}
         try:
             serve_corpus(
                 corpus,
                 retriever=retriever,
-                encoder={"model": model, "cache": vectors, **prefixes} if model is not None else None,
+                encoder=None if model is None and "index" not in found else found,
                 say=say,
                 index_dir=None if index_dir is None else str(index_dir),
                 host=host,

@@ -35,7 +35,7 @@ def find_nearest(queries: jax.Array, passages: jax.Array, *, topk: int) -> tuple
 
 
 class DenseRetriever:
-    """A `Retriever` over vectors of a text encoder."""
+    """A `Retriever` over vectors of a text encoder, which are divided among the devices of this process."""
 
     def __init__(
         self,
@@ -63,15 +63,19 @@ class DenseRetriever:
         identity = _identify(texts, encoder)
         vectors = _read(cache, identity)
         if vectors is None:
-            parts = []
+            # Filled in place: a second copy of the vectors may not fit into memory.
+            vectors = np.empty((len(texts), encoder.width), np.float32)
             for start in range(0, len(texts), CHUNK):
-                parts.append(encoder.encode(texts[start : start + CHUNK]))
+                vectors[start : start + CHUNK] = encoder.encode(texts[start : start + CHUNK])
                 advance(min(start + CHUNK, len(texts)))
-            vectors = np.concatenate(parts)
             if cache is not None:
                 with replacing(Path(cache)) as file:
                     np.savez(file, vectors=vectors, identity=np.asarray(identity))
-        self._vectors = jax.device_put(vectors)
+        devices = jax.local_devices()
+        pieces = np.array_split(vectors, len(devices))
+        self._pieces = [
+            jax.device_put(piece, device) for piece, device in zip(pieces, devices, strict=True) if len(piece)
+        ]
 
     def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
         """Return the nearest passages for each query; see `empg_envs.deepsearch.passages.Retriever`."""
@@ -88,11 +92,17 @@ class DenseRetriever:
         size = next(size for size in QUERY_BATCHES if size >= len(queries))
         padded = np.zeros((size, vectors.shape[1]), np.float32)
         padded[: len(queries)] = vectors
-        scores, numbers = find_nearest(padded, self._vectors, topk=min(topk, len(self._passages)))
-        rows = zip(np.asarray(scores), np.asarray(numbers), range(len(queries)), strict=False)
+        # All devices are asked before the first answer is waited for.
+        found = [find_nearest(padded, piece, topk=min(topk, len(piece))) for piece in self._pieces]
+        starts = np.cumsum([0, *(len(piece) for piece in self._pieces)])
+        scores = np.concatenate([np.asarray(each) for each, _ in found], axis=1)[: len(queries)]
+        numbers = np.concatenate(
+            [np.asarray(each) + start for (_, each), start in zip(found, starts, strict=False)], axis=1
+        )
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :topk]
         return [
-            [Hit(self._passages[number], float(score)) for score, number in zip(*row, strict=True)]
-            for *row, _ in rows
+            [Hit(self._passages[numbers[row, column]], float(scores[row, column])) for column in columns]
+            for row, columns in enumerate(order)
         ]
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from empg_envs.deepsearch.ondisk import open_index
-from empg_envs.deepsearch.passages import RETRIEVERS, Passage, Retriever, make_retriever, read_corpus
+from empg_envs.deepsearch.pages import Pages, open_pages
+from empg_envs.deepsearch.passages import RETRIEVERS, VECTORS, Passage, Retriever, make_retriever, read_corpus
 from empg_jax.errors import UserError
 from empg_jax.retrieval.batcher import Batcher
 from empg_jax.retrieval.server import RetrievalServer
@@ -48,6 +49,8 @@ def make_engine(
         corpus.
       passages: the corpus.
       encoder: options of ``dense``: ``model`` (a folder), ``query_prefix``, ``passage_prefix``, ``cache``.
+        Of those that read an index of vectors: ``index`` (a file), ``query_prefix``, and ``model`` or
+        ``encoder`` (see `empg_envs.deepsearch.encoders`).
       say: called with progress messages.
 
     Raises:
@@ -57,6 +60,10 @@ def make_engine(
     options = dict(encoder or {})
     model = options.pop("model", None)
     retriever = choose_retriever(retriever, model is not None, say)
+    if retriever in VECTORS:
+        return make_retriever(retriever, passages, **find_index(model, options))
+    if options.keys() & {"index", "encoder"}:
+        raise ServeError(f"--index and --encoder go with --retriever {' or '.join(VECTORS)}, not {retriever}")
     if (retriever == DENSE) != (model is not None):
         raise ServeError("a dense retriever needs the folder of an encoder (--model), and no other takes one")
     known = (*(name for name in RETRIEVERS if name != "remote"), DENSE, AUTO)
@@ -76,11 +83,38 @@ def make_engine(
     )
 
 
+def find_index(model: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a retriever that reads an index of vectors.
+
+    Args:
+      model: the folder of the encoder of queries, or None where ``encoder`` is among the options.
+      options: ``index``, ``encoder`` and ``query_prefix``; others have no effect and must not be given.
+
+    Raises:
+      ServeError: the index or the encoder is missing, or there are two encoders.
+      ValueError: the folder contains no encoder.
+    """
+    chosen = {key: value for key, value in options.items() if value}
+    if "index" not in chosen or (model is None) == ("encoder" not in chosen):
+        raise ServeError(
+            "a retriever over vectors needs their file (--index) and one encoder of queries: a folder "
+            "(--model), or a function or an address (--encoder)"
+        )
+    for name in sorted(chosen.keys() - {"index", "encoder", "query_prefix"}):
+        raise ServeError(f"{name} has no effect: the vectors of the passages are in {chosen['index']}")
+    if model is not None:
+        from empg_jax.retrieval.encoder import TextEncoder
+
+        chosen["encoder"] = TextEncoder(model).encode
+    return chosen
+
+
 @contextlib.contextmanager
 def open_server(
     engine: Retriever,
     num_passages: int,
     *,
+    pages: Pages | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     topk: int = 3,
@@ -94,7 +128,7 @@ def open_server(
     batcher = Batcher(engine, cache_size=cache_size)
     try:
         try:
-            server = RetrievalServer(batcher, num_passages, host=host, port=port, topk=topk)
+            server = RetrievalServer(batcher, num_passages, pages=pages, host=host, port=port, topk=topk)
         except OSError as error:
             raise ServeError(f"cannot listen on {host}:{port}: {error}") from error
         with server:
@@ -128,15 +162,19 @@ def serve_corpus(
       ServeError, ValueError: see `make_engine` and `open_server`.
     """
     began = time.monotonic()
-    if index_dir is not None and encoder is not None:
+    options_of_vectors: dict[str, Any] = {}
+    if index_dir is not None and retriever in VECTORS:
+        given = dict(encoder or {})
+        options_of_vectors = find_index(given.pop("model", None), given)
+    elif index_dir is not None and encoder is not None:
         raise ServeError(f"--index-dir {index_dir} keeps no vectors of an encoder (--model): use --vectors")
     passages: Sequence[Passage] = read_corpus(corpus) if index_dir is None else ()
     retriever = choose_retriever(retriever, encoder is not None, say)
     if index_dir is None:
         engine = make_engine(retriever, passages, encoder, say)
     else:
-        engine, passages = open_index(retriever, corpus, index_dir)
-    with open_server(engine, len(passages), **options) as server:
+        engine, passages = open_index(retriever, corpus, index_dir, **options_of_vectors)
+    with open_server(engine, len(passages), pages=open_pages(passages), **options) as server:
         seconds = time.monotonic() - began
         say(f"{len(passages)} passages, {retriever}, ready after {seconds:.1f} s: {server.url}")
         server.serve_forever(poll_interval=0.1)

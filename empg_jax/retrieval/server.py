@@ -2,8 +2,9 @@
 
 ``POST /retrieve`` with ``{"queries": [text], "topk": number, "return_scores": bool}`` answers
 ``{"result": [[{"document": {"id", "contents", "title", "text"}, "score": number}]]}``; without
-``return_scores`` the results are bare documents. ``GET /health`` returns the number of passages. An invalid
-request gets a status of 4xx and ``{"detail": message}``; a failed search gets 500.
+``return_scores`` the results are bare documents. ``POST /pages`` with ``{"titles": [text]}``, an addition for
+agents that browse, answers in the same form with all passages of each title. ``GET /health`` returns the
+number of passages. An invalid request gets a status of 4xx and ``{"detail": message}``; a failed search 500.
 
 The server needs only the standard library. Each connection has a thread and stays open between requests.
 """
@@ -16,6 +17,7 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from empg_envs.deepsearch.pages import Pages
 from empg_envs.deepsearch.passages import MAX_TOPK, Hit
 from empg_jax.retrieval.batcher import Batcher
 
@@ -40,13 +42,21 @@ class RetrievalServer(ThreadingHTTPServer):
     request_queue_size = 1024  # clients that connect at the same moment
 
     def __init__(
-        self, batcher: Batcher, num_passages: int, *, host: str = "127.0.0.1", port: int = 8000, topk: int = 3
+        self,
+        batcher: Batcher,
+        num_passages: int,
+        *,
+        pages: Pages | None = None,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        topk: int = 3,
     ) -> None:
         """Bind the address.
 
         Args:
           batcher: the search engine.
           num_passages: size of the corpus, for ``/health``.
+          pages: the corpus by title, for ``/pages``; without them there is no such path.
           host: address to listen on; the default accepts connections from this machine only.
           port: port to listen on; 0 takes a free one.
           topk: number of results for requests without ``topk``.
@@ -54,7 +64,7 @@ class RetrievalServer(ThreadingHTTPServer):
         Raises:
           OSError: the address cannot be bound.
         """
-        self.batcher, self.num_passages, self.topk = batcher, num_passages, topk
+        self.batcher, self.num_passages, self.pages, self.topk = batcher, num_passages, pages, topk
         super().__init__((host, port), _Handler)
 
     @property
@@ -78,9 +88,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         try:
-            if self.path.rstrip("/") != "/retrieve":
-                raise RequestError(404, f"no {self.path}; POST /retrieve, GET /health")
-            answer, status = self._retrieve(), 200
+            path = self.path.rstrip("/")
+            if path == "/pages" and self.server.pages is not None:
+                answer = self._read_pages(self.server.pages)
+            elif path == "/retrieve":
+                answer = self._retrieve()
+            else:
+                raise RequestError(404, f"no {self.path}; POST /retrieve, POST /pages, GET /health")
+            status = 200
         except RequestError as error:
             answer, status = {"detail": str(error)}, error.status
         except (ConnectionError, TimeoutError):  # the client is gone, so nobody can receive an answer
@@ -95,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             counts = {"passages": self.server.num_passages, "hits": batcher.hits, "misses": batcher.misses}
             self._send(200, {"status": "ok", **counts})
         else:
-            self._send(404, {"detail": f"no {self.path}; POST /retrieve, GET /health"})
+            self._send(404, {"detail": f"no {self.path}; POST /retrieve, POST /pages, GET /health"})
 
     def log_message(self, format: str, *args: Any) -> None:
         """Do nothing: a log line for each of thousands of requests would be noise."""
@@ -104,6 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
         queries, topk, with_scores = parse_request(self._read_body(), self.server.topk)
         results = self.server.batcher.search(queries, topk)
         return {"result": [[write_hit(hit, with_scores) for hit in hits] for hits in results]}
+
+    def _read_pages(self, pages: Pages) -> dict[str, Any]:
+        titles = parse_texts(parse_object(self._read_body()), "titles")
+        found = [pages.read_page(title) for title in titles]
+        return {"result": [[write_hit(Hit(each, 0.0), False) for each in page] for page in found]}
 
     def _read_body(self) -> bytes:
         try:
@@ -133,17 +153,8 @@ def parse_request(body: bytes, usual_topk: int) -> tuple[list[str], int, bool]:
     Raises:
       RequestError: with status 400 if the body is not JSON, with 422 if a field is invalid.
     """
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the request is not JSON: {error}") from error
-    if not isinstance(request, dict):
-        raise RequestError(422, f"the request is {type(request).__name__}; expected an object with 'queries'")
-    queries = request.get("queries")
-    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
-        raise RequestError(422, "'queries' is not a list of texts")
-    if len(queries) > MAX_QUERIES:
-        raise RequestError(422, f"'queries' has {len(queries)} entries; at most {MAX_QUERIES} are allowed")
+    request = parse_object(body)
+    queries = parse_texts(request, "queries")
     topk = request.get("topk")
     topk = usual_topk if topk is None else topk
     if not isinstance(topk, int) or isinstance(topk, bool) or not 1 <= topk <= MAX_TOPK:
@@ -152,6 +163,35 @@ def parse_request(body: bytes, usual_topk: int) -> tuple[list[str], int, bool]:
     if not isinstance(with_scores, bool):
         raise RequestError(422, f"'return_scores' is {with_scores!r}; expected true or false")
     return queries, topk, with_scores
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse a request's body, which must be a JSON object.
+
+    Raises:
+      RequestError: with status 400 if it is not JSON, with 422 if it is no object.
+    """
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the request is not JSON: {error}") from error
+    if not isinstance(request, dict):
+        raise RequestError(422, f"the request is {type(request).__name__}; expected an object")
+    return request
+
+
+def parse_texts(request: dict[str, Any], key: str) -> list[str]:
+    """Return a field that must be a list of texts, of at most `MAX_QUERIES`.
+
+    Raises:
+      RequestError: with status 422 if it is not.
+    """
+    texts = request.get(key)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(422, f"{key!r} is not a list of texts")
+    if len(texts) > MAX_QUERIES:
+        raise RequestError(422, f"{key!r} has {len(texts)} entries; at most {MAX_QUERIES} are allowed")
+    return texts
 
 
 def write_hit(hit: Hit, with_scores: bool) -> dict[str, Any]:

@@ -105,7 +105,8 @@ class _Tools:
 
 def _find_tools(renderer: ChatRenderer, info: Info) -> _Tools:
     tools = info.get("tools")
-    if not tools or not renderer.tells_tools:
+    # Bare names belong to an environment with a language of its own, which its prompt builder tells.
+    if not tools or isinstance(tools[0], str) or not renderer.tells_tools:
         return _Tools({}, "user")
     return _Tools({"tools": tools}, renderer.role_of_results(tools))
 

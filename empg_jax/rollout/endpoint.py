@@ -244,6 +244,7 @@ class MessageRenderer:
     """A chat renderer whose tokens are the bytes of the messages; every prompt is a whole conversation."""
 
     end_id = NO_ID
+    tells_tools = False
 
     def start(self, messages: Sequence[Message], **variables: object) -> list[int]:
         """Spell a conversation."""

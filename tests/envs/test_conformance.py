@@ -29,6 +29,7 @@ OPTIONS: dict[str, list[dict]] = {
     "deepsearch": [
         {"level": "tiny", "style": "terse"},
         {"level": "hard", "style": "search_r1", "snippet_words": 8},
+        {"level": "tiny", "tools": ["search", "browse"], "piece_words": 5},
     ],
     "swe": [{"tools": "functions", "max_turns": 7}, {"tools": "terse", "max_turns": 7}],
     "harness": [{"command": f"python {ROOT / 'tests' / 'harness' / 'agents.py'} steady"}],

@@ -144,6 +144,8 @@ def test_wrong_options_are_named(options: dict, message: str) -> None:
 def test_unknown_retrievers_are_named(files) -> None:
     with pytest.raises(ValueError, match="unknown retriever 'bm25'; the retrievers are builtin, bm25s"):
         make_env("deepsearch", **{**files, "retriever": "bm25"})
+    with pytest.raises(ValueError, match=r"retriever 'builtin': wrong retriever_options: .*'urls'"):
+        make_env("deepsearch", **files, retriever_options={"urls": "http://127.0.0.1:9"})
     remote = {"urls": "http://127.0.0.1:9"}
     with pytest.raises(ValueError, match="has its own corpus"):
         make_env("deepsearch", **{**files, "retriever": "remote", "retriever_options": remote})

@@ -120,7 +120,8 @@ def test_the_catalog_is_built_once_and_appears_whole(tmp_path: Path) -> None:
     ]
     assert [process.communicate()[0].strip() for process in running] == [b"4", b"4"]
     assert built.stat().st_mtime_ns == first
-    assert sorted(path.suffix for path in Path(fresh).iterdir()) == [".lock", ".sqlite"]
+    kept = sorted(path.suffix for path in Path(fresh).iterdir())
+    assert kept == [".lock", ".lock", ".order-233", ".sqlite"]
     write_files(folder, [make_row(n) for n in range(6)])  # other files, another catalog
     assert load(folder).meta["products"] == 6
 
@@ -207,6 +208,27 @@ def test_streaming_gives_what_json_gives(
         table = {str(number): value for number, value in enumerate(values)}
         path.write_text(json.dumps(table, indent=indent, ensure_ascii=False), encoding="utf-8")
         assert dict(stream.stream_json(path, dict)) == table
+
+
+def test_the_order_of_goals_is_kept_and_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, cache = (
+        write_files(tmp_path / "data", [make_row(n) for n in range(0, 1200, 2)]),
+        tmp_path / "cache",
+    )
+    options = {"level": "official", "data": str(folder), "cache_dir": str(cache)}
+    tasks = [WebShopEnv(**options).get_task("train", index)["content_hash"] for index in range(3)]
+    kept = next(cache.glob("*.order-233"))
+    monkeypatch.setattr(official, "shuffled", None)  # a later worker only opens what is there
+    assert [WebShopEnv(**options).get_task("train", index)["content_hash"] for index in range(3)] == tasks
+    kept.unlink()
+    monkeypatch.setattr(official, "shuffled", shuffled)
+
+    def refuse(path: Path, build: object) -> Path:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(official, "build_once", refuse)  # the catalog is there, but nothing can be written
+    assert [WebShopEnv(**options).get_task("train", index)["content_hash"] for index in range(3)] == tasks
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize("text", ["", "[", "[1", "[1,", "[1 2]", "[1,]", '{"a" 1}', '{"a":}', "[nul]"])

@@ -20,6 +20,7 @@ from empg_jax.retrieval.encoder import (
     load_params,
     read_config,
 )
+from empg_jax.retrieval.serve import make_engine
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "oslo", "rome", "norway", "italy", "capital", "of", "the", "is"]
 WIDTH, INNER, LAYERS, POSITIONS = 16, 24, 2, 40
@@ -171,6 +172,34 @@ def test_dense_retrieval_and_its_cache(folder, tmp_path) -> None:
     DenseRetriever(passages, encoder, cache=cache, advance=counted.append)
     assert counted == [4, 3, 4]
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".npz"] == ["vectors.npz"]
+
+
+def test_the_devices_of_a_process_have_a_piece_each(folder, monkeypatch) -> None:
+    passages = [Passage(str(n), "oslo" if n % 2 else "rome", f"the {n % 3} norway") for n in range(6)]
+    encoder, found = TextEncoder(folder, batch_size=4), []
+    device = jax.local_devices()[0]
+    for count in (1, 2, 3, 9):  # more devices than passages, too
+        monkeypatch.setattr(jax, "local_devices", lambda count=count: [device] * count)
+        engine = DenseRetriever(passages, encoder)
+        assert len(engine._pieces) == min(count, 6)
+        found.append(engine.search(["rome", "oslo norway"], 5))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert [hit.passage.id for hit in one] == [hit.passage.id for hit in two]
+            np.testing.assert_allclose([h.score for h in one], [h.score for h in two], atol=1e-6)
+
+
+def test_an_index_of_the_same_vectors_finds_the_same(folder, tmp_path) -> None:
+    titles = ("oslo", "rome", "norway", "italy")
+    passages = [Passage(str(n), title, f"the {title}") for n, title in enumerate(titles)]
+    encoder = TextEncoder(folder, batch_size=4)
+    dense = DenseRetriever(passages, encoder, query_prefix="the ")
+    np.save(tmp_path / "v.npy", encoder.encode([f"{each.title}\n{each.text}" for each in passages]))
+    options = {"model": str(folder), "index": str(tmp_path / "v.npy"), "query_prefix": "the "}
+    engine = make_engine("vectors", passages, options)
+    for one, two in zip(*(each.search(["oslo", "italy rome"], 4) for each in (dense, engine)), strict=True):
+        assert [hit.passage for hit in one] == [hit.passage for hit in two]
+        np.testing.assert_allclose([hit.score for hit in one], [hit.score for hit in two], atol=1e-5)
 
 
 def test_folders_that_hold_no_encoder(folder, tmp_path) -> None:

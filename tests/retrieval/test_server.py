@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from empg_envs import make_env
 from empg_envs.deepsearch.bm25 import BuiltinBm25
+from empg_envs.deepsearch.pages import MemoryPages
 from empg_envs.deepsearch.passages import Hit, Passage, RetrieverError
 from empg_envs.deepsearch.remote import RemoteRetriever, read_reply
 from empg_jax.retrieval.batcher import Batcher
@@ -121,6 +122,10 @@ def test_wrong_paths_and_bodies_without_length(served) -> None:
     server, _ = served
     base = server.url.removesuffix("/retrieve")
     assert post(f"{base}/search", {"queries": []})[0] == 404
+    assert post(f"{base}/pages", {"titles": ["Oslo"]})[0] == 404  # this one was opened without pages
+    server.pages = MemoryPages(PASSAGES)
+    assert post(f"{base}/pages", {"titles": ["Rome", "?"]})[1]["result"][1] == []
+    assert post(f"{base}/pages", {"titles": "Rome"}) == (422, {"detail": "'titles' is not a list of texts"})
     with urllib.request.urlopen(f"{base}/health", timeout=20) as response:
         assert json.load(response)["passages"] == len(PASSAGES)
     for headers, status in (

@@ -1,15 +1,26 @@
-"""A reader of JSON-lines files, plain or gzipped, on disk or in a data set of the Hugging Face hub."""
+"""A reader of files of rows, on disk or in a data set of the Hugging Face hub.
+
+The rows are lines of JSON or one JSON array, plain or gzipped, or a parquet file. The content tells which.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 HUB = "hub:"
+EXTRA = ".[parquet]"
+_PARQUET = b"PAR1"
+_GZIP = b"\x1f\x8b"
+_HEAD = 256  # first bytes, which tell the form
+_ARRAY = re.compile(rb"\s*\[")
+_WRAPPED = re.compile(rb'\s*\{\s*"[Dd]ata"\s*:\s*\[')  # TriviaQA's own files
 
 
 class DataError(ValueError):
@@ -52,25 +63,68 @@ def stamp_of(path: str) -> tuple[str, int, int, int]:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a JSON-lines file with their places (``FILE line N``) for error messages.
+    """Yield the rows of a file with their places (``FILE line N``) for error messages.
 
-    Blank lines are skipped.
+    Blank lines are skipped. Only a JSON array is read as a whole.
 
     Raises:
-      DataError: the file does not exist or is damaged, or a line is not UTF-8 or no JSON object.
+      DataError: the file does not exist or is damaged, a line is not UTF-8 or no JSON object, or the package
+        for parquet files is not installed.
     """
     source = find_file(path)
     with source.open("rb") as probe:
-        is_gzip = probe.read(2) == b"\x1f\x8b"
+        head = probe.read(len(_PARQUET))
+    if head == _PARQUET:
+        yield from _read_parquet(source, path)
+        return
     place = f"{path} line 1"
     try:
-        with gzip.open(source, "rb") if is_gzip else source.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                place = f"{path} line {number}"
-                if line.strip():
-                    yield place, _read_object(line, place)
+        with gzip.open(source, "rb") if head.startswith(_GZIP) else source.open("rb") as lines:
+            read = _read_array if _is_array(lines) else _read_lines
+            for place, row in read(lines, path):
+                yield place, row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{place}: broken gzip file: {error}") from error
+
+
+def _is_array(file: BufferedIOBase) -> bool:
+    head = file.read(_HEAD)
+    file.seek(0)
+    return bool(_WRAPPED.match(head) or _ARRAY.match(head))
+
+
+def _read_lines(lines: BufferedIOBase, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        place = f"{path} line {number}"
+        if line.strip():
+            yield place, _check_object(_parse(line, place), place)
+
+
+def _read_array(file: BufferedIOBase, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    whole = _parse(file.read(), path)
+    rows = whole if isinstance(whole, list) else next(whole[key] for key in ("Data", "data") if key in whole)
+    for number, row in enumerate(rows, start=1):
+        place = f"{path} row {number}"
+        yield place, _check_object(row, place)
+
+
+def _read_parquet(source: Path, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{path} is a parquet file, which needs the package {error.name!r}: "
+            f"in the clone: pip install -e '{EXTRA}'"
+        ) from error
+    try:
+        file, number = pyarrow.parquet.ParquetFile(source), 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: broken parquet file: {error}") from error
 
 
 def require_text(row: dict[str, Any], key: str, place: str) -> str:
@@ -87,11 +141,14 @@ def require_text(row: dict[str, Any], key: str, place: str) -> str:
     return value
 
 
-def _read_object(line: bytes, place: str) -> dict[str, Any]:
+def _parse(text: bytes, place: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not JSON: {error}") from error
+
+
+def _check_object(row: Any, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{place}: {type(row).__name__}; expected a JSON object")
     return row

@@ -12,13 +12,20 @@ import json
 import mmap
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, overload
 
 from empg_envs.cache import build_once
 from empg_envs.deepsearch.files import find_file, stamp_of
-from empg_envs.deepsearch.passages import Passage, Retriever, find_retriever, iterate_corpus
+from empg_envs.deepsearch.passages import (
+    VECTORS,
+    Passage,
+    Retriever,
+    find_retriever,
+    iterate_corpus,
+    make_retriever,
+)
 
 VERSION = 1  # of the layout; a folder of another version is built again
 ENGINES = ("bm25s", "tantivy")
@@ -42,8 +49,10 @@ def open_index(
 ) -> tuple[Retriever, Sequence[Passage]]:
     """Open the index of a corpus; build it first if it is not there.
 
+    Of an engine that has an index of vectors already (`VECTORS`), only the passages are kept in the folder.
+
     Args:
-      name: the search engine, one of `ENGINES`.
+      name: the search engine, one of `ENGINES` or `VECTORS`.
       corpus: a file in the format of wiki-18.
       root: folder of the indexes.
       **options: options of the search engine.
@@ -53,24 +62,42 @@ def open_index(
       ValueError: the engine keeps no index on disk, its package is not installed, or the folder cannot be
         written.
     """
+    if name in VECTORS:
+        passages = PassageFile(_build_folder("passages", corpus, root, {}, lambda folder: None))
+        return make_retriever(name, passages, **options), passages
     if name not in ENGINES:
         raise ValueError(f"retriever {name!r} keeps no index on disk (index_dir); {' and '.join(ENGINES)} do")
     engine: Engine = find_retriever(name)
+
+    def index(folder: Path) -> None:
+        engine.build(PassageFile(folder), folder / "index", **options)
+
+    folder = _build_folder(name, corpus, root, options, index)
+    passages = PassageFile(folder)
+    return engine(passages, folder=folder / "index", **options), passages
+
+
+def _build_folder(
+    name: str,
+    corpus: str,
+    root: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    index: Callable[[Path], None],
+) -> Path:
+    """Return the folder of a corpus for an engine; if it is not there, write and ``index`` the passages."""
     base = Path(root).expanduser()
 
     def build(unfinished: Path) -> None:
         unfinished.mkdir()
         write_passages(unfinished, iterate_corpus(corpus))
-        engine.build(PassageFile(unfinished), unfinished / "index", **options)
+        index(unfinished)
 
     try:
         base.mkdir(parents=True, exist_ok=True)
         key = json.dumps([VERSION, name, sorted(options.items()), _hash_corpus(corpus, base)])
-        folder = build_once(base / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}", build)
+        return build_once(base / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}", build)
     except OSError as error:
         raise ValueError(f"index_dir={root}: {error.strerror or error} ({error.filename})") from error
-    passages = PassageFile(folder)
-    return engine(passages, folder=folder / "index", **options), passages
 
 
 def write_passages(folder: Path, passages: Iterable[Passage]) -> None:
@@ -89,6 +116,7 @@ class PassageFile(Sequence[Passage]):
 
     def __init__(self, folder: Path) -> None:
         """Map the files of a folder into memory."""
+        self.folder = folder
         self._lines = _map(folder / "passages.jsonl")
         self._ends = memoryview(_map(folder / "ends.bin")).cast("Q")
 

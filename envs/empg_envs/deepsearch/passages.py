@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from empg_envs.deepsearch.files import DataError, read_rows, require_text, stamp
 
 MAX_TOPK = 100
 EXTRA = ".[deepsearch]"
+_OTHER_EXTRAS = {"faiss": ".[faiss]", "tantivy": ".[tantivy]"}  # by package
 
 _WORD = re.compile(r"\w+")
 # English function words. They are not indexed, because they do not tell the topic of a passage.
@@ -79,13 +81,16 @@ class RetrieverError(RuntimeError):
     """A failure of a search engine: it is down, too slow, or sends an invalid answer."""
 
 
-# Name -> where it lives. The first three search a corpus in this process.
+# Name -> where it lives. All but the last search a corpus in this process, those of `VECTORS` by its vectors.
 RETRIEVERS = {
     "builtin": ("empg_envs.deepsearch.bm25", "BuiltinBm25"),
     "bm25s": ("empg_envs.deepsearch.bm25_numpy", "NumpyBm25"),
     "tantivy": ("empg_envs.deepsearch.bm25_tantivy", "TantivyBm25"),
+    "faiss": ("empg_envs.deepsearch.vectors_faiss", "FaissRetriever"),
+    "vectors": ("empg_envs.deepsearch.vectors_numpy", "VectorFileRetriever"),
     "remote": ("empg_envs.deepsearch.remote", "RemoteRetriever"),
 }
+VECTORS = ("faiss", "vectors")
 
 
 def make_retriever(name: str, passages: Sequence[Passage] | None = None, **options: Any) -> Retriever:
@@ -97,7 +102,8 @@ def make_retriever(name: str, passages: Sequence[Passage] | None = None, **optio
       **options: options of that retriever.
 
     Raises:
-      ValueError: the name is unknown, the corpus is missing or not allowed, or a package is not installed.
+      ValueError: the name or an option is unknown, the corpus is missing or not allowed, or a package is not
+        installed.
     """
     if name not in RETRIEVERS:
         raise ValueError(f"unknown retriever {name!r}; the retrievers are {', '.join(RETRIEVERS)}")
@@ -105,7 +111,12 @@ def make_retriever(name: str, passages: Sequence[Passage] | None = None, **optio
         needs = "has its own corpus on the server" if name == "remote" else "needs a corpus"
         raise ValueError(f"retriever {name!r} {needs}")
     build = find_retriever(name)
-    retriever: Retriever = build(**options) if passages is None else build(passages, **options)
+    given = () if passages is None else (passages,)
+    try:
+        inspect.signature(build).bind(*given, **options)
+    except TypeError as error:
+        raise ValueError(f"retriever {name!r}: wrong retriever_options: {error}") from None
+    retriever: Retriever = build(*given, **options)
     return retriever
 
 
@@ -120,7 +131,8 @@ def find_retriever(name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"retriever {name!r} needs the package {error.name!r}: in the clone: pip install -e '{EXTRA}', "
+            f"retriever {name!r} needs the package {error.name!r}: in the clone: pip install -e "
+            f"'{_OTHER_EXTRAS.get(str(error.name), EXTRA)}', "
             "or use retriever 'builtin'"
         ) from error
 

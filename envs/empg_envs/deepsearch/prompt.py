@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from empg_envs.base import ActionParser, Message, ParsedAction, PlainPrompts, PromptBuilder
-from empg_envs.deepsearch.env import find_level
+from empg_envs.deepsearch.env import PIECE_WORDS, find_level
+from empg_envs.deepsearch.pages import PIECE_MARK
 from empg_envs.deepsearch.tables import KIND_OF_VALUE
 from empg_envs.deepsearch.tags import (
+    BROWSE,
     OPEN,
     TOOLS,
     count_openings,
@@ -31,6 +33,10 @@ _SEARCH = (
     "it finds comes back between <information> and </information>. You may search as often as you need."
 )
 _OPEN = "The results are beginnings only: read a whole one with <open>its id</open>."
+_BROWSE = (
+    "The results are beginnings only: read the page of one with <browse>its title</browse>. A long page "
+    "comes in pieces; <browse>its title #2</browse> is the second one."
+)
 _ANSWER = (
     "As soon as nothing is missing, give the answer alone, in few words, between <answer> and </answer>, for "
     "example <answer>Oslo</answer>."
@@ -77,7 +83,8 @@ class SearchPrompts(PlainPrompts):
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
         """Return one user message: instructions and question."""
-        parts = [_ROLE, _SEARCH, *([_OPEN] if OPEN in info.get("tools", ()) else []), _ANSWER]
+        reading = [text for tool, text in ((OPEN, _OPEN), (BROWSE, _BROWSE)) if tool in info.get("tools", ())]
+        parts = [_ROLE, _SEARCH, *reading, _ANSWER]
         return [{"role": "user", "content": f"{' '.join(parts)}\nQuestion: {info['task']}\n"}]
 
     def follow(self, observation: str, info: Mapping[str, Any]) -> str:
@@ -167,9 +174,17 @@ def phrases(level: str = "tiny", style: str | None = None, **options: Any) -> li
     found = [f"{mark}{tool}>" for tool in TOOLS for mark in ("<", "</")]
     found += [name for names in names_of(preset).values() for name in names]
     found += [*KIND_OF_VALUE, "of", "question :", "answered", "invalid", "nothing", "no more", ".", ",", ":"]
-    if options.get("snippet_words") is not None:
+    limits = [options.get(name) for name in ("snippet_words", "passage_words")]
+    if BROWSE in (options.get("tools") or ()):
+        piece_words = options.get("piece_words") or PIECE_WORDS
+        limits.append(piece_words)
+        most = -(
+            -4 * (preset.facts + 1) // piece_words
+        )  # a fact has at most four words, as have name and stops
+        found += [f"<{BROWSE}>", f"</{BROWSE}>", *(f"{PIECE_MARK}{number}" for number in range(2, most + 1))]
+    elif options.get("snippet_words") is not None:
         found += [str(number) for number in range(1, preset.pages + 1)]
-    if options.get("snippet_words") is not None or options.get("passage_words") is not None:
+    if any(limit is not None for limit in limits):
         # A passage may be cut inside a name, so single words of names are phrases too.
         found += [word for names in names_of(preset).values() for name in names for word in name.split()]
     return list(dict.fromkeys(found))

@@ -1,8 +1,9 @@
-"""Questions in FlashRAG's format, and their panels.
+"""Questions in FlashRAG's format, or in that of a public set, and their panels.
 
 The questions of a file are split into train, valid and test (8 : 1 : 1) by their hashes, or all belong to the
 panel that the configuration names. A question in both a training and a held-out panel is dropped from
-training.
+training. Where a held-out panel has several groups, each is a panel too: ``test:nq`` is what ``test`` has
+of the group ``nq``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from empg_envs.deepsearch.files import DataError, read_rows, require_text
+from empg_envs.deepsearch.files import DataError, read_rows
+from empg_envs.deepsearch.question_rows import read_fields
 
 TRAIN = "train"
 _SHARES = {TRAIN: (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0)}
@@ -53,32 +55,29 @@ class Question:
 
 
 def read_questions(path: str, group: str = "") -> list[Question]:
-    """Read a question file.
+    """Read a question file; `empg_envs.deepsearch.question_rows` has the forms of its rows.
 
     Args:
       path: the file.
-      group: the questions' group; the default is the file's name without its endings.
+      group: the questions' group; the default is the row's ``data_source`` (Search-R1's merged files), else
+        the file's name without its endings.
 
     Raises:
       DataError: a line is malformed, or the file is empty.
     """
     questions = []
-    group = group or path.rpartition("/")[2].partition(".")[0]
-    for place, row in read_rows(path):
-        answers = row.get("golden_answers")
-        if isinstance(answers, str):
-            answers = [answers]
-        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise DataError(f"{place}: 'golden_answers' is {answers!r:.80}; expected a list of texts")
+    stem = path.rpartition("/")[2].partition(".")[0]
+    for number, (place, row) in enumerate(read_rows(path), start=1):
+        fields = read_fields(row, place, number)
         metadata = row.get("metadata")
         if metadata is not None and not isinstance(metadata, dict):
             raise DataError(f"{place}: 'metadata' is {metadata!r:.80}; expected an object")
         questions.append(
             Question(
-                id=require_text(row, "id", place),
-                text=require_text(row, "question", place).strip(),
-                golden_answers=tuple(answers),
-                group=group,
+                id=fields.id,
+                text=fields.text,
+                golden_answers=fields.answers,
+                group=group or str(row.get("data_source") or stem),
                 metadata=metadata or {},
             )
         )
@@ -112,10 +111,20 @@ class Panels:
                 raise DataError(f"panel {split!r} holds no question")
             # Sort by hash: the files may be sorted by topic, and their order must not matter.
             self._panels[split] = [kept[key] for key in sorted(kept)]
+        for split in [split for split in self._panels if split != TRAIN]:
+            self._add_groups(split)
+
+    def _add_groups(self, split: str) -> None:
+        """Add a panel for each of several groups of a panel; inside of it there are no groups."""
+        if len({question.group for question in self._panels[split]}) < 2:
+            return
+        for question in self._panels[split]:
+            inside = self._panels.setdefault(f"{split}:{question.group}", [])
+            inside.append(dataclasses.replace(question, group=""))
 
     @property
     def splits(self) -> list[str]:
-        """Names of the panels."""
+        """Names of the panels, and behind them those of the held-out panels' groups."""
         return list(self._panels)
 
     def num_tasks(self, split: str) -> int:
@@ -155,8 +164,8 @@ def make_panels(files: str | Sequence[str] | Mapping[str, Any]) -> Panels:
     Args:
       files: one file or several, which are split by hash into train, valid and test; or a mapping from the
         name of a panel to its file or files. Such a name may contain a group after a colon
-        (``test:hotpotqa``), under which success is also reported by itself. The default group is the name of
-        the question's file.
+        (``test:hotpotqa``), under which success is also reported and evaluated by itself. The default group
+        is the name of the question's file.
 
     Raises:
       DataError: a file is malformed, or a panel is empty.

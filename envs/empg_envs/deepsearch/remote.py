@@ -9,25 +9,35 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from empg_envs.deepsearch.passages import Hit, Passage, RetrieverError, check_topk, parse_contents
 
 MAX_REPLY_BYTES = 64 << 20
+PAGES_PATH = "/pages"  # an addition to Search-R1's protocol; `empg-jax retrieve` has it
+
+_Reply = TypeVar("_Reply")
 
 
-class RemoteRetriever:
-    """A retriever that asks equivalent servers in turn, and the next one after a failure."""
+class Servers:
+    """Equivalent servers, which are asked in turn, and the next one after a failure."""
 
     def __init__(
-        self, urls: str | Sequence[str], *, timeout: float = 2.0, attempts: int = 3, wait: float = 0.2
+        self,
+        urls: str | Sequence[str],
+        *,
+        usual_path: str = "/retrieve",
+        timeout: float = 2.0,
+        attempts: int = 3,
+        wait: float = 0.2,
     ) -> None:
         """Store the addresses; connections are opened at the first request.
 
         Args:
           urls: addresses such as ``http://127.0.0.1:8000/retrieve``.
+          usual_path: the path of an address that names none.
           timeout: seconds for a request. All attempts together should stay below
             ``workers.step_timeout``.
           attempts: number of requests before a failure is reported.
@@ -39,25 +49,35 @@ class RemoteRetriever:
         listed = [urls] if isinstance(urls, str) else list(urls)
         if not listed:
             raise ValueError("retriever 'remote' needs at least one url")
-        self._servers = [_Server(url, timeout) for url in listed]
+        self._servers = [_Server(url, usual_path, timeout) for url in listed]
         if timeout <= 0 or attempts < 1 or wait < 0:
             raise ValueError(
-                f"retriever 'remote': timeout={timeout} and attempts={attempts} must be positive, "
+                f"{listed[0]}: timeout={timeout} and attempts={attempts} must be positive, "
                 f"wait={wait} not negative"
             )
         self._attempts, self._wait = attempts, wait
         self._next = 0
 
-    def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
-        """Return the best passages for each query; see `Retriever`."""
-        request = {"queries": list(queries), "topk": check_topk(topk), "return_scores": True}
+    def ask(
+        self, request: dict[str, Any], read: Callable[[bytes], _Reply], path: str | None = None
+    ) -> _Reply:
+        """Send a request as JSON, and return what ``read`` makes of the answer.
+
+        Args:
+          request: the request.
+          read: parses the answer; it raises `RetrieverError` for an invalid one.
+          path: another path of the servers than their addresses name.
+
+        Raises:
+          RetrieverError: all attempts failed.
+        """
         body = json.dumps(request).encode()  # non-ASCII characters, even lone surrogates, are escaped
         problems = []
         for attempt in range(self._attempts):
             server = self._servers[self._next % len(self._servers)]
             self._next += 1
             try:
-                return read_reply(server.post(body), len(queries), topk)
+                return read(server.post(body, path))
             except (OSError, http.client.HTTPException, RetrieverError) as error:
                 # The other connections are as old as the one that failed.
                 server.close()
@@ -72,30 +92,55 @@ class RemoteRetriever:
             server.close()
 
 
+class RemoteRetriever:
+    """A retriever that asks search servers."""
+
+    def __init__(
+        self, urls: str | Sequence[str], *, timeout: float = 2.0, attempts: int = 3, wait: float = 0.2
+    ) -> None:
+        """Store the addresses; see `Servers` for them and the limits."""
+        self._servers = Servers(urls, timeout=timeout, attempts=attempts, wait=wait)
+
+    def search(self, queries: Sequence[str], topk: int) -> list[list[Hit]]:
+        """Return the best passages for each query; see `Retriever`."""
+        request = {"queries": list(queries), "topk": check_topk(topk), "return_scores": True}
+        return self._servers.ask(request, lambda text: read_reply(text, len(queries), topk))
+
+    def read_page(self, title: str) -> Sequence[Passage]:
+        """Return the passages of a title in the server's corpus; see `empg_envs.deepsearch.pages.Pages`."""
+        request = {"titles": [title]}
+        (hits,) = self._servers.ask(request, lambda text: read_reply(text, 1, None), PAGES_PATH)
+        return [hit.passage for hit in hits]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._servers.close()
+
+
 class _Server:
     """A server whose connections are kept open between requests; several threads may ask it at once."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, usual_path: str, timeout: float) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
                 f"retriever url {url!r} is no address; expected for example http://127.0.0.1:8000/retrieve"
             )
         self.url = url
-        self._path = parts.path or "/retrieve"
+        self._path = parts.path or usual_path
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         host, port = parts.hostname, parts.port
         self._connect = lambda: kind(host, port, timeout=timeout)
         self._idle: list[http.client.HTTPConnection] = []
 
-    def post(self, body: bytes) -> bytes:
-        """Send a request; return the answer's body."""
+    def post(self, body: bytes, path: str | None = None) -> bytes:
+        """Send a request, to another path of the server than its address names if one is given."""
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = self._connect()
         try:
-            text = self._ask(connection, body)
+            text = self._ask(connection, body, path or self._path)
         except BaseException:
             # A late answer would be taken for that of the next request.
             connection.close()
@@ -103,10 +148,10 @@ class _Server:
         self._idle.append(connection)
         return text
 
-    def _ask(self, connection: http.client.HTTPConnection, body: bytes) -> bytes:
+    def _ask(self, connection: http.client.HTTPConnection, body: bytes, path: str) -> bytes:
         if connection.sock is None:
             connection.connect()
-        connection.request("POST", self._path, body, {"Content-Type": "application/json"})
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         # Read one byte more than allowed to detect a longer answer without reading all of it.
         text = response.read(MAX_REPLY_BYTES + 1)
@@ -122,8 +167,10 @@ class _Server:
             self._idle.pop().close()
 
 
-def read_reply(text: bytes, num_queries: int, topk: int) -> list[list[Hit]]:
+def read_reply(text: bytes, num_queries: int, topk: int | None) -> list[list[Hit]]:
     """Parse an answer: for each query a list of ``{"document", "score"}`` or of bare documents.
+
+    At most ``topk`` of them are kept; None keeps all.
 
     A document has ``contents``, or ``title`` and ``text``. Without an id, its contents serve as the id.
 

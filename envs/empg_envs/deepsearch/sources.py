@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from empg_envs.deepsearch import worlds
 from empg_envs.deepsearch.bm25 import BuiltinBm25
 from empg_envs.deepsearch.files import stamp_of
 from empg_envs.deepsearch.ondisk import open_index
+from empg_envs.deepsearch.pages import MemoryPages, Pages, open_pages
 from empg_envs.deepsearch.passages import Passage, Retriever, load_corpus, make_retriever
 from empg_envs.deepsearch.questions import Panels, Question, list_files, make_panels
 from empg_envs.deepsearch.tables import KIND_OF_VALUE, LEVELS, Level
@@ -27,6 +28,7 @@ class Task:
     Attributes:
       question: text and golden answers.
       retriever: the search engine.
+      pages: the pages of its passages, where they can be browsed.
       content_hash: hash that identifies the task.
       puzzle: the embedded world, or None for a question from a file.
       passages: the corpus of the embedded world.
@@ -35,6 +37,7 @@ class Task:
     question: Question
     retriever: Retriever
     content_hash: str
+    pages: Pages | None = None
     puzzle: worlds.Puzzle | None = None
     passages: tuple[Passage, ...] = ()
 
@@ -88,9 +91,9 @@ class EmbeddedSource:
 class FileSource:
     """A source of questions from files with one common retriever."""
 
-    def __init__(self, panels: Panels, retriever: Retriever) -> None:
-        """Store panels and retriever; `open_files` builds them."""
-        self._panels, self._retriever = panels, retriever
+    def __init__(self, panels: Panels, retriever: Retriever, pages: Pages | None = None) -> None:
+        """Store panels, retriever and pages; `open_files` builds them."""
+        self._panels, self._retriever, self._pages = panels, retriever, pages
 
     def list_splits(self) -> list[str]:
         """Return the panels that the files give."""
@@ -103,7 +106,7 @@ class FileSource:
     def load(self, split: str, index: int) -> Task:
         """Return a question with the common retriever."""
         question = self._panels.get(split, index)
-        return Task(question, self._retriever, question.content_hash)
+        return Task(question, self._retriever, question.content_hash, self._pages)
 
     def panel_hash(self, split: str) -> str:
         """Return the hash of a panel's questions."""
@@ -115,8 +118,17 @@ def open_files(
     corpus: str | None,
     retriever: str | None,
     retriever_options: Mapping[str, Any] | None,
+    *,
+    with_pages: bool = False,
 ) -> FileSource:
     """Open questions and corpus from files; all environments of a process share them.
+
+    Args:
+      questions: the question files; see `make_panels`.
+      corpus: the file of passages, or None.
+      retriever: name of the retriever, or None for the usual one.
+      retriever_options: its options.
+      with_pages: whether the passages' pages are wanted too.
 
     Raises:
       DataError: a file is malformed.
@@ -131,8 +143,10 @@ def open_files(
     # A file that was changed is read again.
     panels = _load_panels(json.dumps(questions), tuple(map(stamp_of, list_files(questions))))
     options = json.dumps(dict(retriever_options or {}))
-    stamp = None if corpus is None else stamp_of(corpus)
-    return FileSource(panels, _load_retriever(name, corpus, options, stamp))
+    index = (retriever_options or {}).get("index")
+    stamp = tuple(stamp_of(path) for path in (corpus, index) if path is not None)
+    engine, _ = _load_retriever(name, corpus, options, stamp)
+    return FileSource(panels, engine, _load_pages(name, corpus, options, stamp) if with_pages else None)
 
 
 @functools.lru_cache(maxsize=8)
@@ -141,16 +155,26 @@ def _load_panels(questions: str, stamps: object) -> Panels:
 
 
 @functools.lru_cache(maxsize=8)
-def _load_retriever(name: str, corpus: str | None, options: str, stamp: object) -> Retriever:
+def _load_retriever(
+    name: str, corpus: str | None, options: str, stamp: object
+) -> tuple[Retriever, Sequence[Passage]]:
     chosen = json.loads(options)
     folder = chosen.pop("index_dir", None)
     if folder is None:
-        return make_retriever(name, None if corpus is None else load_corpus(corpus), **chosen)
+        passages = None if corpus is None else load_corpus(corpus)
+        return make_retriever(name, passages, **chosen), passages or ()
     if corpus is None:
         raise ValueError(
             f"index_dir={folder} keeps the index of a corpus, but retriever {name!r} has none here"
         )
-    return open_index(name, corpus, folder, **chosen)[0]
+    return open_index(name, corpus, folder, **chosen)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_pages(name: str, corpus: str | None, options: str, stamp: object) -> Pages:
+    engine, passages = _load_retriever(name, corpus, options, stamp)
+    # Without a corpus the engine is a server's client, and the server has the pages too.
+    return cast(Pages, engine) if corpus is None else open_pages(passages)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -160,7 +184,8 @@ def _load_world(level_name: str, style: str, split: str, index: int) -> Task:
     passages = write_passages(puzzle, texts)
     question = puzzle.to_question(split, index, texts.ask(puzzle.start, puzzle.relations))
     index_of_names = BuiltinBm25(passages, ignore=KIND_OF_VALUE)
-    return Task(question, index_of_names, puzzle.content_hash, puzzle, passages)
+    pages = MemoryPages(passages)
+    return Task(question, index_of_names, puzzle.content_hash, pages, puzzle, passages)
 
 
 def write_passages(puzzle: worlds.Puzzle, texts: Texts) -> tuple[Passage, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-SEARCH, OPEN, ANSWER = "search", "open", "answer"
+SEARCH, OPEN, BROWSE, ANSWER = "search", "open", "browse", "answer"
 TOOLS = (SEARCH, OPEN, ANSWER)
+TOOL_SETS = ((SEARCH,), (SEARCH, OPEN), (SEARCH, BROWSE))
 
-_OPENING = re.compile(rf"<({'|'.join(TOOLS)})>")
+_OPENING = re.compile(rf"<({'|'.join((*TOOLS, BROWSE))})>")
 
 
 class Call(NamedTuple):
@@ -66,3 +67,34 @@ def cut_after_first_close(text: str, tools: Collection[str] = TOOLS) -> str:
     """Return the text up to and including the first closing tag of these tools, or all of the text."""
     match = re.search(rf"</({'|'.join(tools)})>", text)
     return text if match is None else text[: match.end()]
+
+
+def choose_tools(
+    tools: Sequence[str] | None, snippet_words: int | None, piece_words: int | None
+) -> tuple[str, ...]:
+    """Return the tools on offer.
+
+    Args:
+      tools: a set of `TOOL_SETS`; None is search, and open where results are cut.
+      snippet_words: number of words of a search result that are shown, or None.
+      piece_words: number of words of a browsed piece, or None.
+
+    Raises:
+      ValueError: the set is another one, or a limit belongs to a tool that is not in it.
+    """
+    if tools is None:
+        tools = (SEARCH,) if snippet_words is None else (SEARCH, OPEN)
+    if tuple(tools) not in TOOL_SETS:
+        sets = ", ".join(f"[{', '.join(each)}]" for each in TOOL_SETS)
+        raise ValueError(f"deepsearch tools is {tools!r}; expected one of {sets}")
+    if OPEN in tools and snippet_words is None:
+        raise ValueError(
+            "deepsearch tools=[search, open] needs snippet_words: what is whole cannot be opened"
+        )
+    if tuple(tools) == (SEARCH,) and snippet_words is not None:
+        raise ValueError(
+            "deepsearch snippet_words needs a tool that reads on: tools=[search, open] or browse"
+        )
+    if piece_words is not None and BROWSE not in tools:
+        raise ValueError("deepsearch piece_words has an effect with tools=[search, browse] only")
+    return (*tools, ANSWER)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from empg_envs.deepsearch.pages import PIECE_MARK, Piece
 from empg_envs.deepsearch.passages import Passage
 from empg_envs.deepsearch.tables import BOOK, CITY, COMPANY, KIND_OF_VALUE, PERSON
+from empg_envs.deepsearch.tags import BROWSE, OPEN
 
 # A shown search result: the passage, and the shown part of its text.
 Shown = tuple[Passage, str]
@@ -19,16 +21,25 @@ class Texts(Protocol):
         """Return the first observation."""
         ...
 
-    def results(self, question: str, found: Sequence[Shown], with_ids: bool) -> str:
-        """Return the text of search results, with ids if passages can be opened."""
+    def results(self, question: str, found: Sequence[Shown], reader: str | None) -> str:
+        """Return the text of search results, with what ``reader`` names, the tool that reads more of them."""
         ...
 
     def page(self, question: str, passage: Passage) -> str:
         """Return the text of an opened passage."""
         ...
 
+    def piece(self, question: str, title: str, number: int, piece: Piece) -> str:
+        """Return the text of a piece of a page that was browsed."""
+        ...
+
     def notice(self, question: str, kind: str) -> str:
-        """Return the message for a failed call of kind ``invalid``, ``unknown_id`` or ``budget``."""
+        """Return the message for a failed call.
+
+        Args:
+          question: the question.
+          kind: ``invalid``, ``unknown_id``, ``unknown_title``, ``no_piece`` or ``budget``.
+        """
         ...
 
     def ask(self, start: str, relations: Sequence[str]) -> str:
@@ -51,20 +62,33 @@ class Texts(Protocol):
 class TerseTexts:
     """A style with few words of a closed vocabulary. Every observation ends with the question."""
 
-    _NOTICES: Mapping[str, str] = {"invalid": "invalid .", "unknown_id": "nothing .", "budget": "no more ."}
+    _NOTICES: Mapping[str, str] = {
+        "invalid": "invalid .",
+        "unknown_id": "nothing .",
+        "unknown_title": "nothing .",
+        "no_piece": "nothing .",
+        "budget": "no more .",
+    }
 
     def opening(self, question: str) -> str:
         """Return the question."""
         return f"question : {question}"
 
-    def results(self, question: str, found: Sequence[Shown], with_ids: bool) -> str:
+    def results(self, question: str, found: Sequence[Shown], reader: str | None) -> str:
         """Return the passages one after the other, or ``nothing .``."""
-        lines = [f"{passage.id} : {text}" if with_ids else text for passage, text in found]
+        named = {OPEN: lambda passage: f"{passage.id} : ", BROWSE: lambda passage: f"{passage.title} : "}
+        name = named.get(reader or "", lambda passage: "")
+        lines = [f"{name(passage)}{text}" for passage, text in found]
         return f"{' '.join(lines) or 'nothing .'} {self.opening(question)}"
 
     def page(self, question: str, passage: Passage) -> str:
         """Return the passage."""
         return f"{passage.text} {self.opening(question)}"
+
+    def piece(self, question: str, title: str, number: int, piece: Piece) -> str:
+        """Return the piece, with the number of the next one if there is one: ``mother dana #2``."""
+        following = f" {PIECE_MARK}{number + 1}" if number < piece.total else ""
+        return f"{piece.text}{following} {self.opening(question)}"
 
     def notice(self, question: str, kind: str) -> str:
         """Return a message of two words."""
@@ -97,6 +121,8 @@ class SearchR1Texts:
             "</search>. To finish, write your answer between <answer> and </answer>."
         ),
         "unknown_id": "No result so far has that id, so there is nothing to open.",
+        "unknown_title": "No result so far has that title, so there is no page to browse.",
+        "no_piece": "That page has no piece of that number.",
         "budget": "All tool calls for this question are used up. Answer between <answer> and </answer>.",
     }
     _ASKING: Mapping[str, str] = {
@@ -110,10 +136,10 @@ class SearchR1Texts:
         """Return the question."""
         return question
 
-    def results(self, question: str, found: Sequence[Shown], with_ids: bool) -> str:
+    def results(self, question: str, found: Sequence[Shown], reader: str | None) -> str:
         """Return numbered passages between information tags."""
         lines = [
-            f"Doc {number}({f'Id: {passage.id}, ' if with_ids else ''}Title: {passage.title}) {text}\n"
+            f"Doc {number}({f'Id: {passage.id}, ' if reader == OPEN else ''}Title: {passage.title}) {text}\n"
             for number, (passage, text) in enumerate(found, start=1)
         ]
         return _wrap("".join(lines) or "Nothing was found.")
@@ -121,6 +147,10 @@ class SearchR1Texts:
     def page(self, question: str, passage: Passage) -> str:
         """Return the whole passage between information tags."""
         return _wrap(f"(Id: {passage.id}, Title: {passage.title}) {passage.text}")
+
+    def piece(self, question: str, title: str, number: int, piece: Piece) -> str:
+        """Return the piece between information tags, with its number and how many there are."""
+        return _wrap(f"(Title: {title}, piece {number} of {piece.total}) {piece.text}")
 
     def notice(self, question: str, kind: str) -> str:
         """Return a sentence with a hint at valid calls."""

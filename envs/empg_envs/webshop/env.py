@@ -6,13 +6,12 @@ import functools
 import logging
 import operator
 import random
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from empg_envs.webshop import expert, files
 from empg_envs.webshop.actions import SEARCH
-from empg_envs.webshop.goals import SHUFFLE_SEED, shuffled
+from empg_envs.webshop.goals import SHUFFLE_SEED
 from empg_envs.webshop.reward import Reward, compute_reward
 from empg_envs.webshop.schema import Goal
 from empg_envs.webshop.shop import Page, Visit
@@ -131,7 +130,8 @@ class WebShopEnv:
         from empg_envs.webshop import official
 
         store = official.load(self._files, self._cache_dir)
-        panels = _official_panels(store.num_goals, self._order_seed, is_human=self._files.human is not None)
+        order = official.load_order(self._files, store.num_goals, self._order_seed, self._cache_dir)
+        panels = _divide_goals(order, is_human=self._files.human is not None)
         return Shop(store, panels, make_tagger(self._tagger_name), (), 10)
 
     @functools.cached_property
@@ -296,12 +296,11 @@ def _check_unused(**options: tuple[object, object]) -> None:
             raise ValueError(f"webshop option {name}={value!r} has an effect with level={OFFICIAL!r} only")
 
 
-def _official_panels(count: int, seed: int, *, is_human: bool) -> dict[str, Sequence[int]]:
+def _divide_goals(order: Sequence[int], *, is_human: bool) -> dict[str, Sequence[int]]:
     """Return the goal positions of each panel.
 
     Goals 0 to 499 are for testing. The next 1,000 human goals are for validation. The rest is for training.
     """
-    order = array("I", shuffled(count, seed))
     valid_end = TEST_GOALS + (VALID_GOALS if is_human else 0)
     panels = {"train": order[valid_end:], "valid": order[TEST_GOALS:valid_end], "test": order[:TEST_GOALS]}
     return {split: panel for split, panel in panels.items() if len(panel)}

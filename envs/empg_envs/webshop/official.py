@@ -10,14 +10,17 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import random
 import sqlite3
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from empg_envs.cache import build_once, cache_folder
 from empg_envs.webshop.files import Files, MissingData
-from empg_envs.webshop.goals import PRICE_SEED, draw_price, human_goals, synthetic_goals
+from empg_envs.webshop.goals import PRICE_SEED, draw_price, human_goals, shuffled, synthetic_goals
 from empg_envs.webshop.schema import BadRow, read_product
 from empg_envs.webshop.store import VERSION, Store, StoreWriter, open_store
 from empg_envs.webshop.stream import stream_json
@@ -41,8 +44,8 @@ def load(files: Files, cache_dir: str | None = None, *, build_large: bool = Fals
       ValueError: a file is no JSON of the expected form, or contains no goal.
       OSError: the cache folder cannot be written.
     """
-    folder = Path(cache_dir) if cache_dir else cache_folder("webshop")
-    path = folder / f"{_fingerprint(files)}.sqlite"
+    path = _catalog_path(files, cache_dir)
+    folder = path.parent
     if path.exists():
         return open_store(path)
     if files.products.stat().st_size > LARGE_BYTES and not build_large:
@@ -52,6 +55,30 @@ def load(files: Files, cache_dir: str | None = None, *, build_large: bool = Fals
             f"--goals {'human' if files.human else 'synthetic'} once"
         )
     return open_store(build_once(path, lambda unfinished: _build(files, unfinished)))
+
+
+def load_order(files: Files, count: int, seed: int, cache_dir: str | None = None) -> Sequence[int]:
+    """Return the positions of goals in the order of their numbers (`shuffled`).
+
+    The order is kept beside the catalog and mapped into memory, because to shuffle a million goals takes
+    every worker a second and its own memory. Where nothing can be written, each worker does that.
+    """
+    path = _catalog_path(files, cache_dir).with_suffix(f".order-{seed}")
+    try:
+        build_once(path, lambda unfinished: _write_order(unfinished, count, seed))
+    except OSError:
+        return array("I", shuffled(count, seed))
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("I")
+
+
+def _write_order(path: Path, count: int, seed: int) -> None:
+    path.write_bytes(array("I", shuffled(count, seed)).tobytes())
+
+
+def _catalog_path(files: Files, cache_dir: str | None) -> Path:
+    folder = Path(cache_dir) if cache_dir else cache_folder("webshop")
+    return folder / f"{_fingerprint(files)}.sqlite"
 
 
 def _build(files: Files, path: Path) -> None:
