@@ -1,4 +1,4 @@
-"""The picture of a study: a row per task; success, entropy, balance, gradient and drift by arm."""
+"""The picture of a study: a row per task that has runs; success, entropy, balance, gradient and drift by arm."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ RESAMPLES = 1_000  # of a band; the table's intervals take more
 
 
 def draw(study: Study, lines: Sequence[Line], path: Path) -> None:
-    """Draw the picture as PNG; the same lines give the same picture."""
+    """Draw the tasks that have runs as PNG; the same lines give the same picture."""
     # Figure without pyplot, which has global state and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     results = gather(study, lines)
-    figure = Figure(figsize=(20, 3.6 * len(study.tasks)), layout="constrained")
+    has_runs = [task for task in study.tasks if any(results.lines(task, arm) for arm in study.arms)]
+    tasks = has_runs or list(study.tasks)
+    figure = Figure(figsize=(20, 3.6 * len(tasks)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(study.tasks), 5, squeeze=False)
-    for task, row in zip(study.tasks, grid, strict=True):
+    grid = figure.subplots(len(tasks), 5, squeeze=False)
+    for task, row in zip(tasks, grid, strict=True):
         for number, arm in enumerate(study.arms):
             runs = results.lines(task, arm)
             color = f"C{number % 10}"
