@@ -22,13 +22,14 @@ class DigitData(vf.TaskData):
 
 
 class DigitTask(vf.Task[DigitData]):
-    @vf.reward
+    @vf.reward(weight=0.75)
     async def right(self, task, trace) -> float:
         return float(trace.last_reply == task.answer)
 
-    @vf.reward(weight=0.1)
-    async def digit(self, trace) -> float:
-        return float(len(trace.last_reply) == 1 and trace.last_reply.isdigit())
+    @vf.reward(weight=0.25)
+    async def near(self, task, trace) -> float:
+        said = trace.last_reply
+        return 1 - abs(int(said) - int(task.answer)) / 9 if said in list("0123456789") else 0.0
 
     @vf.metric
     async def letters(self, trace) -> float:

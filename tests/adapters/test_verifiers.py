@@ -96,17 +96,18 @@ def examples(monkeypatch):
 
 @pytest.mark.usefixtures("examples")
 def test_the_taskset_is_the_data_and_its_rewards_score():
-    env = make_env("verifiers", taskset="digit_taskset", config={"count": 50}, win_return=1.1)
+    env = make_env("verifiers", taskset="digit_taskset", config={"count": 50}, answer="answer")
     assert {split: env.num_tasks(split) for split in env.list_splits()} == {"train": 40, "test": 10}
     assert env.get_task("test", 1)["prompt"] == "9?"  # every fifth one
     observation, info = env.reset(split="train", index=3)
     assert observation == "3?" and info["before"] == [{"role": "system", "content": "Say the first digit."}]
+    assert env.expert_action() == "3"
     observation, reward, terminated, truncated, info = env.step("3")
     assert (observation, terminated, truncated, info["won"]) == ("", True, False, True)
-    assert reward == pytest.approx(1.1)  # each with its weight
-    assert info["metrics"] == {"right": 1.0, "digit": 1.0, "letters": 1.0, "scorer_error": 0.0}
+    assert reward == 1.0  # each with its weight
+    assert info["metrics"] == {"right": 1.0, "near": 1.0, "letters": 1.0, "scorer_error": 0.0}
     env.reset(split="train", index=3)
-    assert env.step("4")[1] == pytest.approx(0.1)
+    assert env.step("4")[1] == pytest.approx(0.25 * 8 / 9)
     first, *others = ENVS["verifiers"].prompts(instructions="Be brief.").start("3?", info)
     assert first["role"] == "system" and others == [{"role": "user", "content": "Be brief.\n\n3?"}]
 
@@ -114,7 +115,7 @@ def test_the_taskset_is_the_data_and_its_rewards_score():
 @pytest.mark.usefixtures("examples")
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_it_is_an_environment_like_the_others(check):
-    check.run(Subject("verifiers", {"taskset": "digit_taskset", "config": {"count": 20}}, episodes=1))
+    check.run(Subject("verifiers", {"taskset": "digit_taskset", "answer": "answer"}, episodes=1))
 
 
 def test_a_conversation_is_asked_and_test_tasks_may_come_from_elsewhere(kinds):
@@ -145,6 +146,7 @@ def test_a_scorer_that_fails_scores_nothing_and_an_absent_judge_is_a_fault(kinds
         ({"taskset": "nowhere"}, "taskset nowhere: ModuleNotFoundError"),
         ({"config": {"knd": "x"}}, "taskset kinds_taskset: ValidationError: .*\n.*knd"),
         ({"tasks": 0}, "has no tasks"),
+        ({"answer": "solution"}, "answer=solution: a task of kinds_taskset has idx, id, name"),
         ({"config": {"kind": "boxed"}}, "needs a container"),
         ({"config": {"kind": "image"}}, "needs a container"),
         ({"config": {"kind": "prepared"}}, "needs a machine to work on"),
@@ -181,11 +183,11 @@ def test_the_example_is_trained_as_its_first_lines_say(tmp_path):
     (line,) = re.findall(r"(?m)^empg-jax (train .*)$", text)
     small = [option for option in runs.TINY if not option.startswith(("rollout.", "train.updates"))]
     small += ["train.updates=2", "eval.tasks=2", "log.rollouts_every=1", "workers.reset_timeout=200"]
-    small += ["rollout.tasks_per_update=2", "rollout.group_size=2", "sft.updates=0", "run_dir=run"]
+    small += ["rollout.tasks_per_update=2", "rollout.group_size=2", "run_dir=run"]
     done = call(tmp_path, "-P", "-c", CONSOLE, *shlex.split(line), *small)
     assert done.returncode == 0, done.stderr
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert last["update"] == 2 and {"env_right", "env_digit", "env_scorer_error"} <= last.keys()
+    assert last["update"] == 2 and {"env_right", "env_near", "env_scorer_error"} <= last.keys()
     with gzip.open(max((tmp_path / "run" / "rollouts").iterdir()), "rt") as file:
         episodes = [json.loads(each) for each in file]
     assert [len(episode["turns"]) for episode in episodes] == [1] * 4

@@ -20,6 +20,7 @@ class VerifiersEnv(ForeignEnv):
       taskset: its id: a module that exports the taskset, in the current folder or installed.
       config: keys of the taskset's own configuration.
       test_config: what differs in it for test tasks; None: every fifth task is a test task.
+      answer: field of a task's data that holds a right answer, for a warm start; None: there is no expert.
       tasks: most tasks that are read, of each of the two.
       win_return: reward from which an episode is won.
 
@@ -36,6 +37,7 @@ class VerifiersEnv(ForeignEnv):
         *,
         config: Mapping[str, Any] | None = None,
         test_config: Mapping[str, Any] | None = None,
+        answer: str | None = None,
         tasks: int = 10_000,
         win_return: float = 1.0,
     ) -> None:
@@ -53,6 +55,11 @@ class VerifiersEnv(ForeignEnv):
             self._panels = {"train": train, **({"test": test} if test else {})}
         super().__init__(f"verifiers {taskset}", {name: len(p) for name, p in self._panels.items()}, 1)
         self._task = self._panels["train"][0]
+        if answer is not None:
+            fields = list(type(self._task.data).model_fields)
+            if answer not in fields:
+                raise ValueError(f"answer={answer}: a task of {taskset} has {', '.join(fields)}")
+            self.expert_action = lambda: str(getattr(self._task.data, answer))
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
         """Return a task's prompt, its name and its key, which `verifiers` makes from all of it."""
