@@ -8,7 +8,9 @@ Server and engine are measured in turns, `--rounds` times, so that both meet the
 * alone: the same with one client, where the difference is the wire's alone.
 * cpu: CPU time of the server and of the bare engine for the same requests; the difference is the wire's work,
   which other programs on the machine hardly change.
-* first: seconds to the first tokens of a stream, both ways.
+* bursts: how often the engine ran for a request of every client; more than the bare engine's own means that
+  requests came too late to share a batch. Like `cpu`, it hardly depends on the machine's load.
+* first: seconds to the first tokens of a stream, both ways: under `server` and beside it under `engine`.
 * mixed: `--mixed` requests of all kinds, also wrong ones and clients that go away; afterwards no slot is
   busy, and the server's memory is told after a tenth, half and all.
 
@@ -28,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -186,13 +189,16 @@ def resident_mb(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
+def read_health(url: str) -> dict:
+    """Return the server's counts."""
+    with urllib.request.urlopen(f"{url}/health") as answer:
+        return json.load(answer)
+
+
 async def settle(url: str) -> dict:
     """Wait until no slot is busy; returns the server's counts."""
-    import urllib.request
-
     for _ in range(500):
-        with urllib.request.urlopen(f"{url}/health") as answer:
-            health = json.load(answer)
+        health = read_health(url)
         if not health["busy"] and not health["waiting"]:
             break
         await asyncio.sleep(0.02)
@@ -216,16 +222,18 @@ def measure_round(process: subprocess.Popen, url: str, driver: Driver) -> dict[s
     def ask(clients: int, is_streamed: bool) -> list[float]:
         return asyncio.run(measure_http(url, clients, is_streamed=is_streamed))
 
-    began = cpu_seconds(process.pid)
+    began, before = cpu_seconds(process.pid), read_health(url)["bursts"]
     over_http = {"latency": ask(args.clients, False)}
     cpu = {"server": (cpu_seconds(process.pid) - began) / len(over_http["latency"])}
-    began = time.process_time()
+    bursts = {"server": (read_health(url)["bursts"] - before) / args.requests}
+    began, before = time.process_time(), driver.engine.stats.bursts
     bare = {"latency": measure_engine(driver, args.clients, is_streamed=False)}
     cpu["engine"] = (time.process_time() - began) / len(bare["latency"])
+    bursts["engine"] = (driver.engine.stats.bursts - before) / args.requests
     for name, clients, is_streamed in (("first", args.clients, True), ("alone", 1, False)):
         over_http[name] = ask(clients, is_streamed)
         bare[name] = measure_engine(driver, clients, is_streamed=is_streamed)
-    return {"server": over_http, "engine": bare, "cpu": cpu}
+    return {"server": over_http, "engine": bare, "cpu": cpu, "bursts": bursts}
 
 
 async def measure_mixed(process: subprocess.Popen, url: str) -> dict:
@@ -260,7 +268,10 @@ def summarize(rounds: list[dict[str, dict]]) -> dict:
         result[side] = {
             name: percentiles([s for found in rounds for s in found[side][name]])
             for name in ("latency", "first", "alone")
-        } | {"cpu_ms": round(1e3 * statistics.median(found["cpu"][side] for found in rounds), 3)}
+        } | {
+            "cpu_ms": round(1e3 * statistics.median(found["cpu"][side] for found in rounds), 3),
+            "bursts": statistics.median(found["bursts"][side] for found in rounds),
+        }
     return result
 
 

@@ -27,11 +27,11 @@ shown.display = lambda picture: print(picture, "is shown")
 CONSOLE = "from empg_jax.cli import main; main()"
 
 
-def call(folder, *command, **variables):
+def call(folder, *command, text_in=None, **variables):
     environment = {**runs.os.environ, **variables}
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=500,
+        cwd=folder, env=environment, input=text_in, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from empg_envs import ENVS
+from empg_envs import ENVS, make_env
 from empg_jax.algorithms import ALGORITHMS
 from empg_jax.cli import app
 from empg_jax.config import load_config
@@ -51,6 +51,12 @@ def test_adapters_say_what_they_need(monkeypatch):
     for name, wheel in (("gymnasium",) * 2, ("reasoning_gym", "reasoning-gym"), ("textarena",) * 2):
         assert f"; not ready here: the package {wheel} is needed (" in found[name]
         assert found[name].endswith("in the clone: pip install -e '.[adapters]'")
+
+
+def test_a_taskset_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "verifiers", None)
+    with pytest.raises(ValueError, match=r"package verifiers is needed .*pip install -e '\.\[verifiers\]'"):
+        make_env("verifiers", taskset="my_taskset")
 
 
 def test_configurations():

@@ -31,6 +31,7 @@ EXTRAS = {
     "trackio": (("trackio",), "log.trackio=true"),
     "ray": (("ray",), "workers.backend=ray"),
     "adapters": (("gymnasium", "reasoning_gym", "textarena", "websockets"), "environments of others"),
+    "verifiers": (("verifiers",), "env.name=verifiers"),
     "swerex": (("swerex",), "swe in containers"),
     "alfworld": (("alfworld",), "the original engine, to compare with"),
 }

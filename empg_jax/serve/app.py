@@ -7,11 +7,11 @@ that goes away gives up its jobs.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
+import functools
 import hmac
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update
+from empg_jax.serve.exchange import Exchange, News
 from empg_jax.serve.service import Asked, Service
 from empg_jax.serve.wire import ApiError, refuse
 
@@ -65,14 +66,19 @@ def make_app(
     async def models(request: Request, body: Any) -> Response:
         return JSONResponse(service.describe_models())
 
+    exchange = Exchange(driver)
+
+    async def answer(request: Request, asked: Asked) -> Response:
+        return await _serve(request, _Updates(exchange, driver, asked), service, asked)
+
     async def chat(request: Request, body: Any) -> Response:
-        return await _serve(request, driver, service, service.read_chat(body))
+        return await answer(request, service.read_chat(body))
 
     async def complete(request: Request, body: Any) -> Response:
-        return await _serve(request, driver, service, service.read_completion(body))
+        return await answer(request, service.read_completion(body))
 
     async def generate(request: Request, body: Any) -> Response:
-        return await _serve(request, driver, service, service.read_generate(body))
+        return await answer(request, service.read_generate(body))
 
     posts = {
         "/v1/chat/completions": chat,
@@ -131,11 +137,15 @@ def _authorize(request: Request, api_key: str | None) -> None:
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
+    body, has_more = bytearray(), True
+    while has_more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
         if len(body) > limit:
             raise ApiError(413, f"the body is longer than {limit >> 20} MiB (serve.max_body_mb)")
+        has_more = message.get("more_body", False)
     return bytes(body)
 
 
@@ -161,15 +171,15 @@ def _refuse_constant(name: str) -> Any:
 class _Updates:
     """The updates of some jobs, handed from the engine's thread to the event loop."""
 
-    def __init__(self, driver: Driver, asked: Asked) -> None:
-        self._driver, self._over = driver, 0
+    def __init__(self, exchange: Exchange, driver: Driver, asked: Asked) -> None:
+        self._exchange, self._driver, self._over = exchange, driver, 0
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Update] | None] = asyncio.Queue()  # None: the client is gone
+        self._queue: asyncio.Queue[News | None] = asyncio.Queue()  # None: the client is gone
         self.jobs: list[Job] = [
             asked.make_job(index, self._receiver(index)) for index in range(asked.num_choices)
         ]
         try:
-            driver.submit(self.jobs)
+            exchange.submit(self.jobs)
         except QueueFull:
             raise ApiError(
                 429, "the server is busy (serve.max_waiting): try again later", code="rate_limit_exceeded"
@@ -178,31 +188,28 @@ class _Updates:
             raise ApiError(503, f"the engine has stopped: {error}") from None
 
     def _receiver(self, index: int) -> Callable[[Update], None]:
-        def receive(update: Update) -> None:
-            # The loop is closed when the server stops before the engine does.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, update))
+        return functools.partial(self._exchange.tell, self._loop, self._queue, index)
 
-        return receive
+    @property
+    def has_more(self) -> bool:
+        """Whether a job is not over."""
+        return self._over < len(self.jobs)
 
-    async def read(self) -> AsyncGenerator[tuple[int, Update], None]:
-        """Yield updates until all jobs are over.
+    async def next(self) -> News:
+        """Wait for the next update.
 
         Raises:
           ClientDisconnect: `leave` was called.
           ApiError: the engine has stopped.
         """
-        left = len(self.jobs)
-        while left:
-            item = await self._queue.get()
-            if item is None:
-                raise ClientDisconnect
-            index, update = item
-            left -= update.is_final
-            if update.error is not None:
-                raise ApiError(503, f"the engine has stopped: {update.error}")
-            self._over += update.is_final
-            yield index, update
+        item = await self._queue.get()
+        if item is None:
+            raise ClientDisconnect
+        _, update = item
+        if update.error is not None:
+            raise ApiError(503, f"the engine has stopped: {update.error}")
+        self._over += update.is_final
+        return item
 
     def leave(self) -> None:
         """Let the reader know that the client has gone away."""
@@ -210,12 +217,11 @@ class _Updates:
 
     def give_up(self) -> None:
         """Free the slots of the jobs that are not over."""
-        if self._over < len(self.jobs):
+        if self.has_more:
             self._driver.cancel(self.jobs)
 
 
-async def _serve(request: Request, driver: Driver, service: Service, asked: Asked) -> Response:
-    updates = _Updates(driver, asked)
+async def _serve(request: Request, updates: _Updates, service: Service, asked: Asked) -> Response:
     if asked.is_streamed:
         return StreamingResponse(_stream(updates, service, asked), media_type="text/event-stream")
     leaving = asyncio.ensure_future(_tell_when_gone(request, updates))
@@ -228,9 +234,9 @@ async def _serve(request: Request, driver: Driver, service: Service, asked: Aske
 
 async def _collect(updates: _Updates) -> list[Update]:
     found: dict[int, Update] = {}
-    async with contextlib.aclosing(updates.read()) as items:
-        async for index, update in items:
-            found[index] = update
+    while updates.has_more:
+        index, update = await updates.next()
+        found[index] = update
     return [found[index] for index in sorted(found)]
 
 
@@ -244,10 +250,9 @@ async def _tell_when_gone(request: Request, updates: _Updates) -> None:
 async def _stream(updates: _Updates, service: Service, asked: Asked) -> AsyncIterator[bytes]:
     try:
         writer = service.open_stream(asked)
-        async with contextlib.aclosing(updates.read()) as items:
-            async for index, update in items:
-                for chunk in writer.write(index, update):
-                    yield _event(chunk)
+        while updates.has_more:
+            for chunk in writer.write(*await updates.next()):
+                yield _event(chunk)
         for chunk in writer.close():
             yield _event(chunk)
         yield b"data: [DONE]\n\n"

@@ -158,8 +158,8 @@ class Driver:
         # A burst is short, but its first compilation may take longer than anyone waits.
         self._thread.join(timeout=CLOSE_SECONDS)
 
-    def submit(self, jobs: list[Job]) -> None:
-        """Hand over the jobs of one request.
+    def submit(self, jobs: list[Job], *, wakes: bool = True) -> None:
+        """Hand over the jobs of one request; unless it ``wakes``, an idle engine waits for `wake`.
 
         Raises:
           QueueFull: they would exceed the number of jobs that may wait.
@@ -172,6 +172,12 @@ class Driver:
             if len(self._waiting) + len(jobs) > self._max_waiting + free:
                 raise QueueFull
             self._waiting.extend(jobs)
+            if wakes:
+                self._lock.notify()
+
+    def wake(self) -> None:
+        """Let an idle engine look for jobs."""
+        with self._lock:
             self._lock.notify()
 
     def publish(self, weights: Weights) -> None:
@@ -195,6 +201,7 @@ class Driver:
                 "kept": self._table.kept,
                 "waiting": len(self._waiting),
                 "responses": stats.responses,
+                "bursts": stats.bursts,
                 "prefilled_tokens": stats.prefilled_tokens,
                 "sampled_tokens": stats.sampled_tokens,
             }

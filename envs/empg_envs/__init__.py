@@ -96,6 +96,7 @@ ENVS: dict[str, EnvSpec] = {
     "mcp": _adapted("mcp", "McpEnv", "make_tool_prompts", "make_call_parser", is_tried=False),
     "openenv": _adapted("openenv", "OpenEnvEnv", "make_prompts", "make_whole_parser"),
     "textarena": _adapted("textarena", "TextArenaEnv", "make_prompts", "make_whole_parser"),
+    "verifiers": _adapted("verifiers", "VerifiersEnv", "make_preceded_prompts", "make_whole_parser"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,9 @@ class GuidedPrompts(PlainPrompts):
 
     def asking(self, request: str) -> GuidedPrompts:
         """Return the same prompts with one more instruction."""
-        instructions = f"{self._instructions}\n{request}".strip()
-        return GuidedPrompts(instructions, self._list_actions)
+        found = copy.copy(self)  # of the same kind
+        found._instructions = f"{self._instructions}\n{request}".strip()
+        return found
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
         """Return one user message: instructions and observation."""

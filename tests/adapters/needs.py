@@ -3,7 +3,7 @@
 import pytest
 
 
-def need(*packages):
+def need(*packages, install="pip install -e '.[adapters]'"):
     """Skips where a package is absent."""
     for package in packages:
-        pytest.importorskip(package, reason=f"{package} is absent: pip install -e '.[adapters]'")
+        pytest.importorskip(package, reason=f"{package} is absent: {install}")

@@ -9,6 +9,7 @@ import pytest
 
 from empg_envs import ENVS, make_env
 from empg_envs.base import EnvFault
+from empg_envs.parsers import ask_for
 from empg_jax.config import load_config
 from empg_jax.rollout.episode import Attempt
 from empg_jax.run import assembly, sampling
@@ -191,6 +192,8 @@ def test_prompts_and_parser():
         "The last result: empty",
     ):
         assert part in message["content"]
+    (asked,) = ask_for("tool_call", prompts).start("Which word?", info)  # with env.parser=tool_call
+    assert '{"name": "find"}' in asked["content"] and "Give your action as a tool call" in asked["content"]
     assert parser("w3", info).is_valid and not parser("", info).is_valid
     assert not parser("<tool_call>{</tool_call>", info).is_valid
     other = parser('<tool_call>{"name": "drop", "arguments": {}}</tool_call>', info)

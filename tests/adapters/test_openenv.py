@@ -61,6 +61,25 @@ def url():
         thread.join()
 
 
+def test_a_server_that_is_full_says_so():
+    from websockets.sync.server import serve
+
+    def refuse(socket):
+        error = {"message": "full", "code": "CAPACITY_REACHED"}
+        socket.send(json.dumps({"type": "error", "data": error}))
+
+    with serve(refuse, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        env = make_env("openenv", url=f"http://127.0.0.1:{server.socket.getsockname()[1]}", timeout=60)
+        for _ in range(3):  # whether or not it has closed before the first message
+            with pytest.raises(EnvFault, match=r"reset: full \(CAPACITY_REACHED\)"):
+                env.reset(index=0)
+        env.close()
+        server.shutdown()
+        thread.join()
+
+
 def shout(observation):
     return observation["say"] + "!"
 

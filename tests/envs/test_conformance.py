@@ -46,8 +46,9 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "textarena": [{"id": "TicTacToe-v0"}],
 }
-SERVED = {"openenv"}  # needs a server: tests/adapters/test_openenv.py has one
-CASES = [(name, options) for name in ENVS if name not in SERVED for options in OPTIONS.get(name, [{}])]
+# They need a server, or a package that no other test needs: see their own tests in tests/adapters.
+ELSEWHERE = {"openenv", "verifiers"}
+CASES = [(name, options) for name in ENVS if name not in ELSEWHERE for options in OPTIONS.get(name, [{}])]
 IDS = [f"{name}-{'-'.join(map(str, options.values()))}" for name, options in CASES]
 CAGED = {"swe"}  # environments that need a sandbox
 ADAPTERS = {"gymnasium", "reasoning_gym", "textarena"}  # environments that need a package of their name
@@ -144,7 +145,7 @@ def test_plain_prompts_and_parser() -> None:
 
 def test_environments_load_neither_jax_nor_the_trainer() -> None:
     # Programs must be named, and packages that are adapted bring NumPy.
-    ours = [name for name in ENVS if name not in {"harness", "mcp", *SERVED, *ADAPTERS}]
+    ours = [name for name in ENVS if name not in {"harness", "mcp", *ELSEWHERE, *ADAPTERS}]
     runnable = [name for name in ours if name not in CAGED or has_cages()]
     script = (
         "import sys, empg_envs\n"

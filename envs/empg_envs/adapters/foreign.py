@@ -113,12 +113,13 @@ def hash_of(*parts: object) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
 
-def import_package(name: str, wheel: str = "") -> ModuleType:
+def import_package(name: str, wheel: str = "", extra: str = "adapters") -> ModuleType:
     """Import an optional package.
 
     Args:
       name: the module.
       wheel: its name in the package index, where that differs.
+      extra: the extra of this project that brings it.
 
     Raises:
       ValueError: it is not installed; the message says how to install it.
@@ -127,5 +128,5 @@ def import_package(name: str, wheel: str = "") -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f"the package {wheel or name} is needed ({error}): in the clone: pip install -e '.[adapters]'"
+            f"the package {wheel or name} is needed ({error}): in the clone: pip install -e '.[{extra}]'"
         ) from None

@@ -117,7 +117,8 @@ class OpenEnvEnv(ForeignEnv):
           EnvFault: the answer is an error (but that an action does not fit the schema), or none comes.
         """
         try:
-            self._socket.send(json.dumps({"type": kind, "data": data}))
+            with contextlib.suppress(Exception):  # a server that closed at once may have said why
+                self._socket.send(json.dumps({"type": kind, "data": data}))
             answer = json.loads(self._socket.recv(timeout=self._timeout))
         except TimeoutError:
             raise EnvFault("openenv_timeout", f"no answer to {kind} in {self._timeout:g} s") from None

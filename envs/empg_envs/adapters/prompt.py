@@ -39,6 +39,25 @@ def make_line_parser(instructions: str = "", list_actions: bool = True) -> Plain
     return PlainParser()
 
 
+class PrecededPrompts(GuidedPrompts):
+    """A prompt builder whose conversations begin with the messages of ``info["before"]``."""
+
+    def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
+        """Return those messages, then one user message: instructions and observation."""
+        return [*info.get("before", ()), *super().start(observation, info)]
+
+    def recall(
+        self, history: Sequence[tuple[str, str]], observation: str, info: Mapping[str, Any], turn: int
+    ) -> list[Message]:
+        """Return those messages, then the remembered turns and the observation."""
+        return [*info.get("before", ()), *super().recall(history, observation, info, turn)]
+
+
+def make_preceded_prompts(instructions: str = "") -> PrecededPrompts:
+    """Build the prompt builder of environments with a system prompt or examples of their own."""
+    return PrecededPrompts(instructions)
+
+
 class ToolPrompts(GuidedPrompts):
     """A prompt builder that tells the tools of ``info["tools"]`` and how to call them.
 
