@@ -36,7 +36,16 @@ class SweEnv:
     """
 
     # What `make_backend` takes besides the name; which of them fit depends on the backend.
-    more_options = ("allow_local", "python", "limits", "sources", "docker", "deployment")
+    more_options = (
+        "allow_local",
+        "python",
+        "limits",
+        "sources",
+        "docker",
+        "deployment",
+        "network",
+        "writable",
+    )
 
     def __init__(
         self,
