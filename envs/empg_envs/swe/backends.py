@@ -18,8 +18,9 @@ from empg_envs.swe.judge.canaries import Planted
 from empg_envs.swe.judge.made import MadeBugs
 from empg_envs.swe.judge.reading import read_changes
 from empg_envs.swe.judge.second import SecondBug
+from empg_envs.swe.rows import TaskError
 from empg_envs.swe.sandbox import FileError, Limits, Sandbox
-from empg_envs.swe.tasks import Task, TaskError, broken_tree
+from empg_envs.swe.tasks import Task, broken_tree
 from empg_envs.swe.tree import Tree
 
 NAMES = ("bubblewrap", "docker", "swerex", "local")

@@ -228,6 +228,28 @@ class DockerSandbox:
                 capture.add(data)
 
 
+def pull(image: str, docker: str = "docker") -> bool:
+    """Pull an image unless it is here; return whether that was necessary.
+
+    Raises:
+      SandboxError: the engine cannot get the image.
+    """
+    try:
+        if subprocess.run([docker, "image", "inspect", image], capture_output=True).returncode == 0:
+            return False
+        found = subprocess.run([docker, "pull", "--quiet", image], capture_output=True, text=True)
+    except OSError as error:
+        raise SandboxError(f"cannot run {docker!r}: {error.strerror}; install Docker or Podman") from error
+    if found.returncode:
+        raise SandboxError(f"{docker} cannot pull {image}: {found.stderr.strip()[-500:]}")
+    return True
+
+
+def discard(image: str, docker: str = "docker") -> bool:
+    """Remove an image; return whether it was here and unused."""
+    return subprocess.run([docker, "rmi", image], capture_output=True).returncode == 0
+
+
 def remove_orphans(docker: str = "docker") -> list[str]:
     """Remove the containers whose owner processes no longer exist; return their ids."""
     shown = ["ps", "--all", "--filter", f"label={OWNER}", "--format", f'{{{{.ID}}}} {{{{.Label "{OWNER}"}}}}']

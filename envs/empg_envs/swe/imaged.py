@@ -17,8 +17,9 @@ from empg_envs.swe.containers import ROOT
 from empg_envs.swe.guest import witness
 from empg_envs.swe.judge.reading import read_changes
 from empg_envs.swe.judge.second import SecondBug
+from empg_envs.swe.rows import TaskError
 from empg_envs.swe.sandbox import FileError, Sandbox
-from empg_envs.swe.tasks import Task, TaskError
+from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import File, Tree
 
 GIT = f"git -c core.fileMode=false -c safe.directory={ROOT}"

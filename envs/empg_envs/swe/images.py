@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import logging
 import random
 import shlex
 import time
@@ -22,9 +23,12 @@ from empg_envs.swe.judge.logs import LogSession
 from empg_envs.swe.judge.made import MadeBugs
 from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.judge.trial import LAYERS, OUTPUT_CHARS
+from empg_envs.swe.rows import TaskError
 from empg_envs.swe.sandbox import Limits, Sandbox
-from empg_envs.swe.tasks import Task, TaskError
+from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import Tree
+
+_log = logging.getLogger(__name__)
 
 FIXED = "fixed"  # the layer of files that cannot be changed while tests run; a cage always has it
 ALL_LAYERS = LAYERS | {FIXED}
@@ -64,7 +68,7 @@ class ImageBackend:
         self._network, self._layers = network, layers
         self._writable = {**reports.WRITABLE, **(writable or {})}
         self._draw: random.Random = random.SystemRandom()
-        self._made = MadeBugs(self._draw)
+        self._made, self._has_warned = MadeBugs(self._draw), False
         # Sandbox → commit that its agent started from.
         self._bases: weakref.WeakKeyDictionary[Sandbox, str] = weakref.WeakKeyDictionary()
 
@@ -136,7 +140,7 @@ class ImageBackend:
     def _try(self, task: Task, sandbox: Sandbox, checked: Checked, timeout: float) -> Grade:
         """Run the sessions of a trial over the files of a container in which a checked patch is applied."""
         suite = imaged.place_tests(task, sandbox)
-        bugs = (self._made.recall(task.content_hash) or []) if "second" in self._layers else []
+        bugs = self._recall(task) if "second" in self._layers else []
         now = imaged.read_files(sandbox, imaged.files_to_read(task, bugs))
         plan = trial.prepare(task, now, bugs, self._draw, self._layers)
         started = time.monotonic()
@@ -159,6 +163,17 @@ class ImageBackend:
         line = suite.line(trial.files_of(plan.reds, plan, []))
         other = self._session(sandbox, suite, line, max(spent, timeout - spent), plan.nonces[1])
         return trial.settle(task, plan, (first, other), **known)
+
+    def _recall(self, task: Task) -> list[SecondBug]:
+        known = self._made.recall(task.content_hash)
+        if known is None and task.patch and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "task %s, and maybe others, is judged without a second bug: make them with "
+                "python -m empg_envs.swe.prepare TASKS --bugs",
+                task.instance_id,
+            )
+        return known or []
 
     def _session(self, sandbox: Sandbox, suite: Suite, line: str, seconds: float, nonce: str) -> LogSession:
         """Run tests over the files that a container has now, where nothing can change them."""

@@ -53,6 +53,8 @@ elif argv[0] == "commit":
 elif argv[0] == "rm":
     shutil.rmtree(f"{{home}}/box/{{argv[-1]}}")
 elif argv[0] == "rmi":
+    if not os.path.isdir(folder_of(argv[-1])) and "--force" not in argv:
+        sys.exit("Error: no such image")
     shutil.rmtree(folder_of(argv[-1]), ignore_errors=True)
 elif argv[0] == "pull":
     try:
