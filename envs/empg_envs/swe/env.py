@@ -244,9 +244,9 @@ class SweEnv:
         # Only the patch leaves the agent's sandbox, which may be manipulated. Grading uses a fresh one.
         try:
             patch = self._backend.collect(task, sandbox)
-        except LostSandboxError as error:
+            grade = self._backend.grade(task, patch, self._grade_timeout)
+        except LostSandboxError as error:  # either sandbox, and what the agent wrote may be the cause
             return Grade(False, "sandbox_lost", output=str(error))
-        grade = self._backend.grade(task, patch, self._grade_timeout)
         if self._predictions is not None:
             append_prediction(self._predictions, prediction(task.instance_id, self._model_name, patch))
         return grade
