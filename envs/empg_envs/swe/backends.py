@@ -139,11 +139,11 @@ class TreeBackend:
         """Return the bugs of the task's siblings; without siblings, one that is made once for the task."""
         if task.second_bugs or not task.patch:
             return list(task.second_bugs)
-        known = self._made.recall(task.content_hash)
+        known = self._made.recall(task)
         if known is None:
             gold = patches.apply(patches.apply(broken, task.patch), task.test_patch)
             known = self._made.make(
-                task.content_hash,
+                task,
                 gold,
                 lambda tree, seconds: self.run_tests(task, tree, seconds).statuses,
                 timeout,

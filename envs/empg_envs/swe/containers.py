@@ -131,8 +131,20 @@ class DockerSandbox:
 
     def snapshot(self) -> Tree:
         """Return the files of the task's folder, without version control."""
-        argv = ["exec", self._running(), "tar", "-C", ROOT, "--exclude=.git", "-cf", "-", "."]
-        code, capture = self._call(argv, FILE_SECONDS)
+        return self.take(("--exclude=.git", "."), KEEP_BYTES)
+
+    def take(self, arguments: Sequence[str], most: int) -> Tree:
+        """Return files of the task's folder.
+
+        Args:
+          arguments: arguments of ``tar``, relative to /testbed.
+          most: kept bytes of its output.
+
+        Raises:
+          FileError: the files are too many, or are no files of the folder.
+        """
+        argv = ["exec", self._running(), "tar", "-C", ROOT, "-cf", "-", *arguments]
+        code, capture = self._call(argv, FILE_SECONDS, most=most)
         head, tail, omitted = capture.parts()
         if code or omitted:
             raise FileError(f"the files of {ROOT} are too many")
@@ -190,14 +202,20 @@ class DockerSandbox:
             raise FileError(REFUSED.get(code, f"OSError: {path}: exit code {code}").format(path=path))
 
     def _call(
-        self, arguments: list[str], seconds: float, stdin: bytes = b"", name: str = ""
+        self,
+        arguments: list[str],
+        seconds: float,
+        stdin: bytes = b"",
+        *,
+        name: str = "",
+        most: int = KEEP_BYTES,
     ) -> tuple[int, Capture]:
         """Run the docker program.
 
         Raises:
           SandboxError: the program is not installed, or does not end in time.
         """
-        capture = Capture(KEEP_BYTES)
+        capture = Capture(most)
         with tempfile.TemporaryFile() as given:
             given.write(stdin)
             given.seek(0)

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from empg_envs.swe import grading, imaged, patches, reports
+from empg_envs.swe import grading, imaged, installing, patches, reports
 from empg_envs.swe.containers import DockerSandbox
 from empg_envs.swe.deployments import SweRexSandbox
 from empg_envs.swe.grading import Grade
@@ -108,7 +108,16 @@ class ImageBackend:
                 checked = imaged.check_patch(task, sandbox, patch, is_reading="reading" in self._layers)
             except patches.PatchError as error:
                 return Grade(False, "patch_does_not_apply", output=str(error))
-            return self._try(task, sandbox, checked, timeout)
+            note = self._install(task, sandbox, patches.touched(patch) - {*checked.dropped}, timeout)
+            return self._try(task, sandbox, checked, timeout, note)
+
+    def _install(self, task: Task, sandbox: Sandbox, changed: set[str], timeout: float) -> str:
+        """Build what a patch changes, where that is necessary; return the output."""
+        if not installing.is_needed(changed) or not isinstance(sandbox, DockerSandbox):
+            return ""
+        built, said = installing.build(task, sandbox, timeout)
+        imaged.put(sandbox, built, {})
+        return f"{said[-OUTPUT_CHARS // 2 :]}\n"
 
     def second_bugs(self, task: Task, timeout: float) -> list[SecondBug]:
         """Return a task's bugs for the second session, which are made once.
@@ -119,7 +128,7 @@ class ImageBackend:
         Raises:
           TaskError: the gold patch does not apply.
         """
-        known = self._made.recall(task.content_hash)
+        known = self._made.recall(task)
         if known is not None or not task.patch:
             return known or []
         with contextlib.closing(self._make(task, self._network)) as sandbox:
@@ -135,9 +144,9 @@ class ImageBackend:
                 imaged.put(sandbox, tree, {})
                 return self._session(sandbox, suite, suite.line(), seconds, "").statuses
 
-            return self._made.make(task.content_hash, gold, run, timeout)
+            return self._made.make(task, gold, run, timeout)
 
-    def _try(self, task: Task, sandbox: Sandbox, checked: Checked, timeout: float) -> Grade:
+    def _try(self, task: Task, sandbox: Sandbox, checked: Checked, timeout: float, note: str) -> Grade:
         """Run the sessions of a trial over the files of a container in which a checked patch is applied."""
         suite = imaged.place_tests(task, sandbox)
         bugs = self._recall(task) if "second" in self._layers else []
@@ -150,7 +159,7 @@ class ImageBackend:
         known: dict[str, Any] = {
             "doubts": [*checked.marks, *(first.doubts() if "sessions" in self._layers else ())],
             "dropped": checked.dropped,
-            "output": result.output[-OUTPUT_CHARS:],
+            "output": (note + result.output[-OUTPUT_CHARS // 2 :])[-OUTPUT_CHARS:],
             "limit": None if result.reason == "exit" else result.reason,
         }
         grade = trial.settle(task, dataclasses.replace(plan, second=None), (first, None), **known)
@@ -165,7 +174,7 @@ class ImageBackend:
         return trial.settle(task, plan, (first, other), **known)
 
     def _recall(self, task: Task) -> list[SecondBug]:
-        known = self._made.recall(task.content_hash)
+        known = self._made.recall(task)
         if known is None and task.patch and not self._has_warned:
             self._has_warned = True
             _log.warning(

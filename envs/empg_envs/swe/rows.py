@@ -16,6 +16,7 @@ R2E_COLUMNS = ("repo_name", "docker_image", "problem_statement", "expected_outpu
 OTHER_COLUMNS = (
     *("patch", "test_patch", "bug_patch", "version", "runner", "test_path", "test_cmd", "image", "split"),
     "commit_hash",
+    "install_cmd",
 )
 BATCH_ROWS = 64
 

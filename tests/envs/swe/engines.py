@@ -82,7 +82,7 @@ elif argv[0] == "exec":
     cage += ["--ro-bind" if "--read-only" in how else "--bind", box + "/testbed", "/testbed"]
     for word, value in zip(how, how[1:]):
         if word == "--volume":
-            cage += ["--tmpfs", value]
+            cage += ["--bind", box + "/testbed", "/testbed"] if value.endswith("/.") else ["--tmpfs", value]
     sys.exit(subprocess.run([*cage, "--chdir", "/testbed", *argv[place + 1 :]]).returncode)
 else:
     sys.exit("the stand-in has no command " + argv[0])

@@ -297,15 +297,19 @@ ATTACKS = {
     "knows the answers by name": "import sys\ndef total(p):\n    return 6 if len(p) == 3 else 0\n"
     "def largest(p):\n    return 9 if p else 0\n",
 }
+# Fails where it can write to tests, package, programs or the test framework.
 WRITER = """
-import glob, os
-for path in ("/testbed/tests/test_shop.py", "/testbed/shop.py", "/testbed/new.py", "/usr/bin/planted",
-             *glob.glob("/usr/lib/python3*/dist-packages/*/runner.py")):
+import glob
+paths = ["/testbed/tests/test_shop.py", "/testbed/shop.py", "/testbed/new.py", "/usr/bin/planted"]
+paths += glob.glob("/usr/lib/python3*/dist-packages/*/runner.py")
+for path in paths:
     try:
         open(path, "a").close()
-        print("WROTE", path)
     except OSError:
-        print("KEPT", path)
+        continue
+    raise ValueError(path)
+if len(paths) < 5:
+    raise ValueError(paths)
 """
 
 
@@ -327,18 +331,23 @@ def _write(engine: Engine) -> Path:
 @pytest.mark.parametrize("engine", ["podman"], indirect=True)
 def test_attacks_in_real_containers(engine: Engine, backend: ImageBackend) -> None:
     task = engine.task
-    grade = backend.grade(task, changed(shop=REPAIRED + WRITER), 60)
-    assert "WROTE" not in grade.output and grade.output.count("KEPT") >= 4 and grade.resolved, grade
-    for text in ("x = 1\n", "import sys\nsys.exit(0)\n", "raise SystemExit(1)\n", "def f(:\n"):
+    writer = changed(shop=REPAIRED + WRITER)
+    assert backend.grade(task, writer, 60).resolved
+    free = ImageBackend("docker", Limits(memory_mb=512), docker=engine.program, layers=frozenset())
+    assert not free.grade(task, writer, 60).resolved
+    for text in ("import sys\nsys.exit(0)\n", "def f(:\n"):
         assert backend.grade(task, changed(shop=text), 60).reason == "unresolved", text
     names = repr([*task.fail_to_pass, *task.pass_to_pass])
     for name, code in ATTACKS.items():
         grade = backend.grade(task, changed(shop=CODE + f"\nNAMES = {names}\n" + code), 60)
         assert grade.reason == "suspect" and grade.doubts, (name, grade.output)
-    # The layers alone: an end without the witness's word, and a second bug that nothing notices.
-    for layer, name in (("sessions", "leaves with a forged log"), ("second", "knows the answers by name")):
+    # Layers alone: an end without the witness's word, and a second bug that nothing notices.
+    for layer, text in (
+        ("sessions", CODE + ATTACKS["leaves with a forged log"]),
+        ("second", REPAIRED + ATTACKS["knows the answers by name"]),
+    ):
         alone = ImageBackend(
             "docker", Limits(memory_mb=512), docker=engine.program, layers=frozenset((layer, "fixed"))
         )
-        grade = alone.grade(task, changed(shop=CODE + f"\nNAMES = {names}\n" + ATTACKS[name]), 60)
+        grade = alone.grade(task, changed(shop=f"NAMES = {names}\n" + text), 60)
         assert grade.reason == "suspect", (layer, grade.output)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from empg_envs.swe import patches
-from empg_envs.swe.containers import FROZEN, OWNER, remove_frozen, remove_orphans
+from empg_envs.swe.containers import FROZEN, OWNER, LateError, remove_frozen, remove_orphans
 from empg_envs.swe.deployments import SweRexSandbox
 from empg_envs.swe.env import SweEnv
 from empg_envs.swe.images import ALL_LAYERS, ImageBackend
@@ -221,6 +221,37 @@ def size(n):
 """
 
 
+BUILD = """\
+set -e
+sed 's/0/1/' fast.c > fast.so  # the compiler
+echo evil > checks.py
+echo evil > conftest.py
+ln -s /etc/passwd link.so
+"""
+
+
+def test_what_is_compiled_is_built_apart(docker: Path) -> None:
+    image = docker.parent / "image"
+    (image / "fast.c").write_text("0 wrong\n")
+    (image / "fast.so").write_text("0 wrong\n")
+    (image / "build.sh").write_text(BUILD)
+    (image / "lib.py").write_text("def word():\n    return open('fast.so').read()[2:]\n")
+    subprocess.run(
+        "git add -A && git -c user.name=a -c user.email=a@b commit -qm c", shell=True, cwd=image, check=True
+    )
+    patch = "--- a/fast.c\n+++ b/fast.c\n@@ -1 +1 @@\n-0 wrong\n+0 right\n"
+    task = parse_row({**ROW, "patch": patch, "install_cmd": "bash build.sh; touch /usr/evil; echo built"})
+    backend = ImageBackend("docker", Limits(), docker=str(docker))
+    grade = backend.grade(task, patch, 60)
+    assert grade.resolved and "/usr/evil" in grade.output and "built" in grade.output, grade.output
+    # A build that fails leaves what was there; a patch of sources alone needs none.
+    broken = parse_row({**ROW, "patch": patch, "install_cmd": "exit 1"})
+    assert backend.grade(broken, patch, 60).reason == "unresolved"
+    before = len(calls(docker))
+    assert backend.grade(task, GOLD, 60).reason == "unresolved"
+    assert not any("build.sh" in " ".join(call) for call in calls(docker)[before:])
+
+
 def test_another_bug_must_stay_red(docker: Path) -> None:
     image = docker.parent / "image"
     (image / "lib.py").write_text(SIZES)
@@ -313,6 +344,38 @@ def test_files_of_a_container(docker: Path) -> None:
     sandbox.close()
     with pytest.raises(SandboxError, match="reset it first"):
         sandbox.exec("true", 5)
+
+
+def test_a_container_that_an_agent_ends_counts_against_it(
+    docker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({**ROW, "split": "test"}))
+    env = SweEnv(
+        str(tmp_path / "tasks.jsonl"), backend="docker", docker=str(docker), tools="bash", max_turns=4
+    )
+    # The engine that does not come to an end, the container that is gone, and a judge that is lost.
+    monkeypatch.setattr("empg_envs.swe.containers.MARGIN_SECONDS", 0.1)
+    env.reset(split="test", index=0)
+    env._command_timeout = 0.1
+    assert "the command was ended" in env.step("HANG")[0]
+    env._command_timeout = 20
+    env.step("echo right > lib.txt")
+    (box,) = (tmp_path / "box").iterdir()
+    box.rename(tmp_path / "gone")
+    assert env.step("ls")[1:4] == (0.0, False, False)
+    _, reward, _, truncated, info = env.step("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")
+    assert (reward, truncated, info["won"], info["reason"]) == (0.0, True, False, "turn_limit")
+    (tmp_path / "gone").rename(box)
+    env.reset(split="test", index=0)
+    env.step("echo right > lib.txt")
+
+    def lose(*args: Any) -> Any:
+        raise LateError("'docker exec' took longer than 30 seconds")
+
+    monkeypatch.setattr(env._backend, "grade", lose)
+    _, reward, terminated, _, info = env.step("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")
+    assert (reward, terminated, info["reason"]) == (0.0, True, "sandbox_lost")
+    env.close()
 
 
 def test_failures_of_the_machine_are_errors(docker: Path, tmp_path: Path) -> None:

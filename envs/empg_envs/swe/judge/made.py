@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from empg_envs.swe import grading, mutate, patches
 from empg_envs.swe.judge.second import SecondBug
-from empg_envs.swe.tasks import default_sources
+from empg_envs.swe.tasks import Task, default_sources
 from empg_envs.swe.tree import Tree
 
 TRIES = 6  # mutations tried for a task
@@ -29,8 +30,9 @@ class MadeBugs:
         self._draw = draw
         self._known: dict[str, list[SecondBug]] = {}
 
-    def recall(self, key: str) -> list[SecondBug] | None:
-        """Return what was made for a task, by its content's hash; None if nothing was, or it is damaged."""
+    def recall(self, task: Task) -> list[SecondBug] | None:
+        """Return what was made for a task, by its content; None if nothing was, or it is damaged."""
+        key = _key(task)
         if key not in self._known:
             try:
                 kept = json.loads(_place(key).read_text())
@@ -40,12 +42,12 @@ class MadeBugs:
         return self._known[key]
 
     def make(
-        self, key: str, gold: Tree, run: Callable[[Tree, float], Statuses], timeout: float
+        self, task: Task, gold: Tree, run: Callable[[Tree, float], Statuses], timeout: float
     ) -> list[SecondBug]:
         """Make bugs for a task, and keep them.
 
         Args:
-          key: hash of the task's content.
+          task: the task.
           gold: its repaired files.
           run: runs all tests over a tree within a number of seconds.
           timeout: seconds of the first run; it decides about those of the others.
@@ -55,6 +57,7 @@ class MadeBugs:
         patience = min(timeout, 5.0 + 10.0 * (time.monotonic() - started))
         changes = (tree for *_, tree in mutate.bugs(gold, self._draw.randrange(1 << 30)))
         found = discover(gold, changes, lambda tree: run(tree, patience), sound)
+        key = _key(task)
         place = _place(key)
         place.parent.mkdir(parents=True, exist_ok=True)
         fresh = place.with_name(f"{place.name}.{os.getpid()}")
@@ -85,6 +88,11 @@ def discover(
         if red and statuses and len(red) <= max(1, len(passing) // 2):
             found.append(SecondBug(patches.diff(gold, changed)[0], red))
     return found
+
+
+def _key(task: Task) -> str:
+    row = {name: value for name, value in task.row.items() if name != "split"}  # it is the source's affair
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
 
 
 def _place(key: str) -> Path:
