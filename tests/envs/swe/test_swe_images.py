@@ -230,6 +230,7 @@ ln -s /etc/passwd link.so
 """
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_built_apart(docker: Path) -> None:
     image = docker.parent / "image"
     (image / "fast.c").write_text("0 wrong\n")
@@ -252,6 +253,7 @@ def test_what_is_compiled_is_built_apart(docker: Path) -> None:
     assert not any("build.sh" in " ".join(call) for call in calls(docker)[before:])
 
 
+@pytest.mark.slow
 def test_another_bug_must_stay_red(docker: Path) -> None:
     image = docker.parent / "image"
     (image / "lib.py").write_text(SIZES)
