@@ -60,8 +60,26 @@ class DockerSandbox:
 
     root = ROOT
 
-    def __init__(self, image: str, limits: Limits, docker: str = "docker", *, network: str = "none") -> None:
-        """Store image, limits, the docker program (podman has the same command line) and a network's name."""
+    def __init__(
+        self,
+        image: str,
+        limits: Limits,
+        docker: str = "docker",
+        *,
+        network: str = "none",
+        is_swept: bool = True,
+    ) -> None:
+        """Store the settings; `reset` starts the container.
+
+        Args:
+          image: name of the image.
+          limits: limits of the container.
+          docker: the docker program; podman has the same command line.
+          network: name of the engine's network.
+          is_swept: whether each command is followed by the end of all that it left running. A judge's
+            containers, which run trusted commands or a single other one, can do without.
+        """
+        self._is_swept = is_swept
         self._image, self._limits, self._docker, self._network = image, limits, docker, network
         self._name: str | None = None
         self._writable: Sequence[str] | None = None  # None: everything
@@ -83,7 +101,9 @@ class DockerSandbox:
         if code:
             said = capture.parts()[0].decode("utf-8", "replace").strip()
             raise SandboxError(f"{self._docker} cannot make an image of a container: {said[-500:]}")
-        found = DockerSandbox(image, self._limits, self._docker, network=self._network)
+        found = DockerSandbox(
+            image, self._limits, self._docker, network=self._network, is_swept=self._is_swept
+        )
         found._writable = writable
         return found
 
@@ -109,8 +129,8 @@ class DockerSandbox:
             late = code == 137 and time.monotonic() - started >= timeout
         except LateError:  # a process outside of the command's process group keeps its output open
             code, capture, late = -9, Capture(0), True
-        # Kill the processes that the command left; process 1 survives.
-        self._call(["exec", self._running(), "bash", "-c", "kill -9 -1"], FILE_SECONDS)
+        if self._is_swept:  # process 1 survives
+            self._call(["exec", self._running(), "bash", "-c", "kill -9 -1"], FILE_SECONDS)
         head, tail, omitted = capture.parts()
         middle = f"\n[{omitted} bytes left out]\n".encode() if omitted else b""
         output = (head + middle + tail).decode("utf-8", "replace")

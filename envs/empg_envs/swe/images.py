@@ -99,7 +99,7 @@ class ImageBackend:
             return Grade(False, "no_patch")
         if len(patch) > grading.MAX_PATCH_CHARS:
             return Grade(False, "patch_too_large")
-        with contextlib.closing(self._make(task, self._network)) as sandbox:
+        with contextlib.closing(self._make(task, is_judge=True)) as sandbox:
             sandbox.reset({})
             try:
                 wrong = imaged.apply_patch(sandbox, patch)
@@ -131,7 +131,7 @@ class ImageBackend:
         known = self._made.recall(task)
         if known is not None or not task.patch:
             return known or []
-        with contextlib.closing(self._make(task, self._network)) as sandbox:
+        with contextlib.closing(self._make(task, is_judge=True)) as sandbox:
             sandbox.reset({})
             wrong = imaged.apply_patch(sandbox, task.patch)
             if wrong is not None:
@@ -196,11 +196,12 @@ class ImageBackend:
         code = result.returncode if suite.has_code and "sessions" in self._layers else None
         return LogSession(result, suite.parser, code, nonce if has_nonce else None)
 
-    def _make(self, task: Task, network: str = "none") -> Sandbox:
+    def _make(self, task: Task, *, is_judge: bool = False) -> Sandbox:
         assert task.image is not None
         if self._deployment is not None:
             return SweRexSandbox(self._deployment(image=task.image))
-        return DockerSandbox(task.image, self._limits, self._docker, network=network)
+        network = self._network if is_judge else "none"
+        return DockerSandbox(task.image, self._limits, self._docker, network=network, is_swept=not is_judge)
 
 
 def make_image_backend(kind: str, limits: Limits, **options: Any) -> ImageBackend:

@@ -99,7 +99,9 @@ def test_an_episode_in_a_container(docker: Path, tmp_path: Path) -> None:
     # Three containers, the agent's, the judge's and that of the tests, and all are gone with their images.
     assert sum(call[0] == "run" for call in calls(docker)) == 3
     assert [*(tmp_path / "box").iterdir(), *(tmp_path / "images").iterdir()] == []
-    assert ["bash", "-c", "kill -9 -1"] in [call[-3:] for call in calls(docker)]
+    # What the agent's commands leave is ended after each; a judge's container does not outlive its tests.
+    swept = {call[1] for call in calls(docker) if call[-3:] == ["bash", "-c", "kill -9 -1"]}
+    assert swept == {run[run.index("--name") + 1]}
 
 
 def test_verdicts(docker: Path) -> None:
