@@ -22,7 +22,8 @@ from pathlib import Path
 from empg_envs.swe import grading
 from empg_envs.swe.backends import TreeBackend
 from empg_envs.swe.fetch import fetch_sdist
-from empg_envs.swe.tasks import Task, broken_tree, default_sources, load_panels, read_rows
+from empg_envs.swe.rows import read_rows
+from empg_envs.swe.tasks import Task, broken_tree, default_sources, load_panels
 
 # Imports of the packages' tests besides the packages themselves.
 NEEDS = ("pytest==9.*", "hypothesis", "pytest-mock", "text-unidecode", "attrs", "boltons", "face")

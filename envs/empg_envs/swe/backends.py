@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import random
 import shlex
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from empg_envs.names import suggest
-from empg_envs.swe import grading, mutate, patches
+from empg_envs.swe import grading, patches
 from empg_envs.swe.bubblewrap import GUEST, GUEST_HOME, find_interpreter
 from empg_envs.swe.caged import BubblewrapSandbox, GuestSandbox, LocalSandbox
 from empg_envs.swe.grading import Grade
-from empg_envs.swe.judge import second, trial
+from empg_envs.swe.judge import trial
 from empg_envs.swe.judge.canaries import Planted
+from empg_envs.swe.judge.made import MadeBugs
 from empg_envs.swe.judge.reading import read_changes
 from empg_envs.swe.judge.second import SecondBug
+from empg_envs.swe.rows import TaskError
 from empg_envs.swe.sandbox import FileError, Limits, Sandbox
-from empg_envs.swe.tasks import Task, TaskError, broken_tree, default_sources
+from empg_envs.swe.tasks import Task, broken_tree
 from empg_envs.swe.tree import Tree
 
 NAMES = ("bubblewrap", "docker", "swerex", "local")
@@ -71,7 +72,7 @@ class TreeBackend:
         self._interpreter = find_interpreter(python)
         self._limits = limits or Limits()
         self._sources = sources
-        self._made: dict[str, list[SecondBug]] = {}
+        self._made = MadeBugs(self._draw)
         self._make().close()
 
     @property
@@ -138,19 +139,15 @@ class TreeBackend:
         """Return the bugs of the task's siblings; without siblings, one that is made once for the task."""
         if task.second_bugs or not task.patch:
             return list(task.second_bugs)
-        place = default_sources() / "second" / f"{task.content_hash}.json"
-        known = self._made.get(task.content_hash) or second.recall(place)
+        known = self._made.recall(task)
         if known is None:
             gold = patches.apply(patches.apply(broken, task.patch), task.test_patch)
-            started = time.monotonic()
-            sound = self.run_tests(task, gold, timeout).statuses
-            patience = min(timeout, 5.0 + 10.0 * (time.monotonic() - started))
-            changes = (tree for *_, tree in mutate.bugs(gold, self._draw.randrange(1 << 30)))
-            known = second.discover(
-                gold, changes, lambda tree: self.run_tests(task, tree, patience).statuses, sound
+            known = self._made.make(
+                task,
+                gold,
+                lambda tree, seconds: self.run_tests(task, tree, seconds).statuses,
+                timeout,
             )
-            second.remember(place, known)
-        self._made[task.content_hash] = known
         return known
 
     def _program(self, name: str) -> str:

@@ -1,20 +1,16 @@
-"""Sandboxes in container images, by the docker command line or by swe-rex."""
+"""Sandboxes in container images, by the command line of docker or podman."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import contextlib
 import os
 import select
-import shlex
 import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from empg_envs.swe.guest.commands import Capture
 from empg_envs.swe.sandbox import ExecResult, FileError, Limits, LostSandboxError, SandboxError
@@ -27,6 +23,9 @@ FILE_SECONDS = 60.0
 MARGIN_SECONDS = 10.0  # added to a command's own deadline, which the container enforces
 START_SECONDS = 600.0  # long enough to pull an image
 OWNER = "empg-jax.owner"
+FROZEN = "empg-jax-judge"  # name of the images made of a container's files; the tag names the owner
+# Where programs may write although the container's files cannot be changed. Programs keep files in HOME, too.
+SCRATCH = ("/tmp", "/var/tmp", "/run")
 # Process 1 of a container: it reaps orphaned children, and `kill -9 -1` from inside does not kill it.
 INIT = "while :; do sleep 3600 & wait $!; done"
 # The Python environments in the images of SWE-bench and of R2E-Gym.
@@ -38,9 +37,9 @@ _RESOLVE = (
     'p=$(realpath -m -- "$1"); case "$p" in /testbed|/testbed/*|/tmp|/tmp/*) ;; *) exit 93;; esac; '
     '[ -d "$p" ] && exit 95; '
 )
-_READ = _RESOLVE + '[ -e "$p" ] || exit 94; [ -f "$p" ] || exit 96; head -c "$2" -- "$p"'
-_WRITE = _RESOLVE + 'mkdir -p -- "$(dirname -- "$p")" && cat > "$p"'
-_REFUSED = {
+READ = _RESOLVE + '[ -e "$p" ] || exit 94; [ -f "$p" ] || exit 96; head -c "$2" -- "$p"'
+WRITE = _RESOLVE + 'mkdir -p -- "$(dirname -- "$p")" && cat > "$p"'
+REFUSED = {
     93: "ValueError: {path} lies outside of /testbed and /tmp",
     94: "FileNotFoundError: no such file: {path}",
     95: "IsADirectoryError: {path} is a folder",
@@ -61,10 +60,52 @@ class DockerSandbox:
 
     root = ROOT
 
-    def __init__(self, image: str, limits: Limits, docker: str = "docker") -> None:
-        """Store image, limits and the docker program; podman has the same command line."""
-        self._image, self._limits, self._docker = image, limits, docker
+    def __init__(
+        self,
+        image: str,
+        limits: Limits,
+        docker: str = "docker",
+        *,
+        network: str = "none",
+        is_swept: bool = True,
+    ) -> None:
+        """Store the settings; `reset` starts the container.
+
+        Args:
+          image: name of the image.
+          limits: limits of the container.
+          docker: the docker program; podman has the same command line.
+          network: name of the engine's network.
+          is_swept: whether each command is followed by the end of all that it left running. A judge's
+            containers, which run trusted commands or a single other one, can do without.
+        """
+        self._is_swept = is_swept
+        self._image, self._limits, self._docker, self._network = image, limits, docker, network
         self._name: str | None = None
+        self._writable: Sequence[str] | None = None  # None: everything
+
+    def frozen(self, writable: Sequence[str] = ()) -> DockerSandbox:
+        """Return a sandbox with the files of this one as they are now, which no command can change.
+
+        It is not started yet. Its `close` removes the image that is made for it.
+
+        Args:
+          writable: folders below /testbed that commands may change nevertheless.
+
+        Raises:
+          SandboxError: the image cannot be made.
+        """
+        remove_frozen(self._docker)
+        image = f"{FROZEN}:{_owner(os.getpid()).replace(':', '-')}-{uuid.uuid4().hex[:12]}"
+        code, capture = self._call(["commit", self._running(), image], START_SECONDS)
+        if code:
+            said = capture.parts()[0].decode("utf-8", "replace").strip()
+            raise SandboxError(f"{self._docker} cannot make an image of a container: {said[-500:]}")
+        found = DockerSandbox(
+            image, self._limits, self._docker, network=self._network, is_swept=self._is_swept
+        )
+        found._writable = writable
+        return found
 
     def exec(
         self,
@@ -75,7 +116,8 @@ class DockerSandbox:
         stdin: bytes = b"",
     ) -> ExecResult:
         """Run a command in the image's environment; see `empg_envs.swe.sandbox.Sandbox`."""
-        variables = [part for key, value in (env or {}).items() for part in ("--env", f"{key}={value}")]
+        given = {**({} if self._writable is None else {"HOME": SCRATCH[0]}), **(env or {})}
+        variables = [part for key, value in given.items() for part in ("--env", f"{key}={value}")]
         argv = ["exec", "--interactive", "--workdir", ROOT, *variables, self._running()]
         seconds = ["timeout", "--signal=KILL", f"{timeout:g}"]
         started = time.monotonic()
@@ -87,8 +129,8 @@ class DockerSandbox:
             late = code == 137 and time.monotonic() - started >= timeout
         except LateError:  # a process outside of the command's process group keeps its output open
             code, capture, late = -9, Capture(0), True
-        # Kill the processes that the command left; process 1 survives.
-        self._call(["exec", self._running(), "bash", "-c", "kill -9 -1"], FILE_SECONDS)
+        if self._is_swept:  # process 1 survives
+            self._call(["exec", self._running(), "bash", "-c", "kill -9 -1"], FILE_SECONDS)
         head, tail, omitted = capture.parts()
         middle = f"\n[{omitted} bytes left out]\n".encode() if omitted else b""
         output = (head + middle + tail).decode("utf-8", "replace")
@@ -96,7 +138,7 @@ class DockerSandbox:
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
-        code, capture = self._script(_READ, path, str(READ_BYTES + 1))
+        code, capture = self._script(READ, path, str(READ_BYTES + 1))
         self._check(code, path)
         data = capture.parts()[0]
         if len(data) > READ_BYTES:
@@ -105,12 +147,24 @@ class DockerSandbox:
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file; see `empg_envs.swe.sandbox.Sandbox`."""
-        self._check(self._script(_WRITE, path, stdin=data)[0], path)
+        self._check(self._script(WRITE, path, stdin=data)[0], path)
 
     def snapshot(self) -> Tree:
         """Return the files of the task's folder, without version control."""
-        argv = ["exec", self._running(), "tar", "-C", ROOT, "--exclude=.git", "-cf", "-", "."]
-        code, capture = self._call(argv, FILE_SECONDS)
+        return self.take(("--exclude=.git", "."), KEEP_BYTES)
+
+    def take(self, arguments: Sequence[str], most: int) -> Tree:
+        """Return files of the task's folder.
+
+        Args:
+          arguments: arguments of ``tar``, relative to /testbed.
+          most: kept bytes of its output.
+
+        Raises:
+          FileError: the files are too many, or are no files of the folder.
+        """
+        argv = ["exec", self._running(), "tar", "-C", ROOT, "-cf", "-", *arguments]
+        code, capture = self._call(argv, FILE_SECONDS, most=most)
         head, tail, omitted = capture.parts()
         if code or omitted:
             raise FileError(f"the files of {ROOT} are too many")
@@ -121,13 +175,21 @@ class DockerSandbox:
 
     def reset(self, tree: Tree) -> None:
         """Start a new container of the image, with these files added to its own."""
-        self.close()
+        if self._name is not None:
+            self.close()
         remove_orphans(self._docker)
         limits, name = self._limits, f"empg-jax-{uuid.uuid4().hex[:12]}"
         argv = ["run", "--detach", "--rm", "--name", name, "--label", f"{OWNER}={_owner(os.getpid())}"]
-        argv += ["--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+        argv += ["--network", self._network, "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+        argv += ["--stop-signal", "KILL"]  # podman's `rm --force` waits for process 1, which ignores TERM
         argv += ["--memory", f"{limits.memory_mb}m", "--memory-swap", f"{limits.memory_mb}m"]
         argv += ["--pids-limit", str(limits.processes), "--cpus", f"{limits.cpus:g}", "--workdir", ROOT]
+        if self._writable is not None:
+            argv += ["--read-only"]
+            for folder in SCRATCH:
+                argv += ["--tmpfs", f"{folder}:rw,exec,mode=1777,size={limits.memory_mb}m"]
+            for folder in self._writable:  # a volume without a name begins with what the image has there
+                argv += ["--volume", f"{ROOT}/{folder}"]
         code, capture = self._call(
             [*argv, "--entrypoint", "bash", self._image, "-c", INIT], START_SECONDS, name=name
         )
@@ -139,10 +201,12 @@ class DockerSandbox:
             self.write(path, data)
 
     def close(self) -> None:
-        """Remove the container."""
+        """Remove the container, and its image if it was made for it alone."""
         name, self._name = self._name, None
         if name is not None:
-            self._call(["rm", "--force", name], FILE_SECONDS)
+            self._call(["rm", "--force", "--volumes", name], FILE_SECONDS)
+        if self._writable is not None:
+            self._call(["rmi", "--force", self._image], FILE_SECONDS)
 
     def _running(self) -> str:
         if self._name is None:
@@ -155,17 +219,23 @@ class DockerSandbox:
 
     def _check(self, code: int, path: str) -> None:
         if code:
-            raise FileError(_REFUSED.get(code, f"OSError: {path}: exit code {code}").format(path=path))
+            raise FileError(REFUSED.get(code, f"OSError: {path}: exit code {code}").format(path=path))
 
     def _call(
-        self, arguments: list[str], seconds: float, stdin: bytes = b"", name: str = ""
+        self,
+        arguments: list[str],
+        seconds: float,
+        stdin: bytes = b"",
+        *,
+        name: str = "",
+        most: int = KEEP_BYTES,
     ) -> tuple[int, Capture]:
         """Run the docker program.
 
         Raises:
           SandboxError: the program is not installed, or does not end in time.
         """
-        capture = Capture(KEEP_BYTES)
+        capture = Capture(most)
         with tempfile.TemporaryFile() as given:
             given.write(stdin)
             given.seek(0)
@@ -196,29 +266,66 @@ class DockerSandbox:
                 capture.add(data)
 
 
+def pull(image: str, docker: str = "docker") -> bool:
+    """Pull an image unless it is here; return whether that was necessary.
+
+    Raises:
+      SandboxError: the engine cannot get the image.
+    """
+    try:
+        if subprocess.run([docker, "image", "inspect", image], capture_output=True).returncode == 0:
+            return False
+        found = subprocess.run([docker, "pull", "--quiet", image], capture_output=True, text=True)
+    except OSError as error:
+        raise SandboxError(f"cannot run {docker!r}: {error.strerror}; install Docker or Podman") from error
+    if found.returncode:
+        raise SandboxError(f"{docker} cannot pull {image}: {found.stderr.strip()[-500:]}")
+    return True
+
+
+def discard(image: str, docker: str = "docker") -> bool:
+    """Remove an image; return whether it was here and unused."""
+    return subprocess.run([docker, "rmi", image], capture_output=True).returncode == 0
+
+
 def remove_orphans(docker: str = "docker") -> list[str]:
     """Remove the containers whose owner processes no longer exist; return their ids."""
-    listing = [
-        docker,
-        "ps",
-        "--all",
-        "--filter",
-        f"label={OWNER}",
-        "--format",
-        f'{{{{.ID}}}} {{{{.Label "{OWNER}"}}}}',
-    ]
-    try:
-        found = subprocess.run(listing, capture_output=True, text=True, timeout=FILE_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
+    shown = ["ps", "--all", "--filter", f"label={OWNER}", "--format", f'{{{{.ID}}}} {{{{.Label "{OWNER}"}}}}']
     removed = []
-    for line in found.stdout.splitlines():
-        number, _, owner = line.strip().partition(" ")
-        pid = owner.partition(":")[0]
-        if pid.isdigit() and _owner(int(pid)) != owner:
-            subprocess.run([docker, "rm", "--force", number], capture_output=True, timeout=FILE_SECONDS)
+    for line in _list(docker, *shown):
+        number, _, owner = line.partition(" ")
+        if _is_gone(owner):
+            subprocess.run(
+                [docker, "rm", "--force", "--volumes", number], capture_output=True, timeout=FILE_SECONDS
+            )
             removed.append(number)
     return removed
+
+
+def remove_frozen(docker: str = "docker") -> list[str]:
+    """Remove the images that ended processes made of containers; return their names."""
+    removed = []
+    for name in _list(docker, "images", FROZEN, "--format", "{{.Repository}}:{{.Tag}}"):
+        pid, _, rest = name.rpartition(":")[2].partition("-")
+        if _is_gone(f"{pid}:{rest.partition('-')[0]}"):
+            subprocess.run([docker, "rmi", "--force", name], capture_output=True, timeout=FILE_SECONDS)
+            removed.append(name)
+    return removed
+
+
+def _list(docker: str, *arguments: str) -> list[str]:
+    """Return the lines of an answer of the engine; none if it does not answer."""
+    try:
+        found = subprocess.run([docker, *arguments], capture_output=True, text=True, timeout=FILE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in found.stdout.splitlines() if line.strip()]
+
+
+def _is_gone(owner: str) -> bool:
+    """Whether the process with this id and start time no longer exists."""
+    pid = owner.partition(":")[0]
+    return pid.isdigit() and _owner(int(pid)) != owner
 
 
 def _owner(pid: int) -> str:
@@ -228,99 +335,3 @@ def _owner(pid: int) -> str:
     except OSError:
         return f"{pid}:"
     return f"{pid}:{stat.rpartition(')')[2].split()[19]}"
-
-
-class SweRexSandbox:
-    """A sandbox of the ``swe-rex`` package: docker, modal, fargate or a remote server, behind one interface.
-
-    This is a thin adapter, and every method is one call of the runtime. The deployment defines the isolation.
-    """
-
-    root = ROOT
-
-    def __init__(self, deployment: Any) -> None:
-        """Store the deployment, an object of ``swerex.deployment`` that is not started yet."""
-        self._deployment = deployment
-        self._loop = asyncio.new_event_loop()
-        self._is_started = False
-
-    def exec(
-        self,
-        command: str,
-        timeout: float,
-        *,
-        env: Mapping[str, str] | None = None,
-        stdin: bytes = b"",
-    ) -> ExecResult:
-        """Run a command in the image's environment; see `empg_envs.swe.sandbox.Sandbox`."""
-        from swerex.exceptions import CommandTimeoutError
-        from swerex.runtime.abstract import Command
-
-        exports = "".join(f"export {key}={shlex.quote(value)}; " for key, value in (env or {}).items())
-        script = exports + PRELUDE + command.replace("\0", "")
-        if stdin:
-            script = f"echo {base64.b64encode(stdin).decode()} | base64 -d | (\n{script}\n)"
-        request = Command(command=["bash", "-c", f"exec 2>&1; {script}"], timeout=timeout, cwd=ROOT)
-        try:
-            response = self._wait(self._runtime().execute(request))
-        except CommandTimeoutError:
-            return ExecResult("", -9, "timeout")
-        return ExecResult(response.stdout, int(response.exit_code or 0))
-
-    def read(self, path: str) -> bytes:
-        """Return a file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
-        encoded = self.exec(
-            f"bash -c {shlex.quote(_READ)} bash {shlex.quote(path)} {READ_BYTES} | base64; "
-            "exit ${PIPESTATUS[0]}",
-            FILE_SECONDS,
-        )
-        if encoded.returncode:
-            raise FileError(_REFUSED.get(encoded.returncode, f"OSError: {path}").format(path=path))
-        return base64.b64decode(encoded.output)
-
-    def write(self, path: str, data: bytes) -> None:
-        """Write a file; see `empg_envs.swe.sandbox.Sandbox`."""
-        result = self.exec(
-            f"bash -c {shlex.quote(_WRITE)} bash {shlex.quote(path)}", FILE_SECONDS, stdin=data
-        )
-        if result.returncode:
-            raise FileError(_REFUSED.get(result.returncode, f"OSError: {path}").format(path=path))
-
-    def snapshot(self) -> Tree:
-        """Return the files of the task's folder, without version control."""
-        result = self.exec(f"tar -C {ROOT} --exclude=.git -czf - . | base64", FILE_SECONDS)
-        try:
-            return read_archive(base64.b64decode(result.output), ROOT, has_top=False)
-        except (ArchiveError, ValueError) as error:
-            raise FileError(str(error)) from None
-
-    def reset(self, tree: Tree) -> None:
-        """Restart the deployment, with these files added to its own."""
-        self.close()
-        self._loop = asyncio.new_event_loop()
-        self._wait(self._deployment.start())
-        self._is_started = True
-        for path, (data, _) in tree.items():
-            self.write(path, data)
-
-    def close(self) -> None:
-        """Stop the deployment."""
-        if self._is_started:
-            self._is_started = False
-            self._wait(self._deployment.stop())
-        self._loop.close()
-
-    def _runtime(self) -> Any:
-        if not self._is_started:
-            raise SandboxError("the deployment is not started: reset it first")
-        return self._deployment.runtime
-
-    def _wait(self, awaitable: Any) -> Any:
-        from swerex.exceptions import CommandTimeoutError
-
-        try:
-            return self._loop.run_until_complete(awaitable)
-        except CommandTimeoutError:
-            raise
-        except Exception as error:  # a remote deployment may raise anything
-            raise SandboxError(f"swe-rex: {type(error).__name__}: {error}") from error

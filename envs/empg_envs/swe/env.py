@@ -36,7 +36,16 @@ class SweEnv:
     """
 
     # What `make_backend` takes besides the name; which of them fit depends on the backend.
-    more_options = ("allow_local", "python", "limits", "sources", "docker", "deployment")
+    more_options = (
+        "allow_local",
+        "python",
+        "limits",
+        "sources",
+        "docker",
+        "deployment",
+        "network",
+        "writable",
+    )
 
     def __init__(
         self,
@@ -56,7 +65,8 @@ class SweEnv:
         """Read the tasks and check that their sandboxes can run here.
 
         Args:
-          tasks: ``tiny``, a file of rows, or split → file; see `empg_envs.swe.tasks.load_panels`.
+          tasks: ``tiny``, a source of rows (a file or ``hub:owner/name``), or split → source; see
+            `empg_envs.swe.tasks.load_panels`.
           tools: ``functions``, ``bash`` or ``terse``.
           backend: ``bubblewrap``, ``docker``, ``swerex`` or ``local``.
           max_turns: number of steps after which an episode is truncated.
@@ -235,9 +245,9 @@ class SweEnv:
         # Only the patch leaves the agent's sandbox, which may be manipulated. Grading uses a fresh one.
         try:
             patch = self._backend.collect(task, sandbox)
-        except LostSandboxError as error:
+            grade = self._backend.grade(task, patch, self._grade_timeout)
+        except LostSandboxError as error:  # either sandbox, and what the agent wrote may be the cause
             return Grade(False, "sandbox_lost", output=str(error))
-        grade = self._backend.grade(task, patch, self._grade_timeout)
         if self._predictions is not None:
             append_prediction(self._predictions, prediction(task.instance_id, self._model_name, patch))
         return grade

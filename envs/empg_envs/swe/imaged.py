@@ -7,15 +7,17 @@ that a patch changes, and the test files that get canaries.
 from __future__ import annotations
 
 import dataclasses
-import random
 import shlex
 from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-from empg_envs.swe import grading, patches
+from empg_envs.swe import grading, patches, reports
 from empg_envs.swe.containers import ROOT
-from empg_envs.swe.judge import canaries
-from empg_envs.swe.judge.canaries import Planted
+from empg_envs.swe.guest import witness
 from empg_envs.swe.judge.reading import read_changes
+from empg_envs.swe.judge.second import SecondBug
+from empg_envs.swe.rows import TaskError
 from empg_envs.swe.sandbox import FileError, Sandbox
 from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import File, Tree
@@ -40,19 +42,58 @@ true
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Checked:
+# In R2E-Gym's images the tests are next to the repository; an agent must not see them.
+HIDE = f"rm -rf /r2e_tests {ROOT}/r2e_tests {ROOT}/run_tests.sh /run_tests.sh"
+_FIND_R2E = (
+    f"for d in {ROOT} /root /; do if [ -f $d/run_tests.sh ]; then script=$d/run_tests.sh; break; fi; done; "
+)
+_PLACE_R2E = f'[ -e {ROOT}/r2e_tests ] || ln -s /r2e_tests {ROOT}/r2e_tests; grep -q pytest "$script"'
+PATCH_FILE, TEST_PATCH_FILE = "/tmp/agent.patch", "/tmp/tests.patch"
+WITNESS_HOME = ".git/empg-jax"  # where neither git nor the tests look
+
+
+class Checked(NamedTuple):
     """What came of checking a patch inside a container.
 
     Attributes:
       marks: what the reading found.
       dropped: changed files that were put back.
-      planted: the canaries.
     """
 
     marks: tuple[str, ...]
     dropped: tuple[str, ...]
-    planted: Planted = dataclasses.field(default_factory=lambda: Planted({}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """The tests of a task inside a container.
+
+    Attributes:
+      command: shell command that runs tests, without its arguments.
+      targets: arguments that run all tests of the task.
+      parser: reads the statuses in its output.
+      has_code: whether its exit code is that of the tests.
+      has_witness: whether it runs pytest, which can load `empg_envs.swe.guest.witness`.
+      repo: name of the repository, which decides about the form of arguments.
+    """
+
+    command: str
+    targets: tuple[str, ...]
+    parser: reports.Parser
+    has_code: bool
+    has_witness: bool
+    repo: str
+
+    def line(self, files: Iterable[str] = ()) -> str:
+        """Return the command for the tests of some files; without files for all tests."""
+        chosen = reports.test_targets(self.repo, set(files)) or self.targets
+        # Its own exit code is the command's last word: the engine reports it, and no output can change it.
+        line = " ".join([self.command, *map(shlex.quote, chosen), "2>&1"])
+        if not self.has_witness:
+            return line
+        home = f"{ROOT}/{WITNESS_HOME}"
+        options = f'PYTEST_ADDOPTS="-p {witness.MODULE} $PYTEST_ADDOPTS"'
+        return f'export PYTHONPATH="{home}${{PYTHONPATH:+:$PYTHONPATH}}" {options}; {line}'
 
 
 def prune(sandbox: Sandbox) -> str:
@@ -84,7 +125,7 @@ def check_patch(task: Task, sandbox: Sandbox, patch: str, *, is_reading: bool) -
     drop = sorted(path for path in changed - gold if grading.protected(path, task) or path in shadows)
     marks: list[str] = []
     if is_reading:
-        before, after = _before(sandbox, changed | gold), _now(sandbox, changed)
+        before, after = _before(sandbox, changed | gold), read_files(sandbox, changed)
         names = (*task.fail_to_pass, *task.pass_to_pass)
         try:
             repaired = patches.apply(before, task.patch) if task.patch else before
@@ -100,16 +141,61 @@ def check_patch(task: Task, sandbox: Sandbox, patch: str, *, is_reading: bool) -
     return Checked(tuple(marks), tuple(drop))
 
 
-def plant(task: Task, sandbox: Sandbox, draw: random.Random) -> Planted:
-    """Plant canaries in the files of the broken tests."""
-    files = {name.partition("::")[0] for name in task.fail_to_pass if "::" in name}
-    planted = canaries.plant(_now(sandbox, files), task.fail_to_pass, draw)
-    for path, file in planted.tree.items():
-        sandbox.write(path, file.data)
-    return planted
+def apply_patch(sandbox: Sandbox, patch: str) -> str | None:
+    """Apply an agent's patch as the official harness does; return what is wrong with it, or None.
+
+    Raises:
+      PatchError: it changes the repository's own data, by which it could run commands.
+    """
+    for path in patches.touched(patch):
+        if ".git" in PurePosixPath(path).parts:
+            raise patches.PatchError(f"{path}: a patch may not change git's own files")
+    sandbox.write(PATCH_FILE, patch.encode())
+    script = f"{GIT} apply --verbose {PATCH_FILE} || patch --batch --fuzz=5 -p1 -i {PATCH_FILE}"
+    applied = sandbox.exec(script, GIT_SECONDS)
+    return applied.output if applied.returncode else None
 
 
-def _now(sandbox: Sandbox, paths: Iterable[str]) -> Tree:
+def place_tests(task: Task, sandbox: Sandbox) -> Suite:
+    """Restore the tests in a container, and add the witness.
+
+    Raises:
+      TaskError: the task's test patch does not apply.
+    """
+    sandbox.write(f"{WITNESS_HOME}/{witness.MODULE}.py", Path(witness.__file__).read_bytes())
+    if task.expected is not None:
+        is_pytest = sandbox.exec(f"{_FIND_R2E}{_PLACE_R2E}", GIT_SECONDS).returncode == 0
+        return Suite(f'{_FIND_R2E}bash "$script"', (), reports.parse_r2e, False, is_pytest, task.repo)
+    files = patches.touched(task.test_patch)
+    if task.test_patch:
+        names = " ".join(map(shlex.quote, sorted(files)))
+        sandbox.write(TEST_PATCH_FILE, task.test_patch.encode())
+        # Restore each file separately, because files that the test patch adds do not exist in git yet.
+        restore = f"for f in {names}; do {GIT} checkout {shlex.quote(task.base)} -- $f || rm -f $f; done"
+        placed = sandbox.exec(f"{restore}; {GIT} apply --verbose {TEST_PATCH_FILE}", GIT_SECONDS)
+        if placed.returncode:
+            raise TaskError(f"task {task.instance_id}: its test patch does not apply: {placed.output[-500:]}")
+    command = str(task.row.get("test_cmd") or reports.command_of(task.repo))
+    targets = tuple(reports.test_targets(task.repo, files or task.test_files))
+    # The exit code of a pipe or of an alternative is not that of the tests.
+    has_code, is_pytest = "|" not in command, "pytest" in command
+    return Suite(command, targets, reports.parser_of(task.repo), has_code, is_pytest, task.repo)
+
+
+def files_to_read(task: Task, bugs: Iterable[SecondBug]) -> set[str]:
+    """Return the files that a trial may change: those of named tests, and those with second bugs."""
+    named = {name.partition("::")[0] for name in (*task.fail_to_pass, *task.pass_to_pass) if "::" in name}
+    return named.union(*(patches.touched(bug.patch) for bug in bugs))
+
+
+def put(sandbox: Sandbox, tree: Tree, now: Tree) -> None:
+    """Write the files of a tree that are not as they are now."""
+    for path, file in tree.items():
+        if now.get(path) != file:
+            sandbox.write(path, file.data)
+
+
+def read_files(sandbox: Sandbox, paths: Iterable[str]) -> Tree:
     """Read files as they are; those that do not exist or are too large are left out."""
     found: Tree = {}
     for path in sorted(paths):

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import logging
 import random
 import shlex
+import time
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from empg_envs.swe import grading, imaged, patches, reports
-from empg_envs.swe.containers import ROOT, DockerSandbox, SweRexSandbox
+from empg_envs.swe import grading, imaged, installing, patches, reports
+from empg_envs.swe.containers import DockerSandbox
+from empg_envs.swe.deployments import SweRexSandbox
 from empg_envs.swe.grading import Grade
-from empg_envs.swe.imaged import Checked
-from empg_envs.swe.judge import canaries
-from empg_envs.swe.judge.trial import LAYERS
-from empg_envs.swe.sandbox import ExecResult, Limits, Sandbox
-from empg_envs.swe.tasks import Task, TaskError
+from empg_envs.swe.imaged import Checked, Suite
+from empg_envs.swe.judge import trial
+from empg_envs.swe.judge.logs import LogSession
+from empg_envs.swe.judge.made import MadeBugs
+from empg_envs.swe.judge.second import SecondBug
+from empg_envs.swe.judge.trial import LAYERS, OUTPUT_CHARS
+from empg_envs.swe.rows import TaskError
+from empg_envs.swe.sandbox import Limits, Sandbox
+from empg_envs.swe.tasks import Task
+from empg_envs.swe.tree import Tree
 
-OUTPUT_CHARS = 4000
-PATCH_FILE, TEST_PATCH_FILE = "/tmp/agent.patch", "/tmp/tests.patch"
-# In R2E-Gym's images the tests are next to the repository; an agent must not see them.
-HIDE = f"rm -rf /r2e_tests {ROOT}/r2e_tests {ROOT}/run_tests.sh /run_tests.sh"
-RUN_R2E = (
-    f"for d in {ROOT} /root /; do if [ -f $d/run_tests.sh ]; then script=$d/run_tests.sh; break; fi; done; "
-    f'[ -e {ROOT}/r2e_tests ] || ln -s /r2e_tests {ROOT}/r2e_tests; bash "$script" 2>&1'
-)
+_log = logging.getLogger(__name__)
+
+FIXED = "fixed"  # the layer of files that cannot be changed while tests run; a cage always has it
+ALL_LAYERS = LAYERS | {FIXED}
 
 
 class ImageBackend:
@@ -38,7 +44,9 @@ class ImageBackend:
         *,
         docker: str = "docker",
         deployment: str = "",
-        layers: frozenset[str] = LAYERS,
+        network: str = "none",
+        writable: Mapping[str, Sequence[str]] | None = None,
+        layers: frozenset[str] = ALL_LAYERS,
     ) -> None:
         """Set up the kind of containers.
 
@@ -47,6 +55,9 @@ class ImageBackend:
           limits: limits of a docker container; a swe-rex deployment has its own limits.
           docker: the docker program.
           deployment: swe-rex's deployment class as ``package.module:Class``; its argument is ``image``.
+          network: the engine's network for tests, for example ``bridge``; an agent never has one.
+          writable: repository → folders below /testbed that its tests must be able to write to, besides those
+            of `reports.WRITABLE`; ``.`` stands for all.
           layers: the judge's layers that take part.
 
         Raises:
@@ -54,7 +65,10 @@ class ImageBackend:
         """
         self._kind, self._limits, self._docker = kind, limits, docker
         self._deployment = _load(deployment) if kind == "swerex" else None
-        self._layers, self._draw = layers, random.SystemRandom()
+        self._network, self._layers = network, layers
+        self._writable = {**reports.WRITABLE, **(writable or {})}
+        self._draw: random.Random = random.SystemRandom()
+        self._made, self._has_warned = MadeBugs(self._draw), False
         # Sandbox → commit that its agent started from.
         self._bases: weakref.WeakKeyDictionary[Sandbox, str] = weakref.WeakKeyDictionary()
 
@@ -65,7 +79,7 @@ class ImageBackend:
         found = self._make(task)
         found.reset({})
         if task.expected is not None:
-            found.exec(HIDE, imaged.GIT_SECONDS)
+            found.exec(imaged.HIDE, imaged.GIT_SECONDS)
         self._bases[found] = imaged.prune(found)
         return found
 
@@ -85,77 +99,109 @@ class ImageBackend:
             return Grade(False, "no_patch")
         if len(patch) > grading.MAX_PATCH_CHARS:
             return Grade(False, "patch_too_large")
-        sandbox = self._make(task)
-        try:
+        with contextlib.closing(self._make(task, is_judge=True)) as sandbox:
             sandbox.reset({})
-            sandbox.write(PATCH_FILE, patch.encode())
-            apply = f"{imaged.GIT} apply --verbose {PATCH_FILE}"
-            script = f"{apply} || patch --batch --fuzz=5 -p1 -i {PATCH_FILE}"
-            applied = sandbox.exec(script, imaged.GIT_SECONDS)
-            if applied.returncode:
-                return Grade(False, "patch_does_not_apply", output=applied.output[-OUTPUT_CHARS:])
             try:
+                wrong = imaged.apply_patch(sandbox, patch)
+                if wrong is not None:
+                    return Grade(False, "patch_does_not_apply", output=wrong[-OUTPUT_CHARS:])
                 checked = imaged.check_patch(task, sandbox, patch, is_reading="reading" in self._layers)
             except patches.PatchError as error:
                 return Grade(False, "patch_does_not_apply", output=str(error))
-            command, parser = self._tests(task, sandbox)
-            if "canaries" in self._layers:
-                planted = imaged.plant(task, sandbox, self._draw)
-                checked = dataclasses.replace(checked, planted=planted)
-            result = sandbox.exec(command, timeout)
-        finally:
-            sandbox.close()
-        # The exit code of a pipe or of an alternative is not that of the tests.
-        code = None if "|" in command or "sessions" not in self._layers else result.returncode
-        return self._conclude(task, result, parser, checked, code)
+            note = self._install(task, sandbox, patches.touched(patch) - {*checked.dropped}, timeout)
+            return self._try(task, sandbox, checked, timeout, note)
 
-    def _conclude(
-        self,
-        task: Task,
-        result: ExecResult,
-        parser: reports.Parser,
-        checked: Checked,
-        code: int | None,
-    ) -> Grade:
-        limit = None if result.reason == "exit" else result.reason
-        statuses, canary = canaries.sort_out(checked.planted, parser(result.output))
-        doubts = [*checked.marks, *canaries.doubts(canary)]
-        if limit is None and "sessions" in self._layers:
-            doubts += reports.doubts(result.output, parser, code)
-        output = result.output[-OUTPUT_CHARS:]
-        grade = grading.judge(task, statuses, dropped=checked.dropped, output=output, limit=limit)
-        if grade.resolved and not reports.is_believable(parser(result.output), code):
-            grade = dataclasses.replace(grade, resolved=False, reason="unresolved")
-        if grade.resolved:
-            doubts += canaries.missing(checked.planted, canary)
-        return grading.believe(grade, doubts)
+    def _install(self, task: Task, sandbox: Sandbox, changed: set[str], timeout: float) -> str:
+        """Build what a patch changes, where that is necessary; return the output."""
+        if not installing.is_needed(changed) or not isinstance(sandbox, DockerSandbox):
+            return ""
+        built, said = installing.build(task, sandbox, timeout)
+        imaged.put(sandbox, built, {})
+        return f"{said[-OUTPUT_CHARS // 2 :]}\n"
 
-    def _tests(self, task: Task, sandbox: Sandbox) -> tuple[str, reports.Parser]:
-        """Restore the tests; return the command that runs them and the parser of its output."""
-        if task.expected is not None:
-            return RUN_R2E, reports.parse_r2e
-        files = patches.touched(task.test_patch)
-        if task.test_patch:
-            names = " ".join(map(shlex.quote, sorted(files)))
-            sandbox.write(TEST_PATCH_FILE, task.test_patch.encode())
-            # Restore each file separately, because files that the test patch adds do not exist in git yet.
-            base, git = shlex.quote(task.base), imaged.GIT
-            restore = f"for f in {names}; do {git} checkout {base} -- $f || rm -f $f; done"
-            placed = sandbox.exec(f"{restore}; {git} apply --verbose {TEST_PATCH_FILE}", imaged.GIT_SECONDS)
-            if placed.returncode:
-                raise TaskError(
-                    f"task {task.instance_id}: its test patch does not apply: {placed.output[-500:]}"
-                )
-        command = str(task.row.get("test_cmd") or reports.command_of(task.repo))
-        targets = " ".join(map(shlex.quote, reports.test_targets(task.repo, files or task.test_files)))
-        # Its own exit code is the command's last word: the engine reports it, and no output can change it.
-        return f"{command} {targets} 2>&1", reports.parser_of(task.repo)
+    def second_bugs(self, task: Task, timeout: float) -> list[SecondBug]:
+        """Return a task's bugs for the second session, which are made once.
 
-    def _make(self, task: Task) -> Sandbox:
+        This runs the tests up to seven times, too long for a step of an episode: so `grade` uses only what
+        was made before (``python -m empg_envs.swe.prepare``).
+
+        Raises:
+          TaskError: the gold patch does not apply.
+        """
+        known = self._made.recall(task)
+        if known is not None or not task.patch:
+            return known or []
+        with contextlib.closing(self._make(task, is_judge=True)) as sandbox:
+            sandbox.reset({})
+            wrong = imaged.apply_patch(sandbox, task.patch)
+            if wrong is not None:
+                raise TaskError(f"task {task.instance_id}: its gold patch does not apply: {wrong[-500:]}")
+            suite = imaged.place_tests(task, sandbox)
+            files = {path for path in patches.touched(task.patch) if not grading.protected(path, task)}
+            gold = imaged.read_files(sandbox, files)
+
+            def run(tree: Tree, seconds: float) -> Mapping[str, str]:
+                imaged.put(sandbox, tree, {})
+                return self._session(sandbox, suite, suite.line(), seconds, "").statuses
+
+            return self._made.make(task, gold, run, timeout)
+
+    def _try(self, task: Task, sandbox: Sandbox, checked: Checked, timeout: float, note: str) -> Grade:
+        """Run the sessions of a trial over the files of a container in which a checked patch is applied."""
+        suite = imaged.place_tests(task, sandbox)
+        bugs = self._recall(task) if "second" in self._layers else []
+        now = imaged.read_files(sandbox, imaged.files_to_read(task, bugs))
+        plan = trial.prepare(task, now, bugs, self._draw, self._layers)
+        started = time.monotonic()
+        imaged.put(sandbox, plan.planted.tree, now)
+        first = self._session(sandbox, suite, suite.line(), timeout, plan.nonces[0])
+        result = first.result
+        known: dict[str, Any] = {
+            "doubts": [*checked.marks, *(first.doubts() if "sessions" in self._layers else ())],
+            "dropped": checked.dropped,
+            "output": (note + result.output[-OUTPUT_CHARS // 2 :])[-OUTPUT_CHARS:],
+            "limit": None if result.reason == "exit" else result.reason,
+        }
+        grade = trial.settle(task, dataclasses.replace(plan, second=None), (first, None), **known)
+        if plan.second is None or not grade.resolved:
+            return grade
+        # In a container of its own, so that nothing tells the package which session is which. It may take as
+        # long as the first one, or an agent could have it cut short by being slow.
+        spent = time.monotonic() - started
+        imaged.put(sandbox, plan.second.tree, plan.planted.tree)
+        line = suite.line(trial.files_of(plan.reds, plan, []))
+        other = self._session(sandbox, suite, line, max(spent, timeout - spent), plan.nonces[1])
+        return trial.settle(task, plan, (first, other), **known)
+
+    def _recall(self, task: Task) -> list[SecondBug]:
+        known = self._made.recall(task)
+        if known is None and task.patch and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "task %s, and maybe others, is judged without a second bug: make them with "
+                "python -m empg_envs.swe.prepare TASKS --bugs",
+                task.instance_id,
+            )
+        return known or []
+
+    def _session(self, sandbox: Sandbox, suite: Suite, line: str, seconds: float, nonce: str) -> LogSession:
+        """Run tests over the files that a container has now, where nothing can change them."""
+        has_nonce = suite.has_witness and "sessions" in self._layers and nonce
+        if FIXED in self._layers and isinstance(sandbox, DockerSandbox):  # swe-rex has nothing of the kind
+            with contextlib.closing(sandbox.frozen(self._writable.get(suite.repo, ()))) as frozen:
+                frozen.reset({})
+                result = frozen.exec(line, seconds, stdin=nonce.encode())
+        else:
+            result = sandbox.exec(line, seconds, stdin=nonce.encode())
+        code = result.returncode if suite.has_code and "sessions" in self._layers else None
+        return LogSession(result, suite.parser, code, nonce if has_nonce else None)
+
+    def _make(self, task: Task, *, is_judge: bool = False) -> Sandbox:
         assert task.image is not None
         if self._deployment is not None:
             return SweRexSandbox(self._deployment(image=task.image))
-        return DockerSandbox(task.image, self._limits, self._docker)
+        network = self._network if is_judge else "none"
+        return DockerSandbox(task.image, self._limits, self._docker, network=network, is_swept=not is_judge)
 
 
 def make_image_backend(kind: str, limits: Limits, **options: Any) -> ImageBackend:
@@ -164,7 +210,7 @@ def make_image_backend(kind: str, limits: Limits, **options: Any) -> ImageBacken
     Raises:
       ValueError: an option is unknown.
     """
-    known = {"docker": ("docker",), "swerex": ("deployment",)}[kind]
+    known = {"docker": ("docker", "network", "writable"), "swerex": ("deployment",)}[kind]
     for name in options:
         if name not in known:
             raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from empg_envs.swe.tasks import TaskError, read_rows
+from empg_envs.swe.rows import TaskError, read_rows
 
 FIELDS = ("instance_id", "model_name_or_path", "model_patch")
 

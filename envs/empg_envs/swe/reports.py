@@ -186,6 +186,12 @@ COMMANDS: dict[str, str] = {
 }
 DEFAULT_COMMAND = "pytest --no-header -rA"
 
+# Repository → folders that its test commands write to.
+WRITABLE: dict[str, tuple[str, ...]] = {
+    "matplotlib/matplotlib": ("result_images",),
+    "sphinx-doc/sphinx": (".tox",),
+}
+
 
 def parser_of(repo: str) -> Parser:
     """Return the parser of a repository's logs."""

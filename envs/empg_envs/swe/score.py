@@ -1,7 +1,7 @@
 """Grade a predictions file in SWE-bench's format.
 
     python -m empg_envs.swe.score tasks.jsonl predictions.jsonl --out report.json
-    python -m empg_envs.swe.score swe_bench_verified.jsonl predictions.jsonl --backend docker --jobs 8
+    python -m empg_envs.swe.score verified.parquet predictions.jsonl --backend docker --jobs 8
 
 ``gold`` instead of a predictions file grades the tasks' own patches.
 """
@@ -80,6 +80,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default=None, help="judge one split only")
     parser.add_argument("--backend", choices=NAMES[:3], default="bubblewrap")
     parser.add_argument("--python", default=None, help="interpreter of the tasks (bubblewrap)")
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON: the backend's env.options")
     parser.add_argument("--sources", default=None, help="folder of source archives (bubblewrap)")
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--jobs", type=int, default=1)
@@ -100,7 +101,8 @@ def _read(options: argparse.Namespace) -> tuple[list[Task], dict[str, str], Back
         predictions = {task.instance_id: task.patch for task in tasks}
     else:
         predictions = read_predictions(options.predictions)
-    return tasks, predictions, make_backend(options.backend, python=options.python, sources=options.sources)
+    given = {"python": options.python, "sources": options.sources, **options.options}
+    return tasks, predictions, make_backend(options.backend, **given)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

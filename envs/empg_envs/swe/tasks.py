@@ -6,23 +6,20 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from empg_envs.cache import cache_folder
 from empg_envs.swe import patches
 from empg_envs.swe.judge.second import SecondBug
+from empg_envs.swe.rows import TaskError, read_source
 from empg_envs.swe.tree import Tree, content_hash, read_archive, read_folder
 
 EMBEDDED = Path(__file__).with_name("repos")
 TINY = Path(__file__).with_name("tiny_tasks.jsonl")
 SPLITS = ("train", "valid", "test")
 TREE_KINDS = ("sdist", "archive", "embedded")
-
-
-class TaskError(ValueError):
-    """A malformed task row or file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +141,10 @@ def _parse_r2e(row: Mapping[str, Any]) -> Task:
 
 def _field(row: Mapping[str, Any], name: str) -> Any:
     if row.get(name) is None:
-        raise TaskError(f"task row {row.get('instance_id', '?')!r} has no field {name!r}")
+        what = "no value in field" if name in row else "no field"
+        raise TaskError(
+            f"task row {row.get('instance_id', '?')!r} has {what} {name!r}; its fields are {', '.join(row)}"
+        )
     return row[name]
 
 
@@ -163,58 +163,23 @@ def _names(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON-lines file, or of a JSON file with a list.
-
-    Raises:
-      TaskError: a row is malformed; the message names the file and the line.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise TaskError(f"cannot read the tasks file {str(path)!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"the tasks file {str(path)!r} is no text in UTF-8 ({error})") from None
-    if text.lstrip().startswith("["):
-        listed = enumerate(_parse_json(text, str(path)))
-        yield from (_as_row(row, f"{path}: entry {number} of the list") for number, row in listed)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            place = f"{path}:{number}"
-            yield _as_row(_parse_json(line, place), place)
-
-
-def _parse_json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{place}: not JSON ({error})") from None
-
-
-def _as_row(row: Any, place: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise TaskError(f"{place}: expected an object, not {type(row).__name__}")
-    return row
-
-
 def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
     """Load the tasks by split.
 
     Args:
-      tasks: ``tiny`` (the embedded tasks), a file, or a mapping of split → file. The field ``split`` gives
-        the split of a row of a single file. Without this field a hash of the id decides: about 70 % train,
-        10 % valid, 20 % test.
+      tasks: ``tiny`` (the embedded tasks), a source (see `empg_envs.swe.rows.read_source`), or a mapping of
+        split → source. The field ``split`` gives the split of a row of a single source, or else the name of
+        its file on the hub. Without either a hash of the id decides: about 70 % train, 10 % valid, 20 % test.
 
     Raises:
       TaskError: a file cannot be read or contains no task, an id occurs twice, or a task has no broken test.
     """
     panels: dict[str, list[Task]] = {}
     if isinstance(tasks, Mapping):
-        for split, path in tasks.items():
-            panels[str(split)] = [parse_row(row) for row in read_rows(path)]
+        for split, source in tasks.items():
+            panels[str(split)] = [parse_row(row) for row in read_source(source)]
     else:
-        for row in read_rows(TINY if tasks == "tiny" else tasks):
+        for row in read_source(TINY if tasks == "tiny" else tasks):
             task = parse_row(row)
             panels.setdefault(str(row.get("split") or hashed_split(task.instance_id)), []).append(task)
     panels = {split: found for split, found in panels.items() if found}

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import types
@@ -14,45 +13,15 @@ from typing import Any
 import pytest
 
 from empg_envs.swe import patches
-from empg_envs.swe.containers import OWNER, SweRexSandbox, remove_orphans
+from empg_envs.swe.containers import FROZEN, OWNER, LateError, remove_frozen, remove_orphans
+from empg_envs.swe.deployments import SweRexSandbox
 from empg_envs.swe.env import SweEnv
-from empg_envs.swe.images import ImageBackend
-from empg_envs.swe.judge.trial import LAYERS
+from empg_envs.swe.images import ALL_LAYERS, ImageBackend
 from empg_envs.swe.sandbox import FileError, Limits, SandboxError
 from empg_envs.swe.tasks import parse_row
 from empg_envs.swe.tree import File, Tree
-from tests.cages import need_cages
+from tests.envs.swe.engines import PYTHON, calls, make_repository, make_stand_in
 
-PYTHON = os.path.realpath(sys.executable)
-# `run` copies the image's folder; `exec` runs in a cage of its own over that copy.
-FAKE = """#!{python} -I
-import json, os, shutil, subprocess, sys
-home, argv = {home!r}, sys.argv[1:]
-with open(home + "/calls.jsonl", "a") as log:
-    log.write(json.dumps(argv) + "\\n")
-if argv[0] == "run":
-    if "broken" in argv:
-        sys.exit("Unable to find image")
-    name = argv[argv.index("--name") + 1]
-    shutil.copytree(home + "/image", f"{{home}}/box/{{name}}/testbed")
-    os.makedirs(f"{{home}}/box/{{name}}/tmp")
-elif argv[0] == "rm":
-    shutil.rmtree(f"{{home}}/box/{{argv[-1]}}")
-elif argv[0] == "ps":
-    print(open(home + "/ps").read(), end="")
-elif argv[0] == "exec":
-    if "HANG" in argv[-1]:
-        import time
-        time.sleep(30)
-    place = next(i for i, word in enumerate(argv) if word.startswith("empg-jax-"))
-    box = f"{{home}}/box/{{argv[place]}}"
-    cage = ["bwrap", "--unshare-all", "--die-with-parent", "--ro-bind", "/usr", "/usr", "--proc", "/proc"]
-    cage += ["--ro-bind", {prefix!r}, {prefix!r}]
-    cage += ["--dev", "/dev", "--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib"]
-    cage += ["--symlink", "usr/lib64", "/lib64", "--bind", box + "/testbed", "/testbed"]
-    cage += ["--bind", box + "/tmp", "/tmp", "--chdir", "/testbed", "--setenv", "HOME", "/tmp"]
-    sys.exit(subprocess.run([*cage, *argv[place + 1 :]]).returncode)
-"""
 OF_R2E = """\
 grep -q right lib.txt && echo "PASSED checks.py::A::test_a" || echo "FAILED checks.py::A::test_a - why"
 echo "PASSED checks.py::A::test_b"
@@ -107,25 +76,11 @@ ROW = {
 
 
 @pytest.fixture
-def docker(tmp_path: Path) -> Path:
-    need_cages()
-    if shutil.which("git") is None:
-        pytest.fail("the stand-in's image needs git")
-    image = tmp_path / "image"
-    image.mkdir()
-    for name, text in FILES.items():
-        (image / name).write_text(text)
-    for command in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm base"):
-        subprocess.run(["git", *command.split()], cwd=image, check=True)
-    (tmp_path / "ps").write_text("")
-    program = tmp_path / "docker"
-    program.write_text(FAKE.format(python=sys.executable, home=str(tmp_path), prefix=sys.base_prefix))
-    program.chmod(0o755)
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program = make_stand_in(tmp_path)
+    make_repository(tmp_path / "image", FILES)
     return program
-
-
-def calls(docker: Path) -> list[list[str]]:
-    return [json.loads(line) for line in (docker.parent / "calls.jsonl").read_text().splitlines()]
 
 
 def test_an_episode_in_a_container(docker: Path, tmp_path: Path) -> None:
@@ -141,9 +96,12 @@ def test_an_episode_in_a_container(docker: Path, tmp_path: Path) -> None:
     assert run[run.index("--network") + 1] == "none" and run[run.index("--cap-drop") + 1] == "ALL"
     assert run[run.index("--memory") + 1] == "1024m" and run[run.index("--pids-limit") + 1] == "64"
     assert "docker.io/swebench/sweb.eval.x86_64.o_1776_r-1:latest" in run
-    # Two containers, the agent's and the judge's, and both are gone.
-    assert sum(call[0] == "run" for call in calls(docker)) == 2 and list((tmp_path / "box").iterdir()) == []
-    assert ["bash", "-c", "kill -9 -1"] in [call[-3:] for call in calls(docker)]
+    # Three containers, the agent's, the judge's and that of the tests, and all are gone with their images.
+    assert sum(call[0] == "run" for call in calls(docker)) == 3
+    assert [*(tmp_path / "box").iterdir(), *(tmp_path / "images").iterdir()] == []
+    # What the agent's commands leave is ended after each; a judge's container does not outlive its tests.
+    swept = {call[1] for call in calls(docker) if call[-3:] == ["bash", "-c", "kill -9 -1"]}
+    assert swept == {run[run.index("--name") + 1]}
 
 
 def test_verdicts(docker: Path) -> None:
@@ -187,17 +145,17 @@ LEAVES = "import os\nprint('PASSED checks.py::test_a')\nos._exit(0)\n"
 @pytest.mark.parametrize(
     ("patch", "layers", "reason"),
     [
-        (with_files(lib__txt="right\n", conftest__py="import lib\n"), LAYERS, "resolved"),
-        (with_files(conftest__py="import lib\nlib.word = lambda: 'right\\n'\n"), LAYERS, "unresolved"),
-        (with_files(conftest__py="import os\nos._exit(0)\n"), LAYERS, "suspect"),
-        (with_files(lib__py=FORGED), LAYERS, "suspect"),
+        (with_files(lib__txt="right\n", conftest__py="import lib\n"), ALL_LAYERS, "resolved"),
+        (with_files(conftest__py="import lib\nlib.word = lambda: 'right\\n'\n"), ALL_LAYERS, "unresolved"),
+        (with_files(conftest__py="import os\nos._exit(0)\n"), ALL_LAYERS, "suspect"),
+        (with_files(lib__py=FORGED), ALL_LAYERS, "suspect"),
         (with_files(lib__py=FORGED), {"sessions"}, "suspect"),
         (with_files(lib__py=FORGED), set(), "resolved"),
         (with_files(lib__py=EQUALS_ALL), set(), "resolved"),
         (with_files(lib__py=EQUALS_ALL), {"canaries"}, "suspect"),
-        (with_files(lib__py=LEAVES), LAYERS, "suspect"),
-        (with_files(json__py="x = 1\n", lib__txt="right\n"), LAYERS, "suspect"),
-        (with_files(checks__py="def test_a(): pass\ndef test_b(): pass\n"), LAYERS, "unresolved"),
+        (with_files(lib__py=LEAVES), ALL_LAYERS, "suspect"),
+        (with_files(json__py="x = 1\n", lib__txt="right\n"), ALL_LAYERS, "suspect"),
+        (with_files(checks__py="def test_a(): pass\ndef test_b(): pass\n"), ALL_LAYERS, "unresolved"),
     ],
 )
 def test_patches_that_tamper(docker: Path, patch: str, layers: set[str], reason: str) -> None:
@@ -205,6 +163,136 @@ def test_patches_that_tamper(docker: Path, patch: str, layers: set[str], reason:
     backend._draw = random.Random(1)  # type: ignore[assignment]
     grade = backend.grade(parse_row(ROW), patch, 20)
     assert grade.reason == reason, (grade.doubts, grade.output)
+
+
+def test_a_patch_may_not_change_gits_own_files(docker: Path) -> None:
+    config = "--- a/.git/config\n+++ b/.git/config\n@@ -1 +1,2 @@\n [core]\n+\tfsmonitor = touch /tmp/ran\n"
+    grade = ImageBackend("docker", Limits(), docker=str(docker)).grade(parse_row(ROW), config + GOLD, 20)
+    assert grade.reason == "patch_does_not_apply" and "git's own files" in grade.output
+
+
+WRITES = (
+    LIB
+    + """
+for name in ("checks.py", "lib.py", "new.py", "logs/x"):
+    try:
+        open(name, "a").write("pass")
+        print("WROTE", name)
+    except OSError as error:
+        print("KEPT", name)
+"""
+)
+
+
+def test_nothing_can_be_changed_while_tests_run(docker: Path) -> None:
+    patch = with_files(lib__txt="right\n", lib__py=WRITES)
+    options: dict[str, Any] = {"docker": str(docker), "writable": {"o/r": ["logs"]}, "network": "bridge"}
+    (docker.parent / "image" / "logs").mkdir()
+    grade = ImageBackend("docker", Limits(), **options).grade(parse_row(ROW), patch, 20)
+    assert grade.resolved and "KEPT checks.py\nKEPT lib.py\nKEPT new.py\nWROTE logs/x" in grade.output
+    said = calls(docker)
+    runs = [call for call in said if call[0] == "run"]
+    # The container that is prepared, and the one with the tests, over an image of the first one's files.
+    assert ["--read-only" in run for run in runs] == [False, True]
+    commit = next(call for call in said if call[0] == "commit")
+    fixed = runs[1]
+    assert commit[1] == runs[0][runs[0].index("--name") + 1] and commit[2] in fixed
+    assert fixed[fixed.index("--volume") + 1] == "/testbed/logs"
+    assert [fixed[at + 1].partition(":")[0] for at, word in enumerate(fixed) if word == "--tmpfs"] == [
+        *("/tmp", "/var/tmp", "/run")
+    ]
+    assert {run[run.index("--network") + 1] for run in runs} == {"bridge"}
+    assert [call[0] for call in said if call[0] != "exec"] == [
+        *("ps", "run", "images", "commit", "ps", "run", "rm", "rmi", "rm")
+    ]
+    free = ImageBackend("docker", Limits(), docker=str(docker), layers=ALL_LAYERS - {"fixed"})
+    assert "WROTE checks.py" in free.grade(parse_row(ROW), patch, 20).output
+
+
+SIZES = """\
+# Words
+
+# and their sizes.
+
+def word():
+    return open('lib.txt').read() if 1 < 2 else ''
+
+
+def size(n):
+    return n + 2
+"""
+
+
+BUILD = """\
+set -e
+sed 's/0/1/' fast.c > fast.so  # the compiler
+echo evil > checks.py
+echo evil > conftest.py
+ln -s /etc/passwd link.so
+"""
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_built_apart(docker: Path) -> None:
+    image = docker.parent / "image"
+    (image / "fast.c").write_text("0 wrong\n")
+    (image / "fast.so").write_text("0 wrong\n")
+    (image / "build.sh").write_text(BUILD)
+    (image / "lib.py").write_text("def word():\n    return open('fast.so').read()[2:]\n")
+    subprocess.run(
+        "git add -A && git -c user.name=a -c user.email=a@b commit -qm c", shell=True, cwd=image, check=True
+    )
+    patch = "--- a/fast.c\n+++ b/fast.c\n@@ -1 +1 @@\n-0 wrong\n+0 right\n"
+    task = parse_row({**ROW, "patch": patch, "install_cmd": "bash build.sh; touch /usr/evil; echo built"})
+    backend = ImageBackend("docker", Limits(), docker=str(docker))
+    grade = backend.grade(task, patch, 60)
+    assert grade.resolved and "/usr/evil" in grade.output and "built" in grade.output, grade.output
+    # A build that fails leaves what was there; a patch of sources alone needs none.
+    broken = parse_row({**ROW, "patch": patch, "install_cmd": "exit 1"})
+    assert backend.grade(broken, patch, 60).reason == "unresolved"
+    before = len(calls(docker))
+    assert backend.grade(task, GOLD, 60).reason == "unresolved"
+    assert not any("build.sh" in " ".join(call) for call in calls(docker)[before:])
+
+
+@pytest.mark.slow
+def test_another_bug_must_stay_red(docker: Path) -> None:
+    image = docker.parent / "image"
+    (image / "lib.py").write_text(SIZES)
+    checks = CHECKS + "\ndef test_size():\n    assert lib.size(3) == 5\n"
+    (image / "checks.py").write_text(checks)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "commit", "-qam", "base", "--amend"], cwd=image, check=True)
+    now = {name: File((image / name).read_bytes()) for name in FILES}
+    gold = {**now, "lib.txt": File(b"right\n"), "lib.py": File(SIZES.replace("Words", "Good words").encode())}
+    row = {**ROW, "patch": patches.diff(now, gold)[0], "PASS_TO_PASS": ["checks.py::test_size"]}
+    row["test_patch"] = patches.diff(now, {**now, "checks.py": File(checks.replace("old", "new").encode())})[
+        0
+    ]
+    task = parse_row(row)
+    backend = ImageBackend("docker", Limits(), docker=str(docker))
+    backend._draw = backend._made._draw = random.Random(1)
+    bugs = backend.second_bugs(task, 60)
+    assert len(bugs) == 1 and set(bugs[0].red) <= {
+        *task.fail_to_pass,
+        *task.pass_to_pass,
+        "checks.py::test_b",
+    }
+    before = len([call for call in calls(docker) if call[0] == "run"])
+    assert backend.grade(task, task.patch, 60).resolved
+    runs = [call for call in calls(docker) if call[0] == "run"][before:]
+    # Each session has a container and an image of its own.
+    assert ["--read-only" in run for run in runs] == [False, True, True]
+    assert len({run[run.index("-c") - 1] for run in runs}) == 3
+    # Another process knows the bug, and does not try again.
+    other = ImageBackend("docker", Limits(), docker=str(docker), layers=frozenset(("second", "fixed")))
+    other._make = None  # type: ignore[assignment, method-assign]
+    assert other.second_bugs(task, 60) == bugs
+    del other._make
+    # Code that replaces what the tests see: with the second bug they stay green.
+    cheat = now["lib.py"].data + b"\nword = lambda: 'right\\n'\nsize = lambda n: 5\n"
+    grade = other.grade(task, patches.diff(now, {**now, "lib.py": File(cheat)})[0], 60)
+    assert grade.reason == "suspect" and "second bug: none of" in grade.doubts[0]
 
 
 def test_a_repair_that_touches_configuration_keeps_it(docker: Path) -> None:
@@ -262,6 +350,38 @@ def test_files_of_a_container(docker: Path) -> None:
         sandbox.exec("true", 5)
 
 
+def test_a_container_that_an_agent_ends_counts_against_it(
+    docker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({**ROW, "split": "test"}))
+    env = SweEnv(
+        str(tmp_path / "tasks.jsonl"), backend="docker", docker=str(docker), tools="bash", max_turns=4
+    )
+    # The engine that does not come to an end, the container that is gone, and a judge that is lost.
+    monkeypatch.setattr("empg_envs.swe.containers.MARGIN_SECONDS", 0.1)
+    env.reset(split="test", index=0)
+    env._command_timeout = 0.1
+    assert "the command was ended" in env.step("HANG")[0]
+    env._command_timeout = 20
+    env.step("echo right > lib.txt")
+    (box,) = (tmp_path / "box").iterdir()
+    box.rename(tmp_path / "gone")
+    assert env.step("ls")[1:4] == (0.0, False, False)
+    _, reward, _, truncated, info = env.step("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")
+    assert (reward, truncated, info["won"], info["reason"]) == (0.0, True, False, "turn_limit")
+    (tmp_path / "gone").rename(box)
+    env.reset(split="test", index=0)
+    env.step("echo right > lib.txt")
+
+    def lose(*args: Any) -> Any:
+        raise LateError("'docker exec' took longer than 30 seconds")
+
+    monkeypatch.setattr(env._backend, "grade", lose)
+    _, reward, terminated, _, info = env.step("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")
+    assert (reward, terminated, info["reason"]) == (0.0, True, "sandbox_lost")
+    env.close()
+
+
 def test_failures_of_the_machine_are_errors(docker: Path, tmp_path: Path) -> None:
     task = parse_row({**ROW, "image": "broken"})
     with pytest.raises(SandboxError, match="cannot start a container of broken: Unable to find image"):
@@ -278,6 +398,15 @@ def test_containers_of_dead_workers_are_removed(docker: Path) -> None:
     (docker.parent / "ps").write_text("\n".join(lines) + "\n")
     assert remove_orphans(str(docker)) == ["empg-jax-dead", "empg-jax-reused"]
     assert any(f"label={OWNER}" in call for call in calls(docker))
+    for owner in ("999999999-5", f"{os.getpid()}-5"):
+        (docker.parent / "images" / f"{FROZEN}:{owner}-x").mkdir()
+    task = parse_row(ROW)
+    sandbox = ImageBackend("docker", Limits(), docker=str(docker)).open(task)
+    frozen = sandbox.frozen()  # type: ignore[attr-defined]  # removes the others' first
+    assert len(list((docker.parent / "images").iterdir())) == 1 and remove_frozen(str(docker)) == []
+    frozen.close()
+    sandbox.close()
+    assert list((docker.parent / "images").iterdir()) == []
 
 
 @dataclasses.dataclass

@@ -9,7 +9,8 @@ import pytest
 from empg_envs import make_env
 from empg_envs.swe import tasks
 from empg_envs.swe.predictions import append_prediction, prediction, read_predictions, write_predictions
-from empg_envs.swe.tasks import TaskError, broken_tree, load_panels, parse_row
+from empg_envs.swe.rows import TaskError
+from empg_envs.swe.tasks import broken_tree, load_panels, parse_row
 from empg_envs.swe.tree import File, pack
 
 ROW = {

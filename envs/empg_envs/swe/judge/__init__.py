@@ -13,7 +13,9 @@ different ways:
   reach reports, and nothing passes from one session to another (`empg_envs.swe.guest.warden`).
 - `empg_envs.swe.guest.seals`: functions of the test machinery that were replaced.
 
-What a layer notices makes the outcome ``suspect``, with a reward of 0.
+Over images (`empg_envs.swe.images`) a session is a test command in a read-only container of its own, of which
+there is a log (`logs`) that a witness in the process ends with a secret (`empg_envs.swe.guest.witness`); all
+else is the same code. What a layer notices makes the outcome ``suspect``, with a reward of 0.
 
 **What remains.** A test in Python can only be as honest as its process. Not caught: answers that are hard
 coded for the inputs of visible tests; code that compares the code or the text of the calling test with what

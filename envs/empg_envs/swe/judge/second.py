@@ -1,27 +1,19 @@
 """A second bug in the repaired tree, which tests with known names must find: else they find nothing.
 
 The bugs are those of other tasks over the same original files, whose failing tests are known. For a task that
-has no such siblings they are made by mutation, and tried once over the gold files.
+has no such siblings they are made by mutation (`empg_envs.swe.judge.made`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from empg_envs.swe import patches
 from empg_envs.swe.tree import Tree
 
 MOST_TESTS = 3  # tests run over the second tree
-TRIES = 6  # mutations tried for a task without siblings
-ENOUGH = 1  # of them kept
-KEPT = frozenset(("PASSED", "XFAIL", "SKIPPED"))
-
-Statuses = Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,42 +69,3 @@ def choose(
             return chosen
         found.append(chosen)
     return found[0] if found else None
-
-
-def remember(path: Path, bugs: Sequence[SecondBug]) -> None:
-    """Write the bugs made for a task, so that other processes need not make them again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps([dataclasses.asdict(bug) for bug in bugs]))
-    fresh.replace(path)
-
-
-def recall(path: Path) -> list[SecondBug] | None:
-    """Read the bugs made for a task; None if there are none, or the file is damaged."""
-    try:
-        return [SecondBug(str(bug["patch"]), tuple(bug["red"])) for bug in json.loads(path.read_text())]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def discover(
-    gold: Tree, changes: Iterable[Tree], run: Callable[[Tree], Statuses], sound: Statuses
-) -> list[SecondBug]:
-    """Try mutations of the gold files, and keep some that break a few tests.
-
-    Args:
-      gold: the repaired files.
-      changes: mutated trees.
-      run: runs all tests over a tree.
-      sound: statuses over the gold files.
-    """
-    passing = [name for name, status in sound.items() if status == "PASSED"]
-    found: list[SecondBug] = []
-    for number, changed in enumerate(changes):
-        if number >= TRIES or len(found) >= ENOUGH:
-            break
-        statuses = run(changed)
-        red = tuple(name for name in passing if statuses.get(name) not in KEPT)
-        if red and statuses and len(red) <= max(1, len(passing) // 2):
-            found.append(SecondBug(patches.diff(gold, changed)[0], red))
-    return found

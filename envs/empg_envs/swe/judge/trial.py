@@ -6,14 +6,13 @@ import dataclasses
 import random
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from empg_envs.swe import grading
 from empg_envs.swe.grading import Grade
 from empg_envs.swe.judge import canaries, second, sessions
 from empg_envs.swe.judge.canaries import Planted
 from empg_envs.swe.judge.second import SecondBug, SecondTree
-from empg_envs.swe.judge.sessions import Session
 from empg_envs.swe.sandbox import ExecResult
 from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import Tree
@@ -21,6 +20,20 @@ from empg_envs.swe.tree import Tree
 OUTPUT_CHARS = 4000
 OTHERS = 1  # tests with twins besides those that the patch has to repair
 LAYERS = frozenset(("reading", "canaries", "second", "sessions"))
+
+
+class Outcome(Protocol):
+    """What came of one session, whatever the channel of its statuses."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the session ran its tests to the end."""
+        ...
+
+    @property
+    def statuses(self) -> Mapping[str, str]:
+        """Status of each test."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +66,11 @@ class Trial:
             for path, file in tree.items()
         }
 
+    @property
+    def reds(self) -> list[str]:
+        """Ids under which the tests of the second session run."""
+        return [] if self.second is None else [self.planted.reported(name) for name in self.second.red]
+
 
 def prepare(
     task: Task, tree: Tree, bugs: Sequence[SecondBug], draw: random.Random, layers: frozenset[str] = LAYERS
@@ -83,12 +101,12 @@ def order(task: Task, trial: Trial, root: str, *, has_namespace: bool) -> bytes:
     paths = [task.test_path]
     wanted: list[dict[str, Any]] = []
     if trial.second is not None:
-        only.append([trial.planted.reported(name) for name in trial.second.red])
+        only.append(trial.reds)
     for number, names in enumerate(only):
         wanted.append(
             {
                 "root": f"{root}/{trial.places[number]}",
-                "paths": paths if names is None else _files(names, trial, paths),
+                "paths": paths if names is None else files_of(names, trial, paths),
                 "only": names,
                 "nonce": trial.nonces[number],
             }
@@ -126,28 +144,53 @@ def conclude(
             doubts.append("early exit: the parent of the test sessions was ended")
         for session in filter(None, (first, other)):
             doubts += sessions.doubts(session)
+    output = result.output[-OUTPUT_CHARS:]
+    return settle(task, trial, (first, other), doubts=doubts, dropped=dropped, output=output, limit=limit)
+
+
+def settle(
+    task: Task,
+    trial: Trial,
+    outcomes: tuple[Outcome | None, Outcome | None],
+    *,
+    doubts: Sequence[str],
+    dropped: tuple[str, ...],
+    output: str,
+    limit: str | None,
+) -> Grade:
+    """Judge what came of the sessions, which ran in a cage or in containers.
+
+    Args:
+      task: the task.
+      trial: the trial.
+      outcomes: what came of the first and of the second session; None for one that did not run.
+      doubts: the signs of tampering up to here.
+      dropped: value of `Grade.dropped`.
+      output: value of `Grade.output`.
+      limit: the limit that ended the tests, if any.
+    """
+    first, other = outcomes
     statuses: Mapping[str, str] = {} if first is None else first.statuses
     real, planted = canaries.sort_out(trial.planted, statuses)
-    doubts += canaries.doubts(planted)
-    grade = grading.judge(task, real, dropped=dropped, output=result.output[-OUTPUT_CHARS:], limit=limit)
+    found = [*doubts, *canaries.doubts(planted)]
+    grade = grading.judge(task, real, dropped=dropped, output=output, limit=limit)
     if grade.resolved and not (first is not None and first.is_sound):
         grade = dataclasses.replace(grade, resolved=False, reason="unresolved")
     # Two wrongs may make a right, so what follows means something about a repair only.
     if grade.resolved:
-        doubts += canaries.missing(trial.planted, planted)
+        found += canaries.missing(trial.planted, planted)
         if trial.second is not None and (other is None or not _finds(trial, other)):
-            doubts.append(f"second bug: none of {', '.join(trial.second.red)} fails with it")
-    return grading.believe(grade, doubts)
+            found.append(f"second bug: none of {', '.join(trial.second.red)} fails with it")
+    return grading.believe(grade, found)
 
 
-def _finds(trial: Trial, session: Session) -> bool:
+def _finds(trial: Trial, session: Outcome) -> bool:
     """Whether a test of the second session fails, or the session does not come to its end."""
-    assert trial.second is not None
-    names = [trial.planted.reported(name) for name in trial.second.red]
-    return not session.is_sound or any(session.statuses.get(name) not in grading.KEPT for name in names)
+    statuses = session.statuses
+    return not session.is_sound or any(statuses.get(name) not in grading.KEPT for name in trial.reds)
 
 
-def _files(names: Sequence[str], trial: Trial, paths: list[str]) -> list[str]:
+def files_of(names: Sequence[str], trial: Trial, paths: list[str]) -> list[str]:
     """Return the files of tests where they are in the tree, so that no others are collected."""
     files = sorted({name.partition("::")[0] for name in names})
     return files if all(file in trial.planted.tree for file in files) else paths
