@@ -13,6 +13,7 @@ from empg_jax.models.filtering import NO_FILTER, TokenFilter
 # Given a response's tokens so far: how many of them to keep where the response ends there, else None.
 Watch = Callable[[np.ndarray], int | None]
 
+MIN_SHARED = 16  # tokens that a copy of keys and values must save: every chat begins with a few equal ones
 STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
 
 
@@ -251,11 +252,13 @@ class Slots:
         found = np.zeros(self.config.slots, np.int64)
         if len(tokens) < at_least:
             return found
-        # One column leaves few candidates of another beginning.
-        last = at_least - 1
+        # Of one environment's conversations many have the same token in one column, few in as many as a copy
+        # must save; each that is left costs a comparison of its own.
+        last, window = at_least - 1, slice(max(0, at_least - MIN_SHARED), at_least)
         may_be = (lengths >= at_least) & (self._history[:, last] == tokens[last])
         may_be[slot] = False
-        for other in np.flatnonzero(may_be):
+        others = np.flatnonzero(may_be)
+        for other in others[(self._history[others, window] == tokens[window]).all(axis=1)]:
             count = count_equal(self._history[other, : lengths[other]], tokens)
             found[other] = count if count >= at_least else 0
         return found
