@@ -252,15 +252,16 @@ class Slots:
         found = np.zeros(self.config.slots, np.int64)
         if len(tokens) < at_least:
             return found
-        # Of one environment's conversations many have the same token in one column, few in as many as a copy
-        # must save; each that is left costs a comparison of its own.
-        last, window = at_least - 1, slice(max(0, at_least - MIN_SHARED), at_least)
-        may_be = (lengths >= at_least) & (self._history[:, last] == tokens[last])
+        # Of one environment's conversations many have the same token in one column, fewer in as many as a copy
+        # must save, and few all tokens; each that is left costs a comparison of its own.
+        may_be = lengths >= at_least
         may_be[slot] = False
         others = np.flatnonzero(may_be)
-        for other in others[(self._history[others, window] == tokens[window]).all(axis=1)]:
-            count = count_equal(self._history[other, : lengths[other]], tokens)
-            found[other] = count if count >= at_least else 0
+        for start in (at_least - 1, max(0, at_least - MIN_SHARED), 0):
+            columns = slice(start, at_least)
+            others = others[(self._history[others, columns] == tokens[columns]).all(axis=1)]
+        for other in others:
+            found[other] = count_equal(self._history[other, : lengths[other]], tokens)
         return found
 
     def plan(self, allowed: np.ndarray, on_device: np.ndarray) -> np.ndarray:
