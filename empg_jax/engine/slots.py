@@ -252,8 +252,8 @@ class Slots:
         found = np.zeros(self.config.slots, np.int64)
         if len(tokens) < at_least:
             return found
-        # Of one environment's conversations many have the same token in one column, fewer in as many as a copy
-        # must save, and few all tokens; each that is left costs a comparison of its own.
+        # Of one environment's conversations many have the same token in one column, fewer in as many as a
+        # copy must save, and few all tokens; each that is left costs a comparison of its own.
         may_be = lengths >= at_least
         may_be[slot] = False
         others = np.flatnonzero(may_be)
