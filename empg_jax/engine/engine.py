@@ -98,7 +98,7 @@ class Engine:
 
     def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
         """Return how many response tokens still fit after ``num_new`` more prompt tokens (may be <= 0)."""
-        return self._slots.room(slot, num_new, is_fresh=is_fresh)
+        return self.config.room(0 if is_fresh else int(self._slots.num_tokens[slot]), num_new)
 
     def submit(
         self,

@@ -136,6 +136,15 @@ class EngineConfig:
         """Whether rows are copied from slot to slot."""
         return self.share_prefix and self.slots > 1
 
+    def room(self, held: int, num_new: int) -> int:
+        """Return how many response tokens fit after ``num_new`` more prompt tokens (may be <= 0).
+
+        Args:
+          held: tokens of the conversation so far.
+          num_new: tokens that the prompt adds.
+        """
+        return min(self.max_response_tokens, self.max_tokens - held - num_new)
+
     def prefill_lengths(self, capacity: int) -> tuple[int, ...]:
         """Return the chunk lengths that are used with a cache of this physical length."""
         return tuple(n for n in self.prefill_buckets if n <= capacity) or self.prefill_buckets[:1]

@@ -113,11 +113,6 @@ class Slots:
         self._versions = np.zeros((slots, response), np.int32)
         self._full_logprobs = np.zeros((slots, response), np.float32) if config.has_filter else None
 
-    def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
-        """Return how many response tokens still fit after ``num_new`` more prompt tokens (may be <= 0)."""
-        used = 0 if is_fresh else int(self.num_tokens[slot])
-        return min(self.config.max_response_tokens, self.config.max_tokens - used - num_new)
-
     def begin(
         self,
         slot: int,
@@ -137,7 +132,8 @@ class Slots:
         """
         if self.allowed[slot]:
             raise RuntimeError(f"slot {slot} is still answering")
-        room = self.room(slot, len(tokens), is_fresh=is_fresh)
+        start = 0 if is_fresh else int(self.num_tokens[slot])
+        room = self.config.room(start, len(tokens))
         allowed = room if max_response is None else min(room, max_response)
         if allowed < 1:
             raise ValueError(
@@ -146,7 +142,6 @@ class Slots:
                 if room < 1
                 else f"slot {slot}: max_response={max_response} must be at least 1"
             )
-        start = 0 if is_fresh else int(self.num_tokens[slot])
         if start + len(tokens) == 0:
             raise ValueError(f"slot {slot}: an empty prompt cannot be answered")
         if is_fresh:
