@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from empg_jax.engine.programs import Chunk, EngineConfig
+from empg_jax.engine.programs import Chunk
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.engine.slots import MIN_SHARED, Copy, Slots
 
 

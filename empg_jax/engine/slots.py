@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
-from empg_jax.engine.programs import Burst, EngineConfig
+from empg_jax.engine.programs import Burst, Request
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 
 # Given a response's tokens so far: how many of them to keep where the response ends there, else None.
@@ -39,33 +41,6 @@ class Response:
     copied: int = 0
     failure: str | None = None
     text: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Dispatched:
-    """A burst that the device works on.
-
-    Attributes:
-      burst: its outputs, not read yet; None where the device rests.
-      version: of the weights.
-      members: bool[S], slots that it samples for. A slot whose response is dropped meanwhile leaves.
-      may_go_on: bool[S], of these, responses that can outlast it.
-    """
-
-    burst: Burst | None
-    version: int
-    members: np.ndarray
-    may_go_on: np.ndarray
-
-    @classmethod
-    def nothing(cls, config: EngineConfig) -> Dispatched:
-        """Make what stands for no burst."""
-        return cls(None, -1, np.zeros(config.slots, bool), np.zeros(config.slots, bool))
-
-    def keep(self, slots: np.ndarray) -> None:
-        """Let all slots leave but these, bool[S]: their responses have ended or were dropped."""
-        self.members[:] &= slots
-        self.may_go_on[:] &= slots
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -274,6 +249,10 @@ class Slots:
         plan[:, 3] = np.where(on_device, -1, allowed)
         plan[:, 4:] = self._ids
         return plan
+
+    def request(self, key: jax.Array, carried: jax.Array, plan: np.ndarray, limits: np.ndarray) -> Request:
+        """Return the input of a decode dispatch; see `Request`."""
+        return Request(key, plan, carried, limits, self.temperatures, self.filters)
 
     def record(self, burst: Burst, counts: np.ndarray, version: int) -> list[Response]:
         """Append the tokens of a burst, ``counts`` int[S] of each slot; return the responses that ended."""
