@@ -15,16 +15,13 @@ import jax
 from empg_jax.algorithms.anchors import join_alike
 from empg_jax.errors import Interrupted, Stopped
 from empg_jax.learner.batching import Layout, make_batch
-from empg_jax.learner.fingerprint import checksum
 from empg_jax.learner.passes import Pass, Scorer, optimize
-from empg_jax.learner.state import restart_optimizer
 from empg_jax.parallel.hosts import ALONE, Hosts, joined
 from empg_jax.plan.explain import as_line, device_memory
 from empg_jax.plan.memory import compute_plan
 from empg_jax.plan.whole import whole_lines
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
-from empg_jax.report.record import PanelResult
 from empg_jax.report.results import describe_update, write_results
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
@@ -33,11 +30,11 @@ from empg_jax.run.assembly import (
     asks_for_date,
     describe_algorithm,
     make_language,
-    make_rl_optimizer,
 )
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.consumed import drop_consumed, write_consumed
 from empg_jax.run.environment import keep_date, keep_texts
+from empg_jax.run.evaluating import evaluate, evaluate_before
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
 from empg_jax.run.guards import check_gap, check_steps
 from empg_jax.run.leaving import leave
@@ -45,7 +42,6 @@ from empg_jax.run.lock import locked
 from empg_jax.run.parts import (
     Parts,
     RunState,
-    freeze_reference,
     has_begun,
     open_run,
 )
@@ -64,7 +60,6 @@ from empg_jax.run.together import (
     check_shares,
     check_store,
     gather_delivery,
-    gather_evaluation,
     make_progress,
     share_folder,
     shared_facts,
@@ -73,7 +68,7 @@ from empg_jax.run.together import (
 from empg_jax.run.view import show_episodes
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
-from empg_jax.sft.phase import train_on_examples
+from empg_jax.sft.phase import warm_start_phase
 from empg_jax.types import Batch, Trajectory
 
 if TYPE_CHECKING:
@@ -385,61 +380,3 @@ def make_scorer(parts: Parts) -> Scorer:
         drift_every=config.log.drift_every,
         is_on_policy=config.train.max_lag == 0 and config.rollout.stored is None,
     )
-
-
-# --------------------------------------------------------------------------------------- other phases
-
-
-def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = None) -> None:
-    """Run the supervised warm start (if configured), and start the optimizer of RL.
-
-    Args:
-      parts: the run's parts.
-      run: the run's state.
-      examples: training examples of the warm start; None gathers them.
-    """
-    if parts.config.sft.updates:
-        train_on_examples(parts, run, examples)
-    optimizer, _ = make_rl_optimizer(parts.config)
-    run.state = restart_optimizer(run.state.params, optimizer, parts.learner.shardings)
-    run.record.phase = "rl"
-    freeze_reference(parts, run)
-    mark_boundary(parts, run)
-
-
-def evaluate_before(parts: Parts, run: RunState) -> Evaluation:
-    """Evaluate the policy that RL starts from, and write the first checkpoint."""
-    run.record.weights_before = checksum(run.state.params)
-    before = evaluate(parts, run, "before")
-    if parts.config.eval.every:
-        run.record.note_success(run.update, before.metrics.get("eval_success", 0.0))
-    mark_boundary(parts, run)
-    save(parts, run)
-    parts.checkpoints.wait()  # from here on a run can always be resumed
-    return before
-
-
-def describe_success(result: Evaluation, num_tasks: int) -> str:
-    """Describe an evaluation in a line: the success, and the tasks that could not be attempted."""
-    attempted = num_tasks - len(result.missing)
-    success = f"success {result.metrics['eval_success']:.1%}" if attempted else "no result"
-    missing = f" ({len(result.missing)} of {num_tasks} failed outside the policy)" if result.missing else ""
-    return f"{success} on {attempted} tasks{missing}"
-
-
-def evaluate(parts: Parts, run: RunState, when: str) -> Evaluation:
-    """Evaluate the current weights on the held-out panel; ``before`` and ``after`` go into the summary."""
-    evaluator, progress = parts.evaluator, parts.progress
-    with parts.clock.phase("eval"):
-        if when != "during":  # else the display stays with the RL phase
-            progress.phase(f"evaluation ({when})", len(evaluator.places), "tasks")
-        advance = progress.advance if when != "during" else lambda n, values: None
-        play = functools.partial(
-            evaluator.run, run.state.params, run.update, advance=advance, check=parts.check_stop
-        )
-        # One thread at a time uses the environment workers, and that is the rollout thread while it runs.
-        result = gather_evaluation(parts.hosts, lambda: parts.rollout.call(play), parts.should_stop)
-    if when != "during":
-        run.record.panels[when] = PanelResult(run.update, result.metrics, result.wins)
-    progress.message(f"{when}: {describe_success(result, evaluator.num_tasks)}")
-    return result

@@ -3,9 +3,10 @@
 * group: attempts at tasks, all submitted at once. A given share of each prompt is common to the 8 attempts at
   a task, the rest is each one's own. The same requests go through an engine that shares prefixes and one that
   does not, in alternation.
-* pool: conversations of several turns over common instructions, placed in slots as the server places them:
-  half as many as there are slots, as many, and twice as many. The next conversation is a random one, or each
-  in turn, which is the worst case of a cache that gives up what was used longest ago.
+* pool: the pressure of live conversations on the kept keys and values. Conversations of several turns over
+  common instructions are placed in slots as the server places them; the slots have twice the room that they
+  need, just enough, or half of it. The next conversation is a random one, or each in turn, which is the worst
+  case of a cache that gives up what was used longest ago.
 
 Lengths are forced (nothing stops by itself), so every run does the same work:
 
@@ -154,16 +155,19 @@ def bench_pool(counter: CompileCounter) -> dict:
     engines = {shares: make_engine(longest, share=shares) for shares in (True, False)}
     compiled, result = counter.count, {}
     for order in ("random", "in turn"):
-        for times in (0.5, 1.0, 2.0):
-            line = {}
+        for room in (2.0, 1.0, 0.5):
+            line: dict[str, float] = {}
             for shares, engine in engines.items():
                 engine.load(PARAMS, 0)
                 engine.take_stats()
-                run_pool(engine, max(1, round(times * args.slots)), order)
-                stats = engine.take_stats()
-                line["hit_rate" if shares else "hit_rate_without"] = round(stats.hit_rate, 4)
-                line["evicted_tokens"] = line.get("evicted_tokens", 0) + stats.evicted_tokens
-            result[f"{order}, {times:g}x"] = line
+                began = time.process_time()
+                run_pool(engine, max(1, round(args.slots / room)), order)
+                seconds, stats = time.process_time() - began, engine.take_stats()
+                name = "" if shares else "_without"
+                line[f"hit_rate{name}"] = round(stats.hit_rate, 4)
+                line[f"tokens_per_cpu_s{name}"] = round(stats.sampled_tokens / seconds, 1)
+                line[f"evicted_tokens{name}"] = stats.evicted_tokens
+            result[f"{order}, {room:g}x"] = line
     return result | {"recompiles": counter.count - compiled}
 
 

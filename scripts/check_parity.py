@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from empg_jax.engine.engine import Engine
-from empg_jax.engine.programs import EngineConfig
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.hf.presets import make_preset
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.attention import packed_attention

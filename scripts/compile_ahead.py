@@ -58,7 +58,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from empg_jax.algorithms import make_algorithm
-from empg_jax.engine.programs import EngineConfig, Request, compile_programs
+from empg_jax.engine.programs import Request, compile_programs
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.hf.presets import make_preset
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import make_optimizer, state_shapes

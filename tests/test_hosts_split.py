@@ -20,18 +20,19 @@ WATCHED = hosts.START.replace(
     "main()\n",
     """
 import json, math, jax
+from empg_jax.engine import weights
 from empg_jax.engine.engine import Engine
-place, place_piece, beside = Engine.place, Engine._place_piece, []
+place, place_piece, beside = Engine.place, weights.place_piece, []
 def live():
     sizes = [(leaf.dtype.itemsize, leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.live_arrays()]
     return sum(size * math.prod(shape) for size, shape in sizes)
 def watch(self, params):
     before, pieces = live(), []
-    def piece(self, params):
-        part = place_piece(self, params)
+    def piece(params, **where):
+        part = place_piece(params, **where)
         pieces.append((live(), sum(leaf.nbytes for leaf in jax.tree.leaves(params))))
         return part
-    Engine._place_piece = piece
+    weights.place_piece = piece
     placed = place(self, params)
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(placed))
     beside.append([kept, [(there - before, size) for there, size in pieces]])

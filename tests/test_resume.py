@@ -10,6 +10,7 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.metrics import read_metrics
+from empg_jax.run import evaluating
 from empg_jax.run.consumed import read_consumed
 from tests import runs
 from tests.moments import Moments
@@ -173,7 +174,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, tmp_path, m
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save", die)
+        patch.setattr(evaluating, "save", die)
         with pytest.raises(KilledError):
             runs.train(tmp_path / "run", *STEADY)
     runs.resume(tmp_path / "run")

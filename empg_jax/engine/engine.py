@@ -19,25 +19,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from empg_jax.engine.filling import fill, fit_cache, measure
-from empg_jax.engine.programs import Burst, Request, compile_programs
-from empg_jax.engine.programs import EngineConfig as EngineConfig
-from empg_jax.engine.slots import Dispatched, Slots
+from empg_jax.engine.inflight import Dispatched
+from empg_jax.engine.programs import Burst, compile_programs
+from empg_jax.engine.sizes import EngineConfig as EngineConfig
 from empg_jax.engine.slots import Response as Response
+from empg_jax.engine.slots import Slots
 from empg_jax.engine.slots import Watch as Watch
 from empg_jax.engine.stats import EngineStats as EngineStats
 from empg_jax.engine.stats import compare_tokens
 from empg_jax.engine.warmup import compile_all
-from empg_jax.models.axes import param_shardings
+from empg_jax.engine.weights import place_params
 from empg_jax.models.decoder import DecoderConfig, KVCache
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.lora import combine
-from empg_jax.parallel.arrays import is_here, move_in_pieces
 from empg_jax.parallel.mesh import make_mesh, replicated
 from empg_jax.types import Params
 
 # What belongs to the conversations of one user of an engine.
-_TABLES = ("_slots", "_carried", "_dispatched", "_ended", "stats")
-_OWN = (*_TABLES, "_params", "version", "temperature", "token_filter")
+_SAMPLING = ("_params", "version", "temperature", "token_filter")
+_OWN = ("_slots", "_carried", "_dispatched", "_ended", "stats", *_SAMPLING)
 
 
 class Engine:
@@ -73,15 +73,14 @@ class Engine:
             raise ValueError(f"temperature={temperature} must not be negative")
         self.model, self.config = model, config
         self.temperature, self.token_filter = temperature, token_filter
-        self._check_filter(token_filter)
-        self.version = -1
-        self.stats = EngineStats()
+        config.check_filter(token_filter, model.vocab_size)
+        self.version, self.stats = -1, EngineStats()
         self._mesh = mesh or make_mesh(devices=jax.local_devices())
         self._key = jax.device_put(jax.random.key(seed), replicated(self._mesh))
         self.base: Params = {}  # frozen weights below the adapters that `load` brings; made by `place`
         self._params: Params | None = None
-        platform = self._mesh.devices.flat[0].platform
-        self._goes_ahead = platform != "cpu" if config.ahead is None else config.ahead
+        is_cpu = self._mesh.devices.flat[0].platform == "cpu"
+        self._goes_ahead = not is_cpu if config.ahead is None else config.ahead
         self._programs = compile_programs(model, config, self._mesh)
         self._slots = Slots(config, temperature, token_filter)
         self._carried = jax.device_put(np.zeros((config.slots, 4), np.int32), replicated(self._mesh))
@@ -98,7 +97,7 @@ class Engine:
 
     def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
         """Return how many response tokens still fit after ``num_new`` more prompt tokens (may be <= 0)."""
-        return self._slots.room(slot, num_new, is_fresh=is_fresh)
+        return self.config.room(0 if is_fresh else int(self._slots.num_tokens[slot]), num_new)
 
     def submit(
         self,
@@ -132,7 +131,7 @@ class Engine:
         if self._params is None:
             raise RuntimeError("Engine.submit before Engine.load: there are no weights to sample from")
         token_filter = self.token_filter if token_filter is None else token_filter
-        self._check_filter(token_filter)
+        self.config.check_filter(token_filter, self.model.vocab_size)
         self.stats.evicted_tokens += self._slots.begin(
             slot,
             tokens,
@@ -145,11 +144,6 @@ class Engine:
         )
         self.stats.prompt_tokens += int(self._slots.num_tokens[slot]) - 1
         self._leave(slot)
-
-    def _check_filter(self, token_filter: TokenFilter) -> None:
-        token_filter.check(self.model.vocab_size)
-        if not (token_filter.is_off or self.config.has_filter):
-            raise ValueError(f"{token_filter} needs an engine with EngineConfig.has_filter=True")
 
     def progress(self, slot: int) -> Response:
         """Return what the slot's response holds so far, with finish reason ``length``; it goes on."""
@@ -181,13 +175,12 @@ class Engine:
 
         Rows of released slots then count no more: whether a lending came before their use is the clock's.
         """
-        return self._slots.is_empty and not self._in_flight().any()
+        return self._slots.is_empty and not self._dispatched.members.any()
 
     def load(self, params: Params, version: int) -> None:
-        """Make new weights live; return when they are in place.
+        """Make new weights live at a turn boundary; return when they are in place.
 
-        Called at a turn boundary. The KV of live conversations is dropped: each is prefilled again, with
-        the new weights, when it goes on.
+        The KV of live conversations is dropped: each is prefilled again when it goes on.
 
         Args:
           params: stacked parameters, on any devices; only the adapters where a `base` is set.
@@ -215,7 +208,7 @@ class Engine:
         self._params = combine(self.base, placed)
         self.version = version
         if keep_cache:
-            self._slots.age(self._in_flight())
+            self._slots.age(self._dispatched.members)
         else:
             self.drop_cache()
 
@@ -235,13 +228,12 @@ class Engine:
           was drawn. None when no response is in progress.
         """
         self._ended += self._take()
-        table = self._slots
-        probes = table.find_probes()
+        probes = self._slots.find_probes()
         if not len(probes):
             return None
         self._fit_cache()
         stale = self._peek(probes)
-        table.drop(probes)
+        self._slots.drop(probes)
         self._prefill()
         return compare_tokens(stale, self._peek(probes), probes)
 
@@ -276,7 +268,7 @@ class Engine:
           temperature: of the others' responses.
           token_filter: of the others' responses.
         """
-        self._check_filter(token_filter)
+        self.config.check_filter(token_filter, self.model.vocab_size)
         own = {name: getattr(self, name) for name in _OWN}
         cache = None if self._is_empty else self._cache
         self._slots, self._ended = Slots(self.config, temperature, token_filter), []
@@ -297,16 +289,9 @@ class Engine:
     def place(self, params: Params) -> Params:
         """Copy stacked parameters into this engine's layout and placement.
 
-        Engines of equal model, sizes and mesh may share the copy. Parameters that are split over hosts come
-        layer by layer (`move_in_pieces`).
+        Engines of equal model, sizes and mesh may share the copy.
         """
-        if is_here(params):
-            return self._place_piece(params)
-        return move_in_pieces(params, self._place_piece)
-
-    def _place_piece(self, params: Params) -> Params:
-        moved = jax.device_put(params, param_shardings(self._mesh, params, self.model.head_dim))
-        return jax.block_until_ready(self._programs.unstack(moved))
+        return place_params(params, self._programs, self._mesh)
 
     def take_stats(self) -> EngineStats:
         """Return the counts since the last call, and reset them to zero."""
@@ -327,7 +312,8 @@ class Engine:
         """
         ended, self._ended = self._ended, []
         patience = self.config.patience if is_eager else self.config.slots
-        if self._is_worth_going_ahead():
+        # The device is then busy while the host reads what it did before.
+        if self._goes_ahead and self._dispatched.mostly_goes_on:
             following = self._dispatch(patience)
             ended += self._take()
             following.keep(self._slots.allowed > 0)
@@ -335,18 +321,9 @@ class Engine:
         else:
             ended += self._take()
             self._dispatched = self._dispatch(patience)
-            if not self._is_worth_going_ahead():
+            if not (self._goes_ahead and self._dispatched.mostly_goes_on):
                 ended += self._take()
         return ended
-
-    def _is_worth_going_ahead(self) -> bool:
-        """Return whether the device should get its next burst before the one in flight is read.
-
-        It is then busy while the host works. Where most responses end with the burst, the next one would do
-        nothing for them, and their next turns would wait for it.
-        """
-        burst = self._dispatched
-        return self._goes_ahead and 2 * burst.may_go_on.sum() > burst.members.sum()
 
     def _dispatch(self, patience: int) -> Dispatched:
         """Prefill a chunk of what waits and begin a burst for every response whose prompt is in the cache."""
@@ -364,27 +341,16 @@ class Engine:
 
     def _decode(self, allowed: np.ndarray, steps: int, patience: int) -> Dispatched:
         """Begin a burst for the slots with tokens ``allowed``."""
-        table, on_device = self._slots, self._in_flight()
-        request = Request(
-            self._key,
-            table.plan(allowed, on_device),
-            self._carried,
-            np.asarray((steps, patience), np.int32),
-            table.temperatures,
-            table.filters,
-        )
+        table, on_device = self._slots, self._dispatched.members
+        plan, limits = table.plan(allowed, on_device), np.asarray((steps, patience), np.int32)
+        request = table.request(self._key, self._carried, plan, limits)
         self._cache, self._carried, burst = self._programs.decode(self._params, self._cache, request)
         spent = np.where(on_device, self.config.burst, 0)
         return Dispatched(burst, self.version, allowed > 0, allowed > spent + steps)
 
-    def _in_flight(self) -> np.ndarray:
-        """Return bool[S]: the slots whose newest tokens the device alone knows."""
-        return self._dispatched.members
-
     def _peek(self, slots: np.ndarray) -> Burst:
         """Sample the next token of some slots; their responses do not get it."""
-        allowed = np.zeros_like(self._slots.allowed)
-        allowed[slots] = 1
+        allowed = np.bincount(slots, minlength=self.config.slots)
         return jax.device_get(self._decode(allowed, 1, self.config.slots).burst)
 
     def _take(self) -> list[Response]:
@@ -402,12 +368,10 @@ class Engine:
     def _prefill(self, limit: int = 0) -> None:
         """Cache what waits, of each conversation up to ``limit`` tokens at a time (0: all)."""
         assert self._cache is not None  # `_fit_cache` came before
-        found = fill(self._programs, self.config, self._params, self._cache, self._slots, limit)
-        self._cache = found.cache
-        self.stats.shared_tokens += found.shared
-        self.stats.prefilled_tokens += found.computed
-
-    # -------------------------------------------------------------------------------------- cache
+        filled = fill(self._programs, self.config, self._params, self._cache, self._slots, limit)
+        self._cache, shared, computed = filled
+        self.stats.shared_tokens += shared
+        self.stats.prefilled_tokens += computed
 
     @property
     def capacity(self) -> int:
@@ -416,7 +380,7 @@ class Engine:
 
     def _fit_cache(self) -> None:
         """Grow the cache to the bucket that this burst needs; start with a fresh one when it is empty."""
-        longest = self._slots.longest(self._in_flight())
+        longest = self._slots.longest(self._dispatched.members)
         self._cache = fit_cache(self._programs, self.config, self._cache, longest, is_empty=self._is_empty)
 
     def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
@@ -431,7 +395,6 @@ class Engine:
         if self.has_work or self._slots.kv_length.any() or self._params is None:
             raise RuntimeError("Engine.warm_up needs loaded weights and no live conversation")
         plan, limits = np.zeros((self.config.slots, 8), np.int32), np.zeros(2, np.int32)
-        table = self._slots
-        request = Request(self._key, plan, self._carried, limits, table.temperatures, table.filters)
+        request = self._slots.request(self._key, self._carried, plan, limits)
         compile_all(self._programs, self.config, self._params, request, check)
         self._cache = self._programs.new_cache(self.config.cache_buckets[0])

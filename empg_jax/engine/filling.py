@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from empg_jax.engine.prefill import cut_waves, make_chunk, make_pairs, plan_prefill
-from empg_jax.engine.programs import EngineConfig, Programs
+from empg_jax.engine.programs import Programs
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.engine.slots import Slots
 from empg_jax.models.decoder import KVCache
 from empg_jax.types import Params

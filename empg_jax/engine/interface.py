@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from empg_jax.engine.programs import EngineConfig
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.engine.slots import Response, Watch
 from empg_jax.engine.stats import EngineStats
 from empg_jax.models.decoder import DecoderConfig

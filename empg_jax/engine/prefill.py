@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from empg_jax.engine.programs import Chunk, EngineConfig
-from empg_jax.engine.slots import Copy, Slots
-
-MIN_SHARED = 16  # tokens that a copy must save: every chat begins with a few equal ones
+from empg_jax.engine.programs import Chunk
+from empg_jax.engine.sizes import EngineConfig
+from empg_jax.engine.slots import MIN_SHARED, Copy, Slots
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,9 +60,10 @@ def plan_prefill(table: Slots, config: EngineConfig, capacity: int, shards: int)
     if not spans:
         return []
     plans = [[Wave((), make_groups(spans, config, capacity))]]
-    if config.share_prefix:
+    matches = _find_matches(table, list(spans), shards) if config.share_prefix else {}
+    if matches:
         for left in (-1, 0, capacity):
-            served = _find_copies(table, list(spans), shards, left)
+            served = _find_copies(table, list(spans), matches, left)
             if any(copy is not None for copies in served for copy in copies.values()):
                 plans.append([_make_wave(copies, spans, config, capacity) for copies in served])
     return min(plans, key=_cost)
@@ -75,37 +75,55 @@ def _cost(waves: Sequence[Wave]) -> tuple[int, int]:
     return sum(group.size * group.length for group in groups), sum(group.num_tokens for group in groups)
 
 
+def _find_matches(table: Slots, waiting: Sequence[int], shards: int) -> dict[int, np.ndarray]:
+    """Find for waiting slots how many first tokens, int[S], they have in common with each other slot.
+
+    Slots that nothing can be copied into have no part in it: this is most of the host's work for a prefill.
+    """
+    part = np.arange(table.config.slots) * shards // table.config.slots
+    reach = np.maximum(table.shareable, 0)  # rows of each slot after all that waits is computed
+    reach[waiting] = np.maximum(reach[waiting], table.num_tokens[waiting] - 1)
+    matches = {}
+    for slot in waiting:
+        if table.shareable[slot] >= table.kv_length[slot]:
+            # Else its rows of older weights stay, and are no prefix for others.
+            lengths = np.where(part == part[slot], reach, 0)
+            common = table.common(slot, lengths, int(table.kv_length[slot]) + MIN_SHARED)
+            if common.any():
+                matches[slot] = common
+    return matches
+
+
 def _find_copies(
-    table: Slots, waiting: Sequence[int], shards: int, left: int
+    table: Slots, waiting: Sequence[int], matches: Mapping[int, np.ndarray], left: int
 ) -> list[dict[int, Copy | None]]:
     """Find the donor of each waiting slot.
 
     Args:
       table: the conversations.
       waiting: slots that await a prefill.
-      shards: see `plan_prefill`.
+      matches: what they have in common with others.
       left: tokens that may be left to compute where a slot waits for rows that are still to be computed.
 
     Returns:
       For each wave the slots that it serves, with what they copy.
     """
-    part = np.arange(table.config.slots) * shards // table.config.slots
     ready = np.maximum(table.shareable, 0)  # rows of each slot that can be copied now
     later = ready.copy()  # and after its wave
     wave = np.zeros(table.config.slots, np.int64)
     served: list[dict[int, Copy | None]] = [{}]
     for slot in waiting:
-        copy, held = None, int(table.kv_length[slot])
-        if table.shareable[slot] >= held:  # else its rows of older weights stay, and are no prefix for others
-            needed, is_near = int(table.num_tokens[slot]) - 1, part == part[slot]
-            common = table.common(slot, np.where(is_near, later, 0), held + MIN_SHARED)
+        copy, held, needed = None, int(table.kv_length[slot]), int(table.num_tokens[slot]) - 1
+        if slot in matches:
+            common = np.minimum(matches[slot], later)
             if needed - common.max() > left:
-                common = table.common(slot, np.where(is_near, ready, 0), held + MIN_SHARED)
+                common = np.minimum(matches[slot], ready)
             donors = np.flatnonzero(common == common.max())
             after = np.where(common[donors] <= ready[donors], 0, wave[donors] + 1)
             donor, count = int(donors[np.argmin(after)]), int(common.max())
-            if count:
+            if count >= held + MIN_SHARED:
                 copy, wave[slot] = Copy(slot, donor, count, count - held), after.min()
+        if table.shareable[slot] >= held:
             later[slot] = max(int(ready[slot]), needed)
         while len(served) <= wave[slot]:
             served.append({})

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
-from empg_jax.engine.programs import Burst, EngineConfig
+from empg_jax.engine.programs import Burst, Request
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 
 # Given a response's tokens so far: how many of them to keep where the response ends there, else None.
 Watch = Callable[[np.ndarray], int | None]
 
+MIN_SHARED = 16  # tokens that a copy of keys and values must save: every chat begins with a few equal ones
 STALE_PROBES = 4  # conversations that `Engine.measure_stale_gap` prefills again
 
 
@@ -38,33 +41,6 @@ class Response:
     copied: int = 0
     failure: str | None = None
     text: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Dispatched:
-    """A burst that the device works on.
-
-    Attributes:
-      burst: its outputs, not read yet; None where the device rests.
-      version: of the weights.
-      members: bool[S], slots that it samples for. A slot whose response is dropped meanwhile leaves.
-      may_go_on: bool[S], of these, responses that can outlast it.
-    """
-
-    burst: Burst | None
-    version: int
-    members: np.ndarray
-    may_go_on: np.ndarray
-
-    @classmethod
-    def nothing(cls, config: EngineConfig) -> Dispatched:
-        """Make what stands for no burst."""
-        return cls(None, -1, np.zeros(config.slots, bool), np.zeros(config.slots, bool))
-
-    def keep(self, slots: np.ndarray) -> None:
-        """Let all slots leave but these, bool[S]: their responses have ended or were dropped."""
-        self.members[:] &= slots
-        self.may_go_on[:] &= slots
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,11 +88,6 @@ class Slots:
         self._versions = np.zeros((slots, response), np.int32)
         self._full_logprobs = np.zeros((slots, response), np.float32) if config.has_filter else None
 
-    def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
-        """Return how many response tokens still fit after ``num_new`` more prompt tokens (may be <= 0)."""
-        used = 0 if is_fresh else int(self.num_tokens[slot])
-        return min(self.config.max_response_tokens, self.config.max_tokens - used - num_new)
-
     def begin(
         self,
         slot: int,
@@ -136,7 +107,8 @@ class Slots:
         """
         if self.allowed[slot]:
             raise RuntimeError(f"slot {slot} is still answering")
-        room = self.room(slot, len(tokens), is_fresh=is_fresh)
+        start = 0 if is_fresh else int(self.num_tokens[slot])
+        room = self.config.room(start, len(tokens))
         allowed = room if max_response is None else min(room, max_response)
         if allowed < 1:
             raise ValueError(
@@ -145,7 +117,6 @@ class Slots:
                 if room < 1
                 else f"slot {slot}: max_response={max_response} must be at least 1"
             )
-        start = 0 if is_fresh else int(self.num_tokens[slot])
         if start + len(tokens) == 0:
             raise ValueError(f"slot {slot}: an empty prompt cannot be answered")
         if is_fresh:
@@ -251,13 +222,16 @@ class Slots:
         found = np.zeros(self.config.slots, np.int64)
         if len(tokens) < at_least:
             return found
-        # One column leaves few candidates of another beginning.
-        last = at_least - 1
-        may_be = (lengths >= at_least) & (self._history[:, last] == tokens[last])
+        # Of one environment's conversations many have the same token in one column, fewer in as many as a
+        # copy must save, and few all tokens; each that is left costs a comparison of its own.
+        may_be = lengths >= at_least
         may_be[slot] = False
-        for other in np.flatnonzero(may_be):
-            count = count_equal(self._history[other, : lengths[other]], tokens)
-            found[other] = count if count >= at_least else 0
+        others = np.flatnonzero(may_be)
+        for start in (at_least - 1, max(0, at_least - MIN_SHARED), 0):
+            columns = slice(start, at_least)
+            others = others[(self._history[others, columns] == tokens[columns]).all(axis=1)]
+        for other in others:
+            found[other] = count_equal(self._history[other, : lengths[other]], tokens)
         return found
 
     def plan(self, allowed: np.ndarray, on_device: np.ndarray) -> np.ndarray:
@@ -275,6 +249,10 @@ class Slots:
         plan[:, 3] = np.where(on_device, -1, allowed)
         plan[:, 4:] = self._ids
         return plan
+
+    def request(self, key: jax.Array, carried: jax.Array, plan: np.ndarray, limits: np.ndarray) -> Request:
+        """Return the input of a decode dispatch; see `Request`."""
+        return Request(key, plan, carried, limits, self.temperatures, self.filters)
 
     def record(self, burst: Burst, counts: np.ndarray, version: int) -> list[Response]:
         """Append the tokens of a burst, ``counts`` int[S] of each slot; return the responses that ended."""

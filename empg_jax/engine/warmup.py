@@ -7,7 +7,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from empg_jax.engine.programs import Chunk, EngineConfig, Programs, Request
+from empg_jax.engine.programs import Chunk, Programs, Request
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.types import Params
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from empg_jax.engine.programs import EngineConfig
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.learner.batching import BatchShape
 from empg_jax.learner.state import base_model, init_trained
 from empg_jax.models.attention.cached import SCORES

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from empg_jax.engine.interface import SamplingEngine
-from empg_jax.engine.programs import EngineConfig
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.errors import ConfigError
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter

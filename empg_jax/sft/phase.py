@@ -5,13 +5,31 @@ from __future__ import annotations
 import hashlib
 
 from empg_jax.errors import Interrupted
-from empg_jax.learner.state import TrainState
+from empg_jax.learner.state import TrainState, restart_optimizer
 from empg_jax.metrics import MetricsLog
-from empg_jax.run.parts import Parts, RunState
+from empg_jax.run.assembly import make_rl_optimizer
+from empg_jax.run.parts import Parts, RunState, freeze_reference
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save
 from empg_jax.run.storage import to_bytes
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.warm_start import warm_start
+
+
+def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = None) -> None:
+    """Run the supervised warm start (if configured), and start the optimizer of RL.
+
+    Args:
+      parts: the run's parts.
+      run: the run's state.
+      examples: training examples of the warm start; None gathers them.
+    """
+    if parts.config.sft.updates:
+        train_on_examples(parts, run, examples)
+    optimizer, _ = make_rl_optimizer(parts.config)
+    run.state = restart_optimizer(run.state.params, optimizer, parts.learner.shardings)
+    run.record.phase = "rl"
+    freeze_reference(parts, run)
+    mark_boundary(parts, run)
 
 
 def train_on_examples(parts: Parts, run: RunState, examples: Examples | None = None) -> None:

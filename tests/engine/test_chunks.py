@@ -9,7 +9,8 @@ import pytest
 
 from empg_jax.config import load_config
 from empg_jax.engine.engine import Engine, EngineConfig
-from empg_jax.engine.programs import MAX_PROGRAMS, Chunk, compile_programs
+from empg_jax.engine.programs import Chunk, compile_programs
+from empg_jax.engine.sizes import MAX_PROGRAMS
 from empg_jax.hf.presets import make_preset
 from empg_jax.models.attention import cached
 from empg_jax.models.decoder import init_cache, init_params

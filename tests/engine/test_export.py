@@ -6,7 +6,8 @@ import pytest
 from jax import export
 
 from empg_jax.algorithms import make_algorithm
-from empg_jax.engine.programs import Chunk, EngineConfig, Request, compile_programs
+from empg_jax.engine.programs import Chunk, Request, compile_programs
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import make_optimizer, state_shapes
 from empg_jax.learner.update import make_learner

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from empg_jax.engine import slots
 from empg_jax.engine.engine import Engine, EngineConfig
 from empg_jax.engine.prefill import make_pairs, plan_prefill
-from empg_jax.engine.slots import Copy, Slots
+from empg_jax.engine.slots import Copy, Slots, count_equal
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.filtering import NO_FILTER
 from empg_jax.parallel.mesh import make_mesh
@@ -114,6 +115,21 @@ def test_a_group_copies_its_prompt_and_other_groups_the_common_beginning():
 def test_a_few_equal_tokens_are_not_worth_a_copy():
     copies, tokens = waiting([task(number, 15) for number in range(4)])
     assert copies == [[]] and tokens == [4 * 34]
+
+
+def test_conversations_of_one_template_are_not_compared_one_by_one(monkeypatch):
+    """Each pair at most once, and only where something can be copied: this is the host's work of a round."""
+    compared = []
+
+    def count(first, second):
+        compared.append(len(first))
+        return count_equal(first, second)
+
+    monkeypatch.setattr(slots, "count_equal", count)
+    template = np.arange(3, 37)
+    alike = [np.concatenate([[number], template]) for number in range(3, 35)]  # equal but for the first token
+    assert waiting(alike)[0] == [[]] and not compared
+    assert len(waiting([task(0)] * 32)[0][1]) == 31 and len(compared) <= 32 * 31
 
 
 def test_one_program_for_all_slots_takes_them_at_once_where_waiting_would_cost_more():

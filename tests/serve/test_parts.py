@@ -30,6 +30,35 @@ def test_slots_go_on_then_empty_ones_then_the_one_used_longest_ago():
     assert (table.busy, table.kept) == (1, 1)
 
 
+def take_turns(table, names, rounds, held):
+    """Let conversations take turns, one at a time; returns the share of turns that went on in their slot."""
+    kept = 0
+    for _ in range(rounds):
+        for name in names:
+            prompt = held.setdefault(name, [7, name])
+            place = table.take(prompt)
+            kept += place.kept == len(prompt) - 1
+            table.keep(place.slot, np.asarray([*prompt, 5]), len(prompt))
+            held[name] = [*prompt, 5, 6]
+    return kept / rounds / len(names)
+
+
+@pytest.mark.parametrize("live, least", [(4, 0.9), (5, 0.6), (8, 0.3), (16, 0.1)])
+def test_conversations_that_take_turns_lose_their_slots_gently(live, least):
+    """The one whose turn is next was used longest ago: to give up that one would be to keep none."""
+    table, held = SlotTable(4), {}
+    take_turns(table, range(live), 2, held)
+    assert take_turns(table, range(live), 20, held) >= least
+
+
+def test_finished_conversations_give_way_to_live_ones():
+    table, held = SlotTable(4), {}
+    take_turns(table, range(8), 6, held)
+    live = range(20, 24)
+    take_turns(table, live, 4, held)
+    assert take_turns(table, live, 4, held) == 1
+
+
 def test_pieces_of_text_never_change():
     stream, said = TextStream(decode, ["stop"]), tokens("aé st€ stopper")
     pieces = [stream.feed(said[: n + 1], is_final=n + 1 == len(said)) for n in range(len(said))]

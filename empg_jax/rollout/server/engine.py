@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from empg_jax.engine.programs import EngineConfig
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.engine.slots import Response, Watch
 from empg_jax.engine.stats import EngineStats
 from empg_jax.models.decoder import DecoderConfig
@@ -71,8 +71,7 @@ class ServerEngine:
 
     def room(self, slot: int, num_new: int, *, is_fresh: bool) -> int:
         """Return how many response tokens still fit after ``num_new`` more prompt tokens (may be <= 0)."""
-        used = 0 if is_fresh else len(self._conversations.get(slot, ()))
-        return min(self.config.max_response_tokens, self.config.max_tokens - used - num_new)
+        return self.config.room(0 if is_fresh else len(self._conversations.get(slot, ())), num_new)
 
     def submit(
         self,

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from empg_jax.engine.programs import EngineConfig
+from empg_jax.engine.sizes import EngineConfig
 from empg_jax.hf.load import load_hf
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.filtering import NO_FILTER

@@ -1,0 +1,128 @@
+"""The sizes of an engine: everything that decides which programs it compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from empg_jax.models.filtering import TokenFilter
+
+# Most tokens of one prefill dispatch, padding included; bounds its memory.
+PREFILL_TOKENS = 8192
+# Programs that default sizes may lead to: each takes seconds to minutes to compile for a large model.
+MAX_PROGRAMS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine.
+
+    Attributes:
+      slots: conversations held at one time.
+      max_tokens: longest conversation, in tokens.
+      max_response_tokens: longest response of a turn.
+      stop_ids: sampling one of these ends a response (the token belongs to the response).
+      burst: decode steps per dispatch at most.
+      patience: responses that must have ended for a burst to end early; default a sixteenth of the slots.
+      prefill_chunk: most tokens of a prompt that a step writes into the cache before its burst, but at least
+        the largest of ``prefill_buckets``; 0: the whole prompt.
+      prefill_buckets: lengths that prefill dispatches are padded to; default 16, 64, 256 up to
+        ``prefill_chunk`` (1024 without one) and ``max_tokens``.
+      row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, ``slots`` / 8 …
+      cache_buckets: physical cache lengths; default 128, 256, 384, 512 … to ``max_tokens``. Default lists
+        are thinned out where they would make more than `MAX_PROGRAMS` programs.
+      ahead: dispatch a burst before the last one is read, where most responses outlast that one; default on
+        accelerators only: a CPU has no idle time to fill, and loses 5 % where a new turn waits for a burst.
+      has_filter: responses may filter the tokens that they sample (top-k, top-p, min-p). Without it the
+        program has no trace of that.
+      share_prefix: compute the keys and values of a prefix once, and copy them into other conversations.
+    """
+
+    slots: int
+    max_tokens: int
+    max_response_tokens: int
+    stop_ids: tuple[int, ...]
+    burst: int = 8
+    patience: int = 0
+    prefill_chunk: int = 1024
+    prefill_buckets: tuple[int, ...] = ()
+    row_buckets: tuple[int, ...] = ()
+    cache_buckets: tuple[int, ...] = ()
+    ahead: bool | None = None
+    has_filter: bool = False
+    share_prefix: bool = True
+
+    def __post_init__(self) -> None:
+        """Fill the bucket lists and refuse sizes that cannot work."""
+        if not self.stop_ids:
+            raise ValueError("stop_ids is empty: no response could ever end by itself")
+        if not 0 < self.max_response_tokens < self.max_tokens:
+            raise ValueError(
+                f"max_response_tokens={self.max_response_tokens} must lie in "
+                f"[1, max_tokens={self.max_tokens})"
+            )
+        largest = self.prefill_chunk or 1024
+        lengths = [
+            n for n in {*(4**i for i in range(2, 16) if 4**i < largest), largest} if n < self.max_tokens
+        ]
+        rows = {1, *(n for n in (self.slots // 8**i for i in range(8)) if n >= 4)}
+        capacities = [128, *(n for i in range(8, 31) for n in (2**i, 3 * 2 ** (i - 1)))]
+        capacities = [n for n in capacities if n < self.max_tokens]
+
+        def fill(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        lists = ("cache_buckets", "prefill_buckets", "row_buckets")
+        chosen = [name for name in lists if not getattr(self, name)]
+        fill("patience", self.patience or max(1, self.slots // 16))
+        fill("prefill_buckets", tuple(sorted(self.prefill_buckets or lengths or [self.max_tokens])))
+        fill("row_buckets", tuple(sorted({*(self.row_buckets or rows), self.slots})))
+        fill("cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens})))
+        while self.num_programs > MAX_PROGRAMS and chosen:
+            longest = max(chosen, key=lambda name: len(getattr(self, name)))
+            fill(longest, getattr(self, longest)[::-1][::2][::-1])  # every second one, and the largest
+            chosen = [name for name in chosen if len(getattr(self, name)) > 1]
+        if self.prefill_chunk:  # a smaller chunk would be padded
+            fill("prefill_chunk", max(self.prefill_chunk, self.prefill_buckets[-1]))
+
+    @property
+    def num_programs(self) -> int:
+        """Number of programs that `Engine.warm_up` compiles."""
+        growths = len(self.cache_buckets) - 1
+        copies = len(self.cache_buckets) * self.copies_rows
+        return (
+            growths
+            + copies
+            + sum(
+                1 + sum(len(self.prefill_rows(length)) for length in self.prefill_lengths(capacity))
+                for capacity in self.cache_buckets
+            )
+        )
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether rows are copied from slot to slot."""
+        return self.share_prefix and self.slots > 1
+
+    def room(self, held: int, num_new: int) -> int:
+        """Return how many response tokens fit after ``num_new`` more prompt tokens (may be <= 0).
+
+        Args:
+          held: tokens of the conversation so far.
+          num_new: tokens that the prompt adds.
+        """
+        return min(self.max_response_tokens, self.max_tokens - held - num_new)
+
+    def check_filter(self, token_filter: TokenFilter, vocab_size: int) -> None:
+        """Refuse a filter that the vocabulary or the programs of these sizes do not allow."""
+        token_filter.check(vocab_size)
+        if not (token_filter.is_off or self.has_filter):
+            raise ValueError(f"{token_filter} needs an engine with EngineConfig.has_filter=True")
+
+    def prefill_lengths(self, capacity: int) -> tuple[int, ...]:
+        """Return the chunk lengths that are used with a cache of this physical length."""
+        return tuple(n for n in self.prefill_buckets if n <= capacity) or self.prefill_buckets[:1]
+
+    def prefill_rows(self, length: int) -> tuple[int, ...]:
+        """Return the row counts that are used with chunks of this length."""
+        return tuple(n for n in self.row_buckets if n * length <= PREFILL_TOKENS) or self.row_buckets[:1]
