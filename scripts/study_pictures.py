@@ -1,4 +1,4 @@
-"""The picture of a study: a row per task that has runs; success, entropy, balance, gradient and drift by arm."""
+"""The picture of a study: a row per task that has runs; success, entropy, balance, gradient, drift by arm."""
 
 from __future__ import annotations
 
