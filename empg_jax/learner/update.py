@@ -137,17 +137,7 @@ def make_learner(
     has_critic = algorithm.value_loss is not None
     if has_critic and not model.value_head:
         raise ValueError("this algorithm has a critic: the model needs value_head=True")
-    if shares_prefix and mesh.shape["sequence"] > 1:
-        raise ValueError(
-            f"sequence={mesh.shape['sequence']}: rows with shared beginnings cannot be split over time; use "
-            "a mesh with sequence=1 (or train.share_prefix=false)"
-        )
-    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if micro_rows % row_devices:
-        raise ValueError(
-            f"a micro-batch of {micro_rows} rows cannot be divided over data x fsdp = {row_devices} devices; "
-            f"use a multiple (train.micro_tokens // rollout.max_tokens rows)"
-        )
+    _check_division(mesh, micro_rows, shares_prefix)
     shardings = state_shardings(mesh, model, optimizer)
     tokens, whole = token_sharding(mesh), replicated(mesh)
     batch_shardings = _batch_shardings(tokens, row_sharding(mesh), whole)
@@ -187,6 +177,21 @@ def make_learner(
         rearrange=jit(_rearrange, out_shardings=tokens),
         needs_score=has_reference or has_critic,
     )
+
+
+def _check_division(mesh: Mesh, micro_rows: int, shares_prefix: bool) -> None:
+    """Refuse rows that the mesh cannot divide."""
+    if shares_prefix and mesh.shape["sequence"] > 1:
+        raise ValueError(
+            f"sequence={mesh.shape['sequence']}: rows with shared beginnings cannot be split over time; use "
+            "a mesh with sequence=1 (or train.share_prefix=false)"
+        )
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if micro_rows % row_devices:
+        raise ValueError(
+            f"a micro-batch of {micro_rows} rows cannot be divided over data x fsdp = {row_devices} devices; "
+            f"use a multiple (train.micro_tokens // rollout.max_tokens rows)"
+        )
 
 
 def _jit(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:

@@ -30,6 +30,7 @@ class AlfworldEnv(HouseEnv):
     def __init__(
         self,
         source: str | None = None,
+        *,
         data: str | None = None,
         level: str = "rooms",
         release: str = "2.1.2",

@@ -14,6 +14,7 @@ _TRAIN_TASKS = 100_000
 
 def _level(
     name: str,
+    *,
     always: tuple[str, ...],
     sometimes: tuple[str, ...],
     some: tuple[int, int],

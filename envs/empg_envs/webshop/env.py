@@ -54,6 +54,7 @@ class WebShopEnv:
     def __init__(
         self,
         level: str = "tiny",
+        *,
         style: str | None = None,
         max_turns: int | None = None,
         win_reward: float | None = None,
