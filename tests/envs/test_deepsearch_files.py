@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import empg_envs
 from empg_envs import make_env
-from empg_envs.deepsearch.files import DataError, find_file
 from empg_envs.deepsearch.passages import (
     Passage,
     load_corpus,
@@ -22,6 +21,7 @@ from empg_envs.deepsearch.passages import (
     words_of,
 )
 from empg_envs.deepsearch.questions import make_panels, read_questions
+from empg_envs.rows import DataError, find_file
 from empg_jax.workers.pool import EnvPool
 from tests.shared import find_shared
 
@@ -108,8 +108,8 @@ def test_empty_broken_and_missing_files(tmp_path) -> None:
         read_corpus(str(broken))
     with pytest.raises(DataError, match=r"no file .*nowhere"):
         read_corpus(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="expected hub:owner/name/path"):
-        find_file("hub:owner/name")
+    with pytest.raises(DataError, match="the form is hub:owner/name"):
+        find_file("hub:owner")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -135,7 +135,7 @@ def test_a_hub_file_is_asked_for_as_a_data_set(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert read_questions("hub:owner/sets/nq/test.jsonl")[0].id == "q0"
-    assert asked == [("owner/sets", "nq/test.jsonl", {"repo_type": "dataset"})]
+    assert asked == [("owner/sets", "nq/test.jsonl", {"repo_type": "dataset", "revision": None})]
     with pytest.raises(DataError, match=r"hub:owner/sets/gone\.jsonl: the hub did not give"):
         read_questions("hub:owner/sets/gone.jsonl")
 
