@@ -10,6 +10,7 @@ to. A slash in a branch's name is spelled ``%2F``.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import itertools
 import json
@@ -75,11 +76,13 @@ def find_files(source: str | Path) -> list[File]:
         raise DataError(f"{named!r} names no data set on the hub: the form is {FORM}")
     inside, split = form["path"], form["split"]
     revision = form["revision"] and urllib.parse.unquote(form["revision"])
-    found = _download(named, form["name"], revision, inside)
+    folder = _download(named, form["name"], revision, inside)
     if inside is not None:
-        return [File(found, named, split or _split_of(inside))]
-    paths = sorted(path for path in found.rglob("*") if path.suffix in (".parquet", ".jsonl"))
-    names = {path.relative_to(found).as_posix(): path for path in paths if path.suffix == paths[0].suffix}
+        if not (folder / inside).is_file():
+            raise DataError(f"{named}: the data set has no such file")
+        return [File(folder / inside, named, split or _split_of(inside))]
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".jsonl"))
+    names = {path.relative_to(folder).as_posix(): path for path in paths if path.suffix == paths[0].suffix}
     fitting = [name for name in names if split is None or _is_of(name, split)]
     if not fitting:
         what = "parquet or .jsonl file" if split is None else f"file of split {split!r}"
@@ -121,16 +124,17 @@ def stem_of(source: str) -> str:
 
 
 def _download(source: str, name: str, revision: str | None, inside: str | None) -> Path:
-    """Return a file of a data set, or the folder of all that may have rows."""
+    """Return the folder of a data set, with one file or all that may have rows."""
     import huggingface_hub  # only when something is to be downloaded
     from huggingface_hub import errors
 
-    chosen: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
+    # A single file is asked for in the same way, so that the cache keeps the list of what it then lacks.
+    wanted = ["*.parquet", "*.jsonl"] if inside is None else [glob.escape(inside)]
     try:
-        if inside is not None:
-            return Path(huggingface_hub.hf_hub_download(name, inside, **chosen))
         return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=["*.parquet", "*.jsonl"], **chosen)
+            huggingface_hub.snapshot_download(
+                name, repo_type="dataset", revision=revision, allow_patterns=wanted
+            )
         )
     except errors.RevisionNotFoundError as error:
         raise DataError(f"{source}: the data set has no such revision") from error
@@ -143,8 +147,6 @@ def _download(source: str, name: str, revision: str | None, inside: str | None) 
             f"{source}: the hub cannot be reached, and its cache does not have this "
             f"({error.__cause__ or error})"
         ) from error
-    except errors.EntryNotFoundError as error:
-        raise DataError(f"{source}: the data set has no such file") from error
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise DataError(f"{source}: the hub did not give this: {first}") from error

@@ -127,15 +127,18 @@ def test_a_hub_file_is_asked_for_as_a_data_set(monkeypatch, tmp_path) -> None:
 
     asked = []
 
-    def download(repo: str, name: str, **kwargs: str) -> str:
-        asked.append((repo, name, kwargs))
-        if name == "gone.jsonl":
+    def download(repo: str, **kwargs: object) -> str:
+        asked.append((repo, kwargs))
+        if kwargs["allow_patterns"] == ["gone.jsonl"]:
             raise OSError("404")
-        return write(tmp_path / "downloaded", [question(0)])
+        (tmp_path / "nq").mkdir()
+        write(tmp_path / "nq" / "test.jsonl", [question(0)])
+        return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert read_questions("hub:owner/sets/nq/test.jsonl")[0].id == "q0"
-    assert asked == [("owner/sets", "nq/test.jsonl", {"repo_type": "dataset", "revision": None})]
+    wanted = {"repo_type": "dataset", "revision": None, "allow_patterns": ["nq/test.jsonl"]}
+    assert asked == [("owner/sets", wanted)]
     with pytest.raises(DataError, match=r"hub:owner/sets/gone\.jsonl: the hub did not give"):
         read_questions("hub:owner/sets/gone.jsonl")
 

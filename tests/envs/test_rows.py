@@ -165,6 +165,14 @@ def test_both_kinds_of_environment_take_both_forms(hub: tuple[str, list[str]], t
     assert gone == "hub:o/q/popqa/none.jsonl: the data set has no such file"
 
 
+def test_a_part_in_the_cache_does_not_pass_for_the_whole(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    home, part = tmp_path / "home", questions("hub:o/q/popqa/dev.jsonl")
+    ask(hub[0], home, part)
+    again, whole = ask("http://127.0.0.1:9", home, part, questions("hub:o/q"))
+    assert again == {"test": [["q1", "dev"]]}
+    assert whole.startswith("hub:o/q: the hub cannot be reached, and its cache does not have this")
+
+
 @pytest.mark.parametrize(
     "source", ["hub:name", "hub:o/n/", "hub:o/n@", "hub:o/n:", "hub:o/n:a:b", "hub:o/n@/x"]
 )
