@@ -19,10 +19,10 @@ import sys
 import time
 from pathlib import Path
 
+from empg_envs.rows import read_rows
 from empg_envs.swe import grading
 from empg_envs.swe.backends import TreeBackend
 from empg_envs.swe.fetch import fetch_sdist
-from empg_envs.swe.rows import read_rows
 from empg_envs.swe.tasks import Task, broken_tree, default_sources, load_panels
 
 # Imports of the packages' tests besides the packages themselves.
@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--tries", type=int, default=4)
     options = parser.parse_args()
-    rows = [row for row in read_rows(options.tasks) if options.only in row["instance_id"]]
+    rows = [row for _, row in read_rows(options.tasks) if options.only in row["instance_id"]]
     python = ensure_venv(options.sources)
     for row in rows:
         name = row["repo"].partition("/")[2]

@@ -25,7 +25,7 @@ EXTRAS = {
     "deepsearch": (("bm25s",), "a faster BM25 for empg-jax retrieve"),
     "tantivy": (("tantivy",), "BM25 over large corpora"),
     "faiss": (("faiss",), "FAISS's index files for empg-jax retrieve"),
-    "parquet": (("pyarrow",), "questions and passages in parquet files"),
+    "parquet": (("pyarrow",), "tasks, questions and passages in parquet files"),
     "wandb": (("wandb",), "log.wandb=true"),
     "mlflow": (("mlflow",), "log.mlflow=true"),
     "trackio": (("trackio",), "log.trackio=true"),

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import empg_envs
 from empg_envs import make_env
-from empg_envs.deepsearch.files import DataError, find_file
 from empg_envs.deepsearch.passages import (
     Passage,
     load_corpus,
@@ -22,6 +21,7 @@ from empg_envs.deepsearch.passages import (
     words_of,
 )
 from empg_envs.deepsearch.questions import make_panels, read_questions
+from empg_envs.rows import DataError, find_file
 from empg_jax.workers.pool import EnvPool
 from tests.shared import find_shared
 
@@ -108,8 +108,8 @@ def test_empty_broken_and_missing_files(tmp_path) -> None:
         read_corpus(str(broken))
     with pytest.raises(DataError, match=r"no file .*nowhere"):
         read_corpus(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="expected hub:owner/name/path"):
-        find_file("hub:owner/name")
+    with pytest.raises(DataError, match="the form is hub:owner/name"):
+        find_file("hub:owner")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,15 +127,18 @@ def test_a_hub_file_is_asked_for_as_a_data_set(monkeypatch, tmp_path) -> None:
 
     asked = []
 
-    def download(repo: str, name: str, **kwargs: str) -> str:
-        asked.append((repo, name, kwargs))
-        if name == "gone.jsonl":
+    def download(repo: str, **kwargs: object) -> str:
+        asked.append((repo, kwargs))
+        if kwargs["allow_patterns"] == ["gone.jsonl"]:
             raise OSError("404")
-        return write(tmp_path / "downloaded", [question(0)])
+        (tmp_path / "nq").mkdir()
+        write(tmp_path / "nq" / "test.jsonl", [question(0)])
+        return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert read_questions("hub:owner/sets/nq/test.jsonl")[0].id == "q0"
-    assert asked == [("owner/sets", "nq/test.jsonl", {"repo_type": "dataset"})]
+    wanted = {"repo_type": "dataset", "revision": None, "allow_patterns": ["nq/test.jsonl"]}
+    assert asked == [("owner/sets", wanted)]
     with pytest.raises(DataError, match=r"hub:owner/sets/gone\.jsonl: the hub did not give"):
         read_questions("hub:owner/sets/gone.jsonl")
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from empg_envs.deepsearch.files import DataError, read_rows
 from empg_envs.deepsearch.passages import read_corpus
 from empg_envs.deepsearch.questions import make_panels, read_questions
+from empg_envs.rows import DataError, read_rows
 from empg_jax.cli import app
 from empg_jax.config import load_config
 from tests.test_eval_endpoint import faking, said

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from empg_envs import make_env
 from empg_envs.deepsearch import sources
-from empg_envs.deepsearch.files import DataError
 from empg_envs.deepsearch.passages import RetrieverError, make_retriever, read_corpus
 from empg_envs.deepsearch.vectors_numpy import VectorFile
+from empg_envs.rows import DataError
 from empg_jax.cli import app
 from empg_jax.retrieval import serve
 from empg_jax.retrieval.serve import ServeError, find_index, make_engine

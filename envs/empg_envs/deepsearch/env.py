@@ -60,8 +60,9 @@ class DeepSearchEnv:
           level: level of the embedded worlds (``tiny``, ``easy``, ``medium``, ``hard``).
           style: ``terse`` (few words, for small models; the default of embedded worlds) or ``search_r1``.
           questions: FlashRAG-format file or files, or a mapping from panels to files; see
-            `empg_envs.deepsearch.questions.make_panels`. None selects the embedded worlds.
-          corpus: wiki-18-format file with the passages.
+            `empg_envs.deepsearch.questions.make_panels`. Files may be data sets of the hub; see
+            `empg_envs.rows`. None selects the embedded worlds.
+          corpus: wiki-18-format file with the passages, or a data set of the hub.
           retriever: ``bm25s`` (default for a corpus), ``builtin``, ``tantivy``, or ``remote``.
           retriever_options: keyword arguments of the retriever. With ``index_dir``, ``bm25s`` and ``tantivy``
             keep their index in that folder, where all workers share it; see `empg_envs.deepsearch.ondisk`.

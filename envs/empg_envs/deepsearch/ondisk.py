@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol, overload
 
 from empg_envs.cache import build_once
-from empg_envs.deepsearch.files import find_file, stamp_of
 from empg_envs.deepsearch.passages import (
     VECTORS,
     Passage,
@@ -26,6 +25,7 @@ from empg_envs.deepsearch.passages import (
     iterate_corpus,
     make_retriever,
 )
+from empg_envs.rows import find_files, stamp_of
 
 VERSION = 1  # of the layout; a folder of another version is built again
 ENGINES = ("bm25s", "tantivy")
@@ -153,9 +153,10 @@ def _hash_corpus(corpus: str, root: Path) -> str:
 
     def read(unfinished: Path) -> None:
         digest = hashlib.sha256()
-        with find_file(corpus).open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+        for path, _, _ in find_files(corpus):
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
         unfinished.write_text(digest.hexdigest(), encoding="utf-8")
 
     return build_once(root / f"corpus-{stamp}.sha256", read).read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from empg_envs.deepsearch.files import DataError, read_rows, require_text, stamp_of
+from empg_envs.rows import DataError, read_rows, require_text, stamp_of
 
 MAX_TOPK = 100
 EXTRA = ".[deepsearch]"

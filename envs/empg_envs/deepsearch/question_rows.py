@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from empg_envs.deepsearch.files import DataError, require_text
+from empg_envs.rows import DataError, require_text
 
 _IDS = ("id", "_id", "question_id", "QuestionId")
 _QUESTIONS = ("question", "Question")

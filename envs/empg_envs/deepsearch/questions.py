@@ -14,8 +14,8 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from empg_envs.deepsearch.files import DataError, read_rows
 from empg_envs.deepsearch.question_rows import read_fields
+from empg_envs.rows import DataError, read_rows, stem_of
 
 TRAIN = "train"
 _SHARES = {TRAIN: (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0)}
@@ -58,15 +58,15 @@ def read_questions(path: str, group: str = "") -> list[Question]:
     """Read a question file; `empg_envs.deepsearch.question_rows` has the forms of its rows.
 
     Args:
-      path: the file.
+      path: the file, or a data set of the hub; see `empg_envs.rows`.
       group: the questions' group; the default is the row's ``data_source`` (Search-R1's merged files), else
-        the file's name without its endings.
+        the name of the file, without its endings, or of the data set.
 
     Raises:
       DataError: a line is malformed, or the file is empty.
     """
     questions = []
-    stem = path.rpartition("/")[2].partition(".")[0]
+    stem = stem_of(path)
     for number, (place, row) in enumerate(read_rows(path), start=1):
         fields = read_fields(row, place, number)
         metadata = row.get("metadata")

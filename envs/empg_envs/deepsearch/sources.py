@@ -10,13 +10,13 @@ from typing import Any, Protocol, cast
 
 from empg_envs.deepsearch import worlds
 from empg_envs.deepsearch.bm25 import BuiltinBm25
-from empg_envs.deepsearch.files import stamp_of
 from empg_envs.deepsearch.ondisk import open_index
 from empg_envs.deepsearch.pages import MemoryPages, Pages, open_pages
 from empg_envs.deepsearch.passages import Passage, Retriever, load_corpus, make_retriever
 from empg_envs.deepsearch.questions import Panels, Question, list_files, make_panels
 from empg_envs.deepsearch.tables import KIND_OF_VALUE, LEVELS, Level
 from empg_envs.deepsearch.texts import TEXTS, Texts
+from empg_envs.rows import stamp_of
 
 FILE_RETRIEVER = "bm25s"
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from empg_envs.deepsearch.encoders import Encode, find_encoder
-from empg_envs.deepsearch.files import DataError
 from empg_envs.deepsearch.passages import Hit, Passage, RetrieverError
+from empg_envs.rows import DataError
 
 
 class VectorIndex(Protocol):

@@ -9,9 +9,9 @@ import faiss
 import numpy as np
 
 from empg_envs.deepsearch.encoders import Encode
-from empg_envs.deepsearch.files import DataError, find_file
 from empg_envs.deepsearch.passages import Passage
 from empg_envs.deepsearch.vectors import VectorRetriever
+from empg_envs.rows import DataError, find_file
 
 
 class FaissFile:

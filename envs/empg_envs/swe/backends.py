@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from empg_envs.names import suggest
+from empg_envs.rows import DataError
 from empg_envs.swe import grading, patches
 from empg_envs.swe.bubblewrap import GUEST, GUEST_HOME, find_interpreter
 from empg_envs.swe.caged import BubblewrapSandbox, GuestSandbox, LocalSandbox
@@ -18,7 +19,6 @@ from empg_envs.swe.judge.canaries import Planted
 from empg_envs.swe.judge.made import MadeBugs
 from empg_envs.swe.judge.reading import read_changes
 from empg_envs.swe.judge.second import SecondBug
-from empg_envs.swe.rows import TaskError
 from empg_envs.swe.sandbox import FileError, Limits, Sandbox
 from empg_envs.swe.tasks import Task, broken_tree
 from empg_envs.swe.tree import Tree
@@ -213,11 +213,11 @@ def _limits(values: Mapping[str, Any]) -> Limits:
 
 
 def check_has_files(tasks: list[Task], name: str) -> None:
-    """Raise TaskError if a backend cannot open the tasks."""
+    """Raise DataError if a backend cannot open the tasks."""
     for task in tasks:
         if name in ("bubblewrap", "local") and not task.has_tree:
-            raise TaskError(
+            raise DataError(
                 f"task {task.instance_id} lives in the image {task.image}: use backend 'docker' or 'swerex'"
             )
         if name in ("docker", "swerex") and task.image is None:
-            raise TaskError(f"task {task.instance_id} has no image: use backend 'bubblewrap'")
+            raise DataError(f"task {task.instance_id} has no image: use backend 'bubblewrap'")

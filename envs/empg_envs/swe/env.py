@@ -65,8 +65,8 @@ class SweEnv:
         """Read the tasks and check that their sandboxes can run here.
 
         Args:
-          tasks: ``tiny``, a source of rows (a file or ``hub:owner/name``), or split → source; see
-            `empg_envs.swe.tasks.load_panels`.
+          tasks: ``tiny``, a source of rows (a file, or a data set of the hub; see `empg_envs.rows`), or
+            split → source; see `empg_envs.swe.tasks.load_panels`.
           tools: ``functions``, ``bash`` or ``terse``.
           backend: ``bubblewrap``, ``docker``, ``swerex`` or ``local``.
           max_turns: number of steps after which an episode is truncated.

@@ -48,7 +48,7 @@ def open_repository(source: str, sources: Path) -> Repository:
     Its archive is stored in ``sources``, where tasks find it later.
 
     Raises:
-      TaskError, ArchiveError, FileNotFoundError, FetchError, ValueError: the repository cannot be read.
+      DataError, ArchiveError, FileNotFoundError, FetchError, ValueError: the repository cannot be read.
     """
     kind, _, rest = source.partition(":")
     if kind == "embedded":

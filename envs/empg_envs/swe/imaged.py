@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from empg_envs.rows import DataError
 from empg_envs.swe import grading, patches, reports
 from empg_envs.swe.containers import ROOT
 from empg_envs.swe.guest import witness
 from empg_envs.swe.judge.reading import read_changes
 from empg_envs.swe.judge.second import SecondBug
-from empg_envs.swe.rows import TaskError
 from empg_envs.swe.sandbox import FileError, Sandbox
 from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import File, Tree
@@ -160,7 +160,7 @@ def place_tests(task: Task, sandbox: Sandbox) -> Suite:
     """Restore the tests in a container, and add the witness.
 
     Raises:
-      TaskError: the task's test patch does not apply.
+      DataError: the task's test patch does not apply.
     """
     sandbox.write(f"{WITNESS_HOME}/{witness.MODULE}.py", Path(witness.__file__).read_bytes())
     if task.expected is not None:
@@ -174,7 +174,7 @@ def place_tests(task: Task, sandbox: Sandbox) -> Suite:
         restore = f"for f in {names}; do {GIT} checkout {shlex.quote(task.base)} -- $f || rm -f $f; done"
         placed = sandbox.exec(f"{restore}; {GIT} apply --verbose {TEST_PATCH_FILE}", GIT_SECONDS)
         if placed.returncode:
-            raise TaskError(f"task {task.instance_id}: its test patch does not apply: {placed.output[-500:]}")
+            raise DataError(f"task {task.instance_id}: its test patch does not apply: {placed.output[-500:]}")
     command = str(task.row.get("test_cmd") or reports.command_of(task.repo))
     targets = tuple(reports.test_targets(task.repo, files or task.test_files))
     # The exit code of a pipe or of an alternative is not that of the tests.

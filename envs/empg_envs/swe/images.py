@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from empg_envs.rows import DataError
 from empg_envs.swe import grading, imaged, installing, patches, reports
 from empg_envs.swe.containers import DockerSandbox
 from empg_envs.swe.deployments import SweRexSandbox
@@ -23,7 +24,6 @@ from empg_envs.swe.judge.logs import LogSession
 from empg_envs.swe.judge.made import MadeBugs
 from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.judge.trial import LAYERS, OUTPUT_CHARS
-from empg_envs.swe.rows import TaskError
 from empg_envs.swe.sandbox import Limits, Sandbox
 from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import Tree
@@ -126,7 +126,7 @@ class ImageBackend:
         was made before (``python -m empg_envs.swe.prepare``).
 
         Raises:
-          TaskError: the gold patch does not apply.
+          DataError: the gold patch does not apply.
         """
         known = self._made.recall(task)
         if known is not None or not task.patch:
@@ -135,7 +135,7 @@ class ImageBackend:
             sandbox.reset({})
             wrong = imaged.apply_patch(sandbox, task.patch)
             if wrong is not None:
-                raise TaskError(f"task {task.instance_id}: its gold patch does not apply: {wrong[-500:]}")
+                raise DataError(f"task {task.instance_id}: its gold patch does not apply: {wrong[-500:]}")
             suite = imaged.place_tests(task, sandbox)
             files = {path for path in patches.touched(task.patch) if not grading.protected(path, task)}
             gold = imaged.read_files(sandbox, files)

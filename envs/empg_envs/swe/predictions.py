@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from empg_envs.swe.rows import TaskError, read_rows
+from empg_envs.rows import DataError, read_rows
 
 FIELDS = ("instance_id", "model_name_or_path", "model_patch")
 
@@ -43,13 +43,13 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     Of several rows for one task the last one counts.
 
     Raises:
-      TaskError: a row lacks a field; the message names the row.
+      DataError: a row lacks a field; the message names the row.
     """
     patches: dict[str, str] = {}
     for number, row in enumerate(_rows(path), start=1):
         missing = [field for field in ("instance_id", "model_patch") if field not in row]
         if missing:
-            raise TaskError(f"{path}: prediction {number} has no field {missing[0]!r}")
+            raise DataError(f"{path}: prediction {number} has no field {missing[0]!r}")
         patches[str(row["instance_id"])] = str(row["model_patch"] or "")
     return patches
 
@@ -60,7 +60,7 @@ def _rows(path: str | Path) -> Iterable[dict[str, Any]]:
         try:
             whole = json.loads(text)
         except ValueError:
-            return read_rows(path)
+            whole = None  # several lines
         if isinstance(whole, dict) and "instance_id" not in whole:
             return [{"instance_id": name, **row} for name, row in whole.items()]
-    return read_rows(path)
+    return (row for _, row in read_rows(path))

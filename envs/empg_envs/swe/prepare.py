@@ -17,11 +17,11 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from empg_envs.rows import FORM, DataError
 from empg_envs.swe import containers
 from empg_envs.swe.backends import check_has_files, make_backend
 from empg_envs.swe.images import ImageBackend
 from empg_envs.swe.refusals import FAILED, one_line
-from empg_envs.swe.rows import TaskError
 from empg_envs.swe.sandbox import SandboxError
 from empg_envs.swe.tasks import Task, load_panels
 
@@ -50,7 +50,7 @@ def make_bugs(
     for task in tasks:
         try:
             count = len(backend.second_bugs(task, timeout))
-        except (SandboxError, TaskError) as error:
+        except (SandboxError, DataError) as error:
             say(f"{task.instance_id}: {error}")
             failed.append(task.instance_id)
         else:
@@ -69,7 +69,7 @@ def remove_images(tasks: Iterable[Task], docker: str, say: Callable[[str], None]
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("tasks", help="file of task rows, or hub:owner/name[@revision][:split]")
+    parser.add_argument("tasks", help=f"file of task rows, or {FORM}")
     parser.add_argument("--split", default=None, help="one split only")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON: the backend's env.options")
     parser.add_argument("--jobs", type=int, default=2, help="images pulled at the same time")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from empg_envs.rows import FORM
 from empg_envs.swe.backends import NAMES, Backend, check_has_files, make_backend
 from empg_envs.swe.grading import Grade
 from empg_envs.swe.predictions import read_predictions
@@ -75,7 +76,7 @@ def score(
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("tasks", help="tiny, or a file of task rows")
+    parser.add_argument("tasks", help=f"tiny, a file of task rows, or {FORM}")
     parser.add_argument("predictions", help="file of predictions, or gold")
     parser.add_argument("--split", default=None, help="judge one split only")
     parser.add_argument("--backend", choices=NAMES[:3], default="bubblewrap")

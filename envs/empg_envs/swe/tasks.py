@@ -6,20 +6,26 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from empg_envs.cache import cache_folder
+from empg_envs.rows import Columns, DataError, read_rows
 from empg_envs.swe import patches
 from empg_envs.swe.judge.second import SecondBug
-from empg_envs.swe.rows import TaskError, read_source
 from empg_envs.swe.tree import Tree, content_hash, read_archive, read_folder
 
 EMBEDDED = Path(__file__).with_name("repos")
 TINY = Path(__file__).with_name("tiny_tasks.jsonl")
 SPLITS = ("train", "valid", "test")
 TREE_KINDS = ("sdist", "archive", "embedded")
+_SWE_COLUMNS = (*("instance_id", "repo", "base_commit", "problem_statement", "FAIL_TO_PASS", "PASS_TO_PASS"),)
+_R2E_COLUMNS = ("repo_name", "docker_image", "problem_statement", "expected_output_json")
+_OTHER_COLUMNS = (
+    *("patch", "test_patch", "bug_patch", "version", "runner", "test_path", "test_cmd", "image", "split"),
+    *("commit_hash", "install_cmd"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,7 @@ def parse_row(row: Mapping[str, Any]) -> Task:
     """Parse a row of SWE-bench(-Verified), R2E-Gym, or the generator.
 
     Raises:
-      TaskError: a field is missing or malformed; the message names it.
+      DataError: a field is missing or malformed; the message names it.
     """
     if "expected_output_json" in row:
         return _parse_r2e(row)
@@ -95,7 +101,7 @@ def parse_row(row: Mapping[str, Any]) -> Task:
         image = f"docker.io/swebench/sweb.eval.x86_64.{name.replace('__', '_1776_').lower()}:latest"
     runner = str(row.get("runner", "pytest"))
     if runner not in ("pytest", "unittest"):
-        raise TaskError(f"task {name}: unknown runner {runner!r}; the runners are pytest, unittest")
+        raise DataError(f"task {name}: unknown runner {runner!r}; the runners are pytest, unittest")
     return Task(
         instance_id=name,
         repo=str(_field(row, "repo")),
@@ -114,12 +120,18 @@ def parse_row(row: Mapping[str, Any]) -> Task:
     )
 
 
+def _choose_columns(there: Sequence[str]) -> Columns:
+    """Choose what a task is made of; every worker would keep a copy of the rest, which is much in R2E-Gym."""
+    needed = _R2E_COLUMNS if "expected_output_json" in there else _SWE_COLUMNS
+    return Columns(needed, (*_SWE_COLUMNS, *_R2E_COLUMNS, *_OTHER_COLUMNS))
+
+
 def _parse_r2e(row: Mapping[str, Any]) -> Task:
     text = _field(row, "expected_output_json")
     try:
         expected = json.loads(text) if isinstance(text, str) else dict(text)
     except ValueError as error:
-        raise TaskError(f"R2E-Gym row: expected_output_json is not JSON ({error})") from None
+        raise DataError(f"R2E-Gym row: expected_output_json is not JSON ({error})") from None
     commit = str(row.get("commit_hash") or row.get("base_commit") or "")
     repo = str(_field(row, "repo_name"))
     statement = str(_field(row, "problem_statement"))
@@ -142,7 +154,7 @@ def _parse_r2e(row: Mapping[str, Any]) -> Task:
 def _field(row: Mapping[str, Any], name: str) -> Any:
     if row.get(name) is None:
         what = "no value in field" if name in row else "no field"
-        raise TaskError(
+        raise DataError(
             f"task row {row.get('instance_id', '?')!r} has {what} {name!r}; its fields are {', '.join(row)}"
         )
     return row[name]
@@ -155,11 +167,11 @@ def _names(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise TaskError(
+            raise DataError(
                 f"task {row.get('instance_id')!r}: {field} is neither a list nor JSON of one"
             ) from None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TaskError(f"task {row.get('instance_id')!r}: {field} is not a list of test names")
+        raise DataError(f"task {row.get('instance_id')!r}: {field} is not a list of test names")
     return tuple(value)
 
 
@@ -167,24 +179,24 @@ def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
     """Load the tasks by split.
 
     Args:
-      tasks: ``tiny`` (the embedded tasks), a source (see `empg_envs.swe.rows.read_source`), or a mapping of
+      tasks: ``tiny`` (the embedded tasks), a source (see `empg_envs.rows`), or a mapping of
         split → source. The field ``split`` gives the split of a row of a single source, or else the name of
         its file on the hub. Without either a hash of the id decides: about 70 % train, 10 % valid, 20 % test.
 
     Raises:
-      TaskError: a file cannot be read or contains no task, an id occurs twice, or a task has no broken test.
+      DataError: a file cannot be read or contains no task, an id occurs twice, or a task has no broken test.
     """
     panels: dict[str, list[Task]] = {}
     if isinstance(tasks, Mapping):
         for split, source in tasks.items():
-            panels[str(split)] = [parse_row(row) for row in read_source(source)]
+            panels[str(split)] = [parse_row(row) for _, row in read_rows(source, _choose_columns)]
     else:
-        for row in read_source(TINY if tasks == "tiny" else tasks):
+        for _, row in read_rows(TINY if tasks == "tiny" else tasks, _choose_columns):
             task = parse_row(row)
             panels.setdefault(str(row.get("split") or hashed_split(task.instance_id)), []).append(task)
     panels = {split: found for split, found in panels.items() if found}
     if not panels:
-        raise TaskError(f"no task in {tasks!r}")
+        raise DataError(f"no task in {tasks!r}")
     _check(panels.values())
     _add_second_bugs(panels)
     order = {split: number for number, split in enumerate(SPLITS)}
@@ -201,11 +213,11 @@ def _check(panels: Iterable[list[Task]]) -> None:
     seen: set[str] = set()
     for task in (task for panel in panels for task in panel):
         if not task.fail_to_pass and task.expected is None:
-            raise TaskError(
+            raise DataError(
                 f"task {task.instance_id!r}: FAIL_TO_PASS names no test, so that it can never be resolved"
             )
         if task.instance_id in seen:
-            raise TaskError(f"task {task.instance_id!r} occurs twice")
+            raise DataError(f"task {task.instance_id!r} occurs twice")
         seen.add(task.instance_id)
 
 
@@ -232,13 +244,13 @@ def broken_tree(task: Task, sources: str | Path | None = None) -> Tree:
     """Return the broken files, with which an agent starts.
 
     Raises:
-      TaskError: the source is missing, or it differs from the source of the task.
+      DataError: the source is missing, or it differs from the source of the task.
     """
     base = load_base(task.base, None if sources is None else str(sources))
     try:
         return patches.apply(base, task.bug_patch)
     except patches.PatchError as error:
-        raise TaskError(
+        raise DataError(
             f"task {task.instance_id}: its bug_patch does not fit {task.base}: {error}"
         ) from error
 
@@ -248,27 +260,27 @@ def load_base(base: str, sources: str | None = None) -> Tree:
     """Return the original files of a base; see `Task.base`.
 
     Raises:
-      TaskError: the base is missing, or its hash differs.
+      DataError: the base is missing, or its hash differs.
     """
     kind, _, rest = base.partition(":")
     if kind == "embedded":
         name, _, wanted = rest.partition("@")
         if not name.isidentifier() or not (EMBEDDED / name).is_dir():
-            raise TaskError(f"no embedded repository {name!r}")
+            raise DataError(f"no embedded repository {name!r}")
         tree = read_folder(EMBEDDED / name)
         if wanted and content_hash(tree) != wanted:
-            raise TaskError(f"the embedded repository {name!r} is not the one that its tasks were made from")
+            raise DataError(f"the embedded repository {name!r} is not the one that its tasks were made from")
         return tree
     if kind not in TREE_KINDS:
-        raise TaskError(f"base {base!r} lies in a container image: use backend 'docker' or 'swerex'")
+        raise DataError(f"base {base!r} lies in a container image: use backend 'docker' or 'swerex'")
     folder = default_sources() if sources is None else Path(sources)
     found = sorted(folder.glob(f"{rest}.*")) if rest.isalnum() else []
     if not found:
-        raise TaskError(
+        raise DataError(
             f"no source archive {rest}.* in {folder}: fetch it (scripts/check_swe_tasks.py does) or set "
             "the option 'sources'"
         )
     data = found[0].read_bytes()
     if hashlib.sha256(data).hexdigest() != rest:
-        raise TaskError(f"{found[0]} does not have the SHA-256 that its name says")
+        raise DataError(f"{found[0]} does not have the SHA-256 that its name says")
     return read_archive(data, found[0].name)

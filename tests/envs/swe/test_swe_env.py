@@ -207,7 +207,7 @@ def test_any_call_gets_a_defined_reply(make: Any, actions: list[str]) -> None:
         ({"limits": {"memory_mb": 0}}, "memory_mb must be a positive number"),
         ({"max_turns": 0}, "max_turns must be positive"),
         ({"backend": "docker"}, "has no image: use backend 'bubblewrap'"),
-        ({"tasks": "missing.jsonl"}, "cannot read the tasks file"),
+        ({"tasks": "missing.jsonl"}, "no file missing.jsonl"),
         ({"backend": "bubblewrap", "docker": "podman"}, "has no option 'docker'"),
     ],
 )

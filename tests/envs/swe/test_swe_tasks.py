@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from empg_envs import make_env
+from empg_envs.rows import DataError
 from empg_envs.swe import tasks
 from empg_envs.swe.predictions import append_prediction, prediction, read_predictions, write_predictions
-from empg_envs.swe.rows import TaskError
 from empg_envs.swe.tasks import broken_tree, load_panels, parse_row
 from empg_envs.swe.tree import File, pack
 
@@ -45,7 +45,7 @@ def test_rows_of_the_hub() -> None:
     ],
 )
 def test_bad_rows_are_named(change: dict, message: str) -> None:
-    with pytest.raises(TaskError, match=message):
+    with pytest.raises(DataError, match=message):
         parse_row({**ROW, **change})
 
 
@@ -65,21 +65,21 @@ def test_files_split_by_field_or_hash(tmp_path: Path) -> None:
     panels = load_panels(str(path))
     assert list(panels) == ["train", "valid", "test", "extra"] and len(panels["extra"]) == 1
     assert [len(panel) for panel in load_panels({"b": str(path)}).values()] == [61]
-    with pytest.raises(TaskError, match="'i0' occurs twice"):
+    with pytest.raises(DataError, match="'i0' occurs twice"):
         load_panels({"a": str(path), "b": str(path)})
     path.write_text(json.dumps(ROW) + "\nnope")
-    with pytest.raises(TaskError, match=r"t\.jsonl:2: not JSON"):
+    with pytest.raises(DataError, match=r"t\.jsonl line 2: not JSON"):
         load_panels({"a": str(path)})
-    with pytest.raises(TaskError, match="cannot read"):
+    with pytest.raises(DataError, match=r"no file .*missing"):
         load_panels(str(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (json.dumps([ROW, 7]).encode(), r"t\.json: entry 1 of the list: expected an object, not int"),
-        (json.dumps([ROW]).encode()[:-5], r"t\.json: not JSON \("),
-        (b"\xff\xfe\x00", r"t\.json' is no text in UTF-8"),
+        (json.dumps([ROW, 7]).encode(), r"t\.json row 2: int; expected a JSON object"),
+        (json.dumps([ROW]).encode()[:-5], r"t\.json: not JSON: "),
+        (b"\xff\xfe\x00", r"t\.json line 1: not JSON: 'utf"),
         (
             json.dumps({**ROW, "FAIL_TO_PASS": []}).encode(),
             "FAIL_TO_PASS names no test, .* never be resolved",
@@ -89,25 +89,25 @@ def test_files_split_by_field_or_hash(tmp_path: Path) -> None:
 def test_files_that_hold_no_tasks_are_told(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "t.json"
     path.write_bytes(content)
-    with pytest.raises(TaskError, match=says):
+    with pytest.raises(DataError, match=says):
         make_env("swe", tasks=str(path))
 
 
 def test_sources_are_found_by_hash_and_checked(tmp_path: Path) -> None:
     data = pack({"m.py": File(b"x\n")})
     digest = hashlib.sha256(data).hexdigest()
-    with pytest.raises(TaskError, match="fetch it"):
+    with pytest.raises(DataError, match="fetch it"):
         tasks.load_base(f"sdist:{digest}", str(tmp_path))
     (tmp_path / f"{digest}.tar.gz").write_bytes(data)
     assert tasks.load_base(f"sdist:{digest}", str(tmp_path)) == {"m.py": File(b"x\n")}
     (tmp_path / f"{'0' * 64}.tar.gz").write_bytes(data)
-    with pytest.raises(TaskError, match="SHA-256"):
+    with pytest.raises(DataError, match="SHA-256"):
         tasks.load_base(f"sdist:{'0' * 64}", str(tmp_path))
-    with pytest.raises(TaskError, match="no embedded repository"):
+    with pytest.raises(DataError, match="no embedded repository"):
         tasks.load_base("embedded:../../swe")
-    with pytest.raises(TaskError, match="not the one"):
+    with pytest.raises(DataError, match="not the one"):
         tasks.load_base("embedded:spans@0")
-    with pytest.raises(TaskError, match="container image"):
+    with pytest.raises(DataError, match="container image"):
         tasks.load_base("d16bfe05")
 
 
@@ -127,5 +127,5 @@ def test_predictions_go_out_and_come_in(tmp_path: Path) -> None:
         path.write_text(text)
         assert read_predictions(path) == {"a": ""}
     path.write_text('{"instance_id": "a"}\n')
-    with pytest.raises(TaskError, match="prediction 1 has no field 'model_patch'"):
+    with pytest.raises(DataError, match="prediction 1 has no field 'model_patch'"):
         read_predictions(path)
