@@ -6,10 +6,8 @@ The commands are ``view FILE LINE``, ``edit FILE LINE : CODE`` (the line keeps i
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import tokenize
 from collections.abc import Iterable
 
 from empg_envs.swe import grading
@@ -23,6 +21,21 @@ NAMED = 3  # largest number of failing tests in an observation
 TEST_SECONDS = 30.0
 _VIEW = re.compile(r"view (\S+) (\d{1,6})")
 _EDIT = re.compile(r"edit (\S+) (\d{1,6}) ?: ?(.*)", re.DOTALL)
+_PREFIX = r"(?:[rR][bBfF]?|[bBfF][rR]?|[uU])?"
+_DIGITS = "[0-9](?:_?[0-9])*"
+_TOKEN = re.compile(
+    rf"""
+    {_PREFIX}(?:"{{3}}(?:[^\\]|\\.)*?"{{3}}|'{{3}}(?:[^\\]|\\.)*?'{{3}})  # a string in three quotes
+    | (?P<end>{_PREFIX}(?:"{{3}}|'{{3}})|\#|\\$)
+    | {_PREFIX}(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
+    | 0[xX](?:_?[0-9a-fA-F])+|0[oO](?:_?[0-7])+|0[bB](?:_?[01])+
+    | (?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][-+]?{_DIGITS})?[jJ]?
+    | \w+
+    | \*\*=?|//=?|<<=?|>>=?|\.\.\.|->|:=|[-+*/%&@|^=<>]=|!=
+    | \S
+    """,
+    re.VERBOSE,
+)
 _WORDS = {
     *("view", "edit", "test", "submit", ":", "fix", "failing", "nothing", ".", ",", "no", "such", "file"),
     *("line", "unknown", "command", "changed", "handed", "in", "tests", "did", "not", "run", "all"),
@@ -31,22 +44,16 @@ _WORDS = {
 
 
 def code_tokens(line: str) -> list[str]:
-    """Return the Python tokens of a line, or its words if it is no Python code."""
-    skipped = (
-        tokenize.NL,
-        tokenize.NEWLINE,
-        tokenize.INDENT,
-        tokenize.DEDENT,
-        tokenize.ENDMARKER,
-        tokenize.COMMENT,
-    )
+    """Return the Python tokens of a line, or its words if it is no Python code.
+
+    A string is one token, with its prefix. A comment, and a string that goes on in the next line, end it.
+    The module `tokenize` would not do: since Python 3.12 it takes f-strings apart, and stops at prose.
+    """
     found = []
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(line.strip() + "\n").readline):
-            if token.type not in skipped and token.string:
-                found.append(token.string)
-    except (tokenize.TokenError, SyntaxError):
-        pass  # an open bracket or string continues on the next line; keep the tokens before it
+    for match in _TOKEN.finditer(line.strip()):
+        if match.lastgroup == "end":
+            break
+        found.append(match.group())
     return found
 
 
