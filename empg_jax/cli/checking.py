@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from empg_jax.cli.app import app, reporting
+from empg_jax.report.console import make_console
 
 if TYPE_CHECKING:
     from empg_jax.run.doctor import Finding
@@ -29,7 +29,7 @@ def doctor(
     with reporting():
         from empg_jax.run.doctor import as_report, examine
 
-        console, findings = Console(highlight=False), []
+        console, findings = make_console(), []
         for finding in examine():
             findings.append(finding)
             if not as_json:

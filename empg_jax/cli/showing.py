@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from empg_jax.cli.app import ConfigArgument, Overrides, app, load_checked, load_run, reporting, say
@@ -17,6 +16,7 @@ from empg_jax.cli.completing import complete_config, complete_env
 from empg_jax.config import Config, describe, list_choices, load_config
 from empg_jax.config.yaml import find_packaged
 from empg_jax.errors import ConfigError
+from empg_jax.report.console import make_console
 
 
 @app.command("config")
@@ -323,7 +323,7 @@ def show_simulation(
         if as_json:
             typer.echo(json.dumps(plan.as_json()))
         else:
-            print_plan(plan, Console(highlight=False))
+            print_plan(plan, make_console())
 
 
 def _print_keys() -> None:
@@ -335,11 +335,11 @@ def _print_keys() -> None:
         shown = "null" if default is None else str(default)
         choose = f" Choices: {', '.join(choices[path])}." if path in choices else ""
         table.add_row(path, shown, meaning + choose)
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 def _print_packaged() -> None:
     table = Table(Column("configuration", no_wrap=True), "what it is")
     for name, sentence in find_packaged().items():
         table.add_row(name, sentence)
-    Console(highlight=False).print(table)
+    make_console().print(table)

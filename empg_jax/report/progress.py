@@ -17,6 +17,8 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from empg_jax.report.console import make_console
+
 # Metric -> (label, format); shown in this order when present.
 SHOWN: dict[str, tuple[str, str]] = {
     "sft_loss": ("loss", "{:.3f}"),
@@ -59,7 +61,7 @@ class Progress:
         prefix: str = "",
     ) -> None:
         self._prefix = prefix
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or make_console(stderr=True)
         self._enabled, self._interval, self._clock = enabled, interval, clock
         self._live = enabled and self._console.is_terminal
         self._bars: RichProgress | None = None

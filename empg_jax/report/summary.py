@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from empg_jax.report.console import make_console
+
 Z = 1.959964  # 97.5 % quantile of the standard normal distribution, for 95 % intervals
 # Rows of the before/after table: key stem in summary.json -> (label, format).
 COMPARED: dict[str, tuple[str, str]] = {
@@ -22,7 +24,7 @@ COMPARED: dict[str, tuple[str, str]] = {
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the content of ``summary.json``, by default on stderr; absent keys are left out."""
-    (console or Console(stderr=True, highlight=False)).print(render_summary(summary))
+    (console or make_console(stderr=True)).print(render_summary(summary))
 
 
 def render_summary(summary: Mapping[str, Any]) -> Group:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,12 +41,49 @@ def open_trackers(config: Config, run_dir: Path, *, is_resumed: bool) -> list[Tr
       is_resumed: whether the run goes on with one that was tracked before.
 
     Raises:
-      ConfigError: a package is not installed.
+      ConfigError: a package is not installed, or a tracker does not start.
     """
     makers = {"wandb": _open_wandb, "mlflow": _Mlflow, "trackio": _open_trackio}
     chosen = [name for name in makers if getattr(config.log, name)]
     packages = {name: _import(name) for name in chosen}  # before the first one is opened
-    return [makers[name](packages[name], config, run_dir, is_resumed) for name in chosen]
+    opened: list[Tracker] = []
+    for name in chosen:
+        try:
+            tracker = makers[name](packages[name], config, run_dir, is_resumed)
+        except Exception as error:  # of any kind: the packages have no common one
+            for other in opened:
+                other.finish()
+            raise ConfigError(f"log.{name}=true, but {name} does not start: {_tell(error)}") from error
+        opened.append(_Guarded(name, tracker))
+    return opened
+
+
+class _Guarded:
+    """A tracker whose failures cost its own record of the run, and nothing else."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name = name
+        self._tracker: Tracker | None = tracker
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._try(f"update {step}", lambda tracker: tracker.log(values, step=step))
+
+    def finish(self) -> None:
+        self._try("its end", lambda tracker: tracker.finish())
+
+    def _try(self, when: str, call: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            call(self._tracker)
+        except Exception as error:
+            self._tracker = None  # each of its own attempts may take minutes
+            told = f"{self._name} failed at {when} and is told nothing more of this run: {_tell(error)}"
+            print(f"warning: {told} (metrics.jsonl has all)", file=sys.stderr)
+
+
+def _tell(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _import(name: str) -> Any:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from empg_jax.report.console import make_console
 from empg_jax.simulate.plan import Row, SimulatedPlan
 
 COLUMNS = (
@@ -31,7 +32,7 @@ def print_plan(plan: SimulatedPlan, console: Console) -> None:
     for note in plan.notes:
         console.print(note, markup=False)
     # In a narrow terminal the lines of the table wrap: cut numbers would be worse.
-    table, wide = make_table(plan), Console(highlight=False, width=1000, file=console.file)
+    table, wide = make_table(plan), make_console(width=1000, file=console.file)
     wide.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
     wide.print(table)
 

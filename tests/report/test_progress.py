@@ -48,6 +48,12 @@ def test_switched_off_only_messages_remain():
     assert _run(terminal=False, enabled=False) == "saved [checkpoint]\n"
 
 
+def test_messages_are_shown_as_they_are(capsys):
+    with Progress(enabled=False) as progress:
+        progress.message("env.entry_point=my.houses:house: the reward is [bold] 3")
+    assert "env.entry_point=my.houses:house: the reward is [bold] 3" in capsys.readouterr().err
+
+
 def test_a_new_phase_ends_the_one_before():
     out = io.StringIO()
     with Progress(console=Console(file=out, width=160), clock=Clock()) as progress:

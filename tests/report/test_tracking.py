@@ -7,6 +7,7 @@ import pytest
 
 from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
+from empg_jax.metrics import MetricsLog, read_metrics
 from empg_jax.report.tracking import open_trackers
 from tests import runs
 
@@ -88,6 +89,32 @@ def test_a_missing_package_is_told_before_anything_is_opened(packages, monkeypat
     with pytest.raises(ConfigError, match=rf"log\.{name}=true needs {name}; in the clone: pip install -e"):
         open_trackers(config, tmp_path, is_resumed=False)
     assert not packages["wandb"].calls
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_a_tracker_that_does_not_start_is_told_in_a_line(packages, monkeypatch, tmp_path, name):
+    opener = "set_experiment" if name == "mlflow" else "init"
+    monkeypatch.setattr(packages[name], opener, _refuse, raising=False)
+    config = load_config("quickstart", ["log.wandb=true", f"log.{name}=true"])
+    with pytest.raises(ConfigError, match=rf"^log\.{name}=true, but {name} does not start: no such address$"):
+        open_trackers(config, tmp_path, is_resumed=False)
+    assert len(packages["wandb"].named("finish")) == len(packages["wandb"].named("init"))
+
+
+def test_a_tracker_that_fails_costs_its_own_record_only(packages, tmp_path, capsys):
+    packages["trackio"].log = _refuse
+    config = load_config("quickstart", ["log.wandb=true", "log.trackio=true"])
+    with MetricsLog(tmp_path, trackers=open_trackers(config, tmp_path, is_resumed=False)) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": 0.5})
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(packages["wandb"].named("log")) == 3
+    told = capsys.readouterr().err
+    assert told.count("warning: trackio failed at update 1 and is told nothing more") == 1
+    assert not packages["trackio"].named("finish") and packages["wandb"].named("finish")
+
+
+def _refuse(*_, **__):
+    raise RuntimeError("no such address\nand much more")
 
 
 @pytest.mark.slow
