@@ -23,6 +23,7 @@ from empg_jax.plan.whole import whole_lines
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
 from empg_jax.report.results import describe_update, write_results
+from empg_jax.report.tracking import import_trackers
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
@@ -113,6 +114,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
         check_store(config, hosts, is_new=resume is None)
+        hosts.first("trackers", lambda: list(import_trackers(config)))
         stop = stack.enter_context(StopRequest(hosts.ask_stop if hosts.num > 1 else None))
         hosts.on_stop = stop.set
         examples = None

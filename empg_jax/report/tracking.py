@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, first_line
 from empg_jax.files import write_text_atomic
 
 if TYPE_CHECKING:
@@ -32,6 +32,15 @@ class Tracker(Protocol):
         ...
 
 
+def import_trackers(config: Config) -> dict[str, Any]:
+    """Import the packages of the trackers that a configuration switches on, by name.
+
+    Raises:
+      ConfigError: one is not installed.
+    """
+    return {name: _import(name) for name in ("wandb", "mlflow", "trackio") if getattr(config.log, name)}
+
+
 def open_trackers(config: Config, run_dir: Path, *, is_resumed: bool) -> list[Tracker]:
     """Open the trackers that a configuration switches on, with its keys, name and tags.
 
@@ -44,16 +53,14 @@ def open_trackers(config: Config, run_dir: Path, *, is_resumed: bool) -> list[Tr
       ConfigError: a package is not installed, or a tracker does not start.
     """
     makers = {"wandb": _open_wandb, "mlflow": _Mlflow, "trackio": _open_trackio}
-    chosen = [name for name in makers if getattr(config.log, name)]
-    packages = {name: _import(name) for name in chosen}  # before the first one is opened
     opened: list[Tracker] = []
-    for name in chosen:
+    for name, package in import_trackers(config).items():
         try:
-            tracker = makers[name](packages[name], config, run_dir, is_resumed)
+            tracker = makers[name](package, config, run_dir, is_resumed)
         except Exception as error:  # of any kind: the packages have no common one
             for other in opened:
                 other.finish()
-            raise ConfigError(f"log.{name}=true, but {name} does not start: {_tell(error)}") from error
+            raise ConfigError(f"log.{name}=true, but {name} does not start: {first_line(error)}") from error
         opened.append(_Guarded(name, tracker))
     return opened
 
@@ -78,12 +85,8 @@ class _Guarded:
             call(self._tracker)
         except Exception as error:
             self._tracker = None  # each of its own attempts may take minutes
-            told = f"{self._name} failed at {when} and is told nothing more of this run: {_tell(error)}"
+            told = f"{self._name} failed at {when} and is told nothing more of this run: {first_line(error)}"
             print(f"warning: {told} (metrics.jsonl has all)", file=sys.stderr)
-
-
-def _tell(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _import(name: str) -> Any:

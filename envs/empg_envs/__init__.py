@@ -121,7 +121,7 @@ def resolve_spec(name_or_entry_point: str) -> EnvSpec:
             return ENVS[name_or_entry_point]
         hint = suggest(name_or_entry_point, ENVS)
         raise ValueError(
-            f"unknown environment {name_or_entry_point!r}{hint} Known: {', '.join(ENVS)}, "
+            f"unknown environment {name_or_entry_point!r}{hint or '.'} Known: {', '.join(ENVS)}, "
             "or an entry point 'package.module:attribute'"
         )
     module_name, _, attribute = name_or_entry_point.partition(":")

@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from empg_jax import trainer
 from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
 from empg_jax.metrics import MetricsLog, read_metrics
@@ -89,6 +90,10 @@ def test_a_missing_package_is_told_before_anything_is_opened(packages, monkeypat
     with pytest.raises(ConfigError, match=rf"log\.{name}=true needs {name}; in the clone: pip install -e"):
         open_trackers(config, tmp_path, is_resumed=False)
     assert not packages["wandb"].calls
+    run = tmp_path / "run"
+    with pytest.raises(ConfigError, match=rf"log\.{name}=true needs {name}"):
+        trainer.train(runs.configure(run, *runs.HOUSE, f"log.{name}=true"))
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
@@ -96,7 +101,9 @@ def test_a_tracker_that_does_not_start_is_told_in_a_line(packages, monkeypatch, 
     opener = "set_experiment" if name == "mlflow" else "init"
     monkeypatch.setattr(packages[name], opener, _refuse, raising=False)
     config = load_config("quickstart", ["log.wandb=true", f"log.{name}=true"])
-    with pytest.raises(ConfigError, match=rf"^log\.{name}=true, but {name} does not start: no such address$"):
+    with pytest.raises(
+        ConfigError, match=rf"^log\.{name}=true, but {name} does not start: RuntimeError: no such address$"
+    ):
         open_trackers(config, tmp_path, is_resumed=False)
     assert len(packages["wandb"].named("finish")) == len(packages["wandb"].named("init"))
 
