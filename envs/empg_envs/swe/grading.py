@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from empg_envs.swe import patches
 from empg_envs.swe.tasks import Task
-from empg_envs.swe.tree import Tree
+from empg_envs.swe.tree import Tree, is_test
 
 PASSED = frozenset(("PASSED", "XFAIL"))
 KEPT = PASSED | {"SKIPPED"}  # accepted statuses of a test that passed before
@@ -24,7 +24,6 @@ CONFIGURATION = frozenset(
         *(".pytest.toml", "tox.ini", "setup.cfg", "pyproject.toml"),
     )
 )
-TEST_FOLDERS = frozenset(("test", "tests"))
 TEST_TOOLS = frozenset(
     (
         *("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "exceptiongroup", "tomli"),
@@ -153,14 +152,6 @@ def protected(path: str, task: Task) -> bool:
         or name.endswith((".pth", ".egg-link"))
         or any(part.endswith((".dist-info", ".egg-info")) for part in parts)
     )
-
-
-def is_test(path: str) -> bool:
-    """Return whether a file belongs to the tests by its name or folder."""
-    *folders, name = PurePosixPath(path).parts
-    if TEST_FOLDERS & set(folders) or name in ("test.py", "tests.py"):
-        return True
-    return name.endswith(".py") and (name.startswith("test_") or name.endswith("_test.py"))
 
 
 def candidate(task: Task, broken: Tree, patch: str) -> tuple[Tree, tuple[str, ...]]:

@@ -12,9 +12,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from empg_envs.swe.grading import is_test
 from empg_envs.swe.syntax import parse
-from empg_envs.swe.tree import File, Tree
+from empg_envs.swe.tree import File, Tree, is_test
 
 
 class Mutation(NamedTuple):

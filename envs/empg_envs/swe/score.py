@@ -92,7 +92,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _read(options: argparse.Namespace) -> tuple[list[Task], dict[str, str], Backend]:
     """Tasks, predictions and the backend that the command line names."""
     check_out(options.out)
-    panels = load_panels(options.tasks)
+    panels = load_panels(options.tasks, has_commit=options.predictions == "gold")
     if options.split is not None and options.split not in panels:
         raise ValueError(f"unknown split {options.split!r}; the splits are {', '.join(panels)}")
     chosen = panels.values() if options.split is None else [panels[options.split]]

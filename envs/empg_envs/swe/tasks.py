@@ -12,7 +12,7 @@ from typing import Any
 
 from empg_envs.cache import cache_folder
 from empg_envs.rows import Columns, DataError, read_rows
-from empg_envs.swe import patches
+from empg_envs.swe import commits, patches
 from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.tree import Tree, content_hash, read_archive, read_folder
 
@@ -86,14 +86,18 @@ class Task:
         return {name.partition("::")[0] for name in (*self.fail_to_pass, *self.pass_to_pass)}
 
 
-def parse_row(row: Mapping[str, Any]) -> Task:
+def parse_row(row: Mapping[str, Any], *, has_commit: bool = False) -> Task:
     """Parse a row of SWE-bench(-Verified), R2E-Gym, or the generator.
+
+    Args:
+      row: the row.
+      has_commit: whether a row of R2E-Gym gets its gold patch from the commit that it holds.
 
     Raises:
       DataError: a field is missing or malformed; the message names it.
     """
     if "expected_output_json" in row:
-        return _parse_r2e(row)
+        return _parse_r2e(row, has_commit)
     name = str(_field(row, "instance_id"))
     base = str(_field(row, "base_commit"))
     image = row.get("image") or row.get("docker_image")
@@ -121,12 +125,17 @@ def parse_row(row: Mapping[str, Any]) -> Task:
 
 
 def _choose_columns(there: Sequence[str]) -> Columns:
-    """Choose what a task is made of; every worker would keep a copy of the rest, which is much in R2E-Gym."""
+    """Choose what a task is made of; the rest is much in R2E-Gym, and every worker would read it."""
     needed = _R2E_COLUMNS if "expected_output_json" in there else _SWE_COLUMNS
     return Columns(needed, (*_SWE_COLUMNS, *_R2E_COLUMNS, *_OTHER_COLUMNS))
 
 
-def _parse_r2e(row: Mapping[str, Any]) -> Task:
+def _choose_with_commit(there: Sequence[str]) -> Columns:
+    needed, others = _choose_columns(there)
+    return Columns(needed, (*others, commits.COLUMN))
+
+
+def _parse_r2e(row: Mapping[str, Any], has_commit: bool) -> Task:
     text = _field(row, "expected_output_json")
     try:
         expected = json.loads(text) if isinstance(text, str) else dict(text)
@@ -136,18 +145,22 @@ def _parse_r2e(row: Mapping[str, Any]) -> Task:
     repo = str(_field(row, "repo_name"))
     statement = str(_field(row, "problem_statement"))
     inner = statement.partition("[ISSUE]")[2].rpartition("[/ISSUE]")[0].strip()
+    name = str(row.get("instance_id") or f"{repo}__{commit}")
+    patch = str(row.get("patch") or "")
+    if has_commit and not patch and row.get(commits.COLUMN):
+        patch = commits.read_gold(row[commits.COLUMN], name)
     return Task(
-        instance_id=str(row.get("instance_id") or f"{repo}__{commit}"),
+        instance_id=name,
         repo=repo,
         problem_statement=inner or statement,
-        patch=str(row.get("patch") or ""),
+        patch=patch,
         test_patch="",
         fail_to_pass=(),
         pass_to_pass=(),
         base=commit,
         image=str(_field(row, "docker_image")),
-        expected={str(name): str(status) for name, status in expected.items()},
-        row=dict(row),
+        expected={str(test): str(status) for test, status in expected.items()},
+        row={column: value for column, value in row.items() if column != commits.COLUMN},
     )
 
 
@@ -175,24 +188,27 @@ def _names(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def load_panels(tasks: str | Mapping[str, str]) -> dict[str, list[Task]]:
+def load_panels(tasks: str | Mapping[str, str], *, has_commit: bool = False) -> dict[str, list[Task]]:
     """Load the tasks by split.
 
     Args:
       tasks: ``tiny`` (the embedded tasks), a source (see `empg_envs.rows`), or a mapping of
         split → source. The field ``split`` gives the split of a row of a single source, or else the name of
         its file on the hub. Without either a hash of the id decides: about 70 % train, 10 % valid, 20 % test.
+      has_commit: see `parse_row`; this reads much more.
 
     Raises:
       DataError: a file cannot be read or contains no task, an id occurs twice, or a task has no broken test.
     """
+    choose = _choose_with_commit if has_commit else _choose_columns
     panels: dict[str, list[Task]] = {}
     if isinstance(tasks, Mapping):
         for split, source in tasks.items():
-            panels[str(split)] = [parse_row(row) for _, row in read_rows(source, _choose_columns)]
+            rows = read_rows(source, choose)
+            panels[str(split)] = [parse_row(row, has_commit=has_commit) for _, row in rows]
     else:
-        for _, row in read_rows(TINY if tasks == "tiny" else tasks, _choose_columns):
-            task = parse_row(row)
+        for _, row in read_rows(TINY if tasks == "tiny" else tasks, choose):
+            task = parse_row(row, has_commit=has_commit)
             panels.setdefault(str(row.get("split") or hashed_split(task.instance_id)), []).append(task)
     panels = {split: found for split, found in panels.items() if found}
     if not panels:

@@ -14,7 +14,7 @@ from empg_envs.swe import grading
 from empg_envs.swe.sandbox import FileError, Sandbox
 from empg_envs.swe.tasks import Task
 from empg_envs.swe.tools import Reply, describe
-from empg_envs.swe.tree import Tree
+from empg_envs.swe.tree import Tree, is_test
 
 AROUND = 3  # number of lines shown on either side
 NAMED = 3  # largest number of failing tests in an observation
@@ -159,7 +159,7 @@ def vocabulary(trees: Iterable[Tree]) -> list[str]:
             if not path.endswith(".py"):
                 continue
             text = file.data.decode()
-            if grading.is_test(path):
+            if is_test(path):
                 found |= set(re.findall(r"def (test_\w+)", text))
                 continue
             found.add(path)

@@ -16,6 +16,7 @@ LINK, PLAIN, EXECUTABLE = 0o120000, 0o100644, 0o100755
 IGNORED = frozenset(
     (".git", "__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", ".tox", ".ruff_cache")
 )
+TEST_FOLDERS = frozenset(("test", "tests"))
 MAX_BYTES = 48 << 20
 MAX_FILES = 10_000
 
@@ -108,6 +109,14 @@ def check_path(path: str) -> str:
     if bad or any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) < 0xE000 for char in path):
         raise ArchiveError(f"path {path!r} is not a plain relative path")
     return str(PurePosixPath(path))
+
+
+def is_test(path: str) -> bool:
+    """Return whether a file belongs to the tests by its name or folder."""
+    *folders, name = PurePosixPath(path).parts
+    if not TEST_FOLDERS.isdisjoint(map(str.lower, folders)) or name in ("test.py", "tests.py"):
+        return True
+    return name.endswith(".py") and (name.startswith("test_") or name.endswith("_test.py"))
 
 
 def _collect(members: Iterable[tuple[str, File]], label: str) -> Tree:

@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import PurePosixPath
 
-from empg_envs.swe.grading import is_test
 from empg_envs.swe.judge import machinery
 from empg_envs.swe.syntax import parse
-from empg_envs.swe.tree import LINK, File, Tree
+from empg_envs.swe.tree import LINK, File, Tree, is_test
 
 PLANTED = frozenset(("sitecustomize.py", "usercustomize.py"))
 CONFIGURATION = (".ini", ".cfg", ".toml")
