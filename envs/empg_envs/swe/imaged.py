@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -84,9 +84,14 @@ class Suite:
     has_witness: bool
     repo: str
 
-    def line(self, files: Iterable[str] = ()) -> str:
-        """Return the command for the tests of some files; without files for all tests."""
+    def line(self, files: Iterable[str] = (), names: Sequence[str] = ()) -> str:
+        """Return the command for some tests of some files; without files for all tests.
+
+        It runs no others of those files where it takes the tests' names: pytest does, if they are whole.
+        """
         chosen = reports.test_targets(self.repo, set(files)) or self.targets
+        if files and self.has_witness and names and all(map(reports.is_id, names)):
+            chosen = list(names)
         # Its own exit code is the command's last word: the engine reports it, and no output can change it.
         line = " ".join([self.command, *map(shlex.quote, chosen), "2>&1"])
         if not self.has_witness:

@@ -169,7 +169,7 @@ class ImageBackend:
         # long as the first one, or an agent could have it cut short by being slow.
         spent = time.monotonic() - started
         imaged.put(sandbox, plan.second.tree, plan.planted.tree)
-        line = suite.line(trial.files_of(plan.reds, plan, []))
+        line = suite.line(trial.files_of(plan.reds, plan, []), plan.reds)
         other = self._session(sandbox, suite, line, max(spent, timeout - spent), plan.nonces[1])
         return trial.settle(task, plan, (first, other), **known)
 

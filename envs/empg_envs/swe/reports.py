@@ -231,6 +231,11 @@ def is_believable(statuses: dict[str, str], code: int | None) -> bool:
     return not code or not statuses or any(status in ("FAILED", "ERROR") for status in statuses.values())
 
 
+def is_id(name: str) -> bool:
+    """Whether a test's name is one that pytest takes: with its file, and not cut off in its parameters."""
+    return ".py::" in name and name.count("[") <= name.count("]")
+
+
 def test_targets(repo: str, files: set[str]) -> list[str]:
     """Return the arguments of the test command: the files, or Django's labels for them."""
     names = sorted(name for name in files if name.endswith(".py"))

@@ -9,6 +9,7 @@ import pytest
 
 from empg_envs.swe import reports
 from empg_envs.swe.guest import witness
+from empg_envs.swe.imaged import Suite
 from empg_envs.swe.judge.logs import LogSession
 from empg_envs.swe.sandbox import ExecResult
 
@@ -73,3 +74,14 @@ def test_logs(log: str, code: int, reason: str, is_sound: bool, doubt: str) -> N
     assert session.is_sound == is_sound
     found = session.doubts()
     assert found[0].startswith(doubt) if doubt else not found
+
+
+def test_the_second_session_runs_no_others_of_its_files() -> None:
+    suite = Suite("pytest -rA", ("tests",), reports.parse_pytest, True, True, "o/r")
+    names = ["a.py::test_x[1 - y]", "a.py::A::test_z"]
+    assert suite.line(["a.py"], names).endswith("pytest -rA 'a.py::test_x[1 - y]' a.py::A::test_z 2>&1")
+    # By their files: names that are cut off, and runners that do not take names.
+    assert suite.line(["a.py"], ["a.py::test_x[1"]).endswith("pytest -rA a.py 2>&1")
+    django = Suite("runtests.py", (), reports.parse_django, True, False, "django/django")
+    assert django.line(["tests/a/t.py"], ["test_x (a.t.T)"]) == "runtests.py a.t 2>&1"
+    assert suite.line([], names).endswith("pytest -rA tests 2>&1")
