@@ -2,8 +2,8 @@
 
     python scripts/bench_containers.py --image IMAGE --docker podman --seconds 1 60
 
-IMAGE has Python, pytest, git and patch. The task is made up: its file of tests has two quick ones and one that
-sleeps for SECONDS, since what is measured is what the judge adds to a repository's own tests.
+IMAGE has Python, pytest, git and patch. The task is made up: its file of tests has two quick ones and one
+that sleeps for SECONDS, since what is measured is what the judge adds to a repository's own tests.
 """
 
 from __future__ import annotations
