@@ -18,7 +18,7 @@ from empg_jax.algorithms.masking import (
     check_shapes,
     masked_spread,
 )
-from empg_jax.algorithms.segments import center_by_group
+from empg_jax.algorithms.segments import center_by_group, is_rounding
 
 SINGLETONS = ("zero", "raw")
 BASELINES = ("batch_mean", "none")
@@ -202,6 +202,8 @@ def grpo_turn_rows(
 def has_spread(returns: Real[Arr, " N"], group_ids: Int[Arr, " N"]) -> Bool[Array, " N"]:
     """Mark trajectories whose group has different returns: those that DAPO's dynamic sampling keeps.
 
+    Returns that differ by rounding alone are equal.
+
     Source: DAPO, https://arxiv.org/abs/2503.14476.
 
     Args:
@@ -213,7 +215,7 @@ def has_spread(returns: Real[Arr, " N"], group_ids: Int[Arr, " N"]) -> Bool[Arra
     valid, home, size = ids >= 0, jnp.maximum(ids, 0), returns.shape[0]
     low = jax.ops.segment_min(jnp.where(valid, returns, jnp.inf), home, num_segments=size)
     high = jax.ops.segment_max(jnp.where(valid, returns, -jnp.inf), home, num_segments=size)
-    return valid & (low < high)[home]
+    return valid & (~is_rounding(low, high))[home]
 
 
 def overlong_penalty(

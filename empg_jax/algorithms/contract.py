@@ -49,10 +49,14 @@ class Worth(NamedTuple):
 
 
 class TokenCredit(NamedTuple):
-    """Advantages that differ inside a turn, and the targets of a critic."""
+    """Advantages that differ inside a turn, and the targets of a critic.
+
+    ``is_whitened`` asks for mean 0 and variance 1 over the tokens of the batch, after the modulation.
+    """
 
     advantages: Float[Array, "B T"]
     value_targets: Float[Array, "B T"] | None = None
+    is_whitened: bool = False
 
 
 @runtime_checkable
@@ -161,10 +165,10 @@ class Aggregate(Protocol):
 
 @runtime_checkable
 class Penalty(Protocol):
-    """``(logprobs, scores) -> (kl, weight)``: a divergence per token and its weight in the loss."""
+    """``(logprobs, rows, scores) -> (kl, weight)``: a divergence per token and its weight in the loss."""
 
     def __call__(
-        self, logprobs: Float[Array, "B T"], scores: Scores, /
+        self, logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, /
     ) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
         """Compute the penalty."""
 

@@ -16,7 +16,7 @@ from empg_jax.algorithms.diagnostics import (
     mixed_group_share,
     predicted_entropy_drift,
 )
-from empg_jax.algorithms.masking import masked_mean
+from empg_jax.algorithms.masking import masked_mean, whiten
 from empg_jax.algorithms.part import name_of
 from empg_jax.algorithms.recipe import Recipe
 from empg_jax.algorithms.segments import compute_turn_entropies, count_turn_tokens, turns_to_tokens
@@ -134,6 +134,8 @@ def assign(
     # Inside a turn the factor scales; bonus and centering shift all of its tokens alike.
     shift = turns_to_tokens(modulated.advantages - base * modulated.factors, *place)
     scaled = jnp.where(batch.loss_mask, tokens, 0) * turns_to_tokens(modulated.factors, *place) + shift
+    if found.is_whitened:
+        scaled = whiten(scaled, batch.loss_mask)
     return TokenCredit(scaled, found.value_targets), base, modulated
 
 

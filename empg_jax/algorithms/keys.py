@@ -59,6 +59,7 @@ _DECIDERS |= {"correct": "correction.kind", "critic": "name", "kl": "kl_coef", "
 OBJECTIVE_NAMES = {"reinforce": "reinforce_loss"}  # the key's value, where it is not the factory's name
 _KEEPS = ("mask_truncated", "drop_void", "drop_uniform")
 _BANDS = ("correction.entropy_low", "correction.entropy_high")
+_KINDS = ("tis", "mis")  # corrections that correction.kind chooses
 _BESIDE = ("sequence_mask", "entropy_ratio")  # corrections that stand beside any other
 SELECTORS = (
     *("modulation", "loss", "aggregation", "correction.kind", "correction.sequence_delta", "kl_coef"),
@@ -145,7 +146,9 @@ def choose(spec: Spec, values: Mapping[str, Any]) -> Spec:
     chosen = {slot: tuple(parts) for slot, parts in spec.items()}
     for slot, factory in _selections(values):
         if factory is None:
-            chosen[slot] = ()
+            # "none" of one key does not empty the places of the others.
+            others = chosen.get(slot, ()) if slot == "correct" else ()
+            chosen[slot] = tuple(part for part in others if part.factory not in _KINDS)
         elif not any(part.factory == factory for part in chosen.get(slot, ())):
             chosen[slot] = (*_besides(slot, factory, chosen.get(slot, ())), Chosen(factory, {}))
     off = [key for key in _KEEPS if values.get(key) == OFF]
@@ -229,7 +232,7 @@ def _selections(values: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
     if (kind := values.get("modulation")) is not None:
         yield "modulate", None if kind == OFF else _known("modulation", kind, (OFF, *MODULATIONS))
     if (kind := values.get("correction.kind")) is not None:
-        yield "correct", None if kind == OFF else _known("correction.kind", kind, (OFF, "tis", "mis"))
+        yield "correct", None if kind == OFF else _known("correction.kind", kind, (OFF, *_KINDS))
     if values.get("correction.sequence_delta") is not None:
         yield "correct", "sequence_mask"
     if any(values.get(key) is not None for key in _BANDS):

@@ -55,7 +55,7 @@ def make_loss(recipe: Recipe) -> Callable[..., LossResult]:
             "approx_kl": jnp.expm1(change) - change,  # k3 of the policy before the update to the one trained
         }
         if recipe.kl is not None:
-            metrics["kl"], weight = recipe.kl(logprobs, scores_rows)
+            metrics["kl"], weight = recipe.kl(logprobs, batch_rows, scores_rows)
             values = values + weight * metrics["kl"]
         if recipe.entropy_coef:
             values = values - recipe.entropy_coef * entropies

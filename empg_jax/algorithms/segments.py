@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 from empg_jax.algorithms.masking import Arr, as_floats, as_ids, as_mask, check_shapes
 
+ROUNDING = 16  # of the last places of a sum, by which orders of its terms and powers of a discount differ
+
 
 def center_by_group(
     values: Real[Arr, " M"], ids: Int[Array, " M"], num_groups: int
@@ -17,6 +19,8 @@ def center_by_group(
 
     Each group is first shifted by its own minimum: a group of equal values gives zeros *exactly*, whatever
     the values (a float mean of equal numbers need not equal them), and large offsets cost no precision.
+    Values that differ by rounding alone (`is_rounding`) count as equal: a spread of nothing but rounding must
+    not be divided by its own size.
 
     Args:
       values: one value per member.
@@ -36,11 +40,26 @@ def center_by_group(
         return jnp.where(valid, sums[home], 0)
 
     low = jax.ops.segment_min(jnp.where(valid, values, jnp.inf), home, num_segments=num_groups)[home]
-    shifted = jnp.where(valid, values, 0) - jnp.where(valid, low, 0)
+    high = jax.ops.segment_max(jnp.where(valid, values, -jnp.inf), home, num_segments=num_groups)[home]
+    differ = valid & ~is_rounding(low, high)
+    shifted = jnp.where(differ, values, 0) - jnp.where(differ, low, 0)
     count = total(jnp.ones_like(values))
     deviations = jnp.where(valid, shifted - total(shifted) / jnp.maximum(count, 1), 0)
     variance = total(deviations**2) / jnp.maximum(count - 1, 1)
     return deviations, jnp.sqrt(variance), count
+
+
+def is_rounding(low: Float[Array, "*shape"], high: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Tell whether two values differ by no more than sums of the same terms in another order do.
+
+    That is `ROUNDING` times the precision of their type, relative to the values where they exceed 1.
+
+    Args:
+      low: the smaller value.
+      high: the larger one.
+    """
+    size = jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)), 1)
+    return high - low <= ROUNDING * jnp.finfo(low.dtype).eps * size
 
 
 def rank_ids(ids: Int[Array, "..."]) -> Int[Array, "..."]:

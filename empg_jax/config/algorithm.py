@@ -286,6 +286,8 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
         if self.entropy_source == "engine":
             compared = [f"correction.kind={correction.kind}"] if correction.kind not in (OFF, None) else []
             compared += ["loss=decoupled_ppo"] if self.loss == "decoupled_ppo" else []
+            if correction.sequence_delta is not None and correction.sequence_logprobs == "learner":
+                compared.append("correction.sequence_logprobs=learner")
             for key in compared:
                 yield (
                     f"algorithm.{key} compares learner and sampler, but algorithm.entropy_source=engine "

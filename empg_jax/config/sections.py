@@ -193,7 +193,9 @@ class TrainConfig(Section):
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="Decay after the warm-up."
     )
-    final_learning_rate: float = Field(5e-5, ge=0, description="Learning rate at the last update.")
+    final_learning_rate: float | None = Field(
+        None, ge=0, description="Learning rate at the last update (null: a twentieth of the peak)."
+    )
     warmup_updates: int = Field(0, ge=0, description="Updates of linear warm-up.")
     moments: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -246,7 +248,9 @@ class SftConfig(Section):
     )
     batch_size: int = Field(64, ge=1, description="Demonstrations (rows of sft.data) per update.")
     learning_rate: float = Field(4e-3, gt=0, description="Peak learning rate (cosine decay).")
-    final_learning_rate: float = Field(4e-5, ge=0, description="Learning rate at the last update.")
+    final_learning_rate: float | None = Field(
+        None, ge=0, description="Learning rate at the last update (null: a hundredth of the peak)."
+    )
     demonstrations: int = Field(4000, ge=1, description="Episodes that the expert records.")
     noise: float = Field(0.1, ge=0, le=1, description="Share of random actions in the demonstrations.")
     split: str = Field("train", description="Panel that demonstrations come from.")

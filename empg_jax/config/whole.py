@@ -110,12 +110,12 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.max_tokens={rollout.max_tokens}, which also holds the prompts"
         )
     compares_attempts = algorithm.name is not None and algorithm.name not in NO_GROUP_BASELINE
-    if rollout.group_size == 1 and compares_attempts:
+    if rollout.group_size == 1 and compares_attempts and algorithm.singleton != "raw":
         yield (
             f"rollout.group_size=1 with algorithm.name={algorithm.name}: its baseline compares the attempts "
             "of one task, so every advantage would be 0; use rollout.group_size=2 or more"
         )
-    lowest = 2 if compares_attempts else 1
+    lowest = 2 if compares_attempts and algorithm.singleton != "raw" else 1
     if rollout.min_group_size is not None and not lowest <= rollout.min_group_size <= rollout.group_size:
         yield (
             f"rollout.min_group_size={rollout.min_group_size} must lie between {lowest} and "
@@ -220,10 +220,28 @@ def _learner_problems(config: Config) -> Iterator[str]:
         )
     if 0 < train.updates < train.warmup_updates:  # 0: a run of the warm start alone, which may go on later
         yield f"train.warmup_updates={train.warmup_updates} exceeds train.updates={train.updates}"
+    frozen = config.algorithm.critic.warmup_updates or 0
+    if 0 < train.updates <= frozen:
+        yield (
+            f"algorithm.critic.warmup_updates={frozen} leaves the policy none of train.updates="
+            f"{train.updates}"
+        )
+    yield from _rate_problems("train", train.learning_rate, train.final_learning_rate)
+    yield from _rate_problems("sft", config.sft.learning_rate, config.sft.final_learning_rate)
+    if train.on_kl != "skip" and train.max_kl is None:
+        yield f"train.on_kl={train.on_kl} has no effect without train.max_kl"
     first = int(train.profile.partition(":")[0]) if train.profile else 0
     if first > train.updates:
         yield f"train.profile={train.profile} begins after the last update, train.updates={train.updates}"
     yield from _length_problems(config)
+
+
+def _rate_problems(section: str, peak: float, last: float | None) -> Iterator[str]:
+    if last is not None and last > peak:
+        yield (
+            f"{section}.final_learning_rate={last:g} is above {section}.learning_rate={peak:g}, from which "
+            "the rate falls: lower it, or leave it out"
+        )
 
 
 def _length_problems(config: Config) -> Iterator[str]:

@@ -258,9 +258,15 @@ class _Spec:
     max_kl: float
     shares_prefix: bool
 
-    def outputs(self, params: Params, rows: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained beside the policy."""
+        return self.algorithm.value_loss is not None
+
+    def outputs(
+        self, params: Params, rows: Batch, *, has_critic: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Compute log-probs, entropies and, with a critic, values of the sampled tokens of some rows."""
-        has_critic = self.algorithm.value_loss is not None
         return compute_outputs(
             params,
             self.model,
@@ -303,12 +309,12 @@ class _Spec:
 
         def score_rows(index: jax.Array) -> dict[str, jax.Array]:
             rows = self.micro_batch(batch, index)
-            logprobs, entropies, values = self.outputs(params, rows)
+            logprobs, entropies, values = self.outputs(params, rows, has_critic=self.has_critic)
             found = {"old_logprobs": logprobs, "entropies": entropies}
             if values is not None:
                 found["values"] = values
             if self.has_reference:
-                found["ref_logprobs"] = self.outputs(ref_params, rows)[0]
+                found["ref_logprobs"] = self.outputs(ref_params, rows, has_critic=False)[0]
             return found
 
         def body(index: jax.Array, grids: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -345,7 +351,7 @@ class _Spec:
             rows_scores = jax.tree.map(lambda leaf: self.micro(leaf, index), scores)
             advantages, weights = self.micro(credit.advantages, index), self.micro(credit.loss_weights, index)
             policy = combine(base or {}, params)
-            logprobs, entropies, values = self.outputs(policy, rows)
+            logprobs, entropies, values = self.outputs(policy, rows, has_critic=self.has_critic)
             per_token, metrics = self.algorithm.loss(logprobs, entropies, rows, rows_scores, advantages)
             if values is not None:
                 targets = self.micro(credit.value_targets, index)

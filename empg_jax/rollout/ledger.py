@@ -26,14 +26,16 @@ from empg_jax.workers.faults import Tell, tell_nobody
 
 MAX_RETRIES = 3  # attempts of one member before its group is replaced
 MAX_LOSSES = 2  # groups of one task replaced in a row, before the task waits for the next pass over the panel
-# Returns that differ by less count as equal: sums of the same rewards in another order round differently.
-SAME_RETURN = 1e-6
+# Returns that differ by no more, relative to those above 1, count as equal, as in `algorithms.has_spread`:
+# sums of the same rewards in another order round differently.
+SAME_RETURN = 16 * 2.0**-23
 
 
 def is_uniform(group: Sequence[Trajectory]) -> bool:
     """Return whether all attempts of a group have the same raw return, as ``mixed_groups`` does."""
     returns = [trajectory.episode_return for trajectory in group]
-    return max(returns) - min(returns) < SAME_RETURN
+    low, high = min(returns), max(returns)
+    return high - low <= SAME_RETURN * max(abs(low), abs(high), 1.0)
 
 
 @dataclasses.dataclass

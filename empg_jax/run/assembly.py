@@ -22,9 +22,11 @@ from empg_jax.algorithms import (
     load_recipe,
     make_recipe,
 )
-from empg_jax.algorithms.configure import spec_of
+from empg_jax.algorithms.aggregation import SCALED_MODES
+from empg_jax.algorithms.configure import configure, spec_of
 from empg_jax.algorithms.entry import try_recipe
 from empg_jax.algorithms.keys import NOT_OF_PARTS, readable
+from empg_jax.algorithms.part import name_of
 from empg_jax.algorithms.recipes import for_single_attempts
 from empg_jax.errors import ConfigError
 from empg_jax.hf.config import config_from_hf, read_hf_config
@@ -255,7 +257,11 @@ def make_recipe_from(config: Config, *, group_size: int | None = None) -> Recipe
         if config.env.invalid_penalty:  # without it, a custom recipe keeps its own penalty
             keys["invalid_penalty"] = config.env.invalid_penalty
         values = readable(spec_of(start), keys)
-        return make_recipe(base, values, group_size=group_size)
+        recipe = make_recipe(base, values, group_size=group_size)
+        if name_of(recipe.aggregate) in SCALED_MODES and a.loss_scale is None:
+            # Rows are longer where episodes share beginnings, of which the loss must know nothing.
+            recipe = configure(recipe, {"loss_scale": config.rollout.max_tokens})
+        return recipe
     except ValueError as error:
         where = "algorithm" if a.entry_point is None else "algorithm.entry_point"
         raise ConfigError(f"{where}: {error}") from None
@@ -340,7 +346,7 @@ def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, opt
     critic = getattr(make_recipe_from(config).critic, "options", {})
     return make_optimizer(
         learning_rate=t.learning_rate,
-        final_learning_rate=t.final_learning_rate,
+        final_learning_rate=t.learning_rate / 20 if t.final_learning_rate is None else t.final_learning_rate,
         total_steps=t.updates * steps,
         schedule=t.schedule,
         warmup_steps=t.warmup_updates * steps,

@@ -78,7 +78,7 @@ def warm_start(
     s = config.sft
     optimizer, schedule = make_optimizer(
         learning_rate=s.learning_rate,
-        final_learning_rate=s.final_learning_rate,
+        final_learning_rate=s.learning_rate / 100 if s.final_learning_rate is None else s.final_learning_rate,
         total_steps=s.updates,
         schedule="cosine",
         grad_clip=config.train.grad_clip,
@@ -102,10 +102,10 @@ def warm_start(
         start, stop = layout.bounds[0]
         state, metrics = learner.update(state, batch, scores, credit, np.int32(start), np.int32(stop))
         values = {"sft_loss": float(metrics["loss"]), "learning_rate": float(schedule(update))}
-        if not np.isfinite(values["sft_loss"]):
+        if not np.isfinite(values["sft_loss"]) or metrics["nonfinite"]:
             raise TrainingError(
-                f"the loss of warm-start update {update} is {values['sft_loss']}: lower sft.learning_rate "
-                f"(now {s.learning_rate:g})"
+                f"the loss of warm-start update {update} is {values['sft_loss']} with a gradient of norm "
+                f"{float(metrics['grad_norm'])}: lower sft.learning_rate (now {s.learning_rate:g})"
             )
         if examples.held_out and _is_measured(s, update):
             values["sft_eval_loss"] = measure_loss(learner, state.params, examples.held_out, shape)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from empg_jax.algorithms import ALGORITHMS
-from empg_jax.algorithms.recipes import RECIPES
+from empg_jax.algorithms.recipes import RECIPES, make_recipe
 from empg_jax.config import load_config
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.run.assembly import (
@@ -183,14 +183,21 @@ def token_estimates(name, penalty, batch, scores):
             reward = (rewards - costs)[i, turn] if last[turn] == place else 0.0
             if name == "reinforce_pp":
                 reward -= 0.001 * (scores.old_logprobs - scores.ref_logprobs)[place]
-            if name == "reinforce_pp_baseline" and n == 0:
-                reward -= returns[GROUPS[i] == GROUPS].mean()
+            if name == "reinforce_pp_baseline":  # the whole return counts at the end
+                reward = returns[i] - returns[GROUPS[i] == GROUPS].mean() if n == 0 else 0.0
             value = scores.values[place] if name == "ppo" else 0.0
             later = found[place] = reward + following - value + later
             targets[place], following = later + value, value
-    mask = batch.loss_mask
+    return found if name in WHITENED_LAST else whiten(found, batch.loss_mask), targets
+
+
+WHITENED_LAST = ("ppo", "turn_ppo")  # after the modulation
+
+
+def whiten(tokens, mask):
+    found = np.array(tokens)
     found[mask] = (found[mask] - found[mask].mean()) / np.sqrt(found[mask].var(ddof=1) + 1e-8)
-    return found, targets
+    return found
 
 
 def turn_means(batch, tokens):
@@ -211,12 +218,21 @@ def expect(name, penalty, batch, scores):
     else:
         estimated, targets = turn_estimates(base, penalty), None
     entropies = turn_means(batch, np.asarray(scores.entropies))
-    advantages = estimated
+    advantages, factors = estimated, np.ones(MASK.shape)
     if kind:
         segments = np.zeros_like(GROUPS) if kind == "empg" else GROUPS
-        options = dict(zeta=0.1, center=True) if kind == "empg" else dict(min_range=0.1)
+        spread = {} if kind == "empg" else dict(min_range=0.1)
+        options = dict(zeta=0.1, center=True) if kind == "empg" else spread
         advantages = oracles.modulation(estimated, entropies, MASK, segments, k=1.0, **options)
-    return estimated, advantages, targets
+        factors = oracles.modulation(factors, entropies, MASK, segments, k=1.0, **spread)
+    learned = advantages
+    if base in WHITENED_LAST:
+        scaled, shift = np.zeros(batch.tokens.shape), advantages - estimated * factors
+        for place in zip(*np.nonzero(batch.loss_mask), strict=True):
+            where = batch.trajectory_ids[place], batch.turn_ids[place]
+            scaled[place] = tokens[place] * factors[where] + shift[where]
+        learned = turn_means(batch, whiten(scaled, batch.loss_mask))
+    return estimated, advantages, targets, learned
 
 
 # ---------------------------------------------------------------------------------------------- the tests
@@ -226,7 +242,7 @@ def expect(name, penalty, batch, scores):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_recipe_from_a_file_to_its_numbers(tmp_path, name, context):
     batch, scores, credit, _ = run(tmp_path, {"name": name}, context)
-    base, advantages, targets = expect(name, PENALTY, batch, scores)
+    base, advantages, targets, learned = expect(name, PENALTY, batch, scores)
     number = len(EPISODES)
     np.testing.assert_array_equal(np.asarray(credit.turns.mask)[:number], MASK)
     exact = name.removesuffix("_empg").removesuffix("_aem") not in ("graft", "graph_hca")
@@ -237,7 +253,7 @@ def test_every_recipe_from_a_file_to_its_numbers(tmp_path, name, context):
     shift = np.asarray(rebuilt - credit.turns.advantages)[:number][MASK]
     np.testing.assert_allclose(shift, shift.mean(), atol=5e-5)  # centering alone is left
     means = turn_means(batch, np.asarray(credit.advantages))
-    np.testing.assert_allclose(means, advantages, atol=atol)
+    np.testing.assert_allclose(means, learned, atol=atol)
     assert not np.asarray(credit.advantages)[~batch.loss_mask].any()
     if targets is not None and name.startswith(("ppo", "turn_ppo")):
         np.testing.assert_allclose(np.asarray(credit.value_targets), targets, atol=2e-5)
@@ -458,3 +474,32 @@ def test_normalized_weights_have_mean_one_over_the_batch(tmp_path):
     streams = (moved.old_logprobs, moved.entropies, batch, moved, credit.advantages)
     loss, _ = composed.loss(*streams)
     np.testing.assert_allclose(loss, -np.asarray(plain.advantages), rtol=1e-4, atol=1e-6)
+
+
+def test_a_baseline_of_the_whole_return_counts_at_the_end(tmp_path):
+    """An episode's later turns do not pay for what its first turn already got."""
+    _, _, credit, _ = run(tmp_path, {"name": "reinforce_pp_baseline"}, penalty=0.0)
+    for table in np.asarray(credit.turns.base)[: len(EPISODES)]:
+        found = table[table != 0]
+        np.testing.assert_allclose(found, found[0], rtol=1e-4)  # gamma 1: the same for every turn
+
+
+def test_the_divergence_is_corrected_for_the_policy_that_sampled(tmp_path):
+    """`k3_is` over samples of an older policy is the KL of the policy being trained, gradient too."""
+    sampler, policy, reference = (np.float32(x) for x in ([0.6, 0.3, 0.1], [0.2, 0.3, 0.5], [0.4, 0.4, 0.2]))
+    penalty = make_recipe("grpo", {"kl_coef": 1.0, "kl_kind": "k3_is"}).kl
+    rows = dataclasses.replace(run(tmp_path, {"name": "grpo"})[0], behavior_logprobs=np.log(sampler)[None])
+    before = np.log(policy)[None]  # the first step: the learner before the update is the policy itself
+    scores = Scores(old_logprobs=before, entropies=before, ref_logprobs=np.log(reference)[None])
+
+    def divergence(logits):
+        found, weight = penalty(jax.nn.log_softmax(logits)[None], rows, scores)
+        return jnp.sum(sampler * found[0]) * weight
+
+    def exact(logits):
+        logprobs = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.exp(logprobs) * (logprobs - np.log(reference)))
+
+    logits = jnp.log(policy)
+    np.testing.assert_allclose(divergence(logits), exact(logits), rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(divergence)(logits), jax.grad(exact)(logits), atol=1e-5)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from empg_jax.algorithms import advantages, anchors, returns
 from empg_jax.algorithms.contract import TokenCredit, Worth
-from empg_jax.algorithms.masking import NonNegative, Portion, Share, check_choice, whiten
+from empg_jax.algorithms.masking import NonNegative, Portion, Positive, Share, check_choice, whiten
 from empg_jax.algorithms.part import Part, default_of
 from empg_jax.algorithms.segments import center_by_group, turn_slots
 from empg_jax.algorithms.timeline import last_turns, make_line, place_turn_values, token_reward_to_go
@@ -54,7 +54,7 @@ def rloo(*, singleton: Literal["zero", "raw"] = default_of(advantages.rloo, "sin
 def grpo(
     *,
     scale_by_std: bool = default_of(advantages.grpo, "scale_by_std"),
-    eps: NonNegative = default_of(advantages.grpo, "eps"),
+    eps: Positive = default_of(advantages.grpo, "eps"),
     singleton: Literal["zero", "raw"] = default_of(advantages.grpo, "singleton"),
 ) -> Part:
     """Bind `grpo` on episode returns, the same for every turn.
@@ -76,7 +76,7 @@ def grpo(
 def grpo_turn_rows(
     *,
     scale_by_std: bool = default_of(advantages.grpo_turn_rows, "scale_by_std"),
-    eps: NonNegative = default_of(advantages.grpo_turn_rows, "eps"),
+    eps: Positive = default_of(advantages.grpo_turn_rows, "eps"),
     singleton: Literal["zero", "raw"] = default_of(advantages.grpo_turn_rows, "singleton"),
     rows: Literal["all", "first", "mean"] = default_of(advantages.grpo_turn_rows, "rows"),
 ) -> Part:
@@ -109,7 +109,7 @@ def gigpo(
     omega: NonNegative = default_of(anchors.gigpo, "omega"),
     turn_gamma: Share = 0.95,
     scale_by_std: bool = default_of(anchors.gigpo, "scale_by_std"),
-    eps: NonNegative = default_of(anchors.gigpo, "eps"),
+    eps: Positive = default_of(anchors.gigpo, "eps"),
     singleton: Literal["zero", "raw"] = default_of(anchors.gigpo, "singleton"),
     statistics: Literal["trajectories", "step_rows"] = default_of(anchors.gigpo, "statistics"),
     anchor_similarity: Portion = 1.0,
@@ -181,15 +181,15 @@ def reinforce_pp(
     Args:
       gamma: Discount per sampled token (REINFORCE++, PPO).
       reward_kl_coef: Weight of a KL penalty (k1) inside the reward, in place of kl_coef.
-      group_baseline: Take the mean return of the task's attempts off first (the baseline form).
+      group_baseline: Reward an episode at its end alone, with its return less that of the task's attempts.
     """
     options: dict[str, Any] = dict(locals())
 
     def estimate(batch: Batch, scores: Scores, worth: Worth) -> TokenCredit:
         table = worth.turn_rewards - worth.turn_penalties
-        if group_baseline:
+        if group_baseline:  # the whole return counts at the end: a baseline of it fits no single turn
             centered, _, _ = center_by_group(worth.returns, batch.group_ids, worth.returns.shape[0])
-            table = table - jnp.where(last_turns(worth.mask), (worth.returns - centered)[:, None], 0)
+            table = jnp.where(last_turns(worth.mask), centered[:, None], 0)
         rewards, slots = token_rewards(batch, scores, table, reward_kl_coef)
         return TokenCredit(whiten(token_reward_to_go(rewards, slots, worth.mask.shape[1], gamma), slots >= 0))
 
@@ -229,6 +229,6 @@ def ppo(
         streams = (line.gather(rewards), line.gather(scores.values), line.mask)
         found = returns.gae(*streams, gamma=gamma, lam=lam, ends=line.ends)
         estimated, targets = (line.scatter(stream, slots) for stream in found)
-        return TokenCredit(whiten(estimated, slots >= 0), targets)
+        return TokenCredit(estimated, targets, is_whitened=True)
 
     return Part("ppo", options, estimate, needs=("values", *_reference(reward_kl_coef)))

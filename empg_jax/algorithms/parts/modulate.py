@@ -16,8 +16,10 @@ from empg_jax.types import Batch
 
 
 def _control_key(seed: int | None, batch: Batch) -> Key[Array, ""] | None:
-    """Make a key for the shuffled control: another one for every batch, the same for the same batch."""
-    return None if seed is None else jax.random.fold_in(jax.random.key(seed), jnp.sum(batch.tokens))
+    """Make a key for the shuffled control: another one for every batch, the same however it is packed."""
+    if seed is None:
+        return None
+    return jax.random.fold_in(jax.random.key(seed), jnp.sum(jnp.where(batch.loss_mask, batch.tokens, 0)))
 
 
 def empg(

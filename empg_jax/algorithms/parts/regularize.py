@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from empg_jax.algorithms import losses
 from empg_jax.algorithms.masking import Count, NonNegative, Positive, check_choice
 from empg_jax.algorithms.part import Part, default_of
-from empg_jax.types import Scores
+from empg_jax.types import Batch, Scores
 
 
 def kl(
@@ -25,9 +25,10 @@ def kl(
     check_choice("kl_kind", kind, losses.KL_KINDS)
 
     def penalty(
-        logprobs: Float[Array, "B T"], scores: Scores
+        logprobs: Float[Array, "B T"], rows: Batch, scores: Scores
     ) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
-        old = scores.old_logprobs if kind == "k3_is" else None
+        # The policy that sampled, which with older samples is not the learner before the update.
+        old = rows.behavior_logprobs if kind == "k3_is" else None
         found = losses.kl_penalty(logprobs, scores.ref_logprobs, kind=kind, old_logprobs=old)
         return found, jnp.asarray(coef, logprobs.dtype)
 

@@ -16,7 +16,6 @@ from empg_jax.algorithms.masking import (
     Positive,
     Share,
     check_choice,
-    whiten,
 )
 from empg_jax.algorithms.part import Part, default_of
 from empg_jax.algorithms.parts.estimate import discounted_turns
@@ -38,7 +37,7 @@ def hgpo(
     base_group: bool = False,
     turn_gamma: Share = 0.95,
     scale_by_std: bool = default_of(histories.hgpo, "scale_by_std"),
-    eps: NonNegative = default_of(histories.hgpo, "eps"),
+    eps: Positive = default_of(histories.hgpo, "eps"),
     anchor_similarity: Portion = 1.0,
 ) -> Part:
     """Bind `hgpo` on discounted returns of turns (https://arxiv.org/abs/2602.22817).
@@ -131,7 +130,7 @@ def graft(
     *,
     gamma: Share = default_of(graph_credit.graft, "gamma"),
     lam: Share = default_of(graph_credit.graft, "lam"),
-    eps: NonNegative = default_of(graph_credit.graft, "eps"),
+    eps: Positive = default_of(graph_credit.graft, "eps"),
     sweeps: Length = default_of(graph_credit.graft, "sweeps"),
     anchor_similarity: Portion = 1.0,
 ) -> Part:
@@ -159,7 +158,7 @@ def graph_gpo(
     decay: Portion = default_of(graph_credit.graph_gpo, "decay"),
     step_weight: NonNegative = default_of(graph_credit.graph_gpo, "step_weight"),
     episode_weight: NonNegative = default_of(graph_credit.graph_gpo, "episode_weight"),
-    eps: NonNegative = default_of(graph_credit.graph_gpo, "eps"),
+    eps: Positive = default_of(graph_credit.graph_gpo, "eps"),
     sweeps: Length = default_of(graph_credit.graph_gpo, "sweeps"),
     anchor_similarity: Portion = 1.0,
 ) -> Part:
@@ -188,7 +187,7 @@ def gagpo(
     turn_gamma: Share = default_of(turn_values.gagpo, "gamma"),
     turn_lam: Share = default_of(turn_values.gagpo, "lam"),
     normalize: Literal["group", "none"] = default_of(turn_values.gagpo, "normalize"),
-    eps: NonNegative = default_of(turn_values.gagpo, "eps"),
+    eps: Positive = default_of(turn_values.gagpo, "eps"),
     anchor_similarity: Portion = 1.0,
 ) -> Part:
     """Bind `gagpo` on the turns' rewards, penalties taken off (https://arxiv.org/abs/2605.13217).
@@ -219,7 +218,7 @@ def beacon(
     weight: NonNegative = default_of(milestones.beacon, "weight"),
     scale: Positive = default_of(milestones.beacon, "scale"),
     scale_by_std: bool = default_of(milestones.beacon, "scale_by_std"),
-    eps: NonNegative = default_of(milestones.beacon, "eps"),
+    eps: Positive = default_of(milestones.beacon, "eps"),
 ) -> Part:
     """Bind `beacon` on the milestones that the environment reports (https://arxiv.org/abs/2605.06078).
 
@@ -275,6 +274,6 @@ def turn_ppo(
         rewards = worth.turn_rewards - worth.turn_penalties
         found = turn_values.turn_gae(rewards, values, worth.mask, gamma=turn_gamma, lam=turn_lam)
         estimated, targets = (turns_to_tokens(table, *place) for table in found)
-        return TokenCredit(whiten(estimated, slots >= 0), targets)
+        return TokenCredit(estimated, targets, is_whitened=True)
 
     return Part("turn_ppo", options, estimate, needs=("values",))

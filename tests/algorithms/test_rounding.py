@@ -1,0 +1,49 @@
+"""Rounding is not credit: sums of the same rewards in another order count as equal, everywhere alike."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import empg_jax.algorithms as al
+from empg_jax.algorithms.segments import center_by_group
+from empg_jax.rollout.ledger import is_uniform
+
+N, K = 128, 50
+
+
+def winners(dtype):
+    """Episodes that all end well after a different number of turns: no turn is better than another."""
+    mask = np.arange(K)[None] < np.random.default_rng(0).integers(10, K + 1, N)[:, None]
+    rewards = np.zeros((N, K), dtype)
+    rewards[np.arange(N), mask.sum(1) - 1] = 10
+    returns = al.discounted_returns(jnp.asarray(rewards), mask, gamma=0.95)
+    left = mask.sum(1)[:, None] - np.arange(K)  # the observation tells the turns that are left
+    anchors = np.where(mask, left, -1).astype(np.int32)
+    return jnp.asarray(rewards.sum(1)), returns, anchors, mask, np.zeros(N, np.int32)
+
+
+def test_a_spread_of_rounding_alone_is_no_credit():
+    total, returns, anchors, mask, groups = winners(np.float32)
+    spread = [np.ptp(np.asarray(returns)[anchors == left]) for left in range(1, K + 1)]
+    assert max(spread) > 0  # the sums do round apart
+    found = al.gigpo(total, returns, anchors, mask, groups, scale_by_std=True)
+    np.testing.assert_array_equal(found, 0)
+    found = al.hgpo(returns, anchors, mask, groups, scale_by_std=True)
+    np.testing.assert_array_equal(found, 0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, -10.0, 1000.0])
+@pytest.mark.parametrize("ulps", [1, 8, 40, 1000])
+def test_ledger_and_credit_agree_on_what_is_equal(offset, ulps):
+    step = ulps * np.spacing(np.float32(max(abs(offset), 1)))
+    returns = np.float32([offset, offset + step])
+    mixed = bool(al.has_spread(returns, np.zeros(2, np.int32)).any())
+    assert mixed == (ulps > 16)
+
+    class Attempt:
+        def __init__(self, value):
+            self.episode_return = float(value)
+
+    assert is_uniform([Attempt(value) for value in returns]) != mixed
+    deviations, std, _ = center_by_group(jnp.asarray(returns), jnp.zeros(2, jnp.int32), 1)
+    assert bool(jnp.any(deviations != 0)) == mixed and bool(jnp.any(std != 0)) == mixed

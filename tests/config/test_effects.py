@@ -1,0 +1,58 @@
+"""Keys that would do nothing, or something else than they say, are refused; the others do what they say."""
+
+import numpy as np
+import pytest
+
+from empg_jax.config import load_config
+from empg_jax.errors import ConfigError
+from empg_jax.run.assembly import make_recipe_from, make_rl_optimizer
+
+REFUSED = {
+    ("train.learning_rate=1e-6",): r"final_learning_rate=5e-05 is above train\.learning_rate=1e-06",
+    ("sft.learning_rate=1e-5", "sft.final_learning_rate=1e-4"): r"sft\.final_learning_rate=0\.0001 is above",
+    ("train.on_kl=stop",): r"train\.on_kl=stop has no effect without train\.max_kl",
+    (
+        "algorithm.name=ppo",
+        "algorithm.critic.warmup_updates=180",
+    ): r"the policy none of train\.updates=180",
+    ("algorithm.eps=0",): r"algorithm\.eps=0: must be greater than 0",
+    (
+        "algorithm.correction.sequence_delta=0.1",
+        "algorithm.correction.sequence_logprobs=learner",
+    ): r"sequence_logprobs=learner compares learner and sampler.*entropy_source=learner",
+}
+
+
+@pytest.mark.parametrize("keys", REFUSED, ids=" ".join)
+def test_what_would_do_nothing_is_refused(keys):
+    with pytest.raises(ConfigError, match=REFUSED[keys]):
+        load_config("quickstart", list(keys))
+
+
+def test_the_rate_falls_from_its_peak():
+    keys = ["train.learning_rate=1e-6", "train.final_learning_rate=null", "train.warmup_updates=0"]
+    config = load_config("quickstart", keys)
+    schedule = make_rl_optimizer(config)[1]
+    steps = config.train.updates * config.train.num_minibatches * config.train.epochs
+    rates = np.asarray([schedule(step) for step in (0, steps // 2, steps)])
+    np.testing.assert_allclose(rates[[0, -1]], [1e-6, 5e-8], rtol=1e-4)
+    assert np.all(np.diff(rates) < 0)
+
+
+def test_a_correction_is_left_out_alone():
+    keys = ["algorithm.name=erc", "algorithm.correction.kind=none", "algorithm.correction.sequence_delta=0.1"]
+    kept = [part.name for part in make_recipe_from(load_config("quickstart", keys)).correct]
+    assert sorted(kept) == ["entropy_ratio", "sequence_mask"]
+
+
+def test_the_divisor_of_dr_grpo_does_not_depend_on_shared_beginnings():
+    for keys in (["train.share_prefix=true"], []):
+        config = load_config("quickstart", ["algorithm.name=dr_grpo", *keys])
+        assert make_recipe_from(config).aggregate.options["scale"] == config.rollout.max_tokens
+
+
+def test_a_group_of_one_may_keep_its_raw_return():
+    keys = ["rollout.group_size=1", "algorithm.name=grpo", "rollout.min_group_size=null"]
+    with pytest.raises(ConfigError, match="every advantage would be 0"):
+        load_config("quickstart", keys)
+    load_config("quickstart", [*keys, "algorithm.singleton=raw"])
