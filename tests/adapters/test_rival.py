@@ -83,7 +83,9 @@ def test_the_opponent_has_a_conversation_of_its_own(monkeypatch):
         assert (first["model"], first["temperature"], first["max_tokens"]) == ("frozen", 0.5, 9)
         # The words that the policy reads with the same prompt options and parser.
         opening = first["messages"][0]["content"]
-        assert opening.startswith("Win.\nGive your action between <action> and </action>.\n\nYou are Player 0")
+        assert opening.startswith(
+            "Win.\nGive your action between <action> and </action>.\n\nYou are Player 0"
+        )
         user, said, news = second["messages"]
         assert user == first["messages"][0]
         assert said == {"role": "assistant", "content": "I see [0]. <action>[0]</action>"}

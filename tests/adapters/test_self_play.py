@@ -27,7 +27,15 @@ def test_the_opponent_is_the_policy_in_training(tmp_path, monkeypatch):
     monkeypatch.setenv("EMPG_API_KEY", KEY)
     tiny = [option for option in runs.TINY if not option.startswith(("sft", "eval", "log", "checkpoint"))]
     model = [option for option in tiny if option.startswith(("model", "compile"))]
-    serve = ["--api-key", KEY, *model, *GAME[:2], "serve.warm_up=false", "serve.slots=4", "serve.max_tokens=256"]
+    serve = [
+        "--api-key",
+        KEY,
+        *model,
+        *GAME[:2],
+        "serve.warm_up=false",
+        "serve.slots=4",
+        "serve.max_tokens=256",
+    ]
     with serving(tmp_path, "serve", "quickstart", *serve) as server:
         game = {"id": "IteratedRockPaperScissors-v0", "kwargs": {"num_rounds": 1}, "opponent": server.url}
         game["opponent_options"] = {"max_tokens": 1}
@@ -48,7 +56,9 @@ def test_the_opponent_is_the_policy_in_training(tmp_path, monkeypatch):
     assert [line["episodes_trained"] for line in lines] == [4, 4]
     assert all(line["logprob_gap_max"] < 1e-4 for line in lines)
     files = sorted((run / "rollouts").glob("update-*.jsonl.gz"))
-    episodes = [json.loads(line) for file in files for line in gzip.open(file, "rt")]
+    episodes = [
+        json.loads(line) for file in files for line in gzip.decompress(file.read_bytes()).splitlines()
+    ]
     assert {episode["return"] for episode in episodes} <= {-1.0, 0.0, 1.0}
     # Only the policy's own seat is in the rows: one token in each of its turns.
     sampled = sum(line["tokens_sampled"] for line in lines)

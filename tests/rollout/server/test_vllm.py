@@ -72,25 +72,31 @@ def serving(model, log):
         "--enable-prompt-tokens-details",
     ]
     variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    process = subprocess.Popen(
-        [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *map(str, options)],
-        env={**os.environ, **variables, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-    )
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *map(str, options)],
+            env={**os.environ, **variables, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            with httpx.Client(trust_env=False, timeout=10) as http:
+                while not answers(http, url):
+                    assert process.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
+                    time.sleep(1)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(120)
+
+
+def answers(http, url):
+    """Whether the server is there."""
     try:
-        with httpx.Client(trust_env=False, timeout=10) as http:
-            while True:
-                with contextlib.suppress(httpx.HTTPError):
-                    http.get(f"{url}/v1/models").raise_for_status()
-                    break
-                assert process.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
-                time.sleep(1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(120)
+        return http.get(f"{url}/v1/models").status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +125,14 @@ def test_a_run_trains_on_exact_tokens_and_log_probabilities(vllm, tmp_path, samp
     assert max(line["logprob_gap_max"] for line in lines) < 1e-4
     assert all(line["episodes_trained"] == 4 and line["grad_norm"] > 0 for line in lines)
     files = sorted((tmp_path / "run" / "rollouts").glob("update-*.jsonl.gz"))
-    episodes = [json.loads(line) for file in files for line in gzip.open(file, "rt")]
+    episodes = [
+        json.loads(line) for file in files for line in gzip.decompress(file.read_bytes()).splitlines()
+    ]
     turns = [turn for episode in episodes for turn in episode["turns"]]
     assert {turn["version"] for turn in turns} == {0, 1, 2}
     assert {turn["finish_reason"] for turn in turns} <= {"stop", "length"}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["eval_wins_after"] is not None
-    print([line["logprob_gap_max"] for line in lines], [line["prefix_hits"] for line in lines])
+    assert len(summary["eval_wins_after"]) == 4
+    if sampling:  # whose prompts are longer than a block of vLLM's cache
+        assert any(line["prefix_hits"] > 0 for line in lines)
+    print([line["logprob_gap_max"] for line in lines])
