@@ -11,12 +11,12 @@ import os
 import random
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from empg_envs.adapters.messages import take_new
-from empg_envs.base import EnvFault, Message
+from empg_envs.base import ActionParser, EnvFault, Message, PromptBuilder
 from empg_envs.guided import GuidedPrompts
 from empg_envs.parsers import WholeParser, ask_for, make_parser
 
@@ -58,8 +58,8 @@ class Rival:
         self._url = f"{url.rstrip('/').removesuffix('/v1')}/v1"
         # The words that the policy reads with the same `env.parser`.
         prompts = GuidedPrompts(instructions)
-        self._parse = WholeParser() if parser is None else make_parser(parser)
-        self._prompts = prompts if parser is None else ask_for(parser, prompts)
+        self._parse: ActionParser = WholeParser() if parser is None else make_parser(parser)
+        self._prompts: PromptBuilder = prompts if parser is None else ask_for(parser, prompts)
         self._model, self._timeout = model, timeout
         self._sampling = {"temperature": temperature, "max_tokens": max_tokens}
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -89,7 +89,7 @@ class Rival:
             "/chat/completions", body, lambda found: str(found["choices"][0]["message"]["content"] or "")
         )
 
-    def _read(self, path: str, body: Mapping[str, Any] | None, read: Any) -> str:
+    def _read(self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], str]) -> str:
         """Send a request, and return what ``read`` finds in the answer."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(API_KEY):
