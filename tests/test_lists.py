@@ -47,7 +47,7 @@ def test_adapters_say_what_they_need(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     found = listed("envs")
     assert found["gymnasium"].startswith("An environment of Gymnasium as text")
-    assert found["textarena"].startswith("A game of TextArena, alone or against a fixed opponent")
+    assert found["textarena"].startswith("A game of TextArena, alone or against an opponent")
     for name, wheel in (("gymnasium",) * 2, ("reasoning_gym", "reasoning-gym"), ("textarena",) * 2):
         assert f"; not ready here: the package {wheel} is needed (" in found[name]
         assert found[name].endswith("in the clone: pip install -e '.[adapters]'")

@@ -147,7 +147,7 @@ def test_the_whole_answer_is_the_move():
         ({"id": "TicTacTo-v0"}, "textarena has no game 'TicTacTo-v0'; did you mean 'TicTacToe-v0'"),
         (
             {"opponent": "rando"},
-            "unknown opponent 'rando'; did you mean 'random'.*choose random, first or package",
+            "unknown opponent 'rando'; did you mean 'random'.*choose random, first, package",
         ),
         (
             {"opponent": "tests.adapters.games:nobody"},

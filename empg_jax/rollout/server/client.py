@@ -16,7 +16,7 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -304,7 +304,7 @@ class Client:
         while True:
             try:
                 for path, body in self.wire.reload(wanted.folder, wanted.version):
-                    await self._send("POST", path, body, self._timeout)
+                    self._check_done(path, await self._send("POST", path, body, self._timeout))
                 self._is_lost = False
                 return
             except (_Unavailable, BadAnswer) as error:
@@ -313,6 +313,18 @@ class Client:
                     raise SamplerError(
                         f"{self.url} ({self.wire.name}) does not load the weights of {wanted.folder}: {error}"
                     ) from None
+
+    def _check_done(self, path: str, answer: Any) -> None:
+        """Check that a control route did what it was asked, where it tells.
+
+        vLLM keeps the old weights' prefixes while a response holds them, and answers with status 200.
+
+        Raises:
+          _Unavailable: it did not.
+        """
+        if isinstance(answer, Mapping) and answer.get("success") is False:
+            told = answer.get("message") or "not while responses are in progress"
+            raise _Unavailable(f"POST {path}: success is false, {told}", is_busy=True)
 
     # ----------------------------------------------------------------------------------- one request
 

@@ -32,6 +32,7 @@ class Patience:
         self._seconds, self._backoff, self._backoff_max = seconds, backoff, backoff_max
         self._tell, self._timer = tell, timer
         self._since: float | None = None
+        self._first = ""  # reason of the outage: later ones may only be its consequences
 
     def succeed(self) -> None:
         """Note that the server did what it was asked."""
@@ -47,12 +48,13 @@ class Patience:
         """
         now = self._timer()
         if self._since is None:
-            self._since = now
+            self._since, self._first = now, reason
             self._tell("sampler_failing", detail=reason)
         elif now - self._since > self._seconds:
+            first = "" if reason == self._first else f"the first failure: {self._first}; "
             raise SamplerError(
-                f"nothing was sampled for {now - self._since:.0f} s (faults.patience={self._seconds:g}); the "
-                f"last failure: {reason}"
+                f"nothing was sampled for {now - self._since:.0f} s (faults.patience={self._seconds:g}); "
+                f"{first}the last failure: {reason}"
             )
 
     def wait(self, failures: int) -> float:

@@ -1,13 +1,14 @@
-"""Fixed opponents for games of two players of TextArena."""
+"""Opponents for games of two players of TextArena."""
 
 from __future__ import annotations
 
 import copy
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from empg_envs.adapters.rival import Rival
 from empg_envs.names import import_function, suggest
 
 OPPONENTS = ("random", "first")
@@ -16,23 +17,32 @@ _MOVE = re.compile(r"\[[^\[\]\n]{1,40}\]")
 Opponent = Callable[[Any, random.Random], str]
 
 
-def find_opponent(name: str) -> Opponent:
+def find_opponent(name: str, options: Mapping[str, Any] | None = None) -> Opponent:
     """Return a function from a game, in which it is the opponent's turn, and dice to a move.
 
     Args:
-      name: ``random`` or ``first``, for a legal move among those that the game shows in brackets; or
-        ``package.module:function``, which gets the text of all that the opponent has seen, and dice.
+      name: ``random`` or ``first``, for a legal move among those that the game shows in brackets;
+        ``package.module:function``, which gets the text of all that the opponent has seen, and dice; or the
+        address of a server that speaks OpenAI's chat completions.
+      options: further arguments of a `Rival`, the opponent at an address.
 
     Raises:
-      ValueError: the name is unknown or cannot be imported.
+      ValueError: the name is unknown or cannot be imported, or the options do not fit.
     """
+    if "://" in name:
+        try:
+            return Rival(name, **(options or {}))
+        except TypeError as error:
+            raise ValueError(f"opponent_options: {error}") from None
+    if options:
+        raise ValueError(f"opponent_options={dict(options)} are of an opponent at an address, not of {name}")
     if ":" in name:
         function = import_function("opponent", name)
         return lambda game, dice: str(function("\n".join(text for _, text, _ in _seen(game)), dice))
     if name not in OPPONENTS:
         raise ValueError(
-            f"unknown opponent {name!r}{suggest(name, OPPONENTS)}; choose {', '.join(OPPONENTS)} or "
-            "package.module:function"
+            f"unknown opponent {name!r}{suggest(name, OPPONENTS)}; choose {', '.join(OPPONENTS)}, "
+            "package.module:function or the address of a server"
         )
     return _choose_random if name == "random" else _choose_first
 

@@ -1,4 +1,4 @@
-"""TextArena: games of one player, and of two against a fixed opponent."""
+"""TextArena: games of one player, and of two against an opponent, which may be the policy itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from empg_envs.adapters.chance import Chance
 from empg_envs.adapters.foreign import ForeignEnv, Reply, import_package, make_sizes
+from empg_envs.adapters.messages import take_new
 from empg_envs.adapters.opponents import find_opponent
 from empg_envs.base import EnvFault
 from empg_envs.names import suggest
@@ -19,7 +20,7 @@ PATIENCE = 200  # moves of the opponent in a row
 
 
 class TextArenaEnv(ForeignEnv):
-    """A game of TextArena, alone or against a fixed opponent, with the package's own rewards.
+    """A game of TextArena, alone or against an opponent, with the package's own rewards.
 
     Observations hold what is new to the player. Illegal moves are answered, and end the game, by the game's
     own rules. A task is a seed of the game; in games of two the policy begins in every other task.
@@ -27,6 +28,7 @@ class TextArenaEnv(ForeignEnv):
     Args:
       id: the game's registered name.
       opponent: who plays against the policy; see `find_opponent`.
+      opponent_options: further arguments of an opponent at an address (`Rival`).
       kwargs: further arguments of ``textarena.make``.
       tasks: number of training tasks.
       held_out: number of tasks of ``valid`` and of ``test``.
@@ -45,6 +47,7 @@ class TextArenaEnv(ForeignEnv):
         id: str = "TicTacToe-v0",
         *,
         opponent: str = "random",
+        opponent_options: Mapping[str, Any] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         tasks: int = 1024,
         held_out: int = 128,
@@ -57,7 +60,8 @@ class TextArenaEnv(ForeignEnv):
         if id not in registry:
             raise ValueError(f"textarena has no game {id!r}{suggest(id, registry)}")
         self._id, self._kwargs = id, dict(kwargs or {})
-        self._opponent = find_opponent(opponent)
+        self._opponent = find_opponent(opponent, opponent_options)
+        self.replayable = "://" not in opponent  # else another program answers
         self._chance, self._dice = Chance(), random.Random(0)
         self._game: Any = None
         self._player = 0
@@ -77,12 +81,12 @@ class TextArenaEnv(ForeignEnv):
             self._player = index % self._players
             if self._let_opponent_move():
                 raise EnvFault("game_over", f"{self._id} ended before the policy's first move")
-            return self._observe(), self._info(False)
+            return take_new(self._game, self._player), self._info(False)
 
     def _act(self, action: str) -> Reply:
         with self._chance.reigning():
             done = bool(self._game.step(action)[0]) or self._let_opponent_move()
-            observation = self._observe()
+            observation = take_new(self._game, self._player)
         if not done:
             return observation, 0.0, False, False, self._info(False)
         rewards, told = self._game.close()
@@ -116,18 +120,6 @@ class TextArenaEnv(ForeignEnv):
             if self._game.step(move)[0]:
                 return True
         raise EnvFault("opponent_stuck", f"{self._id}: {PATIENCE} moves of the opponent, and still its turn")
-
-    def _observe(self) -> str:
-        """Return the messages that are new to the policy's player, without its own."""
-        state = self._game.state
-        state.observations[self._player], messages = [], state.observations[self._player]
-        names = state.role_mapping
-        told = [
-            text if sender == self._arena.GAME_ID else f"[{names.get(sender, sender)}] {text}"
-            for sender, text, _ in messages
-            if sender != self._player
-        ]
-        return "\n".join(told).strip() or "(nothing new)"
 
     def _count_players(self, counts: Sequence[int]) -> int:
         """Return the first number of players that the game accepts."""
