@@ -72,6 +72,7 @@ def make_batch(
         success=jnp.asarray(won),
         truncated=jnp.zeros(trajectories, bool),
         scored_zero=jnp.zeros(trajectories, bool),
+        last_anchor_ids=jnp.asarray(rng.integers(0, 20, trajectories), jnp.int32),
         turn_rewards=jnp.asarray(rng.random((trajectories, turns)), jnp.float32),
         turn_truncated=jnp.zeros((trajectories, turns), bool),
         turn_valid=jnp.ones((trajectories, turns), bool),
