@@ -163,8 +163,8 @@ TABLES = {
         [-1.154698, 0.707106, -0.585170],
         [0.577349, -0.569495, -0.707106],
     ],
-    # The first failure ends in state 2, two moves from the goal, as its companion's move g does: both are worth
-    # 0.1 beside the winner's 10. The second one ends in a state that nobody left: 3 moves, as LOSE.
+    # The first failure ends in state 2, two moves from the goal, as its companion's move g does: both are
+    # worth 0.1 beside the winner's 10. The second ends in a state that nobody left: 3 moves, as LOSE.
     "graph_gpo, ends seen": [
         [0.577349, 1.154700],
         [-1.154698, 0.707106, -0.577350],
