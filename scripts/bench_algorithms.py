@@ -156,7 +156,7 @@ def measure_quickstart(repeats: int, vocab: int) -> dict[str, Any]:
         "optimizer_cpu_seconds": optimize,
         "credit_cpu_seconds": credit_seconds,
     }
-    for name in ("grpo_empg", "grpo_aem", *STEPWISE):
+    for name in [label for label in CREDITS if label != "grpo"]:
         update = score + credit_seconds[name] + optimize
         result[f"{name}_share_of_update"] = credit_seconds[name] / update
         result[f"{name}_extra_over_grpo_cpu_seconds"] = credit_seconds[name] - credit_seconds["grpo"]
