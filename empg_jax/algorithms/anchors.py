@@ -160,7 +160,7 @@ def join_alike(trajectories: Sequence[Trajectory], threshold: float) -> list[Tra
     groups = [numbers.setdefault(trajectory.group_id, len(numbers)) for trajectory in trajectories]
     texts = [[turn.observation for turn in trajectory.turns] for trajectory in trajectories]
     # Last, so that the observations of turns form the clusters that they would form alone.
-    texts += [[trajectory.last_observation] for trajectory in trajectories]
+    texts += [[] if each.last_anchor is None else [each.last_observation] for each in trajectories]
     width = max((len(row) for row in texts), default=0)
     found = similarity_anchors(texts, groups * 2, num_turns=width, threshold=threshold)
     return [
