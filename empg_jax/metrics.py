@@ -41,6 +41,7 @@ METRICS: dict[str, str] = {
     "outcome_*": "Episodes that ended for the reason in the name, since the last line.",
     "groups_failed": "Groups replaced because an attempt kept failing for a cause outside the policy.",
     "tokens_wasted": "Sampled tokens of episodes or groups that were given up, since the last line.",
+    "env_steps": "Steps of the environments in training episodes that ended, since the last line.",
     "worker_restarts": "Environment workers replaced after a death, a hang, or for their memory.",
     "episodes_recovered": "Episodes that went on in a new worker after theirs was lost.",
     "breaker_seconds": "Seconds without new episodes because most of them failed, until a probe succeeded.",
@@ -106,6 +107,7 @@ METRICS: dict[str, str] = {
     "learner_idle": "Share of the time in which the learner waited for episodes.",
     "publish_pause": "Wall seconds in which sampling stood still for new weights.",
     "seconds_cycle": "Wall seconds of the whole update: rollout, credit and optimizer steps.",
+    "cpu_seconds": "CPU seconds of the update on this machine, workers included, evaluations excluded.",
     "seconds_*": "Wall seconds of the phase in the name, as in wall_seconds of summary.json.",
     # Held-out evaluation
     "eval_success": "Share of the held-out tasks solved.",

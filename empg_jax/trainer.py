@@ -34,6 +34,7 @@ from empg_jax.run.assembly import (
 )
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.consumed import drop_consumed, write_consumed
+from empg_jax.run.cpu import cpu_seconds
 from empg_jax.run.environment import keep_date, keep_texts
 from empg_jax.run.evaluating import evaluate, evaluate_before
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
@@ -259,7 +260,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
     with rollout, Profiler(config, parts.run_dir) as profiler:
         while run.update < config.train.updates:
             profiler.begin(run.update + 1)
-            began, compiled = time.monotonic(), parts.compiles.count
+            began, burned, compiled = time.monotonic(), cpu_seconds(), parts.compiles.count
             parts.clock.lap()
             parts.events.update = run.update + 1
             # Marked before the rollout: a stop while waiting for it saves this state.
@@ -291,6 +292,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             values |= measured | delivery.metrics | {"recompiles": parts.compiles.count - compiled}
             values["learning_rate"] = float(parts.schedule(run.state.step))
             values["learner_idle"] = waited / seconds
+            values["cpu_seconds"] = cpu_seconds() - burned
             profiler.end(run.update)
             finish_update(parts, run, delivery, values, incidents)
 

@@ -113,6 +113,9 @@ class Trajectory:
       truncated: whether a limit ended the episode.
       metrics: further scalars that the environment reported at the end.
       group: the kind of the task in the environment's words, ``info["group"]``; empty where it names none.
+      last_anchor: hash of the observation that the episode ended in, which no turn answers; None where it is
+        not known.
+      last_observation: its text (for display; never tokenized).
     """
 
     task: int
@@ -127,6 +130,8 @@ class Trajectory:
     truncated: bool
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     group: str = ""
+    last_anchor: int | None = None
+    last_observation: str = ""
 
     @property
     def oldest_version(self) -> int:
@@ -172,6 +177,8 @@ class Batch:
     success: Leaf = _per("trajectory", bool)  # the environment's verdict
     truncated: Leaf = _per("trajectory", bool)  # a limit ended the episode, not the task
     scored_zero: Leaf = _per("trajectory", bool)  # a limit was exceeded: the algorithm caps the return at 0
+    # Key of the observation that the episode ended in, among the `anchor_ids`; -1: unknown.
+    last_anchor_ids: Leaf = _per("trajectory", np.int32, absent=-1)
     turn_rewards: Leaf = _per("turn", np.float32)  # the environment's own reward of the turn
     turn_truncated: Leaf = _per("turn", bool)  # the token limit cut the response
     turn_valid: Leaf = _per("turn", bool)  # the parser accepted the turn's action

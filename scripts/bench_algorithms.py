@@ -72,6 +72,7 @@ def make_batch(
         success=jnp.asarray(won),
         truncated=jnp.zeros(trajectories, bool),
         scored_zero=jnp.zeros(trajectories, bool),
+        last_anchor_ids=jnp.asarray(rng.integers(0, 20, trajectories), jnp.int32),
         turn_rewards=jnp.asarray(rng.random((trajectories, turns)), jnp.float32),
         turn_truncated=jnp.zeros((trajectories, turns), bool),
         turn_valid=jnp.ones((trajectories, turns), bool),
@@ -84,6 +85,14 @@ def make_batch(
 
 
 STEPWISE = ("gigpo", "hgpo", "crbc", "graph_hca", "graft", "graph_gpo", "gagpo", "beacon")
+# What is measured at the quickstart's size: a recipe, and keys that differ from it.
+CREDITS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("grpo", "grpo_empg", "grpo_aem", *STEPWISE)},
+    "graph_gpo, last seen": ("graph_gpo", {"graph": {"fail_node": "observation"}}),
+    "turn_ppo": ("turn_ppo", {}),
+    "sampo": ("sampo", {}),
+    "erc": ("erc", {}),
+}
 
 
 def cpu_seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -114,11 +123,15 @@ def measure_quickstart(repeats: int, vocab: int) -> dict[str, Any]:
     batch, scores, sampled = make_batch(rows, 256, 128, 10, steps, vocab)
     optimizer, _ = make_optimizer(learning_rate=1e-3, final_learning_rate=5e-5, total_steps=1000)
     model, mesh = DecoderConfig(vocab_size=vocab), make_mesh()
-    credit_seconds, learner = {}, None
-    for name in ("grpo", "grpo_empg", "grpo_aem", *STEPWISE):
-        algorithm = make_algorithm(name, num_minibatches=steps)
-        learner = make_learner(model, algorithm, optimizer, mesh, micro_rows=micro_rows)
-        credit_seconds[name] = cpu_seconds(lambda learner=learner: learner.credit(batch, scores), repeats)
+    credit_seconds = {}
+    for label, (name, keys) in CREDITS.items():
+        algorithm = make_algorithm(name, num_minibatches=steps, **keys)
+        known = scores if algorithm.value_loss is None else scores.replace(values=scores.entropies)
+        call = jax.jit(algorithm.credit)
+        credit_seconds[label] = cpu_seconds(lambda call=call, known=known: call(batch, known), repeats)
+    learner = make_learner(
+        model, make_algorithm("grpo", num_minibatches=steps), optimizer, mesh, micro_rows=micro_rows
+    )
     state = init_state(jax.random.key(0), model, optimizer, learner.shardings)
     micro_batches = rows // micro_rows
     score = cpu_seconds(lambda: learner.score(state.params, state.params, batch, np.int32(micro_batches)), 5)
@@ -143,7 +156,7 @@ def measure_quickstart(repeats: int, vocab: int) -> dict[str, Any]:
         "optimizer_cpu_seconds": optimize,
         "credit_cpu_seconds": credit_seconds,
     }
-    for name in ("grpo_empg", "grpo_aem", *STEPWISE):
+    for name in [label for label in CREDITS if label != "grpo"]:
         update = score + credit_seconds[name] + optimize
         result[f"{name}_share_of_update"] = credit_seconds[name] / update
         result[f"{name}_extra_over_grpo_cpu_seconds"] = credit_seconds[name] - credit_seconds["grpo"]

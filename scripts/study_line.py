@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import math
 import subprocess
@@ -30,6 +31,9 @@ SERIES = (
     "mixed_groups",
     "modulation_std",
 )
+
+
+SPENT = ("env_steps", "cpu_seconds")  # what curves are compared at equal amounts of
 
 
 class Incomplete(ValueError):
@@ -63,6 +67,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "weights_before": summary["weights_before"],
         "eval_tasks": summary["eval_tasks"],
         "curve": [[update, _short(value)] for update, value in curve],
+        "spent": spent_at([update for update, _ in curve], records),
         "area": area(curve),
         "updates_to_60": updates_to(curve, LEVEL),
         "end_success": curve[-1][1],
@@ -72,6 +77,24 @@ def read_run(folder: Path) -> dict[str, Any]:
             **{name: [_short(record.get(name)) for record in records] for name in SERIES},
         },
     }
+
+
+def spent_at(updates: Sequence[int], records: Sequence[dict[str, Any]]) -> dict[str, list[float]] | None:
+    """Sum what training had spent at each point of the curve; evaluations and warm start are not in it.
+
+    Args:
+      updates: the updates of the points, ascending.
+      records: the lines of the run's metrics.
+
+    Returns:
+      Sums by metric, one for each point; None where an update is not in the record, or none was made.
+    """
+    if updates[-1] == 0 or [record["update"] for record in records] != list(range(1, updates[-1] + 1)):
+        return None
+    if any(record.get(name) is None for record in records for name in SPENT):
+        return None
+    sums = {name: list(itertools.accumulate((r[name] for r in records), initial=0.0)) for name in SPENT}
+    return {name: [float(f"{totals[update]:.6g}") for update in updates] for name, totals in sums.items()}
 
 
 def describe_failure(code: int, log: Path) -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from study_ledger import Line
+from study_matched import AMOUNTS, Matched, match
 from study_plan import Study
 from study_results import (
     Comparison,
@@ -34,6 +35,7 @@ def write_report(study: Study, lines: Sequence[Line]) -> str:
         _cells(results),
         _primary(results),
         _secondary(results),
+        *_matched(results),
         _series(results),
         _left_out(results),
     ]
@@ -132,6 +134,69 @@ def _secondary(results: Results) -> str:
     heads = ["task", "comparison", "pairs", "difference", "sd"]
     note = "Success at the end in points, paired by seed; no test, the intervals describe."
     return f"## Secondary measure: success at the end\n\n{note}\n\n{_table(heads, rows)}"
+
+
+def _matched(results: Results) -> list[str]:
+    """One table at equal steps and at equal CPU seconds; nothing where no run says what it spent."""
+    found = match(results)
+    if found is None:
+        return []
+    study, rows = results.study, []
+    by_amount = {amount: found.differences(amount) for amount in AMOUNTS}
+    for task in study.tasks:
+        ranked = [arm for arm in study.arms if found.results.lines(task, arm)]
+        ranked.sort(key=lambda arm: -found.describe(task, arm, "area_cpu_seconds")[0])
+        for arm in ranked:
+            row = [task, arm, str(len(found.results.lines(task, arm)))]
+            for amount, differences in by_amount.items():
+                mean, interval = found.describe(task, arm, f"area_{amount}")
+                at, _ = found.describe(task, arm, f"at_{amount}")
+                each = differences.get((task, arm, study.baseline))
+                row += [f"{_points(mean)} {_interval(interval)}", _points(at), *_difference(each)]
+            rows.append(row)
+    heads = ["task", "arm", "seeds"]
+    for name in AMOUNTS.values():
+        heads += [f"area over {name}", "success there", f"area minus {study.baseline}", "p, Holm"]
+    parts = [_budgets(found), _table(heads, rows)]
+    pooled = [
+        [*_who(each), str(each.difference.pairs)]
+        + [cell for differences in by_amount.values() for cell in _difference(differences[where])]
+        for where, each in by_amount["cpu_seconds"].items()
+        if each.task is None
+    ]
+    if pooled:
+        heads = ["task", "comparison", "pairs"]
+        heads += [cell for name in AMOUNTS.values() for cell in (f"area over {name}", "p, Holm")]
+        parts.append(_table(heads, pooled))
+    if found.silent:
+        parts.append(f"Without a record of what they spent: {', '.join(each.name for each in found.silent)}.")
+    return ["## At equal environment steps and at equal CPU seconds\n\n" + "\n\n".join(parts)]
+
+
+def _budgets(found: Matched) -> str:
+    lines = [
+        f"- {task}: {found.budgets[task, 'env_steps']:,.0f} environment steps; "
+        f"{found.budgets[task, 'cpu_seconds']:,.0f} CPU seconds"
+        for task in found.results.study.tasks
+        if (task, "env_steps") in found.budgets
+    ]
+    note = (
+        "A task's budget is what its thriftiest finished run spent in training, without evaluations and "
+        "warm start; area and success, in per cent, are of the held-out curve up to it, and the arms of a "
+        "task are sorted by the area over CPU seconds. Differences in points, paired by seed, with 95 % "
+        "bootstrap intervals; Holm as above, apart for each of the two amounts."
+    )
+    return "\n".join([note, "", *lines])
+
+
+def _difference(each: Comparison | None) -> list[str]:
+    if each is None:
+        return ["", ""]
+    found = each.difference
+    return [
+        f"{_signed(found.mean)} {_interval((found.low, found.high), signed=True)}",
+        _p(each.adjusted),
+    ]
 
 
 def _series(results: Results) -> str:

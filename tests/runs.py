@@ -56,7 +56,7 @@ TINY = [
 ]
 HOUSE = ["env.name=null", "env.entry_point=tests.houses:HOUSE"]
 # What may differ between two runs that did the same.
-TIMES = ("time", "tokens_per_second", "learner_idle", "rollout_idle", "publish_pause")
+TIMES = ("time", "tokens_per_second", "learner_idle", "rollout_idle", "publish_pause", "cpu_seconds")
 
 
 def configure(run_dir, *overrides):

@@ -72,6 +72,41 @@ def test_every_recipe_is_in_the_table_of_published_numbers():
     assert set(re.findall(r"`papers/([\w.]+)`", table)) == FILES.keys()
 
 
+METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
+# What a method's file is known by: part of the first line of its run, and values that were published.
+KNOWN_BY = {
+    "beacon": ("BEACON", "estimate", {"turn_gamma": 0.9, "weight": 10.0}),
+    "crbc": ("CRBC", "estimate", {"beta": 0.98, "weight": 5.0, "trajectory_weight": 1.0, "min_std": 0.1}),
+    "erc": ("entropy_ratio(low=0.95, high=1.05)", "objective", {"clip_high": 0.28, "dual_clip": 10.0}),
+    "gagpo": ("GAGPO", "objective", {"ratio": "mean"}),
+    "graft": ("GRAFT", "estimate", {"gamma": 0.99, "lam": 0.95}),
+    "graph_gpo": ("GraphGPO", "estimate", {"decay": 0.1, "fail_node": "observation"}),
+    "graph_hca": ("GraphHCA", "estimate", {"gamma": 0.95, "floor": 0.01, "weight": 1.0}),
+    "hgpo": ("HGPO", "estimate", {"history": 2, "alpha": 1.0, "turn_gamma": 0.95}),
+    "kl_v32": ("kl(coef=0.01, kind=k3_is)", "estimate", {"scale_by_std": False}),
+    "sampo": ("drop_uniform(unit=group)", "objective", {"clip_low": 3e-3, "clip_high": 4e-3}),
+    "turn_ppo": ("Turn-PPO", "estimate", {"turn_gamma": 0.99, "turn_lam": 0.9}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_file_is_that_method_and_takes_a_modulation(name):
+    said, slot, published = KNOWN_BY[name]
+    config = load_config(f"methods/{name}")
+    assert said in describe_algorithm(config)
+    options = getattr(make_recipe_from(config), slot).options
+    assert {key: options[key] for key in published} == published
+    top = re.match("(#.*\n)+", METHODS[name].read_text()).group()
+    assert "ublished" in top and ("arXiv 2" in top or name == "graft")
+    aem = load_config(f"methods/{name}", ["algorithm.modulation=aem"])
+    assert " + AEM (" in describe_algorithm(aem)
+
+
+def test_every_method_is_in_the_table():
+    table = (ROOT / "configs" / "README.md").read_text()
+    assert set(re.findall(r"`methods/(\w+)`", table)) == METHODS.keys() == KNOWN_BY.keys()
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     with quick_compilations(), share_compilations(tmp_path_factory.mktemp("compiled")):

@@ -159,8 +159,10 @@ def join_alike(trajectories: Sequence[Trajectory], threshold: float) -> list[Tra
     numbers: dict[int, int] = {}
     groups = [numbers.setdefault(trajectory.group_id, len(numbers)) for trajectory in trajectories]
     texts = [[turn.observation for turn in trajectory.turns] for trajectory in trajectories]
+    # Last, so that the observations of turns form the clusters that they would form alone.
+    texts += [[] if each.last_anchor is None else [each.last_observation] for each in trajectories]
     width = max((len(row) for row in texts), default=0)
-    found = similarity_anchors(texts, groups, num_turns=width, threshold=threshold)
+    found = similarity_anchors(texts, groups * 2, num_turns=width, threshold=threshold)
     return [
         dataclasses.replace(
             trajectory,
@@ -168,8 +170,11 @@ def join_alike(trajectories: Sequence[Trajectory], threshold: float) -> list[Tra
                 dataclasses.replace(turn, anchor=int(anchor))
                 for turn, anchor in zip(trajectory.turns, row, strict=False)
             ),
+            last_anchor=None if trajectory.last_anchor is None else int(last[0]),
         )
-        for trajectory, row in zip(trajectories, found, strict=True)
+        for trajectory, row, last in zip(
+            trajectories, found[: len(groups)], found[len(groups) :], strict=True
+        )
     ]
 
 

@@ -135,6 +135,7 @@ def _small_batch() -> tuple[Batch, Scores]:
         success=jnp.asarray([True, False, False, False]),
         truncated=jnp.asarray([False, False, False, True]),
         scored_zero=jnp.zeros(rows, bool),
+        last_anchor_ids=ints([2, 0, 2, -1]),
         turn_rewards=jnp.asarray(rewards),
         turn_truncated=table(False),
         turn_valid=table(True).at[2, 0].set(False),

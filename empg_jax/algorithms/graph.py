@@ -1,9 +1,9 @@
 """The state graph of a task group, and its values: the one solver behind the graph methods.
 
 Per task group a node is an observation (an anchor), and a turn is the edge from the observation that it
-answers to the one that its trajectory sees next. The last turn of a trajectory leads to WIN or to LOSE. Nodes
-are numbered in [0, N·K), WIN is N·K and LOSE is N·K + 1 for all groups. A turn without an anchor has no edge,
-nor has the move into it.
+answers to the one that its trajectory sees next. The last turn of a trajectory leads to WIN or to LOSE, or,
+where it is asked for, that of a failure to the observation that it ended in. Nodes are numbered in [0, N·K),
+WIN is N·K and LOSE is N·K + 1 for all groups. A turn without an anchor has no edge, nor has the move into it.
 
 Nothing is pairwise: edges are one flat array, and a sweep over them is a segment sum, minimum or mean.
 """
@@ -43,6 +43,7 @@ def make_graph(
     anchor_ids: Int[Arr, "N K"],
     turn_mask: Shaped[Arr, "N K"],
     group_ids: Int[Arr, " N"],
+    last_anchor_ids: Int[Arr, " N"] | None = None,
 ) -> StateGraph:
     """Make the state graph.
 
@@ -51,21 +52,30 @@ def make_graph(
       anchor_ids: arbitrary ids, equal ids = equal observation; -1 = none.
       turn_mask: turns that exist.
       group_ids: in [0, N), -1 = absent.
+      last_anchor_ids: the observation that a trajectory ended in: a failure leads there; where it is -1, and
+        without this argument, to LOSE. The table then has one more column, in which no turn is an edge.
 
     Raises:
       ValueError: for different shapes.
     """
     check_shapes(anchor_ids=anchor_ids, turn_mask=turn_mask)
     check_shapes(success=success, group_ids=group_ids)
-    ids = as_ids(group_ids)
-    present = as_mask(turn_mask) & (ids >= 0)[:, None]
-    nodes = anchor_groups(as_ids(anchor_ids), present, ids)
+    ids, anchors = as_ids(group_ids), as_ids(anchor_ids)
+    is_turn = present = as_mask(turn_mask) & (ids >= 0)[:, None]
+    if last_anchor_ids is not None:
+        check_shapes(last_anchor_ids=last_anchor_ids, group_ids=group_ids)
+        last = as_ids(last_anchor_ids)[:, None]
+        has_node = (last >= 0) & ~as_mask(success)[:, None] & (ids >= 0)[:, None]
+        anchors = jnp.concatenate([anchors, last], axis=1)
+        present = jnp.concatenate([present, has_node], axis=1)
+        is_turn = jnp.concatenate([is_turn, jnp.zeros_like(has_node)], axis=1)
+    nodes = anchor_groups(anchors, present, ids)
     size, length = nodes.size, nodes.shape[1]
     after = next_valid_places(present)
     following = jnp.take_along_axis(nodes, jnp.minimum(after, length - 1), axis=1)
     end = jnp.where(as_mask(success), size, size + 1).astype(jnp.int32)[:, None]
     dst = jnp.where(after < length, following, end)
-    mask = (nodes >= 0) & (dst >= 0)
+    mask = is_turn & (nodes >= 0) & (dst >= 0)
     groups = jnp.where(present, ids[:, None], -1)
     src, dst = (jnp.where(mask, ids, -1).ravel() for ids in (nodes, dst))
     return StateGraph(src, dst, mask.ravel(), groups.ravel())

@@ -21,7 +21,15 @@ from empg_jax.algorithms.graph import (
     make_graph,
     pair_ids,
 )
-from empg_jax.algorithms.masking import Arr, Scalar, as_floats, as_ids, as_mask, check_shapes
+from empg_jax.algorithms.masking import (
+    Arr,
+    Scalar,
+    as_floats,
+    as_ids,
+    as_mask,
+    check_choice,
+    check_shapes,
+)
 from empg_jax.algorithms.segments import (
     center_by_group,
     number_pairs,
@@ -31,6 +39,7 @@ from empg_jax.algorithms.segments import (
 )
 
 LOG_NOISE = 1e-5  # as NOISE, for logarithms: their rounding is that of the value relative to itself
+FAIL_NODES = ("absorbing", "observation")
 SETTLED = 1e-8  # a change of summed differences that float32 no longer sees
 
 
@@ -42,7 +51,8 @@ def _beside_episodes(
 ) -> Float[Array, "N K"]:
     """Add the credit of trajectories to that of steps."""
     mask = as_mask(turn_mask) & (ids >= 0)[:, None]
-    return jnp.where(mask, episode[:, None] + step.astype(episode.dtype).reshape(mask.shape), 0)
+    table = step.astype(episode.dtype).reshape(len(mask), -1)[:, : mask.shape[1]]
+    return jnp.where(mask, episode[:, None] + table, 0)
 
 
 def _above_noise(values: Float[Array, " M"], noise: float) -> Float[Array, " M"]:
@@ -249,6 +259,8 @@ def graph_gpo(
     episode_weight: Scalar = 1.0,
     eps: Scalar = 1e-6,
     sweeps: int = 64,
+    fail_node: str = "absorbing",
+    last_anchor_ids: Int[Arr, " N"] | None = None,
 ) -> Float[Array, "N K"]:
     """Compute GraphGPO: a move is worth more the shorter the way on from where it leads.
 
@@ -256,7 +268,8 @@ def graph_gpo(
 
     d is the number of moves from a node to WIN over all moves of the group, stitched from several
     trajectories; where there is no way, one more than the group's largest. A single visit gives 0. A^G is
-    GRPO. A failed episode ends in a node of its own, never in one that others passed. Source:
+    GRPO. A failed episode ends in a node of its own, or in the observation that it saw last: others may have
+    gone on from there, so that its last move is worth what theirs is. Source:
     https://arxiv.org/abs/2605.26684, Eq. 4, and verl-agent, https://github.com/langfengQ/verl-agent.
 
     Args:
@@ -271,14 +284,22 @@ def graph_gpo(
       episode_weight: w_ep.
       eps: added to the standard deviations.
       sweeps: longest way that is found, in moves.
+      fail_node: where a failed episode ends: ``"absorbing"``, a node of its own, or ``"observation"``, the
+        one that it saw last (the released recipe).
+      last_anchor_ids: key of the observation that each trajectory ended in, -1 = unknown: absorbing;
+        ``"observation"`` needs it.
 
     Returns:
       Advantages [N, K], 0 off the mask.
 
     Raises:
-      ValueError: for different shapes.
+      ValueError: for different shapes, an unknown choice, or one without its argument.
     """
-    graph, ids = make_graph(success, anchor_ids, turn_mask, group_ids), as_ids(group_ids)
+    check_choice("fail_node", fail_node, FAIL_NODES)
+    if fail_node == "observation" and last_anchor_ids is None:
+        raise ValueError("fail_node='observation' needs last_anchor_ids")
+    ends = last_anchor_ids if fail_node == "observation" else None
+    graph, ids = make_graph(success, anchor_ids, turn_mask, group_ids, ends), as_ids(group_ids)
     distances, _ = goal_distances(graph, sweeps=sweeps)
     own = jnp.where(graph.mask, distances[graph.src], 0)
     home = jnp.where(graph.groups >= 0, graph.groups, ids.size)

@@ -39,6 +39,7 @@ _SPELLED: dict[str, dict[str, str]] = {
         "step_weight": "graph.weight",
         "episode_weight": "graph.trajectory_weight",
         "sweeps": "graph.sweeps",
+        "fail_node": "graph.fail_node",
     },
     "gagpo": {"normalize": "gagpo_normalize"},
     "beacon": {"weight": "milestone_weight", "scale": "milestone_scale"},

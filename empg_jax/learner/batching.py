@@ -282,4 +282,6 @@ def _trajectory_table(trajectories: Sequence[Trajectory], shape: BatchShape) -> 
                 table["action_ids"][i, t] = actions.setdefault(turn.action, len(actions))
             table["milestones"][i, t] = turn.milestone
             table["versions"][i, t] = turn.version
+        if trajectory.last_anchor is not None:
+            table["last_anchor_ids"][i] = anchors.setdefault(trajectory.last_anchor, len(anchors))
     return table

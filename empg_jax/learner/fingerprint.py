@@ -52,6 +52,11 @@ def text_logprob(
     return float(np.asarray(logprobs)[1:count].mean())
 
 
+def policy_checksum(params: Params) -> str:
+    """Hash the parameters as `checksum` does, a critic's head aside: it starts at 0, and samples nothing."""
+    return checksum({name: part for name, part in params.items() if name != "value_head"})
+
+
 def checksum(params: Params) -> str:
     """Hash the names, types, shapes and every bit of the parameters, on any devices.
 

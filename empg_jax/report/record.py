@@ -34,7 +34,7 @@ class RunRecord:
       sft_data: hash of the warm start's data; empty for demonstrations (recorded again on resume), None
       before.
       sft_eval_loss: the last held-out loss of the warm start, in nats per token.
-      weights_before: checksum of the weights that RL starts from; None before. Runs with the same one can be
+      weights_before: checksum of the policy that RL starts from; None before. Runs with the same one can be
         paired.
       panels: results by time, ``before`` and ``after``.
       tokens_sampled: sampled tokens of the trajectories that were trained on.

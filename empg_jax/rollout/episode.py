@@ -53,6 +53,7 @@ class Episode:
         self._context, self._parser, self._rules = context, parser, rules
         self._turns: list[Turn] = []
         self._observation = ""
+        self._last: str | None = None  # the observation that the episode ended in
         self._info: Mapping[str, Any] = {}
         self._action = ""
         self._is_valid = True
@@ -90,6 +91,7 @@ class Episode:
             won = bool(info.get("won", False))
             usual = "won" if won else "ended" if terminated else "turn_limit"
             reason, detail = str(info.get("outcome", usual)), str(info.get("detail", ""))
+            self._last = observation
             return self._finish(Status.TRAINED, reason, info, won, terminated, not terminated, detail=detail)
         delta = self._context.follow(
             response.tokens.tolist(),
@@ -104,6 +106,7 @@ class Episode:
 
     def on_context_limit(self) -> Trajectory:
         """End the episode as scored zero, because the next prompt leaves no room for a response."""
+        self._last = self._observation
         return self._finish(Status.SCORED_ZERO, "context_limit", {}, False, False, True)
 
     def on_failure(self, reason: str, detail: str) -> Trajectory:
@@ -168,6 +171,8 @@ class Episode:
             metrics={name: float(value) for name, value in (info.get("metrics") or {}).items()},
             # The task's kind is known from the start; an episode that a limit ends has no last info.
             group=str(self._info.get("group") or ""),
+            last_anchor=None if self._last is None else anchor_of(self._last),
+            last_observation=self._last or "",
         )
 
 

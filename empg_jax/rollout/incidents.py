@@ -10,13 +10,17 @@ from empg_jax.workers.pool import EnvPool
 
 
 def count_incidents(ledger: Ledger, pool: EnvPool) -> dict[str, float]:
-    """Count what went wrong since the start, by metric name; `tasks_quarantined` is the present number."""
+    """Count what was spent and went wrong since the start, by metric name.
+
+    `tasks_quarantined` is the present number.
+    """
     return {
         "worker_restarts": pool.stats.restarts + pool.stats.recycled,
         "episodes_recovered": pool.stats.recovered,
         "breaker_seconds": pool.breaker.seconds,
         "groups_failed": ledger.counts["groups_failed"],
         "tokens_wasted": ledger.counts["tokens_wasted"],
+        "env_steps": ledger.counts["env_steps"],
         "tasks_quarantined": len(pool.quarantined()),
     }
 

@@ -94,7 +94,8 @@ class Ledger:
 
     Attributes:
       outcomes: episodes that ended since the start of the run, by ``status:reason``.
-      counts: groups replaced because of failures, and sampled tokens of no use, since the start of the run.
+      counts: groups replaced because of failures, sampled tokens of no use, and steps of the environments in
+        episodes that ended, since the start of the run.
       starts: attempts to start, in order; the caller empties it.
       cancels: groups whose attempts in flight are to be given up; the caller empties it.
     """
@@ -173,6 +174,7 @@ class Ledger:
         outcome = trajectory.outcome
         self.outcomes[f"{outcome.status}:{outcome.reason}"] += 1
         group = self._groups.get(attempt.group_id)
+        self.counts["env_steps"] += len(trajectory.turns)
         if not outcome.is_trained:
             tell_discarded(self._tell, attempt, outcome)
         if not outcome.is_trained or group is None or attempt.member not in group.missing:

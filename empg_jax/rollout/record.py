@@ -41,6 +41,8 @@ EPISODE_FIELDS: dict[str, tuple[Any, str]] = {
     "terminated": (bool, "true or false"),
     "truncated": (bool, "true or false"),
     "metrics": (dict, "an object"),
+    "last_observation": (str, "a string"),
+    "last_anchor": (str, "a string"),
     "turns": (list, "a list of turns"),
 }
 TURN_FIELDS: dict[str, tuple[Any, str]] = {
@@ -106,6 +108,7 @@ def describe_episodes(
             "terminated": trajectory.terminated,
             "truncated": trajectory.truncated,
             "metrics": {name: as_number(value) for name, value in trajectory.metrics.items()},
+            **_describe_end(trajectory),
             "turns": [
                 _describe_turn(turn)
                 | {"entropy": _mean(turn.entropies) if credit is None else as_number(credit.entropies[i, k])}
@@ -174,6 +177,15 @@ def credit_fields(credit: TurnCredit, i: int, k: int) -> Record:
 def as_number(value: Any) -> float | None:
     """Convert a number for JSON: the shortest decimal that gives the same float32, null if not finite."""
     return float(str(np.float32(value))) if math.isfinite(value) else None
+
+
+def _describe_end(trajectory: Trajectory) -> Record:
+    if trajectory.last_anchor is None:
+        return {}
+    return {
+        "last_observation": trajectory.last_observation,
+        "last_anchor": f"{trajectory.last_anchor:016x}",
+    }
 
 
 def _describe_turn(turn: Turn) -> Record:
@@ -246,6 +258,7 @@ def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
         if is_transcript:
             so_far = np.concatenate([so_far, turn.response_tokens])
     truncated = record.get("truncated", False)
+    end = record.get("last_anchor") or record.get("last_observation")
     return Trajectory(
         task=record.get("task", 0),
         split=record.get("split", "train"),
@@ -261,6 +274,8 @@ def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
         truncated=truncated,
         metrics=record.get("metrics", {}),
         group=record.get("group", ""),
+        last_anchor=anchor_of(end) if end else None,
+        last_observation=record.get("last_observation", ""),
     )
 
 

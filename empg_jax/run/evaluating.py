@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from empg_jax.learner.fingerprint import checksum
+from empg_jax.learner.fingerprint import policy_checksum
 from empg_jax.report.record import PanelResult
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.run.parts import Parts, RunState
@@ -14,7 +14,7 @@ from empg_jax.run.together import gather_evaluation
 
 def evaluate_before(parts: Parts, run: RunState) -> Evaluation:
     """Evaluate the policy that RL starts from, and write the first checkpoint."""
-    run.record.weights_before = checksum(run.state.params)
+    run.record.weights_before = policy_checksum(run.state.params)
     before = evaluate(parts, run, "before")
     if parts.config.eval.every:
         run.record.note_success(run.update, before.metrics.get("eval_success", 0.0))

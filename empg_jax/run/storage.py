@@ -19,6 +19,7 @@ from empg_jax.types import Outcome, Status, Trajectory, Turn
 ARRAYS = ("prompt_tokens", "response_tokens", "behavior_logprobs", "entropies")
 SCALARS = ("reward", "version", "anchor", "is_valid", "finish_reason", "observation", "response")
 LATER = ("action", "milestone")  # likewise; files of older versions have none
+LATER_OF_EPISODES = ("group", "last_anchor", "last_observation")
 FIELDS = ("task", "split", "group_id", "member", "episode_return", "is_success", "terminated", "truncated")
 
 
@@ -40,7 +41,8 @@ def pack_trajectories(trajectories: Sequence[Trajectory]) -> tuple[str, dict[str
         header.append(
             {name: getattr(trajectory, name) for name in FIELDS}
             | {"outcome": [outcome.status.value, outcome.reason, outcome.detail]}
-            | {"turns": turns, "metrics": dict(trajectory.metrics), "group": trajectory.group}
+            | {name: getattr(trajectory, name) for name in LATER_OF_EPISODES}
+            | {"turns": turns, "metrics": dict(trajectory.metrics)}
         )
     return json.dumps(header), {name: np.concatenate(p) for name, p in parts.items() if p}
 
@@ -66,10 +68,10 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
         trajectories.append(
             Trajectory(
                 **{name: entry[name] for name in FIELDS},
+                **{name: entry[name] for name in LATER_OF_EPISODES if name in entry},
                 turns=tuple(turns),
                 outcome=Outcome(Status(status), reason, detail),
                 metrics=entry["metrics"],
-                group=entry.get("group", ""),  # files of older versions have none
             )
         )
     return trajectories

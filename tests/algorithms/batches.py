@@ -52,6 +52,7 @@ def make_batch(seed=0, *, junk=0.0):
         success=jnp.asarray(returns >= 1),
         truncated=jnp.zeros(N, bool),
         scored_zero=jnp.zeros(N, bool),
+        last_anchor_ids=jnp.asarray([-1, 0, 1, 2, 3, 0, -1, 1], jnp.int32),
         turn_rewards=jnp.asarray(turn_rewards),
         turn_truncated=jnp.zeros((N, K), bool),
         turn_valid=jnp.asarray(rng.random((N, K)) < 0.7),

@@ -14,8 +14,11 @@ def turns_of(mask, groups):
     return [(i, t) for i, t in np.argwhere(mask) if groups[i] >= 0]
 
 
-def edges_of(success, anchors, mask, groups):
-    """``{turn: (node, next node)}``; a node is (task, anchor), the last ones are WIN and LOSE."""
+def edges_of(success, anchors, mask, groups, last=None):
+    """``{turn: (node, next node)}``; a node is (task, anchor), the last ones are WIN and LOSE.
+
+    With ``last`` a failure ends in the anchor that stands there, if it is known.
+    """
     edges = {}
     for i, t in turns_of(mask, groups):
         later = np.flatnonzero(mask[i, t + 1 :])
@@ -24,6 +27,8 @@ def edges_of(success, anchors, mask, groups):
             end = (groups[i], following) if following >= 0 else None
         else:
             end = "WIN" if success[i] else "LOSE"
+            if last is not None and not success[i] and last[i] >= 0:
+                end = (groups[i], last[i])
         if anchors[i, t] >= 0 and end is not None:
             edges[i, t] = ((groups[i], anchors[i, t]), end)
     return edges
@@ -110,8 +115,8 @@ def graft(data, gamma=0.99, lam=0.0):
     return step
 
 
-def graph_gpo(data, decay=0.1):
-    edges = edges_of(data["success"], data["anchors"], data["mask"], data["groups"])
+def graph_gpo(data, decay=0.1, last=None):
+    edges = edges_of(data["success"], data["anchors"], data["mask"], data["groups"], last)
     away = collections.defaultdict(lambda: np.inf, {"WIN": 0})
     for _ in edges:
         for src, dst in edges.values():

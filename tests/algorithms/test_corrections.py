@@ -110,10 +110,14 @@ def test_alike_observations_are_joined_before_the_batch():
     texts = [[hall, "A kitchen."], [hall.replace("apple", "apples"), hall]]
     made = [
         episodes.trajectory(
-            [episodes.turn([1], 1, observation=text, anchor=n) for n, text in enumerate(row)], group_id=7
+            [episodes.turn([1], 1, observation=text, anchor=n) for n, text in enumerate(row)],
+            group_id=7,
+            **end,
         )
-        for row in texts
+        for row, end in zip(texts, [{}, dict(last_anchor=9, last_observation="A kitchen!")], strict=True)
     ]
     joined = join_alike(made, 0.95)
     assert [[turn.anchor for turn in trajectory.turns] for trajectory in joined] == [[0, 1], [0, 0]]
+    assert [trajectory.last_anchor for trajectory in joined] == [None, 2]  # 0.9 alike, which is not enough
+    assert [trajectory.last_anchor for trajectory in join_alike(made, 0.85)] == [None, 1]
     assert join_alike(made, 1.0) == made

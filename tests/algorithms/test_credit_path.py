@@ -51,6 +51,7 @@ def table(column):
 REWARDS, VALID, ANCHORS = table(1), table(2) > 0, table(3).astype(int)
 LIMIT = np.array([episode[4] == "limit" for episode in EPISODES])
 SUCCESS = np.array([True, False, False, True, True, False, False, False])
+LAST = np.array([9, 3, 4, -1, 8, 5, 6, -1])  # the observation that each episode ended in; -1 = unknown
 ACTIONS = np.where(MASK, (np.arange(len(EPISODES))[:, None] // 2 + np.arange(TURNS)) % 2, -1)
 MILESTONES = MASK & ((np.arange(len(EPISODES))[:, None] + np.arange(TURNS)) % 3 == 1)
 
@@ -72,6 +73,7 @@ def make_trajectories(context):
         fields = dict(group_id=group, member=number % 4, episode_return=float(sum(rewards)))
         fields |= dict(outcome=Outcome(status, "x"), truncated=special in ("cut", "limit"))
         fields |= dict(is_success=bool(SUCCESS[number]))
+        fields |= dict(last_anchor=None if LAST[number] < 0 else int(LAST[number]))
         made.append(episodes.trajectory(turns, **fields))
     return made
 
@@ -259,6 +261,19 @@ def test_every_recipe_from_a_file_to_its_numbers(tmp_path, name, context):
         np.testing.assert_allclose(np.asarray(credit.value_targets), targets, atol=2e-5)
     # Uniformity is judged before penalties: the second group differs in raw returns as well.
     assert credit.metrics["mixed_groups"] == 1
+
+
+@pytest.mark.parametrize("context", ["transcript", "window"])
+def test_where_a_failure_ends_from_a_file_to_its_numbers(tmp_path, context):
+    """GraphGPO's fail node: in what the episode saw last, if that is asked for."""
+    bases = {}
+    for node, last in (("absorbing", None), ("observation", LAST)):
+        options = {"name": "graph_gpo", "graph": "{fail_node: " + node + "}"}
+        _, _, credit, _ = run(tmp_path, options, context)
+        bases[node] = np.asarray(credit.turns.base)[: len(EPISODES)]
+        expected = step_oracles.graph_gpo(step_data(PENALTY), last=last)
+        np.testing.assert_allclose(bases[node], expected, atol=2e-5)
+    assert np.abs(bases["observation"] - bases["absorbing"]).max() > 0.1
 
 
 def first_group(credit):

@@ -49,6 +49,10 @@ VALUES = {
 SOLVED = {name: (float(name.split(",")[0]), int(name.split()[1])) for name in VALUES}
 
 
+def ends(*anchors):
+    return {"fail_node": "observation", "last_anchor_ids": np.int32(anchors)}
+
+
 def compute_graphs():
     graph = make_graph(*map(jnp.asarray, (SUCCESS, ANCHORS, MASK, ONE)))
     twice = make_graph(*map(jnp.asarray, TWICE))
@@ -71,6 +75,8 @@ def compute_graphs():
         "edges": graph_gae(twice, TWICE_ACTIONS, gamma=0.5, lam=0.0, sweeps=100),
         "edges, lambda": graph_gae(twice, TWICE_ACTIONS, gamma=0.5, lam=0.5, sweeps=100),
         "graph_gpo": al.graph_gpo(RETURNS, *place) - np.float32(GRPO),
+        "graph_gpo, ends seen": al.graph_gpo(RETURNS, *place, **ends(0, 2, 9)) - np.float32(GRPO),
+        "graph_gpo, ends unknown": al.graph_gpo(RETURNS, *place, **ends(-1, -1, -1)) - np.float32(GRPO),
     }
 
 
@@ -153,6 +159,18 @@ TABLES = {
     "graph_hca, weight 0": [[1.154701] * 2, [-0.577350] * 3, [-0.577350] * 3],
     "graft": [[0.707084, 1.413161], [-1.414168, 0.999977, -0.753686], [0.707084, -0.659475, -0.999977]],
     "graph_gpo": [
+        [0.577349, 1.154665],
+        [-1.154698, 0.707106, -0.585170],
+        [0.577349, -0.569495, -0.707106],
+    ],
+    # The first failure ends in state 2, two moves from the goal, as its companion's move g does: both are
+    # worth 0.1 beside the winner's 10. The second ends in a state that nobody left: 3 moves, as LOSE.
+    "graph_gpo, ends seen": [
+        [0.577349, 1.154700],
+        [-1.154698, 0.707106, -0.577350],
+        [0.577349, -0.577350, -0.707106],
+    ],
+    "graph_gpo, ends unknown": [
         [0.577349, 1.154665],
         [-1.154698, 0.707106, -0.585170],
         [0.577349, -0.569495, -0.707106],

@@ -28,6 +28,7 @@ def draw(seed):
         "returns": returns,
         "anchors": rng.choice(np.int32([-1, 0, 0, 5, 7, 2**31 - 1]), (N, K)),
         "actions": rng.choice(np.int32([-1, 0, 3, 2**31 - 1]), (N, K)),
+        "last": rng.choice(np.int32([-1, 0, 5, 11, 2**31 - 1]), N),
         "milestones": rng.random((N, K)) < 0.3,
         "turn_returns": rng.normal(size=(N, K)).astype(np.float32),
         "rewards": rng.normal(size=(N, K)).astype(np.float32),
@@ -44,6 +45,7 @@ def soil(data, seed):
     for name in ("anchors", "actions"):
         dirty[name] = np.where(off, rng.integers(0, 9, (N, K), np.int32), data[name])
     dirty["milestones"] = data["milestones"] | off
+    dirty["last"] = np.where(data["success"] | (data["groups"] < 0), np.int32(7), data["last"])
     dirty["returns"] = np.where(data["groups"] < 0, np.float32(np.nan), data["returns"])
     return dirty
 
@@ -53,13 +55,14 @@ def compute(data):
     groups = data["groups"]
     place = (data["anchors"], data["mask"], groups)
     acts = (data["anchors"], data["actions"], data["mask"], groups)
-    won = data["success"]
+    won, end = data["success"], {"fail_node": "observation", "last_anchor_ids": data["last"]}
     return {
         "crbc": al.crbc(data["returns"], won, *acts),
         "graph_hca": al.graph_hca(data["returns"], won, *place),
         "graft": al.graft(won, *acts),
         "graft, lambda": al.graft(won, *acts, gamma=0.9, lam=0.8),
         "graph_gpo": al.graph_gpo(data["returns"], won, *place),
+        "graph_gpo, ends": al.graph_gpo(data["returns"], won, *place, **end),
         "hgpo": al.hgpo(data["turn_returns"], *place),
         "gagpo": al.gagpo(data["rewards"], *place),
         "beacon": al.beacon(data["returns"], data["milestones"], data["mask"], groups),
@@ -87,6 +90,7 @@ def test_all_equal_a_loop(seed):
     off = ~(data["mask"] & (data["groups"] >= 0)[:, None])
     for name, value in found.items():
         options = {"gamma": 0.9, "lam": 0.8} if "lambda" in name else {}
+        options |= {"last": data["last"]} if "ends" in name else {}
         expected = step_oracles.ORACLES[name.partition(",")[0]](data, **options)
         np.testing.assert_allclose(value, expected, atol=LOOSE.get(name, 2e-4), err_msg=name)
         assert not value[off].any(), name
@@ -121,7 +125,7 @@ def test_more_padding_changes_nothing():
         data = draw(seed)
         wide = {}
         for name, value in data.items():
-            fill = -1 if name in ("groups", "anchors", "actions") else 0
+            fill = -1 if name in ("groups", "anchors", "actions", "last") else 0
             wide[name] = np.pad(value, ((0, 3), (0, 2))[: value.ndim], constant_values=fill)
         found = {name: value[:N, :K] for name, value in computed(wide).items()}
         assert_same(found, computed(data), atol=2e-3)
@@ -168,6 +172,11 @@ def test_no_table_of_pairs_is_built():
         (
             lambda d, p: al.kl_penalty(*[d["rewards"]] * 2, kind="k3", old_logprobs=d["rewards"]),
             "no other kind does",
+        ),
+        (lambda d, p: al.graph_gpo(d["returns"], d["success"], *p, fail_node="loop"), "'absorbing', 'obs"),
+        (
+            lambda d, p: al.graph_gpo(d["returns"], d["success"], *p, fail_node="observation"),
+            "needs last_anchor_ids",
         ),
         (lambda d, p: al.parts.entropy_ratio(low=1.1, high=1.05), "entropy_low=1.1 must be below"),
     ],

@@ -216,7 +216,7 @@ def test_the_table_of_trajectories():
         episodes.turn(episodes.draw(2), 1, reward=0.0, anchor=-5, version=4),
         episodes.turn(episodes.draw(2), 1, reward=4.0, anchor=77, version=4),
     ]
-    first = episodes.trajectory(turns, group_id=900, episode_return=5.0)
+    first = episodes.trajectory(turns, group_id=900, episode_return=5.0, last_anchor=-5)
     other = episodes.transcript([(2, 1)], group_id=31, episode_return=-1.0)
     again = episodes.transcript([(2, 1)], group_id=900, member=1, episode_return=2.0)
     batch, _ = make_batch([first, other, again], SHAPE, seed=(0,))
@@ -228,6 +228,7 @@ def test_the_table_of_trajectories():
     np.testing.assert_array_equal(batch.versions[0], [3, 4, 4])
     assert batch.anchor_ids[0, 0] == batch.anchor_ids[0, 2] != batch.anchor_ids[0, 1]
     np.testing.assert_array_equal(batch.anchor_ids[1:, 1:], -1)
+    np.testing.assert_array_equal(batch.last_anchor_ids, [batch.anchor_ids[0, 1], -1, -1, -1])
 
 
 def test_more_rows_than_room_double_the_room():

@@ -9,6 +9,7 @@ import pytest
 
 from empg_jax.algorithms import make_algorithm
 from empg_jax.hf.load import load_hf, save_hf
+from empg_jax.learner.fingerprint import policy_checksum
 from empg_jax.learner.state import TrainState, init_state, state_shapes
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import forward, init_params
@@ -155,3 +156,12 @@ def test_a_reference_needs_no_value_head(problem):
     scores = learner.score(params, reference, learner.put(batch), np.int32(layout.bounds[-1][1]))
     np.testing.assert_array_equal(scores.ref_logprobs, scores.old_logprobs)
     assert scores.values is not None and np.any(np.asarray(scores.values))
+
+
+def test_a_critic_leaves_the_policys_checksum():
+    """A run with a critic starts from the same policy as one without, so that they form a pair."""
+    plain, critic = (init_params(jax.random.key(3), config) for config in (MODEL, CRITIC))
+    assert "value_head" in critic
+    assert policy_checksum(plain) == policy_checksum(critic)
+    critic["final_norm"]["scale"] = critic["final_norm"]["scale"] + 1e-6
+    assert policy_checksum(plain) != policy_checksum(critic)

@@ -6,7 +6,7 @@ import pytest
 from empg_envs import ParsedAction
 from empg_jax.engine.engine import Response
 from empg_jax.rollout.context import PromptDelta
-from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
+from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules, anchor_of
 from empg_jax.types import Status, Trajectory
 
 ATTEMPT = Attempt("train", task=7, group_id=3, member=1)
@@ -68,6 +68,7 @@ def test_an_episode_from_reset_to_victory():
     assert (first.observation, first.response, first.reward) == ("a room", "go", 0.0)
     assert (second.observation, second.reward, second.finish_reason) == ("a hall", 1.0, "length")
     assert second.prompt_tokens.tolist() == [1, 5, 6, 2] and first.anchor != second.anchor
+    assert found.last_observation == "the end" and found.last_anchor == anchor_of("the end")
     # The context is told the sampled ids, whether the turn was ended, and the action that was made of them.
     assert context.told[1] == ([5, 6], "go", True, "GO", "a hall", {"n": 1})
 
@@ -131,6 +132,7 @@ def test_a_full_context_is_scored_zero_by_name():
     found = episode.on_context_limit()
     assert (found.outcome.status, found.outcome.reason) == (Status.SCORED_ZERO, "context_limit")
     assert found.outcome.is_trained and len(found.turns) == 1
+    assert found.last_anchor == anchor_of("x")  # seen, but never answered
     assert found.episode_return == 5.0  # what was paid; what it is worth is the algorithm's business
 
 
@@ -163,6 +165,7 @@ def test_an_overrun_by_the_first_action_is_scored_zero_too():
     found = episode.on_failure("timeout", "longer than 10 s")
     assert (found.outcome.status, found.outcome.reason) == (Status.SCORED_ZERO, "timeout")
     assert [turn.reward for turn in found.turns] == [0.0] and found.num_tokens > 0
+    assert found.last_anchor is None
 
 
 def test_an_environment_may_name_an_outcome_of_its_own():

@@ -97,6 +97,7 @@ def test_four_fields_of_a_turn_are_enough(tmp_path, name):
     first, second = trajectory.turns
     assert (len(first.response_tokens), first.entropies.tolist(), first.version) == (2, [0.5, 0.5], 0)
     assert first.anchor != second.anchor  # nothing says that the states are the same
+    assert trajectory.last_anchor is None  # as in files of older versions
 
 
 def test_context_decides_the_rows(tmp_path):
@@ -117,13 +118,16 @@ def test_what_training_wrote_is_read_back(tmp_path):
         terminated=False,
         outcome=Outcome(Status.SCORED_ZERO, "context_limit"),
         group="pick",
+        last_anchor=3,
+        last_observation="a wall",
     )
     path = write(tmp_path, *describe_episodes([made], make_credit([made]), update=1))
     found = make_trajectory(read_episodes(path)[0], is_transcript=False)
     assert found.outcome == made.outcome and found.truncated and not found.terminated
     assert (found.group_id, found.member, found.episode_return) == (7, 1, 0.5)
     assert found.group == "pick"
-    assert found.turns[0].anchor == found.turns[1].anchor
+    assert found.turns[0].anchor == found.turns[1].anchor == found.last_anchor
+    assert found.last_observation == "a wall"
     assert [turn.version for turn in found.turns] == [2, 0]
 
 

@@ -208,8 +208,10 @@ def as_tables(records):
                 found[i, t] = names[name].setdefault(value, len(names[name])) if name in names else value
         return found
 
+    last = [names["anchor"].setdefault(r["last_anchor"], len(names["anchor"])) for r in records]
     lengths = np.array([len(record["turns"]) for record in records])
-    data = {"anchors": table("anchor", int), "actions": table("action", int)}
+    data = {"last": np.array(last)}
+    data |= {"anchors": table("anchor", int), "actions": table("action", int)}
     data |= {"rewards": table("reward", float), "milestones": table("milestone", bool)}
     data |= {"mask": np.arange(shape[1]) < lengths[:, None], "groups": [r["group_id"] for r in records]}
     data["groups"] -= np.min(data["groups"])
@@ -230,9 +232,11 @@ def test_step_credit_of_a_run_is_that_of_the_loops(tmp_path):
     again = credit(run / "config.yaml", file)
     np.testing.assert_allclose(column(again, "advantage"), column(trained, "advantage"), atol=1e-4)
     assert np.ptp(column(trained, "factor")) > 0
-    for name in ("crbc", "graft", "hgpo", "beacon"):
+    ends = {"last": data["last"]}
+    for name, options in (("crbc", {}), ("graft", {}), ("hgpo", {}), ("beacon", {}), ("graph_gpo", ends)):
         oracle = step_oracles.ORACLES[name]
-        found = column(credit(run / "config.yaml", file, f"algorithm.name={name}"), "advantage_base")
-        expected = oracle(data)[data["mask"]]
+        words = [f"algorithm.name={name}", *(["algorithm.graph.fail_node=observation"] if options else [])]
+        found = column(credit(run / "config.yaml", file, *words), "advantage_base")
+        expected = oracle(data, **options)[data["mask"]]
         assert np.ptp(expected) > 0.1, name
         np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=name)

@@ -50,6 +50,8 @@ def test_round_trip():
             terminated=False,
             truncated=True,
             episode_return=0.0,
+            last_anchor=2**63 + 1,
+            last_observation="Nothing happens.",
         ),
         episodes.window([(1, 1)]),
     ]
@@ -59,10 +61,12 @@ def test_round_trip():
         assert_same(one, other)
 
 
-def test_files_of_versions_without_groups_are_read():
+def test_files_of_versions_without_groups_and_ends_are_read():
     header, arrays = pack_trajectories([Episodes().transcript([(2, 1)])])
-    older = [{key: value for key, value in each.items() if key != "group"} for each in json.loads(header)]
-    assert unpack_trajectories(json.dumps(older), arrays)[0].group == ""
+    later = ("group", "last_anchor", "last_observation")
+    older = [{key: value for key, value in each.items() if key not in later} for each in json.loads(header)]
+    (found,) = unpack_trajectories(json.dumps(older), arrays)
+    assert found.group == "" and found.last_anchor is None
 
 
 def test_files_of_versions_without_actions_are_read():

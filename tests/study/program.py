@@ -30,7 +30,9 @@ def main(words):
     git = {"commit": "c" * 40, "dirty": True}
     about = {"git": git, "python": "3", "packages": {}, "cpus": 1, "devices": ["cpu"], "platform": "Linux"}
     (folder / "environment.json").write_text(json.dumps(about))
-    updates = [{"update": 10, "entropy": 0.5, "eval_success": 0.5}, {"update": 20, "entropy": 0.25}]
+    updates = [{"update": n, "env_steps": 5.0, "cpu_seconds": 0.5} for n in range(1, 21)]
+    updates[9] |= {"entropy": 0.5, "eval_success": 0.5}
+    updates[19] |= {"entropy": 0.25}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in updates))
     summary = {"updates": 20, "eval_tasks": 256, "wall_seconds": {"total": 2.0}, "weights_before": "w"}
     summary |= {"eval_success_before": 0.25, "eval_success_after": 0.75}

@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+from study_line import spent_at
 from study_pictures import draw
 from study_report import write_report
 from study_results import compare_arms, gather
@@ -172,3 +173,62 @@ def test_the_same_lines_give_the_same_report_and_picture(study, lines, tmp_path)
     draw(study, lines, tmp_path / "other.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
     assert not re.search(r"\bnan\b|None", text)
+
+
+# ------------------------------------------------------------------------------------- at equal amounts
+
+
+@pytest.fixture
+def spending(study, lines):
+    """AEM takes twice the steps and half the CPU seconds; seed 5 of the plain arm on the house took less."""
+    for each in lines:
+        updates, is_plain = [update for update, _ in each["curve"]], each["arm"] == "plain"
+        scale = 0.5 if (each["task"], each["arm"], each["seed"]) == ("house", "plain", 5) else 1
+        steps, seconds = (10 * scale, 4) if is_plain else (20, 2)
+        each["spent"] = {
+            "env_steps": [steps * update for update in updates],
+            "cpu_seconds": [seconds * update for update in updates],
+        }
+    return lines
+
+
+def test_one_table_at_equal_steps_and_equal_seconds(study, spending):
+    text = section(write_report(study, spending), "At equal environment steps and at equal CPU seconds")
+    # House: seed 5 of the plain arm ends at 20 x 5 = 100 steps; AEM's runs end at 20 x 2 = 40 seconds.
+    assert "- house: 100 environment steps; 40 CPU seconds" in text
+    assert "- shop: 100 environment steps; 20 CPU seconds" in text
+    # Steps. Plain: seeds 3 and 4 are read at update 10, seed 5 at 20; AEM's at update 5 each.
+    # Areas 0.25, 0.3, 0.5 and 0.25, 0.325, 0.35, so that AEM is 0, 0.025 and -0.15 above.
+    # Seconds. Plain at update 10: 0.25, 0.3, 0.4 (at 0.3, 0.4, 0.5); AEM at 20, the whole: 0.4, 0.6, 0.5.
+    plain, aem = row(text, "house", "plain"), row(text, "house", "aem")
+    assert plain == ["3", "35.0 [25.0, 50.0]", "46.7", "", "", "31.7 [25.0, 40.0]", "40.0", "", ""]
+    assert [aem[1].split()[0], aem[2], aem[3].split()[0]] == ["30.8", "38.3", "-4.2"]
+    assert [aem[5].split()[0], aem[6], aem[7].split()[0]] == ["50.0", "70.0", "+18.3"]
+    # Of the 8 signs of 0.15, 0.3, 0.1 and of 0.1, 0.1, 0.1 two have a sum this large; Holm over both tasks.
+    assert aem[8] == "0.5000"
+    # The shop: over steps AEM is at 0.3 to 0.4, over seconds at 0.3 to 0.5; the arm with more comes first.
+    shop = row(text, "shop", "aem")
+    assert [shop[3].split()[0], shop[7].split()[0]] == ["+5.0", "+10.0"]
+    assert text.index("| house | aem ") < text.index("| house | plain ")
+    pooled = row(text, "all tasks", "aem - plain")
+    assert [pooled[0], pooled[1].split()[0], pooled[3].split()[0]] == ["6", "+0.4", "+14.2"]
+
+
+def test_runs_without_a_record_of_what_they_spent_are_named(study, spending):
+    del spending[0]["spent"]  # of an older version
+    spending[1]["spent"] = None  # a line of its metrics is missing
+    text = section(write_report(study, spending), "At equal environment steps and at equal CPU seconds")
+    assert "Without a record of what they spent: house-plain-3, house-aem-3." in text
+    assert row(text, "house", "plain")[0] == "2"
+    for each in spending:
+        each["spent"] = None
+    assert "At equal" not in write_report(study, spending)
+
+
+def test_what_was_spent_is_summed_up_to_each_point():
+    records = [{"update": n, "env_steps": 10.0 * n, "cpu_seconds": 0.5} for n in (1, 2, 3, 4)]
+    found = spent_at([0, 2, 4], records)
+    assert found == {"env_steps": [0, 30, 100], "cpu_seconds": [0, 1, 2]}
+    assert spent_at([0, 2, 4], records[1:]) is None  # a line is lost
+    assert spent_at([0, 4], [{"update": n} for n in (1, 2, 3, 4)]) is None  # of an older version
+    assert spent_at([0], []) is None

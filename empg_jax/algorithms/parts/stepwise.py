@@ -160,6 +160,7 @@ def graph_gpo(
     episode_weight: NonNegative = default_of(graph_credit.graph_gpo, "episode_weight"),
     eps: Positive = default_of(graph_credit.graph_gpo, "eps"),
     sweeps: Length = default_of(graph_credit.graph_gpo, "sweeps"),
+    fail_node: Literal["absorbing", "observation"] = default_of(graph_credit.graph_gpo, "fail_node"),
     anchor_similarity: Portion = 1.0,
 ) -> Part:
     """Bind `graph_gpo` (https://arxiv.org/abs/2605.26684).
@@ -170,6 +171,7 @@ def graph_gpo(
       episode_weight: Weight of the trajectory part (GRPO) beside it.
       eps: Added to a group's standard deviation.
       sweeps: Largest number of sweeps over the state graph.
+      fail_node: Where GraphGPO lets a failed episode end: in a node of its own, or in what it saw last.
       anchor_similarity: Observations at least this alike (difflib ratio) are one anchor; 1 is equal ones.
     """
     options: dict[str, Any] = dict(locals())
@@ -177,7 +179,8 @@ def graph_gpo(
 
     def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
         place = (batch.success, batch.anchor_ids, worth.mask, batch.group_ids)
-        return graph_credit.graph_gpo(worth.returns, *place, **kept)
+        ends = batch.last_anchor_ids
+        return graph_credit.graph_gpo(worth.returns, *place, last_anchor_ids=ends, **kept)
 
     return Part("graph_gpo", options, estimate)
 
