@@ -89,7 +89,7 @@ function creditBars(turn, other, algorithm) {
     barCell("A before", signed(credit.advantage_base), bar(credit.advantage_base, step, { isSigned: true })),
     barCell("A after", signed(credit.advantage), bar(credit.advantage, step, { isSigned: true })),
   ];
-  if (other) cells.push(barCell("A as trained", signed(turn.advantage), bar(turn.advantage, step, { isSigned: true })));
+  if (other) cells.push(barCell("A trained", signed(turn.advantage), bar(turn.advantage, step, { isSigned: true })));
   const box = make("div", { class: "bars", role: "img" }, ...cells);
   box.setAttribute("aria-label", `entropy ${show(turn.entropy)} nats, ${why(credit, name)}`);
   return box;
