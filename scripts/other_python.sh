@@ -18,7 +18,9 @@ if [[ -z ${python:-} ]]; then
   exit
 fi
 
-venv=$1 EMPG_PYTHON=$python PIP_NO_COMPILE=1 ensure_venv test
+# Bytecode is made of what is imported only.
+export PIP_NO_COMPILE=1 PYTHONDONTWRITEBYTECODE=
+venv=$1 EMPG_PYTHON=$python ensure_venv test
 cd "$root"
 "$1/bin/python" -W error - <<'END'
 import importlib
