@@ -1,7 +1,7 @@
 """Tiny whole runs: a configuration that trains within seconds, and what a test wants to know of a run.
 
 Compilation is nearly all of their cost, so they keep to one set of shapes, and `share_compilations` lets all
-runs of a test session, in this process and in others, compile each program once and without most optimizations.
+runs of a test session, in this process and others, compile each program once, without most optimizations.
 """
 
 import contextlib
