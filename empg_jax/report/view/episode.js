@@ -118,7 +118,7 @@ function turnNote(turn, k) {
   if (turn.valid === false) notes.push("no valid action");
   if (turn.finish_reason === "length") notes.push("cut at the length limit");
   if (turn.version !== undefined) notes.push(`weights of update ${turn.version}`);
-  return make("div", { class: "dim" }, make("b", { text: `turn ${k + 1}` }), make("span", { text: `  ${notes.join(", ")}` }));
+  return make("div", { class: "dim" }, make("span", { class: "which", text: `turn ${k + 1}` }), make("span", { text: `  ${notes.join(", ")}` }));
 }
 
 function turnBox(turn, k, other, algorithm) {
