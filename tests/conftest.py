@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "envs"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
-# Commands that tests start keep compiled programs in a folder of this process, not in the user's.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="empg-jax-cache-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# Commands that tests start keep compiled programs in a folder of the tests, not in the user's.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # these have the folder of the process that started them
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="empg-jax-cache-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from jaxtyping import install_import_hook
 

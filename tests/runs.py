@@ -1,11 +1,13 @@
 """Tiny whole runs: a configuration that trains within seconds, and what a test wants to know of a run.
 
 Compilation is nearly all of their cost, so they keep to one set of shapes, and `share_compilations` lets all
-runs of a test session, in this process and in others, compile each program once.
+runs of a test session, in this process and others, compile each program once, without most optimizations.
 """
 
 import contextlib
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,24 +124,50 @@ def weights(run_dir, step=None):
 
 @contextlib.contextmanager
 def quick_compilations():
-    """Leaves out most of XLA's optimizations: for programs that run a few times on tiny shapes."""
+    """Leaves out most of XLA's optimizations: for programs that run a few times on tiny shapes.
+
+    They are left out in processes that are started meanwhile, too.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     try:
         yield
     finally:
+        del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
         jax.config.update("jax_disable_most_optimizations", False)
         jax.clear_caches()  # later tests must not meet these programs, which round differently
 
 
+def session_folder(tmp_path_factory):
+    """The folder that all processes of a test session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 def compiled_folder(tmp_path_factory):
     """The folder of compiled programs that all processes of a test session share."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    return session_folder(tmp_path_factory) / "compiled"
+
+
+def made_once(tmp_path_factory, name, make):
+    """The folder that ``make`` fills, called by the first process of a test session that asks for it."""
+    folder = session_folder(tmp_path_factory) / name
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # another process failed at it
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
 
 
 @contextlib.contextmanager
-def share_compilations(folder):
-    """Keeps compiled programs in a folder, for this process and those that it starts."""
+def share_compilations(folder, *, optimize=False):
+    """Keeps compiled programs in a folder, for this process and those that it starts.
+
+    Its programs are `quick_compilations`, unless ``optimize``: for those that run for long.
+    """
     settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -152,7 +180,8 @@ def share_compilations(folder):
         os.environ[name.upper()] = str(value)
     compilation_cache.reset_cache()
     try:
-        yield
+        with contextlib.nullcontext() if optimize else quick_compilations():
+            yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

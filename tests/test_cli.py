@@ -189,6 +189,8 @@ def test_config_prints_what_will_run(run, tmp_path):
 def test_config_lists_every_key(run):
     code, out, _ = run("config", "--keys")
     assert code == 0 and "algorithm.empg.zeta" in out and "log.transcripts" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("train.schedule ")]
+    assert line.split()[1] == "linear" and line.endswith("Choices: linear, cosine, constant.")
 
 
 def _python(code, *arguments):

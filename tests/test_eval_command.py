@@ -30,7 +30,7 @@ def call(*arguments):
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)), runs.quick_compilations():
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

@@ -31,10 +31,8 @@ def chat_at(place):
     return {"messages": [{"role": role, "content": text} for role, text in said]}
 
 
-@pytest.fixture(scope="module")
-def produced(tmp_path_factory):
+def produce(folder):
     """The names in the metrics of all runs."""
-    folder = tmp_path_factory.mktemp("glossary")
     chats = folder / "chats.jsonl"
     chats.write_text("".join(json.dumps(chat_at(place)) + "\n" for place in PLACES))
     variants = {
@@ -60,7 +58,8 @@ def produced(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_name_of_the_glossary_is_produced(produced):
+def test_the_runs_produce_every_name_of_the_glossary_and_no_other(tmp_path):
+    produced = produce(tmp_path)
     families = {name: name[:-1] for name in METRICS if name.endswith("*")}
     known = {name for name in produced if name in METRICS}
     missing = [
@@ -70,8 +69,4 @@ def test_every_name_of_the_glossary_is_produced(produced):
         and not (name in families and any(other.startswith(families[name]) for other in produced - known))
     ]
     assert missing == []
-
-
-@pytest.mark.slow
-def test_no_other_name_is_produced(produced):
     assert [name for name in sorted(produced) if describe_metric(name) is None] == []

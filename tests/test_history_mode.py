@@ -35,7 +35,7 @@ SHORT = [
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    with runs.share_compilations(tmp_path_factory.mktemp("compiled")), runs.quick_compilations():
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

@@ -18,7 +18,7 @@ from tests import runs
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("KILLS", "3"))
-UPDATES = int(os.environ.get("KILLED_UPDATES", "12"))
+UPDATES = int(os.environ.get("KILLED_UPDATES", "8"))
 # Slow environments make room for the kills; what they answer is the same.
 SMALL = ["sft.updates=0", "eval.tasks=2", "checkpoint.keep=2", f"train.updates={UPDATES}"]
 SLOW = "env.options.latency=0.1"

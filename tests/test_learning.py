@@ -20,17 +20,19 @@ QUIET = ("compile_cache=null", "eval.every=0", "log.progress=false", "log.tensor
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
         yield
 
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """The policy after the quickstart's warm start, as a folder of weights."""
-    folder = tmp_path_factory.mktemp("warm")
-    options = [f"run_dir={folder / 'run'}", "train.updates=0", "train.warmup_updates=0", "eval.tasks=8"]
-    run = trainer.train(load_config("quickstart", [*options, *QUIET]))
-    return export_run(run, folder / "weights")
+    """The policy after the quickstart's warm start, as a folder of weights, made once for all processes."""
+
+    def make(folder):
+        options = [f"run_dir={folder / 'run'}", "train.updates=0", "train.warmup_updates=0", "eval.tasks=8"]
+        export_run(trainer.train(load_config("quickstart", [*options, *QUIET])), folder / "weights")
+
+    return runs.made_once(tmp_path_factory, "warm", make) / "weights"
 
 
 @pytest.mark.slow

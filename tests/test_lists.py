@@ -51,6 +51,8 @@ def test_adapters_say_what_they_need(monkeypatch):
     for name, wheel in (("gymnasium",) * 2, ("reasoning_gym", "reasoning-gym"), ("textarena",) * 2):
         assert f"; not ready here: the package {wheel} is needed (" in found[name]
         assert found[name].endswith("in the clone: pip install -e '.[adapters]'")
+    needed = "not ready here: name your program, for example env.options.command='python my_agent.py'"
+    assert found["harness"].endswith(needed)
 
 
 def test_a_taskset_without_its_package_names_the_extra(monkeypatch):

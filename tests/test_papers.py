@@ -7,7 +7,7 @@ import pytest
 from empg_jax import trainer
 from empg_jax.config import load_config
 from empg_jax.run.assembly import describe_algorithm, make_recipe_from
-from tests.runs import ROOT, TINY, lines, quick_compilations, share_compilations
+from tests.runs import ROOT, TINY, compiled_folder, lines, share_compilations
 
 FILES = {path.stem: path for path in sorted((ROOT / "configs" / "papers").glob("*.yaml"))}
 # What stands in for the papers' models, machines and data; algorithm, prompts and rewards stay the file's.
@@ -109,7 +109,7 @@ def test_every_method_is_in_the_table():
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    with quick_compilations(), share_compilations(tmp_path_factory.mktemp("compiled")):
+    with share_compilations(compiled_folder(tmp_path_factory)):
         yield
 
 

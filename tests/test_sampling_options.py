@@ -20,8 +20,8 @@ ALL += ["eval.top_k=3", "eval.temperature=0.7", "algorithm.kl_coef=0.1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with runs.quick_compilations():
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

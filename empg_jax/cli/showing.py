@@ -330,11 +330,15 @@ def _print_keys() -> None:
     from empg_envs import ENVS
 
     choices = {"env.name": list(ENVS), **list_choices()}
-    table = Table(Column("key", no_wrap=True), Column("default", overflow="fold"), "meaning")
+    rows = []
     for path, default, meaning in describe():
-        shown = "null" if default is None else str(default)
         choose = f" Choices: {', '.join(choices[path])}." if path in choices else ""
-        table.add_row(path, shown, meaning + choose)
+        rows.append((path, "null" if default is None else str(default), meaning + choose))
+    if not make_console().is_terminal:  # one line each, which grep finds whole
+        return typer.echo("\n".join(f"{key:<42} {default:<12} {meaning}" for key, default, meaning in rows))
+    table = Table(Column("key", no_wrap=True), Column("default", overflow="fold"), "meaning")
+    for row in rows:
+        table.add_row(*row)
     make_console().print(table)
 
 

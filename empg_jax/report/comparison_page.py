@@ -53,8 +53,11 @@ def report_runs(folders: Sequence[Path], out: Path) -> Path:
       The path of ``report.html``.
 
     Raises:
-      ConfigError: a folder holds no run with metrics, or ``out`` cannot be written.
+      ConfigError: a folder holds no run with metrics or is named twice, or ``out`` cannot be written.
     """
+    for place, folder in enumerate(folders):
+        if any(folder.resolve() == other.resolve() for other in folders[:place]):
+            raise ConfigError(f"{folder} is named twice: a run counts once, or its intervals would shrink")
     arms = name_arms([read_run(folder) for folder in folders])
     lines, pairings = summarize(arms)
     try:

@@ -101,8 +101,15 @@ def _success(axes: Any, records: Sequence[dict[str, Any]], held_out: dict[int, f
     axes.set_ylim(-0.02, 1.02)
     _finish(axes, "success", recorded or len(held_out) > 0)
     if recorded or held_out:
-        # Above the frame, where no curve can run through it.
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.1)
+        _name_curves(axes)
+
+
+def _name_curves(axes: Any) -> None:
+    """Put the legend above the frame, where no curve can run through it, and short, beside the title."""
+    short = {"handlelength": 1.1, "handletextpad": 0.4, "columnspacing": 0.9}
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.1, **short
+    )
 
 
 def _modulation(axes: Any, records: Sequence[dict[str, Any]]) -> None:
@@ -118,7 +125,7 @@ def _balance(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     down = _draw(axes, records, "advantage_negative", "negative", color=HELD_OUT)
     if up or down:
         axes.set_ylim(-0.02, 1.02)
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.1)
+        _name_curves(axes)
     _finish(axes, "turns by advantage", up or down)
 
 

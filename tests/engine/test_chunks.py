@@ -28,7 +28,7 @@ LONG = np.random.default_rng(7).integers(0, 38, 61).tolist()
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
         yield
 
 

@@ -31,7 +31,7 @@ PARAMS, OTHERS = (init_params(jax.random.key(n), MODEL) for n in range(2))
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
         yield
 
 

@@ -37,7 +37,7 @@ RULES = list(np.random.default_rng(0).integers(0, 38, 40))  # the instructions t
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
         yield
 
 

@@ -46,7 +46,7 @@ def play(tmp_path, kind, *more):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
         yield
 
 

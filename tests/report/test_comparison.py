@@ -102,3 +102,5 @@ def test_what_is_no_run_is_refused(tmp_path):
         assert result.exit_code == 2 and message in result.stderr and not (tmp_path / "out").exists()
     (empty / "config.yaml").write_text("3")
     assert report(empty).exit_code == 2
+    result = report(good, good / ".." / "good", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "is named twice" in result.stderr and not (tmp_path / "out").exists()

@@ -33,7 +33,7 @@ TOKENS = np.arange(6, 26, dtype=np.int32)[None]
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)), runs.quick_compilations():
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

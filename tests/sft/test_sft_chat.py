@@ -174,7 +174,7 @@ def chat_file(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
         yield
 
 

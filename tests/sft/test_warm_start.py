@@ -88,7 +88,7 @@ def test_the_loss_is_cross_entropy_on_sampled_tokens_alone():
 
 @pytest.mark.slow
 def test_the_warm_start_alone_is_a_run_that_learns(tmp_path, tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
         config = runs.configure(tmp_path / "run", "sft.updates=30", "eval.tasks=4")
         run = trainer.run_sft(config)
     losses = [line["sft_loss"] for line in runs.read_metrics(run / "sft_metrics.jsonl")]

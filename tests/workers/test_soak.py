@@ -28,7 +28,7 @@ from empg_jax.workers.pool import EnvPool, PoolTimeouts
 
 pytestmark = pytest.mark.slow
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "30"))
 SLOTS, GROUP_SIZE, LENGTH, TASKS, MAX_LAG = 24, 4, 5, 500, 2
 STRETCH = 4
 MEAN_LENGTH = LENGTH * (3 + STRETCH) / 4

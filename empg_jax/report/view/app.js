@@ -35,7 +35,7 @@ function showTab(name) {
 function setTheme(name) {
   if (name === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
-  $("theme").textContent = name;
+  $("theme").textContent = `theme: ${name}`;
   $("theme").setAttribute("aria-label", `Color scheme: ${name === "auto" ? "automatic" : name}`);
   try {
     localStorage.setItem("empg-jax-theme", name);
@@ -44,7 +44,7 @@ function setTheme(name) {
 
 function nextTheme() {
   const names = ["auto", "light", "dark"];
-  setTheme(names[(names.indexOf($("theme").textContent) + 1) % 3]);
+  setTheme(names[(names.indexOf(document.documentElement.dataset.theme || "auto") + 1) % 3]);
 }
 
 const KEYS = {

@@ -6,7 +6,7 @@ const PANELS = [
   ["entropy (nats per token)", ["entropy"]],
   ["turns per episode", ["episode_turns"]],
   ["modulation factor", ["modulation_mean", "modulation_max"]],
-  ["share of turns with positive, negative advantage", ["advantage_positive", "advantage_negative"]],
+  ["turns by the sign of their advantage", ["advantage_positive", "advantage_negative"]],
   ["KL to the policy before the update", ["approx_kl"]],
   ["gradient norm", ["grad_norm"]],
 ];
@@ -44,7 +44,7 @@ function panel(title, names) {
   const lines = names.map(series).filter((points) => points.length);
   if (!lines.length) return null;
   const all = lines.flat(), xs = all.map(([x]) => x), ys = all.map(([, y]) => y);
-  const low = Math.min(...ys, 0), high = Math.max(...ys, low + 1e-9), left = Math.min(...xs), right = Math.max(...xs, left + 1);
+  const low = Math.min(...ys, 0), high = Math.max(...ys) > low ? Math.max(...ys) : low + 1, left = Math.min(...xs), right = Math.max(...xs, left + 1);
   const x = (update) => LEFT + ((update - left) / (right - left)) * (WIDE - LEFT - RIGHT);
   const y = (value) => HIGH - BOTTOM - ((value - low) / (high - low)) * (HIGH - TOP - BOTTOM);
   const last = lines[0][lines[0].length - 1];
@@ -52,7 +52,7 @@ function panel(title, names) {
   const picture = svg("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, role: "slider", tabindex: "0", "aria-label": label,
     "aria-valuemin": left, "aria-valuemax": right, "aria-valuenow": last[0], "aria-valuetext": `update ${last[0]}: ${show(last[1])}` });
   for (const value of [low, (low + high) / 2, high]) {
-    picture.append(svg("line", { class: "grid", x1: LEFT, x2: WIDE - RIGHT, y1: y(value), y2: y(value) }), words(show(value, 2), LEFT - 3, y(value) + 3, "end"));
+    picture.append(svg("line", { class: "grid", x1: LEFT, x2: WIDE - RIGHT, y1: y(value), y2: y(value) }), words(tick(value), LEFT - 3, y(value) + 3, "end"));
   }
   for (const update of [left, Math.round((left + right) / 2), right]) picture.append(words(update, x(update), HIGH - 5, "middle"));
   const withEpisodes = new Set(head.columns.update);
@@ -66,7 +66,14 @@ function panel(title, names) {
   });
   link(picture, lines[0], x);
   const shown = names.filter((name) => series(name).length);
-  return make("figure", {}, make("figcaption", { text: title + (shown.length > 1 ? ` (${shown.join(", ")})` : "") }), picture);
+  const keys = shown.length < 2 ? [] : shown.map((name, k) =>
+    make("span", { class: k ? "key second" : "key", text: name.replaceAll("_", " ") }));
+  return make("figure", {}, make("figcaption", {}, make("span", { text: title }), ...keys), picture);
+}
+
+/** A number beside an axis, where there is room for few digits. */
+function tick(value) {
+  return value && Math.abs(value) < 1e-3 ? Number(value.toPrecision(2)).toExponential() : show(value, 2);
 }
 
 function words(text, x, y, anchor) {

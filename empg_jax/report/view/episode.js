@@ -89,7 +89,7 @@ function creditBars(turn, other, algorithm) {
     barCell("A before", signed(credit.advantage_base), bar(credit.advantage_base, step, { isSigned: true })),
     barCell("A after", signed(credit.advantage), bar(credit.advantage, step, { isSigned: true })),
   ];
-  if (other) cells.push(barCell("A as trained", signed(turn.advantage), bar(turn.advantage, step, { isSigned: true })));
+  if (other) cells.push(barCell("A trained", signed(turn.advantage), bar(turn.advantage, step, { isSigned: true })));
   const box = make("div", { class: "bars", role: "img" }, ...cells);
   box.setAttribute("aria-label", `entropy ${show(turn.entropy)} nats, ${why(credit, name)}`);
   return box;
@@ -106,25 +106,25 @@ function why(credit, name) {
   if (Math.abs(shift) > least) parts.push(`${signed(shift)} centering`);
   const change = Math.abs(after) - Math.abs(base);
   const effect = after * base < 0 ? "the sign turned" : Math.abs(change) <= least ? "as without modulation"
-    : change > 0 ? "pushed harder" : "pushed more softly";
+    : Math.abs(base) <= least ? "by what was added alone" : change > 0 ? "pushed harder" : "pushed more softly";
   const way = Math.abs(after) <= least ? "not pushed" : after > 0 ? "made more likely" : "made less likely";
   return `${parts.join("  ")} = ${signed(after)}: ${way}, ${effect}`;
 }
 
 function turnNote(turn, k) {
-  const notes = [`turn ${k + 1}`, `${show(turn.tokens)} tokens`];
+  const notes = [`${show(turn.tokens)} tokens`];
   if (turn.logprob !== undefined) notes.push(`log-prob ${show(turn.logprob)}`);
   if (turn.reward) notes.push(`reward ${signed(turn.reward)}`);
   if (turn.valid === false) notes.push("no valid action");
   if (turn.finish_reason === "length") notes.push("cut at the length limit");
   if (turn.version !== undefined) notes.push(`weights of update ${turn.version}`);
-  return notes.join(", ");
+  return make("div", { class: "dim" }, make("span", { class: "which", text: `turn ${k + 1}` }), make("span", { text: `  ${notes.join(", ")}` }));
 }
 
 function turnBox(turn, k, other, algorithm) {
   const credit = other || turn, hasCredit = credit.advantage !== undefined && credit.advantage !== null;
   const box = make("section", { class: "turn", id: "turn-" + k, "aria-label": `turn ${k + 1}` },
-    make("div", { class: "dim", text: turnNote(turn, k) }), observationBox(turn), responseBox(turn, $("color").value));
+    turnNote(turn, k), observationBox(turn), responseBox(turn, $("color").value));
   if (hasCredit) {
     box.append(creditBars(turn, other, algorithm));
     box.append(make("p", { class: "why", text: why(credit, factorName(other ? algorithm : "")) }));

@@ -60,7 +60,7 @@ class HarnessEnv:
 
     def __init__(
         self,
-        command: str,
+        command: str = "",
         tasks: str | None = None,
         num_tasks: int = 256,
         scorer: str | None = None,
@@ -69,7 +69,7 @@ class HarnessEnv:
     ):
         self._command = shlex.split(command)
         if not self._command:
-            raise ValueError("command is empty: name a program, for example 'python my_agent.py'")
+            raise ValueError("name your program, for example env.options.command='python my_agent.py'")
         if self._command[0] in ("python", "python3"):
             self._command[0] = sys.executable
         self._panels = read_tasks(tasks) if tasks is not None else number_tasks(num_tasks)

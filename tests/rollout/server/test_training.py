@@ -26,7 +26,7 @@ SAME = [
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
         yield
 
 
