@@ -13,6 +13,26 @@ PREFILL_TOKENS = 8192
 MAX_PROGRAMS = 24
 
 
+def page_problem(page_tokens: int, kv_tokens: int, max_tokens: int, prefix: str = "") -> str | None:
+    """Return what is wrong with the sizes of a pool, or None.
+
+    Args:
+      page_tokens: tokens of a page; 0: there is no pool.
+      kv_tokens: tokens of the pool; 0: it holds everything.
+      max_tokens: longest conversation.
+      prefix: of the names in the message.
+    """
+    if kv_tokens and not page_tokens:
+        return f"{prefix}kv_tokens={kv_tokens} has no effect without {prefix}page_tokens"
+    longest = -(-max_tokens // page_tokens) * page_tokens if page_tokens else 0
+    if kv_tokens and kv_tokens < longest:
+        return (
+            f"{prefix}kv_tokens={kv_tokens} does not hold one conversation of {prefix}max_tokens="
+            f"{max_tokens} in pages of {prefix}page_tokens={page_tokens}: use at least {longest}"
+        )
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Sizes of an engine.
@@ -36,6 +56,8 @@ class EngineConfig:
       has_filter: responses may filter the tokens that they sample (top-k, top-p, min-p). Without it the
         program has no trace of that.
       share_prefix: compute the keys and values of a prefix once, and copy them into other conversations.
+      page_tokens: tokens of a page, where keys and values are in pages of a pool; 0: in one row per slot.
+      kv_tokens: tokens that the pool holds; default those of ``slots`` longest conversations.
     """
 
     slots: int
@@ -51,6 +73,8 @@ class EngineConfig:
     ahead: bool | None = None
     has_filter: bool = False
     share_prefix: bool = True
+    page_tokens: int = 0
+    kv_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Fill the bucket lists and refuse sizes that cannot work."""
@@ -61,6 +85,8 @@ class EngineConfig:
                 f"max_response_tokens={self.max_response_tokens} must lie in "
                 f"[1, max_tokens={self.max_tokens})"
             )
+        if problem := page_problem(self.page_tokens, self.kv_tokens, self.max_tokens):
+            raise ValueError(problem)
         largest = self.prefill_chunk or 1024
         lengths = [
             n for n in {*(4**i for i in range(2, 16) if 4**i < largest), largest} if n < self.max_tokens
@@ -88,8 +114,8 @@ class EngineConfig:
     @property
     def num_programs(self) -> int:
         """Number of programs that `Engine.warm_up` compiles."""
-        growths = len(self.cache_buckets) - 1
-        copies = len(self.cache_buckets) * self.copies_rows
+        growths = 0 if self.page_tokens else len(self.cache_buckets) - 1
+        copies = self.copies_rows * (1 if self.page_tokens else len(self.cache_buckets))
         return (
             growths
             + copies
@@ -100,8 +126,14 @@ class EngineConfig:
         )
 
     @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        every = self.slots * -(-self.max_tokens // self.page_tokens)
+        return min(every, self.kv_tokens // self.page_tokens) if self.kv_tokens else every
+
+    @property
     def copies_rows(self) -> bool:
-        """Whether rows are copied from slot to slot."""
+        """Whether rows, or pages, are copied from slot to slot."""
         return self.share_prefix and self.slots > 1
 
     def room(self, held: int, num_new: int) -> int:
