@@ -6,7 +6,7 @@ new tokens of a conversation are prefilled. The host reads from the device once 
 and where responses are long the device has its next burst before the host reads the last one.
 
 The cache is physically short and grows in buckets between dispatches, because unused capacity costs time in
-every decode step. All shapes come from small bucket lists that `Engine.warm_up` compiles beforehand.
+every step; or it is a pool of pages. All shapes come from small bucket lists that `Engine.warm_up` compiles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from empg_jax.engine.stats import EngineStats as EngineStats
 from empg_jax.engine.stats import compare_tokens
 from empg_jax.engine.warmup import compile_all
 from empg_jax.engine.weights import place_params
-from empg_jax.models.decoder import DecoderConfig, KVCache
+from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.lora import combine
 from empg_jax.parallel.mesh import make_mesh, replicated
@@ -231,10 +231,10 @@ class Engine:
         probes = self._slots.find_probes()
         if not len(probes):
             return None
-        self._fit_cache()
+        self._memory.fit(self._slots, self._dispatched.members, is_empty=self._is_empty)
         stale, probes = self._peek(probes)
         self._slots.drop(probes)
-        self._prefill()
+        self._memory.fill(self._params, self._slots, self.stats)
         fresh, probes = self._peek(probes)
         return compare_tokens(stale, fresh, probes) if len(probes) else None
 
@@ -330,8 +330,8 @@ class Engine:
         table = self._slots
         if not table.allowed.any():
             return Dispatched.nothing(self.config)
-        self._fit_cache()
-        self._prefill(self.config.prefill_chunk)
+        self._memory.fit(self._slots, self._dispatched.members, is_empty=self._is_empty)
+        self._memory.fill(self._params, table, self.stats, self.config.prefill_chunk)
         ready = np.where(table.missing() > 0, 0, table.allowed)
         if not ready.any():
             # With all chunks on the device at once, a prompt that comes meanwhile would wait for them.
@@ -374,22 +374,12 @@ class Engine:
         self.stats.add(burst, len(counts), int(self._slots.num_tokens.sum()) - before, len(ended))
         return ended
 
-    def _prefill(self, limit: int = 0) -> None:
-        """Cache what waits, of each conversation up to ``limit`` tokens at a time (0: all)."""
-        self._memory.fill(self._params, self._slots, self.stats, limit)
-
     @property
     def capacity(self) -> int:
         """Current physical length of the cache, or of what is read of each slot's pages, in tokens."""
         return self._memory.capacity
 
-    @property
-    def _cache(self) -> KVCache | None:
-        return self._memory.cache
-
-    def _fit_cache(self) -> None:
-        """Make the cache long enough for this burst."""
-        self._memory.fit(self._slots, self._dispatched.members, is_empty=self._is_empty)
+    _cache = property(lambda self: self._memory.cache)
 
     def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
         """Compile every bucket before the first episode, so that nothing compiles later.

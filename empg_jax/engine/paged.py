@@ -7,6 +7,7 @@ are prefilled again when there is room. The oldest response always goes on.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,7 +48,7 @@ class PagedMemory(Memory):
         self._in_flight, self.is_pressed = in_flight.copy(), False
         # Of a response in progress all pages stay: it has some for tokens to come.
         rows = np.where(table.allowed > 0, self._config.max_tokens, table.rows)
-        for slot in np.flatnonzero(self._pages.counts > self._pages.count(rows)):
+        for slot in np.flatnonzero(self._pages.counts > -(-rows // self._pages.size)):
             self._pages.cut(int(slot), int(rows[slot]))
 
     def fill(self, params: Params | None, table: Slots, stats: EngineStats, limit: int = 0) -> None:
@@ -96,7 +97,8 @@ class PagedMemory(Memory):
     def locate(self, given: Input) -> Input:
         """Add the pages of its rows to a program's input."""
         slots = given.rows if isinstance(given, Chunk) else range(self._config.slots)
-        return given.replace(pages=self._pages.table(slots, self._pages.count(self._capacity)))
+        pages = self._pages.table(slots, self._pages.count(self._capacity))
+        return dataclasses.replace(given, pages=pages)
 
     def take_use(self) -> tuple[int, float]:
         """Return what gave way since the last call, and the largest share of pages in use."""

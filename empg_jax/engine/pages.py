@@ -36,14 +36,14 @@ class Pages:
         """Share of the pages that are in use."""
         return 1.0 - len(self._free) / len(self._users)
 
-    def count(self, rows: int | np.ndarray) -> int | np.ndarray:
+    def count(self, rows: int) -> int:
         """Return the number of pages that this many rows need."""
         return -(-rows // self.size)
 
     def num_needed(self, slot: int, start: int, stop: int) -> int:
         """Count the free pages that it takes to write a slot's rows from ``start`` to ``stop``."""
         held = self._lists[slot][start // self.size : self.count(stop)]
-        return int(self.count(stop)) - start // self.size - sum(self._users[page] == 1 for page in held)
+        return self.count(stop) - start // self.size - sum(self._users[page] == 1 for page in held)
 
     def claim(self, slot: int, start: int, stop: int, kept: int) -> list[tuple[int, int]]:
         """Give a slot pages of its own for the rows from ``start`` to ``stop``.
@@ -62,7 +62,7 @@ class Pages:
         if (needed := self.num_needed(slot, start, stop)) > self.num_free:
             raise ValueError(f"slot {slot} needs {needed} pages, and {self.num_free} are free")
         moves = []
-        for place in range(first, int(self.count(stop))):
+        for place in range(first, self.count(stop)):
             if place == len(pages):
                 pages.append(self._take())
             elif self._users[pages[place]] > 1:

@@ -13,26 +13,6 @@ PREFILL_TOKENS = 8192
 MAX_PROGRAMS = 24
 
 
-def page_problem(page_tokens: int, kv_tokens: int, max_tokens: int, prefix: str = "") -> str | None:
-    """Return what is wrong with the sizes of a pool, or None.
-
-    Args:
-      page_tokens: tokens of a page; 0: there is no pool.
-      kv_tokens: tokens of the pool; 0: it holds everything.
-      max_tokens: longest conversation.
-      prefix: of the names in the message.
-    """
-    if kv_tokens and not page_tokens:
-        return f"{prefix}kv_tokens={kv_tokens} has no effect without {prefix}page_tokens"
-    longest = -(-max_tokens // page_tokens) * page_tokens if page_tokens else 0
-    if kv_tokens and kv_tokens < longest:
-        return (
-            f"{prefix}kv_tokens={kv_tokens} does not hold one conversation of {prefix}max_tokens="
-            f"{max_tokens} in pages of {prefix}page_tokens={page_tokens}: use at least {longest}"
-        )
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Sizes of an engine.
@@ -85,8 +65,7 @@ class EngineConfig:
                 f"max_response_tokens={self.max_response_tokens} must lie in "
                 f"[1, max_tokens={self.max_tokens})"
             )
-        if problem := page_problem(self.page_tokens, self.kv_tokens, self.max_tokens):
-            raise ValueError(problem)
+        self._check_pages()
         largest = self.prefill_chunk or 1024
         lengths = [
             n for n in {*(4**i for i in range(2, 16) if 4**i < largest), largest} if n < self.max_tokens
@@ -110,6 +89,17 @@ class EngineConfig:
             chosen = [name for name in chosen if len(getattr(self, name)) > 1]
         if self.prefill_chunk:  # a smaller chunk would be padded
             fill("prefill_chunk", max(self.prefill_chunk, self.prefill_buckets[-1]))
+
+    def _check_pages(self) -> None:
+        if not self.kv_tokens:
+            return
+        if not self.page_tokens:
+            raise ValueError(f"kv_tokens={self.kv_tokens} has no effect without page_tokens")
+        if self.kv_tokens < (longest := -(-self.max_tokens // self.page_tokens) * self.page_tokens):
+            raise ValueError(
+                f"kv_tokens={self.kv_tokens} does not hold one conversation of max_tokens={self.max_tokens} "
+                f"in pages of page_tokens={self.page_tokens}: at least {longest}"
+            )
 
     @property
     def num_programs(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -48,7 +49,7 @@ def compile_all(
             check()
             cache = programs.copy_rows(cache, np.zeros((config.slots, 3), np.int32))
         check()
-        cache, _, _ = programs.decode(params, cache, request.replace(pages=pages(config.slots)))
+        cache, _, _ = programs.decode(params, cache, dataclasses.replace(request, pages=pages(config.slots)))
         if larger and not config.page_tokens:
             check()
             jax.block_until_ready(programs.grow(cache, larger))

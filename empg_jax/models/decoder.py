@@ -28,12 +28,11 @@ from empg_jax.models.attention import (
     BACKENDS,
     SAVED,
     Segments,
+    attend_pages,
     cached_attention,
     packed_attention,
-    paged_attention,
     sliced_attention,
     trunk_attention,
-    write_pages,
 )
 from empg_jax.models.axes import gather_layer
 from empg_jax.models.axes import param_axes as param_axes
@@ -379,11 +378,7 @@ def forward_cached(
     def layer(x: Array, layer_params: Params, layer_cache: tuple[Array, Array]) -> tuple[Array, Any]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
             if pages is not None:
-                keys, values = (
-                    write_pages(old, new, pages, positions)
-                    for old, new in zip(layer_cache, (k, v), strict=True)
-                )
-                return paged_attention(q, keys, values, pages, positions), (keys, values)
+                return attend_pages(q, (k, v), layer_cache, pages, positions)
             written = [
                 old.at[write_rows[:, None], :, positions].set(new, mode="drop")
                 for old, new in zip(layer_cache, (k, v), strict=True)

@@ -20,6 +20,34 @@ from empg_jax.models.attention.ragged import PROGRAMS
 BLOCK = 128
 
 
+def attend_pages(
+    queries: Float[Array, "R T H d"],
+    new: tuple[Float[Array, "R T K d"], Float[Array, "R T K d"]],
+    pool: tuple[Float[Array, "K N P d"], Float[Array, "K N P d"]],
+    pages: Int[Array, "R C"],
+    positions: Int[Array, "R T"],
+) -> tuple[Float[Array, "R T H d"], tuple[Array, Array]]:
+    """Write keys and values of new tokens into pages, and compute the tokens' attention over them.
+
+    Args:
+      queries: rotated queries of the new tokens.
+      new: their keys and values.
+      pool: all pages of keys, and of values.
+      pages: the pages of each row, in the order of their positions; what is behind a row's own is not read.
+      positions: as in `cached_attention`. What has a position beyond the table's pages is not written.
+
+    Returns:
+      The attention output, in the type of the queries, and the pool.
+    """
+    size, capacity = pool[0].shape[2], pool[0].shape[2] * pages.shape[1]
+    keys, values = (write_pages(old, x, pages, positions) for old, x in zip(pool, new, strict=True))
+    if queries.shape[1] == 1 and takes(size, queries.shape[3], queries.dtype):
+        lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
+        return _decode(queries[:, 0], keys, values, pages, lengths)[0][:, None], (keys, values)
+    rows = gather_pages(keys, pages), gather_pages(values, pages)
+    return cached_attention(queries, *rows, positions), (keys, values)
+
+
 def write_pages(
     pool: Float[Array, "K N P d"],
     new: Float[Array, "R T K d"],
@@ -47,32 +75,6 @@ def gather_pages(pool: Float[Array, "K N P d"], pages: Int[Array, "R C"]) -> Flo
     rows, columns = pages.shape
     found = jnp.moveaxis(jnp.take(pool, pages, axis=1, mode="clip"), 0, 1)
     return found.reshape(rows, kv_heads, columns * size, depth)
-
-
-def paged_attention(
-    queries: Float[Array, "R T H d"],
-    keys: Float[Array, "K N P d"],
-    values: Float[Array, "K N P d"],
-    pages: Int[Array, "R C"],
-    positions: Int[Array, "R T"],
-) -> Float[Array, "R T H d"]:
-    """Compute attention of new tokens over pages that already hold their keys and values.
-
-    Args:
-      queries: rotated queries of the new tokens.
-      keys: the pages of all keys.
-      values: the pages of all values.
-      pages: the pages of each row, in the order of their positions; what is behind a row's own is not read.
-      positions: as in `cached_attention`.
-
-    Returns:
-      The attention output, in the type of the queries.
-    """
-    size, capacity = keys.shape[2], keys.shape[2] * pages.shape[1]
-    if queries.shape[1] == 1 and takes(size, queries.shape[3], queries.dtype):
-        lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
-        return _decode(queries[:, 0], keys, values, pages, lengths)[0][:, None]
-    return cached_attention(queries, gather_pages(keys, pages), gather_pages(values, pages), positions)
 
 
 def takes(size: int, head_dim: int, dtype: jnp.dtype) -> bool:
