@@ -1,0 +1,31 @@
+"""A run whose engine keeps keys and values in pages is the same run."""
+
+import json
+
+import pytest
+
+from empg_jax.metrics import read_metrics
+from tests import runs
+
+SAME = [*runs.HOUSE, "rollout.deterministic=true", "rollout.group_size=4", "train.updates=2", "sft.updates=0"]
+# 8 slots of 96 tokens would take 768; a quarter of that has to give way.
+PAGES = ["rollout.page_tokens=16", "rollout.kv_tokens=192"]
+DIFFERENT = {"page_use", "tokens_evicted", "tokens_prefilled", "prefix_hits"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)), runs.quick_compilations():
+        yield
+
+
+@pytest.mark.slow
+def test_pages_change_the_memory_and_nothing_else(tmp_path):
+    rows = runs.train(tmp_path / "rows", *SAME)
+    pages = runs.train(tmp_path / "pages", *SAME, *PAGES)
+    for ours, theirs in zip(runs.lines(pages), runs.lines(rows), strict=True):
+        assert ours.keys() - theirs.keys() == {"page_use"} and 0 < ours["page_use"] <= 1
+        for name in theirs.keys() - DIFFERENT:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+    assert json.loads((pages / "summary.json").read_text())["recompiles_after_warmup"] == 0
+    assert all(line["recompiles"] == 0 for line in read_metrics(pages / "metrics.jsonl"))
