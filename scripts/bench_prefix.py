@@ -181,7 +181,7 @@ def bench_pages(counter: CompileCounter) -> dict:
     """Measure the conversations of `bench_pool`, each in a slot of its own, over pages."""
     longest = args.instructions + args.turns * (args.observation + args.response) + args.observation
     result, recompiles = {}, 0
-    for room in (2.0, 1.0, 0.5):
+    for room in (2.0, 1.0, 0.5, 0.25):
         count = max(1, round(args.slots / room))
         engine = make_engine(longest, share=True, slots=max(args.slots, count), pages=True)
         compiled = counter.count

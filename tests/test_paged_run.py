@@ -8,8 +8,8 @@ from empg_jax.metrics import read_metrics
 from tests import runs
 
 SAME = [*runs.HOUSE, "rollout.deterministic=true", "rollout.group_size=4", "train.updates=2", "sft.updates=0"]
-# 8 slots of 96 tokens would take 768; a quarter of that has to give way.
-PAGES = ["rollout.page_tokens=16", "rollout.kv_tokens=192"]
+# Rows of 8 slots take 768 tokens. Here is room for one conversation of the longest, and the others give way.
+PAGES = ["rollout.page_tokens=16", "rollout.kv_tokens=96"]
 DIFFERENT = {"page_use", "tokens_evicted", "tokens_prefilled", "prefix_hits"}
 
 
@@ -27,5 +27,6 @@ def test_pages_change_the_memory_and_nothing_else(tmp_path):
         assert ours.keys() - theirs.keys() == {"page_use"} and 0 < ours["page_use"] <= 1
         for name in theirs.keys() - DIFFERENT:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+    assert all(line["tokens_evicted"] > 0 and line["page_use"] == 1 for line in runs.lines(pages))
     assert json.loads((pages / "summary.json").read_text())["recompiles_after_warmup"] == 0
     assert all(line["recompiles"] == 0 for line in read_metrics(pages / "metrics.jsonl"))

@@ -122,14 +122,15 @@ class PagedMemory(Memory):
     def _find_victim(self, table: Slots, slot: int) -> int | None:
         """Find whose last page a slot gets next.
 
-        First what released conversations left, the oldest of it first. Then those that wait, of which the
-        newest ones return last where all take their turns. Then responses younger than the slot's own.
+        First what released conversations left, the oldest first. Then those that wait, the newest first:
+        where all take their turns, these return last. Then responses younger than the slot's own. What the
+        device works on stays.
         """
-        is_active, age = table.allowed > 0, table.turns
-        may = (self._pages.counts > 0) & ~self._in_flight & ~(is_active & (age >= 0) & (age <= age[slot]))
+        is_active, turns = table.allowed > 0, table.turns
+        may = (self._pages.counts > 0) & ~self._in_flight & ~(is_active & (turns <= turns[slot]))
         may[slot] = False
         rank = np.where(is_active, 2, np.where(table.kv_length > 0, 1, 0))
-        order = np.lexsort((np.where(rank == 0, age, -age), rank))
+        order = np.lexsort((np.where(rank == 0, turns, -turns), rank))
         found = [int(other) for other in order if may[other]]
         # A page that others use, too, is free only after the last one gives it up.
         return next((other for other in found if self._pages.ends_alone(other)), found[0] if found else None)

@@ -36,7 +36,7 @@ def check_pages(pages):
     assert pages.counts.tolist() == [len(held) for held in pages._lists]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(6, 20), CHANGES)
 def test_each_slot_reads_what_it_wrote_or_shares(num_pages, changes):
     pages, pool = Pages(num_pages, SIZE, SLOTS), np.zeros((num_pages, SIZE), int)
@@ -170,7 +170,7 @@ class Player:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from([64, 80, 128, 256]), MOVES)
 def test_every_response_comes_however_small_the_pool_is(ahead, kv_tokens, moves):
     """Of 64 tokens, one longest conversation, to 256, all of them."""
@@ -179,3 +179,33 @@ def test_every_response_comes_however_small_the_pool_is(ahead, kv_tokens, moves)
         player.play(*move)
     player.finish()
     assert player.engine.stats.page_use <= 1
+
+
+def test_the_oldest_response_waits_for_nobody():
+    """It would copy what a younger one computes, for which the others leave no room."""
+    sizes = {"kv_tokens": 64, "prefill_chunk": 32, "prefill_buckets": (32,)}
+    player = Player(make_engine(dataclasses.replace(SIZES, **sizes)))
+    task, *others = ([first] * 2 + COMMON + [first] * 8 for first in (1, 2, 3))
+    for slot, prompt in ((1, task), (2, others[0]), (3, others[1]), (0, task)):
+        player.ask(slot, prompt, is_fresh=True)
+    player.step()
+    assert len(player.engine.progress(1).tokens)
+    player.finish()
+
+
+def test_released_conversations_give_way_before_those_that_wait():
+    """And of those that wait the newest one, from its end."""
+    player = Player(make_engine(dataclasses.replace(SIZES, kv_tokens=128)))
+    for slot in range(3):
+        player.ask(slot, [slot + 1] * 30, is_fresh=True)
+        player.finish()
+    engine, table = player.engine, player.engine._slots
+    player.play(0, "release", 0)
+    before = table.rows.copy()
+    player.ask(3, [9] * 40, is_fresh=True)
+    player.finish()
+    assert table.rows[0] < before[0] and (table.rows[1:3] == before[1:3]).all()
+    assert engine.take_stats().evicted_tokens == before[0] - table.rows[0]
+    player.ask(0, [8] * 40, is_fresh=True)
+    player.finish()
+    assert 0 < table.rows[3] < 40 and (table.rows[1:3] == before[1:3]).all()

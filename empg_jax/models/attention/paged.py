@@ -18,6 +18,8 @@ from empg_jax.models.attention.ragged import PROGRAMS
 
 # Most keys that a kernel program reads at a time.
 BLOCK = 128
+# Most numbers of a page table that the TPU kernel gets: half of a core's scalar memory of 1 MiB.
+SCALARS = 2**17
 
 
 def attend_pages(
@@ -148,8 +150,9 @@ def decode_gpu(
 
 def decode_tpu(queries: Array, keys: Array, values: Array, pages: Array, lengths: Array) -> tuple[Array]:
     """Compute the same on a TPU, where an idle row gives some finite number."""
-    if queries.shape[2] % 128 or (queries.dtype != jnp.float32 and keys.shape[2] < 16):
-        return gather_decode(queries, keys, values, pages, lengths)  # no whole tiles
+    is_tiled = queries.shape[2] % 128 == 0 and (queries.dtype == jnp.float32 or keys.shape[2] >= 16)
+    if not is_tiled or pages.size > SCALARS:
+        return gather_decode(queries, keys, values, pages, lengths)
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as kernel
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
