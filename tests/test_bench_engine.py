@@ -82,7 +82,7 @@ def test_a_tiny_benchmark_of_pages(tmp_path):
     pool, memory = result["pool"], result["memory"]
     assert pool["recompiles"] == 0 == pool["in turn, 1x"]["evicted_tokens"]
     for order in ("random", "in turn"):
-        fits, overflows = pool[f"{order}, 1x"], pool[f"{order}, 0.25x"]
+        overflows = pool[f"{order}, 0.25x"]
         assert overflows["evicted_tokens"] > 0 and overflows["page_use"] == 1
-        assert fits["hit_rate"] > overflows["hit_rate"] > 0.5
+        assert overflows["hit_rate"] > 0.5
     assert memory["tokens_of_pages"] < memory["tokens_of_conversations"] < memory["tokens_of_rows"]

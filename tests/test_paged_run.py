@@ -10,7 +10,8 @@ from tests import runs
 SAME = [*runs.HOUSE, "rollout.deterministic=true", "rollout.group_size=4", "train.updates=2", "sft.updates=0"]
 # Rows of 8 slots take 768 tokens. Here is room for one conversation of the longest, and the others give way.
 PAGES = ["rollout.page_tokens=16", "rollout.kv_tokens=96"]
-DIFFERENT = {"page_use", "tokens_evicted", "tokens_prefilled", "prefix_hits"}
+# Responses that are held back take more steps, and what gave way is prefilled again.
+DIFFERENT = {"tokens_evicted", "tokens_prefilled", "tokens_shared", "prefix_hits", "slot_occupancy"}
 
 
 @pytest.fixture(scope="module", autouse=True)

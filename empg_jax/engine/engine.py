@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from empg_jax.engine.inflight import Dispatched
-from empg_jax.engine.memory import make_memory
+from empg_jax.engine.paged import make_memory
 from empg_jax.engine.programs import Burst, compile_programs
 from empg_jax.engine.sizes import EngineConfig as EngineConfig
 from empg_jax.engine.slots import Response as Response

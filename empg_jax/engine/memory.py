@@ -131,12 +131,3 @@ def _grow(table: Slots, held: Mapping[int, int]) -> None:
     """Note how many first tokens of these slots have keys in the cache."""
     if held:
         table.grow(np.asarray(list(held), np.int64), np.asarray(list(held.values()), np.int64))
-
-
-def make_memory(programs: Programs, config: EngineConfig) -> Memory:
-    """Return the memory that the sizes ask for."""
-    # Here, because pages are built on this module.
-    from empg_jax.engine.paged import PagedMemory
-
-    kind = PagedMemory if config.page_tokens else Memory
-    return kind(programs, config, programs.new_cache(config.cache_buckets[0]))

@@ -142,3 +142,9 @@ class PagedMemory(Memory):
             pairs[: len(self._moves)] = [(page, copy) for copy, page in self._moves.items()]
             self.cache = self._programs.copy_pages(self.cache, pairs)
             self._moves = {}
+
+
+def make_memory(programs: Programs, config: EngineConfig) -> Memory:
+    """Return the empty memory that the sizes ask for, of rows or of pages."""
+    kind = PagedMemory if config.page_tokens else Memory
+    return kind(programs, config, programs.new_cache(config.cache_buckets[0]))
