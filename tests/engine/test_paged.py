@@ -80,6 +80,7 @@ def test_pages_give_the_numbers_of_rows_to_the_last_bit(by_rows):
     assert dataclasses.replace(stats, page_use=0.0) == dense
 
 
+@pytest.mark.slow
 def test_a_pool_of_half_the_conversations_gives_the_same_responses(by_rows):
     engine, checks = make(**HALF), []
     programs = [getattr(engine._programs, name) for name in ("prefill", "decode", "copy_pages")]
@@ -107,7 +108,7 @@ def test_any_order_gives_the_responses_of_rows(moves):
 
 @pytest.mark.parametrize("name", ["decode", "prefill", "copy_pages"])
 def test_no_program_copies_the_pool(name):
-    engine = make(**HALF)
+    engine = make(**PAGES)
     given = (engine._params, engine._cache)
     pages = np.zeros((4, 3), np.int32)
     if name == "decode":

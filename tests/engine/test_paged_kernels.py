@@ -49,12 +49,8 @@ def test_a_gathered_row_is_its_pages_in_their_order(pool):
     np.testing.assert_array_equal(rows[1, :, 2 * SIZE + 3], keys[:, 11, 3])
 
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_the_gpu_kernel_gives_the_same_as_gathered_rows(pool, size):
+def test_the_gpu_kernel_gives_the_same_as_gathered_rows(pool):
     keys, values, pages = pool
-    if size == 32:
-        keys, values = (x.reshape(KV_HEADS, PAGES // 2, 32, DEPTH) for x in (keys, values))
-        pages = pages[:, :3] // 2
     queries, lengths = draw(ROWS, HEADS, DEPTH, seed=4), jnp.asarray([33, 60, 0], jnp.int32)
     (found,) = paged.decode_gpu(queries, keys, values, pages, lengths, interpret=True)
     (expected,) = paged.gather_decode(queries, keys, values, pages, lengths)

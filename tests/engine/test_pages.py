@@ -36,7 +36,7 @@ def check_pages(pages):
     assert pages.counts.tolist() == [len(held) for held in pages._lists]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(6, 20), CHANGES)
 def test_each_slot_reads_what_it_wrote_or_shares(num_pages, changes):
     pages, pool = Pages(num_pages, SIZE, SLOTS), np.zeros((num_pages, SIZE), int)
@@ -170,7 +170,7 @@ class Player:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from([64, 80, 128, 256]), MOVES)
 def test_every_response_comes_however_small_the_pool_is(ahead, kv_tokens, moves):
     """Of 64 tokens, one longest conversation, to 256, all of them."""
