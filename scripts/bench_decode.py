@@ -31,6 +31,7 @@ parser.add_argument("--slots", type=int, nargs="+", default=[1, 16])
 parser.add_argument("--context", type=int, default=1024, help="tokens of each prompt")
 parser.add_argument("--new", type=int, default=128, help="tokens sampled by each slot")
 parser.add_argument("--capacity", type=int, default=2048, help="physical length of the cache")
+parser.add_argument("--page-tokens", type=int, default=0, help="keys and values in pages of so many tokens")
 parser.add_argument("--burst", type=int, default=8)
 parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
 parser.add_argument("--out", type=Path)
@@ -63,6 +64,7 @@ def measure(
         prefill_buckets=(args.context,),
         row_buckets=(min(slots, max(1, 16384 // args.context)),),
         cache_buckets=(args.capacity,),
+        page_tokens=args.page_tokens,
     )
     engine = Engine(model, config, seed=0)
     engine.load(params, 0)

@@ -6,7 +6,10 @@
 * pool: the pressure of live conversations on the kept keys and values. Conversations of several turns over
   common instructions are placed in slots as the server places them; the slots have twice the room that they
   need, just enough, or half of it. The next conversation is a random one, or each in turn, which is the worst
-  case of a cache that gives up what was used longest ago.
+  case of a cache that gives up what was used longest ago. With ``--page-tokens``, the same conversations have
+  a slot each, and pages of a pool that holds as much as those slots.
+* memory: what a cache of rows and the pages in use hold at most, for attempts at tasks whose conversations
+  have different numbers of turns. Counted, so that it is the same on every machine; needs ``--page-tokens``.
 
 Lengths are forced (nothing stops by itself), so every run does the same work:
 
@@ -25,7 +28,7 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", help="also write the JSON here")
-parser.add_argument("--only", nargs="*", default=["group", "pool"])
+parser.add_argument("--only", nargs="*", default=["group", "pool"], choices=("group", "pool", "memory"))
 parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--slots", type=int, default=16)
 parser.add_argument("--attempts", type=int, default=8, help="at each task")
@@ -35,6 +38,7 @@ parser.add_argument("--shares", type=float, nargs="*", default=[0.5, 0.9, 1.0])
 parser.add_argument("--turns", type=int, default=6)
 parser.add_argument("--instructions", type=int, default=128, help="common tokens of the pool's conversations")
 parser.add_argument("--observation", type=int, default=24)
+parser.add_argument("--page-tokens", type=int, help="keep keys and values in pages of this many tokens")
 parser.add_argument("--hidden", type=int, default=128)
 parser.add_argument("--layers", type=int, default=4)
 parser.add_argument("--heads", type=int, default=4)
@@ -63,9 +67,11 @@ MODEL = DecoderConfig(
 PARAMS = init_params(jax.random.key(0), MODEL)
 
 
-def make_engine(max_tokens: int, *, share: bool) -> Engine:
+def make_engine(max_tokens: int, *, share: bool, slots: int = args.slots, pages: bool = False) -> Engine:
+    """Build an engine; its pages hold ``args.slots`` longest conversations."""
+    sizes = {"page_tokens": args.page_tokens, "kv_tokens": args.slots * max_tokens} if pages else {}
     config = EngineConfig(
-        args.slots, max_tokens, args.response, (-1,), cache_buckets=(max_tokens,), share_prefix=share
+        slots, max_tokens, args.response, (-1,), cache_buckets=(max_tokens,), share_prefix=share, **sizes
     )
     engine = Engine(MODEL, config, seed=0)
     engine.load(PARAMS, 0)
@@ -124,7 +130,7 @@ def bench_groups(share: float) -> dict:
 def run_pool(engine: Engine, count: int, order: str) -> None:
     """Let each of ``count`` conversations take its turns; at most half of the slots answer at one time."""
     rng = np.random.default_rng(0)
-    instructions, table = draw(rng, args.instructions), SlotTable(args.slots)
+    instructions, table = draw(rng, args.instructions), SlotTable(engine.config.slots)
     held = [instructions + draw(rng, args.observation) for _ in range(count)]
     turns, queue = [0] * count, list(range(count))
     while queue:
@@ -171,13 +177,63 @@ def bench_pool(counter: CompileCounter) -> dict:
     return result | {"recompiles": counter.count - compiled}
 
 
+def bench_pages(counter: CompileCounter) -> dict:
+    """Measure the conversations of `bench_pool`, each in a slot of its own, over pages."""
+    longest = args.instructions + args.turns * (args.observation + args.response) + args.observation
+    result, recompiles = {}, 0
+    for room in (2.0, 1.0, 0.5, 0.25):
+        count = max(1, round(args.slots / room))
+        engine = make_engine(longest, share=True, slots=max(args.slots, count), pages=True)
+        compiled = counter.count
+        for order in ("random", "in turn"):
+            engine.load(PARAMS, 0)
+            engine.take_stats()
+            began = time.process_time()
+            run_pool(engine, count, order)
+            seconds, stats = time.process_time() - began, engine.take_stats()
+            result[f"{order}, {room:g}x"] = {
+                "hit_rate": round(stats.hit_rate, 4),
+                "tokens_per_cpu_s": round(stats.sampled_tokens / seconds, 1),
+                "evicted_tokens": stats.evicted_tokens,
+                "page_use": round(stats.page_use, 3),
+            }
+        recompiles += counter.count - compiled
+    return result | {"recompiles": recompiles}
+
+
+def bench_memory() -> dict:
+    """Count the tokens that rows and pages hold for attempts of 1 to ``args.turns`` turns at one time."""
+    longest = args.prompt + args.turns * (args.observation + args.response)
+    engine = make_engine(longest, share=True, pages=True)
+    rng, prompts = np.random.default_rng(1), make_prompts(1.0)
+    turns = np.arange(args.slots) % args.turns + 1
+    lengths = np.full(args.slots, args.prompt)
+    for turn in range(args.turns):
+        for slot in np.flatnonzero(turn < turns):
+            tokens = prompts[slot] if turn == 0 else draw(rng, args.observation)
+            lengths[slot] += args.response + (args.observation if turn else 0)
+            engine.submit(slot, tokens, is_fresh=turn == 0, ids=(0, int(slot), 0, turn))
+        while engine.has_work:
+            engine.step()
+    pool = engine.config.num_pages * args.page_tokens
+    return {
+        "tokens_of_conversations": int(lengths.sum()),
+        "tokens_of_rows": args.slots * engine.capacity,
+        "tokens_of_pages": round(engine.take_stats().page_use * pool),
+    }
+
+
 def main() -> None:
     result: dict = {"settings": vars(args), "load": os.getloadavg(), "cpus": os.cpu_count()}
     with CompileCounter() as counter:
         if "group" in args.only:
             result["group"] = {f"{share:g}": bench_groups(share) for share in args.shares}
         if "pool" in args.only:
-            result["pool"] = bench_pool(counter)
+            result["pool"] = bench_pages(counter) if args.page_tokens else bench_pool(counter)
+        if "memory" in args.only:
+            if not args.page_tokens:
+                parser.error("--only memory needs --page-tokens")
+            result["memory"] = bench_memory()
     device = jax.devices()[0]
     result["device"] = f"{device.platform} {device.device_kind}"
     text = json.dumps(result, indent=2)

@@ -1,4 +1,4 @@
-"""Check a machine with a GPU or TPU, step by step: limits, attention, update, decode, parity, quickstart.
+"""Check a machine with a GPU or TPU, step by step: limits, attention, update, decode, pages, quickstart.
 
 Every step is a program of its own with a time limit; one that fails or takes too long does not stop the
 others. ``OUT/summary.json`` is written again after each step. It holds the step's own JSON, its seconds and,
@@ -99,6 +99,21 @@ TINY_RUN = (
     f"{RUN} train.updates=1 train.num_minibatches=1 sft.updates=2 sft.demonstrations=64 sft.batch_size=8 "
     "rollout.tasks_per_update=2 rollout.group_size=4 rollout.prefill_buckets=[32] eval.tasks=8"
 )
+# The same decoding as without pages, so that both can be compared.
+PAGES = (
+    Step(
+        "pages-parity",
+        60,
+        "check_parity.py --only pages --dtypes bfloat16 float32 --out {json}",
+        "check_parity.py --only pages --dtypes float32 --out {json}",
+    ),
+    Step(
+        "pages-decode",
+        90,
+        "bench_decode.py --preset qwen2.5-0.5b --slots 16 64 --burst 16 --page-tokens 16 --out {json}",
+        f"{TINY_DECODE} --page-tokens 16",
+    ),
+)
 QUICKSTART = Step("quickstart", 150, f"{RUN} train.updates=40", TINY_RUN)
 REST = (
     Step("gap-0.5b", 90, f"{GAP} --preset qwen2.5-0.5b", GAP),
@@ -112,6 +127,7 @@ STEPS = {
         decode("1.5b", 130, "1 16 64 256"),
         *ATTENTION,
         QUICKSTART,
+        *PAGES,
         update("0.5b", 80, LARGE),
         *REST,
     ),
@@ -121,6 +137,7 @@ STEPS = {
         update("0.5b", 120, SMALL),
         decode("0.5b", 130, "1 16 64"),
         QUICKSTART,
+        *PAGES,
         *REST,
     ),
 }

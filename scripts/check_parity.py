@@ -5,6 +5,8 @@
 * ``attention output``, ``attention slope of ...``: the platform's fused kernel (Triton on a GPU, splash on a
   TPU) against the XLA tiles on the same device, packed rows, as a share of the tiles' root mean square. On a
   CPU both are the tiles.
+* ``pages decode``: the platform's paged kernel against rows that are gathered first, on the same device, as a
+  share of these. On a CPU both are the same.
 
 The JSON goes to the standard output, the table to the standard error. Needs no pydantic and no typer.
 """
@@ -26,7 +28,9 @@ from empg_jax.engine.engine import Engine
 from empg_jax.engine.sizes import EngineConfig
 from empg_jax.hf.presets import make_preset
 from empg_jax.learner.outputs import compute_logprobs
-from empg_jax.models.attention import packed_attention
+from empg_jax.models.attention import attend_pages, packed_attention
+from empg_jax.models.attention.cached import cached_attention
+from empg_jax.models.attention.paged import gather_pages
 from empg_jax.models.decoder import DecoderConfig, init_params
 
 # Mean and largest absolute difference allowed. bfloat16 has 8 bits of mantissa: its logits are good to 1 %.
@@ -34,7 +38,9 @@ TOLERANCES = {"float32": (1e-5, 1e-3), "bfloat16": (3e-2, 5e-1)}
 ATTENTION_TOLERANCES = {"float32": (1e-5, 1e-3), "bfloat16": (1e-2, 3e-1)}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-parser.add_argument("--only", nargs="+", default=["model", "attention"], choices=("model", "attention"))
+parser.add_argument(
+    "--only", nargs="+", default=["model", "attention", "pages"], choices=("model", "attention", "pages")
+)
 parser.add_argument("--dtypes", nargs="+", default=list(TOLERANCES), choices=list(TOLERANCES))
 parser.add_argument("--preset", help="shape of a well-known model, with random weights; default: a small one")
 parser.add_argument("--out", type=Path)
@@ -65,6 +71,35 @@ def check_attention(dtype: str, length: int = 1000) -> Gaps:
         gap = jnp.abs(ours - tiled) / jnp.sqrt(jnp.mean(tiled**2))
         gaps[f"attention {name}"] = (float(jnp.mean(gap)), float(jnp.max(gap)))
     return gaps
+
+
+def check_pages(dtype: str, rows: int = 16, size: int = 16, columns: int = 64) -> Gaps:
+    """Compare a decode step over pages with one over rows: Qwen2.5-1.5B's heads, one row idle."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    pool = [jax.random.normal(key, (2, 600, size, 128), jnp.dtype(dtype)) for key in keys[:2]]
+    new = [jax.random.normal(key, (rows, 1, 2, 128), jnp.dtype(dtype)) for key in keys[2:4]]
+    queries = jax.random.normal(keys[4], (rows, 1, 12, 128), jnp.dtype(dtype))
+    lengths = np.random.default_rng(0).integers(1, size * columns, rows)
+    pages, fresh = np.zeros((rows, columns), np.int32), 20
+    for row, length in enumerate(lengths):
+        needed = -(-(int(length) + 1) // size)
+        shared = min(4, needed - 1)  # the beginning of all rows
+        pages[row, :needed] = [*range(shared), *range(fresh, fresh + needed - shared)]
+        fresh += needed - shared
+    assert fresh <= 600
+    positions = jnp.asarray(lengths, jnp.int32)[:, None].at[3].set(size * columns)
+
+    @jax.jit
+    def run(queries: jax.Array, new: list[jax.Array], pool: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        ours, written = attend_pages(queries, tuple(new), tuple(pool), jnp.asarray(pages), positions)
+        gathered = [gather_pages(x, jnp.asarray(pages)) for x in written]
+        # Two queries a row are too many for the kernels of rows.
+        doubled = jnp.repeat(queries, 2, axis=1)
+        return ours, cached_attention(doubled, *gathered, jnp.repeat(positions, 2, axis=1))[:, :1]
+
+    ours, expected = (np.delete(np.asarray(x, np.float32), 3, axis=0) for x in run(queries, new, pool))
+    gap = np.abs(ours - expected) / np.sqrt(np.mean(expected**2))
+    return {"pages decode": (float(gap.mean()), float(gap.max()))}
 
 
 def check_model(dtype: str, rows: int = 4, length: int = 256) -> Gaps:
@@ -133,7 +168,11 @@ def main() -> int:
     print(
         f"{'type':10}{'check':28}{'mean':>10}{'allowed':>10}{'largest':>10}{'allowed':>10}", file=sys.stderr
     )
-    checks = {"model": (check_model, TOLERANCES), "attention": (check_attention, ATTENTION_TOLERANCES)}
+    checks = {
+        "model": (check_model, TOLERANCES),
+        "attention": (check_attention, ATTENTION_TOLERANCES),
+        "pages": (check_pages, ATTENTION_TOLERANCES),
+    }
     for check, tolerances in (checks[name] for name in args.only):
         for dtype in args.dtypes:
             mean_allowed, max_allowed = tolerances[dtype]

@@ -63,3 +63,26 @@ def test_a_tiny_benchmark_of_shared_prefixes(tmp_path):
         fits, overflows = pool[f"{order}, 1x"], pool[f"{order}, 2x"]
         assert overflows["evicted_tokens"] > 0 and fits["hit_rate"] > fits["hit_rate_without"]
         assert fits["hit_rate"] > overflows["hit_rate"] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_tiny_benchmark_of_pages(tmp_path):
+    """A pool for a quarter of the conversations still keeps most of what it found."""
+    out = tmp_path / "out.json"
+    shape = "--hidden 16 --heads 2 --layers 1 --vocab 64 --slots 4 --attempts 4 --response 4 --page-tokens 8"
+    work = "--only pool memory --prompt 64 --turns 3 --instructions 40 --observation 8"
+    script = str(ROOT / "scripts" / "bench_prefix.py")
+    options = [*shape.split(), *work.split(), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, script, *options], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    pool, memory = result["pool"], result["memory"]
+    assert pool["recompiles"] == 0 == pool["in turn, 1x"]["evicted_tokens"]
+    for order in ("random", "in turn"):
+        overflows = pool[f"{order}, 0.25x"]
+        assert overflows["evicted_tokens"] > 0 and overflows["page_use"] == 1
+        assert overflows["hit_rate"] > 0.5
+    assert memory["tokens_of_pages"] < memory["tokens_of_conversations"] < memory["tokens_of_rows"]

@@ -44,8 +44,8 @@ def produce(folder):
             *("algorithm.loss=decoupled_ppo", "algorithm.entropy_source=learner"),
             "algorithm.correction.entropy_low=0.9",
         ],
-        # Weights that go live inside responses.
-        "burst": BURST,
+        # Weights that go live inside responses, over pages.
+        "burst": [*BURST, "rollout.page_tokens=16"],
         # A warm start on chats, whose held-out part is measured.
         "chats": ["sft.updates=1", f"sft.data={chats}", "sft.holdout=0.25", "train.updates=1"],
     }

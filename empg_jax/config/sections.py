@@ -162,6 +162,18 @@ class RolloutConfig(Section):
     share_prefix: bool = Field(
         True, description="Compute a prompt's beginning that conversations share once, and copy its KV."
     )
+    page_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Keep KV in pages of this many tokens, which conversations that begin alike share (null: "
+        "a row per slot, as long as the longest one). Kernels of GPUs and TPUs take 16, 32, 64 or 128.",
+    )
+    kv_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens that all pages of a host hold together; where conversations need more, some are "
+        "prefilled again (null: slots x max_tokens).",
+    )
     episode_timeout: float = Field(300.0, gt=0, description="Seconds that an episode may last.")
     min_group_size: int | None = Field(
         None, ge=1, description="Attempts that suffice to close a group at its deadline (default all)."

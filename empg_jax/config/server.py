@@ -10,7 +10,10 @@ from empg_jax.config.sections import RolloutConfig
 
 # Keys of the engine in this program, at values that mean nothing. Its burst and its buckets are left alone:
 # files set them for speed.
-_BUILTIN = {"data": 1, "tensor": 1, "devices": None, "release": False, "share_prefix": True}
+_BUILTIN = {
+    **{"data": 1, "tensor": 1, "devices": None, "release": False, "share_prefix": True},
+    **{"page_tokens": None, "kv_tokens": None},
+}
 _SERVER = ("url", "weights_dir", "request_timeout")
 
 

@@ -157,6 +157,7 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             "rollout.deterministic=true and that run's train.max_lag"
         )
     yield from server_problems(rollout, config.hosts)
+    yield from _page_problems(rollout)
     if rollout.group_size == 1 and rollout.filter_groups:
         yield "rollout.filter_groups=true compares the attempts of a task, but rollout.group_size=1"
     if rollout.max_refills != 10 and not rollout.filter_groups:
@@ -167,6 +168,22 @@ def _rollout_problems(config: Config) -> Iterator[str]:
     elif buckets and buckets[-1] > rollout.max_tokens:
         yield (
             f"rollout.prefill_buckets={list(buckets)} reaches beyond rollout.max_tokens={rollout.max_tokens}"
+        )
+
+
+def _page_problems(rollout: RolloutConfig) -> Iterator[str]:
+    pages, tokens = rollout.page_tokens, rollout.kv_tokens
+    if tokens and not pages:
+        yield f"rollout.kv_tokens={tokens} has no effect without rollout.page_tokens, such as 16"
+    elif tokens and pages and tokens < (right := -(-rollout.max_tokens // pages) * pages):
+        yield (
+            f"rollout.kv_tokens={tokens} does not hold one conversation of rollout.max_tokens="
+            f"{rollout.max_tokens} in pages of rollout.page_tokens={pages}: use at least {right}"
+        )
+    if pages and rollout.data > 1:
+        yield (
+            f"rollout.page_tokens={pages} with rollout.data={rollout.data}: all slots use one pool of pages, "
+            "which is not split; use rollout.tensor, or leave rollout.page_tokens out"
         )
 
 

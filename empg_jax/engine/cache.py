@@ -44,3 +44,22 @@ def copy_rows(cache: KVCache, pairs: jax.Array) -> KVCache:
         return jax.lax.fori_loop(0, (count + size - 1) // size, copy_piece, cache)
 
     return jax.lax.fori_loop(0, jnp.sum(pairs[:, 2] > 0, dtype=jnp.int32), copy_pair, cache)
+
+
+def copy_pages(cache: KVCache, pairs: jax.Array) -> KVCache:
+    """Copy pages of a pool, in place.
+
+    Args:
+      cache: the pool (donated).
+      pairs: int32[S, 2] of a page and the one that becomes its copy, all different; a number beyond the pool
+        copies nothing.
+
+    Returns:
+      The pool.
+    """
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        # All are read before any is written: a page that is given away may be the copy of another one.
+        return leaf.at[:, pairs[:, 1]].set(jnp.take(leaf, pairs[:, 0], axis=1, mode="clip"), mode="drop")
+
+    return jax.tree.map(copy, cache)

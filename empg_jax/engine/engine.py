@@ -6,7 +6,7 @@ new tokens of a conversation are prefilled. The host reads from the device once 
 and where responses are long the device has its next burst before the host reads the last one.
 
 The cache is physically short and grows in buckets between dispatches, because unused capacity costs time in
-every decode step. All shapes come from small bucket lists that `Engine.warm_up` compiles beforehand.
+every step; or it is a pool of pages. All shapes come from small bucket lists that `Engine.warm_up` compiles.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from empg_jax.engine.filling import fill, fit_cache, measure
 from empg_jax.engine.inflight import Dispatched
+from empg_jax.engine.paged import make_memory
 from empg_jax.engine.programs import Burst, compile_programs
 from empg_jax.engine.sizes import EngineConfig as EngineConfig
 from empg_jax.engine.slots import Response as Response
@@ -29,7 +29,7 @@ from empg_jax.engine.stats import EngineStats as EngineStats
 from empg_jax.engine.stats import compare_tokens
 from empg_jax.engine.warmup import compile_all
 from empg_jax.engine.weights import place_params
-from empg_jax.models.decoder import DecoderConfig, KVCache
+from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.lora import combine
 from empg_jax.parallel.mesh import make_mesh, replicated
@@ -37,7 +37,7 @@ from empg_jax.types import Params
 
 # What belongs to the conversations of one user of an engine.
 _SAMPLING = ("_params", "version", "temperature", "token_filter")
-_OWN = ("_slots", "_carried", "_dispatched", "_ended", "stats", *_SAMPLING)
+_OWN = ("_slots", "_memory", "_carried", "_dispatched", "_ended", "stats", *_SAMPLING)
 
 
 class Engine:
@@ -86,7 +86,7 @@ class Engine:
         self._carried = jax.device_put(np.zeros((config.slots, 4), np.int32), replicated(self._mesh))
         self._dispatched = Dispatched.nothing(config)
         self._ended: list[Response] = []  # found outside `step`, which returns them
-        self._cache: KVCache | None = self._programs.new_cache(config.cache_buckets[0])
+        self._memory = make_memory(self._programs, config)
 
     # ------------------------------------------------------------------------------ conversations
 
@@ -231,11 +231,12 @@ class Engine:
         probes = self._slots.find_probes()
         if not len(probes):
             return None
-        self._fit_cache()
-        stale = self._peek(probes)
+        self._memory.fit(self._slots, self._dispatched.members, is_empty=self._is_empty)
+        stale, probes = self._peek(probes)
         self._slots.drop(probes)
-        self._prefill()
-        return compare_tokens(stale, self._peek(probes), probes)
+        self._memory.fill(self._params, self._slots, self.stats)
+        fresh, probes = self._peek(probes)
+        return compare_tokens(stale, fresh, probes) if len(probes) else None
 
     def free(self) -> None:
         """Give up weights and cache until weights arrive; conversations keep their tokens.
@@ -246,7 +247,7 @@ class Engine:
         if self.has_work:
             raise RuntimeError("Engine.free in the middle of a turn: step the engine until has_work is False")
         self.drop_cache()
-        self._params, self._cache = None, None
+        self._params, self._memory.cache = None, None
 
     @contextlib.contextmanager
     def lent(
@@ -270,21 +271,20 @@ class Engine:
         """
         self.config.check_filter(token_filter, self.model.vocab_size)
         own = {name: getattr(self, name) for name in _OWN}
-        cache = None if self._is_empty else self._cache
+        is_empty, memory = self._is_empty, self._memory
+        self._memory = memory.lend(is_empty=is_empty)
         self._slots, self._ended = Slots(self.config, temperature, token_filter), []
         self._dispatched = Dispatched.nothing(self.config)
         self.temperature, self.token_filter, self.stats = temperature, token_filter, EngineStats()
         try:
-            if cache is not None:
-                self._cache = None
             if self._params is None or version != self.version:
                 self.load(params, version)
             yield
         finally:
+            if is_empty:
+                memory.cache = self._memory.cache
             for name, value in own.items():
                 setattr(self, name, value)
-            if cache is not None:
-                self._cache = cache
 
     def place(self, params: Params) -> Params:
         """Copy stacked parameters into this engine's layout and placement.
@@ -313,7 +313,7 @@ class Engine:
         ended, self._ended = self._ended, []
         patience = self.config.patience if is_eager else self.config.slots
         # The device is then busy while the host reads what it did before.
-        if self._goes_ahead and self._dispatched.mostly_goes_on:
+        if self._goes_ahead and self._dispatched.mostly_goes_on and not self._memory.is_pressed:
             following = self._dispatch(patience)
             ended += self._take()
             following.keep(self._slots.allowed > 0)
@@ -330,28 +330,37 @@ class Engine:
         table = self._slots
         if not table.allowed.any():
             return Dispatched.nothing(self.config)
-        self._fit_cache()
-        self._prefill(self.config.prefill_chunk)
+        self._memory.fit(self._slots, self._dispatched.members, is_empty=self._is_empty)
+        self._memory.fill(self._params, table, self.stats, self.config.prefill_chunk)
         ready = np.where(table.missing() > 0, 0, table.allowed)
         if not ready.any():
             # With all chunks on the device at once, a prompt that comes meanwhile would wait for them.
-            jax.block_until_ready(self._cache)
+            jax.block_until_ready(self._memory.cache)
             return Dispatched.nothing(self.config)
         return self._decode(ready, self.config.burst, patience)
 
     def _decode(self, allowed: np.ndarray, steps: int, patience: int) -> Dispatched:
-        """Begin a burst for the slots with tokens ``allowed``."""
-        table, on_device = self._slots, self._dispatched.members
+        """Begin a burst for the slots with tokens ``allowed``, as far as there is room for them."""
+        table, memory = self._slots, self._memory
+        allowed = memory.admit(table, allowed, steps)
+        self.stats.add_use(*memory.take_use())
+        on_device = self._dispatched.members & (allowed > 0)
         plan, limits = table.plan(allowed, on_device), np.asarray((steps, patience), np.int32)
-        request = table.request(self._key, self._carried, plan, limits)
-        self._cache, self._carried, burst = self._programs.decode(self._params, self._cache, request)
+        request = memory.locate(table.request(self._key, self._carried, plan, limits))
+        memory.cache, self._carried, burst = self._programs.decode(self._params, memory.cache, request)
         spent = np.where(on_device, self.config.burst, 0)
         return Dispatched(burst, self.version, allowed > 0, allowed > spent + steps)
 
-    def _peek(self, slots: np.ndarray) -> Burst:
-        """Sample the next token of some slots; their responses do not get it."""
-        allowed = np.bincount(slots, minlength=self.config.slots)
-        return jax.device_get(self._decode(allowed, 1, self.config.slots).burst)
+    def _peek(self, slots: np.ndarray) -> tuple[Burst, np.ndarray]:
+        """Sample the next token of some slots, as far as there is room; their responses do not get it.
+
+        Returns:
+          The tokens, and the slots that have one.
+        """
+        ready = self._slots.missing()[slots] == 0
+        allowed = np.bincount(slots[ready], minlength=self.config.slots)
+        done = self._decode(allowed, 1, self.config.slots)
+        return jax.device_get(done.burst), slots[done.members[slots]]
 
     def _take(self) -> list[Response]:
         """Read the burst in flight and record its tokens; return the responses that ended."""
@@ -365,23 +374,12 @@ class Engine:
         self.stats.add(burst, len(counts), int(self._slots.num_tokens.sum()) - before, len(ended))
         return ended
 
-    def _prefill(self, limit: int = 0) -> None:
-        """Cache what waits, of each conversation up to ``limit`` tokens at a time (0: all)."""
-        assert self._cache is not None  # `_fit_cache` came before
-        filled = fill(self._programs, self.config, self._params, self._cache, self._slots, limit)
-        self._cache, shared, computed = filled
-        self.stats.shared_tokens += shared
-        self.stats.prefilled_tokens += computed
-
     @property
     def capacity(self) -> int:
-        """Current physical length of the cache, in tokens."""
-        return measure(self._cache)
+        """Current physical length of the cache, or of what is read of each slot's pages, in tokens."""
+        return self._memory.capacity
 
-    def _fit_cache(self) -> None:
-        """Grow the cache to the bucket that this burst needs; start with a fresh one when it is empty."""
-        longest = self._slots.longest(self._dispatched.members)
-        self._cache = fit_cache(self._programs, self.config, self._cache, longest, is_empty=self._is_empty)
+    _cache = property(lambda self: self._memory.cache)
 
     def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
         """Compile every bucket before the first episode, so that nothing compiles later.
@@ -396,5 +394,6 @@ class Engine:
             raise RuntimeError("Engine.warm_up needs loaded weights and no live conversation")
         plan, limits = np.zeros((self.config.slots, 8), np.int32), np.zeros(2, np.int32)
         request = self._slots.request(self._key, self._carried, plan, limits)
+        self._memory.cache = None  # a pool would be there twice
         compile_all(self._programs, self.config, self._params, request, check)
-        self._cache = self._programs.new_cache(self.config.cache_buckets[0])
+        self._memory = make_memory(self._programs, self.config)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from empg_jax.engine.cache import copy_rows, grow
+from empg_jax.engine.cache import copy_pages, copy_rows, grow
 from empg_jax.engine.sampling import fold_keys, position_uniforms, sample, sample_filtered
 from empg_jax.engine.sizes import EngineConfig
 from empg_jax.models.axes import param_shardings, repeat_kv_heads
@@ -28,6 +28,7 @@ from empg_jax.models.decoder import (
     forward_cached,
     fuse_projections,
     init_cache,
+    init_pool,
     output_embedding,
     unstack_layers,
 )
@@ -49,6 +50,7 @@ class Chunk:
     rows: Leaf  # int32[R]      slot of each row; a number beyond the slots is a pad
     tokens: Leaf  # int32[R P]  right-padded
     spans: Leaf  # int32[R 2]   position of the first token, and how many there are
+    pages: Leaf | None = None  # int32[R C]  pages of each row, with `EngineConfig.page_tokens`
 
 
 @flax.struct.dataclass
@@ -66,6 +68,7 @@ class Request:
     limits: Leaf  # int32[2]  steps at most; responses that must have ended for an early end
     temperature: Leaf  # float32[S], or float32[] for all slots
     filters: Leaf | None = None  # float32[S 3]  each a `TokenFilter`, with `EngineConfig.has_filter`
+    pages: Leaf | None = None  # int32[S C]  pages of each slot, with `EngineConfig.page_tokens`
 
 
 @flax.struct.dataclass
@@ -94,6 +97,7 @@ class Programs:
     unstack: Any
     grow: Any
     copy_rows: Any
+    copy_pages: Any
     shards: int  # parts that the slots are split into
 
 
@@ -115,19 +119,40 @@ def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> 
     )
     return Programs(
         layout=layout,
-        new_cache=lambda capacity: jax.device_put(init_cache(layout, config.slots, capacity), cache),
+        new_cache=lambda capacity: jax.device_put(_empty_cache(layout, config, capacity), cache),
         prefill=jit(functools.partial(prefill, layout, config), out_shardings=cache),
         decode=jit(functools.partial(decode, layout, config), out_shardings=(cache, burst, burst)),
         unstack=jax.jit(functools.partial(_cast_and_unstack, layout, mesh, repeats)),
         # Not donated: a longer cache cannot reuse the memory of a shorter one.
         grow=jax.jit(grow, static_argnums=1, out_shardings=cache),
         copy_rows=jax.jit(copy, donate_argnums=0, out_shardings=cache),
-        shards=math.prod(mesh.shape[name] for name in mesh_axes(slots_axis)),
+        copy_pages=jax.jit(copy_pages, donate_argnums=0, out_shardings=cache),
+        shards=1 if config.page_tokens else math.prod(mesh.shape[name] for name in mesh_axes(slots_axis)),
     )
 
 
+def _empty_cache(layout: DecoderConfig, config: EngineConfig, capacity: int) -> KVCache:
+    """Return rows of this length, or the pool."""
+    if config.page_tokens:
+        return init_pool(layout, config.num_pages, config.page_tokens)
+    return init_cache(layout, config.slots, capacity)
+
+
 def cache_sharding(mesh: Mesh, model: DecoderConfig, config: EngineConfig) -> NamedSharding:
-    """Return the sharding of a cache leaf ``[S K C d]``: slots over ``data``, heads over ``tensor``."""
+    """Return the sharding of a cache leaf: slots over ``data``, heads over ``tensor``.
+
+    A leaf is ``[S K C d]``, or ``[K N P d]`` with pages, which are not split over ``data``.
+
+    Raises:
+      ValueError: slots with pages are split.
+    """
+    if config.page_tokens:
+        if mesh.shape["data"] > 1:
+            raise ValueError(
+                f"page_tokens={config.page_tokens} with slots over data={mesh.shape['data']} devices: all "
+                "slots use one pool; use data=1, or page_tokens=0"
+            )
+        return named_sharding(mesh, ("heads", None, None, None), (model.num_kv_heads, 1, 1, 1))
     return named_sharding(mesh, ("slots", "heads", None, None), (config.slots, model.num_kv_heads, 1, 1))
 
 
@@ -187,12 +212,17 @@ def prefill(
     """
     start, count = chunk.spans[:, :1], chunk.spans[:, 1:]
     offsets = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)[None, :]
-    capacity = jnp.int32(cache[0][0].shape[2])
+    capacity = _count_rows(cache, chunk.pages)
     # A position beyond the cache marks padding: the write of that token is dropped.
     positions = jnp.where(offsets < count, start + offsets, capacity)
     # With all slots at once row i is slot i, and no gather is needed.
     which = None if chunk.rows.shape[0] == config.slots else chunk.rows
-    return forward_cached(params, model, chunk.tokens, positions, cache, which)[1]
+    return forward_cached(params, model, chunk.tokens, positions, cache, which, pages=chunk.pages)[1]
+
+
+def _count_rows(cache: KVCache, pages: jax.Array | None) -> jax.Array:
+    """Return the first position beyond the rows of a cache, or beyond their pages."""
+    return jnp.int32(cache[0][0].shape[2] * (1 if pages is None else pages.shape[1]))
 
 
 def decode(
@@ -225,7 +255,7 @@ def decode(
     uniforms = position_uniforms(fold_keys(request.key, plan[:, 4:]), done[:, None] + offsets).T
     head = output_embedding(params)
     # Idle slots write at this position, which lies beyond the cache, so the write is dropped.
-    nowhere = jnp.int32(cache[0][0].shape[2])
+    nowhere = _count_rows(cache, request.pages)
     grid = (config.burst, config.slots)
     zeros = jnp.zeros(grid, jnp.float32)
     full = zeros if config.has_filter else None
@@ -237,7 +267,9 @@ def decode(
     ) -> tuple[KVCache, jax.Array, jax.Array, Burst]:
         cache, last, is_active, out = carry
         positions = jnp.where(is_active, position + out.counts, nowhere)
-        hidden, cache = forward_cached(params, model, last[:, None], positions[:, None], cache)
+        hidden, cache = forward_cached(
+            params, model, last[:, None], positions[:, None], cache, pages=request.pages
+        )
         logits = jnp.einsum("sd,vd->sv", hidden[:, 0], head, preferred_element_type=jnp.float32)
         tokens, logprobs, entropies, *full = draw(logits, uniforms[out.steps])
         counts = out.counts + is_active.astype(jnp.int32)

@@ -36,6 +36,8 @@ class EngineConfig:
       has_filter: responses may filter the tokens that they sample (top-k, top-p, min-p). Without it the
         program has no trace of that.
       share_prefix: compute the keys and values of a prefix once, and copy them into other conversations.
+      page_tokens: tokens of a page, where keys and values are in pages of a pool; 0: in one row per slot.
+      kv_tokens: tokens that the pool holds; default those of ``slots`` longest conversations.
     """
 
     slots: int
@@ -51,6 +53,8 @@ class EngineConfig:
     ahead: bool | None = None
     has_filter: bool = False
     share_prefix: bool = True
+    page_tokens: int = 0
+    kv_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Fill the bucket lists and refuse sizes that cannot work."""
@@ -61,6 +65,7 @@ class EngineConfig:
                 f"max_response_tokens={self.max_response_tokens} must lie in "
                 f"[1, max_tokens={self.max_tokens})"
             )
+        self._check_pages()
         largest = self.prefill_chunk or 1024
         lengths = [
             n for n in {*(4**i for i in range(2, 16) if 4**i < largest), largest} if n < self.max_tokens
@@ -85,11 +90,22 @@ class EngineConfig:
         if self.prefill_chunk:  # a smaller chunk would be padded
             fill("prefill_chunk", max(self.prefill_chunk, self.prefill_buckets[-1]))
 
+    def _check_pages(self) -> None:
+        if not self.kv_tokens:
+            return
+        if not self.page_tokens:
+            raise ValueError(f"kv_tokens={self.kv_tokens} has no effect without page_tokens")
+        if self.kv_tokens < (longest := -(-self.max_tokens // self.page_tokens) * self.page_tokens):
+            raise ValueError(
+                f"kv_tokens={self.kv_tokens} does not hold one conversation of max_tokens={self.max_tokens} "
+                f"in pages of page_tokens={self.page_tokens}: at least {longest}"
+            )
+
     @property
     def num_programs(self) -> int:
         """Number of programs that `Engine.warm_up` compiles."""
-        growths = len(self.cache_buckets) - 1
-        copies = len(self.cache_buckets) * self.copies_rows
+        growths = 0 if self.page_tokens else len(self.cache_buckets) - 1
+        copies = self.copies_rows * (1 if self.page_tokens else len(self.cache_buckets))
         return (
             growths
             + copies
@@ -100,8 +116,14 @@ class EngineConfig:
         )
 
     @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        every = self.slots * -(-self.max_tokens // self.page_tokens)
+        return min(every, self.kv_tokens // self.page_tokens) if self.kv_tokens else every
+
+    @property
     def copies_rows(self) -> bool:
-        """Whether rows are copied from slot to slot."""
+        """Whether rows, or pages, are copied from slot to slot."""
         return self.share_prefix and self.slots > 1
 
     def room(self, held: int, num_new: int) -> int:

@@ -64,6 +64,7 @@ class Slots:
         where rows of older weights are in use.
       allowed: int[S], tokens that the response may still get; 0 where there is no response.
       copied: int[S], tokens of the response's prompt whose keys were copied from another slot.
+      turns: int[S], number of the slot's newest prompt, in the order in which they came.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Slots:
         self.shareable = np.zeros(slots, np.int64)
         self.allowed = np.zeros(slots, np.int64)
         self.copied = np.zeros(slots, np.int64)
+        self.turns = np.zeros(slots, np.int64)
         self.temperatures = np.full(slots, temperature, np.float32)
         filters = np.tile(np.asarray(token_filter, np.float32), (slots, 1))
         self.filters = filters if config.has_filter else None
@@ -125,6 +127,7 @@ class Slots:
         self._history[slot, start : start + len(tokens)] = tokens
         self.num_tokens[slot] = self._prompt_length[slot] = start + len(tokens)
         self._ids[slot], self.copied[slot] = ids, 0
+        self.turns[slot] = self.turns.max() + 1
         self.temperatures[slot] = temperature
         if self.filters is not None:
             self.filters[slot] = token_filter
@@ -204,6 +207,22 @@ class Slots:
     def drop(self, slots: np.ndarray | slice = slice(None)) -> None:
         """Forget the keys of these slots."""
         self.kv_length[slots] = self.shareable[slots] = 0
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Count, by slot, the first tokens whose keys are of use to it or to others."""
+        return np.maximum(self.kv_length, self.shareable)
+
+    def by_age(self, slots: Sequence[int] | np.ndarray) -> list[int]:
+        """Sort slots by their newest prompts, the oldest first."""
+        return sorted(map(int, slots), key=lambda slot: int(self.turns[slot]))
+
+    def lose(self, slot: int, rows: int) -> int:
+        """Forget a slot's keys behind its first ``rows`` ones; return how many were of use."""
+        before = int(self.rows[slot])
+        self.kv_length[slot] = min(int(self.kv_length[slot]), rows)
+        self.shareable[slot] = min(int(self.shareable[slot]), rows)
+        return before - int(self.rows[slot])
 
     def age(self, in_flight: np.ndarray) -> None:
         """Note that all rows, also those of the slots ``in_flight``, are those of older weights."""

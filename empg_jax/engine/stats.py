@@ -20,7 +20,8 @@ class EngineStats:
     bursts: int = 0
     prompt_tokens: int = 0  # of all prompts, with what their conversations held, without each one's newest
     shared_tokens: int = 0  # whose keys and values were copied from another slot
-    evicted_tokens: int = 0  # whose keys and values could have been copied, and were given up for others
+    evicted_tokens: int = 0  # whose keys and values were of use, and were given up for others
+    page_use: float = 0.0  # largest share of the pages that was in use
 
     def add(self, burst: Burst, num_slots: int, num_tokens: int, num_ended: int) -> None:
         """Count a burst that was read, and what responses took of it."""
@@ -28,6 +29,11 @@ class EngineStats:
         self.decode_rows += int(burst.steps) * num_slots
         self.sampled_tokens += num_tokens
         self.responses += num_ended
+
+    def add_use(self, evicted: int, use: float) -> None:
+        """Count what gave way in the memory, and the share of its pages in use."""
+        self.evicted_tokens += evicted
+        self.page_use = max(self.page_use, use)
 
     @property
     def occupancy(self) -> float:

@@ -28,6 +28,7 @@ from empg_jax.models.attention import (
     BACKENDS,
     SAVED,
     Segments,
+    attend_pages,
     cached_attention,
     packed_attention,
     sliced_attention,
@@ -44,7 +45,8 @@ from empg_jax.models.rope import compute_angles, rotate
 from empg_jax.parallel.layout import constrain, current_mesh, embed_tokens, split_attention
 from empg_jax.types import Params
 
-KVCache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer (keys, values), each [S K C d]
+# Per layer (keys, values), each [S K C d], or a pool of pages [K N P d].
+KVCache = tuple[tuple[jax.Array, jax.Array], ...]
 # Checkpoint names that each rematerialization policy keeps for the backward pass, besides each layer's input.
 # ``full`` keeps only attention's result and recomputes the rest. ``dots`` keeps the results of all matrix
 # products, so that only elementwise operations are recomputed. ``none`` keeps everything.
@@ -327,8 +329,15 @@ def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B T"]) -> F
 
 def init_cache(config: DecoderConfig, slots: int, capacity: int) -> KVCache:
     """Return an empty KV cache: per layer keys and values ``[slots, K, capacity, d]``."""
-    shape = (slots, config.num_kv_heads, capacity, config.head_dim)
+    return _zeros(config, (slots, config.num_kv_heads, capacity, config.head_dim))
 
+
+def init_pool(config: DecoderConfig, num_pages: int, page_tokens: int) -> KVCache:
+    """Return empty pages: per layer keys and values ``[K, num_pages, page_tokens, d]``."""
+    return _zeros(config, (config.num_kv_heads, num_pages, page_tokens, config.head_dim))
+
+
+def _zeros(config: DecoderConfig, shape: tuple[int, ...]) -> KVCache:
     def zeros() -> Array:
         return jnp.zeros(shape, config.dtype)
 
@@ -342,6 +351,8 @@ def forward_cached(
     positions: Int[Array, "R T"],
     cache: KVCache,
     rows: Int[Array, "R"] | None = None,
+    *,
+    pages: Int[Array, "R C"] | None = None,
 ) -> tuple[Float[Array, "R T D"], KVCache]:
     """Compute the final hidden states of new tokens over a KV cache.
 
@@ -354,6 +365,7 @@ def forward_cached(
       cache: keys and values of the earlier tokens; the new ones are written into it.
       rows: cache row of each token row; None means that row ``i`` is cache row ``i``. A row index beyond
         the cache marks a pad.
+      pages: the pages of each token row, where the cache is a pool; ``rows`` then means nothing.
 
     Returns:
       Normalized final hidden states and the new cache.
@@ -365,6 +377,8 @@ def forward_cached(
     @jax.jit  # traced once for all layers; the compiler dissolves the call
     def layer(x: Array, layer_params: Params, layer_cache: tuple[Array, Array]) -> tuple[Array, Any]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            if pages is not None:
+                return attend_pages(q, (k, v), layer_cache, pages, positions)
             written = [
                 old.at[write_rows[:, None], :, positions].set(new, mode="drop")
                 for old, new in zip(layer_cache, (k, v), strict=True)

@@ -279,7 +279,11 @@ def _engine_items(
     note, caches = f"{slots} slots of {r.max_tokens} tokens, {where}", 1
     if config.train.max_lag:
         note, caches = f"{note}; another for evaluation", 2
-    yield Item("KV cache", caches * slots * r.max_tokens * per_token, when, note)
+    tokens = slots * r.max_tokens
+    if r.page_tokens:
+        tokens = _engine_sizes(config, slots).num_pages * r.page_tokens
+        note = note.replace(f"{slots} slots of {r.max_tokens} tokens", f"{tokens} tokens in pages")
+    yield Item("KV cache", caches * tokens * per_token, when, note)
     logits = 3 * 4 * slots * model.vocab_size // r.tensor
     prefill = _prefill_bytes(config, model, mesh, slots)
     yield Item("sampling", _estimate(max(prefill, logits)), "rollout", "one prefill, or logits of a step")
@@ -288,21 +292,29 @@ def _engine_items(
 def _prefill_bytes(config: Config, model: DecoderConfig, mesh: AbstractMesh, slots: int) -> int:
     """Compute the bytes that one prefill dispatch needs besides weights and cache."""
     r, w, narrow = config.rollout, _widths(model, mesh), jnp.dtype(model.dtype).itemsize
-    sizes = EngineConfig(
+    sizes = _engine_sizes(config, slots)
+    most = 0
+    for length in sizes.prefill_lengths(r.max_tokens):
+        for rows in sizes.prefill_rows(length):
+            queries = min(length, max(1, SCORES // (rows * model.num_heads * r.max_tokens)))
+            scores = 2 * 4 * rows * queries * w.heads * r.max_tokens
+            # Fewer rows than slots, and pages, are copies of the keys and values that they read.
+            is_copied = rows < slots or r.page_tokens
+            copies = 2 * narrow * rows * r.max_tokens * w.keys if is_copied else 0
+            layer = rows * length * (4 * 2 * w.stream + narrow * (w.stream + 2 * w.queries + 3 * w.hidden))
+            most = max(most, layer + scores + copies)
+    return most
+
+
+def _engine_sizes(config: Config, slots: int) -> EngineConfig:
+    r = config.rollout
+    return EngineConfig(
         slots=slots,
         max_tokens=r.max_tokens,
         max_response_tokens=r.max_response_tokens,
         stop_ids=(0,),
         prefill_chunk=r.prefill_chunk,
         prefill_buckets=tuple(r.prefill_buckets or ()),
+        page_tokens=r.page_tokens or 0,
+        kv_tokens=r.kv_tokens or 0,
     )
-    most = 0
-    for length in sizes.prefill_lengths(r.max_tokens):
-        for rows in sizes.prefill_rows(length):
-            queries = min(length, max(1, SCORES // (rows * model.num_heads * r.max_tokens)))
-            scores = 2 * 4 * rows * queries * w.heads * r.max_tokens
-            # Fewer rows than slots are copies of the keys and values that they read.
-            copies = 2 * narrow * rows * r.max_tokens * w.keys if rows < slots else 0
-            layer = rows * length * (4 * 2 * w.stream + narrow * (w.stream + 2 * w.queries + 3 * w.hidden))
-            most = max(most, layer + scores + copies)
-    return most

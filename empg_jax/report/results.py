@@ -78,6 +78,8 @@ def describe_update(
         "packing_efficiency": layout.num_tokens / (layout.num_rows * shape.row_tokens),
         "seconds_cycle": seconds,
     }
+    if engine.page_use:
+        values["page_use"] = engine.page_use
     if engine.decode_rows:  # what the slots of a server do is not known
         values["slot_occupancy"] = engine.occupancy
     values |= group_success("success", trajectories)

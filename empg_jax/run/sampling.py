@@ -104,6 +104,8 @@ def _size_engine(config: Config, tokenizer: Tokenizer, num_hosts: int, *, has_fi
         row_buckets=(slots,) if _has_barrier(config) else (),
         has_filter=has_filter,
         share_prefix=r.share_prefix,
+        page_tokens=r.page_tokens or 0,
+        kv_tokens=r.kv_tokens or 0,
     )
 
 

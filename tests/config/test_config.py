@@ -77,6 +77,12 @@ REFUSED = {
     ("checkpoint.dir=gs://bucket/",): r"dir=gs://bucket/ must name a folder in a bucket: gs://BUCKET/FOLDER",
     ("mesh.sequence=3",): r"mesh\.sequence=3 must divide rollout\.max_tokens=256",
     ("train.share_prefix=true", "mesh.sequence=2"): r"train\.share_prefix=true with mesh\.sequence=2",
+    ("rollout.kv_tokens=512",): r"rollout\.kv_tokens=512 has no effect without rollout\.page_tokens",
+    (
+        "rollout.page_tokens=48",
+        "rollout.kv_tokens=256",
+    ): "in pages of rollout.page_tokens=48: .* 288",
+    ("rollout.page_tokens=16", "rollout.data=2"): r"rollout\.page_tokens=16 with rollout\.data=2",
     ("mesh.tensor=3",): r"mesh\.tensor=3 must divide model\.num_heads=4",
     ("train.num_minibatches=129",): r"train\.num_minibatches=129 is more than the 128 episodes",
     ("train.warmup_updates=181",): r"train\.warmup_updates=181 exceeds train\.updates=180",

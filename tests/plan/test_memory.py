@@ -115,6 +115,15 @@ def test_weights_moments_and_cache_are_counted_exactly():
     assert split["engine weights"] == found["engine weights"]
 
 
+def test_a_pool_of_pages_is_counted_by_its_tokens():
+    config = make_config({}, 8, 256)
+    for kv_tokens, counted in ((520, 512), (None, 8 * 256)):
+        rollout = config.rollout.model_copy(update={"page_tokens": 16, "kv_tokens": kv_tokens})
+        plan = compute_plan(config.model_copy(update={"rollout": rollout}), SMALL)
+        (item,) = (item for item in plan.items if item.name == "KV cache")
+        assert item.size == (2 * 4 * 4 * 32 * 4) * counted and f"{counted} tokens in pages" in item.note
+
+
 def test_adapters_freeze_and_quantize_the_rest():
     sections = {"model": {"preset": "qwen2.5-7b", "dtype": "bfloat16", "lora": {"rank": 16}}}
     plain = make_config({}, 8, 256, **sections, algorithm={"kl_coef": 0.1})

@@ -15,6 +15,7 @@ platform selects the back end when a program is lowered (`packed`):
 
 ``cached_attention`` is attention over the engine's KV cache. On GPUs its decode step uses the Pallas kernel
 of `ragged`, which reads only the filled part of the cache; elsewhere it is two dense products (`cached`).
+``attend_pages`` is the same over pages of a pool, with kernels for GPUs and TPUs (`paged`).
 
 `reference` is the dense definition that every back end must equal. ``model.attention=xla`` turns the kernels
 of packed attention off.
@@ -32,6 +33,7 @@ from empg_jax.models.attention.packed import BACKENDS as BACKENDS
 from empg_jax.models.attention.packed import SAVED as SAVED
 from empg_jax.models.attention.packed import is_fusible as is_fusible
 from empg_jax.models.attention.packed import packed_attention as packed_attention
+from empg_jax.models.attention.paged import attend_pages as attend_pages
 from empg_jax.models.attention.reference import reference_attention as reference_attention
 from empg_jax.models.attention.sliced import sliced_attention as sliced_attention
 from empg_jax.models.attention.trunks import Segments as Segments

@@ -45,18 +45,18 @@ def cached_attention(
         # Length 0 for pads: the kernel then reads nothing for idle rows.
         lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
         return _decode(queries[:, 0], keys, values, lengths)[0][:, None]
-    return _attend(queries, keys, values, positions)
+    return attend(queries, keys, values, positions)
 
 
 def _dense_decode(queries: Array, keys: Array, values: Array, lengths: Array) -> tuple[Array]:
     """Compute a decode step by products over the whole cache."""
-    return (_attend(queries[:, None], keys, values, lengths[:, None] - 1)[:, 0],)
+    return (attend(queries[:, None], keys, values, lengths[:, None] - 1)[:, 0],)
 
 
 _decode = by_platform("decode_attention", _dense_decode, cuda=ragged.decode)
 
 
-def _attend(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
+def attend(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
     """Attend in blocks of queries whose scores fit into `SCORES`."""
     rows, length, heads, _ = queries.shape
     fitting = max(1, SCORES // (rows * heads * keys.shape[2]))

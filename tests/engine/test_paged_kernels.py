@@ -1,0 +1,96 @@
+"""Attention over pages: the kernels of accelerators give the numbers of the rows that a gather makes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from empg_jax.engine.engine import EngineConfig
+from empg_jax.engine.programs import Request, compile_programs
+from empg_jax.models.attention import paged
+from empg_jax.models.attention.cached import cached_attention
+from empg_jax.models.decoder import DecoderConfig, init_params, init_pool
+from empg_jax.parallel.mesh import make_mesh
+from tests.engine.test_export import KERNELS, PLATFORMS, TIED, integers
+
+ROWS, HEADS, KV_HEADS, DEPTH, SIZE, COLUMNS, PAGES = 3, 4, 2, 64, 16, 6, 12
+
+
+def draw(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Keys, values, and the pages of each row: the second row shares its first two with the first one."""
+    keys, values = (draw(KV_HEADS, PAGES, SIZE, DEPTH, seed=seed) for seed in (1, 2))
+    pages = np.array([[3, 7, 1, 0, 0, 0], [3, 7, 11, 2, 5, 8], [9, 4, 0, 0, 0, 0]], np.int32)
+    return keys, values, jnp.asarray(pages)
+
+
+def test_new_tokens_go_to_their_pages_and_pads_nowhere(pool):
+    keys, values, pages = pool
+    new = draw(ROWS, 2, KV_HEADS, DEPTH, seed=3)
+    positions = jnp.asarray([[15, 16], [95, 96], [96, 96]], jnp.int32)
+    written = np.asarray(paged.write_pages(keys, new, pages, positions))
+    expected = np.asarray(keys).copy()
+    expected[:, 3, 15], expected[:, 7, 0], expected[:, 8, 15] = new[0, 0], new[0, 1], new[1, 0]
+    np.testing.assert_array_equal(written, expected)
+    del values
+
+
+def test_a_gathered_row_is_its_pages_in_their_order(pool):
+    keys, _, pages = pool
+    rows = paged.gather_pages(keys, pages)
+    assert rows.shape == (ROWS, KV_HEADS, COLUMNS * SIZE, DEPTH)
+    np.testing.assert_array_equal(rows[1, :, 2 * SIZE + 3], keys[:, 11, 3])
+
+
+def test_the_gpu_kernel_gives_the_same_as_gathered_rows(pool):
+    keys, values, pages = pool
+    queries, lengths = draw(ROWS, HEADS, DEPTH, seed=4), jnp.asarray([33, 60, 0], jnp.int32)
+    (found,) = paged.decode_gpu(queries, keys, values, pages, lengths, interpret=True)
+    (expected,) = paged.gather_decode(queries, keys, values, pages, lengths)
+    np.testing.assert_allclose(found[:2], expected[:2], atol=2e-6)
+    assert not np.asarray(found[2]).any()  # an idle row
+
+
+def test_decode_without_a_kernel_is_the_attention_over_rows(pool):
+    keys, values, pages = pool
+    queries, positions = draw(ROWS, 1, HEADS, DEPTH, seed=4), jnp.asarray([[32], [59], [96]], jnp.int32)
+    new = tuple(draw(ROWS, 1, KV_HEADS, DEPTH, seed=seed) for seed in (5, 6))
+    found, (keys, values) = paged.attend_pages(queries, new, (keys, values), pages, positions)
+    rows = paged.gather_pages(keys, pages), paged.gather_pages(values, pages)
+    np.testing.assert_array_equal(found[:2], cached_attention(queries, *rows, positions)[:2])
+
+
+@pytest.mark.parametrize(("columns", "size", "count"), [(64, 16, 8), (6, 16, 2), (5, 16, 1), (8, 128, 1)])
+def test_a_kernel_reads_pages_that_divide_a_row(columns, size, count):
+    assert paged.count_pages(columns, size) == count
+
+
+def test_decode_over_pages_lowers_for_every_platform():
+    """The kernels are in it where they take the shapes."""
+    model = DecoderConfig(
+        vocab_size=64, hidden_size=128, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=128,
+        intermediate_size=64, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16,
+    )  # fmt: skip
+    config = EngineConfig(8, 1024, 128, stop_ids=(1, 2), page_tokens=16)
+    programs = compile_programs(model, config, make_mesh())
+    stacked = jax.eval_shape(functools.partial(init_params, config=model), jax.random.key(0))
+    params = jax.eval_shape(programs.unstack, stacked)
+    pool = jax.eval_shape(lambda: init_pool(model, config.num_pages, 16))
+    request = Request(
+        jax.eval_shape(lambda: jax.random.key(0)),
+        *integers((8, 8), (8, 4), (2,)),
+        jax.ShapeDtypeStruct((8,), jnp.float32),
+        pages=integers((8, 32))[0],
+    )
+    exported = export.export(programs.decode, platforms=PLATFORMS, disabled_checks=TIED)(
+        params, pool, request
+    )
+    assert exported.platforms == PLATFORMS
+    assert all(f"@{kernel}" in exported.mlir_module() for kernel in KERNELS.values())
