@@ -60,6 +60,11 @@ _DECIDERS |= {"correct": "correction.kind", "critic": "name", "kl": "kl_coef", "
 OBJECTIVE_NAMES = {"reinforce": "reinforce_loss"}  # the key's value, where it is not the factory's name
 _KEEPS = ("mask_truncated", "drop_void", "drop_uniform")
 _BANDS = ("correction.entropy_low", "correction.entropy_high")
+_ASKED = {  # parts that are there where one of these keys is set
+    "entropy_ratio": _BANDS,
+    "sequence_mask": ("correction.sequence_delta",),
+    "overlong": ("overlong_length", "overlong_cache"),
+}
 _KINDS = ("tis", "mis")  # corrections that correction.kind chooses
 _BESIDE = ("sequence_mask", "entropy_ratio")  # corrections that stand beside any other
 SELECTORS = (
@@ -153,7 +158,10 @@ def choose(spec: Spec, values: Mapping[str, Any]) -> Spec:
         elif not any(part.factory == factory for part in chosen.get(slot, ())):
             chosen[slot] = (*_besides(slot, factory, chosen.get(slot, ())), Chosen(factory, {}))
     off = [key for key in _KEEPS if values.get(key) == OFF]
-    chosen["keep"] = tuple(part for part in chosen.get("keep", ()) if part.factory not in off)
+    # Null where it is said of all keys that ask for a part: the part is absent.
+    off += [name for name, keys in _ASKED.items() if all(values.get(key, OFF) is None for key in keys)]
+    for slot in ("keep", "correct", "penalise"):
+        chosen[slot] = tuple(part for part in chosen.get(slot, ()) if part.factory not in off)
     return chosen
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from empg_jax.algorithms import parts
 from empg_jax.algorithms.compose import Algorithm, build
 from empg_jax.algorithms.configure import configure
-from empg_jax.algorithms.keys import OFF, flatten
+from empg_jax.algorithms.keys import flatten
 from empg_jax.algorithms.masking import check_choice
 from empg_jax.algorithms.part import name_of
 from empg_jax.algorithms.recipe import Recipe
@@ -78,9 +78,9 @@ def make_recipe(
     else:
         check_choice("algorithm name", name, tuple(ALGORITHMS))
         recipe = ALGORITHMS[name]
-        chosen = given.get("modulation", OFF)
+        chosen = given.get("modulation")
         if recipe.modulate is not None:
-            if chosen not in (OFF, name_of(recipe.modulate)):
+            if chosen not in (None, name_of(recipe.modulate)):
                 raise ValueError(
                     f"one modulation only: {name!r} means {name_of(recipe.modulate)!r}, and modulation is "
                     f"{chosen!r}"

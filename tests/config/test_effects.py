@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from empg_jax.algorithms import make_recipe
 from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
 from empg_jax.run.assembly import make_recipe_from, make_rl_optimizer
@@ -56,3 +57,15 @@ def test_a_group_of_one_may_keep_its_raw_return():
     with pytest.raises(ConfigError, match="every advantage would be 0"):
         load_config("quickstart", keys)
     load_config("quickstart", [*keys, "algorithm.singleton=raw"])
+
+
+def test_a_name_with_a_modulation_has_it():
+    with pytest.raises(ValueError, match="'grpo_empg' means 'empg', and modulation is 'none'"):
+        make_recipe("grpo_empg", {"modulation": "none"})
+
+
+def test_null_of_both_keys_leaves_the_penalty_out():
+    own = make_recipe("grpo", {"overlong_length": 40, "overlong_cache": 20})
+    assert [part.name for part in own.penalise] == ["overlong"]
+    assert make_recipe(own, {"overlong_length": None, "overlong_cache": None}).penalise == ()
+    assert [part.name for part in make_recipe(own, {"overlong_length": None}).penalise] == ["overlong"]
