@@ -83,6 +83,8 @@ def test_collectors_share_a_pool_by_handles():
         ("garbage reward", "env_garbage"),
         ("garbage tuple", "env_garbage"),
         ("garbage observation", "env_garbage"),
+        ("garbage text", "env_garbage"),
+        ("garbage metrics none", "env_garbage"),
         ("crash", "worker_died"),
         ("kill", "worker_died"),
     ],
