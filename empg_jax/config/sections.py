@@ -162,7 +162,9 @@ class RolloutConfig(Section):
     share_prefix: bool = Field(
         True, description="Compute a prompt's beginning that conversations share once, and copy its KV."
     )
-    episode_timeout: float = Field(300.0, gt=0, description="Seconds that an episode may last.")
+    episode_timeout: float = Field(
+        300.0, gt=0, description="Seconds that an episode may last, without the sampling of its responses."
+    )
     min_group_size: int | None = Field(
         None, ge=1, description="Attempts that suffice to close a group at its deadline (default all)."
     )

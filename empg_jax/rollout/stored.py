@@ -64,7 +64,7 @@ class StoredCollector:
 
     def __init__(self, engine: SamplingEngine, pool: EnvPool, groups: Sequence[Sequence[Trajectory]]) -> None:
         self.engine, self.pool = engine, pool
-        self.served = 0.0  # nothing takes time here
+        self.served = self.aged = 0.0  # nothing takes time here
         self.answered: list[int] = []
         self._groups = groups
         self._queue: list[Attempt] = []

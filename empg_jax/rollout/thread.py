@@ -223,7 +223,7 @@ class RolloutThread:
             self.ledger.close_late(self.collector.served)
             self._pass_on()
             done.answers = self.collector.answered
-        done.served = self.collector.served
+        done.served, done.aged = self.collector.served, self.collector.aged
         if wanted not in (None, done, Round()):
             raise ScheduleError(f"the run differs from its schedule: {done} in place of {wanted}")
         if self.recorder is not None and not done.is_empty:

@@ -54,7 +54,7 @@ class FakeCollector:
 
     def __init__(self):
         self.engine, self.pool = FakeEngine(), FakePool()
-        self.queue, self.served, self.settled = [], 0.0, 0
+        self.queue, self.served, self.aged, self.settled = [], 0.0, 0.0, 0
         self.gate, self.threads = threading.Event(), set()
         self.error, self.answered = None, []
         self.gate.set()
