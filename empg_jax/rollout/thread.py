@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from empg_jax.engine.interface import SamplingEngine
 from empg_jax.engine.stats import EngineStats
 from empg_jax.rollout.collector import Collector
@@ -288,7 +290,7 @@ class RolloutThread:
         if gap is None:
             return
         self._gaps.append(gap)
-        if gap > limit:
+        if not gap <= limit:  # NaN is too large, too
             self.engine.drop_cache()
 
     def _offer(self) -> int | None:
@@ -314,8 +316,8 @@ class RolloutThread:
         times = {"rollout_idle": self._idle / spent, "publish_pause": self._paused}
         self._idle = self._paused = 0.0
         if self._gaps:
-            times["stale_gap"] = max(self._gaps)
-            times["stale_refills"] = float(sum(gap > (self._max_stale_gap or 0.0) for gap in self._gaps))
+            times["stale_gap"] = float(np.max(self._gaps))  # NaN where one is
+            times["stale_refills"] = float(sum(not gap <= (self._max_stale_gap or 0.0) for gap in self._gaps))
             self._gaps.clear()
         return Delivery(
             reserved.update,
