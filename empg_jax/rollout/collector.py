@@ -51,7 +51,7 @@ class Collector:
       timer: a monotonic clock, in seconds.
 
     Attributes:
-      check: called after each look for answers while a barrier waits for them; it may raise to end the wait.
+      check: called between two looks for answers while a barrier waits; it may raise to end the wait.
       served: seconds spent in `advance` so far.
       aged: the same without the time in the engine: the clock of the episodes.
       answered: slots whose environments' answers the last round took, ascending.
@@ -194,6 +194,8 @@ class Collector:
         while len(replies) < owed and (
             self._is_deterministic or (not self.engine.has_work and time.monotonic() < deadline)
         ):
+            if self._is_deterministic:
+                self.check()
             wait = 1.0 if self._is_deterministic else GATHER_SECONDS
             replies += self.pool.poll(wait, within=self._handles)
         return sorted(replies, key=lambda reply: reply.handle)
@@ -205,6 +207,7 @@ class Collector:
             able = sorted(self._waiting)
             raise ScheduleError(f"slots {list(slots)} should answer in this round, but only {able} can")
         while not handles <= self._early.keys():
+            self.check()
             for reply in self.pool.poll(1.0, within=self._handles):
                 self._early[reply.handle] = reply
         return [self._early.pop(handle) for handle in sorted(handles)]

@@ -22,6 +22,7 @@ import numpy as np
 
 from empg_jax.engine.interface import SamplingEngine
 from empg_jax.engine.stats import EngineStats
+from empg_jax.errors import Interrupted
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.incidents import count_incidents
 from empg_jax.rollout.ledger import Ledger, Reserved
@@ -111,6 +112,7 @@ class RolloutThread:
 
     def __enter__(self) -> RolloutThread:
         self._is_stopping, self._error = False, None
+        self.collector.check = self._check
         self._version = self._outbox = None
         self._mailbox.clear()
         self._since = time.monotonic()
@@ -189,6 +191,11 @@ class RolloutThread:
             raise self._error
 
     # --------------------------------------------------------------------- the rollout thread
+
+    def _check(self) -> None:
+        """End a round that waits for environments when the block is left: they may be away for long."""
+        if self._is_stopping:
+            raise Interrupted
 
     def _run(self) -> None:
         try:
