@@ -222,7 +222,8 @@ class TrainConfig(Section):
         "stop",
         description=(
             "Action when loss or gradient is not finite. skip ends the run when 4 updates in a row make no "
-            "step, rollback at the 4th in a row."
+            "step, rollback at the 4th in a row. A rollback restores weights and optimizer alone: updates "
+            "since that checkpoint are not made again, and the groups that they consumed are lost."
         ),
     )
 
