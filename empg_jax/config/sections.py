@@ -302,8 +302,8 @@ class CheckpointConfig(Section):
     dir: str | None = Field(
         None,
         description=(
-            "Folder of the checkpoints (default: checkpoints in the run folder), or gs://BUCKET/FOLDER "
-            "(extra gcs)."
+            "Folder of this run's checkpoints alone (default: checkpoints in the run folder), or "
+            "gs://BUCKET/FOLDER (extra gcs)."
         ),
     )
 
