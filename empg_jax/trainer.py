@@ -40,7 +40,6 @@ from empg_jax.run.evaluating import evaluate, evaluate_before
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
 from empg_jax.run.guards import check_gap, check_steps
 from empg_jax.run.leaving import leave
-from empg_jax.run.lock import locked
 from empg_jax.run.parts import (
     Parts,
     RunState,
@@ -62,6 +61,7 @@ from empg_jax.run.together import (
     check_shares,
     check_store,
     gather_delivery,
+    lock_files,
     make_progress,
     share_folder,
     shared_facts,
@@ -129,8 +129,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         progress.message(f"run {run_dir}")
         for line in (as_line(compute_plan(config, model), device_memory()), *whole_lines(config, model)):
             progress.message(line)
-        if hosts.is_first:
-            stack.enter_context(locked(run_dir))
+        stack.enter_context(lock_files(config, run_dir, hosts))
         if resume is not None:
             check_resume(config, run_dir, step)
         if hosts.is_first:

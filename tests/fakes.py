@@ -119,6 +119,20 @@ class FaultyEnv(CountingEnv):
                 return observation, reward  # type: ignore[return-value]
             case ["garbage", "info"]:
                 return observation, reward, terminated, truncated, {"env": self}
+            case ["garbage", "metrics", kind]:
+                values = {
+                    "none": {"x": None},
+                    "list": [1.0],
+                    "word": {"x": "high"},
+                    "nan": {"x": float("nan")},
+                }
+                return observation, reward, terminated, truncated, {**info, "metrics": values[kind]}
+            case ["garbage", "text"]:
+                return "half a \ud83d", reward, terminated, truncated, info
+            case ["garbage", "word"]:
+                return observation, reward, terminated, truncated, {**info, "detail": ["half \udc80"]}
+            case ["garbage", "words"]:
+                raise ValueError("half \udc80 of a text")
             case ["garbage", "size"]:
                 return "x" * (16 << 20), reward, terminated, truncated, info
         return observation, reward, terminated, truncated, info

@@ -23,6 +23,7 @@ class Collector:
 
     def __init__(self, fails):
         self.fails, self.queue, self.seen, self.is_cancelled = fails, [], [], False
+        self.reason, self.check = "env_error", None
 
     def admit(self, attempts):
         self.queue += attempts
@@ -38,7 +39,7 @@ class Collector:
             group_id=attempt.group_id,
         )
         if self.fails(attempt):
-            outcome = Outcome(Status.DISCARDED, "env_error", "the house burnt down")
+            outcome = Outcome(Status.DISCARDED, self.reason, "the house burnt down")
             trajectory = dataclasses.replace(trajectory, outcome=outcome)
         return [(attempt, trajectory)]
 
@@ -120,6 +121,35 @@ def test_a_fault_is_tried_again_and_never_counted(make_evaluator):
     result = evaluator.run(None, 0)
     assert len(collector.seen) == 5 + 2 and len(result.trajectories) == 5
     assert all(t.outcome.is_trained for t in result.trajectories)
+
+
+def test_outages_cost_an_attempt_neither_its_retries_nor_its_keys(make_evaluator):
+    seen = []
+
+    def fails(attempt):
+        if attempt.task != 2:
+            return False
+        seen.append(attempt.retry)
+        collector.reason = "outage" if len(seen) <= 4 else "env_error"
+        return len(seen) <= 5
+
+    evaluator, collector = make_evaluator(fails)
+    result = evaluator.run(None, 0)
+    assert seen == [0, 0, 0, 0, 0, 1] and result.missing == ()
+
+
+def test_a_request_to_stop_is_seen_while_a_round_waits(make_evaluator):
+    evaluator, collector = make_evaluator()
+    checks = iter([None, Interrupted])
+
+    def check():
+        if (error := next(checks)) is not None:
+            raise error
+
+    collector.advance = lambda: collector.check()  # as where environments do not answer
+    with pytest.raises(Interrupted):
+        evaluator.run(None, 0, check=check)
+    assert collector.is_cancelled
 
 
 def test_a_task_that_keeps_failing_is_missing_and_told(make_evaluator, monkeypatch):

@@ -174,7 +174,9 @@ class RolloutConfig(Section):
         description="Tokens that all pages of a host hold together; where conversations need more, some are "
         "prefilled again (null: slots x max_tokens).",
     )
-    episode_timeout: float = Field(300.0, gt=0, description="Seconds that an episode may last.")
+    episode_timeout: float = Field(
+        300.0, gt=0, description="Seconds that an episode may last, without the sampling of its responses."
+    )
     min_group_size: int | None = Field(
         None, ge=1, description="Attempts that suffice to close a group at its deadline (default all)."
     )
@@ -234,7 +236,8 @@ class TrainConfig(Section):
         "stop",
         description=(
             "Action when loss or gradient is not finite. skip ends the run when 4 updates in a row make no "
-            "step, rollback at the 4th in a row."
+            "step, rollback at the 4th in a row. A rollback restores weights and optimizer alone: updates "
+            "since that checkpoint are not made again, and the groups that they consumed are lost."
         ),
     )
 
@@ -315,8 +318,8 @@ class CheckpointConfig(Section):
     dir: str | None = Field(
         None,
         description=(
-            "Folder of the checkpoints (default: checkpoints in the run folder), or gs://BUCKET/FOLDER "
-            "(extra gcs)."
+            "Folder of this run's checkpoints alone (default: checkpoints in the run folder), or "
+            "gs://BUCKET/FOLDER (extra gcs)."
         ),
     )
 

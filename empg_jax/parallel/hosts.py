@@ -27,6 +27,7 @@ from empg_jax.parallel.rendezvous import Line, Seat, Watch, meet
 
 T = TypeVar("T")
 LOOK_SECONDS = 2.0  # length of one wait in the key-value store
+SMALL_BYTES = 1 << 16  # content up to this size comes with the word that it is there
 TELL_SECONDS = 1.0  # from the last words of the coordinator to its end
 END_SECONDS = 5.0  # a host that fails waits so long for the others to fail, too
 
@@ -53,6 +54,7 @@ class Hosts:
         self.describe_left: Callable[[], str] = lambda: "start all hosts again"
         self._rounds: Counter[str] = Counter()
         self._watch: Watch | None = None
+        self._timeout = LOOK_SECONDS  # seconds that a large value may take from the key-value store
         self._parted: str | None = None  # why the hosts agree on nothing any more
 
     @property
@@ -79,7 +81,10 @@ class Hosts:
             raise HostLost(self._parted)
         client, round_ = _client(), self._rounds[name]
         self._rounds[name] += 1
-        client.key_value_set_bytes(f"empg/{name}/{round_}/{self.index}", content)
+        key = f"empg/{name}/{round_}/{self.index}"
+        if len(content) > SMALL_BYTES:  # there in full before anybody asks for it
+            client.key_value_set_bytes(f"{key}-content", content)
+        client.key_value_set_bytes(key, b"=" + content if len(content) <= SMALL_BYTES else b"@")
         end = None if seconds is None else time.monotonic() + seconds
         found = [
             content if host == self.index else self._await(f"empg/{name}/{round_}/{host}", host, end)
@@ -88,21 +93,34 @@ class Hosts:
         # All hosts have come to this round, so they have read the one before.
         if round_:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                client.key_value_delete(f"empg/{name}/{round_ - 1}/{self.index}")
+                for ending in ("", "-content"):
+                    client.key_value_delete(f"empg/{name}/{round_ - 1}/{self.index}{ending}")
         return found
 
     def _await(self, key: str, host: int, end: float | None) -> bytes:
+        """Wait for a host in short waits, between which signals are heard; then fetch its content."""
         while True:
             left = LOOK_SECONDS if end is None else min(LOOK_SECONDS, end - time.monotonic())
-            try:
-                return bytes(_client().blocking_key_value_get_bytes(key, max(1, int(left * 1000))))
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise HostLost(f"host 0, the coordinator, does not answer: {error}") from None
-                if end is not None and time.monotonic() >= end:
-                    # This host goes its own way from here: waiting for the others again would be for ever.
-                    self._parted = f"host {host} did not come to {key.split('/')[1]!r} in time"
-                    raise HostLost(self._parted) from None
+            if (found := _look_up(key, left)) is not None:
+                return found[1:] if found[:1] == b"=" else self._fetch(f"{key}-content", host)
+            if end is not None and time.monotonic() >= end:
+                # This host goes its own way from here: waiting for the others again would be for ever.
+                self._parted = f"host {host} did not come to {key.split('/')[1]!r} in time"
+                raise HostLost(self._parted)
+
+    def _fetch(self, key: str, host: int) -> bytes:
+        """Fetch a large value that is there; after a wait that was too short the next one is longer."""
+        wait, end = LOOK_SECONDS, time.monotonic() + self._timeout
+        while (found := _look_up(key, wait)) is None:
+            left = end - time.monotonic()
+            if left <= 0:
+                self._parted = (
+                    f"what host {host} said of {key.split('/')[1]!r} did not arrive within "
+                    f"{self._timeout:g} s (hosts.timeout)"
+                )
+                raise HostLost(self._parted)
+            wait = max(LOOK_SECONDS, min(2 * wait, left))
+        return found
 
     def agree(self, name: str, value: Any, *, seconds: float | None = None) -> list[Any]:
         """Return the value of every host, by index; values are JSON."""
@@ -170,6 +188,7 @@ class Hosts:
 
     def watch(self, seat: Seat, lines: dict[int, Line]) -> None:
         """Begin to watch over the other hosts."""
+        self._timeout = seat.timeout
         self._watch = Watch(seat, lines, on_lost=self._lost, on_stop=lambda signum: self.on_stop(signum))
 
     def leave(self, error: BaseException | None) -> None:
@@ -276,6 +295,16 @@ def _delay_abort() -> None:
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     library.signal(int(signal.SIGABRT), ctypes.cast(library.sleep, ctypes.c_void_p))
+
+
+def _look_up(key: str, seconds: float) -> bytes | None:
+    """Wait for a value and its transfer; None when both took longer than that."""
+    try:
+        return bytes(_client().blocking_key_value_get_bytes(key, max(1, int(seconds * 1000))))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            return None
+        raise HostLost(f"host 0, the coordinator, does not answer: {error}") from None
 
 
 def _client() -> Any:

@@ -45,7 +45,9 @@ class EventLog:
         # JSON has no NaN or infinity; such values become null.
         numbers = {name: value for name, value in record.items() if isinstance(value, float)}
         record |= {name: None for name, value in numbers.items() if not math.isfinite(value)}
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        # What UTF-8 cannot encode, half of a character, is written as JSON escapes it.
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
 
     def close(self) -> None:
         """Close the file; may be called twice."""

@@ -22,6 +22,9 @@ from empg_jax.workers.pool import EnvPool, EnvReply
 
 # Seconds that an idle engine waits for more answers: one prefill of many prompts is cheaper than many of one.
 GATHER_SECONDS = 0.001
+# Most that a time in the engine ages the episodes whose environments were at work through it. What is longer
+# is a compilation or a wait for the learner, and nobody reads what the workers have to say meanwhile.
+BURST_SECONDS = 1.0
 # A retried attempt samples with other keys than the lost one, or it would repeat the same actions.
 RETRY_STRIDE = 1 << 16
 
@@ -39,15 +42,18 @@ class Collector:
       seed: seed handed to ``env.reset``.
       stream: first number of the sampling ids (0: training, 1: evaluation).
       first_handle: the pool's handle of slot 0, where several collectors share a pool.
-      episode_timeout: seconds after which an episode is given up. Only time inside `advance` counts: an
-        episode does not age while nobody serves it.
+      episode_timeout: seconds after which an episode is given up. Only time inside `advance` counts, and of
+        the time in the engine only what its environment was at work through: an episode does not age while
+        nobody serves it, nor by slow sampling.
       is_deterministic: use a barrier per turn.
       make_watch: makes what ends a response besides its tokens, one for each (see `Engine.submit`).
       has_deadlines: responses have deadlines of their own, so that no episode ages while one is sampled.
       timer: a monotonic clock, in seconds.
 
     Attributes:
+      check: called between two looks for answers while a barrier waits; it may raise to end the wait.
       served: seconds spent in `advance` so far.
+      aged: the same without the time in the engine: the clock of the episodes.
       answered: slots whose environments' answers the last round took, ascending.
     """
 
@@ -75,13 +81,17 @@ class Collector:
         self._episode_timeout = episode_timeout
         self._is_deterministic, self._timer, self._make_watch = is_deterministic, timer, make_watch
         self._has_deadlines = has_deadlines
-        self.served = 0.0
+        self.check: Callable[[], None] = lambda: None
+        self.served = self.aged = 0.0
         self.answered: list[int] = []
         self._handles = range(first_handle, first_handle + engine.config.slots)
         self._queue: collections.deque[Attempt] = collections.deque()
         self._episodes: dict[int, Episode] = {}
-        self._started: dict[int, float] = {}  # by slot, on the clock of `served`
-        self._asked: dict[int, float] = {}  # by slot, the timer where a response with a deadline began
+        self._started: dict[int, float] = {}  # by slot, on the clock of `aged`
+        self._asked: dict[int, float] = {}  # by slot, when a response with a deadline was asked for
+        self._sampling = 0.0  # seconds in the engine so far
+        self._unaged = 0.0  # those of the last round
+        self._beside: set[int] = set()  # slots whose environments were at work when that time began
         self._lost: list[tuple[Attempt, Trajectory]] = []  # episodes whose responses failed
         self._free = collections.deque(range(engine.config.slots))
         self._waiting: set[int] = set()  # slots whose environment owes an answer
@@ -126,31 +136,47 @@ class Collector:
         self.answered = [reply.handle - self._first_handle for reply in replies]
         for reply in replies:
             finished.extend(self._on_reply(reply))
-        responses = self.engine.step(is_eager=not self._is_deterministic)
+        # Who has not answered since was at work all that time.
+        for slot in self._beside & self._waiting:
+            self._started[slot] -= min(self._unaged, BURST_SECONDS)
+        self._beside, sampling = set(self._waiting), self._sampling
+        responses = self._sample(is_eager=not self._is_deterministic)
         while self._is_deterministic and self.engine.has_work:
-            responses += self.engine.step(is_eager=False)
+            responses += self._sample(is_eager=False)
         # By slot, so that actions are sent in an order that does not depend on which response ended first.
         for response in sorted(responses, key=lambda r: r.slot):
             self._on_response(response)
         lost, self._lost = self._lost, []
         finished.extend(lost)
         # Nor does an episode age while the environments are away.
-        spent = self._timer() - began - (self.pool.breaker.seconds - away)
-        self.served = self.served + max(0.0, spent) if wanted is None else wanted.served
+        spent = max(0.0, self._timer() - began - (self.pool.breaker.seconds - away))
+        was = self.served - self.aged
+        if wanted is None:
+            self.served += spent
+            self.aged += max(0.0, spent - (self._sampling - sampling))
+        else:
+            self.served, self.aged = wanted.served, wanted.aged
+        self._unaged = self.served - self.aged - was
         finished.extend(self._expire())
         return finished
 
     def settle(self) -> None:
         """Bring the engine to a turn boundary: responses in progress end, no new ones start."""
         while self.engine.has_work:
-            for response in self.engine.step(is_eager=False):
+            for response in self._sample(is_eager=False):
                 self._on_response(response)
+
+    def _sample(self, *, is_eager: bool) -> list[Response]:
+        began = self._timer()
+        responses = self.engine.step(is_eager=is_eager)
+        self._sampling += self._timer() - began
+        return responses
 
     def _start_episodes(self) -> None:
         while self._queue and self._free:
             slot, attempt = self._free.popleft(), self._queue.popleft()
             self._episodes[slot] = Episode(attempt, self._make_context(), self._parser, self._rules)
-            self._started[slot] = self.served
+            self._started[slot] = self.aged
             self.pool.reset(
                 self._first_handle + slot, seed=self._seed, split=attempt.split, index=attempt.task
             )
@@ -168,6 +194,8 @@ class Collector:
         while len(replies) < owed and (
             self._is_deterministic or (not self.engine.has_work and time.monotonic() < deadline)
         ):
+            if self._is_deterministic:
+                self.check()
             wait = 1.0 if self._is_deterministic else GATHER_SECONDS
             replies += self.pool.poll(wait, within=self._handles)
         return sorted(replies, key=lambda reply: reply.handle)
@@ -179,6 +207,7 @@ class Collector:
             able = sorted(self._waiting)
             raise ScheduleError(f"slots {list(slots)} should answer in this round, but only {able} can")
         while not handles <= self._early.keys():
+            self.check()
             for reply in self.pool.poll(1.0, within=self._handles):
                 self._early[reply.handle] = reply
         return [self._early.pop(handle) for handle in sorted(handles)]
@@ -217,13 +246,13 @@ class Collector:
         a = episode.attempt
         ids = (self._stream, a.group_id, a.member + RETRY_STRIDE * a.retry, episode.num_turns)
         if self._has_deadlines:
-            self._asked[slot] = self._timer()
+            self._asked[slot] = self._timer() - self._sampling
         self.engine.submit(slot, step.tokens, is_fresh=step.is_fresh, ids=ids, watch=self._make_watch())
 
     def _on_response(self, response: Response) -> None:
         slot, episode = response.slot, self._episodes[response.slot]
         if slot in self._asked:
-            self._started[slot] += self._timer() - self._asked.pop(slot)
+            self._started[slot] += self._timer() - self._sampling - self._asked.pop(slot)
         if response.failure is not None:
             self._free_slot(slot)
             self._lost.append((episode.attempt, episode.on_failure("sampler", response.failure)))
@@ -234,7 +263,7 @@ class Collector:
         self._waiting.add(slot)
 
     def _expire(self) -> Iterator[tuple[Attempt, Trajectory]]:
-        limit = self.served - self._episode_timeout
+        limit = self.aged - self._episode_timeout
         late = [slot for slot, at in self._started.items() if at < limit and slot not in self._asked]
         for slot in late:
             episode = self._episodes[slot]
@@ -247,6 +276,7 @@ class Collector:
         del self._episodes[slot], self._started[slot]
         self._asked.pop(slot, None)
         self._waiting.discard(slot)
+        self._beside.discard(slot)
         self._early.pop(self._first_handle + slot, None)
         # The slot that was freed first is taken first: what it holds in the cache is the least likely to be
         # of use to others. Where all are free nothing is of use, and attempts meet the same slots in every

@@ -132,20 +132,24 @@ class Evaluator:
             if (place, member) not in made
         )
         missing: list[int] = []
+        self._collector.check = check
         while len(found) + len(missing) < len(self.places) * self._attempts:
             try:
                 check()
+                ended = self._collector.advance()
             except BaseException:
                 self._collector.cancel_all()  # the slots and workers are free for whoever comes next
                 raise
-            for attempt, trajectory in self._collector.advance():
+            for attempt, trajectory in ended:
                 if trajectory.outcome.is_trained:
                     found.append(trajectory)
                     keep(trajectory)
                     advance(1, {})
                     continue
                 tell_discarded(self._tell, attempt, trajectory.outcome)
-                if trajectory.outcome.reason == "outage" or attempt.retry + 1 < MAX_RETRIES:
+                if trajectory.outcome.reason == "outage":  # the pool holds the next attempt until it is over
+                    self._collector.admit([attempt])
+                elif attempt.retry + 1 < MAX_RETRIES:
                     self._collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
                 else:
                     missing.append(attempt.group_id)

@@ -176,7 +176,9 @@ def credit_fields(credit: TurnCredit, i: int, k: int) -> Record:
 
 def as_number(value: Any) -> float | None:
     """Convert a number for JSON: the shortest decimal that gives the same float32, null if not finite."""
-    return float(str(np.float32(value))) if math.isfinite(value) else None
+    with np.errstate(over="ignore"):  # what is too large for float32 is not finite, either
+        number = np.float32(value)
+    return float(str(number)) if np.isfinite(number) else None
 
 
 def _describe_end(trajectory: Trajectory) -> Record:

@@ -1,7 +1,7 @@
 """The schedule of a rollout thread: what depended on the clock, so that a run with a lag can be repeated.
 
 ``schedule.jsonl`` has one line per round that did something: the version of the weights taken, the update
-whose groups were reserved, the slots whose environments had answered, and the collector's clock after it.
+whose groups were reserved, the slots whose environments had answered, and the collector's clocks after it.
 Everything else follows from these, the seed and the configuration.
 """
 
@@ -31,12 +31,14 @@ class Round:
       batch: update whose groups were reserved; None: none.
       answers: slots whose environments had answered, ascending; None: no episode was played.
       served: the collector's clock after the round, in seconds.
+      aged: the clock of its episodes.
     """
 
     weights: int | None = None
     batch: int | None = None
     answers: list[int] | None = None
     served: float = 0.0
+    aged: float = 0.0
 
     @property
     def is_empty(self) -> bool:
@@ -77,7 +79,8 @@ def read_schedule(path: Path) -> Iterator[Round]:
     try:
         lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         starts = [line["start"] for line in lines if "start" in line]
-        rounds = [Round(**line) for line in lines if "start" not in line]
+        # Older versions had one clock for both.
+        rounds = [Round(**{"aged": line.get("served", 0.0)} | line) for line in lines if "start" not in line]
     except OSError as error:
         raise ConfigError(f"rollout.schedule={path} cannot be read: {error}") from None
     except (ValueError, TypeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from empg_jax.engine.interface import SamplingEngine
 from empg_jax.errors import ConfigError
@@ -64,7 +64,8 @@ class StoredCollector:
 
     def __init__(self, engine: SamplingEngine, pool: EnvPool, groups: Sequence[Sequence[Trajectory]]) -> None:
         self.engine, self.pool = engine, pool
-        self.served = 0.0  # nothing takes time here
+        self.served = self.aged = 0.0  # nothing takes time here
+        self.check: Callable[[], None] = lambda: None  # and nothing waits
         self.answered: list[int] = []
         self._groups = groups
         self._queue: list[Attempt] = []

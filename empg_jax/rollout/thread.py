@@ -18,8 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from empg_jax.engine.interface import SamplingEngine
 from empg_jax.engine.stats import EngineStats
+from empg_jax.errors import Interrupted
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.incidents import count_incidents
 from empg_jax.rollout.ledger import Ledger, Reserved
@@ -109,6 +112,7 @@ class RolloutThread:
 
     def __enter__(self) -> RolloutThread:
         self._is_stopping, self._error = False, None
+        self.collector.check = self._check
         self._version = self._outbox = None
         self._mailbox.clear()
         self._since = time.monotonic()
@@ -188,6 +192,11 @@ class RolloutThread:
 
     # --------------------------------------------------------------------- the rollout thread
 
+    def _check(self) -> None:
+        """End a round that waits for environments when the block is left: they may be away for long."""
+        if self._is_stopping:
+            raise Interrupted
+
     def _run(self) -> None:
         try:
             while self._round():
@@ -223,7 +232,7 @@ class RolloutThread:
             self.ledger.close_late(self.collector.served)
             self._pass_on()
             done.answers = self.collector.answered
-        done.served = self.collector.served
+        done.served, done.aged = self.collector.served, self.collector.aged
         if wanted not in (None, done, Round()):
             raise ScheduleError(f"the run differs from its schedule: {done} in place of {wanted}")
         if self.recorder is not None and not done.is_empty:
@@ -288,7 +297,7 @@ class RolloutThread:
         if gap is None:
             return
         self._gaps.append(gap)
-        if gap > limit:
+        if not gap <= limit:  # NaN is too large, too
             self.engine.drop_cache()
 
     def _offer(self) -> int | None:
@@ -314,8 +323,8 @@ class RolloutThread:
         times = {"rollout_idle": self._idle / spent, "publish_pause": self._paused}
         self._idle = self._paused = 0.0
         if self._gaps:
-            times["stale_gap"] = max(self._gaps)
-            times["stale_refills"] = float(sum(gap > (self._max_stale_gap or 0.0) for gap in self._gaps))
+            times["stale_gap"] = float(np.max(self._gaps))  # NaN where one is
+            times["stale_refills"] = float(sum(not gap <= (self._max_stale_gap or 0.0) for gap in self._gaps))
             self._gaps.clear()
         return Delivery(
             reserved.update,

@@ -151,7 +151,7 @@ class Checkpoints:
                 self._folders.remove(step)
 
     def save_reference(self, params: Params) -> None:
-        """Write the frozen reference policy, once per run, beside the checkpoints.
+        """Write the frozen reference policy, once per run, into the folder of the checkpoints.
 
         Raises:
           CheckpointError: it could not be written.
@@ -171,7 +171,7 @@ class Checkpoints:
         Raises:
           CheckpointError: it cannot be read.
         """
-        path = self._folders.reference
+        path = self._folders.find_reference()
         try:
             return ocp.load(path, _abstract(shapes, shardings))
         except Exception as error:

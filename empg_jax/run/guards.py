@@ -29,10 +29,10 @@ def check_gap(config: Config, update: int, measured: Mapping[str, float]) -> Non
     """Stop training when sampler and learner disagree on samples of the current weights.
 
     Raises:
-      TrainingError: the gap is above `GAP_LIMIT`.
+      TrainingError: the gap is above `GAP_LIMIT`, or no number.
     """
     mean = measured.get("logprob_gap", 0.0)
-    if mean > GAP_LIMIT:
+    if not mean <= GAP_LIMIT:  # NaN is no agreement, either
         cause = f"a numerical fault (model.dtype={config.model.dtype})"
         if config.rollout.engine != "builtin":
             cause += f", or the server of rollout.url={config.rollout.url} has other weights or another model"

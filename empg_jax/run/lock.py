@@ -1,4 +1,4 @@
-"""The lock on a run's folder: two processes that train the same run would destroy each other's files."""
+"""The lock on a folder of a run: two processes that write there would destroy each other's files."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ FILENAME = "run.lock"
 
 
 class RunLocked(ConfigError):
-    """Another process trains this run."""
+    """Another process trains a run in this folder."""
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the lock on a run's folder inside the block.
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock on a folder inside the block: the run's own, or that of its checkpoints.
 
     The kernel gives the lock back when its process dies, so a file left by a dead process locks nothing.
 
     Raises:
       RunLocked: another process holds the lock, or the folder cannot be written.
     """
-    path = Path(run_dir) / FILENAME
+    path = Path(folder) / FILENAME
     descriptor = _acquire(path)
     try:
         holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
@@ -43,9 +43,12 @@ def locked(run_dir: Path) -> Iterator[None]:
 def _acquire(path: Path) -> int:
     while True:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise RunLocked(f"the run folder {path.parent} cannot be written: {error.strerror}") from None
+            raise RunLocked(
+                f"the folder {path.parent} of the run cannot be written: {error.strerror}"
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

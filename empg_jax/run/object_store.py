@@ -123,6 +123,10 @@ class StoreFolders:
         """Delete the old reference: orbax would ask a third library for the kind of the bucket."""
         self._delete(self.reference)
 
+    def find_reference(self) -> Any:
+        """Return the folder that it was written to."""
+        return self.reference
+
     def _versions(self, step: int | None = None) -> list[_Version]:
         """List the folders of all steps, or of one step, in the order of writing."""
         with self._telling("read"):

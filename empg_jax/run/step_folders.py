@@ -14,7 +14,7 @@ class StepFolders(Protocol):
 
     Attributes:
       directory: the folder above all steps; ``directory / name`` is a path for orbax.
-      reference: path of the frozen reference policy.
+      reference: path that the frozen reference policy is written to.
     """
 
     directory: Any
@@ -48,6 +48,9 @@ class StepFolders(Protocol):
     def drop_reference(self) -> None:
         """Make room for a new reference policy."""
 
+    def find_reference(self) -> Any:
+        """Return the path that the reference policy is read from."""
+
 
 def is_object_store(directory: str | Path) -> bool:
     """Return whether a directory is an object store's."""
@@ -77,7 +80,8 @@ class LocalFolders:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.resolve()
-        self.reference = self.directory.parent / "reference"
+        # Inside: what is beside the folder may belong to another run.
+        self.reference = self.directory / "reference"
 
     @property
     def steps(self) -> list[int]:
@@ -133,3 +137,8 @@ class LocalFolders:
 
     def drop_reference(self) -> None:
         """Leave it to orbax, which replaces the folder in one act."""
+
+    def find_reference(self) -> Path:
+        """Return the folder inside; a run of an older version has it beside the steps' folder."""
+        beside = self.directory.parent / "reference"
+        return beside if beside.is_dir() and not self.reference.is_dir() else self.reference

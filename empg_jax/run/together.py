@@ -7,25 +7,28 @@ in place of its episodes, so that all leave the loop at the same update.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_jax import __version__
 from empg_jax.engine.engine import EngineStats
-from empg_jax.errors import ConfigError, Interrupted
+from empg_jax.errors import ConfigError, Interrupted, RefusedCheckpoint
 from empg_jax.parallel.hosts import HostLost, Hosts
 from empg_jax.report.progress import Progress
 from empg_jax.rollout.evaluator import Evaluation, conclude
 from empg_jax.rollout.shares import join_cuts
 from empg_jax.rollout.thread import Cut, Delivery
 from empg_jax.run.assembly import flat
+from empg_jax.run.folder import checkpoint_dir
+from empg_jax.run.lock import locked
 from empg_jax.run.process import StopRequest
-from empg_jax.run.step_folders import is_object_store
+from empg_jax.run.step_folders import is_object_store, open_step_folders
 from empg_jax.run.storage import from_bytes, to_bytes
 from empg_jax.types import Trajectory
 
@@ -76,17 +79,41 @@ def without_hosts(config: Config) -> Config:
 
 
 def check_store(config: Config, hosts: Hosts, *, is_new: bool) -> None:
-    """Check that every host can write to the object store of the checkpoints, where there is one.
+    """Check that a place of the checkpoints that was chosen can be written to, and is no other run's.
 
     Raises:
-      RefusedCheckpoint: a host cannot, or the store holds another run's checkpoints and this run is new.
+      RefusedCheckpoint: a host cannot write to the object store, or the place holds another run's checkpoints
+        and this run is new.
     """
     directory = config.checkpoint.dir
-    if directory is not None and is_object_store(directory):
+    if directory is None:
+        return
+    if is_object_store(directory):
         # Imported only where it is chosen: it takes a second.
         from empg_jax.run.object_store import check_object_store
 
         check_object_store(directory, hosts, is_new=is_new)
+    elif is_new and (steps := hosts.first("checkpoints", lambda: open_step_folders(directory).steps)):
+        raise RefusedCheckpoint(
+            f"checkpoint.dir={directory} holds checkpoints of another run ({steps}), which this one would "
+            "delete: choose another folder, or go on with that run: --resume RUN"
+        )
+
+
+@contextlib.contextmanager
+def lock_files(config: Config, run_dir: Path, hosts: Hosts) -> Iterator[None]:
+    """Hold the locks on the run's folder and on a folder of checkpoints elsewhere, on host 0.
+
+    Raises:
+      RunLocked: another process holds one of them, or a folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        if hosts.is_first:
+            stack.enter_context(locked(run_dir))
+            chosen = checkpoint_dir(config, run_dir) if config.checkpoint.dir is not None else run_dir
+            if isinstance(chosen, Path) and chosen.resolve() != run_dir.resolve():
+                stack.enter_context(locked(chosen))
+        yield
 
 
 def make_progress(config: Config, hosts: Hosts) -> Progress:

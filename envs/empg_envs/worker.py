@@ -16,8 +16,6 @@ from __future__ import annotations
 import faulthandler
 import itertools
 import json
-import math
-import numbers
 import os
 import resource
 import signal
@@ -29,6 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from empg_envs import make_env
+from empg_envs.answers import GarbageError, Reply, check_answer, describe
 from empg_envs.base import EnvFault, TextEnv
 from empg_envs.lanes import Lanes
 from empg_envs.orphans import MARK, end_descendants
@@ -38,12 +37,6 @@ HOUSEKEEPING = 0.05  # seconds between two looks at stderr and at the parent
 STDERR_TAIL = 1 << 16  # last bytes of stderr that stay when it is cut
 MAX_REPLY_BYTES = 8 << 20  # longer replies are refused, because they could fill the parent's memory
 TRACEBACK_CHARS = 2000
-
-Reply = dict[str, Any]
-
-
-class GarbageError(Exception):
-    """A result of an environment that violates the protocol."""
 
 
 class EnvHost:
@@ -90,11 +83,11 @@ class EnvHost:
             failure = {
                 "ok": False,
                 "kind": "garbage" if isinstance(error, GarbageError) else "exception",
-                "error": f"{type(error).__name__}: {error}",
-                "traceback": traceback.format_exc()[-TRACEBACK_CHARS:],
+                "error": _clean(f"{type(error).__name__}: {error}"),
+                "traceback": _clean(traceback.format_exc()[-TRACEBACK_CHARS:]),
             }
             if isinstance(error, EnvFault):
-                failure |= {"reason": error.reason, "error": str(error)}
+                failure |= {"reason": _clean(error.reason), "error": _clean(str(error))}
         self._drop(handle)
         return _encode({**head, **failure})
 
@@ -127,19 +120,19 @@ class EnvHost:
         env = self._take(handle)
         result = env.reset(seed, split=split, index=index)
         if not isinstance(result, tuple) or len(result) != 2:
-            raise GarbageError(f"reset returned {_describe(result)}; expected (observation, info)")
+            raise GarbageError(f"reset returned {describe(result)}; expected (observation, info)")
         observation, info = result
-        return self._with_snapshot(env, _check(observation, 0.0, False, False, info))
+        return self._with_snapshot(env, check_answer(observation, 0.0, False, False, info))
 
     def _step(self, handle: int | None, action: str) -> Reply:
         env = self._find(handle)
         result = env.step(action)
         if not isinstance(result, tuple) or len(result) != 5:
             raise GarbageError(
-                f"step returned {_describe(result)}; "
+                f"step returned {describe(result)}; "
                 "expected (observation, reward, terminated, truncated, info)"
             )
-        return self._with_snapshot(env, _check(*result))
+        return self._with_snapshot(env, check_answer(*result))
 
     def _with_snapshot(self, env: TextEnv, reply: Reply) -> Reply:
         """Add the environment's state, where it offers one, so that the parent can restore it elsewhere."""
@@ -308,33 +301,9 @@ def _limit_memory(limit_mb: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit_mb << 20, hard))
 
 
-def _check(observation: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> Reply:
-    """Convert the result of ``reset`` or ``step`` to a reply.
-
-    Raises:
-      GarbageError: a part has the wrong type; the message names the first one.
-    """
-    if not isinstance(observation, str):
-        raise GarbageError(f"observation is {_describe(observation)}; expected str")
-    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-        raise GarbageError(f"reward is {_describe(reward)}; expected a finite number")
-    for name, flag in (("terminated", terminated), ("truncated", truncated)):
-        if not isinstance(flag, bool) and type(flag).__name__ not in ("bool_", "bool"):
-            raise GarbageError(f"{name} is {_describe(flag)}; expected bool")
-    if not isinstance(info, dict):
-        raise GarbageError(f"info is {_describe(info)}; expected dict")
-    return {
-        "observation": observation,
-        "reward": float(reward),
-        "terminated": bool(terminated),
-        "truncated": bool(truncated),
-        "info": info,
-    }
-
-
-def _describe(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+def _clean(text: str) -> str:
+    """Write out what UTF-8 cannot encode, as JSON escapes it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _close_quietly(env: TextEnv) -> None:

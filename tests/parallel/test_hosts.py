@@ -1,16 +1,19 @@
 """The meeting of hosts, in threads of one process, and what says that there are several."""
 
+import math
 import socket
 import sys
 import threading
 import time
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from empg_jax.errors import ConfigError
+from empg_jax.parallel import hosts as hosts_module
 from empg_jax.parallel.detect import find_seat, scheduler
-from empg_jax.parallel.hosts import ALONE
+from empg_jax.parallel.hosts import ALONE, SMALL_BYTES, HostLost, Hosts
 from empg_jax.parallel.rendezvous import Seat, Watch, meet
 
 
@@ -191,6 +194,56 @@ def test_a_jobset_that_jax_cannot_ask_is_told_the_keys(monkeypatch):
     assert scheduler() == "JobSet"
     with pytest.raises(ConfigError, match=r"set hosts\.coordinator, hosts\.num and hosts\.index"):
         find_seat(keys())
+
+
+class SlowStore:
+    """A key-value store of the coordinator on a clock of its own: values take time by their size."""
+
+    def __init__(self, seconds_per_byte):
+        self.values, self.now, self._pace = {}, 0.0, seconds_per_byte
+
+    def monotonic(self):
+        return self.now
+
+    def key_value_set_bytes(self, key, value):
+        self.values[key] = value
+
+    def key_value_delete(self, key):
+        self.values.pop(key, None)
+
+    def blocking_key_value_get_bytes(self, key, milliseconds):
+        needed = len(self.values[key]) * self._pace if key in self.values else math.inf
+        self.now += min(needed, milliseconds / 1000)
+        if needed > milliseconds / 1000:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
+        return self.values[key]
+
+
+def exchange_with(monkeypatch, store, large, timeout=60.0):
+    """Exchanges a large value with a host that has said it, and then a small one."""
+    monkeypatch.setattr(hosts_module, "_client", lambda: store)
+    monkeypatch.setattr(hosts_module, "time", store)
+    first, second = Hosts(0, 2), Hosts(1, 2)
+    first._timeout = timeout
+    for content in (large, b"small"):
+        with pytest.raises(HostLost, match="host 0 did not come to 'batch' in time"):
+            second.exchange("batch", content, seconds=0.0)
+        second._parted = None
+    return [first.exchange("batch", b"own"), first.exchange("batch", b"own")]
+
+
+def test_a_value_that_takes_longer_than_one_wait_arrives(monkeypatch):
+    large = bytes(SMALL_BYTES + 1)
+    store = SlowStore(20.0 / len(large))
+    assert exchange_with(monkeypatch, store, large) == [[b"own", large], [b"own", b"small"]]
+    assert store.now < 60.0
+    assert not [key for key in store.values if "/0/0" in key]  # what all have read is deleted
+
+
+def test_a_value_that_never_arrives_ends_the_wait(monkeypatch):
+    store = SlowStore(1.0)
+    with pytest.raises(HostLost, match=r"what host 1 said of 'batch' did not arrive within 30 s"):
+        exchange_with(monkeypatch, store, bytes(SMALL_BYTES + 1), timeout=30.0)
 
 
 def test_alone_everything_is_agreed():

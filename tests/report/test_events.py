@@ -13,12 +13,12 @@ def test_an_event_is_one_line(tmp_path):
         log.tell("stop_requested", signal=15)
         log.update = 3
         log.tell("worker_restarted", worker=0, reason="timeout", detail="Tür\nzu")
-        log.tell("odd", value=float("nan"))
+        log.tell("odd", value=float("nan"), detail="half \udc80")
     first, second, third = read_metrics(log.path)
     assert first.pop("time") <= second["time"]
     assert first == {"update": 0, "event": "stop_requested", "signal": 15}
     assert (second["update"], second["event"], second["detail"]) == (3, "worker_restarted", "Tür\nzu")
-    assert third["value"] is None
+    assert third["value"] is None and third["detail"] == "half \udc80"
 
 
 @pytest.mark.parametrize("rest", [b"", b'{"time": 5, "ev', b"\x00\x00\x00"])

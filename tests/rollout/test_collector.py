@@ -83,6 +83,8 @@ def test_collectors_share_a_pool_by_handles():
         ("garbage reward", "env_garbage"),
         ("garbage tuple", "env_garbage"),
         ("garbage observation", "env_garbage"),
+        ("garbage text", "env_garbage"),
+        ("garbage metrics none", "env_garbage"),
         ("crash", "worker_died"),
         ("kill", "worker_died"),
     ],
@@ -199,6 +201,44 @@ def test_an_episode_does_not_age_while_nobody_serves_it():
             jumps[0] += 3600.0
         assert [outcome(t) for _, t in found] == [(Status.TRAINED, "won")] * 2
         assert collector.served < 1.0
+
+
+class TimedEngine(ScriptedEngine):
+    """Every step takes some seconds of a clock."""
+
+    def __init__(self, now, seconds, **options):
+        super().__init__(**options)
+        self.now, self.seconds = now, seconds
+
+    def step(self, *, is_eager=True):
+        self.now[0] += self.seconds if self.has_work else 0.0
+        return super().step(is_eager=is_eager)
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_slow_sampling_costs_no_episode_its_time(is_deterministic):
+    """Compilations, or waits behind the learner, take longer than an episode may last."""
+    now = [0.0]
+    with open_pool(length=3) as pool:
+        engine = TimedEngine(now, 1000.0, slots=2)
+        options = {"is_deterministic": is_deterministic, "episode_timeout": 60.0, "timer": lambda: now[0]}
+        collector = make_collector(engine, pool, **options)
+        found = run(collector, attempts(3))
+        assert {outcome(t) for t in found.values()} == {(Status.TRAINED, "won")}
+        assert collector.served >= 3000.0 and collector.aged == 0.0
+
+
+def test_an_environment_ages_its_episode_while_others_are_sampled():
+    """The engine is never idle: the time of an environment that is at work still counts."""
+    now = [0.0]
+    with open_pool(length=10**6) as pool:
+        engine = TimedEngine(now, 0.5, slots=2)
+        options = {"max_turns": 10**6, "episode_timeout": 15.0, "timer": lambda: now[0]}
+        collector = make_collector(engine, pool, {(0, 0): "sleep 60"}, **options)
+        collector.admit(attempts(2))
+        ((attempt, late),) = next(filter(None, (collector.advance() for _ in range(10**6))))
+        assert attempt.task == 0 and outcome(late) == (Status.DISCARDED, "timeout")
+        collector.cancel_all()
 
 
 def test_two_collectors_share_a_pool_and_each_gets_its_own_answers():

@@ -186,6 +186,10 @@ def test_a_missing_and_a_damaged_file(tmp_path):
         read_episodes(path)
 
 
+def test_a_number_too_large_for_float32_is_none():
+    assert as_number(1e40) is as_number(-1e39) is as_number(float("nan")) is None and as_number(3e38) == 3e38
+
+
 def test_not_a_number_is_no_number(tmp_path):
     path = tmp_path / "episodes.jsonl"
     path.write_text('{"turns": [{"reward": NaN, "valid": true, "tokens": 2, "entropy": 0.5}]}\n')

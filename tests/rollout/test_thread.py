@@ -10,8 +10,10 @@ from empg_jax.engine.engine import EngineStats
 from empg_jax.errors import Interrupted
 from empg_jax.rollout.ledger import Ledger
 from empg_jax.rollout.order import TaskOrder
+from empg_jax.rollout.schedule import Round
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.workers.pool import PoolStats
+from tests.rollout.scripted import ScriptedEngine, make_collector
 from tests.rollout.test_ledger import groups_of, play
 
 SOON = 20.0  # seconds; only a failure waits so long
@@ -54,7 +56,7 @@ class FakeCollector:
 
     def __init__(self):
         self.engine, self.pool = FakeEngine(), FakePool()
-        self.queue, self.served, self.settled = [], 0.0, 0
+        self.queue, self.served, self.aged, self.settled = [], 0.0, 0.0, 0
         self.gate, self.threads = threading.Event(), set()
         self.error, self.answered = None, []
         self.gate.set()
@@ -188,6 +190,41 @@ def test_a_waiting_learner_sees_a_request_to_stop():
     with pytest.raises(Interrupted), rollout:
         rollout.publish("weights", 0)
         rollout.next_batch(check)
+
+
+class SilentPool(FakePool):
+    """Environments that never answer, as in an outage."""
+
+    def __init__(self):
+        super().__init__()
+        self.breaker.check = lambda: None
+        self.is_asked = threading.Event()
+
+    def reset(self, handle, **task):
+        pass
+
+    def release(self, handle):
+        pass
+
+    def poll(self, timeout, *, within):
+        self.is_asked.set()
+        time.sleep(0.01)
+        return []
+
+
+@pytest.mark.parametrize("rounds", [None, [Round(weights=0), Round(answers=[0])]])
+def test_a_barrier_that_waits_for_environments_ends_with_the_block(rounds):
+    rollout, pool = make_rollout(is_repeatable=True), SilentPool()
+    engine = ScriptedEngine(slots=2)
+    engine.place, engine.swap = lambda params: params, lambda placed, version: None
+    rollout.collector = make_collector(engine, pool, is_deterministic=rounds is None)
+    rollout.schedule = None if rounds is None else iter(rounds)
+    with rollout:
+        rollout.publish("weights", 0)
+        assert pool.is_asked.wait(SOON)
+    assert "rollout" not in {thread.name for thread in threading.enumerate()}
+    values, held = rollout.cut(0)
+    assert values["updates"] == 0 and held == []
 
 
 def test_calls_run_between_rounds_and_return_results_and_errors():

@@ -6,9 +6,12 @@ import subprocess
 import pytest
 
 from empg_jax.config import Config, load_config
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, RefusedCheckpoint
+from empg_jax.parallel.hosts import ALONE
 from empg_jax.report import environment
 from empg_jax.run import folder as runinfo
+from empg_jax.run.lock import RunLocked
+from empg_jax.run.together import check_store, lock_files
 
 
 def test_run_folders_are_new(tmp_path, monkeypatch):
@@ -27,6 +30,30 @@ def test_a_chosen_folder_must_not_hold_a_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot make the run folder"):
         runinfo.create_run_dir(Config(run_dir=str(tmp_path / "file")))
+
+
+def test_two_runs_never_share_a_folder_of_checkpoints(tmp_path):
+    place = tmp_path / "checkpoints"
+    config = load_config("quickstart", [f"checkpoint.dir={place}"])
+    runs = [tmp_path / "first", tmp_path / "second"]
+    for run in runs:
+        run.mkdir()
+    check_store(config, ALONE, is_new=True)
+    with (
+        lock_files(config, runs[0], ALONE),  # before either has written a step
+        pytest.raises(RunLocked, match=f"{place} is being trained by"),
+        lock_files(config, runs[1], ALONE),
+    ):
+        pass
+    (place / "3").mkdir()
+    with pytest.raises(
+        RefusedCheckpoint, match=rf"{place} holds checkpoints of another run \(\[3\]\).*--resume"
+    ):
+        check_store(config, ALONE, is_new=True)
+    check_store(config, ALONE, is_new=False)
+    inside = load_config("quickstart", [f"checkpoint.dir={runs[0]}"])
+    with lock_files(inside, runs[0], ALONE):  # one folder, one lock
+        pass
 
 
 def test_the_run_can_be_repeated_from_its_folder(tmp_path):

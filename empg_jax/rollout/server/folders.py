@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import itertools
 import shutil
 import tempfile
@@ -15,6 +17,9 @@ from empg_jax.models.lora import merge
 from empg_jax.rollout.server.answers import SamplerError
 from empg_jax.types import Params
 
+PREFIX = "empg-jax-weights-"
+LOCK = "in-use"
+
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
@@ -26,6 +31,9 @@ class Placed:
 
 class Folders:
     """A temporary folder with one folder per set of weights. It is deleted when this object is closed.
+
+    A process that is killed leaves its folder, which the next one with the same home deletes: the kernel
+    gives the lock in it back.
 
     Args:
       model: the decoder's config.
@@ -41,9 +49,15 @@ class Folders:
         try:
             if home is not None:
                 home.mkdir(parents=True, exist_ok=True)
-            self._temporary = tempfile.TemporaryDirectory(prefix="empg-jax-weights-", dir=home)
+            _remove_left(Path(home or tempfile.gettempdir()))
+            self._temporary = tempfile.TemporaryDirectory(prefix=PREFIX, dir=home)
             self._home = Path(self._temporary.name)
             self._home.chmod(0o755)  # the server may be another user's
+            # Gets its name when it is locked: nobody may take this folder for a dead process'.
+            self._lock = (self._home / f"{LOCK}.new").open("wb")
+            with contextlib.suppress(OSError):  # this file system has no locks
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                (self._home / f"{LOCK}.new").rename(self._home / LOCK)
         except OSError as error:
             raise SamplerError(f"rollout.weights_dir={home} cannot be written: {error.strerror}") from None
         self._numbers = itertools.count(1)
@@ -70,6 +84,16 @@ class Folders:
     def close(self) -> None:
         """Delete everything."""
         self._temporary.cleanup()
+        self._lock.close()
+
+
+def _remove_left(home: Path) -> None:
+    """Delete the folders of processes that were killed."""
+    for path in home.glob(f"{PREFIX}*/{LOCK}"):
+        # Another user's folder, one that its process is just deleting, or one that is in use.
+        with contextlib.suppress(OSError), path.open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent)
 
 
 def check_writable(model: DecoderConfig) -> None:

@@ -14,7 +14,7 @@ from empg_jax.models.filtering import NO_FILTER
 from empg_jax.models.lora import LoraConfig, make_lora, merge
 from empg_jax.rollout.server.answers import SamplerError
 from empg_jax.rollout.server.engine import ServerEngine, make_seed
-from empg_jax.rollout.server.folders import Folders
+from empg_jax.rollout.server.folders import PREFIX, Folders
 from empg_jax.types import Status
 from empg_jax.workers.pool import EnvPool
 from tests.rollout import scripted
@@ -197,6 +197,20 @@ def test_seeds_are_those_of_the_place(params):
     assert make_seed(0, (0, 1, 2, 3)) == make_seed(0, (0, 1, 2, 3)) < 2**62
     seeds = {make_seed(*key) for key in ((0, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (0, (0, 1, 3, 2)))}
     assert len(seeds) == 3
+
+
+def test_weights_that_a_killed_process_left_are_deleted(tmp_path):
+    alive, killed = Folders(MODEL, tmp_path), Folders(MODEL, tmp_path)
+    killed._lock.close()  # as the kernel does it
+    strange = tmp_path / f"{PREFIX}of-another-version"
+    strange.mkdir()
+    later = Folders(MODEL, tmp_path)
+    assert not killed._home.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([alive._home, later._home, strange])
+    for folders in (alive, later):
+        folders.close()
+    assert list(tmp_path.iterdir()) == [strange]
+    killed._temporary._finalizer.detach()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):

@@ -1,0 +1,77 @@
+"""What an answer of an environment must look like, before it leaves the environment's worker."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from typing import Any
+
+Reply = dict[str, Any]
+
+
+class GarbageError(Exception):
+    """A result of an environment that violates the protocol."""
+
+
+def check_answer(observation: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> Reply:
+    """Convert the result of ``reset`` or ``step`` to a reply.
+
+    Raises:
+      GarbageError: a part has the wrong type; the message names the first one.
+    """
+    if not isinstance(observation, str):
+        raise GarbageError(f"observation is {describe(observation)}; expected str")
+    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        raise GarbageError(f"reward is {describe(reward)}; expected a finite number")
+    for name, flag in (("terminated", terminated), ("truncated", truncated)):
+        if not isinstance(flag, bool) and type(flag).__name__ not in ("bool_", "bool"):
+            raise GarbageError(f"{name} is {describe(flag)}; expected bool")
+    if not isinstance(info, dict):
+        raise GarbageError(f"info is {describe(info)}; expected dict")
+    _check_metrics(info.get("metrics") or {})
+    for name, value in (("observation", observation), ("info", info)):
+        if (lone := _find_lone_surrogate(value)) is not None:
+            raise GarbageError(
+                f"{name} has the character {lone}, which is half of one; expected Unicode text"
+            )
+    return {
+        "observation": observation,
+        "reward": float(reward),
+        "terminated": bool(terminated),
+        "truncated": bool(truncated),
+        "info": info,
+    }
+
+
+def _check_metrics(metrics: Any) -> None:
+    """Check ``info["metrics"]``, which is averaged and logged.
+
+    Raises:
+      GarbageError: it is no dict of finite numbers.
+    """
+    if not isinstance(metrics, dict):
+        raise GarbageError(f"info['metrics'] is {describe(metrics)}; expected a dict of numbers")
+    for name, value in metrics.items():
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise GarbageError(f"info['metrics'][{name!r}] is {describe(value)}; expected a finite number")
+
+
+def _find_lone_surrogate(value: Any) -> str | None:
+    """Return how JSON writes a lone surrogate in the value's texts: no tokenizer and no file takes one."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # the worker tells when it encodes the answer
+        return None
+    if "\\ud" in text:  # maybe the two halves of a character, which belong together
+        try:
+            json.dumps(json.loads(text), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return ascii(error.object[error.start])
+    return None
+
+
+def describe(value: Any) -> str:
+    """Return the type and the beginning of a value, for a message."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
