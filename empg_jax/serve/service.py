@@ -25,6 +25,7 @@ from empg_jax.serve.wire import (
     CHAT,
     COMPLETION,
     GENERATE,
+    MAX_CHOICES,
     SAMPLING,
     ApiError,
     Sampling,
@@ -107,13 +108,21 @@ class Service:
       tokenizer: its tokenizer.
       renderer: its chat template; None refuses chats.
       max_tokens: longest conversation in tokens.
+      max_choices: most responses to one request.
     """
 
     def __init__(
-        self, name: str, tokenizer: Tokenizer, renderer: ChatRenderer | None, *, max_tokens: int
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        renderer: ChatRenderer | None,
+        *,
+        max_tokens: int,
+        max_choices: int = MAX_CHOICES,
     ) -> None:
         self.name = name
-        self._tokenizer, self._renderer, self._max_tokens = tokenizer, renderer, max_tokens
+        self._tokenizer, self._renderer = tokenizer, renderer
+        self._max_tokens, self._max_choices = max_tokens, max_choices
 
     def describe_models(self) -> Body:
         """Return the answer of ``GET /v1/models``."""
@@ -133,6 +142,7 @@ class Service:
             raise refuse(f"{self.name} has no chat template: use /v1/completions")
         if "messages" not in given:
             raise refuse("messages is missing", "messages")
+        sampling = self._read_sampling(given, 1)
         try:
             messages = normalize_messages(given["messages"])
             tools = check_tools(given.get("tools"))
@@ -143,7 +153,7 @@ class Service:
         if not isinstance(variables, dict):
             raise refuse("chat_template_kwargs must be an object", "chat_template_kwargs")
         prompt = self._render(messages, tools, variables)
-        return self._asked(given, [prompt], Head("chat.completion", self.name), tools=tools)
+        return self._asked(given, [prompt], sampling, Head("chat.completion", self.name), tools=tools)
 
     def read_completion(self, body: Any) -> Asked:
         """Read a body of ``/v1/completions``.
@@ -157,15 +167,14 @@ class Service:
             prompt = [prompt]
         if not isinstance(prompt, list) or not prompt:
             raise refuse("prompt must be a text, a list of token ids, or a list of these", "prompt")
+        sampling = self._read_sampling(given, len(prompt), default_max_tokens=COMPLETION_TOKENS)
         prompts = [
             self._tokenizer.encode(item)
             if isinstance(item, str)
             else read_ids(item, "prompt", self._tokenizer.vocab_size)
             for item in prompt
         ]
-        return self._asked(
-            given, prompts, Head("text_completion", self.name), default_max_tokens=COMPLETION_TOKENS
-        )
+        return self._asked(given, prompts, sampling, Head("text_completion", self.name))
 
     def read_generate(self, body: Any) -> Asked:
         """Read a body of ``/inference/v1/generate``: token ids in and out.
@@ -178,13 +187,9 @@ class Service:
             raise refuse("stream=True is not supported here; use /v1/completions", "stream")
         prompt = read_ids(given.get("token_ids"), "token_ids", self._tokenizer.vocab_size)
         options = check_keys(given.get("sampling_params", {}), SAMPLING, "sampling_params")
+        sampling = self._read_sampling(options, 1)
         self._check_length(prompt)
-        return Asked(
-            [np.asarray(prompt, np.int32)],
-            read_sampling(options, self._tokenizer.vocab_size),
-            None,
-            self._tokenizer.decode,
-        )
+        return Asked([np.asarray(prompt, np.int32)], sampling, None, self._tokenizer.decode)
 
     def _check(self, body: Any, known: frozenset[str]) -> dict[str, Any]:
         given = check_keys(body, known)
@@ -196,21 +201,34 @@ class Service:
             )  # fmt: skip
         return given
 
+    def _read_sampling(
+        self, given: dict[str, Any], num_prompts: int, default_max_tokens: int | None = None
+    ) -> Sampling:
+        """Read the options, and count the responses before work is done for any of them."""
+        sampling = read_sampling(given, self._tokenizer.vocab_size, default_max_tokens=default_max_tokens)
+        if num_prompts * sampling.n > self._max_choices:
+            asked = f"{num_prompts} prompts with n={sampling.n}" if num_prompts > 1 else f"n={sampling.n}"
+            raise refuse(
+                f"{asked} ask for {num_prompts * sampling.n} responses; at most {self._max_choices} fit at "
+                "once (serve.max_waiting)",
+                "prompt" if num_prompts > 1 else "n",
+            )
+        return sampling
+
     def _asked(
         self,
         given: dict[str, Any],
         prompts: list[list[int]],
+        sampling: Sampling,
         head: Head,
         *,
         tools: list[dict[str, Any]] | None = None,
-        default_max_tokens: int | None = None,
     ) -> Asked:
         for prompt in prompts:
             self._check_length(prompt)
         options = given.get("stream_options", {})
         if not isinstance(options, dict):
             raise refuse("stream_options must be an object", "stream_options")
-        sampling = read_sampling(given, self._tokenizer.vocab_size, default_max_tokens=default_max_tokens)
         key = read_key(given)
         if key is not None and len(prompts) * sampling.n > 1:
             raise refuse("empg.ids are those of one response: ask for one prompt, with n=1", "empg")
