@@ -23,7 +23,7 @@ from starlette.routing import Route
 from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update
 from empg_jax.serve.exchange import Exchange, News
 from empg_jax.serve.service import Asked, Service
-from empg_jax.serve.wire import ApiError, refuse
+from empg_jax.serve.wire import ApiError, reading, refuse
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
 Guard = Callable[..., Callable[[Request], Awaitable[Response]]]
@@ -68,22 +68,18 @@ def make_app(
 
     exchange = Exchange(driver)
 
-    async def answer(request: Request, asked: Asked) -> Response:
-        return await _serve(request, _Updates(exchange, driver, asked), service, asked)
+    def answering(read: Callable[[Any], Asked]) -> Handler:
+        async def answer(request: Request, body: Any) -> Response:
+            with reading():
+                asked = read(body)
+            return await _serve(request, _Updates(exchange, driver, asked), service, asked)
 
-    async def chat(request: Request, body: Any) -> Response:
-        return await answer(request, service.read_chat(body))
-
-    async def complete(request: Request, body: Any) -> Response:
-        return await answer(request, service.read_completion(body))
-
-    async def generate(request: Request, body: Any) -> Response:
-        return await answer(request, service.read_generate(body))
+        return answer
 
     posts = {
-        "/v1/chat/completions": chat,
-        "/v1/completions": complete,
-        "/inference/v1/generate": generate,
+        "/v1/chat/completions": answering(service.read_chat),
+        "/v1/completions": answering(service.read_completion),
+        "/inference/v1/generate": answering(service.read_generate),
     }
     return Starlette(
         routes=[
@@ -268,7 +264,9 @@ def _event(body: Mapping[str, Any]) -> bytes:
 
 def _answer_error(error: ApiError) -> Response:
     headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    # In ASCII: the message may repeat half a surrogate pair, which no UTF-8 can hold.
+    text = json.dumps(error.body())
+    return Response(text, error.status, headers, media_type="application/json")
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:

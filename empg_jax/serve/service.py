@@ -42,6 +42,7 @@ from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+TOKEN_CHARACTERS = 16  # of a prompt that may fit, for each token; four are usual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +153,8 @@ class Service:
         variables = given.get("chat_template_kwargs", {})
         if not isinstance(variables, dict):
             raise refuse("chat_template_kwargs must be an object", "chat_template_kwargs")
+        if taken := sorted({"messages", "self"} & variables.keys()):
+            raise refuse(f"chat_template_kwargs.{taken[0]} is not the client's to give", "chat_template_kwargs")
         prompt = self._render(messages, tools, variables)
         return self._asked(given, [prompt], sampling, Head("chat.completion", self.name), tools=tools)
 
@@ -169,7 +172,7 @@ class Service:
             raise refuse("prompt must be a text, a list of token ids, or a list of these", "prompt")
         sampling = self._read_sampling(given, len(prompt), default_max_tokens=COMPLETION_TOKENS)
         prompts = [
-            self._tokenizer.encode(item)
+            self._encode(item, self._tokenizer.encode)
             if isinstance(item, str)
             else read_ids(item, "prompt", self._tokenizer.vocab_size)
             for item in prompt
@@ -244,6 +247,18 @@ class Service:
             key=key,
         )
 
+    def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Tokenize a prompt; only the beginning of one that is far too long, because others wait meanwhile."""
+        longest = TOKEN_CHARACTERS * self._max_tokens
+        # Twice the limit: the end of the beginning may be tokenized otherwise in the whole text.
+        if len(text) > longest and len(self._tokenizer.encode(text[:longest])) >= 2 * self._max_tokens:
+            raise refuse(
+                f"the prompt has {len(text)} characters, but a conversation at most {self._max_tokens} tokens "
+                "(serve.max_tokens), the response included",
+                code="context_length_exceeded",
+            )
+        return encode(text)
+
     def _check_length(self, prompt: Sequence[int]) -> None:
         if not prompt:
             raise refuse("the prompt is empty")
@@ -259,14 +274,12 @@ class Service:
     ) -> list[int]:
         assert self._renderer is not None
         try:
-            if not tools:
-                return self._renderer.start(messages, **variables)
-            tokens = self._renderer.start(messages, **{**variables, "tools": tools})
-            if tokens == self._renderer.start(messages, **variables):
+            text = self._renderer.render(messages, **({**variables, "tools": tools} if tools else variables))
+            if tools and text == self._renderer.render(messages, **variables):
                 raise refuse(f"the chat template of {self.name} does not tell tools to the model", "tools")
-            return tokens
         except ChatTemplateError as error:
             raise refuse(str(error), "messages") from None
+        return self._encode(text, self._renderer.encode)
 
     # ------------------------------------------------------------------------------------- answers
 

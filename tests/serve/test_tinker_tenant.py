@@ -51,3 +51,10 @@ def test_a_failed_load_leaves_no_model_and_no_training_of_others():
             assert await futures.wait(again, 60) and again.error is None
 
     asyncio.run(play())
+
+
+def test_a_session_of_no_kind_is_refused():
+    tenant = make_tenant(None, Futures(), [])
+    with pytest.raises(ApiError, match="session_id must be a text") as refused:
+        tenant.touch(["session"])
+    assert refused.value.status == 400

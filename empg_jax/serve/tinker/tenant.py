@@ -102,6 +102,8 @@ class Tenant:
         Raises:
           ApiError: there is no such session, or it has ended.
         """
+        if not isinstance(session_id, str):
+            raise refuse("session_id must be a text", "session_id")
         if session_id in self._finished:
             raise ApiError(410, f"session {session_id} has ended")
         if session_id not in self._sessions:
