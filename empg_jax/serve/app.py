@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update
-from empg_jax.serve.exchange import Exchange, News
+from empg_jax.serve.exchange import Exchange, Inbox, News
 from empg_jax.serve.service import Asked, Service
 from empg_jax.serve.wire import ApiError, reading, refuse
 
@@ -170,7 +170,7 @@ class _Updates:
     def __init__(self, exchange: Exchange, driver: Driver, asked: Asked) -> None:
         self._exchange, self._driver, self._over = exchange, driver, 0
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[News | None] = asyncio.Queue()  # None: the client is gone
+        self._inbox = Inbox()
         self.jobs: list[Job] = [
             asked.make_job(index, self._receiver(index)) for index in range(asked.num_choices)
         ]
@@ -184,7 +184,7 @@ class _Updates:
             raise ApiError(503, f"the engine has stopped: {error}") from None
 
     def _receiver(self, index: int) -> Callable[[Update], None]:
-        return functools.partial(self._exchange.tell, self._loop, self._queue, index)
+        return functools.partial(self._exchange.tell, self._loop, self._inbox, index)
 
     @property
     def has_more(self) -> bool:
@@ -198,8 +198,8 @@ class _Updates:
           ClientDisconnect: `leave` was called.
           ApiError: the engine has stopped.
         """
-        item = await self._queue.get()
-        if item is None:
+        item = await self._inbox.get()
+        if item is None:  # the client is gone
             raise ClientDisconnect
         _, update = item
         if update.error is not None:
@@ -209,7 +209,7 @@ class _Updates:
 
     def leave(self) -> None:
         """Let the reader know that the client has gone away."""
-        self._queue.put_nowait(None)
+        self._inbox.leave()
 
     def give_up(self) -> None:
         """Free the slots of the jobs that are not over."""
