@@ -210,6 +210,7 @@ class Api:
         if not await self._futures.wait(pending, POLL_SECONDS):
             waiting = {"type": "try_again", "request_id": pending.id, "queue_state": "active"}
             return JSONResponse(waiting, status_code=408)
+        self._futures.note_told(pending)
         if pending.error is not None:
             category = "user" if pending.error.status < 500 else "server"
             told = {"error": pending.error.message, "category": category}
