@@ -102,7 +102,7 @@ def _write(path: Path, episodes: Sequence[Trajectory]) -> None:
 
 
 def _read(path: Path) -> list[Trajectory]:
-    """Read the episodes, but for lines that are damaged, as the last one is after a kill: they are run again."""
+    """Read the episodes, but for damaged lines, as the last one is after a kill: they are run again."""
     found: dict[tuple[int, int], Trajectory] = {}
     # Not `splitlines`, which also splits at characters that texts may hold.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):

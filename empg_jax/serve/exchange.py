@@ -78,9 +78,7 @@ class Exchange:
         self._is_waking = False
         self._driver.wake()
 
-    def tell(
-        self, loop: asyncio.AbstractEventLoop, inbox: Inbox, index: int, update: Update
-    ) -> None:
+    def tell(self, loop: asyncio.AbstractEventLoop, inbox: Inbox, index: int, update: Update) -> None:
         """Put news into an inbox of the loop; on the engine's thread."""
         self._news.append((inbox, (index, update)))
         # The order matters: whoever takes the news out resets this first.

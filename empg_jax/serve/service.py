@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,12 @@ from empg_jax.serve.answers import (
     Body,
     Detail,
     Head,
-    as_delta,
     describe_generated,
     describe_tokens,
     describe_usage,
 )
 from empg_jax.serve.driver import Job, Update
-from empg_jax.serve.text import TextStream
+from empg_jax.serve.stream import StreamWriter
 from empg_jax.serve.wire import (
     CHAT,
     COMPLETION,
@@ -154,7 +153,9 @@ class Service:
         if not isinstance(variables, dict):
             raise refuse("chat_template_kwargs must be an object", "chat_template_kwargs")
         if taken := sorted({"messages", "self"} & variables.keys()):
-            raise refuse(f"chat_template_kwargs.{taken[0]} is not the client's to give", "chat_template_kwargs")
+            raise refuse(
+                f"chat_template_kwargs.{taken[0]} is not the client's to give", "chat_template_kwargs"
+            )
         prompt = self._render(messages, tools, variables)
         return self._asked(given, [prompt], sampling, Head("chat.completion", self.name), tools=tools)
 
@@ -291,14 +292,14 @@ class Service:
         head, choices = asked.head, []
         for index, response in enumerate(responses):
             text = cut_at_stop(asked.decode(response.tokens.tolist()), asked.sampling.stops)
-            fields, has_calls = self._tell_text(asked, index, text)
+            fields, has_calls = self.tell_text(asked, index, text)
             choices.append(
                 {
                     "index": index,
                     **fields,
                     "finish_reason": "tool_calls" if has_calls else response.finish_reason,
                     "logprobs": None,
-                    **describe_tokens(response, 0, head, asked.detail, self._spell),
+                    **describe_tokens(response, 0, head, asked.detail, self.spell),
                 }
             )
         prompts = {"prompt_token_ids": asked.prompts[0].tolist()} if asked.has_tokens else {}
@@ -311,7 +312,7 @@ class Service:
         """Return the writer of a streamed answer's chunks."""
         return StreamWriter(self, asked)
 
-    def _tell_text(self, asked: Asked, index: int, text: str) -> tuple[Body, bool]:
+    def tell_text(self, asked: Asked, index: int, text: str) -> tuple[Body, bool]:
         """Return the fields of a choice with its whole text, and whether it calls tools."""
         head = asked.head
         assert head is not None
@@ -320,59 +321,9 @@ class Service:
         message = parse_response(text, asked.tools, lambda i: f"call_{head.id}_{index}_{i}")
         return {"message": message}, "tool_calls" in message
 
-    def _spell(self, token: int) -> str:
+    def spell(self, token: int) -> str:
+        """Return a token's text."""
         return self._tokenizer.decode([token], skip_special=False)
-
-
-class StreamWriter:
-    """The chunks of a streamed answer.
-
-    Without tools text goes out as it comes. With tools a chat's text is held back to its end, because only
-    then it is known whether it is a call; its tokens still come as they are sampled.
-    """
-
-    def __init__(self, service: Service, asked: Asked) -> None:
-        assert asked.head is not None
-        self._service, self._asked, self._head = service, asked, asked.head
-        self._texts = [TextStream(asked.decode, asked.sampling.stops) for _ in range(asked.num_choices)]
-        self._sent = [0] * asked.num_choices  # tokens
-        self._is_begun = [False] * asked.num_choices
-        self._finals: dict[int, Update] = {}
-
-    def write(self, index: int, update: Update) -> Iterator[Body]:
-        """Yield the chunks of one update."""
-        response, asked, head = update.response, self._asked, self._head
-        assert response is not None
-        start, self._sent[index] = self._sent[index], len(response.tokens)
-        fields: Body
-        has_calls = False
-        if asked.tools and not update.is_final:
-            piece, fields = "", {"delta": as_delta({}, is_first=not self._is_begun[index])}
-        else:
-            piece = self._texts[index].feed(response.tokens, is_final=update.is_final)
-            fields, has_calls = self._service._tell_text(asked, index, piece)
-            if head.is_chat:
-                fields = {"delta": as_delta(fields["message"], is_first=not self._is_begun[index])}
-        if piece or update.is_final or start < len(response.tokens) or not self._is_begun[index]:
-            self._is_begun[index] = True
-            finish = ("tool_calls" if has_calls else response.finish_reason) if update.is_final else None
-            tokens = describe_tokens(response, start, head, asked.detail, self._service._spell)
-            choice = {"index": index, **fields, "finish_reason": finish, "logprobs": None, **tokens}
-            is_first = asked.has_tokens and start == 0
-            prompts = {"prompt_token_ids": response.prompt_tokens.tolist()} if is_first else {}
-            yield head.chunk([choice], **prompts)
-        if update.is_final:
-            self._finals[index] = update
-
-    def close(self) -> Iterator[Body]:
-        """Yield the last chunk, the counts of tokens, where they are asked for."""
-        if not self._asked.has_usage:
-            return
-        responses = [update.response for update in self._finals.values() if update.response is not None]
-        firsts = range(0, self._asked.num_choices, self._asked.sampling.n)
-        cached = sum(self._finals[index].cached for index in firsts)
-        prompts = [len(prompt) for prompt in self._asked.prompts]
-        yield self._head.chunk([], usage=describe_usage(prompts, responses, cached))
 
 
 def _choose_tools(tools: list[dict[str, Any]], choice: Any) -> list[dict[str, Any]]:

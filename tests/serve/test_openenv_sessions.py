@@ -26,7 +26,9 @@ class Socket:
         pass
 
     def ask(self, kind, **data):
-        self.coming.put_nowait({"type": "websocket.receive", "text": json.dumps({"type": kind, "data": data})})
+        self.coming.put_nowait(
+            {"type": "websocket.receive", "text": json.dumps({"type": kind, "data": data})}
+        )
 
     def leave(self):
         self.coming.put_nowait({"type": "websocket.disconnect"})
