@@ -211,9 +211,9 @@ def test_busy_servers_are_asked_again():
 def test_a_server_that_is_always_busy_is_left_after_the_time_for_an_answer(monkeypatch):
     seconds = itertools.count(0, 10)
     monkeypatch.setattr(endpoint, "monotonic", lambda: next(seconds))
-    with faking(lambda number, body: (429, "slow down")) as fake:
-        with pytest.raises(EndpointError, match=r"status 429: slow down \(4 tries\)"):
-            connect(fake, model="fake").ask([], 0)
+    says = r"status 429: slow down \(4 tries\)"
+    with faking(lambda number, body: (429, "slow down")) as fake, pytest.raises(EndpointError, match=says):
+        connect(fake, model="fake").ask([], 0)
 
 
 @pytest.mark.parametrize("status", [200, 500])

@@ -106,8 +106,8 @@ def _shift(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, A
     is_greedy = temperatures == 0
     divisors = jnp.where(is_greedy, jnp.float32(1.0), jnp.maximum(temperatures, COLDEST))
     wide = logits.astype(jnp.float32)
-    # The largest logit becomes 0, so the exponentials cannot overflow. It is subtracted before the division: the
-    # other way round a compiler may round both in one, and the difference of large quotients would not be 0.
+    # The largest logit becomes 0, so the exponentials cannot overflow. It is subtracted before the division:
+    # the other way round a compiler may round both in one, and the largest quotient's result would not be 0.
     return (wide - jnp.max(wide, axis=-1, keepdims=True)) / divisors[:, None], is_greedy
 
 

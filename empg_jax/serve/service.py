@@ -153,9 +153,8 @@ class Service:
         if not isinstance(variables, dict):
             raise refuse("chat_template_kwargs must be an object", "chat_template_kwargs")
         if taken := sorted({"messages", "self"} & variables.keys()):
-            raise refuse(
-                f"chat_template_kwargs.{taken[0]} is not the client's to give", "chat_template_kwargs"
-            )
+            name = "chat_template_kwargs"
+            raise refuse(f"{name}.{taken[0]} is no variable of a chat template", name)
         prompt = self._render(messages, tools, variables)
         return self._asked(given, [prompt], sampling, Head("chat.completion", self.name), tools=tools)
 
@@ -249,13 +248,13 @@ class Service:
         )
 
     def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """Tokenize a prompt; only the beginning of one that is far too long, because others wait meanwhile."""
+        """Tokenize a prompt; only the beginning of one that is far too long, as others wait meanwhile."""
         longest = TOKEN_CHARACTERS * self._max_tokens
         # Twice the limit: the end of the beginning may be tokenized otherwise in the whole text.
         if len(text) > longest and len(self._tokenizer.encode(text[:longest])) >= 2 * self._max_tokens:
             raise refuse(
-                f"the prompt has {len(text)} characters, but a conversation at most {self._max_tokens} tokens "
-                "(serve.max_tokens), the response included",
+                f"the prompt has {len(text)} characters, but a conversation at most {self._max_tokens} "
+                "tokens (serve.max_tokens), the response included",
                 code="context_length_exceeded",
             )
         return encode(text)

@@ -20,9 +20,7 @@ from empg_jax.text.template import ChatTemplateError, Message
 from empg_jax.text.tokenizer import Tokenizer
 
 _TOOL = "empgtool0x"
-_CACHED = (
-    4096  # characters of the longest text whose ids are kept: thousands of them must not fill the memory
-)
+_CACHED = 4096  # characters of the longest text whose ids are kept: thousands must not fill the memory
 
 
 class ChatRenderer:

@@ -12,7 +12,7 @@ import numpy as np
 
 Decode = Callable[[Iterable[int]], str]
 REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
-# Characters at the start of a part's text that may differ from the whole text's: a space that a decoder strips.
+# Characters at the start of a part's text that may differ from the whole's: a space that a decoder strips.
 _UNSURE = 4
 _BURST = 32  # tokens that are searched together: the cost of a long response must not grow with its square
 _CHARACTER = 8  # tokens before a place in the text among which a character begins, but for nonsense
