@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import itertools
 import json
 import math
 import threading
@@ -200,10 +201,49 @@ def test_a_server_that_refuses_unknown_keys_is_asked_without_them():
 
 def test_busy_servers_are_asked_again():
     def reply(number, body):
-        return (429, "slow down", [("Retry-After", "0.01")]) if number < 4 else said("at last")
+        return (429, "slow down", [("Retry-After", "0.01")]) if number < 8 else said("at last")
 
     with faking(reply) as fake:
         assert connect(fake).ask([], 0).text == "at last"
+    assert len(fake.bodies) == 8
+
+
+def test_a_server_that_is_always_busy_is_left_after_the_time_for_an_answer(monkeypatch):
+    seconds = itertools.count(0, 10)
+    monkeypatch.setattr(endpoint, "monotonic", lambda: next(seconds))
+    says = r"status 429: slow down \(4 tries\)"
+    with faking(lambda number, body: (429, "slow down")) as fake, pytest.raises(EndpointError, match=says):
+        connect(fake, model="fake").ask([], 0)
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_that_is_cut_off_is_asked_for_again(status):
+    def reply(number, body):
+        return (status, "half an", [("Content-Length", "1000")]) if number < 3 else said("at last")
+
+    with faking(reply) as fake:
+        assert connect(fake).ask([], 0).text == "at last"
+
+
+def test_an_interrupted_evaluation_does_not_wait_for_the_server():
+    is_asked, goes_on = threading.Event(), threading.Event()
+
+    def reply(number, body):
+        is_asked.set()
+        goes_on.wait(60)
+        return said("late")
+
+    with faking(reply) as fake:
+        with endpoint.EndpointEngine(connect(fake), slots=1, seed=0) as engine:
+            for slot in range(2):  # the second waits for its place
+                engine.submit(slot, list(b"[]"), is_fresh=True, ids=[slot])
+            assert is_asked.wait(60)
+        threads = [thread for thread in threading.enumerate() if thread.name == "endpoint"]
+        assert threads and all(thread.daemon for thread in threads)  # Python does not wait for them
+        goes_on.set()
+        for thread in threads:
+            thread.join(60)
+    assert len(fake.bodies) == 1  # the second was given up
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from empg_jax.models.filtering import find_reach
@@ -16,6 +17,8 @@ from empg_jax.models.filtering import find_reach
 # The inverse CDF first finds a block of this many vocabulary entries and then searches inside the block: one
 # running sum over the whole vocabulary is slower.
 BLOCK = 128
+# A lower temperature changes nothing more; its quotients would overflow.
+COLDEST = np.float32(1e-30)
 
 
 def fold_keys(key: Array, ids: Array) -> Array:
@@ -101,9 +104,11 @@ def _shift(logits: Array, uniforms: Array, temperature: Array) -> tuple[Array, A
     """Return the logits at the temperature, minus the largest one, and which rows are greedy."""
     temperatures = jnp.broadcast_to(temperature, uniforms.shape)
     is_greedy = temperatures == 0
-    scaled = logits.astype(jnp.float32) / jnp.where(is_greedy, jnp.float32(1.0), temperatures)[:, None]
-    # The largest logit becomes 0, so the exponentials cannot overflow.
-    return scaled - jnp.max(scaled, axis=-1, keepdims=True), is_greedy
+    divisors = jnp.where(is_greedy, jnp.float32(1.0), jnp.maximum(temperatures, COLDEST))
+    wide = logits.astype(jnp.float32)
+    # The largest logit becomes 0, so the exponentials cannot overflow. It is subtracted before the division:
+    # the other way round a compiler may round both in one, and the largest quotient's result would not be 0.
+    return (wide - jnp.max(wide, axis=-1, keepdims=True)) / divisors[:, None], is_greedy
 
 
 def _best(shifted: Array) -> Array:

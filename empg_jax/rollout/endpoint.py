@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import json
 import math
 import threading
@@ -18,6 +19,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -26,13 +28,14 @@ from empg_jax.engine.slots import Response
 from empg_jax.errors import ConfigError, RunError
 from empg_jax.text.template import Message
 
-TRIES = 5  # of a request that the server could not answer for a passing cause
+TRIES = 5  # of a request that the server could not answer for a passing cause, other than being busy
 WAIT = 0.5  # seconds before the second try; each further wait is twice as long
 LONGEST_WAIT = 30.0
 POLL_SECONDS = 0.05
 NO_ID = -1  # the id of a token that the server does not tell
 SHOWN = 300  # characters of a server's error that a message repeats
-PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+BUSY = 429
+PASSING = frozenset({408, 409, 425, BUSY, 500, 502, 503, 504})
 
 
 class EndpointError(RunError):
@@ -64,7 +67,7 @@ class Endpoint:
       model: the model's name there; None takes the only one.
       key: the bearer token, or None.
       sampling: fields of every request (``temperature``, ``max_tokens``, ...).
-      timeout: seconds for one answer.
+      timeout: seconds for one answer, and for which a busy server is asked again.
 
     Raises:
       ConfigError: the address is none, or the server has several models and none is named.
@@ -95,7 +98,7 @@ class Endpoint:
         A conversation that is too long for the server has an empty answer, cut by its length.
 
         Raises:
-          EndpointError: there is none, after `TRIES` for a passing cause.
+          EndpointError: there is none, after `TRIES` for a passing cause, or the server is busy all the time.
         """
         body = {"model": self.model, "messages": list(messages), "seed": seed, **self._sampling}
         extra = {"return_token_ids": True} if self._asks_for_tokens else {}
@@ -134,23 +137,27 @@ class Endpoint:
 
     def _send(self, path: str, body: Any) -> tuple[int, Any]:
         """Return status and body, as JSON where it is that; passing failures are tried again."""
-        wait, told = WAIT, ""
-        for number in range(TRIES):
-            if number and self._closed.wait(wait):
-                break
-            wait = min(2 * wait, LONGEST_WAIT)
+        wait, failures, tries, began = WAIT, 0, 0, monotonic()
+        while True:
+            tries += 1
+            is_busy = False
+            wait = min(2 * wait, LONGEST_WAIT) if tries > 1 else wait
             try:
                 with self._open(path, body) as answer:
                     return answer.status, _parse(answer.read())
             except urllib.error.HTTPError as error:
-                found = _parse(error.read())
+                found = _parse(_read_what_is_there(error))
                 if error.code not in PASSING:
                     return error.code, found
-                told = self._describe(error.code, found, path)
+                told, is_busy = self._describe(error.code, found, path), error.code == BUSY
                 wait = max(wait, _seconds(error.headers.get("Retry-After")))
-            except (OSError, ValueError) as error:  # URLError, time limits and broken answers
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                # URLError, time limits, broken answers, and those that were cut off
                 told = f"{self._base} does not answer: {getattr(error, 'reason', error) or error}"
-        raise EndpointError(f"{told} ({TRIES} tries)")
+            failures += not is_busy
+            is_late = is_busy and monotonic() - began > self._timeout
+            if is_late or failures == TRIES or self._closed.wait(wait):
+                raise EndpointError(f"{told} ({tries} tries)")
 
     def _open(self, path: str, body: Any) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -190,7 +197,7 @@ class EndpointEngine:
     def __init__(self, endpoint: Endpoint, *, slots: int, seed: int) -> None:
         self.config = self.Config(slots)
         self._endpoint, self._seed = endpoint, seed
-        self._threads = concurrent.futures.ThreadPoolExecutor(slots, "endpoint")
+        self._places = threading.Semaphore(slots)
         self._asked: dict[int, tuple[np.ndarray, concurrent.futures.Future[Answer]]] = {}
 
     def __enter__(self) -> EndpointEngine:
@@ -198,7 +205,8 @@ class EndpointEngine:
 
     def __exit__(self, *exception: object) -> None:
         self._endpoint.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for _, future in self._asked.values():
+            future.cancel()
 
     @property
     def has_work(self) -> bool:
@@ -220,7 +228,19 @@ class EndpointEngine:
         """Ask for a response to the messages that the tokens spell (`MessageRenderer`)."""
         messages = json.loads(bytes(tokens))
         prompt = np.asarray(tokens, np.int32)
-        future = self._threads.submit(self._endpoint.ask, messages, derive_seed(self._seed, ids))
+        future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
+
+        def ask() -> None:
+            with self._places:  # a slot may be released before its request has ended
+                if not future.set_running_or_notify_cancel():
+                    return
+                try:
+                    future.set_result(self._endpoint.ask(messages, derive_seed(self._seed, ids)))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        # No executor: at the end of the process Python would wait for its threads, and so for the server.
+        threading.Thread(target=ask, name="endpoint", daemon=True).start()
         self._asked[slot] = (prompt, future)
 
     def step(self, *, is_eager: bool = True) -> list[Response]:
@@ -305,6 +325,14 @@ def _is_too_long(found: Any) -> bool:
     """Tell whether a server refuses a conversation for its length, in OpenAI's words or in vLLM's."""
     text = str(found)
     return "context_length_exceeded" in text or "maximum context length" in text
+
+
+def _read_what_is_there(error: urllib.error.HTTPError) -> bytes:
+    """Read an error's text, which a server may cut off, too."""
+    try:
+        return error.read()
+    except (OSError, http.client.HTTPException):
+        return b""
 
 
 def _parse(raw: bytes) -> Any:

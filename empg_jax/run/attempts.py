@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_jax.errors import RunError
+from empg_jax.files import replacing
 from empg_jax.report.pairing import EPISODES
 from empg_jax.rollout.record import describe_episodes, make_trajectory
 from empg_jax.types import Trajectory
@@ -63,11 +64,10 @@ class Attempts:
             if self._path.exists():
                 self.done = _read(self._path)
             # Written anew: a line that was cut off in the middle would spoil the next one.
-            self._file = self._path.open("w", encoding="utf-8")
+            _write(self._path, self.done)
+            self._file = self._path.open("ab")
         except OSError as error:
             raise RunError(f"the evaluation cannot be kept in {folder}: {error}") from None
-        for episode in self.done:
-            self.keep(episode)
 
     def __enter__(self) -> Attempts:
         return self
@@ -79,30 +79,37 @@ class Attempts:
     def keep(self, episode: Trajectory) -> None:
         """Add a finished attempt."""
         if self._folder is not None:
-            (record,) = describe_episodes([episode], None, update=0)
-            self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.write(_as_line(episode))
             self._file.flush()
 
     def finish(self, episodes: Sequence[Trajectory]) -> None:
         """Give the complete file its name, with the episodes in the order of the tasks."""
         if self._folder is None:
             return
-        self._file.seek(0)
-        self._file.truncate()
-        for episode in episodes:
-            self.keep(episode)
+        _write(self._folder / EPISODES, episodes)
         self._file.close()
-        self._path.replace(self._folder / EPISODES)
+        self._path.unlink()
+
+
+def _as_line(episode: Trajectory) -> bytes:
+    (record,) = describe_episodes([episode], None, update=0)
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+
+
+def _write(path: Path, episodes: Sequence[Trajectory]) -> None:
+    with replacing(path) as file:
+        file.writelines(map(_as_line, episodes))
 
 
 def _read(path: Path) -> list[Trajectory]:
-    """Read the episodes up to the first line that is damaged, as the last one is after a kill."""
+    """Read the episodes, but for damaged lines, as the last one is after a kill: they are run again."""
     found: dict[tuple[int, int], Trajectory] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not `splitlines`, which also splits at characters that texts may hold.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             episode = make_trajectory(_with_nan(json.loads(line)), is_transcript=False)
         except (ValueError, KeyError, TypeError, AttributeError):
-            break
+            continue
         found[episode.group_id, episode.member] = episode
     return list(found.values())
 

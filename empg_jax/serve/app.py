@@ -21,9 +21,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update
-from empg_jax.serve.exchange import Exchange, News
+from empg_jax.serve.exchange import Exchange, Inbox, News
 from empg_jax.serve.service import Asked, Service
-from empg_jax.serve.wire import ApiError, refuse
+from empg_jax.serve.wire import ApiError, reading, refuse
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
 Guard = Callable[..., Callable[[Request], Awaitable[Response]]]
@@ -68,22 +68,18 @@ def make_app(
 
     exchange = Exchange(driver)
 
-    async def answer(request: Request, asked: Asked) -> Response:
-        return await _serve(request, _Updates(exchange, driver, asked), service, asked)
+    def answering(read: Callable[[Any], Asked]) -> Handler:
+        async def answer(request: Request, body: Any) -> Response:
+            with reading():
+                asked = read(body)
+            return await _serve(request, _Updates(exchange, driver, asked), service, asked)
 
-    async def chat(request: Request, body: Any) -> Response:
-        return await answer(request, service.read_chat(body))
-
-    async def complete(request: Request, body: Any) -> Response:
-        return await answer(request, service.read_completion(body))
-
-    async def generate(request: Request, body: Any) -> Response:
-        return await answer(request, service.read_generate(body))
+        return answer
 
     posts = {
-        "/v1/chat/completions": chat,
-        "/v1/completions": complete,
-        "/inference/v1/generate": generate,
+        "/v1/chat/completions": answering(service.read_chat),
+        "/v1/completions": answering(service.read_completion),
+        "/inference/v1/generate": answering(service.read_generate),
     }
     return Starlette(
         routes=[
@@ -174,7 +170,7 @@ class _Updates:
     def __init__(self, exchange: Exchange, driver: Driver, asked: Asked) -> None:
         self._exchange, self._driver, self._over = exchange, driver, 0
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[News | None] = asyncio.Queue()  # None: the client is gone
+        self._inbox = Inbox()
         self.jobs: list[Job] = [
             asked.make_job(index, self._receiver(index)) for index in range(asked.num_choices)
         ]
@@ -188,7 +184,7 @@ class _Updates:
             raise ApiError(503, f"the engine has stopped: {error}") from None
 
     def _receiver(self, index: int) -> Callable[[Update], None]:
-        return functools.partial(self._exchange.tell, self._loop, self._queue, index)
+        return functools.partial(self._exchange.tell, self._loop, self._inbox, index)
 
     @property
     def has_more(self) -> bool:
@@ -202,8 +198,8 @@ class _Updates:
           ClientDisconnect: `leave` was called.
           ApiError: the engine has stopped.
         """
-        item = await self._queue.get()
-        if item is None:
+        item = await self._inbox.get()
+        if item is None:  # the client is gone
             raise ClientDisconnect
         _, update = item
         if update.error is not None:
@@ -213,7 +209,7 @@ class _Updates:
 
     def leave(self) -> None:
         """Let the reader know that the client has gone away."""
-        self._queue.put_nowait(None)
+        self._inbox.leave()
 
     def give_up(self) -> None:
         """Free the slots of the jobs that are not over."""
@@ -268,7 +264,9 @@ def _event(body: Mapping[str, Any]) -> bytes:
 
 def _answer_error(error: ApiError) -> Response:
     headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    # In ASCII: the message may repeat half a surrogate pair, which no UTF-8 can hold.
+    text = json.dumps(error.body())
+    return Response(text, error.status, headers, media_type="application/json")
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:

@@ -66,9 +66,15 @@ def serve_policy(
         settings, longest = policy.config.serve, policy.engine.config.max_tokens
         if settings.warm_up:
             policy.engine.warm_up()
-        service = Service(policy.name, policy.tokenizer, policy.renderer, max_tokens=longest)
         server = make_server(policy.name, listener, ready_file, announce)
         driver = Driver(policy.engine, max_waiting=settings.max_waiting, on_failure=lambda: _end(server))
+        service = Service(
+            policy.name,
+            policy.tokenizer,
+            policy.renderer,
+            max_tokens=longest,
+            max_choices=driver.most_at_once,
+        )
         with contextlib.ExitStack() as stack:
             more: list[More]
             works: list[Work] = [stack.enter_context(driver)]

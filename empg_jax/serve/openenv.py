@@ -213,19 +213,29 @@ class Sessions:
         if isinstance(session, Refusal):
             await _end(socket, session)
             return
+        coming = _start_receiving(socket)
         try:
             while True:
-                try:
-                    line = await asyncio.wait_for(_receive(socket), self._idle)
-                except TimeoutError:
+                if not (await asyncio.wait({coming}, timeout=self._idle))[0]:
                     silent = Refusal("SESSION_ERROR", f"no message for {self._idle:g} s (--idle-timeout)")
                     await _end(socket, silent)
                     return
+                line = coming.result()
                 if _is_close(line):
                     await socket.close()
                     return
-                await socket.send_text(await worker.run(functools.partial(session.answer, line)))
+                coming = _start_receiving(socket)
+                answer = asyncio.ensure_future(worker.run(functools.partial(session.answer, line)))
+                try:
+                    # A step may take for ever, and must not hold the session of a client that is gone.
+                    await asyncio.wait({answer, coming}, return_when=asyncio.FIRST_COMPLETED)
+                    if coming.done():
+                        coming.result()
+                    await socket.send_text(await answer)
+                finally:
+                    answer.cancel()
         finally:
+            coming.cancel()
             worker.submit(session.close, lambda *_: None)
 
     def _open(self) -> Session | Refusal:
@@ -234,6 +244,13 @@ class Sessions:
                 return Session(self._make())
         except Exception as error:  # the environment's own code
             return Refusal("FACTORY_ERROR", f"the environment cannot be built: {error}")
+
+
+def _start_receiving(socket: WebSocket) -> asyncio.Future[str]:
+    coming = asyncio.ensure_future(_receive(socket))
+    # A client may leave when nobody looks any more, which is no error to tell.
+    coming.add_done_callback(lambda future: future.cancelled() or future.exception())
+    return coming
 
 
 async def _receive(socket: WebSocket) -> str:

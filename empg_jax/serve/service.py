@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,17 @@ from empg_jax.serve.answers import (
     Body,
     Detail,
     Head,
-    as_delta,
     describe_generated,
     describe_tokens,
     describe_usage,
 )
 from empg_jax.serve.driver import Job, Update
-from empg_jax.serve.text import TextStream
+from empg_jax.serve.stream import StreamWriter
 from empg_jax.serve.wire import (
     CHAT,
     COMPLETION,
     GENERATE,
+    MAX_CHOICES,
     SAMPLING,
     ApiError,
     Sampling,
@@ -41,6 +41,7 @@ from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+TOKEN_CHARACTERS = 16  # of a prompt that may fit, for each token; four are usual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +108,21 @@ class Service:
       tokenizer: its tokenizer.
       renderer: its chat template; None refuses chats.
       max_tokens: longest conversation in tokens.
+      max_choices: most responses to one request.
     """
 
     def __init__(
-        self, name: str, tokenizer: Tokenizer, renderer: ChatRenderer | None, *, max_tokens: int
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        renderer: ChatRenderer | None,
+        *,
+        max_tokens: int,
+        max_choices: int = MAX_CHOICES,
     ) -> None:
         self.name = name
-        self._tokenizer, self._renderer, self._max_tokens = tokenizer, renderer, max_tokens
+        self._tokenizer, self._renderer = tokenizer, renderer
+        self._max_tokens, self._max_choices = max_tokens, max_choices
 
     def describe_models(self) -> Body:
         """Return the answer of ``GET /v1/models``."""
@@ -133,6 +142,7 @@ class Service:
             raise refuse(f"{self.name} has no chat template: use /v1/completions")
         if "messages" not in given:
             raise refuse("messages is missing", "messages")
+        sampling = self._read_sampling(given, 1)
         try:
             messages = normalize_messages(given["messages"])
             tools = check_tools(given.get("tools"))
@@ -142,8 +152,11 @@ class Service:
         variables = given.get("chat_template_kwargs", {})
         if not isinstance(variables, dict):
             raise refuse("chat_template_kwargs must be an object", "chat_template_kwargs")
+        if taken := sorted({"messages", "self"} & variables.keys()):
+            name = "chat_template_kwargs"
+            raise refuse(f"{name}.{taken[0]} is no variable of a chat template", name)
         prompt = self._render(messages, tools, variables)
-        return self._asked(given, [prompt], Head("chat.completion", self.name), tools=tools)
+        return self._asked(given, [prompt], sampling, Head("chat.completion", self.name), tools=tools)
 
     def read_completion(self, body: Any) -> Asked:
         """Read a body of ``/v1/completions``.
@@ -157,15 +170,14 @@ class Service:
             prompt = [prompt]
         if not isinstance(prompt, list) or not prompt:
             raise refuse("prompt must be a text, a list of token ids, or a list of these", "prompt")
+        sampling = self._read_sampling(given, len(prompt), default_max_tokens=COMPLETION_TOKENS)
         prompts = [
-            self._tokenizer.encode(item)
+            self._encode(item, self._tokenizer.encode)
             if isinstance(item, str)
             else read_ids(item, "prompt", self._tokenizer.vocab_size)
             for item in prompt
         ]
-        return self._asked(
-            given, prompts, Head("text_completion", self.name), default_max_tokens=COMPLETION_TOKENS
-        )
+        return self._asked(given, prompts, sampling, Head("text_completion", self.name))
 
     def read_generate(self, body: Any) -> Asked:
         """Read a body of ``/inference/v1/generate``: token ids in and out.
@@ -178,13 +190,9 @@ class Service:
             raise refuse("stream=True is not supported here; use /v1/completions", "stream")
         prompt = read_ids(given.get("token_ids"), "token_ids", self._tokenizer.vocab_size)
         options = check_keys(given.get("sampling_params", {}), SAMPLING, "sampling_params")
+        sampling = self._read_sampling(options, 1)
         self._check_length(prompt)
-        return Asked(
-            [np.asarray(prompt, np.int32)],
-            read_sampling(options, self._tokenizer.vocab_size),
-            None,
-            self._tokenizer.decode,
-        )
+        return Asked([np.asarray(prompt, np.int32)], sampling, None, self._tokenizer.decode)
 
     def _check(self, body: Any, known: frozenset[str]) -> dict[str, Any]:
         given = check_keys(body, known)
@@ -196,21 +204,34 @@ class Service:
             )  # fmt: skip
         return given
 
+    def _read_sampling(
+        self, given: dict[str, Any], num_prompts: int, default_max_tokens: int | None = None
+    ) -> Sampling:
+        """Read the options, and count the responses before work is done for any of them."""
+        sampling = read_sampling(given, self._tokenizer.vocab_size, default_max_tokens=default_max_tokens)
+        if num_prompts * sampling.n > self._max_choices:
+            asked = f"{num_prompts} prompts with n={sampling.n}" if num_prompts > 1 else f"n={sampling.n}"
+            raise refuse(
+                f"{asked} ask for {num_prompts * sampling.n} responses; at most {self._max_choices} fit at "
+                "once (serve.max_waiting)",
+                "prompt" if num_prompts > 1 else "n",
+            )
+        return sampling
+
     def _asked(
         self,
         given: dict[str, Any],
         prompts: list[list[int]],
+        sampling: Sampling,
         head: Head,
         *,
         tools: list[dict[str, Any]] | None = None,
-        default_max_tokens: int | None = None,
     ) -> Asked:
         for prompt in prompts:
             self._check_length(prompt)
         options = given.get("stream_options", {})
         if not isinstance(options, dict):
             raise refuse("stream_options must be an object", "stream_options")
-        sampling = read_sampling(given, self._tokenizer.vocab_size, default_max_tokens=default_max_tokens)
         key = read_key(given)
         if key is not None and len(prompts) * sampling.n > 1:
             raise refuse("empg.ids are those of one response: ask for one prompt, with n=1", "empg")
@@ -225,6 +246,18 @@ class Service:
             has_tokens=read_flag(given, "return_token_ids"),
             key=key,
         )
+
+    def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Tokenize a prompt; only the beginning of one that is far too long, as others wait meanwhile."""
+        longest = TOKEN_CHARACTERS * self._max_tokens
+        # Twice the limit: the end of the beginning may be tokenized otherwise in the whole text.
+        if len(text) > longest and len(self._tokenizer.encode(text[:longest])) >= 2 * self._max_tokens:
+            raise refuse(
+                f"the prompt has {len(text)} characters, but a conversation at most {self._max_tokens} "
+                "tokens (serve.max_tokens), the response included",
+                code="context_length_exceeded",
+            )
+        return encode(text)
 
     def _check_length(self, prompt: Sequence[int]) -> None:
         if not prompt:
@@ -241,14 +274,12 @@ class Service:
     ) -> list[int]:
         assert self._renderer is not None
         try:
-            if not tools:
-                return self._renderer.start(messages, **variables)
-            tokens = self._renderer.start(messages, **{**variables, "tools": tools})
-            if tokens == self._renderer.start(messages, **variables):
+            text = self._renderer.render(messages, **({**variables, "tools": tools} if tools else variables))
+            if tools and text == self._renderer.render(messages, **variables):
                 raise refuse(f"the chat template of {self.name} does not tell tools to the model", "tools")
-            return tokens
         except ChatTemplateError as error:
             raise refuse(str(error), "messages") from None
+        return self._encode(text, self._renderer.encode)
 
     # ------------------------------------------------------------------------------------- answers
 
@@ -260,14 +291,14 @@ class Service:
         head, choices = asked.head, []
         for index, response in enumerate(responses):
             text = cut_at_stop(asked.decode(response.tokens.tolist()), asked.sampling.stops)
-            fields, has_calls = self._tell_text(asked, index, text)
+            fields, has_calls = self.tell_text(asked, index, text)
             choices.append(
                 {
                     "index": index,
                     **fields,
                     "finish_reason": "tool_calls" if has_calls else response.finish_reason,
                     "logprobs": None,
-                    **describe_tokens(response, 0, head, asked.detail, self._spell),
+                    **describe_tokens(response, 0, head, asked.detail, self.spell),
                 }
             )
         prompts = {"prompt_token_ids": asked.prompts[0].tolist()} if asked.has_tokens else {}
@@ -280,7 +311,7 @@ class Service:
         """Return the writer of a streamed answer's chunks."""
         return StreamWriter(self, asked)
 
-    def _tell_text(self, asked: Asked, index: int, text: str) -> tuple[Body, bool]:
+    def tell_text(self, asked: Asked, index: int, text: str) -> tuple[Body, bool]:
         """Return the fields of a choice with its whole text, and whether it calls tools."""
         head = asked.head
         assert head is not None
@@ -289,59 +320,9 @@ class Service:
         message = parse_response(text, asked.tools, lambda i: f"call_{head.id}_{index}_{i}")
         return {"message": message}, "tool_calls" in message
 
-    def _spell(self, token: int) -> str:
+    def spell(self, token: int) -> str:
+        """Return a token's text."""
         return self._tokenizer.decode([token], skip_special=False)
-
-
-class StreamWriter:
-    """The chunks of a streamed answer.
-
-    Without tools text goes out as it comes. With tools a chat's text is held back to its end, because only
-    then it is known whether it is a call; its tokens still come as they are sampled.
-    """
-
-    def __init__(self, service: Service, asked: Asked) -> None:
-        assert asked.head is not None
-        self._service, self._asked, self._head = service, asked, asked.head
-        self._texts = [TextStream(asked.decode, asked.sampling.stops) for _ in range(asked.num_choices)]
-        self._sent = [0] * asked.num_choices  # tokens
-        self._is_begun = [False] * asked.num_choices
-        self._finals: dict[int, Update] = {}
-
-    def write(self, index: int, update: Update) -> Iterator[Body]:
-        """Yield the chunks of one update."""
-        response, asked, head = update.response, self._asked, self._head
-        assert response is not None
-        start, self._sent[index] = self._sent[index], len(response.tokens)
-        fields: Body
-        has_calls = False
-        if asked.tools and not update.is_final:
-            piece, fields = "", {"delta": as_delta({}, is_first=not self._is_begun[index])}
-        else:
-            piece = self._texts[index].feed(response.tokens, is_final=update.is_final)
-            fields, has_calls = self._service._tell_text(asked, index, piece)
-            if head.is_chat:
-                fields = {"delta": as_delta(fields["message"], is_first=not self._is_begun[index])}
-        if piece or update.is_final or start < len(response.tokens) or not self._is_begun[index]:
-            self._is_begun[index] = True
-            finish = ("tool_calls" if has_calls else response.finish_reason) if update.is_final else None
-            tokens = describe_tokens(response, start, head, asked.detail, self._service._spell)
-            choice = {"index": index, **fields, "finish_reason": finish, "logprobs": None, **tokens}
-            is_first = asked.has_tokens and start == 0
-            prompts = {"prompt_token_ids": response.prompt_tokens.tolist()} if is_first else {}
-            yield head.chunk([choice], **prompts)
-        if update.is_final:
-            self._finals[index] = update
-
-    def close(self) -> Iterator[Body]:
-        """Yield the last chunk, the counts of tokens, where they are asked for."""
-        if not self._asked.has_usage:
-            return
-        responses = [update.response for update in self._finals.values() if update.response is not None]
-        firsts = range(0, self._asked.num_choices, self._asked.sampling.n)
-        cached = sum(self._finals[index].cached for index in firsts)
-        prompts = [len(prompt) for prompt in self._asked.prompts]
-        yield self._head.chunk([], usage=describe_usage(prompts, responses, cached))
 
 
 def _choose_tools(tools: list[dict[str, Any]], choice: Any) -> list[dict[str, Any]]:

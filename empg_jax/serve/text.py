@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from empg_jax.text.stops import Decode, cut_at_stop
-
-REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
+from empg_jax.text.stops import REPLACEMENT, Decode, cut_at_stop
 
 
 class TextStream:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from empg_jax.errors import nearest
@@ -82,6 +83,15 @@ class ApiError(Exception):
 def refuse(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Make the error of a request that cannot be served as it is (status 400)."""
     return ApiError(400, message, param=param, code=code)
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Refuse a request that cannot be read, for whatever reason: half a surrogate pair, an endless number."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise refuse(f"the request cannot be read: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +256,11 @@ def _integer(
 
 def _number(given: Mapping[str, Any], key: str, default: float) -> float:
     value = given.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise refuse(f"{key}={value!r} must be a number", key)
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer may be larger than any float
+            if math.isfinite(number := float(value)):
+                return number
+    raise refuse(f"{key}={value!r:.80} must be a number", key)
 
 
 def _equal(value: Any, neutral: Any) -> bool:

@@ -20,6 +20,7 @@ from empg_jax.text.template import ChatTemplateError, Message
 from empg_jax.text.tokenizer import Tokenizer
 
 _TOOL = "empgtool0x"
+_CACHED = 4096  # characters of the longest text whose ids are kept: thousands must not fill the memory
 
 
 class ChatRenderer:
@@ -29,7 +30,7 @@ class ChatRenderer:
       tokenizer: a tokenizer with a chat template.
       options: variables for the template, for example ``{"enable_thinking": False}``.
       history: ``template`` prints earlier answers as the template does, ``append`` keeps them as sampled.
-      cache_size: number of encoded texts to keep.
+      cache_size: number of short encoded texts to keep.
 
     Raises:
       ChatTemplateError: there is no template, or it does not end an assistant's turn with a single control
@@ -54,7 +55,7 @@ class ChatRenderer:
     ):
         self.tokenizer, self.history = tokenizer, history
         self._options = dict(options or {})
-        self._encode = functools.lru_cache(maxsize=cache_size)(lambda text: tuple(tokenizer.encode(text)))
+        self._encode_short = functools.lru_cache(maxsize=cache_size)(self._encode_anew)
         self._seams, self._suffixes = SeamFinder(self.render), SuffixFinder(self.render)
         self.end_id = _require_turn_end(tokenizer)
         end_token = tokenizer.id_to_token(self.end_id)
@@ -63,6 +64,12 @@ class ChatRenderer:
         self.lead = self._find_lead()
         self._opening = self._find_opening()
         self._closing = self._find_closing() if history == "append" else self.end_token
+
+    def _encode_anew(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return self._encode_short(text) if len(text) <= _CACHED else self._encode_anew(text)
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
@@ -79,7 +86,11 @@ class ChatRenderer:
 
     def start(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Return the ids of the whole conversation so far, including the generation prompt."""
-        return list(self._encode(self.render(messages, **variables)))
+        return self.encode(self.render(messages, **variables))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text that `render` returned."""
+        return list(self._encode(text))
 
     def encode_response(self, text: str) -> list[int]:
         """Return the ids of a written response (by a person or an expert), as a sampler would produce it.

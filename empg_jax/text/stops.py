@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 Decode = Callable[[Iterable[int]], str]
-# Characters at the start of a part's text that may differ from the whole text's: the rest of a character
-# whose first bytes are in earlier tokens, or a space that a decoder strips.
+REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
+# Characters at the start of a part's text that may differ from the whole's: a space that a decoder strips.
 _UNSURE = 4
+_BURST = 32  # tokens that are searched together: the cost of a long response must not grow with its square
+_CHARACTER = 8  # tokens before a place in the text among which a character begins, but for nonsense
 
 
 class StopSearch:
@@ -36,14 +38,23 @@ class StopSearch:
         seen, self._seen = self._seen, len(tokens)
         found = np.flatnonzero(np.isin(tokens[seen:], self._stop_ids))
         limit = seen + int(found[0]) + 1 if len(found) else None
-        if self._stops:
-            if has_stop(self._text(tokens[:limit]), self._stops):
-                # Few tokens are new, so each length is tried: the result must not depend on the burst's size.
-                for count in range(seen + 1, len(tokens) + 1):
-                    if has_stop(self._text(tokens[:count]), self._stops):
-                        return count
-            self._advance(tokens)
+        end = len(tokens) if limit is None else limit
+        for start in range(seen, end if self._stops else seen, _BURST):
+            count = self._search(tokens[: min(start + _BURST, end)], start)
+            if count is not None:
+                return count
         return limit
+
+    def _search(self, tokens: np.ndarray, seen: int) -> int | None:
+        text = self._text(tokens)
+        # Each length is tried, so that the result does not depend on the burst's size. The first bytes of a
+        # character may turn a stop string before them into replacements until its last bytes are there.
+        if REPLACEMENT in text or has_stop(text, self._stops):
+            for count in range(seen + 1, len(tokens) + 1):
+                if has_stop(self._text(tokens[:count]), self._stops):
+                    return count
+        self._advance(tokens)
+        return None
 
     def _text(self, tokens: np.ndarray) -> str:
         return self._decode(tokens[self._start :].tolist())
@@ -53,9 +64,15 @@ class StopSearch:
         needed, start, step = self._longest + _UNSURE, len(tokens), 1
         while start > self._start:
             start, step = max(self._start, start - max(needed, step)), 2 * step
-            if len(self._decode(tokens[start:].tolist())) >= needed:
-                break
-        self._start = start
+            text = self._decode(tokens[start:].tolist())
+            if len(text) - text.count(REPLACEMENT) < needed:
+                continue
+            for place in range(start, max(self._start, start - _CHARACTER), -1):
+                # Bytes in tokens of their own are decoded together, and all are replaced where one is wrong.
+                # So the text must not begin inside a character, nor among bytes that are no text.
+                if not self._decode(tokens[self._start : place].tolist()).endswith(REPLACEMENT):
+                    self._start = place
+                    return
 
 
 def has_stop(text: str, stops: Sequence[str]) -> bool:

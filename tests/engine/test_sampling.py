@@ -76,6 +76,18 @@ def test_temperature_zero_takes_the_first_of_the_best_with_statistics_at_one():
     np.testing.assert_allclose(logprobs, log_softmax(logits)[np.arange(3), tokens], atol=2e-6)
 
 
+@pytest.mark.parametrize("draws", [sample, sample_filtered])
+def test_small_temperatures_take_the_most_likely_token(draws):
+    temperatures = np.float32([1e-3, 1e-5, 1e-8, 1e-9, 1e-12, 1e-20, 1e-30, 1e-35])
+    logits = make_logits(len(temperatures), 300) + 7
+    filters = (np.tile(np.float32([0.9, 5, 0.1]), (len(logits), 1)),) if draws is sample_filtered else ()
+    uniforms = np.full(len(logits), 0.5, np.float32)
+    tokens, logprobs, entropies, *full = jax.jit(draws)(logits, uniforms, temperatures, *filters)
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    for statistics in (logprobs, entropies, *full):
+        np.testing.assert_allclose(statistics, 0, atol=1e-6)
+
+
 def test_a_row_does_not_depend_on_its_neighbors():
     logits, uniforms = make_logits(8, 300), np.linspace(0.1, 0.9, 8, dtype=np.float32)
     together = draw(logits, uniforms, np.float32(1))

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 from empg_jax.serve.driver import Update
-from empg_jax.serve.exchange import Exchange
+from empg_jax.serve.exchange import Exchange, Inbox
 
 
 class FakeDriver:
@@ -37,34 +37,37 @@ def test_requests_at_hand_wake_the_engine_once():
     asyncio.run(main())
 
 
-def test_news_cross_together_and_none_is_lost():
+def test_news_cross_together_and_the_newest_are_not_lost():
     crossings = []
     count = 500
 
     async def main():
         loop, exchange = asyncio.get_running_loop(), Exchange(FakeDriver())
-        queues = [asyncio.Queue() for _ in range(4)]
+        inboxes = [Inbox() for _ in range(4)]
         cross = loop.call_soon_threadsafe
         loop.call_soon_threadsafe = lambda *call: crossings.append(call) or cross(*call)
 
         def tell():
             for number in range(count):
-                for index, queue in enumerate(queues):
-                    exchange.tell(loop, queue, index, Update(None, number))
+                for index, inbox in enumerate(inboxes):
+                    exchange.tell(loop, inbox, index, Update(None, number, is_final=number == count - 1))
 
         thread = threading.Thread(target=tell)
         thread.start()
-        for index, queue in enumerate(queues):
-            found = [await asyncio.wait_for(queue.get(), 60) for _ in range(count)]
-            assert found == [(index, Update(None, number)) for number in range(count)]
+        for index, inbox in enumerate(inboxes):
+            found = [await asyncio.wait_for(inbox.get(), 60)]
+            while not found[-1][1].is_final:
+                found.append(await asyncio.wait_for(inbox.get(), 60))
+            numbers = [update.cached for _, update in found]
+            assert {place for place, _ in found} == {index}
+            assert numbers == sorted(set(numbers)) and numbers[-1] == count - 1
         thread.join()
-        assert len(crossings) <= count * len(queues)
+        assert len(crossings) <= count * len(inboxes)
         before = len(crossings)
         for _ in range(10):  # the loop is busy meanwhile: they share a crossing
-            exchange.tell(loop, queues[0], 0, Update(None))
+            exchange.tell(loop, inboxes[0], 0, Update(None))
         assert len(crossings) == before + 1
-        for _ in range(10):
-            await asyncio.wait_for(queues[0].get(), 60)
+        await asyncio.wait_for(inboxes[0].get(), 60)
 
     asyncio.run(main())
 
@@ -72,4 +75,22 @@ def test_news_cross_together_and_none_is_lost():
 def test_a_closed_loop_is_no_error():
     loop = asyncio.new_event_loop()
     loop.close()
-    Exchange(FakeDriver()).tell(loop, asyncio.Queue(), 0, Update(None))
+    Exchange(FakeDriver()).tell(loop, Inbox(), 0, Update(None))
+
+
+def test_a_slow_reader_finds_the_newest_of_each_job_and_learns_when_it_is_left():
+    async def main():
+        inbox = Inbox()
+        for number in range(1000):
+            inbox.put(number % 2, Update(None, number, is_final=number >= 998))
+        assert [await inbox.get() for _ in range(2)] == [
+            (0, Update(None, 998, is_final=True)),
+            (1, Update(None, 999, is_final=True)),
+        ]
+        waiting = asyncio.ensure_future(inbox.get())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        inbox.leave()
+        assert await asyncio.wait_for(waiting, 60) is None
+
+    asyncio.run(main())

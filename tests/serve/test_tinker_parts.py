@@ -16,7 +16,7 @@ from empg_jax.models.lora import LoraConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.serve.policy import Start
 from empg_jax.serve.tinker.codec import BatchResult, Datum, encode_batch, read_json, read_proto
-from empg_jax.serve.tinker.futures import Futures, Line
+from empg_jax.serve.tinker.futures import GRACE_SECONDS, Futures, Line
 from empg_jax.serve.tinker.objectives import find_objective
 from empg_jax.serve.tinker.proto import message
 from empg_jax.serve.tinker.rows import Limits, make_rows
@@ -310,5 +310,26 @@ def test_only_the_newest_results_are_kept():
         assert caught.value.status == 410  # which makes the client send the request again
         with pytest.raises(ApiError, match="belongs to optim_step, not to forward"):
             futures.begin("m:2", "forward")
+
+    asyncio.run(play())
+
+
+def test_results_that_were_told_are_forgotten_after_a_grace():
+    async def play():
+        now = [0.0]
+        futures = Futures(clock=lambda: now[0])
+        first, second = (futures.begin(f"m:{number}", "optim_step")[0] for number in (1, 2))
+        for pending in (first, second):
+            futures.finish(pending, pending.id)
+        futures.note_told(first)
+        now[0] = GRACE_SECONDS - 1
+        futures.note_told(first)  # asking again does not keep it longer
+        futures.begin("m:3", "optim_step")
+        assert futures.find("m:1") is first
+        now[0] = GRACE_SECONDS + 1
+        futures.begin("m:4", "optim_step")
+        with pytest.raises(ApiError, match="no longer kept"):
+            futures.find("m:1")
+        assert futures.find("m:2") is second  # nobody has asked for it
 
     asyncio.run(play())

@@ -164,4 +164,4 @@ def test_requests_beyond_the_slots_wait_and_beyond_the_queue_are_refused(http):
     assert generate(http, [10], max_tokens=1)["choices"]
     # More responses at once than can ever wait.
     refused = http.post("/inference/v1/generate", json={"token_ids": [10], "sampling_params": {"n": 100}})
-    assert refused.status_code == 429
+    assert refused.status_code == 400 and "at most 12 fit at once" in refused.json()["error"]["message"]

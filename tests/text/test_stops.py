@@ -47,7 +47,49 @@ def test_the_end_is_the_first_token_whose_text_holds_a_stop_string(tokenizer):
     assert sum(end is not None and end > 20 for end in ends) > 3
 
 
-def test_a_long_response_costs_no_more_per_token():
+def decode_fallback(ids):
+    """As tokenizers with byte fallback: a run of bytes that is no text as a whole is replaced as a whole."""
+    parts, run = [], b""
+    for index in [*ids, 256]:
+        if index < 256:
+            run += bytes([index])
+            continue
+        try:
+            parts.append(run.decode())
+        except UnicodeDecodeError:
+            parts.append("\ufffd" * len(run))
+        parts.append(chr(index - 256) if index > 256 else "")
+        run = b""
+    return "".join(parts)
+
+
+def fallback_tokens(text):
+    """Words of ASCII letters have tokens; everything else is spelled in bytes."""
+    ids = ([256 + ord(c)] if c.isalpha() and c.isascii() else list(c.encode()) for c in text)
+    return np.asarray([index for part in ids for index in part], np.int32)
+
+
+@pytest.mark.parametrize("text", ["😀😀\nUser: hi there", "é\n😀x", "hello😀 you😀😀\nUser"])
+@pytest.mark.parametrize("burst", [1, 2, 4, 8, 100])
+def test_a_stop_string_in_a_run_of_bytes_is_found_in_any_burst(text, burst):
+    end = len(fallback_tokens(text[: text.index("\n") + 1]))
+    assert search_by(burst, StopSearch(decode_fallback, ["\n"]), fallback_tokens(text)) == end
+
+
+@pytest.mark.parametrize("burst", [1, 3, 8, 300])
+def test_bytes_that_are_no_text_do_not_change_the_end(burst):
+    generator = np.random.default_rng(1)
+    ids = np.asarray([0xF0, 0x9F, 0x98, 0x80, 0x0A, 0xC3, 0xA9, 256 + 97, 256 + 98], np.int32)
+    for _ in range(10):
+        said = generator.choice(ids, 60)
+        for stops in (["\n"], ["\na"], ["ab", "é\n"], ["😀"]):
+            texts = (decode_fallback(said[:n].tolist()) for n in range(1, 61))
+            expected = next((n for n, text in enumerate(texts, 1) if has_stop(text, stops)), None)
+            assert search_by(burst, StopSearch(decode_fallback, stops), said) == expected
+
+
+@pytest.mark.parametrize("burst", [8, 3000])
+def test_a_long_response_costs_no_more_per_token(burst):
     lengths = []
 
     def counted(ids):
@@ -55,8 +97,8 @@ def test_a_long_response_costs_no_more_per_token():
         return decode(ids)
 
     said = tokens("word " * 400 + "€" * 3 + "<stop>")
-    assert search_by(8, StopSearch(counted, ["<stop>"]), said) == len(said)
-    assert max(lengths) < 60
+    assert search_by(burst, StopSearch(counted, ["<stop>"]), said) == len(said)
+    assert max(lengths) < 80
 
 
 def test_text_is_cut_before_the_first_stop_string():

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
 from empg_jax.serve.wire import ApiError
 
-MAX_DONE = 4096  # results that are kept for clients that ask again
+MAX_DONE = 4096  # results that are kept for clients that have not asked yet
+GRACE_SECONDS = 300.0  # that a result is kept after it was told, for a client that did not receive it
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,12 +44,14 @@ class Futures:
 
     Args:
       keep: number of results that are kept.
+      clock: tells the seconds.
     """
 
-    def __init__(self, keep: int = MAX_DONE) -> None:
-        self._keep = keep
+    def __init__(self, keep: int = MAX_DONE, clock: Callable[[], float] = time.monotonic) -> None:
+        self._keep, self._clock = keep, clock
         self._all: dict[str, Pending] = {}
-        self._done: collections.deque[str] = collections.deque()
+        self._done: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._told: collections.OrderedDict[str, float] = collections.OrderedDict()  # id -> when, first told
 
     def begin(self, request_id: str, kind: str) -> tuple[Pending, bool]:
         """Register a request, once: a client that sends it again gets the same one.
@@ -58,6 +62,7 @@ class Futures:
         Raises:
           ApiError: the id was used by another kind of request.
         """
+        self._forget_told()
         known = self._all.get(request_id)
         if known is None:
             known = self._all[request_id] = Pending(request_id, kind)
@@ -92,6 +97,21 @@ class Futures:
             raise ApiError(410, f"request {request_id!r} is not known, or its result is no longer kept")
         return pending
 
+    def note_told(self, pending: Pending) -> None:
+        """Note that a result was told: it may be large, and is forgotten after `GRACE_SECONDS`."""
+        if pending.id in self._done:
+            self._told.setdefault(pending.id, self._clock())
+
+    def _forget_told(self) -> None:
+        before = self._clock() - GRACE_SECONDS
+        while self._told and next(iter(self._told.values())) < before:
+            self._forget(next(iter(self._told)))
+
+    def _forget(self, request_id: str) -> None:
+        self._told.pop(request_id, None)
+        self._done.pop(request_id, None)
+        self._all.pop(request_id, None)
+
     async def wait(self, pending: Pending, seconds: float) -> bool:
         """Wait for a result; return whether it is there."""
         try:
@@ -105,9 +125,9 @@ class Futures:
             return
         pending.done.set()
         pending.give_up = None
-        self._done.append(pending.id)
+        self._done[pending.id] = None
         while len(self._done) > self._keep:
-            del self._all[self._done.popleft()]
+            self._forget(next(iter(self._done)))
 
 
 class Line:

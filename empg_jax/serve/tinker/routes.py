@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from empg_jax.serve.tinker.futures import Futures, Pending
 from empg_jax.serve.tinker.samplers import Samplers
 from empg_jax.serve.tinker.tenant import Tenant
 from empg_jax.serve.tinker.trainer import AdamParams
-from empg_jax.serve.wire import ApiError, refuse
+from empg_jax.serve.wire import ApiError, reading, refuse
 
 POLL_SECONDS = 20.0  # the official client gives up a poll after 45
 MAX_DATUMS = 1_000_000  # of a request: credit sees one request, so clients should not split a batch
@@ -154,7 +155,8 @@ class Api:
         if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
             raise ApiError(415, f"Content-Encoding {encoding} is not supported; send the body as it is")
         is_proto = PROTOBUF in request.headers.get("content-type", "")
-        envelope = codec.read_proto(body) if is_proto else codec.read_json(parse_json(body))
+        with reading():
+            envelope = codec.read_proto(body) if is_proto else codec.read_json(parse_json(body))
         return _promise(self._tenant.run_batch(envelope), envelope.model_id)
 
     def _step(self, body: Body) -> Pending:
@@ -208,9 +210,11 @@ class Api:
         if not await self._futures.wait(pending, POLL_SECONDS):
             waiting = {"type": "try_again", "request_id": pending.id, "queue_state": "active"}
             return JSONResponse(waiting, status_code=408)
+        self._futures.note_told(pending)
         if pending.error is not None:
             category = "user" if pending.error.status < 500 else "server"
-            return JSONResponse({"error": pending.error.message, "category": category})
+            told = {"error": pending.error.message, "category": category}
+            return Response(json.dumps(told), media_type="application/json")  # in ASCII, as other errors
         return _answer(pending.result, wants_proto=PROTOBUF in request.headers.get("accept", ""))
 
     def _cancel(self, body: Body) -> Body:
@@ -223,7 +227,9 @@ class Api:
 
 def _answering(call: Callable[[Body], Body]) -> Handler:
     async def handle(request: Request, body: Any) -> Response:
-        return JSONResponse(call(_object(body)))
+        with reading():
+            found = call(_object(body))
+        return JSONResponse(found)
 
     return handle
 

@@ -202,11 +202,4 @@ class Samplers:
         is_ids = isinstance(stop, list) and type(stop[0]) is int
         options["stop_token_ids" if is_ids else "stop"] = stop
         tokens = read_chunks(body.get("prompt"), "prompt").tolist()
-        asked = self._service.read_generate({"token_ids": tokens, "sampling_params": options})
-        if asked.num_choices > self.driver.most_at_once:
-            raise refuse(
-                f"num_samples={asked.num_choices}: at most {self.driver.most_at_once} fit at once "
-                "(serve.max_waiting)",
-                "num_samples",
-            )
-        return asked
+        return self._service.read_generate({"token_ids": tokens, "sampling_params": options})

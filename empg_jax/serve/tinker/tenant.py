@@ -102,6 +102,8 @@ class Tenant:
         Raises:
           ApiError: there is no such session, or it has ended.
         """
+        if not isinstance(session_id, str):
+            raise refuse("session_id must be a text", "session_id")
         if session_id in self._finished:
             raise ApiError(410, f"session {session_id} has ended")
         if session_id not in self._sessions:
@@ -154,12 +156,19 @@ class Tenant:
         self._tell_rank(rank)
 
         def work() -> dict[str, Any]:
+            self._trainer.reset()  # before loading, too: a failure must not leave another client's training
             if load is None:
-                self._trainer.reset()
                 return {"type": "create_model", "model_id": model_id}
             return self._load(model, *load)
 
-        self._worker.submit(work, self._finisher(pending))
+        finish = self._finisher(pending)
+
+        def done(result: Any, error: ApiError | None) -> None:
+            if error is not None and self._model is model:
+                self._unload(f"model {model_id} was not created: {error.message}")
+            finish(result, error)
+
+        self._worker.submit(work, done)
         return pending
 
     def _taken_by(self) -> str | None:

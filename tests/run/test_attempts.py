@@ -1,0 +1,29 @@
+"""The file of an evaluation in progress."""
+
+from empg_jax.report.pairing import EPISODES
+from empg_jax.run.attempts import Attempts
+from empg_jax.types import Outcome, Status
+from tests.episodes import Episodes
+
+DETAIL = "one\u2028two\x85three\x0bfour"  # Python splits lines at these characters, JSON does not
+
+
+def test_only_damaged_lines_are_run_again_whatever_texts_hold(tmp_path):
+    outcome = Outcome(Status.TRAINED, "won", DETAIL)
+    episodes = [Episodes(k).window([(3, 2)], group_id=k, outcome=outcome) for k in range(5)]
+    with Attempts(tmp_path, "id") as kept:
+        for episode in episodes:
+            kept.keep(episode)
+    (path,) = tmp_path.iterdir()
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = lines[2][:40]
+    path.write_bytes(b"\n".join(lines[:-1]) + b'\n{"group_id": 7')
+    for _ in range(2):  # the file is written anew
+        with Attempts(tmp_path, "id") as kept:
+            assert [episode.group_id for episode in kept.done] == [0, 1, 3, 4]
+            assert {episode.outcome.detail for episode in kept.done} == {DETAIL}
+    with Attempts(tmp_path, "id") as kept:
+        kept.keep(episodes[2])
+        kept.finish([*kept.done, episodes[2]])
+    assert [each.name for each in tmp_path.iterdir()] == [EPISODES]
+    assert (tmp_path / EPISODES).read_bytes().count(b"\n") == 5

@@ -1,0 +1,93 @@
+"""Sessions of environments, with a socket and an environment that the test controls."""
+
+import asyncio
+import json
+import threading
+
+from empg_jax.serve.openenv import Sessions
+
+
+class Socket:
+    """A client's end: messages to come, and what was answered."""
+
+    def __init__(self):
+        self.coming, self.answers = asyncio.Queue(), asyncio.Queue()
+
+    async def accept(self):
+        pass
+
+    async def receive(self):
+        return await self.coming.get()
+
+    async def send_text(self, text):
+        self.answers.put_nowait(json.loads(text))
+
+    async def close(self, code=1000):
+        pass
+
+    def ask(self, kind, **data):
+        self.coming.put_nowait(
+            {"type": "websocket.receive", "text": json.dumps({"type": kind, "data": data})}
+        )
+
+    def leave(self):
+        self.coming.put_nowait({"type": "websocket.disconnect"})
+
+
+class Hanging:
+    """An environment whose steps end when the test says so."""
+
+    def __init__(self):
+        self.began, self.goes_on, self.closed = threading.Event(), threading.Event(), threading.Event()
+
+    def list_splits(self):
+        return ["train"]
+
+    def num_tasks(self, split):
+        return 1
+
+    def reset(self, seed, *, split, index):
+        return "begin", {}
+
+    def step(self, message):
+        self.began.set()
+        self.goes_on.wait(60)
+        return message, 1.0, False, False, {}
+
+    def close(self):
+        self.closed.set()
+
+
+def test_a_client_that_leaves_during_a_step_frees_its_session():
+    async def play():
+        env = Hanging()
+        sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
+        served = asyncio.ensure_future(sessions.serve(socket))
+        socket.ask("reset")
+        assert (await asyncio.wait_for(socket.answers.get(), 60))["type"] == "observation"
+        socket.ask("step", message="a")
+        assert await asyncio.to_thread(env.began.wait, 60) and sessions.active == 1
+        socket.leave()
+        await asyncio.wait_for(served, 60)
+        assert sessions.active == 0 and not env.goes_on.is_set()
+        env.goes_on.set()
+        assert await asyncio.to_thread(env.closed.wait, 60)
+
+    asyncio.run(play())
+
+
+def test_messages_that_come_early_are_answered_in_order():
+    async def play():
+        env = Hanging()
+        env.goes_on.set()
+        sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
+        socket.ask("reset")
+        for text in "abc":
+            socket.ask("step", message=text)
+        socket.ask("close")
+        await asyncio.wait_for(sessions.serve(socket), 60)
+        answers = [socket.answers.get_nowait() for _ in range(4)]
+        texts = [answer["data"]["observation"]["text"] for answer in answers]
+        assert texts == ["begin", "a", "b", "c"]
+
+    asyncio.run(play())

@@ -1,0 +1,102 @@
+"""Requests that are refused before work is done for them."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from empg_jax.serve.app import make_app
+from empg_jax.serve.service import Service
+from empg_jax.serve.wire import ApiError
+from empg_jax.text import ChatRenderer, build_byte_tokenizer
+
+HELLO = [{"role": "user", "content": "red"}]
+
+
+@pytest.fixture
+def service(monkeypatch):
+    """A service of 12 responses at once, which lists the lengths of the texts that it encodes."""
+    tokenizer = build_byte_tokenizer()
+    service = Service("model", tokenizer, ChatRenderer(tokenizer), max_tokens=64, max_choices=12)
+    encode, service.encoded = tokenizer.encode, []
+
+    def counted(text):
+        service.encoded.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    return service
+
+
+def test_too_many_responses_are_refused_before_a_prompt_is_encoded(service):
+    with pytest.raises(ApiError, match="200000 prompts with n=128 ask for 25600000 responses") as refused:
+        service.read_completion({"prompt": ["a"] * 200_000, "n": 128})
+    assert refused.value.status == 400
+    for read, body in (
+        (service.read_chat, {"messages": HELLO, "n": 13}),
+        (service.read_generate, {"token_ids": [5], "sampling_params": {"n": 13}}),
+    ):
+        with pytest.raises(ApiError, match="at most 12 fit at once") as refused:
+            read(body)
+        assert refused.value.status == 400
+    assert service.encoded == []
+    assert service.read_completion({"prompt": ["a"] * 6, "n": 2}).num_choices == 12
+
+
+def test_a_prompt_that_is_far_too_long_is_not_tokenized_whole(service):
+    long = "a" * 100_000
+    for read, body in (
+        (service.read_completion, {"prompt": long}),
+        (service.read_chat, {"messages": [{"role": "user", "content": long}]}),
+    ):
+        with pytest.raises(ApiError, match="characters, but a conversation at most 64 tokens") as refused:
+            read(body)
+        assert refused.value.code == "context_length_exceeded"
+    assert service.encoded == [16 * 64, 16 * 64]
+
+
+def test_only_short_texts_are_kept(service):
+    renderer = service._renderer
+    for text, times in (("short", 1), ("long " * 1000, 2)):
+        service.encoded.clear()
+        assert renderer.encode(text) == renderer.encode(text)
+        assert service.encoded == [len(text)] * times
+
+
+HUGE = int("9" * 400)
+UNREADABLE = {
+    "half a pair in a prompt": ("/v1/completions", {"prompt": "\ud800"}, "cannot be read"),
+    "half a pair in a message": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        "cannot be read",
+    ),
+    "half a pair in a key": ("/v1/completions", {"prompt": "red", "\ud800": 1}, "is not supported"),
+    "temperature": ("/v1/completions", {"prompt": "red", "temperature": HUGE}, "temperature=999"),
+    "top_p": ("/v1/completions", {"prompt": "red", "top_p": HUGE}, "top_p=999"),
+    "messages as a variable": (
+        "/v1/chat/completions",
+        {"messages": HELLO, "chat_template_kwargs": {"messages": []}},
+        "chat_template_kwargs.messages",
+    ),
+    "self as a variable": (
+        "/v1/chat/completions",
+        {"messages": HELLO, "chat_template_kwargs": {"self": 1}},
+        "chat_template_kwargs.self",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_refused(name, service):
+    route, body, message = UNREADABLE[name]
+    app = make_app(service, SimpleNamespace(), api_key=None, max_body_bytes=1 << 20)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await client.post(route, content=json.dumps(body))
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
