@@ -2,9 +2,9 @@
 
 ::
 
-    credit(batch, scores)     penalties → estimator → modulation → tokens, with loss weights, on the whole batch
-    loss(logprobs, …)         objective + KL − entropy bonus, per token, on any rows of it
-    value_loss(values, …)     the critic's loss per token, likewise; None without a critic
+    credit(batch, scores)   penalties → estimator → modulation → tokens, with loss weights, on the whole batch
+    loss(logprobs, …)       objective + KL − entropy bonus, per token, on any rows of it
+    value_loss(values, …)   the critic's loss per token, likewise; None without a critic
 """
 
 from collections.abc import Callable
