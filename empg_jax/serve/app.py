@@ -20,9 +20,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update
 from empg_jax.serve.exchange import Exchange, Inbox, News
-from empg_jax.serve.service import Asked, Service
+from empg_jax.serve.service import Service
 from empg_jax.serve.wire import ApiError, reading, refuse
 
 Handler = Callable[[Request, Any], Awaitable[Response]]

@@ -10,9 +10,10 @@ from typing import Any
 from empg_jax.engine.engine import Response
 from empg_jax.errors import RunError
 from empg_jax.run.terminal import Say, plain, read_line
+from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Driver, Job, Update
 from empg_jax.serve.policy import Policy, open_policy
-from empg_jax.serve.service import Asked, Service
+from empg_jax.serve.service import Service
 from empg_jax.serve.text import TextStream
 from empg_jax.serve.wire import ApiError
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,13 +10,13 @@ import numpy as np
 from empg_envs.tool_calls import check_tools, normalize_messages, parse_response
 from empg_jax.serve.answers import (
     Body,
-    Detail,
     Head,
     describe_generated,
     describe_tokens,
     describe_usage,
 )
-from empg_jax.serve.driver import Job, Update
+from empg_jax.serve.asked import Asked
+from empg_jax.serve.driver import Update
 from empg_jax.serve.stream import StreamWriter
 from empg_jax.serve.wire import (
     CHAT,
@@ -36,68 +34,12 @@ from empg_jax.serve.wire import (
     refuse,
 )
 from empg_jax.text.chat import ChatRenderer
-from empg_jax.text.stops import StopSearch, cut_at_stop
+from empg_jax.text.stops import cut_at_stop
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 TOKEN_CHARACTERS = 16  # of a prompt that may fit, for each token; four are usual
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A request that can be served: its prompts and how to answer.
-
-    Attributes:
-      prompts: token ids; each is answered ``sampling.n`` times.
-      sampling: how to sample.
-      head: the answer's fields; None for ``/inference/v1/generate``.
-      decode: maps token ids to text.
-      tools: the tools that responses may call.
-      is_streamed: whether the answer is a stream.
-      has_usage: whether a stream ends with the counts of tokens.
-      has_tokens: whether the answer lists token ids and their statistics.
-      key: the numbers that the sampling keys are folded from; None makes them from the seed.
-      request_id: the name of an answer without a head.
-    """
-
-    prompts: list[np.ndarray]
-    sampling: Sampling
-    head: Head | None
-    decode: Callable[..., str]
-    tools: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    is_streamed: bool = False
-    has_usage: bool = False
-    has_tokens: bool = False
-    key: tuple[int, int, int, int] | None = None
-    request_id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
-
-    @property
-    def num_choices(self) -> int:
-        """Number of responses."""
-        return len(self.prompts) * self.sampling.n
-
-    @property
-    def detail(self) -> Detail:
-        """What the choices list beside their text."""
-        return Detail(self.sampling.has_logprobs, self.has_tokens)
-
-    def make_job(self, index: int, notify: Callable[[Update], None]) -> Job:
-        """Make the job of choice ``index``."""
-        s = self.sampling
-        needs_watch = bool(s.stops or s.stop_ids)
-        return Job(
-            prompt=self.prompts[index // s.n],
-            max_tokens=s.max_tokens,
-            temperature=s.temperature,
-            token_filter=s.token_filter,
-            seed=s.seed,
-            choice=index,
-            notify=notify,
-            watch=StopSearch(self.decode, s.stops, s.stop_ids) if needs_watch else None,
-            is_streamed=self.is_streamed,
-            key=self.key,
-        )
 
 
 class Service:
@@ -291,14 +233,14 @@ class Service:
         head, choices = asked.head, []
         for index, response in enumerate(responses):
             text = cut_at_stop(asked.decode(response.tokens.tolist()), asked.sampling.stops)
-            fields, has_calls = self.tell_text(asked, index, text)
+            fields, has_calls = self._tell_text(asked, index, text)
             choices.append(
                 {
                     "index": index,
                     **fields,
                     "finish_reason": "tool_calls" if has_calls else response.finish_reason,
                     "logprobs": None,
-                    **describe_tokens(response, 0, head, asked.detail, self.spell),
+                    **describe_tokens(response, 0, head, asked.detail, self._spell),
                 }
             )
         prompts = {"prompt_token_ids": asked.prompts[0].tolist()} if asked.has_tokens else {}
@@ -309,9 +251,9 @@ class Service:
 
     def open_stream(self, asked: Asked) -> StreamWriter:
         """Return the writer of a streamed answer's chunks."""
-        return StreamWriter(self, asked)
+        return StreamWriter(asked, self._tell_text, self._spell)
 
-    def tell_text(self, asked: Asked, index: int, text: str) -> tuple[Body, bool]:
+    def _tell_text(self, asked: Asked, index: int, text: str) -> tuple[Body, bool]:
         """Return the fields of a choice with its whole text, and whether it calls tools."""
         head = asked.head
         assert head is not None
@@ -320,8 +262,7 @@ class Service:
         message = parse_response(text, asked.tools, lambda i: f"call_{head.id}_{index}_{i}")
         return {"message": message}, "tool_calls" in message
 
-    def spell(self, token: int) -> str:
-        """Return a token's text."""
+    def _spell(self, token: int) -> str:
         return self._tokenizer.decode([token], skip_special=False)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 from empg_jax.serve.answers import Body, as_delta, describe_tokens, describe_usage
+from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Update
 from empg_jax.serve.text import TextStream
-
-if TYPE_CHECKING:
-    from empg_jax.serve.service import Asked, Service
 
 
 class StreamWriter:
@@ -18,11 +15,22 @@ class StreamWriter:
 
     Without tools text goes out as it comes. With tools a chat's text is held back to its end, because only
     then it is known whether it is a call; its tokens still come as they are sampled.
+
+    Args:
+      asked: the request.
+      tell_text: makes the fields of a choice with a text, and says whether it calls tools.
+      spell: returns a token's text.
     """
 
-    def __init__(self, service: Service, asked: Asked) -> None:
+    def __init__(
+        self,
+        asked: Asked,
+        tell_text: Callable[[Asked, int, str], tuple[Body, bool]],
+        spell: Callable[[int], str],
+    ) -> None:
         assert asked.head is not None
-        self._service, self._asked, self._head = service, asked, asked.head
+        self._asked, self._head = asked, asked.head
+        self._tell_text, self._spell = tell_text, spell
         self._texts = [TextStream(asked.decode, asked.sampling.stops) for _ in range(asked.num_choices)]
         self._sent = [0] * asked.num_choices  # tokens
         self._is_begun = [False] * asked.num_choices
@@ -39,13 +47,13 @@ class StreamWriter:
             piece, fields = "", {"delta": as_delta({}, is_first=not self._is_begun[index])}
         else:
             piece = self._texts[index].feed(response.tokens, is_final=update.is_final)
-            fields, has_calls = self._service.tell_text(asked, index, piece)
+            fields, has_calls = self._tell_text(asked, index, piece)
             if head.is_chat:
                 fields = {"delta": as_delta(fields["message"], is_first=not self._is_begun[index])}
         if piece or update.is_final or start < len(response.tokens) or not self._is_begun[index]:
             self._is_begun[index] = True
             finish = ("tool_calls" if has_calls else response.finish_reason) if update.is_final else None
-            tokens = describe_tokens(response, start, head, asked.detail, self._service.spell)
+            tokens = describe_tokens(response, start, head, asked.detail, self._spell)
             choice = {"index": index, **fields, "finish_reason": finish, "logprobs": None, **tokens}
             is_first = asked.has_tokens and start == 0
             prompts = {"prompt_token_ids": response.prompt_tokens.tolist()} if is_first else {}

@@ -8,8 +8,9 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Driver, Weights
-from empg_jax.serve.service import Asked, Service
+from empg_jax.serve.service import Service
 from empg_jax.serve.tinker.codec import read_chunks
 from empg_jax.serve.tinker.futures import Futures, Pending
 from empg_jax.serve.tinker.sampling import Sampling

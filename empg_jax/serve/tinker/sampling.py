@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update, Weights
-from empg_jax.serve.service import Asked
 from empg_jax.serve.tinker.codec import SampleResult
 from empg_jax.serve.tinker.futures import Futures, Pending
 from empg_jax.serve.tinker.trainer import Trainer
