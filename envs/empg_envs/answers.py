@@ -30,11 +30,6 @@ def check_answer(observation: Any, reward: Any, terminated: Any, truncated: Any,
     if not isinstance(info, dict):
         raise GarbageError(f"info is {describe(info)}; expected dict")
     _check_metrics(info.get("metrics") or {})
-    for name, value in (("observation", observation), ("info", info)):
-        if (lone := _find_lone_surrogate(value)) is not None:
-            raise GarbageError(
-                f"{name} has the character {lone}, which is half of one; expected Unicode text"
-            )
     return {
         "observation": observation,
         "reward": float(reward),
@@ -57,18 +52,21 @@ def _check_metrics(metrics: Any) -> None:
             raise GarbageError(f"info['metrics'][{name!r}] is {describe(value)}; expected a finite number")
 
 
-def _find_lone_surrogate(value: Any) -> str | None:
-    """Return how JSON writes a lone surrogate in the value's texts: no tokenizer and no file takes one."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):  # the worker tells when it encodes the answer
-        return None
-    if "\\ud" in text:  # maybe the two halves of a character, which belong together
+def check_texts(reply: Reply) -> None:
+    """Check that no text of a reply has half of a character: no tokenizer and no file takes one.
+
+    Raises:
+      GarbageError: one has; the message names the part and the character.
+    """
+    for name in ("observation", "info"):
         try:
-            json.dumps(json.loads(text), ensure_ascii=False).encode()
+            # By way of JSON, which joins two halves that belong together.
+            json.dumps(json.loads(json.dumps(reply.get(name))), ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            return ascii(error.object[error.start])
-    return None
+            lone = ascii(error.object[error.start])
+            raise GarbageError(
+                f"{name} has the character {lone}, which is half of one; expected Unicode text"
+            ) from None
 
 
 def describe(value: Any) -> str:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from empg_envs import make_env
-from empg_envs.answers import GarbageError, Reply, check_answer, describe
+from empg_envs.answers import GarbageError, Reply, check_answer, check_texts, describe
 from empg_envs.base import EnvFault, TextEnv
 from empg_envs.lanes import Lanes
 from empg_envs.orphans import MARK, end_descendants
@@ -243,12 +243,15 @@ def _encode(reply: Reply) -> bytes:
     """Encode a reply as one line of compact JSON.
 
     Raises:
-      GarbageError: the reply is not JSON-able (only ``info`` can be the cause), or it is too long.
+      GarbageError: the reply is not JSON-able (only ``info`` can be the cause), has half of a character, or
+        is too long.
     """
     try:
         line = json.dumps(reply, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise GarbageError(f"info is not JSON-able: {error}") from error
+    if b"\\ud" in line:  # halves of characters
+        check_texts(reply)
     if len(line) > MAX_REPLY_BYTES:
         raise GarbageError(
             f"observation and info take {len(line)} bytes; at most {MAX_REPLY_BYTES} are allowed"
