@@ -41,7 +41,7 @@ METRICS: dict[str, str] = {
     "outcome_*": "Episodes that ended for the reason in the name, since the last line.",
     "groups_failed": "Groups replaced because an attempt kept failing for a cause outside the policy.",
     "tokens_wasted": "Sampled tokens of episodes or groups that were given up, since the last line.",
-    "env_steps": "Steps of the environments in training episodes that ended, since the last line.",
+    "environment_steps": "Steps of the environments in training episodes that ended, since the last line.",
     "worker_restarts": "Environment workers replaced after a death, a hang, or for their memory.",
     "episodes_recovered": "Episodes that went on in a new worker after theirs was lost.",
     "breaker_seconds": "Seconds without new episodes because most of them failed, until a probe succeeded.",

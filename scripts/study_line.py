@@ -33,7 +33,7 @@ SERIES = (
 )
 
 
-SPENT = ("env_steps", "cpu_seconds")  # what curves are compared at equal amounts of
+SPENT = ("environment_steps", "cpu_seconds")  # what curves are compared at equal amounts of
 
 
 class Incomplete(ValueError):

@@ -18,7 +18,7 @@ from study_results import Comparison, Results, compare_arms
 
 from empg_jax.report.statistics import area, bootstrap
 
-AMOUNTS = {"env_steps": "environment steps", "cpu_seconds": "CPU seconds"}
+AMOUNTS = {"environment_steps": "environment steps", "cpu_seconds": "CPU seconds"}
 assert tuple(AMOUNTS) == SPENT
 
 

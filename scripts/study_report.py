@@ -175,10 +175,10 @@ def _matched(results: Results) -> list[str]:
 
 def _budgets(found: Matched) -> str:
     lines = [
-        f"- {task}: {found.budgets[task, 'env_steps']:,.0f} environment steps; "
+        f"- {task}: {found.budgets[task, 'environment_steps']:,.0f} environment steps; "
         f"{found.budgets[task, 'cpu_seconds']:,.0f} CPU seconds"
         for task in found.results.study.tasks
-        if (task, "env_steps") in found.budgets
+        if (task, "environment_steps") in found.budgets
     ]
     note = (
         "A task's budget is what its thriftiest finished run spent in training, without evaluations and "

@@ -16,7 +16,7 @@ DIFFERENT = {"tokens_evicted", "tokens_prefilled", "tokens_shared", "prefix_hits
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)), runs.quick_compilations():
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
         yield
 
 

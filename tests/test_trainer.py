@@ -50,7 +50,7 @@ def test_every_update_is_one_line(run):
         assert line["recompiles"] == 0 and 0 < line["entropy"] < np.log(200)
         assert line["grad_norm"] > 0 and line["tokens_trained"] == line["tokens_sampled"] > 0
         # Nothing was thrown away, so that what was played is what was trained on.
-        assert line["env_steps"] == line["episodes_trained"] * line["episode_turns"]
+        assert line["environment_steps"] == line["episodes_trained"] * line["episode_turns"]
         assert line["cpu_seconds"] > 0
     assert [line["update"] for line in read_metrics(run / "sft_metrics.jsonl")] == [0, 1]
 

@@ -20,7 +20,7 @@ def count_incidents(ledger: Ledger, pool: EnvPool) -> dict[str, float]:
         "breaker_seconds": pool.breaker.seconds,
         "groups_failed": ledger.counts["groups_failed"],
         "tokens_wasted": ledger.counts["tokens_wasted"],
-        "env_steps": ledger.counts["env_steps"],
+        "environment_steps": ledger.counts["environment_steps"],
         "tasks_quarantined": len(pool.quarantined()),
     }
 

@@ -174,7 +174,7 @@ class Ledger:
         outcome = trajectory.outcome
         self.outcomes[f"{outcome.status}:{outcome.reason}"] += 1
         group = self._groups.get(attempt.group_id)
-        self.counts["env_steps"] += len(trajectory.turns)
+        self.counts["environment_steps"] += len(trajectory.turns)
         if not outcome.is_trained:
             tell_discarded(self._tell, attempt, outcome)
         if not outcome.is_trained or group is None or attempt.member not in group.missing:

@@ -131,7 +131,7 @@ def test_a_group_that_fails_is_replaced_by_the_same_task():
         (event, {k: v for k, v in fields.items() if k != "task"}) for event, fields in told
     ]
     steps = 4 + MAX_RETRIES + 1  # of the groups that are trained on, and of those attempts
-    assert ledger.counts == {"groups_failed": 1, "tokens_wasted": MAX_RETRIES + 1, "env_steps": steps}
+    assert ledger.counts == {"groups_failed": 1, "tokens_wasted": MAX_RETRIES + 1, "environment_steps": steps}
 
 
 @pytest.mark.parametrize("members", [(0, 1), (1,)], ids=["every member", "one member"])

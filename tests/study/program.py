@@ -30,7 +30,7 @@ def main(words):
     git = {"commit": "c" * 40, "dirty": True}
     about = {"git": git, "python": "3", "packages": {}, "cpus": 1, "devices": ["cpu"], "platform": "Linux"}
     (folder / "environment.json").write_text(json.dumps(about))
-    updates = [{"update": n, "env_steps": 5.0, "cpu_seconds": 0.5} for n in range(1, 21)]
+    updates = [{"update": n, "environment_steps": 5.0, "cpu_seconds": 0.5} for n in range(1, 21)]
     updates[9] |= {"entropy": 0.5, "eval_success": 0.5}
     updates[19] |= {"entropy": 0.25}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in updates))

@@ -186,7 +186,7 @@ def spending(study, lines):
         scale = 0.5 if (each["task"], each["arm"], each["seed"]) == ("house", "plain", 5) else 1
         steps, seconds = (10 * scale, 4) if is_plain else (20, 2)
         each["spent"] = {
-            "env_steps": [steps * update for update in updates],
+            "environment_steps": [steps * update for update in updates],
             "cpu_seconds": [seconds * update for update in updates],
         }
     return lines
@@ -226,9 +226,9 @@ def test_runs_without_a_record_of_what_they_spent_are_named(study, spending):
 
 
 def test_what_was_spent_is_summed_up_to_each_point():
-    records = [{"update": n, "env_steps": 10.0 * n, "cpu_seconds": 0.5} for n in (1, 2, 3, 4)]
+    records = [{"update": n, "environment_steps": 10.0 * n, "cpu_seconds": 0.5} for n in (1, 2, 3, 4)]
     found = spent_at([0, 2, 4], records)
-    assert found == {"env_steps": [0, 30, 100], "cpu_seconds": [0, 1, 2]}
+    assert found == {"environment_steps": [0, 30, 100], "cpu_seconds": [0, 1, 2]}
     assert spent_at([0, 2, 4], records[1:]) is None  # a line is lost
     assert spent_at([0, 4], [{"update": n} for n in (1, 2, 3, 4)]) is None  # of an older version
     assert spent_at([0], []) is None

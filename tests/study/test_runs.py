@@ -78,7 +78,7 @@ def test_the_line_of_a_run(call, folder):
     assert line["cpu_seconds"] > 0 and line["date"].endswith("+00:00") and line["hardware"]["cpus"] == 1
     assert line["series"]["update"] == list(range(1, 21))
     assert line["series"]["entropy"][9::10] == [0.5, 0.25] and line["series"]["grad_norm"] == [None] * 20
-    assert line["spent"] == {"env_steps": [0, 50, 100], "cpu_seconds": [0, 5, 10]}
+    assert line["spent"] == {"environment_steps": [0, 50, 100], "cpu_seconds": [0, 5, 10]}
 
 
 def test_failures_are_recorded_with_their_reason_and_made_again_on_request(call, folder, runs_dir):
