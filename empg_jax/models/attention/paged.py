@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from empg_jax.models.attention.cached import attend, cached_attention
 from empg_jax.models.attention.dispatch import by_platform
-from empg_jax.models.attention.ragged import PROGRAMS
+from empg_jax.models.attention.ragged import count_splits
 
 # Most keys that a kernel program reads at a time.
 BLOCK = 128
@@ -94,12 +94,6 @@ def count_pages(columns: int, size: int) -> int:
     """Return the number of pages that a kernel program reads at a time: a power of 2 that divides a row's."""
     most = BLOCK // size
     return max(n for n in (1, 2, 4, 8, 16) if n <= most and columns % n == 0)
-
-
-def count_splits(rows: int, blocks: int) -> int:
-    """Return the number of pieces that each row is split into; as `ragged.count_splits`."""
-    wanted = max(1, PROGRAMS // rows)
-    return max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= wanted)
 
 
 def gather_decode(queries: Array, keys: Array, values: Array, pages: Array, lengths: Array) -> tuple[Array]:
