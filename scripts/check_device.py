@@ -1,4 +1,4 @@
-"""Check a machine with a GPU or TPU, step by step: limits, attention, update, decode, pages, quickstart.
+"""Check a machine with a GPU or TPU, step by step: limits, attention, update, decode, pages, training.
 
 Every step is a program of its own with a time limit; one that fails or takes too long does not stop the
 others. ``OUT/summary.json`` is written again after each step. It holds the step's own JSON, its seconds and,
@@ -114,10 +114,23 @@ PAGES = (
         f"{TINY_DECODE} --page-tokens 16",
     ),
 )
-QUICKSTART = Step("quickstart", 150, f"{RUN} train.updates=40", TINY_RUN)
+# An H100 and 16 cores compile for 80 seconds before it trains.
+QUICKSTART = Step("quickstart", 180, f"{RUN} train.updates=20", TINY_RUN)
+# Everything that changes what the programs compute, at once: heads of a size that the kernels take.
+OPTIONS = (
+    "model.hidden_size=256 model.dtype=bfloat16 rollout.page_tokens=16 rollout.kv_tokens=6144 "
+    "rollout.prefill_chunk=16 rollout.prefill_buckets=[16] rollout.top_p=0.95 rollout.top_k=20 "
+    "rollout.release=true train.share_prefix=true log.drift_every=2"
+)
+ALL_OPTIONS = Step(
+    "options",
+    120,
+    f"{RUN} train.updates=4 sft.updates=40 sft.demonstrations=400 eval.every=0 eval.tasks=32 {OPTIONS}",
+    f"{TINY_RUN} {OPTIONS} rollout.kv_tokens=2048",
+)
 REST = (
     Step("gap-0.5b", 90, f"{GAP} --preset qwen2.5-0.5b", GAP),
-    Step("agent", 90, f"{AGENT} --dtype bfloat16 --repeats 3", f"{AGENT} --slots 2 --turns 2 --repeats 1"),
+    Step("agent", 120, f"{AGENT} --dtype bfloat16 --repeats 3", f"{AGENT} --slots 2 --turns 2 --repeats 1"),
 )
 # By value. The kernel of TPUs has never run: its numbers come before its speed.
 STEPS = {
@@ -128,6 +141,7 @@ STEPS = {
         *ATTENTION,
         QUICKSTART,
         *PAGES,
+        ALL_OPTIONS,
         update("0.5b", 80, LARGE),
         *REST,
     ),
@@ -138,6 +152,7 @@ STEPS = {
         decode("0.5b", 130, "1 16 64"),
         QUICKSTART,
         *PAGES,
+        ALL_OPTIONS,
         *REST,
     ),
 }

@@ -12,6 +12,7 @@ every step; or it is a pool of pages. All shapes come from small bucket lists th
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -27,11 +28,12 @@ from empg_jax.engine.slots import Slots
 from empg_jax.engine.slots import Watch as Watch
 from empg_jax.engine.stats import EngineStats as EngineStats
 from empg_jax.engine.stats import compare_tokens
-from empg_jax.engine.warmup import compile_all
+from empg_jax.engine.warmup import call_all
 from empg_jax.engine.weights import place_params
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.lora import combine
+from empg_jax.parallel.ahead import warm_up
 from empg_jax.parallel.mesh import make_mesh, replicated
 from empg_jax.types import Params
 
@@ -385,15 +387,15 @@ class Engine:
         """Compile every bucket before the first episode, so that nothing compiles later.
 
         Args:
-          check: called before each of the ``config.num_programs`` programs; it may raise to end the warm-up.
+          check: called for each of the ``config.num_programs`` programs; it may raise to end the warm-up.
 
         Raises:
           RuntimeError: called while conversations are live, or before `load`.
         """
         if self.has_work or self._slots.kv_length.any() or self._params is None:
             raise RuntimeError("Engine.warm_up needs loaded weights and no live conversation")
-        plan, limits = np.zeros((self.config.slots, 8), np.int32), np.zeros(2, np.int32)
-        request = self._slots.request(self._key, self._carried, plan, limits)
+        nothing = np.zeros((self.config.slots, 8), np.int32), np.zeros(2, np.int32)
+        request = self._slots.request(self._key, self._carried, *nothing)
         self._memory.cache = None  # a pool would be there twice
-        compile_all(self._programs, self.config, self._params, request, check)
+        warm_up(functools.partial(call_all, self._programs, self.config, self._params, request), check)
         self._memory = make_memory(self._programs, self.config)

@@ -24,6 +24,7 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.head import wide_type
 from empg_jax.models.lora import combine
+from empg_jax.parallel.ahead import Call, warm_up
 from empg_jax.parallel.arrays import fetch, put
 from empg_jax.parallel.layout import constrain, on_mesh
 from empg_jax.parallel.mesh import replicated, row_sharding, token_sharding
@@ -60,7 +61,7 @@ class Learner:
     rearrange: Callable[[Scores, np.ndarray], Scores]
     needs_score: bool  # the engine's records do not suffice: a reference or a critic must be scored
 
-    num_warm_ups: ClassVar[int] = 5  # how often `warm_up` calls ``check``
+    num_programs: ClassVar[int] = 7  # that `warm_up` compiles, and how often it calls ``check``
 
     def warm_up(
         self,
@@ -76,24 +77,24 @@ class Learner:
           state: a state on the mesh.
           batch: a batch on the mesh; only its shape matters.
           reference: a reference policy of the later shape; default the state's parameters.
-          check: called between programs; it may raise to end the warm-up.
+          check: called for each of the ``num_programs`` programs; it may raise to end the warm-up.
         """
-        check()
+        reference = state.params if reference is None else reference
+        warm_up(functools.partial(self._call_all, state, batch, reference), check)
+
+    def _call_all(self, state: TrainState, batch: Batch, reference: Params, call: Call) -> None:
+        """Call every program once."""
         none = np.int32(0)
-        scores = self.score(state.params, state.params if reference is None else reference, batch, none)
-        check()
-        self.logprob_gap(batch, scores)
-        self.entropy_drift(batch, scores, scores)
-        recorded = self.recorded_scores(batch)
+        scores = call(self.score, state.params, reference, batch, none)
+        call(self.logprob_gap, batch, scores)
+        call(self.entropy_drift, batch, scores, scores)
+        recorded = call(self.recorded_scores, batch)
         scores = scores if self.needs_score else recorded
-        check()
-        self.rearrange(scores, np.zeros(batch.tokens.shape, np.int32))
-        credit = self.credit(batch, scores)
+        call(self.rearrange, scores, np.zeros(batch.tokens.shape, np.int32))
+        credit = call(self.credit, batch, scores)
         if not batch.tokens.is_fully_addressable:  # over several hosts: the copies of what is written down
-            fetch((scores, credit))
-        check()
-        jax.block_until_ready(self.update(state, batch, scores, credit, none, none))
-        check()
+            call(fetch, (scores, credit))
+        jax.block_until_ready(call(self.update, state, batch, scores, credit, none, none))
 
 
 def make_learner(

@@ -288,7 +288,7 @@ def _start_learner(
     spare = init_state(jax.random.key(config.seed), model, optimizer, learner.shardings)
     reference: Params | None = {} if has_base_reference(config) else None
     learner.warm_up(
-        spare, learner.put(empty), reference, check=counted("compiling the learner", learner.num_warm_ups)
+        spare, learner.put(empty), reference, check=counted("compiling the learner", learner.num_programs)
     )
     params = make_params(config, model, learner.shardings.params)
     state = restart_optimizer(params, optimizer, learner.shardings)

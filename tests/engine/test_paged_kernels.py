@@ -69,7 +69,25 @@ def test_decode_without_a_kernel_is_the_attention_over_rows(pool):
 
 @pytest.mark.parametrize(("columns", "size", "count"), [(64, 16, 8), (6, 16, 2), (5, 16, 1), (8, 128, 1)])
 def test_a_kernel_reads_pages_that_divide_a_row(columns, size, count):
-    assert paged.count_pages(columns, size) == count
+    pool = jnp.zeros((2, 3, size, 128), jnp.bfloat16)
+    assert paged.count_pages(columns, pool) == count
+
+
+@pytest.mark.parametrize(
+    ("depth", "dtype", "most"),
+    [
+        (64, "float32", 128),
+        (128, "float32", 64),
+        (256, "float32", 32),
+        (128, "bfloat16", 128),
+        (256, "bfloat16", 64),
+    ],
+)
+def test_what_a_kernel_reads_at_a_time_fits_into_the_shared_memory_of_a_gpu(depth, dtype, most):
+    """An H100 refused float32 keys of 128 numbers, 128 of them at a time: 264 KiB of its 227."""
+    pool = jnp.zeros((1, 1, 16, depth), dtype)
+    assert paged.count_pages(64, pool) * 16 == most
+    assert paged.takes(most, depth, pool.dtype) and not paged.takes(2 * most, depth, pool.dtype)
 
 
 def test_decode_over_pages_lowers_for_every_platform():

@@ -16,8 +16,9 @@ from empg_jax.models.attention.cached import attend, cached_attention
 from empg_jax.models.attention.dispatch import by_platform
 from empg_jax.models.attention.ragged import count_splits
 
-# Most keys that a kernel program reads at a time.
-BLOCK = 128
+# Most keys that a kernel program reads at a time, and most bytes of them: a GPU's has these and their values
+# twice in shared memory, of which an H100 has 227 KiB.
+BLOCK, BLOCK_BYTES = 128, 2**15
 # Most numbers of a page table that the TPU kernel gets: half of a core's scalar memory of 1 MiB.
 SCALARS = 2**17
 
@@ -84,15 +85,19 @@ def takes(size: int, head_dim: int, dtype: jnp.dtype) -> bool:
     is_power = size & (size - 1) == 0
     return (
         is_power
-        and 8 <= size <= BLOCK
+        and 8 <= size <= _keys_at_once(head_dim, dtype)
         and head_dim in (64, 128, 256)
         and dtype in (jnp.float32, jnp.bfloat16)
     )
 
 
-def count_pages(columns: int, size: int) -> int:
+def _keys_at_once(head_dim: int, dtype: jnp.dtype) -> int:
+    return min(BLOCK, BLOCK_BYTES // (head_dim * jnp.dtype(dtype).itemsize))
+
+
+def count_pages(columns: int, pool: Float[Array, "K N P d"]) -> int:
     """Return the number of pages that a kernel program reads at a time: a power of 2 that divides a row's."""
-    most = BLOCK // size
+    most = _keys_at_once(pool.shape[3], pool.dtype) // pool.shape[2]
     return max(n for n in (1, 2, 4, 8, 16) if n <= most and columns % n == 0)
 
 
@@ -127,7 +132,7 @@ def decode_gpu(
     # Only a GPU needs Pallas, which takes a while to load.
     from jax.experimental.pallas.ops.gpu import paged_attention as kernels
 
-    at_once = count_pages(pages.shape[1], keys.shape[2])
+    at_once = count_pages(pages.shape[1], keys)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = kernels.paged_attention(
             _scale(queries),
@@ -156,7 +161,7 @@ def decode_tpu(queries: Array, keys: Array, values: Array, pages: Array, lengths
             values,
             jnp.maximum(lengths, 1),  # it waits for a first page of every row
             pages,
-            pages_per_compute_block=count_pages(pages.shape[1], keys.shape[2]),
+            pages_per_compute_block=count_pages(pages.shape[1], keys),
         )
     return (output.astype(queries.dtype),)
 
