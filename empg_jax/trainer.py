@@ -27,6 +27,7 @@ from empg_jax.report.tracking import import_trackers
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
+from empg_jax.run.answers import with_answers
 from empg_jax.run.assembly import (
     asks_for_date,
     describe_algorithm,
@@ -273,6 +274,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
                 if config.rollout.release:
                     rollout.call(parts.engine.free)
             with parts.clock.phase("update"):
+                delivery = with_answers(parts, run, scorer, delivery)
                 first, steps, measured = update_policy(parts, run, scorer, delivery.trajectories)
             run.update += 1
             check_steps(parts, run, steps, first)

@@ -77,6 +77,8 @@ class Turn:
       versions: int32[R], the policy version of every token, where they differ; else None.
       action: the action that the environment executed; None where it is not known.
       milestone: whether the turn reached a subgoal, by the environment's word.
+      answer_logprob: mean log-probability of the known answer's tokens after the turn's prompt, under the
+        policy before the update; None where it was not scored.
     """
 
     prompt_tokens: np.ndarray
@@ -93,6 +95,7 @@ class Turn:
     versions: np.ndarray | None = None
     action: str | None = None
     milestone: bool = False
+    answer_logprob: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +119,7 @@ class Trajectory:
       last_anchor: hash of the observation that the episode ended in, which no turn answers; None where it is
         not known.
       last_observation: its text (for display; never tokenized).
+      answer: what leads to a known answer in a response, and the answer; None where none is known.
     """
 
     task: int
@@ -132,6 +136,7 @@ class Trajectory:
     group: str = ""
     last_anchor: int | None = None
     last_observation: str = ""
+    answer: tuple[str, str] | None = None
 
     @property
     def oldest_version(self) -> int:
@@ -187,6 +192,7 @@ class Batch:
         "turn", np.int32, absent=-1
     )  # executed action, equal ids = equal action; -1: unknown
     milestones: Leaf = _per("turn", bool)  # the environment verified a subgoal that the turn reached
+    answer_logprobs: Leaf = _per("turn", np.float32)  # of the known answer after the turn's prompt
     versions: Leaf = _per("turn", np.int32)  # policy version that sampled the turn
 
 

@@ -79,6 +79,7 @@ def make_batch(
         anchor_ids=jnp.asarray(rng.integers(0, 20, (trajectories, turns)), jnp.int32),
         action_ids=jnp.asarray(rng.integers(0, 5, (trajectories, turns)), jnp.int32),
         milestones=jnp.asarray(rng.random((trajectories, turns)) < 0.2),
+        answer_logprobs=jnp.asarray(rng.normal(-2, 1, (trajectories, turns)), jnp.float32),
         versions=jnp.zeros((trajectories, turns), jnp.int32),
     )
     return batch, Scores(jnp.asarray(old), jnp.asarray(entropies), jnp.asarray(old)), int(loss_mask.sum())

@@ -127,6 +127,8 @@ class FaultyEnv(CountingEnv):
                     "nan": {"x": float("nan")},
                 }
                 return observation, reward, terminated, truncated, {**info, "metrics": values[kind]}
+            case ["garbage", "answer"]:
+                return observation, reward, terminated, truncated, {**info, "known_answer": "Oslo"}
             case ["garbage", "text"]:
                 return "half a \ud83d", reward, terminated, truncated, info
             case ["garbage", "word"]:

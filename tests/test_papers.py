@@ -83,6 +83,7 @@ KNOWN_BY = {
     "graph_gpo": ("GraphGPO", "estimate", {"decay": 0.1, "fail_node": "observation"}),
     "graph_hca": ("GraphHCA", "estimate", {"gamma": 0.95, "floor": 0.01, "weight": 1.0}),
     "hgpo": ("HGPO", "estimate", {"history": 2, "alpha": 1.0, "turn_gamma": 0.95}),
+    "igpo": ("IGPO", "estimate", {"turn_gamma": 1.0, "normalize": "joint", "kind": "prob"}),
     "kl_v32": ("kl(coef=0.01, kind=k3_is)", "estimate", {"scale_by_std": False}),
     "sampo": ("drop_uniform(unit=group)", "objective", {"clip_low": 3e-3, "clip_high": 4e-3}),
     "turn_ppo": ("Turn-PPO", "estimate", {"turn_gamma": 0.99, "turn_lam": 0.9}),

@@ -28,6 +28,7 @@ _TITLES = {
     "gagpo": "GAGPO",
     "turn_ppo": "Turn-PPO",
     "beacon": "BEACON",
+    "igpo": "IGPO",
     "erc": "GRPO with entropy ratio clipping",
     "sampo": "SAMPO",
 }

@@ -142,6 +142,7 @@ def _small_batch() -> tuple[Batch, Scores]:
         anchor_ids=ints(np.tile([0, 1], (rows, 1))),
         action_ids=ints(np.tile([0, 1], (rows, 1))),
         milestones=table(False).at[1, 0].set(True),
+        answer_logprobs=jnp.asarray([[-2.0, -1.0]] * rows),
         versions=ints(np.zeros((rows, turns))),
     )
     return batch, Scores(logprobs, stream(0.1, 2.0), logprobs, values)

@@ -1,8 +1,8 @@
 """Information gain: a turn is worth what it adds to the policy's probability of the known answer.
 
-The functions stand alone: no recipe binds them, because they need what a score pass does not give. For each
-turn the answer's tokens are appended to the transcript as far as that turn, and scored (teacher forcing, no
-gradient): one further row of ``prefix + answer`` for each turn.
+For each turn the answer's tokens are appended to the transcript as far as that turn, and scored (teacher
+forcing, no gradient; `empg_jax.learner.answers`). `a2tgpo` has no recipe: no objective here takes its clip
+ranges.
 """
 
 import jax

@@ -20,7 +20,8 @@ class Part:
       name: the factory's name.
       options: every keyword of the factory, with its value.
       function: the bound function.
-      needs: fields of `Scores` that it reads beyond the policy's own: ``ref_logprobs``, ``values``.
+      needs: what it reads beyond the policy's own scores: ``ref_logprobs`` and ``values`` of `Scores`,
+        ``answer_logprobs`` of the batch.
     """
 
     name: str

@@ -80,9 +80,14 @@ class Recipe:
         """Whether a frozen reference policy is scored beside the policy."""
         return self.kl is not None or "ref_logprobs" in needs_of(self.estimate)
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the known answer is scored after every prompt."""
+        return "answer_logprobs" in needs_of(self.estimate)
+
 
 def needs_of(part: Any) -> tuple[str, ...]:
-    """List the fields of `Scores` that a part says it reads beyond the policy's own."""
+    """List what a part says it reads beyond the policy's own scores."""
     return getattr(part, "needs", ())
 
 

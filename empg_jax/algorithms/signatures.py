@@ -36,6 +36,7 @@ _PURE = (
     "graph_credit",
     "histories",
     "milestones",
+    "gains",
     "turn_values",
 )
 

@@ -281,6 +281,7 @@ def _trajectory_table(trajectories: Sequence[Trajectory], shape: BatchShape) -> 
             if turn.action is not None:
                 table["action_ids"][i, t] = actions.setdefault(turn.action, len(actions))
             table["milestones"][i, t] = turn.milestone
+            table["answer_logprobs"][i, t] = turn.answer_logprob or 0.0
             table["versions"][i, t] = turn.version
         if trajectory.last_anchor is not None:
             table["last_anchor_ids"][i] = anchors.setdefault(trajectory.last_anchor, len(anchors))

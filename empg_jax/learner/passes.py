@@ -11,6 +11,7 @@ import numpy as np
 from empg_jax.learner.batching import Layout, find_tokens
 from empg_jax.learner.state import TrainState
 from empg_jax.learner.update import Learner
+from empg_jax.parallel.arrays import fetch
 from empg_jax.types import Batch, Credit, Params, Scores
 
 GAP_CHECK_EVERY = 25  # updates; the check costs one more forward pass over the batch
@@ -102,6 +103,12 @@ class Scorer:
             return scores, {}
         mean, largest = (float(gap) for gap in self.learner.logprob_gap(batch, scores))
         return scores, {"logprob_gap": mean, "logprob_gap_max": largest}
+
+    def read_logprobs(
+        self, params: Params, reference: Params | None, host: Batch, layout: Layout
+    ) -> np.ndarray:
+        """Return the log-probs of a host batch's tokens, float32[B T] on the host."""
+        return np.asarray(fetch(self._run(params, reference, self.learner.put(host), layout).old_logprobs))
 
     def choose(self, batch: Batch, own: Scores | None) -> Scores:
         """Choose the scores for credit and loss: the learner's, or the engine's records."""

@@ -55,6 +55,7 @@ class Episode:
         self._observation = ""
         self._last: str | None = None  # the observation that the episode ended in
         self._info: Mapping[str, Any] = {}
+        self._answer: tuple[str, str] | None = None  # what leads to a known answer, and the answer
         self._action = ""
         self._is_valid = True
         self._response: Response | None = None
@@ -73,6 +74,9 @@ class Episode:
     def on_reset(self, observation: str, info: Mapping[str, Any]) -> PromptDelta:
         """Take the environment's first observation; return the first prompt."""
         self._observation, self._info = observation, info
+        if "known_answer" in info:
+            lead, answer = info["known_answer"]
+            self._answer = (lead, answer)
         return self._context.start(observation, info)
 
     def on_response(self, response: Response, text: str) -> str:
@@ -173,6 +177,7 @@ class Episode:
             group=str(self._info.get("group") or ""),
             last_anchor=None if self._last is None else anchor_of(self._last),
             last_observation=self._last or "",
+            answer=self._answer,
         )
 
 

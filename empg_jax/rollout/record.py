@@ -58,6 +58,7 @@ TURN_FIELDS: dict[str, tuple[Any, str]] = {
     "anchor": (str, "a string"),
     "action": (str, "a string"),
     "milestone": (bool, "true or false"),
+    "answer_logprob": (NUMBER, "a number"),
     "token_ids": (list, "a list of integers"),
     "token_logprobs": (list, "a list of numbers"),
     "token_entropies": (list, "a list of numbers"),
@@ -201,6 +202,7 @@ def _describe_turn(turn: Turn) -> Record:
         "tokens": len(turn.response_tokens),
         **({"action": turn.action} if turn.action is not None else {}),
         **({"milestone": True} if turn.milestone else {}),
+        **({} if turn.answer_logprob is None else {"answer_logprob": as_number(turn.answer_logprob)}),
     }
 
 
@@ -301,6 +303,7 @@ def _make_turn(fields: Mapping[str, Any], *, prompt: np.ndarray, fallback: str) 
         response=fields.get("response", ""),
         action=fields.get("action", fields.get("response")),
         milestone=fields.get("milestone", False),
+        answer_logprob=fields.get("answer_logprob"),
     )
 
 

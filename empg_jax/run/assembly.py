@@ -305,6 +305,11 @@ def needs_reference(config: Config) -> bool:
     return make_recipe_from(config).needs_reference
 
 
+def needs_answers(config: Config) -> bool:
+    """Return whether the known answer of each task is scored after every prompt."""
+    return make_recipe_from(config).needs_answers
+
+
 def make_batch_shape(config: Config) -> BatchShape:
     """Compute the static sizes of every training batch.
 

@@ -13,7 +13,7 @@ from empg_jax.algorithms.anchors import join_alike
 from empg_jax.errors import ConfigError
 from empg_jax.learner.batching import BatchShape, make_batch, merge_turns
 from empg_jax.rollout.record import Record, credit_fields, make_trajectory, read_episodes
-from empg_jax.run.assembly import make_algorithm_from
+from empg_jax.run.assembly import make_algorithm_from, needs_answers
 from empg_jax.run.rollouts import format_record, write_records
 from empg_jax.types import Scores
 
@@ -83,7 +83,7 @@ def make_recompute(config: Config) -> Callable[[list[Record]], tuple[list[Record
         for i, record in enumerate(records):
             turns = enumerate(record["turns"])
             record["turns"] = [turn | credit_fields(credit, i, k) for k, turn in turns]
-        return records, _notes(config, has_critic=has_critic)
+        return records, _notes(config, records, has_critic=has_critic)
 
     return recompute
 
@@ -105,8 +105,10 @@ def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def _notes(config: Config, *, has_critic: bool) -> list[str]:
+def _notes(config: Config, records: list[Record], *, has_critic: bool) -> list[str]:
     notes = ["the critic's values are taken as 0: a record does not hold them"] if has_critic else []
+    if needs_answers(config) and not all("answer_logprob" in t for r in records for t in r["turns"]):
+        notes.append("turns without answer_logprob gain nothing: their known answers were not scored")
     if config.algorithm.reward_kl_coef > 0:  # a KL in the reward changes credit; a KL in the loss does not
         notes.append("the reference's log-probs are taken as the policy's: a record does not hold them")
     return notes

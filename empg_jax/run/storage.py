@@ -18,8 +18,8 @@ from empg_jax.types import Outcome, Status, Trajectory, Turn
 
 ARRAYS = ("prompt_tokens", "response_tokens", "behavior_logprobs", "entropies")
 SCALARS = ("reward", "version", "anchor", "is_valid", "finish_reason", "observation", "response")
-LATER = ("action", "milestone")  # likewise; files of older versions have none
-LATER_OF_EPISODES = ("group", "last_anchor", "last_observation")
+LATER = ("action", "milestone", "answer_logprob")  # likewise; files of older versions have none
+LATER_OF_EPISODES = ("group", "last_anchor", "last_observation", "answer")
 FIELDS = ("task", "split", "group_id", "member", "episode_return", "is_success", "terminated", "truncated")
 
 
@@ -53,6 +53,7 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
     position = dict.fromkeys(ARRAYS, 0)
     trajectories = []
     for entry in json.loads(header):
+        entry |= {"answer": tuple(entry["answer"])} if entry.get("answer") else {}
         turns = []
         for turn in entry["turns"]:
             values: dict[str, Any] = {}

@@ -154,7 +154,9 @@ def _check_fields(what: str, data: Body, known: tuple[str, ...]) -> None:
 def _observe(
     text: str, info: Any, reward: float | None, *, terminated: bool = False, truncated: bool = False
 ) -> Body:
-    observation = {"text": text, "info": dict(info), "truncated": bool(truncated)}
+    # What is for a trainer alone stays here.
+    told = {name: value for name, value in info.items() if name != "known_answer"}
+    observation = {"text": text, "info": told, "truncated": bool(truncated)}
     return {"observation": observation, "reward": reward, "done": bool(terminated or truncated)}
 
 

@@ -30,6 +30,7 @@ def check_answer(observation: Any, reward: Any, terminated: Any, truncated: Any,
     if not isinstance(info, dict):
         raise GarbageError(f"info is {describe(info)}; expected dict")
     _check_metrics(info.get("metrics") or {})
+    _check_known_answer(info.get("known_answer", ("", "")))
     return {
         "observation": observation,
         "reward": float(reward),
@@ -50,6 +51,17 @@ def _check_metrics(metrics: Any) -> None:
     for name, value in metrics.items():
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise GarbageError(f"info['metrics'][{name!r}] is {describe(value)}; expected a finite number")
+
+
+def _check_known_answer(answer: Any) -> None:
+    """Check ``info["known_answer"]``: the words that lead to an answer in a response, and the answer.
+
+    Raises:
+      GarbageError: it is something else.
+    """
+    is_pair = isinstance(answer, (list, tuple)) and len(answer) == 2
+    if not is_pair or not all(isinstance(text, str) for text in answer):
+        raise GarbageError(f"info['known_answer'] is {describe(answer)}; expected two texts")
 
 
 def check_texts(reply: Reply) -> None:

@@ -24,8 +24,9 @@ class TextEnv(Protocol):
     the same through an episode): functions that the policy may call. The model's chat template tells them
     where it can, and every observation after the first is then the result of a call. At the end of an
     episode it may name an ``outcome`` of its own (a word that is counted, in place of ``won``, ``ended`` or
-    ``turn_limit``) and say more in ``detail``. An environment with an expert also has the method
-    ``expert_action(self) -> str``.
+    ``turn_limit``) and say more in ``detail``. At the start it may name a ``known_answer``, for the trainer
+    alone: the words that lead to an answer in a response, and the answer. An environment with an expert also
+    has the method ``expert_action(self) -> str``.
 
     What a class or an instance may declare besides (attributes, each true by default):
 

@@ -59,6 +59,7 @@ def make_batch(seed=0, *, junk=0.0):
         anchor_ids=jnp.asarray(rng.integers(0, 3, (N, K)), jnp.int32),
         action_ids=jnp.asarray(rng.integers(0, 2, (N, K)), jnp.int32),
         milestones=jnp.asarray(rng.random((N, K)) < 0.4),
+        answer_logprobs=jnp.asarray(rng.normal(-2, 1, (N, K)), jnp.float32),
         versions=jnp.zeros((N, K), jnp.int32),
     )
     scores = Scores(

@@ -41,13 +41,15 @@ def test_results_are_shown_as_search_r1_shows_them(files) -> None:
     observation, info = env.reset(split="train", index=0)
     assert observation == "Capital of Norway?" == info["task"] and info["tools"] == ["search", "answer"]
     assert "admissible" not in info
+    assert info["known_answer"] == ["<answer>", "Oslo"]  # for the trainer, at the start alone
     observation, reward, terminated, truncated, info = env.step("<search>Oslo fjord</search>")
     shown = "Doc 1(Title: Oslo) Oslo is the capital of Norway and lies on a fjord."
     assert observation == f"\n\n<information>{shown}</information>\n\n"
     assert (reward, terminated, truncated, info["metrics"]["searches"]) == (0.0, False, False, 1.0)
     two = env.step("<search>capital of Norway</search>")[0]
     assert "Doc 1(Title: Oslo)" in two and "\nDoc 2(Title: " in two and "Doc 3" not in two
-    assert "Nothing was found." in env.step("<search>zebra</search>")[0]
+    nothing, *_, info = env.step("<search>zebra</search>")
+    assert "Nothing was found." in nothing and "known_answer" not in info
     _, reward, terminated, truncated, info = env.step("<answer>the OSLO.</answer>")
     assert (reward, terminated, truncated, info["won"]) == (1.0, True, False, True)
     assert info["group"] == "questions"  # by which evaluations are split

@@ -74,6 +74,7 @@ def test_episodes_of_one_worker_do_not_mix():
         ("garbage metrics list", "garbage", "info['metrics'] is list [1.0]; expected a dict of numbers"),
         ("garbage metrics word", "garbage", "info['metrics']['x'] is str 'high'"),
         ("garbage metrics nan", "garbage", "info['metrics']['x'] is float nan"),
+        ("garbage answer", "garbage", "info['known_answer'] is str 'Oslo'; expected two texts"),
         ("garbage text", "garbage", r"observation has the character '\ud83d', which is half of one"),
         ("garbage word", "garbage", r"info has the character '\udc80', which is half of one"),
         ("garbage words", "exception", r"ValueError: half \udc80 of a text"),

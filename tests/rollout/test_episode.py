@@ -45,9 +45,9 @@ def respond(episode, text="go", version=0, finish_reason="stop", prompt=(1,)):
     return episode.on_response(response, text)
 
 
-def begin(**rules):
+def begin(info=None, **rules):
     episode, context = make_episode(**rules)
-    assert episode.on_reset("a room", {}).is_fresh
+    assert episode.on_reset("a room", info or {}).is_fresh
     return episode, context
 
 
@@ -199,6 +199,15 @@ def test_a_response_that_two_versions_sampled_is_as_old_as_the_older_one():
     turns = episode.on_step("won", 1.0, True, False, {"won": True}).turns
     assert [turn.version for turn in turns] == [3, 5]
     assert turns[0].versions.tolist() == [3, 4] and turns[1].versions is None
+
+
+def test_an_episode_keeps_the_known_answer_that_its_first_info_tells():
+    episode, _ = begin(info={"known_answer": ["<answer>", "7"]})
+    respond(episode, "take it")
+    assert episode.on_step("the end", 0.0, True, False, {}).answer == ("<answer>", "7")
+    episode, _ = begin()
+    respond(episode, "take it")
+    assert episode.on_step("the end", 0.0, True, False, {"known_answer": ["", "8"]}).answer is None
 
 
 def test_a_turn_holds_the_executed_action_and_whether_it_reached_a_milestone():

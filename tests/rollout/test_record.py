@@ -200,12 +200,13 @@ def test_not_a_number_is_no_number(tmp_path):
 def test_action_and_milestone_come_back():
     """Without an action the response stands for it; without both it is not known."""
     episodes = Episodes()
-    told = [{"action": "go", "milestone": True}, {"action": "", "response": "hm"}]
+    told = [{"action": "go", "milestone": True, "answer_logprob": -0.5}, {"action": "", "response": "hm"}]
     turns = [episodes.turn([1], 1, **fields) for fields in told]
     trajectory = episodes.trajectory(turns, episode_return=0.0)
     (record,) = describe_episodes([trajectory], make_credit([trajectory]), update=1)
     found = make_trajectory(record, is_transcript=True).turns
     assert [(turn.action, turn.milestone) for turn in found] == [("go", True), ("", False)]
+    assert [turn.answer_logprob for turn in found] == [-0.5, None]
     for turn in record["turns"]:
         del turn["action"]
     again = make_trajectory(record, is_transcript=True).turns

@@ -34,6 +34,7 @@ def test_round_trip():
         odd,
         action="",
         milestone=True,
+        answer_logprob=-1.25,
         observation='You see\n"a" 苹果',
         response="",
         behavior_logprobs=np.float32([-1e-30, -np.pi]),
@@ -52,6 +53,7 @@ def test_round_trip():
             episode_return=0.0,
             last_anchor=2**63 + 1,
             last_observation="Nothing happens.",
+            answer=("<answer>", "Norwich"),
         ),
         episodes.window([(1, 1)]),
     ]
@@ -63,7 +65,7 @@ def test_round_trip():
 
 def test_files_of_versions_without_groups_and_ends_are_read():
     header, arrays = pack_trajectories([Episodes().transcript([(2, 1)])])
-    later = ("group", "last_anchor", "last_observation")
+    later = ("group", "last_anchor", "last_observation", "answer")
     older = [{key: value for key, value in each.items() if key not in later} for each in json.loads(header)]
     (found,) = unpack_trajectories(json.dumps(older), arrays)
     assert found.group == "" and found.last_anchor is None
@@ -73,7 +75,7 @@ def test_files_of_versions_without_actions_are_read():
     header, arrays = pack_trajectories([Episodes().transcript([(2, 1)])])
     older = json.loads(header)
     for turn in older[0]["turns"]:
-        del turn["action"], turn["milestone"]
+        del turn["action"], turn["milestone"], turn["answer_logprob"]
     (turn,) = unpack_trajectories(json.dumps(older), arrays)[0].turns
     assert turn.action is None and turn.milestone is False
 

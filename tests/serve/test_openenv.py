@@ -54,6 +54,15 @@ def test_our_client_plays_the_same_episode(split, index, url):
     there.close()
 
 
+def test_a_known_answer_stays_with_us(tmp_path):
+    with (
+        serving(tmp_path, "serve-env", "deepsearch", "--options", "level=tiny") as server,
+        connected(server.url) as socket,
+    ):
+        observation = ask(socket, "reset", seed=0)["data"]["observation"]
+    assert "task" in observation["info"] and "known_answer" not in observation["info"]
+
+
 def test_sessions_are_isolated_and_limited(url):
     with connected(url) as first, connected(url) as second:
         one, two = ask(first, "reset", seed=0, episode_id="a"), ask(second, "reset", split="train", index=1)

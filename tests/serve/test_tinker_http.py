@@ -123,6 +123,7 @@ def test_bad_batches_name_what_was_wrong_and_leave_no_gradient(plain):
         "loss_fn='cross_entrop' is not known (did you mean cross_entropy?)": ([good], "cross_entrop"),
         "loss_fn='empg:grpo_emp' is not known (did you mean grpo_empg?)": ([good], "empg:grpo_emp"),
         "needs a critic": ([good], "empg:ppo"),
+        "needs scored answers": ([good], "empg:igpo"),
         "datum 1: advantages has the shape [3]; expected [2]": (
             [
                 datum([65, 66, 67], logprobs=[0.0, 0.0], advantages=[0.0, 1.0]),

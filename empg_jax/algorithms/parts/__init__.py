@@ -47,4 +47,5 @@ from empg_jax.algorithms.parts.stepwise import graft as graft
 from empg_jax.algorithms.parts.stepwise import graph_gpo as graph_gpo
 from empg_jax.algorithms.parts.stepwise import graph_hca as graph_hca
 from empg_jax.algorithms.parts.stepwise import hgpo as hgpo
+from empg_jax.algorithms.parts.stepwise import igpo as igpo
 from empg_jax.algorithms.parts.stepwise import turn_ppo as turn_ppo

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from empg_jax.algorithms import advantages, graph_credit, histories, milestones, turn_values
+from empg_jax.algorithms import advantages, gains, graph_credit, histories, milestones, turn_values
 from empg_jax.algorithms.contract import TokenCredit, Worth
 from empg_jax.algorithms.masking import (
     Count,
@@ -240,6 +240,30 @@ def beacon(
         return milestones.beacon(worth.returns, *place, gamma=turn_gamma, **kept)
 
     return Part("beacon", options, estimate)
+
+
+def igpo(
+    *,
+    turn_gamma: Share = default_of(gains.igpo, "gamma"),
+    normalize: Literal["joint", "separate"] = default_of(gains.igpo, "normalize"),
+    kind: Literal["prob", "logprob"] = default_of(gains.igpo, "kind"),
+) -> Part:
+    """Bind `igpo` on the returns and the scored answers (https://arxiv.org/abs/2510.14967).
+
+    Args:
+      turn_gamma: Discount per turn of step returns, milestones and temporal differences of turns.
+      normalize: Normalize gains and outcomes of a task together or apart (IGPO).
+      kind: What a turn gains: probability of the known answer, or log-probability (IGPO).
+    """
+    options: dict[str, Any] = dict(locals())
+
+    def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
+        # After turn t is before turn t + 1; what follows a last turn is not read.
+        scored = jnp.pad(batch.answer_logprobs, ((0, 0), (0, 1)))
+        place = (worth.mask, batch.group_ids)
+        return gains.igpo(scored, worth.returns, *place, gamma=turn_gamma, normalize=normalize, kind=kind)
+
+    return Part("igpo", options, estimate, needs=("answer_logprobs",))
 
 
 def _at_first_tokens(values: Float[Array, "B T"], slots: Int[Array, "B T"], size: int) -> Float[Array, " M"]:

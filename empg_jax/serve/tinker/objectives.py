@@ -109,6 +109,8 @@ def _find_ours(name: str, config: Mapping[str, float | str]) -> Objective:
         raise refuse(f"loss_fn_config: {error}", "loss_fn_config") from None
     if recipe.critic is not None:
         raise refuse(f"loss_fn={OURS + name!r} needs a critic, which this server does not train", "loss_fn")
+    if recipe.needs_answers:
+        raise refuse(f"loss_fn={OURS + name!r} needs scored answers, which no request has", "loss_fn")
     settings = tuple(sorted(values.items(), key=lambda item: item[0]))
     return Objective(OURS + name, settings, build(recipe), True, recipe.needs_reference)
 

@@ -33,7 +33,8 @@ class DeepSearchEnv:
     ``info`` contains ``task`` (the question), ``group`` (its data set, or its number of hops), ``won``,
     ``tools`` (the available ones) and ``metrics`` (``exact_match``, ``sub_match``, ``f1``, ``answered``,
     ``searches``, ``opens``, and ``browses`` where pages can be browsed). In embedded worlds it also contains
-    ``admissible``: tool calls about names that the agent has seen.
+    ``admissible``: tool calls about names that the agent has seen. At the start it contains ``known_answer``,
+    for the trainer alone: the words before a golden answer in a response, and the first golden answer.
     """
 
     def __init__(
@@ -168,7 +169,10 @@ class DeepSearchEnv:
             index = self._draw.below(self.num_tasks(split))
         self._task = self._source.load(split, index)
         self._begin()
-        return self._texts.opening(self._task.question.text), self._info()
+        question = self._task.question
+        pair = [f"<{ANSWER}>", *question.golden_answers[:1]]
+        known = {"known_answer": pair} if len(pair) == 2 else {}
+        return self._texts.opening(question.text), self._info() | known
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Carry out one response; a response without a call costs the turn and gets a hint.

@@ -1,0 +1,103 @@
+"""The policy's probability of a task's known answer after every prompt of an episode (teacher forcing).
+
+Information-gain credit (IGPO) pays a turn by what it adds to this probability. Each prompt is followed by the
+words that lead to an answer in a response, and by the answer, whose tokens alone count. The score program and
+the shapes are those of training, so nothing compiles; a prompt is a row of its own, which makes this as much
+work as several score passes over the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from empg_jax.learner.batching import BatchShape, Layout, make_batch
+from empg_jax.types import Batch, Trajectory
+
+IMPOSSIBLE = -1e4  # log-prob of a token that cannot be sampled
+
+Score = Callable[[Batch, Layout], np.ndarray]  # log-probs float32[B T] of the tokens of a host batch
+
+
+def score_answers(
+    trajectories: Sequence[Trajectory], encode: Callable[[str], list[int]], shape: BatchShape, score: Score
+) -> list[Trajectory]:
+    """Return the trajectories with ``answer_logprob`` at every turn.
+
+    Args:
+      trajectories: episodes whose answers are known.
+      encode: text to tokens.
+      shape: the training batches'.
+      score: the learner's forward pass.
+
+    Raises:
+      ValueError: a trajectory has no answer, or the answer has no tokens.
+    """
+    tokens = {trajectory.answer: _encode(trajectory, encode) for trajectory in trajectories}
+    probes = [
+        _append(trajectory, turn, *tokens[trajectory.answer], shape.row_tokens)
+        for trajectory in trajectories
+        for turn in range(len(trajectory.turns))
+    ]
+    found = np.full(len(probes), np.nan, np.float32)
+    fitting = [number for number, probe in enumerate(probes) if probe is not None]
+    for numbers in _in_batches(fitting, shape.trajectories):
+        found[numbers] = _score_probes([probes[number] for number in numbers], shape, score)  # type: ignore[misc]
+    values, scored = iter(found.tolist()), []
+    for trajectory in trajectories:
+        known, turns = np.nan, []
+        for turn in trajectory.turns:
+            # Where the answer has no room any more, the turn before gains nothing.
+            value = next(values)
+            known = known if np.isnan(value) else value
+            turns.append(dataclasses.replace(turn, answer_logprob=None if np.isnan(known) else known))
+        scored.append(dataclasses.replace(trajectory, turns=tuple(turns)))
+    return scored
+
+
+def _encode(trajectory: Trajectory, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
+    if trajectory.answer is None:
+        raise ValueError(f"task {trajectory.task} of {trajectory.split} has no known answer")
+    lead, answer = (encode(text) for text in trajectory.answer)
+    if not answer:
+        raise ValueError(f"the known answer {trajectory.answer[1]!r} has no tokens")
+    return lead, answer
+
+
+def _append(
+    trajectory: Trajectory, turn: int, lead: list[int], answer: list[int], room: int
+) -> Trajectory | None:
+    """Make an episode of one turn, whose response is the answer; None where a row has no room for it."""
+    prompt = np.concatenate([trajectory.turns[turn].prompt_tokens, np.asarray(lead, np.int32)])
+    if len(prompt) + len(answer) > room:
+        return None
+    nothing = np.zeros(len(answer), np.float32)
+    probe = dataclasses.replace(
+        trajectory.turns[turn],
+        prompt_tokens=prompt.astype(np.int32),
+        response_tokens=np.asarray(answer, np.int32),
+        behavior_logprobs=nothing,
+        entropies=nothing,
+    )
+    return dataclasses.replace(trajectory, turns=(probe,))
+
+
+def _in_batches(numbers: Sequence[int], most: int) -> Iterator[list[int]]:
+    for start in range(0, len(numbers), most):
+        yield list(numbers[start : start + most])
+
+
+def _score_probes(probes: Sequence[Trajectory], shape: BatchShape, score: Score) -> np.ndarray:
+    """Score probes by halves until each batch has the shape of training; return a mean log-prob for each."""
+    batch, layout = make_batch(probes, shape, seed=(0,))
+    if batch.tokens.shape[0] > shape.micro_rows * shape.micro_batches and len(probes) > 1:
+        half = len(probes) // 2
+        parts = (_score_probes(part, shape, score) for part in (probes[:half], probes[half:]))
+        return np.concatenate(list(parts))
+    owners, logprobs = batch.trajectory_ids[batch.loss_mask], score(batch, layout)[batch.loss_mask]
+    # A token that a filter excludes has probability 0; a finite number keeps differences finite.
+    sums = np.bincount(owners, weights=np.maximum(logprobs, IMPOSSIBLE), minlength=len(probes))
+    counts = np.bincount(owners, minlength=len(probes))
+    return (sums / counts).astype(np.float32)

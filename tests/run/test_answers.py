@@ -1,0 +1,58 @@
+"""Information gain from the configuration to the credit: answers are scored, recorded, and pay the turns."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from empg_jax import algorithms as al
+from empg_jax.cli import app
+from empg_jax.errors import ConfigError
+from tests import runs
+
+ENV = ["env.name=deepsearch", "env.options={level: tiny, style: terse}", "sft.updates=0", "eval.tasks=2"]
+IGPO = ["algorithm.name=igpo", "algorithm.modulation=none", "rollout.group_size=4", "train.updates=1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory):
+    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
+        yield
+
+
+def test_a_run_pays_turns_by_what_they_tell_about_the_answer(tmp_path):
+    run = runs.train(tmp_path / "run", *ENV, *IGPO, "env.max_turns=3")
+    (line,) = [line for line in runs.lines(run) if "loss" in line]
+    assert line["recompiles"] == 0
+    (file,) = (run / "rollouts").iterdir()
+    records = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    scored, paid = np.zeros((len(records), 4)), np.zeros((len(records), 3))
+    mask = np.zeros((len(records), 3), bool)
+    for i, record in enumerate(records):
+        for t, turn in enumerate(record["turns"]):
+            scored[i, t], paid[i, t], mask[i, t] = turn["answer_logprob"], turn["advantage"], True
+    assert (scored[:, :3][mask] < 0).all() and np.ptp(scored[:, :3][mask]) > 1e-3
+    returns = np.array([record["return"] for record in records])
+    groups = np.array([record["group_id"] for record in records])
+    expected = al.igpo(np.float32(scored), np.float32(returns), mask, np.int32(groups - groups.min()))
+    np.testing.assert_allclose(paid, expected, atol=2e-3)
+    # The file alone gives the same credit.
+    again = CliRunner().invoke(app, ["credit", str(run / "config.yaml"), str(file)])
+    assert again.exit_code == 0 and "answer" not in again.stderr
+    turns = [turn for text in again.stdout.splitlines() for turn in json.loads(text)["turns"]]
+    np.testing.assert_allclose([turn["advantage"] for turn in turns], paid[mask], atol=1e-5)
+
+
+def test_episodes_whose_answers_were_not_scored_are_credited_with_a_note(tmp_path):
+    turn = {"reward": 0.0, "valid": True, "tokens": 3, "entropy": 0.5}
+    path = tmp_path / "e.jsonl"
+    path.write_text("".join(json.dumps({"turns": [turn, turn | {"reward": r}]}) + "\n" for r in (0.0, 1.0)))
+    found = CliRunner().invoke(app, ["credit", "deepsearch_tiny", str(path), *IGPO[:2]])
+    assert found.exit_code == 0 and "turns without answer_logprob gain nothing" in found.stderr
+
+
+def test_an_environment_without_answers_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"algorithm.name=igpo pays .*HOUSE tells none; deepsearch does"):
+        runs.train(tmp_path / "run", *runs.HOUSE, *IGPO, "sft.updates=0", "eval.tasks=2")
