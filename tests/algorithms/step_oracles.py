@@ -208,7 +208,22 @@ def beacon(data, gamma=0.95, scale=10.0):
     return result
 
 
+def igpo(data):
+    """Information gain, at the last turn the outcome, normalized together in the task, summed backwards."""
+    turns, worth, result = turns_of(data["mask"], data["groups"]), {}, np.zeros(data["mask"].shape)
+    for i, t in turns:
+        is_last = not data["mask"][i, t + 1 :].any()
+        odds = np.exp(np.float64(data["answers"][i]))
+        worth[i, t] = data["returns"][i] if is_last else odds[t + 1] - odds[t]
+    for i, t in turns:
+        same = np.array([worth[j, s] for j, s in turns if data["groups"][j] == data["groups"][i]])
+        scale = np.sqrt(same.var() + 1e-8) + 1e-6 if len(same) > 1 else 1.0
+        result[i, t] = (worth[i, t] - same.mean()) / scale
+    return np.where(data["mask"], result[:, ::-1].cumsum(1)[:, ::-1], 0)
+
+
 ORACLES = {
+    "igpo": igpo,
     "crbc": crbc,
     "graph_hca": graph_hca,
     "graft": graft,

@@ -48,6 +48,7 @@ LIMIT = np.array([episode[4] == "limit" for episode in EPISODES])
 SUCCESS = np.array([True, False, False, True, True, False, False, False])
 LAST = np.array([9, 3, 4, -1, 8, 5, 6, -1])  # the observation that each episode ended in; -1 = unknown
 ACTIONS = np.where(MASK, (np.arange(len(EPISODES))[:, None] // 2 + np.arange(TURNS)) % 2, -1)
+ANSWERS = np.where(MASK, -0.3 * ((np.arange(len(EPISODES))[:, None] + 2 * np.arange(TURNS)) % 5 + 1), 0)
 MILESTONES = MASK & ((np.arange(len(EPISODES))[:, None] + np.arange(TURNS)) % 3 == 1)
 
 
@@ -62,6 +63,7 @@ def make_trajectories(context):
             cut = "length" if special == "cut" and t == 1 else "stop"
             fields = dict(reward=float(reward), is_valid=bool(ok), anchor=anchor, finish_reason=cut)
             fields |= dict(action=f"go {ACTIONS[number, t]}", milestone=bool(MILESTONES[number, t]))
+            fields["answer_logprob"] = float(ANSWERS[number, t])
             turns.append(episodes.turn(prompt, 1 + (number + t) % 2, **fields))
             so_far = np.concatenate([prompt, turns[-1].response_tokens])
         status = Status.SCORED_ZERO if special == "limit" else Status.TRAINED
@@ -145,7 +147,7 @@ def step_data(penalty):
     """The episodes as `step_oracles` takes them. A penalty lowers HGPO's own turn and GAGPO's reward."""
     returns, rewards, costs = settled(penalty)
     table = {"groups": GROUPS, "mask": MASK, "anchors": ANCHORS, "actions": ACTIONS, "success": SUCCESS}
-    table |= {"returns": returns, "milestones": MILESTONES, "rewards": rewards - costs}
+    table |= {"returns": returns, "milestones": MILESTONES, "rewards": rewards - costs, "answers": ANSWERS}
     return table | {"turn_returns": step_oracles.backwards(table, rewards, 0.95) - costs}
 
 
