@@ -24,18 +24,16 @@ Score = Callable[[Batch, Layout], np.ndarray]  # log-probs float32[B T] of the t
 def score_answers(
     trajectories: Sequence[Trajectory], encode: Callable[[str], list[int]], shape: BatchShape, score: Score
 ) -> list[Trajectory]:
-    """Return the trajectories with ``answer_logprob`` at every turn.
+    """Return the trajectories with ``answer_logprob`` at every turn, as far as answers are known.
 
     Args:
-      trajectories: episodes whose answers are known.
+      trajectories: episodes. Where no answer is known, or it has no tokens, turns keep None.
       encode: text to tokens.
       shape: the training batches'.
       score: the learner's forward pass.
-
-    Raises:
-      ValueError: a trajectory has no answer, or the answer has no tokens.
     """
-    tokens = {trajectory.answer: _encode(trajectory, encode) for trajectory in trajectories}
+    answers = {trajectory.answer for trajectory in trajectories}
+    tokens = {pair: (encode(pair[0]), encode(pair[1])) if pair else ([], []) for pair in answers}
     probes = [
         _append(trajectory, turn, *tokens[trajectory.answer], shape.row_tokens)
         for trajectory in trajectories
@@ -57,21 +55,12 @@ def score_answers(
     return scored
 
 
-def _encode(trajectory: Trajectory, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    if trajectory.answer is None:
-        raise ValueError(f"task {trajectory.task} of {trajectory.split} has no known answer")
-    lead, answer = (encode(text) for text in trajectory.answer)
-    if not answer:
-        raise ValueError(f"the known answer {trajectory.answer[1]!r} has no tokens")
-    return lead, answer
-
-
 def _append(
     trajectory: Trajectory, turn: int, lead: list[int], answer: list[int], room: int
 ) -> Trajectory | None:
-    """Make an episode of one turn, whose response is the answer; None where a row has no room for it."""
+    """Make an episode of one turn, whose response is the answer; None without one, or without room for it."""
     prompt = np.concatenate([trajectory.turns[turn].prompt_tokens, np.asarray(lead, np.int32)])
-    if len(prompt) + len(answer) > room:
+    if not answer or len(prompt) + len(answer) > room:
         return None
     nothing = np.zeros(len(answer), np.float32)
     probe = dataclasses.replace(

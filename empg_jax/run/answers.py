@@ -17,14 +17,14 @@ def with_answers(parts: Parts, run: RunState, scorer: Scorer, delivery: Delivery
     """Score the known answer after every prompt of a delivery, where the algorithm needs it.
 
     Raises:
-      ConfigError: the environment tells no answer.
+      ConfigError: the environment tells no answers.
     """
     config = parts.config
     if not needs_answers(config):
         return delivery
-    if any(trajectory.answer is None for trajectory in delivery.trajectories):
+    if all(trajectory.answer is None for trajectory in delivery.trajectories):
         raise ConfigError(
-            f"algorithm.name={config.algorithm.name} pays turns by the probability of a known answer, and "
+            f"algorithm.name={config.algorithm.name} pays turns by the probability of known answers, and "
             f"{config.env.target} tells none; deepsearch does (info['known_answer'] at the reset: the words "
             "that lead to an answer, and the answer)"
         )

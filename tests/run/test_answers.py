@@ -54,5 +54,7 @@ def test_episodes_whose_answers_were_not_scored_are_credited_with_a_note(tmp_pat
 
 
 def test_an_environment_without_answers_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"algorithm.name=igpo pays .*HOUSE tells none; deepsearch does"):
+    with pytest.raises(
+        ConfigError, match=r"algorithm.name=igpo pays .* known answers.*HOUSE tells none; deepsearch does"
+    ):
         runs.train(tmp_path / "run", *runs.HOUSE, *IGPO, "sft.updates=0", "eval.tasks=2")
