@@ -27,7 +27,7 @@ from empg_jax.report.tracking import import_trackers
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
-from empg_jax.run.answers import with_answers
+from empg_jax.run.answers import check_answers, with_answers
 from empg_jax.run.assembly import (
     asks_for_date,
     describe_algorithm,
@@ -112,6 +112,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         if resume is None and asks_for_date(config):
             config = keep_date(config, hosts.first("date", lambda: datetime.date.today().isoformat()))
         check_rollout(config, model)
+        check_answers(config)
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")

@@ -354,11 +354,7 @@ class Engine:
         return Dispatched(burst, self.version, allowed > 0, allowed > spent + steps)
 
     def _peek(self, slots: np.ndarray) -> tuple[Burst, np.ndarray]:
-        """Sample the next token of some slots, as far as there is room; their responses do not get it.
-
-        Returns:
-          The tokens, and the slots that have one.
-        """
+        """Sample the next token of some slots for no response; return the tokens and the slots with room."""
         ready = self._slots.missing()[slots] == 0
         allowed = np.bincount(slots[ready], minlength=self.config.slots)
         done = self._decode(allowed, 1, self.config.slots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from empg_jax.engine.programs import Chunk, Programs, Request
@@ -42,6 +43,7 @@ def call_all(programs: Programs, config: EngineConfig, params: Params, request: 
         at_capacity = dataclasses.replace(request, pages=pages(config.slots))
         cache, _, _ = call(programs.decode, params, cache, at_capacity)
         if larger and not config.page_tokens:
-            call(programs.grow, cache, larger)
+            jax.block_until_ready(call(programs.grow, cache, larger))
     if config.copies_rows and config.page_tokens:
-        call(programs.copy_pages, cache, np.full((config.slots, 2), config.num_pages, np.int32))
+        pairs = np.full((config.slots, 2), config.num_pages, np.int32)
+        jax.block_until_ready(call(programs.copy_pages, cache, pairs))

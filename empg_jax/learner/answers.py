@@ -2,14 +2,14 @@
 
 Information-gain credit (IGPO) pays a turn by what it adds to this probability. Each prompt is followed by the
 words that lead to an answer in a response, and by the answer, whose tokens alone count. The score program and
-the shapes are those of training, so nothing compiles; a prompt is a row of its own, which makes this as much
-work as several score passes over the batch.
+the shapes are those of training, so nothing compiles. Each prompt is a sequence of its own, which makes this
+as much work as several score passes over the batch; a reference or critic of the run is scored with them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,37 +22,36 @@ Score = Callable[[Batch, Layout], np.ndarray]  # log-probs float32[B T] of the t
 
 
 def score_answers(
-    trajectories: Sequence[Trajectory], encode: Callable[[str], list[int]], shape: BatchShape, score: Score
+    trajectories: Sequence[Trajectory],
+    encode: Callable[[str, str], tuple[list[int], list[int]]],
+    shape: BatchShape,
+    score: Score,
 ) -> list[Trajectory]:
-    """Return the trajectories with ``answer_logprob`` at every turn, as far as answers are known.
+    """Return the trajectories with ``answer_logprob`` at each turn whose answer is known and fits into a row.
 
     Args:
-      trajectories: episodes. Where no answer is known, or it has no tokens, turns keep None.
-      encode: text to tokens.
+      trajectories: episodes.
+      encode: what leads to an answer, and the answer, to tokens of a response.
       shape: the training batches'.
       score: the learner's forward pass.
     """
     answers = {trajectory.answer for trajectory in trajectories}
-    tokens = {pair: (encode(pair[0]), encode(pair[1])) if pair else ([], []) for pair in answers}
+    tokens = {pair: encode(*pair) if pair else ([], []) for pair in answers}
+    places = [(i, t) for i, trajectory in enumerate(trajectories) for t in range(len(trajectory.turns))]
     probes = [
-        _append(trajectory, turn, *tokens[trajectory.answer], shape.row_tokens)
-        for trajectory in trajectories
-        for turn in range(len(trajectory.turns))
+        _append(trajectories[i], t, *tokens[trajectories[i].answer], shape.row_tokens) for i, t in places
     ]
-    found = np.full(len(probes), np.nan, np.float32)
-    fitting = [number for number, probe in enumerate(probes) if probe is not None]
-    for numbers in _in_batches(fitting, shape.trajectories):
-        found[numbers] = _score_probes([probes[number] for number in numbers], shape, score)  # type: ignore[misc]
-    values, scored = iter(found.tolist()), []
-    for trajectory in trajectories:
-        known, turns = np.nan, []
-        for turn in trajectory.turns:
-            # Where the answer has no room any more, the turn before gains nothing.
-            value = next(values)
-            known = known if np.isnan(value) else value
-            turns.append(dataclasses.replace(turn, answer_logprob=None if np.isnan(known) else known))
-        scored.append(dataclasses.replace(trajectory, turns=tuple(turns)))
-    return scored
+    fitting = [(place, probe) for place, probe in zip(places, probes, strict=True) if probe is not None]
+    turns = [list(trajectory.turns) for trajectory in trajectories]
+    for start in range(0, len(fitting), shape.trajectories):
+        some = fitting[start : start + shape.trajectories]
+        values = _score_probes([probe for _, probe in some], shape, score)
+        for ((i, t), _), value in zip(some, values.tolist(), strict=True):
+            turns[i][t] = dataclasses.replace(turns[i][t], answer_logprob=value)
+    return [
+        dataclasses.replace(trajectory, turns=tuple(own))
+        for trajectory, own in zip(trajectories, turns, strict=True)
+    ]
 
 
 def _append(
@@ -71,11 +70,6 @@ def _append(
         entropies=nothing,
     )
     return dataclasses.replace(trajectory, turns=(probe,))
-
-
-def _in_batches(numbers: Sequence[int], most: int) -> Iterator[list[int]]:
-    for start in range(0, len(numbers), most):
-        yield list(numbers[start : start + most])
 
 
 def _score_probes(probes: Sequence[Trajectory], shape: BatchShape, score: Score) -> np.ndarray:

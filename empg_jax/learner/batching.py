@@ -281,8 +281,18 @@ def _trajectory_table(trajectories: Sequence[Trajectory], shape: BatchShape) -> 
             if turn.action is not None:
                 table["action_ids"][i, t] = actions.setdefault(turn.action, len(actions))
             table["milestones"][i, t] = turn.milestone
-            table["answer_logprobs"][i, t] = turn.answer_logprob or 0.0
             table["versions"][i, t] = turn.version
+        table["answer_logprobs"][i, : len(trajectory.turns)] = _answer_logprobs(trajectory)
         if trajectory.last_anchor is not None:
             table["last_anchor_ids"][i] = anchors.setdefault(trajectory.last_anchor, len(anchors))
     return table
+
+
+def _answer_logprobs(trajectory: Trajectory) -> list[float]:
+    """List the answer's log-prob at every turn; where it was not scored, that of the turn before.
+
+    Before the first that was scored, it is that one's, so that no turn gains or loses what nobody knows.
+    """
+    found = [turn.answer_logprob for turn in trajectory.turns]
+    known = next((value for value in found if value is not None), 0.0)
+    return [known := known if value is None else value for value in found]

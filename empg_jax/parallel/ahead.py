@@ -33,16 +33,14 @@ def warm_up(call_all: Callable[[Call], None], check: Callable[[], None]) -> None
 
 
 def _compile_all(call_all: Callable[[Call], None], check: Callable[[], None]) -> None:
-    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS), "compile") as pool:
-        jobs: list[Future[Any]] = []
-        try:
-            call_all(functools.partial(_lower, pool, jobs))
-            for job in jobs:
-                check()
-                job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool, jobs = ThreadPoolExecutor(min(_count_cores(), MOST_THREADS), "compile"), list[Future[Any]]()
+    try:
+        call_all(functools.partial(_lower, pool, jobs))
+        for job in jobs:
+            check()
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # what compiles now is waited for: it cannot be stopped
 
 
 def _lower(pool: ThreadPoolExecutor, jobs: list[Future[Any]], program: Any, *args: Any) -> Any:
@@ -55,3 +53,11 @@ def _lower(pool: ThreadPoolExecutor, jobs: list[Future[Any]], program: Any, *arg
     traced = program.trace(*args, **bound)
     jobs.append(pool.submit(traced.lower().compile))
     return traced.out_info
+
+
+def _count_cores() -> int:
+    """Count the cores that this process may use, where the system tells; else those of the machine."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1

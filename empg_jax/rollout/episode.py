@@ -73,10 +73,12 @@ class Episode:
 
     def on_reset(self, observation: str, info: Mapping[str, Any]) -> PromptDelta:
         """Take the environment's first observation; return the first prompt."""
-        self._observation, self._info = observation, info
         if "known_answer" in info:
             lead, answer = info["known_answer"]
             self._answer = (lead, answer)
+            # Neither prompt nor parser sees it.
+            info = {name: value for name, value in info.items() if name != "known_answer"}
+        self._observation, self._info = observation, info
         return self._context.start(observation, info)
 
     def on_response(self, response: Response, text: str) -> str:

@@ -100,6 +100,12 @@ class ChatRenderer:
         """
         return [*encode_behind(self._encode, self._opening, self.lead + text)[1], self.end_id]
 
+    def encode_answer(self, lead: str, answer: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a written response's beginning and of what follows it, without an end of turn."""
+        before = self._opening + self.lead + lead
+        led = encode_behind(self._encode, self._opening, self.lead + lead)[1]
+        return led, encode_behind(self._encode, before, answer)[1]
+
     def follow(
         self,
         prefix_messages: Sequence[Message],

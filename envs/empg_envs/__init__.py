@@ -62,7 +62,7 @@ def _packaged(name: str, env: str, **declared: Any) -> EnvSpec:
         prompts=_lazy(prompt, "make_prompts"),
         parser=_lazy(prompt, "make_parser"),
         phrases=_lazy(prompt, "phrases"),
-        **declared,
+        **{"tells_answers": False, **declared},
     )
 
 
@@ -73,7 +73,7 @@ def _adapted(name: str, env: str, prompts: str, parser: str, **declared: Any) ->
         make=_lazy(f"empg_envs.adapters.{name}", env),
         prompts=_lazy("empg_envs.adapters.prompt", prompts),
         parser=_lazy("empg_envs.adapters.prompt", parser),
-        **{"is_tried": True, **declared},
+        **{"is_tried": True, "tells_answers": False, **declared},
     )
 
 
@@ -81,7 +81,7 @@ ENVS: dict[str, EnvSpec] = {
     "household": _packaged("household", "HouseholdEnv"),
     "alfworld": _packaged("alfworld", "AlfworldEnv", texts=("template",)),
     "webshop": _packaged("webshop", "WebShopEnv", texts=("template",)),
-    "deepsearch": _packaged("deepsearch", "DeepSearchEnv"),
+    "deepsearch": _packaged("deepsearch", "DeepSearchEnv", tells_answers=True),
     "swe": _packaged("swe", "SweEnv", timeout_outcome="zero"),
     "harness": dataclasses.replace(_packaged("harness", "HarnessEnv"), phrases=None, has_calls=True),
     "gymnasium": _adapted("gymnasium", "GymnasiumEnv", "make_listing_prompts", "make_line_parser"),

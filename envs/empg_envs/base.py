@@ -153,6 +153,7 @@ class EnvSpec:
       is_tried: one is built before a run, so that options which it refuses are told at once; that must be
         quick and start nothing.
       texts: prompt options that name a file of text, such as a template, whose content a run keeps.
+      tells_answers: its first info has a ``known_answer``; None where that is not known.
       timeout_outcome: treatment of an episode that exceeds its time: ``discard``, or ``zero`` where an agent
         could bring that about to be rid of a lost episode.
     """
@@ -166,6 +167,7 @@ class EnvSpec:
     is_tried: bool = False
     texts: tuple[str, ...] = ()
     timeout_outcome: str = "discard"
+    tells_answers: bool | None = None
 
 
 def quote_turns(history: Sequence[tuple[str, str]], turn: int) -> str:

@@ -389,12 +389,8 @@ def test_a_reward_counts_where_it_came(tmp_path):
     turns = [episodes.turn(episodes.draw(2), 2, reward=reward) for reward in (-0.5, 0.0, 1.0)]
     episode = episodes.trajectory(turns, episode_return=0.5)
     batch, _ = make_batch([episode], BatchShape(1, 3, 16, 1, 3, 1), seed=(0,))
-    scores = Scores(
-        batch.behavior_logprobs,
-        batch.behavior_entropies,
-        batch.behavior_logprobs,
-        np.zeros_like(batch.behavior_logprobs),
-    )
+    old = batch.behavior_logprobs
+    scores = Scores(old, batch.behavior_entropies, old, np.zeros_like(old))
     credit = make_algorithm_from(load_config(path)).credit(batch, scores)
     for turn, expected in enumerate((0.5, 1.0, 1.0)):
         targets = np.asarray(credit.value_targets)[batch.loss_mask & (batch.turn_ids == turn)]

@@ -69,25 +69,35 @@ def test_decode_without_a_kernel_is_the_attention_over_rows(pool):
 
 @pytest.mark.parametrize(("columns", "size", "count"), [(64, 16, 8), (6, 16, 2), (5, 16, 1), (8, 128, 1)])
 def test_a_kernel_reads_pages_that_divide_a_row(columns, size, count):
-    pool = jnp.zeros((2, 3, size, 128), jnp.bfloat16)
-    assert paged.count_pages(columns, pool) == count
+    assert paged.count_pages(columns, size) == count
 
 
 @pytest.mark.parametrize(
-    ("depth", "dtype", "most"),
+    ("depth", "dtype", "size", "keys"),
     [
-        (64, "float32", 128),
-        (128, "float32", 64),
-        (256, "float32", 32),
-        (128, "bfloat16", 128),
-        (256, "bfloat16", 64),
+        (64, "float32", 16, 128),
+        (128, "float32", 16, 64),
+        (256, "float32", 16, 32),
+        (256, "float32", 64, None),
+        (128, "bfloat16", 16, 128),
+        (128, "bfloat16", 128, 128),
     ],
 )
-def test_what_a_kernel_reads_at_a_time_fits_into_the_shared_memory_of_a_gpu(depth, dtype, most):
-    """An H100 refused float32 keys of 128 numbers, 128 of them at a time: 264 KiB of its 227."""
-    pool = jnp.zeros((1, 1, 16, depth), dtype)
-    assert paged.count_pages(64, pool) * 16 == most
-    assert paged.takes(most, depth, pool.dtype) and not paged.takes(2 * most, depth, pool.dtype)
+def test_what_a_gpu_reads_at_a_time_fits_into_its_shared_memory(monkeypatch, depth, dtype, size, keys):
+    """An H100 refused 128 float32 keys of 128 numbers: 264 KiB of its 227. Larger pages are gathered."""
+    from jax.experimental.pallas.ops.gpu import paged_attention as kernels
+
+    asked = []
+
+    def kernel(queries, *_, pages_per_compute_block, **__):
+        asked.append(pages_per_compute_block * size)
+        return queries
+
+    monkeypatch.setattr(kernels, "paged_attention", kernel)
+    queries, pages = jnp.zeros((1, 4, depth), dtype), jnp.zeros((1, 64), jnp.int32)
+    pool = jnp.zeros((2, 1, size, depth), dtype)
+    (found,) = paged.decode_gpu(queries, pool, pool, pages, jnp.ones(1, jnp.int32))
+    assert found.shape == queries.shape and asked == ([] if keys is None else [keys])
 
 
 def test_decode_over_pages_lowers_for_every_platform():

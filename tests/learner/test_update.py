@@ -10,6 +10,7 @@ import pytest
 
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.decoder import forward, init_params, output_embedding
+from empg_jax.run.process import CompileCounter
 from empg_jax.types import Credit
 from tests.learner.problems import (
     MODEL,
@@ -96,7 +97,10 @@ def test_an_update_follows_the_gradient_of_the_sampled_tokens(learner, problem, 
 def test_after_warm_up_nothing_compiles(problem):
     learner = make_tiny_learner(micro_rows=4)  # not used before
     host_batch, layout = make_problem(4)
-    learner.warm_up(start(learner), learner.put(host_batch))
+    state, batch = start(learner), learner.put(host_batch)
+    with CompileCounter() as counted:
+        learner.warm_up(state, batch)
+    assert counted.count == learner.num_programs  # what compiles side by side serves the calls
     programs = (learner.score, learner.credit, learner.update, learner.recorded_scores, learner.logprob_gap)
     compiled = [program._cache_size() for program in programs]
     assert all(compiled)

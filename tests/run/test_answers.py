@@ -54,7 +54,12 @@ def test_episodes_whose_answers_were_not_scored_are_credited_with_a_note(tmp_pat
 
 
 def test_an_environment_without_answers_is_refused(tmp_path):
+    """Ours before a folder is made, a user's own at its first episodes."""
+    folder = tmp_path / "run"
     with pytest.raises(
-        ConfigError, match=r"algorithm.name=igpo pays .* known answers.*HOUSE tells none; deepsearch does"
+        ConfigError, match=r"algorithm.name=igpo .* env.name=household has none; deepsearch has"
     ):
-        runs.train(tmp_path / "run", *runs.HOUSE, *IGPO, "sft.updates=0", "eval.tasks=2")
+        runs.train(folder, *IGPO, "sft.updates=0", "eval.tasks=2")
+    assert not folder.exists()
+    with pytest.raises(ConfigError, match=r"env.entry_point=tests.houses:HOUSE has none"):
+        runs.train(folder, *runs.HOUSE, *IGPO, "sft.updates=0", "eval.tasks=2")

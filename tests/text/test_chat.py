@@ -106,6 +106,15 @@ def test_an_answer_is_written_as_the_template_writes_it(family):
     assert text == renderer.lead + "go" + renderer.end_token
 
 
+@pytest.mark.parametrize("marks_beginning", [False, True])
+@pytest.mark.parametrize("family", ["chatml", "spaced"])
+def test_an_answer_behind_its_lead_has_the_ids_that_a_sampler_writes(family, marks_beginning):
+    renderer = ChatRenderer(build_bpe(family, marks_beginning=marks_beginning))
+    lead, answer = renderer.encode_answer("<go>", "look")
+    assert [*lead, *answer] == renderer.encode_response("<go>look")[:-1]
+    assert renderer.tokenizer.decode(answer) == "look"
+
+
 @pytest.mark.parametrize("family", ["chatml", "headers", "brackets"])
 def test_a_tokenizer_that_marks_the_beginning_of_a_text_marks_it_once(family):
     tokenizer = build_bpe(family, marks_beginning=True)

@@ -16,9 +16,10 @@ from empg_jax.models.attention.cached import attend, cached_attention
 from empg_jax.models.attention.dispatch import by_platform
 from empg_jax.models.attention.ragged import count_splits
 
-# Most keys that a kernel program reads at a time, and most bytes of them: a GPU's has these and their values
-# twice in shared memory, of which an H100 has 227 KiB.
-BLOCK, BLOCK_BYTES = 128, 2**15
+# Most keys that a kernel program reads at a time.
+BLOCK = 128
+# Most bytes of them on a GPU: they and their values are twice in shared memory, of which an H100 has 227 KiB.
+BLOCK_BYTES = 2**15
 # Most numbers of a page table that the TPU kernel gets: half of a core's scalar memory of 1 MiB.
 SCALARS = 2**17
 
@@ -85,19 +86,21 @@ def takes(size: int, head_dim: int, dtype: jnp.dtype) -> bool:
     is_power = size & (size - 1) == 0
     return (
         is_power
-        and 8 <= size <= _keys_at_once(head_dim, dtype)
+        and 8 <= size <= BLOCK
         and head_dim in (64, 128, 256)
         and dtype in (jnp.float32, jnp.bfloat16)
     )
 
 
-def _keys_at_once(head_dim: int, dtype: jnp.dtype) -> int:
-    return min(BLOCK, BLOCK_BYTES // (head_dim * jnp.dtype(dtype).itemsize))
+def count_pages(columns: int, size: int, keys: int = BLOCK) -> int:
+    """Return the number of pages that a kernel program reads at a time: a power of 2 that divides a row's.
 
-
-def count_pages(columns: int, pool: Float[Array, "K N P d"]) -> int:
-    """Return the number of pages that a kernel program reads at a time: a power of 2 that divides a row's."""
-    most = _keys_at_once(pool.shape[3], pool.dtype) // pool.shape[2]
+    Args:
+      columns: pages of a row.
+      size: tokens of a page.
+      keys: most keys at a time.
+    """
+    most = keys // size
     return max(n for n in (1, 2, 4, 8, 16) if n <= most and columns % n == 0)
 
 
@@ -129,10 +132,13 @@ def decode_gpu(
     Returns:
       A tuple with the attention output, in the type of the queries.
     """
+    most = min(BLOCK, BLOCK_BYTES // (keys.shape[3] * keys.dtype.itemsize))
+    if keys.shape[2] > most:
+        return gather_decode(queries, keys, values, pages, lengths)
     # Only a GPU needs Pallas, which takes a while to load.
     from jax.experimental.pallas.ops.gpu import paged_attention as kernels
 
-    at_once = count_pages(pages.shape[1], keys)
+    at_once = count_pages(pages.shape[1], keys.shape[2], most)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = kernels.paged_attention(
             _scale(queries),
@@ -161,7 +167,7 @@ def decode_tpu(queries: Array, keys: Array, values: Array, pages: Array, lengths
             values,
             jnp.maximum(lengths, 1),  # it waits for a first page of every row
             pages,
-            pages_per_compute_block=count_pages(pages.shape[1], keys),
+            pages_per_compute_block=count_pages(pages.shape[1], keys.shape[2]),
         )
     return (output.astype(queries.dtype),)
 
