@@ -202,7 +202,9 @@ def train_in_folder(
         )
         stack.callback(parts.log.close)
         stack.enter_context(closing_sampler(parts.engine))
-        if step is not None:
+        # What could not be read would stay the newest, and be gone on from where it can be read again.
+        is_behind = hosts.first("behind", lambda: is_resumed and checkpoints.newest > run.update)
+        if step is not None or is_behind:
             go_back(parts, run)
         if hosts.is_first:
             drop_rollouts(run_dir, after=run.update)
@@ -248,7 +250,8 @@ def rl_loop(parts: Parts, run: RunState) -> None:
     """
     config, rollout = parts.config, parts.rollout
     scorer = make_scorer(parts)
-    parts.progress.phase("RL", config.train.updates, "updates", done=run.update)
+    unlogged = run.record.unlogged
+    parts.progress.phase("RL", config.train.updates, "updates", done=run.update - (unlogged is not None))
     run.compiled = parts.compiles.count
     ledger, pool = rollout.ledger, rollout.collector.pool
     counts = count_incidents(ledger, pool)
@@ -256,8 +259,9 @@ def rl_loop(parts: Parts, run: RunState) -> None:
         add_counts(parts.hosts, "outcomes", ledger.outcomes), add_counts(parts.hosts, "incidents", counts)
     )
     take = functools.partial(rollout.next_batch, parts.check_stop)
-    if run.record.unlogged is not None:
-        conclude_update(parts, run, run.record.unlogged)
+    if unlogged is not None:
+        parts.clock.lap()  # what earlier attempts took is not this update's
+        conclude_update(parts, run, unlogged)
     with rollout, Profiler(config, parts.run_dir) as profiler:
         while run.update < config.train.updates:
             profiler.begin(run.update + 1)
@@ -349,12 +353,18 @@ def finish_update(
     run.record.count(delivery.trajectories, delivery.outcomes)
     if parts.hosts.is_first:
         write_consumed(parts.run_dir, run.update, delivery.trajectories)
-    if run.update % parts.config.log.every == 0:
+    if is_logged(parts.config, run.update):
         values |= incidents.take(delivery.outcomes, delivery.incidents)
     # Marked before the evaluation: a stop or an error in it costs neither the update nor its line of metrics.
     run.record.unlogged = {name: float(value) for name, value in values.items()}
     mark_boundary(parts, run)
     conclude_update(parts, run, values)
+
+
+def is_logged(config: Config, update: int) -> bool:
+    """Return whether an update gets a line: every ``log.every``, with an evaluation, and at the end."""
+    is_evaluated = config.eval.every > 0 and update % config.eval.every == 0
+    return is_evaluated or update % config.log.every == 0 or update == config.train.updates
 
 
 def conclude_update(parts: Parts, run: RunState, values: dict[str, float]) -> None:
@@ -367,7 +377,7 @@ def conclude_update(parts: Parts, run: RunState, values: dict[str, float]) -> No
         values |= found
         is_best = run.record.note_success(run.update, found.get("eval_success", 0.0))
     values |= {f"seconds_{name}": seconds for name, seconds in parts.clock.lap().items()}
-    if run.update % config.log.every == 0:
+    if is_logged(config, run.update):
         parts.log.write(run.update, values)
     parts.progress.advance(1, values)
     run.record.unlogged = None

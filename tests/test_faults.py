@@ -190,6 +190,8 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
     ((detail,),) = told(run, "checkpoint_skipped", "detail")
     assert detail.startswith("3: ") or "checkpoint 3: " in detail
     assert runs.lines(run) == lines and runs.weights(run) == weights
+    # It is set aside: else it would stay the newest, for which what is written since is removed.
+    assert (run / "checkpoints" / "3.aside").exists() and told(run, "went_back", "step") == [(2,)]
     for folder in (run / "checkpoints").iterdir():
         damage(folder)
     with pytest.raises(CheckpointError, match="no usable checkpoint in"):

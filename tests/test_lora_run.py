@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from empg_jax import trainer
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, Interrupted
 from empg_jax.evaluate import evaluate_run
 from empg_jax.learner.fingerprint import checksum
 from empg_jax.models.lora import combine
@@ -37,6 +37,20 @@ def _compiled(tmp_path_factory):
 def run_dir(tmp_path_factory):
     """A warm start on adapters, then RL with a KL term."""
     return runs.train(tmp_path_factory.mktemp("lora") / "run", *ADAPTERS)
+
+
+def test_a_run_that_stops_before_its_first_boundary_goes_on(tmp_path, monkeypatch):
+    """What is saved then names the base below the adapters, too."""
+
+    def stop(*_, **__):
+        raise Interrupted
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(trainer.Stopped):
+        patch.setattr("empg_jax.sft.phase.gather_examples", stop)
+        runs.train(run, *ADAPTERS, "train.updates=1")
+    runs.resume(run)
+    assert [line["update"] for line in runs.lines(run)] == [1]
 
 
 def test_checkpoints_hold_adapters_only(run_dir):

@@ -117,6 +117,13 @@ def test_variants_of_the_loop(tmp_path, overrides, expected):
         assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-4) and lines[-1]["kl"] > lines[0]["kl"]
 
 
+def test_lines_are_written_where_held_out_tasks_are_played_and_at_the_end(tmp_path):
+    config = runs.configure(tmp_path, "log.every=10", "eval.every=4", "train.updates=13")
+    assert [n for n in range(1, 14) if trainer.is_logged(config, n)] == [4, 8, 10, 12, 13]
+    config = runs.configure(tmp_path, "log.every=3", "eval.every=0", "train.updates=8")
+    assert [n for n in range(1, 9) if trainer.is_logged(config, n)] == [3, 6, 8]
+
+
 @pytest.mark.slow
 def test_the_schedule_counts_the_steps_that_are_made(tmp_path):
     """Four short episodes fit into one row, and still make two steps an update: the decay reaches its end."""

@@ -327,7 +327,11 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """The logs and the display."""
 
-    every: int = Field(1, ge=1, description="Updates between two lines of metrics.jsonl.")
+    every: int = Field(
+        1,
+        ge=1,
+        description="Updates between two lines of metrics.jsonl; evaluations and the end have one, too.",
+    )
     drift_every: int = Field(
         25, ge=0, description="Updates between two measurements of the entropy's drift; 0 is never."
     )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import yaml
 from pydantic import Field, PrivateAttr, model_validator
 
 from empg_jax.config.algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section
@@ -25,6 +24,7 @@ from empg_jax.config.sections import (
 from empg_jax.config.serve import ServeConfig
 from empg_jax.config.server import server_problems
 from empg_jax.config.workers import FaultsConfig, WorkersConfig
+from empg_jax.config.yaml import write_text
 
 
 class Config(Section):
@@ -83,7 +83,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Write the resolved configuration as YAML; `load_config` reads it back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return write_text(self.model_dump(mode="json"))
 
 
 def _env_problems(config: Config) -> Iterator[str]:

@@ -27,16 +27,28 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """A SafeDumper that quotes a text which `_Loader` would read as a number."""
+
+
 # YAML 1.1 requires a dot in a float, but learning rates are usually written without one.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 # YAML 1.1 reads 3:20 as a number to the base 60; here it is a range, an address, or the like.
 _WHOLE = re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, _WHOLE if tag == "tag:yaml.org,2002:int" else pattern) for tag, pattern in resolvers]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
+
+
+def write_text(values: dict[str, Any]) -> str:
+    """Write nested values as YAML that this module reads back to equal ones."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def find_file(name_or_path: str | Path) -> Path:

@@ -183,7 +183,7 @@ def _draw_arm(axes: Any, runs: Sequence[Run], name: str, arm: str, color: str) -
     whole = is_known.all(axis=1)
     if len(curves) > 1 and whole.any():
         bands = np.array([bootstrap([row], resamples=RESAMPLES) for row in table[whole]])
-        low, high = (smooth(bound, width) for bound in bands.T)
+        low, high = (smooth(bound, min(width, len(bound))) for bound in bands.T)
         axes.fill_between(np.array(updates)[whole], low, high, color=color, alpha=0.15, linewidth=0)
     return True
 

@@ -44,9 +44,12 @@ def _comparison(summary: Mapping[str, Any]) -> Table:
             continue
         cells = ["-" if value is None else template.format(value) for value in values]
         if stem == "eval_success" and tasks:
+            played = [tasks - int(summary.get(f"eval_missing_{when}") or 0) for when in ("before", "after")]
             cells = [
-                cell if value is None else f"{cell} {_interval(wilson_interval(round(value * tasks), tasks))}"
-                for cell, value in zip(cells, values, strict=True)
+                f"{cell} {_interval(wilson_interval(round(value * n), n))}"
+                if value is not None and n
+                else cell
+                for cell, value, n in zip(cells, values, played, strict=True)
             ]
         before, after = values
         change = _change(before, after, template)

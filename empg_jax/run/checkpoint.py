@@ -145,6 +145,11 @@ class Checkpoints:
         except Exception as error:
             raise self._failure(error) from error
 
+    @property
+    def newest(self) -> int:
+        """The newest step on disk, readable or not; 0 where there is none."""
+        return max(self.steps, default=0)
+
     def _evict(self) -> None:
         for step in self.steps[: -self._keep]:
             if step not in self._protected:

@@ -16,6 +16,7 @@ from empg_jax.hf.hub import find_folder
 from empg_jax.hf.peft import save_adapter
 from empg_jax.hf.save import MAX_SHARD_BYTES, save_hf
 from empg_jax.models.lora import merge
+from empg_jax.run.process import prepare_jax
 from empg_jax.run.saved import SavedRun, open_saved
 from empg_jax.types import Params
 
@@ -56,6 +57,7 @@ def export_run(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} is not empty: export into a new folder")
     saved = open_saved(run, overrides, warn=say)
+    prepare_jax(saved.config)  # adapters are added with the precision of training
     try:
         if adapter:
             _write_adapter(saved, out, dtype, say)

@@ -45,7 +45,7 @@ def checkpoint_dir(config: Config, run_dir: Path) -> Path | str:
     directory = config.checkpoint.dir
     if directory is not None and is_object_store(directory):
         return directory  # as a path it would lose a slash
-    return Path(directory or run_dir / "checkpoints")
+    return Path(directory).expanduser() if directory else run_dir / "checkpoints"
 
 
 def split_checkpoint(path: Path) -> tuple[Path, int | None]:

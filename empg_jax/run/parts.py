@@ -202,8 +202,9 @@ def open_run(
     if config.model.path is not None:
         announce_model(config, run_dir, learner, language, state.params, say=progress.message, hosts=hosts)
     announce_rows(config, run_dir, language, say=progress.message, hosts=hosts)
-    run = RunState(state)
     base_checksum = None if learner.base is None else checksum(learner.base)
+    # Also what is saved before the first boundary can be gone on from.
+    run = RunState(state, boundary=Boundary(base=base_checksum, config=config.to_yaml()))
     if is_resumed:
         restored = restore_state(config, checkpoints, learner, step)
         check_base(restored.progress.get("base"), base_checksum)

@@ -216,12 +216,12 @@ def make_collector(
         first_handle=first_handle,
         episode_timeout=config.rollout.episode_timeout,
         is_deterministic=_has_barrier(config),
-        make_watch=_make_watches(config, language.tokenizer),
+        make_watch=make_watches(config, language.tokenizer),
         has_deadlines=config.rollout.engine != "builtin",
     )
 
 
-def _make_watches(config: Config, tokenizer: Tokenizer) -> Callable[[], Watch | None]:
+def make_watches(config: Config, tokenizer: Tokenizer) -> Callable[[], Watch | None]:
     """Return what makes the search for ``rollout.stop`` in a response."""
     stops = config.rollout.stop
     return lambda: StopSearch(tokenizer.decode, stops) if stops else None

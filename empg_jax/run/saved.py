@@ -108,7 +108,7 @@ def _fit_mesh(config: Config, warn: Callable[[str], None]) -> Config:
     """Split over the devices that are here, if the mesh has more of them."""
     devices = len(learner_devices(config))
     needed = math.prod(vars(config.mesh).values())
-    if needed <= devices:
+    if needed <= devices or not devices:  # without any, what is refused is rollout.devices
         return config
     warn(f"the run's mesh has {needed} devices, and here are {devices}: mesh.fsdp={devices}")
     mesh = type(config.mesh)(fsdp=devices)

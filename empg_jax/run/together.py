@@ -93,7 +93,9 @@ def check_store(config: Config, hosts: Hosts, *, is_new: bool) -> None:
         from empg_jax.run.object_store import check_object_store
 
         check_object_store(directory, hosts, is_new=is_new)
-    elif is_new and (steps := hosts.first("checkpoints", lambda: open_step_folders(directory).steps)):
+        return
+    folder = Path(directory).expanduser()
+    if is_new and (steps := hosts.first("checkpoints", lambda: open_step_folders(folder).steps)):
         raise RefusedCheckpoint(
             f"checkpoint.dir={directory} holds checkpoints of another run ({steps}), which this one would "
             "delete: choose another folder, or go on with that run: --resume RUN"

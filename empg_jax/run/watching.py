@@ -10,10 +10,10 @@ from empg_jax.engine.engine import Engine, Response
 from empg_jax.errors import ConfigError
 from empg_jax.hf.presets import PRESETS
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
-from empg_jax.run.environment import find_spec
+from empg_jax.run.environment import eval_panels, find_spec
 from empg_jax.run.folder import split_checkpoint
 from empg_jax.run.process import prepare_jax
-from empg_jax.run.sampling import make_engine
+from empg_jax.run.sampling import make_engine, make_watches
 from empg_jax.run.saved import SavedRun, open_new, open_saved
 from empg_jax.run.terminal import Say, build_env, choose_task, plain, play_task
 
@@ -54,7 +54,7 @@ def watch_episode(
         )
     env = build_env(target, config.env.options)
     try:
-        where = choose_task(env, config.env.eval_split if split is None else split, task, seed)
+        where = choose_task(env, eval_panels(config)[0] if split is None else split, task, seed)
         play_task(env, target, where, PolicyAgent(saved, (seed, where[1]), say), seed=seed, say=say)
     finally:
         env.close()
@@ -101,6 +101,7 @@ class PolicyAgent:
         )
         self._step, self._engine = saved.step, _open_engine(saved)
         self._context: EpisodeContext = saved.language.make_context()
+        self._make_watch = make_watches(saved.config, saved.language.tokenizer)
         self._turns = 0
         self._last: tuple[Response, str, str] | None = None  # the last turn: response, its text, its action
 
@@ -118,7 +119,8 @@ class PolicyAgent:
             self._say("the conversation is full (rollout.max_tokens)")
             return None
         ids = (STREAM, *self._ids, self._turns)
-        self._engine.submit(0, delta.tokens, is_fresh=delta.is_fresh, ids=ids)
+        watch = self._make_watch()
+        self._engine.submit(0, delta.tokens, is_fresh=delta.is_fresh, ids=ids, watch=watch)
         responses: Sequence[Response] = ()
         while not responses:
             responses = self._engine.step()

@@ -73,6 +73,11 @@ def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) ->
             row, shown, new = TokenRow([], []), "", prompt
             rows.append(row)
         whole = render((*before, message), add_generation_prompt=False)
+        if message.get("tool_calls") and not whole.startswith(prompt):
+            raise ChatDataError(
+                f"message {index} has tool_calls, and the chat template prints an earlier answer without its "
+                "generation prompt, so that the text of the calls cannot be told: write them into content"
+            )
         answer = _answer(prompt, whole, message["content"], end)
         prompt_ids, answer_ids = _encode(renderer, new, answer, is_first=not shown)
         row.add(prompt_ids, False)

@@ -72,7 +72,9 @@ class CallParser:
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
         """Return the call; a response without one is invalid."""
         said = after_thought(response)
-        names = [tool["function"]["name"] for tool in info.get("tools") or ()]
+        # Where the tools have names only, as a search engine's, the environment itself refuses others.
+        tools = [tool for tool in info.get("tools") or () if isinstance(tool, Mapping)]
+        names = [tool["function"]["name"] for tool in tools]
         _, calls = parse_calls(said, names or None)
         is_known = not names or (calls and calls[0].name in names)
         # Where the environment takes calls itself, it tells the policy which tools there are.

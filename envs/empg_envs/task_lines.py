@@ -28,7 +28,7 @@ def read_tasks(path: str) -> Panels:
     """
     tasks: list[dict[str, Any]] = []
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"tasks={path}: {error}") from None
     for number, line in enumerate(lines, start=1):

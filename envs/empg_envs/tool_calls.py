@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+_TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _PYTHON_TAG = "<|python_tag|>"
 
 Message = dict[str, Any]
@@ -52,7 +52,7 @@ def parse_calls(text: str, names: Collection[str] | None) -> tuple[str, list[Too
 
 def _read_call(body: str, names: Collection[str] | None) -> ToolCall | None:
     try:
-        value = json.loads(body)
+        value = json.loads(body.strip())
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):

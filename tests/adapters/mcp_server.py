@@ -51,7 +51,10 @@ for line in sys.stdin:
     if "id" in message and "method" in message:
         print(json.dumps({"jsonrpc": "2.0", "method": "notifications/message", "params": {}}))
         print(json.dumps({"jsonrpc": "2.0", "id": "p", "method": "ping"}), flush=True)
-        if TROUBLE == "refuse" and message["method"] == "tools/list":
+        params = message.get("params") or {}
+        if message["method"] == "tools/call" and params["arguments"].get("drawer") == "odd":
+            reply = {"error": {"code": -32602, "message": "drawer: expected a number"}}
+        elif TROUBLE == "refuse" and message["method"] == "tools/list":
             reply = {"error": {"code": -32000, "message": "no tools today"}}
         else:
             reply = {"result": answer(message["method"], message.get("params") or {})}

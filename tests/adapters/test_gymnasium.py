@@ -42,6 +42,9 @@ def test_named_actions_and_a_description_of_the_user():
     assert end[3] and not end[4]["won"]
     *_, end = play(make_env("gymnasium", **options, win_return=2), *["up"] * (9 - start))
     assert end[4]["won"] == (9 - start >= 2)
+    for limit, won in ((2, True), (1, False)):  # our own limit ends an episode, too
+        *_, end = play(make_env("gymnasium", **options, win_return=2, max_turns=limit), *["up"] * limit)
+        assert end[3] and end[4]["won"] is won
 
 
 def test_numbers_are_names_where_there_are_none():

@@ -48,13 +48,14 @@ def test_calls_an_answer_and_the_reward_of_a_tool(options):
     assert tool["function"]["name"] == "find" and "drawer" in tool["function"]["parameters"]["properties"]
     assert env.step(call("find", drawer=9))[:4] == ("empty", 0.0, False, False)
     assert env.step(call("find"))[0] == "error: missing 'drawer'"
+    assert env.step(call("find", drawer="odd"))[0] == "error: drawer: expected a number"
     assert env.step(call("fnd"))[0] == "error: there is no tool 'fnd'; did you mean 'find'?"
     assert env.step(call("judge", answer="w3"))[0].startswith("error: there is no tool 'judge'")
     assert env.step("<tool_call>{</tool_call>")[:3] == ("error: that is no well-formed call", 0.0, False)
     assert env.step(call("find", drawer=3))[0] == "the word is w3"
     observation, reward, terminated, truncated, info = env.step(" w3\n")
     assert (reward, terminated, truncated) == (1.0, True, False)
-    assert info["won"] and info["metrics"] == {"calls": 5.0}
+    assert info["won"] and info["metrics"] == {"calls": 6.0}
     env.reset(split="test", index=1)
     assert env.step("w3")[1:3] == (0.0, True)
     env.close()

@@ -101,6 +101,15 @@ def test_it_is_an_environment_like_the_others(url, check):
     check.run(Subject("openenv", {"url": url, "tasks": 50, "held_out": 50}, episodes=1))
 
 
+@pytest.mark.parametrize(("win_return", "won"), [(0.0, True), (1.0, False), (None, False)])
+def test_an_episode_that_our_limit_ends_may_be_won(url, win_return, won):
+    env = make_env("openenv", url=url, observe="say", max_turns=1, win_return=win_return)
+    env.reset(index=7)
+    *_, truncated, info = env.step("8")
+    assert truncated and info["won"] is won
+    env.close()
+
+
 def test_observations_as_json_and_by_a_function(url):
     env = make_env("openenv", url=url)
     assert env.reset(index=3)[0] == '{"say": "3"}' and env.step("4")[0] == '{"say": "3", "steps": 1}'

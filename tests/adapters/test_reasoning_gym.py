@@ -30,6 +30,17 @@ def test_a_scorer_that_fails_scores_nothing():
     assert reward == 0.0 and terminated and info["metrics"]["scorer_error"] == 1.0
 
 
+@pytest.mark.parametrize("answer", ["nan", "nan+nanj", " NaN"])
+def test_what_is_no_number_is_no_answer(answer):
+    """The package takes a distance that is no number for none."""
+    env = make_env("reasoning_gym", dataset="complex_arithmetic")
+    env.reset(split="train", index=0)
+    _, reward, _, _, info = env.step(answer)
+    assert reward == 0.0 and not info["won"] and info["metrics"]["scorer_error"] == 1.0
+    env.reset(split="train", index=0)
+    assert env.step(env.expert_action())[1] == 1.0
+
+
 def test_splits_share_no_question_though_there_are_few():
     """Of 200 sums many are asked twice, but never in two splits."""
     env = make_env("reasoning_gym", **SUMS, tasks=300, held_out=40)

@@ -178,6 +178,14 @@ def test_a_config_with_nothing_in_it_is_the_defaults(tmp_path):
     assert load_config(tmp_path / "empty.yaml") == Config(name="empty")
 
 
+def test_texts_that_look_like_numbers_survive_a_round_trip(tmp_path):
+    own = ["name='1e3'", "log.tags=['1e-4', '3:20', '0x1F', 'on']", "env.options={level: tiny, style: '2E5'}"]
+    config = load_config("quickstart", own)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config and again.name == "1e3" and again.env.options["style"] == "2E5"
+
+
 def test_overrides_are_yaml_and_the_last_one_wins():
     config = load_config(
         "quickstart",

@@ -74,6 +74,16 @@ def test_two_arms_of_seeds_are_compared_in_pairs(tmp_path):
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_has_only_begun_is_drawn_beside_a_long_one(tmp_path):
+    """Curves of 200 updates are smoothed over 10, more than the lines that both have."""
+    made = [
+        make_run(tmp_path / f"run-{seed}", seed=seed, success=[0.5] * count)
+        for seed, count in enumerate((200, 5))
+    ]
+    result = report(*made, "--out", tmp_path / "out")
+    assert result.exit_code == 0 and (tmp_path / "out" / "report.html").exists()
+
+
 def test_one_run_has_no_interval_and_foreign_seeds_no_pair(tmp_path):
     made = [make_run(tmp_path / "a", seed=0), make_run(tmp_path / "b<i>", seed=1, modulation="aem")]
     assert report(*made, "--out", tmp_path / "out").exit_code == 0

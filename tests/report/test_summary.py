@@ -36,6 +36,12 @@ def test_before_after_and_costs():
     assert "300 (sft 60, rl 200)" in text and "1,234,567" in text and "won 900, turn_limit 300" in text
 
 
+def test_tasks_that_were_never_played_do_not_narrow_the_interval():
+    text = _text({**SUMMARY, "eval_success_after": 0.5, "eval_missing_after": 156})
+    assert "25.0% [20.1, 30.6]" in text and "50.0% [40.4, 59.6]" in text
+    assert "50.0%" in _text({**SUMMARY, "eval_success_after": 0.5, "eval_missing_after": 256})
+
+
 def test_an_interrupted_run_has_only_its_first_half():
     text = _text({"eval_success_before": 0.25, "eval_success_after": None})
     assert "25.0%" in text and "-" in text

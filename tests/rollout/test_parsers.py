@@ -128,3 +128,17 @@ def test_prompts_ask_for_the_format_unless_they_have_words_of_their_own():
 def test_what_does_not_fit_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         assembly.make_language(load_config("quickstart", overrides))
+
+
+def test_tools_that_have_names_only_are_left_to_the_environment():
+    """As a search engine's: the parser knows no tools then."""
+    parser, told = make_parser("tool_call"), {"tools": ["search", "answer"]}
+    assert not parser("hi", told).is_valid
+    found = parser('<tool_call>{"name": "act", "arguments": {"action": "go"}}</tool_call>', told)
+    assert found.is_valid and found.action == "go"
+
+
+def test_a_long_call_that_never_ends_is_read_in_no_time():
+    """Linear, where it was quadratic: 100,000 blanks took minutes."""
+    text = "<tool_call>{" + " \n" * 50_000 + "x"
+    assert not make_parser("tool_call")(text, {}).is_valid

@@ -123,6 +123,11 @@ def test_a_policy_is_watched_turn_by_turn(run):
     assert watch(house, "--policy", run, "--task", 1, "--seed", 4)[1] == out
     code, out, _ = watch(house, "--policy", run, "--split", "train", "rollout.temperature=0.1")
     assert code == 0 and "of train: " in out
+    # Of several panels the first one; a response ends where rollout.stop says.
+    several = ["env.eval_split=valid+test", "rollout.stop=[a, e, i, o, u]"]
+    code, out, _ = watch(house, "--policy", run, *several)
+    said = re.findall(r"(?m)^> (.*)$", out)
+    assert code == 0 and "of valid: " in out and all(len(re.findall("[aeiou]", text)) <= 1 for text in said)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,20 @@ def test_tools_and_their_calls_are_rendered_and_calls_are_learned():
     ]
 
 
+def test_calls_that_the_template_prints_in_another_way_later_are_refused():
+    """Not learned as an empty answer."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls }}<|im_end|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    renderer = ChatRenderer(build_bpe("chatml", template))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+    messages = [{"role": "user", "content": "a"}, call]
+    with pytest.raises(ChatDataError, match=r"message 1 has tool_calls, .* write them into content"):
+        tokenize_conversation(renderer, parse_conversation({"messages": messages}))
+
+
 def test_the_phrase_tokenizer_works_alike():
     renderer = ChatRenderer(build_phrase_tokenizer(["you see", "apple 1", "take"]))
     (row,) = tokenize_conversation(renderer, talk("you see apple 1.", "take apple 1", "you see", "take"))

@@ -74,7 +74,8 @@ class GymnasiumEnv(ForeignEnv):
         seen, reward, terminated, truncated, self._given = self._env.step(chosen)
         self._told, self._total = self._describe(seen), self._total + float(reward)
         terminated, truncated = bool(terminated), bool(truncated)
-        won = (terminated or truncated) and self._has_won(float(reward), terminated)
+        has_ended = terminated or truncated or self._turn + 1 >= self._max_turns
+        won = has_ended and self._has_won(float(reward), terminated)
         return self._told, float(reward), terminated, truncated, self._info(self._given, won)
 
     def _info(self, given: Mapping[str, Any], won: bool) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class McpEnv(ForeignEnv):
         reward_tool: str | None = None,
         scorer: str | None = None,
         max_turns: int = 10,
-        start_timeout: float = 20.0,
+        start_timeout: float = 12.0,
         call_timeout: float = 8.0,
     ) -> None:
         self._command = shlex.split(command)

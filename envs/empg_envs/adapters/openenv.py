@@ -50,7 +50,7 @@ class OpenEnvEnv(ForeignEnv):
         tasks: int = 1024,
         held_out: int = 128,
         max_turns: int = 50,
-        timeout: float = 20.0,
+        timeout: float = 8.0,
     ) -> None:
         super().__init__("openenv", make_sizes(tasks, held_out), max_turns)
         self._client = import_package("websockets.sync.client", "websockets")
@@ -102,7 +102,10 @@ class OpenEnvEnv(ForeignEnv):
         if not math.isfinite(reward):
             raise EnvFault("openenv_error", f"step: the reward is {reward}")
         self._total += reward
-        won = done and (reward > 0 if self._win_return is None else self._total >= self._win_return)
+        has_ended = done or self._turn + 1 >= self._max_turns
+        won = (
+            done and reward > 0 if self._win_return is None else has_ended and self._total >= self._win_return
+        )
         if done:
             self.close()
         return self._observe(result["observation"]), reward, done, False, self._info(won)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from empg_envs.adapters.foreign import ForeignEnv, Reply, hash_of, import_packag
 from empg_envs.names import suggest
 
 # Of 8 parts of all questions (by hash) one is valid, one is test, and the others are train.
+NOT_A_NUMBER = re.compile(r"\bnan[ij]?\b", re.IGNORECASE)
 PARTS = {"valid": (0,), "test": (1,), "train": (2, 3, 4, 5, 6, 7)}
 TRIES = {"valid": 64, "test": 64, "train": 16}  # seeds of a task that are looked at for a fitting question
 
@@ -71,6 +74,10 @@ class ReasoningGymEnv(ForeignEnv):
         try:
             score = float(self._data[self._split].score_answer(action.strip(), self._entry))
         except Exception:  # some scorers evaluate the answer, which may be any text
+            score, error = 0.0, 1.0
+        # Differences from "nan" are no numbers, and some scorers take those for perfect.
+        is_trick = NOT_A_NUMBER.search(action) and not NOT_A_NUMBER.search(str(self._entry["answer"]))
+        if is_trick or not math.isfinite(score):
             score, error = 0.0, 1.0
         info = {**self._info(score >= 1.0), "metrics": {"score": score, "scorer_error": error}}
         return "", score, True, False, info

@@ -50,7 +50,7 @@ class Rival:
         instructions: str = "",
         temperature: float = 1.0,
         max_tokens: int = 256,
-        timeout: float = 15.0,
+        timeout: float = 8.0,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -20,6 +20,7 @@ from empg_envs.base import EnvFault
 
 VERSION = "2025-06-18"  # of the protocol; a server may answer with an older one
 TAIL = 1000  # last characters of a server's stderr in messages
+BAD_ARGUMENTS = -32602  # of JSON-RPC
 PAGES = 100  # most pages of a list of tools
 
 
@@ -84,6 +85,11 @@ class StdioServer:
                 raise EnvFault("mcp_crashed", f"the server ended at {method}{self._tell()}")
             if answer.get("id") != self._last:
                 continue  # of a request that was given up
+            error = answer.get("error")
+            is_refused = isinstance(error, dict) and error.get("code") == BAD_ARGUMENTS
+            if method == "tools/call" and is_refused:  # the fault of who calls
+                text = str(answer["error"].get("message"))
+                return {"content": [{"type": "text", "text": text}], "isError": True}
             if "result" not in answer:
                 raise EnvFault("mcp_error", f"{method}: {json.dumps(answer.get('error'))}{self._tell()}")
             return answer["result"]

@@ -216,7 +216,7 @@ class HarnessEnv:
         if self._scorer is not None:
             found = self._scorer(self._task, output)
         else:
-            lines = output.strip().splitlines()
+            lines = output.strip().split("\n")
             with contextlib.suppress(ValueError, RecursionError):
                 found = json.loads(lines[-1]) if lines else None
         verdict = read_verdict(found)

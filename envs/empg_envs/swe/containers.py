@@ -20,6 +20,7 @@ ROOT = "/testbed"
 KEEP_BYTES = 8 << 20
 READ_BYTES = 1 << 20
 FILE_SECONDS = 60.0
+MAX_COMMAND_BYTES = 120_000  # Linux takes 128 KiB in one argument
 MARGIN_SECONDS = 10.0  # added to a command's own deadline, which the container enforces
 START_SECONDS = 600.0  # long enough to pull an image
 OWNER = "empg-jax.owner"
@@ -122,6 +123,8 @@ class DockerSandbox:
         seconds = ["timeout", "--signal=KILL", f"{timeout:g}"]
         started = time.monotonic()
         script = PRELUDE + command.replace("\0", "")
+        if len(script.encode("utf-8", "surrogateescape")) > MAX_COMMAND_BYTES:
+            return ExecResult(f"a command has at most {MAX_COMMAND_BYTES} bytes", 126)
         try:
             code, capture = self._call(
                 [*argv, *seconds, "bash", "-c", script], timeout + MARGIN_SECONDS, stdin
@@ -135,6 +138,17 @@ class DockerSandbox:
         middle = f"\n[{omitted} bytes left out]\n".encode() if omitted else b""
         output = (head + middle + tail).decode("utf-8", "replace")
         return ExecResult(output, -9 if late else code, "timeout" if late else "exit", omitted)
+
+    def check(self) -> None:
+        """Check that the engine answers, whatever has become of the container.
+
+        Raises:
+          SandboxError: it does not.
+        """
+        code, capture = self._call(["version"], FILE_SECONDS)
+        if code:
+            said = capture.parts()[0].decode("utf-8", "replace").strip()
+            raise SandboxError(f"{self._docker} does not answer: {said[-500:]}")
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from empg_envs.swe.containers import FILE_SECONDS, PRELUDE, READ, READ_BYTES, REFUSED, ROOT, WRITE
-from empg_envs.swe.sandbox import ExecResult, FileError, SandboxError
+from empg_envs.swe.sandbox import ExecResult, FileError, LostSandboxError, SandboxError
 from empg_envs.swe.tree import ArchiveError, Tree, read_archive
 
 
@@ -104,4 +104,6 @@ class SweRexSandbox:
         except CommandTimeoutError:
             raise
         except Exception as error:  # a remote deployment may raise anything
-            raise SandboxError(f"swe-rex: {type(error).__name__}: {error}") from error
+            # Once it has started, an agent may have brought that about.
+            kind = LostSandboxError if self._is_started else SandboxError
+            raise kind(f"swe-rex: {type(error).__name__}: {error}") from error

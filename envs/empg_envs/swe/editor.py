@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 from empg_envs.swe.sandbox import FileError, Sandbox
@@ -92,8 +93,10 @@ class FileEditor:
     def _insert(self, path: str, line: str, new: str) -> str:
         text = self._read(path)
         lines = text.split("\n")
-        if not line.strip().isdigit() or int(line) > len(lines):
-            raise EditorError(f"insert_line must be a number from 0 to {len(lines)}, not {line.strip()!r}")
+        if not re.fullmatch("[0-9]{1,9}", line.strip()) or int(line) > len(lines):
+            raise EditorError(
+                f"insert_line must be a number from 0 to {len(lines)}, not {line.strip()[:100]!r}"
+            )
         place, added = int(line), new.split("\n")
         self._remember(path, text)
         self._write(path, "\n".join([*lines[:place], *added, *lines[place:]]))
@@ -131,8 +134,8 @@ def _range(text: str, count: int) -> tuple[int, int]:
     try:
         first, last = json.loads(text)
         first, last = int(first), count if last == -1 else int(last)
-    except (ValueError, TypeError, OverflowError):
-        raise EditorError(f"view_range must be like [10, 20], not {text!r}") from None
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise EditorError(f"view_range must be like [10, 20], not {text[:100]!r}") from None
     if not 1 <= first <= last:
         raise EditorError(f"view_range {text} is empty or begins before line 1")
     return min(first, count), min(last, count)

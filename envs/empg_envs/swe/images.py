@@ -88,9 +88,13 @@ class ImageBackend:
         base = shlex.quote(self._bases.get(sandbox, "HEAD"))
         exclude = "-- . ':!run_tests.sh' ':!r2e_tests'" if task.expected is not None else ""
         command = (
-            f"{imaged.GIT} add -A && {imaged.GIT} diff --cached --no-ext-diff --no-color {base} {exclude}"
+            # A git command of the agent that was ended at its limit leaves its lock.
+            f"rm -f .git/index.lock; {imaged.GIT} add -A && "
+            f"{imaged.GIT} diff --cached --no-ext-diff --no-color {base} {exclude}"
         )
         result = sandbox.exec(command, imaged.GIT_SECONDS)
+        if result.returncode and isinstance(sandbox, DockerSandbox):
+            sandbox.check()  # an engine that is gone is no empty patch
         return result.output if result.returncode == 0 and not result.omitted else ""
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:

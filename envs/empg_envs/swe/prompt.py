@@ -6,7 +6,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from empg_envs.base import ActionParser, Message, ParsedAction, PlainParser, PlainPrompts, PromptBuilder
+from empg_envs.base import (
+    ActionParser,
+    Message,
+    ParsedAction,
+    PlainParser,
+    PlainPrompts,
+    PromptBuilder,
+    after_thought,
+)
 from empg_envs.swe import terse
 from empg_envs.swe.tasks import load_base, load_panels
 from empg_envs.swe.tools import FUNCTIONS, SUBMIT, find_call, parse_call
@@ -136,7 +144,7 @@ class FunctionParser:
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
         """Parse the call; a response without a call gives its end as an invalid action."""
-        text = find_call(response)
+        text = find_call(after_thought(response))
         call = None if text is None else parse_call(text)
         if text is None or call is None:
             return ParsedAction(action=response[-FALLBACK_CHARACTERS:], is_valid=False)
@@ -150,7 +158,7 @@ class BashParser:
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
         """Parse the block."""
-        found = self._BLOCK.findall(response)
+        found = self._BLOCK.findall(after_thought(response))
         command = found[0].strip() if len(found) == 1 else ""
         return ParsedAction(action=command, is_valid=bool(command))
 

@@ -63,6 +63,10 @@ elif argv[0] == "pull":
         sys.exit("Error: cannot pull: " + str(error))
 elif argv[:2] == ["image", "inspect"]:
     sys.exit(0 if os.path.isdir(folder_of(argv[-1])) else "Error: no such image")
+elif argv[0] == "version":
+    sys.exit("Cannot connect to the Docker daemon" if os.path.exists(home + "/dead") else 0)
+elif os.path.exists(home + "/dead"):
+    sys.exit("Cannot connect to the Docker daemon")
 elif argv[0] == "ps":
     print(open(home + "/ps").read(), end="")
 elif argv[0] == "images":

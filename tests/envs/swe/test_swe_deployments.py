@@ -11,7 +11,7 @@ import pytest
 
 from empg_envs.swe.deployments import SweRexSandbox
 from empg_envs.swe.images import ImageBackend
-from empg_envs.swe.sandbox import FileError, Limits, SandboxError
+from empg_envs.swe.sandbox import FileError, Limits, LostSandboxError, SandboxError
 
 
 @dataclasses.dataclass
@@ -74,6 +74,13 @@ def test_swe_rex_is_adapted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         sandbox.read("/etc/passwd")
     with pytest.raises(FileError, match="no such file"):
         sandbox.read("none")
+
+    async def lost(request: Command) -> Any:
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patch, pytest.raises(LostSandboxError, match="ConnectionError: gone"):
+        patch.setattr(deployment.runtime, "execute", lost)  # an agent may have killed the server
+        sandbox.exec("true", 5)
     sandbox.close()
     assert deployment.log == ["start", "stop"]
     with pytest.raises(SandboxError, match="not started"):

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 
 import empg_envs
 from empg_envs import ENVS, make_env
+from empg_envs.base import ParsedAction
 from empg_envs.swe import bubblewrap, score
 from empg_envs.swe.backends import make_backend
 from empg_envs.swe.env import SweEnv
 from empg_envs.swe.predictions import prediction, read_predictions, write_predictions
+from empg_envs.swe.prompt import make_parser
 from empg_envs.swe.sandbox import SandboxError
 from empg_envs.swe.tools import SUBMIT, Reply, parse_call, render_call
 from tests.cages import need_cages
@@ -136,6 +138,11 @@ def test_r2e_calls(make: Any) -> None:
     assert "insert_line must be" in call(
         "file_editor", command="insert", path="a.py", insert_line="9", new_str=""
     )
+    for odd in ("\u00b2", "9" * 5000):
+        found = call("file_editor", command="insert", path="a.py", insert_line=odd, new_str="")
+        assert "insert_line must be" in found and len(found) < 300
+    nested = call("file_editor", command="view", path="a.py", view_range="[" * 5000)
+    assert "view_range must be like [10, 20]" in nested and len(nested) < 300
     assert "undone" in call("file_editor", command="undo_edit", path="a.py")
     assert "undone" in call("file_editor", command="undo_edit", path="a.py")
     assert "no edit of a.py" in call("file_editor", command="undo_edit", path="a.py")
@@ -153,6 +160,14 @@ def test_r2e_calls(make: Any) -> None:
     assert "'cmd' is missing" in call("execute_bash")
     assert "no function 'sudo'" in call("sudo", x="1")
     assert "No function call was found" in env.step("hello")[0]
+
+
+def test_a_call_that_is_only_thought_of_is_not_made() -> None:
+    thought = f"<think>{render_call('finish')} is too early.</think>"
+    found = make_parser("functions")(thought + render_call("search", search_term="b"), {})
+    assert found.is_valid and "search" in found.action and "finish" not in found.action
+    thought = "<think>```bash\nrm x\n``` no</think>\n```bash\nls\n```"
+    assert make_parser("bash")(thought, {}) == ParsedAction("ls", True)
 
 
 def test_calls_are_read_as_they_are_written() -> None:

@@ -322,6 +322,21 @@ def test_committed_work_is_collected_and_the_future_is_not_there(docker: Path) -
         sandbox.close()
 
 
+def test_work_is_collected_despite_a_lock_and_not_from_an_engine_that_is_gone(docker: Path) -> None:
+    """A lock is what a git command leaves that was ended; without an engine there is no empty patch."""
+    backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row(ROW)
+    sandbox = backend.open(task)
+    sandbox.exec("echo right > lib.txt; touch .git/index.lock", 20)
+    assert "+right" in backend.collect(task, sandbox)
+    long = sandbox.exec(f"echo {'x' * 130_000}", 20)
+    assert long.returncode == 126 and "at most 120000 bytes" in long.output
+    (docker.parent / "dead").touch()
+    with pytest.raises(SandboxError, match="does not answer: Cannot connect to the Docker daemon"):
+        backend.collect(task, sandbox)
+    (docker.parent / "dead").unlink()
+    sandbox.close()
+
+
 def test_a_program_that_hangs_is_a_timeout(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("empg_envs.swe.containers.MARGIN_SECONDS", 0.1)
     sandbox = ImageBackend("docker", Limits(), docker=str(docker)).open(parse_row(ROW))
