@@ -126,7 +126,7 @@ ALL_OPTIONS = Step(
     "options",
     120,
     f"{RUN} train.updates=4 sft.updates=40 sft.demonstrations=400 eval.every=0 eval.tasks=32 {OPTIONS}",
-    f"{TINY_RUN} {OPTIONS} rollout.kv_tokens=2048",
+    f"{TINY_RUN} {OPTIONS} model.hidden_size=32 model.num_layers=1 rollout.kv_tokens=2048",
 )
 REST = (
     Step("gap-0.5b", 90, f"{GAP} --preset qwen2.5-0.5b", GAP),
