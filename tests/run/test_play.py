@@ -126,8 +126,9 @@ def test_a_policy_is_watched_turn_by_turn(run):
     # Of several panels the first one; a response ends where rollout.stop says.
     several = ["env.eval_split=valid+test", "rollout.stop=[a, e, i, o, u]"]
     code, out, _ = watch(house, "--policy", run, *several)
-    said = re.findall(r"(?m)^> (.*)$", out)
-    assert code == 0 and "of valid: " in out and all(len(re.findall("[aeiou]", text)) <= 1 for text in said)
+    counts = [int(count) for count in re.findall(r"(?m)^  (\d+) tokens, ", out)]
+    assert code == 0 and "of valid: " in out
+    assert counts and max(counts) < 4  # nearly every word has a vowel
 
 
 @pytest.mark.parametrize(
