@@ -28,7 +28,7 @@ TEST_TOOLS = frozenset(
     (
         *("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "exceptiongroup", "tomli"),
         *("hypothesis", "_hypothesis_pytestplugin", "_hypothesis_ftz_detector", "_hypothesis_globals"),
-        *("sortedcontainers", "pytest_mock", "xdist", "execnet", "attr", "attrs"),
+        *("sortedcontainers", "pytest_mock", "pytest_timeout", "xdist", "execnet", "attr", "attrs"),
     )
 )
 
