@@ -35,8 +35,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--updates", type=int, nargs="+", metavar="N", help="updates to read (all there are)")
     arguments = parser.parse_args(words)
+    names = [run.resolve().name for run in arguments.runs]
+    if len(set(names)) < len(names):
+        names = list(map(str, arguments.runs))
     try:
-        print(describe({run.name: read_turns(run, arguments.updates) for run in arguments.runs}))
+        turns = [read_turns(run, arguments.updates) for run in arguments.runs]
+        print(describe(dict(zip(names, turns, strict=True))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -175,20 +175,26 @@ def as_table(runs: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     options = parser.parse_args()
     sys.path[:0] = SOURCES
-    options.out.mkdir(parents=True, exist_ok=True)
     seeds = options.seeds[:1] if options.tiny else options.seeds
-    # Seed by seed: what does not fit any more leaves whole comparisons behind.
-    cells = [(seed, arm) for seed in seeds for arm in ARMS]
-    common, end, runs = settings(options), time.monotonic() + options.seconds, []
+    fit = int(options.seconds / (SHORTEST + GRACE / 2) / len(ARMS))
+    if fit == 0:
+        parser.error(f"--seconds {options.seconds:g}: the arms need {len(ARMS) * (SHORTEST + GRACE / 2):g}")
+    if options.out.exists() and any(options.out.glob("*-*.log")):
+        parser.error(f"{options.out} has runs already: name another folder")
+    options.out.mkdir(parents=True, exist_ok=True)
+    # Whole seeds, so that what was run can be compared.
+    cells = [(seed, arm) for seed in seeds[:fit] for arm in ARMS]
+    runs = [
+        {"arm": arm, "seed": seed, "state": "left out", **summarize([])} for seed in seeds for arm in ARMS
+    ]
+    common, end = settings(options), time.monotonic() + options.seconds
     for number, (seed, arm) in enumerate(cells):
         share = (end - time.monotonic()) / (len(cells) - number) - GRACE / 2
-        if share < SHORTEST:
-            runs.append({"arm": arm, "seed": seed, "state": "left out", **summarize([])})
-            continue
         folder = options.out / f"{arm}-{seed}"
         own = [f"run_dir={folder.resolve()}", f"seed={seed}", *ARMS[arm]]
-        state = run(command([*common, *own]), options.out / f"{arm}-{seed}.log", share)
-        runs.append({"arm": arm, "seed": seed, "state": state, **summarize(read_updates(folder))})
+        if share >= SHORTEST / 2:  # runs before it may have taken their grace
+            state = run(command([*common, *own]), options.out / f"{arm}-{seed}.log", share)
+            runs[number] |= {"state": state, **summarize(read_updates(folder))}
         summary = {"settings": common, "seconds": options.seconds, "runs": runs}
         (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(as_table(runs))

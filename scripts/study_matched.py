@@ -8,12 +8,13 @@ budget.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from study_ledger import Line
 from study_line import SPENT
-from study_plan import Triple
+from study_plan import Study, Triple
 from study_results import Comparison, Results, compare_arms
 
 from empg_jax.report.statistics import area, bootstrap
@@ -30,15 +31,20 @@ class Matched:
       results: the runs whose record says what they spent; their lines have ``area_AMOUNT``, ``at_AMOUNT``.
       budgets: what the runs of a task are compared at, by task and amount.
       silent: finished runs whose record does not say it.
+      unlike: pairs on different processors or numbers of cores, whose CPU seconds cannot be compared.
     """
 
     results: Results
     budgets: dict[tuple[str, str], float]
     silent: list[Triple]
+    unlike: dict[tuple[str, int, str, str], str]
 
     def differences(self, amount: str) -> dict[tuple[str | None, str, str], Comparison]:
         """Compare the arms' areas up to the budget, by task (None: pooled) and arms."""
-        found = compare_arms(self.results, f"area_{amount}")
+        results = self.results
+        if amount == "cpu_seconds":
+            results = dataclasses.replace(results, excluded=results.excluded | self.unlike)
+        found = compare_arms(results, f"area_{amount}")
         return {(each.task, each.arm, each.against): each for each in found}
 
     def describe(self, task: str, arm: str, key: str) -> tuple[float, tuple[float, float]]:
@@ -62,7 +68,18 @@ def match(results: Results) -> Matched | None:
         dataclasses.replace(results, finished=lines),
         budgets,
         silent=[triple for triple in results.finished if triple not in told],
+        unlike=_find_unlike(results.study, told),
     )
+
+
+def _find_unlike(study: Study, told: Mapping[Triple, Line]) -> dict[tuple[str, int, str, str], str]:
+    found = {}
+    for task, seed, pair in itertools.product(study.tasks, study.seeds, study.comparisons):
+        lines = [told.get(Triple(task, arm, seed)) for arm in pair]
+        machines = [f"{line['hardware']['cpus']} x {line['hardware']['processor']}" for line in lines if line]
+        if len(set(machines)) > 1:
+            found[task, seed, *pair] = " and ".join(machines)
+    return found
 
 
 def _measure(line: Line, task: str, budgets: Mapping[tuple[str, str], float]) -> dict[str, float]:

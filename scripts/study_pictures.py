@@ -14,7 +14,7 @@ from study_results import gather
 
 from empg_jax.files import replacing
 from empg_jax.report.curves import smooth
-from empg_jax.report.statistics import bootstrap
+from empg_jax.report.statistics import band
 
 RESAMPLES = 1_000  # of a band; the table's intervals take more
 
@@ -57,7 +57,7 @@ def _success(axes: Any, runs: Sequence[Line], style: dict[str, Any]) -> None:
     values = np.array([[curve[update] for curve in curves] for update in updates])
     axes.plot(updates, values.mean(axis=1), linewidth=2, **style)
     if len(runs) > 1:
-        bands = np.array([bootstrap([each], resamples=RESAMPLES) for each in values])
+        bands = np.array([band(each, RESAMPLES) for each in values])
         axes.fill_between(updates, *bands.T, color=style["color"], alpha=0.15, linewidth=0)
 
 

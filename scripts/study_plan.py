@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,17 @@ from empg_jax.config.yaml import read_yaml
 from empg_jax.errors import ConfigError, nearest
 
 FILENAME = "study.yaml"
-KEYS = ("preregistration", "tasks", "overrides", "arms", "baseline", "comparisons", "seeds", "end_tasks")
+KEYS = (
+    "preregistration",
+    "tasks",
+    "overrides",
+    "arms",
+    "baseline",
+    "comparisons",
+    "seeds",
+    "whole_seeds",
+    "end_tasks",
+)
 REGISTERED = ("question", "primary", "secondary", "stop_rule", "minimum_detectable_effect", "seeds")
 
 
@@ -59,6 +70,7 @@ class Study:
       baseline: the arm that the others are compared with.
       comparisons: pairs of arms; the first is compared with the second.
       seeds: seeds, in the order in which they are run.
+      whole_seeds: whether a seed of a task counts only when all arms have finished it.
       end_tasks: held-out tasks of an evaluation of its own at the end; None takes the run's last one.
     """
 
@@ -71,6 +83,7 @@ class Study:
     baseline: str
     comparisons: tuple[tuple[str, str], ...]
     seeds: tuple[int, ...]
+    whole_seeds: bool = False
     end_tasks: int | None = None
 
     @property
@@ -122,6 +135,9 @@ def read_study(folder: Path) -> Study:
         )
     for key in {"preregistration", "tasks", "arms", "seeds"} - values.keys():
         raise ConfigError(f"{path} has no {key}")
+    for key in ("tasks", "arms"):
+        if not isinstance(values[key], dict) or not values[key]:
+            raise ConfigError(f"{path}: {key} must give names and what they stand for, not {values[key]!r}")
     arms = {name: _words(words, f"{path}: arms.{name}") for name, words in values["arms"].items()}
     seeds = _seeds(values["seeds"], path)
     baseline = values.get("baseline", next(iter(arms)))
@@ -135,7 +151,8 @@ def read_study(folder: Path) -> Study:
         baseline=baseline,
         comparisons=_comparisons(values.get("comparisons"), baseline, arms, path),
         seeds=seeds,
-        end_tasks=values.get("end_tasks"),
+        whole_seeds=_typed(values, "whole_seeds", bool, False, path),
+        end_tasks=_typed(values, "end_tasks", int, None, path),
     )
     _check_cells(study, path)
     return study
@@ -156,6 +173,15 @@ def _words(value: Any, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _typed(values: Mapping[str, Any], key: str, kind: type, default: Any, path: Path) -> Any:
+    value = values.get(key, default)
+    if value is not default and (type(value) is not kind or (kind is int and value < 1)):
+        raise ConfigError(
+            f"{path}: {key}={value!r} is no {'positive number' if kind is int else 'true or false'}"
+        )
+    return value
+
+
 def _seeds(value: Any, path: Path) -> tuple[int, ...]:
     """Read ``100..115``, both ends included, or a list of numbers."""
     found = re.fullmatch(r"(\d+)\.\.(\d+)", value) if isinstance(value, str) else None
@@ -173,15 +199,19 @@ def _comparisons(
 ) -> tuple[tuple[str, str], ...]:
     """Read names, compared with the baseline, and pairs of names; by default every arm is compared."""
     given = [name for name in arms if name != baseline] if value is None else value
+    if not isinstance(given, list) or not all(isinstance(each, str | list) for each in given):
+        raise ConfigError(f"{path}: comparisons={given!r} is no list of arms and of [ARM, ARM]")
     pairs = [(each, baseline) if isinstance(each, str) else tuple(each) for each in given]
     for name in (baseline, *itertools.chain(*pairs)):
         if name not in arms:
             raise ConfigError(
                 f"{path}: there is no arm {name}{nearest(str(name), arms)}; there are {', '.join(arms)}"
             )
-    for pair in pairs:
+    for number, pair in enumerate(pairs):
         if len(pair) != 2 or pair[0] == pair[1]:
             raise ConfigError(f"{path}: {list(pair)} is no pair of two arms")
+        if pair in pairs[:number]:
+            raise ConfigError(f"{path}: the comparison {' with '.join(pair)} comes twice")
     return tuple(pairs)
 
 
@@ -192,11 +222,12 @@ def _check_registration(values: Any, seeds: int, path: Path) -> float:
     if values["seeds"] != seeds:
         raise ConfigError(f"{path}: preregistration.seeds={values['seeds']}, but the study has {seeds} seeds")
     effect = values["minimum_detectable_effect"]
-    if not isinstance(effect, dict) or not isinstance(effect.get("points"), int | float):
+    points = effect.get("points") if isinstance(effect, dict) else None
+    if not isinstance(points, int | float) or not 0 < points < math.inf:
         raise ConfigError(
             f"{path}: preregistration.minimum_detectable_effect needs its size as points: NUMBER"
         )
-    return float(effect["points"])
+    return float(points)
 
 
 def _block(text: str, key: str) -> str:

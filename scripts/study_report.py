@@ -45,7 +45,8 @@ def write_report(study: Study, lines: Sequence[Line]) -> str:
 def _runs(results: Results) -> str:
     study = results.study
     planned = len(list(study.triples()))
-    counts = f"{len(results.finished)} of {planned} runs are finished, {len(results.failed)} failed"
+    done = len(results.finished) + len(results.apart)
+    counts = f"{done} of {planned} runs are finished, {len(results.failed)} failed"
     text = [f"## Runs\n\n{counts}, {len(results.missing)} are missing."]
     if results.strangers:
         text.append(f"{results.strangers} runs of other tasks, arms or seeds are left out.")
@@ -93,7 +94,8 @@ def _cells(results: Results) -> str:
     heads = ["task", "arm", "seeds", "area under the held-out curve", "area, IQM", "success before RL"]
     heads += ["success at the end", "updates to 60 %, median (reached)", "wall s", "CPU s"]
     tasks = sorted({line["end_tasks"] for line in results.finished.values()})
-    note = f"In per cent, means over seeds with 95 % bootstrap intervals ({RESAMPLES:,} resamples of seeds). "
+    note = "In per cent, means over seeds with 95 % bootstrap intervals from six seeds on "
+    note += f"({RESAMPLES:,} resamples, expanded percentiles). "
     note += f"The end is measured on {' or '.join(map(str, tasks)) or 'no'} held-out tasks."
     return f"## Results by task and arm\n\n{note}\n\n{_table(heads, rows)}"
 
@@ -104,7 +106,7 @@ def _primary(results: Results) -> str:
         found = each.difference
         rows.append(
             [
-                *_who(each),
+                *_who(each, len(results.study.tasks)),
                 str(found.pairs),
                 f"{_signed(found.mean)} {_interval((found.low, found.high), signed=True)}",
                 _p(found.p),
@@ -118,9 +120,10 @@ def _primary(results: Results) -> str:
     note = (
         "Differences in the area in points, paired by seed, with 95 % bootstrap intervals over seeds within "
         f"task. p: two-sided sign-flip test, exact up to 16 pairs, else {SIGNS:,} sampled signs; Holm over "
-        "the comparisons pooled over tasks, and apart from them over those on single tasks. Detectable: the "
-        "smallest true difference found with 80 % power at 5 %, from the observed spread; registered: what "
-        "was expected before the first run."
+        f"the study's comparisons ({len(results.study.comparisons)}) pooled over tasks, and apart from them "
+        "over those on single tasks. Detectable: the smallest true difference found with 80 % power at 5 %, "
+        "from the observed spread; registered: what was expected before the first run. Fewer than six pairs "
+        "have neither interval nor power."
     )
     return f"## Primary measure: paired differences\n\n{note}\n\n{_table(heads, rows)}"
 
@@ -130,7 +133,14 @@ def _secondary(results: Results) -> str:
     for each in compare_arms(results, "end_success"):
         found = each.difference
         interval = _interval((found.low, found.high), signed=True)
-        rows.append([*_who(each), str(found.pairs), f"{_signed(found.mean)} {interval}", _points(found.sd)])
+        rows.append(
+            [
+                *_who(each, len(results.study.tasks)),
+                str(found.pairs),
+                f"{_signed(found.mean)} {interval}",
+                _points(found.sd),
+            ]
+        )
     heads = ["task", "comparison", "pairs", "difference", "sd"]
     note = "Success at the end in points, paired by seed; no test, the intervals describe."
     return f"## Secondary measure: success at the end\n\n{note}\n\n{_table(heads, rows)}"
@@ -159,15 +169,21 @@ def _matched(results: Results) -> list[str]:
         heads += [f"area over {name}", "success there", f"area minus {study.baseline}", "p, Holm"]
     parts = [_budgets(found), _table(heads, rows)]
     pooled = [
-        [*_who(each), str(each.difference.pairs)]
+        [*_who(each, len(results.study.tasks)), str(each.difference.pairs)]
         + [cell for differences in by_amount.values() for cell in _difference(differences[where])]
         for where, each in by_amount["cpu_seconds"].items()
-        if each.task is None
+        if each.task == study.only_task
     ]
     if pooled:
         heads = ["task", "comparison", "pairs"]
         heads += [cell for name in AMOUNTS.values() for cell in (f"area over {name}", "p, Holm")]
         parts.append(_table(heads, pooled))
+    if found.unlike:
+        pairs = [
+            f"{arm}, {other} of {task}, seed {seed} ({how})"
+            for (task, seed, arm, other), how in found.unlike.items()
+        ]
+        parts.append(f"Not compared over CPU seconds, since the machines differ: {'; '.join(pairs)}.")
     if found.silent:
         parts.append(f"Without a record of what they spent: {', '.join(each.name for each in found.silent)}.")
     return ["## At equal environment steps and at equal CPU seconds\n\n" + "\n\n".join(parts)]
@@ -231,6 +247,10 @@ def _left_out(results: Results) -> str:
         f"- the pair {arm}, {against} of {task}, seed {seed}, is left out: {reason}"
         for (task, seed, arm, against), reason in results.excluded.items()
     ]
+    lines += [
+        f"- {triple.name} is left out: not every arm has finished on {triple.task} with seed {triple.seed}"
+        for triple in results.apart
+    ]
     if results.missing:
         lines.append(f"- not run yet: {', '.join(triple.name for triple in results.missing)}")
     return "## Left out\n\n" + ("\n".join(lines) if lines else "Nothing.")
@@ -251,8 +271,9 @@ def _whole(count: int) -> slice:
 # --------------------------------------------------------------------------------------------- formats
 
 
-def _who(each: Comparison) -> list[str]:
-    return [each.task or ALL, f"{each.arm} - {each.against}"]
+def _who(each: Comparison, count: int) -> list[str]:
+    where = each.task or (ALL if len(each.tasks) == count else f"pooled: {', '.join(each.tasks) or 'none'}")
+    return [where, f"{each.arm} - {each.against}"]
 
 
 def _number(value: float, digits: int) -> str:

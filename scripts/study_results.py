@@ -24,6 +24,8 @@ class Results:
       failed: the line of each run that failed and was not made since.
       missing: runs without a line.
       strangers: lines of tasks, arms or seeds that the study's file does not name.
+      apart: finished runs that do not count, since another arm of their task and seed has not finished
+        (`Study.whole_seeds`).
       excluded: pairs that do not count, by task, seed and arms, with the reason.
     """
 
@@ -32,6 +34,7 @@ class Results:
     failed: dict[Triple, Line]
     missing: list[Triple]
     strangers: int
+    apart: list[Triple]
     excluded: dict[tuple[str, int, str, str], str]
 
     def values(self, task: str, arm: str, key: str) -> np.ndarray:
@@ -72,9 +75,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One difference of two arms, on one task or pooled over several (``task`` is None)."""
+    """One difference of two arms, on one task or pooled over several (``task`` is None), those with pairs."""
 
     task: str | None
+    tasks: tuple[str, ...]
     arm: str
     against: str
     difference: Difference
@@ -85,19 +89,26 @@ def gather(study: Study, lines: Sequence[Line]) -> Results:
     """Sort the lines of a study; the last one of each run counts."""
     last, wanted = newest(list(lines)), list(study.triples())
     known = {triple: last[triple] for triple in wanted if triple in last}
-    finished = {triple: line for triple, line in known.items() if line["status"] == "finished"}
+    done = {triple: line for triple, line in known.items() if line["status"] == "finished"}
+    apart = [triple for triple in done if study.whole_seeds and not _is_whole(study, done, triple)]
+    finished = {triple: line for triple, line in done.items() if triple not in apart}
     return Results(
         study,
         finished,
-        failed={triple: line for triple, line in known.items() if triple not in finished},
+        failed={triple: line for triple, line in known.items() if triple not in done},
         missing=[triple for triple in wanted if triple not in known],
         strangers=len(last.keys() - set(wanted)),
+        apart=apart,
         excluded=_exclude(study, finished),
     )
 
 
+def _is_whole(study: Study, done: Mapping[Triple, Line], triple: Triple) -> bool:
+    return all(Triple(triple.task, arm, triple.seed) in done for arm in study.arms)
+
+
 def _exclude(study: Study, finished: Mapping[Triple, Line]) -> dict[tuple[str, int, str, str], str]:
-    """Exclude pairs of which a run is not there, and those that did not start from the same weights."""
+    """Exclude pairs of which a run is not there, and those that differ in more than the arm."""
     found = {}
     for task in study.tasks:
         for seed in study.seeds:
@@ -113,6 +124,8 @@ def _exclude(study: Study, finished: Mapping[Triple, Line]) -> dict[tuple[str, i
                         found[task, seed, *pair] = f"the weights before RL differ ({', '.join(starts)})"
                     elif runs[0]["end_tasks"] != runs[1]["end_tasks"]:
                         found[task, seed, *pair] = "their last panels differ in size"
+                    elif any(runs[0][key] != runs[1][key] for key in ("commits", "versions")):
+                        found[task, seed, *pair] = "they are of different commits or versions of packages"
     return found
 
 
@@ -142,8 +155,8 @@ def describe_cell(results: Results, task: str, arm: str) -> Cell | None:
 def compare_arms(results: Results, key: str) -> list[Comparison]:
     """Compare the study's pairs of arms in a measure, on each task and pooled over tasks.
 
-    Holm's correction is over the comparisons pooled over tasks, and apart from that over all comparisons on
-    single tasks.
+    Holm's correction is over the study's comparisons pooled over tasks, and apart from that over all of them
+    on single tasks; those that have no pair yet count, too.
     """
     study = results.study
     by_task = {
@@ -152,6 +165,9 @@ def compare_arms(results: Results, key: str) -> list[Comparison]:
         for pair in study.comparisons
     }
     single = {where: compare([values]) for where, values in by_task.items()}
+    with_pairs = {
+        pair: tuple(task for task in study.tasks if len(by_task[task, *pair])) for pair in study.comparisons
+    }
     overall = study.only_task
     pooled = {
         (overall, *pair): compare([by_task[task, *pair] for task in study.tasks])
@@ -159,9 +175,9 @@ def compare_arms(results: Results, key: str) -> list[Comparison]:
     }
     families = [pooled] if len(study.tasks) == 1 else [pooled, single]
     return [
-        Comparison(*where, difference, adjusted)
+        Comparison(task, with_pairs[arm, against], arm, against, difference, adjusted)
         for family in families
-        for (where, difference), adjusted in zip(
+        for ((task, arm, against), difference), adjusted in zip(
             family.items(), holm([each.p for each in family.values()]), strict=True
         )
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -63,11 +64,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What the runs of an arm say of a measure; the interval is a 95 % bootstrap of the mean over seeds."""
+    """What the seeds of an arm say of a measure; the interval is a 95 % bootstrap of the mean over seeds."""
 
     measure: str
     arm: str
-    runs: int
+    seeds: int
     mean: float
     iqm: float
     low: float
@@ -164,11 +165,9 @@ def summarize(arms: Mapping[str, Sequence[Run]]) -> tuple[list[Line], list[Pairi
     first = next(iter(arms))
     lines, pairings = [], []
     for name, (metric, how) in measures.items():
-        found = {
-            arm: {run: measure(run, metric, how) for run in _by_seed(runs)} for arm, runs in arms.items()
-        }
+        found = {arm: _by_seed(runs, metric, how) for arm, runs in arms.items()}
         for arm, values in found.items():
-            known = np.array([value for value in values.values() if not math.isnan(value)])
+            known = np.array(list(values.values()))
             if len(known):
                 low, high = bootstrap([known])
                 iqm = float(interquartile_mean(known))
@@ -180,14 +179,22 @@ def summarize(arms: Mapping[str, Sequence[Run]]) -> tuple[list[Line], list[Pairi
     return lines, pairings
 
 
-def _paired(values: Mapping[Run, float], others: Mapping[Run, float]) -> np.ndarray:
-    by_seed = {run.seed: value for run, value in others.items() if run.seed is not None}
-    pairs = [value - by_seed[run.seed] for run, value in values.items() if run.seed in by_seed]
-    return np.array([pair for pair in pairs if not math.isnan(pair)])
+def _by_seed(runs: Sequence[Run], metric: str, how: str) -> dict[int | Path, float]:
+    """Measure each seed where it is known; runs that repeat a seed are one value, their mean.
+
+    Runs without a seed count each for itself, under its folder.
+    """
+    found = collections.defaultdict[int | Path, list[float]](list)
+    for run in sorted(runs, key=lambda run: (run.seed is None, run.seed or 0, str(run.folder))):
+        value = measure(run, metric, how)
+        if not math.isnan(value):
+            found[run.folder if run.seed is None else run.seed].append(value)
+    return {seed: float(np.mean(values)) for seed, values in found.items()}
 
 
-def _by_seed(runs: Sequence[Run]) -> list[Run]:
-    return sorted(runs, key=lambda run: (run.seed is None, run.seed or 0, str(run.folder)))
+def _paired(values: Mapping[int | Path, float], others: Mapping[int | Path, float]) -> np.ndarray:
+    """Subtract within pairs of equal seeds."""
+    return np.array([values[s] - others[s] for s in values if isinstance(s, int) and s in others])
 
 
 def _named(arms: Mapping[str, Sequence[Run]], prefix: str) -> list[str]:

@@ -17,7 +17,7 @@ from empg_jax.errors import ConfigError
 from empg_jax.files import replacing, write_text_atomic
 from empg_jax.report.comparison import Line, Pairing, Run, name_arms, read_run, summarize
 from empg_jax.report.curves import smooth
-from empg_jax.report.statistics import bootstrap
+from empg_jax.report.statistics import band
 
 PANELS = {
     "held_out": "held-out success",
@@ -79,7 +79,7 @@ def as_csv(lines: Sequence[Line], pairings: Sequence[Pairing]) -> str:
     writer.writerow(["measure", "arm", "against", "runs", "mean", "iqm", "low", "high", "p"])
     for line in lines:
         numbers = [line.mean, line.iqm, line.low, line.high]
-        writer.writerow([line.measure, line.arm, "", line.runs, *map(_cell, numbers), ""])
+        writer.writerow([line.measure, line.arm, "", line.seeds, *map(_cell, numbers), ""])
     for pair in pairings:
         found = pair.difference
         row = [pair.measure, pair.arm, pair.against, found.pairs, _cell(found.mean), ""]
@@ -104,7 +104,7 @@ def as_html(
         [
             line.measure,
             line.arm,
-            str(line.runs),
+            str(line.seeds),
             _show(line.mean),
             _bounds(line.low, line.high),
             _show(line.iqm),
@@ -121,15 +121,16 @@ def as_html(
     ]
     shown = base64.b64encode(picture).decode()
     note = (
-        "Means over runs with 95 % bootstrap intervals (seeds resampled; none for one run) and interquartile "
-        "means. Differences are paired by seed; p is that of the exact sign-flip test, of one measure each, "
-        "not corrected for their number."
+        "Means over seeds, with 95 % bootstrap intervals from six seeds on, and interquartile means; runs "
+        "that repeat a seed count as one. Bands in the picture are such intervals, of fewer than six runs "
+        "their range. Differences are paired by seed; p is that of the exact sign-flip test, of one measure "
+        "each, not corrected for their number."
     )
     parts = [
         _table(["arm", "runs", "seeds", "folders"], runs),
         f"<p>{note}</p>",
         f'<img alt="Curves of the arms over updates" src="data:image/png;base64,{shown}">',
-        "<h2>Measures</h2>" + _table(["measure", "arm", "runs", "mean", "interval", "IQM"], means),
+        "<h2>Measures</h2>" + _table(["measure", "arm", "seeds", "mean", "interval", "IQM"], means),
     ]
     if differences:
         heads = ["measure", "difference", "pairs", "mean", "interval", "p"]
@@ -143,7 +144,7 @@ def as_html(
 
 
 def draw(arms: Mapping[str, Sequence[Run]]) -> bytes:
-    """Draw the mean of each arm over updates with its 95 % bootstrap band; return a PNG."""
+    """Draw the mean of each arm over updates with its band; return a PNG."""
     # Figure without pyplot, which has global state and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -182,7 +183,7 @@ def _draw_arm(axes: Any, runs: Sequence[Run], name: str, arm: str, color: str) -
     axes.plot(updates, smooth(means, width), ".-", color=color, label=arm, linewidth=1.6, markersize=3)
     whole = is_known.all(axis=1)
     if len(curves) > 1 and whole.any():
-        bands = np.array([bootstrap([row], resamples=RESAMPLES) for row in table[whole]])
+        bands = np.array([band(row, RESAMPLES) for row in table[whole]])
         low, high = (smooth(bound, min(width, len(bound))) for bound in bands.T)
         axes.fill_between(np.array(updates)[whole], low, high, color=color, alpha=0.15, linewidth=0)
     return True

@@ -9,14 +9,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 RESAMPLES = 10_000  # of a bootstrap
 EXACT_PAIRS = 16  # up to here every one of the 2^n signs is tried
 SIGNS = 100_000  # signs that are sampled beyond
 POWER, LEVEL = 0.8, 0.05
+FEWEST = 6  # fewer pairs never reach the level: of n signs, all alike, 2 in 2^n are as extreme
 
 Curve = Sequence[tuple[int, float]]  # updates, ascending, and the success after them
 Statistic = Callable[[np.ndarray], np.ndarray]  # over the last axis
@@ -29,10 +30,11 @@ class Difference:
     Attributes:
       pairs: number of pairs over all tasks.
       mean: the difference.
-      low, high: 95 % bootstrap interval, seeds resampled within each task; NaN below two pairs in a task.
+      low, high: 95 % bootstrap interval, seeds resampled within each task; NaN below six pairs in a task.
       p: two-sided p-value of the sign-flip test.
       sd: standard deviation of the differences within a task (root mean square over tasks).
-      detectable: the smallest true difference that such pairs find with 80 % power at the 5 % level.
+      detectable: the smallest true difference that such pairs find with 80 % power at the 5 % level; NaN
+        below six pairs, which cannot reach that level.
     """
 
     pairs: int
@@ -80,21 +82,31 @@ def mean(values: np.ndarray) -> np.ndarray:
 def bootstrap(
     tasks: Sequence[np.ndarray], statistic: Statistic = mean, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """Compute the 95 % percentile interval of the mean over tasks of a statistic, by resampling seeds.
+    """Compute the 95 % interval of the mean over tasks of a statistic, by resampling seeds within each task.
 
-    Seeds are resampled within each task.
+    Percentiles of a bootstrap of few values lie too close together (of 8 values they cover 88 %). They are
+    taken further out, by what Student's t with n - 1 degrees and the unbiased variance ask for (Hesterberg
+    2015, "What Teachers Should Know About the Bootstrap", expanded percentiles); n: the smallest task's.
 
     Returns:
-      Lower and upper bound; NaN where a task has fewer than two values, since there is nothing to resample.
+      Lower and upper bound; NaN where a task has fewer than six values, which resampling says too little of.
     """
-    if not tasks or min(map(len, tasks)) < 2:
+    if not tasks or min(map(len, tasks)) < FEWEST:
         return math.nan, math.nan
-    generator, total = np.random.default_rng(0), np.zeros(resamples)
+    generator, total, fewest = np.random.default_rng(0), np.zeros(resamples), min(map(len, tasks))
     for values in tasks:
         values = np.asarray(values, np.float64)
         total += statistic(values[generator.integers(len(values), size=(resamples, len(values)))])
-    low, high = np.quantile(total / len(tasks), [0.025, 0.975])
+    tail = ndtr(-math.sqrt(fewest / (fewest - 1)) * stdtrit(fewest - 1, 1 - LEVEL / 2))
+    low, high = np.quantile(total / len(tasks), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def band(values: np.ndarray, resamples: int) -> tuple[float, float]:
+    """Compute the band around a mean in a picture: its 95 % interval; the range of fewer than six values."""
+    if len(values) < FEWEST:
+        return float(np.min(values)), float(np.max(values))
+    return bootstrap([values], resamples=resamples)
 
 
 def sign_flip(tasks: Sequence[np.ndarray]) -> float:
@@ -119,19 +131,27 @@ def sign_flip(tasks: Sequence[np.ndarray]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Compute Holm's adjusted p-values of a family, in the given order; NaN stays and counts for nothing."""
+    """Compute Holm's adjusted p-values of a family, in the given order.
+
+    NaN, a comparison without data yet, stays and counts as one of the family: what is not known cannot make
+    the others more certain.
+    """
     known = [number for number, p in enumerate(p_values) if not math.isnan(p)]
     adjusted, largest = [math.nan] * len(p_values), 0.0
     for rank, number in enumerate(sorted(known, key=lambda number: p_values[number])):
-        largest = max(largest, min(1.0, (len(known) - rank) * p_values[number]))
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
         adjusted[number] = largest
     return adjusted
 
 
-def detectable(standard_error: float) -> float:
-    """Compute the true difference found with 80 % power at the two-sided 5 % level (normal approximation)."""
-    normal = NormalDist()
-    return (normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)) * standard_error
+def detectable(standard_error: float, degrees: int) -> float:
+    """Compute the true difference found with 80 % power at the two-sided 5 % level.
+
+    Args:
+      standard_error: of the mean difference.
+      degrees: degrees of freedom of its estimate (Student's t); pairs minus tasks.
+    """
+    return float(stdtrit(degrees, 1 - LEVEL / 2) + stdtrit(degrees, POWER)) * standard_error
 
 
 def compare(tasks: Sequence[np.ndarray]) -> Difference:
@@ -141,13 +161,14 @@ def compare(tasks: Sequence[np.ndarray]) -> Difference:
         return Difference(0, *[math.nan] * 6)
     center = float(np.mean([values.mean() for values in tasks]))
     low, high = bootstrap(tasks)
-    sd = error = math.nan
+    sd, smallest, pairs = math.nan, math.nan, sum(map(len, tasks))
     if min(map(len, tasks)) > 1:
         variances = [float(values.var(ddof=1)) for values in tasks]
         sd = math.sqrt(sum(variances) / len(tasks))
         shares = [each / len(values) for each, values in zip(variances, tasks, strict=True)]
-        error = math.sqrt(sum(shares)) / len(tasks)
-    return Difference(sum(map(len, tasks)), center, low, high, sign_flip(tasks), sd, detectable(error))
+        if pairs >= FEWEST:
+            smallest = detectable(math.sqrt(sum(shares)) / len(tasks), pairs - len(tasks))
+    return Difference(pairs, center, low, high, sign_flip(tasks), sd, smallest)
 
 
 def correlation(first: Sequence[float | None], second: Sequence[float | None]) -> float:

@@ -62,7 +62,7 @@ def test_two_arms_of_seeds_are_compared_in_pairs(tmp_path):
         pytest.approx(0.6),
         pytest.approx(0.6),
     )
-    assert float(end["low"]) < 0.6 < float(end["high"])
+    assert (end["low"], end["high"]) == ("", "")  # six seeds are needed
     assert float(found["held-out success, area", second, ""]["mean"]) == pytest.approx((0.25 + 0.4 + 0.4) / 3)
     assert float(found["rollout, seconds", first, ""]["mean"]) == 2
     pair = found["success, end", second, first]
@@ -91,6 +91,29 @@ def test_one_run_has_no_interval_and_foreign_seeds_no_pair(tmp_path):
     assert (line["runs"], line["low"], line["high"]) == ("1", "", "")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "No two arms share a seed" in page and "b&lt;i&gt;" in page
+
+
+def test_runs_that_repeat_a_seed_are_no_seeds_more(tmp_path):
+    """Three copies of each of two seeds make two pairs, whose p is 0.5, and one value each."""
+    ends = {("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): 0.5, ("b", 1): 0.9}
+    made = [
+        make_run(tmp_path / f"{arm}-{seed}-{copy}", seed=seed, modulation=arm, success=(0.0, end + copy / 10))
+        for (arm, seed), end in ends.items()
+        for copy in range(1 if arm == "a" else 3)
+    ]
+    report(*made, "--out", tmp_path / "out")
+    found = rows(tmp_path / "out")
+    line = found["success, end", "modulation=b", ""]
+    assert (line["runs"], float(line["mean"])) == ("2", pytest.approx(0.8))
+    pair = found["success, end", "modulation=b", "modulation=a"]
+    assert (pair["runs"], float(pair["p"]), float(pair["mean"])) == ("2", 0.5, pytest.approx(0.5))
+
+
+def test_six_seeds_have_an_interval(tmp_path):
+    made = [make_run(tmp_path / str(seed), seed=seed, success=(0.0, seed / 10)) for seed in range(6)]
+    assert report(*made, "--out", tmp_path / "out").exit_code == 0
+    line = rows(tmp_path / "out")["success, end", "grpo", ""]
+    assert float(line["low"]) < 0.25 < float(line["high"])
 
 
 def test_equal_settings_are_one_arm_named_after_the_algorithm(tmp_path):

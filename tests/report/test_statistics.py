@@ -8,6 +8,7 @@ import pytest
 
 from empg_jax.report.statistics import (
     area,
+    band,
     bootstrap,
     compare,
     correlation,
@@ -72,32 +73,53 @@ def test_holm():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     corrected = holm([math.nan, 0.02, 0.03])
-    assert math.isnan(corrected[0]) and corrected[1:] == pytest.approx([0.04, 0.04])
+    # What has no data yet is one of the family of three.
+    assert math.isnan(corrected[0]) and corrected[1:] == pytest.approx([0.06, 0.06])
     assert holm([]) == []
 
 
 def test_the_detectable_difference_of_the_plan():
-    """16 pairs find 3.5 points where the paired sd is 5, and 6.9 where it is 9.9."""
-    assert detectable(5 / 4) == pytest.approx(3.50, abs=0.01)
-    assert detectable(9.9 / 4) == pytest.approx(6.93, abs=0.01)
+    """16 pairs with an sd of 5 points find 3.5, were the sd known; with the 15 degrees it has, 3.7."""
+    assert detectable(5 / 4, 10**6) == pytest.approx(3.50, abs=0.01)
+    assert detectable(5 / 4, 15) == pytest.approx((2.131 + 0.866) * 5 / 4, abs=0.005)
 
 
 def test_bootstrap():
-    assert bootstrap([np.array([2.0, 2.0])]) == (2, 2)
-    assert bootstrap([np.array([0.0, 1.0])]) == (0, 1)  # a quarter of the means is 0, a quarter is 1
+    assert bootstrap([np.full(6, 2.0)]) == (2, 2)
     low, high = bootstrap([np.random.default_rng(1).normal(3, 1, 400)])
     assert low == pytest.approx(3 - 1.96 / 20, abs=0.1) and high == pytest.approx(3 + 1.96 / 20, abs=0.1)
     assert bootstrap([np.arange(9)]) == bootstrap([np.arange(9)])
-    assert all(map(math.isnan, bootstrap([np.array([1.0, 2.0]), np.array([1.0])])))
+    assert all(map(math.isnan, bootstrap([np.arange(9), np.arange(5)])))  # a task of too few
+
+
+@pytest.mark.parametrize("count", [6, 8, 16])
+def test_intervals_of_few_seeds_cover_what_they_say(count):
+    """Plain percentiles cover 88 % with 6 and with 8 values."""
+    samples = np.random.default_rng(1).normal(size=(600, count))
+    bounds = [bootstrap([values], resamples=1000) for values in samples]
+    assert np.mean([low <= 0 <= high for low, high in bounds]) == pytest.approx(0.95, abs=0.03)
+
+
+def test_bands_of_few_are_their_range():
+    assert band(np.array([0.3, 0.1, 0.2]), 100) == (0.1, 0.3)
+    assert band(np.arange(9), 100) == bootstrap([np.arange(9)], resamples=100)
 
 
 def test_a_comparison_over_tasks():
     found = compare([np.array([1.0, 3.0]), np.array([5.0, 5.0, 5.0]), np.array([])])
     assert found.pairs == 5 and found.mean == (2 + 5) / 2
     assert found.sd == 1  # of variances 2 and 0
-    assert found.detectable == pytest.approx(detectable(math.sqrt(2 / 2) / 2))
     assert found.p == 2 / 2**5
-    assert (found.low, found.high) == ((1 + 5) / 2, (3 + 5) / 2)
+    # Five pairs cannot reach 5 %, and three say little of their spread.
+    assert all(map(math.isnan, (found.low, found.high, found.detectable)))
+
+
+def test_a_comparison_of_enough():
+    one, other = np.array([1.0, 3.0] * 4), np.full(6, 5.0)
+    found = compare([one, other])
+    assert found.sd == pytest.approx(math.sqrt(8 / 7 / 2))  # of variances 8 / 7 and 0
+    assert found.detectable == pytest.approx(detectable(math.sqrt(1 / 7) / 2, 12))
+    assert (found.low, found.high) == bootstrap([one, other])
 
 
 def test_a_comparison_of_too_little():

@@ -37,6 +37,16 @@ def test_spread_and_shares_of_a_run(run, capsys):
     assert found[-1][5:] == ["0.250", "2.240"]
 
 
+def test_runs_of_one_name_stand_beside_each_other(tmp_path, capsys):
+    folders = [tmp_path / part / "empg" for part in ("a", "b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        write_rollouts(folder, 1, [episode(0, 0, [1.0], [1.0])])
+    assert study_factors.main(list(map(str, folders))) == 0
+    text = capsys.readouterr().out
+    assert all(str(folder) in text for folder in folders)
+
+
 def test_some_updates_alone(run, capsys):
     assert study_factors.main([str(run), "--updates", "1"]) == 0
     found = rows(capsys.readouterr().out)

@@ -61,6 +61,17 @@ def test_a_configuration_of_ones_own_lies_beside_the_study(tmp_path):
         ("  aem:", "  a/m:", "'a/m' is no name of a folder"),
         ("\nseeds: [", "\nbaseline: plane\nseeds: [", "there is no arm plane .did you mean plain"),
         ("\nseeds: [", "\ncomparisons: [[aem, plain, aem]]\nseeds: [", "is no pair of two arms"),
+        ("\nseeds: [", "\ncomparisons: [aem, [aem, plain]]\nseeds: [", "aem with plain comes twice"),
+        ("\nseeds: [", "\ncomparisons: [5]\nseeds: [", "is no list of arms"),
+        ("\nseeds: [", "\nend_tasks: lots\nseeds: [", "end_tasks='lots' is no positive number"),
+        ("\nseeds: [", "\nend_tasks: -3\nseeds: [", "end_tasks=-3 is no positive number"),
+        ("\nseeds: [", "\nwhole_seeds: 1\nseeds: [", "whole_seeds=1 is no true or false"),
+        ("{points: 4}", "{points: .nan}", "needs its size as points: NUMBER"),
+        (
+            "arms:\n  plain: [algorithm.name=grpo]\n  aem: [algorithm.name=grpo_aem]",
+            "arms: {}",
+            "arms must give names",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, old, new, told):
@@ -83,7 +94,7 @@ def test_the_studies_are_those_that_were_planned(shipped):
     confirm, rates, ablations = (shipped[name] for name in ("confirm", "rates", "ablations"))
     assert {task.config for task in confirm.tasks.values()} == {"quickstart", "alfworld_tiny", "webshop_tiny"}
     assert confirm.seeds == tuple(range(100, 116)) and len(list(confirm.triples())) == 16 * 9
-    assert ablations.seeds == tuple(range(200, 208)) and rates.seeds == (50, 51, 52)
+    assert ablations.seeds == tuple(range(200, 210)) and rates.seeds == (50, 51, 52)
     for one, other in itertools.combinations(shipped.values(), 2):
         assert not set(one.seeds) & set(other.seeds)  # nothing is confirmed on the seeds it was found on
     for arm in confirm.arms:

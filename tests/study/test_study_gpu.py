@@ -55,6 +55,33 @@ def test_what_a_run_has_is_told(tmp_path):
     assert table[3] == "| grpo | 2 | left out | 0 | - | - | - | - | - | - |"
 
 
+def called(monkeypatch, *arguments):
+    """Call the script; the arms that were run, where each takes no time."""
+    begun = []
+
+    def run(arguments, log, seconds):
+        begun.append(log.stem)
+        log.touch()
+        return "finished"
+
+    monkeypatch.setattr(study_gpu, "run", run)
+    monkeypatch.setattr(sys, "argv", ["study_gpu.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        study_gpu.main()
+    return begun, ended.value.code
+
+
+def test_what_does_not_fit_is_left_out_by_whole_seeds(tmp_path, monkeypatch, capsys):
+    begun, code = called(monkeypatch, tmp_path / "out", "--seconds", 200)
+    assert begun == [f"{arm}-{seed}" for seed in (0, 1) for arm in study_gpu.ARMS] and code == 0
+    states = [each["state"] for each in json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]]
+    assert states == ["finished"] * 6 + ["left out"] * 3
+    assert called(monkeypatch, tmp_path / "out") == ([], 2)
+    assert "has runs already" in capsys.readouterr().err
+    assert called(monkeypatch, tmp_path / "little", "--seconds", 80) == ([], 2)
+    assert "the arms need 90" in capsys.readouterr().err and not (tmp_path / "little").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_dry_run_trains_every_arm(tmp_path, monkeypatch):
