@@ -62,6 +62,22 @@ def test_demonstrations_that_do_not_fit_are_left_out(language):
         record(language, 2, **{"rollout.max_tokens": 8, "rollout.prefill_buckets": "null"})
 
 
+def test_in_a_window_no_turn_is_longer_than_a_row(language):
+    window = {"env.context": "window", "env.history": 2}
+    config = runs.configure("unused", *(f"{key}={value}" for key, value in window.items()))
+    language = assembly.make_language(config)
+
+    def longest(episode):
+        return max(len(turn.prompt_tokens) + len(turn.response_tokens) for turn in episode.turns)
+
+    _, all_of_them = record(language, 30, **window, **{"rollout.max_tokens": 384})
+    limit = sorted(map(longest, all_of_them))[15]
+    _, few = record(language, 30, **window, **{"rollout.max_tokens": limit})
+    assert [e.group_id for e in few] == [e.group_id for e in all_of_them if longest(e) <= limit]
+    last = [len(e.turns[-1].prompt_tokens) + len(e.turns[-1].response_tokens) for e in all_of_them]
+    assert len(few) < sum(size <= limit for size in last)  # turns before the last one are often the longest
+
+
 def test_an_environment_without_expert_or_with_a_fault_is_named(language):
     spec = {"env.name": "null", "env.options.level": "tiny"}
     with pytest.raises(DemonstrationError, match=r"tests\.houses:MUTE has no expert.*sft\.updates=0"):
