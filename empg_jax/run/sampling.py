@@ -249,7 +249,7 @@ def make_evaluator(
       hosts: the hosts that share the tasks.
 
     Raises:
-      ConfigError: the environment has no such split.
+      ConfigError: the environment has no such split, or no tasks in it.
     """
     panels = count_panels(config, pool)
     collector = make_collector(
@@ -268,18 +268,32 @@ def make_evaluator(
     )
 
 
+def check_split(pool: EnvPool, key: str, split: str) -> None:
+    """Check that the environment has a split.
+
+    Args:
+      pool: environment workers.
+      key: the key that names the split.
+      split: its name.
+
+    Raises:
+      ConfigError: there is no such split, or it has no tasks.
+    """
+    if split not in pool.splits:
+        raise ConfigError(f"{key}={split} does not exist; the environment has {', '.join(pool.splits)}")
+    if not pool.splits[split]:
+        raise ConfigError(f"{key}={split} has no tasks")
+
+
 def count_panels(config: Config, pool: EnvPool) -> dict[str, int]:
     """Return the number of tasks to attempt of each panel in ``env.eval_split``.
 
     Raises:
-      ConfigError: the environment has no such split.
+      ConfigError: the environment has no such split, or no tasks in it.
     """
     splits = eval_panels(config)
     for split in splits:
-        if split not in pool.splits:
-            raise ConfigError(
-                f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
-            )
+        check_split(pool, "env.eval_split", split)
     return {split: min(config.eval.tasks, pool.splits[split]) for split in splits}
 
 
@@ -289,12 +303,11 @@ def make_rollout(
     """Build the thread that plays this host's training episodes, with its ledger.
 
     Raises:
-      ConfigError: the environment has no such split, or too few tasks for the hosts.
+      ConfigError: the environment has no such split, no tasks in it, or too few tasks for the hosts.
     """
     r, split = config.rollout, config.env.split
     stored = None if r.stored is None else _load_stored(config, engine.model.vocab_size)
-    if split not in pool.splits:
-        raise ConfigError(f"env.split={split} does not exist; the environment has {', '.join(pool.splits)}")
+    check_split(pool, "env.split", split)
     num_tasks = pool.splits[split] if stored is None else len(stored)
     ledger = Ledger(
         _make_order(config, num_tasks, hosts),

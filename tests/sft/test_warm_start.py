@@ -1,11 +1,15 @@
 """The warm start: what is recorded, what is learned, what is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from empg_jax import trainer
 from empg_jax.algorithms import ALGORITHMS
+from empg_jax.errors import ConfigError
 from empg_jax.run import assembly
+from empg_jax.run.sampling import check_split
 from empg_jax.sft import warm_start as sft
 from empg_jax.sft.demonstrations import DemonstrationError, record_demonstrations
 from tests import runs
@@ -85,6 +89,13 @@ def test_an_environment_without_expert_or_with_a_fault_is_named(language):
     broken = {"env.options.trouble": "raise", "env.options.diary": "/dev/null"}
     with pytest.raises(DemonstrationError, match=r"its expert played .* RuntimeError: the house"):
         record(language, **spec, **broken, **{"env.entry_point": "tests.houses:HOUSE"})
+
+
+def test_a_split_that_has_no_demonstrations_is_told_at_the_start(tmp_path):
+    with pytest.raises(ConfigError, match=r"^sft\.split=nope does not exist; the environment has train, "):
+        trainer.run_sft(runs.configure(tmp_path / "run", "sft.split=nope"))
+    with pytest.raises(ConfigError, match=r"^sft\.split=train has no tasks$"):
+        check_split(SimpleNamespace(splits={"train": 0}), "sft.split", "train")
 
 
 def test_the_loss_is_cross_entropy_on_sampled_tokens_alone():
