@@ -124,6 +124,16 @@ def test_a_pool_of_pages_is_counted_by_its_tokens():
         assert item.size == (2 * 4 * 4 * 32 * 4) * counted and f"{counted} tokens in pages" in item.note
 
 
+def test_prefills_are_planned_with_the_rows_that_the_engine_has():
+    def sampling(*changes):
+        config = load_config("household_qwen2.5_7b", changes)
+        return sizes(compute_plan(config, find_shape(config)))["sampling"]
+
+    # Where all episodes take each turn together, all 128 slots are prefilled at once, half of them on a device.
+    together = sampling("rollout.deterministic=true", "train.max_lag=0")
+    assert together > 5 * sampling() and together > 64 * 1024 * 3584 * 4
+
+
 def test_adapters_freeze_and_quantize_the_rest():
     sections = {"model": {"preset": "qwen2.5-7b", "dtype": "bfloat16", "lora": {"rank": 16}}}
     plain = make_config({}, 8, 256, **sections, algorithm={"kl_coef": 0.1})
