@@ -21,6 +21,7 @@ from empg_jax.run.assembly import (
     micro_rows,
     shape_model,
 )
+from empg_jax.run.sampling import count_slots
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -191,7 +192,7 @@ def _candidates(config: Config, devices: int) -> Iterator[list[str]]:
     yield ["model.dtype=bfloat16"]
     yield ["model.dtype=bfloat16", "model.param_dtype=bfloat16"]
     yield [f"train.micro_tokens={rollout.max_tokens * mesh.data * mesh.fsdp}"]
-    yield [f"rollout.slots={max(1, (rollout.slots or rollout.tasks_per_update * rollout.group_size) // 4)}"]
+    yield [f"rollout.slots={max(1, count_slots(config, config.hosts.num or 1) // 4)}"]
     for shards in (2, 4, 8):
         if rollout.tensor < shards <= devices // rollout.data:
             yield [f"rollout.tensor={shards}"]

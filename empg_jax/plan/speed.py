@@ -18,6 +18,7 @@ from empg_jax.learner.state import base_model
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.parallel.layout import cache_heads_here
 from empg_jax.run.assembly import micro_rows
+from empg_jax.run.sampling import count_slots
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -111,7 +112,7 @@ def compute_speed(config: Config, model: DecoderConfig, chip: Chip) -> Speed:
     sent = count / mesh.tensor * (GATHERS[model.remat] * narrow + kept) * (1 - 1 / split)
     if mesh.data > 1:  # the split gradients are added up over the copies: scattered and gathered
         sent += 2 * kept * count / mesh.tensor / split * (1 - 1 / mesh.data)
-    slots = r.slots or r.tasks_per_update * r.group_size
+    slots = count_slots(config, config.hosts.num or 1)
     heads = cache_heads_here(model.num_heads, model.num_kv_heads, r.tensor)
     live = slots / r.data * r.max_tokens / 2 * 2 * model.num_layers * heads * model.head_dim * narrow
     return Speed(

@@ -134,6 +134,15 @@ def test_prefills_are_planned_with_the_rows_that_the_engine_has():
     assert together > 5 * sampling() and together > 64 * 1024 * 3584 * 4
 
 
+def test_hosts_share_the_slots():
+    keys = {"num": 2, "index": 0, "coordinator": "node0:99"}
+    alone, shared = (make_config({}, 8, 256, **sections) for sections in ({}, {"hosts": keys}))
+    whole, half = (sizes(compute_plan(config, SMALL))["KV cache"] for config in (alone, shared))
+    assert whole == 2 * half == 2 * sizes(compute_plan(alone, SMALL, num_hosts=2))["KV cache"]
+    chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9)
+    assert [compute_speed(config, SMALL, chip).slots for config in (alone, shared)] == [8, 4]
+
+
 def test_adapters_freeze_and_quantize_the_rest():
     sections = {"model": {"preset": "qwen2.5-7b", "dtype": "bfloat16", "lora": {"rank": 16}}}
     plain = make_config({}, 8, 256, **sections, algorithm={"kl_coef": 0.1})
