@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from empg_jax.models.attention.trunks import tile_size
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.head import LARGE_SLAB
+from empg_jax.models.quantize import QUANTIZED_LEAVES
 from empg_jax.parallel.layout import cache_heads_here, head_shards
 from empg_jax.parallel.mesh import AXES, fit_spec, mesh_axes
 from empg_jax.run.assembly import (
@@ -273,7 +274,7 @@ def _engine_items(
     note = "freed during updates" if r.release else "live ones and those to come"
     yield Item("engine weights", copies * own, when, f"{note}, {where}")
     if base:
-        size = shard_bytes(base, model.head_dim, mesh)
+        size = shard_bytes(as_computed(base, model.dtype), model.head_dim, mesh)
         yield Item("engine base", size, "always", f"the frozen weights, {where}")
     sizes = size_engine(config, num_hosts=num_hosts)
     slots = -(-sizes.slots // r.data)
@@ -290,6 +291,20 @@ def _engine_items(
     logits = 3 * 4 * slots * model.vocab_size // r.tensor
     prefill = _prefill_bytes(config, model, mesh, sizes)
     yield Item("sampling", _estimate(max(prefill, logits)), "rollout", "one prefill, or logits of a step")
+
+
+def as_computed(base: Params, dtype: Any) -> Params:
+    """Return the shapes of frozen weights with the types that computations take: quantized leaves keep theirs.
+
+    Args:
+      base: shapes and types, as stored.
+      dtype: the computation's type.
+    """
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        return leaf if path[-1].key in QUANTIZED_LEAVES else jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, base)
 
 
 def _prefill_bytes(config: Config, model: DecoderConfig, mesh: AbstractMesh, sizes: EngineConfig) -> int:
