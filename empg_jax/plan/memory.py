@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -53,22 +53,33 @@ class Item:
       phase: when the memory is in use: ``always``, during an ``update``, during a ``rollout``, or within an
         update while one ``layer`` or the ``head`` runs.
       note: the origin of the size.
+      owner: ``learner`` or ``engine``.
     """
 
     name: str
     size: int
     phase: str
     note: str
+    owner: str = "learner"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The memory of one device, item by item. Phases that never overlap share their memory."""
+    """The memory of the fullest device, item by item. Phases that never overlap share their memory.
+
+    Attributes:
+      name: the configuration's name.
+      mesh: sizes of the learner's mesh.
+      num_params: numbers of the model.
+      items: the items.
+      is_apart: whether the engine has devices of its own (``rollout.devices``).
+    """
 
     name: str
     mesh: dict[str, int]
     num_params: int
     items: tuple[Item, ...]
+    is_apart: bool = False
 
     @property
     def devices(self) -> int:
@@ -76,13 +87,25 @@ class Plan:
         return math.prod(self.mesh.values())
 
     @property
+    def peaks(self) -> dict[str, int]:
+        """Peak bytes of a device by its user: ``learner``, ``engine``, or ``both`` where they share devices."""
+        if not self.is_apart:
+            return {"both": _peak(self.items)}
+        owners = ("learner", "engine")
+        return {owner: _peak(item for item in self.items if item.owner == owner) for owner in owners}
+
+    @property
     def total(self) -> int:
-        """Peak bytes."""
-        sums = dict.fromkeys(("always", "update", "layer", "head", "rollout"), 0)
-        for item in self.items:
-            sums[item.phase] += item.size
-        update = sums["update"] + max(sums["layer"], sums["head"])
-        return sums["always"] + max(update, sums["rollout"])
+        """Peak bytes of the fullest device."""
+        return max(self.peaks.values())
+
+
+def _peak(items: Iterable[Item]) -> int:
+    sums = dict.fromkeys(("always", "update", "layer", "head", "rollout"), 0)
+    for item in items:
+        sums[item.phase] += item.size
+    update = sums["update"] + max(sums["layer"], sums["head"])
+    return sums["always"] + max(update, sums["rollout"])
 
 
 def compute_plan(config: Config, model: DecoderConfig, num_hosts: int | None = None) -> Plan:
@@ -101,9 +124,11 @@ def compute_plan(config: Config, model: DecoderConfig, num_hosts: int | None = N
         *_update_items(config, model, mesh, trained, base),
     ]
     if config.rollout.engine == "builtin":
-        items += _engine_items(config, model, trained, base, num_hosts or config.hosts.num or 1)
+        engine = _engine_items(config, model, trained, base, num_hosts or config.hosts.num or 1)
+        items += (dataclasses.replace(item, owner="engine") for item in engine)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: _plain(model))))
-    return Plan(config.name, dict(vars(config.mesh)), count, tuple(item for item in items if item.size))
+    found = tuple(item for item in items if item.size)
+    return Plan(config.name, dict(vars(config.mesh)), count, found, config.rollout.devices is not None)
 
 
 def _plain(model: DecoderConfig) -> Params:
@@ -269,6 +294,8 @@ def _engine_items(
     mesh = AbstractMesh((r.data, 1, r.tensor, 1), AXES)
     own = shard_bytes(trained, model.head_dim, mesh, itemsize=narrow)
     where = f"on {r.data * r.tensor} of the devices" if r.data * r.tensor > 1 else "on the first device"
+    if r.devices is not None:
+        where = "on its own devices"
     # Without release the old weights are live while new ones are placed.
     when, copies = ("rollout", 1) if r.release else ("always", 2)
     note = "freed during updates" if r.release else "live ones and those to come"

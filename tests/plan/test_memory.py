@@ -19,7 +19,7 @@ from empg_jax.learner.state import make_optimizer, state_shapes
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.plan.explain import GIB, as_line, explain, find_shape, spread
+from empg_jax.plan.explain import GIB, as_line, as_lines, explain, find_shape, spread
 from empg_jax.plan.memory import compute_plan
 from empg_jax.plan.speed import Chip, compute_speed
 from empg_jax.plan.whole import whole_lines
@@ -141,6 +141,18 @@ def test_hosts_share_the_slots():
     assert whole == 2 * half == 2 * sizes(compute_plan(alone, SMALL, num_hosts=2))["KV cache"]
     chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9)
     assert [compute_speed(config, SMALL, chip).slots for config in (alone, shared)] == [8, 4]
+
+
+def test_devices_of_the_engine_alone_are_not_the_learners():
+    def plan(**rollout):
+        return compute_plan(*_seven(dict(fsdp=4), dict(tensor=4, slots=40, **rollout)))
+
+    shared, apart = plan(), plan(devices=4)
+    assert sizes(apart) == sizes(shared) and list(shared.peaks) == ["both"]
+    assert apart.total == apart.peaks["learner"] == update_bytes(shared)
+    assert apart.peaks["engine"] == sum(item.size for item in shared.items if item.name not in LEARNER)
+    assert " of the learner (optimizer " in as_line(apart) and " of the learner" not in as_line(shared)
+    assert as_lines(apart)[-1].endswith(" of the learner")
 
 
 def test_adapters_freeze_and_quantize_the_rest():
