@@ -329,6 +329,42 @@ def test_expected_times_follow_from_the_peaks():
         assert compute_speed(config, model, chip).step == pytest.approx(step, rel=0.01)
 
 
+def test_all_experts_are_exchanged_and_those_that_slots_visit_are_read():
+    chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9)
+    sections = {"model": {"preset": "qwen3-30b-a3b", "dtype": "bfloat16"}}
+
+    def speed(rows):
+        config = make_config(dict(fsdp=8), rows, 256, **sections)
+        return compute_speed(config, find_shape(config), chip)
+
+    experts, others = 48 * 128 * 3 * 2048 * 768, 1.23e9
+    visited = others + experts / 16
+    attention = 2 * 48 * 32 * 128 * 256
+    compute = 4 * 128 * 256 * (2 * visited + attention) / 8 / 100e12
+    assert speed(128).compute == pytest.approx(compute, rel=0.01)
+    assert speed(128).exchange == pytest.approx((3 * 2 + 4) * (experts + others) * 7 / 8 / 1e11, rel=0.01)
+    token = 2 * 48 * 4 * 128 * 2
+    for rows, share in ((128, 1), (8, 1 / 2)):  # 8 slots visit at most 64 of 128 experts
+        step = (2 * (others + share * experts) + rows * 128 * token) / 1e12
+        assert speed(rows).step == pytest.approx(step, rel=0.01)
+
+
+def test_frozen_weights_cost_less_and_quantized_ones_fewer_bytes():
+    chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9)
+
+    def speed(**changes):
+        sections = {"model": {"preset": "qwen2.5-7b", "dtype": "bfloat16", **changes}}
+        config = make_config(dict(fsdp=8), 40, 256, **sections)
+        return compute_speed(config, find_shape(config), chip)
+
+    whole, frozen = speed(), speed(lora={"rank": 16})
+    packed = speed(lora={"rank": 16}, quantize="nf4")
+    assert frozen.compute == packed.compute == pytest.approx(3 / 4 * whole.compute, rel=0.02)
+    assert frozen.exchange == pytest.approx(3 * 2 / 10 * whole.exchange)
+    assert packed.exchange < 0.4 * frozen.exchange
+    assert frozen.step == whole.step and packed.step < 0.5 * whole.step
+
+
 def test_the_command_prints_the_plan():
     arguments = ["plan", "quickstart", "model.num_layers=4", "--devices", "8", "--memory-gib", "16"]
     result = CliRunner().invoke(app, arguments)
