@@ -262,6 +262,20 @@ def test_what_is_not_split_is_said_with_its_cost(mesh, rollout, said):
         assert re.search(pattern, line), line
 
 
+def test_frozen_weights_that_are_not_split_are_said_too():
+    def lines(**changes):
+        config = make_config(dict(tensor=8), 40, 256, model={"preset": "qwen2.5-7b", **changes})
+        found = (line.rpartition(": ") for line in whole_lines(config, find_shape(config)))
+        return {what: int(size.split()[0]) for what, _, size in found}
+
+    whole, frozen = lines(), lines(lora={"rank": 16})
+    assert frozen.keys() == whole.keys() and len(whole) == 2
+    for what, size in whole.items():
+        assert frozen[what] == pytest.approx(size / 3, rel=0.02)  # without moments, with adapters
+    packed = lines(lora={"rank": 16}, quantize="nf4")
+    assert packed.keys() == whole.keys() and max(packed.values()) < 0.2 * max(frozen.values())
+
+
 def _seven(mesh, rollout):
     sections = {"mesh": mesh, "model": {"preset": "qwen2.5-7b"}, "train": {"micro_tokens": 40 * 256}}
     sizes = {"max_tokens": 256, "tasks_per_update": 1, "group_size": 40, **rollout}
