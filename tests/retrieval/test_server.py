@@ -142,6 +142,16 @@ def test_wrong_paths_and_bodies_without_length(served) -> None:
         connection.close()
 
 
+def test_a_wrong_path_costs_a_kept_connection_nothing(served) -> None:
+    server, _ = served
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
+    for path, status in (("/search", 404), ("/retrieve", 200), ("/pages", 404), ("/retrieve", 200)):
+        connection.request("POST", path, json.dumps({"queries": ["Oslo"]}))
+        response = connection.getresponse()
+        assert response.status == status and json.load(response)
+    connection.close()
+
+
 def test_sixty_four_clients_at_once(served) -> None:
     server, engine = served
 
