@@ -196,6 +196,29 @@ def test_repeated_queries_are_remembered() -> None:
         batcher.search(["Lima"], 1)
 
 
+def test_a_search_that_meets_the_end_is_answered() -> None:
+    batcher = Batcher(BuiltinBm25(PASSAGES))
+    closing = threading.Thread(target=batcher.close)
+
+    class Queries(list):
+        """Queries that close the batcher when they are first looked at."""
+
+        def __iter__(self):
+            if closing.ident is None:
+                closing.start()
+                closing.join(0.3)
+            return super().__iter__()
+
+    found = []
+    search = threading.Thread(target=lambda: found.extend(batcher.search(Queries(["Oslo"]), 1)), daemon=True)
+    search.start()
+    search.join(20)
+    assert found and found[0][0].passage.title == "Oslo"
+    closing.join(20)
+    with pytest.raises(RuntimeError, match="the search engine is closed"):
+        batcher.search(["Oslo"], 1)
+
+
 def test_our_client_and_our_server(served) -> None:
     server, _ = served
     dead = "http://127.0.0.1:9/retrieve"
