@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def peaks(self) -> dict[str, int]:
-        """Peak bytes of a device by its user: ``learner``, ``engine``, or ``both`` where they share devices."""
+        """Peak bytes of a device by its user: ``learner``, ``engine``, or ``both`` where they share it."""
         if not self.is_apart:
             return {"both": _peak(self.items)}
         owners = ("learner", "engine")
@@ -321,7 +321,7 @@ def _engine_items(
 
 
 def as_computed(base: Params, dtype: Any) -> Params:
-    """Return the shapes of frozen weights with the types that computations take: quantized leaves keep theirs.
+    """Return frozen weights in the type that computations take; quantized leaves keep theirs.
 
     Args:
       base: shapes and types, as stored.

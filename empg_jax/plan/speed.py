@@ -50,8 +50,8 @@ CHIPS = {
     "v5p": Chip(459e12, 2765e9, 300e9, 95 * 2**30),
     "v6e": Chip(918e12, 1640e9, 224e9, 32 * 2**30),
 }
-# Work of an update's token in forward passes, by `model.remat`: one, two for the gradients, and what is
-# computed again.
+# Work of an update's token in forward passes, by `model.remat`: one, two for the gradients (of activations
+# and of weights), and what is computed again.
 PASSES = {"full": 4, "dots": 3, "none": 3}
 # Times that a layer's weights are gathered: once for each pass over the layers.
 GATHERS = {"full": 3, "dots": 2, "none": 2}

@@ -129,7 +129,7 @@ def test_prefills_are_planned_with_the_rows_that_the_engine_has():
         config = load_config("household_qwen2.5_7b", changes)
         return sizes(compute_plan(config, find_shape(config)))["sampling"]
 
-    # Where all episodes take each turn together, all 128 slots are prefilled at once, half of them on a device.
+    # Episodes that take each turn together are prefilled in all 128 slots at once, half of them on a device.
     together = sampling("rollout.deterministic=true", "train.max_lag=0")
     assert together > 5 * sampling() and together > 64 * 1024 * 3584 * 4
 
