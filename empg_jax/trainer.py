@@ -129,7 +129,8 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         run_dir = share_folder(hosts, lambda: create_run_dir(config) if resume is None else resume)
         hosts.describe_left = lambda: f"start all hosts again with: empg-jax train --resume {run_dir}"
         progress.message(f"run {run_dir}")
-        for line in (as_line(compute_plan(config, model), device_memory()), *whole_lines(config, model)):
+        plan = compute_plan(config, model, hosts.num)
+        for line in (as_line(plan, device_memory()), *whole_lines(config, model)):
             progress.message(line)
         stack.enter_context(lock_files(config, run_dir, hosts))
         if resume is not None:

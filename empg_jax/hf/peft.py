@@ -7,7 +7,7 @@ PEFT names a layer's matrices ``base_model.model.<module>.lora_A.weight [r in]``
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ def save_adapter(
     shapes = {n: (array.shape[:0:-1], np.dtype(dtype)) for n, (array, _) in sources.items()}
     with new_folder(folder) as partial:
         if jax.process_index() == 0:
-            write_json(partial / "adapter_config.json", _peft_config(adapters, config, base_path))
+            write_json(partial / "adapter_config.json", _peft_config(shapes, config, base_path))
             if tokenizer is not None:
                 write_tokenizer(partial, tokenizer)
             write_safetensors(partial / "adapter_model.safetensors", shapes, read)
@@ -74,7 +74,7 @@ def _tensors(adapters: Params) -> Iterator[tuple[str, jax.Array, int]]:
             yield f"base_model.model.{module}.{_HALVES[path[-1]]}.weight", array, layer
 
 
-def _peft_config(adapters: Params, config: LoraConfig, base_path: str) -> dict[str, Any]:
+def _peft_config(names: Iterable[str], config: LoraConfig, base_path: str) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -82,7 +82,8 @@ def _peft_config(adapters: Params, config: LoraConfig, base_path: str) -> dict[s
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(adapters["layers"]),
+        # The modules' names in the file, not ours: a router is called ``gate`` there.
+        "target_modules": sorted({name.split(".")[-3] for name in names}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -48,6 +48,8 @@ class SafetensorsFile:
                 header = json.loads(file.read(length))
             except ValueError as error:
                 raise ValueError(f"{path}: the header is not JSON: {error}") from error
+        if not isinstance(header, dict):
+            raise ValueError(f"{path}: the header is {type(header).__name__}; expected an object")
         header.pop("__metadata__", None)
         self._entries: dict[str, Any] = header
         self._start = 8 + length

@@ -9,15 +9,18 @@ many cores has all programs in little more time than the longest one takes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 Call = Callable[..., Any]
 
 MOST_THREADS = 16  # a compiler of large programs takes gigabytes
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's share of CPU time, and the period that it is of
 
 
 def warm_up(call_all: Callable[[Call], None], check: Callable[[], None]) -> None:
@@ -58,6 +61,10 @@ def _lower(pool: ThreadPoolExecutor, jobs: list[Future[Any]], program: Any, *arg
 def _count_cores() -> int:
     """Count the cores that this process may use, where the system tells; else those of the machine."""
     try:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     except AttributeError:
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # there is no such file, or no limit ("max")
+        time, period = map(int, QUOTA.read_text().split())
+        cores = min(cores, -(-time // period))
+    return cores

@@ -263,9 +263,8 @@ def joined(section: Section, facts: Callable[[], Mapping[str, Any]]) -> Iterator
     lines = meet(seat, facts())
     hosts = Hosts(seat.index, seat.num)
     hosts.watch(seat, lines)
-    host, port = seat.coordinator
     jax.distributed.initialize(
-        f"{host}:{port + 1}",
+        seat.address(1),
         seat.num,
         seat.index,
         local_device_ids=local_devices,
@@ -274,7 +273,7 @@ def joined(section: Section, facts: Callable[[], Mapping[str, Any]]) -> Iterator
         # Our own watch speaks first, and in a sentence.
         heartbeat_timeout_seconds=max(100, int(4 * seat.timeout)),
         shutdown_timeout_seconds=int(END_SECONDS),
-        coordinator_bind_address=f"{host}:{port + 1}" if seat.is_local else None,
+        coordinator_bind_address=seat.address(1) if seat.is_local else None,
     )
     _delay_abort()
     try:

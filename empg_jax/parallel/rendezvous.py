@@ -48,6 +48,11 @@ class Seat:
         """Whether all hosts are processes of one machine."""
         return self.coordinator[0] in LOOPBACK
 
+    def address(self, after: int = 0) -> str:
+        """Return ``HOST:PORT``, that many ports after the coordinator's; IPv6 addresses are in brackets."""
+        host, port = self.coordinator
+        return f"[{host}]:{port + after}" if ":" in host else f"{host}:{port + after}"
+
 
 class Line:
     """A connection that carries one JSON object per line, in both directions.
@@ -174,11 +179,12 @@ def _listen(seat: Seat) -> socket.socket:
     host, port = seat.coordinator
     try:
         if seat.is_local or not socket.has_dualstack_ipv6():
-            return socket.create_server((host if seat.is_local else "", port))
+            family = socket.AF_INET6 if seat.is_local and ":" in host else socket.AF_INET
+            return socket.create_server((host if seat.is_local else "", port), family=family)
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     except OSError as error:
         raise ConfigError(
-            f"hosts.coordinator={host}:{port}: host 0 cannot listen there ({error.strerror}); is "
+            f"hosts.coordinator={seat.address()}: host 0 cannot listen there ({error.strerror}); is "
             "hosts.index=0 used twice, or does another run use the port?"
         ) from None
 
@@ -186,7 +192,7 @@ def _listen(seat: Seat) -> socket.socket:
 def _call_first(seat: Seat, own: dict[str, Any]) -> Line:
     """Call host 0 until it answers, and wait for its verdict."""
     end = time.monotonic() + seat.timeout
-    where = f"{seat.coordinator[0]}:{seat.coordinator[1]}"
+    where = seat.address()
     while True:
         try:
             line = Line(socket.create_connection(seat.coordinator, timeout=2.0))

@@ -21,6 +21,7 @@ from empg_jax.run.assembly import (
     micro_rows,
     shape_model,
 )
+from empg_jax.run.sampling import count_slots
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -84,14 +85,20 @@ def as_lines(plan: Plan, memory: float | None = None) -> list[str]:
     head = f"{plan.name}: {plan.num_params / 1e9:.3g} billion parameters, {mesh}"
     lines = [head, "GiB on the fullest device:"]
     lines += [f"  {item.name:<15}{_gib(item.size):>9}  {item.phase:<8}{item.note}" for item in plan.items]
-    return [*lines, f"  {'at most':<15}{_gib(plan.total):>9}{_verdict(plan.total, memory)}"]
+    return [*lines, f"  {'at most':<15}{_gib(plan.total):>9}{_whose(plan)}{_verdict(plan.total, memory)}"]
 
 
 def as_line(plan: Plan, memory: float | None = None) -> str:
     """Return the plan in one line, with its largest items."""
     largest = sorted(plan.items, key=lambda item: -item.size)[:4]
     parts = ", ".join(f"{item.name} {_gib(item.size)}" for item in largest)
-    return f"memory: at most {_gib(plan.total)} GiB a device ({parts}){_verdict(plan.total, memory)}"
+    at_most = f"{_gib(plan.total)} GiB a device{_whose(plan)}"
+    return f"memory: at most {at_most} ({parts}){_verdict(plan.total, memory)}"
+
+
+def _whose(plan: Plan) -> str:
+    """Name the user of the fullest device, where learner and engine have devices of their own."""
+    return f" of the {max(plan.peaks, key=plan.peaks.__getitem__)}" if plan.is_apart else ""
 
 
 def _verdict(total: int, memory: float | None) -> str:
@@ -191,9 +198,9 @@ def _candidates(config: Config, devices: int) -> Iterator[list[str]]:
     yield ["model.dtype=bfloat16"]
     yield ["model.dtype=bfloat16", "model.param_dtype=bfloat16"]
     yield [f"train.micro_tokens={rollout.max_tokens * mesh.data * mesh.fsdp}"]
-    yield [f"rollout.slots={max(1, (rollout.slots or rollout.tasks_per_update * rollout.group_size) // 4)}"]
+    yield [f"rollout.slots={max(1, count_slots(config, config.hosts.num or 1) // 4)}"]
     for shards in (2, 4, 8):
-        if rollout.tensor < shards <= devices // rollout.data:
+        if rollout.tensor < shards <= (rollout.devices or devices) // rollout.data:
             yield [f"rollout.tensor={shards}"]
     tokens = max(config.train.micro_tokens, rollout.max_tokens * mesh.data * mesh.fsdp * 2)
     yield [f"mesh.fsdp={mesh.fsdp * 2}", f"train.micro_tokens={tokens}"]

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,14 @@ from empg_jax.models.attention.trunks import tile_size
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.head import LARGE_SLAB
+from empg_jax.models.quantize import QUANTIZED_LEAVES
 from empg_jax.parallel.layout import cache_heads_here, head_shards
 from empg_jax.parallel.mesh import AXES, fit_spec, mesh_axes
 from empg_jax.run.assembly import (
     make_batch_shape,
     needs_reference,
 )
+from empg_jax.run.sampling import size_engine
 from empg_jax.run.weights import base_shapes
 from empg_jax.types import Params
 
@@ -51,22 +53,33 @@ class Item:
       phase: when the memory is in use: ``always``, during an ``update``, during a ``rollout``, or within an
         update while one ``layer`` or the ``head`` runs.
       note: the origin of the size.
+      owner: ``learner`` or ``engine``.
     """
 
     name: str
     size: int
     phase: str
     note: str
+    owner: str = "learner"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The memory of one device, item by item. Phases that never overlap share their memory."""
+    """The memory of the fullest device, item by item. Phases that never overlap share their memory.
+
+    Attributes:
+      name: the configuration's name.
+      mesh: sizes of the learner's mesh.
+      num_params: numbers of the model.
+      items: the items.
+      is_apart: whether the engine has devices of its own (``rollout.devices``).
+    """
 
     name: str
     mesh: dict[str, int]
     num_params: int
     items: tuple[Item, ...]
+    is_apart: bool = False
 
     @property
     def devices(self) -> int:
@@ -74,21 +87,34 @@ class Plan:
         return math.prod(self.mesh.values())
 
     @property
+    def peaks(self) -> dict[str, int]:
+        """Peak bytes of a device by its user: ``learner``, ``engine``, or ``both`` where they share it."""
+        if not self.is_apart:
+            return {"both": _peak(self.items)}
+        owners = ("learner", "engine")
+        return {owner: _peak(item for item in self.items if item.owner == owner) for owner in owners}
+
+    @property
     def total(self) -> int:
-        """Peak bytes."""
-        sums = dict.fromkeys(("always", "update", "layer", "head", "rollout"), 0)
-        for item in self.items:
-            sums[item.phase] += item.size
-        update = sums["update"] + max(sums["layer"], sums["head"])
-        return sums["always"] + max(update, sums["rollout"])
+        """Peak bytes of the fullest device."""
+        return max(self.peaks.values())
 
 
-def compute_plan(config: Config, model: DecoderConfig) -> Plan:
+def _peak(items: Iterable[Item]) -> int:
+    sums = dict.fromkeys(("always", "update", "layer", "head", "rollout"), 0)
+    for item in items:
+        sums[item.phase] += item.size
+    update = sums["update"] + max(sums["layer"], sums["head"])
+    return sums["always"] + max(update, sums["rollout"])
+
+
+def compute_plan(config: Config, model: DecoderConfig, num_hosts: int | None = None) -> Plan:
     """Compute the plan of a configuration.
 
     Args:
       config: the configuration. The devices of its ``mesh`` need not exist.
       model: the decoder's shape (`plan.explain.find_shape`).
+      num_hosts: hosts whose engines share the slots; the default is ``hosts.num``, or one.
     """
     mesh = AbstractMesh(tuple(vars(config.mesh)[axis] for axis in AXES), AXES)
     trained = jax.eval_shape(lambda: init_trained(jax.random.key(0), model))
@@ -98,9 +124,11 @@ def compute_plan(config: Config, model: DecoderConfig) -> Plan:
         *_update_items(config, model, mesh, trained, base),
     ]
     if config.rollout.engine == "builtin":
-        items += _engine_items(config, model, trained, base)
+        engine = _engine_items(config, model, trained, base, num_hosts or config.hosts.num or 1)
+        items += (dataclasses.replace(item, owner="engine") for item in engine)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: _plain(model))))
-    return Plan(config.name, dict(vars(config.mesh)), count, tuple(item for item in items if item.size))
+    found = tuple(item for item in items if item.size)
+    return Plan(config.name, dict(vars(config.mesh)), count, found, config.rollout.devices is not None)
 
 
 def _plain(model: DecoderConfig) -> Params:
@@ -260,20 +288,23 @@ def _gathered_bytes(model: DecoderConfig, mesh: AbstractMesh, numbers: int) -> i
 
 
 def _engine_items(
-    config: Config, model: DecoderConfig, trained: Params, base: Params | None
+    config: Config, model: DecoderConfig, trained: Params, base: Params | None, num_hosts: int
 ) -> Iterator[Item]:
     r, narrow = config.rollout, jnp.dtype(model.dtype).itemsize
     mesh = AbstractMesh((r.data, 1, r.tensor, 1), AXES)
     own = shard_bytes(trained, model.head_dim, mesh, itemsize=narrow)
     where = f"on {r.data * r.tensor} of the devices" if r.data * r.tensor > 1 else "on the first device"
+    if r.devices is not None:
+        where = "on its own devices"
     # Without release the old weights are live while new ones are placed.
     when, copies = ("rollout", 1) if r.release else ("always", 2)
     note = "freed during updates" if r.release else "live ones and those to come"
     yield Item("engine weights", copies * own, when, f"{note}, {where}")
     if base:
-        size = shard_bytes(base, model.head_dim, mesh)
+        size = shard_bytes(as_computed(base, model.dtype), model.head_dim, mesh)
         yield Item("engine base", size, "always", f"the frozen weights, {where}")
-    slots = -(-(r.slots or r.tasks_per_update * r.group_size) // r.data)
+    sizes = size_engine(config, num_hosts=num_hosts)
+    slots = -(-sizes.slots // r.data)
     kv_heads = cache_heads_here(model.num_heads, model.num_kv_heads, r.tensor)
     per_token = 2 * model.num_layers * kv_heads * model.head_dim * narrow
     note, caches = f"{slots} slots of {r.max_tokens} tokens, {where}", 1
@@ -281,40 +312,41 @@ def _engine_items(
         note, caches = f"{note}; another for evaluation", 2
     tokens = slots * r.max_tokens
     if r.page_tokens:
-        tokens = _engine_sizes(config, slots).num_pages * r.page_tokens
+        tokens = sizes.num_pages * r.page_tokens
         note = note.replace(f"{slots} slots of {r.max_tokens} tokens", f"{tokens} tokens in pages")
     yield Item("KV cache", caches * tokens * per_token, when, note)
     logits = 3 * 4 * slots * model.vocab_size // r.tensor
-    prefill = _prefill_bytes(config, model, mesh, slots)
+    prefill = _prefill_bytes(config, model, mesh, sizes)
     yield Item("sampling", _estimate(max(prefill, logits)), "rollout", "one prefill, or logits of a step")
 
 
-def _prefill_bytes(config: Config, model: DecoderConfig, mesh: AbstractMesh, slots: int) -> int:
+def as_computed(base: Params, dtype: Any) -> Params:
+    """Return frozen weights in the type that computations take; quantized leaves keep theirs.
+
+    Args:
+      base: shapes and types, as stored.
+      dtype: the computation's type.
+    """
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        return leaf if path[-1].key in QUANTIZED_LEAVES else jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, base)
+
+
+def _prefill_bytes(config: Config, model: DecoderConfig, mesh: AbstractMesh, sizes: EngineConfig) -> int:
     """Compute the bytes that one prefill dispatch needs besides weights and cache."""
     r, w, narrow = config.rollout, _widths(model, mesh), jnp.dtype(model.dtype).itemsize
-    sizes = _engine_sizes(config, slots)
     most = 0
     for length in sizes.prefill_lengths(r.max_tokens):
         for rows in sizes.prefill_rows(length):
+            # Only the rows of all slots are split as the slots are; fewer are computed by every device.
+            here = -(-rows // r.data) if rows == sizes.slots else rows
             queries = min(length, max(1, SCORES // (rows * model.num_heads * r.max_tokens)))
-            scores = 2 * 4 * rows * queries * w.heads * r.max_tokens
+            scores = 2 * 4 * here * queries * w.heads * r.max_tokens
             # Fewer rows than slots, and pages, are copies of the keys and values that they read.
-            is_copied = rows < slots or r.page_tokens
-            copies = 2 * narrow * rows * r.max_tokens * w.keys if is_copied else 0
-            layer = rows * length * (4 * 2 * w.stream + narrow * (w.stream + 2 * w.queries + 3 * w.hidden))
+            is_copied = rows < sizes.slots or r.page_tokens
+            copies = 2 * narrow * here * r.max_tokens * w.keys if is_copied else 0
+            layer = here * length * (4 * 2 * w.stream + narrow * (w.stream + 2 * w.queries + 3 * w.hidden))
             most = max(most, layer + scores + copies)
     return most
-
-
-def _engine_sizes(config: Config, slots: int) -> EngineConfig:
-    r = config.rollout
-    return EngineConfig(
-        slots=slots,
-        max_tokens=r.max_tokens,
-        max_response_tokens=r.max_response_tokens,
-        stop_ids=(0,),
-        prefill_chunk=r.prefill_chunk,
-        prefill_buckets=tuple(r.prefill_buckets or ()),
-        page_tokens=r.page_tokens or 0,
-        kv_tokens=r.kv_tokens or 0,
-    )

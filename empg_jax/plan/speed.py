@@ -16,8 +16,12 @@ import jax.numpy as jnp
 from empg_jax.errors import ConfigError
 from empg_jax.learner.state import base_model
 from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.moe import MoeConfig
 from empg_jax.parallel.layout import cache_heads_here
+from empg_jax.plan.memory import as_computed
 from empg_jax.run.assembly import micro_rows
+from empg_jax.run.sampling import count_slots
+from empg_jax.run.weights import base_shapes
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -46,8 +50,8 @@ CHIPS = {
     "v5p": Chip(459e12, 2765e9, 300e9, 95 * 2**30),
     "v6e": Chip(918e12, 1640e9, 224e9, 32 * 2**30),
 }
-# Work of an update's token in forward passes, by `model.remat`: one, two for the gradients, and what is
-# computed again.
+# Work of an update's token in forward passes, by `model.remat`: one, two for the gradients (of activations
+# and of weights), and what is computed again.
 PASSES = {"full": 4, "dots": 3, "none": 3}
 # Times that a layer's weights are gathered: once for each pass over the layers.
 GATHERS = {"full": 3, "dots": 2, "none": 2}
@@ -106,19 +110,24 @@ def compute_speed(config: Config, model: DecoderConfig, chip: Chip) -> Speed:
     tokens = micro_rows(config) * r.max_tokens
     per_token = PASSES[model.remat] * forward_flops(model, r.max_tokens)
     narrow = jnp.dtype(model.dtype).itemsize
-    count, split = _matrix_numbers(model), mesh.fsdp * mesh.sequence
-    kept = 0 if model.lora is not None else max(narrow, jnp.dtype(model.reduce_dtype).itemsize)
-    sent = count / mesh.tensor * (GATHERS[model.remat] * narrow + kept) * (1 - 1 / split)
+    experts, others = _weight_bytes(config, model)
+    split, slopes = mesh.fsdp * mesh.sequence, 0.0
+    if model.lora is None:
+        slopes = (experts + others) * max(narrow, jnp.dtype(model.reduce_dtype).itemsize) / narrow
+    else:  # frozen weights have no gradients
+        per_token -= 2 * _visited_numbers(model)
+    sent = (GATHERS[model.remat] * (experts + others) + slopes) / mesh.tensor * (1 - 1 / split)
     if mesh.data > 1:  # the split gradients are added up over the copies: scattered and gathered
-        sent += 2 * kept * count / mesh.tensor / split * (1 - 1 / mesh.data)
-    slots = r.slots or r.tasks_per_update * r.group_size
+        sent += 2 * slopes / mesh.tensor / split * (1 - 1 / mesh.data)
+    slots = count_slots(config, config.hosts.num or 1)
     heads = cache_heads_here(model.num_heads, model.num_kv_heads, r.tensor)
+    read = others + experts * (1 if model.moe is None else _share_read(model.moe, slots / r.data))
     live = slots / r.data * r.max_tokens / 2 * 2 * model.num_layers * heads * model.head_dim * narrow
     return Speed(
         compute=tokens * per_token / devices / chip.flops,
         exchange=sent / chip.link,
         tokens=tokens,
-        step=(count * narrow / r.tensor + live) / chip.bandwidth,
+        step=(read / r.tensor + live) / chip.bandwidth,
         slots=slots,
     )
 
@@ -126,10 +135,10 @@ def compute_speed(config: Config, model: DecoderConfig, chip: Chip) -> Speed:
 def forward_flops(model: DecoderConfig, row: int) -> float:
     """Count the operations of a forward pass per token: two per weight, and attention to half of the row."""
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * row / 2
-    return 2 * _matrix_numbers(model) + attention
+    return 2 * _visited_numbers(model) + attention
 
 
-def _matrix_numbers(model: DecoderConfig) -> int:
+def _visited_numbers(model: DecoderConfig) -> int:
     """Count the weights that multiply a token: not the input embedding, and only the experts it visits."""
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), base_model(model)))
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
@@ -139,6 +148,29 @@ def _matrix_numbers(model: DecoderConfig) -> int:
         idle = moe.num_experts - moe.top_k
         total -= model.num_layers * idle * 3 * model.hidden_size * moe.expert_size
     return total
+
+
+def _weight_bytes(config: Config, model: DecoderConfig) -> tuple[int, int]:
+    """Count the bytes of all experts, and of all other weights, as they are sent and read.
+
+    The input embedding is left out where it is no head: only a few of its rows are read. Adapters are left
+    out for their size.
+    """
+    experts = others = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        as_computed(base_shapes(config, model), model.dtype)
+    ):
+        module, size = path[-2].key, math.prod(leaf.shape) * leaf.dtype.itemsize
+        if module.endswith("_experts"):
+            experts += size
+        elif module != "embed" or model.tie_embeddings:
+            others += size
+    return experts, others
+
+
+def _share_read(moe: MoeConfig, slots: float) -> float:
+    """Return the largest share of the experts that a decode step of these slots visits."""
+    return min(1.0, slots * moe.top_k / moe.num_experts)
 
 
 def speed_lines(config: Config, model: DecoderConfig, name: str) -> list[str]:

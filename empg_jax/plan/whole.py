@@ -14,6 +14,8 @@ from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.layout import cache_heads, head_shards
 from empg_jax.parallel.mesh import AXES, RULES, Blocks, fit_spec, mesh_axes
+from empg_jax.run.weights import base_shapes
+from empg_jax.types import Params
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -36,9 +38,33 @@ def whole_lines(config: Config, model: DecoderConfig) -> list[str]:
 
 def _weights(config: Config, model: DecoderConfig) -> Iterator[str]:
     mesh = AbstractMesh(tuple(vars(config.mesh)[axis] for axis in AXES), AXES)
-    params = jax.eval_shape(lambda: init_trained(jax.random.key(0), model))
+    trained = jax.eval_shape(lambda: init_trained(jax.random.key(0), model))
+    found = list(_missed(trained, model, mesh, 8))  # both moments in float32
+    if model.lora is not None:
+        found += _missed(base_shapes(config, model), model, mesh, 0)
+    more: dict[tuple[str, str], float] = {}
+    counts: dict[str, int] = {}
+    for name, count, asked, size in found:
+        more[name, asked] = more.get((name, asked), 0) + size
+        counts[name] = max(counts.get(name, 0), count)  # packed matrices have fewer numbers
+    for (name, asked), size in more.items():
+        if size >= MIB:
+            words = WORDS.get(name, name)
+            yield f"{asked} does not divide {words} {counts[name]}: {size / MIB:.0f} MiB more on every device"
+
+
+def _missed(
+    params: Params, model: DecoderConfig, mesh: AbstractMesh, moments: int
+) -> Iterator[tuple[str, int, str, float]]:
+    """Yield name, parts, keys and bytes of each axis that has not as many parts as the mesh asks for.
+
+    Args:
+      params: shapes and types.
+      model: the decoder's shape.
+      mesh: sizes of the mesh's axes.
+      moments: bytes of a number's moments.
+    """
     axes = jax.tree.leaves(param_axes(params, model.head_dim), is_leaf=lambda node: isinstance(node, tuple))
-    more: dict[tuple[str, int, str], float] = {}
     for leaf, names in zip(jax.tree.leaves(params), axes, strict=True):
         spec = fit_spec(mesh, names, leaf.shape)
         parts = math.prod(mesh.shape[name] for entry in spec for name in mesh_axes(entry))
@@ -48,14 +74,8 @@ def _weights(config: Config, model: DecoderConfig) -> Iterator[str]:
             missed = math.prod(mesh.shape[each] for each in left)
             if missed > 1:
                 asked = " x ".join(f"mesh.{each}={mesh.shape[each]}" for each in left if mesh.shape[each] > 1)
-                key = (str(name), size // block, asked)
-                # Weight and both float32 moments.
-                each = math.prod(leaf.shape) / parts * (leaf.dtype.itemsize + 8)
-                more[key] = more.get(key, 0) + each * (1 - 1 / missed)
-    for (name, count, asked), size in more.items():
-        if size >= MIB:
-            words = WORDS.get(name, name)
-            yield f"{asked} does not divide {words} {count}: {size / MIB:.0f} MiB more on every device"
+                held = math.prod(leaf.shape) / parts * (leaf.dtype.itemsize + moments)
+                yield str(name), size // block, asked, held * (1 - 1 / missed)
 
 
 def _time(config: Config, model: DecoderConfig) -> Iterator[str]:

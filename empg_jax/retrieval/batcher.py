@@ -52,36 +52,35 @@ class Batcher:
         Raises:
           RuntimeError: the batcher is closed.
         """
-        if self._is_closed:
-            raise RuntimeError("the search engine is closed")
-        known = self._look_up(queries, topk)
-        missing = [query for query in dict.fromkeys(queries) if query not in known]
-        if missing:
+        with self._lock:  # nothing is queued behind the end
+            if self._is_closed:
+                raise RuntimeError("the search engine is closed")
+            known = self._look_up(queries, topk)
+            missing = [query for query in dict.fromkeys(queries) if query not in known]
             job = _Job(missing, topk, Future())
-            self._jobs.put(job)
+            if missing:
+                self._jobs.put(job)
+        if missing:
             known |= job.future.result()
         return [known[query][1][:topk] for query in queries]
 
     def close(self) -> None:
         """Finish the queued searches and end the thread; later searches fail."""
-        self._is_closed = True
-        self._jobs.put(None)
+        with self._lock:
+            self._is_closed = True
+            self._jobs.put(None)
         self._thread.join()
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            if job is not None:
-                job.future.set_exception(RuntimeError("the search engine is closed"))
 
     def _look_up(self, queries: Sequence[str], topk: int) -> dict[str, Found]:
+        """Return what the cache knows; the caller holds the lock."""
         known: dict[str, Found] = {}
-        with self._lock:
-            for query in queries:
-                found = self._cache.get(query)
-                if found is not None and found[0] >= topk:
-                    self._cache.move_to_end(query)
-                    known[query] = found
-            self.hits += sum(query in known for query in queries)
-            self.misses += sum(query not in known for query in queries)
+        for query in queries:
+            found = self._cache.get(query)
+            if found is not None and found[0] >= topk:
+                self._cache.move_to_end(query)
+                known[query] = found
+        self.hits += sum(query in known for query in queries)
+        self.misses += sum(query not in known for query in queries)
         return known
 
     def _work(self) -> None:

@@ -94,6 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif path == "/retrieve":
                 answer = self._retrieve()
             else:
+                self.close_connection = True  # the unread body would be taken for the next request
                 raise RequestError(404, f"no {self.path}; POST /retrieve, POST /pages, GET /health")
             status = 200
         except RequestError as error:

@@ -46,6 +46,7 @@ from empg_jax.run.checkpoint import Checkpoints, Restored, check_base
 from empg_jax.run.devices import learner_devices
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
 from empg_jax.run.sampling import (
+    check_split,
     filter_of,
     make_evaluator,
     make_rollout,
@@ -183,6 +184,8 @@ def open_run(
       CheckpointError: on resume, no checkpoint can be used.
     """
     clock = PhaseClock()
+    if config.sft.updates and config.sft.data is None:  # told before anything is compiled
+        check_split(pool, "sft.split", config.sft.split)
     with clock.phase("start"):
         language = _open_language(config, run_dir, hosts, is_resumed=is_resumed)
         # Programs that span hosts are started by all, so a stop waits for the first agreement after them.

@@ -68,7 +68,7 @@ def make_engine(
     check_filters(config, model.vocab_size)
     token_filter = NO_FILTER if is_served else filter_of(r)
     has_filter = is_served or not (token_filter.is_off and filter_of(config.eval).is_off)
-    sizes = _size_engine(config, tokenizer, num_hosts, has_filter=has_filter)
+    sizes = size_engine(config, stop_ids=tokenizer.stop_ids, num_hosts=num_hosts, has_filter=has_filter)
     if sizes.slots % r.data:
         raise ConfigError(
             f"{sizes.slots} slots (rollout.slots) do not split over rollout.data={r.data} devices"
@@ -87,15 +87,33 @@ def make_engine(
     )
 
 
-def _size_engine(config: Config, tokenizer: Tokenizer, num_hosts: int, *, has_filter: bool) -> EngineConfig:
-    """Choose the sizes of one host's engine."""
+def count_slots(config: Config, num_hosts: int) -> int:
+    """Return the number of conversations that the engine of each of these hosts holds at one time."""
     r = config.rollout
-    slots = r.slots or r.tasks_per_update * r.group_size // num_hosts
+    return r.slots or r.tasks_per_update * r.group_size // num_hosts
+
+
+def size_engine(
+    config: Config,
+    *,
+    stop_ids: tuple[int, ...] = (0,),
+    num_hosts: int = 1,
+    has_filter: bool = False,
+) -> EngineConfig:
+    """Choose the sizes of one host's engine.
+
+    Args:
+      config: the configuration.
+      stop_ids: tokens that end a response; no size depends on them.
+      num_hosts: hosts that share the slots.
+      has_filter: whether responses may filter the tokens that they sample.
+    """
+    r, slots = config.rollout, count_slots(config, num_hosts)
     return EngineConfig(
         slots=slots,
         max_tokens=r.max_tokens,
         max_response_tokens=r.max_response_tokens,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=stop_ids,
         burst=r.burst,
         prefill_chunk=r.prefill_chunk,
         prefill_buckets=tuple(r.prefill_buckets or ()),
@@ -140,7 +158,7 @@ def make_sampler(
         return engine
     if num_hosts > 1:
         raise ConfigError(f"rollout.engine=openai samples for one host, but {num_hosts} train together")
-    sizes = _size_engine(config, tokenizer, num_hosts, has_filter=True)
+    sizes = size_engine(config, stop_ids=tokenizer.stop_ids, has_filter=True)
     return open_server(config, model, sizes, base, tell=tell, check=check)
 
 
@@ -249,7 +267,7 @@ def make_evaluator(
       hosts: the hosts that share the tasks.
 
     Raises:
-      ConfigError: the environment has no such split.
+      ConfigError: the environment has no such split, or no tasks in it.
     """
     panels = count_panels(config, pool)
     collector = make_collector(
@@ -268,18 +286,32 @@ def make_evaluator(
     )
 
 
+def check_split(pool: EnvPool, key: str, split: str) -> None:
+    """Check that the environment has a split.
+
+    Args:
+      pool: environment workers.
+      key: the key that names the split.
+      split: its name.
+
+    Raises:
+      ConfigError: there is no such split, or it has no tasks.
+    """
+    if split not in pool.splits:
+        raise ConfigError(f"{key}={split} does not exist; the environment has {', '.join(pool.splits)}")
+    if not pool.splits[split]:
+        raise ConfigError(f"{key}={split} has no tasks")
+
+
 def count_panels(config: Config, pool: EnvPool) -> dict[str, int]:
     """Return the number of tasks to attempt of each panel in ``env.eval_split``.
 
     Raises:
-      ConfigError: the environment has no such split.
+      ConfigError: the environment has no such split, or no tasks in it.
     """
     splits = eval_panels(config)
     for split in splits:
-        if split not in pool.splits:
-            raise ConfigError(
-                f"env.eval_split={split} does not exist; the environment has {', '.join(pool.splits)}"
-            )
+        check_split(pool, "env.eval_split", split)
     return {split: min(config.eval.tasks, pool.splits[split]) for split in splits}
 
 
@@ -289,12 +321,11 @@ def make_rollout(
     """Build the thread that plays this host's training episodes, with its ledger.
 
     Raises:
-      ConfigError: the environment has no such split, or too few tasks for the hosts.
+      ConfigError: the environment has no such split, no tasks in it, or too few tasks for the hosts.
     """
     r, split = config.rollout, config.env.split
     stored = None if r.stored is None else _load_stored(config, engine.model.vocab_size)
-    if split not in pool.splits:
-        raise ConfigError(f"env.split={split} does not exist; the environment has {', '.join(pool.splits)}")
+    check_split(pool, "env.split", split)
     num_tasks = pool.splits[split] if stored is None else len(stored)
     ledger = Ledger(
         _make_order(config, num_tasks, hosts),

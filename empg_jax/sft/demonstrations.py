@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,41 +30,43 @@ def record_demonstrations(
 ) -> list[Trajectory]:
     """Record the expert's episodes of ``count`` tasks of ``sft.split``.
 
-    Each action is replaced by a random admissible one with probability ``sft.noise``. A demonstration longer
-    than ``rollout.max_tokens`` is left out.
+    Each action is replaced by a random admissible one with probability ``sft.noise``. A demonstration with a
+    turn whose prompt and response are longer than ``rollout.max_tokens`` is left out.
 
     Raises:
       DemonstrationError: the environment has no expert or fails, or no demonstration fits.
     """
-    env = make_env(config.env.target, **config.env.options)
-    if not hasattr(env, "expert_action"):
-        raise DemonstrationError(
-            f"environment {config.env.target} has no expert (no expert_action method): set sft.updates=0"
-        )
     # The second number separates this stream from the other random streams of the run's seed.
     rng = np.random.default_rng((config.seed, 1))
-    tasks = rng.permutation(env.num_tasks(config.sft.split))
     demonstrations = []
-    for number in range(count):
-        task = int(tasks[number % len(tasks)])
-        try:
-            trajectory = _play(env, config, language, task, number, rng)
-        except Exception as error:  # an environment may raise anything; the message names it
+    with contextlib.closing(make_env(config.env.target, **config.env.options)) as env:
+        if not hasattr(env, "expert_action"):
             raise DemonstrationError(
-                f"environment {config.env.target} failed while its expert played task "
-                f"{config.sft.split}/{task}: {type(error).__name__}: {error}"
-            ) from error
-        if len(trajectory.turns[-1].prompt_tokens) + len(trajectory.turns[-1].response_tokens) <= (
-            config.rollout.max_tokens
-        ):
-            demonstrations.append(trajectory)
-        advance(1, {})
-    env.close()
+                f"environment {config.env.target} has no expert (no expert_action method): set sft.updates=0"
+            )
+        tasks = rng.permutation(env.num_tasks(config.sft.split))
+        for number in range(count):
+            task = int(tasks[number % len(tasks)])
+            try:
+                trajectory = _play(env, config, language, task, number, rng)
+            except Exception as error:  # an environment may raise anything; the message names it
+                raise DemonstrationError(
+                    f"environment {config.env.target} failed while its expert played task "
+                    f"{config.sft.split}/{task}: {type(error).__name__}: {error}"
+                ) from error
+            if _longest(trajectory) <= config.rollout.max_tokens:
+                demonstrations.append(trajectory)
+            advance(1, {})
     if not demonstrations:
         raise DemonstrationError(
             f"none of {count} demonstrations fits rollout.max_tokens={config.rollout.max_tokens}"
         )
     return demonstrations
+
+
+def _longest(trajectory: Trajectory) -> int:
+    """Return the tokens of the longest turn: a row holds one turn, or a turn with all before it."""
+    return max(len(turn.prompt_tokens) + len(turn.response_tokens) for turn in trajectory.turns)
 
 
 def _play(

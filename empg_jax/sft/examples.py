@@ -114,10 +114,10 @@ def _read_examples(
         check=check,
     )
     progress.close()  # the phase ends here, before the next phase's compilation
-    epochs = s.updates * s.batch_size / len(data.train)
+    size = min(s.batch_size, len(data.train))  # as `epoch_batch` draws them
     progress.message(
-        f"{data.describe(config.rollout.max_tokens, s.too_long)}; {s.updates} updates of {s.batch_size} are "
-        f"{epochs:.2g} epochs"
+        f"{data.describe(config.rollout.max_tokens, s.too_long)}; {s.updates} updates of {size} are "
+        f"{s.updates * size / len(data.train):.2g} epochs"
     )
     return Examples(
         data.train,

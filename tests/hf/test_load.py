@@ -14,8 +14,12 @@ from empg_jax.hf import load as hf
 from empg_jax.hf import save as export_folder
 from empg_jax.hf.config import config_from_hf, config_to_hf
 from empg_jax.hf.load import load_hf, save_hf
+from empg_jax.hf.peft import save_adapter
+from empg_jax.learner.state import init_trained
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, RopeScaling, init_params
+from empg_jax.models.lora import LoraConfig
+from empg_jax.models.moe import MoeConfig
 from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.text import build_phrase_tokenizer, load_tokenizer
@@ -246,6 +250,24 @@ def test_a_file_with_a_broken_header(saved):
     file.write_bytes(content)
     with pytest.raises(ValueError, match="the header is not JSON"):
         load_hf(folder)
+
+
+def test_a_header_that_is_no_object(saved):
+    folder, *_ = saved
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+    with pytest.raises(ValueError, match=r"model\.safetensors: the header is list; expected an object"):
+        load_hf(folder)
+
+
+def test_an_adapted_router_has_one_name(tmp_path):
+    lora = LoraConfig(2, targets=("*",))
+    model = dataclasses.replace(CONFIGS["qwen3"], moe=MoeConfig(4, 2, 8), lora=lora)
+    adapters = init_trained(jax.random.key(0), model)
+    save_adapter(adapters, lora, tmp_path / "adapter", base_path="base")
+    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    names = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    modules = {name.removesuffix(".weight").rpartition(".")[0].rpartition(".")[2] for name in names}
+    assert set(targets) == modules and "gate" in modules
 
 
 def test_quantized_tensors_are_refused(saved):

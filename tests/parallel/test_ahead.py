@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from empg_jax.parallel import ahead
 from empg_jax.parallel.ahead import warm_up
 from empg_jax.parallel.mesh import make_mesh, replicated
 from empg_jax.run.process import CompileCounter
@@ -37,6 +38,24 @@ def test_every_program_compiles_once_and_runs_once():
         assert compiled.count == 2
     assert seen[0] is None and seen[1].shape == (3,) and not isinstance(seen[1], jax.Array)
     np.testing.assert_allclose(seen[3], 2 * (np.sin(np.arange(3)) + 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("share", "threads"), [("150000 100000", 2), ("max 100000", 8), (None, 8)])
+def test_a_container_compiles_on_the_cores_that_it_may_use(share, threads, tmp_path, monkeypatch):
+    started = []
+
+    class Pool(ahead.ThreadPoolExecutor):
+        def __init__(self, size, name):
+            started.append(size)
+            super().__init__(size, name)
+
+    if share is not None:
+        (tmp_path / "cpu.max").write_text(f"{share}\n")
+    monkeypatch.setattr(ahead, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(ahead, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda process: set(range(8)))
+    warm_up(lambda call: None, lambda: None)
+    assert started == [threads]
 
 
 def test_a_check_that_raises_ends_the_warm_up():

@@ -1,5 +1,6 @@
 """The meeting of hosts, in threads of one process, and what says that there are several."""
 
+import contextlib
 import math
 import socket
 import sys
@@ -21,6 +22,13 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def has_ipv6():
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
 
 
 def meet_all(seats, facts):
@@ -65,6 +73,26 @@ def test_hosts_meet_and_hear_of_stops_and_ends():
     assert not losses[1] and not losses[2]
     watches[0].close()
     wait_for(lambda: not any(thread.name.startswith("host-") for thread in threading.enumerate()))
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
+def test_hosts_meet_over_ipv6():
+    address = f"[::1]:{free_port()}"
+    places = [find_seat(keys(coordinator=address, num=2, index=i, timeout=20.0))[0] for i in (0, 1)]
+    lines = meet_all(places, [{}, {}])
+    assert list(lines[0]) == [1] and list(lines[1]) == [0]
+    for each in (*lines[0].values(), *lines[1].values()):
+        each.close()
+
+
+def test_addresses_of_ipv6_have_brackets():
+    seat = find_seat(keys(coordinator="[fe80::1]:5000", num=2, index=1))[0]
+    assert (seat.coordinator, seat.address(), seat.address(1)) == (
+        ("fe80::1", 5000),
+        "[fe80::1]:5000",
+        "[fe80::1]:5001",
+    )
+    assert find_seat(keys(coordinator="node0:5000", num=2, index=1))[0].address(1) == "node0:5001"
 
 
 def test_a_silent_host_is_gone():

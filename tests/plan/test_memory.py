@@ -19,7 +19,7 @@ from empg_jax.learner.state import make_optimizer, state_shapes
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.plan.explain import GIB, as_line, explain, find_shape, spread
+from empg_jax.plan.explain import GIB, as_line, as_lines, explain, find_shape, spread
 from empg_jax.plan.memory import compute_plan
 from empg_jax.plan.speed import Chip, compute_speed
 from empg_jax.plan.whole import whole_lines
@@ -124,6 +124,37 @@ def test_a_pool_of_pages_is_counted_by_its_tokens():
         assert item.size == (2 * 4 * 4 * 32 * 4) * counted and f"{counted} tokens in pages" in item.note
 
 
+def test_prefills_are_planned_with_the_rows_that_the_engine_has():
+    def sampling(*changes):
+        config = load_config("household_qwen2.5_7b", changes)
+        return sizes(compute_plan(config, find_shape(config)))["sampling"]
+
+    # Episodes that take each turn together are prefilled in all 128 slots at once, half of them on a device.
+    together = sampling("rollout.deterministic=true", "train.max_lag=0")
+    assert together > 5 * sampling() and together > 64 * 1024 * 3584 * 4
+
+
+def test_hosts_share_the_slots():
+    keys = {"num": 2, "index": 0, "coordinator": "node0:99"}
+    alone, shared = (make_config({}, 8, 256, **sections) for sections in ({}, {"hosts": keys}))
+    whole, half = (sizes(compute_plan(config, SMALL))["KV cache"] for config in (alone, shared))
+    assert whole == 2 * half == 2 * sizes(compute_plan(alone, SMALL, num_hosts=2))["KV cache"]
+    chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9)
+    assert [compute_speed(config, SMALL, chip).slots for config in (alone, shared)] == [8, 4]
+
+
+def test_devices_of_the_engine_alone_are_not_the_learners():
+    def plan(**rollout):
+        return compute_plan(*_seven(dict(fsdp=4), dict(tensor=4, slots=40, **rollout)))
+
+    shared, apart = plan(), plan(devices=4)
+    assert sizes(apart) == sizes(shared) and list(shared.peaks) == ["both"]
+    assert apart.total == apart.peaks["learner"] == update_bytes(shared)
+    assert apart.peaks["engine"] == sum(item.size for item in shared.items if item.name not in LEARNER)
+    assert " of the learner (optimizer " in as_line(apart) and " of the learner" not in as_line(shared)
+    assert as_lines(apart)[-1].endswith(" of the learner")
+
+
 def test_adapters_freeze_and_quantize_the_rest():
     sections = {"model": {"preset": "qwen2.5-7b", "dtype": "bfloat16", "lora": {"rank": 16}}}
     plain = make_config({}, 8, 256, **sections, algorithm={"kl_coef": 0.1})
@@ -134,6 +165,10 @@ def test_adapters_freeze_and_quantize_the_rest():
     assert one["adapters"] == other["adapters"] < one["frozen weights"] / 50
     assert one["optimizer"] == 2 * one["adapters"]
     assert other["frozen weights"] < 0.4 * one["frozen weights"]
+    # The engine holds what is not quantized in the type that it computes in.
+    assert 2 * one["engine base"] == one["frozen weights"]
+    tables = 2 * 152064 * 3584
+    assert other["frozen weights"] - other["engine base"] == pytest.approx(2 * tables, rel=0.01)
 
 
 def test_less_is_kept_when_more_is_computed_again():
@@ -227,6 +262,20 @@ def test_what_is_not_split_is_said_with_its_cost(mesh, rollout, said):
         assert re.search(pattern, line), line
 
 
+def test_frozen_weights_that_are_not_split_are_said_too():
+    def lines(**changes):
+        config = make_config(dict(tensor=8), 40, 256, model={"preset": "qwen2.5-7b", **changes})
+        found = (line.rpartition(": ") for line in whole_lines(config, find_shape(config)))
+        return {what: int(size.split()[0]) for what, _, size in found}
+
+    whole, frozen = lines(), lines(lora={"rank": 16})
+    assert frozen.keys() == whole.keys() and len(whole) == 2
+    for what, size in whole.items():
+        assert frozen[what] == pytest.approx(size / 3, rel=0.02)  # without moments, with adapters
+    packed = lines(lora={"rank": 16}, quantize="nf4")
+    assert packed.keys() == whole.keys() and max(packed.values()) < 0.2 * max(frozen.values())
+
+
 def _seven(mesh, rollout):
     sections = {"mesh": mesh, "model": {"preset": "qwen2.5-7b"}, "train": {"micro_tokens": 40 * 256}}
     sizes = {"max_tokens": 256, "tasks_per_update": 1, "group_size": 40, **rollout}
@@ -292,6 +341,42 @@ def test_expected_times_follow_from_the_peaks():
         config, _ = _seven(dict(fsdp=8), {"tensor": tensor})
         step = (2 * weights / tensor + cache * heads / 4) / 1e12
         assert compute_speed(config, model, chip).step == pytest.approx(step, rel=0.01)
+
+
+def test_all_experts_are_exchanged_and_those_that_slots_visit_are_read():
+    chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9)
+    sections = {"model": {"preset": "qwen3-30b-a3b", "dtype": "bfloat16"}}
+
+    def speed(rows):
+        config = make_config(dict(fsdp=8), rows, 256, **sections)
+        return compute_speed(config, find_shape(config), chip)
+
+    experts, others = 48 * 128 * 3 * 2048 * 768, 1.23e9
+    visited = others + experts / 16
+    attention = 2 * 48 * 32 * 128 * 256
+    compute = 4 * 128 * 256 * (2 * visited + attention) / 8 / 100e12
+    assert speed(128).compute == pytest.approx(compute, rel=0.01)
+    assert speed(128).exchange == pytest.approx((3 * 2 + 4) * (experts + others) * 7 / 8 / 1e11, rel=0.01)
+    token = 2 * 48 * 4 * 128 * 2
+    for rows, share in ((128, 1), (8, 1 / 2)):  # 8 slots visit at most 64 of 128 experts
+        step = (2 * (others + share * experts) + rows * 128 * token) / 1e12
+        assert speed(rows).step == pytest.approx(step, rel=0.01)
+
+
+def test_frozen_weights_cost_less_and_quantized_ones_fewer_bytes():
+    chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9)
+
+    def speed(**changes):
+        sections = {"model": {"preset": "qwen2.5-7b", "dtype": "bfloat16", **changes}}
+        config = make_config(dict(fsdp=8), 40, 256, **sections)
+        return compute_speed(config, find_shape(config), chip)
+
+    whole, frozen = speed(), speed(lora={"rank": 16})
+    packed = speed(lora={"rank": 16}, quantize="nf4")
+    assert frozen.compute == packed.compute == pytest.approx(3 / 4 * whole.compute, rel=0.02)
+    assert frozen.exchange == pytest.approx(3 * 2 / 10 * whole.exchange)
+    assert packed.exchange < 0.4 * frozen.exchange
+    assert frozen.step == whole.step and packed.step < 0.5 * whole.step
 
 
 def test_the_command_prints_the_plan():

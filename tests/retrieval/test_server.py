@@ -142,6 +142,16 @@ def test_wrong_paths_and_bodies_without_length(served) -> None:
         connection.close()
 
 
+def test_a_wrong_path_costs_a_kept_connection_nothing(served) -> None:
+    server, _ = served
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
+    for path, status in (("/search", 404), ("/retrieve", 200), ("/pages", 404), ("/retrieve", 200)):
+        connection.request("POST", path, json.dumps({"queries": ["Oslo"]}))
+        response = connection.getresponse()
+        assert response.status == status and json.load(response)
+    connection.close()
+
+
 def test_sixty_four_clients_at_once(served) -> None:
     server, engine = served
 
@@ -184,6 +194,29 @@ def test_repeated_queries_are_remembered() -> None:
     batcher.close()
     with pytest.raises(RuntimeError, match="closed"):
         batcher.search(["Lima"], 1)
+
+
+def test_a_search_that_meets_the_end_is_answered() -> None:
+    batcher = Batcher(BuiltinBm25(PASSAGES))
+    closing = threading.Thread(target=batcher.close)
+
+    class Queries(list):
+        """Queries that close the batcher when they are first looked at."""
+
+        def __iter__(self):
+            if closing.ident is None:
+                closing.start()
+                closing.join(0.3)
+            return super().__iter__()
+
+    found = []
+    search = threading.Thread(target=lambda: found.extend(batcher.search(Queries(["Oslo"]), 1)), daemon=True)
+    search.start()
+    search.join(20)
+    assert found and found[0][0].passage.title == "Oslo"
+    closing.join(20)
+    with pytest.raises(RuntimeError, match="the search engine is closed"):
+        batcher.search(["Oslo"], 1)
 
 
 def test_our_client_and_our_server(served) -> None:

@@ -1,6 +1,7 @@
 """Chat files as examples: what is kept, held out, cut, counted and refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
 from empg_jax.sft.chat_data import ChatDataError, epoch_batch, load_chat_data
+from empg_jax.sft.examples import gather_examples
 from empg_jax.text import ChatRenderer
 from empg_jax.text.chatfile import parse_conversation
 from empg_jax.text.rows import tokenize_conversation
@@ -178,6 +180,21 @@ def test_every_example_comes_once_per_epoch():
     assert len({tuple(epoch) for epoch in epochs}) == 4  # another order each time
     assert epoch_batch(count, size, 4, 0) != epoch_batch(count, size, 3, 0)
     assert sorted(epoch_batch(3, 8, 0, 5)) == [0, 1, 2]
+
+
+def test_a_batch_larger_than_the_data_is_the_data(tmp_path, renderer):
+    said = []
+    progress = SimpleNamespace(phase=no_op, advance=no_op, close=no_op, message=said.append)
+    data = write(tmp_path / "chat.jsonl", MANY[:6])
+    keys = [f"sft.data={data}", "sft.updates=3", "sft.batch_size=64", "sft.holdout=0"]
+    language = SimpleNamespace(renderer=renderer)
+    examples = gather_examples(load_config("quickstart", keys), language, progress)
+    assert len(examples.draw(0)) == len(examples.train) == 6
+    assert said[0].endswith("; 3 updates of 6 are 3 epochs")
+
+
+def no_op(*args):
+    """Do nothing."""
 
 
 def test_files_are_named_one_or_several(tmp_path):

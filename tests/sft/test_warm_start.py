@@ -1,11 +1,15 @@
 """The warm start: what is recorded, what is learned, what is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from empg_jax import trainer
 from empg_jax.algorithms import ALGORITHMS
+from empg_jax.errors import ConfigError
 from empg_jax.run import assembly
+from empg_jax.run.sampling import check_split
 from empg_jax.sft import warm_start as sft
 from empg_jax.sft.demonstrations import DemonstrationError, record_demonstrations
 from tests import runs
@@ -62,6 +66,22 @@ def test_demonstrations_that_do_not_fit_are_left_out(language):
         record(language, 2, **{"rollout.max_tokens": 8, "rollout.prefill_buckets": "null"})
 
 
+def test_in_a_window_no_turn_is_longer_than_a_row(language):
+    window = {"env.context": "window", "env.history": 2}
+    config = runs.configure("unused", *(f"{key}={value}" for key, value in window.items()))
+    language = assembly.make_language(config)
+
+    def longest(episode):
+        return max(len(turn.prompt_tokens) + len(turn.response_tokens) for turn in episode.turns)
+
+    _, all_of_them = record(language, 30, **window, **{"rollout.max_tokens": 384})
+    limit = sorted(map(longest, all_of_them))[15]
+    _, few = record(language, 30, **window, **{"rollout.max_tokens": limit})
+    assert [e.group_id for e in few] == [e.group_id for e in all_of_them if longest(e) <= limit]
+    last = [len(e.turns[-1].prompt_tokens) + len(e.turns[-1].response_tokens) for e in all_of_them]
+    assert len(few) < sum(size <= limit for size in last)  # turns before the last one are often the longest
+
+
 def test_an_environment_without_expert_or_with_a_fault_is_named(language):
     spec = {"env.name": "null", "env.options.level": "tiny"}
     with pytest.raises(DemonstrationError, match=r"tests\.houses:MUTE has no expert.*sft\.updates=0"):
@@ -69,6 +89,13 @@ def test_an_environment_without_expert_or_with_a_fault_is_named(language):
     broken = {"env.options.trouble": "raise", "env.options.diary": "/dev/null"}
     with pytest.raises(DemonstrationError, match=r"its expert played .* RuntimeError: the house"):
         record(language, **spec, **broken, **{"env.entry_point": "tests.houses:HOUSE"})
+
+
+def test_a_split_that_has_no_demonstrations_is_told_at_the_start(tmp_path):
+    with pytest.raises(ConfigError, match=r"^sft\.split=nope does not exist; the environment has train, "):
+        trainer.run_sft(runs.configure(tmp_path / "run", "sft.split=nope"))
+    with pytest.raises(ConfigError, match=r"^sft\.split=train has no tasks$"):
+        check_split(SimpleNamespace(splits={"train": 0}), "sft.split", "train")
 
 
 def test_the_loss_is_cross_entropy_on_sampled_tokens_alone():
