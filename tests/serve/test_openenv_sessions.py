@@ -4,7 +4,9 @@ import asyncio
 import json
 import threading
 
-from empg_jax.serve.openenv import Sessions
+import pytest
+
+from empg_jax.serve.openenv import MOST_EARLY, Sessions
 
 
 class Socket:
@@ -58,7 +60,8 @@ class Hanging:
         self.closed.set()
 
 
-def test_a_client_that_leaves_during_a_step_frees_its_session():
+@pytest.mark.parametrize("last", [(), ("close",), ("state", "close")])
+def test_a_client_that_leaves_during_a_step_frees_its_session(last):
     async def play():
         env = Hanging()
         sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
@@ -67,8 +70,10 @@ def test_a_client_that_leaves_during_a_step_frees_its_session():
         assert (await asyncio.wait_for(socket.answers.get(), 60))["type"] == "observation"
         socket.ask("step", message="a")
         assert await asyncio.to_thread(env.began.wait, 60) and sessions.active == 1
+        for kind in last:
+            socket.ask(kind)
         socket.leave()
-        await asyncio.wait_for(served, 60)
+        await asyncio.wait_for(served, 20)
         assert sessions.active == 0 and not env.goes_on.is_set()
         env.goes_on.set()
         assert await asyncio.to_thread(env.closed.wait, 60)
@@ -89,5 +94,20 @@ def test_messages_that_come_early_are_answered_in_order():
         answers = [socket.answers.get_nowait() for _ in range(4)]
         texts = [answer["data"]["observation"]["text"] for answer in answers]
         assert texts == ["begin", "a", "b", "c"]
+
+    asyncio.run(play())
+
+
+def test_a_client_that_sends_on_and_on_during_a_step_ends_its_session():
+    async def play():
+        env = Hanging()
+        sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
+        socket.ask("reset")
+        for _ in range(MOST_EARLY + 3):
+            socket.ask("step", message="a")
+        await asyncio.wait_for(sessions.serve(socket), 60)
+        answers = [socket.answers.get_nowait() for _ in range(socket.answers.qsize())]
+        assert answers[-1]["data"]["code"] == "SESSION_ERROR" and "64 messages" in str(answers[-1])
+        env.goes_on.set()
 
     asyncio.run(play())
