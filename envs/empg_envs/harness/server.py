@@ -45,11 +45,14 @@ class Call:
         self._answered = threading.Event()
         self._answer: Message | None = None
 
-    def answer(self, text: str) -> Message:
-        """Answer with the policy's response; returns the message that the program gets."""
-        self._answer = parse_response(text, self.tools, lambda i: f"call_{self.id}_{i}")
+    def read(self, text: str) -> Message:
+        """Make the message that the program gets of the policy's response."""
+        return parse_response(text, self.tools, lambda i: f"call_{self.id}_{i}")
+
+    def answer(self, message: Message) -> None:
+        """Give the program its answer."""
+        self._answer = message
         self._answered.set()
-        return self._answer
 
     def drop(self) -> None:
         """Give the call up: its episode has ended."""
@@ -87,12 +90,13 @@ class Session:
 
     def answer(self, call: Call, text: str) -> None:
         """Answer a call with the policy's response."""
-        message = call.answer(text)
+        message = call.read(text)
         with self._lock:
             if self._open is not None:
                 self._open.discard(call)
             if "tool_calls" in message:
                 self._said[_key(message)] = text
+        call.answer(message)  # last: the program's next call may come at once, and looks for the text
 
     def restore(self, raw: Any, messages: list[Message]) -> list[Message]:
         """Put the sampled text in the place of messages that the policy said, so that it stays as sampled."""
