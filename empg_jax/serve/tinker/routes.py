@@ -200,6 +200,7 @@ class Api:
 
     def _sample(self, body: Body) -> Body:
         pending, count = self._samplers.sample(body)
+        self._tenant.notice(pending.id)
         names = [f"{pending.id}:{index}" for index in range(count)]
         return {"request_id": pending.id, "sample_sequence_ids": names}
 
@@ -207,6 +208,7 @@ class Api:
 
     async def _retrieve(self, request: Request, body: Any) -> Response:
         pending = self._futures.find(str(_object(body).get("request_id")))
+        self._tenant.notice(pending.id)
         if not await self._futures.wait(pending, POLL_SECONDS):
             waiting = {"type": "try_again", "request_id": pending.id, "queue_state": "active"}
             return JSONResponse(waiting, status_code=408)
