@@ -20,7 +20,8 @@ from empg_jax.serve.tinker.futures import GRACE_SECONDS, Futures, Line
 from empg_jax.serve.tinker.objectives import find_objective
 from empg_jax.serve.tinker.proto import message
 from empg_jax.serve.tinker.rows import Limits, make_rows
-from empg_jax.serve.tinker.trainer import AdamParams, Trainer
+from empg_jax.serve.tinker.store import Saved, Store
+from empg_jax.serve.tinker.trainer import MOST_PROGRAMS, AdamParams, Trainer
 from empg_jax.serve.wire import ApiError
 from empg_jax.types import Scores
 from tests.serve.protos import as_proto
@@ -117,6 +118,26 @@ def test_the_gradient_is_that_of_cross_entropy_and_adam_is_torchs(trainer):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(trainer._state.opt_state))
     with pytest.raises(ApiError, match="there is no gradient"):
         trainer.step(AdamParams())
+
+
+def test_programs_of_other_settings_do_not_pile_up(trainer):
+    usual = trainer._compiled(find_objective("cross_entropy", {}), 1)
+    for step in range(2 * MOST_PROGRAMS):
+        trainer._compiled(find_objective("ppo", {"clip_high_threshold": 1.2 + step}), 1)
+        assert trainer._compiled(find_objective("cross_entropy", {}), 1) is usual
+    assert len(trainer._programs) == MOST_PROGRAMS
+
+
+def test_weights_of_another_type_are_refused(trainer, tmp_path):
+    params = trainer.read()
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    moments = trainer.read_moments()
+    path = Store(tmp_path, "m", half).save("s:train:0", "weights", "half", Saved(half, moments, 1))
+    store = Store(tmp_path, "m", params)
+    with pytest.raises(ApiError, match="is bfloat16, not float32, as a server with another model.dtype"):
+        store.load(path)
+    jax.tree.map(np.testing.assert_array_equal, Store(tmp_path, "m", half).load(path), half)
+    assert store.load_moments(path).count == moments.count
 
 
 @pytest.mark.slow
