@@ -65,12 +65,13 @@ class Session:
     def answer(self, line: str) -> str:
         """Answer a message; whatever happens is an answer."""
         try:
-            return json.dumps(self._handle(line), ensure_ascii=False, allow_nan=False)
+            # In ASCII: a text may hold half a surrogate pair, which no UTF-8 can hold.
+            return json.dumps(self._handle(line), allow_nan=False)
         except Refusal as error:
             found = error
         except EnvFault as error:
             found = Refusal("EXECUTION_ERROR", f"{error.reason}: {error}")
-        except Exception as error:  # whatever the code of the environment raises
+        except (Exception, SystemExit) as error:  # whatever the code of the environment raises
             found = Refusal("EXECUTION_ERROR", f"{type(error).__name__}: {error}")
         return json.dumps(found.body())
 
@@ -239,7 +240,7 @@ class Sessions:
         try:
             with self._building:
                 return Session(self._make())
-        except Exception as error:  # the environment's own code
+        except (Exception, SystemExit) as error:  # the environment's own code
             return Refusal("FACTORY_ERROR", f"the environment cannot be built: {error}")
 
 

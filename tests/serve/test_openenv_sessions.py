@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import sys
 import threading
 
 import pytest
 
 from empg_jax.serve.openenv import MOST_EARLY, Sessions
+from empg_jax.serve.tinker.worker import Worker
+from empg_jax.serve.wire import ApiError
 
 
 class Socket:
@@ -22,7 +25,7 @@ class Socket:
         return await self.coming.get()
 
     async def send_text(self, text):
-        self.answers.put_nowait(json.loads(text))
+        self.answers.put_nowait(json.loads(text.encode()))
 
     async def close(self, code=1000):
         pass
@@ -54,6 +57,8 @@ class Hanging:
     def step(self, message):
         self.began.set()
         self.goes_on.wait(60)
+        if message == "exit":
+            sys.exit("the end")
         return message, 1.0, False, False, {}
 
     def close(self):
@@ -77,6 +82,33 @@ def test_a_client_that_leaves_during_a_step_frees_its_session(last):
         assert sessions.active == 0 and not env.goes_on.is_set()
         env.goes_on.set()
         assert await asyncio.to_thread(env.closed.wait, 60)
+
+    asyncio.run(play())
+
+
+def test_an_environment_that_exits_or_repeats_half_a_character_is_answered():
+    async def play():
+        env = Hanging()
+        env.goes_on.set()
+        sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
+        socket.ask("reset")
+        for text in ("\ud800", "exit", "b"):
+            socket.ask("step", message=text)
+        socket.ask("close")
+        await asyncio.wait_for(sessions.serve(socket), 60)
+        _, half, error, last = (socket.answers.get_nowait()["data"] for _ in range(4))
+        assert half["observation"]["text"] == "\ud800" and last["observation"]["text"] == "b"
+        assert (error["code"], error["message"]) == ("EXECUTION_ERROR", "SystemExit: the end")
+
+    asyncio.run(play())
+
+
+def test_work_that_exits_is_an_error_and_the_thread_goes_on():
+    async def play():
+        with Worker() as worker:
+            with pytest.raises(ApiError, match="SystemExit: 3"):
+                await asyncio.wait_for(worker.run(lambda: sys.exit(3)), 60)
+            assert await asyncio.wait_for(worker.run(lambda: "more"), 60) == "more"
 
     asyncio.run(play())
 
