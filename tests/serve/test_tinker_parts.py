@@ -19,6 +19,7 @@ from empg_jax.serve.tinker.codec import BatchResult, Datum, encode_batch, read_j
 from empg_jax.serve.tinker.futures import GRACE_SECONDS, Futures, Line
 from empg_jax.serve.tinker.objectives import find_objective
 from empg_jax.serve.tinker.proto import message
+from empg_jax.serve.tinker.routes import _read_adam
 from empg_jax.serve.tinker.rows import Limits, make_rows
 from empg_jax.serve.tinker.store import Saved, Store
 from empg_jax.serve.tinker.trainer import MOST_PROGRAMS, AdamParams, Trainer
@@ -210,13 +211,48 @@ def test_settings_of_our_algorithms_are_read_from_numbers_and_texts():
     found = dict(objective.settings)
     assert found["empg.shuffle_seed"] == 3 and type(found["empg.shuffle_seed"]) is int
     assert dict(find_objective("empg:grpo", {"scale_by_std": 0.0}).settings) == {"scale_by_std": False}
+    assert dict(find_objective("empg:grpo", {"invalid_penalty": 0.1}).settings) == {"invalid_penalty": 0.1}
     assert find_objective("empg:reinforce_pp", {}).needs_reference
     for config, text in (
         ({"empg.zetta": 1}, "did you mean 'zeta'"),
         ({"ratio_unit": "turn"}, "has no effect"),
+        ({"clip_high": -5}, "clip_high=-5.0: must be greater than 0"),
+        ({"clip_high": float("nan")}, "clip_high=nan must be a finite number"),
+        ({"clip_high": 10**400}, "clip_high=1000"),
     ):
         with pytest.raises(ApiError, match=text):
             find_objective("empg:grpo_empg", config)
+    with pytest.raises(ApiError, match="must be a finite number"):
+        find_objective("ppo", {"clip_high_threshold": 10**400})
+    for value in ("1.5", 10**400):
+        with pytest.raises(ApiError, match="learning_rate=.*must be a number"):
+            _read_adam({"adam_params": {"learning_rate": value}})
+
+
+@pytest.mark.parametrize(
+    "data, dtype, is_read",
+    [
+        ([66, 5], "int64", True),
+        ([], "int64", True),
+        ([66.7, 5], "int64", False),
+        (["5"], "int64", False),
+        ([2**63], "int64", False),
+        ([1, 0.5], "float32", True),
+        (["0.5"], "float32", False),
+        ([[1], [1, 2]], "float32", False),
+        ([None], "float32", False),
+    ],
+)
+def test_tensors_in_json_hold_numbers_of_their_type(data, dtype, is_read):
+    example = datum([65, 66])
+    example["loss_fn_inputs"]["x"] = {"data": data, "dtype": dtype}
+    asked = {"data": [example], "loss_fn": "cross_entropy"}
+    envelope = read_json({"model_id": "m", "seq_id": 1, "forward_backward_input": asked})
+    if is_read:
+        assert envelope.open()[0].inputs["x"].tolist() == data
+    else:
+        with pytest.raises(ApiError, match="datum 0: x: data must be a list of"):
+            envelope.open()
 
 
 def make_turns(spans, group, tokens=None, **inputs):

@@ -1,6 +1,7 @@
 """Who has the model of the training API, with a trainer that only notes what is asked of it."""
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,22 @@ def test_a_request_to_unload_may_be_sent_twice():
             for _ in range(2):
                 with pytest.raises(ApiError, match="is not in training"):
                     tenant.unload("another")
+
+    asyncio.run(play())
+
+
+def test_a_step_with_an_infinite_metric_is_answered():
+    async def play():
+        futures = Futures()
+        with Worker() as worker:
+            tenant = make_tenant(worker, futures, [])
+            tenant._trainer.step = lambda settings: {"grad_norm": 1.0, "update_norm": float("inf")}
+            api = Api(tenant, None, futures, None)
+            created = tenant.create_model(tenant.create_session(), 0, None)
+            assert await futures.wait(created, 60)
+            stepped = tenant.step(created.result["model_id"], 1, lambda: None)
+            answer = await api._retrieve(SimpleNamespace(headers={}), {"request_id": stepped.id})
+            assert json.loads(answer.body) == {"metrics": {"grad_norm": 1.0}}
 
     asyncio.run(play())
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from empg_jax.serve.tinker.codec import Envelope
+from empg_jax.serve.tinker.codec import Envelope, finite
 from empg_jax.serve.tinker.futures import Futures, Line, Pending
 from empg_jax.serve.tinker.objectives import find_objective
 from empg_jax.serve.tinker.samplers import Samplers
@@ -262,7 +262,7 @@ class Tenant:
                 reason, model.broken = model.broken, None
                 self._trainer.drop_gradients()
                 raise refuse(f"no step was made: {reason}; the gradients before this step were dropped")
-            return {"metrics": self._trainer.step(read())}
+            return {"metrics": finite(self._trainer.step(read()))}
 
         return self._enqueue(model_id, seq_id, "optim_step", work)
 
