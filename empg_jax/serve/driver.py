@@ -180,13 +180,19 @@ class Driver:
         with self._lock:
             self._lock.notify()
 
+    @property
+    def version(self) -> int:
+        """Version of the weights that jobs from now on sample from, if they name none."""
+        newest = self._newest
+        return self.engine.version if newest is None else newest.version
+
     def publish(self, weights: Weights) -> None:
         """Let later jobs that name no weights sample from these."""
         with self._lock:
             self._newest = weights
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Give up jobs: those that wait at once, others before the next burst. Those that are over are ignored."""
+        """Give up jobs: those that wait at once, others before the next burst. What is over is ignored."""
         with self._lock:
             gone = set(jobs)
             self._waiting = collections.deque(job for job in self._waiting if job not in gone)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from empg_jax.engine.engine import Response
+from empg_jax.serve import reload
 from empg_jax.serve.app import make_app
-from empg_jax.serve.driver import Update
+from empg_jax.serve.driver import Driver, Update
 from empg_jax.serve.service import Service
 from empg_jax.serve.wire import ApiError
 from empg_jax.text import ChatRenderer, build_byte_tokenizer
@@ -69,7 +70,7 @@ def test_only_short_texts_are_kept(service):
 
 
 class Saying:
-    """A driver whose engine says the same text at once: first two tokens, then all."""
+    """A driver whose engine says the same text at once: streamed, first two tokens, then all."""
 
     failure = None
 
@@ -78,7 +79,7 @@ class Saying:
 
     def submit(self, jobs, *, wakes):
         for job in jobs:
-            for said in (self._said[:2], self._said):
+            for said in (self._said[:2], self._said) if job.is_streamed else (self._said,):
                 zeros = np.zeros(len(said), np.float32)
                 numbers = {"logprobs": zeros, "entropies": zeros, "versions": said}
                 response = Response(0, job.prompt, said, **numbers, finish_reason="stop")
@@ -119,7 +120,43 @@ def test_a_tool_call_with_half_a_character_is_answered(is_streamed, service):
         assert json.loads(call["function"]["arguments"]) == {"a": "\ud800"}
 
 
-HUGE = intHUGE = int("9" * 400)
+def test_each_prompt_has_its_tokens_and_each_chunk_its_place_in_the_text(service):
+    driver, route = Saying(service, "said"), "/v1/completions"
+    body = {"prompt": ["red", "blue"], "n": 2, "return_token_ids": True}
+    answer = post(service, driver, route, body).json()
+    texts = ["".join(map(chr, choice["prompt_token_ids"])) for choice in answer["choices"]]
+    assert texts == ["red", "red", "blue", "blue"] and "prompt_token_ids" not in answer
+    answer = post(service, driver, route, body | {"prompt": "red"}).json()
+    assert answer["prompt_token_ids"] == [*b"red"] and "prompt_token_ids" not in answer["choices"][0]
+    lines = post(service, driver, route, {"prompt": "red", "stream": True, "logprobs": 1}).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    offsets = [n for chunk in chunks for n in chunk["choices"][0]["logprobs"]["text_offset"]]
+    assert offsets == list(range(4))
+
+
+def test_weights_that_are_published_one_after_the_other_have_numbers_of_their_own(monkeypatch, tmp_path):
+    engine = SimpleNamespace(config=SimpleNamespace(slots=1), version=3, base=None)
+    driver = Driver(engine, max_waiting=1)  # nobody asks, so it loads none of them
+    monkeypatch.setattr(reload, "_load", lambda engine, path: {})
+    route = reload.make_reload(engine, driver, has_key=True)
+
+    async def publish(**more):
+        answer = await route.handler(None, {"model_path": str(tmp_path), **more})
+        assert f"from weights of version {driver.version}" in json.loads(answer.body)["message"]
+        return driver.version
+
+    async def play():
+        assert [await publish(), await publish(), await publish(weight_version=9), await publish()] == [
+            4,
+            5,
+            9,
+            10,
+        ]
+
+    asyncio.run(play())
+
+
+HUGE = int("9" * 400)
 UNREADABLE = {
     "half a pair in a prompt": ("/v1/completions", {"prompt": "\ud800"}, "cannot be read"),
     "half a pair in a message": (
