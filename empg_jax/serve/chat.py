@@ -120,8 +120,8 @@ class Chat:
         """Return the answer, after its text was written in pieces; None if Ctrl-C cut it off.
 
         Raises:
-          ApiError: the conversation is too long, its template refuses it, or the engine is still busy. It stays
-            as it was.
+          ApiError: the conversation is too long, its template refuses it, or the engine is still busy. The
+            conversation stays as it was.
           RunError: the engine failed.
         """
         messages, text = [*self._messages, {"role": "user", "content": line}], f"{self._text}{line}"

@@ -261,8 +261,9 @@ async def _while_there(
       QueueFull: the client sent more than it may.
     """
     working = asyncio.ensure_future(work)
+    both: set[asyncio.Future[Any]] = {working, listening}
     try:
-        await asyncio.wait({working, listening}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if listening.done():
             listening.result()
         if not working.done():

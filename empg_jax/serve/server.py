@@ -146,7 +146,7 @@ def run_server(server: uvicorn.Server, listener: socket.socket, works: Sequence[
 
 @contextlib.contextmanager
 def ending(works: Sequence[Work]) -> Iterator[None]:
-    """Close `works` at a signal; where a thread is busy (it may compile), the process does not wait for it."""
+    """Close `works` at a signal; the process does not wait for a thread that is busy (it may compile)."""
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:

@@ -135,7 +135,7 @@ def test_weights_of_another_type_are_refused(trainer, tmp_path):
     moments = trainer.read_moments()
     path = Store(tmp_path, "m", half).save("s:train:0", "weights", "half", Saved(half, moments, 1))
     store = Store(tmp_path, "m", params)
-    with pytest.raises(ApiError, match="is bfloat16, not float32, as a server with another model.dtype"):
+    with pytest.raises(ApiError, match="is bfloat16, not float32, as a server with another"):
         store.load(path)
     jax.tree.map(np.testing.assert_array_equal, Store(tmp_path, "m", half).load(path), half)
     assert store.load_moments(path).count == moments.count
@@ -225,7 +225,7 @@ def test_settings_of_our_algorithms_are_read_from_numbers_and_texts():
     with pytest.raises(ApiError, match="must be a finite number"):
         find_objective("ppo", {"clip_high_threshold": 10**400})
     for value in ("1.5", 10**400):
-        with pytest.raises(ApiError, match="learning_rate=.*must be a number"):
+        with pytest.raises(ApiError, match=r"learning_rate=.*must be a number"):
             _read_adam({"adam_params": {"learning_rate": value}})
 
 

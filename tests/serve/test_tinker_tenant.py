@@ -70,7 +70,8 @@ def test_a_client_that_waits_for_its_results_or_samples_keeps_its_model(monkeypa
             created = tenant.create_model(first, 0, None)
             await futures.wait(created, 60)
             sampled, _ = futures.begin(f"{first}:sample:x:0", "asample")
-            for ask in (lambda: api._retrieve(SimpleNamespace(headers={}), {"request_id": created.id}), lambda: sample(api)):
+            http = SimpleNamespace(headers={})
+            for ask in (lambda: api._retrieve(http, {"request_id": created.id}), lambda: sample(api)):
                 now[0] += 59
                 await ask()
                 now[0] += 59

@@ -112,7 +112,7 @@ def _find_ours(name: str, config: Mapping[str, float | str]) -> Objective:
     try:
         values = {key: _value_of(key, value) for key, value in config.items()}
         recipe = make_recipe(name, values)
-        own = {key: value for key, value in values.items() if key != "invalid_penalty"}  # one of another section
+        own = {key: value for key, value in values.items() if key != "invalid_penalty"}  # not of this section
         AlgorithmConfig.model_validate({"name": name, **nested(own)})  # looks at the numbers' ranges
     except ValidationError as error:
         problem = explain(AlgorithmConfig, error.errors()[0])[0]
