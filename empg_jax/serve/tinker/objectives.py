@@ -13,13 +13,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from empg_jax.algorithms import ALGORITHMS, Algorithm, Recipe, build, make_recipe, parts
 from empg_jax.algorithms.keys import readers
 from empg_jax.algorithms.signatures import FACTORIES
-from empg_jax.config.algorithm import AlgorithmConfig, nested
-from empg_jax.config.explain import explain
+from empg_jax.config.algorithm import check_values
 from empg_jax.errors import nearest
 from empg_jax.serve.wire import is_number, refuse
 
@@ -113,10 +110,7 @@ def _find_ours(name: str, config: Mapping[str, float | str]) -> Objective:
         values = {key: _value_of(key, value) for key, value in config.items()}
         recipe = make_recipe(name, values)
         own = {key: value for key, value in values.items() if key != "invalid_penalty"}  # not of this section
-        AlgorithmConfig.model_validate({"name": name, **nested(own)})  # looks at the numbers' ranges
-    except ValidationError as error:
-        problem = explain(AlgorithmConfig, error.errors()[0])[0]
-        raise refuse(f"loss_fn_config: {problem}", "loss_fn_config") from None
+        check_values(name, own)
     except (ValueError, TypeError) as error:
         raise refuse(f"loss_fn_config: {error}", "loss_fn_config") from None
     if recipe.critic is not None:
