@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from empg_jax.algorithms.keys import (
     MODULATIONS,
@@ -30,6 +30,7 @@ from empg_jax.algorithms.keys import (
     written_out,
 )
 from empg_jax.algorithms.signatures import FACTORIES, RECIPES, Parameter
+from empg_jax.config.explain import explain
 from empg_jax.errors import nearest
 
 ALGORITHM_NAMES = (*RECIPES, *(f"{name}_{kind}" for name in RECIPES for kind in MODULATIONS))
@@ -315,6 +316,22 @@ def _filled(spec: Spec, given: dict[str, Any]) -> dict[str, Any]:
         return given
     said = {key: value for key, value in written_out(chosen).items() if key != "invalid_penalty"}
     return {**said, **given}  # the key of this penalty is env.invalid_penalty
+
+
+def check_values(name: str, values: Mapping[str, Any]) -> None:
+    """Check keys of the section for an algorithm.
+
+    Args:
+      name: the algorithm's name.
+      values: by dotted keys.
+
+    Raises:
+      ValueError: a value is of another type than its key, or out of its range.
+    """
+    try:
+        AlgorithmConfig.model_validate({"name": name, **nested(values)})
+    except ValidationError as error:
+        raise ValueError(explain(AlgorithmConfig, error.errors()[0])[0]) from None
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

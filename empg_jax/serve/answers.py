@@ -69,15 +69,16 @@ class Detail:
 
 
 def describe_tokens(
-    response: Response, start: int, head: Head, detail: Detail, spell: Callable[[int], str]
+    response: Response, start: int, head: Head, detail: Detail, spell: Callable[[int], str], offset: int = 0
 ) -> Body:
-    """List the fields of a choice about its tokens, from token ``start`` on."""
+    """List the fields of a choice about its tokens, from token ``start``, at character ``offset``, on."""
     fields: Body = {}
     tokens = response.tokens[start:].tolist()
     if detail.has_logprobs:
         logprobs = as_floats(response.logprobs[start:])
         words = [spell(token) for token in tokens]
-        fields["logprobs"] = _chat_logprobs(words, logprobs) if head.is_chat else _logprobs(words, logprobs)
+        told = _chat_logprobs(words, logprobs) if head.is_chat else _logprobs(words, logprobs, offset)
+        fields["logprobs"] = told
     if detail.has_tokens:
         fields |= {"token_ids": tokens, "empg": describe_statistics(response, start)}
     return fields
@@ -154,8 +155,8 @@ def _bytes_of(word: str) -> list[int] | None:
     return None if "\ufffd" in word else list(word.encode())
 
 
-def _logprobs(words: Sequence[str], logprobs: Sequence[float]) -> Body:
-    offsets = np.cumsum([0, *map(len, words)])[:-1].tolist()
+def _logprobs(words: Sequence[str], logprobs: Sequence[float], offset: int) -> Body:
+    offsets = np.cumsum([offset, *map(len, words)])[:-1].tolist()
     return {
         "tokens": list(words),
         "token_logprobs": list(logprobs),

@@ -223,7 +223,7 @@ async def _serve(request: Request, updates: _Updates, service: Service, asked: A
         return StreamingResponse(_stream(updates, service, asked), media_type="text/event-stream")
     leaving = asyncio.ensure_future(_tell_when_gone(request, updates))
     try:
-        return JSONResponse(service.answer(asked, await _collect(updates)))
+        return _answer(service.answer(asked, await _collect(updates)))
     finally:
         leaving.cancel()
         updates.give_up()
@@ -260,14 +260,20 @@ async def _stream(updates: _Updates, service: Service, asked: Asked) -> AsyncIte
 
 
 def _event(body: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+    return f"data: {_encode(body)}\n\n".encode()
 
 
 def _answer_error(error: ApiError) -> Response:
-    headers = {"Retry-After": "1"} if error.status == 429 else None
-    # In ASCII: the message may repeat half a surrogate pair, which no UTF-8 can hold.
-    text = json.dumps(error.body())
-    return Response(text, error.status, headers, media_type="application/json")
+    return _answer(error.body(), error.status, {"Retry-After": "1"} if error.status == 429 else None)
+
+
+def _answer(body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(_encode(body), status, headers, media_type="application/json")
+
+
+def _encode(body: Mapping[str, Any]) -> str:
+    # In ASCII: a message or a tool call may hold half a surrogate pair, which no UTF-8 can hold.
+    return json.dumps(body, separators=(",", ":"), allow_nan=False)
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:

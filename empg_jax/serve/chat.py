@@ -11,8 +11,9 @@ from empg_jax.engine.engine import Response
 from empg_jax.errors import RunError
 from empg_jax.run.terminal import Say, plain, read_line
 from empg_jax.serve.asked import Asked
-from empg_jax.serve.driver import Driver, Job, Update
+from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update
 from empg_jax.serve.policy import Policy, open_policy
+from empg_jax.serve.server import ending
 from empg_jax.serve.service import Service
 from empg_jax.serve.text import TextStream
 from empg_jax.serve.wire import ApiError
@@ -53,7 +54,7 @@ def chat_with(
     service = Service(policy.name, policy.tokenizer, policy.renderer, max_tokens=longest)
     say(f"{policy.name}: {_describe(policy)}")
     say(f"Ctrl-D ends, Ctrl-C cuts an answer off, {ANEW} begins anew")
-    with Driver(policy.engine, max_waiting=NUM_WAITING) as driver:
+    with Driver(policy.engine, max_waiting=NUM_WAITING) as driver, ending([driver]):
         chat = Chat(service, driver, options, system, has_template=policy.renderer is not None)
         while (line := read_line("> ")) is not None:
             if not sys.stdin.isatty():
@@ -119,7 +120,8 @@ class Chat:
         """Return the answer, after its text was written in pieces; None if Ctrl-C cut it off.
 
         Raises:
-          ApiError: the conversation is too long, or its template refuses it. It stays as it was.
+          ApiError: the conversation is too long, its template refuses it, or the engine is still busy. The
+            conversation stays as it was.
           RunError: the engine failed.
         """
         messages, text = [*self._messages, {"role": "user", "content": line}], f"{self._text}{line}"
@@ -144,7 +146,12 @@ class Chat:
         news: queue.Queue[Update] = queue.Queue()
         job: Job = asked.make_job(0, news.put)
         stream = TextStream(asked.decode, asked.sampling.stops)
-        self._driver.submit([job])
+        try:
+            self._driver.submit([job])
+        except QueueFull:
+            raise ApiError(429, "the engine is busy with lines that were cut off: try again") from None
+        except EngineFailed as error:
+            raise RunError(f"the engine failed: {error}") from None
         try:
             while True:
                 update = news.get()

@@ -180,15 +180,23 @@ class Driver:
         with self._lock:
             self._lock.notify()
 
+    @property
+    def version(self) -> int:
+        """Version of the weights that jobs from now on sample from, if they name none."""
+        newest = self._newest
+        return self.engine.version if newest is None else newest.version
+
     def publish(self, weights: Weights) -> None:
         """Let later jobs that name no weights sample from these."""
         with self._lock:
             self._newest = weights
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Give up jobs; their slots are free before the next burst. Those that are over are ignored."""
+        """Give up jobs: those that wait at once, others before the next burst. What is over is ignored."""
         with self._lock:
-            self._canceled.update(jobs)
+            gone = set(jobs)
+            self._waiting = collections.deque(job for job in self._waiting if job not in gone)
+            self._canceled |= gone
             self._lock.notify()
 
     def describe(self) -> dict[str, int]:
@@ -242,7 +250,6 @@ class Driver:
     def _drop_canceled(self) -> None:
         if not self._canceled:
             return
-        self._waiting = collections.deque(job for job in self._waiting if job not in self._canceled)
         for slot, (job, _) in list(self._live.items()):
             if job in self._canceled:
                 self._end(slot, self.engine.progress(slot))

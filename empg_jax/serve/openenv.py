@@ -13,8 +13,8 @@ import functools
 import json
 import secrets
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -28,6 +28,7 @@ from empg_jax.serve.tinker.worker import Worker
 
 BLOCK = 1 << 28  # numbers between the seeds of two splits, as clients of this project count them
 LONGEST_ID = 255
+MOST_EARLY = 64  # messages that may wait while an earlier one is answered
 
 Body = dict[str, Any]
 
@@ -64,12 +65,13 @@ class Session:
     def answer(self, line: str) -> str:
         """Answer a message; whatever happens is an answer."""
         try:
-            return json.dumps(self._handle(line), ensure_ascii=False, allow_nan=False)
+            # In ASCII: a text may hold half a surrogate pair, which no UTF-8 can hold.
+            return json.dumps(self._handle(line), allow_nan=False)
         except Refusal as error:
             found = error
         except EnvFault as error:
             found = Refusal("EXECUTION_ERROR", f"{error.reason}: {error}")
-        except Exception as error:  # whatever the code of the environment raises
+        except (Exception, SystemExit) as error:  # whatever the code of the environment raises
             found = Refusal("EXECUTION_ERROR", f"{type(error).__name__}: {error}")
         return json.dumps(found.body())
 
@@ -215,44 +217,60 @@ class Sessions:
         if isinstance(session, Refusal):
             await _end(socket, session)
             return
-        coming = _start_receiving(socket)
+        lines: asyncio.Queue[str] = asyncio.Queue(MOST_EARLY)
+        listening = asyncio.ensure_future(_listen(socket, lines))
+        # A client may leave when nobody looks any more, which is no error to tell.
+        listening.add_done_callback(lambda future: future.cancelled() or future.exception())
         try:
-            while True:
-                if not (await asyncio.wait({coming}, timeout=self._idle))[0]:
-                    silent = Refusal("SESSION_ERROR", f"no message for {self._idle:g} s (--idle-timeout)")
-                    await _end(socket, silent)
-                    return
-                line = coming.result()
-                if _is_close(line):
-                    await socket.close()
-                    return
-                coming = _start_receiving(socket)
-                answer = asyncio.ensure_future(worker.run(functools.partial(session.answer, line)))
-                try:
-                    # A step may take for ever, and must not hold the session of a client that is gone.
-                    await asyncio.wait({answer, coming}, return_when=asyncio.FIRST_COMPLETED)
-                    if coming.done():
-                        coming.result()
-                    await socket.send_text(await answer)
-                finally:
-                    answer.cancel()
+            while not _is_close(line := await _while_there(listening, lines.get(), self._idle)):
+                answer = worker.run(functools.partial(session.answer, line))
+                await socket.send_text(await _while_there(listening, answer))
+            await socket.close()
+        except TimeoutError:
+            silent = f"no message for {self._idle:g} s (--idle-timeout)"
+            await _end(socket, Refusal("SESSION_ERROR", silent))
+        except asyncio.QueueFull:
+            many = f"more than {MOST_EARLY} messages wait for an answer: send the next after the answer"
+            await _end(socket, Refusal("SESSION_ERROR", many))
         finally:
-            coming.cancel()
+            listening.cancel()
             worker.submit(session.close, lambda *_: None)
 
     def _open(self) -> Session | Refusal:
         try:
             with self._building:
                 return Session(self._make())
-        except Exception as error:  # the environment's own code
+        except (Exception, SystemExit) as error:  # the environment's own code
             return Refusal("FACTORY_ERROR", f"the environment cannot be built: {error}")
 
 
-def _start_receiving(socket: WebSocket) -> asyncio.Future[str]:
-    coming = asyncio.ensure_future(_receive(socket))
-    # A client may leave when nobody looks any more, which is no error to tell.
-    coming.add_done_callback(lambda future: future.cancelled() or future.exception())
-    return coming
+async def _listen(socket: WebSocket, lines: asyncio.Queue[str]) -> NoReturn:
+    """Put the client's messages into a queue, until it leaves or the queue is full."""
+    while True:
+        lines.put_nowait(await _receive(socket))
+
+
+async def _while_there(
+    listening: asyncio.Future[NoReturn], work: Coroutine[Any, Any, str], seconds: float | None = None
+) -> str:
+    """Return the result of some work, which may take for ever but must not outlive the client.
+
+    Raises:
+      TimeoutError: it took too long.
+      WebSocketDisconnect: the client is gone.
+      QueueFull: the client sent more than it may.
+    """
+    working = asyncio.ensure_future(work)
+    both: set[asyncio.Future[Any]] = {working, listening}
+    try:
+        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if listening.done():
+            listening.result()
+        if not working.done():
+            raise TimeoutError
+        return working.result()
+    finally:
+        working.cancel()
 
 
 async def _receive(socket: WebSocket) -> str:

@@ -45,11 +45,10 @@ def make_reload(engine: Engine, driver: Driver, *, has_key: bool) -> More:
             raise refuse(f"model_path={path!r} must be a folder that this server sees", "model_path")
         async with turn:
             params = await asyncio.to_thread(_load, engine, path)
-            number = engine.version + 1 if version is None else version
+            number = driver.version + 1 if version is None else version
             driver.publish(Weights(number, [params].pop))
-        return JSONResponse(
-            {"success": True, "message": f"weights of version {number} loaded", "num_paused_requests": 0}
-        )
+        message = f"requests from now on are sampled from weights of version {number}"
+        return JSONResponse({"success": True, "message": message, "num_paused_requests": 0})
 
     return More("POST", "/update_weights_from_disk", reload)
 

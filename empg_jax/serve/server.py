@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from empg_jax.errors import ConfigError, UserError
 from empg_jax.files import write_json_atomic
@@ -138,18 +140,21 @@ async def _no_app(*_: object) -> None:
 
 def run_server(server: uvicorn.Server, listener: socket.socket, works: Sequence[Work]) -> None:
     """Answer until a signal, which is raised again when `works` are closed."""
+    with ending(works):
+        server.run(sockets=[listener])  # uvicorn raises the signal again, which ends this process
+
+
+@contextlib.contextmanager
+def ending(works: Sequence[Work]) -> Iterator[None]:
+    """Close `works` at a signal; the process does not wait for a thread that is busy (it may compile)."""
     try:
-        server.run(sockets=[listener])
-    except SystemExit as error:
-        # uvicorn raises the signal again, which ends this process.
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
         for work in works:
             work.close()
-        _leave(any(work.is_busy for work in works), error)
-
-
-def _leave(is_busy: bool, error: SystemExit) -> NoReturn:
-    """End the process; where a thread is busy (it may compile), without waiting for it."""
-    if is_busy:
-        sys.stderr.flush()
-        os._exit(error.code if isinstance(error.code, int) else 1)
-    raise error
+        if any(work.is_busy for work in works):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            code = error.code if isinstance(error, SystemExit) else 128 + signal.SIGINT
+            os._exit(code if isinstance(code, int) else 1)
+        raise

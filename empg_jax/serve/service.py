@@ -243,7 +243,10 @@ class Service:
                     **describe_tokens(response, 0, head, asked.detail, self._spell),
                 }
             )
-        prompts = {"prompt_token_ids": asked.prompts[0].tolist()} if asked.has_tokens else {}
+            if asked.has_tokens and len(asked.prompts) > 1:
+                choices[-1]["prompt_token_ids"] = asked.prompts[index // asked.sampling.n].tolist()
+        is_one = asked.has_tokens and len(asked.prompts) == 1
+        prompts = {"prompt_token_ids": asked.prompts[0].tolist()} if is_one else {}
         # A prompt counts once, however often it is answered.
         cached = sum(update.cached for update in updates[:: asked.sampling.n])
         usage = describe_usage([len(prompt) for prompt in asked.prompts], responses, cached)

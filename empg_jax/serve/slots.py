@@ -103,8 +103,12 @@ class SlotTable:
         return max(ages, key=ages.__getitem__)
 
     def _remember(self, kept: _Kept) -> None:
-        """Note that a conversation loses its slot; forget the one that did so first, if there are many."""
-        self._ghosts[kept.mark] = kept.used
+        """Note that a conversation loses its slot; forget the one that did so first, if there are many.
+
+        One that ended without a response has no mark by which it could be known.
+        """
+        if kept.mark[1]:
+            self._ghosts[kept.mark] = kept.used
         if len(self._ghosts) > self._most_ghosts:
             del self._ghosts[next(iter(self._ghosts))]
 

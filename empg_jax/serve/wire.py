@@ -254,13 +254,19 @@ def _integer(
     return value
 
 
-def _number(given: Mapping[str, Any], key: str, default: float) -> float:
-    value = given.get(key, default)
+def is_number(value: Any) -> bool:
+    """Tell whether a value of JSON is a number that a float can hold."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # an integer may be larger than any float
-            if math.isfinite(number := float(value)):
-                return number
-    raise refuse(f"{key}={value!r:.80} must be a number", key)
+            return math.isfinite(value)
+    return False
+
+
+def _number(given: Mapping[str, Any], key: str, default: float) -> float:
+    value = given.get(key, default)
+    if not is_number(value):
+        raise refuse(f"{key}={value!r:.80} must be a number", key)
+    return float(value)
 
 
 def _equal(value: Any, neutral: Any) -> bool:

@@ -1,11 +1,13 @@
 """A program with many faults, by its argument. It needs only the standard library, so it starts fast."""
 
+import http.client
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 
 
@@ -17,6 +19,15 @@ def chat(messages, **options):
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)["choices"][0]["message"]
+
+
+def start(messages):
+    """A call whose answer is not read."""
+    url = urllib.parse.urlsplit(os.environ["OPENAI_BASE_URL"])
+    connection = http.client.HTTPConnection(url.netloc)
+    body, key = json.dumps({"messages": messages}), os.environ["OPENAI_API_KEY"]
+    connection.request("POST", f"{url.path}/chat/completions", body, {"Authorization": f"Bearer {key}"})
+    return connection
 
 
 def ask(text, history=()):
@@ -67,6 +78,14 @@ def main(kind):
             history = []
             for _ in range(1000):
                 history = ask("a", history)
+        case "impatient":  # gives up two calls, the first when a file is there, and asks again
+            messages = [{"role": "user", "content": "a"}]
+            first = start(messages)
+            while not os.path.exists(sys.argv[2]):
+                time.sleep(0.01)
+            first.close()
+            start(messages).close()
+            ask("b", [*messages, chat(messages)])
         case "child":  # leaves a process behind
             ask("a")
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

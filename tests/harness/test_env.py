@@ -10,6 +10,7 @@ import pytest
 from empg_envs import make_env
 from empg_envs.base import EnvFault
 from empg_envs.harness.env import _find_endpoint
+from empg_envs.harness.server import Session
 from tests.harness import agents
 from tests.processes import is_running
 from tests.serve.servers import wait_until
@@ -95,8 +96,42 @@ def test_calls_after_the_end_are_refused(make):
     )
     assert call("embeddings")[0] == 404
     assert call(Authorization="Bearer other")[0] == 401
+    for length in ("-1", "abc", "9" * 5000):
+        assert call(**{"Content-Length": length}) == (
+            400,
+            "Content-Length must be a number of bytes up to 8388608 (8 MiB)",
+        )
     env.close()
     assert call() == (401, "no episode has this key: it is wrong, or the episode has ended")
+
+
+def test_a_question_that_is_asked_again_is_one_turn(make, tmp_path):
+    file = tmp_path / "left"
+    env = make(f"impatient {file}")
+    assert env.reset(0, split="train", index=0)[0] == "a"
+    file.touch()  # the program gives the call up while the policy answers it
+    wait_until(lambda: env._session.calls.qsize() == 2)
+    observation, *_, info = env.step("one")
+    assert observation == "b" and [m["content"] for m in info["messages"]] == ["a", "one", "b"]
+    assert env.step("two")[2]
+
+
+def test_a_call_that_follows_at_once_finds_the_sampled_text():
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    question, said = {"role": "user", "content": "a"}, '<tool_call>{"name":"add"}</tool_call>'
+    session, later = Session(), []
+    call = session.add({"messages": [question], "tools": tools})
+
+    class Program:
+        """It reads its answer in the moment that it is woken, and calls again."""
+
+        def set(self):
+            messages = [question, call._answer, {"role": "user", "content": "b"}]
+            later.append(session.add({"messages": messages, "tools": tools}))
+
+    call._answered = Program()
+    session.answer(call, said)
+    assert later[0].messages[1] == {"role": "assistant", "content": said}
 
 
 def test_the_end_takes_what_the_program_started(make, tmp_path):

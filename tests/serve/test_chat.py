@@ -3,11 +3,18 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from empg_jax.cli import app
+from empg_jax.errors import RunError
+from empg_jax.serve.chat import Chat
+from empg_jax.serve.driver import Driver, Job
+from empg_jax.serve.server import run_server
+from empg_jax.serve.wire import ApiError
 from tests.serve.conftest import OPTIONS
 from tests.serve.servers import CALL
 
@@ -66,6 +73,44 @@ def test_a_model_without_a_template_goes_on_with_the_text(talker, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "there is no chat template, so it goes on with your text" in result.stderr
     assert result.stdout.splitlines()[1].split() == ["south", "north", "south", "north"]
+
+
+def test_lines_that_were_cut_off_leave_the_queue():
+    driver = Driver(SimpleNamespace(config=SimpleNamespace(slots=1)), max_waiting=1)  # its thread is busy
+    asked = SimpleNamespace(
+        make_job=lambda index, notify: Job(np.zeros(1, np.int32), 1, 0.0, 0, index, notify),
+        decode=None,
+        sampling=SimpleNamespace(stops=[]),
+    )
+    chat_ = Chat(SimpleNamespace(read_completion=lambda body: asked), driver, {}, None, has_template=False)
+    for _ in range(3):
+        job = asked.make_job(0, print)
+        driver.submit([job])
+        driver.cancel([job])
+    driver.submit([asked.make_job(0, print) for _ in range(2)])
+    with pytest.raises(ApiError, match="is busy with lines that were cut off"):
+        chat_.ask("more", print)
+    driver._is_closed = True
+    with pytest.raises(RunError, match="the engine failed: the server is stopping"):
+        chat_.ask("more", print)
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_signal_does_not_wait_for_a_busy_thread(error, code, monkeypatch):
+    class Left(Exception):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr("os._exit", leave)
+    closed = []
+    for is_busy, expected in ((False, type(error)), (True, Left)):
+        work = SimpleNamespace(is_busy=is_busy, close=lambda: closed.append(error))
+        server = SimpleNamespace(run=lambda sockets: (_ for _ in ()).throw(error))
+        with pytest.raises(expected) as found:
+            run_server(server, None, [work])
+    assert found.value.args == (code,) and len(closed) == 2
 
 
 def test_mistakes_are_one_message():

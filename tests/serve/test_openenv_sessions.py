@@ -2,9 +2,14 @@
 
 import asyncio
 import json
+import sys
 import threading
 
-from empg_jax.serve.openenv import Sessions
+import pytest
+
+from empg_jax.serve.openenv import MOST_EARLY, Sessions
+from empg_jax.serve.tinker.worker import Worker
+from empg_jax.serve.wire import ApiError
 
 
 class Socket:
@@ -20,7 +25,7 @@ class Socket:
         return await self.coming.get()
 
     async def send_text(self, text):
-        self.answers.put_nowait(json.loads(text))
+        self.answers.put_nowait(json.loads(text.encode()))
 
     async def close(self, code=1000):
         pass
@@ -52,13 +57,16 @@ class Hanging:
     def step(self, message):
         self.began.set()
         self.goes_on.wait(60)
+        if message == "exit":
+            sys.exit("the end")
         return message, 1.0, False, False, {}
 
     def close(self):
         self.closed.set()
 
 
-def test_a_client_that_leaves_during_a_step_frees_its_session():
+@pytest.mark.parametrize("last", [(), ("close",), ("state", "close")])
+def test_a_client_that_leaves_during_a_step_frees_its_session(last):
     async def play():
         env = Hanging()
         sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
@@ -67,11 +75,40 @@ def test_a_client_that_leaves_during_a_step_frees_its_session():
         assert (await asyncio.wait_for(socket.answers.get(), 60))["type"] == "observation"
         socket.ask("step", message="a")
         assert await asyncio.to_thread(env.began.wait, 60) and sessions.active == 1
+        for kind in last:
+            socket.ask(kind)
         socket.leave()
-        await asyncio.wait_for(served, 60)
+        await asyncio.wait_for(served, 20)
         assert sessions.active == 0 and not env.goes_on.is_set()
         env.goes_on.set()
         assert await asyncio.to_thread(env.closed.wait, 60)
+
+    asyncio.run(play())
+
+
+def test_an_environment_that_exits_or_repeats_half_a_character_is_answered():
+    async def play():
+        env = Hanging()
+        env.goes_on.set()
+        sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
+        socket.ask("reset")
+        for text in ("\ud800", "exit", "b"):
+            socket.ask("step", message=text)
+        socket.ask("close")
+        await asyncio.wait_for(sessions.serve(socket), 60)
+        _, half, error, last = (socket.answers.get_nowait()["data"] for _ in range(4))
+        assert half["observation"]["text"] == "\ud800" and last["observation"]["text"] == "b"
+        assert (error["code"], error["message"]) == ("EXECUTION_ERROR", "SystemExit: the end")
+
+    asyncio.run(play())
+
+
+def test_work_that_exits_is_an_error_and_the_thread_goes_on():
+    async def play():
+        with Worker() as worker:
+            with pytest.raises(ApiError, match="SystemExit: 3"):
+                await asyncio.wait_for(worker.run(lambda: sys.exit(3)), 60)
+            assert await asyncio.wait_for(worker.run(lambda: "more"), 60) == "more"
 
     asyncio.run(play())
 
@@ -89,5 +126,20 @@ def test_messages_that_come_early_are_answered_in_order():
         answers = [socket.answers.get_nowait() for _ in range(4)]
         texts = [answer["data"]["observation"]["text"] for answer in answers]
         assert texts == ["begin", "a", "b", "c"]
+
+    asyncio.run(play())
+
+
+def test_a_client_that_sends_on_and_on_during_a_step_ends_its_session():
+    async def play():
+        env = Hanging()
+        sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
+        socket.ask("reset")
+        for _ in range(MOST_EARLY + 3):
+            socket.ask("step", message="a")
+        await asyncio.wait_for(sessions.serve(socket), 60)
+        answers = [socket.answers.get_nowait() for _ in range(socket.answers.qsize())]
+        assert answers[-1]["data"]["code"] == "SESSION_ERROR" and "64 messages" in str(answers[-1])
+        env.goes_on.set()
 
     asyncio.run(play())

@@ -59,6 +59,16 @@ def test_finished_conversations_give_way_to_live_ones():
     assert take_turns(table, live, 4, held) == 1
 
 
+def test_a_conversation_without_a_response_is_not_taken_for_another():
+    table = SlotTable(2)
+    for slot, said in ((0, [1, 2, 3]), (1, [4, 5, 6, 7])):
+        assert table.take(said[:3]) == Place(slot, 0)
+        table.keep(slot, np.asarray(said), 3)
+    assert table.take([8, 9, 8]).slot == 0
+    table.keep(0, np.asarray([8, 9, 8, 7]), 3)
+    assert table.take([5, 5]) == Place(1, 0)  # a new prompt takes the slot that was used longest ago
+
+
 def test_pieces_of_text_never_change():
     stream, said = TextStream(decode, ["stop"]), tokens("aé st€ stopper")
     pieces = [stream.feed(said[: n + 1], is_final=n + 1 == len(said)) for n in range(len(said))]

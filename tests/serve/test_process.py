@@ -8,8 +8,11 @@ import threading
 import time
 
 import httpx
+import pytest
 from serving import ROOT, serving
+from typer.testing import CliRunner
 
+from empg_jax.cli import app
 from tests.serve.conftest import OPTIONS
 
 BARE = (
@@ -68,3 +71,9 @@ def test_what_cannot_be_served_is_told(tmp_path):
     assert done.returncode == 2 and "expected a file in a folder that exists" in done.stderr
     done = call("quickstart", "serve.slot=3")
     assert done.returncode == 2 and "did you mean serve.slots?" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["", " ", "secret\n"])
+def test_a_key_that_keeps_nobody_out_is_refused(key):
+    result = CliRunner().invoke(app, ["serve", "quickstart", "--api-key", key])
+    assert result.exit_code == 2 and "--api-key is empty or has blanks at its ends" in result.stderr

@@ -5,9 +5,13 @@ import json
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 
+from empg_jax.engine.engine import Response
+from empg_jax.serve import reload
 from empg_jax.serve.app import make_app
+from empg_jax.serve.driver import Driver, Update
 from empg_jax.serve.service import Service
 from empg_jax.serve.wire import ApiError
 from empg_jax.text import ChatRenderer, build_byte_tokenizer
@@ -65,6 +69,93 @@ def test_only_short_texts_are_kept(service):
         assert service.encoded == [len(text)] * times
 
 
+class Saying:
+    """A driver whose engine says the same text at once: streamed, first two tokens, then all."""
+
+    failure = None
+
+    def __init__(self, service, text):
+        self._said = np.asarray(service._tokenizer.encode(text), np.int32)
+
+    def submit(self, jobs, *, wakes):
+        for job in jobs:
+            for said in (self._said[:2], self._said) if job.is_streamed else (self._said,):
+                zeros = np.zeros(len(said), np.float32)
+                numbers = {"logprobs": zeros, "entropies": zeros, "versions": said}
+                response = Response(0, job.prompt, said, **numbers, finish_reason="stop")
+                job.notify(Update(response, is_final=said is self._said))
+
+    def wake(self):
+        pass
+
+    def cancel(self, jobs):
+        pass
+
+
+def post(service, driver, route, body):
+    app = make_app(service, driver, api_key=None, max_body_bytes=1 << 20)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await client.post(route, content=json.dumps(body))
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_tool_call_with_half_a_character_is_answered(is_streamed, service):
+    def render(messages, tools=()):
+        return "tools" if tools else "none"
+
+    service._renderer = SimpleNamespace(render=render, encode=service._tokenizer.encode)
+    driver = Saying(service, '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>')
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    body = {"messages": HELLO, "tools": tools, "stream": is_streamed}
+    answer = post(service, driver, "/v1/chat/completions", body)
+    assert answer.status_code == 200 and "\\ud800" in answer.text
+    if is_streamed:
+        assert answer.text.endswith("data: [DONE]\n\n") and "tool_calls" in answer.text
+    else:
+        call = answer.json()["choices"][0]["message"]["tool_calls"][0]
+        assert json.loads(call["function"]["arguments"]) == {"a": "\ud800"}
+
+
+def test_each_prompt_has_its_tokens_and_each_chunk_its_place_in_the_text(service):
+    driver, route = Saying(service, "said"), "/v1/completions"
+    body = {"prompt": ["red", "blue"], "n": 2, "return_token_ids": True}
+    answer = post(service, driver, route, body).json()
+    texts = ["".join(map(chr, choice["prompt_token_ids"])) for choice in answer["choices"]]
+    assert texts == ["red", "red", "blue", "blue"] and "prompt_token_ids" not in answer
+    answer = post(service, driver, route, body | {"prompt": "red"}).json()
+    assert answer["prompt_token_ids"] == [*b"red"] and "prompt_token_ids" not in answer["choices"][0]
+    lines = post(service, driver, route, {"prompt": "red", "stream": True, "logprobs": 1}).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    offsets = [n for chunk in chunks for n in chunk["choices"][0]["logprobs"]["text_offset"]]
+    assert offsets == list(range(4))
+
+
+def test_weights_that_are_published_one_after_the_other_have_numbers_of_their_own(monkeypatch, tmp_path):
+    engine = SimpleNamespace(config=SimpleNamespace(slots=1), version=3, base=None)
+    driver = Driver(engine, max_waiting=1)  # nobody asks, so it loads none of them
+    monkeypatch.setattr(reload, "_load", lambda engine, path: {})
+    route = reload.make_reload(engine, driver, has_key=True)
+
+    async def publish(**more):
+        answer = await route.handler(None, {"model_path": str(tmp_path), **more})
+        assert f"from weights of version {driver.version}" in json.loads(answer.body)["message"]
+        return driver.version
+
+    async def play():
+        assert [await publish(), await publish(), await publish(weight_version=9), await publish()] == [
+            4,
+            5,
+            9,
+            10,
+        ]
+
+    asyncio.run(play())
+
+
 HUGE = int("9" * 400)
 UNREADABLE = {
     "half a pair in a prompt": ("/v1/completions", {"prompt": "\ud800"}, "cannot be read"),
@@ -92,11 +183,5 @@ UNREADABLE = {
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_what_cannot_be_read_is_refused(name, service):
     route, body, message = UNREADABLE[name]
-    app = make_app(service, SimpleNamespace(), api_key=None, max_body_bytes=1 << 20)
-
-    async def ask():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
-            return await client.post(route, content=json.dumps(body))
-
-    answer = asyncio.run(ask())
+    answer = post(service, SimpleNamespace(), route, body)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]

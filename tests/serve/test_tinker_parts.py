@@ -19,8 +19,10 @@ from empg_jax.serve.tinker.codec import BatchResult, Datum, encode_batch, read_j
 from empg_jax.serve.tinker.futures import GRACE_SECONDS, Futures, Line
 from empg_jax.serve.tinker.objectives import find_objective
 from empg_jax.serve.tinker.proto import message
+from empg_jax.serve.tinker.routes import _read_adam
 from empg_jax.serve.tinker.rows import Limits, make_rows
-from empg_jax.serve.tinker.trainer import AdamParams, Trainer
+from empg_jax.serve.tinker.store import Saved, Store
+from empg_jax.serve.tinker.trainer import MOST_PROGRAMS, AdamParams, Trainer
 from empg_jax.serve.wire import ApiError
 from empg_jax.types import Scores
 from tests.serve.protos import as_proto
@@ -119,6 +121,26 @@ def test_the_gradient_is_that_of_cross_entropy_and_adam_is_torchs(trainer):
         trainer.step(AdamParams())
 
 
+def test_programs_of_other_settings_do_not_pile_up(trainer):
+    usual = trainer._compiled(find_objective("cross_entropy", {}), 1)
+    for step in range(2 * MOST_PROGRAMS):
+        trainer._compiled(find_objective("ppo", {"clip_high_threshold": 1.2 + step}), 1)
+        assert trainer._compiled(find_objective("cross_entropy", {}), 1) is usual
+    assert len(trainer._programs) == MOST_PROGRAMS
+
+
+def test_weights_of_another_type_are_refused(trainer, tmp_path):
+    params = trainer.read()
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    moments = trainer.read_moments()
+    path = Store(tmp_path, "m", half).save("s:train:0", "weights", "half", Saved(half, moments, 1))
+    store = Store(tmp_path, "m", params)
+    with pytest.raises(ApiError, match="is bfloat16, not float32, as a server with another"):
+        store.load(path)
+    jax.tree.map(np.testing.assert_array_equal, Store(tmp_path, "m", half).load(path), half)
+    assert store.load_moments(path).count == moments.count
+
+
 @pytest.mark.slow
 def test_the_gradient_is_that_of_importance_sampling(trainer):
     trainer.reset()
@@ -189,13 +211,48 @@ def test_settings_of_our_algorithms_are_read_from_numbers_and_texts():
     found = dict(objective.settings)
     assert found["empg.shuffle_seed"] == 3 and type(found["empg.shuffle_seed"]) is int
     assert dict(find_objective("empg:grpo", {"scale_by_std": 0.0}).settings) == {"scale_by_std": False}
+    assert dict(find_objective("empg:grpo", {"invalid_penalty": 0.1}).settings) == {"invalid_penalty": 0.1}
     assert find_objective("empg:reinforce_pp", {}).needs_reference
     for config, text in (
         ({"empg.zetta": 1}, "did you mean 'zeta'"),
         ({"ratio_unit": "turn"}, "has no effect"),
+        ({"clip_high": -5}, "clip_high=-5.0: must be greater than 0"),
+        ({"clip_high": float("nan")}, "clip_high=nan must be a finite number"),
+        ({"clip_high": 10**400}, "clip_high=1000"),
     ):
         with pytest.raises(ApiError, match=text):
             find_objective("empg:grpo_empg", config)
+    with pytest.raises(ApiError, match="must be a finite number"):
+        find_objective("ppo", {"clip_high_threshold": 10**400})
+    for value in ("1.5", 10**400):
+        with pytest.raises(ApiError, match=r"learning_rate=.*must be a number"):
+            _read_adam({"adam_params": {"learning_rate": value}})
+
+
+@pytest.mark.parametrize(
+    "data, dtype, is_read",
+    [
+        ([66, 5], "int64", True),
+        ([], "int64", True),
+        ([66.7, 5], "int64", False),
+        (["5"], "int64", False),
+        ([2**63], "int64", False),
+        ([1, 0.5], "float32", True),
+        (["0.5"], "float32", False),
+        ([[1], [1, 2]], "float32", False),
+        ([None], "float32", False),
+    ],
+)
+def test_tensors_in_json_hold_numbers_of_their_type(data, dtype, is_read):
+    example = datum([65, 66])
+    example["loss_fn_inputs"]["x"] = {"data": data, "dtype": dtype}
+    asked = {"data": [example], "loss_fn": "cross_entropy"}
+    envelope = read_json({"model_id": "m", "seq_id": 1, "forward_backward_input": asked})
+    if is_read:
+        assert envelope.open()[0].inputs["x"].tolist() == data
+    else:
+        with pytest.raises(ApiError, match="datum 0: x: data must be a list of"):
+            envelope.open()
 
 
 def make_turns(spans, group, tokens=None, **inputs):

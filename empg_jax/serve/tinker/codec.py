@@ -192,10 +192,16 @@ def _datum_of_json(item: Any, where: str) -> Datum:
 def _json_tensor(tensor: Any, where: str) -> np.ndarray:
     if not isinstance(tensor, dict) or tensor.get("dtype") not in _NAMES:
         raise refuse(f'{where} must be {{"data": [...], "dtype": "float32" or "int64", "shape": [...]}}')
+    dtype = _NAMES[tensor["dtype"]]
+    kinds, numbers = ("bi", "integers") if dtype.kind == "i" else ("biuf", "numbers")
     try:
-        values = np.asarray(tensor.get("data"), _NAMES[tensor["dtype"]]).reshape(-1)
-    except (ValueError, TypeError, OverflowError):
-        raise refuse(f"{where}: data must be a list of numbers") from None
+        found = np.asarray(tensor.get("data")).reshape(-1)
+    except ValueError:  # lists of different lengths
+        found = np.asarray([None])
+    if found.size and found.dtype.kind not in kinds:
+        raise refuse(f"{where}: data must be a list of {numbers}, as its dtype is {dtype}")
+    with np.errstate(over="ignore"):  # whoever needs finite numbers looks for them
+        values = found.astype(dtype)
     return _shaped(values, tensor.get("shape") or [len(values)], where)
 
 
@@ -232,8 +238,13 @@ def describe_batch(result: BatchResult) -> dict[str, Any]:
         }
         for output in result.outputs
     ]
-    metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
+    metrics = finite(result.metrics)
     return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": metrics}
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out the metrics that JSON cannot hold: NaN and infinities."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def encode_samples(result: SampleResult) -> bytes:

@@ -83,7 +83,7 @@ class Futures:
 
     def drop(self, pending: Pending) -> None:
         """Forget a request that was refused after all, so that it may come again."""
-        self._all.pop(pending.id, None)
+        self._forget(pending.id)
 
     def find(self, request_id: str) -> Pending:
         """Look a request up.

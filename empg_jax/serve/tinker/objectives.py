@@ -16,8 +16,9 @@ from typing import Any
 from empg_jax.algorithms import ALGORITHMS, Algorithm, Recipe, build, make_recipe, parts
 from empg_jax.algorithms.keys import readers
 from empg_jax.algorithms.signatures import FACTORIES
+from empg_jax.config.algorithm import check_values
 from empg_jax.errors import nearest
-from empg_jax.serve.wire import refuse
+from empg_jax.serve.wire import is_number, refuse
 
 OURS = "empg:"
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}  # bounds of the ratio itself
@@ -59,6 +60,9 @@ def find_objective(name: str, config: Mapping[str, float | str]) -> Objective:
     Raises:
       ApiError: there is no such loss or setting, or the server cannot train it.
     """
+    for key, value in config.items():
+        if not isinstance(value, str) and not is_number(value):
+            raise refuse(f"loss_fn_config: {key}={value!r:.80} must be a finite number", "loss_fn_config")
     if name.startswith(OURS):
         return _find_ours(name.removeprefix(OURS), config)
     if name not in _NATIVE:
@@ -69,7 +73,7 @@ def find_objective(name: str, config: Mapping[str, float | str]) -> Objective:
     for key, value in config.items():
         if key not in defaults:
             raise refuse(f"loss_fn_config: {name} has no {key}{nearest(key, defaults)}", "loss_fn_config")
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, str):
             raise refuse(f"loss_fn_config: {key}={value!r} must be a number", "loss_fn_config")
     settings = {**defaults, **config}
     # The estimate is a place holder: the client sends the advantages.
@@ -105,6 +109,8 @@ def _find_ours(name: str, config: Mapping[str, float | str]) -> Objective:
     try:
         values = {key: _value_of(key, value) for key, value in config.items()}
         recipe = make_recipe(name, values)
+        own = {key: value for key, value in values.items() if key != "invalid_penalty"}  # not of this section
+        check_values(name, own)
     except (ValueError, TypeError) as error:
         raise refuse(f"loss_fn_config: {error}", "loss_fn_config") from None
     if recipe.critic is not None:

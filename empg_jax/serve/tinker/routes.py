@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from empg_jax.serve.tinker.futures import Futures, Pending
 from empg_jax.serve.tinker.samplers import Samplers
 from empg_jax.serve.tinker.tenant import Tenant
 from empg_jax.serve.tinker.trainer import AdamParams
-from empg_jax.serve.wire import ApiError, reading, refuse
+from empg_jax.serve.wire import ApiError, is_number, reading, refuse
 
 POLL_SECONDS = 20.0  # the official client gives up a poll after 45
 MAX_DATUMS = 1_000_000  # of a request: credit sees one request, so clients should not split a batch
@@ -200,6 +199,7 @@ class Api:
 
     def _sample(self, body: Body) -> Body:
         pending, count = self._samplers.sample(body)
+        self._tenant.notice(pending.id)
         names = [f"{pending.id}:{index}" for index in range(count)]
         return {"request_id": pending.id, "sample_sequence_ids": names}
 
@@ -207,6 +207,7 @@ class Api:
 
     async def _retrieve(self, request: Request, body: Any) -> Response:
         pending = self._futures.find(str(_object(body).get("request_id")))
+        self._tenant.notice(pending.id)
         if not await self._futures.wait(pending, POLL_SECONDS):
             waiting = {"type": "try_again", "request_id": pending.id, "queue_state": "active"}
             return JSONResponse(waiting, status_code=408)
@@ -281,8 +282,7 @@ def _read_adam(body: Mapping[str, Any]) -> AdamParams:
     for name, value in given.items():
         if name not in names:
             raise refuse(f"adam_params.{name} is not known; there are {', '.join(names)}", "adam_params")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or value < 0 or (name.startswith("beta") and value >= 1):
+        if not is_number(value) or value < 0 or (name.startswith("beta") and value >= 1):
             low = "a number in [0, 1)" if name.startswith("beta") else "a number from 0"
-            raise refuse(f"adam_params.{name}={value!r} must be {low}", "adam_params")
+            raise refuse(f"adam_params.{name}={value!r:.80} must be {low}", "adam_params")
     return AdamParams(**given)

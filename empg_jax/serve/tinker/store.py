@@ -92,7 +92,7 @@ class Store:
         """Read the weights of a path.
 
         Raises:
-          ApiError: there are none, or they belong to another model.
+          ApiError: there are none, or they belong to another model or have another type.
         """
         return self._read(path, "weights.safetensors", self._like, self._structure)
 
@@ -131,6 +131,10 @@ class Store:
             if name not in found.names() or found.shape(name) != leaf.shape:
                 raise refuse(f"{path} holds weights of another model: {name} is missing or has another shape")
         arrays = {name: np.array(found.array(name)) for name in like}
+        for name, array in arrays.items():
+            if array.dtype != like[name].dtype:
+                types = f"{array.dtype}, not {like[name].dtype}"
+                raise refuse(f"{path}: {name} is {types}, as a server with another model.dtype saved it")
         return arrays if structure is None else jax.tree.unflatten(structure, list(arrays.values()))
 
     def _meta(self, path: Any) -> dict[str, Any]:

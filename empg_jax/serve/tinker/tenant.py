@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from empg_jax.serve.tinker.codec import Envelope
+from empg_jax.serve.tinker.codec import Envelope, finite
 from empg_jax.serve.tinker.futures import Futures, Line, Pending
 from empg_jax.serve.tinker.objectives import find_objective
 from empg_jax.serve.tinker.samplers import Samplers
@@ -110,6 +110,16 @@ class Tenant:
             raise ApiError(404, f"session {session_id!r} does not exist", param="session_id")
         self._sessions[session_id] = time.monotonic()
 
+    def notice(self, name: str) -> None:
+        """Note a sign of life of the session, if there is one, that a request or sampling session is of.
+
+        Args:
+          name: its id, which begins with that of its session.
+        """
+        session_id = name.partition(":")[0]
+        if session_id in self._sessions:
+            self._sessions[session_id] = time.monotonic()
+
     def finish_session(self, session_id: str) -> None:
         """End a session and its model.
 
@@ -146,6 +156,9 @@ class Tenant:
             raise refuse("model_seq_id is missing", "model_seq_id")
         model_id = f"{session_id}:train:{number}"
         pending, is_new = self._futures.begin(f"{model_id}:create", "create_model")
+        if pending.error is not None and pending.error.status == 409:  # the model may be free now
+            self._futures.drop(pending)
+            pending, is_new = self._futures.begin(pending.id, pending.kind)
         if not is_new:
             return pending
         if (problem := self._taken_by()) is not None:
@@ -196,10 +209,15 @@ class Tenant:
 
     def unload(self, model_id: Any) -> Pending:
         """End the training of a model; its saved weights stay."""
-        self.find(model_id)
-        pending, _ = self._futures.begin(f"{model_id}:unload", "unload_model")
-        self._unload(f"model {model_id} was unloaded")
-        self._futures.finish(pending, {"type": "unload_model", "model_id": model_id})
+        pending, is_new = self._futures.begin(f"{model_id}:unload", "unload_model")
+        if is_new:
+            try:
+                self.find(model_id)
+            except ApiError:
+                self._futures.drop(pending)
+                raise
+            self._unload(f"model {model_id} was unloaded")
+            self._futures.finish(pending, {"type": "unload_model", "model_id": model_id})
         return pending
 
     def _unload(self, reason: str) -> None:
@@ -244,7 +262,7 @@ class Tenant:
                 reason, model.broken = model.broken, None
                 self._trainer.drop_gradients()
                 raise refuse(f"no step was made: {reason}; the gradients before this step were dropped")
-            return {"metrics": self._trainer.step(read())}
+            return {"metrics": finite(self._trainer.step(read()))}
 
         return self._enqueue(model_id, seq_id, "optim_step", work)
 

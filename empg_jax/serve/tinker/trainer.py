@@ -7,6 +7,7 @@ own settings of Adam. All methods run on one thread.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from empg_jax.serve.tinker.rows import Limits, Rows, has_entropies, make_rows
 from empg_jax.serve.wire import refuse
 from empg_jax.types import Credit, Params, Scores
 
+MOST_PROGRAMS = 16  # that are kept: one for each loss, its settings and rows of a micro-batch
 Moments = Any  # an `optax.ScaleByAdamState`
 
 
@@ -58,7 +60,7 @@ class Trainer:
         self.start, self.limits, self.version = start, limits, 0
         self._summing = sum_gradients()
         self._shardings = state_shardings(start.mesh, start.model, self._summing)
-        self._programs: dict[Any, tuple[Learner, Any]] = {}
+        self._programs: collections.OrderedDict[Any, tuple[Learner, Any]] = collections.OrderedDict()
         whole, params = replicated(start.mesh), self._shardings.params
         moments = optax.ScaleByAdamState(count=whole, mu=params, nu=params)
         self._step = jax.jit(
@@ -167,6 +169,9 @@ class Trainer:
             )
             total = functools.partial(_total_loss, objective.algorithm.loss)
             self._programs[key] = learner, jax.jit(on_mesh(self.start.mesh, total))
+        self._programs.move_to_end(key)
+        if len(self._programs) > MOST_PROGRAMS:
+            self._programs.popitem(last=False)
         return self._programs[key]
 
     def _reference(self, objective: Objective) -> Params:

@@ -84,7 +84,7 @@ class Worker:
                 result = work()
             except ApiError as error:
                 failure = error
-            except Exception as error:
+            except BaseException as error:  # SystemExit, too: an environment may raise it, and others wait
                 logger.exception("training failed")
                 failure = ApiError(500, f"the server failed: {type(error).__name__}: {error}")
             # The loop is closed when the server stops before the work does.

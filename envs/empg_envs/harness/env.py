@@ -104,8 +104,7 @@ class HarnessEnv:
         if self._session is None or self._call is None:
             state = "has ended" if self._session is not None else "has not begun"
             raise RuntimeError(f"the episode {state}: call reset first")
-        self._session.answer(self._call, action)
-        call = self._next_call(self._call_timeout)
+        call = self._answer(self._call, action)
         if call is not None:
             observation, info = self._observe(call)
             return observation, 0.0, False, False, info
@@ -177,8 +176,20 @@ class HarnessEnv:
                 self._output.close()
                 raise EnvFault("agent_crashed", f"{self._command[0]} cannot be started: {error}") from None
 
+    def _answer(self, call: Call, action: str) -> Call | None:
+        """Answer a call and return the next one; None when the program has ended."""
+        assert self._session is not None
+        if call.has_left():  # the answer is for the client's next try, so that one question is one turn
+            call.drop()
+            again = self._next_call(self._call_timeout)
+            if again is None or not again.repeats(call):
+                return again
+            call = again
+        self._session.answer(call, action)
+        return self._next_call(self._call_timeout)
+
     def _next_call(self, seconds: float) -> Call | None:
-        """Wait for the next call; None when the program has ended.
+        """Wait for the next call that still waits for its answer; None when the program has ended.
 
         Raises:
           EnvFault: it did neither in time.
@@ -189,7 +200,11 @@ class HarnessEnv:
             # Looked at first: a call that was made before the end must not be lost.
             has_ended = self._process.poll() is not None
             with contextlib.suppress(queue.Empty):
-                return self._session.calls.get(timeout=0 if has_ended else look)
+                call = self._session.calls.get(timeout=0 if has_ended else look)
+                if not call.has_left():
+                    return call
+                call.drop()
+                continue
             if has_ended:
                 return None
             look = min(2 * look, LONGEST_LOOK)

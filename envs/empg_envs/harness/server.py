@@ -11,9 +11,10 @@ import hmac
 import json
 import queue
 import secrets
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from empg_envs.tool_calls import Message, check_tools, normalize_messages, parse_response
 
 MAX_BODY = 8 << 20
+MAX_DIGITS = 20  # of a number that is read
 MODEL = "policy"
 
 Body = dict[str, Any]
@@ -29,8 +31,8 @@ Body = dict[str, Any]
 class Call:
     """One call of a program: what it asks, and later the policy's answer."""
 
-    def __init__(self, session: Session, body: Body) -> None:
-        """Read the body.
+    def __init__(self, session: Session, body: Body, has_left: Callable[[], bool]) -> None:
+        """Read the body; ``has_left`` says whether the program still waits for the answer.
 
         Raises:
           ValueError: it is malformed, or asks for several choices.
@@ -41,22 +43,29 @@ class Call:
         messages = body.get("messages")
         self.messages = session.restore(messages, normalize_messages(messages))
         self.is_streamed = bool(body.get("stream"))
-        self.id = secrets.token_hex(8)
+        self.id, self.has_left = secrets.token_hex(8), has_left
         self._answered = threading.Event()
         self._answer: Message | None = None
 
-    def answer(self, text: str) -> Message:
-        """Answer with the policy's response; returns the message that the program gets."""
-        self._answer = parse_response(text, self.tools, lambda i: f"call_{self.id}_{i}")
+    def repeats(self, call: Call) -> bool:
+        """Say whether this is the same question again: clients send a call that took too long once more."""
+        return (self.messages, self.tools) == (call.messages, call.tools)
+
+    def read(self, text: str) -> Message:
+        """Make the message that the program gets of the policy's response."""
+        return parse_response(text, self.tools, lambda i: f"call_{self.id}_{i}")
+
+    def answer(self, message: Message) -> None:
+        """Give the program its answer."""
+        self._answer = message
         self._answered.set()
-        return self._answer
 
     def drop(self) -> None:
-        """Give the call up: its episode has ended."""
+        """Give the call up: its episode has ended, or nobody waits for it any more."""
         self._answered.set()
 
     def wait(self) -> Message | None:
-        """Wait for the answer; None if the episode ended before."""
+        """Wait for the answer; None if the call was given up."""
         self._answered.wait()
         return self._answer
 
@@ -75,9 +84,9 @@ class Session:
         self._open: set[Call] | None = set()
         self._said: dict[str, str] = {}  # messages with tool calls that the policy said, by their JSON
 
-    def add(self, body: Body) -> Call | None:
-        """Queue a call; None after the end of the episode."""
-        call = Call(self, body)
+    def add(self, body: Body, has_left: Callable[[], bool] = lambda: False) -> Call | None:
+        """Queue a call, see `Call`; None after the end of the episode."""
+        call = Call(self, body, has_left)
         with self._lock:
             if self._open is None:
                 return None
@@ -87,12 +96,13 @@ class Session:
 
     def answer(self, call: Call, text: str) -> None:
         """Answer a call with the policy's response."""
-        message = call.answer(text)
+        message = call.read(text)
         with self._lock:
             if self._open is not None:
                 self._open.discard(call)
             if "tool_calls" in message:
                 self._said[_key(message)] = text
+        call.answer(message)  # last: the program's next call may come at once, and looks for the text
 
     def restore(self, raw: Any, messages: list[Message]) -> list[Message]:
         """Put the sampled text in the place of messages that the policy said, so that it stays as sampled."""
@@ -169,10 +179,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         session, route = self._route()
-        length = int(self.headers.get("Content-Length") or 0)
-        if length > MAX_BODY:
+        given = (self.headers.get("Content-Length") or "0").strip()
+        length = int(given) if given.isdecimal() and len(given) < MAX_DIGITS else -1
+        if not 0 <= length <= MAX_BODY:
             self.close_connection = True
-            self._refuse(413, f"the body is longer than {MAX_BODY >> 20} MiB")
+            most = f"Content-Length must be a number of bytes up to {MAX_BODY} ({MAX_BODY >> 20} MiB)"
+            self._refuse(400 if length < 0 else 413, most)
             return
         body = self.rfile.read(length)
         if session is None or route != "/v1/chat/completions":
@@ -182,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
             found = json.loads(body)
             if not isinstance(found, dict):
                 raise ValueError("the body must be a JSON object")
-            call = session.add(found)
+            call = session.add(found, self._has_left)
         except (ValueError, RecursionError) as error:
             self._refuse(400, str(error))
             return
@@ -207,6 +219,15 @@ class _Handler(BaseHTTPRequestHandler):
         return session, f"/{route}"
 
     find: Any
+
+    def _has_left(self) -> bool:
+        """Say whether the client has closed its connection; asked while its call waits."""
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:  # nothing came, so it waits
+            return False
+        except OSError:
+            return True
 
     def _stream(self, call: Call, message: Message) -> None:
         delta = dict(message)
