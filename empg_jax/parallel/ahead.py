@@ -36,7 +36,7 @@ def warm_up(call_all: Callable[[Call], None], check: Callable[[], None]) -> None
 
 
 def _compile_all(call_all: Callable[[Call], None], check: Callable[[], None]) -> None:
-    pool, jobs = ThreadPoolExecutor(min(_count_cores(), MOST_THREADS), "compile"), list[Future[Any]]()
+    pool, jobs = ThreadPoolExecutor(min(count_cores(), MOST_THREADS), "compile"), list[Future[Any]]()
     try:
         call_all(functools.partial(_lower, pool, jobs))
         for job in jobs:
@@ -58,7 +58,7 @@ def _lower(pool: ThreadPoolExecutor, jobs: list[Future[Any]], program: Any, *arg
     return traced.out_info
 
 
-def _count_cores() -> int:
+def count_cores() -> int:
     """Count the cores that this process may use, where the system tells; else those of the machine."""
     try:
         cores = len(os.sched_getaffinity(0))

@@ -32,6 +32,8 @@ def describe_environment(seed: int) -> dict[str, Any]:
     """Describe everything outside the configuration that may change a result."""
     import jax
 
+    from empg_jax.parallel.ahead import count_cores
+
     devices = jax.devices()
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -39,7 +41,7 @@ def describe_environment(seed: int) -> dict[str, Any]:
         "seed": seed,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": count_cores(),
         "packages": package_versions(),
         "backend": jax.default_backend(),
         "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in devices],

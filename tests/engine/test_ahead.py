@@ -2,14 +2,14 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from empg_jax.engine.engine import Engine, EngineConfig
-from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.decoder import DecoderConfig
+from tests.weights import make_weights
 
 MODEL = DecoderConfig(
     vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=32
@@ -24,12 +24,11 @@ SIZES = EngineConfig(
     row_buckets=(4,),
     cache_buckets=(96,),
 )
-PARAMS, OTHERS = (init_params(jax.random.key(n), MODEL) for n in range(2))
 
 
 def make(ahead=True, **sizes):
     engine = Engine(MODEL, dataclasses.replace(SIZES, ahead=ahead, **sizes), seed=3)
-    engine.load(PARAMS, 0)
+    engine.load(make_weights(MODEL), 0)
     return engine
 
 
@@ -138,7 +137,7 @@ def test_versions_are_those_of_the_burst_that_sampled():
     engine.submit(0, [1, 2, 3], is_fresh=True, ids=(0, 0, 0, 0))
     engine.step()
     engine.step()  # one burst is read, one is in flight
-    engine.swap(engine.place(OTHERS), 1, keep_cache=True)
+    engine.swap(engine.place(make_weights(MODEL, 1)), 1, keep_cache=True)
     responses = []
     while engine.has_work:
         responses += engine.step()

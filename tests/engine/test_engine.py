@@ -16,6 +16,7 @@ from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
 from tests.runs import ROOT
+from tests.weights import make_weights
 
 MODEL = DecoderConfig(vocab_size=60, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8)
 # For what does not depend on depth: it compiles faster.
@@ -33,9 +34,6 @@ SIZES = EngineConfig(
     row_buckets=(1, 2),
     cache_buckets=(32, 64),
 )
-PARAMS = init_params(jax.random.key(0), MODEL)
-SHALLOW_PARAMS = init_params(jax.random.key(0), SHALLOW)
-OTHER_PARAMS = init_params(jax.random.key(1), MODEL)
 score = jax.jit(compute_logprobs, static_argnums=(1, 5))
 
 
@@ -46,7 +44,7 @@ def make():
     def make(model=MODEL, seed=0, temperature=1.0, mesh=None, **sizes):
         config = dataclasses.replace(SIZES, **sizes)
         engine = Engine(model, config, seed=seed, temperature=temperature, mesh=mesh)
-        engine.load(PARAMS if model is MODEL else SHALLOW_PARAMS, 0)
+        engine.load(make_weights(model), 0)
         return engine
 
     return make
@@ -72,16 +70,17 @@ def ask(engine, slot, tokens, *, ids=None, is_fresh=True, **how):
     return finish(engine)[slot]
 
 
-def full_forward(tokens, temperature=1.0, params=PARAMS):
+def full_forward(tokens, temperature=1.0, params=None):
     """The learner's log-probs and entropies of one conversation, padded to a fixed length."""
     row = np.zeros((1, SIZES.max_tokens), np.int32)
     row[0, : len(tokens)] = tokens
     positions = np.arange(SIZES.max_tokens, dtype=np.int32)[None]
+    params = make_weights(MODEL) if params is None else params
     found = score(params, MODEL, row, positions, np.ones_like(row), temperature)
     return [np.asarray(values)[0, : len(tokens)] for values in found]
 
 
-def check_statistics(response, temperature=1.0, params=PARAMS):
+def check_statistics(response, temperature=1.0, params=None):
     start = len(response.prompt_tokens)
     whole = np.concatenate([response.prompt_tokens, response.tokens])
     logprobs, entropies = full_forward(whole, temperature, params)
@@ -287,11 +286,11 @@ def test_new_weights_drop_the_kv_and_are_used_from_then_on(make):
     first = ask(engine, 0, [5, 6, 7])
     assert set(first.versions) == {0}
     engine.take_stats()
-    engine.load(OTHER_PARAMS, 4)
+    engine.load(make_weights(MODEL, 1), 4)
     second = ask(engine, 0, [8, 9], is_fresh=False, ids=(0, 0, 0, 1))
     assert set(second.versions) == {4}
     assert engine.stats.prefilled_tokens == 3 + len(first.tokens) + 2 - 1
-    check_statistics(second, params=OTHER_PARAMS)
+    check_statistics(second, params=make_weights(MODEL, 1))
     with pytest.raises(AssertionError):
         check_statistics(second)
 
@@ -299,7 +298,7 @@ def test_new_weights_drop_the_kv_and_are_used_from_then_on(make):
 def test_loaded_weights_are_a_copy(make):
     """The learner donates its parameters to the next update."""
     engine = make()
-    mine = jax.tree.map(jnp.copy, PARAMS)
+    mine = jax.tree.map(jnp.copy, make_weights(MODEL))
     engine.load(mine, 1)
     jax.tree.map(lambda leaf: leaf.delete(), mine)
     check_statistics(ask(engine, 0, [5, 6, 7]))
@@ -316,7 +315,7 @@ def test_weights_may_change_in_the_middle_of_a_response_on_request(make):
         engine.submit(slot, [5, 6, slot], is_fresh=True, ids=(0, slot, 0, 0))
     engine.step(is_eager=False)
     before = engine.stats.prefilled_tokens
-    publish(engine, OTHER_PARAMS, 4)
+    publish(engine, make_weights(MODEL, 1), 4)
     responses = finish(engine, is_eager=False)
     assert engine.stats.prefilled_tokens == before  # nothing is computed anew
     for response in responses.values():
@@ -334,10 +333,10 @@ def test_the_gap_of_kept_keys_is_measured_and_closed_by_prefilling_anew(make):
     assert engine.measure_stale_gap() is None  # nothing is cached
     engine.step(is_eager=False)
     assert engine.measure_stale_gap() < 1e-5  # the same weights
-    publish(engine, OTHER_PARAMS, 4)
+    publish(engine, make_weights(MODEL, 1), 4)
     assert engine.measure_stale_gap() > 1e-3
     assert engine.measure_stale_gap() < 1e-5  # the longest four were just computed anew
-    publish(engine, PARAMS, 5)
+    publish(engine, make_weights(MODEL), 5)
     engine.drop_cache()
     responses = finish(engine, is_eager=False)
     for slot, response in responses.items():
@@ -353,10 +352,10 @@ def test_weights_do_not_change_in_the_middle_of_a_response(make):
     engine.submit(0, [1], is_fresh=True, ids=(0, 0, 0, 0))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="in the middle of a turn"):
-            engine.load(OTHER_PARAMS, 1)
+            engine.load(make_weights(MODEL, 1), 1)
         engine.step()
     finish(engine)
-    engine.load(OTHER_PARAMS, 1)
+    engine.load(make_weights(MODEL, 1), 1)
     assert engine.version == 1
 
 
@@ -369,7 +368,7 @@ def test_misuse_is_refused():
         engine.submit(0, [1], is_fresh=True, ids=(0, 0, 0, 0))
     with pytest.raises(RuntimeError, match=r"warm_up needs loaded weights"):
         engine.warm_up()
-    engine.load(PARAMS, 0)
+    engine.load(make_weights(MODEL), 0)
     with pytest.raises(ValueError, match="empty prompt"):
         engine.submit(0, [], is_fresh=True, ids=(0, 0, 0, 0))
     with pytest.raises(ValueError, match="max_response=0 must be at least 1"):
@@ -425,7 +424,7 @@ def test_every_shipped_config_needs_few_programs(path):
 def test_the_warm_up_compiles_as_many_programs_as_are_said():
     sizes = EngineConfig(4, 40, 6, NO_STOPS, prefill_buckets=(4, 16), cache_buckets=(8, 24))
     engine = Engine(SHALLOW, sizes, seed=0)
-    engine.load(SHALLOW_PARAMS, 0)
+    engine.load(make_weights(SHALLOW), 0)
     names, checks = ("prefill", "decode", "grow", "copy_rows"), []
     programs = [getattr(engine._programs, name) for name in names]
     before = sum(program._cache_size() for program in programs)
@@ -457,7 +456,7 @@ def test_nothing_compiles_after_the_warm_up(make):
                     engine.submit(slot, draw_tokens(generator, count), is_fresh=is_fresh, ids=ids)
             finish(engine, is_eager=bool(round_number % 2))
             if round_number % 10 == 9:
-                engine.load(SHALLOW_PARAMS, round_number)
+                engine.load(make_weights(SHALLOW), round_number)
             if round_number == 15:
                 for slot in range(2):
                     engine.release(slot)

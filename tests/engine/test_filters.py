@@ -1,6 +1,7 @@
 """Top-k, top-p, min-p and watches in the engine: the learner agrees; without them, nothing changes."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -8,22 +9,29 @@ import pytest
 
 from empg_jax.engine.engine import Engine, EngineConfig
 from empg_jax.learner.outputs import compute_outputs
-from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from tests.runs import quick_compilations
+from tests.weights import make_weights
 
 MODEL = DecoderConfig(vocab_size=60, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
 SIZES = EngineConfig(
     slots=5, max_tokens=64, max_response_tokens=40, stop_ids=(-1,), burst=6, prefill_buckets=(16,),
     cache_buckets=(64,), has_filter=True,
 )  # fmt: skip
-PARAMS = jax.tree.map(lambda leaf: 2 * leaf, init_params(jax.random.key(0), MODEL))
+
+
+@functools.cache
+def double_weights():
+    return jax.tree.map(lambda leaf: 2 * leaf, make_weights(MODEL))
+
+
 FILTERS = [NO_FILTER, TokenFilter(top_p=0.7), TokenFilter(top_k=4), TokenFilter(min_p=0.2)]
 FILTERS += [TokenFilter(0.9, 12, 0.05)]
 TEMPERATURE = 0.8
 score = jax.jit(
-    lambda token_filter, *rows: compute_outputs(
-        PARAMS, MODEL, *rows, temperature=TEMPERATURE, token_filter=token_filter
+    lambda token_filter, weights, *rows: compute_outputs(
+        weights, MODEL, *rows, temperature=TEMPERATURE, token_filter=token_filter
     ),
     static_argnums=0,
 )
@@ -37,7 +45,7 @@ def _compile_quickly():
 
 def make(**sizes):
     engine = Engine(MODEL, dataclasses.replace(SIZES, **sizes), seed=0, temperature=TEMPERATURE)
-    engine.load(PARAMS, 3)
+    engine.load(double_weights(), 3)
     return engine
 
 
@@ -57,7 +65,7 @@ def score_response(response, token_filter):
     row = np.zeros((1, SIZES.max_tokens), np.int32)
     row[0, : len(whole)] = whole
     positions = np.arange(SIZES.max_tokens, dtype=np.int32)[None]
-    logprobs, entropies, _ = score(token_filter, row, positions, np.ones_like(row))
+    logprobs, entropies, _ = score(token_filter, double_weights(), row, positions, np.ones_like(row))
     part = slice(len(response.prompt_tokens), len(whole))
     return np.asarray(logprobs)[0, part], np.asarray(entropies)[0, part]
 
@@ -110,7 +118,7 @@ def test_the_filter_belongs_to_the_response():
     ask(engine, 0)
     (again,) = finish(engine)
     assert again.tokens.tolist() != first.tokens.tolist()
-    with engine.lent(PARAMS, 3, temperature=1.0, token_filter=TokenFilter(top_k=1)):
+    with engine.lent(double_weights(), 3, temperature=1.0, token_filter=TokenFilter(top_k=1)):
         ask(engine, 0)
         (lent,) = finish(engine)
     np.testing.assert_array_equal(lent.tokens, first.tokens)

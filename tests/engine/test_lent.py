@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from empg_jax.engine.engine import Engine, EngineConfig
-from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.decoder import DecoderConfig
 from empg_jax.plan.explain import GIB, find_shape
 from empg_jax.plan.memory import compute_plan
 from tests import runs
 from tests.plan.test_memory import make_config
+from tests.weights import make_weights
 
 MODEL = DecoderConfig(
     vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=32
@@ -26,7 +27,6 @@ SIZES = EngineConfig(
     row_buckets=(2,),
     cache_buckets=(32, 64),
 )
-PARAMS, OTHERS = (init_params(jax.random.key(n), MODEL) for n in range(2))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +37,7 @@ def _compiled(tmp_path_factory):
 
 def make(**options):
     engine = Engine(MODEL, dataclasses.replace(SIZES, **options), seed=3)
-    engine.load(PARAMS, 0)
+    engine.load(make_weights(MODEL), 0)
     return engine
 
 
@@ -61,7 +61,7 @@ def test_conversations_go_on_as_if_nothing_had_been(ahead):
         ask(each, 1)
         each.step()
     cache = engine._cache
-    with engine.lent(OTHERS, 7, temperature=0.0):
+    with engine.lent(make_weights(MODEL, 1), 7, temperature=0.0):
         assert engine.version == 7 and not engine.has_work
         ask(engine, 1)
         lent = drain(engine)
@@ -70,7 +70,7 @@ def test_conversations_go_on_as_if_nothing_had_been(ahead):
     engine.stats, stats = alone.stats, engine.stats
     assert stats == engine.stats  # the others' work is not counted as training's
     greedy = make()
-    greedy.swap(greedy.place(OTHERS), 7)
+    greedy.swap(greedy.place(make_weights(MODEL, 1)), 7)
     ask(greedy, 1, temperature=0.0)
     assert lent == drain(greedy)
 
@@ -78,7 +78,7 @@ def test_conversations_go_on_as_if_nothing_had_been(ahead):
 def test_weights_that_are_there_are_not_placed_again(monkeypatch):
     engine = make()
     monkeypatch.setattr(engine, "place", lambda params: pytest.fail("placed"))
-    with engine.lent(PARAMS, 0, temperature=1.0):
+    with engine.lent(make_weights(MODEL), 0, temperature=1.0):
         ask(engine, 0)
         assert len(drain(engine)[0][0]) == 20
 
@@ -86,7 +86,7 @@ def test_weights_that_are_there_are_not_placed_again(monkeypatch):
 def test_without_kept_keys_the_cache_is_shared():
     engine = make()
     live = len(jax.live_arrays())
-    with engine.lent(PARAMS, 0, temperature=1.0):
+    with engine.lent(make_weights(MODEL), 0, temperature=1.0):
         ask(engine, 0)
         engine.step()
         assert len(jax.live_arrays()) <= live + 1
@@ -107,8 +107,8 @@ def test_a_freed_engine_holds_nothing_and_goes_on_with_new_weights():
     assert engine._params is None and engine._cache is None
     with pytest.raises(RuntimeError, match="there are no weights"):
         ask(engine, 0, turn=1)
-    engine.load(OTHERS, 1)
-    alone.load(OTHERS, 1)
+    engine.load(make_weights(MODEL, 1), 1)
+    alone.load(make_weights(MODEL, 1), 1)
     for each in (engine, alone):
         ask(each, 0, turn=1)
     (one,), (other,) = drain(engine).values(), drain(alone).values()

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,11 +11,12 @@ from empg_jax.engine import slots
 from empg_jax.engine.engine import Engine, EngineConfig
 from empg_jax.engine.prefill import make_pairs, plan_prefill
 from empg_jax.engine.slots import Copy, Slots, count_equal
-from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
 from tests import runs
+from tests.weights import make_weights
 
 MODEL = DecoderConfig(
     vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, intermediate_size=32
@@ -31,7 +31,6 @@ SIZES = EngineConfig(
     row_buckets=(1, 4),
     cache_buckets=(96,),
 )
-PARAMS, OTHERS = (init_params(jax.random.key(n), MODEL) for n in range(2))
 RULES = list(np.random.default_rng(0).integers(0, 38, 40))  # the instructions that all tasks begin with
 
 
@@ -43,7 +42,7 @@ def _compiled(tmp_path_factory):
 
 def make(mesh=None, **sizes):
     engine = Engine(MODEL, dataclasses.replace(SIZES, **sizes), seed=3, mesh=mesh)
-    engine.load(PARAMS, 0)
+    engine.load(make_weights(MODEL), 0)
     return engine
 
 
@@ -208,13 +207,13 @@ def test_rows_of_older_weights_are_not_copied():
     engine = make(stop_ids=(-1,))
     engine.submit(0, task(0), is_fresh=True, ids=(0, 0, 0, 0))
     engine.step()
-    engine.swap(engine.place(OTHERS), 1, keep_cache=True)
+    engine.swap(engine.place(make_weights(MODEL, 1)), 1, keep_cache=True)
     for slot in (1, 2):
         engine.submit(slot, task(0), is_fresh=True, ids=(0, slot, 0, 0))
     found = drain(engine)
     assert (engine.stats.prefilled_tokens, engine.stats.shared_tokens) == (2 * 39, 39)
     fresh = make(stop_ids=(-1,), share_prefix=False)
-    fresh.load(OTHERS, 1)
+    fresh.load(make_weights(MODEL, 1), 1)
     for slot in (1, 2):
         fresh.submit(slot, task(0), is_fresh=True, ids=(0, slot, 0, 0))
     assert found.pop(0).versions.tolist() == [0] * 4 + [1] * 4
@@ -230,7 +229,7 @@ def test_weights_that_change_before_the_prefill_leave_no_older_rows_in_it(slot):
         ask(engine, [task(0), task(1)])
         engine.release(0)
         engine.submit(slot, task(0), is_fresh=True, ids=(0, 0, 0, 1))
-        engine.swap(engine.place(OTHERS), 1, keep_cache=True)
+        engine.swap(engine.place(make_weights(MODEL, 1)), 1, keep_cache=True)
         assert engine.measure_stale_gap() is None  # nothing of it is in the cache
         found.append(drain(engine))
     check_same(*found)
@@ -239,7 +238,7 @@ def test_weights_that_change_before_the_prefill_leave_no_older_rows_in_it(slot):
 def test_new_weights_leave_no_rows():
     engine = make()
     ask(engine, [task(0)] * 2)
-    engine.load(OTHERS, 1)
+    engine.load(make_weights(MODEL, 1), 1)
     engine.take_stats()
     ask(engine, [task(0)] * 2)
     assert engine.stats.prefilled_tokens == 39  # the group shares again
@@ -295,15 +294,15 @@ def play(engine, moves):
             busy[slot] = number[slot] = count
         elif action == "load":
             finish()
-            engine.load((PARAMS, OTHERS)[count % 2], count)
+            engine.load(make_weights(MODEL, count % 2), count)
         elif action == "swap":
-            weights = [OTHERS, PARAMS][swaps % 2]
+            weights = make_weights(MODEL, (swaps + 1) % 2)
             swaps += 1
             engine.swap(engine.place(weights), count, keep_cache=True)
             if which == 0:
                 engine.measure_stale_gap()
         elif action == "lend":
-            with engine.lent((PARAMS, OTHERS)[which % 2], 1000 + which % 2, temperature=1.0):
+            with engine.lent(make_weights(MODEL, which % 2), 1000 + which % 2, temperature=1.0):
                 engine.submit(slot, PROMPTS[which], is_fresh=True, ids=(1, slot, count, 0))
                 found[count] = drain(engine)[slot]
     finish()

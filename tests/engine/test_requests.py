@@ -1,24 +1,23 @@
 """What a server asks of the engine: a temperature per response, and conversations that are cut back."""
 
-import jax
 import numpy as np
 import pytest
 
 from empg_jax.engine.engine import Engine, EngineConfig
-from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.decoder import DecoderConfig
+from tests.weights import make_weights
 
 MODEL = DecoderConfig(vocab_size=60, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
 SIZES = EngineConfig(
     slots=3, max_tokens=64, max_response_tokens=12, stop_ids=(-1,), burst=6, prefill_buckets=(16,),
     cache_buckets=(64,),
 )  # fmt: skip
-PARAMS = init_params(jax.random.key(0), MODEL)
 
 
 @pytest.fixture
 def engine():
     engine = Engine(MODEL, SIZES, seed=0)
-    engine.load(PARAMS, 3)
+    engine.load(make_weights(MODEL), 3)
     return engine
 
 
@@ -35,7 +34,7 @@ def test_each_response_has_its_own_temperature(engine):
     together = answer(engine, 0, 1, 2)
     for response, temperature in zip(together, (0.0, 2.0, 1.0), strict=True):
         other = Engine(MODEL, SIZES, seed=0, temperature=temperature)
-        other.load(PARAMS, 3)
+        other.load(make_weights(MODEL), 3)
         other.submit(1, [1, 2, 3], is_fresh=True, ids=(0, 0, 0, 0))
         (alone,) = answer(other, 1)
         np.testing.assert_array_equal(response.tokens, alone.tokens)
