@@ -25,6 +25,16 @@ CHECKED = ("empg_jax.algorithms", "empg_jax.models", "empg_jax.hf", "empg_jax.le
 install_import_hook(CHECKED, "beartype.beartype")
 
 import jax
+import pytest
+
+from tests.compiling import compile_quickly
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+QUICK = ("algorithms", "engine", "learner", "models", "parallel")  # folders whose tests mostly compile
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly(request):
+    compile_quickly(request.path.relative_to(ROOT / "tests").parts[0] in QUICK)

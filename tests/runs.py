@@ -24,6 +24,7 @@ from empg_jax.run import assembly
 from empg_jax.run.assembly import make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import checkpoint_dir
+from tests.compiling import quick_compilations
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -122,22 +123,6 @@ def weights(run_dir, step=None):
     return {jax.tree_util.keystr(path): leaf.tobytes() for path, leaf in leaves}
 
 
-@contextlib.contextmanager
-def quick_compilations():
-    """Leaves out most of XLA's optimizations: for programs that run a few times on tiny shapes.
-
-    They are left out in processes that are started meanwhile, too.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-    try:
-        yield
-    finally:
-        del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-        jax.config.update("jax_disable_most_optimizations", False)
-        jax.clear_caches()  # later tests must not meet these programs, which round differently
-
-
 def session_folder(tmp_path_factory):
     """The folder that all processes of a test session share."""
     base = tmp_path_factory.getbasetemp()
@@ -180,7 +165,7 @@ def share_compilations(folder, *, optimize=False):
         os.environ[name.upper()] = str(value)
     compilation_cache.reset_cache()
     try:
-        with contextlib.nullcontext() if optimize else quick_compilations():
+        with quick_compilations(not optimize):
             yield
     finally:
         for name, value in before.items():

@@ -11,7 +11,6 @@ from empg_jax.engine.engine import Engine, EngineConfig
 from empg_jax.learner.outputs import compute_outputs
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
-from tests.runs import quick_compilations
 from tests.weights import make_weights
 
 MODEL = DecoderConfig(vocab_size=60, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
@@ -35,12 +34,6 @@ score = jax.jit(
     ),
     static_argnums=0,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 def make(**sizes):

@@ -25,18 +25,11 @@ from tests.learner.problems import (
     gradient_descent,
     make_problem,
 )
-from tests.runs import quick_compilations
 
 ADAPTED = dataclasses.replace(MODEL, lora=LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "*_proj")))
 ADAM, _ = make_optimizer(
     learning_rate=1e-2, final_learning_rate=1e-3, total_steps=10, schedule="constant", weight_decay=0.1
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 @functools.cache

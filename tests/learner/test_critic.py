@@ -15,16 +15,9 @@ from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import forward, init_params
 from empg_jax.parallel.mesh import make_mesh
 from tests.learner.problems import MODEL, TEMPERATURE, assert_trees_close, gradient_descent, make_problem
-from tests.runs import quick_compilations
 
 CRITIC = dataclasses.replace(MODEL, value_head=True)
 COEF, CLIP = 0.25, 0.1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 @pytest.fixture(scope="module")

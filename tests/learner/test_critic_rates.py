@@ -15,17 +15,10 @@ from empg_jax.learner.update import make_learner
 from empg_jax.parallel.mesh import make_mesh
 from tests.episodes import TRAINED, Episodes
 from tests.learner.problems import MODEL
-from tests.runs import quick_compilations
 
 CRITIC = dataclasses.replace(MODEL, value_head=True)
 RATE = 1e-5  # that of a pretrained policy: a head that starts at zero hardly moves at it
 SHAPE = BatchShape(trajectories=32, turns=3, row_tokens=24, micro_rows=8, max_rows=32, num_minibatches=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 def optimizer_of(**critic):

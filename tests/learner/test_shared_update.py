@@ -21,7 +21,6 @@ from tests.episodes import Episodes
 from tests.learner import problems
 from tests.learner.problems import MODEL, assert_trees_close, start
 from tests.learner.test_sharing import make_group
-from tests.runs import quick_compilations
 
 ROW = 64
 PLAIN = BatchShape(
@@ -38,8 +37,7 @@ PLAIN = BatchShape(
 def _several_tiles():
     """Rows of these tests are short; with tiles of 16 they have tiles to leave out."""
     whole, trunks.TILE = trunks.TILE, 16
-    with quick_compilations():
-        yield
+    yield
     trunks.TILE = whole
 
 

@@ -23,13 +23,6 @@ from tests.learner.problems import (
     run_batch,
     start,
 )
-from tests.runs import quick_compilations
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 @pytest.fixture(scope="module")

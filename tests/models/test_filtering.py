@@ -9,16 +9,9 @@ import pytest
 
 from empg_jax.models.filtering import TokenFilter, find_reach
 from empg_jax.models.head import compute_head
-from tests.runs import quick_compilations
 
 FILTERS = [TokenFilter(*options) for options in itertools.product((1.0, 0.8), (0, 5), (0.0, 0.1))]
 reach = jax.jit(find_reach)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 def kept_by(logits, token_filter):

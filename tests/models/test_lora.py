@@ -18,16 +18,9 @@ from empg_jax.models.decoder import (
 )
 from empg_jax.models.lora import LoraConfig, combine, find_targets, make_lora, merge
 from empg_jax.models.quantize import quantize_module, quantize_params
-from tests.runs import quick_compilations
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 CONFIG = DecoderConfig(vocab_size=40, hidden_size=64, intermediate_size=96, num_kv_heads=2, lora=LORA)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 TOKENS = jax.random.randint(jax.random.key(1), (2, 9), 0, CONFIG.vocab_size)

@@ -21,7 +21,6 @@ from empg_jax.models.moe import MoeConfig, mix_experts
 from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.layout import on_mesh
 from empg_jax.parallel.mesh import make_mesh
-from tests.runs import quick_compilations
 
 MOE = MoeConfig(num_experts=6, top_k=2, expert_size=10)
 MODEL = DecoderConfig(
@@ -35,12 +34,6 @@ MODEL = DecoderConfig(
     qk_norm=True,
     moe=MOE,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 def make_inputs(rows=2, length=4):

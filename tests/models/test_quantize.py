@@ -14,15 +14,8 @@ from empg_jax.models.quantize import (
     quantize_module,
     quantize_params,
 )
-from tests.runs import quick_compilations
 
 CONFIG = DecoderConfig(vocab_size=40, hidden_size=64, intermediate_size=96, num_kv_heads=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 def random_kernel(*shape, seed=0):

@@ -22,18 +22,11 @@ from empg_jax.parallel.layout import (
     split_attention,
 )
 from empg_jax.parallel.mesh import make_mesh
-from tests.runs import quick_compilations
 
 MESHES = {
     "tensor4_sequence2": dict(tensor=4, sequence=2),
     "fsdp2_tensor2_sequence2": dict(fsdp=2, tensor=2, sequence=2),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 def normal(*shape, seed=0):

@@ -18,15 +18,8 @@ from tests.learner.problems import (
     run_batch,
     start,
 )
-from tests.runs import quick_compilations
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    with quick_compilations():
-        yield
 
 
 def run_on(model, **mesh):
