@@ -38,3 +38,10 @@ QUICK = ("algorithms", "engine", "learner", "models", "parallel")  # folders who
 @pytest.fixture(scope="module", autouse=True)
 def _compile_quickly(request):
     compile_quickly(request.path.relative_to(ROOT / "tests").parts[0] in QUICK)
+
+FIRST = ("test_learning.py",)  # takes minutes a test: at the end, one worker alone would be busy with it
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest tests."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
