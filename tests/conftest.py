@@ -39,6 +39,7 @@ QUICK = ("algorithms", "engine", "learner", "models", "parallel")  # folders who
 def _compile_quickly(request):
     compile_quickly(request.path.relative_to(ROOT / "tests").parts[0] in QUICK)
 
+
 FIRST = ("test_learning.py",)  # takes minutes a test: at the end, one worker alone would be busy with it
 
 
