@@ -20,7 +20,8 @@ from empg_jax.plan.memory import compute_plan
 from empg_jax.run.assembly import make_language, make_model
 from empg_jax.run.sampling import make_engine
 from tests import runs
-from tests.engine.test_prefix import MODEL, OTHERS, PARAMS, PROMPTS, SIZES, check_same, task
+from tests.engine.test_prefix import MODEL, PROMPTS, SIZES, check_same, task
+from tests.weights import make_weights
 
 CHUNK = 8
 LONG = np.random.default_rng(7).integers(0, 38, 61).tolist()
@@ -35,7 +36,7 @@ def _compiled(tmp_path_factory):
 def make(chunk=CHUNK, **sizes):
     sizes = {"prefill_buckets": (4, 8), "prefill_chunk": chunk, **sizes}
     engine = Engine(MODEL, dataclasses.replace(SIZES, **sizes), seed=3)
-    engine.load(PARAMS, 0)
+    engine.load(make_weights(MODEL), 0)
     return engine
 
 
@@ -119,13 +120,13 @@ def test_new_weights_in_the_middle_of_a_prompt_leave_rows_that_nobody_copies():
     engine = make(stop_ids=(-1,))
     submit(engine, 0, LONG)
     engine.step()
-    engine.swap(engine.place(OTHERS), 1, keep_cache=True)
+    engine.swap(engine.place(make_weights(MODEL, 1)), 1, keep_cache=True)
     assert engine.measure_stale_gap() is None  # it has no next token yet
     submit(engine, 1, LONG)
     found, _ = drain(engine)
     assert engine.stats.prefilled_tokens == 2 * 60 and engine.stats.shared_tokens == 0
     fresh = make(0, stop_ids=(-1,))
-    fresh.load(OTHERS, 1)
+    fresh.load(make_weights(MODEL, 1), 1)
     submit(fresh, 1, LONG)
     assert set(found.pop(0).versions) == {1}
     check_same(found, drain(fresh)[0])

@@ -14,7 +14,8 @@ from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
 from tests import runs
 from tests.engine import test_prefix
-from tests.engine.test_prefix import MODEL, MOVES, PARAMS, check_same, play, task
+from tests.engine.test_prefix import MODEL, MOVES, check_same, play, task
+from tests.weights import make_weights
 
 # Two buckets; a page ends inside of every prompt, and at the end of each bucket.
 SIZES = dataclasses.replace(
@@ -33,7 +34,7 @@ def _compiled(tmp_path_factory):
 
 def make(**sizes):
     engine = Engine(MODEL, dataclasses.replace(SIZES, **sizes), seed=3)
-    engine.load(PARAMS, 0)
+    engine.load(make_weights(MODEL), 0)
     return engine
 
 
