@@ -106,7 +106,7 @@ def _primary(results: Results) -> str:
         found = each.difference
         rows.append(
             [
-                *_who(each, len(results.study.tasks)),
+                *_who(each, results.study),
                 str(found.pairs),
                 f"{_signed(found.mean)} {_interval((found.low, found.high), signed=True)}",
                 _p(found.p),
@@ -135,7 +135,7 @@ def _secondary(results: Results) -> str:
         interval = _interval((found.low, found.high), signed=True)
         rows.append(
             [
-                *_who(each, len(results.study.tasks)),
+                *_who(each, results.study),
                 str(found.pairs),
                 f"{_signed(found.mean)} {interval}",
                 _points(found.sd),
@@ -169,7 +169,7 @@ def _matched(results: Results) -> list[str]:
         heads += [f"area over {name}", "success there", f"area minus {study.baseline}", "p, Holm"]
     parts = [_budgets(found), _table(heads, rows)]
     pooled = [
-        [*_who(each, len(results.study.tasks)), str(each.difference.pairs)]
+        [*_who(each, results.study), str(each.difference.pairs)]
         + [cell for differences in by_amount.values() for cell in _difference(differences[where])]
         for where, each in by_amount["cpu_seconds"].items()
         if each.task == study.only_task
@@ -271,8 +271,10 @@ def _whole(count: int) -> slice:
 # --------------------------------------------------------------------------------------------- formats
 
 
-def _who(each: Comparison, count: int) -> list[str]:
-    where = each.task or (ALL if len(each.tasks) == count else f"pooled: {', '.join(each.tasks) or 'none'}")
+def _who(each: Comparison, study: Study) -> list[str]:
+    where = each.task or (
+        ALL if len(each.tasks) == len(study.tasks) else f"pooled: {', '.join(each.tasks) or 'none'}"
+    )
     return [where, f"{each.arm} - {each.against}"]
 
 

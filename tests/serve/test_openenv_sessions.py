@@ -86,21 +86,23 @@ def test_a_client_that_leaves_during_a_step_frees_its_session(last):
     asyncio.run(play())
 
 
-def test_an_environment_that_exits_or_repeats_half_a_character_is_answered():
-    async def play():
-        env = Hanging()
-        env.goes_on.set()
-        sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
-        socket.ask("reset")
-        for text in ("\ud800", "exit", "b"):
-            socket.ask("step", message=text)
-        socket.ask("close")
-        await asyncio.wait_for(sessions.serve(socket), 60)
-        _, half, error, last = (socket.answers.get_nowait()["data"] for _ in range(4))
-        assert half["observation"]["text"] == "\ud800" and last["observation"]["text"] == "b"
-        assert (error["code"], error["message"]) == ("EXECUTION_ERROR", "SystemExit: the end")
+async def say_at_once(*texts):
+    """The answers of an episode whose client sends all its messages before it reads one."""
+    env = Hanging()
+    env.goes_on.set()
+    sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
+    socket.ask("reset")
+    for text in texts:
+        socket.ask("step", message=text)
+    socket.ask("close")
+    await asyncio.wait_for(sessions.serve(socket), 60)
+    return [socket.answers.get_nowait()["data"] for _ in range(1 + len(texts))]
 
-    asyncio.run(play())
+
+def test_an_environment_that_exits_or_repeats_half_a_character_is_answered():
+    _, half, error, last = asyncio.run(say_at_once("\ud800", "exit", "b"))
+    assert half["observation"]["text"] == "\ud800" and last["observation"]["text"] == "b"
+    assert (error["code"], error["message"]) == ("EXECUTION_ERROR", "SystemExit: the end")
 
 
 def test_work_that_exits_is_an_error_and_the_thread_goes_on():
@@ -114,20 +116,8 @@ def test_work_that_exits_is_an_error_and_the_thread_goes_on():
 
 
 def test_messages_that_come_early_are_answered_in_order():
-    async def play():
-        env = Hanging()
-        env.goes_on.set()
-        sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
-        socket.ask("reset")
-        for text in "abc":
-            socket.ask("step", message=text)
-        socket.ask("close")
-        await asyncio.wait_for(sessions.serve(socket), 60)
-        answers = [socket.answers.get_nowait() for _ in range(4)]
-        texts = [answer["data"]["observation"]["text"] for answer in answers]
-        assert texts == ["begin", "a", "b", "c"]
-
-    asyncio.run(play())
+    texts = [answer["observation"]["text"] for answer in asyncio.run(say_at_once(*"abc"))]
+    assert texts == ["begin", "a", "b", "c"]
 
 
 def test_a_client_that_sends_on_and_on_during_a_step_ends_its_session():
