@@ -225,6 +225,7 @@ class Scores:
     entropies: Leaf  # float32[B T]
     ref_logprobs: Leaf  # float32[B T]  equals old_logprobs when there is no KL term
     values: Leaf = None  # float32[B T]  value of the state that a token was sampled in; None without a critic
+    clip_scale: Leaf = None  # float32[B T]  the credit's, for the loss; None = 1 everywhere
 
 
 @flax.struct.dataclass
@@ -248,3 +249,6 @@ class Credit:
     metrics: dict[str, Leaf]  # scalars for the log
     turns: TurnCredit | None = None  # the same credit turn by turn
     value_targets: Leaf = None  # float32[B T]  regression targets of the critic; None without a critic
+    clip_scale: Leaf = (
+        None  # float32[B T]  what the objective's clip range is multiplied by; None = 1 everywhere
+    )

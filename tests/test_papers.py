@@ -75,6 +75,7 @@ def test_every_recipe_is_in_the_table_of_published_numbers():
 METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
 # What a method's file is known by: part of the first line of its run, and values that were published.
 KNOWN_BY = {
+    "a2tgpo": ("A2TGPO", "estimate", {"turn_gamma": 1.0, "alpha": 0.3, "clip_range": 0.3}),
     "beacon": ("BEACON", "estimate", {"turn_gamma": 0.9, "weight": 10.0}),
     "crbc": ("CRBC", "estimate", {"beta": 0.98, "weight": 5.0, "trajectory_weight": 1.0, "min_std": 0.1}),
     "erc": ("entropy_ratio(low=0.95, high=1.05)", "objective", {"clip_high": 0.28, "dual_clip": 10.0}),

@@ -49,14 +49,17 @@ class Worth(NamedTuple):
 
 
 class TokenCredit(NamedTuple):
-    """Advantages that differ inside a turn, and the targets of a critic.
+    """Advantages that differ inside a turn, the targets of a critic, and the factor of the clip range.
 
-    ``is_whitened`` asks for mean 0 and variance 1 over the tokens of the batch, after the modulation.
+    ``is_whitened`` asks for mean 0 and variance 1 over the tokens of the batch, after the modulation. Without
+    ``clip_scale`` the range is the objective's own; an estimator that gives it is a `Part` that says so
+    (``scales_clip``).
     """
 
     advantages: Float[Array, "B T"]
     value_targets: Float[Array, "B T"] | None = None
     is_whitened: bool = False
+    clip_scale: Float[Array, "B T"] | None = None
 
 
 @runtime_checkable

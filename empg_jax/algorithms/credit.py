@@ -136,7 +136,7 @@ def assign(
     scaled = jnp.where(batch.loss_mask, tokens, 0) * turns_to_tokens(modulated.factors, *place) + shift
     if found.is_whitened:
         scaled = whiten(scaled, batch.loss_mask)
-    return TokenCredit(scaled, found.value_targets), base, modulated
+    return TokenCredit(scaled, found.value_targets, clip_scale=found.clip_scale), base, modulated
 
 
 def trained_tokens(
@@ -207,6 +207,7 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
             metrics={name: value.astype(jnp.float32) for name, value in metrics.items()},
             turns=table,
             value_targets=targets,
+            clip_scale=tokens.clip_scale,
         )
         return jax.lax.stop_gradient(result)
 

@@ -29,6 +29,7 @@ _TITLES = {
     "turn_ppo": "Turn-PPO",
     "beacon": "BEACON",
     "igpo": "IGPO",
+    "a2tgpo": "A2TGPO",
     "erc": "GRPO with entropy ratio clipping",
     "sampo": "SAMPO",
 }

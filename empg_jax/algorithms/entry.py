@@ -73,6 +73,7 @@ def _try(recipe: Recipe, label: str, batch: Batch, scores: Scores) -> None:
     algorithm: Algorithm = build(recipe)
     try:
         credit = algorithm.credit(batch, scores)
+        scores = dataclasses.replace(scores, clip_scale=credit.clip_scale)
         loss, metrics = algorithm.loss(
             scores.old_logprobs, scores.entropies, batch, scores, credit.advantages
         )

@@ -1,8 +1,7 @@
 """Information gain: a turn is worth what it adds to the policy's probability of the known answer.
 
 For each turn the answer's tokens are appended to the transcript as far as that turn, and scored (teacher
-forcing, no gradient; `empg_jax.learner.answers`). `a2tgpo` has no recipe: no objective here takes its clip
-ranges.
+forcing, no gradient; `empg_jax.learner.answers`).
 """
 
 import jax

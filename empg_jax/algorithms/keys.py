@@ -43,6 +43,7 @@ _SPELLED: dict[str, dict[str, str]] = {
     },
     "gagpo": {"normalize": "gagpo_normalize"},
     "igpo": {"normalize": "gain_statistics", "kind": "gain_kind"},
+    "a2tgpo": {"alpha": "gain_weight", "clip_range": "gain_clip_range", "kind": "gain_kind"},
     "beacon": {"weight": "milestone_weight", "scale": "milestone_scale"},
     "sequence_mask": {"delta": "correction.sequence_delta", "logprobs_of": "correction.sequence_logprobs"},
     "mask_truncated": {"unit": "mask_truncated"},

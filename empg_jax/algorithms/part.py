@@ -22,12 +22,14 @@ class Part:
       function: the bound function.
       needs: what it reads beyond the policy's own scores: ``ref_logprobs`` and ``values`` of `Scores`,
         ``answer_logprobs`` of the batch.
+      scales_clip: whether it is an estimator that gives ``clip_scale``, so that the objective must clip.
     """
 
     name: str
     options: Mapping[str, Any]
     function: Callable[..., Any]
     needs: tuple[str, ...] = ()
+    scales_clip: bool = False
 
     def __call__(self, *args: Any) -> Any:
         """Call the bound function."""

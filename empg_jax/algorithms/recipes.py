@@ -39,6 +39,7 @@ RECIPES: dict[str, Recipe] = {
     "turn_ppo": Recipe(estimate=parts.turn_ppo(), objective=parts.turn_ratio_clip(), critic=parts.critic()),
     "beacon": Recipe(estimate=parts.beacon()),
     "igpo": Recipe(estimate=parts.igpo()),
+    "a2tgpo": Recipe(estimate=parts.a2tgpo(), objective=parts.turn_ratio_clip()),
     "erc": Recipe(
         estimate=parts.grpo(),
         objective=parts.ppo_clip(clip_low=0.2, clip_high=0.28, dual_clip=10.0),

@@ -143,9 +143,7 @@ def make_learner(
     tokens, whole = token_sharding(mesh), replicated(mesh)
     batch_shardings = _batch_shardings(tokens, row_sharding(mesh), whole)
     one: Any = whole  # one sharding stands for all leaves of a dict or a table
-    credit_shardings = Credit(
-        tokens, tokens, metrics=one, turns=one, value_targets=tokens if has_critic else None
-    )
+    credit_shardings = Credit(tokens, tokens, metrics=one, turns=one, value_targets=tokens, clip_scale=tokens)
     spec = _Spec(
         model=model,
         algorithm=algorithm,
@@ -346,6 +344,7 @@ class _Spec:
         If the loss or the gradient norm is not finite, nothing changes and ``nonfinite`` is 1. If the loss's
         ``approx_kl`` is beyond ``max_kl``, nothing changes and ``kl_exceeded`` is 1.
         """
+        scores = dataclasses.replace(scores, clip_scale=credit.clip_scale)
 
         def loss_of(params: Params, index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
             rows = self.micro_batch(batch, index)

@@ -222,8 +222,40 @@ def igpo(data):
     return np.where(data["mask"], result[:, ::-1].cumsum(1)[:, ::-1], 0)
 
 
+def outcome_of(data, i):
+    """Its return, normalized among the attempts at the task."""
+    present = np.array([data["returns"][j] for j in np.flatnonzero(data["groups"] == data["groups"][i])])
+    scale = np.sqrt(present.var() + 1e-8) + 1e-6 if len(present) > 1 else 1.0
+    return (data["returns"][i] - present.mean()) / scale
+
+
+def a2tgpo_gains(data):
+    """Each turn's gain but the last's, normalized among the task's turns of equal index; NaN at others."""
+    gains, found = np.full(data["mask"].shape, np.nan), np.full(data["mask"].shape, np.nan)
+    for i, t in turns_of(data["mask"], data["groups"]):
+        if data["mask"][i, t + 1 :].any():
+            odds = np.exp(np.float64(data["answers"][i]))
+            gains[i, t] = odds[t + 1] - odds[t]
+    for i, t in np.argwhere(~np.isnan(gains)):
+        same = gains[data["groups"] == data["groups"][i], t]
+        same = same[~np.isnan(same)]
+        scale = np.sqrt(same.var() + 1e-8) + 1e-6 if len(same) > 1 else 1.0
+        found[i, t] = (gains[i, t] - same.mean()) / scale
+    return found
+
+
+def a2tgpo(data):
+    """Information gain at equal depth: what is still to be gained, and the outcome."""
+    found, result = a2tgpo_gains(data), np.zeros(data["mask"].shape)
+    for i, t in turns_of(data["mask"], data["groups"]):
+        ahead = found[i, t:][~np.isnan(found[i, t:])]
+        result[i, t] = outcome_of(data, i) + (0.3 * ahead.sum() / np.sqrt(len(ahead)) if len(ahead) else 0.0)
+    return result
+
+
 ORACLES = {
     "igpo": igpo,
+    "a2tgpo": a2tgpo,
     "crbc": crbc,
     "graph_hca": graph_hca,
     "graft": graft,

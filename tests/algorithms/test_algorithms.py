@@ -22,7 +22,7 @@ def take_rows(tree, rows):
     per_row = {"minibatch_ids"}
 
     def pick(name, x):
-        return x[rows] if x.shape[:2] == (B, T) or name in per_row else x
+        return x[rows] if x is not None and (x.shape[:2] == (B, T) or name in per_row) else x
 
     return dataclasses.replace(
         tree, **{f.name: pick(f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree)}
@@ -37,6 +37,7 @@ def compiled(name, num_minibatches=2):
 
 def weighted(algorithm):
     def total(logprobs, entropies, batch, scores, credit):
+        scores = scores.replace(clip_scale=credit.clip_scale)
         loss, metrics = algorithm.loss(logprobs, entropies, batch, scores, credit.advantages)
         return jnp.sum(loss * credit.loss_weights), (loss, metrics)
 

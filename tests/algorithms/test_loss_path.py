@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from empg_jax.run.assembly import make_algorithm_from
 from empg_jax.types import Scores
 
-from .test_credit_path import run
+from . import step_oracles
+from .test_credit_path import PENALTY, run, step_data, tokens_of
 
 
 def test_uniform_groups_leave_sampos_loss_and_nothing_else(tmp_path):
@@ -55,3 +57,41 @@ def test_the_kl_of_older_samples_from_a_file(tmp_path):
     back = np.asarray(scores.ref_logprobs - new)
     expected = 0.5 * np.exp(-0.25) * np.clip(np.exp(back) - back - 1, None, 10)
     np.testing.assert_allclose(np.asarray(change)[mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_a2tgpos_gains_move_the_clip_ranges(tmp_path):
+    """Half of the turns became likelier, half less likely: the gradient, and what is clipped."""
+    options = {"name": "a2tgpo", "clip_low": 0.1, "clip_high": 0.2}
+    batch, scores, credit, config = run(tmp_path, options)
+    gains = step_oracles.a2tgpo_gains(step_data(PENALTY))
+    ranges = 1 + 0.3 * (2 / (1 + np.exp(-np.nan_to_num(gains))) - 1)
+    expected = np.zeros(batch.tokens.shape)
+    for i in range(len(ranges)):
+        for place in tokens_of(batch, i):
+            expected[place] = ranges[i, batch.turn_ids[place]]
+    np.testing.assert_allclose(credit.clip_scale, expected, atol=1e-5)
+    assert np.ptp(expected[batch.loss_mask]) > 0.1
+
+    batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
+    # e^0.13 = 1.139 is outside of some ranges, inside of others.
+    change = jnp.where(batch.turn_ids % 2 == 1, jnp.float32(0.13), jnp.float32(-0.13))
+    rows = scores.replace(clip_scale=credit.clip_scale)
+    algorithm = make_algorithm_from(config)
+
+    def total(logprobs):
+        loss, metrics = algorithm.loss(logprobs, scores.entropies, batch, rows, credit.advantages)
+        return jnp.sum(loss), metrics
+
+    gradient, metrics = jax.grad(total, has_aux=True)(scores.old_logprobs + change)
+    ratio, paid = np.exp(np.asarray(change)), np.asarray(credit.advantages)
+    clipped = (paid > 0) & (ratio > 1 + 0.2 * expected) | (paid < 0) & (ratio < 1 - 0.1 * expected)
+    clipped &= np.asarray(batch.loss_mask)
+    assert 0 < clipped.sum() < np.asarray(batch.loss_mask).sum()
+    np.testing.assert_array_equal(np.asarray(metrics["clip_fraction"]) > 0, clipped)
+    wanted = np.where(np.asarray(batch.loss_mask) & ~clipped, -paid * ratio, 0)
+    np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+
+
+def test_clip_ranges_need_an_objective_that_clips(tmp_path):
+    with pytest.raises(ValueError, match="a2tgpo gives every turn a clip range, and sapo clips no ratio"):
+        run(tmp_path, {"name": "a2tgpo", "loss": "sapo"})

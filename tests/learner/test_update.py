@@ -224,6 +224,21 @@ def test_a_step_that_is_not_finite_changes_nothing(learner, problem, parts, valu
     assert metrics["nonfinite"] == 0 and int(healthy.step) == 1
 
 
+def test_clip_ranges_of_the_credit_reach_the_loss(learner, problem, parts):
+    """Every ratio is 1.1, which the objective's own ranges hold and half of them on even turns do not."""
+    batch, scores, credit = parts
+    mask, even = problem[0].loss_mask, problem[0].turn_ids % 2 == 0
+    scores = scores.replace(old_logprobs=scores.old_logprobs - jnp.float32(np.log(1.1)))
+    bounds = [np.int32(x) for x in problem[1].bounds[0]]
+    rows = problem[0].minibatch_ids == 0
+    for scale, held in ((np.ones(mask.shape), mask & False), (np.where(even, 0.4, 1.0), mask & even)):
+        scaled = credit.replace(clip_scale=jnp.asarray(scale, jnp.float32))
+        _, metrics = learner.update(start(learner), batch, scores, scaled, *bounds)
+        clipped = (held & (np.asarray(credit.advantages) > 0))[rows]
+        assert clipped.any() == held.any()
+        np.testing.assert_allclose(metrics["clip_fraction"], clipped.sum() / mask[rows].sum(), rtol=1e-5)
+
+
 def test_an_empty_range_adds_no_gradient(learner, parts):
     state, metrics = learner.update(start(learner), *parts, np.int32(0), np.int32(0))
     assert_trees_equal(state.params, start(learner).params)

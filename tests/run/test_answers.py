@@ -22,8 +22,14 @@ def _compiled(tmp_path_factory):
         yield
 
 
-def test_a_run_pays_turns_by_what_they_tell_about_the_answer(tmp_path):
-    run = runs.train(tmp_path / "run", *ENV, *IGPO, "env.max_turns=3")
+def by_gain(scored, returns, mask, groups):
+    """A2TGPO's advantages from the scored answers."""
+    return al.a2tgpo(al.information_gains(scored, mask), returns, mask, groups)[0]
+
+
+@pytest.mark.parametrize(("name", "credit_of"), [("igpo", al.igpo), ("a2tgpo", by_gain)])
+def test_a_run_pays_turns_by_what_they_tell_about_the_answer(tmp_path, name, credit_of):
+    run = runs.train(tmp_path / "run", *ENV, *IGPO, f"algorithm.name={name}", "env.max_turns=3")
     (line,) = [line for line in runs.lines(run) if "loss" in line]
     assert line["recompiles"] == 0
     (file,) = (run / "rollouts").iterdir()
@@ -36,7 +42,8 @@ def test_a_run_pays_turns_by_what_they_tell_about_the_answer(tmp_path):
     assert (scored[:, :3][mask] < 0).all() and np.ptp(scored[:, :3][mask]) > 1e-3
     returns = np.array([record["return"] for record in records])
     groups = np.array([record["group_id"] for record in records])
-    expected = al.igpo(np.float32(scored), np.float32(returns), mask, np.int32(groups - groups.min()))
+    groups = np.int32(groups - groups.min())
+    expected = credit_of(np.float32(scored), np.float32(returns), mask, groups)
     np.testing.assert_allclose(paid, expected, atol=2e-3)
     # The file alone gives the same credit.
     again = CliRunner().invoke(app, ["credit", str(run / "config.yaml"), str(file)])

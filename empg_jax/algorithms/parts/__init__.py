@@ -40,6 +40,7 @@ from empg_jax.algorithms.parts.penalise import overlong as overlong
 from empg_jax.algorithms.parts.penalise import turn_penalty as turn_penalty
 from empg_jax.algorithms.parts.regularize import critic as critic
 from empg_jax.algorithms.parts.regularize import kl as kl
+from empg_jax.algorithms.parts.stepwise import a2tgpo as a2tgpo
 from empg_jax.algorithms.parts.stepwise import beacon as beacon
 from empg_jax.algorithms.parts.stepwise import crbc as crbc
 from empg_jax.algorithms.parts.stepwise import gagpo as gagpo

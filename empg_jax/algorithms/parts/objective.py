@@ -15,6 +15,13 @@ from empg_jax.algorithms.surrogates import log_ratio, segment_log_ratio
 from empg_jax.types import Batch, Scores
 
 
+def _ranges(bounds: dict[str, Any], scores: Scores) -> dict[str, Any]:
+    """Multiply the bounds of the ratio by what the credit gives each token, where it gives that."""
+    if scores.clip_scale is None:
+        return bounds
+    return {name: bound * scores.clip_scale for name, bound in bounds.items()}
+
+
 def clipped_share(
     log_ratios: Float[Array, "B T"], advantages: Float[Array, "B T"], bounds: dict[str, Any]
 ) -> dict[str, Float[Array, "B T"]]:
@@ -44,9 +51,10 @@ def ppo_clip(
     def objective(
         logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
     ) -> LossResult:
-        loss = surrogates.ppo_clip(logprobs, scores.old_logprobs, advantages, dual_clip=dual_clip, **bounds)
+        ranges = _ranges(bounds, scores)
+        loss = surrogates.ppo_clip(logprobs, scores.old_logprobs, advantages, dual_clip=dual_clip, **ranges)
         change = log_ratio(logprobs, scores.old_logprobs)
-        metrics = clipped_share(change, advantages, bounds)
+        metrics = clipped_share(change, advantages, ranges)
         if dual_clip is not None:
             bound = (advantages < 0) & (jnp.exp(change) > dual_clip)
             metrics["dual_clip_fraction"] = bound.astype(loss.dtype)
@@ -70,10 +78,10 @@ def _unit_objective(
     def objective(
         logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
     ) -> LossResult:
-        ids = _ratio_ids(rows, unit)
-        loss = loss_of(logprobs, scores.old_logprobs, advantages, ids, **bounds, **ratio)
+        ids, ranges = _ratio_ids(rows, unit), _ranges(bounds, scores)
+        loss = loss_of(logprobs, scores.old_logprobs, advantages, ids, **ranges, **ratio)
         change = segment_log_ratio(logprobs, scores.old_logprobs, ids, **ratio)
-        return loss, clipped_share(jnp.minimum(change, 10), advantages, bounds)
+        return loss, clipped_share(jnp.minimum(change, 10), advantages, ranges)
 
     return objective
 
@@ -131,9 +139,9 @@ def cispo(
     def objective(
         logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
     ) -> LossResult:
-        change = log_ratio(logprobs, scores.old_logprobs)
-        loss = losses.cispo(logprobs, scores.old_logprobs, advantages, **bounds)
-        return loss, clipped_share(change, advantages, bounds)
+        change, ranges = log_ratio(logprobs, scores.old_logprobs), _ranges(bounds, scores)
+        loss = losses.cispo(logprobs, scores.old_logprobs, advantages, **ranges)
+        return loss, clipped_share(change, advantages, ranges)
 
     return Part("cispo", bounds, objective)
 
@@ -192,12 +200,12 @@ def decoupled_ppo(
     def objective(
         logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
     ) -> LossResult:
-        behavior = jnp.where(rows.loss_mask, rows.behavior_logprobs, 0)
+        behavior, ranges = jnp.where(rows.loss_mask, rows.behavior_logprobs, 0), _ranges(bounds, scores)
         loss = surrogates.decoupled_ppo(
-            logprobs, scores.old_logprobs, behavior, advantages, cap=cap, mode=mode, **bounds
+            logprobs, scores.old_logprobs, behavior, advantages, cap=cap, mode=mode, **ranges
         )
         stale = jnp.exp(log_ratio(scores.old_logprobs, behavior)) > cap
-        metrics = clipped_share(log_ratio(logprobs, scores.old_logprobs), advantages, bounds)
+        metrics = clipped_share(log_ratio(logprobs, scores.old_logprobs), advantages, ranges)
         return loss, metrics | {"stale_fraction": stale.astype(loss.dtype)}
 
     return Part("decoupled_ppo", {**bounds, "cap": cap, "mode": mode}, objective)

@@ -253,17 +253,48 @@ def igpo(
     Args:
       turn_gamma: Discount per turn of step returns, milestones and temporal differences of turns.
       normalize: Normalize gains and outcomes of a task together or apart (IGPO).
-      kind: What a turn gains: probability of the known answer, or log-probability (IGPO).
+      kind: What a turn gains: probability of the known answer, or log-probability (IGPO, A2TGPO).
     """
     options: dict[str, Any] = dict(locals())
 
     def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
-        # After turn t is before turn t + 1; what follows a last turn is not read.
-        scored = jnp.pad(batch.answer_logprobs, ((0, 0), (0, 1)))
-        place = (worth.mask, batch.group_ids)
-        return gains.igpo(scored, worth.returns, *place, gamma=turn_gamma, normalize=normalize, kind=kind)
+        streams = (_after_turns(batch), worth.returns, worth.mask, batch.group_ids)
+        return gains.igpo(*streams, gamma=turn_gamma, normalize=normalize, kind=kind)
 
     return Part("igpo", options, estimate, needs=("answer_logprobs",))
+
+
+def a2tgpo(
+    *,
+    turn_gamma: Share = default_of(gains.a2tgpo, "gamma"),
+    alpha: NonNegative = default_of(gains.a2tgpo, "alpha"),
+    clip_range: Share = default_of(gains.a2tgpo, "clip_range"),
+    kind: Literal["prob", "logprob"] = default_of(gains.information_gains, "kind"),
+) -> Part:
+    """Bind `a2tgpo` on the returns and the scored answers (https://arxiv.org/abs/2605.06200).
+
+    Args:
+      turn_gamma: Discount per turn of step returns, milestones and temporal differences of turns.
+      alpha: Weight of a turn's gains beside the outcome (A2TGPO).
+      clip_range: Largest change of a turn's clip range by its gain (A2TGPO); 0 leaves all alike.
+      kind: What a turn gains: probability of the known answer, or log-probability (IGPO, A2TGPO).
+    """
+    options: dict[str, Any] = dict(locals())
+
+    def estimate(batch: Batch, scores: Scores, worth: Worth) -> TokenCredit:
+        gained = gains.information_gains(_after_turns(batch), worth.mask, kind=kind)
+        rest = {"alpha": alpha, "gamma": turn_gamma, "clip_range": clip_range}
+        found = gains.a2tgpo(gained, worth.returns, worth.mask, batch.group_ids, **rest)
+        place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
+        estimated, scale = (turns_to_tokens(table, *place) for table in found)
+        return TokenCredit(estimated, clip_scale=scale)
+
+    return Part("a2tgpo", options, estimate, needs=("answer_logprobs",), scales_clip=True)
+
+
+def _after_turns(batch: Batch) -> Float[Array, "N L"]:
+    """Arrange scored answers as `information_gains` reads them: after turn t is before turn t + 1."""
+    return jnp.pad(batch.answer_logprobs, ((0, 0), (0, 1)))  # what follows a last turn is not read
 
 
 def _at_first_tokens(values: Float[Array, "B T"], slots: Int[Array, "B T"], size: int) -> Float[Array, " M"]:
