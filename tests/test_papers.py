@@ -105,8 +105,28 @@ def test_a_methods_file_is_that_method_and_takes_a_modulation(name):
 
 
 def test_every_method_is_in_the_table():
+    """Each in ALFWorld, unless its row says otherwise."""
     table = (ROOT / "configs" / "README.md").read_text()
-    assert set(re.findall(r"`methods/(\w+)`", table)) == METHODS.keys() == KNOWN_BY.keys()
+    rows = dict(re.findall(r"^\| `methods/(\w+)` \|(.*)$", table, re.M))
+    assert rows.keys() == METHODS.keys() == KNOWN_BY.keys()
+    for name, row in rows.items():
+        wanted = "deepsearch" if "Deep Search" in row else "alfworld"
+        assert load_config(f"methods/{name}").env.name == wanted
+
+
+@pytest.mark.parametrize("name", ["deepsearch_search_r1", "papers/empg_dapo_deepsearch_32b", "methods/igpo"])
+def test_turns_of_search_r1_end_at_their_tags(name):
+    """Else the policy's own words stand where what was found should follow."""
+    config = load_config(name)
+    tags = {f"</{tag}>" for tag in (*config.env.options.get("tools", ["search"]), "answer")}
+    assert set(config.rollout.stop) == tags
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if "alfworld" in n or "webshop" in n])
+def test_the_way_to_the_papers_equations_keeps_the_method(name):
+    own = load_config(f"papers/{name}").algorithm
+    found = load_config(f"papers/{name}", [f"algorithm.name=grpo_{own.modulation}"]).algorithm
+    assert (found.name, found.modulation) == ("grpo", own.modulation)
 
 
 @pytest.fixture(scope="module")

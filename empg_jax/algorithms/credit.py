@@ -18,7 +18,7 @@ from empg_jax.algorithms.diagnostics import (
 )
 from empg_jax.algorithms.masking import masked_mean, whiten
 from empg_jax.algorithms.part import name_of
-from empg_jax.algorithms.recipe import Recipe
+from empg_jax.algorithms.recipe import Recipe, check_clips
 from empg_jax.algorithms.segments import compute_turn_entropies, count_turn_tokens, turns_to_tokens
 from empg_jax.algorithms.timeline import last_turns
 from empg_jax.types import Batch, Credit, Scores, TurnCredit
@@ -128,6 +128,9 @@ def assign(
         modulated = _modulate(recipe, base, turns, batch)
         return TokenCredit(turns_to_tokens(modulated.advantages, *place)), base, modulated
     tokens = _checked(recipe.estimate, found.advantages, batch.loss_mask.shape, "[B, T]")
+    if found.clip_scale is not None:
+        _checked(recipe.estimate, found.clip_scale, batch.loss_mask.shape, "[B, T] as clip_scale")
+        check_clips(recipe)
     size: dict[str, Any] = {"num_trajectories": turns.mask.shape[0], "num_turns": turns.mask.shape[1]}
     base, _ = compute_turn_entropies(tokens, *place, **size)
     modulated = _modulate(recipe, base, turns, batch)

@@ -307,9 +307,14 @@ def graph_gpo(
     farthest = jax.ops.segment_max(reached, home, num_segments=ids.size + 1)
     left = jnp.where(graph.mask, distances[graph.dst], 0)
     left = jnp.where(jnp.isfinite(left), left, farthest[home] + 1)
-    worth = jnp.asarray(scale, jnp.float32) * jnp.asarray(decay, jnp.float32) ** left
-    gain, std, _ = center_by_group(worth, graph.src, graph.src.size)
-    step = gain / (std + jnp.asarray(eps, jnp.float32))
+    # In units of the best move's worth: far from WIN all worths are tiny, but no less exact for that.
+    size, weight = graph.src.size, jnp.asarray(decay, jnp.float32)
+    states = jnp.where(graph.mask, graph.src, size)
+    nearest = jax.ops.segment_min(jnp.where(graph.mask, left, jnp.inf), states, num_segments=size + 1)
+    near = jnp.where(graph.mask, nearest[states], 0)
+    worth = jnp.asarray(scale, jnp.float32) * weight ** (left - near)
+    gain, std, _ = center_by_group(worth, graph.src, size)
+    step = gain / (std + jnp.asarray(eps, jnp.float32) / weight**near)
     (returns,) = as_floats(jax.lax.stop_gradient(returns))
     episode = jnp.asarray(episode_weight, returns.dtype) * grpo(returns, ids, eps=eps)
     return _beside_episodes(episode, jnp.asarray(step_weight, jnp.float32) * step, turn_mask, ids)

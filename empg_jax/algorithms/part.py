@@ -20,8 +20,9 @@ class Part:
       name: the factory's name.
       options: every keyword of the factory, with its value.
       function: the bound function.
-      needs: what it reads beyond the policy's own scores: ``ref_logprobs`` and ``values`` of `Scores`,
-        ``answer_logprobs`` of the batch.
+      needs: what it reads beyond the policy's own scores, rewards and anchors: ``ref_logprobs`` and
+        ``values`` of `Scores`, ``answer_logprobs`` of the batch; ``success``, ``actions`` and ``milestones``,
+        without which it has no credit of steps.
       scales_clip: whether it is an estimator that gives ``clip_scale``, so that the objective must clip.
     """
 

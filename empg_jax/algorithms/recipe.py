@@ -102,8 +102,14 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError('loss="decoupled_ppo" already weighs by learner/sampler; correction.kind="tis" too?')
     if "values" in needs_of(recipe.estimate) and recipe.critic is None:
         raise ValueError(f"{name_of(recipe.estimate)} needs a critic: set critic=parts.critic()")
+    if getattr(recipe.estimate, "scales_clip", False):
+        check_clips(recipe)
+
+
+def check_clips(recipe: Recipe) -> None:
+    """Refuse an objective of ours that reads no clip range, beside an estimator that gives one."""
     options = getattr(recipe.objective, "options", {"clip_low": None})  # one's own may read scores.clip_scale
-    if getattr(recipe.estimate, "scales_clip", False) and "clip_low" not in options:
+    if "clip_low" not in options:
         raise ValueError(
             f"{name_of(recipe.estimate)} gives every turn a clip range, and {name_of(recipe.objective)} clips"
             " no ratio; turn_ratio_clip does"

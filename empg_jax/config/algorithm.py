@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from empg_jax.algorithms.keys import (
     MODULATIONS,
     NOT_OF_PARTS,
+    OBJECTIVE_NAMES,
     OFF,
     Spec,
     all_keys,
@@ -40,6 +41,7 @@ NO_GROUP_BASELINE = (
     "ppo",
     "turn_ppo",
 )  # the others compare the attempts of one task
+SCALES_CLIP = ("a2tgpo",)  # what a turn's clip range is multiplied by is part of their credit
 
 
 class Section(BaseModel):
@@ -279,6 +281,11 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
                 f"algorithm.correction.low={correction.low} must not exceed "
                 f"algorithm.correction.high={correction.high}"
             )
+        if self.name in SCALES_CLIP and self.loss and not _clips(self.loss):
+            yield (
+                f"algorithm.name={self.name} gives every turn a clip range, and algorithm.loss={self.loss} "
+                "clips no ratio: use turn_ratio_clip, which is that algorithm's own"
+            )
         if correction.kind == "tis" and self.loss == "decoupled_ppo":
             yield (
                 "algorithm.correction.kind=tis with algorithm.loss=decoupled_ppo: that loss has weights of "
@@ -295,6 +302,11 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
                     "takes "
                     "the sampler's word for the learner's: use algorithm.entropy_source=learner"
                 )
+
+
+def _clips(loss: str) -> bool:
+    """Tell whether a loss clips the ratio of probabilities."""
+    return "clip_low" in FACTORIES["objective"][OBJECTIVE_NAMES.get(loss, loss)]
 
 
 def flat_defaults() -> dict[str, Any]:

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from empg_jax.algorithms.anchors import join_alike
+from empg_jax.algorithms.recipe import needs_of
 from empg_jax.errors import ConfigError
 from empg_jax.learner.batching import BatchShape, make_batch, merge_turns
 from empg_jax.rollout.record import Record, credit_fields, make_trajectory, read_episodes
-from empg_jax.run.assembly import make_algorithm_from, needs_answers
+from empg_jax.run.assembly import make_algorithm_from, make_recipe_from, needs_answers
 from empg_jax.run.rollouts import format_record, write_records
 from empg_jax.types import Scores
 
@@ -109,6 +110,15 @@ def _notes(config: Config, records: list[Record], *, has_critic: bool) -> list[s
     notes = ["the critic's values are taken as 0: a record does not hold them"] if has_critic else []
     if needs_answers(config) and not all("answer_logprob" in t for r in records for t in r["turns"]):
         notes.append("turns without answer_logprob gain nothing: their known answers were not scored")
+    needed = needs_of(make_recipe_from(config).estimate)
+    if "success" in needed and not any("success" in r for r in records):
+        notes.append("episodes without success count as failures: no state is near a goal")
+    for name, field, effect in (
+        ("actions", "action", "no two moves are known to be the same action"),
+        ("milestones", "milestone", "no turn reached one"),
+    ):
+        if name in needed and not any(field in t for r in records for t in r["turns"]):
+            notes.append(f"turns without {field}: {effect}")
     if config.algorithm.reward_kl_coef > 0:  # a KL in the reward changes credit; a KL in the loss does not
         notes.append("the reference's log-probs are taken as the policy's: a record does not hold them")
     return notes

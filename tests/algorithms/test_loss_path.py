@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from empg_jax.algorithms import Recipe, parts
+from empg_jax.algorithms.contract import TokenCredit
+from empg_jax.algorithms.entry import try_recipe
+from empg_jax.errors import ConfigError
 from empg_jax.run.assembly import make_algorithm_from
 from empg_jax.types import Scores
 
@@ -93,5 +97,25 @@ def test_a2tgpos_gains_move_the_clip_ranges(tmp_path):
 
 
 def test_clip_ranges_need_an_objective_that_clips(tmp_path):
-    with pytest.raises(ValueError, match="a2tgpo gives every turn a clip range, and sapo clips no ratio"):
+    """Refused when the configuration is read; an estimator of one's own, when it is tried."""
+    with pytest.raises(
+        ConfigError, match=r"name=a2tgpo gives every turn a clip range, and algorithm.loss=sapo"
+    ):
         run(tmp_path, {"name": "a2tgpo", "loss": "sapo"})
+    with pytest.raises(ValueError, match="a2tgpo gives every turn a clip range, and sapo clips no ratio"):
+        Recipe(estimate=parts.a2tgpo(), objective=parts.sapo())
+
+    def own(shape):
+        def estimate(batch, scores, worth):
+            scale = jnp.ones(batch.tokens.shape if shape is None else shape, jnp.float32)
+            return TokenCredit(scores.old_logprobs, clip_scale=scale)
+
+        return estimate
+
+    try_recipe(Recipe(estimate=own(None)), "own")
+    with pytest.raises(ValueError, match=r"own: .*estimate gives every turn a clip range, and sapo clips"):
+        try_recipe(Recipe(estimate=own(None), objective=parts.sapo()), "own")
+    with pytest.raises(
+        ValueError, match=r"estimate returned shape \(4, 1\); expected float\[B, T\] as clip_scale"
+    ):
+        try_recipe(Recipe(estimate=own((4, 1))), "own")

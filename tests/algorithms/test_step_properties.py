@@ -194,3 +194,17 @@ def test_shapes_are_refused():
         al.graft(data["success"], data["anchors"], data["actions"][:, :2], *place[1:])
     with pytest.raises((ValueError, TypeError)):
         al.graph_gpo(data["returns"], data["success"][:3], *place)
+
+
+@pytest.mark.parametrize(
+    ("length", "decay"), [(3, 0.1), (8, 0.1), (10, 0.1), (11, 0.2), (40, 0.5), (60, 0.1)]
+)
+def test_graph_gpo_far_from_the_goal(length, decay):
+    """A corridor to WIN, and an attempt that loses at its first step: worths are tiny there, and differ."""
+    mask = np.zeros((2, length), bool)
+    mask[0], mask[1, 0] = True, True
+    data = {"groups": np.zeros(2, np.int32), "mask": mask, "success": np.array([True, False])}
+    data |= {"returns": np.float32([1, 0]), "anchors": np.tile(np.arange(length, dtype=np.int32), (2, 1))}
+    place = (data["success"], data["anchors"], mask, data["groups"])
+    found = al.graph_gpo(data["returns"], *place, decay=decay)
+    np.testing.assert_allclose(found, step_oracles.graph_gpo(data, decay=decay), rtol=1e-4, atol=1e-5)

@@ -49,6 +49,25 @@ def column(records, name):
 # ------------------------------------------------------------------------------------ hand-made episodes
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("graft", ["without success count as failures", "without action: no two moves"]),
+        ("graph_gpo", ["without success count as failures"]),
+        ("beacon", ["without milestone: no turn reached one"]),
+        ("gigpo", []),
+    ],
+)
+def test_what_a_method_needs_and_no_record_has_is_said(tmp_path, name, said):
+    bare = [{"turns": [TURN]}, {"turns": [TURN | {"reward": 1.0}]}]
+    path = write(tmp_path / "e.jsonl", bare)
+    found = call("quickstart", path, *PLAIN, f"algorithm.name={name}")
+    assert found.exit_code == 0 and len(found.stderr.splitlines()) == len(said)
+    assert all(text in found.stderr for text in said)
+    told = [{"success": True, "turns": [TURN | {"action": "go", "milestone": True}]}, bare[1]]
+    assert not call("quickstart", write(path, told), *PLAIN, f"algorithm.name={name}").stderr
+
+
 def test_two_episodes_by_hand(tmp_path):
     """Returns 1 and 0: mean 0.5, standard deviation (ddof 1) 0.7071, so the advantages are ±0.7071."""
     won = {"turns": [TURN, TURN | {"reward": 1.0}], "note": "mine"}

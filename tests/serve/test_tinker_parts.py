@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from plain_tinker import datum
 
+from empg_jax import serve
+from empg_jax.algorithms.recipes import RECIPES
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.learner.state import init_trained
 from empg_jax.models.decoder import DecoderConfig, init_params
@@ -293,6 +296,84 @@ def test_turns_of_datums_become_trajectories():
         np.testing.assert_array_equal(found, np.where(inside, example.inputs["logprobs"], 0))
     targets = rows.gather(batch.tokens.astype(np.float32))
     np.testing.assert_array_equal(targets[1], other.inputs["target_tokens"])
+
+
+def make_episodes(**inputs):
+    """Two attempts at one task: the first wins in two turns, the second loses."""
+    spans, given = [[2, 4], [6, 9]], {"anchors": [1, 2], "actions": [7, 8], **inputs}
+    won = make_turns(spans, 5, success=[1], milestones=[0, 1], valid=[1, 1], **given)
+    lost = make_turns(spans, 5, success=[0], milestones=[0, 0], valid=[1, 0], **given)
+    return [won, lost]
+
+
+def credit_of(objective, data):
+    """The advantages of turns, from the episodes of a request."""
+    batch = make_rows(data, objective, LIMITS).batch
+    scores = Scores(batch.behavior_logprobs, batch.behavior_logprobs * 0 + 1, batch.behavior_logprobs)
+    return batch, objective.algorithm.credit(batch, scores)
+
+
+def test_requests_tell_success_actions_milestones_and_invalid_turns():
+    batch, credit = credit_of(find_objective("empg:graft", {}), make_episodes(rewards=[0.0, 0.0]))
+    assert batch.success[:2].tolist() == [True, False] and batch.turn_valid[1, :2].tolist() == [True, False]
+    assert (
+        batch.milestones[0, :2].tolist() == [False, True] and batch.action_ids[0, 0] == batch.action_ids[1, 0]
+    )
+    # Equal first moves have credit of the other's end alone; the second ones lead to goal and failure.
+    paid = np.asarray(credit.turns.advantages)[:2, :2]
+    assert paid[0, 1] > 0 > paid[1, 1]
+    paid = np.asarray(credit_of(find_objective("empg:beacon", {}), make_episodes())[1].turns.advantages)
+    assert paid[0, 0] > paid[1, 0]
+    costly = find_objective("empg:grpo", {"invalid_penalty": 0.5, "scale_by_std": 0})
+    paid = np.asarray(credit_of(costly, make_episodes())[1].turns.advantages)
+    np.testing.assert_allclose(paid[:2, 0], [0.25, -0.25], atol=1e-6)
+    # Without numbers equal responses are equal actions.
+    same = make_turns([[2, 4], [6, 9]], 5, success=[1])
+    batch = make_rows([same, Datum(same.tokens, same.inputs)], find_objective("empg:crbc", {}), LIMITS).batch
+    assert batch.action_ids[0, :2].tolist() == batch.action_ids[1, :2].tolist()
+
+
+def test_a_constant_divisor_does_not_depend_on_the_longest_datum():
+    objective = find_objective("empg:dr_grpo", {}, max_tokens=32)
+    weights = []
+    for length in (12, 30):
+        data = [make_turns([[2, 4]], 5), make_turns([[2, 4]], 5)]
+        (longer,) = make_data(length, logprobs=numbers(-1, 0))
+        data[1] = Datum(longer.tokens, {**data[1].inputs, **longer.inputs})
+        weights.append(np.asarray(credit_of(objective, data)[1].loss_weights).max())
+    np.testing.assert_allclose(weights, 1 / 2 / 32, rtol=1e-6)
+
+
+def test_what_would_do_nothing_is_refused():
+    with pytest.raises(ApiError, match=r"datum 0: success is missing; empg:crbc needs .*success"):
+        make_rows([make_turns([[2, 4]], 5)], find_objective("empg:crbc", {}), LIMITS)
+    with pytest.raises(ApiError, match="milestones is missing"):
+        make_rows([make_turns([[2, 4]], 5)], find_objective("empg:beacon_aem", {}), LIMITS)
+    for config in (
+        {"correction.kind": "tis"},
+        {"correction.kind": "mis"},
+        {"loss": "decoupled_ppo"},
+        {"correction.sequence_delta": 0.1, "correction.sequence_logprobs": "learner"},
+    ):
+        with pytest.raises(ApiError, match="compares learner and sampler"):
+            find_objective("empg:grpo", config)
+    find_objective("empg:grpo", {"correction.sequence_delta": 0.1})
+    for name, config in (("grpo", {"mask_truncated": "turn"}), ("gigpo", {"anchor_similarity": 0.9})):
+        with pytest.raises(ApiError, match="has no effect here"):
+            find_objective(f"empg:{name}", config)
+
+
+def test_the_page_lists_the_algorithms_that_are_refused():
+    refused = set()
+    for name in RECIPES:
+        try:
+            find_objective(f"empg:{name}", {})
+        except ApiError as error:
+            refused.add(name)
+            assert "critic" in str(error) or "answers" in str(error)
+    assert refused == {"ppo", "turn_ppo", "igpo", "a2tgpo"}
+    page = (Path(serve.__file__).parent / "README.md").read_text()
+    assert "all but those\nwith a critic, and `igpo` and `a2tgpo`" in page
 
 
 def test_a_batch_reads_the_same_in_protobuf_and_in_json():

@@ -96,7 +96,7 @@ def crbc(
         place = (batch.anchor_ids, batch.action_ids, worth.mask, batch.group_ids)
         return graph_credit.crbc(worth.returns, batch.success, *place, **kept)
 
-    return Part("crbc", options, estimate)
+    return Part("crbc", options, estimate, needs=("success", "actions"))
 
 
 def graph_hca(
@@ -123,7 +123,7 @@ def graph_hca(
         place = (batch.success, batch.anchor_ids, worth.mask, batch.group_ids)
         return graph_credit.graph_hca(worth.returns, *place, **kept)
 
-    return Part("graph_hca", options, estimate)
+    return Part("graph_hca", options, estimate, needs=("success",))
 
 
 def graft(
@@ -150,7 +150,7 @@ def graft(
         place = (batch.anchor_ids, batch.action_ids, worth.mask, batch.group_ids)
         return graph_credit.graft(batch.success, *place, **kept)
 
-    return Part("graft", options, estimate)
+    return Part("graft", options, estimate, needs=("success", "actions"))
 
 
 def graph_gpo(
@@ -182,7 +182,7 @@ def graph_gpo(
         ends = batch.last_anchor_ids
         return graph_credit.graph_gpo(worth.returns, *place, last_anchor_ids=ends, **kept)
 
-    return Part("graph_gpo", options, estimate)
+    return Part("graph_gpo", options, estimate, needs=("success",))
 
 
 def gagpo(
@@ -239,7 +239,7 @@ def beacon(
         place = (batch.milestones, worth.mask, batch.group_ids)
         return milestones.beacon(worth.returns, *place, gamma=turn_gamma, **kept)
 
-    return Part("beacon", options, estimate)
+    return Part("beacon", options, estimate, needs=("milestones",))
 
 
 def igpo(

@@ -14,13 +14,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from empg_jax.algorithms import ALGORITHMS, Algorithm, Recipe, build, make_recipe, parts
+from empg_jax.algorithms.aggregation import SCALED_MODES
+from empg_jax.algorithms.configure import configure
 from empg_jax.algorithms.keys import readers
+from empg_jax.algorithms.part import name_of
+from empg_jax.algorithms.recipe import needs_of
 from empg_jax.algorithms.signatures import FACTORIES
 from empg_jax.config.algorithm import check_values
 from empg_jax.errors import nearest
 from empg_jax.serve.wire import is_number, refuse
 
 OURS = "empg:"
+FACTS = ("success", "milestones")  # inputs of ours without which some algorithms have no credit of steps
+_CONFIG = "loss_fn_config"
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}  # bounds of the ratio itself
 
 
@@ -35,6 +41,7 @@ class Objective:
       has_credit: whether advantages are computed here.
       needs_reference: whether a frozen reference must be scored.
       weights: the input that weighs the tokens, where the client sends it.
+      facts: further inputs that its credit is made of: ``success``, ``milestones``.
     """
 
     name: str
@@ -43,6 +50,7 @@ class Objective:
     has_credit: bool
     needs_reference: bool = False
     weights: str = "advantages"
+    facts: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -50,12 +58,15 @@ class Objective:
         return self.name, self.settings
 
 
-def find_objective(name: str, config: Mapping[str, float | str]) -> Objective:
+def find_objective(
+    name: str, config: Mapping[str, float | str], *, max_tokens: int | None = None
+) -> Objective:
     """Find a loss by its name.
 
     Args:
       name: of the wire.
       config: its settings, numbers and texts.
+      max_tokens: the longest datum, which a constant divisor of the loss (Dr. GRPO) is by default.
 
     Raises:
       ApiError: there is no such loss or setting, or the server cannot train it.
@@ -64,7 +75,7 @@ def find_objective(name: str, config: Mapping[str, float | str]) -> Objective:
         if not isinstance(value, str) and not is_number(value):
             raise refuse(f"loss_fn_config: {key}={value!r:.80} must be a finite number", "loss_fn_config")
     if name.startswith(OURS):
-        return _find_ours(name.removeprefix(OURS), config)
+        return _find_ours(name.removeprefix(OURS), config, max_tokens)
     if name not in _NATIVE:
         known = [*_NATIVE, OURS + "NAME"]
         hint = nearest(name, [*_NATIVE, *(OURS + key for key in ALGORITHMS)])
@@ -103,12 +114,14 @@ _NATIVE: dict[str, tuple[dict[str, float], Callable[..., Any]]] = {
 }
 
 
-def _find_ours(name: str, config: Mapping[str, float | str]) -> Objective:
+def _find_ours(name: str, config: Mapping[str, float | str], max_tokens: int | None) -> Objective:
     if name not in ALGORITHMS:
         raise refuse(f"loss_fn={OURS + name!r} is not known{nearest(name, ALGORITHMS)}", "loss_fn")
     try:
         values = {key: _value_of(key, value) for key, value in config.items()}
         recipe = make_recipe(name, values)
+        if name_of(recipe.aggregate) in SCALED_MODES and values.get("loss_scale") is None and max_tokens:
+            recipe = configure(recipe, {"loss_scale": max_tokens})  # rows are as long as the request needs
         own = {key: value for key, value in values.items() if key != "invalid_penalty"}  # not of this section
         check_values(name, own)
     except (ValueError, TypeError) as error:
@@ -117,8 +130,27 @@ def _find_ours(name: str, config: Mapping[str, float | str]) -> Objective:
         raise refuse(f"loss_fn={OURS + name!r} needs a critic, which this server does not train", "loss_fn")
     if recipe.needs_answers:
         raise refuse(f"loss_fn={OURS + name!r} needs scored answers, which no request has", "loss_fn")
+    _refuse_idle(recipe, values)
     settings = tuple(sorted(values.items(), key=lambda item: item[0]))
-    return Objective(OURS + name, settings, build(recipe), True, recipe.needs_reference)
+    facts = tuple(fact for fact in FACTS if fact in needs_of(recipe.estimate))
+    return Objective(OURS + name, settings, build(recipe), True, recipe.needs_reference, facts=facts)
+
+
+def _refuse_idle(recipe: Recipe, values: Mapping[str, Any]) -> None:
+    """Refuse what would silently do nothing, for want of what no request tells."""
+    for key in ("mask_truncated", "anchor_similarity"):
+        if values.get(key) not in (None, "none", 1.0):
+            raise refuse(f"loss_fn_config: {key} has no effect here: no request tells what it reads", _CONFIG)
+    parts_of = {name_of(part): part for part in (*recipe.correct, recipe.objective)}  # type: ignore[misc]
+    compared: list[str] = [name for name in ("tis", "mis", "decoupled_ppo") if name in parts_of]
+    options = getattr(parts_of.get("sequence_mask"), "options", {})
+    compared += ["correction.sequence_logprobs=learner"] if options.get("logprobs_of") == "learner" else []
+    if compared:
+        raise refuse(
+            f"loss_fn_config: {compared[0]} compares learner and sampler, but the log-probs of a request are "
+            "taken for both",
+            _CONFIG,
+        )
 
 
 def _value_of(key: str, value: float | str) -> Any:

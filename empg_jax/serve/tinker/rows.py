@@ -26,7 +26,9 @@ _KNOWN_INPUTS = {
     "policy": ("logprobs", "advantages"),
     "ours": ("logprobs", "turns", "rewards", "group"),
 }
-_OPTIONAL = ("entropies", "anchors", "trajectory")  # of ours
+_OF_TURNS = ("rewards", "anchors", "actions", "valid", "milestones")  # one number for each turn
+_NUMBERS = ("group", "trajectory", "success")  # one integer for each datum
+_OPTIONAL = ("entropies", "anchors", "actions", "valid", "milestones", "trajectory", "success")  # of ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _check_tokens(datum: Datum, where: str, limits: Limits) -> np.ndarray:
 
 def _check_inputs(datum: Datum, objective: Objective, where: str) -> None:
     kind = "ours" if objective.has_credit else objective.name
-    needed = _KNOWN_INPUTS.get(kind, _KNOWN_INPUTS["policy"])
+    needed = (*_KNOWN_INPUTS.get(kind, _KNOWN_INPUTS["policy"]), *objective.facts)
     optional = _OPTIONAL if objective.has_credit else ()
     for name in needed:
         if name not in datum.inputs and name != "weights":
@@ -189,10 +191,10 @@ def _check_turns(datum: Datum, where: str) -> None:
         )
     if (spans[:, 0] == spans[:, 1]).any():
         raise refuse(f"{where}: turn {int(np.argmax(spans[:, 0] == spans[:, 1]))} is empty")
-    for name in ("rewards", "anchors"):
+    for name in _OF_TURNS:
         if name in datum.inputs:
             _check_shape(datum.inputs[name], (len(spans),), name, where)
-    for name in ("group", "trajectory"):
+    for name in _NUMBERS:
         if name in datum.inputs and (datum.inputs[name].size != 1 or datum.inputs[name].dtype.kind != "i"):
             raise refuse(f"{where}: {name} must be one integer")
 
@@ -228,7 +230,8 @@ def _make_episodes(
             for k, (start, stop) in enumerate(data[i].inputs["turns"].tolist()):
                 turns.append(_read_turn(data[i], tokens[i], k))
                 spans.append((i, start, stop))
-        trajectories.append(_make_trajectory(group, members[group], turns))
+        is_success = any(bool(data[i].inputs.get("success", np.zeros(1)).item()) for i in members_of)
+        trajectories.append(_make_trajectory(group, members[group], turns, is_success=is_success))
         members[group] += 1
     return trajectories, spans
 
@@ -246,6 +249,10 @@ def _read_turn(datum: Datum, row: np.ndarray, k: int) -> Turn:
         inputs["entropies"][start:stop] if "entropies" in inputs else np.zeros(stop - start),
         reward=float(inputs["rewards"][k]),
         anchor=int(inputs["anchors"][k]) if "anchors" in inputs else seen,
+        # Without their numbers, equal responses are equal actions.
+        action=str(inputs["actions"][k] if "actions" in inputs else row[start + 1 : stop + 1].tobytes()),
+        is_valid=bool(inputs["valid"][k]) if "valid" in inputs else True,
+        milestone=bool(inputs["milestones"][k]) if "milestones" in inputs else False,
     )
 
 
@@ -257,6 +264,9 @@ def _make_turn(
     *,
     reward: float,
     anchor: int,
+    action: str | None = None,
+    is_valid: bool = True,
+    milestone: bool = False,
 ) -> Turn:
     return Turn(
         prompt_tokens=prompt,
@@ -266,12 +276,14 @@ def _make_turn(
         reward=reward,
         version=0,
         anchor=anchor,
-        is_valid=True,
+        is_valid=is_valid,
         finish_reason="stop",
+        action=action,
+        milestone=milestone,
     )
 
 
-def _make_trajectory(group: int, member: int, turns: list[Turn]) -> Trajectory:
+def _make_trajectory(group: int, member: int, turns: list[Turn], *, is_success: bool = False) -> Trajectory:
     return Trajectory(
         task=0,
         split="train",
@@ -280,7 +292,7 @@ def _make_trajectory(group: int, member: int, turns: list[Turn]) -> Trajectory:
         turns=tuple(turns),
         outcome=Outcome(Status.TRAINED, "client"),
         episode_return=sum(turn.reward for turn in turns),
-        is_success=False,
+        is_success=is_success,
         terminated=True,
         truncated=False,
     )

@@ -244,7 +244,8 @@ class Tenant:
 
         def work(model: Model) -> Any:
             try:
-                objective = find_objective(envelope.loss_fn, envelope.config)
+                longest = self._trainer.limits.max_tokens
+                objective = find_objective(envelope.loss_fn, envelope.config, max_tokens=longest)
                 return self._trainer.run_batch(envelope.open(), objective, forward_only=envelope.forward_only)
             except Exception as error:
                 if not envelope.forward_only:
