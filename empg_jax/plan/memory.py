@@ -21,7 +21,7 @@ from empg_jax.engine.sizes import EngineConfig
 from empg_jax.learner.batching import BatchShape
 from empg_jax.learner.state import base_model, init_trained
 from empg_jax.models.attention.cached import SCORES
-from empg_jax.models.attention.trunks import tile_size
+from empg_jax.models.attention.tiles import FEW_TILES, tile_size
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.head import LARGE_SLAB
@@ -245,14 +245,11 @@ def _rows_here(mesh: AbstractMesh, shape: BatchShape) -> int:
 
 
 def _score_bytes(model: DecoderConfig, mesh: AbstractMesh, shape: BatchShape) -> int:
-    """Compute the bytes of one tile's three float32 tables (`models.attention`: `tiles` or `trunks`)."""
+    """Compute the bytes of one tile's three float32 tables, and of sums as long as the row (`attention.tiles`)."""
     heads = model.num_heads // math.prod(head_shards(mesh.shape, model.num_heads))
     row = shape.row_tokens
-    if not shape.shares_prefix:
-        return 3 * 4 * _rows_here(mesh, shape) * heads * max(64, -(-row // 16)) * row
-    # The sums of the keys' and values' gradients beside them have the length of a row.
-    sums = 2 * 4 * row * model.head_dim
-    return _rows_here(mesh, shape) * heads * (3 * 4 * tile_size(row) ** 2 + sums)
+    sums = 2 * 4 * row * model.head_dim  # of the keys' and values' gradients
+    return _rows_here(mesh, shape) * heads * (3 * 4 * tile_size(row, FEW_TILES) ** 2 + sums)
 
 
 def _update_items(

@@ -12,7 +12,7 @@ from empg_jax.learner.batching import BatchShape, find_tokens, make_batch
 from empg_jax.learner.outputs import compute_outputs
 from empg_jax.learner.state import init_trained
 from empg_jax.learner.update import make_learner
-from empg_jax.models.attention import trunks
+from empg_jax.models.attention import tiles
 from empg_jax.models.decoder import RopeScaling, init_params
 from empg_jax.models.lora import LoraConfig, combine
 from empg_jax.models.moe import MoeConfig
@@ -36,9 +36,9 @@ PLAIN = BatchShape(
 @pytest.fixture(scope="module", autouse=True)
 def _several_tiles():
     """Rows of these tests are short; with tiles of 16 they have tiles to leave out."""
-    whole, trunks.TILE = trunks.TILE, 16
+    whole, tiles.TILE = tiles.TILE, 16
     yield
-    trunks.TILE = whole
+    tiles.TILE = whole
 
 
 @functools.cache

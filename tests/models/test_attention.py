@@ -7,7 +7,7 @@ import pytest
 
 from empg_jax.models.attention import cached_attention, packed_attention
 
-packed = jax.jit(packed_attention, static_argnames="block")
+packed = jax.jit(packed_attention, static_argnames="tile")
 
 
 def attend_by_hand(query, keys, values):
@@ -49,25 +49,25 @@ def make_segments(length):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("length, block", [(16, 4), (16, 64), (19, 4), (1, 4), (37, 2)])
-def test_packed_attention_equals_the_loop(length, block, kv_heads):
+@pytest.mark.parametrize("length, tile", [(16, 4), (16, 64), (19, 4), (1, 4), (37, 2)])
+def test_packed_attention_equals_the_loop(length, tile, kv_heads):
     inputs = make_inputs(length, kv_heads=kv_heads)
     segments = make_segments(length)
-    found = packed(*inputs, segments, block=block)
+    found = packed(*inputs, segments, tile=tile)
     np.testing.assert_allclose(found, oracle_packed(*inputs, segments), atol=2e-6)
 
 
-def test_gradients_do_not_depend_on_the_block():
+def test_gradients_do_not_depend_on_the_tile():
     inputs = [jnp.asarray(x) for x in make_inputs(19)]
     segments = jnp.asarray(make_segments(19))
 
-    def loss(inputs, block):
-        output = packed_attention(*inputs, segments, block=block)
+    def loss(inputs, tile):
+        output = packed_attention(*inputs, segments, tile=tile)
         return jnp.sum(jnp.sin(output) * (segments > 0)[:, :, None, None].astype(jnp.float32))
 
     slope = jax.jit(jax.grad(loss), static_argnums=1)
-    blocked, whole = (slope(inputs, block) for block in (5, 64))
-    for one, other in zip(blocked, whole, strict=True):
+    tiled, whole = (slope(inputs, tile) for tile in (5, 64))
+    for one, other in zip(tiled, whole, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
@@ -77,8 +77,8 @@ def test_nothing_crosses_segments_or_comes_from_later():
     changed_keys, changed_values = keys.copy(), values.copy()
     changed_keys[0, 5:10], changed_values[0, 5:10] = 77.0, -55.0  # the middle segment of row 0
     changed_keys[1, 12:], changed_values[1, 12:] = 77.0, -55.0  # the end of row 1
-    before = np.asarray(packed(queries, keys, values, segments, block=4))
-    after = np.asarray(packed(queries, changed_keys, changed_values, segments, block=4))
+    before = np.asarray(packed(queries, keys, values, segments, tile=4))
+    after = np.asarray(packed(queries, changed_keys, changed_values, segments, tile=4))
     others = np.r_[0:5, 10:16]
     np.testing.assert_array_equal(before[0, others], after[0, others])
     np.testing.assert_array_equal(before[1, :12], after[1, :12])
@@ -89,7 +89,7 @@ def test_nothing_crosses_segments_or_comes_from_later():
 def test_bfloat16_goes_in_and_out_with_float32_softmax():
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in make_inputs(16)]
     segments = make_segments(16)
-    found = packed(*inputs, segments, block=4)
+    found = packed(*inputs, segments, tile=4)
     assert found.dtype == jnp.bfloat16
     wide = [np.asarray(x.astype(jnp.float32)) for x in inputs]
     np.testing.assert_allclose(found.astype(jnp.float32), oracle_packed(*wide, segments), atol=0.03)

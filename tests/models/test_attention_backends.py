@@ -25,7 +25,7 @@ from empg_jax.models.attention import (
 from empg_jax.models.attention.operands import Operands
 
 BACKENDS = {
-    "tiles": (functools.partial(tiles.forward, block=128), functools.partial(tiles.backward, block=128)),
+    "tiles": (functools.partial(tiles.forward, tile=128), functools.partial(tiles.backward, tile=128)),
     "triton": tuple(functools.partial(f, interpret=True) for f in (triton.forward, triton.backward)),
     "splash": tuple(functools.partial(f, interpret=True) for f in (splash.forward, splash.backward)),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from empg_jax.models.attention import Segments, reference_attention, trunk_attention
-from empg_jax.models.attention.trunks import MOST_TILES, TILE, _plan, tile_size
+from empg_jax.models.attention.tiles import FEW_TILES, MOST_TILES, TILE, _plan, tile_size
 
 # Pieces of a row: (length, trunk's number or -1). Two families, plain segments between them, padding.
 ROW = [(11, -1), (5, 1), (9, 1), (7, -1), (13, -1), (3, 5), (1, 5), (6, 5)]
@@ -81,11 +81,20 @@ def test_a_branch_is_its_whole_sequence():
 def test_tiles_of_other_segments_are_left_out():
     """Sixteen branches of a tile each behind a trunk of two: each sees the trunk and itself."""
     segments = make_segments(18 * 8, [(16, -1), *[(8, 1)] * 16])
-    plan = jax.jit(_plan, static_argnums=1)(segments, 8)
+    plan = jax.jit(_plan, static_argnums=2)(*segments, 8)
     seen = [set(order[:count].tolist()) for order, count in zip(plan.order, plan.counts, strict=True)]
     assert seen == [{0}, {0, 1}, *({0, 1, place} for place in range(2, 18))]
 
 
 def test_long_rows_have_larger_tiles():
-    assert tile_size(100) == tile_size(TILE * MOST_TILES) == TILE
-    assert tile_size(TILE * MOST_TILES + 1) == 2 * TILE
+    for most in (FEW_TILES, MOST_TILES["cpu"]):
+        assert tile_size(100, most) == tile_size(TILE * most, most) == TILE
+        assert tile_size(TILE * most + 1, most) == 2 * TILE
+
+
+def test_packed_rows_leave_out_the_tiles_of_other_segments():
+    """Three segments of two tiles each, then padding of two: a tile sees its own segment's, up to itself."""
+    ids = jnp.asarray(np.repeat([1, 2, 3, 0], 16)[None])
+    plan = jax.jit(lambda ids: _plan(ids, None, 8))(ids)
+    seen = [set(order[:count].tolist()) for order, count in zip(plan.order, plan.counts, strict=True)]
+    assert seen == [{0}, {0, 1}, {2}, {2, 3}, {4}, {4, 5}, {6}, {7}]

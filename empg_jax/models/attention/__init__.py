@@ -4,7 +4,7 @@
 platform selects the back end when a program is lowered (`packed`):
 
 ==============  ==============================================================================  ===========
-`tiles`         blocks of plain XLA operations: CPU, ROCm, and every shape the kernels refuse   any
+`tiles`         tiles of plain XLA operations: CPU, ROCm, and every shape the kernels refuse    any
 `triton`        JAX's Pallas kernel with segments                                               CUDA
 `splash`        JAX's splash kernel with segments and grouped heads                             TPU
 ==============  ==============================================================================  ===========

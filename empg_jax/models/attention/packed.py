@@ -41,7 +41,7 @@ def packed_attention(
     segment_ids: Int[Array, "B T"],
     *,
     backend: str = "auto",
-    block: int = 64,
+    tile: int | None = None,
 ) -> Float[Array, "B T H d"]:
     """Compute causal attention inside each segment of packed rows.
 
@@ -55,7 +55,7 @@ def packed_attention(
       segment_ids: packed sequence of each token; tokens attend inside their own segment only.
       backend: "auto" is the platform's fused kernel if `is_fusible` accepts the shape, else tiles. "xla" is
         tiles on every platform.
-      block: query block length of the tiles. A row has at most 16 blocks, so longer rows get larger blocks.
+      tile: length of a tile, where tiles are used; default by the row's length (`tiles.tile_size`).
 
     Returns:
       The attention output, in the type of the queries.
@@ -66,7 +66,7 @@ def packed_attention(
     if backend not in BACKENDS:
         raise ValueError(f"attention back end {backend!r}: choose one of {', '.join(BACKENDS)}")
     is_fused = backend == "auto" and is_fusible(queries.shape[1], queries.shape[3], queries.dtype)
-    return _packed(queries, keys, values, segment_ids, is_fused, block)
+    return _packed(queries, keys, values, segment_ids, is_fused, tile)
 
 
 def is_fusible(length: int, head_dim: int, dtype: jnp.dtype) -> bool:
@@ -79,33 +79,33 @@ def is_fusible(length: int, head_dim: int, dtype: jnp.dtype) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _packed(
-    queries: Array, keys: Array, values: Array, segment_ids: Array, is_fused: bool, block: int
+    queries: Array, keys: Array, values: Array, segment_ids: Array, is_fused: bool, tile: int | None
 ) -> Array:
-    return _forward(queries, keys, values, segment_ids, is_fused, block)[0]
+    return _forward(queries, keys, values, segment_ids, is_fused, tile)[0]
 
 
 def _forward(
-    queries: Array, keys: Array, values: Array, segment_ids: Array, is_fused: bool, block: int
+    queries: Array, keys: Array, values: Array, segment_ids: Array, is_fused: bool, tile: int | None
 ) -> tuple[Array, tuple[Array, ...]]:
     inputs = queries, keys, values, segment_ids
     forward = _fused_forward if is_fused else tiles.forward
     # With a name, a rematerialization policy can keep these two and skip attention's whole forward pass.
-    output, normalizer = (checkpoint_name(x, SAVED) for x in forward(*inputs, block=block))
+    output, normalizer = (checkpoint_name(x, SAVED) for x in forward(*inputs, tile=tile))
     return output, (*inputs, output, normalizer)
 
 
 def _backward(
-    is_fused: bool, block: int, residuals: tuple[Array, ...], slope: Array
+    is_fused: bool, tile: int | None, residuals: tuple[Array, ...], slope: Array
 ) -> tuple[Array, Array, Array, None]:
     backward: Callable[..., tuple[Array, ...]] = _fused_backward if is_fused else _from_arrays(tiles.backward)
-    d_queries, d_keys, d_values = backward(*residuals, slope, block=block)
+    d_queries, d_keys, d_values = backward(*residuals, slope, tile=tile)
     return d_queries, d_keys, d_values, None
 
 
 def _from_arrays(backward: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
     """Return the backward pass as a function of seven arrays, because a primitive takes no tuples."""
 
-    def run(*arrays: Array, **options: int) -> tuple[Array, ...]:
+    def run(*arrays: Array, **options: int | None) -> tuple[Array, ...]:
         return backward(Operands(*arrays[:4]), *arrays[4:], **options)
 
     return run
