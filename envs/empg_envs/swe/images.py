@@ -106,13 +106,13 @@ class ImageBackend:
         with contextlib.closing(self._make(task, is_judge=True)) as sandbox:
             sandbox.reset({})
             try:
-                wrong = imaged.apply_patch(sandbox, patch)
+                wrong, changed = imaged.apply_patch(sandbox, patch)
                 if wrong is not None:
                     return Grade(False, "patch_does_not_apply", output=wrong[-OUTPUT_CHARS:])
-                checked = imaged.check_patch(task, sandbox, patch, is_reading="reading" in self._layers)
+                checked = imaged.check_patch(task, sandbox, changed, is_reading="reading" in self._layers)
             except patches.PatchError as error:
                 return Grade(False, "patch_does_not_apply", output=str(error))
-            note = self._install(task, sandbox, patches.touched(patch) - {*checked.dropped}, timeout)
+            note = self._install(task, sandbox, {*changed} - {*checked.dropped}, timeout)
             return self._try(task, sandbox, checked, timeout, note)
 
     def _install(self, task: Task, sandbox: Sandbox, changed: set[str], timeout: float) -> str:
@@ -137,7 +137,7 @@ class ImageBackend:
             return known or []
         with contextlib.closing(self._make(task, is_judge=True)) as sandbox:
             sandbox.reset({})
-            wrong = imaged.apply_patch(sandbox, task.patch)
+            wrong, _ = imaged.apply_patch(sandbox, task.patch)
             if wrong is not None:
                 raise DataError(f"task {task.instance_id}: its gold patch does not apply: {wrong[-500:]}")
             suite = imaged.place_tests(task, sandbox)

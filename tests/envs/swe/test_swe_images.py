@@ -13,9 +13,10 @@ from empg_envs.swe import patches
 from empg_envs.swe.containers import FROZEN, OWNER, LateError, remove_frozen, remove_orphans
 from empg_envs.swe.env import SweEnv
 from empg_envs.swe.images import ALL_LAYERS, ImageBackend
-from empg_envs.swe.sandbox import FileError, Limits, SandboxError
+from empg_envs.swe.sandbox import FileError, Limits, LostSandboxError, SandboxError
 from empg_envs.swe.tasks import parse_row
 from empg_envs.swe.tree import File, Tree
+from tests.envs.swe.attacks import PATCHES, PatchAttack
 from tests.envs.swe.engines import PYTHON, calls, make_repository, make_stand_in
 
 OF_R2E = """\
@@ -165,6 +166,33 @@ def test_a_patch_may_not_change_gits_own_files(docker: Path) -> None:
     config = "--- a/.git/config\n+++ b/.git/config\n@@ -1 +1,2 @@\n [core]\n+\tfsmonitor = touch /tmp/ran\n"
     grade = ImageBackend("docker", Limits(), docker=str(docker)).grade(parse_row(ROW), config + GOLD, 20)
     assert grade.reason == "patch_does_not_apply" and "git's own files" in grade.output
+
+
+@pytest.mark.parametrize("attack", PATCHES, ids=lambda attack: attack.name)
+def test_the_form_of_a_patch_smuggles_nothing(docker: Path, attack: PatchAttack) -> None:
+    layers = ALL_LAYERS - {"reading"}  # which would doubt some of them
+    backend = ImageBackend("docker", Limits(), docker=str(docker), layers=layers)
+    code = "import lib; lib.word = lambda: 'right\\n'"
+    grade = backend.grade(parse_row(ROW), attack.text.replace("CODE", code), 60)
+    assert grade.reason == ("patch_does_not_apply" if attack.is_refused else "unresolved"), grade.output
+
+
+def test_names_that_git_quotes_are_read(docker: Path) -> None:
+    backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row(ROW)
+    sandbox = backend.open(task)
+    sandbox.exec("echo right > lib.txt; echo y > 'é x.txt'; echo y > conftest.py", 20)
+    patch = backend.collect(task, sandbox)
+    sandbox.close()
+    assert '"b/\\303\\251 x.txt"' in patch
+    grade = backend.grade(task, patch, 20)
+    assert grade.dropped == ("conftest.py",) and grade.fail_to_pass == (1, 1)
+
+
+def test_files_that_cannot_be_put_back_end_the_grading(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("empg_envs.swe.imaged.RESTORE", "exit 3")
+    patch = with_files(lib__txt="right\n", conftest__py="import lib\n")
+    with pytest.raises(LostSandboxError, match="files cannot be put back"):
+        ImageBackend("docker", Limits(), docker=str(docker)).grade(parse_row(ROW), patch, 20)
 
 
 WRITES = (
