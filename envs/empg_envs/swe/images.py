@@ -76,11 +76,13 @@ class ImageBackend:
         """Return a new container of the task's image, without the history after its commit."""
         if sandbox is not None:
             sandbox.close()
-        found = self._make(task)
-        found.reset({})
-        if task.expected is not None:
-            found.exec(imaged.HIDE, imaged.GIT_SECONDS)
-        self._bases[found] = imaged.prune(found)
+        with contextlib.ExitStack() as failing:
+            found = failing.enter_context(contextlib.closing(self._make(task)))
+            found.reset({})
+            if task.expected is not None:
+                found.exec(imaged.HIDE, imaged.GIT_SECONDS)
+            self._bases[found] = imaged.prune(found)
+            failing.pop_all()  # nothing failed
         return found
 
     def collect(self, task: Task, sandbox: Sandbox) -> str:
@@ -92,9 +94,7 @@ class ImageBackend:
             f"rm -f .git/index.lock; {imaged.GIT} add -A && "
             f"{imaged.GIT} diff --cached --no-ext-diff --no-color {base} {exclude}"
         )
-        result = sandbox.exec(command, imaged.GIT_SECONDS)
-        if result.returncode and isinstance(sandbox, DockerSandbox):
-            sandbox.check()  # an engine that is gone is no empty patch
+        result = sandbox.exec(command, imaged.GIT_SECONDS)  # a container that is gone is no empty patch
         return result.output if result.returncode == 0 and not result.omitted else ""
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
