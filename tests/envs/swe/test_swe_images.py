@@ -419,6 +419,7 @@ def test_a_container_that_an_agent_ends_counts_against_it(
     monkeypatch.setattr(env._backend, "grade", lose)
     _, reward, terminated, _, info = env.step("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")
     assert (reward, terminated, info["reason"]) == (0.0, True, "sandbox_lost")
+    assert info["outcome"] == "sandbox_lost" and "took longer" in info["detail"]
     env.close()
 
 
