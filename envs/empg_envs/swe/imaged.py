@@ -172,7 +172,8 @@ def check_patch(task: Task, sandbox: Sandbox, changed: frozenset[str], *, is_rea
 
 def _batches(paths: Iterable[str]) -> Iterator[str]:
     """Yield names for a shell, as many at a time as fit into a command."""
-    batch, size = [], 0
+    batch: list[str] = []
+    size = 0
     for word in map(shlex.quote, paths):
         length = len(word.encode()) + 1
         if batch and size + length > BATCH_BYTES:

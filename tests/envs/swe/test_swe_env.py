@@ -106,15 +106,6 @@ def test_limits_truncate(make: Any) -> None:
     assert (reward, terminated, truncated, info["won"]) == (1.0, False, True, True)
 
 
-def test_half_a_surrogate_pair_is_no_failure_of_the_machine(make: Any) -> None:
-    env = make()
-    env.reset(split="train", index=0)
-    for command, path in (("view", "\ud800"), ("create", "a\ud800")):
-        call = render_call("file_editor", command=command, path=path, file_text="\ud800")
-        assert "[file_editor]" in env.step(call)[0]
-    assert "[execute_bash]" in env.step(render_call("execute_bash", cmd="echo \udfff"))[0]
-
-
 def test_a_command_beyond_its_time_is_an_observation(make: Any) -> None:
     env = make(command_timeout=2, tools="bash")
     env.reset(split="train", index=0)

@@ -16,6 +16,7 @@ from empg_envs.swe.images import ALL_LAYERS, ImageBackend
 from empg_envs.swe.owners import FROZEN, LABEL, owner, remove_frozen, remove_orphans
 from empg_envs.swe.sandbox import FileError, Limits, LostSandboxError, SandboxError
 from empg_envs.swe.tasks import parse_row
+from empg_envs.swe.tools import render_call
 from empg_envs.swe.tree import File, Tree
 from tests.envs.swe.attacks import PATCHES, PatchAttack
 from tests.envs.swe.engines import PYTHON, calls, make_repository, make_stand_in
@@ -503,6 +504,18 @@ def test_a_path_that_is_none_is_an_error_that_the_policy_reads(docker: Path) -> 
             with pytest.raises(FileError, match="is no path"):
                 act()
     sandbox.close()
+
+
+def test_no_text_of_a_policy_is_a_failure_of_the_machine(docker: Path, tmp_path: Path) -> None:
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({**ROW, "split": "test"}))
+    env = SweEnv(str(tmp_path / "tasks.jsonl"), backend="docker", docker=str(docker))
+    env.reset(split="test", index=0)
+    for path in ("a\0b", "x" * 200_000, "a\ud800"):
+        for command in ("view", "create"):
+            call = render_call("file_editor", command=command, path=path, file_text="\ud800\0")
+            assert "[file_editor]" in env.step(call)[0]
+    assert "[execute_bash]" in env.step(render_call("execute_bash", cmd="echo \udfff\0"))[0]
+    env.close()
 
 
 @pytest.mark.parametrize("how", ["half", "history"])
