@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from empg_envs.rows import DataError
 from empg_envs.swe import grading, patches, reports
-from empg_envs.swe.containers import ROOT
+from empg_envs.swe.containers import READ_BYTES, ROOT
 from empg_envs.swe.guest import witness
-from empg_envs.swe.judge.reading import read_changes
+from empg_envs.swe.judge.reading import TOO_LARGE, read_changes
 from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.sandbox import FileError, LostSandboxError, Sandbox, SandboxError
 from empg_envs.swe.tasks import Task
-from empg_envs.swe.tree import ArchiveError, File, Tree, check_path
+from empg_envs.swe.tree import ArchiveError, File, Tree, check_path, is_test
 
 GIT = f"git -c core.fileMode=false -c safe.directory={ROOT}"
 GIT_SECONDS = 120.0
@@ -163,6 +163,8 @@ def check_patch(task: Task, sandbox: Sandbox, changed: frozenset[str], *, is_rea
             repaired = before
         old = {path: file for path, file in before.items() if path in changed}
         marks = read_changes(old, after, repaired, names=names, shadows=shadows)
+        # A file that is gone hides nothing, nor does the change of one that could not be read before.
+        marks += [f"{path}: {TOO_LARGE}" for path in _unread(sandbox, changed - after.keys(), before)]
     for batch in _batches(drop):
         done = sandbox.exec(f"for f in {batch}; do {RESTORE}; done", GIT_SECONDS)
         if done.returncode:  # the patch may have brought that about
@@ -281,6 +283,15 @@ def read_files(sandbox: Sandbox, paths: Iterable[str]) -> Tree:
         except FileError:
             continue
     return found
+
+
+def _unread(sandbox: Sandbox, paths: Iterable[str], before: Tree) -> list[str]:
+    """Return the sources among paths that have become too large to be read."""
+    small = sorted(path for path in paths if path.endswith(".py") and not is_test(path))
+    small = [path for path in small if path not in before or len(before[path].data) <= READ_BYTES]
+    return [
+        path for path in small if not sandbox.exec(f"test -e {shlex.quote(path)}", GIT_SECONDS).returncode
+    ]
 
 
 def _before(sandbox: Sandbox, paths: Iterable[str]) -> Tree:

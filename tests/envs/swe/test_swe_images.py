@@ -170,6 +170,14 @@ def test_a_patch_may_not_change_gits_own_files(docker: Path) -> None:
     assert grade.reason == "patch_does_not_apply" and "git's own files" in grade.output
 
 
+def test_a_source_that_is_too_large_to_be_read_is_suspect(docker: Path) -> None:
+    backend = ImageBackend("docker", Limits(), docker=str(docker), layers=frozenset(("reading",)))
+    large = f"--- /dev/null\n+++ b/new.py\n@@ -0,0 +1 @@\n+{'#' * 1_100_000}\n"
+    grade = backend.grade(parse_row(ROW), GOLD + large, 20)
+    assert grade.doubts == ("new.py: is too large to be read",) and grade.reason == "suspect"
+    assert backend.grade(parse_row(ROW), GOLD + large.replace("new.py", "new.txt"), 20).resolved
+
+
 @pytest.mark.parametrize("attack", PATCHES, ids=lambda attack: attack.name)
 def test_the_form_of_a_patch_smuggles_nothing(docker: Path, attack: PatchAttack) -> None:
     layers = ALL_LAYERS - {"reading"}  # which would doubt some of them
