@@ -150,7 +150,7 @@ class DockerSandbox:
         """
         running = ["inspect", "--type", "container", "--format", "{{.State.Running}}", self._running()]
         code, capture = self._call(running, FILE_SECONDS)
-        if code == 0 and capture.parts()[0].strip() == b"true":
+        if code == 0 and b"true" in capture.parts()[0].split():  # beside what the engine warns of
             return
         code, capture = self._call(["version"], FILE_SECONDS)
         if code:

@@ -72,6 +72,7 @@ elif os.path.exists(home + "/dead"):
 elif argv[0] == "inspect":
     if not os.path.isdir(home + "/box/" + argv[-1]):
         sys.exit("Error: no such container")
+    print("a warning", file=sys.stderr, flush=True)
     print("true")
 elif argv[0] == "ps":
     print(open(home + "/ps").read(), end="")
