@@ -16,7 +16,8 @@ def find_spec(config: Config) -> EnvSpec:
     """Find the environment's spec: its class, prompts, parser and phrases.
 
     Raises:
-      ConfigError: there is no such environment, or it does not have an option that is set.
+      ConfigError: there is no such environment, it does not have an option that is set, or its options have
+        no effect within ``env.max_turns``.
     """
     env = config.env
     try:
@@ -29,6 +30,11 @@ def find_spec(config: Config) -> EnvSpec:
             check_options(spec, *options)
         except TypeError as error:
             raise ConfigError(f"env.{key}: {error}") from None
+    if spec.check_turns is not None:
+        try:
+            spec.check_turns(env.max_turns, **env.options)
+        except ValueError as error:
+            raise ConfigError(f"env.options of {env.target}: {error}") from None
     return spec
 
 

@@ -45,8 +45,8 @@ __all__ = [
 def _lazy(module: str, attribute: str) -> Callable[..., Any]:
     """Return a factory that imports ``module`` when it is called."""
 
-    def factory(**options: Any) -> Any:
-        return getattr(importlib.import_module(module), attribute)(**options)
+    def factory(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), attribute)(*arguments, **options)
 
     factory.__name__ = attribute
     factory.resolve = lambda: getattr(importlib.import_module(module), attribute)  # type: ignore[attr-defined]
@@ -82,7 +82,9 @@ ENVS: dict[str, EnvSpec] = {
     "alfworld": _packaged("alfworld", "AlfworldEnv", texts=("template",)),
     "webshop": _packaged("webshop", "WebShopEnv", texts=("template",)),
     "deepsearch": _packaged("deepsearch", "DeepSearchEnv", tells_answers=True),
-    "swe": _packaged("swe", "SweEnv", timeout_outcome="zero"),
+    "swe": _packaged(
+        "swe", "SweEnv", timeout_outcome="zero", check_turns=_lazy("empg_envs.swe.prompt", "check_turns")
+    ),
     "harness": dataclasses.replace(_packaged("harness", "HarnessEnv"), phrases=None, has_calls=True),
     "gymnasium": _adapted("gymnasium", "GymnasiumEnv", "make_listing_prompts", "make_line_parser"),
     "reasoning_gym": _adapted(

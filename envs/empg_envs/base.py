@@ -156,6 +156,8 @@ class EnvSpec:
       tells_answers: its first info has a ``known_answer``; None where that is not known.
       timeout_outcome: treatment of an episode that exceeds its time: ``discard``, or ``zero`` where an agent
         could bring that about to be rid of a lost episode.
+      check_turns: called with ``env.max_turns`` and ``env.options`` before a run; raises ValueError where
+        they do not go together.
     """
 
     name: str
@@ -168,6 +170,7 @@ class EnvSpec:
     texts: tuple[str, ...] = ()
     timeout_outcome: str = "discard"
     tells_answers: bool | None = None
+    check_turns: Callable[..., None] | None = None
 
 
 def quote_turns(history: Sequence[tuple[str, str]], turn: int) -> str:

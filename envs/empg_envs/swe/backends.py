@@ -38,7 +38,7 @@ class Backend(Protocol):
         ...
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
-        """Grade a patch in a fresh sandbox."""
+        """Grade a patch in a fresh sandbox; the tests may run for ``timeout`` seconds, up to three times."""
         ...
 
 
@@ -136,7 +136,10 @@ class TreeBackend:
         return read_changes(broken, changed, gold, names=names, shadows=shadows)
 
     def _second_bugs(self, task: Task, broken: Tree, timeout: float) -> list[SecondBug]:
-        """Return the bugs of the task's siblings; without siblings, one that is made once for the task."""
+        """Return the bugs of the task's siblings; without siblings, one that is made once for the task.
+
+        As this is a part of an episode's last step, making it takes no longer than the tests may.
+        """
         if task.second_bugs or not task.patch:
             return list(task.second_bugs)
         known = self._made.recall(task)
@@ -147,6 +150,7 @@ class TreeBackend:
                 gold,
                 lambda tree, seconds: self.run_tests(task, tree, seconds).statuses,
                 timeout,
+                within=timeout,
             )
         return known
 

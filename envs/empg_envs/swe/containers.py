@@ -10,9 +10,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from empg_envs.swe.guest.commands import Capture
+from empg_envs.swe.owners import FROZEN, LABEL, owner, remove_frozen, remove_orphans
 from empg_envs.swe.sandbox import ExecResult, FileError, Limits, LostSandboxError, SandboxError
 from empg_envs.swe.tree import ArchiveError, Tree, read_archive
 
@@ -21,10 +21,9 @@ KEEP_BYTES = 8 << 20
 READ_BYTES = 1 << 20
 FILE_SECONDS = 60.0
 MAX_COMMAND_BYTES = 120_000  # Linux takes 128 KiB in one argument
+MAX_PATH_BYTES = 4096
 MARGIN_SECONDS = 10.0  # added to a command's own deadline, which the container enforces
 START_SECONDS = 600.0  # long enough to pull an image
-OWNER = "empg-jax.owner"
-FROZEN = "empg-jax-judge"  # name of the images made of a container's files; the tag names the owner
 # Where programs may write although the container's files cannot be changed. Programs keep files in HOME, too.
 SCRATCH = ("/tmp", "/var/tmp", "/run")
 # Process 1 of a container: it reaps orphaned children, and `kill -9 -1` from inside does not kill it.
@@ -40,6 +39,7 @@ _RESOLVE = (
 )
 READ = _RESOLVE + '[ -e "$p" ] || exit 94; [ -f "$p" ] || exit 96; head -c "$2" -- "$p"'
 WRITE = _RESOLVE + 'mkdir -p -- "$(dirname -- "$p")" && cat > "$p"'
+APPEND = _RESOLVE + 'cat >> "$p"'
 REFUSED = {
     93: "ValueError: {path} lies outside of /testbed and /tmp",
     94: "FileNotFoundError: no such file: {path}",
@@ -55,8 +55,8 @@ class LateError(LostSandboxError):
 class DockerSandbox:
     """A container of one image, without network and capabilities and with limits; `close` removes it.
 
-    A label of the container names its owner process. The containers of ended processes are removed when the
-    next container is started.
+    A label of the container names its owner process. The containers of ended processes of this machine are
+    removed when the next container is started.
     """
 
     root = ROOT
@@ -97,7 +97,7 @@ class DockerSandbox:
           SandboxError: the image cannot be made.
         """
         remove_frozen(self._docker)
-        image = f"{FROZEN}:{_owner(os.getpid()).replace(':', '-')}-{uuid.uuid4().hex[:12]}"
+        image = f"{FROZEN}:{owner()}-{uuid.uuid4().hex[:12]}"
         code, capture = self._call(["commit", self._running(), image], START_SECONDS)
         if code:
             said = capture.parts()[0].decode("utf-8", "replace").strip()
@@ -132,6 +132,8 @@ class DockerSandbox:
             late = code == 137 and time.monotonic() - started >= timeout
         except LateError:  # a process outside of the command's process group keeps its output open
             code, capture, late = -9, Capture(0), True
+        if code:
+            self.check()
         if self._is_swept:  # process 1 survives
             self._call(["exec", self._running(), "bash", "-c", "kill -9 -1"], FILE_SECONDS)
         head, tail, omitted = capture.parts()
@@ -140,15 +142,21 @@ class DockerSandbox:
         return ExecResult(output, -9 if late else code, "timeout" if late else "exit", omitted)
 
     def check(self) -> None:
-        """Check that the engine answers, whatever has become of the container.
+        """Check that the container runs. Else a failed command says nothing about what it was to do.
 
         Raises:
-          SandboxError: it does not.
+          LostSandboxError: the container is gone, which a command in it may have brought about.
+          SandboxError: the engine does not answer.
         """
+        running = ["inspect", "--type", "container", "--format", "{{.State.Running}}", self._running()]
+        code, capture = self._call(running, FILE_SECONDS)
+        if code == 0 and b"true" in capture.parts()[0].split():  # beside what the engine warns of
+            return
         code, capture = self._call(["version"], FILE_SECONDS)
         if code:
             said = capture.parts()[0].decode("utf-8", "replace").strip()
             raise SandboxError(f"{self._docker} does not answer: {said[-500:]}")
+        raise LostSandboxError(f"the container {self._name} is gone")
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
@@ -180,6 +188,8 @@ class DockerSandbox:
         argv = ["exec", self._running(), "tar", "-C", ROOT, "-cf", "-", *arguments]
         code, capture = self._call(argv, FILE_SECONDS, most=most)
         head, tail, omitted = capture.parts()
+        if code:
+            self.check()
         if code or omitted:
             raise FileError(f"the files of {ROOT} are too many")
         try:
@@ -193,7 +203,8 @@ class DockerSandbox:
             self.close()
         remove_orphans(self._docker)
         limits, name = self._limits, f"empg-jax-{uuid.uuid4().hex[:12]}"
-        argv = ["run", "--detach", "--rm", "--name", name, "--label", f"{OWNER}={_owner(os.getpid())}"]
+        argv = ["run", "--detach", "--rm", "--name", name, "--label", f"{LABEL}={owner()}"]
+        self._name = name  # `close` removes what a start leaves that fails half way
         argv += ["--network", self._network, "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
         argv += ["--stop-signal", "KILL"]  # podman's `rm --force` waits for process 1, which ignores TERM
         argv += ["--memory", f"{limits.memory_mb}m", "--memory-swap", f"{limits.memory_mb}m"]
@@ -210,7 +221,6 @@ class DockerSandbox:
         if code:
             said = capture.parts()[0].decode("utf-8", "replace").strip()
             raise SandboxError(f"{self._docker} cannot start a container of {self._image}: {said[:500]}")
-        self._name = name
         for path, (data, _) in tree.items():
             self.write(path, data)
 
@@ -227,11 +237,14 @@ class DockerSandbox:
             raise SandboxError("the container is closed: reset it first")
         return self._name
 
-    def _script(self, script: str, *arguments: str, stdin: bytes = b"") -> tuple[int, Capture]:
+    def _script(self, script: str, path: str, *more: str, stdin: bytes = b"") -> tuple[int, Capture]:
+        check_name(path)
         argv = ["exec", "--interactive", "--workdir", ROOT, self._running()]
-        return self._call([*argv, "bash", "-c", script, "bash", *arguments], FILE_SECONDS, stdin)
+        return self._call([*argv, "bash", "-c", script, "bash", path, *more], FILE_SECONDS, stdin)
 
     def _check(self, code: int, path: str) -> None:
+        if code and code not in REFUSED:
+            self.check()
         if code:
             raise FileError(REFUSED.get(code, f"OSError: {path}: exit code {code}").format(path=path))
 
@@ -280,6 +293,12 @@ class DockerSandbox:
                 capture.add(data)
 
 
+def check_name(path: str) -> None:
+    """Raise FileError for a path that no program can be given."""
+    if "\0" in path or len(path.encode("utf-8", "surrogatepass")) >= MAX_PATH_BYTES:
+        raise FileError(f"ValueError: {path[:100]!r} is no path: it is too long, or holds a zero byte")
+
+
 def pull(image: str, docker: str = "docker") -> bool:
     """Pull an image unless it is here; return whether that was necessary.
 
@@ -300,52 +319,3 @@ def pull(image: str, docker: str = "docker") -> bool:
 def discard(image: str, docker: str = "docker") -> bool:
     """Remove an image; return whether it was here and unused."""
     return subprocess.run([docker, "rmi", image], capture_output=True).returncode == 0
-
-
-def remove_orphans(docker: str = "docker") -> list[str]:
-    """Remove the containers whose owner processes no longer exist; return their ids."""
-    shown = ["ps", "--all", "--filter", f"label={OWNER}", "--format", f'{{{{.ID}}}} {{{{.Label "{OWNER}"}}}}']
-    removed = []
-    for line in _list(docker, *shown):
-        number, _, owner = line.partition(" ")
-        if _is_gone(owner):
-            subprocess.run(
-                [docker, "rm", "--force", "--volumes", number], capture_output=True, timeout=FILE_SECONDS
-            )
-            removed.append(number)
-    return removed
-
-
-def remove_frozen(docker: str = "docker") -> list[str]:
-    """Remove the images that ended processes made of containers; return their names."""
-    removed = []
-    for name in _list(docker, "images", FROZEN, "--format", "{{.Repository}}:{{.Tag}}"):
-        pid, _, rest = name.rpartition(":")[2].partition("-")
-        if _is_gone(f"{pid}:{rest.partition('-')[0]}"):
-            subprocess.run([docker, "rmi", "--force", name], capture_output=True, timeout=FILE_SECONDS)
-            removed.append(name)
-    return removed
-
-
-def _list(docker: str, *arguments: str) -> list[str]:
-    """Return the lines of an answer of the engine; none if it does not answer."""
-    try:
-        found = subprocess.run([docker, *arguments], capture_output=True, text=True, timeout=FILE_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in found.stdout.splitlines() if line.strip()]
-
-
-def _is_gone(owner: str) -> bool:
-    """Whether the process with this id and start time no longer exists."""
-    pid = owner.partition(":")[0]
-    return pid.isdigit() and _owner(int(pid)) != owner
-
-
-def _owner(pid: int) -> str:
-    """Identify a process by its id and start time, because the system reuses ids."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return f"{pid}:"
-    return f"{pid}:{stat.rpartition(')')[2].split()[19]}"

@@ -8,15 +8,29 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from empg_envs.swe.containers import FILE_SECONDS, PRELUDE, READ, READ_BYTES, REFUSED, ROOT, WRITE
+from empg_envs.swe.containers import (
+    APPEND,
+    FILE_SECONDS,
+    MAX_COMMAND_BYTES,
+    PRELUDE,
+    READ,
+    READ_BYTES,
+    REFUSED,
+    ROOT,
+    WRITE,
+    check_name,
+)
 from empg_envs.swe.sandbox import ExecResult, FileError, LostSandboxError, SandboxError
 from empg_envs.swe.tree import ArchiveError, Tree, read_archive
+
+PIECE_BYTES = 1 << 16  # of a file in one command, where it takes a third more
 
 
 class SweRexSandbox:
     """A sandbox of the ``swe-rex`` package: docker, modal, fargate or a remote server, behind one interface.
 
-    This is a thin adapter, and every method is one call of the runtime. The deployment defines the isolation.
+    This is a thin adapter, and every method is a call of the runtime or a few. The deployment defines the
+    isolation.
     """
 
     root = ROOT
@@ -43,6 +57,8 @@ class SweRexSandbox:
         script = exports + PRELUDE + command.replace("\0", "")
         if stdin:
             script = f"echo {base64.b64encode(stdin).decode()} | base64 -d | (\n{script}\n)"
+        if len(script.encode("utf-8", "surrogateescape")) > MAX_COMMAND_BYTES:
+            return ExecResult(f"a command has at most {MAX_COMMAND_BYTES} bytes", 126)
         request = Command(command=["bash", "-c", f"exec 2>&1; {script}"], timeout=timeout, cwd=ROOT)
         try:
             response = self._wait(self._runtime().execute(request))
@@ -52,20 +68,29 @@ class SweRexSandbox:
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
+        check_name(path)
         encoded = self.exec(
-            f"bash -c {shlex.quote(READ)} bash {shlex.quote(path)} {READ_BYTES} | base64; "
+            f"bash -c {shlex.quote(READ)} bash {shlex.quote(path)} {READ_BYTES + 1} | base64; "
             "exit ${PIPESTATUS[0]}",
             FILE_SECONDS,
         )
         if encoded.returncode:
             raise FileError(REFUSED.get(encoded.returncode, f"OSError: {path}").format(path=path))
-        return base64.b64decode(encoded.output)
+        data = base64.b64decode(encoded.output)
+        if len(data) > READ_BYTES:
+            raise FileError(f"ValueError: {path} holds more than {READ_BYTES} bytes")
+        return data
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file; see `empg_envs.swe.sandbox.Sandbox`."""
-        result = self.exec(f"bash -c {shlex.quote(WRITE)} bash {shlex.quote(path)}", FILE_SECONDS, stdin=data)
-        if result.returncode:
-            raise FileError(REFUSED.get(result.returncode, f"OSError: {path}").format(path=path))
+        check_name(path)
+        for start in range(0, max(1, len(data)), PIECE_BYTES):
+            command = f"bash -c {shlex.quote(APPEND if start else WRITE)} bash {shlex.quote(path)}"
+            if not data:
+                command += " < /dev/null"
+            result = self.exec(command, FILE_SECONDS, stdin=data[start : start + PIECE_BYTES])
+            if result.returncode:
+                raise FileError(REFUSED.get(result.returncode, f"OSError: {path}").format(path=path))
 
     def snapshot(self) -> Tree:
         """Return the files of the task's folder, without version control."""

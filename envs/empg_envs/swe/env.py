@@ -12,13 +12,14 @@ from empg_envs.swe import expert, patches, terse
 from empg_envs.swe.backends import TreeBackend, check_has_files, make_backend
 from empg_envs.swe.grading import SUSPECT, Grade
 from empg_envs.swe.predictions import append_prediction, prediction
-from empg_envs.swe.prompt import TOOLS
+from empg_envs.swe.prompt import MAX_TURNS, TOOLS
 from empg_envs.swe.sandbox import LostSandboxError, Sandbox
 from empg_envs.swe.tasks import Task, broken_tree, load_panels
 from empg_envs.swe.tools import BashTools, FunctionTools, Tools
 from empg_envs.swe.tree import LINK, Tree
 
-MAX_DETAIL = 2000  # characters of what is said about a suspect patch
+LOST = "sandbox_lost"
+MAX_DETAIL = 2000  # characters of what is said about a suspect patch or a lost sandbox
 
 
 class SweEnv:
@@ -29,10 +30,13 @@ class SweEnv:
     1.0 if the task is solved, else 0.0. At the limit of turns or time the episode is truncated with reward
     0.0, unless ``submit_at_limit`` is set.
 
+    A step that ends an episode may take a command's limit and three times that of the tests.
+
     ``info`` contains ``task`` (the problem statement), ``instance_id``, ``group`` (the repository), ``won``,
     and after the grading ``reason`` and ``metrics`` (shares of tests with the wanted status, and whether the
     grade is suspect). A patch that tampers with its judge has the reward 0.0 and ``outcome`` ``suspect``,
-    with the signs of it in ``detail``; see `empg_envs.swe.judge`.
+    with the signs of it in ``detail``; see `empg_envs.swe.judge`. The ``outcome`` of an episode whose
+    sandbox, or that of its judge, is gone is ``sandbox_lost``.
     """
 
     # What `make_backend` takes besides the name; which of them fit depends on the backend.
@@ -53,7 +57,7 @@ class SweEnv:
         *,
         tools: str = "functions",
         backend: str = "bubblewrap",
-        max_turns: int = 40,
+        max_turns: int = MAX_TURNS,
         command_timeout: float = 90.0,
         episode_timeout: float = 5400.0,
         grade_timeout: float = 300.0,
@@ -73,7 +77,8 @@ class SweEnv:
           command_timeout: time limit of one command in seconds.
           episode_timeout: seconds after which an episode is truncated at its next step.
           grade_timeout: time limit of the tests in seconds.
-          submit_at_limit: whether the work of a truncated episode is graded.
+          submit_at_limit: whether the work of a truncated episode is graded. A caller that ends episodes
+            before ``max_turns`` grades nothing.
           predictions: file to which every graded patch is appended, in SWE-bench's format.
           model_name: the model's name in this file.
           **backend_options: see `empg_envs.swe.backends.make_backend`.
@@ -180,6 +185,7 @@ class SweEnv:
         left = self._deadline - time.monotonic()
         if left <= 0:
             return self._cut(task, sandbox, "The time for this task is over.", "episode_timeout")
+        action = action.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         self._actions.append(action)
         try:
             # The command's limit includes the episode's limit, so that a last command cannot run past it.
@@ -238,7 +244,7 @@ class SweEnv:
         an agent that sees its work fail could get another try.
         """
         self._is_done = True
-        lost = {"reason": "sandbox_lost", "outcome": "sandbox_lost", "detail": str(error)[:MAX_DETAIL]}
+        lost = {"reason": LOST, "outcome": LOST, "detail": str(error)[:MAX_DETAIL]}
         return "The sandbox does not answer.", 0.0, False, True, {**self._info(won=False), **lost}
 
     def _judge(self, task: Task, sandbox: Sandbox) -> Grade:
@@ -247,7 +253,7 @@ class SweEnv:
             patch = self._backend.collect(task, sandbox)
             grade = self._backend.grade(task, patch, self._grade_timeout)
         except LostSandboxError as error:  # either sandbox, and what the agent wrote may be the cause
-            return Grade(False, "sandbox_lost", output=str(error))
+            return Grade(False, LOST, output=str(error))
         if self._predictions is not None:
             append_prediction(self._predictions, prediction(task.instance_id, self._model_name, patch))
         return grade
@@ -277,6 +283,8 @@ class SweEnv:
             info |= {"reason": grade.reason, "metrics": grade.metrics}
             if grade.reason == SUSPECT:
                 info |= {"outcome": SUSPECT, "detail": "; ".join(grade.doubts)[:MAX_DETAIL]}
+            elif grade.reason == LOST:
+                info |= {"outcome": LOST, "detail": grade.output[:MAX_DETAIL]}
         return info
 
 

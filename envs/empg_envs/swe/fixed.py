@@ -25,7 +25,7 @@ def make_home(name: str) -> Path:
 
 def make_folder(home: Path) -> Path:
     """Make a folder of this process in a home."""
-    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-{_numbering()}-", dir=home))
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-{numbering()}-", dir=home))
 
 
 def remove_orphans(home: Path) -> None:
@@ -35,12 +35,12 @@ def remove_orphans(home: Path) -> None:
     """
     for folder in home.iterdir():
         owner, _, rest = folder.name.partition("-")
-        is_ours = owner.isdigit() and rest.startswith(f"{_numbering()}-")
+        is_ours = owner.isdigit() and rest.startswith(f"{numbering()}-")
         if is_ours and not Path(f"/proc/{owner}").exists():
             remove(folder)
 
 
-def _numbering() -> str:
+def numbering() -> str:
     """Return a name of the namespace of process numbers."""
     return "".join(filter(str.isdigit, os.readlink("/proc/self/ns/pid")))
 

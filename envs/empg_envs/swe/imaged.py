@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from empg_envs.rows import DataError
 from empg_envs.swe import grading, patches, reports
-from empg_envs.swe.containers import ROOT
+from empg_envs.swe.containers import READ_BYTES, ROOT
 from empg_envs.swe.guest import witness
-from empg_envs.swe.judge.reading import read_changes
+from empg_envs.swe.judge.reading import TOO_LARGE, read_changes
 from empg_envs.swe.judge.second import SecondBug
-from empg_envs.swe.sandbox import FileError, Sandbox
+from empg_envs.swe.sandbox import FileError, LostSandboxError, Sandbox, SandboxError
 from empg_envs.swe.tasks import Task
-from empg_envs.swe.tree import File, Tree
+from empg_envs.swe.tree import ArchiveError, File, Tree, check_path, is_test
 
 GIT = f"git -c core.fileMode=false -c safe.directory={ROOT}"
 GIT_SECONDS = 120.0
@@ -49,7 +49,33 @@ _FIND_R2E = (
 )
 _PLACE_R2E = f'[ -e {ROOT}/r2e_tests ] || ln -s /r2e_tests {ROOT}/r2e_tests; grep -q pytest "$script"'
 PATCH_FILE, TEST_PATCH_FILE = "/tmp/agent.patch", "/tmp/tests.patch"
+BATCH_BYTES = 50_000  # of names in one command
+# Files that are changed after the mark have a later time, whatever a patch says about them; the probe, which
+# is last, shows that all were looked at. The clock of files may stand still for some milliseconds.
+MARK, PROBE = "/tmp/empg-jax-mark", "/tmp/empg-jax-probe"
+DELETED = f"{GIT} ls-files -z --deleted"
+SET_MARK = f"touch {MARK} && sleep 0.05 && {DELETED}"
+FIND_CHANGED = (
+    f"touch {PROBE}; find . {PROBE} \\( -type f -o -type l \\) -cnewer {MARK} -print0 2>/dev/null; {DELETED}"
+)
+# A file of the commit as it is there, and no other.
+RESTORE = (
+    f'if {GIT} cat-file -e "HEAD:$f" 2>/dev/null; then {GIT} --literal-pathspecs checkout -q HEAD -- "$f"; '
+    'else rm -rf -- "$f"; fi || exit 1'
+)
 WITNESS_HOME = ".git/empg-jax"  # where neither git nor the tests look
+
+
+class Applied(NamedTuple):
+    """What came of applying a patch inside a container.
+
+    Attributes:
+      wrong: why it does not apply, or None.
+      changed: the files that it changed, as they are found in the container.
+    """
+
+    wrong: str | None
+    changed: frozenset[str] = frozenset()
 
 
 class Checked(NamedTuple):
@@ -108,7 +134,7 @@ def prune(sandbox: Sandbox) -> str:
     return found.output.strip() if found.returncode == 0 else "HEAD"
 
 
-def check_patch(task: Task, sandbox: Sandbox, patch: str, *, is_reading: bool) -> Checked:
+def check_patch(task: Task, sandbox: Sandbox, changed: frozenset[str], *, is_reading: bool) -> Checked:
     """Read an applied patch, and put back what controls tests.
 
     Files that the gold patch changes stay as the agent left them: real repairs do touch configuration.
@@ -116,13 +142,12 @@ def check_patch(task: Task, sandbox: Sandbox, patch: str, *, is_reading: bool) -
     Args:
       task: the task.
       sandbox: a container in which the patch is applied.
-      patch: the patch.
+      changed: the files that it changed.
       is_reading: whether the patch is read.
 
     Raises:
-      PatchError: the patch cannot be parsed.
+      LostSandboxError: a file cannot be put back.
     """
-    changed = patches.touched(patch)
     gold = patches.touched(task.patch) if task.patch else set()
     tops = sandbox.exec(f"{GIT} ls-tree --name-only HEAD . src/", GIT_SECONDS).output.split("\n")
     known: Tree = {name: File(b"") for name in tops if name}
@@ -138,27 +163,76 @@ def check_patch(task: Task, sandbox: Sandbox, patch: str, *, is_reading: bool) -
             repaired = before
         old = {path: file for path, file in before.items() if path in changed}
         marks = read_changes(old, after, repaired, names=names, shadows=shadows)
-    if drop:
-        quoted = " ".join(map(shlex.quote, drop))
-        sandbox.exec(
-            f'for f in {quoted}; do {GIT} checkout -q HEAD -- "$f" || rm -rf -- "$f"; done', GIT_SECONDS
-        )
+        # A file that is gone hides nothing, nor does the change of one that could not be read before.
+        marks += [f"{path}: {TOO_LARGE}" for path in _unread(sandbox, changed - after.keys(), before)]
+    for batch in _batches(drop):
+        done = sandbox.exec(f"for f in {batch}; do {RESTORE}; done", GIT_SECONDS)
+        if done.returncode:  # the patch may have brought that about
+            raise LostSandboxError(f"files cannot be put back: {done.output[-500:]}")
     return Checked(tuple(marks), tuple(drop))
 
 
-def apply_patch(sandbox: Sandbox, patch: str) -> str | None:
-    """Apply an agent's patch as the official harness does; return what is wrong with it, or None.
+def _batches(paths: Iterable[str]) -> Iterator[str]:
+    """Yield names for a shell, as many at a time as fit into a command."""
+    batch: list[str] = []
+    size = 0
+    for word in map(shlex.quote, paths):
+        length = len(word.encode()) + 1
+        if batch and size + length > BATCH_BYTES:
+            yield " ".join(batch)
+            batch, size = [], 0
+        batch.append(word)
+        size += length
+    if batch:
+        yield " ".join(batch)
+
+
+def apply_patch(sandbox: Sandbox, patch: str) -> Applied:
+    """Apply an agent's patch as the official harness does.
+
+    Only what our parser reads in it is applied, and the container tells which files that changed.
 
     Raises:
-      PatchError: it changes the repository's own data, by which it could run commands.
+      PatchError: it cannot be parsed, or changes the repository's own data, by which it could run commands.
+      SandboxError: the container does not tell what was changed.
     """
-    for path in patches.touched(patch):
-        if ".git" in PurePosixPath(path).parts:
-            raise patches.PatchError(f"{path}: a patch may not change git's own files")
-    sandbox.write(PATCH_FILE, patch.encode())
-    script = f"{GIT} apply --verbose {PATCH_FILE} || patch --batch --fuzz=5 -p1 -i {PATCH_FILE}"
+    text = patches.render(patch)
+    named = patches.touched(text)
+    for path in named:
+        _check_place(path)
+    sandbox.write(PATCH_FILE, text.encode())
+    gone = _names(sandbox, SET_MARK)
+    script = (
+        f"{GIT} apply --verbose {PATCH_FILE} || "
+        f"patch --batch --no-backup-if-mismatch --fuzz=5 -p1 -i {PATCH_FILE}"
+    )
     applied = sandbox.exec(script, GIT_SECONDS)
-    return applied.output if applied.returncode else None
+    if applied.returncode:
+        return Applied(applied.output)
+    found = _names(sandbox, FIND_CHANGED)
+    if PROBE not in found:
+        raise SandboxError("find does not list the changed files of a container")
+    changed = {path.removeprefix("./") for path in found - gone - {PROBE}}
+    for path in changed:
+        _check_place(path)
+    return Applied(None, frozenset(changed | named))
+
+
+def _names(sandbox: Sandbox, command: str) -> set[str]:
+    """Return the names that a command prints."""
+    said = sandbox.exec(command, GIT_SECONDS)
+    if said.returncode or said.omitted:
+        raise SandboxError(f"the files of a container cannot be listed: {said.output[-500:]}")
+    return set(filter(None, said.output.split("\0")))
+
+
+def _check_place(path: str) -> None:
+    if ".git" in PurePosixPath(path).parts:
+        raise patches.PatchError(f"{path}: a patch may not change git's own files")
+    try:
+        check_path(path)
+    except ArchiveError as error:
+        raise patches.PatchError(str(error)) from None
 
 
 def place_tests(task: Task, sandbox: Sandbox) -> Suite:
@@ -209,6 +283,15 @@ def read_files(sandbox: Sandbox, paths: Iterable[str]) -> Tree:
         except FileError:
             continue
     return found
+
+
+def _unread(sandbox: Sandbox, paths: Iterable[str], before: Tree) -> list[str]:
+    """Return the sources among paths that have become too large to be read."""
+    small = sorted(path for path in paths if path.endswith(".py") and not is_test(path))
+    small = [path for path in small if path not in before or len(before[path].data) <= READ_BYTES]
+    return [
+        path for path in small if not sandbox.exec(f"test -e {shlex.quote(path)}", GIT_SECONDS).returncode
+    ]
 
 
 def _before(sandbox: Sandbox, paths: Iterable[str]) -> Tree:

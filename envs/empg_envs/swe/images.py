@@ -76,11 +76,13 @@ class ImageBackend:
         """Return a new container of the task's image, without the history after its commit."""
         if sandbox is not None:
             sandbox.close()
-        found = self._make(task)
-        found.reset({})
-        if task.expected is not None:
-            found.exec(imaged.HIDE, imaged.GIT_SECONDS)
-        self._bases[found] = imaged.prune(found)
+        with contextlib.ExitStack() as failing:
+            found = failing.enter_context(contextlib.closing(self._make(task)))
+            found.reset({})
+            if task.expected is not None:
+                found.exec(imaged.HIDE, imaged.GIT_SECONDS)
+            self._bases[found] = imaged.prune(found)
+            failing.pop_all()  # nothing failed
         return found
 
     def collect(self, task: Task, sandbox: Sandbox) -> str:
@@ -92,9 +94,7 @@ class ImageBackend:
             f"rm -f .git/index.lock; {imaged.GIT} add -A && "
             f"{imaged.GIT} diff --cached --no-ext-diff --no-color {base} {exclude}"
         )
-        result = sandbox.exec(command, imaged.GIT_SECONDS)
-        if result.returncode and isinstance(sandbox, DockerSandbox):
-            sandbox.check()  # an engine that is gone is no empty patch
+        result = sandbox.exec(command, imaged.GIT_SECONDS)  # a container that is gone is no empty patch
         return result.output if result.returncode == 0 and not result.omitted else ""
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
@@ -106,13 +106,13 @@ class ImageBackend:
         with contextlib.closing(self._make(task, is_judge=True)) as sandbox:
             sandbox.reset({})
             try:
-                wrong = imaged.apply_patch(sandbox, patch)
+                wrong, changed = imaged.apply_patch(sandbox, patch)
                 if wrong is not None:
                     return Grade(False, "patch_does_not_apply", output=wrong[-OUTPUT_CHARS:])
-                checked = imaged.check_patch(task, sandbox, patch, is_reading="reading" in self._layers)
+                checked = imaged.check_patch(task, sandbox, changed, is_reading="reading" in self._layers)
             except patches.PatchError as error:
                 return Grade(False, "patch_does_not_apply", output=str(error))
-            note = self._install(task, sandbox, patches.touched(patch) - {*checked.dropped}, timeout)
+            note = self._install(task, sandbox, {*changed} - {*checked.dropped}, timeout)
             return self._try(task, sandbox, checked, timeout, note)
 
     def _install(self, task: Task, sandbox: Sandbox, changed: set[str], timeout: float) -> str:
@@ -137,7 +137,7 @@ class ImageBackend:
             return known or []
         with contextlib.closing(self._make(task, is_judge=True)) as sandbox:
             sandbox.reset({})
-            wrong = imaged.apply_patch(sandbox, task.patch)
+            wrong, _ = imaged.apply_patch(sandbox, task.patch)
             if wrong is not None:
                 raise DataError(f"task {task.instance_id}: its gold patch does not apply: {wrong[-500:]}")
             suite = imaged.place_tests(task, sandbox)

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from empg_envs.swe.containers import DockerSandbox
+from empg_envs.swe.containers import FILE_SECONDS, DockerSandbox
 from empg_envs.swe.grading import protected
 from empg_envs.swe.sandbox import FileError
 from empg_envs.swe.tasks import Task
@@ -73,7 +73,7 @@ def build(task: Task, sandbox: DockerSandbox, seconds: float) -> tuple[Tree, str
     with contextlib.closing(sandbox.frozen((".",))) as copy:
         copy.reset({})
         said = copy.exec(f"touch -d '1 second ago' {MARK}; {command}", seconds)
-        found = copy.exec(find, seconds)
+        found = copy.exec(find, min(seconds, FILE_SECONDS))
         paths = [path for path in found.output.splitlines() if path.endswith(COMPILED)]
         if said.reason != "exit" or found.returncode or not paths:
             return {}, said.output

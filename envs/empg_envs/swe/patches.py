@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from empg_envs.swe.quoted import unquote
 from empg_envs.swe.tree import EXECUTABLE, LINK, PLAIN, ArchiveError, File, Tree, check_path
 
 CONTEXT = 3
@@ -19,7 +20,7 @@ CONTEXT = 3
 # and an agent could write files for which this never ends.
 MAX_PAIRS = 250_000
 MAX_TEXT = 1 << 20  # largest size in bytes of a file in a patch
-_HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+_HUNK = re.compile(r"@@ -([0-9]{1,9})(?:,([0-9]{1,9}))? \+([0-9]{1,9})(?:,([0-9]{1,9}))? @@")
 _NO_NEWLINE = "\\ No newline at end of file"
 
 
@@ -38,9 +39,10 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass
 class Hunk:
-    """One hunk of a patch: the expected lines and the new lines."""
+    """One hunk of a patch: the expected lines and the new lines, and its text."""
 
     start: int
+    text: list[str] = dataclasses.field(default_factory=list)
     old: list[str] = dataclasses.field(default_factory=list)
     new: list[str] = dataclasses.field(default_factory=list)
 
@@ -52,6 +54,7 @@ class Section:
     old: str | None = None
     new: str | None = None
     mode: int | None = None
+    is_rename: bool = False
     hunks: list[Hunk] = dataclasses.field(default_factory=list)
 
 
@@ -91,7 +94,8 @@ def parse(patch: str) -> list[Section]:
     """Parse a patch with git's extended headers or plain ``---``/``+++`` pairs.
 
     Raises:
-      PatchError: the text is no patch or is cut off, contains binary changes, or names a path outside.
+      PatchError: the text is no patch or is cut off, contains binary changes, is in part of another form,
+        or names a path outside.
     """
     sections: list[Section] = []
     lines = patch.split("\n")
@@ -115,6 +119,8 @@ def parse(patch: str) -> list[Section]:
             hunk, place = _hunk(lines, place)
             sections[-1].hunks.append(hunk)
             continue
+        elif line.startswith(("*** ", "Index: ")):  # other programs would read more out of them
+            raise PatchError(f"line {place + 1}: only unified diffs are accepted")
         elif sections:
             _extended(sections[-1], line)
         place += 1
@@ -126,6 +132,53 @@ def parse(patch: str) -> list[Section]:
 def touched(patch: str) -> set[str]:
     """Return the paths in a patch."""
     return {path for section in parse(patch) for path in (section.old, section.new) if path is not None}
+
+
+def render(patch: str) -> str:
+    """Return a patch in git's form with nothing in it but what `parse` reads.
+
+    Programs that apply patches understand more than that: context diffs, scripts of ``ed``, other headers.
+
+    Raises:
+      PatchError: the patch cannot be parsed, or is not text.
+    """
+    text = "".join(map(_rendered, parse(patch)))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PatchError("the patch is not UTF-8 text") from None
+    return text
+
+
+def _rendered(section: Section) -> str:
+    old, new = section.old, section.new
+    if old is None and new is None:
+        raise PatchError("a section names no file")
+    head = [f"diff --git a/{old or new} b/{new or old}\n"]
+    if old is None:
+        head.append(f"new file mode {section.mode or PLAIN:o}\n")
+    elif new is None:
+        head.append(f"deleted file mode {PLAIN:o}\n")
+    else:
+        if section.mode is not None:
+            other = PLAIN if section.mode == EXECUTABLE else EXECUTABLE
+            head += [f"old mode {other:o}\n", f"new mode {section.mode:o}\n"]
+        if section.is_rename:
+            head += [f"rename from {old}\n", f"rename to {new}\n"]
+        elif old != new:
+            head = []  # two names for one file, of which the program takes the one that exists
+    if section.hunks:
+        head += _names(old, new)
+    text = "".join([*head, *(line for hunk in section.hunks for line in hunk.text)])
+    return text if len(head) > 1 else ""
+
+
+def _names(old: str | None, new: str | None) -> list[str]:
+    """Return the lines with the names; a tab ends a name with a space in it."""
+    return [
+        f"{mark} /dev/null\n" if path is None else f"{mark} {side}/{path}{chr(9) * (' ' in path)}\n"
+        for mark, side, path in (("---", "a", old), ("+++", "b", new))
+    ]
 
 
 def _lines(file: File | None) -> list[str] | None:
@@ -159,10 +212,8 @@ def _section(path: str, before: File | None, after: File | None, old: list[str],
         head += [f"old mode {before.mode:o}\n", f"new mode {after.mode:o}\n"]
     if old == new:
         return "".join(head)
-    end = "\t" if " " in path else ""
-    head.append("--- /dev/null\n" if before is None else f"--- a/{path}{end}\n")
-    head.append("+++ /dev/null\n" if after is None else f"+++ b/{path}{end}\n")
-    return "".join([*head, *_hunks(old, new)])
+    names = _names(None if before is None else path, None if after is None else path)
+    return "".join([*head, *names, *_hunks(old, new)])
 
 
 def _changes(old: list[str], new: list[str]) -> list[Change]:
@@ -241,22 +292,29 @@ def _extended(section: Section, line: str) -> None:
     elif key == "deleted file mode":
         section.new = None
     elif line.startswith(("rename from ", "copy from ")):
-        section.old = _name("a/" + line.partition(" from ")[2])
+        section.old, section.is_rename = _name(line.partition(" from ")[2], has_prefix=False), True
         if line.startswith("copy"):
             raise PatchError(f"{section.old}: copies are not accepted")
     elif line.startswith("rename to "):
-        section.new = _name("b/" + line.partition(" to ")[2])
+        section.new, section.is_rename = _name(line.partition(" to ")[2], has_prefix=False), True
     elif line.startswith(("GIT binary patch", "Binary files ")):
         raise PatchError(f"{section.new or section.old}: binary changes are not accepted")
 
 
-def _name(text: str) -> str | None:
+def _name(text: str, *, has_prefix: bool = True) -> str | None:
     text = text.partition("\t")[0].rstrip("\r")
+    try:
+        text = unquote(text)
+    except ValueError as error:
+        raise PatchError(str(error)) from None
     if text == "/dev/null":
         return None
     _, slash, path = text.partition("/")
+    path = path if slash and has_prefix else text
+    if '"' in path or path != path.strip():  # programs do not agree about where such a name ends
+        raise PatchError(f"path {path!r} is not accepted")
     try:
-        return check_path(path if slash else text)
+        return check_path(path)
     except ArchiveError as error:
         raise PatchError(str(error)) from None
 
@@ -266,12 +324,13 @@ def _hunk(lines: Sequence[str], place: int) -> tuple[Hunk, int]:
     if match is None:
         raise PatchError(f"line {place + 1}: malformed hunk header {lines[place][:60]!r}")
     start, olds, _, news = (1 if group is None else int(group) for group in match.groups())
-    hunk, place = Hunk(start if olds else start + 1), place + 1
+    hunk, place = Hunk(start if olds else start + 1, [match[0] + "\n"]), place + 1
     marked = ""
     while len(hunk.old) < olds or len(hunk.new) < news or lines[place : place + 1] == [_NO_NEWLINE]:
         if place >= len(lines):
             raise PatchError("the patch ends inside a hunk")
         mark, line = lines[place][:1] or " ", lines[place][1:]
+        hunk.text.append(f"{_NO_NEWLINE if mark == chr(92) else mark + line}\n")
         if mark == "\\":
             for side in {" ": (hunk.old, hunk.new), "-": (hunk.old,), "+": (hunk.new,)}.get(marked, ()):
                 side[-1] = side[-1].removesuffix("\n")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from empg_envs.rows import FORM, DataError
-from empg_envs.swe import containers
+from empg_envs.swe import containers, owners
 from empg_envs.swe.backends import check_has_files, make_backend
 from empg_envs.swe.images import ImageBackend
 from empg_envs.swe.refusals import FAILED, one_line
@@ -60,7 +60,7 @@ def make_bugs(
 
 def remove_images(tasks: Iterable[Task], docker: str, say: Callable[[str], None]) -> None:
     """Remove the images of tasks, and what ended processes left of containers and images."""
-    for name in (*containers.remove_orphans(docker), *containers.remove_frozen(docker)):
+    for name in (*owners.remove_orphans(docker), *owners.remove_frozen(docker)):
         say(f"{name}: removed, its process has ended")
     for image in sorted({task.image for task in tasks if task.image is not None}):
         if containers.discard(image, docker):

@@ -20,6 +20,7 @@ from empg_envs.swe.tasks import load_base, load_panels
 from empg_envs.swe.tools import FUNCTIONS, SUBMIT, find_call, parse_call
 
 TOOLS = ("functions", "bash", "terse")
+MAX_TURNS = 40  # default of the environment
 FALLBACK_CHARACTERS = 200  # number of last characters that are the action of an answer without a call
 
 _FUNCTIONS = """\
@@ -161,6 +162,27 @@ class BashParser:
         found = self._BLOCK.findall(after_thought(response))
         command = found[0].strip() if len(found) == 1 else ""
         return ParsedAction(action=command, is_valid=bool(command))
+
+
+def check_turns(
+    turns: int, *, max_turns: int = MAX_TURNS, submit_at_limit: bool = False, **options: Any
+) -> None:
+    """Check that an episode may have as many turns as the environment needs to end it.
+
+    Args:
+      turns: turns after which the caller ends an episode.
+      max_turns: the environment's own limit.
+      submit_at_limit: whether it grades an episode at its limit.
+      **options: further options of the environment.
+
+    Raises:
+      ValueError: ``submit_at_limit`` would have no effect.
+    """
+    if submit_at_limit and turns < max_turns:
+        raise ValueError(
+            f"submit_at_limit grades an episode after max_turns={max_turns} turns, but env.max_turns={turns} "
+            "ends it before: make them equal"
+        )
 
 
 def phrases(tools: str = "functions", tasks: str = "tiny", **options: Any) -> list[str]:

@@ -30,6 +30,22 @@ class Attack:
     works: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class PatchAttack:
+    """An attack by the form of a patch, on the judge of tasks in images.
+
+    Attributes:
+      name: what it does.
+      text: a patch that smuggles ``CODE``, the text of a line, into a file that the judge puts back, or a
+        setting of git.
+      is_refused: whether the patch is refused; else that file is put back.
+    """
+
+    name: str
+    text: str
+    is_refused: bool = True
+
+
 ALL_ASSERTS = """
 import unittest
 for _name in dir(unittest.TestCase):
@@ -465,4 +481,39 @@ ATTACKS = (
     Attack("path file", "", ("reading",), (("x.pth", "import os; os._exit(0)\n"),), works=False),
     Attack("pytest.ini", "", ("reading",), (("pytest.ini", "[pytest]\naddopts = -p x\n"),), "pytest", False),
     Attack("shadow of a module", "", ("reading",), (("unittest.py", "class TestCase: pass\n"),), works=False),
+)
+
+HARMLESS = "--- /dev/null\n+++ b/note.txt\n@@ -0,0 +1 @@\n+x\n"
+LONG = "/".join(["tests", *("x" * 250 for _ in range(15))])
+MANY = "".join(HARMLESS.replace("note.txt", f"{LONG}/test_{number}.py") for number in range(40))
+
+PATCHES = (
+    PatchAttack("a name in quotes", '--- /dev/null\n+++ "b/conftest.py"\n@@ -0,0 +1 @@\n+CODE\n', False),
+    PatchAttack(
+        "a name in escapes",
+        '--- /dev/null\n+++ "b/c\\157nftest\\056py"\n@@ -0,0 +1 @@\n+CODE\n',
+        False,
+    ),
+    PatchAttack(
+        "git's settings in escapes",
+        '--- "a/\\056git/config"\n+++ "b/\\056git/config"\n'
+        "@@ -1,1 +1,2 @@\n [core]\n+\tfsmonitor = touch /tmp/ran\n",
+    ),
+    PatchAttack(
+        "a context diff",
+        f"{HARMLESS}*** /dev/null\n--- b/conftest.py\n***************\n*** 0 ****\n--- 1 ----\n+ CODE\n",
+    ),
+    PatchAttack(
+        "a context diff of git's settings",
+        f"{HARMLESS}*** /dev/null\n--- b/.git/hooks/x\n***************\n*** 0 ****\n--- 1 ----\n+ CODE\n",
+    ),
+    PatchAttack("an index line", f"{HARMLESS}Index: b/conftest.py\n@@ -0,0 +1 @@\n+CODE\n"),
+    PatchAttack("a script of ed", f"{HARMLESS}--- a/conftest.py\n0a\nCODE\n.\n", False),
+    PatchAttack(
+        "a file that git ignores",
+        "--- /dev/null\n+++ b/.gitignore\n@@ -0,0 +1 @@\n+conftest.py\n"
+        "--- /dev/null\n+++ b/conftest.py\n@@ -0,0 +1 @@\n+CODE\n",
+        False,
+    ),
+    PatchAttack("many long names", f"{MANY}--- /dev/null\n+++ b/conftest.py\n@@ -0,0 +1 @@\n+CODE\n", False),
 )

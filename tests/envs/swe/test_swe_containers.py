@@ -24,6 +24,7 @@ import pytest
 from empg_envs import make_env
 from empg_envs.swe import patches, prepare, score
 from empg_envs.swe.images import ImageBackend
+from empg_envs.swe.owners import owner
 from empg_envs.swe.sandbox import Limits
 from empg_envs.swe.tasks import Task, parse_row
 from empg_envs.swe.tree import File, Tree
@@ -282,9 +283,8 @@ def test_the_whole_path(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFi
 
     prepare.main([str(tasks), "--options", options, "--remove"])
     assert capsys.readouterr().out == f"{image}: removed\n"
-    mine = f"{os.getpid()}-"
     left = engine.list("images", "empg-jax-judge", "--format", "{{.Repository}}:{{.Tag}}")
-    assert not [name for name in left if name.rpartition(":")[2].startswith(mine)]
+    assert not [name for name in left if name.rpartition(":")[2].startswith(owner())]
     if engine.program != "podman":
         assert "pull" in [call[0] for call in calls(Path(engine.program))]
 

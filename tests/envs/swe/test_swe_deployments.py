@@ -74,6 +74,17 @@ def test_swe_rex_is_adapted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         sandbox.read("/etc/passwd")
     with pytest.raises(FileError, match="no such file"):
         sandbox.read("none")
+    large = bytes(range(256)) * 4096  # what a command cannot hold
+    for data in (large, b"", large[:-1]):
+        sandbox.write("d/a.bin", data)
+        assert sandbox.read("d/a.bin") == data
+    sandbox.write("d/a.bin", large + b"x")
+    with pytest.raises(FileError, match="holds more than 1048576 bytes"):
+        sandbox.read("d/a.bin")
+    for path in ("a\0b", "x" * 200_000):
+        with pytest.raises(FileError, match="is no path"):
+            sandbox.read(path)
+    assert sandbox.exec(f"echo {'x' * 130_000}", 20).returncode == 126
 
     async def lost(request: Command) -> Any:
         raise ConnectionError("gone")

@@ -1,6 +1,10 @@
 """Grading: the rule over statuses, what of a patch takes part, and attempts to tamper with the judge."""
 
+import concurrent.futures
 import json
+import random
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,8 @@ import pytest
 from empg_envs.swe import grading, patches
 from empg_envs.swe.backends import TreeBackend
 from empg_envs.swe.grading import candidate, find_status, judge, read_report
+from empg_envs.swe.judge.made import MadeBugs
+from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.tasks import Task, broken_tree, parse_row
 from empg_envs.swe.tree import File, Tree
 from tests.cages import need_cages
@@ -207,3 +213,49 @@ def test_a_task_without_siblings_gets_a_second_bug_that_is_kept(
     other.run_tests = None  # type: ignore[assignment]  # nothing is tried again
     assert other._second_bugs(alone, broken_tree(alone), 60) == bugs
     assert backend.grade(alone, task.patch, 60).resolved
+
+
+def test_second_bugs_are_made_by_one_of_many(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gold, runs = patches.apply(broken_tree(task), task.patch), []
+
+    def run(tree: Tree, seconds: float) -> dict[str, str]:
+        time.sleep(0.05)
+        runs.append(seconds)
+        return {"t::a": "PASSED", "t::b": "PASSED" if len(runs) == 1 else "FAILED"}
+
+    def make(number: int) -> list[SecondBug]:
+        return MadeBugs(random.Random(number)).make(task, gold, run, 60, within=60)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(make, range(8)))
+    assert len(runs) == 2 and found[0] and found == found[:1] * 8
+    kept = [path for path in tmp_path.rglob("*.json*") if not path.name.endswith(".lock")]
+    assert len(kept) == 1
+    kept[0].write_text("[")  # damaged
+    runs.clear()
+    assert make(0)[0].red == ("t::b",) and len(runs) == 2
+
+
+def test_the_time_for_second_bugs_is_limited_and_no_bug_is_kept_too(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gold, runs, clock = patches.apply(broken_tree(task), task.patch), [], [0.0]
+    monkeypatch.setattr("empg_envs.swe.judge.made.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def run(tree: Tree, seconds: float) -> dict[str, str]:
+        runs.append(seconds)
+        clock[0] += min(seconds, 30)
+        return {"t::a": "PASSED"} if len(runs) == 1 else {}
+
+    made = MadeBugs(random.Random(0))
+    assert made.make(task, gold, run, 60, within=50) == [] and runs == [50, 20]
+    assert made.recall(task) == MadeBugs(random.Random(0)).recall(task) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    # Nothing passes: in an episode that is kept, when it is prepared it is not.
+    for within, kept in ((None, None), (5.0, [])):
+        assert MadeBugs(random.Random(0)).make(task, gold, lambda *_: {}, 60, within=within) == []
+        assert MadeBugs(random.Random(0)).recall(task) == kept

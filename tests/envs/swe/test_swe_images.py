@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from empg_envs.swe import patches
-from empg_envs.swe.containers import FROZEN, OWNER, LateError, remove_frozen, remove_orphans
+from empg_envs.swe.containers import DockerSandbox, LateError
 from empg_envs.swe.env import SweEnv
 from empg_envs.swe.images import ALL_LAYERS, ImageBackend
-from empg_envs.swe.sandbox import FileError, Limits, SandboxError
+from empg_envs.swe.owners import FROZEN, LABEL, owner, remove_frozen, remove_orphans
+from empg_envs.swe.sandbox import FileError, Limits, LostSandboxError, SandboxError
 from empg_envs.swe.tasks import parse_row
+from empg_envs.swe.tools import render_call
 from empg_envs.swe.tree import File, Tree
+from tests.envs.swe.attacks import PATCHES, PatchAttack
 from tests.envs.swe.engines import PYTHON, calls, make_repository, make_stand_in
 
 OF_R2E = """\
@@ -167,6 +170,41 @@ def test_a_patch_may_not_change_gits_own_files(docker: Path) -> None:
     assert grade.reason == "patch_does_not_apply" and "git's own files" in grade.output
 
 
+def test_a_source_that_is_too_large_to_be_read_is_suspect(docker: Path) -> None:
+    backend = ImageBackend("docker", Limits(), docker=str(docker), layers=frozenset(("reading",)))
+    large = f"--- /dev/null\n+++ b/new.py\n@@ -0,0 +1 @@\n+{'#' * 1_100_000}\n"
+    grade = backend.grade(parse_row(ROW), GOLD + large, 20)
+    assert grade.doubts == ("new.py: is too large to be read",) and grade.reason == "suspect"
+    assert backend.grade(parse_row(ROW), GOLD + large.replace("new.py", "new.txt"), 20).resolved
+
+
+@pytest.mark.parametrize("attack", PATCHES, ids=lambda attack: attack.name)
+def test_the_form_of_a_patch_smuggles_nothing(docker: Path, attack: PatchAttack) -> None:
+    layers = ALL_LAYERS - {"reading"}  # which would doubt some of them
+    backend = ImageBackend("docker", Limits(), docker=str(docker), layers=layers)
+    code = "import lib; lib.word = lambda: 'right\\n'"
+    grade = backend.grade(parse_row(ROW), attack.text.replace("CODE", code), 60)
+    assert grade.reason == ("patch_does_not_apply" if attack.is_refused else "unresolved"), grade.output
+
+
+def test_names_that_git_quotes_are_read(docker: Path) -> None:
+    backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row(ROW)
+    sandbox = backend.open(task)
+    sandbox.exec("echo right > lib.txt; echo y > 'é x.txt'; echo y > conftest.py", 20)
+    patch = backend.collect(task, sandbox)
+    sandbox.close()
+    assert '"b/\\303\\251 x.txt"' in patch
+    grade = backend.grade(task, patch, 20)
+    assert grade.dropped == ("conftest.py",) and grade.fail_to_pass == (1, 1)
+
+
+def test_files_that_cannot_be_put_back_end_the_grading(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("empg_envs.swe.imaged.RESTORE", "exit 3")
+    patch = with_files(lib__txt="right\n", conftest__py="import lib\n")
+    with pytest.raises(LostSandboxError, match="files cannot be put back"):
+        ImageBackend("docker", Limits(), docker=str(docker)).grade(parse_row(ROW), patch, 20)
+
+
 WRITES = (
     LIB
     + """
@@ -198,7 +236,7 @@ def test_nothing_can_be_changed_while_tests_run(docker: Path) -> None:
         *("/tmp", "/var/tmp", "/run")
     ]
     assert {run[run.index("--network") + 1] for run in runs} == {"bridge"}
-    assert [call[0] for call in said if call[0] != "exec"] == [
+    assert [call[0] for call in said if call[0] not in ("exec", "inspect")] == [
         *("ps", "run", "images", "commit", "ps", "run", "rm", "rmi", "rm")
     ]
     free = ImageBackend("docker", Limits(), docker=str(docker), layers=ALL_LAYERS - {"fixed"})
@@ -377,9 +415,9 @@ def test_a_container_that_an_agent_ends_counts_against_it(
     env.step("echo right > lib.txt")
     (box,) = (tmp_path / "box").iterdir()
     box.rename(tmp_path / "gone")
-    assert env.step("ls")[1:4] == (0.0, False, False)
-    _, reward, _, truncated, info = env.step("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")
-    assert (reward, truncated, info["won"], info["reason"]) == (0.0, True, False, "turn_limit")
+    _, reward, _, truncated, info = env.step("ls")
+    assert (reward, truncated, info["won"], info["reason"]) == (0.0, True, False, "sandbox_lost")
+    assert info["outcome"] == "sandbox_lost" and "is gone" in info["detail"]
     (tmp_path / "gone").rename(box)
     env.reset(split="test", index=0)
     env.step("echo right > lib.txt")
@@ -390,6 +428,7 @@ def test_a_container_that_an_agent_ends_counts_against_it(
     monkeypatch.setattr(env._backend, "grade", lose)
     _, reward, terminated, _, info = env.step("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")
     assert (reward, terminated, info["reason"]) == (0.0, True, "sandbox_lost")
+    assert info["outcome"] == "sandbox_lost" and "took longer" in info["detail"]
     env.close()
 
 
@@ -402,19 +441,97 @@ def test_failures_of_the_machine_are_errors(docker: Path, tmp_path: Path) -> Non
 
 
 def test_containers_of_dead_workers_are_removed(docker: Path) -> None:
-    box = docker.parent / "box"
-    for name in ("empg-jax-dead", "empg-jax-reused"):
-        (box / name).mkdir(parents=True)
-    lines = ["empg-jax-dead 999999999:5", f"empg-jax-reused {os.getpid()}:5", "empg-jax-odd x"]
+    box, here = docker.parent / "box", owner().partition(".")[0]
+    lines = ["empg-jax-odd x", f"empg-jax-mine {owner()}", "empg-jax-elsewhere 0123456789abcdef.999999999.5"]
+    for name, number in (("dead", 999999999), ("reused", os.getpid())):
+        (box / f"empg-jax-{name}").mkdir(parents=True)
+        lines.append(f"empg-jax-{name} {here}.{number}.5")
     (docker.parent / "ps").write_text("\n".join(lines) + "\n")
     assert remove_orphans(str(docker)) == ["empg-jax-dead", "empg-jax-reused"]
-    assert any(f"label={OWNER}" in call for call in calls(docker))
-    for owner in ("999999999-5", f"{os.getpid()}-5"):
-        (docker.parent / "images" / f"{FROZEN}:{owner}-x").mkdir()
+    assert any(f"label={LABEL}" in call for call in calls(docker))
+    elsewhere = docker.parent / "images" / f"{FROZEN}:0123456789abcdef.999999999.5-x"
+    for path in (
+        elsewhere,
+        *(elsewhere.with_name(f"{FROZEN}:{here}.{n}.5-x") for n in (999999999, os.getpid())),
+    ):
+        path.mkdir()
     task = parse_row(ROW)
     sandbox = ImageBackend("docker", Limits(), docker=str(docker)).open(task)
     frozen = sandbox.frozen()  # type: ignore[attr-defined]  # removes the others' first
-    assert len(list((docker.parent / "images").iterdir())) == 1 and remove_frozen(str(docker)) == []
+    assert len(list((docker.parent / "images").iterdir())) == 2 and remove_frozen(str(docker)) == []
     frozen.close()
     sandbox.close()
-    assert list((docker.parent / "images").iterdir()) == []
+    assert list((docker.parent / "images").iterdir()) == [elsewhere]
+
+
+def test_another_namespace_of_numbers_is_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = owner()
+    monkeypatch.setattr("empg_envs.swe.owners.numbering", lambda: "1")
+    assert owner() != mine and owner().partition(".")[2] == mine.partition(".")[2]
+
+
+@pytest.mark.parametrize(("what", "error"), [("engine", SandboxError), ("container", LostSandboxError)])
+def test_tests_whose_engine_or_container_is_gone_are_not_graded(
+    docker: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: type[Exception]
+) -> None:
+    real = DockerSandbox.exec
+
+    def lose(self: DockerSandbox, *args: Any, **options: Any) -> Any:
+        if self._writable is not None:  # the container of the tests
+            if what == "engine":
+                (docker.parent / "dead").touch()
+            else:
+                (docker.parent / "box" / self._running()).rename(docker.parent / "gone")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(DockerSandbox, "exec", lose)
+    with pytest.raises(error, match=r"does not answer|is gone") as caught:
+        ImageBackend("docker", Limits(), docker=str(docker)).grade(parse_row(ROW), GOLD, 20)
+    assert type(caught.value) is error
+
+
+def test_work_in_a_container_that_is_gone_is_lost(docker: Path) -> None:
+    backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row(ROW)
+    sandbox = backend.open(task)
+    (docker.parent / "box" / sandbox._running()).rename(docker.parent / "gone")  # type: ignore[attr-defined]
+    for act in (
+        lambda: backend.collect(task, sandbox),
+        lambda: sandbox.read("lib.txt"),
+        lambda: sandbox.write("lib.txt", b""),
+        sandbox.snapshot,
+    ):
+        with pytest.raises(LostSandboxError, match="is gone"):
+            act()
+    sandbox.close()
+
+
+def test_a_path_that_is_none_is_an_error_that_the_policy_reads(docker: Path) -> None:
+    sandbox = ImageBackend("docker", Limits(), docker=str(docker)).open(parse_row(ROW))
+    for path in ("a\0b", "x" * 200_000, "d/" * 3_000):
+        for act in (lambda: sandbox.read(path), lambda: sandbox.write(path, b"")):  # noqa: B023
+            with pytest.raises(FileError, match="is no path"):
+                act()
+    sandbox.close()
+
+
+def test_no_text_of_a_policy_is_a_failure_of_the_machine(docker: Path, tmp_path: Path) -> None:
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({**ROW, "split": "test"}))
+    env = SweEnv(str(tmp_path / "tasks.jsonl"), backend="docker", docker=str(docker))
+    env.reset(split="test", index=0)
+    for path in ("a\0b", "x" * 200_000, "a\ud800"):
+        for command in ("view", "create"):
+            call = render_call("file_editor", command=command, path=path, file_text="\ud800\0")
+            assert "[file_editor]" in env.step(call)[0]
+    assert "[execute_bash]" in env.step(render_call("execute_bash", cmd="echo \udfff\0"))[0]
+    env.close()
+
+
+@pytest.mark.parametrize("how", ["half", "history"])
+def test_a_start_that_fails_leaves_nothing(docker: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    if how == "half":
+        (docker.parent / "half").touch()
+    else:
+        monkeypatch.setattr("empg_envs.swe.imaged.prune", lambda sandbox: 1 / 0)
+    with pytest.raises((SandboxError, ZeroDivisionError)):
+        ImageBackend("docker", Limits(), docker=str(docker)).open(parse_row(ROW))
+    assert list((docker.parent / "box").iterdir()) == []

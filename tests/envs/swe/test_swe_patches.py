@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from empg_envs.swe import patches
-from empg_envs.swe.patches import PatchError, apply, diff, parse, touched
+from empg_envs.swe.patches import PatchError, apply, diff, parse, render, touched
 from empg_envs.swe.tree import EXECUTABLE, LINK, File, Tree, content_hash, pack, read_archive
 
 LINES = st.lists(
@@ -74,6 +74,21 @@ def test_any_text_applies_or_is_a_patch_error(text: str, patch: str) -> None:
         apply(tree(m="one\ntwo\nthree\n"), patch + text)
 
 
+@settings(max_examples=100, deadline=None)
+@given(old=TREES, new=TREES)
+def test_what_is_read_is_all_that_is_rendered(old: Tree, new: Tree) -> None:
+    patch, _ = diff(old, new)
+    assert apply(old, render(patch)) == dict(sorted(new.items()))
+    junk = f"From: x\n{patch}1d\n< x\n0a\nx\n.\n"
+    assert not patch or render(junk) == render(patch) == render(render(patch))
+
+
+def test_quoted_names_are_read() -> None:
+    quoted = GOLDEN.replace("a/m.py", '"a/\\303\\251 m.py"').replace("b/m.py", '"b/\\303\\251 m.py"')
+    assert touched(quoted) == {"é m.py"}
+    assert "+++ b/é m.py\t\n" in render(quoted)
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_git_agrees(tmp_path: Path) -> None:
     old = {
@@ -90,7 +105,8 @@ def test_git_agrees(tmp_path: Path) -> None:
     }
     for path, file in old.items():
         (tmp_path / path).write_bytes(file.data)
-    (tmp_path / "p").write_text(diff(old, new)[0])
+    assert render(diff(old, new)[0]).count("diff --git") == 6
+    (tmp_path / "p").write_text(render(diff(old, new)[0]))
     subprocess.run(["git", "apply", "p"], cwd=tmp_path, check=True, capture_output=True)
     for path, file in new.items():
         assert (tmp_path / path).read_bytes() == file.data
@@ -126,6 +142,13 @@ def test_renames_and_deletions_of_git() -> None:
         ("diff --git a/m.py b/m.py\nGIT binary patch\n", "binary"),
         ("diff --git a/l b/l\nnew file mode 120000\n--- /dev/null\n+++ b/l\n@@ -0,0 +1 @@\n+/etc\n", "links"),
         ("--- /dev/null\n+++ b/m.py\n@@ -0,0 +1 @@\n+x\n", "already exists"),
+        (GOLDEN + "*** a/x\n--- b/x\n", "only unified diffs"),
+        (GOLDEN + "Index: x\n", "only unified diffs"),
+        (GOLDEN.replace("b/m.py", '"b/m\\9.py"'), "cannot be decoded"),
+        (GOLDEN.replace("b/m.py", '"b/\\377.py"'), "cannot be decoded"),
+        (GOLDEN.replace("b/m.py", "b/m.py "), "is not accepted"),
+        (GOLDEN.replace("1,5", "1" * 5000), "malformed hunk"),
+        (GOLDEN.replace("-1,5", "-\N{ARABIC-INDIC DIGIT ONE},5"), "malformed hunk"),
     ],
 )
 def test_what_does_not_fit_is_named(patch: str, message: str) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from empg_envs.cache import build_once
 from empg_envs.swe import grading, mutate, patches
 from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.tasks import Task, default_sources
 from empg_envs.swe.tree import Tree
+
+_log = logging.getLogger(__name__)
 
 TRIES = 6  # mutations tried for a task
 ENOUGH = 1  # of them kept
@@ -22,8 +26,15 @@ ENOUGH = 1  # of them kept
 Statuses = Mapping[str, str]
 
 
+class _NoTestsError(Exception):
+    """No test passes over the gold files, or none in time."""
+
+
 class MadeBugs:
-    """The bugs made for tasks without siblings: once for each task, for all processes of a machine."""
+    """The bugs made for tasks without siblings: once for each task, for all processes of a machine.
+
+    While one process makes them, the others that need them wait. Where none is found, that is kept, too.
+    """
 
     def __init__(self, draw: random.Random) -> None:
         """Store what decides about mutations."""
@@ -42,7 +53,13 @@ class MadeBugs:
         return self._known[key]
 
     def make(
-        self, task: Task, gold: Tree, run: Callable[[Tree, float], Statuses], timeout: float
+        self,
+        task: Task,
+        gold: Tree,
+        run: Callable[[Tree, float], Statuses],
+        timeout: float,
+        *,
+        within: float | None = None,
     ) -> list[SecondBug]:
         """Make bugs for a task, and keep them.
 
@@ -51,22 +68,41 @@ class MadeBugs:
           gold: its repaired files.
           run: runs all tests over a tree within a number of seconds.
           timeout: seconds of the first run; it decides about those of the others.
+          within: seconds of all runs together, after which what was found is kept. Without such a limit
+            nothing is kept where no test passes over the gold files: it may be better another time.
         """
+        place = _place(_key(task))
+        if self.recall(task) is None:
+            place.unlink(missing_ok=True)  # it is damaged
+
+        def build(fresh: Path) -> None:
+            found = self._find(gold, run, timeout, within)
+            if not found:
+                _log.warning("task %s is judged without a second bug: none was found", task.instance_id)
+            fresh.write_text(json.dumps([dataclasses.asdict(bug) for bug in found]))
+
+        with contextlib.suppress(_NoTestsError):
+            build_once(place, build)
+        return self.recall(task) or []
+
+    def _find(
+        self, gold: Tree, run: Callable[[Tree, float], Statuses], timeout: float, within: float | None
+    ) -> list[SecondBug]:
         started = time.monotonic()
-        sound = run(gold, timeout)
+        end = started + (float("inf") if within is None else within)
+
+        def run_in_time(tree: Tree, seconds: float) -> Statuses:
+            left = end - time.monotonic()
+            return run(tree, min(seconds, left)) if left > 0 else {}
+
+        sound = run_in_time(gold, timeout)
         if "PASSED" not in sound.values():
-            return []  # a failure, or the limit: another time
+            if within is None:
+                raise _NoTestsError
+            return []
         patience = min(timeout, 5.0 + 10.0 * (time.monotonic() - started))
         changes = (tree for *_, tree in mutate.bugs(gold, self._draw.randrange(1 << 30)))
-        found = discover(gold, changes, lambda tree: run(tree, patience), sound)
-        key = _key(task)
-        place = _place(key)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        fresh = place.with_name(f"{place.name}.{os.getpid()}")
-        fresh.write_text(json.dumps([dataclasses.asdict(bug) for bug in found]))
-        fresh.replace(place)
-        self._known[key] = found
-        return found
+        return discover(gold, changes, lambda tree: run_in_time(tree, patience), sound)
 
 
 def discover(

@@ -19,6 +19,7 @@ PLANTED = frozenset(("sitecustomize.py", "usercustomize.py"))
 CONFIGURATION = (".ini", ".cfg", ".toml")
 MAX_BYTES = 4 << 20
 MAX_GROWTH = 256 << 10  # characters that a patch may add to a file; its syntax tree takes a thousandfold
+TOO_LARGE = "is too large to be read"
 REFLECTING = frozenset(("getattr", "setattr", "delattr", "vars"))
 
 
@@ -49,7 +50,7 @@ def read_changes(
         # Fixtures of its own are an agent's good right; `_of_place` reads them.
         if path.endswith(".py") and not is_test(path) and PurePosixPath(path).name != "conftest.py":
             if len(_text(after.get(path))) > len(_text(before.get(path))) + MAX_GROWTH:
-                found.append(f"{path}: is too large to be read")
+                found.append(f"{path}: {TOO_LARGE}")
                 continue
             # A file that is moved brings its marks along.
             had = Counter(marks(_text(before[path]), functions)) if path in before else gone
