@@ -22,7 +22,7 @@ from empg_jax.models.attention.cached import MASKED
 from empg_jax.models.attention.operands import Operands
 
 TILE = 64  # tokens; longer rows get larger tiles
-# Most tiles of a row. Steps of a loop cost little on a CPU, whose caches want small tiles; accelerators want few.
+# Most tiles of a row. A CPU's caches want small ones, and steps of a loop cost it little; others want few.
 MOST_TILES = {"cpu": 64}
 FEW_TILES = 16
 
