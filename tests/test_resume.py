@@ -127,6 +127,44 @@ def test_a_warm_start_goes_on_where_the_critic_has_settings_of_its_own(tmp_path,
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_from_another_folder_than_it_began_in(tmp_path, stop_at, monkeypatch):
+    options = [*STEADY, "checkpoint.dir=place", "train.updates=1", "eval.tasks=2"]
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    stop_at(1)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "run", *options)
+    stop_at(None)
+    monkeypatch.chdir(tmp_path / "there")
+    runs.resume(tmp_path / "run")
+    assert list((tmp_path / "there").iterdir()) == []
+    assert runs.restored(tmp_path / "run").step == 1
+    updates = [line["update"] for line in read_metrics(tmp_path / "run" / "sft_metrics.jsonl")]
+    times = [line["time"] for line in read_metrics(tmp_path / "run" / "sft_metrics.jsonl")]
+    assert updates == [0, 1] and times[0] > 0  # the first update was not made again
+    seconds = runs.restored(tmp_path / "run").progress["seconds"]
+    assert seconds["sft"] > 0
+
+
+@pytest.mark.slow
+def test_what_was_counted_between_two_lines_survives_a_stop(tmp_path, stop_at):
+    """Counts are those since the last line, also where a run was resumed between two lines."""
+    options = [*STEADY, "sft.updates=0", "eval.tasks=2", "log.every=3", "train.updates=4"]
+    whole = runs.train(tmp_path / "whole", *options)
+    steps = [line["environment_steps"] for line in runs.lines(whole)]
+    stop_at(8)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "run", *options)
+    stop_at(None)
+    stopped = runs.restored(tmp_path / "run")
+    assert stopped.step in (1, 2)  # no line is written by then
+    runs.resume(tmp_path / "run")
+    assert runs.lines(tmp_path / "run") == runs.lines(whole)
+    assert [line["update"] for line in runs.lines(whole)] == [3, 4] and steps[0] > steps[1]
+
+
+@pytest.mark.slow
 def test_stopped_twice(whole, tmp_path, stop_at):
     stop_at(2)
     with pytest.raises(trainer.Stopped):

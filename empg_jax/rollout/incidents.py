@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping
+from typing import Any
 
 from empg_jax.rollout.ledger import Ledger
 from empg_jax.workers.pool import EnvPool
@@ -31,21 +32,27 @@ class IncidentMeter:
     Args:
       outcomes: episodes that had ended before, by ``status:reason``.
       incidents: as `count_incidents` returns them.
+
+    Attributes:
+      before: both at the last call, by the names of the arguments.
     """
 
     def __init__(self, outcomes: Mapping[str, int], incidents: Mapping[str, float]) -> None:
-        self._outcomes, self._incidents = collections.Counter(outcomes), dict(incidents)
+        self.before: dict[str, dict[str, Any]] = {"outcomes": dict(outcomes), "incidents": dict(incidents)}
 
     def take(self, outcomes: Mapping[str, int], incidents: Mapping[str, float]) -> dict[str, float]:
         """Return the counts since the last call, by metric name; the first call counts from construction."""
         ended: collections.Counter[str] = collections.Counter()
-        for key, count in (collections.Counter(outcomes) - self._outcomes).items():
+        earlier = self.before["incidents"]
+        for key, count in (
+            collections.Counter(outcomes) - collections.Counter(self.before["outcomes"])
+        ).items():
             status, _, reason = key.partition(":")
             ended[f"outcome_{reason}"] += count
             ended["episodes_discarded"] += count if status == "discarded" else 0
-        values = {name: float(count - self._incidents[name]) for name, count in incidents.items()}
+        values = {name: float(count - earlier[name]) for name, count in incidents.items()}
         values["tasks_quarantined"] = float(incidents["tasks_quarantined"])
         # Zero by default: a metric that appears only after a fault would be missing from the plots.
         values |= {"episodes_discarded": 0.0} | {name: float(count) for name, count in ended.items()}
-        self._outcomes, self._incidents = collections.Counter(outcomes), dict(incidents)
+        self.before = {"outcomes": dict(outcomes), "incidents": dict(incidents)}
         return values

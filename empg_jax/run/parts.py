@@ -325,8 +325,7 @@ def _go_on_always() -> None:
 def _go_on(restored: Restored, rollout: RolloutThread, clock: PhaseClock, hosts: Hosts) -> RunState:
     """Make the state at the boundary of a checkpoint; set the ledger and the clock to the same point."""
     boundary = Boundary.from_restored(restored)
-    for name, seconds in boundary.seconds.items():
-        clock.seconds[name] = clock.seconds.get(name, 0.0) + seconds
+    clock.add(boundary.seconds)
     # A copy, because the run changes its record while the boundary must keep the old totals.
     rollout.restore(*take_share(boundary.ledger, boundary.trajectories, hosts.index, hosts.num))
     record = copy.deepcopy(boundary.record)
