@@ -344,7 +344,8 @@ def finish_update(
         write_consumed(parts.run_dir, run.update, delivery.trajectories)
     if is_logged(parts.config, run.update):
         values |= incidents.take(delivery.outcomes, delivery.incidents)
-        run.record.logged = incidents.before
+    incidents.look(delivery.incidents)
+    run.record.incidents = incidents.state
     # Marked before the evaluation: a stop or an error in it costs neither the update nor its line of metrics.
     run.record.unlogged = {name: float(value) for name, value in values.items()}
     mark_boundary(parts, run)
@@ -352,12 +353,13 @@ def finish_update(
 
 
 def begin_meter(parts: Parts, run: RunState) -> IncidentMeter:
-    """Make the meter of what happens between two lines; a resumed run counts from the last line's counts."""
-    ledger, pool = parts.rollout.ledger, parts.rollout.collector.pool
-    counts = {"outcomes": dict(ledger.outcomes), "incidents": count_incidents(ledger, pool)}
-    counts = {name: add_counts(parts.hosts, name, each) for name, each in counts.items()}
-    run.record.logged = run.record.logged or counts
-    return IncidentMeter(**run.record.logged)
+    """Make the meter of what happens between two lines; a resumed run counts from its last line."""
+    ledger, pool, hosts = parts.rollout.ledger, parts.rollout.collector.pool, parts.hosts
+    outcomes = add_counts(hosts, "outcomes", ledger.outcomes)
+    counts = add_counts(hosts, "incidents", count_incidents(ledger, pool))
+    incidents = IncidentMeter(outcomes, counts, run.record.incidents)
+    run.record.incidents = incidents.state
+    return incidents
 
 
 def is_logged(config: Config, update: int) -> bool:

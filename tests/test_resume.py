@@ -136,15 +136,14 @@ def test_a_run_goes_on_from_another_folder_than_it_began_in(tmp_path, stop_at, m
     with pytest.raises(trainer.Stopped):
         runs.train(tmp_path / "run", *options)
     stop_at(None)
+    log = tmp_path / "run" / "sft_metrics.jsonl"
+    before = read_metrics(log)
     monkeypatch.chdir(tmp_path / "there")
     runs.resume(tmp_path / "run")
     assert list((tmp_path / "there").iterdir()) == []
     assert runs.restored(tmp_path / "run").step == 1
-    updates = [line["update"] for line in read_metrics(tmp_path / "run" / "sft_metrics.jsonl")]
-    times = [line["time"] for line in read_metrics(tmp_path / "run" / "sft_metrics.jsonl")]
-    assert updates == [0, 1] and times[0] > 0  # the first update was not made again
-    seconds = runs.restored(tmp_path / "run").progress["seconds"]
-    assert seconds["sft"] > 0
+    after = read_metrics(log)  # the first update was not made again
+    assert [line["update"] for line in after] == [0, 1] and after[:1] == before
 
 
 @pytest.mark.slow

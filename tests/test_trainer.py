@@ -8,6 +8,7 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.config import load_config
+from empg_jax.errors import Interrupted
 from empg_jax.evaluate import evaluate_run
 from empg_jax.metrics import read_metrics
 from tests import runs
@@ -118,6 +119,19 @@ def test_variants_of_the_loop(tmp_path, overrides, expected):
     assert all(line["optimizer_steps"] == steps for line in lines)
     if "kl" in expected:  # the reference is where RL began, and the policy moves away from it
         assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-4) and lines[-1]["kl"] > lines[0]["kl"]
+
+
+def test_a_stop_on_a_full_disk_is_still_a_stop(tmp_path, monkeypatch):
+    def stop(*args, **options):
+        raise Interrupted
+
+    def tell(*args, **fields):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(trainer, "train_in_folder", stop)
+    monkeypatch.setattr(trainer.EventLog, "tell", tell)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "run")
 
 
 def test_lines_are_written_where_held_out_tasks_are_played_and_at_the_end(tmp_path):
