@@ -85,7 +85,7 @@ def keep_place(config: Config, hosts: Hosts) -> Config:
         return config
     place = hosts.first("checkpoint-dir", lambda: str(Path(directory).absolute()))
     if not hasattr(config, "model_copy"):  # a resolved file, read without pydantic
-        config.checkpoint.dir = place
+        vars(config.checkpoint)["dir"] = place
         return config
     return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"dir": place})})
 
