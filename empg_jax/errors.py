@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+LONGEST_LINE = 300  # characters of a foreign message: some hold the shapes of a whole model
+
 
 class UserError(Exception):
     """Bad input, refused before anything is written.
@@ -63,9 +65,11 @@ class Stopped(UserError):
 
 
 def first_line(error: Exception) -> str:
-    """Return an error's class and the first line of its message."""
+    """Return an error's class and the first line of its message, cut short where it is very long."""
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+    line = text.splitlines()[0] if text else "no message"
+    line = line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
+    return f"{type(error).__name__}: {line}"
 
 
 def closest(wrong: str, choices: Iterable[str]) -> str | None:

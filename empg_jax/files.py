@@ -1,12 +1,14 @@
-"""Atomic file writes: a reader sees the old content or the new content, never a part."""
+"""File writes that leave no part behind: a file is replaced whole, and a line is appended whole."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +26,28 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append(file: FileIO, content: bytes) -> None:
+    """Append to an unbuffered file: all of the content, or nothing.
+
+    On a disk that is nearly full, the system writes a part and says so by its length alone. What comes next
+    would be glued to that part, so it is removed.
+
+    Raises:
+      OSError: the content could not be written.
+    """
+    done = 0
+    try:
+        while done < len(content):
+            written = file.write(content[done:])
+            if not written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+            done += written
+    except OSError:
+        if done:
+            file.truncate(file.tell() - done)
+        raise
 
 
 def write_text_atomic(path: Path, text: str) -> None:

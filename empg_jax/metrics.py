@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from empg_jax.files import write_text_atomic
+from empg_jax.files import append, write_text_atomic
 
 if TYPE_CHECKING:
     from empg_jax.types import Trajectory
@@ -83,7 +83,7 @@ METRICS: dict[str, str] = {
     "behavior_ess": "Effective sample size of the importance weights, as a share of tokens.",
     "correction_kept": "Share of sampled tokens that the off-policy correction kept.",
     "grad_norm": "Global gradient norm before clipping.",
-    "learning_rate": "Learning rate of the update.",
+    "learning_rate": "Learning rate of the update's first optimizer step.",
     "optimizer_steps": "Optimizer steps of the update; those left out are not among them.",
     "nonfinite_steps": "Optimizer steps left out because loss or gradient was not finite.",
     "kl_exceeded_steps": "Optimizer steps left out because the policy was beyond train.max_kl.",
@@ -302,7 +302,7 @@ class MetricsLog:
         numbers = {name: float(value) for name, value in values.items()}
         record: dict[str, Any] = {"update": step, "time": round(time.monotonic() - self._start, 3)}
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
         if self._open is None and not self._trackers:
             return
         numbers = {grouped(name): value for name, value in numbers.items()}

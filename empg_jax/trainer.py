@@ -28,11 +28,7 @@ from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
 from empg_jax.run.answers import check_answers, with_answers
-from empg_jax.run.assembly import (
-    asks_for_date,
-    describe_algorithm,
-    make_language,
-)
+from empg_jax.run.assembly import asks_for_date, describe_algorithm, make_language
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.consumed import drop_consumed, write_consumed
 from empg_jax.run.cpu import cpu_seconds
@@ -41,20 +37,12 @@ from empg_jax.run.evaluating import evaluate, evaluate_before
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
 from empg_jax.run.guards import check_gap, check_steps
 from empg_jax.run.leaving import leave
-from empg_jax.run.parts import (
-    Parts,
-    RunState,
-    has_begun,
-    open_run,
-)
+from empg_jax.run.parts import Parts, RunState, has_begun, open_run
 from empg_jax.run.process import CompileCounter, StopRequest, prepare_jax
 from empg_jax.run.profiling import Profiler
 from empg_jax.run.resuming import check_resume, go_back, tell_passed_over
 from empg_jax.run.rollouts import drop_rollouts, write_episodes
-from empg_jax.run.sampling import (
-    check_rollout,
-    make_pool,
-)
+from empg_jax.run.sampling import check_rollout, make_pool
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save, save_after_error
 from empg_jax.run.server import closing_sampler
 from empg_jax.run.together import (
@@ -62,6 +50,7 @@ from empg_jax.run.together import (
     check_shares,
     check_store,
     gather_delivery,
+    keep_place,
     lock_files,
     make_progress,
     share_folder,
@@ -116,6 +105,8 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
+        if resume is None:
+            config = keep_place(config, hosts)
         check_store(config, hosts, is_new=resume is None)
         hosts.first("trackers", lambda: list(import_trackers(config)))
         stop = stack.enter_context(StopRequest(hosts.ask_stop if hosts.num > 1 else None))
@@ -155,7 +146,8 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
                 hosts=hosts,
             )
         except Interrupted:
-            events.tell("stop_requested", signal=stop.signum)
+            with contextlib.suppress(OSError, ValueError):
+                events.tell("stop_requested", signal=stop.signum)
             raise Stopped(stop.signum, run_dir) from None
     return run_dir
 
@@ -254,20 +246,15 @@ def rl_loop(parts: Parts, run: RunState) -> None:
     unlogged = run.record.unlogged
     parts.progress.phase("RL", config.train.updates, "updates", done=run.update - (unlogged is not None))
     run.compiled = parts.compiles.count
-    ledger, pool = rollout.ledger, rollout.collector.pool
-    counts = count_incidents(ledger, pool)
-    incidents = IncidentMeter(
-        add_counts(parts.hosts, "outcomes", ledger.outcomes), add_counts(parts.hosts, "incidents", counts)
-    )
+    incidents = begin_meter(parts, run)
     take = functools.partial(rollout.next_batch, parts.check_stop)
+    parts.clock.lap()  # what came before, also in earlier attempts, is not of the first update
     if unlogged is not None:
-        parts.clock.lap()  # what earlier attempts took is not this update's
         conclude_update(parts, run, unlogged)
     with rollout, Profiler(config, parts.run_dir) as profiler:
         while run.update < config.train.updates:
             profiler.begin(run.update + 1)
             began, burned, compiled = time.monotonic(), cpu_seconds(), parts.compiles.count
-            parts.clock.lap()
             parts.events.update = run.update + 1
             # Marked before the rollout: a stop while waiting for it saves this state.
             mark_boundary(parts, run)
@@ -279,6 +266,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
                 waited = time.monotonic() - asked
                 if config.rollout.release:
                     rollout.call(parts.engine.free)
+            rate = float(parts.schedule(run.state.step))
             with parts.clock.phase("update"):
                 delivery = with_answers(parts, run, scorer, delivery)
                 first, steps, measured = update_policy(parts, run, scorer, delivery.trajectories)
@@ -297,7 +285,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
                 seconds=seconds,
             )
             values |= measured | delivery.metrics | {"recompiles": parts.compiles.count - compiled}
-            values["learning_rate"] = float(parts.schedule(run.state.step))
+            values["learning_rate"] = rate
             values["learner_idle"] = waited / seconds
             values["cpu_seconds"] = cpu_seconds() - burned
             profiler.end(run.update)
@@ -356,10 +344,22 @@ def finish_update(
         write_consumed(parts.run_dir, run.update, delivery.trajectories)
     if is_logged(parts.config, run.update):
         values |= incidents.take(delivery.outcomes, delivery.incidents)
+    incidents.look(delivery.incidents)
+    run.record.incidents = incidents.state
     # Marked before the evaluation: a stop or an error in it costs neither the update nor its line of metrics.
     run.record.unlogged = {name: float(value) for name, value in values.items()}
     mark_boundary(parts, run)
     conclude_update(parts, run, values)
+
+
+def begin_meter(parts: Parts, run: RunState) -> IncidentMeter:
+    """Make the meter of what happens between two lines; a resumed run counts from its last line."""
+    ledger, pool, hosts = parts.rollout.ledger, parts.rollout.collector.pool, parts.hosts
+    outcomes = add_counts(hosts, "outcomes", ledger.outcomes)
+    counts = add_counts(hosts, "incidents", count_incidents(ledger, pool))
+    incidents = IncidentMeter(outcomes, counts, run.record.incidents)
+    run.record.incidents = incidents.state
+    return incidents
 
 
 def is_logged(config: Config, update: int) -> bool:

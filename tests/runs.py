@@ -17,13 +17,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from empg_jax import trainer
 from empg_jax.config import load_config
-from empg_jax.learner.state import state_shapes, state_shardings
 from empg_jax.metrics import read_metrics
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run import assembly
-from empg_jax.run.assembly import make_rl_optimizer
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import checkpoint_dir
+from empg_jax.run.restoring import load_state
 from tests.compiling import quick_compilations
 
 ROOT = Path(__file__).parents[1]
@@ -106,13 +105,10 @@ def restored(run_dir, step=None):
     """The run's newest checkpoint, or that of ``step``."""
     config = load_config(Path(run_dir) / "config.yaml")
     model = assembly.make_model(config, assembly.make_language(config).tokenizer)
-    optimizer, _ = make_rl_optimizer(config)
     checkpoints = Checkpoints(checkpoint_dir(config, Path(run_dir)), keep=9, warn=print)
     mesh = make_mesh(**vars(config.mesh))
     try:
-        return checkpoints.restore(
-            state_shardings(mesh, model, optimizer), state_shapes(model, optimizer), step=step
-        )
+        return load_state(config, checkpoints, model, mesh, step)
     finally:
         checkpoints.close()
 

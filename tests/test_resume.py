@@ -12,6 +12,7 @@ from empg_jax import trainer
 from empg_jax.metrics import read_metrics
 from empg_jax.run import evaluating
 from empg_jax.run.consumed import read_consumed
+from empg_jax.run.saved import open_saved
 from tests import runs
 from tests.moments import Moments
 
@@ -102,6 +103,64 @@ def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, shar
     assert_same(tmp_path / "run", run)
     events = read_metrics(tmp_path / "run" / "events.jsonl")
     assert [(event["event"], event["signal"]) for event in events] == [("stop_requested", signal.SIGTERM)]
+
+
+def test_a_warm_start_goes_on_where_the_critic_has_settings_of_its_own(tmp_path, stop_at):
+    """The optimizer of the warm start has a state of another structure than that of RL."""
+    options = [
+        *STEADY,
+        "algorithm.name=ppo",
+        "algorithm.modulation=none",
+        "algorithm.critic.learning_rate=1e-3",
+    ]
+    options += ["train.updates=1", "eval.tasks=2"]
+    whole = runs.train(tmp_path / "whole", *options)
+    stop_at(1)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "run", *options)
+    stop_at(None)
+    assert runs.restored(tmp_path / "run").progress["record"]["sft_update"] == 1
+    assert open_saved(tmp_path / "run", [], pytest.fail).step == 0
+    runs.resume(tmp_path / "run")
+    assert runs.lines(tmp_path / "run") == runs.lines(whole)
+    assert runs.weights(tmp_path / "run") == runs.weights(whole)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_another_folder_than_it_began_in(tmp_path, stop_at, monkeypatch):
+    options = [*STEADY, "checkpoint.dir=place", "train.updates=1", "eval.tasks=2"]
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    stop_at(1)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "run", *options)
+    stop_at(None)
+    log = tmp_path / "run" / "sft_metrics.jsonl"
+    before = read_metrics(log)
+    monkeypatch.chdir(tmp_path / "there")
+    runs.resume(tmp_path / "run")
+    assert list((tmp_path / "there").iterdir()) == []
+    assert runs.restored(tmp_path / "run").step == 1
+    after = read_metrics(log)  # the first update was not made again
+    assert [line["update"] for line in after] == [0, 1] and after[:1] == before
+
+
+@pytest.mark.slow
+def test_what_was_counted_between_two_lines_survives_a_stop(tmp_path, stop_at):
+    """Counts are those since the last line, also where a run was resumed between two lines."""
+    options = [*STEADY, "sft.updates=0", "eval.tasks=2", "log.every=3", "train.updates=4"]
+    whole = runs.train(tmp_path / "whole", *options)
+    steps = [line["environment_steps"] for line in runs.lines(whole)]
+    stop_at(8)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "run", *options)
+    stop_at(None)
+    stopped = runs.restored(tmp_path / "run")
+    assert stopped.step in (1, 2)  # no line is written by then
+    runs.resume(tmp_path / "run")
+    assert runs.lines(tmp_path / "run") == runs.lines(whole)
+    assert [line["update"] for line in runs.lines(whole)] == [3, 4] and steps[0] > steps[1]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.config import load_config
+from empg_jax.errors import Interrupted
 from empg_jax.evaluate import evaluate_run
 from empg_jax.metrics import read_metrics
 from tests import runs
@@ -53,6 +54,9 @@ def test_every_update_is_one_line(run):
         assert line["environment_steps"] == line["episodes_trained"] * line["episode_turns"]
         assert line["cpu_seconds"] > 0
     assert [line["update"] for line in read_metrics(run / "sft_metrics.jsonl")] == [0, 1]
+    # A checkpoint is written behind its update's line, so the next line has its time.
+    assert ["seconds_checkpoint" in line for line in lines] == [False, True, True]
+    assert not any("seconds_sft" in line or "seconds_start" in line for line in lines)
 
 
 def test_the_summary_says_what_happened(run):
@@ -117,6 +121,19 @@ def test_variants_of_the_loop(tmp_path, overrides, expected):
         assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-4) and lines[-1]["kl"] > lines[0]["kl"]
 
 
+def test_a_stop_on_a_full_disk_is_still_a_stop(tmp_path, monkeypatch):
+    def stop(*args, **options):
+        raise Interrupted
+
+    def tell(*args, **fields):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(trainer, "train_in_folder", stop)
+    monkeypatch.setattr(trainer.EventLog, "tell", tell)
+    with pytest.raises(trainer.Stopped):
+        runs.train(tmp_path / "run")
+
+
 def test_lines_are_written_where_held_out_tasks_are_played_and_at_the_end(tmp_path):
     config = runs.configure(tmp_path, "log.every=10", "eval.every=4", "train.updates=13")
     assert [n for n in range(1, 14) if trainer.is_logged(config, n)] == [4, 8, 10, 12, 13]
@@ -126,11 +143,14 @@ def test_lines_are_written_where_held_out_tasks_are_played_and_at_the_end(tmp_pa
 
 @pytest.mark.slow
 def test_the_schedule_counts_the_steps_that_are_made(tmp_path):
-    """Four short episodes fit into one row, and still make two steps an update: the decay reaches its end."""
+    """Four short episodes fit into one row, and still make two steps an update.
+
+    The decay reaches its end with the last step; a line has the rate of its update's first step.
+    """
     options = ["train.schedule=linear", "train.learning_rate=1e-3", "train.final_learning_rate=1e-4"]
     run = runs.train(tmp_path / "run", *runs.HOUSE, "sft.updates=0", *options)
     rates = [line["learning_rate"] for line in read_metrics(run / "metrics.jsonl")]
-    assert rates == pytest.approx([7e-4, 4e-4, 1e-4], rel=1e-5)
+    assert rates == pytest.approx([1e-3, 7e-4, 4e-4], rel=1e-5)
     assert runs.restored(run).state.step == 3 * 2
 
 

@@ -248,7 +248,7 @@ def _learner_problems(config: Config) -> Iterator[str]:
     if train.on_kl != "skip" and train.max_kl is None:
         yield f"train.on_kl={train.on_kl} has no effect without train.max_kl"
     first = int(train.profile.partition(":")[0]) if train.profile else 0
-    if first > train.updates:
+    if 0 < train.updates < first:
         yield f"train.profile={train.profile} begins after the last update, train.updates={train.updates}"
     yield from _length_problems(config)
 

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from empg_jax.files import append
+
 FILENAME = "events.jsonl"
 
 
@@ -47,7 +49,7 @@ class EventLog:
         record |= {name: None for name, value in numbers.items() if not math.isfinite(value)}
         # What UTF-8 cannot encode, half of a character, is written as JSON escapes it.
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+        append(self._file, line.encode("utf-8", "backslashreplace") + b"\n")
 
     def close(self) -> None:
         """Close the file; may be called twice."""

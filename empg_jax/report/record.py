@@ -42,6 +42,8 @@ class RunRecord:
       rollbacks_in_a_row: number of consecutive updates that were rolled back.
       skips_in_a_row: number of consecutive updates without any optimizer step.
       unlogged: metrics of an update that is made but has no line yet, because its evaluation was cut short.
+      incidents: the meter of faults and waste since the last line of metrics (`IncidentMeter.state`); None
+        before RL.
       last_good: newest checkpoint that was followed by an update without a fault; None before.
       best_step: checkpoint with the best held-out success so far; None without evaluations on the way.
       best_success: that success.
@@ -59,6 +61,7 @@ class RunRecord:
     rollbacks_in_a_row: int = 0
     skips_in_a_row: int = 0
     unlogged: dict[str, float] | None = None
+    incidents: dict[str, dict[str, Any]] | None = None
     last_good: int | None = None
     best_step: int | None = None
     best_success: float = 0.0

@@ -16,13 +16,14 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from empg_jax.engine.interface import SamplingEngine
 from empg_jax.engine.stats import EngineStats
 from empg_jax.errors import Interrupted
+from empg_jax.rollout.call import Call
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.incidents import count_incidents
 from empg_jax.rollout.ledger import Ledger, Reserved
@@ -94,9 +95,10 @@ class RolloutThread:
         self._changed = threading.Condition()  # guards what follows
         self._mailbox: collections.deque[tuple[Params, int]] = collections.deque()
         self._outbox: Delivery | None = None
-        self._calls: collections.deque[_Call[Any]] = collections.deque()
+        self._calls: collections.deque[Call[Any]] = collections.deque()
         self._error: BaseException | None = None
         self._is_stopping = False
+        self._is_at_end = False  # the schedule has no further round
         self._thread: threading.Thread | None = None
         self._idle = self._paused = 0.0  # seconds since the last delivery
         self._openings = 0  # outages seen
@@ -149,6 +151,9 @@ class RolloutThread:
 
         Args:
           check: called while waiting; it may raise to end the wait.
+
+        Raises:
+          ScheduleError: the schedule to repeat has no further batch.
         """
         while True:
             check()
@@ -160,6 +165,8 @@ class RolloutThread:
                     delivery, self._outbox = self._outbox, None
                     self._changed.notify_all()
                     return delivery
+                if self._is_at_end:
+                    raise ScheduleError("the schedule to repeat (rollout.schedule) ends before this update")
 
     def call(self, function: Callable[[], T]) -> T:
         """Run a function between two rounds of the rollout thread; return its result, or raise its error.
@@ -168,7 +175,7 @@ class RolloutThread:
         """
         if self._thread is None:
             return function()
-        call = _Call(function)
+        call = Call(function)
         with self._changed:
             self._calls.append(call)
             self._changed.notify_all()
@@ -208,7 +215,7 @@ class RolloutThread:
 
     def _round(self) -> bool:
         """Take what the learner sent, offer what is ready, play one round; return False at the end."""
-        wanted = next(self.schedule, Round()) if self.schedule is not None else None
+        wanted = self._next_wanted()
         done = Round()
         if not self._hear(wanted):
             return False
@@ -240,6 +247,17 @@ class RolloutThread:
         if done.is_empty:
             self._rest()
         return True
+
+    def _next_wanted(self) -> Round | None:
+        """Return the next round of the schedule, and empty ones after its end; None without a schedule."""
+        if self.schedule is None:
+            return None
+        wanted = next(self.schedule, None)
+        if wanted is None:
+            with self._changed:
+                self._is_at_end = True
+                self._changed.notify_all()
+        return wanted or Round()
 
     def _hear(self, wanted: Round | None) -> bool:
         """Run the calls of the learner's thread; return False at the end.
@@ -347,7 +365,8 @@ class RolloutThread:
         began = time.monotonic()
         with self._changed:
             was_full = self._outbox is not None
-            while not (self._mailbox or self._calls or self._is_stopping):
+            # After the end of a schedule no weights are taken.
+            while not ((self._mailbox and not self._is_at_end) or self._calls or self._is_stopping):
                 if was_full and self._outbox is None:  # it may be filled again
                     break
                 self._changed.wait(WAKE_SECONDS)
@@ -361,27 +380,3 @@ class RolloutThread:
     def _cut_now(self, updates: int) -> Cut:
         values, trajectories = self.ledger.cut(updates)
         return values | {"faults": self.collector.pool.fault_snapshot()}, trajectories
-
-
-class _Call(Generic[T]):
-    """A function that another thread runs, and its result or error."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        self._function = function
-        self._results: list[T] = []
-        self._error: BaseException | None = None
-        self.is_done = False
-
-    def run(self) -> None:
-        """Call the function."""
-        try:
-            self._results.append(self._function())
-        except BaseException as error:
-            self._error = error
-        self.is_done = True
-
-    def answer(self) -> T:
-        """Return the function's result, or raise its error."""
-        if self._error is not None:
-            raise self._error
-        return self._results[0]

@@ -344,6 +344,22 @@ def micro_rows(config: Config) -> int:
     return config.train.micro_tokens // config.rollout.max_tokens
 
 
+def make_sft_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Build the optimizer of the warm start; its schedule counts updates."""
+    s, t = config.sft, config.train
+    return make_optimizer(
+        learning_rate=s.learning_rate,
+        final_learning_rate=s.learning_rate / 100 if s.final_learning_rate is None else s.final_learning_rate,
+        total_steps=s.updates,
+        schedule="cosine",
+        beta1=t.beta1,
+        beta2=t.beta2,
+        moments=t.moments,
+        weight_decay=t.weight_decay,
+        grad_clip=t.grad_clip,
+    )
+
+
 def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Build the optimizer of the RL phase; its schedule counts optimizer steps."""
     t = config.train

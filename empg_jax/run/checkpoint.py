@@ -182,24 +182,33 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
 
-    def restore(self, shardings: TrainState, shapes: TrainState, *, step: int | None = None) -> Restored:
+    def restore(
+        self,
+        shardings: TrainState,
+        shapes: TrainState,
+        *,
+        warm_start: tuple[TrainState, TrainState] | None = None,
+        step: int | None = None,
+    ) -> Restored:
         """Load the newest complete checkpoint (or the one of ``step``) onto the mesh.
 
         Args:
           shardings: where each leaf of the state goes.
           shapes: shape and type of each leaf.
+          warm_start: shardings and shapes of a state that the warm start wrote; None: as the others.
           step: the only step to try; None tries all, newest first.
 
         Raises:
           CheckpointError: no checkpoint can be read.
         """
         abstract = _abstract(shapes, shardings)
+        warm = None if warm_start is None else _abstract(*reversed(warm_start))
         problems = []
         tried = list(reversed(self.steps)) if step is None else [step]
         for candidate in self._hosts.first("steps", lambda: tried):
             found, problem = None, None
             try:
-                found = self._load(self._folders.path(candidate), abstract)
+                found = self._load(self._folders.path(candidate), abstract, warm)
             except Exception as error:  # a damaged file may raise anything in the reader
                 problem = f"{candidate}: {first_line(error)}"
             # What one host cannot read, none goes on from.
@@ -217,8 +226,7 @@ class Checkpoints:
         """Read the progress of the newest readable checkpoint (or of ``step``) without its arrays."""
         for candidate in reversed(self.steps) if step is None else [step]:
             try:
-                parts = ocp.load_checkpointables(self._folders.path(candidate), {"progress": None})
-                return dict(json.loads(parts["progress"]["json"]))
+                return _load_progress(self._folders.path(candidate))
             except Exception as error:  # `restore` tells of it and passes it over
                 del error
         return None
@@ -240,7 +248,10 @@ class Checkpoints:
             self._folders.set_aside(step)
         return moved
 
-    def _load(self, path: Any, abstract: Any) -> Restored:
+    def _load(self, path: Any, abstract: Any, warm: Any = None) -> Restored:
+        """Read and check a step; its state is like ``warm``, if given and if it is of the warm start."""
+        if warm is not None and _is_of_warm_start(_load_progress(path)):
+            abstract = warm
         wanted: dict[str, Any] = {"state": abstract, "progress": None}
         # An empty buffer has no arrays, and then the checkpoint has no such part.
         if (path / "buffer").exists():
@@ -299,6 +310,18 @@ def check_base(saved: str | None, found: str | None) -> None:
             "model.path must hold the same weights as when the run began (and model.quantize, "
             "model.param_dtype and seed must be the same)"
         )
+
+
+def _load_progress(path: Any) -> dict[str, Any]:
+    """Read the progress of a step without its arrays."""
+    parts = ocp.load_checkpointables(path, {"progress": None})
+    return dict(json.loads(parts["progress"]["json"]))
+
+
+def _is_of_warm_start(progress: dict[str, Any]) -> bool:
+    """Return whether a step's state has the optimizer of the warm start, which its first update makes."""
+    record = progress.get("record", {})
+    return record.get("phase") == "sft" and record.get("sft_update", 0) > 0
 
 
 def _abstract(shapes: Any, shardings: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from empg_jax.files import write_text_atomic
+from empg_jax.files import append, write_text_atomic
 from empg_jax.types import Trajectory
 
 FILENAME = "consumed.jsonl"
@@ -42,7 +42,7 @@ def write_consumed(run_dir: Path, update: int, trajectories: Sequence[Trajectory
         lines.append(json.dumps(record) + "\n")
     # One unbuffered write: a kill leaves all of the lines or a part that the next start removes.
     with (Path(run_dir) / FILENAME).open("ab", buffering=0) as file:
-        file.write("".join(lines).encode())
+        append(file, "".join(lines).encode())
 
 
 def read_consumed(run_dir: Path) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,8 @@ from empg_jax.errors import RunError
 from empg_jax.learner.passes import Pass
 from empg_jax.parallel.arrays import fetch
 from empg_jax.report.debug import dump_update, measure_leaves
-from empg_jax.run.parts import Parts, RunState, restore_state
+from empg_jax.run.parts import Parts, RunState
+from empg_jax.run.restoring import restore_state
 from empg_jax.run.saving import good_step
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from empg_jax.engine.engine import Engine
 from empg_jax.engine.interface import SamplingEngine
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.fingerprint import checksum
-from empg_jax.learner.state import TrainState, init_state, restart_optimizer, state_shapes
+from empg_jax.learner.state import TrainState, init_state, restart_optimizer
 from empg_jax.learner.update import Learner, make_learner
 from empg_jax.metrics import MetricsLog
 from empg_jax.models.decoder import DecoderConfig
@@ -45,6 +45,7 @@ from empg_jax.run.assembly import (
 from empg_jax.run.checkpoint import Checkpoints, Restored, check_base
 from empg_jax.run.devices import learner_devices
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
+from empg_jax.run.restoring import restore_state
 from empg_jax.run.sampling import (
     check_split,
     filter_of,
@@ -324,8 +325,7 @@ def _go_on_always() -> None:
 def _go_on(restored: Restored, rollout: RolloutThread, clock: PhaseClock, hosts: Hosts) -> RunState:
     """Make the state at the boundary of a checkpoint; set the ledger and the clock to the same point."""
     boundary = Boundary.from_restored(restored)
-    for name, seconds in boundary.seconds.items():
-        clock.seconds[name] = clock.seconds.get(name, 0.0) + seconds
+    clock.add(boundary.seconds)
     # A copy, because the run changes its record while the boundary must keep the old totals.
     rollout.restore(*take_share(boundary.ledger, boundary.trajectories, hosts.index, hosts.num))
     record = copy.deepcopy(boundary.record)
@@ -365,11 +365,3 @@ def freeze_reference(parts: Parts, run: RunState) -> None:
     elif needs_reference(parts.config):
         run.reference = jax.tree.map(lambda leaf: leaf.copy(), run.state.params)
         parts.checkpoints.save_reference(run.reference)
-
-
-def restore_state(
-    config: Config, checkpoints: Checkpoints, learner: Learner, step: int | None = None
-) -> Restored:
-    """Load the newest usable checkpoint of a run, or the one of ``step``."""
-    optimizer, _ = make_rl_optimizer(config)
-    return checkpoints.restore(learner.shardings, state_shapes(learner.model, optimizer), step=step)

@@ -70,7 +70,8 @@ def play(saved: SavedRun, episodes: int, out: Path, say: Callable[[str], None]) 
 
 def _as_one_batch(config: Config, groups: int, step: int) -> Config:
     """Make all groups one update's, which takes every group as it comes."""
-    rollout = {"tasks_per_update": groups, "filter_groups": False, "publish": "turn", "stored": None}
+    rollout = {"tasks_per_update": groups, "filter_groups": False, "publish": "turn"}
+    rollout |= {"stored": None, "schedule": None}
     train = {"updates": step + 1, "max_lag": 0}
     return config.model_copy(
         update={

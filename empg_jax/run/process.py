@@ -212,25 +212,52 @@ class _Watch:
 
 
 class PhaseClock:
-    """Wall seconds per phase, over all attempts of a run."""
+    """Wall seconds per phase, over all attempts of a run.
+
+    A phase inside another one stops the other's time, so that no second counts twice.
+    """
 
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds: dict[str, float] = dict(seconds or {})
-        self._lap = dict(self.seconds)
+        self._seconds: dict[str, float] = dict(seconds or {})
+        self._lap = dict(self._seconds)
+        self._open: list[str] = []  # the phases that have begun, innermost last
+        self._since = 0.0  # when the innermost one began or went on
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall seconds by phase up to now, a copy; those of a phase that has not ended count, too."""
+        if self._open:
+            self._count(time.monotonic())
+        return dict(self._seconds)
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Add what earlier attempts took."""
+        for name, each in seconds.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + each
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside the block to phase ``name``."""
-        start = time.monotonic()
+        """Add the time spent inside the block, but not in phases inside it, to phase ``name``."""
+        self._count(time.monotonic())
+        self._open.append(name)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            self._count(time.monotonic())
+            self._open.pop()
+
+    def _count(self, now: float) -> None:
+        """Give the time up to now to the innermost phase."""
+        if self._open:
+            name = self._open[-1]
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+        self._since = now
 
     def lap(self) -> dict[str, float]:
         """Return the wall seconds of each phase since the last call; phases without time are absent."""
-        spent = {name: total - self._lap.get(name, 0.0) for name, total in self.seconds.items()}
-        self._lap = dict(self.seconds)
+        now = self.seconds
+        spent = {name: total - self._lap.get(name, 0.0) for name, total in now.items()}
+        self._lap = now
         return {name: seconds for name, seconds in spent.items() if seconds > 0}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jax.sharding import Mesh
 
 from empg_jax.learner.fingerprint import TEXT, checksum, text_logprob
-from empg_jax.learner.state import state_shapes, state_shardings
+from empg_jax.learner.state import state_shardings
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.assembly import (
@@ -23,6 +23,7 @@ from empg_jax.run.assembly import (
 from empg_jax.run.checkpoint import Checkpoints, RefusedCheckpoint, check_base
 from empg_jax.run.devices import check_devices, learner_devices
 from empg_jax.run.folder import checkpoint_dir, split_checkpoint
+from empg_jax.run.restoring import load_state
 from empg_jax.run.weights import check_model, make_base, make_params
 from empg_jax.types import Params
 
@@ -90,15 +91,12 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
     check_devices(config)
     language = make_language(config, run_dir / "tokenizer")
     model = make_model(config, language.tokenizer)
-    optimizer, _ = make_rl_optimizer(config)
     mesh = make_mesh(**vars(config.mesh))
     directory = checkpoint_dir(config, run_dir)
     checkpoints = Checkpoints(directory, keep=config.checkpoint.keep, warn=warn)
     if step is not None:
         checkpoints.check_step(step)
-    restored = checkpoints.restore(
-        state_shardings(mesh, model, optimizer), state_shapes(model, optimizer), step=step
-    )
+    restored = load_state(config, checkpoints, model, mesh, step)
     base = make_base(config, model, mesh)
     check_base(restored.progress.get("base"), None if base is None else checksum(base))
     return SavedRun(config, language, model, mesh, restored.step, restored.state.params, base)

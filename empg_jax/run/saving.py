@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import time
@@ -23,7 +24,7 @@ def mark_boundary(parts: Parts, run: RunState) -> None:
         base=parts.base_checksum,
         config=parts.settings,
         record=copy.deepcopy(run.record),
-        seconds=dict(parts.clock.seconds),
+        seconds=parts.clock.seconds,
     )
     run.marked = int(run.state.step)
 
@@ -85,7 +86,8 @@ def save_after_error(parts: Parts, run: RunState, error: BaseException) -> None:
     except CheckpointError as problem:  # an object store that does not answer
         steps = []
         parts.progress.message(str(problem))
-    parts.events.tell("run_failed", error=kind, checkpoints=steps)
+    with contextlib.suppress(OSError, ValueError):  # a full disk, which may be the first error's cause, too
+        parts.events.tell("run_failed", error=kind, checkpoints=steps)
     if is_saved:
         left = f"checkpoint {run.boundary.update} holds the last update"
     else:

@@ -78,6 +78,18 @@ def without_hosts(config: Config) -> Config:
     return config.model_copy(update={"hosts": type(config.hosts)()})
 
 
+def keep_place(config: Config, hosts: Hosts) -> Config:
+    """Write the absolute path of a chosen folder of checkpoints: the run may go on from another folder."""
+    directory = config.checkpoint.dir
+    if directory is None or is_object_store(directory) or Path(directory).expanduser().is_absolute():
+        return config
+    place = hosts.first("checkpoint-dir", lambda: str(Path(directory).absolute()))
+    if not hasattr(config, "model_copy"):  # a resolved file, read without pydantic
+        vars(config.checkpoint)["dir"] = place
+        return config
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"dir": place})})
+
+
 def check_store(config: Config, hosts: Hosts, *, is_new: bool) -> None:
     """Check that a place of the checkpoints that was chosen can be written to, and is no other run's.
 
@@ -226,12 +238,14 @@ def gather_delivery(hosts: Hosts, take: Callable[[], Delivery], stop: StopReques
 def join_deliveries(parts: Sequence[Part]) -> Delivery:
     """Join the deliveries of all hosts: episodes in the order of their groups, counts summed."""
     values = [each for each, _ in parts]
+    engine = EngineStats(**_add(each["engine"] for each in values))
+    engine.page_use = max(each["engine"]["page_use"] for each in values)
     episodes = [trajectory for _, trajectories in parts for trajectory in trajectories]
     return Delivery(
         update=values[0]["update"],
         trajectories=sorted(episodes, key=lambda t: (t.group_id, t.member)),
         metrics=_join_metrics([each["metrics"] for each in values]),
-        engine=EngineStats(**_add(each["engine"] for each in values)),
+        engine=engine,
         outcomes=_add(each["outcomes"] for each in values),
         incidents=_add(each["incidents"] for each in values),
     )

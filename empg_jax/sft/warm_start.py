@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from empg_jax.algorithms import Algorithm, loss_weights
 from empg_jax.learner.batching import BatchShape, make_batch
-from empg_jax.learner.state import TrainState, make_optimizer, restart_optimizer
+from empg_jax.learner.state import TrainState, restart_optimizer
 from empg_jax.learner.update import Learner, make_learner
 from empg_jax.models.decoder import DecoderConfig
-from empg_jax.run.assembly import micro_rows
+from empg_jax.run.assembly import make_sft_optimizer, micro_rows
 from empg_jax.run.guards import TrainingError
 from empg_jax.sft.examples import Examples
 from empg_jax.types import Batch, Credit, Params, Scores, Trajectory
@@ -60,7 +60,7 @@ def warm_start(
     """Train on examples for ``sft.updates`` updates (AdamW, cosine decay).
 
     Args:
-      config: the run's configuration (``sft.*``).
+      config: the run's configuration (``sft.*``, and the optimizer's ``train.*``).
       model: decoder config.
       mesh: the learner's mesh.
       state: the initial state; its optimizer state is used only if ``first`` > 0.
@@ -76,15 +76,7 @@ def warm_start(
       TrainingError: the loss is not finite.
     """
     s = config.sft
-    optimizer, schedule = make_optimizer(
-        learning_rate=s.learning_rate,
-        final_learning_rate=s.learning_rate / 100 if s.final_learning_rate is None else s.final_learning_rate,
-        total_steps=s.updates,
-        schedule="cosine",
-        grad_clip=config.train.grad_clip,
-        beta2=config.train.beta2,
-        moments=config.train.moments,
-    )
+    optimizer, schedule = make_sft_optimizer(config)
     shape = _batch_shape(config, examples)
     learner = make_learner(
         model, make_cross_entropy(), optimizer, mesh, micro_rows=shape.micro_rows, base=base

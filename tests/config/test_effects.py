@@ -6,7 +6,7 @@ import pytest
 from empg_jax.algorithms import make_recipe
 from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
-from empg_jax.run.assembly import make_recipe_from, make_rl_optimizer
+from empg_jax.run.assembly import make_recipe_from, make_rl_optimizer, make_sft_optimizer
 
 REFUSED = {
     ("train.learning_rate=1e-6",): r"final_learning_rate=5e-05 is above train\.learning_rate=1e-06",
@@ -38,6 +38,27 @@ def test_the_rate_falls_from_its_peak():
     rates = np.asarray([schedule(step) for step in (0, steps // 2, steps)])
     np.testing.assert_allclose(rates[[0, -1]], [1e-6, 5e-8], rtol=1e-4)
     assert np.all(np.diff(rates) < 0)
+
+
+def test_the_warm_start_heeds_what_is_said_of_the_optimizer():
+    params = {"kernel": np.ones(2, np.float32), "bias": np.ones(2, np.float32)}
+
+    def change(*keys):
+        """What two steps with gradients of 1 and 0 make of the parameters."""
+        config = load_config("quickstart", ["sft.learning_rate=0.1", *keys])
+        optimizer, _ = make_sft_optimizer(config)
+        state, total = optimizer.init(params), np.zeros(2)
+        for gradient in (1.0, 0.0):
+            gradients = {name: np.full_like(each, gradient) for name, each in params.items()}
+            steps, state = optimizer.update(gradients, state, params)
+            total += np.asarray([steps["kernel"][0], steps["bias"][0]])
+        return total
+
+    plain = change()
+    assert plain == pytest.approx(change("train.beta1=0.9", "train.weight_decay=0"))
+    assert np.all(np.abs(change("train.beta1=0.5") - plain) > 0.01)
+    kernel, bias = change("train.weight_decay=0.2") - plain
+    assert kernel == pytest.approx(-2 * 0.1 * 0.2, rel=0.01) and bias == pytest.approx(0, abs=1e-6)
 
 
 def test_a_correction_is_left_out_alone():

@@ -10,7 +10,7 @@ from empg_jax.engine.engine import EngineStats
 from empg_jax.errors import Interrupted
 from empg_jax.rollout.ledger import Ledger
 from empg_jax.rollout.order import TaskOrder
-from empg_jax.rollout.schedule import Round
+from empg_jax.rollout.schedule import Round, ScheduleError
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.workers.pool import PoolStats
 from tests.rollout.scripted import ScriptedEngine, make_collector
@@ -225,6 +225,36 @@ def test_a_barrier_that_waits_for_environments_ends_with_the_block(rounds):
     assert "rollout" not in {thread.name for thread in threading.enumerate()}
     values, held = rollout.cut(0)
     assert values["updates"] == 0 and held == []
+
+
+def test_after_the_last_round_of_a_schedule_a_further_batch_is_refused():
+    rounds = []
+    first = make_rollout(max_lag=1)
+    first.recorder = types.SimpleNamespace(add=rounds.append, flush=lambda: None)
+    with first:
+        first.publish("weights", 0)
+        first.next_batch()
+        first.publish("weights", 1)
+        first.next_batch()
+    last = max(number for number, each in enumerate(rounds) if each.batch == 1)
+    again = make_rollout(max_lag=1)
+    again.schedule = iter(rounds[: last + 1])  # as a killed run leaves it
+    with again:
+        for version in (0, 1):
+            again.publish("weights", version)
+            assert again.next_batch().update == version
+        again.publish("weights", 2)
+        end = time.monotonic() + SOON
+
+        def give_up():
+            assert time.monotonic() < end, "waits for ever"
+
+        with pytest.raises(ScheduleError, match="ends before this update"):
+            again.next_batch(give_up)
+        began, burned = time.monotonic(), time.process_time()
+        time.sleep(0.5)
+        # The thread rests, though there are weights which nobody takes.
+        assert time.process_time() - burned < 0.5 * (time.monotonic() - began)
 
 
 def test_calls_run_between_rounds_and_return_results_and_errors():

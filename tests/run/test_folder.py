@@ -11,7 +11,7 @@ from empg_jax.parallel.hosts import ALONE
 from empg_jax.report import environment
 from empg_jax.run import folder as runinfo
 from empg_jax.run.lock import RunLocked
-from empg_jax.run.together import check_store, lock_files
+from empg_jax.run.together import check_store, keep_place, lock_files
 
 
 def test_run_folders_are_new(tmp_path, monkeypatch):
@@ -30,6 +30,21 @@ def test_a_chosen_folder_must_not_hold_a_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot make the run folder"):
         runinfo.create_run_dir(Config(run_dir=str(tmp_path / "file")))
+
+
+def test_a_chosen_folder_of_checkpoints_is_kept_by_its_absolute_path(tmp_path, monkeypatch):
+    """A run may go on from another folder than the one that it was started in."""
+    monkeypatch.chdir(tmp_path)
+    for chosen, kept in [
+        ("place/of it", f"{tmp_path}/place/of it"),
+        (None, None),
+        ("/somewhere", "/somewhere"),
+        ("~/somewhere", "~/somewhere"),
+        ("gs://bucket/folder", "gs://bucket/folder"),
+    ]:
+        config = Config(checkpoint={"dir": chosen})
+        assert keep_place(config, ALONE).checkpoint.dir == kept
+        assert config.checkpoint.dir == chosen
 
 
 def test_two_runs_never_share_a_folder_of_checkpoints(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -83,6 +84,22 @@ def test_a_configuration_plays_with_the_weights_that_it_starts_from(run, tmp_pat
     assert call(run / "config.yaml", "--episodes", 2, "--out", paths[1]).exit_code == 0
     assert paths[0].read_text() == paths[1].read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.jsonl", "run.jsonl"]  # no run begins
+
+
+def test_a_run_that_repeats_a_schedule_plays_freely(run, tmp_path):
+    """Its schedule belongs to training; the rounds in it are not those of these episodes."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    schedule = tmp_path / "schedule.jsonl"
+    schedule.write_text('{"start": 0}\n')
+    repeats = ["train.max_lag=1", "algorithm.entropy_source=learner", f"rollout.schedule={schedule}"]
+    paths = [tmp_path / name for name in ("run.jsonl", "repeat.jsonl")]
+    assert call(run, "--episodes", 2, "--out", paths[0]).exit_code == 0
+    assert call(copy, *repeats, "--episodes", 2, "--out", paths[1]).exit_code == 0
+    played, repeated = (
+        [(record["task"], [turn["response"] for turn in record["turns"]]) for record in read_episodes(path)]
+        for path in paths
+    )
+    assert len(played) == 2 and repeated == played
 
 
 def test_bad_input_is_refused_before_anything_is_played(run, tmp_path):

@@ -58,6 +58,25 @@ def test_phases_add_up_even_when_one_fails(monkeypatch):
     assert clock.lap() == {"rollout": 2.0, "update": 3.5} and clock.lap() == {}
 
 
+def test_a_phase_inside_another_stops_its_time_and_one_that_is_open_counts(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("empg_jax.run.process.time.monotonic", lambda: now[0])
+    clock = PhaseClock()
+    with clock.phase("sft"):
+        now[0] = 4.0
+        assert clock.seconds == {"sft": 4.0}  # what a checkpoint of the warm start keeps
+        with clock.phase("checkpoint"):
+            now[0] = 5.0
+            assert clock.seconds == {"sft": 4.0, "checkpoint": 1.0}
+        now[0] = 7.0
+        assert clock.lap() == {"sft": 6.0, "checkpoint": 1.0}
+        now[0] = 7.5
+    now[0] = 9.0
+    assert clock.seconds == {"sft": 6.5, "checkpoint": 1.0} and clock.lap() == {"sft": 0.5}
+    clock.add({"sft": 2.0, "eval": 1.0})
+    assert clock.seconds == {"sft": 8.5, "checkpoint": 1.0, "eval": 1.0}
+
+
 def test_every_new_shape_is_counted_once():
     double = jax.jit(lambda x: x * 2)
     short, long = jnp.ones(3), jnp.ones(5)

@@ -7,6 +7,7 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.algorithms import ALGORITHMS
+from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
 from empg_jax.run import assembly
 from empg_jax.run.sampling import check_split
@@ -111,6 +112,21 @@ def test_the_loss_is_cross_entropy_on_sampled_tokens_alone():
     per_token, metrics = algorithm.loss(logprobs, logprobs, Rows, None, logprobs)
     assert float((per_token * weights).sum()) == pytest.approx(2.0) and metrics == {}
     assert "sft" not in ALGORITHMS  # it is not for RL
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["train.profile=2:3", "train.warmup_updates=2", "algorithm.critic.warmup_updates=2"],
+)
+def test_the_configuration_of_a_warm_start_alone_can_be_loaded(tmp_path, monkeypatch, option):
+    """Whatever else counts the updates of RL, which it leaves out."""
+    kept = []
+    monkeypatch.setattr(trainer, "train", kept.append)
+    ppo = ["algorithm.name=ppo", "algorithm.modulation=none"] if "critic" in option else []
+    trainer.run_sft(runs.configure(tmp_path / "run", option, *ppo))
+    path = tmp_path / "config.yaml"
+    path.write_text(kept[0].to_yaml())
+    assert load_config(path).to_yaml() == path.read_text() and kept[0].train.updates == 0
 
 
 @pytest.mark.slow
