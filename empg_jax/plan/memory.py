@@ -245,7 +245,7 @@ def _rows_here(mesh: AbstractMesh, shape: BatchShape) -> int:
 
 
 def _score_bytes(model: DecoderConfig, mesh: AbstractMesh, shape: BatchShape) -> int:
-    """Compute the bytes of a tile's three float32 tables and of sums as long as the row (`attention.tiles`)."""
+    """Compute the bytes of a tile's three float32 tables, and of sums as long as the row (`tiles`)."""
     heads = model.num_heads // math.prod(head_shards(mesh.shape, model.num_heads))
     row = shape.row_tokens
     sums = 2 * 4 * row * model.head_dim  # of the keys' and values' gradients
