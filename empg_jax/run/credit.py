@@ -14,7 +14,7 @@ from empg_jax.algorithms.recipe import needs_of
 from empg_jax.errors import ConfigError
 from empg_jax.learner.batching import BatchShape, make_batch, merge_turns
 from empg_jax.rollout.record import Record, credit_fields, make_trajectory, read_episodes
-from empg_jax.run.assembly import make_algorithm_from, make_recipe_from, needs_answers
+from empg_jax.run.assembly import make_algorithm_from, make_recipe_from
 from empg_jax.run.rollouts import format_record, write_records
 from empg_jax.types import Scores
 
@@ -108,9 +108,9 @@ def _power_of_two(least: int) -> int:
 
 def _notes(config: Config, records: list[Record], *, has_critic: bool) -> list[str]:
     notes = ["the critic's values are taken as 0: a record does not hold them"] if has_critic else []
-    if needs_answers(config) and not all("answer_logprob" in t for r in records for t in r["turns"]):
-        notes.append("turns without answer_logprob gain nothing: their known answers were not scored")
     needed = needs_of(make_recipe_from(config).estimate)
+    if "answer_logprobs" in needed and not all("answer_logprob" in t for r in records for t in r["turns"]):
+        notes.append("turns without answer_logprob gain nothing: their known answers were not scored")
     if "success" in needed and not any("success" in r for r in records):
         notes.append("episodes without success count as failures: no state is near a goal")
     for name, field, effect in (
