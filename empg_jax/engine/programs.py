@@ -33,6 +33,8 @@ from empg_jax.models.decoder import (
     unstack_layers,
 )
 from empg_jax.models.filtering import uses_filter
+from empg_jax.models.products import multiply_transposed
+from empg_jax.models.projection import transpose_kernels
 from empg_jax.models.quantize import QUANTIZED_LEAVES
 from empg_jax.parallel.layout import cache_heads
 from empg_jax.parallel.mesh import mesh_axes, named_sharding, replicated
@@ -159,16 +161,16 @@ def cache_sharding(mesh: Mesh, model: DecoderConfig, config: EngineConfig) -> Na
 def lay_out(model: DecoderConfig, mesh: Mesh) -> DecoderConfig:
     """Return the decoder's config with the layout in which an engine on this mesh keeps weights and cache.
 
-    One wide product saves launches on accelerators; a CPU loses 4 % by splitting its result again. Over
-    ``tensor`` a fused matrix would be cut in the wrong places, and adapters belong to single matrices.
+    One wide product saves launches. Over ``tensor`` a fused matrix would be cut in the wrong places, and
+    adapters belong to single matrices.
 
     Key/value heads that ``tensor`` does not divide are repeated until it does, where the query heads allow
     it: else every device would hold, and gather for every burst, the whole cache.
     """
-    tensor, platform = mesh.shape["tensor"], mesh.devices.flat[0].platform
+    tensor = mesh.shape["tensor"]
     return dataclasses.replace(
         model,
-        fused_projections=platform != "cpu" and model.lora is None and tensor == 1,
+        fused_projections=model.lora is None and tensor == 1,
         num_kv_heads=cache_heads(model.num_heads, model.num_kv_heads, tensor),
     )
 
@@ -186,9 +188,11 @@ def _cast_and_unstack(model: DecoderConfig, mesh: Mesh, repeats: int, params: Pa
     if "layers" not in params:
         return params
     placed = unstack_layers(params, len(jax.tree.leaves(params["layers"])[0]))
-    if not model.fused_projections:
-        return placed
-    return placed | {"layers": tuple(map(fuse_projections, placed["layers"]))}
+    if model.fused_projections:
+        placed = placed | {"layers": tuple(map(fuse_projections, placed["layers"]))}
+    if mesh.devices.flat[0].platform == "cpu":
+        placed = placed | {"layers": tuple(map(transpose_kernels, placed["layers"]))}
+    return placed
 
 
 def prefill(
@@ -270,7 +274,7 @@ def decode(
         hidden, cache = forward_cached(
             params, model, last[:, None], positions[:, None], cache, pages=request.pages
         )
-        logits = jnp.einsum("sd,vd->sv", hidden[:, 0], head, preferred_element_type=jnp.float32)
+        logits = multiply_transposed(hidden[:, 0], head, jnp.float32)
         tokens, logprobs, entropies, *full = draw(logits, uniforms[out.steps])
         counts = out.counts + is_active.astype(jnp.int32)
         ended = jnp.logical_or(_is_stop(config, tokens), counts >= allowed)

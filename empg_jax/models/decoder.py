@@ -33,6 +33,7 @@ from empg_jax.models.attention import (
     packed_attention,
     sliced_attention,
     trunk_attention,
+    write_rows,
 )
 from empg_jax.models.axes import gather_layer
 from empg_jax.models.axes import param_axes as param_axes
@@ -372,7 +373,7 @@ def forward_cached(
     """
     rope = compute_rope(config, positions)
     block = Block(config)
-    write_rows = jnp.arange(tokens.shape[0]) if rows is None else rows
+    cache_rows = jnp.arange(tokens.shape[0]) if rows is None else rows
 
     @jax.jit  # traced once for all layers; the compiler dissolves the call
     def layer(x: Array, layer_params: Params, layer_cache: tuple[Array, Array]) -> tuple[Array, Any]:
@@ -380,8 +381,7 @@ def forward_cached(
             if pages is not None:
                 return attend_pages(q, (k, v), layer_cache, pages, positions)
             written = [
-                old.at[write_rows[:, None], :, positions].set(new, mode="drop")
-                for old, new in zip(layer_cache, (k, v), strict=True)
+                write_rows(old, x, cache_rows, positions) for old, x in zip(layer_cache, (k, v), strict=True)
             ]
             keys, values = written
             if rows is not None:

@@ -1,9 +1,9 @@
 """The linear layer of every block: a kernel, plain or quantized, and optional low-rank adapters.
 
-The names of its parameters decide how a layer computes: ``kernel`` or a quantized form of it
-(`models.quantize`), ``bias``, and ``lora_a``, ``lora_b`` (`models.lora`). `project` has a custom gradient,
-because XLA:CPU computes the automatic gradient of a kernel slowly. Gradients are added up in the type of the
-parameter, which may be wider than the computation's.
+The names of its parameters decide how a layer computes: ``kernel``, a quantized form of it
+(`models.quantize`) or its transpose ``kernel_t`` (`transpose_kernels`), ``bias``, and ``lora_a``, ``lora_b``
+(`models.lora`). `project` has a custom gradient, because XLA:CPU computes the automatic gradient of a kernel
+slowly. Gradients are added up in the type of the parameter, which may be wider than the computation's.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from empg_jax.models.products import multiply_transposed
 from empg_jax.models.quantize import SCHEMES
 from empg_jax.parallel.layout import num_shards
+from empg_jax.types import Params
 
 
 class Linear(nn.Module):
@@ -63,6 +65,11 @@ class Linear(nn.Module):
                 if scale is None:
                     return outputs
                 return (outputs.astype(jnp.float32) * _row(scale, outputs.ndim)).astype(self.dtype)
+        if self.has_variable("params", "kernel_t"):
+            transposed: Array = self.get_variable("params", "kernel_t")
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            outputs = multiply_transposed(rows, transposed.astype(inputs.dtype))
+            return outputs.reshape(*inputs.shape[:-1], self.features)
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
         return project(inputs, kernel)
 
@@ -107,6 +114,21 @@ def _transposed_first(inputs: Array, slope: Array, dtype: Any) -> Array:
 
 
 project.defvjp(_forward, _backward)
+
+
+def transpose_kernels(layer: Params) -> Params:
+    """Replace each plain ``kernel [in out]`` of a single layer by ``kernel_t [out in]`` (`models.products`).
+
+    Args:
+      layer: the layer's modules; those without a ``kernel`` are kept.
+    """
+
+    def transpose(module: Params) -> Params:
+        rest = {name: leaf for name, leaf in module.items() if name != "kernel"}
+        is_matrix = "kernel" in module and module["kernel"].ndim == 2  # not one for each expert
+        return rest | {"kernel_t": module["kernel"].T} if is_matrix else module
+
+    return {name: transpose(module) for name, module in layer.items()}
 
 
 @jax.custom_vjp

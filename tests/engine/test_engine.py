@@ -464,13 +464,15 @@ def test_nothing_compiles_after_the_warm_up(make):
     assert compiles.count == 0
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill", "copy_rows"])
-def test_no_program_copies_the_cache(make, name):
-    engine = make()
+@pytest.mark.parametrize(
+    ("name", "slots"), [("decode", 4), ("prefill", 4), ("copy_rows", 4), ("decode", 1), ("prefill", 1)]
+)
+def test_no_program_copies_the_cache(make, name, slots):
+    engine = make(slots=slots)
     given = (engine._params, engine._cache)
     if name == "decode":
-        plan, limits = np.zeros((4, 8), np.int32), np.zeros(2, np.int32)
-        inputs = Request(engine._key, plan, engine._carried, limits, np.ones(4, np.float32))
+        plan, limits = np.zeros((slots, 8), np.int32), np.zeros(2, np.int32)
+        inputs = Request(engine._key, plan, engine._carried, limits, np.ones(slots, np.float32))
     elif name == "copy_rows":
         given, inputs = (engine._cache,), np.zeros((4, 3), np.int32)
     else:
@@ -494,7 +496,7 @@ def test_a_mesh_changes_nothing_but_the_place(make):
         answers.append(finish(engine))
     for slot in range(4):
         assert same(answers[0][slot], answers[1][slot])
-    for leaf in (*jax.tree.leaves(split._cache), split._params["layers"][0]["up_proj"]["kernel"]):
+    for leaf in (*jax.tree.leaves(split._cache), split._params["layers"][0]["up_proj"]["kernel_t"]):
         assert max(shard.data.nbytes for shard in leaf.addressable_shards) < leaf.nbytes
 
 

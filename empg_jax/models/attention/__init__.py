@@ -29,6 +29,7 @@ Shapes: queries ``[B, T, H, d]``, keys and values ``[B, T, K, d]`` with ``H = K 
 """
 
 from empg_jax.models.attention.cached import cached_attention as cached_attention
+from empg_jax.models.attention.cached import write_rows as write_rows
 from empg_jax.models.attention.packed import BACKENDS as BACKENDS
 from empg_jax.models.attention.packed import SAVED as SAVED
 from empg_jax.models.attention.packed import is_fusible as is_fusible

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from empg_jax.models.attention import ragged
 from empg_jax.models.attention.dispatch import by_platform
+from empg_jax.models.products import multiply_transposed
 
 # Score of a hidden key. It is finite, so that a row without any visible key gives no NaN.
 MASKED = -1e30
@@ -46,6 +47,34 @@ def cached_attention(
         lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
         return _decode(queries[:, 0], keys, values, lengths)[0][:, None]
     return attend(queries, keys, values, positions)
+
+
+def write_rows(
+    cache: Float[Array, "S K C d"],
+    new: Float[Array, "R T K d"],
+    rows: Int[Array, "R"],
+    positions: Int[Array, "R T"],
+) -> Float[Array, "S K C d"]:
+    """Write new keys, or values, into rows of the cache.
+
+    Args:
+      cache: all rows.
+      new: what is written.
+      rows: the row of each; one beyond the cache is dropped.
+      positions: where it is written in its row; a position beyond the row is dropped.
+    """
+    if positions.size > 1:
+        return _write(cache, new, rows, positions)
+    return jax.lax.platform_dependent(cache, new, rows, positions, cpu=_write_twice, default=_write)
+
+
+def _write(cache: Array, new: Array, rows: Array, positions: Array) -> Array:
+    return cache.at[rows[:, None], :, positions].set(new, mode="drop")
+
+
+def _write_twice(cache: Array, new: Array, rows: Array, positions: Array) -> Array:
+    # XLA:CPU copies the cache for a single write; several are made in place.
+    return _write(cache, jnp.repeat(new, 2, axis=1), rows, jnp.repeat(positions, 2, axis=1))
 
 
 def _dense_decode(queries: Array, keys: Array, values: Array, lengths: Array) -> tuple[Array]:
@@ -80,7 +109,7 @@ def _attend_at_once(queries: Array, keys: Array, values: Array, positions: Array
     # With the batch axes first, the two products make a decode step on a CPU a fifth faster.
     grouped = jnp.swapaxes(queries.reshape(rows, length, kv_heads, groups, depth), 1, 2)
     grouped = grouped.reshape(rows, kv_heads, length * groups, depth)
-    scores = jnp.einsum("rkqd,rkcd->rkqc", grouped, keys, preferred_element_type=jnp.float32)
+    scores = multiply_transposed(grouped, keys, jnp.float32, few=16)
     scores = scores * jnp.float32(depth**-0.5)
     visible = jnp.arange(capacity)[None, None, :] <= positions[:, :, None]
     visible = jnp.repeat(visible, groups, axis=1)[:, None]
