@@ -54,12 +54,19 @@ MEASURES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """One run: its folder, its seed, its settings, and its metrics as (update, value) pairs by name."""
+    """One run: folder, seed, last recorded update, settings, and metrics as (update, value) pairs by name."""
 
     folder: Path
     seed: int | None
+    updates: int
     settings: dict[str, Any]
     series: dict[str, list[tuple[int, float]]]
+
+    @property
+    def planned(self) -> float:
+        """The updates that the run is to make; infinity where its configuration does not say it."""
+        updates = self.settings.get("train.updates")
+        return updates if isinstance(updates, int) else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +117,18 @@ def read_run(folder: Path) -> Run:
     except (ValueError, TypeError, AttributeError):  # a summary.json of which a part is missing
         series.setdefault("held_out", [])
     seed = settings.get("seed")
-    return Run(folder, seed if isinstance(seed, int) else None, settings, series)
+    updates = max(record["update"] for record in records)
+    return Run(folder, seed if isinstance(seed, int) else None, updates, settings, series)
+
+
+def find_unfinished(runs: Sequence[Run]) -> list[Run]:
+    """List the runs that are short of their own ``train.updates`` and of the longest run.
+
+    They do not count in a measure: the curve of a run that was cut off, or still trains, ends where the
+    others have yet to rise.
+    """
+    longest = max(run.updates for run in runs)
+    return [run for run in runs if run.updates < min(run.planned, longest)]
 
 
 def name_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
