@@ -9,16 +9,23 @@ from empg_jax.cli import app
 from empg_jax.report.pairing import compare, pair, render_comparison, sign_test
 
 
-def write(folder, shares, *, attempts=1, env="household", groups=("",)):
-    """An evaluation's folder; `shares` are successes of each task."""
+def write(folder, shares, *, attempts=1, groups=("",), begins=None, **about):
+    """An evaluation's folder; `shares` are successes of each task, `begins` what each begins with."""
     folder.mkdir()
+    turns = {} if begins is None else {"turns": [{"observation": begins}]}
     records = [
-        {"split": "test", "task": task, "success": member < wins, "group": groups[task % len(groups)]}
+        {
+            "split": "test",
+            "task": task,
+            "success": member < wins,
+            "group": groups[task % len(groups)],
+            **turns,
+        }
         for task, wins in shares.items()
         for member in range(attempts)
     ]
     (folder / "episodes.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "eval.json").write_text(json.dumps({"env": env}))
+    (folder / "eval.json").write_text(json.dumps({"env": "household", **about}))
     return folder
 
 
@@ -58,6 +65,47 @@ def test_tasks_are_paired_by_panel_and_number(tmp_path):
     assert "| all tasks | 3 | 66.7% | 100.0% | +33.3 [" in table and "| look\\|x | 2 |" in table
     code = CliRunner().invoke(app, ["compare", str(first), str(second), "--markdown"])
     assert code.stdout == table
+
+
+TINY, HARD = ({"env_options": {"level": level, "style": "terse"}} for level in ("tiny", "hard"))
+
+
+@pytest.mark.parametrize("begins", [(None, None), ("in a hall", "in a cellar")])
+def test_tasks_of_other_options_are_not_paired(tmp_path, begins):
+    first, second = (
+        write(tmp_path / name, {0: 0, 1: 1}, begins=text, **options)
+        for name, text, options in zip("ab", begins, (TINY, HARD), strict=True)
+    )
+    result = CliRunner().invoke(app, ["compare", str(first), str(second)])
+    assert result.exit_code == 2 and result.stdout == ""
+    assert "are of different tasks: env.options.level is tiny and hard\n" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "begins", "note"),
+    [
+        ((TINY, TINY), (None, None), ""),
+        (
+            (TINY, HARD),
+            ("in a hall", "in a hall"),
+            "env.options.level is tiny and hard, though all tasks begin",
+        ),
+        (({}, {}), ("in a hall", "in a hall"), ""),
+        (({}, TINY), (None, None), "could not be checked: eval.json has no env_options"),
+        (({}, TINY), ("in a hall", "in a cellar"), "note: 2 of 2 tasks begin with another"),
+        ((TINY, TINY), ("in a hall", "in a cellar"), "note: 2 of 2 tasks begin with another observation"),
+    ],
+)
+def test_what_speaks_against_equal_tasks_is_told(tmp_path, options, begins, note):
+    first, second = (
+        write(tmp_path / name, {0: 0, 1: 1}, begins=text, **about)
+        for name, text, about in zip("ab", begins, options, strict=True)
+    )
+    result = CliRunner().invoke(app, ["compare", str(first), str(second)])
+    assert result.exit_code == 0 and json.loads(result.stdout)["tasks"] == 2
+    assert note in result.stderr if note else result.stderr == ""
+    table = CliRunner().invoke(app, ["compare", str(first), str(second), "--markdown"]).stdout
+    assert ("\n\nNote: " in table) == bool(note)
 
 
 def test_what_cannot_be_paired_is_told(tmp_path):
