@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from empg_jax.errors import ConfigError
-from empg_jax.report.intervals import QUANTILES, RESAMPLES
-from empg_jax.report.summary import paired_interval
+from empg_jax.report.intervals import RESAMPLES
+from empg_jax.report.statistics import FEWEST, bootstrap
+from empg_jax.report.summary import gain_interval
 
 EPISODES = "episodes.jsonl"  # of an evaluation's folder: one line per attempt
 Task = tuple[str, int]
@@ -78,30 +79,30 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 def pair(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Compute the paired difference of the share of attempts that succeed.
 
-    Where every task was solved or not, the interval is that of `paired_interval`. Shares between 0 and 1 have
-    a bootstrap interval over tasks. The test is exact (McNemar, the sign test): only tasks that changed carry
-    information, and the count of gains among them is binomial.
+    Where every task was solved or not, the interval is that of `gain_interval`. Shares between 0 and 1 have
+    a bootstrap interval over tasks, unless fewer than six tasks changed or all by the same: resampling says
+    too little of them, and the first interval, for which a task is one trial, is wider than the truth, not
+    narrower. The test is exact (McNemar, the sign test): only tasks that changed carry information, and the
+    count of gains among them is binomial.
 
     Returns:
       ``tasks``, ``success`` (of both), ``gain``, ``interval`` (95 %), ``gained``, ``lost`` (tasks),
       ``p_value`` (two-sided), ``method`` of the interval (``score`` or ``bootstrap``).
     """
     x, y = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    gained, lost = int((y > x).sum()), int((y < x).sum())
-    if np.isin(np.concatenate([x, y]), (0.0, 1.0)).all():
-        method, found = "score", paired_interval(_wins(x), _wins(y))
-        assert found is not None  # every task here has both results
-        interval = found
+    change = y - x
+    gained, lost = int((change > 0).sum()), int((change < 0).sum())
+    is_decided = bool(np.isin(np.concatenate([x, y]), (0.0, 1.0)).all())
+    if is_decided or gained + lost < FEWEST or np.ptp(change) < 1e-12:
+        method = "score"
+        sums = float(change[change > 0].sum()), float(-change[change < 0].sum())
+        interval = gain_interval(*sums, len(x))
     else:
-        method = "bootstrap"
-        rng = np.random.default_rng(0)  # the same results give the same interval
-        picks = rng.integers(len(x), size=(RESAMPLES, len(x)))
-        low, high = np.percentile((y - x)[picks].mean(axis=1), QUANTILES)
-        interval = float(low), float(high)
+        method, interval = "bootstrap", bootstrap([change], resamples=RESAMPLES)
     return {
         "tasks": len(x),
         "success": [round(float(x.mean()), 6), round(float(y.mean()), 6)],
-        "gain": round(float((y - x).mean()), 6),
+        "gain": round(float(change.mean()), 6),
         "interval": [round(bound, 6) for bound in interval],
         "gained": gained,
         "lost": lost,
@@ -212,7 +213,3 @@ def _read_about(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}
-
-
-def _wins(shares: np.ndarray) -> str:
-    return "".join(str(int(share)) for share in shares)

@@ -55,6 +55,29 @@ def test_several_attempts_are_resampled_by_task():
     assert found["interval"][0] > 0.1 and found["p_value"] == 2 / 2**24
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([0.25, 0.5, 0.5], [0.5, 0.75, 0.75]),  # all by the same
+        ([0.25, 0.5], [0.25, 0.5]),  # none
+        ([0.25, 0.5, 0.5], [0.75, 0.75, 0.75]),  # few
+        ([0.5] * 20, [0.75] * 5 + [0.5] * 15),  # few of many
+    ],
+)
+def test_what_resampling_says_too_little_of_has_width(before, after):
+    found = pair(before, after)
+    low, high = found["interval"]
+    assert found["method"] == "score" and found["p_value"] > 0.05
+    assert low < 0 <= found["gain"] < high
+
+
+def test_few_shares_have_wider_intervals_than_percentiles():
+    """Of 8 tasks the plain percentiles reach from 0.125 to 0.234."""
+    before, after = [0.25] * 8, [0.5, 0.5, 0.25, 0.5, 0.375, 0.5, 0.375, 0.5]
+    low, high = pair(before, after)["interval"]
+    assert low < 0.125 and high > 0.2344
+
+
 def test_tasks_are_paired_by_panel_and_number(tmp_path):
     first = write(tmp_path / "a", {0: 0, 1: 1, 2: 0, 3: 1}, groups=("heat", "look|x"))
     second = write(tmp_path / "b", {3: 1, 2: 1, 1: 1, 9: 1}, groups=("heat", "look|x"))
