@@ -29,6 +29,7 @@ APART = (
     "train.profile",
     "model.chat_date",
 )
+FIRST = ("algorithm.entry_point", "algorithm.modulation", "algorithm.name")  # in the names of arms
 # Measure -> (metric, how its updates become one number).
 LAST, WHOLE, AREA = "mean of the last tenth", "mean over all updates", "area under the curve"
 MEASURES = {
@@ -132,23 +133,39 @@ def find_unfinished(runs: Sequence[Run]) -> list[Run]:
 
 
 def name_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Put the runs with equal settings into arms, named after the settings that differ between arms."""
+    """Put the runs with equal settings into arms, named after the settings that differ between arms.
+
+    The algorithm and its modulation come first. A modulation's own settings are compared among the runs that
+    use it; settings that are null have no part in a name.
+    """
     kept = [_compared(run.settings) for run in runs]
-    keys = sorted({key for settings in kept for key in settings})
-    differ = [key for key in keys if len({repr(settings.get(key)) for settings in kept}) > 1]
+    keys = sorted({key for settings in kept for key in settings}, key=lambda key: (key not in FIRST, key))
+    differ = [
+        key
+        for key in keys
+        if len({repr(each.get(key)) for each in kept if not key.startswith(_idle(each))}) > 1
+    ]
     arms: dict[str, list[Run]] = {}
     for run, settings in zip(runs, kept, strict=True):
-        parts = [f"{key.removeprefix('algorithm.')}={settings.get(key)}" for key in differ]
+        parts = [
+            f"{key.removeprefix('algorithm.')}={settings[key]}"
+            for key in differ
+            if settings.get(key) is not None
+        ]
         arms.setdefault(", ".join(parts) or str(settings.get("algorithm.name", "all runs")), []).append(run)
     return arms
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what may differ within an arm, and the settings of a modulation that is not used."""
-    idle = tuple(
-        f"algorithm.{kind}." for kind in ("empg", "aem") if settings.get("algorithm.modulation") != kind
-    )
-    return {key: value for key, value in settings.items() if not key.startswith((*APART, *idle))}
+    left_out = (*APART, *_idle(settings))
+    return {key: value for key, value in settings.items() if not key.startswith(left_out)}
+
+
+def _idle(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the settings of the modulations that are not used begin with."""
+    used = settings.get("algorithm.modulation")
+    return tuple(f"algorithm.{kind}." for kind in ("empg", "aem") if kind != used)
 
 
 def measure(run: Run, metric: str, how: str) -> float:

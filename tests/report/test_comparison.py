@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from empg_jax.cli import app
+from empg_jax.config import load_config
 
 
 def make_run(folder, *, seed, modulation="empg", success=(0.0, 1.0), held_out=None, updates=None, **metrics):
@@ -159,6 +160,24 @@ def test_equal_settings_are_one_arm_named_after_the_algorithm(tmp_path):
     made = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
     report(*made, "--out", tmp_path / "out")
     assert rows(tmp_path / "out")["success, area", "grpo", ""]["runs"] == "3"
+
+
+def test_arms_of_whole_configurations_have_short_names(tmp_path):
+    """Of the settings of EMPG only that is named in which the two arms with EMPG differ."""
+    arms = (["algorithm.name=grpo"], [], ["algorithm.empg.k=2"], ["algorithm.name=grpo_aem"])
+    made = []
+    for number, overrides in enumerate(arms):
+        made.append(make_run(tmp_path / str(number), seed=0))
+        config = load_config("quickstart", [*overrides, "train.updates=2", "train.warmup_updates=0"])
+        (made[-1] / "config.yaml").write_text(config.to_yaml())
+    assert report(*made, "--out", tmp_path / "out").exit_code == 0
+    names = {arm: None for _, arm, against in rows(tmp_path / "out") if not against}
+    assert list(names) == [
+        "modulation=none",
+        "modulation=empg, empg.k=1.0",
+        "modulation=empg, empg.k=2.0",
+        "modulation=aem",
+    ]
 
 
 def test_what_is_no_run_is_refused(tmp_path):
