@@ -184,19 +184,20 @@ def _check_same_tasks(folders: Sequence[Path], begins: Sequence[tuple[str | None
     ``begins``: the two first observations of every common task.
     """
     abouts = [_read_about(folder) for folder in folders]
-    envs, options = ([about.get(key) for about in abouts] for key in ("env", "env_options"))
+    envs = [about.get("env") for about in abouts]
+    options = [about["env_options"] for about in abouts if "env_options" in about]
     if None not in envs and envs[0] != envs[1]:
         raise ConfigError(f"{folders[0]} is of {envs[0]}, {folders[1]} of {envs[1]}: their tasks differ")
     known = [each for each in begins if None not in each]
     others = sum(x != y for x, y in known)
-    unlike = "" if None in options else _list_unlike(*options)
+    unlike = _list_unlike(*options) if len(options) == 2 else ""
     if unlike and (others or not known):
         raise ConfigError(f"{folders[0]} and {folders[1]} are of different tasks: {unlike}")
     if unlike:
         return [f"{unlike}, though all tasks begin with the same observation"]
     if others:
         return [f"{others} of {len(known)} tasks begin with another observation"]
-    if None in options and not known:
+    if len(options) < 2 and not known:
         return ["whether both are of the same tasks could not be checked: eval.json has no env_options"]
     return []
 
