@@ -49,7 +49,7 @@ def evaluate_run(
       out: folder that keeps finished attempts: an evaluation that was cut off goes on there.
 
     Returns:
-      ``eval_*`` metrics, ``eval_tasks``, ``split``, ``step``, ``source``, ``env``; what
+      ``eval_*`` metrics, ``eval_tasks``, ``split``, ``step``, ``source``, ``env``, ``env_options``; what
       `empg_jax.report.evaluation.estimate_success` tells; for a model from ``model.path`` also
       ``text_logprob``, the weights' log-probability of a fixed text in nats per token.
 
@@ -210,6 +210,7 @@ def _describe(config: Config, evaluator: Evaluator, result: Evaluation, attempts
         "eval_tasks": evaluator.num_tasks,
         "split": config.env.eval_split,
         "env": config.env.target,
+        "env_options": config.model_dump(mode="json")["env"]["options"],
         **estimate_success(result.trajectories, attempts),
     }
 

@@ -1,15 +1,17 @@
 """The compute-matched panel of a study: curves read at equal environment steps and at equal CPU seconds.
 
-The budget of a task is what its thriftiest finished run spent, so that every curve reaches it. Up to there a
-run is worth the area under its held-out curve over what it spent, and it stands where the curve crosses the
-budget.
+The budget of a task is what its thriftiest finished run spent, so that every curve reaches it. Seconds of one
+machine say nothing of another's: each machine has a budget of its own, and only pairs of runs on one machine
+count. Up to the budget a run is worth the area under its held-out curve over what it spent, and it stands
+where the curve crosses the budget.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 from study_ledger import Line
@@ -28,29 +30,30 @@ class Matched:
     """A study's runs at equal amounts.
 
     Attributes:
-      results: the runs whose record says what they spent; their lines have ``area_AMOUNT``, ``at_AMOUNT``.
-      budgets: what the runs of a task are compared at, by task and amount.
-      silent: finished runs whose record does not say it.
+      results: by amount, the runs that count; their lines have ``area_AMOUNT``, ``at_AMOUNT``.
+      budgets: what runs are compared at, by task, amount and place (`place_of`).
+      silent: finished runs whose record does not say what they spent.
+      alone: runs that do not count over CPU seconds, since they have no pair that counts.
       unlike: pairs on different processors or numbers of cores, whose CPU seconds cannot be compared.
     """
 
-    results: Results
-    budgets: dict[tuple[str, str], float]
+    results: dict[str, Results]
+    budgets: dict[tuple[str, str, str], float]
     silent: list[Triple]
+    alone: list[Triple]
     unlike: dict[tuple[str, int, str, str], str]
 
     def differences(self, amount: str) -> dict[tuple[str | None, str, str], Comparison]:
         """Compare the arms' areas up to the budget, by task (None: pooled) and arms."""
-        results = self.results
-        if amount == "cpu_seconds":
-            results = dataclasses.replace(results, excluded=results.excluded | self.unlike)
-        found = compare_arms(results, f"area_{amount}")
+        found = compare_arms(self.results[amount], f"area_{amount}")
         return {(each.task, each.arm, each.against): each for each in found}
 
-    def describe(self, task: str, arm: str, key: str) -> tuple[float, tuple[float, float]]:
-        """The mean of a measure over the seeds of a cell, and its interval."""
-        values = self.results.values(task, arm, key)
-        return float(values.mean()), bootstrap([values])
+    def describe(self, task: str, arm: str, amount: str) -> tuple[float, tuple[float, float], float]:
+        """The mean area over the seeds of a cell with its interval, and the mean success at the budget."""
+        areas, ends = (self.results[amount].values(task, arm, f"{key}_{amount}") for key in ("area", "at"))
+        if not len(areas):
+            return math.nan, (math.nan, math.nan), math.nan
+        return float(areas.mean()), bootstrap([areas]), float(ends.mean())
 
 
 def match(results: Results) -> Matched | None:
@@ -58,34 +61,61 @@ def match(results: Results) -> Matched | None:
     told = {triple: line for triple, line in results.finished.items() if line.get("spent") is not None}
     if not told:
         return None
-    budgets = {
-        (task, amount): min(line["spent"][amount][-1] for triple, line in told.items() if triple.task == task)
-        for task in {triple.task for triple in told}
-        for amount in AMOUNTS
-    }
+    budgets: dict[tuple[str, str, str], float] = {}
+    for triple, line in told.items():
+        for amount in AMOUNTS:
+            key, spent = (triple.task, amount, place_of(line, amount)), line["spent"][amount][-1]
+            budgets[key] = min(spent, budgets.get(key, spent))
     lines = {triple: line | _measure(line, triple.task, budgets) for triple, line in told.items()}
+    unlike = _find_unlike(results.study, told)
+    excluded = results.excluded | unlike
+    paired = _find_paired(results.study, told, excluded)
+    within = {triple: line for triple, line in lines.items() if triple in paired}
     return Matched(
-        dataclasses.replace(results, finished=lines),
+        {
+            "environment_steps": dataclasses.replace(results, finished=lines),
+            "cpu_seconds": dataclasses.replace(results, finished=within, excluded=excluded),
+        },
         budgets,
         silent=[triple for triple in results.finished if triple not in told],
-        unlike=_find_unlike(results.study, told),
+        alone=[triple for triple in told if triple not in paired],
+        unlike=unlike,
     )
+
+
+def place_of(line: Line, amount: str) -> str:
+    """The machine on which a run's seconds were spent; environment steps are the same everywhere."""
+    hardware = line["hardware"]
+    return f"{hardware['cpus']} x {hardware['processor']}" if amount == "cpu_seconds" else ""
 
 
 def _find_unlike(study: Study, told: Mapping[Triple, Line]) -> dict[tuple[str, int, str, str], str]:
     found = {}
     for task, seed, pair in itertools.product(study.tasks, study.seeds, study.comparisons):
         lines = [told.get(Triple(task, arm, seed)) for arm in pair]
-        machines = [f"{line['hardware']['cpus']} x {line['hardware']['processor']}" for line in lines if line]
+        machines = [place_of(line, "cpu_seconds") for line in lines if line]
         if len(set(machines)) > 1:
             found[task, seed, *pair] = " and ".join(machines)
     return found
 
 
-def _measure(line: Line, task: str, budgets: Mapping[tuple[str, str], float]) -> dict[str, float]:
+def _find_paired(
+    study: Study, told: Mapping[Triple, Line], excluded: Container[tuple[str, int, str, str]]
+) -> set[Triple]:
+    """Find the runs of the pairs that are there and count."""
+    found: set[Triple] = set()
+    for task, seed, pair in itertools.product(study.tasks, study.seeds, study.comparisons):
+        runs = {Triple(task, arm, seed) for arm in pair}
+        if runs <= told.keys() and (task, seed, *pair) not in excluded:
+            found |= runs
+    return found
+
+
+def _measure(line: Line, task: str, budgets: Mapping[tuple[str, str, str], float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for amount in AMOUNTS:
-        cut = cut_at(line["spent"][amount], [value for _, value in line["curve"]], budgets[task, amount])
+        budget = budgets[task, amount, place_of(line, amount)]
+        cut = cut_at(line["spent"][amount], [value for _, value in line["curve"]], budget)
         found |= {f"area_{amount}": area(cut), f"at_{amount}": cut[-1][1]}
     return found
 

@@ -154,13 +154,12 @@ def _matched(results: Results) -> list[str]:
     study, rows = results.study, []
     by_amount = {amount: found.differences(amount) for amount in AMOUNTS}
     for task in study.tasks:
-        ranked = [arm for arm in study.arms if found.results.lines(task, arm)]
-        ranked.sort(key=lambda arm: -found.describe(task, arm, "area_cpu_seconds")[0])
-        for arm in ranked:
-            row = [task, arm, str(len(found.results.lines(task, arm)))]
+        counts = {arm: len(found.results["environment_steps"].lines(task, arm)) for arm in study.arms}
+        heights = {arm: found.describe(task, arm, "cpu_seconds")[0] for arm, count in counts.items() if count}
+        for arm in sorted(heights, key=lambda arm: (math.isnan(heights[arm]), -heights[arm])):
+            row = [task, arm, str(counts[arm])]
             for amount, differences in by_amount.items():
-                mean, interval = found.describe(task, arm, f"area_{amount}")
-                at, _ = found.describe(task, arm, f"at_{amount}")
+                mean, interval, at = found.describe(task, arm, amount)
                 each = differences.get((task, arm, study.baseline))
                 row += [f"{_points(mean)} {_interval(interval)}", _points(at), *_difference(each)]
             rows.append(row)
@@ -184,23 +183,35 @@ def _matched(results: Results) -> list[str]:
             for (task, seed, arm, other), how in found.unlike.items()
         ]
         parts.append(f"Not compared over CPU seconds, since the machines differ: {'; '.join(pairs)}.")
+    if found.alone:
+        alone = ", ".join(each.name for each in found.alone)
+        parts.append(f"Left out over CPU seconds, for want of a pair on one machine: {alone}.")
     if found.silent:
         parts.append(f"Without a record of what they spent: {', '.join(each.name for each in found.silent)}.")
     return ["## At equal environment steps and at equal CPU seconds\n\n" + "\n\n".join(parts)]
 
 
 def _budgets(found: Matched) -> str:
-    lines = [
-        f"- {task}: {found.budgets[task, 'environment_steps']:,.0f} environment steps; "
-        f"{found.budgets[task, 'cpu_seconds']:,.0f} CPU seconds"
-        for task in found.results.study.tasks
-        if (task, "environment_steps") in found.budgets
-    ]
+    lines = []
+    for task in found.results["environment_steps"].study.tasks:
+        steps, seconds = (
+            {
+                place: budget
+                for (of, name, place), budget in found.budgets.items()
+                if (of, name) == (task, amount)
+            }
+            for amount in AMOUNTS
+        )
+        if steps:
+            where = {place: f" on {place}" if len(seconds) > 1 else "" for place in seconds}
+            told = ", ".join(f"{budget:,.0f} CPU seconds{where[place]}" for place, budget in seconds.items())
+            lines.append(f"- {task}: {steps['']:,.0f} environment steps; {told}")
     note = (
         "A task's budget is what its thriftiest finished run spent in training, without evaluations and "
-        "warm start; area and success, in per cent, are of the held-out curve up to it, and the arms of a "
-        "task are sorted by the area over CPU seconds. Differences in points, paired by seed, with 95 % "
-        "bootstrap intervals; Holm as above, apart for each of the two amounts."
+        "warm start; of CPU seconds each machine has its own, and only runs with a pair on one machine "
+        "count. Area and success, in per cent, are of the held-out curve up to it, and a task's arms are "
+        "sorted by the area over CPU seconds. Differences in points, paired by seed, with 95 % bootstrap "
+        "intervals; Holm as above, apart for each of the two amounts."
     )
     return "\n".join([note, "", *lines])
 

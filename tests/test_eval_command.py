@@ -75,10 +75,12 @@ def test_groups_of_the_environment_have_rows(run_dir, attempted):
 
 def test_files_lie_in_the_runs_folder_or_where_one_says(run_dir, attempted, tmp_path):
     assert json.loads((run_dir / "eval" / "eval.json").read_text()) == attempted
+    assert attempted["env_options"] == load_config(run_dir / "config.yaml").env.options
     code, out, err = call("eval", run_dir / "checkpoints" / "1", "--tasks", 2, "--out", tmp_path / "new")
     assert code == 0 and json.loads((tmp_path / "new" / "eval.json").read_text()) == json.loads(out)
     assert str(tmp_path / "new" / "eval.md") in err
     assert json.loads((run_dir / "eval" / "eval.json").read_text()) == attempted
+    assert attempted["env_options"] == load_config(run_dir / "config.yaml").env.options
 
 
 def test_the_same_command_goes_on(run_dir, attempted, tmp_path, monkeypatch):

@@ -133,11 +133,14 @@ def compare(
     """Compare two evaluations task by task: the gain of the second, its 95 % interval and an exact test.
 
     With one attempt at each task the interval is that of the score test (Tango) and the test is McNemar's;
-    with several the interval is a bootstrap over tasks and the test a sign test.
+    with several the interval is a bootstrap over tasks (if six changed) and the test a sign test. Evaluations
+    of different environments are refused, and of different env.options, unless all tasks begin alike.
     """
     with reporting():
         from empg_jax.report.pairing import compare as compare_folders
         from empg_jax.report.pairing import render_comparison
 
         found = compare_folders(first, second)
+        for note in found["notes"]:
+            say(f"note: {note}")
         typer.echo(render_comparison(found) if as_markdown else json.dumps(found), nl=not as_markdown)

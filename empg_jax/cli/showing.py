@@ -112,11 +112,12 @@ def report(
 
     Runs with equal settings but another seed form an arm; the arm of the first run is what the others are
     compared with, paired by seed. Means, interquartile means, 95 % bootstrap intervals, areas under curves.
+    Unfinished runs are drawn and named, and count in no number.
     """
     with reporting():
         from empg_jax.report.comparison_page import report_runs
 
-        typer.echo(report_runs(runs, out).absolute())
+        typer.echo(report_runs(runs, out, warn=say).absolute())
 
 
 @app.command()

@@ -29,6 +29,7 @@ APART = (
     "train.profile",
     "model.chat_date",
 )
+FIRST = ("algorithm.entry_point", "algorithm.modulation", "algorithm.name")  # in the names of arms
 # Measure -> (metric, how its updates become one number).
 LAST, WHOLE, AREA = "mean of the last tenth", "mean over all updates", "area under the curve"
 MEASURES = {
@@ -54,12 +55,19 @@ MEASURES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """One run: its folder, its seed, its settings, and its metrics as (update, value) pairs by name."""
+    """One run: folder, seed, last recorded update, settings, and metrics as (update, value) pairs by name."""
 
     folder: Path
     seed: int | None
+    updates: int
     settings: dict[str, Any]
     series: dict[str, list[tuple[int, float]]]
+
+    @property
+    def planned(self) -> float:
+        """The updates that the run is to make; infinity where its configuration does not say it."""
+        updates = self.settings.get("train.updates")
+        return updates if isinstance(updates, int) else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,27 +118,54 @@ def read_run(folder: Path) -> Run:
     except (ValueError, TypeError, AttributeError):  # a summary.json of which a part is missing
         series.setdefault("held_out", [])
     seed = settings.get("seed")
-    return Run(folder, seed if isinstance(seed, int) else None, settings, series)
+    updates = max(record["update"] for record in records)
+    return Run(folder, seed if isinstance(seed, int) else None, updates, settings, series)
+
+
+def find_unfinished(runs: Sequence[Run]) -> list[Run]:
+    """List the runs that are short of their own ``train.updates`` and of the longest run.
+
+    They do not count in a measure: the curve of a run that was cut off, or still trains, ends where the
+    others have yet to rise.
+    """
+    longest = max(run.updates for run in runs)
+    return [run for run in runs if run.updates < min(run.planned, longest)]
 
 
 def name_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Put the runs with equal settings into arms, named after the settings that differ between arms."""
+    """Put the runs with equal settings into arms, named after the settings that differ between arms.
+
+    The algorithm and its modulation come first. A modulation's own settings are compared among the runs that
+    use it; settings that are null have no part in a name.
+    """
     kept = [_compared(run.settings) for run in runs]
-    keys = sorted({key for settings in kept for key in settings})
-    differ = [key for key in keys if len({repr(settings.get(key)) for settings in kept}) > 1]
+    keys = sorted({key for settings in kept for key in settings}, key=lambda key: (key not in FIRST, key))
+    differ = [
+        key
+        for key in keys
+        if len({repr(each.get(key)) for each in kept if not key.startswith(_idle(each))}) > 1
+    ]
     arms: dict[str, list[Run]] = {}
     for run, settings in zip(runs, kept, strict=True):
-        parts = [f"{key.removeprefix('algorithm.')}={settings.get(key)}" for key in differ]
+        parts = [
+            f"{key.removeprefix('algorithm.')}={settings[key]}"
+            for key in differ
+            if settings.get(key) is not None
+        ]
         arms.setdefault(", ".join(parts) or str(settings.get("algorithm.name", "all runs")), []).append(run)
     return arms
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what may differ within an arm, and the settings of a modulation that is not used."""
-    idle = tuple(
-        f"algorithm.{kind}." for kind in ("empg", "aem") if settings.get("algorithm.modulation") != kind
-    )
-    return {key: value for key, value in settings.items() if not key.startswith((*APART, *idle))}
+    left_out = (*APART, *_idle(settings))
+    return {key: value for key, value in settings.items() if not key.startswith(left_out)}
+
+
+def _idle(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the settings of the modulations that are not used begin with."""
+    used = settings.get("algorithm.modulation")
+    return tuple(f"algorithm.{kind}." for kind in ("empg", "aem") if kind != used)
 
 
 def measure(run: Run, metric: str, how: str) -> float:

@@ -7,7 +7,7 @@ import csv
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from empg_jax.errors import ConfigError
 from empg_jax.files import replacing, write_text_atomic
-from empg_jax.report.comparison import Line, Pairing, Run, name_arms, read_run, summarize
+from empg_jax.report.comparison import Line, Pairing, Run, find_unfinished, name_arms, read_run, summarize
 from empg_jax.report.curves import smooth
 from empg_jax.report.statistics import band
 
@@ -41,13 +41,16 @@ font-variant-numeric: tabular-nums; } th:nth-child(-n+2), td:nth-child(-n+2) { t
 img { max-width: 100%; background: #fff; }"""
 
 
-def report_runs(folders: Sequence[Path], out: Path) -> Path:
+def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], None]) -> Path:
     """Compare runs; write ``report.html``, ``report.png`` and ``report.csv`` into a folder.
+
+    The runs of `find_unfinished` are drawn and named, and are left out of all numbers.
 
     Args:
       folders: folders of runs. Runs with equal settings but another seed form an arm; the arm of the first
         run is what the others are compared with.
       out: the folder to write into; it is made.
+      warn: told of each run that is left out.
 
     Returns:
       The path of ``report.html``.
@@ -58,15 +61,24 @@ def report_runs(folders: Sequence[Path], out: Path) -> Path:
     for place, folder in enumerate(folders):
         if any(folder.resolve() == other.resolve() for other in folders[:place]):
             raise ConfigError(f"{folder} is named twice: a run counts once, or its intervals would shrink")
-    arms = name_arms([read_run(folder) for folder in folders])
-    lines, pairings = summarize(arms)
+    runs = [read_run(folder) for folder in folders]
+    arms, unfinished = name_arms(runs), find_unfinished(runs)
+    lines, pairings = summarize(
+        {arm: [run for run in each if run not in unfinished] for arm, each in arms.items()}
+    )
+    left_out = [
+        f"{run.folder} is not finished ({_progress(run)} updates): it is drawn, and left out of all numbers"
+        for run in unfinished
+    ]
+    for line in left_out:
+        warn(line)
     try:
         out.mkdir(parents=True, exist_ok=True)
         picture = draw(arms)
         with replacing(out / "report.png") as file:
             file.write(picture)
         write_text_atomic(out / "report.csv", as_csv(lines, pairings))
-        write_text_atomic(out / "report.html", as_html(arms, lines, pairings, picture))
+        write_text_atomic(out / "report.html", as_html(arms, left_out, lines, pairings, picture))
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from None
     return out / "report.html"
@@ -88,14 +100,19 @@ def as_csv(lines: Sequence[Line], pairings: Sequence[Pairing]) -> str:
 
 
 def as_html(
-    arms: Mapping[str, Sequence[Run]], lines: Sequence[Line], pairings: Sequence[Pairing], picture: bytes
+    arms: Mapping[str, Sequence[Run]],
+    left_out: Sequence[str],
+    lines: Sequence[Line],
+    pairings: Sequence[Pairing],
+    picture: bytes,
 ) -> str:
-    """Format the comparison as one page that stands alone."""
+    """Format the comparison, with lines on what it leaves out, as one page that stands alone."""
     runs = [
         [
             arm,
             str(len(each)),
             ", ".join(str(run.seed) for run in each),
+            ", ".join(map(_progress, each)),
             ", ".join(run.folder.name for run in each),
         ]
         for arm, each in arms.items()
@@ -127,7 +144,8 @@ def as_html(
         "each, not corrected for their number."
     )
     parts = [
-        _table(["arm", "runs", "seeds", "folders"], runs),
+        _table(["arm", "runs", "seeds", "updates", "folders"], runs),
+        *(f"<p>{html.escape(line)}</p>" for line in left_out),
         f"<p>{note}</p>",
         f'<img alt="Curves of the arms over updates" src="data:image/png;base64,{shown}">',
         "<h2>Measures</h2>" + _table(["measure", "arm", "seeds", "mean", "interval", "IQM"], means),
@@ -136,7 +154,8 @@ def as_html(
         heads = ["measure", "difference", "pairs", "mean", "interval", "p"]
         parts.append("<h2>Paired differences</h2>" + _table(heads, differences))
     elif len(arms) > 1:
-        parts.append("<p>No two arms share a seed, so there are no paired differences.</p>")
+        told = "No two arms share a seed among their finished runs, so there are no paired differences."
+        parts.append(f"<p>{told}</p>")
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><title>Comparison of runs</title><style>{STYLE}</style>'
     page = f"<body><h1>Comparison of runs</h1>\n{body}</body>"
@@ -187,6 +206,11 @@ def _draw_arm(axes: Any, runs: Sequence[Run], name: str, arm: str, color: str) -
         low, high = (smooth(bound, min(width, len(bound))) for bound in bands.T)
         axes.fill_between(np.array(updates)[whole], low, high, color=color, alpha=0.15, linewidth=0)
     return True
+
+
+def _progress(run: Run) -> str:
+    is_short = run.updates < run.planned < math.inf
+    return f"{run.updates} of {run.planned}" if is_short else str(run.updates)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,27 @@ from typing import Any
 import numpy as np
 
 from empg_jax.errors import ConfigError
-from empg_jax.report.intervals import QUANTILES, RESAMPLES
-from empg_jax.report.summary import paired_interval
+from empg_jax.report.intervals import RESAMPLES
+from empg_jax.report.statistics import FEWEST, bootstrap
+from empg_jax.report.summary import gain_interval
 
 EPISODES = "episodes.jsonl"  # of an evaluation's folder: one line per attempt
 Task = tuple[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """What the episodes of an evaluation say of each task.
+
+    Attributes:
+      shares: the share of its attempts that succeed.
+      groups: the name of its group, or an empty text.
+      begins: the first observation, or None where it is not recorded.
+    """
+
+    shares: dict[Task, float]
+    groups: dict[Task, str]
+    begins: dict[Task, str | None]
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
@@ -28,60 +45,64 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 
     Returns:
       ``first`` and ``second`` (the folders), ``unpaired`` (tasks that only one of them has), the numbers of
-      `pair` for all tasks, and the same for each group of tasks in ``groups``.
+      `pair` for all tasks, the same for each group of tasks in ``groups``, and in ``notes`` lines on what
+      speaks against equal tasks.
 
     Raises:
-      ConfigError: there is no evaluation in a folder, or the two have no task in common.
+      ConfigError: there is no evaluation in a folder, or the two have no task in common, or are of different
+        environments or options of it.
     """
     folders = [find_evaluation(path) for path in (first, second)]
-    _check_same_tasks(folders)
-    (shares, names), (others, _) = (read_shares(folder) for folder in folders)
-    tasks = [task for task in shares if task in others]
+    before, after = (read_tasks(folder) for folder in folders)
+    tasks = [task for task in before.shares if task in after.shares]
     if not tasks:
         raise ConfigError(f"{folders[0]} and {folders[1]} have no task in common: nothing can be paired")
+    begins = [(before.begins[task], after.begins[task]) for task in tasks]
+    notes = _check_same_tasks(folders, begins)
     groups = collections.defaultdict(list)
     for task in tasks:
-        groups[names[task]].append(task)
+        groups[before.groups[task]].append(task)
+
+    def pair_all(each: Sequence[Task]) -> dict[str, Any]:
+        return pair([before.shares[task] for task in each], [after.shares[task] for task in each])
+
     return {
         "first": str(folders[0]),
         "second": str(folders[1]),
-        "unpaired": len(shares.keys() ^ others.keys()),
-        **pair([shares[task] for task in tasks], [others[task] for task in tasks]),
-        "groups": {
-            name: pair([shares[task] for task in each], [others[task] for task in each])
-            for name, each in sorted(groups.items())
-            if name
-        },
+        "unpaired": len(before.shares.keys() ^ after.shares.keys()),
+        **pair_all(tasks),
+        "groups": {name: pair_all(each) for name, each in sorted(groups.items()) if name},
+        "notes": notes,
     }
 
 
 def pair(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Compute the paired difference of the share of attempts that succeed.
 
-    Where every task was solved or not, the interval is that of `paired_interval`. Shares between 0 and 1 have
-    a bootstrap interval over tasks. The test is exact (McNemar, the sign test): only tasks that changed carry
-    information, and the count of gains among them is binomial.
+    Where every task was solved or not, the interval is that of `gain_interval`. Shares between 0 and 1 have
+    a bootstrap interval over tasks, unless fewer than six tasks changed or all by the same: resampling says
+    too little of them, and the first interval, for which a task is one trial, is wider than the truth, not
+    narrower. The test is exact (McNemar, the sign test): only tasks that changed carry information, and the
+    count of gains among them is binomial.
 
     Returns:
       ``tasks``, ``success`` (of both), ``gain``, ``interval`` (95 %), ``gained``, ``lost`` (tasks),
       ``p_value`` (two-sided), ``method`` of the interval (``score`` or ``bootstrap``).
     """
     x, y = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    gained, lost = int((y > x).sum()), int((y < x).sum())
-    if np.isin(np.concatenate([x, y]), (0.0, 1.0)).all():
-        method, found = "score", paired_interval(_wins(x), _wins(y))
-        assert found is not None  # every task here has both results
-        interval = found
+    change = y - x
+    gained, lost = int((change > 0).sum()), int((change < 0).sum())
+    is_decided = bool(np.isin(np.concatenate([x, y]), (0.0, 1.0)).all())
+    if is_decided or gained + lost < FEWEST or np.ptp(change) < 1e-12:
+        method = "score"
+        sums = float(change[change > 0].sum()), float(-change[change < 0].sum())
+        interval = gain_interval(*sums, len(x))
     else:
-        method = "bootstrap"
-        rng = np.random.default_rng(0)  # the same results give the same interval
-        picks = rng.integers(len(x), size=(RESAMPLES, len(x)))
-        low, high = np.percentile((y - x)[picks].mean(axis=1), QUANTILES)
-        interval = float(low), float(high)
+        method, interval = "bootstrap", bootstrap([change], resamples=RESAMPLES)
     return {
         "tasks": len(x),
         "success": [round(float(x.mean()), 6), round(float(y.mean()), 6)],
-        "gain": round(float((y - x).mean()), 6),
+        "gain": round(float(change.mean()), 6),
         "interval": [round(bound, 6) for bound in interval],
         "gained": gained,
         "lost": lost,
@@ -113,27 +134,30 @@ def find_evaluation(path: Path) -> Path:
     )
 
 
-def read_shares(folder: Path) -> tuple[dict[Task, float], dict[Task, str]]:
-    """Read the share of attempts that succeed, and the name of the group, of every task.
+def read_tasks(folder: Path) -> Tasks:
+    """Read what the episodes of an evaluation say of every task.
 
     Raises:
       ConfigError: a line is no episode.
     """
-    results, names = collections.defaultdict(list), {}
+    results, found = collections.defaultdict(list), Tasks({}, {}, {})
     with (folder / EPISODES).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
                 task = str(record["split"]), int(record["task"])
                 results[task].append(bool(record["success"]))
-            except (ValueError, KeyError, TypeError):
+                turns = record.get("turns") or [{}]
+                found.begins[task] = turns[0].get("observation")
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise ConfigError(f"{folder / EPISODES}, line {number}: no episode") from None
-            names[task] = str(record.get("group", ""))
-    return {task: sum(each) / len(each) for task, each in results.items()}, names
+            found.groups[task] = str(record.get("group", ""))
+    found.shares.update({task: sum(each) / len(each) for task, each in results.items()})
+    return found
 
 
 def render_comparison(found: Mapping[str, Any]) -> str:
-    """Render a comparison as Markdown: a row for all tasks, and one per group."""
+    """Render a comparison as Markdown: a row for all tasks, and one per group; notes below."""
     lines = [
         f"# {found['second']} against {found['first']}",
         "",
@@ -149,20 +173,44 @@ def render_comparison(found: Mapping[str, Any]) -> str:
             f"| {name} | {row['tasks']} | {first:.1%} | {second:.1%} | {difference} | {row['gained']} | "
             f"{row['lost']} | {row['p_value']:.3g} |"
         )
+    lines += [f"\nNote: {note}." for note in found["notes"]]
     return "\n".join(lines) + "\n"
 
 
-def _check_same_tasks(folders: Sequence[Path]) -> None:
-    """Refuse evaluations of different environments, whose tasks only have equal numbers."""
-    envs = []
-    for folder in folders:
-        try:
-            envs.append(json.loads((folder / "eval.json").read_text(encoding="utf-8")).get("env"))
-        except (OSError, ValueError, AttributeError):
-            return
-    if envs[0] != envs[1]:
+def _check_same_tasks(folders: Sequence[Path], begins: Sequence[tuple[str | None, str | None]]) -> list[str]:
+    """Refuse evaluations whose tasks only have equal numbers; return what speaks against equal tasks.
+
+    Options may differ where all tasks begin with the same observation, as for another address of a server.
+    ``begins``: the two first observations of every common task.
+    """
+    abouts = [_read_about(folder) for folder in folders]
+    envs = [about.get("env") for about in abouts]
+    options = [about["env_options"] for about in abouts if "env_options" in about]
+    if None not in envs and envs[0] != envs[1]:
         raise ConfigError(f"{folders[0]} is of {envs[0]}, {folders[1]} of {envs[1]}: their tasks differ")
+    known = [each for each in begins if None not in each]
+    others = sum(x != y for x, y in known)
+    unlike = _list_unlike(*options) if len(options) == 2 else ""
+    if unlike and (others or not known):
+        raise ConfigError(f"{folders[0]} and {folders[1]} are of different tasks: {unlike}")
+    if unlike:
+        return [f"{unlike}, though all tasks begin with the same observation"]
+    if others:
+        return [f"{others} of {len(known)} tasks begin with another observation"]
+    if len(options) < 2 and not known:
+        return ["whether both are of the same tasks could not be checked: eval.json has no env_options"]
+    return []
 
 
-def _wins(shares: np.ndarray) -> str:
-    return "".join(str(int(share)) for share in shares)
+def _list_unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    keys = sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
+    return "; ".join(f"env.options.{key} is {first.get(key)} and {second.get(key)}" for key in keys)
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """Read what an evaluation says of itself; nothing where its file is not there or damaged."""
+    try:
+        about = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}

@@ -71,10 +71,6 @@ def _compared(summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 def paired_interval(before: str, after: str) -> tuple[float, float] | None:
     """Compute the 95 % interval of the gain in success rate on the same tasks before and after.
 
-    Only tasks whose result changed carry information, and their number is subject to chance too. The bounds
-    are those of the score test for paired proportions (Tango 1998), which holds its level for few tasks and
-    has width where nothing changed.
-
     Args:
       before: ``1`` or ``0`` for every task, in a fixed order; ``-`` for a task without a result, which is
         left out.
@@ -91,12 +87,26 @@ def paired_interval(before: str, after: str) -> tuple[float, float] | None:
     pairs = [pair for pair in zip(before, after, strict=True) if "-" not in pair]
     if not pairs:
         return None
-    gained, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
+    return gain_interval(pairs.count(("0", "1")), pairs.count(("1", "0")), len(pairs))
+
+
+def gain_interval(gained: float, lost: float, total: int) -> tuple[float, float]:
+    """Compute the 95 % interval of the difference of paired proportions.
+
+    Only tasks whose result changed carry information, and their number is subject to chance too. The bounds
+    are those of the score test for paired proportions (Tango 1998), which holds its level for few tasks and
+    has width where nothing changed.
+
+    Args:
+      gained: tasks that were solved only later; a part of one is a gain in a part of a task's attempts.
+      lost: tasks that were solved only before.
+      total: all tasks, at least 1.
+    """
     # A gain is a loss of the other order, so one bound is enough.
-    return -_largest_gain(lost, gained, len(pairs)), _largest_gain(gained, lost, len(pairs))
+    return -_largest_gain(lost, gained, total), _largest_gain(gained, lost, total)
 
 
-def _largest_gain(gained: int, lost: int, total: int) -> float:
+def _largest_gain(gained: float, lost: float, total: int) -> float:
     """Find, by bisection, the largest gain that the score test does not reject."""
     low, high = (gained - lost) / total, 1.0
     for _ in range(60):  # the precision of a double

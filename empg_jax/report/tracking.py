@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import secrets
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ from empg_jax.files import write_text_atomic
 if TYPE_CHECKING:
     from empg_jax.config import Config
 
-MLFLOW_RUN = "mlflow_run_id"  # file in the run's folder, by which a resumed run goes on with the same
+# Files in the run's folder, by which a resumed run goes on with the same: folders may share a name.
+MLFLOW_RUN = "mlflow_run_id"
+RUN_ID = "tracked_run_id"  # of W&B and trackio
 PARAMS_AT_ONCE = 100  # MLflow's limit
 PARAM_LENGTH = 500  # characters of a value that every MLflow server takes
 
@@ -101,13 +104,20 @@ def _keys(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def _identify(run_dir: Path) -> str:
+    """Return the run's own id; the first call draws it, and the folder keeps it."""
+    file = run_dir / RUN_ID
+    if not file.is_file():
+        write_text_atomic(file, f"{secrets.token_hex(4)}\n")
+    return file.read_text(encoding="utf-8").strip()
+
+
 def _open_wandb(wandb: Any, config: Config, run_dir: Path, is_resumed: bool) -> Tracker:
-    name = run_dir.resolve().name
     tracker: Tracker = wandb.init(
         project=config.log.project,
         entity=config.log.entity,
-        name=name,
-        id=name,
+        name=run_dir.resolve().name,
+        id=_identify(run_dir),
         tags=list(config.log.tags),
         config=_keys(config),
         dir=str(run_dir),
@@ -119,7 +129,7 @@ def _open_wandb(wandb: Any, config: Config, run_dir: Path, is_resumed: bool) -> 
 def _open_trackio(trackio: Any, config: Config, run_dir: Path, is_resumed: bool) -> Tracker:
     tracker: Tracker = trackio.init(
         project=config.log.project,
-        name=run_dir.resolve().name,
+        name=f"{run_dir.resolve().name}-{_identify(run_dir)}",  # it knows runs by their names
         config=_keys(config) | {"tags": list(config.log.tags)},
         resume="allow" if is_resumed else "never",
     )

@@ -8,12 +8,14 @@ import yaml
 from typer.testing import CliRunner
 
 from empg_jax.cli import app
+from empg_jax.config import load_config
 
 
-def make_run(folder, *, seed, modulation="empg", success=(0.0, 1.0), held_out=None, **metrics):
+def make_run(folder, *, seed, modulation="empg", success=(0.0, 1.0), held_out=None, updates=None, **metrics):
     folder.mkdir(parents=True)
     config = {"name": folder.name, "seed": seed, "run_dir": str(folder)}
     config["algorithm"] = {"name": "grpo", "modulation": modulation}
+    config["train"] = {"updates": len(success) if updates is None else updates}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [{"update": n, "success_rate": value, **metrics} for n, value in enumerate(success, start=1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -84,6 +86,44 @@ def test_a_run_that_has_only_begun_is_drawn_beside_a_long_one(tmp_path):
     assert result.exit_code == 0 and (tmp_path / "out" / "report.html").exists()
 
 
+def test_runs_that_were_cut_off_count_in_no_number(tmp_path):
+    """All curves are the same; half the runs of one arm end at a third of it."""
+    curve = [update / 180 for update in range(1, 181)]
+    made = [
+        make_run(
+            tmp_path / f"{arm}-{seed}",
+            seed=seed,
+            modulation=arm,
+            success=curve[:60] if arm == "empg" and seed >= 3 else curve,
+            updates=180,
+        )
+        for arm in ("none", "empg")
+        for seed in range(6)
+    ]
+    result = report(*made, "--out", tmp_path / "out")
+    for seed in (3, 4, 5):
+        assert f"empg-{seed} is not finished (60 of 180 updates)" in result.stderr
+    assert result.stderr.count("\n") == 3
+    found = rows(tmp_path / "out")
+    assert found["success, end", "modulation=empg", ""]["runs"] == "3"
+    for measure in ("success, area", "success, end"):
+        pair = found[measure, "modulation=empg", "modulation=none"]
+        assert (pair["runs"], float(pair["mean"])) == ("3", 0)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "empg-3 is not finished" in page and "180, 180, 180, 60 of 180, 60 of 180" in page
+
+
+def test_runs_stopped_at_the_same_update_are_compared(tmp_path):
+    made = [
+        make_run(tmp_path / arm, seed=0, modulation=arm, success=[0.1, end], updates=9)
+        for arm, end in (("none", 0.2), ("empg", 0.4))
+    ]
+    result = report(*made, "--out", tmp_path / "out")
+    assert result.stderr == ""
+    pair = rows(tmp_path / "out")["success, end", "modulation=empg", "modulation=none"]
+    assert float(pair["mean"]) == pytest.approx(0.2)
+
+
 def test_one_run_has_no_interval_and_foreign_seeds_no_pair(tmp_path):
     made = [make_run(tmp_path / "a", seed=0), make_run(tmp_path / "b<i>", seed=1, modulation="aem")]
     assert report(*made, "--out", tmp_path / "out").exit_code == 0
@@ -120,6 +160,24 @@ def test_equal_settings_are_one_arm_named_after_the_algorithm(tmp_path):
     made = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
     report(*made, "--out", tmp_path / "out")
     assert rows(tmp_path / "out")["success, area", "grpo", ""]["runs"] == "3"
+
+
+def test_arms_of_whole_configurations_have_short_names(tmp_path):
+    """Of the settings of EMPG only that is named in which the two arms with EMPG differ."""
+    arms = (["algorithm.name=grpo"], [], ["algorithm.empg.k=2"], ["algorithm.name=grpo_aem"])
+    made = []
+    for number, overrides in enumerate(arms):
+        made.append(make_run(tmp_path / str(number), seed=0))
+        config = load_config("quickstart", [*overrides, "train.updates=2", "train.warmup_updates=0"])
+        (made[-1] / "config.yaml").write_text(config.to_yaml())
+    assert report(*made, "--out", tmp_path / "out").exit_code == 0
+    names = {arm: None for _, arm, against in rows(tmp_path / "out") if not against}
+    assert list(names) == [
+        "modulation=none",
+        "modulation=empg, empg.k=1.0",
+        "modulation=empg, empg.k=2.0",
+        "modulation=aem",
+    ]
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -57,10 +57,11 @@ def test_projects_names_tags_and_keys(packages, tmp_path):
     trackers = open_trackers(config, run, is_resumed=False)
     ((_, given),) = packages["wandb"].named("init")
     assert (given["project"], given["entity"], given["tags"]) == ("agents", "team", ["first", "try"])
-    assert (given["name"], given["id"], given["resume"]) == ("try-7", "try-7", None)
+    own = given["id"]
+    assert (given["name"], given["resume"]) == ("try-7", None) and len(own) == 8
     assert given["config"]["algorithm"]["empg"]["zeta"] == 0.05
     ((_, given),) = packages["trackio"].named("init")
-    assert (given["project"], given["name"], given["resume"]) == ("agents", "try-7", "never")
+    assert (given["project"], given["name"], given["resume"]) == ("agents", f"try-7-{own}", "never")
     assert given["config"]["tags"] == ["first", "try"] and given["config"]["seed"] == 0
     mlflow = packages["mlflow"]
     assert mlflow.named("set_experiment") == [(("agents",), {})]
@@ -81,6 +82,20 @@ def test_projects_names_tags_and_keys(packages, tmp_path):
     assert mlflow.named("start_run")[-1] == ((), {"run_id": "abc123"})
     assert packages["wandb"].named("init")[-1][1]["resume"] == "allow"
     assert packages["trackio"].named("init")[-1][1]["resume"] == "allow"
+
+
+def test_runs_in_folders_of_one_name_are_two_and_go_on_as_themselves(packages, tmp_path):
+    config = load_config("quickstart", ["log.wandb=true", "log.trackio=true"])
+    folders = [tmp_path / parent / "seed-0" for parent in ("first", "second")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for is_resumed in (False, True):
+        for folder in folders:
+            open_trackers(config, folder, is_resumed=is_resumed)
+    for package, key in (("wandb", "id"), ("trackio", "name")):
+        one, other, *resumed = [given[key] for _, given in packages[package].named("init")]
+        assert one != other and resumed == [one, other]
+    assert {given["name"] for _, given in packages["wandb"].named("init")} == {"seed-0"}
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])

@@ -2,10 +2,15 @@
 
 import gzip
 import json
+import shutil
+import subprocess
 import time
+from pathlib import Path
+
+import pytest
 
 from empg_jax.report.view.packing import pack
-from empg_jax.report.view.page import Book
+from empg_jax.report.view.page import HERE, Book
 from empg_jax.report.view.pieces import split_text
 
 
@@ -83,3 +88,13 @@ def test_only_files_that_changed_are_packed_anew(tmp_path):
     assert after[0] is before[0] and after[1] is not before[1] and book.state() != state
     (folder / "update-000001.jsonl").unlink()  # a resumed run drops what it will repeat
     assert len(book.refresh()) == 1 and len(book.head()["columns"]["update"]) == 1
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_curves_of_a_long_run_are_drawn_in_few_points():
+    """All updates have episodes, and one value is high: it is the end of the axis."""
+    program = Path(__file__).with_name("long_curves.js")
+    words = ["node", program, HERE / "curves.js", "150000"]
+    found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    assert found["highest"] == 9
+    assert found["points"] == found["circle"] == 600

@@ -271,6 +271,33 @@ def test_cpu_seconds_of_different_machines_are_not_compared(study, spending):
     assert [aem[3].split()[0], aem[7].split()[0]] == ["-4.2", "+12.5"]
 
 
+def test_machines_have_budgets_of_their_own(tmp_path):
+    """All curves are the same; AEM has no run on the machine that is three times slower."""
+    shop = "  shop: {config: webshop_tiny, overrides: [train.updates=20]}\n"
+    study = made_up.make_study(tmp_path, seeds=range(3, 11), replace={shop: ""})
+    lines = []
+    for triple in study.triples():
+        is_slow = triple.seed >= 7
+        if triple.arm == "aem" and is_slow:
+            continue
+        each = made_up.line(study, triple, [0.2, 0.4, 0.6, 0.8])
+        seconds = [(3 if is_slow else 1) * update for update in (0, 10, 20, 30)]
+        each["spent"] = {"environment_steps": [0, 100, 200, 300], "cpu_seconds": seconds}
+        each["hardware"] = {**each["hardware"], "processor": "slide rule" if is_slow else "abacus"}
+        lines.append(each)
+    text = section(write_report(study, lines), "At equal environment steps and at equal CPU seconds")
+    assert "300 environment steps; 30 CPU seconds on 2 x abacus, 90 CPU seconds on 2 x slide rule" in text
+    plain, aem = row(text, "house", "plain"), row(text, "house", "aem")
+    assert (plain[0], aem[0]) == ("8", "4")
+    assert (
+        plain[5:7] == aem[5:7] == ["50.0", "80.0"]
+    )  # over the four seeds of a pair: too few for an interval
+    assert (
+        "for want of a pair on one machine: house-plain-7, house-plain-8, house-plain-9, house-plain-10."
+        in text
+    )
+
+
 def test_all_comparisons_of_a_study_with_one_task_are_at_equal_amounts(tmp_path, spending):
     shop = "  shop: {config: webshop_tiny, overrides: [train.updates=20]}\n"
     more = "\n  rloo: [algorithm.name=rloo]\ncomparisons: [aem, [rloo, aem]]\nseeds: [3, 4, 5]"

@@ -12,6 +12,7 @@ const PANELS = [
 ];
 const NS = "http://www.w3.org/2000/svg";
 const WIDE = 300, HIGH = 150, LEFT = 34, RIGHT = 8, TOP = 8, BOTTOM = 18;
+const PARTS = 300; // of a long curve, each of which is drawn as two points
 let extra = []; // further metrics, chosen by the reader
 
 function svg(tag, attributes) {
@@ -40,11 +41,26 @@ function drawCurves() {
   $("pane").replaceChildren(make("h2", { text: "Curves" }), make("p", { class: "facts" }, make("span", { text: hint + " " }), more), ...body);
 }
 
+// Not Math.min(...values): the arguments of a call lie on the stack, which has no room for a long run's.
+const lowest = (values, start) => values.reduce((least, value) => Math.min(least, value), start);
+const highest = (values, start) => values.reduce((most, value) => Math.max(most, value), start);
+
+/** Keep what can be seen of a long curve: the lowest and the highest point of each of its parts. */
+function thin(points) {
+  if (points.length <= 2 * PARTS) return points;
+  return Array.from({ length: PARTS }, (_, part) => {
+    const [start, end] = [part, part + 1].map((each) => Math.floor((each * points.length) / PARTS));
+    const rising = points.slice(start, end).sort((a, b) => a[1] - b[1]);
+    return [rising[0], rising[rising.length - 1]].sort((a, b) => a[0] - b[0]);
+  }).flat();
+}
+
 function panel(title, names) {
   const lines = names.map(series).filter((points) => points.length);
   if (!lines.length) return null;
   const all = lines.flat(), xs = all.map(([x]) => x), ys = all.map(([, y]) => y);
-  const low = Math.min(...ys, 0), high = Math.max(...ys) > low ? Math.max(...ys) : low + 1, left = Math.min(...xs), right = Math.max(...xs, left + 1);
+  const low = lowest(ys, 0), top = highest(ys, -Infinity), high = top > low ? top : low + 1;
+  const left = lowest(xs, Infinity), right = highest(xs, left + 1);
   const x = (update) => LEFT + ((update - left) / (right - left)) * (WIDE - LEFT - RIGHT);
   const y = (value) => HIGH - BOTTOM - ((value - low) / (high - low)) * (HIGH - TOP - BOTTOM);
   const last = lines[0][lines[0].length - 1];
@@ -58,11 +74,10 @@ function panel(title, names) {
   const withEpisodes = new Set(head.columns.update);
   lines.forEach((points, k) => {
     const kind = k ? "second" : "";
-    picture.append(svg("polyline", { class: "line " + kind, points: points.map(([u, v]) => `${x(u).toFixed(1)},${y(v).toFixed(1)}`).join(" ") }));
-    for (const [update, value] of points) {
-      const has = withEpisodes.has(update);
-      if (has || points.length <= 300) picture.append(svg("circle", { class: has ? kind : "none", cx: x(update), cy: y(value), r: has ? 2.4 : 1.1 }));
-    }
+    picture.append(svg("polyline", { class: "line " + kind, points: thin(points).map(([u, v]) => `${x(u).toFixed(1)},${y(v).toFixed(1)}`).join(" ") }));
+    const has = ([update]) => withEpisodes.has(update);
+    for (const point of points.length <= PARTS ? points : thin(points.filter(has)))
+      picture.append(svg("circle", { class: has(point) ? kind : "none", cx: x(point[0]), cy: y(point[1]), r: has(point) ? 2.4 : 1.1 }));
   });
   link(picture, lines[0], x);
   const shown = names.filter((name) => series(name).length);
