@@ -108,6 +108,9 @@ def _contract_rows(inputs: Array, slope: Array, dtype: Any) -> Array:
 
 
 def _transposed_first(inputs: Array, slope: Array, dtype: Any) -> Array:
+    """Compute ``inputs.T @ slope`` with a transposition of the narrower of the two, by itself."""
+    if inputs.shape[1] > slope.shape[1]:
+        return jax.lax.optimization_barrier(_transposed_first(slope, inputs, dtype)).T
     # The barrier keeps XLA from folding the transposition back into the product.
     transposed = jax.lax.optimization_barrier(inputs.T)
     return jnp.matmul(transposed, slope, preferred_element_type=dtype)
