@@ -67,6 +67,12 @@ def test_recipe_is_the_method_of_its_name(name):
     assert "ublished" in top and {"empg": "2509.09265", "aem": "2605.00425"}[method] in top
 
 
+@pytest.mark.parametrize("name", ["swe_verified", "papers/aem_rloo_swe_32b"])
+def test_deepswes_filter_leaves_out_episodes_that_a_limit_ended(name):
+    (part,) = make_recipe_from(load_config(name)).keep
+    assert (part.name, part.options) == ("mask_truncated", {"unit": "limit"})
+
+
 def test_every_recipe_is_in_the_table_of_published_numbers():
     table = (ROOT / "configs" / "README.md").read_text()
     assert set(re.findall(r"`papers/([\w.]+)`", table)) == FILES.keys()
@@ -102,6 +108,22 @@ def test_a_methods_file_is_that_method_and_takes_a_modulation(name):
     assert "ublished" in top and ("arXiv 2" in top or name == "graft")
     aem = load_config(f"methods/{name}", ["algorithm.modulation=aem"])
     assert " + AEM (" in describe_algorithm(aem)
+
+
+def test_sampo_is_trained_and_evaluated_as_its_paper_says():
+    config = load_config("methods/sampo")
+    assert config.train.updates == 200
+    assert (config.eval.temperature, config.eval.top_p, config.eval.top_k) == (0.6, 0.95, 20)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("alfworld_verl", 256), ("webshop_verl", 64)])
+def test_minibatches_that_differ_from_verl_agents_are_told(name, rows):
+    """Theirs have a fixed number of step rows."""
+    config = load_config(name)
+    episodes = config.rollout.tasks_per_update * config.rollout.group_size
+    most = episodes * config.env.max_turns // rows
+    said = f"num_minibatches: 16  # of equal size; verl-agent's have {rows} step rows each, so up to {most} "
+    assert said in (ROOT / "configs" / f"{name}.yaml").read_text()
 
 
 def test_every_method_is_in_the_table():
