@@ -6,6 +6,8 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.config import load_config
+from empg_jax.plan.explain import GIB, find_shape
+from empg_jax.plan.memory import compute_plan
 from empg_jax.run.assembly import describe_algorithm, make_recipe_from
 from tests.runs import ROOT, TINY, compiled_folder, lines, share_compilations
 
@@ -76,6 +78,29 @@ def test_deepswes_filter_leaves_out_episodes_that_a_limit_ended(name):
 def test_every_recipe_is_in_the_table_of_published_numbers():
     table = (ROOT / "configs" / "README.md").read_text()
     assert set(re.findall(r"`papers/([\w.]+)`", table)) == FILES.keys()
+
+
+def planned_rows():
+    """The rows of the page's table: recipe, devices, overrides and the last cell."""
+    page = (ROOT / "configs" / "README.md").read_text()
+    table = page.partition("| GiB on the fullest device |\n")[2].partition("\n\n")[0]
+    recipe, overrides, rows = "", [], []
+    for line in table.splitlines()[1:]:
+        first, devices, changes, said = (cell.strip() for cell in line.strip("|").split("|"))
+        own = [word for quoted in re.findall(r"`(.*?)`", changes) for word in quoted.split()]
+        recipe = first.strip("`") if first.startswith("`") else recipe
+        overrides = [*overrides, *own] if changes.startswith("the same") else own
+        rows.append((recipe, devices, overrides, said))
+    return rows
+
+
+@pytest.mark.parametrize(("recipe", "devices", "overrides", "said"), planned_rows())
+def test_the_page_tells_what_the_plan_says_of_the_papers_recipes(recipe, devices, overrides, said):
+    config = load_config(f"papers/{recipe}", overrides)
+    needed = compute_plan(config, find_shape(config)).total / GIB
+    memory = {"A100": 80, "H200": 141, "v5p": 95, "v5e": 16}[re.search(r"A100|H200|v5p|v5e", devices)[0]]
+    assert int(re.match(r"\d+", said)[0]) == round(needed)
+    assert ("does not fit" in said) == (needed > memory)
 
 
 METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
