@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.test_readme import PAGES, ROOT
 
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(python )?(scripts/\S+\.py)\b ?([^#]*)")
@@ -49,6 +51,7 @@ def commands_of(page):
             yield found[2], found[3]
 
 
+@pytest.mark.slow
 def test_scripts_take_the_options_that_the_pages_give():
     commands = [
         # What stands for the reader's own value may be a number.
