@@ -1,9 +1,10 @@
 """Measure the learner: update (GRPO loss with entropy, AdamW) and score pass. Print one JSON object.
 
 The default shape is a 12.07M-parameter Qwen2; every row is one conversation of half prompt and half response.
-``mfu`` counts the products that the mathematics needs: 6 operations for each parameter and token (without the
-input embedding, which is looked up) and causal attention; nothing for what rematerialization computes again.
-It is a share of the fastest matrix product measured in the same process, in CPU time on a CPU.
+``mfu`` counts the products that the update needs: 6 operations for each parameter and token, without the
+input embedding, which is looked up, and with the output head only for the blocks of tokens that it runs on;
+and causal attention; nothing for what rematerialization computes again. It is a share of the fastest matrix
+product measured in the same process, in CPU time on a CPU.
 
     python scripts/bench_learner.py --pin 0 --out learner.json
     python scripts/bench_learner.py --preset qwen2.5-1.5b --dtype bfloat16 --rows 4 --length 4096
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import statistics
 import time
@@ -47,6 +49,7 @@ from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import init_state, make_optimizer
 from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.models.head import num_blocks
 from empg_jax.models.lora import LoraConfig
 from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.mesh import make_mesh
@@ -105,13 +108,21 @@ def make_trajectory(member: int, rng: np.random.Generator) -> Trajectory:
 
 def count_flops(parameters: int) -> float:
     """Count the operations of one update: forward, twice that backward, without rematerialization."""
-    looked_up = 0 if MODEL.tie_embeddings else MODEL.vocab_size * MODEL.hidden_size
     tokens = args.rows * args.length
-    products = 6 * (parameters - looked_up) * tokens
+    head = MODEL.vocab_size * MODEL.hidden_size  # with tied embeddings the table that is also looked up
+    layers = parameters - head * (1 if MODEL.tie_embeddings else 2)
+    products = 6 * (layers + head * share_of_head()) * tokens
     width = MODEL.num_heads * MODEL.head_dim
     # Two products of [T, T / 2] per layer, and twice as much backward.
     attention = 3 * 2 * args.length * width * MODEL.num_layers * tokens
     return products + attention
+
+
+def share_of_head() -> float:
+    """Return the share of a micro-batch's tokens that the head runs on: whole blocks of sampled tokens."""
+    tokens, sampled = args.micro_rows * args.length, args.micro_rows * (args.length // 2)
+    blocks = num_blocks(tokens)
+    return math.ceil(sampled * blocks / tokens) / blocks
 
 
 def measure_peak(repeats: int) -> float:
@@ -194,4 +205,5 @@ def main() -> None:
         args.out.write_text(text + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -115,8 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", help="wiki-18-format file")
-    parser.add_argument("--questions", help="FlashRAG-format file with supporting_titles in its metadata")
+    is_measured = "--ask" not in sys.argv  # the clients get their texts on stdin
+    parser.add_argument("--corpus", required=is_measured, help="wiki-18-format file")
+    parser.add_argument(
+        "--questions",
+        required=is_measured,
+        help="FlashRAG-format file with supporting_titles in its metadata",
+    )
     parser.add_argument("--retrievers", nargs="+", default=["bm25s", "builtin", "tantivy"])
     parser.add_argument("--encoder", help="folder of a BERT-style encoder: measures 'dense' too")
     parser.add_argument("--seconds", type=float, default=3.0, help="of the in-process measurement")
@@ -127,8 +132,6 @@ def main() -> None:
     if args.ask:
         print(json.dumps(ask(args.ask, json.load(sys.stdin), args.clients)))
         return
-    if not (args.corpus and args.questions):
-        parser.error("--corpus and --questions are needed")
     load = os.getloadavg()[0]
     passages, questions = read_corpus(args.corpus), read_questions(args.questions)
     texts = [f"{questions[n % len(questions)].text} {n}" for n in range(args.requests)]

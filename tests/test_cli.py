@@ -8,10 +8,12 @@ import types
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from empg_jax.cli import app
 from empg_jax.config import load_config
+from empg_jax.config.load import RESUMABLE_KEYS
 from empg_jax.errors import RunError, Stopped
 from empg_jax.metrics import METRICS
 from empg_jax.run.folder import write_run_info
@@ -51,6 +53,11 @@ def trained(monkeypatch, tmp_path):
 
     _fake_trainer(monkeypatch, train)
     return calls
+
+
+def test_the_help_of_resume_names_every_key_that_may_change():
+    (option,) = (o for o in get_command(app).commands["train"].params if o.name == "resume")
+    assert option.help.endswith(f"; only {', '.join(RESUMABLE_KEYS)} may change.")
 
 
 def test_train_hands_over_the_config_and_prints_the_folder_last(run, trained, tmp_path):

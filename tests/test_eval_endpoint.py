@@ -167,6 +167,9 @@ def test_an_evaluation_goes_on_after_the_server_failed(tmp_path):
         (["http://127.0.0.1:1", "--env", "household"], "http://127.0.0.1:1/v1 does not answer: "),
         (["http://", "--env", "household"], "http:// is no address"),
         (["runs/x", "--model", "m"], "--model m names one of a server's models, and runs/x is no server"),
+        (["m", "--base-url", "127.0.0.1:1"], "--base-url 127.0.0.1:1 is no address: give one like http://"),
+        (["http://b", "--base-url", "http://a"], "takes the name of a model there, and http://b is"),
+        (["m", "--base-url", "http://a", "--model", "n"], "--model n and m both name a model of http://a"),
     ],
     ids=" ".join,
 )
@@ -181,6 +184,15 @@ def test_several_models_are_chosen_from():
         assert code == 2 and "has the models a, b: name one with --model NAME" in err
         assert connect(fake, model="b").ask([], 0).text == "go to desk 0"
         assert fake.bodies[0]["model"] == "b"
+
+
+@pytest.mark.parametrize("with_base_url", [False, True])
+def test_a_model_of_a_server_is_named_in_two_ways(with_base_url):
+    with faking(by_seed, models=("a", "b")) as fake:
+        named = ["b", "--base-url", fake.url] if with_base_url else [fake.url, "--model", "b"]
+        code, _, err = call("eval", *named, "--config", "quickstart", "--tasks", "1", *SETTINGS)
+        assert code == 0, err
+        assert {body["model"] for body in fake.bodies} == {"b"}
 
 
 def connect(fake, **options):

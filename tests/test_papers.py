@@ -6,6 +6,8 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.config import load_config
+from empg_jax.plan.explain import GIB, find_shape
+from empg_jax.plan.memory import compute_plan
 from empg_jax.run.assembly import describe_algorithm, make_recipe_from
 from tests.runs import ROOT, TINY, compiled_folder, lines, share_compilations
 
@@ -67,9 +69,38 @@ def test_recipe_is_the_method_of_its_name(name):
     assert "ublished" in top and {"empg": "2509.09265", "aem": "2605.00425"}[method] in top
 
 
+@pytest.mark.parametrize("name", ["swe_verified", "papers/aem_rloo_swe_32b"])
+def test_deepswes_filter_leaves_out_episodes_that_a_limit_ended(name):
+    (part,) = make_recipe_from(load_config(name)).keep
+    assert (part.name, part.options) == ("mask_truncated", {"unit": "limit"})
+
+
 def test_every_recipe_is_in_the_table_of_published_numbers():
     table = (ROOT / "configs" / "README.md").read_text()
     assert set(re.findall(r"`papers/([\w.]+)`", table)) == FILES.keys()
+
+
+def planned_rows():
+    """The rows of the page's table: recipe, devices, overrides and the last cell."""
+    page = (ROOT / "configs" / "README.md").read_text()
+    table = page.partition("| GiB on the fullest device |\n")[2].partition("\n\n")[0]
+    recipe, overrides, rows = "", [], []
+    for line in table.splitlines()[1:]:
+        first, devices, changes, said = (cell.strip() for cell in line.strip("|").split("|"))
+        own = [word for quoted in re.findall(r"`(.*?)`", changes) for word in quoted.split()]
+        recipe = first.strip("`") if first.startswith("`") else recipe
+        overrides = [*overrides, *own] if changes.startswith("the same") else own
+        rows.append((recipe, devices, overrides, said))
+    return rows
+
+
+@pytest.mark.parametrize(("recipe", "devices", "overrides", "said"), planned_rows())
+def test_the_page_tells_what_the_plan_says_of_the_papers_recipes(recipe, devices, overrides, said):
+    config = load_config(f"papers/{recipe}", overrides)
+    needed = compute_plan(config, find_shape(config)).total / GIB
+    memory = {"A100": 80, "H200": 141, "v5p": 95, "v5e": 16}[re.search(r"A100|H200|v5p|v5e", devices)[0]]
+    assert int(re.match(r"\d+", said)[0]) == round(needed)
+    assert ("does not fit" in said) == (needed > memory)
 
 
 METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
@@ -102,6 +133,22 @@ def test_a_methods_file_is_that_method_and_takes_a_modulation(name):
     assert "ublished" in top and ("arXiv 2" in top or name == "graft")
     aem = load_config(f"methods/{name}", ["algorithm.modulation=aem"])
     assert " + AEM (" in describe_algorithm(aem)
+
+
+def test_sampo_is_trained_and_evaluated_as_its_paper_says():
+    config = load_config("methods/sampo")
+    assert config.train.updates == 200
+    assert (config.eval.temperature, config.eval.top_p, config.eval.top_k) == (0.6, 0.95, 20)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("alfworld_verl", 256), ("webshop_verl", 64)])
+def test_minibatches_that_differ_from_verl_agents_are_told(name, rows):
+    """Theirs have a fixed number of step rows."""
+    config = load_config(name)
+    episodes = config.rollout.tasks_per_update * config.rollout.group_size
+    most = episodes * config.env.max_turns // rows
+    said = f"num_minibatches: 16  # of equal size; verl-agent's have {rows} step rows each, so up to {most} "
+    assert said in (ROOT / "configs" / f"{name}.yaml").read_text()
 
 
 def test_every_method_is_in_the_table():

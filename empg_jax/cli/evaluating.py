@@ -22,7 +22,8 @@ def evaluate(
         typer.Argument(
             metavar="POLICY",
             help="Folder of a run or of a checkpoint; with --env or --config a Hugging Face folder, hub id, "
-            "preset (random weights), or address of a server (http://127.0.0.1:8000).",
+            "preset (random weights), or address of a server (http://127.0.0.1:8000); with --base-url the "
+            "name of a model there.",
         ),
     ],
     overrides: Overrides = None,
@@ -48,6 +49,10 @@ def evaluate(
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="For a server with several models: the name of one.")
+    ] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(help="Address of a server, of which POLICY then names a model."),
     ] = None,
     api_key: Annotated[
         str | None,
@@ -75,6 +80,8 @@ def evaluate(
         from empg_jax.report.evaluation import check_out, write_evaluation
 
         check_out(out)
+        if base_url is not None:
+            source, model = _name_on_server(source, base_url, model)
         if model is not None and not is_address(source):
             raise ConfigError(f"--model {model} names one of a server's models, and {source} is no server")
         is_run = env is None and config is None and not is_address(source)
@@ -93,6 +100,17 @@ def evaluate(
         if out is not None:
             write_evaluation(out, result)
             say(f"{out / 'eval.json'} and {out / 'eval.md'} are written")
+
+
+def _name_on_server(name: str, base_url: str, model: str | None) -> tuple[str, str]:
+    """Return the address that --base-url gives and the model that POLICY names there."""
+    if not is_address(base_url):
+        raise ConfigError(f"--base-url {base_url} is no address: give one like http://127.0.0.1:8000")
+    if is_address(name):
+        raise ConfigError(f"--base-url {base_url} takes the name of a model there, and {name} is an address")
+    if model is not None:
+        raise ConfigError(f"--model {model} and {name} both name a model of {base_url}: leave out --model")
+    return base_url, name
 
 
 def _evaluate_other(

@@ -17,6 +17,7 @@ from empg_jax.cli.app import (
     say,
 )
 from empg_jax.cli.completing import complete_config
+from empg_jax.config.load import RESUMABLE_KEYS
 from empg_jax.errors import ConfigError
 from empg_jax.run.folder import check_run, is_finished, names_run
 
@@ -34,9 +35,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            help="Go on with the run in this folder; only train.updates, compile_cache and log.* may change."
-        ),
+        typer.Option(help=f"Go on with the run in this folder; only {', '.join(RESUMABLE_KEYS)} may change."),
     ] = None,
     step: Annotated[
         int | None,

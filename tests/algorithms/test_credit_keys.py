@@ -40,6 +40,18 @@ def test_truncated_and_void_turns_leave_the_loss(tmp_path, unit):
         np.testing.assert_allclose(credit.loss_weights, tokens / tokens.sum(), rtol=1e-5)
 
 
+def test_episodes_that_a_limit_ended_leave_the_loss(tmp_path):
+    """A response that the token limit cut ends no episode, so by itself it takes nothing away."""
+    batch, scores, credit, config = run(tmp_path, {"name": "grpo", "mask_truncated": "limit"})
+    ended = np.append([episode[4] != "" for episode in EPISODES], False)
+    tokens = batch.loss_mask & ~ended[batch.trajectory_ids]
+    np.testing.assert_allclose(credit.loss_weights, tokens / tokens.sum(), rtol=1e-5)
+    whole = dataclasses.replace(batch, truncated=np.zeros_like(batch.truncated))
+    weights = make_algorithm_from(config).credit(whole, scores).loss_weights
+    assert batch.turn_truncated.any()
+    np.testing.assert_allclose(weights, batch.loss_mask / batch.loss_mask.sum(), rtol=1e-5)
+
+
 def test_a_limit_is_bootstrapped_on_request(tmp_path):
     """An episode that a turn limit ended goes on with the critic's last value; one that broke a limit "
     "does not."""

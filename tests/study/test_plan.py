@@ -1,12 +1,16 @@
 """The file of a study: what is refused, and that every study here can be run as it stands."""
 
 import itertools
+import math
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from study_plan import Triple, read_study
 
 from empg_jax.errors import ConfigError
+from empg_jax.report.statistics import detectable
 from tests.study import made_up
 
 STUDIES = sorted(path.parent for path in (made_up.ROOT / "scripts" / "studies").glob("*/study.yaml"))
@@ -34,6 +38,20 @@ def test_the_registration_is_kept_letter_for_letter(tmp_path):
     assert study.registration in text
     assert study.registration.startswith("preregistration:\n") and study.registration.endswith("\n  seeds: 3")
     assert "all seeds  # and no look before" in study.registration and study.planned_effect == 4
+
+
+@pytest.mark.parametrize(
+    "folder", [folder for folder in STUDIES if folder.name != "smollm2"], ids=lambda f: f.name
+)
+def test_a_registered_effect_follows_from_its_pairs_and_their_spread(folder):
+    """Where a registration from before says another one, the comment above it has the right one."""
+    text = (folder / "study.yaml").read_text()
+    registered = yaml.safe_load(text)["preregistration"]["minimum_detectable_effect"]
+    pairs, spread = re.search(r"(\d+) pairs, paired sd of (\d+) points", registered["assumes"]).groups()
+    found = detectable(int(spread) / math.sqrt(int(pairs)), int(pairs) - 1)
+    corrected = re.search(r"Student's t, by which the detectable effect is ([\d.]+) points", text)
+    assert float(corrected[1] if corrected else registered["points"]) == round(found, 1)
+    assert corrected is None or (folder / "runs.jsonl").exists()  # else the registration itself is put right
 
 
 def test_a_configuration_of_ones_own_lies_beside_the_study(tmp_path):

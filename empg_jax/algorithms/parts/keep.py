@@ -19,16 +19,17 @@ def _without(bad: Bool[Array, "N K"], unit: str) -> Bool[Array, "N K"]:
     return ~bad if unit == "turn" else jnp.broadcast_to(~jnp.any(bad, axis=1, keepdims=True), bad.shape)
 
 
-def mask_truncated(*, unit: Literal["turn", "trajectory"] = "turn") -> Part:
-    """Leave out responses that the token limit cut: overlong filtering (DAPO, arXiv 2503.14476).
+def mask_truncated(*, unit: Literal["turn", "trajectory", "limit"] = "turn") -> Part:
+    """Leave out what a limit cut: overlong filtering (DAPO, arXiv 2503.14476; ``limit``: DeepSWE).
 
     Args:
-      unit: Leave out turns whose response the token limit cut, or whole episodes with such a turn.
+      unit: Leave out turns cut by the token limit, episodes with one, or (limit) episodes ended by a limit.
     """
-    check_choice("mask_truncated", unit, UNITS)
+    check_choice("mask_truncated", unit, (*UNITS, "limit"))
 
     def keep(batch: Batch, turns: Turns) -> Bool[Array, "N K"]:
-        return _without(turns.mask & batch.turn_truncated, unit)
+        is_cut = batch.truncated[:, None] if unit == "limit" else batch.turn_truncated
+        return _without(turns.mask & is_cut, unit)
 
     return Part("mask_truncated", {"unit": unit}, keep)
 
