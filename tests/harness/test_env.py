@@ -14,6 +14,7 @@ from empg_envs.harness.server import Session
 from tests.harness import agents
 from tests.processes import is_running
 from tests.serve.servers import wait_until
+from tests.thoughts import THOUGHTS
 
 
 @pytest.fixture
@@ -114,6 +115,18 @@ def test_a_question_that_is_asked_again_is_one_turn(make, tmp_path):
     observation, *_, info = env.step("one")
     assert observation == "b" and [m["content"] for m in info["messages"]] == ["a", "one", "b"]
     assert env.step("two")[2]
+
+
+@pytest.mark.parametrize(("text", "content"), THOUGHTS)
+def test_a_tool_call_that_a_thought_mentions_is_not_made(text, content):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    session = Session()
+    call = session.add({"messages": [{"role": "user", "content": "a"}], "tools": tools})
+    session.answer(call, text)
+    message = call.wait()
+    calls = [json.loads(made["function"]["arguments"]) for made in message.get("tool_calls", ())]
+    assert message["content"] == content
+    assert calls == ([{"a": 1}] if "</think>" in text else [])
 
 
 def test_a_call_that_follows_at_once_finds_the_sampled_text():

@@ -15,6 +15,7 @@ from empg_jax.serve.driver import Driver, Update
 from empg_jax.serve.service import Service
 from empg_jax.serve.wire import ApiError
 from empg_jax.text import ChatRenderer, build_byte_tokenizer
+from tests.thoughts import THOUGHTS
 
 HELLO = [{"role": "user", "content": "red"}]
 
@@ -102,16 +103,39 @@ def post(service, driver, route, body):
     return asyncio.run(ask())
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_tool_call_with_half_a_character_is_answered(is_streamed, service):
+def call_tools(service, text, is_streamed):
+    """Ask in a chat with the tool ``add``, of a policy that says a text."""
+
     def render(messages, tools=()):
         return "tools" if tools else "none"
 
     service._renderer = SimpleNamespace(render=render, encode=service._tokenizer.encode)
-    driver = Saying(service, '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>')
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     body = {"messages": HELLO, "tools": tools, "stream": is_streamed}
-    answer = post(service, driver, "/v1/chat/completions", body)
+    return post(service, Saying(service, text), "/v1/chat/completions", body)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(("text", "content"), THOUGHTS)
+def test_a_call_that_a_thought_mentions_is_not_made(text, content, is_streamed, service):
+    answer = call_tools(service, text, is_streamed)
+    if is_streamed:
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        choice = chunks[-1]["choices"][0]
+        message = choice["delta"]
+    else:
+        choice = answer.json()["choices"][0]
+        message = choice["message"]
+    calls = [json.loads(call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+    assert message["content"] == content
+    assert calls == ([{"a": 1}] if "</think>" in text else [])
+    assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_tool_call_with_half_a_character_is_answered(is_streamed, service):
+    text = '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>'
+    answer = call_tools(service, text, is_streamed)
     assert answer.status_code == 200 and "\\ud800" in answer.text
     if is_streamed:
         assert answer.text.endswith("data: [DONE]\n\n") and "tool_calls" in answer.text
