@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,8 +114,11 @@ class Service:
         if not isinstance(prompt, list) or not prompt:
             raise refuse("prompt must be a text, a list of token ids, or a list of these", "prompt")
         sampling = self._read_sampling(given, len(prompt), default_max_tokens=COMPLETION_TOKENS)
+        # A text is the beginning of a document, so it begins as documents do in training.
+        add_special = read_flag(given, "add_special_tokens", default=True)
+        encode = functools.partial(self._tokenizer.encode, add_special=add_special)
         prompts = [
-            self._encode(item, self._tokenizer.encode)
+            self._encode(item, encode)
             if isinstance(item, str)
             else read_ids(item, "prompt", self._tokenizer.vocab_size)
             for item in prompt

@@ -54,7 +54,7 @@ SAMPLING = frozenset(
 ANSWER = frozenset({"model", "stream", "stream_options", "return_token_ids"})
 CHAT = SAMPLING | ANSWER | {"messages", "tools", "tool_choice", "max_completion_tokens"}
 CHAT |= {"chat_template_kwargs"}
-COMPLETION = SAMPLING | ANSWER | {"prompt", "empg"}
+COMPLETION = SAMPLING | ANSWER | {"prompt", "add_special_tokens", "empg"}
 GENERATE = frozenset({"model", "token_ids", "sampling_params", "stream"})
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -231,13 +231,13 @@ def read_key(given: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
     return ids[0], ids[1], ids[2], ids[3]
 
 
-def read_flag(given: Mapping[str, Any], key: str) -> bool:
-    """Read a boolean, false by default.
+def read_flag(given: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
+    """Read a boolean.
 
     Raises:
       ApiError: it is something else.
     """
-    value = given.get(key, False)
+    value = given.get(key, default)
     if not isinstance(value, bool):
         raise refuse(f"{key} must be true or false", key)
     return value

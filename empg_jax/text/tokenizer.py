@@ -89,9 +89,9 @@ class Tokenizer:
         pad = self.special_tokens.get("pad_token")
         self.pad_id: int = self._require_id(pad, "pad_token") if pad is not None else self.stop_ids[0]
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; no special token (begin of text) is added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Return the ids of a text, with the tokenizer's own begin of text only if ``add_special``."""
+        return self._backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of ids, without control tokens unless ``skip_special`` is False."""

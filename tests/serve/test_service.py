@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+import tokenizers
 
 from empg_jax.engine.engine import Response
 from empg_jax.serve import reload
 from empg_jax.serve.app import make_app
+from empg_jax.serve.chat import Chat
 from empg_jax.serve.driver import Driver, Update
 from empg_jax.serve.service import Service
 from empg_jax.serve.wire import ApiError
-from empg_jax.text import ChatRenderer, build_byte_tokenizer
+from empg_jax.text import ChatRenderer, build_byte_tokenizer, load_tokenizer
 from tests.thoughts import THOUGHTS
 
 HELLO = [{"role": "user", "content": "red"}]
@@ -27,9 +29,9 @@ def service(monkeypatch):
     service = Service("model", tokenizer, ChatRenderer(tokenizer), max_tokens=64, max_choices=12)
     encode, service.encoded = tokenizer.encode, []
 
-    def counted(text):
+    def counted(text, **options):
         service.encoded.append(len(text))
-        return encode(text)
+        return encode(text, **options)
 
     monkeypatch.setattr(tokenizer, "encode", counted)
     return service
@@ -48,6 +50,33 @@ def test_too_many_responses_are_refused_before_a_prompt_is_encoded(service):
         assert refused.value.status == 400
     assert service.encoded == []
     assert service.read_completion({"prompt": ["a"] * 6, "n": 2}).num_choices == 12
+
+
+@pytest.mark.parametrize("has_begin", [False, True])
+def test_a_text_to_complete_begins_as_the_tokenizer_says(has_begin, tmp_path):
+    build_byte_tokenizer().save(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    if has_begin:
+        backend.add_special_tokens(["<|begin|>"])
+        begin = backend.token_to_id("<|begin|>")
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+        )
+        backend.save(str(tmp_path / "tokenizer.json"))
+    service = Service("model", load_tokenizer(tmp_path), None, max_tokens=64)
+    ids, bare = backend.encode("red").ids, [*b"red"]
+
+    def read(prompt, **options):
+        return [found.tolist() for found in service.read_completion({"prompt": prompt, **options}).prompts]
+
+    assert ids == ([begin, *bare] if has_begin else bare)
+    assert read("red") == [ids] and read(["red", bare]) == [ids, bare]
+    assert read("red", add_special_tokens=False) == read(bare) == [bare]
+    asked = []
+    chat = Chat(service, None, {}, None, has_template=False)
+    chat._sample = lambda one, take: asked.append(one)
+    chat.ask("red", print)
+    assert asked[0].prompts[0].tolist() == ids
 
 
 def test_a_prompt_that_is_far_too_long_is_not_tokenized_whole(service):
