@@ -37,7 +37,7 @@ def ask(text, history=()):
 
 def main(kind):
     task = json.load(sys.stdin)
-    assert task == json.loads(os.environ["EMPG_TASK"])
+    assert kind == "large" or task == json.loads(os.environ["EMPG_TASK"])
     reward = {"reward": 1.0, "success": True, "metrics": {"number": task["number"]}}
     match kind:
         case "never":
@@ -56,6 +56,9 @@ def main(kind):
             ask("a")
             print('{"reward": NaN}')
             return
+        case "large":  # a task that no variable holds, behind a proxy
+            proxies = {os.environ["NO_PROXY"], os.environ["no_proxy"]}
+            ask(f"{len(task['text'])} {'EMPG_TASK' in os.environ} {' '.join(proxies)}")
         case "grow":
             history = ask("a")
             history = ask("b", history)

@@ -176,5 +176,27 @@ def test_a_scorer_and_a_file_of_tasks(make, tmp_path):
             make("grow", **options)
 
 
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ({}, "127.0.0.1"),
+        ({"NO_PROXY": "10.0.0.1,.inside"}, "10.0.0.1,.inside,127.0.0.1"),
+        ({"NO_PROXY": "a", "no_proxy": "b"}, "a,b,127.0.0.1"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_a_large_task_is_on_standard_input_alone_and_hosts_without_proxy_stay(
+    given, made, make, tmp_path, monkeypatch
+):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"http_proxy": "http://127.0.0.1:9", "EMPG_TASK": "{}", **given}.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(json.dumps({"number": 0, "text": "é" * 100_000}) + "\n")
+    observation, _ = make("large", tasks=str(file)).reset(0, split="train", index=0)
+    assert observation == f"100000 False {made}"
+
+
 def test_the_python_of_the_command_is_this_one(make):
     assert make("grow")._command[0] == sys.executable
