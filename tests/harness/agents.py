@@ -52,9 +52,9 @@ def main(kind):
             ask("a")
             print("done")
             return
-        case "nan":
+        case "says":  # its second argument is its last line
             ask("a")
-            print('{"reward": NaN}')
+            print(sys.argv[2])
             return
         case "large":  # a task that no variable holds, behind a proxy
             proxies = {os.environ["NO_PROXY"], os.environ["no_proxy"]}

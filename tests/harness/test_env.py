@@ -51,7 +51,13 @@ def test_a_program_that_goes_on_with_its_conversation(make):
     [
         ("crash", "agent_crashed", "ended with status 1: out of luck"),
         ("no-reward", "agent_no_reward", "its last line has none"),
-        ("nan", "agent_no_reward", "no finite"),
+        ("says '{\"reward\": NaN}'", "agent_no_reward", "no finite reward: its last line has none"),
+        ('says \'{"reward": 1, "success": "false"}\'', "agent_no_reward", "no true or false as success: its"),
+        (
+            'says \'{"reward": 1, "metrics": {"a": NaN}}\'',
+            "agent_no_reward",
+            "no finite number as metrics.a: ",
+        ),
     ],
 )
 def test_faults_have_names(kind, reason, words, make):

@@ -38,7 +38,7 @@ _lock = threading.Lock()
 class HarnessEnv:
     """A user's own agent program, started anew for each episode.
 
-    The program finds its task as JSON on standard input and, up to 64 KiB, in ``EMPG_TASK``, and the policy at
+    The program finds its task as JSON on standard input and, up to 64 KiB, in ``EMPG_TASK``; the policy is at
     ``OPENAI_BASE_URL`` with the key ``OPENAI_API_KEY``. It ends with status 0, and the last line of its
     output is JSON with ``reward`` (a number), and optionally ``success`` (true or false) and ``metrics``.
 
@@ -235,11 +235,11 @@ class HarnessEnv:
             lines = output.strip().split("\n")
             with contextlib.suppress(ValueError, RecursionError):
                 found = json.loads(lines[-1]) if lines else None
-        verdict = read_verdict(found)
-        if verdict is None:
-            source = "the scorer returned none" if self._scorer is not None else "its last line has none"
-            raise EnvFault("agent_no_reward", f'no finite "reward": {source}; {self._describe_end()}')
-        return verdict
+        try:
+            return read_verdict(found)
+        except ValueError as error:
+            source = "the scorer" if self._scorer is not None else "its last line"
+            raise EnvFault("agent_no_reward", f"{error}: {source} has none; {self._describe_end()}") from None
 
     def _describe_end(self) -> str:
         assert self._process is not None
