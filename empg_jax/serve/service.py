@@ -23,8 +23,11 @@ from empg_jax.serve.wire import (
     CHAT,
     COMPLETION,
     GENERATE,
+    IGNORED,
     MAX_CHOICES,
     SAMPLING,
+    STREAM,
+    TEXT,
     ApiError,
     Sampling,
     check_keys,
@@ -135,7 +138,9 @@ class Service:
         if read_flag(given, "stream"):
             raise refuse("stream=True is not supported here; use /v1/completions", "stream")
         prompt = read_ids(given.get("token_ids"), "token_ids", self._tokenizer.vocab_size)
-        options = check_keys(given.get("sampling_params", {}), SAMPLING, "sampling_params")
+        options = check_keys(
+            given.get("sampling_params", {}), SAMPLING, "sampling_params", ignored=IGNORED | TEXT
+        )
         sampling = self._read_sampling(options, 1)
         self._check_length(prompt)
         return Asked([np.asarray(prompt, np.int32)], sampling, None, self._tokenizer.decode)
@@ -175,9 +180,7 @@ class Service:
     ) -> Asked:
         for prompt in prompts:
             self._check_length(prompt)
-        options = given.get("stream_options", {})
-        if not isinstance(options, dict):
-            raise refuse("stream_options must be an object", "stream_options")
+        options = check_keys(given.get("stream_options", {}), STREAM, "stream_options")
         key = read_key(given)
         if key is not None and len(prompts) * sampling.n > 1:
             raise refuse("empg.ids are those of one response: ask for one prompt, with n=1", "empg")
@@ -185,13 +188,26 @@ class Service:
             [np.asarray(prompt, np.int32) for prompt in prompts],
             sampling,
             head,
-            self._tokenizer.decode,
+            self._make_decode(given, sampling),
             tools=tools or [],
             is_streamed=read_flag(given, "stream"),
             has_usage=read_flag(options, "include_usage"),
             has_tokens=read_flag(given, "return_token_ids"),
             key=key,
         )
+
+    def _make_decode(self, given: dict[str, Any], sampling: Sampling) -> Callable[[Sequence[int]], str]:
+        """Return the decoder of an answer's text, without control tokens unless the request wants them."""
+        if read_flag(given, "skip_special_tokens", default=True):
+            return self._tokenizer.decode
+        ends = {*self._tokenizer.stop_ids, *sampling.stop_ids}
+
+        def decode(ids: Sequence[int]) -> str:
+            """The token that ends a response is no part of its text."""
+            said = ids[:-1] if ids and ids[-1] in ends else ids
+            return self._tokenizer.decode(said, skip_special=False)
+
+        return decode
 
     def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
         """Tokenize a prompt; only the beginning of one that is far too long, as others wait meanwhile."""

@@ -173,6 +173,23 @@ def test_a_tool_call_with_half_a_character_is_answered(is_streamed, service):
         assert json.loads(call["function"]["arguments"]) == {"a": "\ud800"}
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_control_tokens_are_in_the_text_where_they_are_asked_for(is_streamed, service):
+    end, other = "<|end|>", "<|user|>"
+    driver = Saying(service, f"red{other}blue{end}")
+
+    def read(**options):
+        body = {"prompt": "a", "stream": is_streamed, **options}
+        answer = post(service, driver, "/v1/completions", body)
+        if not is_streamed:
+            return answer.json()["choices"][0]["text"]
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+    assert read() == read(skip_special_tokens=True) == "redblue"
+    assert read(skip_special_tokens=False) == f"red{other}blue"
+
+
 def test_each_prompt_has_its_tokens_and_each_chunk_its_place_in_the_text(service):
     driver, route = Saying(service, "said"), "/v1/completions"
     body = {"prompt": ["red", "blue"], "n": 2, "return_token_ids": True}
