@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from starlette.routing import Route
 from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update
 from empg_jax.serve.exchange import Exchange, Inbox, News
+from empg_jax.serve.server import has_key
 from empg_jax.serve.service import Service
 from empg_jax.serve.wire import ApiError, reading, refuse
 
@@ -124,12 +124,9 @@ def _route(route: More, guarded: Guard) -> Route:
 
 
 def _authorize(request: Request, api_key: str | None) -> None:
-    if api_key is None:
-        return
     # The Tinker client sends its key in a header of its own.
     named = f"Bearer {request.headers.get('x-api-key', '')}"
-    kind, _, given = request.headers.get("authorization", named).partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), api_key.encode()):
+    if not has_key(request.headers.get("authorization", named), api_key):
         raise ApiError(401, "wrong or missing bearer token", code="invalid_api_key")
 
 
