@@ -67,6 +67,9 @@ def make_app(
     async def models(request: Request, body: Any) -> Response:
         return JSONResponse(service.describe_models())
 
+    async def model(request: Request, body: Any) -> Response:
+        return JSONResponse(service.describe_model(request.path_params["name"]))
+
     exchange = Exchange(driver)
 
     def answering(read: Callable[[Any], Asked]) -> Handler:
@@ -86,6 +89,7 @@ def make_app(
         routes=[
             Route("/health", health, methods=["GET"]),
             Route("/v1/models", guarded(models, has_body=False), methods=["GET"]),
+            Route("/v1/models/{name:path}", guarded(model, has_body=False), methods=["GET"]),
             *(Route(path, guarded(run, has_body=True), methods=["POST"]) for path, run in posts.items()),
             *(_route(route, guarded) for route in more),
         ],

@@ -72,8 +72,17 @@ class Service:
 
     def describe_models(self) -> Body:
         """Return the answer of ``GET /v1/models``."""
+        return {"object": "list", "data": [self.describe_model(self.name)]}
+
+    def describe_model(self, name: str) -> Body:
+        """Return the answer of ``GET /v1/models/NAME``.
+
+        Raises:
+          ApiError: the model has another name (status 404).
+        """
+        self._check_model(name)
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "empg-jax"}
-        return {"object": "list", "data": [model | {"max_model_len": self._max_tokens, "root": self.name}]}
+        return model | {"max_model_len": self._max_tokens, "root": self.name}
 
     # ------------------------------------------------------------------------------------ requests
 
@@ -147,13 +156,15 @@ class Service:
 
     def _check(self, body: Any, known: frozenset[str]) -> dict[str, Any]:
         given = check_keys(body, known)
-        model = given.get("model", self.name)
-        if model != self.name:
+        self._check_model(given.get("model", self.name))
+        return given
+
+    def _check_model(self, name: Any) -> None:
+        if name != self.name:
             raise ApiError(
-                404, f"model {model!r} does not exist; this server has {self.name!r}", param="model",
+                404, f"model {name!r} does not exist; this server has {self.name!r}", param="model",
                 code="model_not_found",
             )  # fmt: skip
-        return given
 
     def _read_sampling(
         self, given: dict[str, Any], num_prompts: int, default_max_tokens: int | None = None

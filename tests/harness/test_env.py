@@ -83,6 +83,19 @@ def test_a_program_that_says_nothing_any_more(make):
     assert fault.value.reason == "agent_timeout"
 
 
+def test_the_client_of_openai_finds_the_model(make):
+    openai = pytest.importorskip("openai")
+    env = make("silent")
+    env.reset(0, split="train", index=0)
+    url = _find_endpoint().url_of(env._session)
+    with openai.OpenAI(base_url=url, api_key=env._session.key, max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["policy"]
+        assert client.models.retrieve("policy").id == "policy"
+        with pytest.raises(openai.NotFoundError, match="model 'gpt' does not exist") as missing:
+            client.models.retrieve("gpt")
+    assert missing.value.code == "model_not_found"
+
+
 def test_calls_after_the_end_are_refused(make):
     env = make("silent")
     env.reset(0, split="train", index=0)
