@@ -18,7 +18,7 @@ def read_verdict(found: Any) -> dict[str, Any]:
         false, or finite numbers as metrics.
     """
     given = found if isinstance(found, dict) else {"reward": found}
-    reward = given.get("reward")
+    reward: Any = given.get("reward")
     if isinstance(reward, bool) or not _is_finite(reward):
         raise ValueError("no finite reward")
     success, metrics = given.get("success"), given.get("metrics")
