@@ -61,6 +61,24 @@ def test_an_option_that_does_not_exist_is_named(tmp_path, name, override, says):
     assert says in line and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "prompt_options"),
+    [
+        ("alfworld", "{}", "{}"),
+        ("webshop", "{level: tiny, style: page}", "{style: page, parser: tags}"),
+        ("household", "{style: alfworld}", "{style: alfworld, parser: tags}"),
+    ],
+)
+def test_a_warm_start_that_the_parser_of_tags_rejects_is_refused(tmp_path, name, options, prompt_options):
+    changes = (f"env.name={name}", f"env.options={options}", f"env.prompt_options={prompt_options}")
+    line = refuse("train", "quickstart", *changes, f"run_dir={tmp_path / 'run'}")
+    assert (
+        f"env.prompt_options.parser=tags: the expert of {name} shows bare actions with sft.updates=130"
+        in line
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_options_of_an_environment_of_ones_own_are_checked(folder):
     (folder / "mine.py").write_text(ENV)
     line = refuse("train", "quickstart", *OWN, "env.options.lenght=2")

@@ -97,9 +97,11 @@ def load_checked(config: str, overrides: list[str], *, to_run: bool = True) -> C
     """
     resolved = load_config(config, overrides)
     if to_run:
-        from empg_jax.run.environment import find_spec, try_options
+        from empg_jax.run.environment import check_warm_start, find_spec, try_options
 
-        try_options(resolved, find_spec(resolved))
+        spec = find_spec(resolved)
+        try_options(resolved, spec)
+        check_warm_start(resolved, spec)
     return resolved.with_notes(check_environment(resolved))
 
 

@@ -16,6 +16,10 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free 
 ReadyFile = Annotated[
     Path | None, typer.Option(help="File for the address, written when the server answers.")
 ]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="EMPG_API_KEY", show_envvar=True, help="Bearer token that requests need."),
+]
 
 
 @app.command()
@@ -87,10 +91,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 0,
     ready_file: ReadyFile = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="EMPG_API_KEY", show_envvar=True, help="Bearer token that requests need."),
-    ] = None,
+    api_key: ApiKey = None,
     train: Annotated[
         bool, typer.Option("--train", help="Let a client train the policy, by the Tinker API (/api/v1).")
     ] = False,
@@ -143,6 +144,10 @@ def serve_env(
     host: Host = "127.0.0.1",
     port: Port = 0,
     ready_file: ReadyFile = None,
+    api_key: ApiKey = None,
+    no_key: Annotated[
+        bool, typer.Option("--no-key", help="Let other machines (--host) in without a key.")
+    ] = False,
     sessions: Annotated[int, typer.Option(min=1, help="Clients at a time; others are turned away.")] = 64,
     idle_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds without a message after which a session ends.")
@@ -165,6 +170,8 @@ def serve_env(
             host=host,
             port=port,
             ready_file=ready_file,
+            api_key=api_key,
+            is_open=no_key,
             sessions=sessions,
             idle_timeout=idle_timeout,
             announce=typer.echo,

@@ -15,7 +15,7 @@ import numpy as np
 
 from empg_jax.hf.layout import tensor_name
 from empg_jax.hf.safetensors import write_safetensors
-from empg_jax.hf.save import Tokenizer, new_folder, to_host, write_json, write_tokenizer
+from empg_jax.hf.save import Tokenizer, new_folder, to_host, write_json
 from empg_jax.models.lora import LoraConfig
 from empg_jax.types import Params
 
@@ -58,7 +58,7 @@ def save_adapter(
         if jax.process_index() == 0:
             write_json(partial / "adapter_config.json", _peft_config(shapes, config, base_path))
             if tokenizer is not None:
-                write_tokenizer(partial, tokenizer)
+                tokenizer.save(partial)
             write_safetensors(partial / "adapter_model.safetensors", shapes, read)
         else:
             for name in shapes:  # fetching a sharded array is a collective, so every process takes part

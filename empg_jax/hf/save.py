@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
     stop_ids: tuple[int, ...]
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Write the tokenizer's files."""
+        """Write the tokenizer's files, and its stop tokens to ``generation_config.json``."""
 
 
 def save_hf(
@@ -56,7 +56,7 @@ def save_hf(
       params: the parameters, sharded or not. A critic's value head is left out.
       config: their config.
       folder: target folder; it must be empty or not exist.
-      tokenizer: if given, its files are added, and its stop tokens are written to generation_config.json.
+      tokenizer: if given, its files are added, among them generation_config.json.
       base_config: the model's original config.json; keys unknown to the decoder are kept.
       max_shard_bytes: largest size of one weights file.
 
@@ -78,7 +78,7 @@ def save_hf(
         if jax.process_index() == 0:
             write_json(partial / "config.json", keys)
             if tokenizer is not None:
-                write_tokenizer(partial, tokenizer)
+                tokenizer.save(partial)
         _write_weights(partial, params, leaves, max_shard_bytes)
 
 
@@ -105,13 +105,6 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         if is_writer:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Write the tokenizer's files, and its stop tokens to generation_config.json."""
-    tokenizer.save(folder)
-    stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
-    write_json(folder / "generation_config.json", stops)
 
 
 def _check_params(params: Params, config: DecoderConfig) -> list[Leaf]:

@@ -60,7 +60,7 @@ class DenseRetriever:
         """
         self._passages, self._encoder, self._query_prefix = passages, encoder, query_prefix
         texts = [f"{passage_prefix}{passage.title}\n{passage.text}" for passage in passages]
-        identity = _identify(texts, encoder)
+        identity = "" if cache is None else _identify(texts, encoder)
         vectors = _read(cache, identity)
         if vectors is None:
             # Filled in place: a second copy of the vectors may not fit into memory.
@@ -107,11 +107,10 @@ class DenseRetriever:
 
 
 def _identify(texts: Sequence[str], encoder: TextEncoder) -> str:
-    """Return a hash of the texts and of the encoder; the vector of the first text identifies the encoder."""
-    digest = hashlib.sha256()
+    """Return a hash of the texts and of the encoder."""
+    digest = hashlib.sha256(encoder.identity.encode())
     for text in texts:
         digest.update(text.encode(errors="surrogatepass") + b"\0")
-    digest.update(np.round(encoder.encode(texts[:1]), 3).tobytes())
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from empg_jax.errors import UserError
 from empg_jax.hf.safetensors import SafetensorsFile
 
 Params = dict[str, Any]
+POOLING = "1_Pooling/config.json"
 LENGTHS = (16, 32, 64, 128, 256, 512)  # texts are padded to one of these: few programs are compiled
 
 
@@ -68,7 +70,7 @@ def read_config(folder: Path) -> EncoderConfig:
             num_heads=raw["num_attention_heads"],
             max_positions=raw["max_position_embeddings"],
             norm_eps=raw.get("layer_norm_eps", 1e-12),
-            pooling=_read_pooling(folder / "1_Pooling" / "config.json"),
+            pooling=_read_pooling(folder / POOLING),
         )
     except KeyError as error:
         raise EncoderError(f"{folder}/config.json has no {error}") from error
@@ -199,13 +201,27 @@ class TextEncoder:
         self._params = load_params(folder, self.config)
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()  # `_pad` pads, to a few fixed lengths
-        self._tokenizer.enable_truncation(min(max_tokens, self.config.max_positions))
-        self._batch_size = batch_size
+        self._max_tokens = min(max_tokens, self.config.max_positions)
+        self._tokenizer.enable_truncation(self._max_tokens)
+        self._folder, self._batch_size = folder, batch_size
 
     @property
     def width(self) -> int:
         """Length of a vector."""
         return int(self._params["words"].shape[1])
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of what decides the vectors: the encoder's files, and the length that texts are cut to.
+
+        The vectors themselves are no identity: their last digits differ between machines.
+        """
+        digest = hashlib.sha256(f"{self._max_tokens}".encode())
+        for name in ("config.json", POOLING, "tokenizer.json", "model.safetensors"):
+            if (self._folder / name).is_file():
+                with open(self._folder / name, "rb") as file:
+                    digest.update(f"\0{name}\0".encode() + hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Encode texts to vectors float32[len(texts) D]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from empg_envs import EnvSpec, check_options, resolve_spec
+from empg_envs.tags import TagParser
 from empg_envs.template import read_template
 from empg_jax.errors import ConfigError
 
@@ -50,6 +51,30 @@ def try_options(config: Config, spec: EnvSpec) -> None:
         spec.make(**config.env.options).close()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"env.options of {config.env.target}: {error}") from None
+
+
+def check_warm_start(config: Config, spec: EnvSpec) -> None:
+    """Refuse demonstrations of which the run's own parser would read no action.
+
+    This is told at once for the parser of tags; what other parsers make of the expert's words, the recording
+    checks.
+
+    Raises:
+      ConfigError: the expert shows bare actions where tags are asked for.
+    """
+    env, sft = config.env, config.sft
+    if not sft.updates or sft.data is not None or env.parser is not None:
+        return
+    try:
+        parser = spec.parser(**env.prompt_options)
+    except ValueError as error:
+        raise ConfigError(f"env.prompt_options: {error}") from None
+    if isinstance(parser, TagParser):
+        raise ConfigError(
+            f"env.prompt_options.parser=tags: the expert of {env.target} shows bare actions with "
+            f"sft.updates={sft.updates}; set sft.updates=0, or the environment's parser of lines (line in "
+            "alfworld, plain in household and webshop)"
+        )
 
 
 def keep_texts(config: Config) -> Config:

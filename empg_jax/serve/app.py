@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from starlette.routing import Route
 from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update
 from empg_jax.serve.exchange import Exchange, Inbox, News
+from empg_jax.serve.server import has_key
 from empg_jax.serve.service import Service
 from empg_jax.serve.wire import ApiError, reading, refuse
 
@@ -67,6 +67,9 @@ def make_app(
     async def models(request: Request, body: Any) -> Response:
         return JSONResponse(service.describe_models())
 
+    async def model(request: Request, body: Any) -> Response:
+        return JSONResponse(service.describe_model(request.path_params["name"]))
+
     exchange = Exchange(driver)
 
     def answering(read: Callable[[Any], Asked]) -> Handler:
@@ -86,6 +89,7 @@ def make_app(
         routes=[
             Route("/health", health, methods=["GET"]),
             Route("/v1/models", guarded(models, has_body=False), methods=["GET"]),
+            Route("/v1/models/{name:path}", guarded(model, has_body=False), methods=["GET"]),
             *(Route(path, guarded(run, has_body=True), methods=["POST"]) for path, run in posts.items()),
             *(_route(route, guarded) for route in more),
         ],
@@ -124,12 +128,9 @@ def _route(route: More, guarded: Guard) -> Route:
 
 
 def _authorize(request: Request, api_key: str | None) -> None:
-    if api_key is None:
-        return
     # The Tinker client sends its key in a header of its own.
     named = f"Bearer {request.headers.get('x-api-key', '')}"
-    kind, _, given = request.headers.get("authorization", named).partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), api_key.encode()):
+    if not has_key(request.headers.get("authorization", named), api_key):
         raise ApiError(401, "wrong or missing bearer token", code="invalid_api_key")
 
 

@@ -7,8 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from empg_jax.errors import ConfigError, RunError
-from empg_jax.serve.server import Work, check_packages, check_ready_file, listen, make_server, run_server
+from empg_jax.errors import RunError
+from empg_jax.serve.server import (
+    Work,
+    check_key,
+    check_packages,
+    check_ready_file,
+    listen,
+    make_server,
+    run_server,
+)
 
 if TYPE_CHECKING:
     import uvicorn
@@ -44,7 +52,8 @@ def serve_policy(
       host: address to listen on.
       port: port to listen on; 0 takes a free one.
       ready_file: file to write ``{"url", "model"}`` to when the server answers.
-      api_key: bearer token that requests need, not empty and without blanks at its ends; None needs none.
+      api_key: bearer token that requests need, not empty and without blanks at its ends; None needs none, and
+        is refused where other machines could train the policy.
       is_trained: whether clients may train the policy, by the Tinker API.
       say: receives messages for the user.
       announce: receives the one line that tells the address.
@@ -55,8 +64,7 @@ def serve_policy(
     """
     check_packages("starlette", "uvicorn", *(["google.protobuf"] if is_trained else []))
     check_ready_file(ready_file)
-    if api_key is not None and (not api_key or api_key != api_key.strip()):
-        raise ConfigError("--api-key is empty or has blanks at its ends; leave it out to let everyone in")
+    check_key(host, api_key, opens="train the policy; set --api-key" if is_trained else None)
     with listen(host, port) as listener:
         from empg_jax.serve.app import make_app
         from empg_jax.serve.driver import Driver

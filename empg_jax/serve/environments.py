@@ -9,7 +9,14 @@ from typing import Any
 from empg_envs import resolve_spec
 from empg_jax.config.yaml import apply_override
 from empg_jax.run.terminal import build_env
-from empg_jax.serve.server import check_packages, check_ready_file, listen, make_server, run_server
+from empg_jax.serve.server import (
+    check_key,
+    check_packages,
+    check_ready_file,
+    listen,
+    make_server,
+    run_server,
+)
 
 MAX_MESSAGE = 1 << 20  # bytes of a client's message
 
@@ -21,6 +28,8 @@ def serve_environment(
     host: str,
     port: int,
     ready_file: Path | None,
+    api_key: str | None,
+    is_open: bool,
     sessions: int,
     idle_timeout: float,
     announce: Callable[[str], None],
@@ -33,16 +42,20 @@ def serve_environment(
       host: address to listen on.
       port: port to listen on; 0 takes a free one.
       ready_file: file to write ``{"url", "model"}`` to when the server answers.
+      api_key: bearer token that sessions need, see `empg_jax.serve.server.check_key`; None needs none.
+      is_open: whether other machines may reach the server without a key.
       sessions: largest number of sessions at a time.
       idle_timeout: seconds without a message after which a session ends.
       announce: receives the one line that tells the address.
 
     Raises:
       ServeError: packages are missing, or the address cannot be bound.
-      ConfigError: the environment cannot be built.
+      ConfigError: the environment cannot be built, or a key is missing.
     """
     check_packages("starlette", "uvicorn", "websockets")
     check_ready_file(ready_file)
+    opens = "play the environment; set --api-key, or --no-key where its clients send none"
+    check_key(host, api_key, opens=None if is_open else opens)
     values: dict[str, Any] = {}
     for option in options:
         apply_override(values, option.removeprefix("env.options."))
@@ -57,5 +70,5 @@ def serve_environment(
         shared = Sessions(
             lambda: spec.make(**values), has_threads=has_threads, limit=sessions, idle=idle_timeout
         )
-        server.config.app = make_app(spec.name, shared)
+        server.config.app = make_app(spec.name, shared, api_key=api_key)
         run_server(server, listener, [shared])

@@ -24,6 +24,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from empg_envs.base import EnvFault, TextEnv
+from empg_jax.serve.server import has_key
 from empg_jax.serve.tinker.worker import Worker
 
 BLOCK = 1 << 28  # numbers between the seeds of two splits, as clients of this project count them
@@ -294,12 +295,13 @@ async def _end(socket: WebSocket, error: Refusal) -> None:
     await socket.close()
 
 
-def make_app(name: str, sessions: Sessions) -> Starlette:
+def make_app(name: str, sessions: Sessions, *, api_key: str | None) -> Starlette:
     """Build the application.
 
     Args:
       name: the environment's name on the wire.
       sessions: its sessions.
+      api_key: the bearer token that a session needs; None needs none.
     """
 
     def tell(body: Body, status: int = 200) -> Callable[[Request], Response]:
@@ -308,7 +310,8 @@ def make_app(name: str, sessions: Sessions) -> Starlette:
     async def play(socket: WebSocket) -> None:
         # A page of another site in a browser on this machine is not a client.
         origin = socket.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != socket.headers.get("host"):
+        is_foreign = origin is not None and urlsplit(origin).netloc != socket.headers.get("host")
+        if is_foreign or not has_key(socket.headers.get("authorization", ""), api_key):
             await socket.close(code=1008)
             return
         await sessions.serve(socket)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hmac
 import importlib.util
+import ipaddress
 import os
 import signal
 import socket
@@ -66,6 +68,37 @@ def check_ready_file(path: Path | None) -> None:
     """
     if path is not None and not path.parent.is_dir():
         raise ConfigError(f"--ready-file {path}: expected a file in a folder that exists")
+
+
+def check_key(host: str, api_key: str | None, *, opens: str | None) -> None:
+    """Check a key, and that there is one where other machines could do what needs it.
+
+    Args:
+      host: the address to listen on.
+      api_key: the key, or None.
+      opens: what everyone who reaches the address could do without a key; None: nothing that needs one.
+
+    Raises:
+      ConfigError: the key is empty or has blanks at its ends, or a key is missing.
+    """
+    if api_key is not None and (not api_key or api_key != api_key.strip()):
+        raise ConfigError("--api-key is empty or has blanks at its ends; leave it out to let everyone in")
+    if api_key is None and opens is not None and not _is_loopback(host):
+        raise ConfigError(f"--host {host} without a key: everyone who reaches it could {opens}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def has_key(authorization: str, api_key: str | None) -> bool:
+    """Return whether a request's header carries the bearer token; without a key every one does."""
+    kind, _, given = authorization.partition(" ")
+    is_right = hmac.compare_digest(given.strip().encode(), (api_key or "").encode())
+    return api_key is None or (kind.lower() == "bearer" and is_right)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +23,11 @@ from empg_jax.serve.wire import (
     CHAT,
     COMPLETION,
     GENERATE,
+    IGNORED,
     MAX_CHOICES,
     SAMPLING,
+    STREAM,
+    TEXT,
     ApiError,
     Sampling,
     check_keys,
@@ -68,8 +72,17 @@ class Service:
 
     def describe_models(self) -> Body:
         """Return the answer of ``GET /v1/models``."""
+        return {"object": "list", "data": [self.describe_model(self.name)]}
+
+    def describe_model(self, name: str) -> Body:
+        """Return the answer of ``GET /v1/models/NAME``.
+
+        Raises:
+          ApiError: the model has another name (status 404).
+        """
+        self._check_model(name)
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "empg-jax"}
-        return {"object": "list", "data": [model | {"max_model_len": self._max_tokens, "root": self.name}]}
+        return model | {"max_model_len": self._max_tokens, "root": self.name}
 
     # ------------------------------------------------------------------------------------ requests
 
@@ -113,8 +126,11 @@ class Service:
         if not isinstance(prompt, list) or not prompt:
             raise refuse("prompt must be a text, a list of token ids, or a list of these", "prompt")
         sampling = self._read_sampling(given, len(prompt), default_max_tokens=COMPLETION_TOKENS)
+        # A text is the beginning of a document, so it begins as documents do in training.
+        add_special = read_flag(given, "add_special_tokens", default=True)
+        encode = functools.partial(self._tokenizer.encode, add_special=add_special)
         prompts = [
-            self._encode(item, self._tokenizer.encode)
+            self._encode(item, encode)
             if isinstance(item, str)
             else read_ids(item, "prompt", self._tokenizer.vocab_size)
             for item in prompt
@@ -131,20 +147,24 @@ class Service:
         if read_flag(given, "stream"):
             raise refuse("stream=True is not supported here; use /v1/completions", "stream")
         prompt = read_ids(given.get("token_ids"), "token_ids", self._tokenizer.vocab_size)
-        options = check_keys(given.get("sampling_params", {}), SAMPLING, "sampling_params")
+        options = check_keys(
+            given.get("sampling_params", {}), SAMPLING, "sampling_params", ignored=IGNORED | TEXT
+        )
         sampling = self._read_sampling(options, 1)
         self._check_length(prompt)
         return Asked([np.asarray(prompt, np.int32)], sampling, None, self._tokenizer.decode)
 
     def _check(self, body: Any, known: frozenset[str]) -> dict[str, Any]:
         given = check_keys(body, known)
-        model = given.get("model", self.name)
-        if model != self.name:
+        self._check_model(given.get("model", self.name))
+        return given
+
+    def _check_model(self, name: Any) -> None:
+        if name != self.name:
             raise ApiError(
-                404, f"model {model!r} does not exist; this server has {self.name!r}", param="model",
+                404, f"model {name!r} does not exist; this server has {self.name!r}", param="model",
                 code="model_not_found",
             )  # fmt: skip
-        return given
 
     def _read_sampling(
         self, given: dict[str, Any], num_prompts: int, default_max_tokens: int | None = None
@@ -171,9 +191,7 @@ class Service:
     ) -> Asked:
         for prompt in prompts:
             self._check_length(prompt)
-        options = given.get("stream_options", {})
-        if not isinstance(options, dict):
-            raise refuse("stream_options must be an object", "stream_options")
+        options = check_keys(given.get("stream_options", {}), STREAM, "stream_options")
         key = read_key(given)
         if key is not None and len(prompts) * sampling.n > 1:
             raise refuse("empg.ids are those of one response: ask for one prompt, with n=1", "empg")
@@ -181,13 +199,26 @@ class Service:
             [np.asarray(prompt, np.int32) for prompt in prompts],
             sampling,
             head,
-            self._tokenizer.decode,
+            self._make_decode(given, sampling),
             tools=tools or [],
             is_streamed=read_flag(given, "stream"),
             has_usage=read_flag(options, "include_usage"),
             has_tokens=read_flag(given, "return_token_ids"),
             key=key,
         )
+
+    def _make_decode(self, given: dict[str, Any], sampling: Sampling) -> Callable[[Sequence[int]], str]:
+        """Return the decoder of an answer's text, without control tokens unless the request wants them."""
+        if read_flag(given, "skip_special_tokens", default=True):
+            return self._tokenizer.decode
+        ends = {*self._tokenizer.stop_ids, *sampling.stop_ids}
+
+        def decode(ids: Sequence[int]) -> str:
+            """The token that ends a response is no part of its text."""
+            said = ids[:-1] if ids and ids[-1] in ends else ids
+            return self._tokenizer.decode(said, skip_special=False)
+
+        return decode
 
     def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
         """Tokenize a prompt; only the beginning of one that is far too long, as others wait meanwhile."""

@@ -16,6 +16,7 @@ from empg_jax.models.filtering import TokenFilter
 # client that asks for repetition penalties must not get something else in silence.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
+    "detokenize": (True,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "ignore_eos": (False,),
@@ -31,11 +32,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Keys without an effect on the tokens.
 IGNORED = frozenset(
     {
-        *("cache_salt", "detokenize", "metadata", "output_kind", "parallel_tool_calls", "priority"),
-        *("prompt_cache_key", "request_id", "safety_identifier", "service_tier", "skip_special_tokens"),
-        *("spaces_between_special_tokens", "store", "user"),
+        *("cache_salt", "metadata", "output_kind", "parallel_tool_calls", "priority", "prompt_cache_key"),
+        *(
+            "request_id",
+            "safety_identifier",
+            "service_tier",
+            "spaces_between_special_tokens",
+            "store",
+            "user",
+        ),
     }
 )
+TEXT = frozenset({"detokenize", "skip_special_tokens"})  # ignored where an answer has token ids alone
 SAMPLING = frozenset(
     {
         "max_tokens",
@@ -51,10 +59,11 @@ SAMPLING = frozenset(
     }
     | NEUTRAL.keys()
 )
-ANSWER = frozenset({"model", "stream", "stream_options", "return_token_ids"})
+ANSWER = frozenset({"model", "stream", "stream_options", "return_token_ids", "skip_special_tokens"})
+STREAM = frozenset({"include_usage", "include_obfuscation"})  # the second is padding, which there is none of
 CHAT = SAMPLING | ANSWER | {"messages", "tools", "tool_choice", "max_completion_tokens"}
 CHAT |= {"chat_template_kwargs"}
-COMPLETION = SAMPLING | ANSWER | {"prompt", "empg"}
+COMPLETION = SAMPLING | ANSWER | {"prompt", "add_special_tokens", "empg"}
 GENERATE = frozenset({"model", "token_ids", "sampling_params", "stream"})
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -119,17 +128,19 @@ class Sampling:
     has_logprobs: bool
 
 
-def check_keys(body: Any, known: frozenset[str], where: str = "") -> dict[str, Any]:
+def check_keys(
+    body: Any, known: frozenset[str], where: str = "", *, ignored: frozenset[str] = IGNORED
+) -> dict[str, Any]:
     """Return the keys that are given, without nulls; refuse unknown ones.
 
     Raises:
       ApiError: the body is no object, or has a key that this server does not know or cannot honor.
     """
     if not isinstance(body, dict):
-        raise refuse(f"{where or 'the body'} must be a JSON object")
+        raise refuse(f"{where or 'the body'} must be a JSON object", where or None)
     given = {key: value for key, value in body.items() if value is not None}
     for key, value in given.items():
-        if key in IGNORED:
+        if key in ignored:
             continue
         if key not in known:
             hint = nearest(key, known)
@@ -182,7 +193,7 @@ def read_sampling(
         seed=_integer(given, "seed", None) if "seed" in given else secrets.randbits(62),  # type: ignore[arg-type]
         n=_integer(given, "n", 1, low=1, high=MAX_CHOICES) or 1,
         stops=tuple(stops),
-        stop_ids=tuple(read_ids(given.get("stop_token_ids", []), "stop_token_ids")),
+        stop_ids=tuple(read_ids(given.get("stop_token_ids", []), "stop_token_ids", vocab_size)),
         # 0 asks a completion for the sampled token's alone, which is what there is.
         has_logprobs=logprobs is not False,
     )
@@ -201,7 +212,7 @@ def _read_filter(given: Mapping[str, Any], vocab_size: int) -> TokenFilter:
     return token_filter
 
 
-def read_ids(value: Any, where: str, vocab_size: int | None = None) -> list[int]:
+def read_ids(value: Any, where: str, vocab_size: int) -> list[int]:
     """Check a list of token ids.
 
     Raises:
@@ -209,10 +220,9 @@ def read_ids(value: Any, where: str, vocab_size: int | None = None) -> list[int]
     """
     if not isinstance(value, list) or not all(type(index) is int for index in value):
         raise refuse(f"{where} must be a list of token ids", where)
-    top = 2**31 if vocab_size is None else vocab_size
-    wrong = next((index for index in value if not 0 <= index < top), None)
+    wrong = next((index for index in value if not 0 <= index < vocab_size), None)
     if wrong is not None:
-        raise refuse(f"{where}: {wrong} is no token id; they lie in [0, {top})", where)
+        raise refuse(f"{where}: {wrong} is no token id; they lie in [0, {vocab_size})", where)
     return value
 
 
@@ -231,13 +241,13 @@ def read_key(given: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
     return ids[0], ids[1], ids[2], ids[3]
 
 
-def read_flag(given: Mapping[str, Any], key: str) -> bool:
-    """Read a boolean, false by default.
+def read_flag(given: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
+    """Read a boolean.
 
     Raises:
       ApiError: it is something else.
     """
-    value = given.get(key, False)
+    value = given.get(key, default)
     if not isinstance(value, bool):
         raise refuse(f"{key} must be true or false", key)
     return value

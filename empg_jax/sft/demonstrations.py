@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,8 @@ def record_demonstrations(
     turn whose prompt and response are longer than ``rollout.max_tokens`` is left out.
 
     Raises:
-      DemonstrationError: the environment has no expert or fails, or no demonstration fits.
+      DemonstrationError: the environment has no expert or fails, the run's parser rejects the expert's words,
+        or no demonstration fits.
     """
     # The second number separates this stream from the other random streams of the run's seed.
     rng = np.random.default_rng((config.seed, 1))
@@ -49,6 +50,8 @@ def record_demonstrations(
             task = int(tasks[number % len(tasks)])
             try:
                 trajectory = _play(env, config, language, task, number, rng)
+            except DemonstrationError:
+                raise
             except Exception as error:  # an environment may raise anything; the message names it
                 raise DemonstrationError(
                     f"environment {config.env.target} failed while its expert played task "
@@ -69,6 +72,25 @@ def _longest(trajectory: Trajectory) -> int:
     return max(len(turn.prompt_tokens) + len(turn.response_tokens) for turn in trajectory.turns)
 
 
+def _check_answer(
+    config: Config, language: Language, action: str, response: np.ndarray, info: Mapping[str, Any]
+) -> None:
+    """Check that the run reads the action in the response, as it would in one that is sampled.
+
+    Raises:
+      DemonstrationError: it does not, so that the policy would learn to be misunderstood.
+    """
+    said = language.tokenizer.decode(response.tolist())
+    parsed = language.parser(said, info)
+    # A closed vocabulary writes white space in its own way.
+    if not parsed.is_valid or "".join(parsed.action.split()) != "".join(action.split()):
+        raise DemonstrationError(
+            f"the expert of {config.env.target} shows {said!r:.200}, in which the run's parser reads "
+            f"{parsed.action!r:.200} ({'valid' if parsed.is_valid else 'invalid'}), not {action!r:.200}: set "
+            "sft.updates=0, or a parser of bare actions (env.parser, env.prompt_options)"
+        )
+
+
 def _play(
     env: Any, config: Config, language: Language, task: int, number: int, rng: np.random.Generator
 ) -> Trajectory:
@@ -85,6 +107,7 @@ def _play(
         if info.get("admissible") and rng.random() < config.sft.noise:
             action = info["admissible"][rng.integers(len(info["admissible"]))]
         response = np.asarray(language.renderer.encode_response(action), np.int32)
+        _check_answer(config, language, action, response, info)
         shown = observation
         observation, reward, terminated, truncated, info = env.step(action)
         zeros = np.zeros(len(response), np.float32)

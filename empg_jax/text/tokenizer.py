@@ -40,6 +40,7 @@ class Tokenizer:
       special_tokens: named special tokens, for example ``{"eos_token": "<|im_end|>"}``.
       stop_tokens: tokens that end a turn; ``eos_token`` is always added to them.
       config: additional keys for ``tokenizer_config.json``.
+      generation: additional keys for ``generation_config.json``, such as the model's own temperature.
 
     Raises:
       ValueError: a special or stop token is not in the vocabulary, or no token ends a turn.
@@ -59,12 +60,13 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         stop_tokens: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
     ):
         self._backend = backend
         # Some tokenizer files enable padding or truncation, which would change the ids silently.
         backend.no_padding()
         backend.no_truncation()
-        self._config = dict(config or {})
+        self._config, self._generation = dict(config or {}), dict(generation or {})
         self.special_tokens = dict(special_tokens or {})
         for name, token in self.special_tokens.items():
             self._require_id(token, name)
@@ -89,9 +91,9 @@ class Tokenizer:
         pad = self.special_tokens.get("pad_token")
         self.pad_id: int = self._require_id(pad, "pad_token") if pad is not None else self.stop_ids[0]
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; no special token (begin of text) is added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Return the ids of a text, with the tokenizer's own begin of text only if ``add_special``."""
+        return self._backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of ids, without control tokens unless ``skip_special`` is False."""
@@ -125,7 +127,10 @@ class Tokenizer:
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **options)
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json (Hugging Face format)."""
+        """Write the tokenizer in Hugging Face's format, with its stop tokens in generation_config.json.
+
+        The other files are tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+        """
         path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **self.special_tokens}
@@ -135,6 +140,8 @@ class Tokenizer:
         self._backend.save(str(path / "tokenizer.json"))
         _write_json(path / "tokenizer_config.json", config)
         _write_json(path / "special_tokens_map.json", self.special_tokens)
+        ids = {"eos_token_id": list(self.stop_ids), "pad_token_id": self.pad_id}
+        _write_json(path / "generation_config.json", self._generation | ids)
 
     def _find_turn_end(self) -> int | None:
         if self.chat_template is None:
@@ -172,7 +179,8 @@ def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None
         chat_template = _read_chat_template(folder, config)
     backend = load_backend(folder)
     stop_tokens = list(config.get("stop_tokens", ()))
-    for index in _generation_stop_ids(folder):
+    generation = _read_json(folder / "generation_config.json")
+    for index in _stop_ids(generation):
         token = backend.id_to_token(index)
         if token is None:
             raise ValueError(
@@ -187,6 +195,7 @@ def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None
             special_tokens=special_tokens,
             stop_tokens=stop_tokens,
             config=config,
+            generation=generation,
         )
     except ValueError as error:
         raise ValueError(f"tokenizer in {folder}: {error}") from error
@@ -244,8 +253,8 @@ def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -
     return named
 
 
-def _generation_stop_ids(folder: pathlib.Path) -> list[int]:
-    ids = _read_json(folder / "generation_config.json").get("eos_token_id")
+def _stop_ids(generation: Mapping[str, Any]) -> list[int]:
+    ids = generation.get("eos_token_id")
     if ids is None:
         return []
     return ids if isinstance(ids, list) else [ids]

@@ -232,11 +232,16 @@ def after_thought(response: str) -> str:
     return "" if response.lstrip().startswith("<think>") else response
 
 
+def first_line(response: str) -> str:
+    """Return the first non-blank line behind the thought, stripped; empty where there is none."""
+    lines = after_thought(response).strip().splitlines()
+    return lines[0].strip() if lines else ""
+
+
 class PlainParser:
     """A parser that takes the first non-blank line behind the thought; a response without one is invalid."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
         """Return the first non-blank line as the action."""
-        lines = after_thought(response).strip().splitlines()
-        action = lines[0].strip() if lines else ""
+        action = first_line(response)
         return ParsedAction(action=action, is_valid=bool(action))

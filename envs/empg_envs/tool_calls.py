@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from empg_envs.base import after_thought
+
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _PYTHON_TAG = "<|python_tag|>"
 
@@ -28,7 +30,7 @@ class ToolCall:
 
 
 def parse_calls(text: str, names: Collection[str] | None) -> tuple[str, list[ToolCall]]:
-    """Split a response into the text before its tool calls, and the calls.
+    """Split a response into the text before its tool calls, and the calls; no call lies in a thought.
 
     Args:
       text: the response.
@@ -38,14 +40,16 @@ def parse_calls(text: str, names: Collection[str] | None) -> tuple[str, list[Too
     Returns:
       The whole text and no calls, where there are none or one of them is malformed.
     """
-    if "<tool_call>" in text:
-        calls = [_read_call(body, None) for body in _TAGGED.findall(text)]
-        before = text.partition("<tool_call>")[0].strip()
+    said = after_thought(text)
+    thought = text.removesuffix(said)
+    if "<tool_call>" in said:
+        calls = [_read_call(body, None) for body in _TAGGED.findall(said)]
+        before = (thought + said.partition("<tool_call>")[0]).strip()
     else:
-        bare = text.strip().removeprefix(_PYTHON_TAG).strip()
+        bare = said.strip().removeprefix(_PYTHON_TAG).strip()
         # Llama separates several calls by semicolons.
         calls = [_read_call(part, names) for part in re.split(r"(?<=\})\s*;\s*(?=\{)", bare)]
-        before = ""
+        before = thought.strip()
     found = [call for call in calls if call is not None]
     return (before, found) if len(found) == len(calls) else (text, [])
 

@@ -114,6 +114,30 @@ def test_parsers_never_raise(name: str, options: dict, response: str) -> None:
     check_parser(Subject(name, options), [response])
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "prompt_options"),
+    [
+        ("alfworld", {"source": "generated", "level": "tiny"}, {"parser": "line"}),
+        ("household", {"level": "tiny"}, {}),
+        ("household", {"level": "tiny"}, {"require_admissible": True}),
+        ("household", {"level": "tiny", "style": "alfworld"}, {"style": "alfworld"}),
+        ("swe", {"tools": "terse"}, {"tools": "terse"}),
+        ("webshop", {"level": "tiny"}, {}),
+        ("webshop", {"level": "tiny", "style": "page"}, {"style": "page"}),
+    ],
+)
+def test_a_parser_of_lines_looks_behind_the_thought(name: str, options: dict, prompt_options: dict) -> None:
+    env, parse = make_env(name, **options), resolve_spec(name).parser(**prompt_options)
+    _, info = env.reset(split="train", index=0)
+    ended = False
+    while not ended:
+        action = env.expert_action()
+        for thought in ("<think>\nFirst look, then go.\n</think>\n\n", "look</think>"):
+            assert parse(thought + action, info) == empg_envs.ParsedAction(action, True)
+        assert not parse(f"<think>\n{action}", info).is_valid
+        *_, ended, _, info = env.step(action)
+
+
 def test_names_and_entry_points() -> None:
     with pytest.raises(ValueError, match="unknown environment 'houshold'; did you mean 'household'"):
         make_env("houshold")

@@ -37,7 +37,7 @@ def ask(text, history=()):
 
 def main(kind):
     task = json.load(sys.stdin)
-    assert task == json.loads(os.environ["EMPG_TASK"])
+    assert kind == "large" or task == json.loads(os.environ["EMPG_TASK"])
     reward = {"reward": 1.0, "success": True, "metrics": {"number": task["number"]}}
     match kind:
         case "never":
@@ -52,10 +52,13 @@ def main(kind):
             ask("a")
             print("done")
             return
-        case "nan":
+        case "says":  # its second argument is its last line
             ask("a")
-            print('{"reward": NaN}')
+            print(sys.argv[2])
             return
+        case "large":  # a task that no variable holds, behind a proxy
+            proxies = {os.environ["NO_PROXY"], os.environ["no_proxy"]}
+            ask(f"{len(task['text'])} {'EMPG_TASK' in os.environ} {' '.join(proxies)}")
         case "grow":
             history = ask("a")
             history = ask("b", history)

@@ -14,6 +14,7 @@ from empg_envs.harness.server import Session
 from tests.harness import agents
 from tests.processes import is_running
 from tests.serve.servers import wait_until
+from tests.thoughts import THOUGHTS
 
 
 @pytest.fixture
@@ -50,7 +51,13 @@ def test_a_program_that_goes_on_with_its_conversation(make):
     [
         ("crash", "agent_crashed", "ended with status 1: out of luck"),
         ("no-reward", "agent_no_reward", "its last line has none"),
-        ("nan", "agent_no_reward", "no finite"),
+        ("says '{\"reward\": NaN}'", "agent_no_reward", "no finite reward: its last line has none"),
+        ('says \'{"reward": 1, "success": "false"}\'', "agent_no_reward", "no true or false as success: its"),
+        (
+            'says \'{"reward": 1, "metrics": {"a": NaN}}\'',
+            "agent_no_reward",
+            "no finite number as metrics.a: ",
+        ),
     ],
 )
 def test_faults_have_names(kind, reason, words, make):
@@ -74,6 +81,19 @@ def test_a_program_that_says_nothing_any_more(make):
     with pytest.raises(EnvFault, match=r"neither called nor ended within 0\.3 s") as fault:
         env.step("one")
     assert fault.value.reason == "agent_timeout"
+
+
+def test_the_client_of_openai_finds_the_model(make):
+    openai = pytest.importorskip("openai")
+    env = make("silent")
+    env.reset(0, split="train", index=0)
+    url = _find_endpoint().url_of(env._session)
+    with openai.OpenAI(base_url=url, api_key=env._session.key, max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["policy"]
+        assert client.models.retrieve("policy").id == "policy"
+        with pytest.raises(openai.NotFoundError, match="model 'gpt' does not exist") as missing:
+            client.models.retrieve("gpt")
+    assert missing.value.code == "model_not_found"
 
 
 def test_calls_after_the_end_are_refused(make):
@@ -114,6 +134,18 @@ def test_a_question_that_is_asked_again_is_one_turn(make, tmp_path):
     observation, *_, info = env.step("one")
     assert observation == "b" and [m["content"] for m in info["messages"]] == ["a", "one", "b"]
     assert env.step("two")[2]
+
+
+@pytest.mark.parametrize(("text", "content"), THOUGHTS)
+def test_a_tool_call_that_a_thought_mentions_is_not_made(text, content):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    session = Session()
+    call = session.add({"messages": [{"role": "user", "content": "a"}], "tools": tools})
+    session.answer(call, text)
+    message = call.wait()
+    calls = [json.loads(made["function"]["arguments"]) for made in message.get("tool_calls", ())]
+    assert message["content"] == content
+    assert calls == ([{"a": 1}] if "</think>" in text else [])
 
 
 def test_a_call_that_follows_at_once_finds_the_sampled_text():
@@ -161,6 +193,28 @@ def test_a_scorer_and_a_file_of_tasks(make, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             make("grow", **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ({}, "127.0.0.1"),
+        ({"NO_PROXY": "10.0.0.1,.inside"}, "10.0.0.1,.inside,127.0.0.1"),
+        ({"NO_PROXY": "a", "no_proxy": "b"}, "a,b,127.0.0.1"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_a_large_task_is_on_standard_input_alone_and_hosts_without_proxy_stay(
+    given, made, make, tmp_path, monkeypatch
+):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"http_proxy": "http://127.0.0.1:9", "EMPG_TASK": "{}", **given}.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(json.dumps({"number": 0, "text": "é" * 100_000}) + "\n")
+    observation, _ = make("large", tasks=str(file)).reset(0, split="train", index=0)
+    assert observation == f"100000 False {made}"
 
 
 def test_the_python_of_the_command_is_this_one(make):

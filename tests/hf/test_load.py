@@ -199,6 +199,17 @@ def test_the_tokenizer_goes_along(tmp_path):
     assert load_hf(tmp_path / "model")[0] == TINY
 
 
+def test_the_sampling_defaults_of_a_model_go_along(tmp_path):
+    own = {"temperature": 0.6, "top_p": 0.95, "do_sample": True, "bos_token_id": 0, "eos_token_id": [1, 7]}
+    build_phrase_tokenizer(["go to", "apple 1"]).save(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(own))
+    load_tokenizer(tmp_path / "base").save(tmp_path / "run")  # as a run keeps it
+    tokenizer = load_tokenizer(tmp_path / "run")
+    save_hf(random_params(TINY), TINY, tmp_path / "model", tokenizer)
+    found = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert found == {**own, "pad_token_id": tokenizer.pad_id} and tokenizer.stop_ids == (1, 7)
+
+
 def rewrite(folder, change):
     """Applies a change to the folder's tensors."""
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")

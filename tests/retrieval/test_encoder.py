@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,40 @@ def test_dense_retrieval_and_its_cache(folder, tmp_path) -> None:
     DenseRetriever(passages, encoder, cache=cache, advance=counted.append)
     assert counted == [4, 3, 4]
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".npz"] == ["vectors.npz"]
+
+
+def test_vectors_are_kept_for_an_encoder_not_for_its_last_digits(folder, tmp_path, monkeypatch) -> None:
+    passages, cache = (
+        [Passage(str(n), f"oslo {n}", "the capital") for n in range(3)],
+        tmp_path / "vectors.npz",
+    )
+    counted: list[int] = []
+
+    def build(where, **options) -> DenseRetriever:
+        return DenseRetriever(passages, TextEncoder(where, **options), cache=cache, advance=counted.append)
+
+    stored, encode = build(folder), TextEncoder.encode
+    noise = np.random.default_rng(0)
+    with monkeypatch.context() as other_machine:
+        other_machine.setattr(
+            TextEncoder,
+            "encode",
+            lambda self, texts: encode(self, texts) + noise.uniform(-1e-3, 1e-3, (len(texts), self.width)),
+        )
+        assert [np.asarray(piece).tolist() for piece in build(folder)._pieces] == [
+            np.asarray(piece).tolist() for piece in stored._pieces
+        ]
+    assert counted == [3]
+    build(folder, max_tokens=4)
+    assert counted == [3, 3]
+    other = shutil.copytree(folder, tmp_path / "other")
+    weights = tensors()
+    weights["encoder.layer.0.output.dense.bias"][0] += 1e-4
+    shapes = {name: (value.shape, value.dtype) for name, value in weights.items()}
+    write_safetensors(other / "model.safetensors", shapes, weights.__getitem__)
+    build(folder)
+    build(other)
+    assert counted == [3, 3, 3, 3]
 
 
 def test_the_devices_of_a_process_have_a_piece_each(folder, monkeypatch) -> None:

@@ -1,6 +1,9 @@
 """The search server, spoken to in Search-R1's JSON by clients that are not ours, many at a time."""
 
+import base64
+import contextlib
 import http.client
+import http.server
 import json
 import threading
 import urllib.error
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from empg_envs import make_env
 from empg_envs.deepsearch.bm25 import BuiltinBm25
+from empg_envs.deepsearch.encoders import EmbeddingServer
 from empg_envs.deepsearch.pages import MemoryPages
 from empg_envs.deepsearch.passages import Hit, Passage, RetrieverError
 from empg_envs.deepsearch.remote import RemoteRetriever, read_reply
@@ -327,3 +331,50 @@ def test_engines_that_cannot_be(served) -> None:
     refused = pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1:{port}")
     with refused, open_server(CountingEngine(), 1, port=port):
         pass
+
+
+@contextlib.contextmanager
+def noting(answers):
+    """A server that notes path and credentials of each request, and gives the next answer."""
+    seen: list[tuple[str, str | None]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append((self.path, self.headers.get("Authorization")))
+            body = json.dumps(answers.pop(0)).encode()
+            self.send_response(200 if body != b"null" else 503)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}", seen
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_the_query_and_the_credentials_of_an_address_are_sent() -> None:
+    with noting([{"result": [[]]}, {"result": [[]]}, {"data": [{"index": 0, "embedding": [1.0]}]}, None]) as (
+        place,
+        seen,
+    ):
+        url = f"http://me:p%40ss:word@{place}"
+        search = RemoteRetriever(f"{url}/find?index=wiki&k=v", attempts=1)
+        assert search.search(["Oslo"], 1) == [[]] and search.read_page("Oslo") == []
+        embed = EmbeddingServer(f"{url}?k=v", attempts=1)
+        assert embed(["Oslo"]) == [[1.0]]
+        with pytest.raises(RetrieverError, match="status 503") as failed:
+            search.search(["Oslo"], 1)
+        assert f"http://{place}/find?index=wiki" in str(failed.value) and "p%40ss" not in str(failed.value)
+        search.close()
+    basic = f"Basic {base64.b64encode(b'me:p@ss:word').decode()}"
+    paths = ["/find?index=wiki&k=v", "/pages?index=wiki&k=v", "/v1/embeddings?k=v", "/find?index=wiki&k=v"]
+    assert seen == [(path, basic) for path in paths]

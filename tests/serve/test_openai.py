@@ -17,6 +17,11 @@ def chat(client, **options):
 def test_models_tell_the_longest_conversation(client, http):
     assert [model.id for model in client.models.list()] == ["talker"]
     assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 1024
+    assert client.models.retrieve("talker").model_extra["max_model_len"] == 1024
+    for other in ("gpt", "owner/gpt"):
+        with pytest.raises(NotFoundError, match=f"model '{other}' does not exist") as missing:
+            client.models.retrieve(other)
+        assert missing.value.code == "model_not_found"
     with pytest.raises(NotFoundError, match="model 'gpt' does not exist; this server has 'talker'"):
         client.chat.completions.create(model="gpt", messages=HELLO)
 

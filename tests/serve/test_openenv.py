@@ -9,6 +9,9 @@ import pytest
 from serving import serving
 
 from empg_envs import make_env
+from empg_envs.base import EnvFault
+from empg_jax.errors import ConfigError
+from empg_jax.serve.server import check_key
 from tests.adapters.needs import need
 from tests.serve.servers import wait_until
 from tests.serve.test_process import call
@@ -119,6 +122,60 @@ def test_pages_of_other_sites_and_requests_without_a_session(url):
     schema = httpx.get(f"{url}/schema", trust_env=False).json()
     assert schema.keys() == {"action", "observation", "state"}
     assert httpx.get(f"{url}/metadata", trust_env=False).json()["name"] == "household"
+
+
+def test_a_key_is_needed_where_there_is_one(tmp_path, monkeypatch):
+    from websockets.exceptions import InvalidStatus
+
+    monkeypatch.delenv("OPENENV_API_KEY", raising=False)
+    with serving(tmp_path, *HOUSE, "--api-key", "secret") as server:
+        for headers in ({}, {"Authorization": "Bearer other"}):
+            with pytest.raises(InvalidStatus, match="403"), connected(server.url, additional_headers=headers):
+                pass
+        env = make_env("openenv", url=server.url, observe="text", timeout=60)
+        with pytest.raises(EnvFault, match="403"):
+            env.reset(split="train", index=0)
+        monkeypatch.setenv("OPENENV_API_KEY", "secret")
+        assert (
+            env.reset(split="train", index=0)[0]
+            == make_env("household", level="tiny").reset(split="train", index=0)[0]
+        )
+        env.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ([*HOUSE], "play the environment; set --api-key, or --no-key"),
+        (["serve", "qwen3-0.6b", "--train"], "train the policy; set --api-key"),
+    ],
+)
+def test_where_other_machines_reach_a_server_it_needs_a_key(command, says, monkeypatch):
+    monkeypatch.delenv("EMPG_API_KEY", raising=False)
+    done = call(*command[1:], "--host", "0.0.0.0", command=command[0])
+    assert done.returncode == 2, done.stderr
+    assert f"--host 0.0.0.0 without a key: everyone who reaches it could {says}" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "some.host", ""])
+def test_only_this_machine_needs_no_key(host):
+    with pytest.raises(ConfigError, match=f"--host {host} without a key: everyone who reaches it could look"):
+        check_key(host, None, opens="look")
+    check_key(host, None, opens=None)
+    for own, key in (
+        (host, "secret"),
+        ("127.0.0.1", None),
+        ("127.1.2.3", None),
+        ("::1", None),
+        ("localhost", None),
+    ):
+        check_key(own, key, opens="look")
+
+
+def test_a_server_without_a_key_on_purpose(tmp_path):
+    with serving(tmp_path, *HOUSE, "--host", "0.0.0.0", "--no-key") as server:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        assert httpx.get(f"{url}/health", trust_env=False).json()["status"] == "healthy"
 
 
 def test_silent_sessions_end_and_so_does_the_server(tmp_path):

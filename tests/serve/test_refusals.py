@@ -20,6 +20,21 @@ REFUSED = {
     "min_p": (COMPLETION, {"prompt": "red", "min_p": 1}, 400, "min_p=1 must lie in [0, 1)"),
     "other log-probs": (CHAT, {"messages": HELLO, "top_logprobs": 3}, 400, "top_logprobs=3"),
     "echo": (COMPLETION, {"prompt": "red", "echo": True}, 400, "echo=True"),
+    "no text": (CHAT, {"messages": HELLO, "detokenize": False}, 400, "detokenize=False is not supported"),
+    "control tokens": (COMPLETION, {"prompt": "red", "skip_special_tokens": 0}, 400, "must be true or false"),
+    "unknown option of a stream": (
+        CHAT,
+        {"messages": HELLO, "stream": True, "stream_options": {"include_usge": True}},
+        400,
+        "stream_options.include_usge is not supported (did you mean include_usage?)",
+    ),
+    "stream options of no kind": (COMPLETION, {"prompt": "red", "stream_options": 1}, 400, "must be a JSON"),
+    "unknown stop token": (
+        GENERATE,
+        {"token_ids": [5], "sampling_params": {"stop_token_ids": [999999]}},
+        400,
+        "stop_token_ids: 999999 is no token id",
+    ),
     "unknown option inside": (
         GENERATE,
         {"token_ids": [5], "sampling_params": {"beam_width": 3}},

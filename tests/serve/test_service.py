@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+import tokenizers
 
 from empg_jax.engine.engine import Response
 from empg_jax.serve import reload
 from empg_jax.serve.app import make_app
+from empg_jax.serve.chat import Chat
 from empg_jax.serve.driver import Driver, Update
 from empg_jax.serve.service import Service
 from empg_jax.serve.wire import ApiError
-from empg_jax.text import ChatRenderer, build_byte_tokenizer
+from empg_jax.text import ChatRenderer, build_byte_tokenizer, load_tokenizer
+from tests.thoughts import THOUGHTS
 
 HELLO = [{"role": "user", "content": "red"}]
 
@@ -26,9 +29,9 @@ def service(monkeypatch):
     service = Service("model", tokenizer, ChatRenderer(tokenizer), max_tokens=64, max_choices=12)
     encode, service.encoded = tokenizer.encode, []
 
-    def counted(text):
+    def counted(text, **options):
         service.encoded.append(len(text))
-        return encode(text)
+        return encode(text, **options)
 
     monkeypatch.setattr(tokenizer, "encode", counted)
     return service
@@ -47,6 +50,33 @@ def test_too_many_responses_are_refused_before_a_prompt_is_encoded(service):
         assert refused.value.status == 400
     assert service.encoded == []
     assert service.read_completion({"prompt": ["a"] * 6, "n": 2}).num_choices == 12
+
+
+@pytest.mark.parametrize("has_begin", [False, True])
+def test_a_text_to_complete_begins_as_the_tokenizer_says(has_begin, tmp_path):
+    build_byte_tokenizer().save(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    if has_begin:
+        backend.add_special_tokens(["<|begin|>"])
+        begin = backend.token_to_id("<|begin|>")
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+        )
+        backend.save(str(tmp_path / "tokenizer.json"))
+    service = Service("model", load_tokenizer(tmp_path), None, max_tokens=64)
+    ids, bare = backend.encode("red").ids, [*b"red"]
+
+    def read(prompt, **options):
+        return [found.tolist() for found in service.read_completion({"prompt": prompt, **options}).prompts]
+
+    assert ids == ([begin, *bare] if has_begin else bare)
+    assert read("red") == [ids] and read(["red", bare]) == [ids, bare]
+    assert read("red", add_special_tokens=False) == read(bare) == [bare]
+    asked = []
+    chat = Chat(service, None, {}, None, has_template=False)
+    chat._sample = lambda one, take: asked.append(one)
+    chat.ask("red", print)
+    assert asked[0].prompts[0].tolist() == ids
 
 
 def test_a_prompt_that_is_far_too_long_is_not_tokenized_whole(service):
@@ -102,22 +132,62 @@ def post(service, driver, route, body):
     return asyncio.run(ask())
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_tool_call_with_half_a_character_is_answered(is_streamed, service):
+def call_tools(service, text, is_streamed):
+    """Ask in a chat with the tool ``add``, of a policy that says a text."""
+
     def render(messages, tools=()):
         return "tools" if tools else "none"
 
     service._renderer = SimpleNamespace(render=render, encode=service._tokenizer.encode)
-    driver = Saying(service, '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>')
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     body = {"messages": HELLO, "tools": tools, "stream": is_streamed}
-    answer = post(service, driver, "/v1/chat/completions", body)
+    return post(service, Saying(service, text), "/v1/chat/completions", body)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(("text", "content"), THOUGHTS)
+def test_a_call_that_a_thought_mentions_is_not_made(text, content, is_streamed, service):
+    answer = call_tools(service, text, is_streamed)
+    if is_streamed:
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        choice = chunks[-1]["choices"][0]
+        message = choice["delta"]
+    else:
+        choice = answer.json()["choices"][0]
+        message = choice["message"]
+    calls = [json.loads(call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+    assert message["content"] == content
+    assert calls == ([{"a": 1}] if "</think>" in text else [])
+    assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_tool_call_with_half_a_character_is_answered(is_streamed, service):
+    text = '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>'
+    answer = call_tools(service, text, is_streamed)
     assert answer.status_code == 200 and "\\ud800" in answer.text
     if is_streamed:
         assert answer.text.endswith("data: [DONE]\n\n") and "tool_calls" in answer.text
     else:
         call = answer.json()["choices"][0]["message"]["tool_calls"][0]
         assert json.loads(call["function"]["arguments"]) == {"a": "\ud800"}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_control_tokens_are_in_the_text_where_they_are_asked_for(is_streamed, service):
+    end, other = "<|end|>", "<|user|>"
+    driver = Saying(service, f"red{other}blue{end}")
+
+    def read(**options):
+        body = {"prompt": "a", "stream": is_streamed, **options}
+        answer = post(service, driver, "/v1/completions", body)
+        if not is_streamed:
+            return answer.json()["choices"][0]["text"]
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+    assert read() == read(skip_special_tokens=True) == "redblue"
+    assert read(skip_special_tokens=False) == f"red{other}blue"
 
 
 def test_each_prompt_has_its_tokens_and_each_chunk_its_place_in_the_text(service):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from empg_envs.base import ParsedAction
 from empg_jax import trainer
 from empg_jax.algorithms import ALGORITHMS
 from empg_jax.config import load_config
@@ -14,6 +15,7 @@ from empg_jax.run.sampling import check_split
 from empg_jax.sft import warm_start as sft
 from empg_jax.sft.demonstrations import DemonstrationError, record_demonstrations
 from tests import runs
+from tests.cages import need_cages
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,51 @@ def test_an_environment_without_expert_or_with_a_fault_is_named(language):
     broken = {"env.options.trouble": "raise", "env.options.diary": "/dev/null"}
     with pytest.raises(DemonstrationError, match=r"its expert played .* RuntimeError: the house"):
         record(language, **spec, **broken, **{"env.entry_point": "tests.houses:HOUSE"})
+
+
+GAMES = {"source": "generated", "level": "tiny"}
+BARE = [
+    ("household", {}, {"parser": "plain"}),
+    ("household", {"style": "alfworld"}, {"style": "alfworld", "require_admissible": True}),
+    ("alfworld", GAMES, {"style": "compact", "parser": "line"}),
+    ("webshop", {"level": "tiny"}, {"parser": "plain"}),
+    ("webshop", {"level": "tiny", "style": "page"}, {"style": "page", "parser": "plain"}),
+    ("deepsearch", {"level": "tiny"}, {"parser": "search_r1"}),
+    ("deepsearch", {"level": "tiny"}, {"parser": "verl_agent"}),
+    ("swe", {"tools": "functions"}, {"tools": "functions"}),
+    ("swe", {"tools": "terse"}, {"tools": "terse"}),
+]
+FORMED = [
+    ("household", {"style": "alfworld"}, {"style": "alfworld", "parser": "tags"}),
+    ("alfworld", GAMES, {"parser": "tags"}),
+    ("webshop", {"level": "tiny", "style": "page"}, {"style": "page", "parser": "tags"}),
+    ("swe", {"tools": "bash"}, {"tools": "bash"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "prompt_options"), BARE + FORMED)
+def test_the_run_reads_the_action_in_every_response_or_refuses_it(name, options, prompt_options):
+    if name == "swe":
+        need_cages()
+    config = load_config(
+        "quickstart",
+        [
+            f"env.name={name}",
+            f"env.options={options}",
+            f"env.prompt_options={prompt_options}",
+            *("model.tokenizer=bytes", "env.max_turns=12", "sft.noise=0.3"),
+            *("rollout.max_tokens=60000", "train.micro_tokens=60000"),
+        ],
+    )
+    language = assembly.make_language(config)
+    if (name, options, prompt_options) in FORMED:
+        with pytest.raises(DemonstrationError, match=r"the run's parser reads .*: set sft\.updates=0, or"):
+            record_demonstrations(config, language, 1)
+        return
+    for episode in record_demonstrations(config, language, 2):
+        for turn in episode.turns:
+            said = language.tokenizer.decode(turn.response_tokens.tolist())
+            assert language.parser(said, {"admissible": [turn.response]}) == ParsedAction(turn.response, True)
 
 
 def test_a_split_that_has_no_demonstrations_is_told_at_the_start(tmp_path):

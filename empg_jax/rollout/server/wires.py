@@ -90,7 +90,6 @@ def _completion(model: str, ask: Ask) -> Body:
         "seed": ask.seed,
         "stop": list(ask.stops),
         "stop_token_ids": list(ask.stop_ids),
-        "skip_special_tokens": False,
         "logprobs": 1,
         "return_token_ids": True,
     }
@@ -125,8 +124,8 @@ def _read_completion(body: Any) -> tuple[Sampled, Mapping[str, Any]]:
 
 
 def _write_vllm(model: str, ask: Ask) -> Body:
-    more = {"return_tokens_as_token_ids": True, "include_stop_str_in_output": True}
-    return _completion(model, ask) | more
+    more = ("return_tokens_as_token_ids", "include_stop_str_in_output")
+    return _completion(model, ask) | {"skip_special_tokens": False, **dict.fromkeys(more, True)}
 
 
 def _read_vllm(body: Any) -> Sampled:

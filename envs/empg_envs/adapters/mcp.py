@@ -142,10 +142,11 @@ class McpEnv(ForeignEnv):
             found = None
             with contextlib.suppress(ValueError, RecursionError):
                 found = None if is_error else json.loads(text)
-        verdict = read_verdict(found)
-        if verdict is None:
+        try:
+            verdict = read_verdict(found)
+        except ValueError as error:
             told_by = "scorer" if self._scorer is not None else f"reward_tool={self._hidden['reward_tool']}"
-            raise EnvFault("mcp_no_reward", f"no finite reward from the {told_by}: {found!r:.200}")
+            raise EnvFault("mcp_no_reward", f"{error} from the {told_by}: {found!r:.200}") from None
         self._server.close()
         self._server = None
         info = {

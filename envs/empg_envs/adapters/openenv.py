@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from empg_envs.adapters.foreign import ForeignEnv, Reply, import_package, make_s
 from empg_envs.base import EnvFault
 from empg_envs.names import import_function
 
+API_KEY = "OPENENV_API_KEY"  # the environment variable of the bearer token
 MAX_BYTES = 16 << 20  # of one message
 
 
@@ -21,7 +23,8 @@ class OpenEnvEnv(ForeignEnv):
     A task is the seed that the server's ``reset`` gets.
 
     Args:
-      url: address of the server, for example ``http://127.0.0.1:8000``.
+      url: address of the server, for example ``http://127.0.0.1:8000``. Its bearer token, if it needs
+        one, is the environment variable ``OPENENV_API_KEY``.
       action: name of the action's field that takes the policy's text; ``json``: the text is the whole action,
         an object.
       observe: name of the observation's field that the policy reads, or ``package.module:function`` from the
@@ -76,8 +79,10 @@ class OpenEnvEnv(ForeignEnv):
     def _begin(self, split: str, index: int) -> tuple[str, dict[str, Any]]:
         self.close()
         limits = {"open_timeout": self._timeout, "close_timeout": 1, "max_size": MAX_BYTES}
+        key = os.environ.get(API_KEY)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            connection = self._client.connect(self._url, proxy=None, **limits)
+            connection = self._client.connect(self._url, proxy=None, additional_headers=headers, **limits)
             self._socket = self._session.enter_context(connection)
         except Exception as error:
             raise EnvFault("openenv_unreachable", f"{self._url}: {type(error).__name__}: {error}") from None

@@ -6,12 +6,13 @@ It needs only the standard library. A server that is unreachable, too slow or se
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from empg_envs.deepsearch.passages import Hit, Passage, RetrieverError, check_topk, parse_contents
 
@@ -36,7 +37,8 @@ class Servers:
         """Store the addresses; connections are opened at the first request.
 
         Args:
-          urls: addresses such as ``http://127.0.0.1:8000/retrieve``.
+          urls: addresses such as ``http://127.0.0.1:8000/retrieve``. A query (``?index=wiki``) goes with
+            every request, a name and password (``http://name:password@…``) as basic authentication.
           usual_path: the path of an address that names none.
           timeout: seconds for a request. All attempts together should stay below
             ``workers.step_timeout``.
@@ -126,8 +128,13 @@ class _Server:
             raise ValueError(
                 f"retriever url {url!r} is no address; expected for example http://127.0.0.1:8000/retrieve"
             )
-        self.url = url
-        self._path = parts.path or usual_path
+        credentials, _, place = parts.netloc.rpartition("@")
+        self.url = parts._replace(netloc=place).geturl()  # as errors name it
+        self._path, self._query = parts.path or usual_path, f"?{parts.query}" * bool(parts.query)
+        self._headers = {"Content-Type": "application/json"}
+        if credentials:
+            token = base64.b64encode(unquote_to_bytes(credentials)).decode()
+            self._headers["Authorization"] = f"Basic {token}"
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         host, port = parts.hostname, parts.port
         self._connect = lambda: kind(host, port, timeout=timeout)
@@ -140,7 +147,7 @@ class _Server:
         except IndexError:
             connection = self._connect()
         try:
-            text = self._ask(connection, body, path or self._path)
+            text = self._ask(connection, body, (path or self._path) + self._query)
         except BaseException:
             # A late answer would be taken for that of the next request.
             connection.close()
@@ -151,7 +158,7 @@ class _Server:
     def _ask(self, connection: http.client.HTTPConnection, body: bytes, path: str) -> bytes:
         if connection.sock is None:
             connection.connect()
-        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        connection.request("POST", path, body, self._headers)
         response = connection.getresponse()
         # Read one byte more than allowed to detect a longer answer without reading all of it.
         text = response.read(MAX_REPLY_BYTES + 1)

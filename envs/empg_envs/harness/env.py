@@ -28,6 +28,7 @@ from empg_envs.verdicts import read_verdict
 
 LOOK_SECONDS = 0.02  # until the first look at a program that does not call
 LONGEST_LOOK = 0.16  # between two looks; every one is twice as long as the one before
+TASK_BYTES = 1 << 16  # of the longest task in a variable; Linux refuses one of 128 KiB
 TAIL = 2000  # last characters of a program's output in messages
 
 _endpoint: list[Endpoint] = []
@@ -37,7 +38,7 @@ _lock = threading.Lock()
 class HarnessEnv:
     """A user's own agent program, started anew for each episode.
 
-    The program finds its task as JSON on standard input and in ``EMPG_TASK``, and the policy at
+    The program finds its task as JSON on standard input and, up to 64 KiB, in ``EMPG_TASK``; the policy is at
     ``OPENAI_BASE_URL`` with the key ``OPENAI_API_KEY``. It ends with status 0, and the last line of its
     output is JSON with ``reward`` (a number), and optionally ``success`` (true or false) and ``metrics``.
 
@@ -152,13 +153,13 @@ class HarnessEnv:
         endpoint = _find_endpoint()
         self._session = endpoint.open()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the program)
+        given = {"EMPG_TASK": task} if len(task) <= TASK_BYTES else {}  # ASCII
         variables = {
-            **os.environ,
-            "EMPG_TASK": task,
+            **{name: value for name, value in os.environ.items() if name != "EMPG_TASK"},
+            **given,
             "OPENAI_BASE_URL": endpoint.url_of(self._session),
             "OPENAI_API_KEY": self._session.key,
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            **_without_proxy("127.0.0.1"),
         }
         with tempfile.TemporaryFile() as source:
             source.write(task.encode() + b"\n")
@@ -234,11 +235,11 @@ class HarnessEnv:
             lines = output.strip().split("\n")
             with contextlib.suppress(ValueError, RecursionError):
                 found = json.loads(lines[-1]) if lines else None
-        verdict = read_verdict(found)
-        if verdict is None:
-            source = "the scorer returned none" if self._scorer is not None else "its last line has none"
-            raise EnvFault("agent_no_reward", f'no finite "reward": {source}; {self._describe_end()}')
-        return verdict
+        try:
+            return read_verdict(found)
+        except ValueError as error:
+            source = "the scorer" if self._scorer is not None else "its last line"
+            raise EnvFault("agent_no_reward", f"{error}: {source} has none; {self._describe_end()}") from None
 
     def _describe_end(self) -> str:
         assert self._process is not None
@@ -250,6 +251,13 @@ class HarnessEnv:
 
     def _tail_start(self) -> int:
         return max(0, os.fstat(self._output.fileno()).st_size - (1 << 20))
+
+
+def _without_proxy(host: str) -> dict[str, str]:
+    """Return the variables by which programs reach a host directly, besides those that they do already."""
+    names = ("NO_PROXY", "no_proxy")
+    given = [os.environ[name] for name in names if os.environ.get(name)]
+    return dict.fromkeys(names, "*" if "*" in given else ",".join(dict.fromkeys([*given, host])))
 
 
 def _find_endpoint() -> Endpoint:

@@ -172,8 +172,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         session, route = self._route()
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "empg-jax"}
+        name = route.removeprefix("/v1/models/")
         if session is not None and route == "/v1/models":
-            self._send(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0}]})
+            self._send(200, {"object": "list", "data": [model]})
+        elif session is not None and name == MODEL:
+            self._send(200, model)
+        elif session is not None and name != route:
+            self._refuse(404, f"model {name!r} does not exist; there is {MODEL!r}", "model_not_found")
         else:
             self._refuse(*_missing(session, route))
 
@@ -246,8 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, body: Body) -> None:
         self._write(status, json.dumps(body).encode(), "application/json")
 
-    def _refuse(self, status: int, message: str) -> None:
-        self._send(status, {"error": {"message": message, "type": "invalid_request_error"}})
+    def _refuse(self, status: int, message: str, code: str | None = None) -> None:
+        self._send(status, {"error": {"message": message, "type": "invalid_request_error", "code": code}})
 
     def _write(self, status: int, body: bytes, kind: str) -> None:
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {kind}"]

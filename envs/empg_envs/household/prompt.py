@@ -6,7 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from empg_envs.base import ActionParser, Message, ParsedAction, PlainPrompts, PromptBuilder, quote_turns
+from empg_envs.base import (
+    ActionParser,
+    Message,
+    ParsedAction,
+    PlainPrompts,
+    PromptBuilder,
+    first_line,
+    quote_turns,
+)
 from empg_envs.household import commands
 from empg_envs.household.env import find_level
 from empg_envs.household.tables import LAMP, MAX_INSTANCES
@@ -180,7 +188,7 @@ def _offered(info: Mapping[str, Any]) -> list[str]:
 
 
 class LineParser:
-    """A parser that takes the first line as the command; it is valid if it follows the grammar.
+    """A parser of the first line behind the thought: a command, valid if it follows the grammar.
 
     With ``require_admissible`` a valid command must also have an effect in the current state.
     """
@@ -191,8 +199,7 @@ class LineParser:
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
         """Normalize the command's case and blanks; an ill-formed line is returned unchanged as invalid."""
-        lines = response.strip().splitlines()
-        action = commands.normalize(lines[0]) if lines else ""
+        action = commands.normalize(first_line(response))
         is_valid = commands.parse(action) is not None
         if self._require_admissible:
             is_valid = is_valid and action in info.get("admissible", ())

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from empg_envs.base import ActionParser, Message, ParsedAction, PlainPrompts, PromptBuilder, quote_turns
+from empg_envs.base import (
+    ActionParser,
+    Message,
+    ParsedAction,
+    PlainPrompts,
+    PromptBuilder,
+    first_line,
+    quote_turns,
+)
 from empg_envs.tags import TagParser
 from empg_envs.template import TemplatePrompts
 from empg_envs.webshop import assortment as words
@@ -87,7 +95,7 @@ def _check(style: str, parser: str) -> None:
 
 
 class LineParser:
-    """A parser that takes the first non-blank line; the action is valid if it follows the style's grammar."""
+    """A parser of the first line behind the thought; it is valid if it follows the style's grammar."""
 
     def __init__(self, style: str) -> None:
         """Set the style, ``terse`` or ``page``."""
@@ -95,8 +103,7 @@ class LineParser:
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
         """Return the stripped line; an ill-formed one is returned unchanged as invalid."""
-        lines = response.strip().splitlines()
-        action = lines[0].strip() if lines else ""
+        action = first_line(response)
         if self._style == "page":
             return ParsedAction(action, bool(parse_action(action).name))
         action = " ".join(action.lower().split())
