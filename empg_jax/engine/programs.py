@@ -35,7 +35,7 @@ from empg_jax.models.decoder import (
 from empg_jax.models.filtering import uses_filter
 from empg_jax.models.products import multiply_transposed
 from empg_jax.models.projection import transpose_kernels
-from empg_jax.models.quantize import QUANTIZED_LEAVES
+from empg_jax.models.quantize import UNCAST_LEAVES
 from empg_jax.parallel.layout import cache_heads
 from empg_jax.parallel.mesh import mesh_axes, named_sharding, replicated
 from empg_jax.types import Leaf, Params
@@ -121,7 +121,10 @@ def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> 
     )
     return Programs(
         layout=layout,
-        new_cache=lambda capacity: jax.device_put(_empty_cache(layout, config, capacity), cache),
+        # Made in its place: the whole of it may not fit into one device.
+        new_cache=jax.jit(
+            functools.partial(_empty_cache, layout, config), static_argnums=0, out_shardings=cache
+        ),
         prefill=jit(functools.partial(prefill, layout, config), out_shardings=cache),
         decode=jit(functools.partial(decode, layout, config), out_shardings=(cache, burst, burst)),
         unstack=jax.jit(functools.partial(_cast_and_unstack, layout, mesh, repeats)),
@@ -179,7 +182,7 @@ def _cast_and_unstack(model: DecoderConfig, mesh: Mesh, repeats: int, params: Pa
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         # A copy even where nothing changes: the learner donates its own buffers to the next update.
         leaf = jnp.copy(leaf)
-        return leaf if path[-1].key in QUANTIZED_LEAVES else leaf.astype(model.dtype)
+        return leaf if path[-1].key in UNCAST_LEAVES else leaf.astype(model.dtype)
 
     params = jax.tree_util.tree_map_with_path(cast, params)
     if repeats > 1:

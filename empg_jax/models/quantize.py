@@ -123,8 +123,9 @@ SCHEMES = {
     "int8": Scheme(("kernel_int8", "kernel_scale"), ((0, 1), (1,)), quantize_int8, unpack_int8),
     "nf4": Scheme(("kernel_nf4", "block_scale"), ((0, 1), (0, 1)), quantize_nf4, unpack_nf4, packing=2),
 }
-# Names of arrays that must keep their stored type: a conversion of codes or scales would destroy the matrix.
-QUANTIZED_LEAVES = frozenset(leaf for scheme in SCHEMES.values() for leaf in scheme.leaves)
+# Names of arrays that keep their stored type in every copy: a conversion of codes or scales would destroy a
+# matrix, and the learner multiplies by the scale of a norm in float32.
+UNCAST_LEAVES = frozenset(leaf for scheme in SCHEMES.values() for leaf in scheme.leaves) | {"scale"}
 
 
 def quantize_params(params: Params, scheme: str) -> Params:

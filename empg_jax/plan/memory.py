@@ -25,7 +25,7 @@ from empg_jax.models.attention.tiles import FEW_TILES, tile_size
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.models.head import LARGE_SLAB
-from empg_jax.models.quantize import QUANTIZED_LEAVES
+from empg_jax.models.quantize import UNCAST_LEAVES
 from empg_jax.parallel.layout import cache_heads_here, head_shards
 from empg_jax.parallel.mesh import AXES, fit_spec, mesh_axes
 from empg_jax.run.assembly import (
@@ -326,7 +326,7 @@ def as_computed(base: Params, dtype: Any) -> Params:
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        return leaf if path[-1].key in QUANTIZED_LEAVES else jax.ShapeDtypeStruct(leaf.shape, dtype)
+        return leaf if path[-1].key in UNCAST_LEAVES else jax.ShapeDtypeStruct(leaf.shape, dtype)
 
     return jax.tree_util.tree_map_with_path(cast, base)
 

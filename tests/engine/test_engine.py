@@ -464,6 +464,22 @@ def test_nothing_compiles_after_the_warm_up(make):
     assert compiles.count == 0
 
 
+def test_a_new_cache_is_made_in_its_place(make):
+    engine = make(mesh=make_mesh(data=2, tensor=2))
+    made = engine._programs.new_cache.lower(64).compile()
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._programs.new_cache(64)))
+    analysis = made.memory_analysis()
+    assert analysis.output_size_in_bytes + analysis.temp_size_in_bytes <= whole / 4 + 1024
+
+
+def test_norms_keep_the_type_in_which_the_learner_multiplies_by_them(make):
+    engine = make(dataclasses.replace(MODEL, dtype=jnp.bfloat16))
+    layer = engine._params["layers"][0]
+    scales = layer["input_norm"], layer["post_norm"], engine._params["final_norm"]
+    assert {scale["scale"].dtype for scale in scales} == {jnp.dtype(jnp.float32)}
+    assert layer["gate_up_proj"]["kernel_t"].dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
     ("name", "slots"), [("decode", 4), ("prefill", 4), ("copy_rows", 4), ("decode", 1), ("prefill", 1)]
 )

@@ -165,8 +165,8 @@ def test_adapters_freeze_and_quantize_the_rest():
     assert one["adapters"] == other["adapters"] < one["frozen weights"] / 50
     assert one["optimizer"] == 2 * one["adapters"]
     assert other["frozen weights"] < 0.4 * one["frozen weights"]
-    # The engine holds what is not quantized in the type that it computes in.
-    assert 2 * one["engine base"] == one["frozen weights"]
+    # The engine holds what is not quantized in the type that it computes in, but for the scales of 57 norms.
+    assert 2 * one["engine base"] - one["frozen weights"] == 57 * 3584 * 4
     tables = 2 * 152064 * 3584
     assert other["frozen weights"] - other["engine base"] == pytest.approx(2 * tables, rel=0.01)
 

@@ -1,6 +1,6 @@
 """The byte-level tokenizer: every text comes back exactly, an id is a byte, a control token ends a turn."""
 
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from empg_jax.text import ChatRenderer, build_byte_tokenizer, load_tokenizer
@@ -13,6 +13,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"])).filter(
 )
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_an_id_is_a_byte_and_comes_back_exactly(text):
     ids = TOKENIZER.encode(text)
@@ -20,6 +21,7 @@ def test_an_id_is_a_byte_and_comes_back_exactly(text):
     assert TOKENIZER.decode(ids) == text
 
 
+@settings(deadline=None)
 @given(TEXTS, st.sampled_from(CONTROLS), TEXTS)
 def test_a_control_token_in_a_text_means_itself(before, control, after):
     assume(not any(other in before + control + after for other in CONTROLS if other != control))
@@ -37,6 +39,7 @@ def test_bytes_that_are_no_text_are_decoded_all_the_same():
     assert TOKENIZER.decode([0xC3, 0x28, 0xFF]) == "\ufffd(\ufffd"
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS)
 def test_a_conversation_only_grows(answer, observation):
     renderer = ChatRenderer(TOKENIZER)

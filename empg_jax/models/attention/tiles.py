@@ -110,6 +110,9 @@ def backward(
     # The softmax's gradient is w * (dw - sum(w dw)); sum(w dw) equals the dot product of slope and output.
     product = g.astype(jnp.float32) * _by_tile(output, heads, tile).astype(jnp.float32)
     mean_slope = jnp.sum(product, axis=-1, keepdims=True)
+    # The gradients of keys and values are summed up as ``[d, t]``: products with a transposed table of scores
+    # are slow on a CPU, and these transpose a tile of queries, once.
+    q_turned, g_turned = jnp.swapaxes(q, -1, -2), jnp.swapaxes(g, -1, -2)
 
     def one_tile(sums: tuple[Array, Array], place: Array) -> tuple[tuple[Array, Array], Array]:
         q_tile, g_tile = q[place], g[place]
@@ -123,22 +126,21 @@ def backward(
             d_weights = _dot("bkqd,bksd->bkqs", g_tile, v[other])
             d_scores = weights * (d_weights - mean_slope[place]) * scale
             weights, d_scores = weights.astype(values.dtype), d_scores.astype(queries.dtype)
-            d_values = d_values.at[other].add(_dot("bkqs,bkqd->bksd", weights, g_tile))
-            d_keys = d_keys.at[other].add(_dot("bkqs,bkqd->bksd", d_scores, q_tile))
+            d_values = d_values.at[other].add(_dot("bkdq,bkqs->bkds", g_turned[place], weights))
+            d_keys = d_keys.at[other].add(_dot("bkdq,bkqs->bkds", q_turned[place], d_scores))
             return d_query + _dot("bkqs,bksd->bkqd", d_scores, k[other]), d_keys, d_values
 
         start = jnp.zeros(q_tile.shape, jnp.float32), *sums
         d_query, *sums_after = jax.lax.fori_loop(0, plan.counts[place], step, start)
         return (sums_after[0], sums_after[1]), d_query
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    (d_keys, d_values), d_queries = jax.lax.scan(
-        one_tile, (zeros, zeros), jnp.arange(len(q), dtype=jnp.int32)
-    )
+    zeros = jnp.zeros(jnp.swapaxes(k, -1, -2).shape, jnp.float32)
+    sums, d_queries = jax.lax.scan(one_tile, (zeros, zeros), jnp.arange(len(q), dtype=jnp.int32))
+    d_keys, d_values = (_from_tiles(jnp.swapaxes(x, -1, -2), 1, length) for x in sums)
     return (
         _from_tiles(d_queries, groups, length).astype(queries.dtype),
-        _from_tiles(d_keys, 1, length).astype(keys.dtype),
-        _from_tiles(d_values, 1, length).astype(values.dtype),
+        d_keys.astype(keys.dtype),
+        d_values.astype(values.dtype),
     )
 
 

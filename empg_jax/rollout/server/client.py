@@ -263,7 +263,7 @@ class Client:
     async def _is_there(self) -> bool:
         try:
             await self._send("GET", "/v1/models", None, HEALTH_SECONDS)
-        except _Unavailable:
+        except (_Unavailable, BadAnswer):  # such as a page of a load balancer while the server starts
             return False
         return True
 

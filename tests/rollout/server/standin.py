@@ -25,17 +25,22 @@ class StandIn:
       bodies: the requests for responses.
       troubles: what becomes of the next requests for responses, in order: a status, an exception, a body,
         a function of the body, or ``hang``; None answers.
+      pages: how many of the next requests, whatever they ask for, get a page of a proxy.
     """
 
     def __init__(self, kind="empg-jax"):
         self.kind, self.version = kind, 0
         self.loads, self.bodies, self.troubles = [], [], []
         self.is_away = False
+        self.pages = 0
         self.lists = 0
 
     async def handle(self, request):
         if self.is_away:
             raise httpx.ConnectError("connection refused")
+        if self.pages:
+            self.pages -= 1
+            return httpx.Response(200, text="<html>starting</html>")
         if request.url.path == "/v1/models":
             self.lists += 1
             card = {"id": "policy", "owned_by": self.kind, "max_model_len": 64}

@@ -119,6 +119,13 @@ def test_a_server_that_stays_away_ends_the_run():
             collect(client, number)
 
 
+def test_a_proxys_page_instead_of_an_answer_is_waited_out():
+    server = StandIn()
+    with connected(server) as client:
+        server.pages = 9
+        assert collect(client, client.ask(make_ask())).tokens.tolist() == [7, 2]
+
+
 def test_a_stop_ends_the_wait_for_a_server_that_is_away():
     is_asked = threading.Event()
 
