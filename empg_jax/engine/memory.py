@@ -55,6 +55,7 @@ class Memory:
         """
         wanted = self._find_bucket(table, in_flight)
         if self.cache is None or (is_empty and self.capacity != wanted):
+            self.cache = None  # freed before the new one is made
             self.cache = self._programs.new_cache(wanted)
         # One bucket at a time: `warm_up` compiled the growth from each bucket to the next one only.
         for capacity in self._config.cache_buckets:

@@ -26,6 +26,7 @@ def call_all(programs: Programs, config: EngineConfig, params: Params, request: 
     cache = None
     for capacity, larger in zip(config.cache_buckets, (*config.cache_buckets[1:], 0), strict=True):
         if cache is None or not config.page_tokens:
+            cache = None  # freed before the next one is made
             cache = programs.new_cache(capacity)
 
         def pages(rows: int, capacity: int = capacity) -> np.ndarray | None:

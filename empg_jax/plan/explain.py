@@ -197,6 +197,8 @@ def _candidates(config: Config, devices: int) -> Iterator[list[str]]:
     yield ["model.remat=full"]
     yield ["model.dtype=bfloat16"]
     yield ["model.dtype=bfloat16", "model.param_dtype=bfloat16"]
+    yield ["train.moments=bfloat16"]
+    yield ["rollout.release=true"]
     yield [f"train.micro_tokens={rollout.max_tokens * mesh.data * mesh.fsdp}"]
     yield [f"rollout.slots={max(1, count_slots(config, config.hosts.num or 1) // 4)}"]
     for shards in (2, 4, 8):

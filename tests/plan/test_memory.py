@@ -308,6 +308,8 @@ def test_what_does_not_fit_is_said_with_what_would():
     assert "of 80 GiB: does not fit" in text
     suggestions = text.partition("each change, and the peak memory with it:\n")[2].splitlines()
     assert any(line.startswith("  model.lora.rank=16 model.quantize=nf4: ") for line in suggestions)
+    for change in ("rollout.release=true", "train.moments=bfloat16"):
+        assert any(line.startswith(f"  {change}: ") for line in suggestions)
     needed = [float(line.rpartition(": ")[2].split()[0]) for line in suggestions]
     assert needed == sorted(needed) and len(needed) > 4
     config = load([])
