@@ -36,7 +36,7 @@ from empg_jax.models.filtering import uses_filter
 from empg_jax.models.products import multiply_transposed
 from empg_jax.models.projection import transpose_kernels
 from empg_jax.models.quantize import UNCAST_LEAVES
-from empg_jax.parallel.layout import cache_heads
+from empg_jax.parallel.layout import cache_heads, on_mesh
 from empg_jax.parallel.mesh import mesh_axes, named_sharding, replicated
 from empg_jax.types import Leaf, Params
 
@@ -125,8 +125,10 @@ def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> 
         new_cache=jax.jit(
             functools.partial(_empty_cache, layout, config), static_argnums=0, out_shardings=cache
         ),
-        prefill=jit(functools.partial(prefill, layout, config), out_shardings=cache),
-        decode=jit(functools.partial(decode, layout, config), out_shardings=(cache, burst, burst)),
+        prefill=jit(on_mesh(mesh, functools.partial(prefill, layout, config)), out_shardings=cache),
+        decode=jit(
+            on_mesh(mesh, functools.partial(decode, layout, config)), out_shardings=(cache, burst, burst)
+        ),
         unstack=jax.jit(functools.partial(_cast_and_unstack, layout, mesh, repeats)),
         # Not donated: a longer cache cannot reuse the memory of a shorter one.
         grow=jax.jit(grow, static_argnums=1, out_shardings=cache),

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from empg_jax.parallel.mesh import AXES, RULES, Axis, MeshAxes, fit_spec, mesh_axes
+from empg_jax.parallel.mesh import AXES, RULES, Axis, Blocks, MeshAxes, fit_spec, mesh_axes
 
 # Logical axis of an activation -> mesh axes.
 ACTIVATIONS: dict[str | None, MeshAxes] = {
@@ -223,6 +223,40 @@ def split_attention(
         out_specs=spec,
         check_vma=False,  # kernels do not declare how their results vary over devices
     )(queries, keys, values, segments)
+
+
+def split_decode(
+    attention: Callable[..., tuple[Array, ...]],
+    queries: Float[Array, "R H d"],
+    *arrays: Array,
+    axes: Sequence[tuple[Axis, ...]],
+) -> Array:
+    """Compute ``attention(queries, *arrays)[0]`` of a decode step on every device's rows and heads.
+
+    The compiler cannot split a kernel: without this it would gather the whole cache for each call.
+
+    Args:
+      attention: attention of one query per row; it gets a device's part of each array.
+      queries: rotated queries.
+      *arrays: the cache, and what else belongs to the rows.
+      axes: the logical axes of each of these arrays. They have the axis ``heads`` for key/value heads.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return attention(queries, *arrays)[0]
+    keys, names = arrays[0], axes[0]
+    whole = Blocks("heads", queries.shape[1] // keys.shape[names.index("heads")])
+    given = (("rows", whole, None), *axes)
+    specs = tuple(
+        fit_spec(mesh, each, x.shape, ACTIVATIONS) for x, each in zip((queries, *arrays), given, strict=True)
+    )
+    split = jax.shard_map(
+        lambda *parts: attention(*parts)[0],
+        in_specs=specs,
+        out_specs=specs[0],
+        check_vma=False,  # kernels do not declare how their results vary over devices
+    )
+    return split(queries, *arrays)
 
 
 class HeadShards(NamedTuple):

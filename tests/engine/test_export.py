@@ -1,5 +1,7 @@
 """The learner's and the engine's programs lower for CPU, GPU and TPU alike, from shapes alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -114,3 +116,31 @@ def test_prefill_lowers_for_every_platform(engine, rows):
     )
     assert exported.platforms == PLATFORMS
     check_state(outputs(exported), cache)
+
+
+@pytest.mark.parametrize(
+    "platform, pages, axes, part",
+    [
+        ("cuda", 0, {"tensor": 4}, "tensor<8x4x128x128xbf16>"),  # 8 slots with a head each, in four pieces
+        ("cuda", 0, {"data": 2, "tensor": 2}, "tensor<8x4x128x128xbf16>"),  # 4 slots with two
+        ("cuda", 16, {"tensor": 4}, "tensor<1x256x16x128xbf16>"),
+        ("tpu", 16, {"tensor": 4}, "tensor<1x256x16x128xbf16>"),
+    ],
+)
+def test_a_decode_kernel_reads_only_what_its_device_holds(platform, pages, axes, part):
+    """Else the compiler gathers the whole cache for every call, or cannot split the call at all."""
+    model = dataclasses.replace(MODELS["tiny"], num_heads=8, head_dim=128, dtype=jnp.bfloat16)
+    sizes = EngineConfig(slots=8, max_tokens=512, max_response_tokens=128, stop_ids=(1,), page_tokens=pages)
+    programs = compile_programs(model, sizes, make_mesh(**axes))
+    params = programs.unstack(init_params(jax.random.key(0), model))
+    request = Request(
+        jax.eval_shape(lambda: jax.random.key(0)),
+        *integers((8, 8), (8, 4), (2,)),
+        jax.ShapeDtypeStruct((8,), jnp.float32),
+        pages=integers((8, 32))[0] if pages else None,
+    )
+    traced = programs.decode.trace(params, programs.new_cache(512), request)
+    written = traced.lower(lowering_platforms=(platform,)).as_text()
+    (call, *others) = (line for line in written.splitlines() if f"@{KERNELS[platform]}" in line)
+    operands = call[call.rindex(" : (") :].split(" -> ")[0]
+    assert operands.count(part) == 2 and not others  # keys and values

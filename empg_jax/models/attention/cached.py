@@ -16,11 +16,13 @@ from jaxtyping import Array, Float, Int
 from empg_jax.models.attention import ragged
 from empg_jax.models.attention.dispatch import by_platform
 from empg_jax.models.products import multiply_transposed
+from empg_jax.parallel.layout import split_decode
 
 # Score of a hidden key. It is finite, so that a row without any visible key gives no NaN.
 MASKED = -1e30
 # Most scores that are in memory at one time: 256 MiB in float32.
 SCORES = 2**26
+CACHE_AXES = ("rows", "heads", None, None)  # logical axes of cached keys and values
 
 
 def cached_attention(
@@ -45,7 +47,8 @@ def cached_attention(
     if queries.shape[1] == 1 and ragged.takes(capacity, queries.shape[3], queries.dtype):
         # Length 0 for pads: the kernel then reads nothing for idle rows.
         lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
-        return _decode(queries[:, 0], keys, values, lengths)[0][:, None]
+        axes = [CACHE_AXES, CACHE_AXES, ("rows",)]
+        return split_decode(_decode, queries[:, 0], keys, values, lengths, axes=axes)[:, None]
     return attend(queries, keys, values, positions)
 
 
