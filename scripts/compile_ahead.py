@@ -14,6 +14,7 @@ Needs the compiler of the platform: for GPUs ``jax-cuda12-plugin``, ``jax-cuda12
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -26,7 +27,10 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("device", help="h100, a100, l4, or a TPU slice such as v5e:2x2, v5p:2x2x1, v6e:2x4")
 parser.add_argument("--preset", default="qwen2.5-1.5b", help="model shape")
 parser.add_argument("--devices", type=int, default=1, help="GPUs; a TPU slice says it itself")
-parser.add_argument("--tensor", type=int, default=1, help="size of the tensor axis; fsdp takes the rest")
+parser.add_argument(
+    "--tensor", type=int, default=1, help="size of the tensor axis, also the engine's; fsdp takes the rest"
+)
+parser.add_argument("--pages", type=int, default=0, help="tokens of a page of the engine's cache; 0: rows")
 parser.add_argument("--length", type=int, default=4096, help="tokens per row")
 parser.add_argument("--rows-per-device", type=int, default=1, help="rows of a micro-batch per fsdp shard")
 parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
@@ -58,14 +62,15 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from empg_jax.algorithms import make_algorithm
-from empg_jax.engine.programs import Request, compile_programs
+from empg_jax.engine.programs import Request, cache_sharding, compile_programs
 from empg_jax.engine.sizes import EngineConfig
 from empg_jax.hf.presets import make_preset
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.learner.state import make_optimizer, state_shapes
 from empg_jax.learner.update import make_learner
-from empg_jax.models.decoder import DecoderConfig, init_cache, init_params
-from empg_jax.parallel.mesh import make_mesh
+from empg_jax.models.axes import param_shardings
+from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.parallel.mesh import make_mesh, replicated
 
 GPU_CONFIG = """
 gpu_device_info {{
@@ -109,6 +114,15 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """Give shapes their shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
 def lower_update(model: DecoderConfig, devices: list[Any]) -> Any:
     """Lower the update (GRPO with AEM, AdamW), split over all devices."""
     shards = len(devices) // args.tensor
@@ -119,11 +133,7 @@ def lower_update(model: DecoderConfig, devices: list[Any]) -> Any:
     learner = make_learner(model, algorithm, optimizer, mesh, micro_rows=rows)
     shape = BatchShape(8, 4, args.length, rows, 2 * rows, 1)
     batch = shapes_of(make_batch([], shape, seed=(0,))[0])
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state_shapes(model, optimizer),
-        learner.shardings,
-    )
+    state = place(state_shapes(model, optimizer), learner.shardings)
     scores = shapes_of(jax.eval_shape(learner.recorded_scores, batch))
     credit = shapes_of(jax.eval_shape(learner.credit, batch, scores))
     index = jax.ShapeDtypeStruct((), jnp.int32)
@@ -131,25 +141,30 @@ def lower_update(model: DecoderConfig, devices: list[Any]) -> Any:
 
 
 def lower_decode(model: DecoderConfig, devices: list[Any]) -> Any:
-    """Lower a burst of decode steps of 16 conversations, on one device."""
-    sizes = EngineConfig(slots=16, max_tokens=args.length, max_response_tokens=128, stop_ids=(1, 2))
-    mesh = make_mesh(devices=devices[:1])
-    whole = jax.sharding.SingleDeviceSharding(devices[0])
-    programs = compile_programs(model, sizes, mesh)
-    params = jax.eval_shape(programs.unstack, jax.eval_shape(lambda: init_params(jax.random.key(0), model)))
-    inputs = (
-        params,
-        jax.eval_shape(lambda: init_cache(model, sizes.slots, args.length)),
-        Request(
-            jax.eval_shape(lambda: jax.random.key(0)),
-            jax.ShapeDtypeStruct((sizes.slots, 8), jnp.int32),
-            jax.ShapeDtypeStruct((sizes.slots, 4), jnp.int32),
-            jax.ShapeDtypeStruct((2,), jnp.int32),
-            jax.ShapeDtypeStruct((sizes.slots,), jnp.float32),
-        ),
+    """Lower a burst of decode steps of 16 conversations, over the devices of the tensor axis."""
+    sizes = EngineConfig(
+        slots=16, max_tokens=args.length, max_response_tokens=128, stop_ids=(1, 2), page_tokens=args.pages
     )
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), inputs)
-    return programs.decode.lower(*placed)
+    mesh = make_mesh(tensor=args.tensor, devices=devices[: args.tensor])
+    programs = compile_programs(model, sizes, mesh)
+    stacked = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
+    unstacked = programs.unstack.lower(place(stacked, param_shardings(mesh, stacked, model.head_dim)))
+    params = place(unstacked.out_info, unstacked.compile().output_shardings)
+    cache = jax.eval_shape(functools.partial(programs.new_cache, args.length))
+    cache = place(cache, jax.tree.map(lambda _: cache_sharding(mesh, programs.layout, sizes), cache))
+    request = Request(
+        jax.eval_shape(lambda: jax.random.key(0)),
+        jax.ShapeDtypeStruct((sizes.slots, 8), jnp.int32),
+        jax.ShapeDtypeStruct((sizes.slots, 4), jnp.int32),
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+        jax.ShapeDtypeStruct((sizes.slots,), jnp.float32),
+    )
+    if args.pages:
+        columns = args.length // args.pages
+        request = request.replace(pages=jax.ShapeDtypeStruct((sizes.slots, columns), jnp.int32))
+    return programs.decode.lower(
+        params, cache, place(request, jax.tree.map(lambda _: replicated(mesh), request))
+    )
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from empg_jax.models.filtering import find_reach
+from empg_jax.parallel.layout import num_shards
 
 # The inverse CDF first finds a block of this many vocabulary entries and then searches inside the block: one
 # running sum over the whole vocabulary is slower.
@@ -127,15 +128,22 @@ def _draw(weights: Array, uniforms: Array) -> tuple[Array, Array]:
       ``(indices int32[R], totals float32[R])``. An entry of weight zero is never drawn.
     """
     rows, vocab = weights.shape
-    blocks = -(-vocab // BLOCK)
-    grid = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - vocab))).reshape(rows, blocks, BLOCK)
+    parts = num_shards("vocab")
+    if vocab % parts:
+        parts = 1  # every device has all of it
+    # Blocks lie within a device's part: else all weights would be gathered for every token.
+    part = vocab // parts
+    blocks = -(-part // BLOCK)
+    grid = jnp.pad(weights.reshape(rows, parts, part), ((0, 0), (0, 0), (0, blocks * BLOCK - part)))
+    grid = grid.reshape(rows, parts * blocks, BLOCK)
     sums = jnp.cumsum(jnp.sum(grid, axis=-1), axis=-1)
     totals = sums[:, -1]
     threshold = uniforms * totals
     block = _passed(sums, threshold)
     before = jnp.where(block > 0, _at(sums, jnp.maximum(block - 1, 0)), jnp.float32(0.0))
     inside = jnp.take_along_axis(grid, block[:, None, None], axis=1)[:, 0]
-    return block * BLOCK + _passed(jnp.cumsum(inside, axis=-1), threshold - before), totals
+    start = block // blocks * part + block % blocks * BLOCK
+    return start + _passed(jnp.cumsum(inside, axis=-1), threshold - before), totals
 
 
 def _passed(sums: Array, threshold: Array) -> Array:

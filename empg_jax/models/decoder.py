@@ -373,7 +373,6 @@ def forward_cached(
     """
     rope = compute_rope(config, positions)
     block = Block(config)
-    cache_rows = jnp.arange(tokens.shape[0]) if rows is None else rows
 
     @jax.jit  # traced once for all layers; the compiler dissolves the call
     def layer(x: Array, layer_params: Params, layer_cache: tuple[Array, Array]) -> tuple[Array, Any]:
@@ -381,7 +380,7 @@ def forward_cached(
             if pages is not None:
                 return attend_pages(q, (k, v), layer_cache, pages, positions)
             written = [
-                write_rows(old, x, cache_rows, positions) for old, x in zip(layer_cache, (k, v), strict=True)
+                write_rows(old, x, rows, positions) for old, x in zip(layer_cache, (k, v), strict=True)
             ]
             keys, values = written
             if rows is not None:

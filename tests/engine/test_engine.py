@@ -12,8 +12,7 @@ from empg_jax.engine.engine import Engine, EngineConfig
 from empg_jax.engine.prefill import fit
 from empg_jax.engine.programs import Chunk, Request
 from empg_jax.learner.outputs import compute_logprobs
-from empg_jax.models.decoder import DecoderConfig, init_params
-from empg_jax.parallel.mesh import make_mesh
+from empg_jax.models.decoder import DecoderConfig
 from empg_jax.run.process import CompileCounter
 from tests.runs import ROOT
 from tests.weights import make_weights
@@ -464,14 +463,6 @@ def test_nothing_compiles_after_the_warm_up(make):
     assert compiles.count == 0
 
 
-def test_a_new_cache_is_made_in_its_place(make):
-    engine = make(mesh=make_mesh(data=2, tensor=2))
-    made = engine._programs.new_cache.lower(64).compile()
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._programs.new_cache(64)))
-    analysis = made.memory_analysis()
-    assert analysis.output_size_in_bytes + analysis.temp_size_in_bytes <= whole / 4 + 1024
-
-
 def test_norms_keep_the_type_in_which_the_learner_multiplies_by_them(make):
     engine = make(dataclasses.replace(MODEL, dtype=jnp.bfloat16))
     layer = engine._params["layers"][0]
@@ -500,36 +491,3 @@ def test_no_program_copies_the_cache(make, name, slots):
     assert copies == []
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._cache))
     assert compiled.memory_analysis().alias_size_in_bytes >= size
-
-
-def test_a_mesh_changes_nothing_but_the_place(make):
-    prompts = [draw_tokens(np.random.default_rng(slot), 5 + slot) for slot in range(4)]
-    whole, split = make(SHALLOW), make(SHALLOW, mesh=make_mesh(data=2, tensor=2))
-    answers = []
-    for engine in (whole, split):
-        for slot, prompt in enumerate(prompts):
-            engine.submit(slot, prompt, is_fresh=True, ids=(0, slot, 0, 0))
-        answers.append(finish(engine))
-    for slot in range(4):
-        assert same(answers[0][slot], answers[1][slot])
-    for leaf in (*jax.tree.leaves(split._cache), split._params["layers"][0]["up_proj"]["kernel_t"]):
-        assert max(shard.data.nbytes for shard in leaf.addressable_shards) < leaf.nbytes
-
-
-@pytest.mark.parametrize("heads, kv_heads, parts, share", [(4, 2, 4, 0.5), (6, 3, 2, 1.0), (6, 2, 4, 1.0)])
-def test_heads_that_do_not_divide_are_repeated_and_answer_the_same(heads, kv_heads, parts, share):
-    """A device holds one of two heads; three of six, as many as before; or all, where nothing divides."""
-    model = dataclasses.replace(SHALLOW, num_heads=heads, num_kv_heads=kv_heads)
-    params = init_params(jax.random.key(0), model)
-    answers, caches = [], []
-    for mesh in (make_mesh(), make_mesh(tensor=parts)):
-        engine = Engine(model, SIZES, seed=0, mesh=mesh)
-        engine.load(params, 0)
-        for slot in range(4):
-            engine.submit(slot, [1 + slot, 2, 3], is_fresh=True, ids=(0, slot, 0, 0))
-        answers.append(finish(engine))
-        caches.append(engine._cache[0][0])
-    for slot in range(4):
-        assert same(answers[0][slot], answers[1][slot])
-    each = max(shard.data.nbytes for shard in caches[1].addressable_shards)
-    assert each == caches[0].nbytes * share

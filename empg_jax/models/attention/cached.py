@@ -9,6 +9,9 @@ with the same numbers: every query sees all of its keys at once.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -55,7 +58,7 @@ def cached_attention(
 def write_rows(
     cache: Float[Array, "S K C d"],
     new: Float[Array, "R T K d"],
-    rows: Int[Array, "R"],
+    rows: Int[Array, "R"] | None,
     positions: Int[Array, "R T"],
 ) -> Float[Array, "S K C d"]:
     """Write new keys, or values, into rows of the cache.
@@ -63,21 +66,32 @@ def write_rows(
     Args:
       cache: all rows.
       new: what is written.
-      rows: the row of each; one beyond the cache is dropped.
+      rows: the row of each; one beyond the cache is dropped. None: all rows in their order.
       positions: where it is written in its row; a position beyond the row is dropped.
     """
+    write = _write_all if rows is None else functools.partial(_write, rows=rows)
     if positions.size > 1:
-        return _write(cache, new, rows, positions)
-    return jax.lax.platform_dependent(cache, new, rows, positions, cpu=_write_twice, default=_write)
+        return write(cache, new, positions)
+    return jax.lax.platform_dependent(
+        cache, new, positions, cpu=functools.partial(_write_twice, write), default=write
+    )
 
 
-def _write(cache: Array, new: Array, rows: Array, positions: Array) -> Array:
+def _write(cache: Array, new: Array, positions: Array, *, rows: Array) -> Array:
     return cache.at[rows[:, None], :, positions].set(new, mode="drop")
 
 
-def _write_twice(cache: Array, new: Array, rows: Array, positions: Array) -> Array:
+def _write_all(cache: Array, new: Array, positions: Array) -> Array:
+    # Row by row: the compiler then knows that rows of other devices stay as they are.
+    def write(row: Array, new: Array, positions: Array) -> Array:
+        return row.at[:, positions].set(jnp.swapaxes(new, 0, 1), mode="drop")
+
+    return jax.vmap(write)(cache, new, positions)
+
+
+def _write_twice(write: Callable[..., Array], cache: Array, new: Array, positions: Array) -> Array:
     # XLA:CPU copies the cache for a single write; several are made in place.
-    return _write(cache, jnp.repeat(new, 2, axis=1), rows, jnp.repeat(positions, 2, axis=1))
+    return write(cache, jnp.repeat(new, 2, axis=1), jnp.repeat(positions, 2, axis=1))
 
 
 def _dense_decode(queries: Array, keys: Array, values: Array, lengths: Array) -> tuple[Array]:
