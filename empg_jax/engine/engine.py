@@ -73,11 +73,11 @@ class Engine:
     ) -> None:
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must not be negative")
-        self.model, self.config = model, config
+        self._mesh = mesh or make_mesh(devices=jax.local_devices())
+        self.model, self.config = model, (config := config.split_over(self._mesh.shape["data"]))
         self.temperature, self.token_filter = temperature, token_filter
         config.check_filter(token_filter, model.vocab_size)
         self.version, self.stats = -1, EngineStats()
-        self._mesh = mesh or make_mesh(devices=jax.local_devices())
         self._key = jax.device_put(jax.random.key(seed), replicated(self._mesh))
         self.base: Params = {}  # frozen weights below the adapters that `load` brings; made by `place`
         self._params: Params | None = None

@@ -77,7 +77,7 @@ class Memory:
             uncached. 0: all.
         """
         table.reuse()
-        waves = plan_prefill(table, self._config, self.capacity, self._programs.shards)
+        waves = plan_prefill(table, self._config, self.capacity)
         self._run(params, table, stats, cut_waves(waves, limit, self._config, self.capacity))
 
     def _run(self, params: Params | None, table: Slots, stats: EngineStats, waves: Sequence[Wave]) -> None:
@@ -97,7 +97,7 @@ class Memory:
     def _copy(self, table: Slots, copies: Sequence[Copy]) -> Sequence[Copy]:
         """Copy rows from slot to slot; return what was copied."""
         if copies:
-            pairs = make_pairs(copies, self._config.slots, self._programs.shards)
+            pairs = make_pairs(copies, self._config)
             self.cache = self._programs.copy_rows(self.cache, pairs)
         return copies
 

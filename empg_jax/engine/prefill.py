@@ -39,7 +39,7 @@ class Wave:
     groups: tuple[Group, ...]
 
 
-def plan_prefill(table: Slots, config: EngineConfig, capacity: int, shards: int) -> list[Wave]:
+def plan_prefill(table: Slots, config: EngineConfig, capacity: int) -> list[Wave]:
     """Plan how every uncached token, except the newest, of conversations that await a response is cached.
 
     Of four ways, the one with the fewest tokens to compute, padding included, is taken: to copy nothing; to
@@ -50,7 +50,6 @@ def plan_prefill(table: Slots, config: EngineConfig, capacity: int, shards: int)
       table: the conversations.
       config: the engine's sizes.
       capacity: physical length of the cache.
-      shards: parts that the slots are split into. Rows are copied inside a part only, on their own device.
 
     Returns:
       Waves, to be dispatched in order; a function of the conversations alone.
@@ -60,7 +59,7 @@ def plan_prefill(table: Slots, config: EngineConfig, capacity: int, shards: int)
     if not spans:
         return []
     plans = [[Wave((), make_groups(spans, config, capacity))]]
-    matches = _find_matches(table, list(spans), shards) if config.share_prefix else {}
+    matches = _find_matches(table, list(spans)) if config.share_prefix else {}
     if matches:
         for left in (-1, 0, capacity):
             served = _find_copies(table, list(spans), matches, left)
@@ -75,12 +74,13 @@ def _cost(waves: Sequence[Wave]) -> tuple[int, int]:
     return sum(group.size * group.length for group in groups), sum(group.num_tokens for group in groups)
 
 
-def _find_matches(table: Slots, waiting: Sequence[int], shards: int) -> dict[int, np.ndarray]:
+def _find_matches(table: Slots, waiting: Sequence[int]) -> dict[int, np.ndarray]:
     """Find for waiting slots how many first tokens, int[S], they have in common with each other slot.
 
-    Slots that nothing can be copied into have no part in it: this is most of the host's work for a prefill.
+    Rows are copied inside a part of the slots only, on their own device. Slots that nothing can be copied
+    into are left out: this is most of the host's work for a prefill.
     """
-    part = np.arange(table.config.slots) * shards // table.config.slots
+    part = np.arange(table.config.slots) * table.config.shards // table.config.slots
     reach = np.maximum(table.shareable, 0)  # rows of each slot after all that waits is computed
     reach[waiting] = np.maximum(reach[waiting], table.num_tokens[waiting] - 1)
     matches = {}
@@ -162,19 +162,22 @@ def make_groups(
     missing = {slot: count for slot, (_, count) in spans.items()}
     lengths, made = config.prefill_lengths(capacity), []
     while any(missing.values()):
-        fitted: dict[int, list[int]] = {}
+        fitted: dict[int, list[list[int]]] = {}
         for slot, count in missing.items():
             if count:
-                fitted.setdefault(fit(count, lengths), []).append(slot)
-        for length, slots in fitted.items():
-            while slots:
-                size = fit(len(slots), config.prefill_rows(length))
-                group = tuple((slot, starts[slot], min(length, missing[slot])) for slot in slots[:size])
-                made.append(Group(size, length, group))
+                parts = fitted.setdefault(fit(count, lengths), [[] for _ in range(config.shards)])
+                parts[slot * config.shards // config.slots].append(slot)
+        for length, parts in fitted.items():
+            sizes = tuple(rows // config.shards for rows in config.prefill_rows(length))
+            while longest := max(map(len, parts)):
+                size = fit(longest, sizes)
+                slots = [slot for part in parts for slot in part[:size]]
+                group = tuple((slot, starts[slot], min(length, missing[slot])) for slot in slots)
+                made.append(Group(size * config.shards, length, group))
                 for slot, _, count in group:
                     starts[slot] += count
                     missing[slot] -= count
-                del slots[:size]
+                parts = [part[size:] for part in parts]
     return tuple(made)
 
 
@@ -205,25 +208,29 @@ def cut_waves(waves: Sequence[Wave], limit: int, config: EngineConfig, capacity:
 
 def make_chunk(group: Group, table: Slots) -> Chunk:
     """Build the input of a group's dispatch."""
-    # All slots at once need no gather: row i is slot i. Other groups are padded with rows beyond them.
-    num_slots = table.config.slots
+    # All slots at once need no gather: row i is slot i. Other groups are padded with rows beyond them. Each
+    # part of a group has the rows of one part of the slots.
+    num_slots, shards = table.config.slots, table.config.shards
     is_whole = group.size == num_slots
     rows = np.arange(num_slots, dtype=np.int32) if is_whole else np.full(group.size, num_slots, np.int32)
     tokens = np.zeros((group.size, group.length), np.int32)
     spans = np.zeros((group.size, 2), np.int32)
-    for place, (slot, start, count) in enumerate(group.spans):
-        row = slot if is_whole else place
+    places = [part * group.size // shards for part in range(shards)]
+    for slot, start, count in group.spans:
+        part = slot * shards // num_slots
+        row = slot if is_whole else places[part]
+        places[part] += 1
         rows[row] = slot
         tokens[row, :count] = table.tokens(slot, start, start + count)
         spans[row] = start, count
     return Chunk(rows, tokens, spans)
 
 
-def make_pairs(copies: Sequence[Copy], slots: int, shards: int) -> np.ndarray:
+def make_pairs(copies: Sequence[Copy], config: EngineConfig) -> np.ndarray:
     """Build the input of `programs.copy_rows`: int32[slots, 3] of slot, donor and count in each part."""
-    size = slots // shards
-    pairs = np.zeros((slots, 3), np.int32)
-    filled = [0] * shards
+    size = config.slots // config.shards
+    pairs = np.zeros((config.slots, 3), np.int32)
+    filled = [0] * config.shards
     for copy in copies:
         part = copy.slot // size
         pairs[part * size + filled[part]] = copy.slot % size, copy.donor % size, copy.count

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +36,7 @@ from empg_jax.models.products import multiply_transposed
 from empg_jax.models.projection import transpose_kernels
 from empg_jax.models.quantize import UNCAST_LEAVES
 from empg_jax.parallel.layout import cache_heads, on_mesh
-from empg_jax.parallel.mesh import mesh_axes, named_sharding, replicated
+from empg_jax.parallel.mesh import named_sharding, replicated
 from empg_jax.types import Leaf, Params
 
 # By platform. On GPUs the compiler would merge products of one input (q, k, v; gate, up) by concatenating
@@ -100,7 +99,6 @@ class Programs:
     grow: Any
     copy_rows: Any
     copy_pages: Any
-    shards: int  # parts that the slots are split into
 
 
 @functools.cache
@@ -134,7 +132,6 @@ def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> 
         grow=jax.jit(grow, static_argnums=1, out_shardings=cache),
         copy_rows=jax.jit(copy, donate_argnums=0, out_shardings=cache),
         copy_pages=jax.jit(copy_pages, donate_argnums=0, out_shardings=cache),
-        shards=1 if config.page_tokens else math.prod(mesh.shape[name] for name in mesh_axes(slots_axis)),
     )
 
 

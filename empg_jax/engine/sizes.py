@@ -7,7 +7,7 @@ from typing import Any
 
 from empg_jax.models.filtering import TokenFilter
 
-# Most tokens of one prefill dispatch, padding included; bounds its memory.
+# Most tokens of one prefill dispatch on a device, padding included; bounds its memory.
 PREFILL_TOKENS = 8192
 # Programs that default sizes may lead to: each takes seconds to minutes to compile for a large model.
 MAX_PROGRAMS = 24
@@ -28,7 +28,8 @@ class EngineConfig:
         the largest of ``prefill_buckets``; 0: the whole prompt.
       prefill_buckets: lengths that prefill dispatches are padded to; default 16, 64, 256 up to
         ``prefill_chunk`` (1024 without one) and ``max_tokens``.
-      row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, ``slots`` / 8 …
+      row_buckets: row counts that prefill groups are padded to; default 1, ``slots``, ``slots`` / 8 … They
+        are rounded up to multiples of ``shards``.
       cache_buckets: physical cache lengths; default 128, 256, 384, 512 … to ``max_tokens``. Default lists
         are thinned out where they would make more than `MAX_PROGRAMS` programs.
       ahead: dispatch a burst before the last one is read, where most responses outlast that one; default on
@@ -38,6 +39,7 @@ class EngineConfig:
       share_prefix: compute the keys and values of a prefix once, and copy them into other conversations.
       page_tokens: tokens of a page, where keys and values are in pages of a pool; 0: in one row per slot.
       kv_tokens: tokens that the pool holds; default those of ``slots`` longest conversations.
+      shards: parts that the slots are split into over devices; see `split_over`.
     """
 
     slots: int
@@ -55,6 +57,7 @@ class EngineConfig:
     share_prefix: bool = True
     page_tokens: int = 0
     kv_tokens: int = 0
+    shards: int = 1
 
     def __post_init__(self) -> None:
         """Fill the bucket lists and refuse sizes that cannot work."""
@@ -81,7 +84,8 @@ class EngineConfig:
         chosen = [name for name in lists if not getattr(self, name)]
         fill("patience", self.patience or max(1, self.slots // 16))
         fill("prefill_buckets", tuple(sorted(self.prefill_buckets or lengths or [self.max_tokens])))
-        fill("row_buckets", tuple(sorted({*(self.row_buckets or rows), self.slots})))
+        counts = (-(-n // self.shards) * self.shards for n in (self.row_buckets or rows))
+        fill("row_buckets", tuple(sorted({*counts, self.slots})))
         fill("cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens})))
         while self.num_programs > MAX_PROGRAMS and chosen:
             longest = max(chosen, key=lambda name: len(getattr(self, name)))
@@ -100,6 +104,13 @@ class EngineConfig:
                 f"kv_tokens={self.kv_tokens} does not hold one conversation of max_tokens={self.max_tokens} "
                 f"in pages of page_tokens={self.page_tokens}: at least {longest}"
             )
+
+    def split_over(self, data: int) -> EngineConfig:
+        """Return the sizes of an engine whose slots are split over ``data`` devices, where that divides them.
+
+        Each device has the prefill rows of its own slots. Slots with pages share one pool, and are not split.
+        """
+        return dataclasses.replace(self, shards=1 if self.page_tokens or self.slots % data else data)
 
     @property
     def num_programs(self) -> int:
@@ -147,4 +158,5 @@ class EngineConfig:
 
     def prefill_rows(self, length: int) -> tuple[int, ...]:
         """Return the row counts that are used with chunks of this length."""
-        return tuple(n for n in self.row_buckets if n * length <= PREFILL_TOKENS) or self.row_buckets[:1]
+        most = PREFILL_TOKENS * self.shards
+        return tuple(n for n in self.row_buckets if n * length <= most) or self.row_buckets[:1]

@@ -29,11 +29,10 @@ from empg_jax.models.attention import (
     SAVED,
     Segments,
     attend_pages,
-    cached_attention,
+    attend_rows,
     packed_attention,
     sliced_attention,
     trunk_attention,
-    write_rows,
 )
 from empg_jax.models.axes import gather_layer
 from empg_jax.models.axes import param_axes as param_axes
@@ -43,7 +42,14 @@ from empg_jax.models.norm import RMSNorm, rms_norm
 from empg_jax.models.projection import Linear
 from empg_jax.models.rope import RopeScaling as RopeScaling
 from empg_jax.models.rope import compute_angles, rotate
-from empg_jax.parallel.layout import constrain, current_mesh, embed_tokens, split_attention
+from empg_jax.parallel.layout import (
+    Where,
+    constrain,
+    current_mesh,
+    embed_tokens,
+    split_attention,
+    split_cached_attention,
+)
 from empg_jax.types import Params
 
 # Per layer (keys, values), each [S K C d], or a pool of pages [K N P d].
@@ -374,18 +380,15 @@ def forward_cached(
     rope = compute_rope(config, positions)
     block = Block(config)
 
+    def attend_here(q: Array, k: Array, v: Array, cache: tuple[Array, Array], where: Where) -> Any:
+        if where.pages is not None:
+            return attend_pages(q, (k, v), cache, where.pages, where.positions)
+        return attend_rows(q, (k, v), cache, where.rows, where.positions)
+
     @jax.jit  # traced once for all layers; the compiler dissolves the call
     def layer(x: Array, layer_params: Params, layer_cache: tuple[Array, Array]) -> tuple[Array, Any]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-            if pages is not None:
-                return attend_pages(q, (k, v), layer_cache, pages, positions)
-            written = [
-                write_rows(old, x, rows, positions) for old, x in zip(layer_cache, (k, v), strict=True)
-            ]
-            keys, values = written
-            if rows is not None:
-                keys, values = (jnp.take(w, rows, axis=0, mode="clip") for w in written)
-            return cached_attention(q, keys, values, positions), (written[0], written[1])
+            return split_cached_attention(attend_here, q, k, v, layer_cache, Where(positions, rows, pages))
 
         return block.apply({"params": layer_params}, x, rope, attend)
 

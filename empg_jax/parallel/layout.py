@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from empg_jax.parallel.mesh import AXES, RULES, Axis, Blocks, MeshAxes, fit_spec, mesh_axes
+from empg_jax.parallel.mesh import AXES, RULES, Axis, MeshAxes, fit_spec, mesh_axes
 
 # Logical axis of an activation -> mesh axes.
 ACTIVATIONS: dict[str | None, MeshAxes] = {
@@ -225,38 +225,58 @@ def split_attention(
     )(queries, keys, values, segments)
 
 
-def split_decode(
-    attention: Callable[..., tuple[Array, ...]],
-    queries: Float[Array, "R H d"],
-    *arrays: Array,
-    axes: Sequence[tuple[Axis, ...]],
-) -> Array:
-    """Compute ``attention(queries, *arrays)[0]`` of a decode step on every device's rows and heads.
+class Where(NamedTuple):
+    """The place of new tokens in a cache, for the R rows of a pass."""
 
-    The compiler cannot split a kernel: without this it would gather the whole cache for each call.
+    positions: Array  # int32[R T]
+    rows: Array | None = None  # int32[R]  None: all rows of the cache in their order
+    pages: Array | None = None  # int32[R C]
+
+
+def split_cached_attention(
+    attend: Callable[[Array, Array, Array, tuple[Array, Array], Where], Any],
+    queries: Float[Array, "R T H d"],
+    keys: Float[Array, "R T K d"],
+    values: Float[Array, "R T K d"],
+    cache: tuple[Array, Array],
+    where: Where,
+) -> tuple[Float[Array, "R T H d"], tuple[Array, Array]]:
+    """Compute ``attend(queries, keys, values, cache, where)`` on every device's part of rows and heads.
 
     Args:
-      attention: attention of one query per row; it gets a device's part of each array.
-      queries: rotated queries.
-      *arrays: the cache, and what else belongs to the rows.
-      axes: the logical axes of each of these arrays. They have the axis ``heads`` for key/value heads.
+      attend: writes new keys and values into a cache, and computes attention over it.
+      queries: rotated queries of the new tokens.
+      keys: their rotated keys.
+      values: their values.
+      cache: all keys and values: rows ``[S K C d]``, or pages ``[K N P d]``, which all rows share.
+      where: the place of the new tokens. Where the cache's rows are split, an equal number of a pass's rows
+        has to belong to each part, in the order of the parts; rows beyond the cache belong to any.
+
+    Returns:
+      The attention output and the new cache.
     """
     mesh = current_mesh()
     if mesh is None:
-        return attention(queries, *arrays)[0]
-    keys, names = arrays[0], axes[0]
-    whole = Blocks("heads", queries.shape[1] // keys.shape[names.index("heads")])
-    given = (("rows", whole, None), *axes)
-    specs = tuple(
-        fit_spec(mesh, each, x.shape, ACTIVATIONS) for x, each in zip((queries, *arrays), given, strict=True)
-    )
-    split = jax.shard_map(
-        lambda *parts: attention(*parts)[0],
-        in_specs=specs,
-        out_specs=specs[0],
+        return attend(queries, keys, values, cache, where)
+    is_paged = where.pages is not None
+    kept = fit_spec(mesh, ("heads", None) if is_paged else ("rows", "heads"), cache[0].shape[:2], ACTIVATIONS)
+    rows, heads = (None, kept[0]) if is_paged else kept
+    new = PartitionSpec(rows, None, heads, None)
+    per_row = PartitionSpec(rows)
+
+    def local(queries: Array, keys: Array, values: Array, cache: tuple[Array, Array], where: Where) -> Any:
+        if where.rows is not None and rows is not None:
+            size = cache[0].shape[0]
+            mine = where.rows - jax.lax.axis_index(mesh_axes(rows)) * size
+            where = where._replace(rows=jnp.where((mine >= 0) & (mine < size), mine, size))
+        return attend(queries, keys, values, cache, where)
+
+    return jax.shard_map(
+        local,
+        in_specs=(new, new, new, kept, per_row),
+        out_specs=(new, kept),
         check_vma=False,  # kernels do not declare how their results vary over devices
-    )
-    return split(queries, *arrays)
+    )(queries, keys, values, cache, where)
 
 
 class HeadShards(NamedTuple):

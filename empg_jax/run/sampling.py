@@ -109,7 +109,7 @@ def size_engine(
       has_filter: whether responses may filter the tokens that they sample.
     """
     r, slots = config.rollout, count_slots(config, num_hosts)
-    return EngineConfig(
+    sizes = EngineConfig(
         slots=slots,
         max_tokens=r.max_tokens,
         max_response_tokens=r.max_response_tokens,
@@ -125,6 +125,7 @@ def size_engine(
         page_tokens=r.page_tokens or 0,
         kv_tokens=r.kv_tokens or 0,
     )
+    return sizes.split_over(r.data)
 
 
 def make_sampler(

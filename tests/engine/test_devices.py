@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from empg_jax.engine.engine import Engine
-from empg_jax.engine.programs import Request
+from empg_jax.engine.programs import Chunk, Request
 from empg_jax.models.decoder import init_params
 from empg_jax.parallel.mesh import make_mesh
 from tests.engine.test_engine import SHALLOW, SIZES, draw_tokens, finish, make, same
@@ -70,6 +70,38 @@ def told_per_step(engine):
 
 def test_slots_of_different_devices_tell_each_other_nothing(make):
     assert told_per_step(make(mesh=make_mesh(data=4))) == []
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_each_device_computes_the_prompts_of_its_own_slots(make, rows):
+    """A quarter of the work, and nothing to tell."""
+    chunk = Chunk(np.zeros(rows, np.int32), np.zeros((rows, 16), np.int32), np.zeros((rows, 2), np.int32))
+    whole, split = (
+        engine._programs.prefill.lower(engine._params, engine._cache, chunk).compile()
+        for engine in (make(slots=8), make(slots=8, mesh=make_mesh(data=4)))
+    )
+    assert split.cost_analysis()["flops"] < 0.3 * whole.cost_analysis()["flops"]
+    assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", split.as_text())
+
+
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "tensor": 2}])
+def test_prompts_of_any_slots_are_answered_the_same_over_devices(make, axes):
+    engines = [make(SHALLOW, slots=8, mesh=mesh) for mesh in (make_mesh(), make_mesh(**axes))]
+    assert engines[1].config.row_buckets == ((4, 8) if axes["data"] == 4 else (2, 4, 8))
+    generator, turns = np.random.default_rng(3), np.zeros(8, int)
+    for _ in range(12):
+        slots = generator.choice(8, generator.integers(1, 8), replace=False)
+        is_fresh = bool(generator.integers(2))
+        prompts = {int(slot): draw_tokens(generator, int(generator.integers(1, 12))) for slot in slots}
+        answers = []
+        for engine in engines:
+            for slot, prompt in prompts.items():
+                fresh = is_fresh or not turns[slot] or engine.room(slot, len(prompt), is_fresh=False) < 12
+                engine.submit(slot, prompt, is_fresh=fresh, ids=(0, slot, 0, int(turns[slot])))
+            answers.append(finish(engine))
+        turns[slots] += 1
+        assert all(same(answers[0][slot], answers[1][slot]) for slot in prompts)
+    assert engines[1].stats.prefilled_tokens > 300
 
 
 @pytest.mark.parametrize("vocab, told", [(1184, [(4, 12)]), (1183, [])])

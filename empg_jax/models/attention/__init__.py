@@ -13,9 +13,10 @@ platform selects the back end when a program is lowered (`packed`):
 
 ``sliced_attention`` is attention of a part of a row's queries, for more devices along time than heads.
 
-``cached_attention`` is attention over the engine's KV cache. On GPUs its decode step uses the Pallas kernel
-of `ragged`, which reads only the filled part of the cache; elsewhere it is two dense products (`cached`).
-``attend_pages`` is the same over pages of a pool, with kernels for GPUs and TPUs (`paged`).
+``attend_rows`` writes new tokens into the engine's KV cache and attends over it (``cached_attention``). On
+GPUs its decode step uses the Pallas kernel of `ragged`, which reads only the filled part of the cache;
+elsewhere it is two dense products (`cached`). ``attend_pages`` is the same over pages of a pool, with kernels
+for GPUs and TPUs (`paged`).
 
 `reference` is the dense definition that every back end must equal. ``model.attention=xla`` turns the kernels
 of packed attention off.
@@ -28,8 +29,8 @@ Shapes: queries ``[B, T, H, d]``, keys and values ``[B, T, K, d]`` with ``H = K 
 ``G`` per key/value head. The softmax is computed in float32 for every input type.
 """
 
+from empg_jax.models.attention.cached import attend_rows as attend_rows
 from empg_jax.models.attention.cached import cached_attention as cached_attention
-from empg_jax.models.attention.cached import write_rows as write_rows
 from empg_jax.models.attention.packed import BACKENDS as BACKENDS
 from empg_jax.models.attention.packed import SAVED as SAVED
 from empg_jax.models.attention.packed import is_fusible as is_fusible

@@ -9,9 +9,6 @@ with the same numbers: every query sees all of its keys at once.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -19,13 +16,38 @@ from jaxtyping import Array, Float, Int
 from empg_jax.models.attention import ragged
 from empg_jax.models.attention.dispatch import by_platform
 from empg_jax.models.products import multiply_transposed
-from empg_jax.parallel.layout import split_decode
 
 # Score of a hidden key. It is finite, so that a row without any visible key gives no NaN.
 MASKED = -1e30
 # Most scores that are in memory at one time: 256 MiB in float32.
 SCORES = 2**26
-CACHE_AXES = ("rows", "heads", None, None)  # logical axes of cached keys and values
+
+
+def attend_rows(
+    queries: Float[Array, "R T H d"],
+    new: tuple[Float[Array, "R T K d"], Float[Array, "R T K d"]],
+    cache: tuple[Float[Array, "S K C d"], Float[Array, "S K C d"]],
+    rows: Int[Array, "R"] | None,
+    positions: Int[Array, "R T"],
+) -> tuple[Float[Array, "R T H d"], tuple[Array, Array]]:
+    """Write keys and values of new tokens into rows of a cache, and compute the tokens' attention over them.
+
+    Args:
+      queries: rotated queries of the new tokens.
+      new: their keys and values.
+      cache: all rows of keys, and of values.
+      rows: the row of each; one beyond the cache is dropped. None: all rows in their order.
+      positions: as in `cached_attention`.
+
+    Returns:
+      The attention output, in the type of the queries, and the cache.
+    """
+    keys, values = written = tuple(
+        write_rows(old, x, rows, positions) for old, x in zip(cache, new, strict=True)
+    )
+    if rows is not None:
+        keys, values = (jnp.take(w, rows, axis=0, mode="clip") for w in written)
+    return cached_attention(queries, keys, values, positions), (written[0], written[1])
 
 
 def cached_attention(
@@ -50,8 +72,7 @@ def cached_attention(
     if queries.shape[1] == 1 and ragged.takes(capacity, queries.shape[3], queries.dtype):
         # Length 0 for pads: the kernel then reads nothing for idle rows.
         lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
-        axes = [CACHE_AXES, CACHE_AXES, ("rows",)]
-        return split_decode(_decode, queries[:, 0], keys, values, lengths, axes=axes)[:, None]
+        return _decode(queries[:, 0], keys, values, lengths)[0][:, None]
     return attend(queries, keys, values, positions)
 
 
@@ -69,29 +90,20 @@ def write_rows(
       rows: the row of each; one beyond the cache is dropped. None: all rows in their order.
       positions: where it is written in its row; a position beyond the row is dropped.
     """
-    write = _write_all if rows is None else functools.partial(_write, rows=rows)
+    if rows is None:
+        rows = jnp.arange(cache.shape[0])
     if positions.size > 1:
-        return write(cache, new, positions)
-    return jax.lax.platform_dependent(
-        cache, new, positions, cpu=functools.partial(_write_twice, write), default=write
-    )
+        return _write(cache, new, rows, positions)
+    return jax.lax.platform_dependent(cache, new, rows, positions, cpu=_write_twice, default=_write)
 
 
-def _write(cache: Array, new: Array, positions: Array, *, rows: Array) -> Array:
+def _write(cache: Array, new: Array, rows: Array, positions: Array) -> Array:
     return cache.at[rows[:, None], :, positions].set(new, mode="drop")
 
 
-def _write_all(cache: Array, new: Array, positions: Array) -> Array:
-    # Row by row: the compiler then knows that rows of other devices stay as they are.
-    def write(row: Array, new: Array, positions: Array) -> Array:
-        return row.at[:, positions].set(jnp.swapaxes(new, 0, 1), mode="drop")
-
-    return jax.vmap(write)(cache, new, positions)
-
-
-def _write_twice(write: Callable[..., Array], cache: Array, new: Array, positions: Array) -> Array:
+def _write_twice(cache: Array, new: Array, rows: Array, positions: Array) -> Array:
     # XLA:CPU copies the cache for a single write; several are made in place.
-    return write(cache, jnp.repeat(new, 2, axis=1), jnp.repeat(positions, 2, axis=1))
+    return _write(cache, jnp.repeat(new, 2, axis=1), rows, jnp.repeat(positions, 2, axis=1))
 
 
 def _dense_decode(queries: Array, keys: Array, values: Array, lengths: Array) -> tuple[Array]:

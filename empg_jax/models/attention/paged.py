@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 from empg_jax.models.attention.cached import attend, cached_attention
 from empg_jax.models.attention.dispatch import by_platform
 from empg_jax.models.attention.ragged import count_splits
-from empg_jax.parallel.layout import split_decode
 
 # Most keys that a kernel program reads at a time.
 BLOCK = 128
@@ -23,7 +22,6 @@ BLOCK = 128
 BLOCK_BYTES = 2**15
 # Most numbers of a page table that the TPU kernel gets: half of a core's scalar memory of 1 MiB.
 SCALARS = 2**17
-POOL_AXES = ("heads", None, None, None)  # logical axes of the pages
 
 
 def attend_pages(
@@ -49,9 +47,7 @@ def attend_pages(
     keys, values = (write_pages(old, x, pages, positions) for old, x in zip(pool, new, strict=True))
     if queries.shape[1] == 1 and takes(size, queries.shape[3], queries.dtype):
         lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
-        axes = [POOL_AXES, POOL_AXES, ("rows", None), ("rows",)]
-        output = split_decode(_decode, queries[:, 0], keys, values, pages, lengths, axes=axes)
-        return output[:, None], (keys, values)
+        return _decode(queries[:, 0], keys, values, pages, lengths)[0][:, None], (keys, values)
     rows = gather_pages(keys, pages), gather_pages(values, pages)
     return cached_attention(queries, *rows, positions), (keys, values)
 
