@@ -337,8 +337,7 @@ def _prefill_bytes(config: Config, model: DecoderConfig, mesh: AbstractMesh, siz
     most = 0
     for length in sizes.prefill_lengths(r.max_tokens):
         for rows in sizes.prefill_rows(length):
-            # Only the rows of all slots are split as the slots are; fewer are computed by every device.
-            here = -(-rows // r.data) if rows == sizes.slots else rows
+            here = rows // sizes.shards
             queries = min(length, max(1, SCORES // (rows * model.num_heads * r.max_tokens)))
             scores = 2 * 4 * here * queries * w.heads * r.max_tokens
             # Fewer rows than slots, and pages, are copies of the keys and values that they read.

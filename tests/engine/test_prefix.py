@@ -96,7 +96,7 @@ def waiting(prompts, **sizes):
             token_filter=NO_FILTER,
             watch=None,
         )
-    waves = plan_prefill(table, config, 96, 1)
+    waves = plan_prefill(table, config, 96)
     tokens = [sum(group.num_tokens for group in wave.groups) for wave in waves]
     return [[(c.slot, c.donor, c.count) for c in wave.copies] for wave in waves], tokens
 
@@ -144,7 +144,7 @@ def test_one_program_for_all_slots_takes_them_at_once_where_waiting_would_cost_m
 
 def test_pairs_name_slots_inside_their_part():
     copies = [Copy(1, 0, 20, 20), Copy(6, 4, 30, 30), Copy(7, 5, 31, 31)]
-    pairs = make_pairs(copies, slots=8, shards=2)
+    pairs = make_pairs(copies, dataclasses.replace(SIZES, slots=8, shards=2))
     assert (
         pairs[[0, 4, 5]].tolist() == [[1, 0, 20], [2, 0, 30], [3, 1, 31]] and not pairs[[1, 2, 3, 6, 7]].any()
     )
