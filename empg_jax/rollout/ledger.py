@@ -25,6 +25,8 @@ from empg_jax.types import Outcome, Status, Trajectory
 from empg_jax.workers.faults import Tell, tell_nobody
 
 MAX_RETRIES = 3  # attempts of one member before its group is replaced
+# Reasons for which every further attempt at a task would fail, too.
+HOPELESS = ("prompt_too_long", "quarantined")
 MAX_LOSSES = 2  # groups of one task replaced in a row, before the task waits for the next pass over the panel
 # Returns that differ by no more, relative to those above 1, count as equal, as in `algorithms.has_spread`:
 # sums of the same rewards in another order round differently.
@@ -189,20 +191,19 @@ class Ledger:
                 self._complete(group)
         elif outcome.reason == "outage":  # the pool holds the next attempt until it is over
             self.starts.append(attempt)
-        elif group.missing[attempt.member] + 1 < MAX_RETRIES and outcome.reason != "quarantined":
-            # A quarantined task would be refused at once, every time.
+        elif group.missing[attempt.member] + 1 < MAX_RETRIES and outcome.reason not in HOPELESS:
             group.missing[attempt.member] += 1
             self.starts.append(dataclasses.replace(attempt, retry=attempt.retry + 1))
         else:
             del group.missing[attempt.member]
             self.counts["groups_failed"] += 1
             self._losses[group.task] += 1
-            is_hopeless = outcome.reason == "quarantined" or self._losses[group.task] >= MAX_LOSSES
-            if is_hopeless:
+            is_hopeless = outcome.reason in HOPELESS
+            if is_hopeless or self._losses[group.task] >= MAX_LOSSES:
                 del self._losses[group.task]
             else:
                 self._again.append(group.task)
-            self._replace(group, "quarantined" if outcome.reason == "quarantined" else "failed")
+            self._replace(group, outcome.reason if is_hopeless else "failed")
 
     def close_late(self, now: float) -> None:
         """Close the groups that are past their time and have attempts enough."""

@@ -135,7 +135,9 @@ def test_a_group_that_fails_is_replaced_by_the_same_task():
 
 
 @pytest.mark.parametrize("members", [(0, 1), (1,)], ids=["every member", "one member"])
-@pytest.mark.parametrize(("reason", "groups"), [("env_error", MAX_LOSSES), ("quarantined", 1)])
+@pytest.mark.parametrize(
+    ("reason", "groups"), [("env_error", MAX_LOSSES), ("quarantined", 1), ("prompt_too_long", 1)]
+)
 def test_a_task_that_always_fails_waits_for_the_next_pass(reason, groups, members):
     ledger = make_ledger(tasks=4)
     broken = ledger.order.task_at(0)
