@@ -103,6 +103,7 @@ class Collector:
         self._sampling = 0.0  # seconds in the engine so far
         self._unaged = 0.0  # those of the last round
         self._beside: set[int] = set()  # slots whose environments were at work when that time began
+        self._ended: dict[Attempt, float] = {}  # those of the last round: when they started
         self._lost: list[tuple[Attempt, Trajectory]] = []  # episodes whose responses failed
         self._free = collections.deque(range(engine.config.slots))
         self._waiting: set[int] = set()  # slots whose environment owes an answer
@@ -142,6 +143,7 @@ class Collector:
         """
         began, away = self._timer(), self.pool.breaker.seconds
         finished: list[tuple[Attempt, Trajectory]] = []
+        self._ended.clear()
         self._start_episodes()
         replies = self._take_replies() if wanted is None else self._await_replies(wanted.answers or [])
         self.answered = [reply.handle - self._first_handle for reply in replies]
@@ -170,6 +172,14 @@ class Collector:
         self._unaged = self.served - self.aged - was
         finished.extend(self._expire())
         return finished
+
+    def ages(self) -> dict[Attempt, float]:
+        """Return the seconds that attempts have taken so far, on the clock that ``episode_timeout`` is for.
+
+        Those in slots have ages, and those that ended in the last round; those that wait have none.
+        """
+        ages = {attempt: self.aged - started for attempt, started in self._ended.items()}
+        return ages | {episode.attempt: self._age(slot) for slot, episode in self._episodes.items()}
 
     def settle(self) -> None:
         """Bring the engine to a turn boundary: responses in progress end, no new ones start."""
@@ -286,17 +296,21 @@ class Collector:
         self._waiting.add(slot)
 
     def _expire(self) -> Iterator[tuple[Attempt, Trajectory]]:
-        limit = self.aged - self._episode_timeout
-        late = [slot for slot, at in self._started.items() if at < limit and slot not in self._asked]
-        for slot in late:
+        limit = self._episode_timeout
+        for slot in [slot for slot in self._started if slot not in self._asked and self._age(slot) > limit]:
             episode = self._episodes[slot]
             self._free_slot(slot)
-            yield episode.attempt, episode.on_failure("timeout", f"longer than {self._episode_timeout:g} s")
+            yield episode.attempt, episode.on_failure("timeout", f"longer than {limit:g} s")
+
+    def _age(self, slot: int) -> float:
+        asked = self._asked.get(slot)
+        sampled = 0.0 if asked is None else self._timer() - self._sampling - asked
+        return self.aged - self._started[slot] - sampled
 
     def _free_slot(self, slot: int) -> None:
         self.pool.release(self._first_handle + slot)
         self.engine.release(slot)
-        del self._episodes[slot], self._started[slot]
+        self._ended[self._episodes.pop(slot).attempt] = self._started.pop(slot)
         self._asked.pop(slot, None)
         self._waiting.discard(slot)
         self._beside.discard(slot)
