@@ -180,8 +180,8 @@ class RolloutConfig(Section):
     min_group_size: int | None = Field(
         None,
         ge=1,
-        description="Attempts that suffice to close a group once another one of it, with its retries, has lasted "
-        "for episode_timeout (default all).",
+        description="Attempts that suffice to close a group once one of its members, with its retries, has "
+        "lasted for episode_timeout (default all).",
     )
     filter_groups: bool = Field(
         False, description="Replace groups whose attempts all have the same return (true with dapo)."
