@@ -55,7 +55,7 @@ def evaluate_run(
 
     Raises:
       CheckpointError: there is no run or no usable checkpoint at the path.
-      EvaluationError: the environment failed in every attempt.
+      EvaluationError: every attempt failed for a cause outside the policy.
     """
     return {**_evaluate(open_saved(path, overrides, warn=_warn), attempts, out), "source": str(path)}
 
@@ -197,8 +197,8 @@ def _play(
         result = evaluator.run(params, step, advance=progress.advance, done=kept.done, keep=kept.keep)
     if not result.trajectories:
         raise EvaluationError(
-            f"none of the {evaluator.num_tasks} tasks of {config.env.eval_split} could be attempted: the "
-            "environment failed every time"
+            f"none of the {evaluator.num_tasks} tasks of {config.env.eval_split} could be attempted; the "
+            f"last failure: {evaluator.last_failure}"
         )
     kept.finish(result.trajectories)
     return result

@@ -118,7 +118,7 @@ METRICS: dict[str, str] = {
     "eval_entropy": "Mean token entropy on the held-out tasks, in nats.",
     "eval_env_*": "Mean of a number that the environment reports at the end of a held-out episode.",
     "eval_invalid_actions": "Share of held-out turns whose response the parser did not accept.",
-    "eval_missing": "Held-out tasks without a result: their environment failed again and again.",
+    "eval_missing": "Held-out tasks without a result: all attempts failed for causes outside the policy.",
     # Warm start
     "sft_loss": "Cross-entropy of the expert's tokens (of the learned answers in sft.data) in nats.",
     "sft_eval_loss": "The same on the held-out part of sft.data.",

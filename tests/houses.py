@@ -25,6 +25,8 @@ class NoisyHouse(HouseholdEnv):
       spy: a file that is told which packages this process has loaded.
       backend: a file without which every step raises.
       broken: every so many tasks of ``train``, one cannot be reset; 0 for none.
+      wordy: number of first tasks of ``train`` that begin with a text that no small conversation holds.
+      tasks: number of tasks of ``train``; None: the household's.
       **options: of the household.
     """
 
@@ -37,18 +39,25 @@ class NoisyHouse(HouseholdEnv):
         spy: str | None = None,
         backend: str | None = None,
         broken: int = 0,
+        wordy: int = 0,
+        tasks: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.trouble, self.times, self.diary, self.latency, self.spy = trouble, times, diary, latency, spy
-        self.backend, self.broken = backend, broken
+        self.backend, self.broken, self.wordy, self.tasks = backend, broken, wordy, tasks
+
+    def num_tasks(self, split: str) -> int:
+        return self.tasks if self.tasks and split == "train" else super().num_tasks(split)
 
     def reset(
         self, seed: int | None = None, *, split: str | None = None, index: int | None = None
     ) -> tuple[str, dict[str, Any]]:
         if self.broken and split == "train" and index is not None and index % self.broken == 0:
             raise RuntimeError("this house was never built")
-        return super().reset(seed, split=split, index=index)
+        observation, info = super().reset(seed, split=split, index=index)
+        is_wordy = split == "train" and index is not None and index < self.wordy
+        return (" ".join([observation] * 99) if is_wordy else observation), info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         time.sleep(self.latency)

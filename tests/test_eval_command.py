@@ -131,6 +131,16 @@ def test_one_attempt_is_what_it_was_before(run_dir, tmp_path):
     )
 
 
+def test_where_no_first_prompt_fits_the_cause_is_named(run_dir, tmp_path):
+    where = ("--split", "train", "--tasks", 2, "--out", tmp_path / "new")
+    code, out, err = call("eval", run_dir, *where, "env.options.wordy=2")
+    assert (code, out) == (1, "")
+    assert (
+        "error: none of the 2 tasks of train could be attempted; the last failure: prompt_too_long: " in err
+    )
+    assert err.endswith(" tokens, but rollout.max_tokens=96: no response fits\n")
+
+
 def test_more_tasks_than_there_are_is_said_once(run_dir, tmp_path):
     options = ["env.options.level=tiny", "rollout.slots=64", "env.max_turns=1", "log.progress=true"]
     code, out, err = call("eval", run_dir, *options, "--tasks", 100_000, "--out", tmp_path)

@@ -165,6 +165,13 @@ def test_a_task_that_keeps_failing_is_missing_and_told(make_evaluator, monkeypat
     assert told[-1] == ("evaluation_task_missing", fields)
 
 
+def test_a_task_for_which_no_response_fits_is_attempted_once(make_evaluator):
+    evaluator, collector = make_evaluator(lambda a: a.task == 2)
+    collector.reason = "prompt_too_long"
+    assert evaluator.run(None, 0).missing == (2,) and len(collector.seen) == 5
+    assert evaluator.last_failure.startswith("prompt_too_long: ")
+
+
 def test_where_every_task_is_missing_there_is_no_mean(make_evaluator):
     evaluator, _ = make_evaluator(lambda a: True)
     result = evaluator.run(None, 0)

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import os
+import re
 import resource
 import signal
 import threading
@@ -330,6 +331,39 @@ def test_tasks_that_never_work_are_given_up_and_told(tmp_path):
     assert sum(line["groups_failed"] for line in lines) == len(replaced)
     assert sum(line["episodes_discarded"] for line in lines) == len(told(run, "episode_discarded", "split"))
     assert max(line["tasks_quarantined"] for line in lines) >= 1
+
+
+def test_a_task_with_a_too_long_prompt_costs_its_own_group_only(tmp_path):
+    options = ["env.options.tasks=3", "env.options.wordy=1", "eval.tasks=1", "train.updates=4"]
+    run = runs.train(tmp_path / "run", *HOUSE, *options)
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["update"] for line in lines] == [1, 2, 3, 4]
+    assert told(run, "task_quarantined", "split", "task", "reason") == [("train", 0, "prompt_too_long")]
+    replaced = told(run, "group_replaced", "task", "reason")
+    assert replaced[0] == (0, "prompt_too_long") and set(replaced[1:]) <= {(0, "quarantined")}
+    discarded = told(run, "episode_discarded", "task", "reason", "detail")
+    (said,) = {detail for _, reason, detail in discarded if reason == "prompt_too_long"}
+    assert re.fullmatch(r"the first prompt has \d+ tokens, but rollout.max_tokens=96: no response fits", said)
+    assert {task for task, *_ in discarded} == {0}
+    assert lines[-1]["tasks_quarantined"] == 1 and sum(line["groups_failed"] for line in lines) == len(
+        replaced
+    )
+    # A resumed run knows of it.
+    runs.resume(run, "train.updates=5")
+    assert told(run, "task_quarantined", "task") == [(0,)]
+
+
+def test_a_panel_in_which_no_first_prompt_fits_is_refused(tmp_path):
+    options = ["env.options.tasks=3", "env.options.wordy=3", "eval.tasks=1"]
+    done = CliRunner().invoke(app, runs.command(tmp_path / "run", *HOUSE, *options))
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    message = done.stderr.splitlines()[-1]
+    assert re.search(
+        r"^error: no first prompt leaves room for a response: those of 3 tasks of env\.split=train have "
+        r"(\d{3,}) to (\d{3,}) tokens, but rollout\.max_tokens=96; it must be larger than \2 ",
+        message,
+    )
+    assert "Traceback" not in done.stderr
 
 
 def _take_away(backend, seconds, before=0):

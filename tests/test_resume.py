@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from empg_jax import trainer
+from empg_jax.learner import passes
 from empg_jax.metrics import read_metrics
 from empg_jax.run import evaluating
 from empg_jax.run.consumed import read_consumed
@@ -124,6 +125,18 @@ def test_a_warm_start_goes_on_where_the_critic_has_settings_of_its_own(tmp_path,
     runs.resume(tmp_path / "run")
     assert runs.lines(tmp_path / "run") == runs.lines(whole)
     assert runs.weights(tmp_path / "run") == runs.weights(whole)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_engine_on_other_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "GAP_CHECK_EVERY", 1)
+    run = runs.train(tmp_path / "run", *STEADY, "sft.updates=0", "train.updates=1", "eval.tasks=2")
+    runs.resume(run, "train.updates=2", "rollout.tensor=2", "rollout.data=2")
+    runs.resume(run, "train.updates=3", "rollout.tensor=1", "rollout.devices=2", "rollout.release=true")
+    lines = runs.lines(run)
+    assert [line["update"] for line in lines] == [1, 2, 3]
+    # The sampler on its new devices has the weights of the learner.
+    assert all(line["logprob_gap"] < 1e-4 for line in lines)
 
 
 @pytest.mark.slow

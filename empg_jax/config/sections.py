@@ -178,7 +178,10 @@ class RolloutConfig(Section):
         300.0, gt=0, description="Seconds that an episode may last, without the sampling of its responses."
     )
     min_group_size: int | None = Field(
-        None, ge=1, description="Attempts that suffice to close a group at its deadline (default all)."
+        None,
+        ge=1,
+        description="Attempts that suffice to close a group once one of its members, with its retries, has "
+        "lasted for episode_timeout (default all).",
     )
     filter_groups: bool = Field(
         False, description="Replace groups whose attempts all have the same return (true with dapo)."

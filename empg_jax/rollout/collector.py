@@ -14,6 +14,7 @@ from typing import Any
 
 from empg_jax.engine.engine import Response, Watch
 from empg_jax.engine.interface import SamplingEngine
+from empg_jax.errors import RunError
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
 from empg_jax.rollout.schedule import Round, ScheduleError
@@ -27,6 +28,12 @@ GATHER_SECONDS = 0.001
 BURST_SECONDS = 1.0
 # A retried attempt samples with other keys than the lost one, or it would repeat the same actions.
 RETRY_STRIDE = 1 << 16
+# Tasks whose first prompts are too long, before any fits, at which training stops to try further ones.
+MAX_UNFIT = 64
+
+
+class PromptError(RunError):
+    """No first prompt leaves room for a response."""
 
 
 class Collector:
@@ -48,6 +55,8 @@ class Collector:
       is_deterministic: use a barrier per turn.
       make_watch: makes what ends a response besides its tokens, one for each (see `Engine.submit`).
       has_deadlines: responses have deadlines of their own, so that no episode ages while one is sampled.
+      is_fit_needed: a panel in which no first prompt fits is an error, found after `MAX_UNFIT` tasks at the
+        latest; else every attempt at such a task is discarded, however many there are.
       timer: a monotonic clock, in seconds.
 
     Attributes:
@@ -73,6 +82,7 @@ class Collector:
         is_deterministic: bool = False,
         make_watch: Callable[[], Watch | None] = lambda: None,
         has_deadlines: bool = False,
+        is_fit_needed: bool = False,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.pool = engine, pool
@@ -80,7 +90,8 @@ class Collector:
         self._seed, self._stream, self._first_handle = seed, stream, first_handle
         self._episode_timeout = episode_timeout
         self._is_deterministic, self._timer, self._make_watch = is_deterministic, timer, make_watch
-        self._has_deadlines = has_deadlines
+        self._has_deadlines, self._is_fit_needed = has_deadlines, is_fit_needed
+        self._unfit: dict[int, int] = {}  # length of the first prompt by task, for those that do not fit
         self.check: Callable[[], None] = lambda: None
         self.served = self.aged = 0.0
         self.answered: list[int] = []
@@ -92,6 +103,7 @@ class Collector:
         self._sampling = 0.0  # seconds in the engine so far
         self._unaged = 0.0  # those of the last round
         self._beside: set[int] = set()  # slots whose environments were at work when that time began
+        self._ended: dict[Attempt, float] = {}  # those of the last round: when they started
         self._lost: list[tuple[Attempt, Trajectory]] = []  # episodes whose responses failed
         self._free = collections.deque(range(engine.config.slots))
         self._waiting: set[int] = set()  # slots whose environment owes an answer
@@ -131,6 +143,7 @@ class Collector:
         """
         began, away = self._timer(), self.pool.breaker.seconds
         finished: list[tuple[Attempt, Trajectory]] = []
+        self._ended.clear()
         self._start_episodes()
         replies = self._take_replies() if wanted is None else self._await_replies(wanted.answers or [])
         self.answered = [reply.handle - self._first_handle for reply in replies]
@@ -159,6 +172,14 @@ class Collector:
         self._unaged = self.served - self.aged - was
         finished.extend(self._expire())
         return finished
+
+    def ages(self) -> dict[Attempt, float]:
+        """Return the seconds that attempts have taken so far, on the clock that ``episode_timeout`` is for.
+
+        Those in slots have ages, and those that ended in the last round; those that wait have none.
+        """
+        ages = {attempt: self.aged - started for attempt, started in self._ended.items()}
+        return ages | {episode.attempt: self._age(slot) for slot, episode in self._episodes.items()}
 
     def settle(self) -> None:
         """Bring the engine to a turn boundary: responses in progress end, no new ones start."""
@@ -227,17 +248,13 @@ class Collector:
             step = episode.on_step(
                 reply.observation, reply.reward, reply.terminated, reply.truncated, reply.info
             )
-        if (
-            isinstance(step, PromptDelta)
-            and self.engine.room(slot, len(step.tokens), is_fresh=step.is_fresh) < 1
-        ):
-            if not episode.num_turns:
-                raise ValueError(
-                    f"the first prompt of task {episode.attempt.split}/{episode.attempt.task} has "
-                    f"{len(step.tokens)} tokens, but rollout.max_tokens={self.engine.config.max_tokens}: "
-                    "no response fits; raise rollout.max_tokens"
-                )
-            step = episode.on_context_limit()
+        if isinstance(step, PromptDelta):
+            if self.engine.room(slot, len(step.tokens), is_fresh=step.is_fresh) >= 1:
+                self._is_fit_needed = False
+            elif episode.num_turns:
+                step = episode.on_context_limit()
+            else:
+                step = self._refuse_prompt(episode, len(step.tokens))
         if isinstance(step, Trajectory):
             attempt = episode.attempt
             self._free_slot(slot)
@@ -248,6 +265,22 @@ class Collector:
         if self._has_deadlines:
             self._asked[slot] = self._timer() - self._sampling
         self.engine.submit(slot, step.tokens, is_fresh=step.is_fresh, ids=ids, watch=self._make_watch())
+
+    def _refuse_prompt(self, episode: Episode, length: int) -> Trajectory:
+        """Discard an attempt whose first prompt is too long, as every attempt at its task would be."""
+        split, task, limit = episode.attempt.split, episode.attempt.task, self.engine.config.max_tokens
+        self._unfit[task] = length
+        if self._is_fit_needed and len(self._unfit) >= min(self.pool.splits[split], MAX_UNFIT):
+            low, high = min(self._unfit.values()), max(self._unfit.values())
+            raise PromptError(
+                f"no first prompt leaves room for a response: those of {len(self._unfit)} tasks of "
+                f"env.split={split} have {low} to {high} tokens, but rollout.max_tokens={limit}; it must be "
+                f"larger than {high} by the tokens of a whole episode"
+            )
+        reason = "prompt_too_long"
+        detail = f"the first prompt has {length} tokens, but rollout.max_tokens={limit}: no response fits"
+        self.pool.refuse(split, task, reason, detail)
+        return episode.on_failure(reason, detail)
 
     def _on_response(self, response: Response) -> None:
         slot, episode = response.slot, self._episodes[response.slot]
@@ -263,17 +296,21 @@ class Collector:
         self._waiting.add(slot)
 
     def _expire(self) -> Iterator[tuple[Attempt, Trajectory]]:
-        limit = self.aged - self._episode_timeout
-        late = [slot for slot, at in self._started.items() if at < limit and slot not in self._asked]
-        for slot in late:
+        limit = self._episode_timeout
+        for slot in [slot for slot in self._started if slot not in self._asked and self._age(slot) > limit]:
             episode = self._episodes[slot]
             self._free_slot(slot)
-            yield episode.attempt, episode.on_failure("timeout", f"longer than {self._episode_timeout:g} s")
+            yield episode.attempt, episode.on_failure("timeout", f"longer than {limit:g} s")
+
+    def _age(self, slot: int) -> float:
+        asked = self._asked.get(slot)
+        sampled = 0.0 if asked is None else self._timer() - self._sampling - asked
+        return self.aged - self._started[slot] - sampled
 
     def _free_slot(self, slot: int) -> None:
         self.pool.release(self._first_handle + slot)
         self.engine.release(slot)
-        del self._episodes[slot], self._started[slot]
+        self._ended[self._episodes.pop(slot).attempt] = self._started.pop(slot)
         self._asked.pop(slot, None)
         self._waiting.discard(slot)
         self._beside.discard(slot)

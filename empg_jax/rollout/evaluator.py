@@ -13,7 +13,7 @@ from empg_jax.metrics import group_success
 from empg_jax.models.filtering import TokenFilter
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.episode import Attempt, tell_discarded
-from empg_jax.rollout.ledger import MAX_RETRIES
+from empg_jax.rollout.ledger import HOPELESS, MAX_RETRIES
 from empg_jax.types import Params, Trajectory
 from empg_jax.workers.faults import Tell, tell_nobody
 
@@ -67,6 +67,7 @@ class Evaluator:
       panels: the panels.
       num_tasks: tasks of all panels.
       places: the places of the tasks that this host plays; tasks have places from 0, through all panels.
+      last_failure: why the last missing attempt has no result; empty where none is missing.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Evaluator:
         self.num_tasks = len(self._tasks)
         self.places = range(share[0], self.num_tasks, share[1])
         self._collector, self._tell = collector, tell
+        self.last_failure = ""
         self._temperature, self._filter, self._attempts = temperature, token_filter, attempts
 
     def run(
@@ -146,15 +148,16 @@ class Evaluator:
                     keep(trajectory)
                     advance(1, {})
                     continue
-                tell_discarded(self._tell, attempt, trajectory.outcome)
-                if trajectory.outcome.reason == "outage":  # the pool holds the next attempt until it is over
+                outcome = trajectory.outcome
+                tell_discarded(self._tell, attempt, outcome)
+                if outcome.reason == "outage":  # the pool holds the next attempt until it is over
                     self._collector.admit([attempt])
-                elif attempt.retry + 1 < MAX_RETRIES:
+                elif attempt.retry + 1 < MAX_RETRIES and outcome.reason not in HOPELESS:
                     self._collector.admit([dataclasses.replace(attempt, retry=attempt.retry + 1)])
                 else:
                     missing.append(attempt.group_id)
+                    self.last_failure = f"{outcome.reason}: {outcome.detail.partition(chr(10))[0]}"
                     advance(1, {})
-                    outcome = trajectory.outcome
                     self._tell(
                         "evaluation_task_missing",
                         split=attempt.split,

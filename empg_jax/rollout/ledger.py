@@ -16,7 +16,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from empg_jax.rollout.episode import Attempt, tell_discarded
@@ -25,6 +25,8 @@ from empg_jax.types import Outcome, Status, Trajectory
 from empg_jax.workers.faults import Tell, tell_nobody
 
 MAX_RETRIES = 3  # attempts of one member before its group is replaced
+# Reasons for which every further attempt at a task would fail, too.
+HOPELESS = ("prompt_too_long", "quarantined")
 MAX_LOSSES = 2  # groups of one task replaced in a row, before the task waits for the next pass over the panel
 # Returns that differ by no more, relative to those above 1, count as equal, as in `algorithms.has_spread`:
 # sums of the same rewards in another order round differently.
@@ -46,7 +48,7 @@ class Group:
       version: policy version of the sampler when the group was admitted: no turn of it is older.
       missing: failures so far of each member that has not ended.
       done: the members that have ended, by number.
-      since: the sampler's clock at the admission, in seconds.
+      seconds: what the failed attempts of each member took.
       update: the update that the group is reserved for; None before.
     """
 
@@ -55,7 +57,7 @@ class Group:
     version: int
     missing: dict[int, int]
     done: dict[int, Trajectory] = dataclasses.field(default_factory=dict)
-    since: float = 0.0
+    seconds: dict[int, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
     update: int | None = None
 
     @property
@@ -82,8 +84,8 @@ class Ledger:
       groups_per_update: groups that one update consumes.
       max_lag: largest age, in updates, of a turn that is trained on.
       updates: updates of the whole run: no group is admitted that none of them would consume.
-      min_group_size: attempts that suffice to close a group ``group_timeout`` seconds after its admission;
-        None: all.
+      min_group_size: attempts that suffice to close a group once one of its members has taken
+        ``group_timeout`` seconds, over all its attempts, without an end; None: all.
       group_timeout: that time.
       max_refills: limit of dynamic sampling (DAPO, https://arxiv.org/abs/2503.14476), which replaces groups
         of equal returns: batches replaced before each update, beyond which equal groups are trained on. None
@@ -138,12 +140,11 @@ class Ledger:
 
     # -------------------------------------------------------------------------------- admission
 
-    def admit(self, version: int, now: float = 0.0) -> None:
+    def admit(self, version: int) -> None:
         """Admit the groups for which there is capacity; their attempts go to `starts`.
 
         Args:
           version: the policy version that samples them.
-          now: the sampler's clock, in seconds.
         """
         ahead = min(self.max_lag + 1, self._updates - self._consumed)
         while len(self._groups) < ahead * self._per_update:
@@ -157,7 +158,7 @@ class Ledger:
                 task = self.order.task_at(self._next_position, busy)
                 self._next_position += self._stride
             missing = dict.fromkeys(range(self._group_size), 0)
-            group = Group(self._next_group, task, version, missing, since=now)
+            group = Group(self._next_group, task, version, missing)
             self._next_group += self._stride
             self._groups[group.id] = group
             self._start(group)
@@ -169,8 +170,14 @@ class Ledger:
 
     # --------------------------------------------------------------------------------- arrivals
 
-    def finish(self, attempt: Attempt, trajectory: Trajectory) -> None:
-        """Take the end of an attempt: keep it, or start it again, or replace its group."""
+    def finish(self, attempt: Attempt, trajectory: Trajectory, seconds: float = 0.0) -> None:
+        """Take the end of an attempt: keep it, or start it again, or replace its group.
+
+        Args:
+          attempt: the attempt.
+          trajectory: its episode.
+          seconds: what it took, on the clock that ``group_timeout`` is for.
+        """
         outcome = trajectory.outcome
         self.outcomes[f"{outcome.status}:{outcome.reason}"] += 1
         group = self._groups.get(attempt.group_id)
@@ -189,28 +196,37 @@ class Ledger:
                 self._complete(group)
         elif outcome.reason == "outage":  # the pool holds the next attempt until it is over
             self.starts.append(attempt)
-        elif group.missing[attempt.member] + 1 < MAX_RETRIES and outcome.reason != "quarantined":
-            # A quarantined task would be refused at once, every time.
+        elif group.missing[attempt.member] + 1 < MAX_RETRIES and outcome.reason not in HOPELESS:
             group.missing[attempt.member] += 1
+            group.seconds[attempt.member] += seconds
             self.starts.append(dataclasses.replace(attempt, retry=attempt.retry + 1))
         else:
             del group.missing[attempt.member]
             self.counts["groups_failed"] += 1
             self._losses[group.task] += 1
-            is_hopeless = outcome.reason == "quarantined" or self._losses[group.task] >= MAX_LOSSES
-            if is_hopeless:
+            is_hopeless = outcome.reason in HOPELESS
+            if is_hopeless or self._losses[group.task] >= MAX_LOSSES:
                 del self._losses[group.task]
             else:
                 self._again.append(group.task)
-            self._replace(group, "quarantined" if outcome.reason == "quarantined" else "failed")
+            self._replace(group, outcome.reason if is_hopeless else "failed")
 
-    def close_late(self, now: float) -> None:
-        """Close the groups that are past their time and have attempts enough."""
+    def close_late(self, running: Mapping[Attempt, float]) -> None:
+        """Close the groups that are past their time and have attempts enough.
+
+        Args:
+          running: seconds that the attempts in flight have taken so far; those that wait for a slot are not
+            among them.
+        """
         if self._min_group_size is None:
             return
+        ages = {(attempt.group_id, attempt.member): seconds for attempt, seconds in running.items()}
         for group in list(self._groups.values()):
-            is_late = now - group.since > self._group_timeout
-            if group.missing and is_late and len(group.done) >= self._min_group_size:
+            is_late = any(
+                group.seconds[member] + ages.get((group.id, member), 0.0) > self._group_timeout
+                for member in group.missing
+            )
+            if is_late and len(group.done) >= self._min_group_size:
                 self._give_up(group, "group_closed")
                 self._complete(group)
 
@@ -324,7 +340,7 @@ class Ledger:
             values["taken"] = sorted(self._taken)
         return values, [trajectory for group in held for trajectory in group.members]
 
-    def restore(self, values: dict[str, Any], trajectories: Sequence[Trajectory], now: float = 0.0) -> None:
+    def restore(self, values: dict[str, Any], trajectories: Sequence[Trajectory]) -> None:
         """Go on from a `cut`: only the attempts that had not ended start again."""
         self._reserved = self._consumed = values["updates"]
         self._next_group, self._next_position = values["next_group"], values["next_position"]
@@ -344,6 +360,6 @@ class Ledger:
             members = done[entry["id"]]
             # Attempts begin again with the present weights, but what has ended keeps its age.
             version = entry["version"] if members else values["updates"]
-            group = Group(entry["id"], entry["task"], version, missing, members, since=now)
+            group = Group(entry["id"], entry["task"], version, missing, members)
             self._groups[group.id] = group
             self._start(group)

@@ -88,6 +88,10 @@ class StoredCollector:
         """Give up everything in flight."""
         self._queue.clear()
 
+    def ages(self) -> dict[Attempt, float]:
+        """Return nothing: no attempt takes time."""
+        return {}
+
     def settle(self) -> None:
         """Do nothing: no response is ever in progress."""
 

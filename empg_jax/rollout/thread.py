@@ -191,7 +191,7 @@ class RolloutThread:
     def restore(self, values: dict[str, Any], trajectories: list[Trajectory]) -> None:
         """Go on from a `cut`, before the thread starts."""
         self.collector.pool.restore_faults(values["faults"])
-        self.ledger.restore(values, trajectories, self.collector.served)
+        self.ledger.restore(values, trajectories)
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -227,16 +227,17 @@ class RolloutThread:
             return True
         if wanted is None or wanted.batch is not None:
             done.batch = self._offer()
-        self.ledger.admit(self._version, self.collector.served)
+        self.ledger.admit(self._version)
         self._pass_on()
         if self.collector.in_flight if wanted is None else wanted.answers is not None:
-            for attempt, trajectory in self.collector.advance(wanted):
-                self.ledger.finish(attempt, trajectory)
+            ended, ages = self.collector.advance(wanted), self.collector.ages()
+            for attempt, trajectory in ended:
+                self.ledger.finish(attempt, trajectory, ages.pop(attempt, 0.0))
             if (openings := self.collector.pool.breaker.openings) != self._openings:
                 # What failed before the pool knew of the outage says nothing of a task.
                 self._openings = openings
                 self.ledger.forgive()
-            self.ledger.close_late(self.collector.served)
+            self.ledger.close_late(ages)
             self._pass_on()
             done.answers = self.collector.answered
         done.served, done.aged = self.collector.served, self.collector.aged

@@ -237,6 +237,7 @@ def make_collector(
         is_deterministic=_has_barrier(config),
         make_watch=make_watches(config, language.tokenizer),
         has_deadlines=config.rollout.engine != "builtin",
+        is_fit_needed=stream != EVALUATION_STREAM,
     )
 
 

@@ -120,7 +120,7 @@ class Simulation:
         elif then == updated:
             self._on_update()
         elif self._mail is None:
-            self.ledger.close_late(self.served)
+            self.ledger.close_late({e.attempt: self.served - e.started for e in self._episodes.values()})
             self._turn_over()
 
     def _account(self, seconds: float) -> None:
@@ -195,7 +195,7 @@ class Simulation:
         ledger, world = self.ledger, self.world
         if self._outbox is None:
             self._outbox = ledger.reserve()
-        ledger.admit(self._version, self.served)
+        ledger.admit(self._version)
         for group_id in ledger.cancels:
             ledger.waste(self._cancel(group_id))
         for attempt in ledger.starts:
@@ -268,7 +268,8 @@ class Simulation:
         if not outcome.is_trained:
             self._count_discarded(outcome.reason)
         self._free_slot(slot)
-        self.ledger.finish(episode.attempt, episode.finish(outcome, self._return_of(episode.attempt)))
+        trajectory = episode.finish(outcome, self._return_of(episode.attempt))
+        self.ledger.finish(episode.attempt, trajectory, self.served - episode.started)
         return True
 
     def _count_discarded(self, reason: str) -> None:

@@ -259,6 +259,10 @@ class EnvPool:
         """List the process ids of the running workers."""
         return [worker.pid for worker in self._workers if worker.pid is not None]
 
+    def refuse(self, split: str, index: int, reason: str, detail: str) -> None:
+        """Quarantine a task that its environment plays, but nobody can sample for."""
+        self._quarantine.record_refusal(split, index, f"{reason}: {detail}")
+
     def quarantined(self) -> list[tuple[str, int]]:
         """List the quarantined tasks as (split, index)."""
         return self._quarantine.tasks()

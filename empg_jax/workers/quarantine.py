@@ -47,6 +47,11 @@ class Quarantine:
             if failed != task:
                 self._count(failed, cause)
 
+    def record_refusal(self, split: str, index: int, cause: str) -> None:
+        """Record an episode whose task cannot be played, whatever is tried: it is quarantined at once."""
+        self.record_end()
+        self._put((split, index), cause)
+
     def record_failure(self, split: str, index: int, failure: EnvFailure) -> None:
         """Record a lost episode that had no common cause so far."""
         self._open.append(((split, index), f"{failure.reason}: {failure.detail}"))
@@ -85,12 +90,13 @@ class Quarantine:
 
     def _count(self, task: Task, cause: str) -> None:
         self._in_a_row[task] += 1
-        if self._in_a_row[task] < self._policy.quarantine_after or task in self._until:
+        if self._in_a_row[task] >= self._policy.quarantine_after:
+            self._put(task, cause, f" after {self._policy.quarantine_after} failures in a row; the last")
+
+    def _put(self, task: Task, cause: str, after: str = "") -> None:
+        if task in self._until:
             return
         self._until[task] = self._ended + self._policy.quarantine_episodes
-        logger.warning(
-            "task %s/%d is quarantined after %d failures in a row; the last: %s",
-            *(*task, self._policy.quarantine_after, cause),
-        )
+        logger.warning("task %s/%d is quarantined%s: %s", *task, after, cause)
         reason = cause.partition(":")[0]
         self._tell("task_quarantined", split=task[0], task=task[1], reason=reason)

@@ -292,6 +292,7 @@ def literal_choices(annotation):
 
 def test_only_length_and_logs_may_change_on_resume():
     check_resumable(["train.updates=300", "log.progress=false", "compile_cache=null"])
+    check_resumable(["rollout.data=2", "rollout.tensor=2", "rollout.devices=2", "rollout.release=true"])
     message = r"seed=3: a resumed run may change only train\.updates and compile_cache and log\.\*"
     with pytest.raises(ConfigError, match=message):
         check_resumable(["train.updates=300", "seed=3"])

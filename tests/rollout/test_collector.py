@@ -11,7 +11,7 @@ import pytest
 from empg_jax.config import load_config
 from empg_jax.learner.batching import merge_turns
 from empg_jax.models.decoder import init_params
-from empg_jax.rollout.collector import RETRY_STRIDE
+from empg_jax.rollout.collector import RETRY_STRIDE, PromptError
 from empg_jax.rollout.episode import Attempt
 from empg_jax.run import assembly, sampling
 from empg_jax.types import Status
@@ -148,12 +148,19 @@ def test_a_conversation_that_outgrows_the_engine_scores_zero_by_name():
         assert len(trajectory.turns) == 3  # 3 tokens each; the next prompt fits, no response after it does
 
 
-def test_a_first_prompt_that_does_not_fit_is_a_mistake_of_the_configuration():
-    with (
-        open_pool() as pool,
-        pytest.raises(ValueError, match=r"train/0 has 1 tokens, but rollout\.max_tokens=1"),
-    ):
-        run(make_collector(ScriptedEngine(capacity=1), pool), attempts(1))
+def test_a_first_prompt_that_does_not_fit_costs_its_own_task():
+    with open_pool() as pool:
+        found = run(make_collector(ScriptedEngine(capacity=1), pool), attempts(1))
+        assert outcome(found[0]) == (Status.DISCARDED, "prompt_too_long")
+        assert "has 1 tokens, but rollout.max_tokens=1" in found[0].outcome.detail
+        assert pool.quarantined() == [("train", 0)]
+
+
+def test_training_in_which_no_first_prompt_fits_is_refused():
+    with open_pool() as pool:
+        collector = make_collector(ScriptedEngine(capacity=1), pool, is_fit_needed=True)
+        with pytest.raises(PromptError, match=r"64 tasks .* 1 to 1 tokens, but rollout\.max_tokens=1; "):
+            run(collector, attempts(pool.splits["train"]))
 
 
 # ------------------------------------------------------------------------------------------- cancel

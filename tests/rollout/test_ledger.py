@@ -135,7 +135,9 @@ def test_a_group_that_fails_is_replaced_by_the_same_task():
 
 
 @pytest.mark.parametrize("members", [(0, 1), (1,)], ids=["every member", "one member"])
-@pytest.mark.parametrize(("reason", "groups"), [("env_error", MAX_LOSSES), ("quarantined", 1)])
+@pytest.mark.parametrize(
+    ("reason", "groups"), [("env_error", MAX_LOSSES), ("quarantined", 1), ("prompt_too_long", 1)]
+)
 def test_a_task_that_always_fails_waits_for_the_next_pass(reason, groups, members):
     ledger = make_ledger(tasks=4)
     broken = ledger.order.task_at(0)
@@ -182,11 +184,12 @@ def test_attempts_in_flight_of_a_replaced_group_are_given_up():
 
 def test_a_group_closes_at_its_deadline_with_k_of_n():
     ledger = make_ledger(size=3, min_group_size=2, group_timeout=10.0)
-    ledger.admit(0, now=5.0)
+    ledger.admit(0)
+    late = [attempt for attempt in ledger.starts if attempt.member == 2]
     run_all(ledger, lambda a: "never" if a.member == 2 else None)
-    ledger.close_late(15.0)
+    ledger.close_late(dict.fromkeys(late, 10.0))
     assert ledger.reserve() is None
-    ledger.close_late(15.1)
+    ledger.close_late(dict.fromkeys(late, 10.1))
     assert ledger.cancels == [0, 1] and ledger.outcomes["discarded:group_closed"] == 2
     assert [t.member for t in ledger.reserve().trajectories] == [0, 1, 0, 1]
 
@@ -195,9 +198,25 @@ def test_a_group_closes_at_its_deadline_with_k_of_n():
 def test_without_enough_attempts_a_group_stays_open(options):
     ledger = make_ledger(size=3, group_timeout=0.0, **options)
     ledger.admit(0)
+    starts = list(ledger.starts)
     run_all(ledger, lambda a: "never" if a.member == 2 else None)
-    ledger.close_late(1e9)
+    ledger.close_late(dict.fromkeys(starts, 1e9))
     assert ledger.reserve() is None and not ledger.cancels
+
+
+def test_the_time_of_a_member_is_that_of_all_its_attempts():
+    ledger = make_ledger(size=3, groups=1, min_group_size=2, group_timeout=10.0)
+    ledger.admit(0)
+    *quick, first = take_starts(ledger)
+    for attempt in quick:
+        ledger.finish(attempt, play(attempt), 9.0)
+    ledger.finish(first, play(first, reason="env_error"), 6.0)
+    ledger.close_late({})  # the next attempt waits for a slot
+    (again,) = take_starts(ledger)
+    ledger.close_late({again: 4.0})
+    assert ledger.reserve() is None
+    ledger.close_late({again: 4.1})
+    assert ledger.cancels == [0] and len(ledger.reserve().trajectories) == 2
 
 
 # --------------------------------------------------------------------------------- dynamic sampling
@@ -405,8 +424,9 @@ def test_a_cut_counts_a_reserved_update_as_not_consumed():
 def test_a_restored_ledger_attempts_only_what_had_not_ended():
     ledger = make_ledger(max_lag=1, min_group_size=1, group_timeout=0.0)
     ledger.admit(0)
+    starts = list(ledger.starts)
     run_all(ledger, lambda a: "never" if a.member == 1 and a.group_id in (0, 2) else None)
-    ledger.close_late(1.0)
+    ledger.close_late(dict.fromkeys(starts, 1.0))
     assert sorted(ledger.cancels) == [0, 2]  # closed with one member: they stay closed
     values, held = ledger.cut(0)
     again = make_ledger(max_lag=1)

@@ -14,6 +14,7 @@ from empg_jax.rollout.schedule import Round, ScheduleError
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.workers.pool import PoolStats
 from tests.rollout.scripted import ScriptedEngine, make_collector
+from tests.rollout.test_collector import TimedEngine, open_pool
 from tests.rollout.test_ledger import groups_of, play
 
 SOON = 20.0  # seconds; only a failure waits so long
@@ -74,6 +75,9 @@ class FakeCollector:
 
     def cancel_all(self):
         self.queue.clear()
+
+    def ages(self):
+        return {}
 
     def settle(self):
         self.settled += 1
@@ -316,3 +320,46 @@ def test_the_pools_record_of_faults_is_part_of_a_cut():
     again = make_rollout()
     again.restore(values, held)
     assert again.collector.pool.faults == {"quarantine": ["a task"]}
+
+
+class MemberEngine(TimedEngine):
+    """Says ``[member, turn]``, with weights that are names."""
+
+    place, swap, take_stats = FakeEngine.place, FakeEngine.swap, FakeEngine.take_stats
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.swapped = []
+
+    def submit(self, slot, tokens, *, ids, **options):
+        super().submit(slot, tokens, ids=(ids[0], ids[2], ids[2], ids[3]), **options)
+
+
+def play_group(engine, pool, script=None, **options):
+    """The delivery of one group of four attempts, of which two suffice; ``options`` are the collector's."""
+    collector = make_collector(engine, pool, script, **options)
+    sizes = {"group_size": 4, "groups_per_update": 1, "min_group_size": 2, "updates": 1}
+    ledger = Ledger(TaskOrder("train", 5, seed=0), group_timeout=options["episode_timeout"], **sizes)
+    rollout = RolloutThread(collector, ledger, is_repeatable=False)
+    with rollout:
+        rollout.publish("weights", 0)
+        return rollout.next_batch()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_slow_sampling_closes_no_group(is_deterministic, slots):
+    now = [0.0]
+    with open_pool(length=3) as pool:
+        engine = MemberEngine(now, 1000.0, slots=slots)
+        options = {"is_deterministic": is_deterministic, "timer": lambda: now[0]}
+        delivery = play_group(engine, pool, episode_timeout=60.0, **options)
+    assert now[0] >= 3000.0 and delivery.outcomes == {"trained:won": 4}
+
+
+def test_an_environment_that_hangs_closes_its_group():
+    with open_pool(length=3) as pool:
+        engine = MemberEngine([0.0], 0.0, slots=4)
+        delivery = play_group(engine, pool, {(2, 1): "sleep 15"}, episode_timeout=3.0)
+    assert [t.member for t in delivery.trajectories] == [0, 1, 3]
+    assert delivery.outcomes == {"trained:won": 3, "discarded:timeout": 1, "discarded:group_closed": 1}

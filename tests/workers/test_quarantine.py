@@ -120,3 +120,14 @@ def test_failures_of_a_task_with_successes_between_are_no_broken_task():
             act(pool, {2: "ok"})
             pool.release(2)
         assert pool.quarantined() == []
+
+
+def test_a_task_that_cannot_be_played_needs_no_further_failure():
+    diary = Diary()
+    quarantine = Quarantine(FaultPolicy(quarantine_episodes=2), diary)
+    for _ in range(2):
+        quarantine.record_refusal("train", 7, "prompt_too_long: 9 tokens")
+    assert quarantine.tasks() == [("train", 7)]
+    assert diary.of("task_quarantined") == [{"split": "train", "task": 7, "reason": "prompt_too_long"}]
+    quarantine.record_success("train", 1)
+    assert quarantine.tasks() == []
