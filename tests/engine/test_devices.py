@@ -10,6 +10,7 @@ import pytest
 from empg_jax.engine.engine import Engine
 from empg_jax.engine.programs import Chunk, Request
 from empg_jax.models.decoder import init_params
+from empg_jax.models.moe import MoeConfig
 from empg_jax.parallel.mesh import make_mesh
 from tests.engine.test_engine import SHALLOW, SIZES, draw_tokens, finish, make, same
 
@@ -120,3 +121,16 @@ def test_draws_from_a_split_vocabulary_are_those_from_a_whole_one(make):
         answers.append(finish(engine))
     assert all(same(answers[0][slot], answers[1][slot]) for slot in range(4))
     assert max(token for answer in answers[0].values() for token in answer.tokens) > 888  # the last quarter
+
+
+def test_experts_stay_on_their_devices_and_answer_the_same(make):
+    moe = MoeConfig(num_experts=4, top_k=2, expert_size=16)
+    model = dataclasses.replace(SHALLOW, moe=moe, intermediate_size=0)
+    engines = [make(model, mesh=mesh) for mesh in (make_mesh(), make_mesh(data=2, tensor=2))]
+    answers = []
+    for engine in engines:
+        for slot in range(4):
+            engine.submit(slot, [slot + 1, 2, 3], is_fresh=True, ids=(0, slot, 0, 0))
+        answers.append(finish(engine))
+    assert all(same(answers[0][slot], answers[1][slot]) for slot in range(4))
+    assert all(len(shape) < 3 for shape in told_per_step(engines[1]))  # no matrices of experts
