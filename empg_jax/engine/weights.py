@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from empg_jax.engine.programs import Programs
 from empg_jax.models.axes import param_shardings
-from empg_jax.parallel.arrays import is_here, move_in_pieces
+from empg_jax.models.quantize import UNCAST_LEAVES
+from empg_jax.parallel.arrays import move_in_pieces
 from empg_jax.types import Params
 
 
 def place_params(params: Params, programs: Programs, mesh: Mesh) -> Params:
     """Copy stacked parameters into an engine's layout and placement; return when they are there.
 
-    Parameters that are split over hosts come layer by layer (`move_in_pieces`).
+    They come layer by layer (`move_in_pieces`), so that beside the copy only one piece needs memory.
 
     Args:
       params: the parameters, on any devices.
       programs: the engine's programs.
       mesh: its devices.
     """
-    place = functools.partial(place_piece, programs=programs, mesh=mesh)
-    return place(params) if is_here(params) else move_in_pieces(params, place)
+    return move_in_pieces(params, functools.partial(place_piece, programs=programs, mesh=mesh))
 
 
 def place_piece(params: Params, *, programs: Programs, mesh: Mesh) -> Params:
     """Copy parameters that are all here; as `place_params`."""
-    moved = jax.device_put(params, param_shardings(mesh, params, programs.layout.head_dim))
+    # Cast first, where the learner has its parts: the engine's devices may hold much larger ones.
+    narrow = _cast(params, programs.layout.dtype)
+    moved = jax.device_put(narrow, param_shardings(mesh, params, programs.layout.head_dim))
     return jax.block_until_ready(programs.unstack(moved))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(params: Params, dtype: Any) -> Params:
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if path[-1].key in UNCAST_LEAVES else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

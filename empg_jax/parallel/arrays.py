@@ -40,15 +40,14 @@ def is_here(tree: Any) -> bool:
 
 
 def move_in_pieces(params: Params, place: Callable[[Params], Params]) -> Params:
-    """Copy stacked parameters of the learner's mesh to this host piece by piece.
+    """Copy stacked parameters piece by piece.
 
     A piece is one array outside of the layers, or a single layer, whose arrays keep their first axis, of
-    size 1. Above what is placed, each device of the mesh holds one piece whole at a time: at the peak one
-    replica and one layer. The arrays outside of the layers may be larger than a layer and come first, while
-    the replica is still small.
+    size 1. Of parameters that are split over hosts, each device of the mesh then holds the piece whole. The
+    arrays outside of the layers may be larger than a layer and come first, while little is placed.
 
     Args:
-      params: stacked parameters that are split over hosts.
+      params: stacked parameters, on any devices.
       place: copies a piece to where it stays; of a layer it returns a tuple.
 
     Returns:
@@ -58,14 +57,14 @@ def move_in_pieces(params: Params, place: Callable[[Params], Params]) -> Params:
     for path, leaf in jax.tree_util.tree_leaves_with_path({**params, "layers": {}}):
         (first, *inner) = [entry.key for entry in path]
         # Every piece is freed when `place` returns: none has a name here.
-        part = place({first: _nest(inner, _wait_local(_whole(leaf)))})
+        part = place({first: _nest(inner, _bring(leaf))})
         placed[first] = placed.get(first, {}) | part[first]
     layers: list[Params] = []
     stacked = {"layers": params["layers"]}
     first_leaf = jax.tree.leaves(stacked)[0]
-    take = take_layer(first_leaf.sharding.mesh)
+    take = take_layer(None if is_here(stacked) else first_leaf.sharding.mesh)
     for number in range(len(first_leaf)):
-        layers += place(jax.tree.map(_wait_local, take(stacked, np.int32(number))))["layers"]
+        layers += place(jax.tree.map(_bring, take(stacked, np.int32(number))))["layers"]
     return placed | {"layers": tuple(layers)}
 
 
@@ -74,18 +73,18 @@ def _nest(names: list[str], leaf: Any) -> Any:
 
 
 @functools.cache
-def take_layer(mesh: Mesh) -> Any:
-    """Compile the program that gathers one of the stacked layers to every device of a mesh."""
+def take_layer(mesh: Mesh | None) -> Any:
+    """Compile the program that takes one of the stacked layers, and gathers it to every device of a mesh."""
 
     def take(stacked: Params, number: jax.Array) -> Params:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number, 1), stacked)
 
-    return jax.jit(take, out_shardings=replicated(mesh))
+    return jax.jit(take) if mesh is None else jax.jit(take, out_shardings=replicated(mesh))
 
 
-def _wait_local(leaf: jax.Array) -> jax.Array:
-    """Wait for a replicated array, and return the copy of it on this host's first device."""
-    return jax.block_until_ready(leaf.addressable_data(0))
+def _bring(leaf: Any) -> Any:
+    """Return an array that is here; of one that hosts share, the whole of it on this host's first device."""
+    return leaf if is_here(leaf) else jax.block_until_ready(_whole(leaf).addressable_data(0))
 
 
 def _whole(leaf: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,9 @@ class Item:
     Attributes:
       name: its name in the table.
       size: bytes on the fullest device.
-      phase: when the memory is in use: ``always``, during an ``update``, during a ``rollout``, or within an
-        update while one ``layer`` or the ``head`` runs.
+      phase: when the memory is in use: ``always``, during an ``update``, during a ``rollout``, within an
+        update while one ``layer`` or the ``head`` runs, or within a rollout during a ``step``, the ``growth``
+        of the cache, or the ``placing`` of new weights.
       note: the origin of the size.
       owner: ``learner`` or ``engine``.
     """
@@ -101,11 +103,12 @@ class Plan:
 
 
 def _peak(items: Iterable[Item]) -> int:
-    sums = dict.fromkeys(("always", "update", "layer", "head", "rollout"), 0)
+    sums = Counter[str]()
     for item in items:
         sums[item.phase] += item.size
     update = sums["update"] + max(sums["layer"], sums["head"])
-    return sums["always"] + max(update, sums["rollout"])
+    rollout = sums["rollout"] + max(sums["step"], sums["growth"], sums["placing"])
+    return sums["always"] + max(update, rollout)
 
 
 def compute_plan(config: Config, model: DecoderConfig, num_hosts: int | None = None) -> Plan:
@@ -124,7 +127,7 @@ def compute_plan(config: Config, model: DecoderConfig, num_hosts: int | None = N
         *_update_items(config, model, mesh, trained, base),
     ]
     if config.rollout.engine == "builtin":
-        engine = _engine_items(config, model, trained, base, num_hosts or config.hosts.num or 1)
+        engine = _engine_items(config, model, mesh, trained, base, num_hosts or config.hosts.num or 1)
         items += (dataclasses.replace(item, owner="engine") for item in engine)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: _plain(model))))
     found = tuple(item for item in items if item.size)
@@ -285,7 +288,12 @@ def _gathered_bytes(model: DecoderConfig, mesh: AbstractMesh, numbers: int) -> i
 
 
 def _engine_items(
-    config: Config, model: DecoderConfig, trained: Params, base: Params | None, num_hosts: int
+    config: Config,
+    model: DecoderConfig,
+    learner: AbstractMesh,
+    trained: Params,
+    base: Params | None,
+    num_hosts: int,
 ) -> Iterator[Item]:
     r, narrow = config.rollout, jnp.dtype(model.dtype).itemsize
     mesh = AbstractMesh((r.data, 1, r.tensor, 1), AXES)
@@ -297,6 +305,12 @@ def _engine_items(
     when, copies = ("rollout", 1) if r.release else ("always", 2)
     note = "freed during updates" if r.release else "live ones and those to come"
     yield Item("engine weights", copies * own, when, f"{note}, {where}")
+    # Pieces of weights that are split over hosts are gathered to every device.
+    source = AbstractMesh((1,) * len(AXES), AXES) if num_hosts > 1 else learner
+    placing = _placing_bytes(model, trained, source, mesh)
+    # With a lag weights come while responses are sampled.
+    phase = "rollout" if config.train.max_lag else "placing"
+    yield Item("placing", placing, phase, "new weights come piece by piece: one beside those that are placed")
     if base:
         size = shard_bytes(as_computed(base, model.dtype), model.head_dim, mesh)
         yield Item("engine base", size, "always", f"the frozen weights, {where}")
@@ -312,9 +326,33 @@ def _engine_items(
         tokens = sizes.num_pages * r.page_tokens
         note = note.replace(f"{slots} slots of {r.max_tokens} tokens", f"{tokens} tokens in pages")
     yield Item("KV cache", caches * tokens * per_token, when, note)
+    if not r.page_tokens and len(sizes.cache_buckets) > 1:
+        shorter = sizes.cache_buckets[-2]
+        note = f"the cache of {shorter} tokens a slot, while it is copied into the longest one"
+        yield Item("growth", slots * shorter * per_token, "growth", note)
     logits = 3 * 4 * slots * model.vocab_size // r.tensor
     prefill = _prefill_bytes(config, model, mesh, sizes)
-    yield Item("sampling", _estimate(max(prefill, logits)), "rollout", "one prefill, or logits of a step")
+    yield Item("sampling", _estimate(max(prefill, logits)), "step", "one prefill, or logits of a step")
+
+
+def _placing_bytes(model: DecoderConfig, params: Params, learner: AbstractMesh, engine: AbstractMesh) -> int:
+    """Compute the bytes that `engine.weights.place_params` needs at its peak besides the whole copy."""
+
+    def layer(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+
+    num_layers, narrow = len(jax.tree.leaves(params["layers"])[0]), jnp.dtype(model.dtype).itemsize
+    outer = [(name, part, 1) for name, part in params.items() if name != "layers"]
+    layers = ("layers", jax.tree.map(layer, params["layers"]), num_layers)
+    placed = most = 0
+    for name, part, count in (*outer, layers):
+        piece = {name: part}
+        taken = shard_bytes(piece, model.head_dim, learner)
+        kept = shard_bytes(piece, model.head_dim, engine, itemsize=narrow)
+        placed += count * kept
+        # The newest one is taken, cast, moved, and laid out anew with a copy.
+        most = max(most, placed + taken + _estimate(3 * kept) - kept)
+    return max(0, most - placed)
 
 
 def as_computed(base: Params, dtype: Any) -> Params:

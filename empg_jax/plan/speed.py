@@ -2,6 +2,8 @@
 
 Work is counted from shapes. An update takes the longer of computing and exchanging weights, which the
 compiler overlaps; a decode step takes as long as reading the weights and the live part of the KV cache.
+The head is counted for every token, as devices that split the rows compute it (`models.head.num_blocks`);
+one that has them whole leaves out blocks of tokens without loss, whose share only a run tells.
 """
 
 from __future__ import annotations
@@ -183,7 +185,7 @@ def speed_lines(config: Config, model: DecoderConfig, name: str) -> list[str]:
         f"({chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s, "
         f"links {chip.link / 1e9:.0f} GB/s):",
         f"  update  {speed.update_rate:,.0f} tokens/s: {compute} of computing beside {exchange} of exchange "
-        f"for {speed.tokens} tokens",
+        f"for {speed.tokens} tokens, the head for all of them",
         f"  decode  {speed.decode_rate:,.0f} tokens/s: {step} for a step of {speed.slots} slots, "
         "conversations half full",
     ]

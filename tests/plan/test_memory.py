@@ -1,6 +1,7 @@
 """The memory plan: its arithmetic against the compiler's, every shipped configuration, its words."""
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from empg_jax.plan.memory import compute_plan
 from empg_jax.plan.speed import Chip, compute_speed
 from empg_jax.plan.whole import whole_lines
 from empg_jax.run.assembly import make_batch_shape
+from empg_jax.run.sampling import size_engine
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = DecoderConfig(
@@ -124,6 +126,31 @@ def test_a_pool_of_pages_is_counted_by_its_tokens():
         assert item.size == (2 * 4 * 4 * 32 * 4) * counted and f"{counted} tokens in pages" in item.note
 
 
+def test_a_growing_cache_is_beside_the_one_before():
+    def growth(**rollout):
+        config = make_config({}, 8, 512)
+        rollout = config.rollout.model_copy(update=rollout)
+        return sizes(compute_plan(config.model_copy(update={"rollout": rollout}), SMALL)).get("growth")
+
+    per_token = 2 * 4 * 4 * 32 * 4
+    buckets = size_engine(make_config({}, 8, 512)).cache_buckets
+    steps = [old + new for old, new in itertools.pairwise(buckets)]
+    assert growth() == (max(steps) - 512) * 8 * per_token > 0
+    assert growth(max_tokens=128) is None and growth(page_tokens=16) is None
+
+
+def test_new_weights_are_placed_beside_one_piece():
+    def placing(mesh, **sections):
+        config = make_config(mesh, 8, 256, **sections)
+        return sizes(compute_plan(config, find_shape(config)))["placing"]
+
+    model = {"preset": "qwen2.5-7b", "dtype": "bfloat16"}
+    layer = 233e6  # numbers
+    alone, split = (placing(mesh, model=model) for mesh in ({}, dict(fsdp=8)))
+    assert alone - split == pytest.approx(4 * layer * 7 / 8, rel=0.01)  # the float32 original of the piece
+    assert 2 * 2 * layer < split < 4 * 2 * layer  # not the whole of 15 GB
+
+
 def test_prefills_are_planned_with_the_rows_that_the_engine_has():
     def sampling(*changes):
         config = load_config("household_qwen2.5_7b", changes)
@@ -150,7 +177,10 @@ def test_devices_of_the_engine_alone_are_not_the_learners():
     shared, apart = plan(), plan(devices=4)
     assert sizes(apart) == sizes(shared) and list(shared.peaks) == ["both"]
     assert apart.total == apart.peaks["learner"] == update_bytes(shared)
-    assert apart.peaks["engine"] == sum(item.size for item in shared.items if item.name not in LEARNER)
+    engine = {name: size for name, size in sizes(shared).items() if name not in LEARNER}
+    assert {"placing", "growth", "sampling"} < engine.keys()
+    once = max(engine.pop(name) for name in ("placing", "growth", "sampling"))  # never at the same time
+    assert apart.peaks["engine"] == sum(engine.values()) + once
     assert " of the learner (optimizer " in as_line(apart) and " of the learner" not in as_line(shared)
     assert as_lines(apart)[-1].endswith(" of the learner")
 
