@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -60,7 +61,7 @@ def move_in_pieces(params: Params, place: Callable[[Params], Params]) -> Params:
         part = place({first: _nest(inner, _bring(leaf))})
         placed[first] = placed.get(first, {}) | part[first]
     layers: list[Params] = []
-    stacked = {"layers": params["layers"]}
+    stacked = {"layers": jax.tree.map(jnp.asarray, params["layers"])}  # of NumPy's, not one copy per layer
     first_leaf = jax.tree.leaves(stacked)[0]
     take = take_layer(None if is_here(stacked) else first_leaf.sharding.mesh)
     for number in range(len(first_leaf)):
