@@ -80,7 +80,7 @@ def _find_matches(table: Slots, waiting: Sequence[int]) -> dict[int, np.ndarray]
     Rows are copied inside a part of the slots only, on their own device. Slots that nothing can be copied
     into are left out: this is most of the host's work for a prefill.
     """
-    part = np.arange(table.config.slots) * table.config.shards // table.config.slots
+    part = table.config.part_of(np.arange(table.config.slots))
     reach = np.maximum(table.shareable, 0)  # rows of each slot after all that waits is computed
     reach[waiting] = np.maximum(reach[waiting], table.num_tokens[waiting] - 1)
     matches = {}
@@ -166,7 +166,7 @@ def make_groups(
         for slot, count in missing.items():
             if count:
                 parts = fitted.setdefault(fit(count, lengths), [[] for _ in range(config.shards)])
-                parts[slot * config.shards // config.slots].append(slot)
+                parts[config.part_of(slot)].append(slot)
         for length, parts in fitted.items():
             sizes = tuple(rows // config.shards for rows in config.prefill_rows(length))
             while longest := max(map(len, parts)):
@@ -217,7 +217,7 @@ def make_chunk(group: Group, table: Slots) -> Chunk:
     spans = np.zeros((group.size, 2), np.int32)
     places = [part * group.size // shards for part in range(shards)]
     for slot, start, count in group.spans:
-        part = slot * shards // num_slots
+        part = table.config.part_of(slot)
         row = slot if is_whole else places[part]
         places[part] += 1
         rows[row] = slot
@@ -232,7 +232,7 @@ def make_pairs(copies: Sequence[Copy], config: EngineConfig) -> np.ndarray:
     pairs = np.zeros((config.slots, 3), np.int32)
     filled = [0] * config.shards
     for copy in copies:
-        part = copy.slot // size
+        part = config.part_of(copy.slot)
         pairs[part * size + filled[part]] = copy.slot % size, copy.donor % size, copy.count
         filled[part] += 1
     return pairs

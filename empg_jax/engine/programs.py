@@ -34,7 +34,7 @@ from empg_jax.models.decoder import (
 from empg_jax.models.filtering import uses_filter
 from empg_jax.models.products import multiply_transposed
 from empg_jax.models.projection import transpose_kernels
-from empg_jax.models.quantize import UNCAST_LEAVES
+from empg_jax.models.quantize import cast_params
 from empg_jax.parallel.layout import cache_heads, on_mesh
 from empg_jax.parallel.mesh import named_sharding, replicated
 from empg_jax.types import Leaf, Params
@@ -178,12 +178,8 @@ def lay_out(model: DecoderConfig, mesh: Mesh) -> DecoderConfig:
 
 
 def _cast_and_unstack(model: DecoderConfig, mesh: Mesh, repeats: int, params: Params) -> Params:
-    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        # A copy even where nothing changes: the learner donates its own buffers to the next update.
-        leaf = jnp.copy(leaf)
-        return leaf if path[-1].key in UNCAST_LEAVES else leaf.astype(model.dtype)
-
-    params = jax.tree_util.tree_map_with_path(cast, params)
+    # A copy even where nothing changes: the learner donates its own buffers to the next update.
+    params = cast_params(jax.tree.map(jnp.copy, params), model.dtype)
     if repeats > 1:
         params = repeat_kv_heads(params, model.head_dim, repeats)
         params = jax.lax.with_sharding_constraint(params, param_shardings(mesh, params, model.head_dim))

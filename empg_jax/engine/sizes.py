@@ -112,6 +112,10 @@ class EngineConfig:
         """
         return dataclasses.replace(self, shards=1 if self.page_tokens or self.slots % data else data)
 
+    def part_of(self, slot: Any) -> Any:
+        """Return the part of the slots that a slot belongs to; of an array of slots, an array."""
+        return slot * self.shards // self.slots
+
     @property
     def num_programs(self) -> int:
         """Number of programs that `Engine.warm_up` compiles."""

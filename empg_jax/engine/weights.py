@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from empg_jax.engine.programs import Programs
 from empg_jax.models.axes import param_shardings
-from empg_jax.models.quantize import UNCAST_LEAVES
+from empg_jax.models.quantize import cast_params
 from empg_jax.parallel.arrays import move_in_pieces
 from empg_jax.types import Params
 
@@ -36,9 +35,4 @@ def place_piece(params: Params, *, programs: Programs, mesh: Mesh) -> Params:
     return jax.block_until_ready(programs.unstack(moved))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(params: Params, dtype: Any) -> Params:
-    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf if path[-1].key in UNCAST_LEAVES else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+_cast = jax.jit(cast_params, static_argnums=1)

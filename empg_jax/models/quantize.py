@@ -128,6 +128,15 @@ SCHEMES = {
 UNCAST_LEAVES = frozenset(leaf for scheme in SCHEMES.values() for leaf in scheme.leaves) | {"scale"}
 
 
+def cast_params(params: Params, dtype: Any) -> Params:
+    """Convert parameters to the type that computations take, but for `UNCAST_LEAVES`."""
+
+    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+        return leaf if path[-1].key in UNCAST_LEAVES else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def quantize_params(params: Params, scheme: str) -> Params:
     """Quantize every layer's matrices; embeddings, head, norms and biases are kept unchanged.
 
