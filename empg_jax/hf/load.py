@@ -190,6 +190,7 @@ def _read_stacked(
         part = _read_tensor(leaf, tensor, files, part_place)
         # Wait for each insertion: with asynchronous dispatch the parts of many tensors would fill the memory.
         stacked = jax.block_until_ready(insert(stacked, part, np.array(place, np.int32)))
+        del part  # before the next one is read
     return stacked
 
 

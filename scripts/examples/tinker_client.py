@@ -35,14 +35,14 @@ def make_datum(prompt: list[int], sequence: types.SampledSequence, advantage: fl
 
 def main(model: str) -> None:
     with tinker.ServiceClient() as service:
-        training = service.create_lora_training_client(base_model=model).result()
-        options = types.SamplingParams(max_tokens=LENGTH, temperature=1.0)
+        training = service.create_lora_training_client(base_model=model, seed=0).result()
         for step in range(STEPS):
             sampling = training.save_weights_and_get_sampling_client().result()
             prompts = [[65 + number, 66] for number in range(PROMPTS)]
-            inputs = [types.ModelInput.from_ints(prompt) for prompt in prompts]
-            asked = [sampling.sample(prompt, SAMPLES, options) for prompt in inputs]
-            data, rewards = [], []
+            asked, data, rewards = [], [], []
+            for number, prompt in enumerate(prompts):
+                options = types.SamplingParams(max_tokens=LENGTH, seed=step * PROMPTS + number)
+                asked.append(sampling.sample(types.ModelInput.from_ints(prompt), SAMPLES, options))
             for prompt, future in zip(prompts, asked, strict=True):
                 sequences = future.result().sequences
                 scores = np.array([score(sequence.tokens) for sequence in sequences])
