@@ -1,8 +1,10 @@
-"""Compile the learner's update and the engine's decode for accelerators that this machine lacks.
+"""Compile the learner's update and the engine's programs for accelerators that this machine lacks.
 
 The platform's own compiler works from shapes alone: it refuses a kernel whose tiles do not fit, and reports
 the memory of each device. Nothing is run, so speed is not measured. The script prints one JSON object; exit
-code 1 when a program does not compile, 2 when there is no compiler.
+code 1 when a program does not compile, 2 when there is no compiler. In it ``turned_gb`` are copies of whole
+arrays of the cache, to lay them out anew or to hand them to a kernel: 0, or much is lost. ``traffic_gb`` is
+the compiler's own estimate of the bytes that one pass moves (TPUs only).
 
 Needs the compiler of the platform: for GPUs ``jax-cuda12-plugin``, ``jax-cuda12-pjrt`` of jax's version and
 ``nvidia-cuda-nvcc-cu12``; for TPUs ``libtpu`` of the version that ``jax[tpu]`` names.
@@ -17,7 +19,9 @@ import argparse
 import functools
 import importlib.util
 import json
+import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -35,7 +39,8 @@ parser.add_argument("--length", type=int, default=4096, help="tokens per row")
 parser.add_argument("--rows-per-device", type=int, default=1, help="rows of a micro-batch per fsdp shard")
 parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
 parser.add_argument("--attention", default="auto", help="model.attention")
-parser.add_argument("--programs", nargs="+", default=["update", "decode"], choices=("update", "decode"))
+names = ("update", "prefill", "decode")
+parser.add_argument("--programs", nargs="+", default=list(names), choices=names)
 args = parser.parse_args()
 
 # Compute capability, multiprocessors, KB of shared memory per multiprocessor and per block, GB of memory.
@@ -62,7 +67,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from empg_jax.algorithms import make_algorithm
-from empg_jax.engine.programs import Request, cache_sharding, compile_programs
+from empg_jax.engine.programs import Chunk, Request, cache_sharding, compile_programs
 from empg_jax.engine.sizes import EngineConfig
 from empg_jax.hf.presets import make_preset
 from empg_jax.learner.batching import BatchShape, make_batch
@@ -140,8 +145,12 @@ def lower_update(model: DecoderConfig, devices: list[Any]) -> Any:
     return learner.update.lower(state, batch, scores, credit, index, index)
 
 
-def lower_decode(model: DecoderConfig, devices: list[Any]) -> Any:
-    """Lower a burst of decode steps of 16 conversations, over the devices of the tensor axis."""
+def make_engine(model: DecoderConfig, devices: list[Any]) -> tuple[Any, EngineConfig, Any, Any, Any]:
+    """Build an engine of 16 conversations over the devices of the tensor axis.
+
+    Returns:
+      Its programs and sizes, the shapes of its weights and cache, and a function that places inputs.
+    """
     sizes = EngineConfig(
         slots=16, max_tokens=args.length, max_response_tokens=128, stop_ids=(1, 2), page_tokens=args.pages
     )
@@ -152,19 +161,50 @@ def lower_decode(model: DecoderConfig, devices: list[Any]) -> Any:
     params = place(unstacked.out_info, unstacked.compile().output_shardings)
     cache = jax.eval_shape(functools.partial(programs.new_cache, args.length))
     cache = place(cache, jax.tree.map(lambda _: cache_sharding(mesh, programs.layout, sizes), cache))
+    return programs, sizes, params, cache, lambda x: place(x, jax.tree.map(lambda _: replicated(mesh), x))
+
+
+def integers(*shape: int) -> jax.ShapeDtypeStruct:
+    """Return the shape of an array of integers."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def lower_prefill(model: DecoderConfig, devices: list[Any]) -> Any:
+    """Lower the prefill of four conversations by 512 tokens."""
+    programs, _, params, cache, put = make_engine(model, devices)
+    pages = integers(4, args.length // args.pages) if args.pages else None
+    return programs.prefill.lower(
+        params, cache, put(Chunk(integers(4), integers(4, 512), integers(4, 2), pages))
+    )
+
+
+def lower_decode(model: DecoderConfig, devices: list[Any]) -> Any:
+    """Lower a burst of decode steps of all conversations."""
+    programs, sizes, params, cache, put = make_engine(model, devices)
     request = Request(
         jax.eval_shape(lambda: jax.random.key(0)),
-        jax.ShapeDtypeStruct((sizes.slots, 8), jnp.int32),
-        jax.ShapeDtypeStruct((sizes.slots, 4), jnp.int32),
-        jax.ShapeDtypeStruct((2,), jnp.int32),
+        integers(sizes.slots, 8),
+        integers(sizes.slots, 4),
+        integers(2),
         jax.ShapeDtypeStruct((sizes.slots,), jnp.float32),
+        pages=integers(sizes.slots, args.length // args.pages) if args.pages else None,
     )
-    if args.pages:
-        columns = args.length // args.pages
-        request = request.replace(pages=jax.ShapeDtypeStruct((sizes.slots, columns), jnp.int32))
-    return programs.decode.lower(
-        params, cache, place(request, jax.tree.map(lambda _: replicated(mesh), request))
-    )
+    return programs.decode.lower(params, cache, put(request))
+
+
+def count_turned(text: str, model: DecoderConfig) -> int:
+    """Count the bytes of copies, in a compiled program, that are as large as a layer's keys."""
+    parts = math.gcd(args.tensor, model.num_kv_heads)
+    least = 16 * args.length * model.num_kv_heads // parts * model.head_dim
+    found, is_fused = 0, False
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")):
+            is_fused = "fused" in line.split("(")[0]  # a copy inside of a fusion is only an order of reading
+        copy = re.search(r" = \(?[a-z]+(\d+)\[([\d,]+)\]\S* copy(?:-start)?\(", line)
+        if copy and not is_fused:
+            numbers = math.prod(int(size) for size in copy[2].split(","))
+            found += numbers * int(copy[1]) // 8 if numbers >= least else 0
+    return found
 
 
 def main() -> int:
@@ -176,7 +216,7 @@ def main() -> int:
         return 2
     model = make_preset(args.preset, dtype=jnp.dtype(args.dtype), attention=args.attention)
     result: dict[str, Any] = {"jax": jax.__version__, "settings": vars(args), "devices": len(devices)}
-    lower = {"update": lower_update, "decode": lower_decode}
+    lower = {"update": lower_update, "prefill": lower_prefill, "decode": lower_decode}
     failed = False
     for name in args.programs:
         start = time.perf_counter()
@@ -192,6 +232,10 @@ def main() -> int:
             "temporary_gb": round(memory.temp_size_in_bytes / 1e9, 2),
             "kernel_calls": sum(text.count(f'custom_call_target="{kernel}"') for kernel in KERNELS),
         }
+        if name != "update":
+            result[name]["turned_gb"] = round(count_turned(text, model) / 1e9, 2)
+        if traffic := (program.cost_analysis() or {}).get("bytes accessed"):
+            result[name]["traffic_gb"] = round(traffic / 1e9, 2)
     print(json.dumps(result, indent=1))
     return int(failed)
 

@@ -393,7 +393,7 @@ def forward_cached(
         return block.apply({"params": layer_params}, x, rope, attend)
 
     x = embed(params, config, tokens)
-    new_cache = []
+    new_cache = []  # a scan would copy each layer's weights, keys and values (`scripts/README.md`)
     for layer_params, layer_cache in zip(params["layers"], cache, strict=True):
         x, layer_cache = layer(x, layer_params, layer_cache)
         new_cache.append(layer_cache)

@@ -376,7 +376,7 @@ def _prefill_bytes(config: Config, model: DecoderConfig, mesh: AbstractMesh, siz
     for length in sizes.prefill_lengths(r.max_tokens):
         for rows in sizes.prefill_rows(length):
             here = rows // sizes.shards
-            queries = min(length, max(1, SCORES // (rows * model.num_heads * r.max_tokens)))
+            queries = min(length, max(1, SCORES // (here * w.heads * r.max_tokens)))
             scores = 2 * 4 * here * queries * w.heads * r.max_tokens
             # Fewer rows than slots, and pages, are copies of the keys and values that they read.
             is_copied = rows < sizes.slots or r.page_tokens

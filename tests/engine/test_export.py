@@ -124,6 +124,8 @@ def test_prefill_lowers_for_every_platform(engine, rows):
         ("cuda", 0, {"tensor": 4}, "tensor<8x4x128x128xbf16>"),  # 8 slots with a head each, in four pieces
         ("cuda", 0, {"data": 2, "tensor": 2}, "tensor<8x4x128x128xbf16>"),  # 4 slots with two
         ("cuda", 16, {"tensor": 4}, "tensor<1x256x16x128xbf16>"),
+        ("tpu", 0, {"tensor": 4}, "tensor<1x8x512x128xbf16>"),  # as pages: 8 slots, each a head of 512 keys
+        ("tpu", 0, {"data": 2, "tensor": 2}, "tensor<1x8x512x128xbf16>"),
         ("tpu", 16, {"tensor": 4}, "tensor<1x256x16x128xbf16>"),
     ],
 )

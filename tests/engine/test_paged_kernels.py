@@ -10,7 +10,7 @@ from jax import export
 
 from empg_jax.engine.engine import EngineConfig
 from empg_jax.engine.programs import Request, compile_programs
-from empg_jax.models.attention import paged
+from empg_jax.models.attention import cached, paged, tpu
 from empg_jax.models.attention.cached import cached_attention
 from empg_jax.models.decoder import DecoderConfig, init_params, init_pool
 from empg_jax.parallel.mesh import make_mesh
@@ -58,6 +58,52 @@ def test_the_gpu_kernel_gives_the_same_as_gathered_rows(pool):
     assert not np.asarray(found[2]).any()  # an idle row
 
 
+@pytest.mark.parametrize("kind", ["rows", "pages"])
+def test_the_tpu_kernel_gives_the_same_as_all_rows(kind):
+    """Three rows, the last one idle; ends of rows inside of a block, and behind several."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    rows, columns, size, depth = 3, 128, 16, 128
+    shape = (rows, KV_HEADS, columns * size, depth) if kind == "rows" else (KV_HEADS, 512, size, depth)
+    keys, values = (draw(*shape, seed=seed).astype(jnp.bfloat16) for seed in (1, 2))
+    queries = draw(rows, HEADS, depth, seed=4).astype(jnp.bfloat16)
+    lengths = jnp.asarray([1037, 60, 0], jnp.int32)
+    with pltpu.force_tpu_interpret_mode():
+        if kind == "rows":
+            found = tpu.decode_rows(queries, keys, values, lengths)
+            (expected,) = cached._dense_decode(queries, keys, values, lengths)
+        else:
+            pages = jax.random.permutation(jax.random.key(5), 512)[: rows * columns].reshape(rows, columns)
+            pages = pages.astype(jnp.int32)
+            found = tpu.decode_pages(queries, keys, values, pages, lengths)
+            (expected,) = paged.gather_decode(queries, keys, values, pages, lengths)
+    assert found.dtype == jnp.bfloat16 and np.isfinite(np.asarray(found, np.float32)).all()
+    found, expected = (np.asarray(x[:2], np.float32) for x in (found, expected))
+    np.testing.assert_allclose(found, expected, atol=4e-3)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_tpu_writes_where_others_do(pool, length):
+    """With its own index, which keeps the cache as it lies: rows and pages, pads and rows beyond included."""
+    keys, _, pages = pool
+    new = draw(ROWS, length, KV_HEADS, DEPTH, seed=3)
+    positions = jnp.asarray([[0], [COLUMNS * SIZE - 3], [17]]) + jnp.arange(length)[None]
+    positions = positions.at[2, length // 2 :].set(COLUMNS * SIZE)
+    column = jnp.minimum(positions // SIZE, COLUMNS - 1)
+    page = jnp.take_along_axis(pages, column, axis=1)
+    page = jnp.where(positions < COLUMNS * SIZE, page, PAGES)
+    found, expected = (
+        write(keys, new, page, positions % SIZE) for write in (paged._write_flat, paged._write)
+    )
+    np.testing.assert_array_equal(found, expected)
+    rows = draw(4, KV_HEADS, COLUMNS * SIZE, DEPTH, seed=6)
+    found, expected = (
+        write(rows, new, jnp.asarray([2, 0, 4]), positions) for write in (cached._write_flat, cached._write)
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert (found[2, :, 0] == new[0, 0]).all()
+
+
 def test_decode_without_a_kernel_is_the_attention_over_rows(pool):
     keys, values, pages = pool
     queries, positions = draw(ROWS, 1, HEADS, DEPTH, seed=4), jnp.asarray([[32], [59], [96]], jnp.int32)
@@ -67,9 +113,19 @@ def test_decode_without_a_kernel_is_the_attention_over_rows(pool):
     np.testing.assert_array_equal(found[:2], cached_attention(queries, *rows, positions)[:2])
 
 
-@pytest.mark.parametrize(("columns", "size", "count"), [(64, 16, 8), (6, 16, 2), (5, 16, 1), (8, 128, 1)])
-def test_a_kernel_reads_pages_that_divide_a_row(columns, size, count):
-    assert paged.count_pages(columns, size) == count
+@pytest.mark.parametrize(
+    ("columns", "size", "keys", "count"),
+    [
+        (64, 16, 128, 8),
+        (6, 16, 128, 2),
+        (5, 16, 128, 1),
+        (8, 128, 128, 1),
+        (64, 16, 512, 32),
+        (4, 256, 128, 1),
+    ],
+)
+def test_a_kernel_reads_pages_that_divide_a_row(columns, size, keys, count):
+    assert tpu.count_pages(columns, size, keys) == count
 
 
 @pytest.mark.parametrize(

@@ -243,14 +243,21 @@ def test_pieces_of_a_row_divide_its_blocks(rows, blocks, expected):
     assert ragged.count_splits(rows, blocks) == expected
 
 
-def test_decode_uses_the_kernel_on_gpus_only():
-    arrays = [
-        jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 1, 4, 64), (2, 2, 256, 64), (2, 2, 256, 64))
-    ]
+@pytest.mark.parametrize(
+    "depth, dtype, with_kernel",
+    [
+        (128, "bfloat16", {"cuda", "tpu"}),
+        (64, "bfloat16", {"cuda"}),
+        (128, "float32", {"cuda"}),  # the kernel for TPUs would round keys and values to bfloat16
+    ],
+)
+def test_decode_uses_the_kernels_of_accelerators(depth, dtype, with_kernel):
+    shapes = ((2, 1, 4, depth), (2, 2, 256, depth), (2, 2, 256, depth))
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     program = jax.jit(cached_attention)
     positions = jax.ShapeDtypeStruct((2, 1), jnp.int32)
-    for platform, is_kernel in (("cpu", False), ("cuda", True)):
+    for platform, kernel in KERNELS.items():
         checks = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
         exported = export.export(program, platforms=[platform], disabled_checks=checks)
         module = exported(*arrays, positions).mlir_module()
-        assert ("xla.gpu.triton" in module) is is_kernel
+        assert (kernel is not None and kernel in module) is (platform in with_kernel)

@@ -13,17 +13,17 @@ platform selects the back end when a program is lowered (`packed`):
 
 ``sliced_attention`` is attention of a part of a row's queries, for more devices along time than heads.
 
-``attend_rows`` writes new tokens into the engine's KV cache and attends over it (``cached_attention``). On
-GPUs its decode step uses the Pallas kernel of `ragged`, which reads only the filled part of the cache;
-elsewhere it is two dense products (`cached`). ``attend_pages`` is the same over pages of a pool, with kernels
-for GPUs and TPUs (`paged`).
+``attend_rows`` writes new tokens into the engine's KV cache and attends over it (``cached_attention``). Its
+decode step uses a Pallas kernel, which reads only the filled part of the cache, on GPUs (`ragged`) and TPUs
+(`tpu`); elsewhere it is two dense products (`cached`). ``attend_pages`` is the same over pages of a pool
+(`paged`).
 
 `reference` is the dense definition that every back end must equal. ``model.attention=xla`` turns the kernels
 of packed attention off.
 
-The tests run the packed kernels on a CPU in interpreted mode. ``scripts/compile_ahead.py`` compiles them for
+The tests run the kernels on a CPU in interpreted mode. ``scripts/compile_ahead.py`` compiles them for
 both platforms without a device. The GPU kernels are measured on an H100 (``scripts/README.md``,
-``scripts/bench_attention.py``); the TPU kernel has not run on a TPU yet.
+``scripts/bench_attention.py``); the TPU kernels have not run on a TPU yet.
 
 Shapes: queries ``[B, T, H, d]``, keys and values ``[B, T, K, d]`` with ``H = K * G`` query heads in groups of
 ``G`` per key/value head. The softmax is computed in float32 for every input type.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from empg_jax.models.attention import ragged
+from empg_jax.models.attention import ragged, tpu
 from empg_jax.models.attention.dispatch import by_platform
 from empg_jax.models.products import multiply_transposed
 
@@ -92,9 +92,10 @@ def write_rows(
     """
     if rows is None:
         rows = jnp.arange(cache.shape[0])
-    if positions.size > 1:
-        return _write(cache, new, rows, positions)
-    return jax.lax.platform_dependent(cache, new, rows, positions, cpu=_write_twice, default=_write)
+    on_cpu = _write if positions.size > 1 else _write_twice
+    return jax.lax.platform_dependent(
+        cache, new, rows, positions, cpu=on_cpu, tpu=_write_flat, default=_write
+    )
 
 
 def _write(cache: Array, new: Array, rows: Array, positions: Array) -> Array:
@@ -106,12 +107,28 @@ def _write_twice(cache: Array, new: Array, rows: Array, positions: Array) -> Arr
     return _write(cache, jnp.repeat(new, 2, axis=1), rows, jnp.repeat(positions, 2, axis=1))
 
 
+def _write_flat(cache: Array, new: Array, rows: Array, positions: Array) -> Array:
+    slots, kv_heads, capacity, _ = cache.shape
+    row, position = rows[:, None, None], positions[..., None]
+    row = jnp.where((row < slots) & (position < capacity), row, slots)
+    return tpu.write_flat(
+        cache, new, (row * kv_heads + jnp.arange(kv_heads)[None, None]) * capacity + position
+    )
+
+
 def _dense_decode(queries: Array, keys: Array, values: Array, lengths: Array) -> tuple[Array]:
     """Compute a decode step by products over the whole cache."""
     return (attend(queries[:, None], keys, values, lengths[:, None] - 1)[:, 0],)
 
 
-_decode = by_platform("decode_attention", _dense_decode, cuda=ragged.decode)
+def _decode_tpu(queries: Array, keys: Array, values: Array, lengths: Array) -> tuple[Array]:
+    size = tpu.page_of_rows(keys.shape[2])
+    if not tpu.takes(queries.shape[2], queries.dtype, size, keys.size // (size * keys.shape[3])):
+        return _dense_decode(queries, keys, values, lengths)
+    return (tpu.decode_rows(queries, keys, values, lengths),)
+
+
+_decode = by_platform("decode_attention", _dense_decode, cuda=ragged.decode, tpu=_decode_tpu)
 
 
 def attend(queries: Array, keys: Array, values: Array, positions: Array) -> Array:

@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from empg_jax.models.attention import tpu
 from empg_jax.models.attention.cached import attend, cached_attention
 from empg_jax.models.attention.dispatch import by_platform
 from empg_jax.models.attention.ragged import count_splits
+from empg_jax.models.attention.tpu import count_pages
 
-# Most keys that a kernel program reads at a time.
+# Most keys that a kernel program of a GPU reads at a time.
 BLOCK = 128
-# Most bytes of them on a GPU: they and their values are twice in shared memory, of which an H100 has 227 KiB.
+# Most bytes of them: they and their values are twice in shared memory, of which an H100 has 227 KiB.
 BLOCK_BYTES = 2**15
-# Most numbers of a page table that the TPU kernel gets: half of a core's scalar memory of 1 MiB.
-SCALARS = 2**17
 
 
 def attend_pages(
@@ -70,7 +70,18 @@ def write_pages(
     column = positions // size
     page = jnp.take_along_axis(pages, jnp.minimum(column, columns - 1), axis=1)
     page = jnp.where(column < columns, page, pool.shape[1])
-    return pool.at[:, page, positions % size].set(jnp.moveaxis(new, 2, 0), mode="drop")
+    return jax.lax.platform_dependent(pool, new, page, positions % size, tpu=_write_flat, default=_write)
+
+
+def _write(pool: Array, new: Array, page: Array, place: Array) -> Array:
+    return pool.at[:, page, place].set(jnp.moveaxis(new, 2, 0), mode="drop")
+
+
+def _write_flat(pool: Array, new: Array, page: Array, place: Array) -> Array:
+    kv_heads, num_pages, size, _ = pool.shape
+    block = jnp.where(page < num_pages, page, kv_heads * num_pages)[..., None]
+    block = block + num_pages * jnp.arange(kv_heads)[None, None]
+    return tpu.write_flat(pool, new, block * size + place[..., None])
 
 
 def gather_pages(pool: Float[Array, "K N P d"], pages: Int[Array, "R C"]) -> Float[Array, "R K L d"]:
@@ -90,18 +101,6 @@ def takes(size: int, head_dim: int, dtype: jnp.dtype) -> bool:
         and head_dim in (64, 128, 256)
         and dtype in (jnp.float32, jnp.bfloat16)
     )
-
-
-def count_pages(columns: int, size: int, keys: int = BLOCK) -> int:
-    """Return the number of pages that a kernel program reads at a time: a power of 2 that divides a row's.
-
-    Args:
-      columns: pages of a row.
-      size: tokens of a page.
-      keys: most keys at a time.
-    """
-    most = keys // size
-    return max(n for n in (1, 2, 4, 8, 16) if n <= most and columns % n == 0)
 
 
 def gather_decode(queries: Array, keys: Array, values: Array, pages: Array, lengths: Array) -> tuple[Array]:
@@ -141,7 +140,7 @@ def decode_gpu(
     at_once = count_pages(pages.shape[1], keys.shape[2], most)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = kernels.paged_attention(
-            _scale(queries),
+            (queries.astype(jnp.float32) * jnp.float32(queries.shape[2] ** -0.5)).astype(queries.dtype),
             keys,
             values,
             pages,
@@ -155,26 +154,9 @@ def decode_gpu(
 
 def decode_tpu(queries: Array, keys: Array, values: Array, pages: Array, lengths: Array) -> tuple[Array]:
     """Compute the same on a TPU, where an idle row gives some finite number."""
-    is_tiled = queries.shape[2] % 128 == 0 and (queries.dtype == jnp.float32 or keys.shape[2] >= 16)
-    if not is_tiled or pages.size > SCALARS:
+    if not tpu.takes(queries.shape[2], queries.dtype, keys.shape[2], pages.size):
         return gather_decode(queries, keys, values, pages, lengths)
-    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as kernel
-
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        output = kernel(
-            _scale(queries),
-            keys,
-            values,
-            jnp.maximum(lengths, 1),  # it waits for a first page of every row
-            pages,
-            pages_per_compute_block=count_pages(pages.shape[1], keys.shape[2]),
-        )
-    return (output.astype(queries.dtype),)
-
-
-def _scale(queries: Array) -> Array:
-    """Scale the queries, which neither kernel does."""
-    return (queries.astype(jnp.float32) * jnp.float32(queries.shape[2] ** -0.5)).astype(queries.dtype)
+    return (tpu.decode_pages(queries, keys, values, pages, lengths),)
 
 
 _decode = by_platform("paged_decode_attention", gather_decode, cuda=decode_gpu, tpu=decode_tpu)

@@ -1,0 +1,111 @@
+"""The cache on TPUs: writing in place, and decode by JAX's kernel (``pallas.ops.tpu.paged_attention``).
+
+The kernel reads the filled part of each row only. It is made for pages, and rows are pages in their order:
+they need a table, and no other layout.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Most keys that are read at a time: 128 KiB of a head of 128 numbers in bfloat16, and as much of values.
+BLOCK = 512
+# Most numbers of a page table: half of a core's scalar memory of 1 MiB.
+SCALARS = 2**17
+
+
+def takes(head_dim: int, dtype: jnp.dtype, page_tokens: int, table: int) -> bool:
+    """Return whether the kernel supports this head size, type, page size and size of the page table.
+
+    It would round keys and values of float32 to bfloat16.
+    """
+    return dtype == jnp.bfloat16 and head_dim % 128 == 0 and page_tokens >= 16 and table <= SCALARS
+
+
+def write_flat(
+    cache: Float[Array, "A B C d"], new: Float[Array, "R T K d"], places: Int[Array, "R T K"]
+) -> Float[Array, "A B C d"]:
+    """Write keys, or values, at rows of a flat view, which a TPU does in place.
+
+    With an index for each axis its compiler turns the whole cache around, for one program, and back.
+
+    Args:
+      cache: all of them, in rows or pages.
+      new: what is written.
+      places: where each head's are written, counted over all axes; a place beyond the cache is dropped.
+    """
+    flat = cache.reshape(-1, cache.shape[3])
+    return flat.at[places].set(new, mode="drop").reshape(cache.shape)
+
+
+def decode_pages(
+    queries: Float[Array, "R H d"],
+    keys: Float[Array, "K N P d"],
+    values: Float[Array, "K N P d"],
+    pages: Int[Array, "R C"],
+    lengths: Int[Array, "R"],
+) -> Float[Array, "R H d"]:
+    """Compute attention of one query per row over the first ``lengths[r]`` keys of row ``r``, in its pages.
+
+    Args:
+      queries: rotated queries.
+      keys: the pages of all keys.
+      values: the pages of all values.
+      pages: the pages of each row.
+      lengths: number of keys that each row sees; a row of length 0 gives some finite number.
+
+    Returns:
+      The attention output, in the type of the queries.
+    """
+    # Only a TPU needs Pallas, which takes a while to load.
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as kernel
+
+    scaled = queries.astype(jnp.float32) * jnp.float32(queries.shape[2] ** -0.5)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        output = kernel(
+            scaled.astype(queries.dtype),
+            keys,
+            values,
+            jnp.maximum(lengths, 1),  # it waits for a first page of every row
+            pages,
+            pages_per_compute_block=count_pages(pages.shape[1], keys.shape[2], BLOCK),
+        )
+    return output.astype(queries.dtype)
+
+
+def decode_rows(
+    queries: Float[Array, "R H d"],
+    keys: Float[Array, "R K C d"],
+    values: Float[Array, "R K C d"],
+    lengths: Int[Array, "R"],
+) -> Float[Array, "R H d"]:
+    """Compute the same over rows: each head of a row is a row of pages of its own, in their order."""
+    rows, kv_heads, capacity, depth = keys.shape
+    flat, size = rows * kv_heads, page_of_rows(capacity)
+    output = decode_pages(
+        queries.reshape(flat, -1, depth),
+        keys.reshape(1, -1, size, depth),
+        values.reshape(1, -1, size, depth),
+        jnp.arange(flat * capacity // size, dtype=jnp.int32).reshape(flat, -1),
+        jnp.repeat(lengths, kv_heads),
+    )
+    return output.reshape(queries.shape)
+
+
+def page_of_rows(capacity: int) -> int:
+    """Return the size of the pages that rows of this length are read in."""
+    return next(size for size in (BLOCK, 256, 128) if capacity % size == 0)
+
+
+def count_pages(columns: int, size: int, keys: int) -> int:
+    """Return the number of pages that a kernel program reads at a time: a power of 2 that divides a row's.
+
+    Args:
+      columns: pages of a row.
+      size: tokens of a page.
+      keys: most keys at a time.
+    """
+    most = max(1, keys // size)
+    return max(n for n in (1, 2, 4, 8, 16, 32) if n <= most and columns % n == 0)
