@@ -16,6 +16,7 @@ from empg_jax.models.attention import (
     cached_attention,
     is_fusible,
     packed_attention,
+    prefill,
     ragged,
     reference_attention,
     splash,
@@ -241,6 +242,50 @@ def test_ragged_decode_of_an_idle_row_is_zero():
 @pytest.mark.parametrize("rows, blocks, expected", [(2, 16, 16), (32, 16, 8), (512, 16, 1), (1, 3, 3)])
 def test_pieces_of_a_row_divide_its_blocks(rows, blocks, expected):
     assert ragged.count_splits(rows, blocks) == expected
+
+
+@pytest.mark.parametrize(
+    "length, heads, kv_heads, capacity",
+    [(32, 4, 2, 256), (64, 6, 1, 1024), (48, 7, 1, 384)],  # the last one in three parts of 16 queries
+)
+def test_the_prefill_kernel_equals_products_over_the_whole_cache(length, heads, kv_heads, capacity):
+    """Rows begin anywhere and end in pads; the last one has nothing but pads."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    queries = jax.random.normal(keys[0], (3, length, heads, 128), jnp.bfloat16)
+    cache = [jax.random.normal(key, (3, kv_heads, capacity, 128), jnp.bfloat16) for key in keys[1:]]
+    start, count = np.array([[0], [capacity - length], [5]]), np.array([[length - 3], [length], [0]])
+    offsets = np.arange(length)[None]
+    positions = np.where(offsets < count, start + offsets, capacity).astype(np.int32)
+    exact = [x.astype(jnp.float32) for x in (queries, *cache)]
+    expected = cached_attention(*exact, jnp.asarray(positions))
+    unread = np.arange(capacity) >= start + count  # junk behind a row's newest key changes nothing
+    cache = [jnp.where(unread[:, None, :, None], jnp.bfloat16(1e30), x) for x in cache]
+    assert prefill.takes(queries, capacity)
+    found = np.asarray(prefill.attend(queries, *cache, jnp.asarray(positions), interpret=True), np.float32)
+    assert np.isfinite(found).all()
+    is_real = offsets < count
+    np.testing.assert_allclose(found[is_real], np.asarray(expected)[is_real], atol=0.02)
+    error = np.abs(found - np.asarray(expected))[is_real].mean()
+    assert error < 1e-3  # as bfloat16 rounds
+
+
+@pytest.mark.parametrize(
+    "length, depth, dtype, is_kernel",
+    [
+        (32, 128, "bfloat16", True),
+        (32, 64, "bfloat16", False),
+        (32, 128, "float32", False),
+        (8, 128, "bfloat16", False),
+    ],
+)
+def test_prefill_uses_the_kernel_on_tpus_only(length, depth, dtype, is_kernel):
+    shapes = ((2, length, 4, depth), (2, 2, 256, depth), (2, 2, 256, depth))
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    positions = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    for platform in KERNELS:
+        module = export.export(jax.jit(cached_attention), platforms=[platform])(*arrays, positions)
+        is_there = KERNELS["tpu"] in module.mlir_module()
+        assert is_there is (is_kernel and platform == "tpu")
 
 
 @pytest.mark.parametrize(

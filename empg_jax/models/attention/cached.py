@@ -1,10 +1,10 @@
-"""Attention of new tokens over a KV cache: two batched products, or a GPU kernel for the decode step.
+"""Attention of new tokens over a KV cache: two batched products, or a kernel of the platform.
 
 A decode step has one query per row, so its time is the time to read the cache. The products read the whole
-cache. The GPU kernel of `ragged` reads only the filled part; it is used if it supports the cache's shape.
+cache. The kernels of `ragged` (GPUs) and `tpu` read only the filled part, where they support its shape.
 
 A prefill has many queries per row. Those whose scores would need more memory than `SCORES` go block by block,
-with the same numbers: every query sees all of its keys at once.
+with the same numbers: every query sees all of its keys at once. The kernel of `prefill` (TPUs) keeps none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from empg_jax.models.attention import ragged, tpu
+from empg_jax.models.attention import prefill, ragged, tpu
 from empg_jax.models.attention.dispatch import by_platform
 from empg_jax.models.products import multiply_transposed
 
@@ -62,8 +62,9 @@ def cached_attention(
       queries: rotated queries of the new tokens.
       keys: the cached keys; key ``c`` has position ``c`` in its row.
       values: the cached values, in the same order.
-      positions: position of each new token. A token sees the keys at positions up to its own. A position
-        beyond the cache marks a pad, whose output is finite but otherwise undefined.
+      positions: position of each new token, consecutive in a row. A token sees the keys at positions up to
+        its own. Positions beyond the cache, behind the others, mark pads, whose output is finite but
+        otherwise undefined.
 
     Returns:
       The attention output, in the type of the queries.
@@ -73,6 +74,8 @@ def cached_attention(
         # Length 0 for pads: the kernel then reads nothing for idle rows.
         lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
         return _decode(queries[:, 0], keys, values, lengths)[0][:, None]
+    if queries.shape[1] > 1:
+        return _prefill(queries, keys, values, positions)[0]
     return attend(queries, keys, values, positions)
 
 
@@ -131,6 +134,14 @@ def _decode_tpu(queries: Array, keys: Array, values: Array, lengths: Array) -> t
 _decode = by_platform("decode_attention", _dense_decode, cuda=ragged.decode, tpu=_decode_tpu)
 
 
+def _prefill_tpu(queries: Array, keys: Array, values: Array, positions: Array) -> tuple[Array]:
+    body = prefill.attend if prefill.takes(queries, keys.shape[2]) else attend
+    return (body(queries, keys, values, positions),)
+
+
+_prefill = by_platform("prefill_attention", lambda *arrays: (attend(*arrays),), tpu=_prefill_tpu)
+
+
 def attend(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
     """Attend in blocks of queries whose scores fit into `SCORES`."""
     rows, length, heads, _ = queries.shape
@@ -157,8 +168,8 @@ def _attend_at_once(queries: Array, keys: Array, values: Array, positions: Array
     grouped = grouped.reshape(rows, kv_heads, length * groups, depth)
     scores = multiply_transposed(grouped, keys, jnp.float32, few=16)
     scores = scores * jnp.float32(depth**-0.5)
-    visible = jnp.arange(capacity)[None, None, :] <= positions[:, :, None]
-    visible = jnp.repeat(visible, groups, axis=1)[:, None]
+    last = jnp.repeat(positions, groups, axis=1)[:, None, :, None]
+    visible = jnp.arange(capacity)[None, None, None] <= last
     weights = jax.nn.softmax(jnp.where(visible, scores, jnp.float32(MASKED)), axis=-1)
     output = jnp.einsum("rkqc,rkcd->rkqd", weights.astype(values.dtype), values)
     output = jnp.swapaxes(output.reshape(rows, kv_heads, length, groups, depth), 1, 2)
