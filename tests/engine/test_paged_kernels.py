@@ -85,8 +85,9 @@ def test_the_tpu_kernel_gives_the_same_as_all_rows(kind):
 @pytest.mark.parametrize("length", [1, 5])
 def test_a_tpu_writes_where_others_do(pool, length):
     """With its own index, which keeps the cache as it lies: rows and pages, pads and rows beyond included."""
-    keys, _, pages = pool
-    new = draw(ROWS, length, KV_HEADS, DEPTH, seed=3)
+    depth, pages = tpu.LANES, pool[2]
+    keys = draw(KV_HEADS, PAGES, SIZE, depth, seed=1)
+    new = draw(ROWS, length, KV_HEADS, depth, seed=3)
     positions = jnp.asarray([[0], [COLUMNS * SIZE - 3], [17]]) + jnp.arange(length)[None]
     positions = positions.at[2, length // 2 :].set(COLUMNS * SIZE)
     column = jnp.minimum(positions // SIZE, COLUMNS - 1)
@@ -96,7 +97,7 @@ def test_a_tpu_writes_where_others_do(pool, length):
         write(keys, new, page, positions % SIZE) for write in (paged._write_flat, paged._write)
     )
     np.testing.assert_array_equal(found, expected)
-    rows = draw(4, KV_HEADS, COLUMNS * SIZE, DEPTH, seed=6)
+    rows = draw(4, KV_HEADS, COLUMNS * SIZE, depth, seed=6)
     found, expected = (
         write(rows, new, jnp.asarray([2, 0, 4]), positions) for write in (cached._write_flat, cached._write)
     )

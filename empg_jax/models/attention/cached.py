@@ -111,7 +111,9 @@ def _write_twice(cache: Array, new: Array, rows: Array, positions: Array) -> Arr
 
 
 def _write_flat(cache: Array, new: Array, rows: Array, positions: Array) -> Array:
-    slots, kv_heads, capacity, _ = cache.shape
+    slots, kv_heads, capacity, depth = cache.shape
+    if depth % tpu.LANES:
+        return _write(cache, new, rows, positions)
     row, position = rows[:, None, None], positions[..., None]
     row = jnp.where((row < slots) & (position < capacity), row, slots)
     return tpu.write_flat(

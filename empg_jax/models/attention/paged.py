@@ -78,7 +78,9 @@ def _write(pool: Array, new: Array, page: Array, place: Array) -> Array:
 
 
 def _write_flat(pool: Array, new: Array, page: Array, place: Array) -> Array:
-    kv_heads, num_pages, size, _ = pool.shape
+    kv_heads, num_pages, size, depth = pool.shape
+    if depth % tpu.LANES:
+        return _write(pool, new, page, place)
     block = jnp.where(page < num_pages, page, kv_heads * num_pages)[..., None]
     block = block + num_pages * jnp.arange(kv_heads)[None, None]
     return tpu.write_flat(pool, new, block * size + place[..., None])

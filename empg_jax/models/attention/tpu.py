@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 # Most keys that are read at a time: 128 KiB of a head of 128 numbers in bfloat16, and as much of values.
 BLOCK = 512
+# Numbers side by side in a tile. For narrower heads the compiler lays the cache out along other axes.
+LANES = 128
 # Most numbers of a page table: half of a core's scalar memory of 1 MiB.
 SCALARS = 2**17
 
@@ -21,7 +23,7 @@ def takes(head_dim: int, dtype: jnp.dtype, page_tokens: int, table: int) -> bool
 
     It would round keys and values of float32 to bfloat16.
     """
-    return dtype == jnp.bfloat16 and head_dim % 128 == 0 and page_tokens >= 16 and table <= SCALARS
+    return dtype == jnp.bfloat16 and head_dim % LANES == 0 and page_tokens >= 16 and table <= SCALARS
 
 
 def write_flat(
@@ -29,7 +31,8 @@ def write_flat(
 ) -> Float[Array, "A B C d"]:
     """Write keys, or values, at rows of a flat view, which a TPU does in place.
 
-    With an index for each axis its compiler turns the whole cache around, for one program, and back.
+    With an index for each axis its compiler turns the whole cache around, for one program, and back. A flat
+    view of narrow heads (`LANES`) would be turned for every write.
 
     Args:
       cache: all of them, in rows or pages.
