@@ -146,3 +146,24 @@ def test_a_decode_kernel_reads_only_what_its_device_holds(platform, pages, axes,
     (call, *others) = (line for line in written.splitlines() if f"@{KERNELS[platform]}" in line)
     operands = call[call.rindex(" : (") :].split(" -> ")[0]
     assert operands.count(part) == 2 and not others  # keys and values
+
+
+@pytest.mark.parametrize(
+    "pages, axes, part",
+    [
+        (0, {"tensor": 4}, "tensor<8x1x512x128xbf16>"),
+        (0, {"data": 2, "tensor": 2}, "tensor<4x2x512x128xbf16>"),
+        (16, {"tensor": 4}, "tensor<8x1x512x128xbf16>"),
+    ],
+)
+def test_a_prefill_kernel_reads_only_what_its_device_holds(pages, axes, part):
+    model = dataclasses.replace(MODELS["tiny"], num_heads=8, head_dim=128, dtype=jnp.bfloat16)
+    sizes = EngineConfig(slots=8, max_tokens=512, max_response_tokens=128, stop_ids=(1,), page_tokens=pages)
+    programs = compile_programs(model, sizes, make_mesh(**axes))
+    params = programs.unstack(init_params(jax.random.key(0), model))
+    chunk = Chunk(*integers((8,), (8, 32), (8, 2)), pages=integers((8, 32))[0] if pages else None)
+    traced = programs.prefill.trace(params, programs.new_cache(512), chunk)
+    written = traced.lower(lowering_platforms=("tpu",)).as_text()
+    (call, *others) = (line for line in written.splitlines() if f"@{KERNELS['tpu']}" in line)
+    operands = call[call.rindex(" : (") :].split(" -> ")[0]
+    assert operands.count(part) == 2 and not others  # keys and values
