@@ -168,7 +168,7 @@ def test_blocks_of_queries_give_the_same_numbers(monkeypatch):
     positions = jnp.asarray([[5], [0], [32]]) + jnp.arange(12)[None]
     whole = cached.cached_attention(queries, *cache, positions)
     monkeypatch.setattr(cached, "SCORES", 5 * 3 * 4 * 32)  # five queries of each row fit: four at a time
-    jaxpr = jax.make_jaxpr(lambda *args: cached.cached_attention(*args))(queries, *cache, positions)
+    jaxpr = jax.make_jaxpr(lambda *args: cached.attend(*args))(queries, *cache, positions)
     assert "length=3" in str(jaxpr)
     np.testing.assert_allclose(cached.cached_attention(queries, *cache, positions), whole, atol=1e-6)
 
