@@ -49,6 +49,13 @@ args = parser.parse_args()
 Gaps = dict[str, tuple[float, float]]  # mean and largest difference by what is compared
 
 
+def share(ours: jax.Array, expected: jax.Array) -> tuple[float, float]:
+    """Return the mean and the largest difference, as shares of the root mean square."""
+    wide = [np.asarray(x, np.float32) for x in (ours, expected)]
+    gap = np.abs(wide[0] - wide[1]) / np.sqrt(np.mean(wide[1] ** 2))
+    return float(gap.mean()), float(gap.max())
+
+
 def check_attention(dtype: str, length: int = 1000) -> Gaps:
     """Compare fused attention with tiles: Qwen2.5-1.5B's heads, rows of several segments, no whole block."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -68,21 +75,13 @@ def check_attention(dtype: str, length: int = 1000) -> Gaps:
     names = ["output", *(f"slope of {name}" for name in list(heads)[:3])]
     gaps = {}
     for name, ours, tiled in zip(names, run(q, k, v, "auto"), run(q, k, v, "xla"), strict=True):
-        gap = jnp.abs(ours - tiled) / jnp.sqrt(jnp.mean(tiled**2))
-        gaps[f"attention {name}"] = (float(jnp.mean(gap)), float(jnp.max(gap)))
+        gaps[f"attention {name}"] = share(ours, tiled)
     return gaps
 
 
 def check_cache(dtype: str) -> Gaps:
     """Compare attention over the cache with products over all of it."""
     return check_rows(dtype) | check_pages(dtype)
-
-
-def share(ours: jax.Array, expected: jax.Array) -> tuple[float, float]:
-    """Return the mean and the largest difference, as shares of the root mean square."""
-    wide = [np.asarray(x, np.float32) for x in (ours, expected)]
-    gap = np.abs(wide[0] - wide[1]) / np.sqrt(np.mean(wide[1] ** 2))
-    return float(gap.mean()), float(gap.max())
 
 
 def check_rows(dtype: str, rows: int = 8, capacity: int = 1024) -> Gaps:

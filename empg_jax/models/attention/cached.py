@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from empg_jax.models.attention import prefill, ragged, tpu
-from empg_jax.models.attention.dispatch import by_platform
+from empg_jax.models.attention import ragged, tpu
+from empg_jax.models.attention.dispatch import by_platform, load_late
 from empg_jax.models.products import multiply_transposed
 
 # Score of a hidden key. It is finite, so that a row without any visible key gives no NaN.
@@ -127,7 +127,7 @@ def _dense_decode(queries: Array, keys: Array, values: Array, lengths: Array) ->
 
 
 def _decode_tpu(queries: Array, keys: Array, values: Array, lengths: Array) -> tuple[Array]:
-    size = tpu.page_of_rows(keys.shape[2])
+    size = tpu.largest_block(keys.shape[2])
     if not tpu.takes(queries.shape[2], queries.dtype, size, keys.size // (size * keys.shape[3])):
         return _dense_decode(queries, keys, values, lengths)
     return (tpu.decode_rows(queries, keys, values, lengths),)
@@ -136,12 +136,11 @@ def _decode_tpu(queries: Array, keys: Array, values: Array, lengths: Array) -> t
 _decode = by_platform("decode_attention", _dense_decode, cuda=ragged.decode, tpu=_decode_tpu)
 
 
-def _prefill_tpu(queries: Array, keys: Array, values: Array, positions: Array) -> tuple[Array]:
-    body = prefill.attend if prefill.takes(queries, keys.shape[2]) else attend
-    return (body(queries, keys, values, positions),)
-
-
-_prefill = by_platform("prefill_attention", lambda *arrays: (attend(*arrays),), tpu=_prefill_tpu)
+_prefill = by_platform(
+    "prefill_attention",
+    lambda *arrays: (attend(*arrays),),
+    tpu=load_late("empg_jax.models.attention.prefill", "attend_on_tpu"),
+)
 
 
 def attend(queries: Array, keys: Array, values: Array, positions: Array) -> Array:

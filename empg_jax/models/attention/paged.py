@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from empg_jax.models.attention import tpu
 from empg_jax.models.attention.cached import attend, cached_attention
 from empg_jax.models.attention.dispatch import by_platform
+from empg_jax.models.attention.operands import scale
 from empg_jax.models.attention.ragged import count_splits
 from empg_jax.models.attention.tpu import count_pages
 
@@ -142,7 +143,7 @@ def decode_gpu(
     at_once = count_pages(pages.shape[1], keys.shape[2], most)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = kernels.paged_attention(
-            (queries.astype(jnp.float32) * jnp.float32(queries.shape[2] ** -0.5)).astype(queries.dtype),
+            scale(queries),
             keys,
             values,
             pages,

@@ -1,28 +1,38 @@
 """Prefill on TPUs: attention of many new tokens over a KV cache, without scores in memory.
 
 A flash kernel: a block of queries goes over the blocks of keys up to the newest one that it sees, and keeps
-the running maximum and sum of the softmax. The cache behind that key is not read.
+the running maximum and sum of the softmax. The cache behind that key is not read. The module loads Pallas, so
+that only programs for a TPU import it (`dispatch.load_late`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-KEYS = (512, 256, 128)  # keys of a block; the largest one that divides the cache's length is used
+from empg_jax.models.attention import cached
+from empg_jax.models.attention.tpu import LANES, largest_block
+
 ROWS = 512  # most rows of a block of queries: tokens times the query heads of a key head
-LANES = 128
-HIDDEN = -1e30  # score of a hidden key
+
+
+def attend_on_tpu(queries: Array, keys: Array, values: Array, positions: Array) -> tuple[Array]:
+    """Compute a prefill by the kernel where it takes the shapes, else by products."""
+    body = attend if takes(queries, keys.shape[2]) else cached.attend
+    return (body(queries, keys, values, positions),)
 
 
 def takes(queries: jax.Array, capacity: int) -> bool:
     """Return whether the kernel supports these queries ``[R T H d]`` over a cache of this length."""
     _, length, _, depth = queries.shape
-    is_tiled = depth % LANES == 0 and capacity % KEYS[-1] == 0 and length % 16 == 0
+    is_tiled = depth % LANES == 0 and capacity % LANES == 0 and length % 16 == 0
     return queries.dtype == jnp.bfloat16 and is_tiled
 
 
@@ -46,82 +56,24 @@ def attend(
     Returns:
       The attention output, in the type of the queries; that of a pad is finite.
     """
-    # Only a TPU needs Pallas, which takes a while to load.
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
     rows, length, heads, depth = queries.shape
     kv_heads, capacity = keys.shape[1], keys.shape[2]
     groups = heads // kv_heads
     tokens = math.gcd(length, max(16, 2 ** int(math.log2(ROWS // groups))))
-    block = next(size for size in KEYS if capacity % size == 0)
-    start = positions[:, 0]
-    count = jnp.sum(positions < capacity, axis=1, dtype=jnp.int32)
-
-    def count_blocks(row: Array, part: Array, start: Any, count: Any) -> Array:
-        """Count the blocks of keys that a part of a row's queries sees."""
-        end = start[row] + jnp.minimum((part + 1) * tokens, count[row])
-        return jnp.where(part * tokens < count[row], jax.lax.div(end + block - 1, block), 0)
-
-    def place_queries(row: Array, head: Array, part: Array, number: Array, *_: Any) -> tuple[Any, ...]:
-        return row, head, 0, part, 0
-
-    def place_keys(row: Array, head: Array, part: Array, number: Array, *spans: Any) -> tuple[Any, ...]:
-        # Behind the last block it stays there, and nothing is read.
-        return row, head, jnp.clip(number, 0, jnp.maximum(count_blocks(row, part, *spans) - 1, 0)), 0
-
-    def kernel(
-        start: Any, count: Any, q: Any, k: Any, v: Any, output: Any, largest: Any, total: Any, sums: Any
-    ) -> None:
-        row, part, number = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-
-        @pl.when(number == 0)
-        def begin() -> None:
-            largest[...] = jnp.full_like(largest, HIDDEN)
-            total[...] = jnp.zeros_like(total)
-            sums[...] = jnp.zeros_like(sums)
-
-        @pl.when(number < count_blocks(row, part, start, count))
-        def add() -> None:
-            scores = jax.lax.dot_general(
-                q[...].reshape(groups * tokens, depth),
-                k[...],
-                (((1,), (1,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-            shape = (groups, tokens, block)
-            position = start[row] + part * tokens + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-            key = number * block + jax.lax.broadcasted_iota(jnp.int32, shape, 2)
-            visible = (key <= position).reshape(groups * tokens, block)
-            scores = jnp.where(visible, scores * jnp.float32(depth**-0.5), jnp.float32(HIDDEN))
-            before = largest[:, :1]
-            now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
-            weights, left = jnp.exp(scores - now), jnp.exp(before - now)
-            largest[...] = jnp.broadcast_to(now, largest.shape)
-            added = jnp.sum(weights, axis=1, keepdims=True)
-            total[...] = jnp.broadcast_to(total[:, :1] * left + added, total.shape)
-            product = jax.lax.dot(weights.astype(v.dtype), v[...], preferred_element_type=jnp.float32)
-            sums[...] = sums[...] * left + product
-
-        @pl.when(number == pl.num_programs(3) - 1)
-        def end() -> None:
-            whole = jnp.where(total[:, :1] == 0, jnp.float32(1), total[:, :1])  # no token of it is real
-            output[...] = (sums[...] / whole).astype(output.dtype).reshape(output.shape)
-
+    flash = _Flash(groups, tokens, largest_block(capacity))
     grouped = jnp.transpose(queries.reshape(rows, length, kv_heads, groups, depth), (0, 2, 3, 1, 4))
-    query_block = pl.BlockSpec((None, None, groups, tokens, depth), place_queries)
-    key_block = pl.BlockSpec((None, None, block, depth), place_keys)
+    query_block = pl.BlockSpec((None, None, groups, tokens, depth), flash.place_queries)
+    key_block = pl.BlockSpec((None, None, flash.keys, depth), flash.place_keys)
     output = pl.pallas_call(
-        kernel,
+        flash.run,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             in_specs=[query_block, key_block, key_block],
             out_specs=query_block,
-            grid=(rows, kv_heads, length // tokens, capacity // block),
+            grid=(rows, kv_heads, length // tokens, capacity // flash.keys),
+            # The largest score, the sum of the weights (both in all lanes), and the weighted values.
             scratch_shapes=[
-                pltpu.VMEM((groups * tokens, LANES), jnp.float32),
-                pltpu.VMEM((groups * tokens, LANES), jnp.float32),
-                pltpu.VMEM((groups * tokens, depth), jnp.float32),
+                pltpu.VMEM((groups * tokens, size), jnp.float32) for size in (LANES, LANES, depth)
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(grouped.shape, queries.dtype),
@@ -130,5 +82,77 @@ def attend(
         ),
         interpret=interpret,
         name="prefill_attention",
-    )(start, count, grouped, keys, values)
+    )(positions[:, 0], jnp.sum(positions < capacity, axis=1, dtype=jnp.int32), grouped, keys, values)
     return jnp.transpose(output, (0, 3, 1, 2, 4)).reshape(queries.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flash:
+    """The kernel: program (row, key head, part of the row's tokens, block of keys).
+
+    Attributes:
+      groups: query heads of a key head.
+      tokens: new tokens of a part.
+      keys: keys of a block.
+    """
+
+    groups: int
+    tokens: int
+    keys: int
+
+    def count_blocks(self, row: Any, part: Any, start: Any, count: Any) -> Array:
+        """Count the blocks of keys that a part sees, given the first position and the tokens of each row."""
+        end = start[row] + jnp.minimum((part + 1) * self.tokens, count[row])
+        blocks = jax.lax.div(end + self.keys - 1, self.keys)
+        return jnp.where(part * self.tokens < count[row], blocks, 0)
+
+    def place_queries(self, row: Any, head: Any, part: Any, number: Any, *_: Any) -> tuple[Any, ...]:
+        """Return the block of queries, and of the output, of a program."""
+        return row, head, 0, part, 0
+
+    def place_keys(self, row: Any, head: Any, part: Any, number: Any, *spans: Any) -> tuple[Any, ...]:
+        """Return the block of keys of a program. Behind the last one it stays there: nothing is read."""
+        last = jnp.maximum(self.count_blocks(row, part, *spans) - 1, 0)
+        return row, head, jnp.clip(number, 0, last), 0
+
+    def run(self, *refs: Any) -> None:
+        """Add a block of keys, if the part sees it."""
+        spans, inputs, output, sums = refs[:2], refs[2:5], refs[5], refs[6:]
+        row, part, number = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+        largest, total, weighted = sums
+
+        @pl.when(number == 0)
+        def begin() -> None:
+            largest[...] = jnp.full_like(largest, cached.MASKED)
+            total[...] = jnp.zeros_like(total)
+            weighted[...] = jnp.zeros_like(weighted)
+
+        @pl.when(number < self.count_blocks(row, part, *spans))
+        def add() -> None:
+            self.add(spans[0][row] + part * self.tokens, number * self.keys, inputs, sums)
+
+        @pl.when(number == pl.num_programs(3) - 1)
+        def end() -> None:
+            whole = jnp.where(total[:, :1] == 0, jnp.float32(1), total[:, :1])  # no token of it is real
+            output[...] = (weighted[...] / whole).astype(output.dtype).reshape(output.shape)
+
+    def add(self, position: Array, key: Array, inputs: tuple[Any, ...], sums: tuple[Any, ...]) -> None:
+        """Add a block, given the positions of its first query and its first key."""
+        q, k, v = (ref[...] for ref in inputs)
+        largest, total, weighted = sums
+        shape, depth = (self.groups, self.tokens, self.keys), q.shape[-1]
+        transposed = (((1,), (1,)), ((), ()))
+        scores = jax.lax.dot_general(
+            q.reshape(-1, depth), k, transposed, preferred_element_type=jnp.float32
+        ) * jnp.float32(depth**-0.5)
+        queries = position + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        visible = key + jax.lax.broadcasted_iota(jnp.int32, shape, 2) <= queries
+        scores = jnp.where(visible.reshape(scores.shape), scores, jnp.float32(cached.MASKED))
+        before = largest[:, :1]
+        now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+        weights, left = jnp.exp(scores - now), jnp.exp(before - now)
+        added = jnp.sum(weights, axis=1, keepdims=True)
+        largest[...] = jnp.broadcast_to(now, largest.shape)
+        total[...] = jnp.broadcast_to(total[:, :1] * left + added, total.shape)
+        product = jax.lax.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        weighted[...] = weighted[...] * left + product

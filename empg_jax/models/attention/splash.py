@@ -13,10 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
-from empg_jax.models.attention.operands import Operands
-
-GRAIN = 128  # lanes of a TPU register; rows are padded to a multiple of it
-BLOCKS = (512, 256, 128)  # block lengths; the largest one that divides the padded row is used
+from empg_jax.models.attention.operands import Operands, scale
+from empg_jax.models.attention.tpu import LANES, largest_block
 
 
 def forward(
@@ -36,7 +34,7 @@ def forward(
         return output, normalizer
 
     output, normalizer = jax.vmap(one_row)(
-        _rows(_scaled(queries)), _rows(keys), _rows(values), _pad(segment_ids, axis=1)
+        _rows(scale(queries)), _rows(keys), _rows(values), _pad(segment_ids, axis=1)
     )
     return jnp.swapaxes(output, 1, 2)[:, :length], normalizer[:, :, :length]
 
@@ -61,19 +59,19 @@ def backward(
         return kernels._splash_attention_bwd(**kernel.kwargs, res=known, do=slope)[3:6]
 
     slopes = jax.vmap(one_row)(
-        (_rows(_scaled(queries)), _rows(keys), _rows(values)),
+        (_rows(scale(queries)), _rows(keys), _rows(values)),
         _pad(segment_ids, axis=1),
         _rows(output),
         _pad(normalizer, axis=2),
         _rows(slope.astype(queries.dtype)),
     )
     d_queries, d_keys, d_values = (jnp.swapaxes(x, 1, 2)[:, : queries.shape[1]] for x in slopes)
-    return _scaled(d_queries), d_keys, d_values
+    return scale(d_queries), d_keys, d_values
 
 
 def _make_kernel(queries: Array, interpret: bool) -> kernels.SplashAttentionKernel:
-    length = -(-queries.shape[1] // GRAIN) * GRAIN
-    block = next(size for size in BLOCKS if length % size == 0)
+    length = -(-queries.shape[1] // LANES) * LANES
+    block = largest_block(length)
     causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * queries.shape[2])
     sizes = kernels.BlockSizes(
         block_q=block,
@@ -93,10 +91,6 @@ def _make_kernel(queries: Array, interpret: bool) -> kernels.SplashAttentionKern
     )
 
 
-def _scaled(queries: Array) -> Array:
-    return (queries.astype(jnp.float32) * jnp.float32(queries.shape[-1] ** -0.5)).astype(queries.dtype)
-
-
 def _rows(x: Float[Array, "B T n d"]) -> Float[Array, "B n P d"]:
     """Return ``x`` with heads first and time padded to ``P``.
 
@@ -107,5 +101,5 @@ def _rows(x: Float[Array, "B T n d"]) -> Float[Array, "B n P d"]:
 
 def _pad(x: Array, axis: int) -> Array:
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % GRAIN)
+    widths[axis] = (0, -x.shape[axis] % LANES)
     return jnp.pad(x, widths)

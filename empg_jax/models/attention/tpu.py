@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Most keys that are read at a time: 128 KiB of a head of 128 numbers in bfloat16, and as much of values.
-BLOCK = 512
+from empg_jax.models.attention.operands import scale
+
+# Keys that a kernel takes at a time: 512 of 128 numbers in bfloat16 have 128 KiB, and their values as much.
+BLOCKS = (512, 256, 128)
 # Numbers side by side in a tile. For narrower heads the compiler lays the cache out along other axes.
 LANES = 128
 # Most numbers of a page table: half of a core's scalar memory of 1 MiB.
@@ -65,15 +67,14 @@ def decode_pages(
     # Only a TPU needs Pallas, which takes a while to load.
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as kernel
 
-    scaled = queries.astype(jnp.float32) * jnp.float32(queries.shape[2] ** -0.5)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = kernel(
-            scaled.astype(queries.dtype),
+            scale(queries),
             keys,
             values,
             jnp.maximum(lengths, 1),  # it waits for a first page of every row
             pages,
-            pages_per_compute_block=count_pages(pages.shape[1], keys.shape[2], BLOCK),
+            pages_per_compute_block=count_pages(pages.shape[1], keys.shape[2], BLOCKS[0]),
         )
     return output.astype(queries.dtype)
 
@@ -86,7 +87,7 @@ def decode_rows(
 ) -> Float[Array, "R H d"]:
     """Compute the same over rows: each head of a row is a row of pages of its own, in their order."""
     rows, kv_heads, capacity, depth = keys.shape
-    flat, size = rows * kv_heads, page_of_rows(capacity)
+    flat, size = rows * kv_heads, largest_block(capacity)
     output = decode_pages(
         queries.reshape(flat, -1, depth),
         keys.reshape(1, -1, size, depth),
@@ -97,9 +98,9 @@ def decode_rows(
     return output.reshape(queries.shape)
 
 
-def page_of_rows(capacity: int) -> int:
-    """Return the size of the pages that rows of this length are read in."""
-    return next(size for size in (BLOCK, 256, 128) if capacity % size == 0)
+def largest_block(length: int) -> int:
+    """Return the largest block that divides a row, whose length is a multiple of `LANES`."""
+    return next(size for size in BLOCKS if length % size == 0)
 
 
 def count_pages(columns: int, size: int, keys: int) -> int:
