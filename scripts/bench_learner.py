@@ -53,6 +53,7 @@ from empg_jax.models.head import num_blocks
 from empg_jax.models.lora import LoraConfig
 from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.mesh import make_mesh
+from empg_jax.plan.bench import measure_product
 from empg_jax.run.process import CompileCounter
 from empg_jax.types import Outcome, Status, Trajectory, Turn
 
@@ -125,22 +126,6 @@ def share_of_head() -> float:
     return math.ceil(sampled * blocks / tokens) / blocks
 
 
-def measure_peak(repeats: int) -> float:
-    """Measure the operations per second of a large matrix product, by wall time, or CPU time on a CPU."""
-    on_cpu = jax.default_backend() == "cpu"
-    clock = time.process_time if on_cpu else time.perf_counter
-    side = 1024 if on_cpu else 8192
-    square = jax.random.normal(jax.random.key(0), (side, side), args.dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    jax.block_until_ready(product(square, square))
-    rates = []
-    for _ in range(repeats):
-        start = clock()
-        jax.block_until_ready(product(square, square))
-        rates.append(2 * side**3 / (clock() - start))
-    return max(rates)
-
-
 def main() -> None:
     rng = np.random.default_rng(0)
     shape = BatchShape(args.rows, 1, args.length, args.micro_rows, args.rows, 1)
@@ -179,9 +164,9 @@ def main() -> None:
         for clock, times in (("cpu", cpus), ("wall", walls))
         for name in ("update", "score")
     }
-    clock = cpus if jax.default_backend() == "cpu" else walls
-    peak = measure_peak(args.repeats)
-    rate = count_flops(parameters) / statistics.median(clock["update"][2:])
+    on_cpu = jax.default_backend() == "cpu"
+    peak = measure_product(MODEL.dtype, args.repeats, time.process_time if on_cpu else time.perf_counter)
+    rate = count_flops(parameters) / statistics.median((cpus if on_cpu else walls)["update"][2:])
     memory = jax.devices()[0].memory_stats() or {}
     result |= {
         "mfu": round(rate / peak, 4),

@@ -81,6 +81,6 @@ def test_a_top_k_beyond_the_vocabulary_is_refused_before_anything_is_written(tmp
 def test_an_engine_has_a_filter_where_training_or_evaluation_asks_for_one(overrides, has_filter):
     config = runs.configure("unused", *overrides)
     tokenizer = assembly.make_language(config).tokenizer
-    engine = sampling.make_engine(config, assembly.make_model(config, tokenizer), tokenizer)
+    engine = sampling.make_engine(config, assembly.make_model(config, tokenizer), tokenizer.stop_ids)
     assert engine.config.has_filter is has_filter
     np.testing.assert_allclose(engine.token_filter, (config.rollout.top_p, 0, 0.0))

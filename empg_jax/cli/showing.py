@@ -246,6 +246,30 @@ def plan(
         typer.echo("\n".join(lines))
 
 
+@app.command()
+def bench(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Updates to measure, after one that warms up; medians are told.")
+    ] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the engine and the learner of a configuration on this machine, without environments.
+
+    Made-up episodes, each of which fills its row, are sampled and trained on as in a run. Nothing is written.
+    """
+    with reporting():
+        resolved = load_checked(config, overrides or [], to_run=False)
+        from empg_jax.plan.bench import as_lines
+        from empg_jax.plan.bench import bench as measure
+        from empg_jax.report.progress import Progress
+
+        with Progress(resolved.log.progress) as progress:
+            found = measure(resolved, repeats, progress)
+        typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
+
+
 @app.command("simulate")
 def show_simulation(
     config: ConfigArgument,

@@ -1,1 +1,1 @@
-"""The memory plan: the bytes that a run needs on each device, and their presentation as text."""
+"""What a configuration needs: memory planned, times expected from a chip's peaks, and both measured here."""

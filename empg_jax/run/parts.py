@@ -194,11 +194,11 @@ def open_run(
         model = make_model(config, language.tokenizer)
         shape = make_batch_shape(config)
         counted = functools.partial(progress.counting, check)
-        learner, schedule, state = _start_learner(config, model, shape, counted)
+        learner, schedule, state = start_learner(config, model, shape, counted)
         build = functools.partial(make_sampler, num_hosts=hosts.num, tell=events.tell, check=stop.check)
         engine = build(config, model, language.tokenizer, learner.base)
         if isinstance(engine, Engine):  # nothing of a server is compiled here
-            _warm_up(engine, state.params, counted)
+            warm_up_engine(engine, state.params, counted)
         progress.close()
         rollout = make_rollout(config, engine, pool, language, hosts)
         first = engine.config.slots  # the engine of training has the handles below
@@ -269,7 +269,7 @@ def _open_language(config: Config, run_dir: Path, hosts: Hosts, *, is_resumed: b
     return language
 
 
-def _start_learner(
+def start_learner(
     config: Config, model: DecoderConfig, shape: BatchShape, counted: Counted
 ) -> tuple[Learner, optax.Schedule, TrainState]:
     """Build the learner, compile its programs, and make the learning-rate schedule and the first state."""
@@ -302,7 +302,7 @@ def _start_learner(
     return learner, schedule, state
 
 
-def _warm_up(engine: Engine, params: Params, counted: Counted) -> None:
+def warm_up_engine(engine: Engine, params: Params, counted: Counted) -> None:
     """Compile the engine's programs; the weights of a run are published to it later."""
     engine.load(params, -1)
     engine.warm_up(counted("compiling the engine", engine.config.num_programs))
@@ -355,13 +355,18 @@ def has_base_reference(config: Config) -> bool:
     return needs_reference(config) and config.model.lora.rank > 0 and config.sft.updates == 0
 
 
+def copy_reference(config: Config, params: Params) -> Params | None:
+    """Return the reference that starts from these weights: a copy, ``{}`` for the base, None for none."""
+    if has_base_reference(config):
+        return {}
+    return jax.tree.map(lambda leaf: leaf.copy(), params) if needs_reference(config) else None
+
+
 def freeze_reference(parts: Parts, run: RunState) -> None:
     """Make the current policy, at the start of RL, the reference of the KL term, if there is one.
 
     With adapters, only the adapters are copied, or nothing where the base alone is the reference.
     """
-    if has_base_reference(parts.config):
-        run.reference = {}
-    elif needs_reference(parts.config):
-        run.reference = jax.tree.map(lambda leaf: leaf.copy(), run.state.params)
+    run.reference = copy_reference(parts.config, run.state.params)
+    if run.reference:
         parts.checkpoints.save_reference(run.reference)

@@ -46,7 +46,7 @@ EVALUATION_STREAM = 1  # keeps the sampling keys of evaluation apart from those 
 def make_engine(
     config: Config,
     model: DecoderConfig,
-    tokenizer: Tokenizer,
+    stop_ids: tuple[int, ...],
     *,
     num_hosts: int = 1,
     is_served: bool = False,
@@ -56,7 +56,7 @@ def make_engine(
     Args:
       config: the configuration.
       model: the decoder's config.
-      tokenizer: its tokenizer.
+      stop_ids: tokens that end a response.
       num_hosts: hosts that share the slots.
       is_served: requests choose how to sample; ``rollout`` and ``eval`` have no say in it.
 
@@ -68,7 +68,7 @@ def make_engine(
     check_filters(config, model.vocab_size)
     token_filter = NO_FILTER if is_served else filter_of(r)
     has_filter = is_served or not (token_filter.is_off and filter_of(config.eval).is_off)
-    sizes = size_engine(config, stop_ids=tokenizer.stop_ids, num_hosts=num_hosts, has_filter=has_filter)
+    sizes = size_engine(config, stop_ids=stop_ids, num_hosts=num_hosts, has_filter=has_filter)
     if sizes.slots % r.data:
         raise ConfigError(
             f"{sizes.slots} slots (rollout.slots) do not split over rollout.data={r.data} devices"
@@ -153,7 +153,7 @@ def make_sampler(
       ConfigError: as `make_engine`; or the server cannot sample for this run.
     """
     if config.rollout.engine == "builtin":
-        engine = make_engine(config, model, tokenizer, num_hosts=num_hosts)
+        engine = make_engine(config, model, tokenizer.stop_ids, num_hosts=num_hosts)
         if base is not None:
             engine.base = engine.place(base)
         return engine

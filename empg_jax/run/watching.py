@@ -153,7 +153,7 @@ def _open_engine(saved: SavedRun) -> Engine:
     one = {"slots": 1, "data": 1, "tensor": 1, "devices": None}
     rollout = saved.config.rollout.model_copy(update=one)
     config = saved.config.model_copy(update={"rollout": rollout})
-    engine = make_engine(config, saved.model, saved.language.tokenizer)
+    engine = make_engine(config, saved.model, saved.language.tokenizer.stop_ids)
     if saved.base is not None:
         engine.base = engine.place(saved.base)
     engine.load(saved.params, saved.step)

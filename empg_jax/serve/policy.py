@@ -177,7 +177,7 @@ def _make_engine(config: Config, tokenizer: Tokenizer) -> Engine:
     }
     rollout = config.rollout.model_copy(update=sizes)
     config = config.model_copy(update={"rollout": rollout})
-    return make_engine(config, make_model(config, tokenizer), tokenizer, is_served=True)
+    return make_engine(config, make_model(config, tokenizer), tokenizer.stop_ids, is_served=True)
 
 
 def _load(engine: Engine, params: Params, base: Params | None, version: int) -> None:

@@ -180,7 +180,7 @@ def test_the_configuration_sets_the_chunk_and_the_largest_bucket():
     def sizes(*changes):
         config = load_config("quickstart", ["rollout.max_tokens=8192", "train.micro_tokens=8192", *changes])
         tokenizer = make_language(config).tokenizer
-        return make_engine(config, make_model(config, tokenizer), tokenizer).config
+        return make_engine(config, make_model(config, tokenizer), tokenizer.stop_ids).config
 
     assert sizes().prefill_chunk == 1024 and sizes().prefill_buckets == (16, 24, 32)
     own = sizes("rollout.prefill_chunk=512", "rollout.prefill_buckets=null", "rollout.slots=4")

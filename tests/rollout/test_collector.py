@@ -291,7 +291,7 @@ def parts():
 
     def make(*overrides):
         changed = load_config("quickstart", [*SIZES, *SMALL, *overrides])
-        engine = sampling.make_engine(changed, model, language.tokenizer)
+        engine = sampling.make_engine(changed, model, language.tokenizer.stop_ids)
         engine.load(params, 0)
         return sampling.make_collector(changed, engine, pool, assembly.make_language(changed), stream=0)
 

@@ -174,7 +174,7 @@ def test_an_engine_that_does_not_fit_its_devices_is_refused(overrides, says):
     config = load_config("quickstart", overrides)
     tokenizer = assembly.make_language(config).tokenizer
     with pytest.raises(ConfigError, match=says):
-        sampling.make_engine(config, assembly.make_model(config, tokenizer), tokenizer)
+        sampling.make_engine(config, assembly.make_model(config, tokenizer), tokenizer.stop_ids)
 
 
 @pytest.mark.parametrize(("is_deterministic", "rows"), [(True, (4,)), (False, (1, 4))])
@@ -182,7 +182,7 @@ def test_deterministic_rollouts_prefill_by_one_program(is_deterministic, rows):
     """Programs for other numbers of rows round differently: who is prefilled together must not matter."""
     config = runs.configure("unused", f"rollout.deterministic={is_deterministic}".lower())
     tokenizer = assembly.make_language(config).tokenizer
-    engine = sampling.make_engine(config, assembly.make_model(config, tokenizer), tokenizer)
+    engine = sampling.make_engine(config, assembly.make_model(config, tokenizer), tokenizer.stop_ids)
     assert engine.config.row_buckets == rows
 
 
