@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from empg_jax.engine.cache import copy_pages, copy_rows, grow
 from empg_jax.engine.sampling import fold_keys, position_uniforms, sample, sample_filtered
 from empg_jax.engine.sizes import EngineConfig
+from empg_jax.models.attention.tpu import LANES
 from empg_jax.models.axes import param_shardings, repeat_kv_heads
 from empg_jax.models.decoder import (
     DecoderConfig,
@@ -35,7 +36,7 @@ from empg_jax.models.filtering import uses_filter
 from empg_jax.models.products import multiply_transposed
 from empg_jax.models.projection import transpose_kernels
 from empg_jax.models.quantize import cast_params
-from empg_jax.parallel.layout import cache_heads, on_mesh
+from empg_jax.parallel.layout import cache_heads, cache_heads_here, on_mesh
 from empg_jax.parallel.mesh import named_sharding, replicated
 from empg_jax.types import Leaf, Params
 
@@ -150,14 +151,15 @@ def cache_sharding(mesh: Mesh, model: DecoderConfig, config: EngineConfig) -> Na
     Raises:
       ValueError: slots with pages are split.
     """
+    heads = model.num_kv_heads // model.joined_heads
     if config.page_tokens:
         if mesh.shape["data"] > 1:
             raise ValueError(
                 f"page_tokens={config.page_tokens} with slots over data={mesh.shape['data']} devices: all "
                 "slots use one pool; use data=1, or page_tokens=0"
             )
-        return named_sharding(mesh, ("heads", None, None, None), (model.num_kv_heads, 1, 1, 1))
-    return named_sharding(mesh, ("slots", "heads", None, None), (config.slots, model.num_kv_heads, 1, 1))
+        return named_sharding(mesh, ("heads", None, None, None), (heads, 1, 1, 1))
+    return named_sharding(mesh, ("slots", "heads", None, None), (config.slots, heads, 1, 1))
 
 
 def lay_out(model: DecoderConfig, mesh: Mesh) -> DecoderConfig:
@@ -168,12 +170,18 @@ def lay_out(model: DecoderConfig, mesh: Mesh) -> DecoderConfig:
 
     Key/value heads that ``tensor`` does not divide are repeated until it does, where the query heads allow
     it: else every device would hold, and gather for every burst, the whole cache.
+
+    On a TPU narrow heads are joined where a device has enough of them, for its kernels of the cache.
     """
-    tensor = mesh.shape["tensor"]
+    tensor, platform = mesh.shape["tensor"], mesh.devices.flat[0].platform
+    kv_heads, joined = cache_heads(model.num_heads, model.num_kv_heads, tensor), 1
+    if platform == "tpu" and model.dtype == jnp.bfloat16 and LANES % model.head_dim == 0:
+        joined = LANES // model.head_dim
     return dataclasses.replace(
         model,
         fused_projections=model.lora is None and tensor == 1,
-        num_kv_heads=cache_heads(model.num_heads, model.num_kv_heads, tensor),
+        num_kv_heads=kv_heads,
+        joined_heads=joined if cache_heads_here(model.num_heads, kv_heads, tensor) % joined == 0 else 1,
     )
 
 

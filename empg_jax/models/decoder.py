@@ -52,7 +52,7 @@ from empg_jax.parallel.layout import (
 )
 from empg_jax.types import Params
 
-# Per layer (keys, values), each [S K C d], or a pool of pages [K N P d].
+# Per layer (keys, values), each [S K C d], or a pool of pages [K N P d]; `DecoderConfig.joined_heads` as one.
 KVCache = tuple[tuple[jax.Array, jax.Array], ...]
 # Checkpoint names that each rematerialization policy keeps for the backward pass, besides each layer's input.
 # ``full`` keeps only attention's result and recomputes the rest. ``dots`` keeps the results of all matrix
@@ -91,6 +91,7 @@ class DecoderConfig:
     moe: MoeConfig | None = None  # None: one MLP of intermediate_size
     lora: LoraConfig | None = None  # None: every parameter is trained
     fused_projections: bool = False  # the layers come from `fuse_projections` (the engine's copy)
+    joined_heads: int = 1  # key/value heads side by side in the engine's cache (`attention.joined`)
 
     def __post_init__(self) -> None:
         """Refuse inconsistent shapes and unknown options."""
@@ -336,18 +337,17 @@ def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B T"]) -> F
 
 def init_cache(config: DecoderConfig, slots: int, capacity: int) -> KVCache:
     """Return an empty KV cache: per layer keys and values ``[slots, K, capacity, d]``."""
-    return _zeros(config, (slots, config.num_kv_heads, capacity, config.head_dim))
+    return _zeros(config, slots, None, capacity)
 
 
 def init_pool(config: DecoderConfig, num_pages: int, page_tokens: int) -> KVCache:
     """Return empty pages: per layer keys and values ``[K, num_pages, page_tokens, d]``."""
-    return _zeros(config, (config.num_kv_heads, num_pages, page_tokens, config.head_dim))
+    return _zeros(config, None, num_pages, page_tokens)
 
 
-def _zeros(config: DecoderConfig, shape: tuple[int, ...]) -> KVCache:
-    def zeros() -> Array:
-        return jnp.zeros(shape, config.dtype)
-
+def _zeros(config: DecoderConfig, *sizes: int | None) -> KVCache:
+    shape = [config.num_kv_heads // config.joined_heads if size is None else size for size in sizes]
+    zeros = functools.partial(jnp.zeros, (*shape, config.head_dim * config.joined_heads), config.dtype)
     return tuple((zeros(), zeros()) for _ in range(config.num_layers))
 
 

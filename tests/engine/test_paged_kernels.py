@@ -58,15 +58,16 @@ def test_the_gpu_kernel_gives_the_same_as_gathered_rows(pool):
     assert not np.asarray(found[2]).any()  # an idle row
 
 
+@pytest.mark.parametrize("depth", [128, 64])
 @pytest.mark.parametrize("kind", ["rows", "pages"])
-def test_the_tpu_kernel_gives_the_same_as_all_rows(kind):
-    """Three rows, the last one idle; ends of rows inside of a block, and behind several."""
+def test_the_tpu_kernel_gives_the_same_as_all_rows(kind, depth):
+    """Three rows, the last one idle; ends inside of a block, and behind several. Heads of 64 are joined."""
     from jax.experimental.pallas import tpu as pltpu
 
-    rows, columns, size, depth = 3, 128, 16, 128
-    shape = (rows, KV_HEADS, columns * size, depth) if kind == "rows" else (KV_HEADS, 512, size, depth)
+    rows, columns, size, width = 3, 128, 16, 128
+    shape = (rows, KV_HEADS, columns * size, width) if kind == "rows" else (KV_HEADS, 512, size, width)
     keys, values = (draw(*shape, seed=seed).astype(jnp.bfloat16) for seed in (1, 2))
-    queries = draw(rows, HEADS, depth, seed=4).astype(jnp.bfloat16)
+    queries = draw(rows, HEADS * width // depth, depth, seed=4).astype(jnp.bfloat16)
     lengths = jnp.asarray([1037, 60, 0], jnp.int32)
     with pltpu.force_tpu_interpret_mode():
         if kind == "rows":

@@ -245,13 +245,18 @@ def test_pieces_of_a_row_divide_its_blocks(rows, blocks, expected):
 
 
 @pytest.mark.parametrize(
-    "length, heads, kv_heads, capacity",
-    [(32, 4, 2, 256), (64, 6, 1, 1024), (48, 7, 1, 384)],  # the last one in three parts of 16 queries
+    "length, heads, kv_heads, capacity, depth",
+    [
+        (32, 4, 2, 256, 128),
+        (64, 6, 1, 1024, 128),
+        (48, 7, 1, 384, 128),  # in three parts of 16 queries
+        (32, 12, 2, 256, 64),  # four heads of 64, joined two by two
+    ],
 )
-def test_the_prefill_kernel_equals_products_over_the_whole_cache(length, heads, kv_heads, capacity):
+def test_the_prefill_kernel_equals_products_over_the_whole_cache(length, heads, kv_heads, capacity, depth):
     """Rows begin anywhere and end in pads; the last one has nothing but pads."""
     keys = jax.random.split(jax.random.key(0), 3)
-    queries = jax.random.normal(keys[0], (3, length, heads, 128), jnp.bfloat16)
+    queries = jax.random.normal(keys[0], (3, length, heads, depth), jnp.bfloat16)
     cache = [jax.random.normal(key, (3, kv_heads, capacity, 128), jnp.bfloat16) for key in keys[1:]]
     start, count = np.array([[0], [capacity - length], [5]]), np.array([[length - 3], [length], [0]])
     offsets = np.arange(length)[None]
@@ -260,7 +265,7 @@ def test_the_prefill_kernel_equals_products_over_the_whole_cache(length, heads, 
     expected = cached_attention(*exact, jnp.asarray(positions))
     unread = np.arange(capacity) >= start + count  # junk behind a row's newest key changes nothing
     cache = [jnp.where(unread[:, None, :, None], jnp.bfloat16(1e30), x) for x in cache]
-    assert prefill.takes(queries, capacity)
+    assert prefill.takes(queries, cache[0])
     found = np.asarray(prefill.attend(queries, *cache, jnp.asarray(positions), interpret=True), np.float32)
     assert np.isfinite(found).all()
     is_real = offsets < count

@@ -16,7 +16,7 @@ platform selects the back end when a program is lowered (`packed`):
 ``attend_rows`` writes new tokens into the engine's KV cache and attends over it (``cached_attention``). Its
 decode step uses a Pallas kernel, which reads only the filled part of the cache, on GPUs (`ragged`) and TPUs
 (`tpu`), a prefill on TPUs (`prefill`); all else is two dense products (`cached`). ``attend_pages`` is the
-same over pages of a pool (`paged`).
+same over pages of a pool (`paged`). On TPUs narrow heads of the cache are `joined`.
 
 `reference` is the dense definition that every back end must equal. ``model.attention=xla`` turns the kernels
 of packed attention off.

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from empg_jax.models.attention import ragged, tpu
 from empg_jax.models.attention.dispatch import by_platform, load_late
+from empg_jax.models.attention.joined import join, separate
 from empg_jax.models.products import multiply_transposed
 
 # Score of a hidden key. It is finite, so that a row without any visible key gives no NaN.
@@ -26,7 +27,7 @@ SCORES = 2**26
 def attend_rows(
     queries: Float[Array, "R T H d"],
     new: tuple[Float[Array, "R T K d"], Float[Array, "R T K d"]],
-    cache: tuple[Float[Array, "S K C d"], Float[Array, "S K C d"]],
+    cache: tuple[Float[Array, "S J C w"], Float[Array, "S J C w"]],
     rows: Int[Array, "R"] | None,
     positions: Int[Array, "R T"],
 ) -> tuple[Float[Array, "R T H d"], tuple[Array, Array]]:
@@ -35,7 +36,7 @@ def attend_rows(
     Args:
       queries: rotated queries of the new tokens.
       new: their keys and values.
-      cache: all rows of keys, and of values.
+      cache: all rows of keys, and of values; heads may be `joined`.
       rows: the row of each; one beyond the cache is dropped. None: all rows in their order.
       positions: as in `cached_attention`.
 
@@ -43,7 +44,7 @@ def attend_rows(
       The attention output, in the type of the queries, and the cache.
     """
     keys, values = written = tuple(
-        write_rows(old, x, rows, positions) for old, x in zip(cache, new, strict=True)
+        write_rows(old, join(x, old.shape[3]), rows, positions) for old, x in zip(cache, new, strict=True)
     )
     if rows is not None:
         keys, values = (jnp.take(w, rows, axis=0, mode="clip") for w in written)
@@ -52,8 +53,8 @@ def attend_rows(
 
 def cached_attention(
     queries: Float[Array, "R T H d"],
-    keys: Float[Array, "R K C d"],
-    values: Float[Array, "R K C d"],
+    keys: Float[Array, "R J C w"],
+    values: Float[Array, "R J C w"],
     positions: Int[Array, "R T"],
 ) -> Float[Array, "R T H d"]:
     """Compute attention of new tokens over a KV cache that already holds them.
@@ -128,7 +129,7 @@ def _dense_decode(queries: Array, keys: Array, values: Array, lengths: Array) ->
 
 def _decode_tpu(queries: Array, keys: Array, values: Array, lengths: Array) -> tuple[Array]:
     size = tpu.largest_block(keys.shape[2])
-    if not tpu.takes(queries.shape[2], queries.dtype, size, keys.size // (size * keys.shape[3])):
+    if not tpu.takes(keys.shape[3], queries.dtype, size, keys.size // (size * keys.shape[3])):
         return _dense_decode(queries, keys, values, lengths)
     return (tpu.decode_rows(queries, keys, values, lengths),)
 
@@ -145,7 +146,8 @@ _prefill = by_platform(
 
 def attend(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
     """Attend in blocks of queries whose scores fit into `SCORES`."""
-    rows, length, heads, _ = queries.shape
+    rows, length, heads, depth = queries.shape
+    keys, values = separate(keys, depth), separate(values, depth)
     fitting = max(1, SCORES // (rows * heads * keys.shape[2]))
     if fitting >= length:
         return _attend_at_once(queries, keys, values, positions)

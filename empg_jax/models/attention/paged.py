@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from empg_jax.models.attention import tpu
 from empg_jax.models.attention.cached import attend, cached_attention
 from empg_jax.models.attention.dispatch import by_platform
+from empg_jax.models.attention.joined import join
 from empg_jax.models.attention.operands import scale
 from empg_jax.models.attention.ragged import count_splits
 from empg_jax.models.attention.tpu import count_pages
@@ -28,7 +29,7 @@ BLOCK_BYTES = 2**15
 def attend_pages(
     queries: Float[Array, "R T H d"],
     new: tuple[Float[Array, "R T K d"], Float[Array, "R T K d"]],
-    pool: tuple[Float[Array, "K N P d"], Float[Array, "K N P d"]],
+    pool: tuple[Float[Array, "J N P w"], Float[Array, "J N P w"]],
     pages: Int[Array, "R C"],
     positions: Int[Array, "R T"],
 ) -> tuple[Float[Array, "R T H d"], tuple[Array, Array]]:
@@ -37,7 +38,7 @@ def attend_pages(
     Args:
       queries: rotated queries of the new tokens.
       new: their keys and values.
-      pool: all pages of keys, and of values.
+      pool: all pages of keys, and of values; heads may be `joined`.
       pages: the pages of each row, in the order of their positions; what is behind a row's own is not read.
       positions: as in `cached_attention`. What has a position beyond the table's pages is not written.
 
@@ -45,7 +46,9 @@ def attend_pages(
       The attention output, in the type of the queries, and the pool.
     """
     size, capacity = pool[0].shape[2], pool[0].shape[2] * pages.shape[1]
-    keys, values = (write_pages(old, x, pages, positions) for old, x in zip(pool, new, strict=True))
+    keys, values = (
+        write_pages(old, join(x, old.shape[3]), pages, positions) for old, x in zip(pool, new, strict=True)
+    )
     if queries.shape[1] == 1 and takes(size, queries.shape[3], queries.dtype):
         lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
         return _decode(queries[:, 0], keys, values, pages, lengths)[0][:, None], (keys, values)
@@ -157,7 +160,7 @@ def decode_gpu(
 
 def decode_tpu(queries: Array, keys: Array, values: Array, pages: Array, lengths: Array) -> tuple[Array]:
     """Compute the same on a TPU, where an idle row gives some finite number."""
-    if not tpu.takes(queries.shape[2], queries.dtype, keys.shape[2], pages.size):
+    if not tpu.takes(keys.shape[3], queries.dtype, keys.shape[2], pages.size):
         return gather_decode(queries, keys, values, pages, lengths)
     return (tpu.decode_pages(queries, keys, values, pages, lengths),)
 

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from empg_jax.models.attention import cached
+from empg_jax.models.attention.joined import narrow, spread
 from empg_jax.models.attention.tpu import LANES, largest_block
 
 ROWS = 512  # most rows of a block of queries: tokens times the query heads of a key head
@@ -25,21 +26,21 @@ ROWS = 512  # most rows of a block of queries: tokens times the query heads of a
 
 def attend_on_tpu(queries: Array, keys: Array, values: Array, positions: Array) -> tuple[Array]:
     """Compute a prefill by the kernel where it takes the shapes, else by products."""
-    body = attend if takes(queries, keys.shape[2]) else cached.attend
+    body = attend if takes(queries, keys) else cached.attend
     return (body(queries, keys, values, positions),)
 
 
-def takes(queries: jax.Array, capacity: int) -> bool:
-    """Return whether the kernel supports these queries ``[R T H d]`` over a cache of this length."""
-    _, length, _, depth = queries.shape
-    is_tiled = depth % LANES == 0 and capacity % LANES == 0 and length % 16 == 0
+def takes(queries: jax.Array, keys: jax.Array) -> bool:
+    """Return whether the kernel supports these queries ``[R T H d]`` over these keys ``[R J C w]``."""
+    _, _, capacity, width = keys.shape
+    is_tiled = width % LANES == 0 and capacity % LANES == 0 and queries.shape[1] % 16 == 0
     return queries.dtype == jnp.bfloat16 and is_tiled
 
 
 def attend(
     queries: Float[Array, "R T H d"],
-    keys: Float[Array, "R K C d"],
-    values: Float[Array, "R K C d"],
+    keys: Float[Array, "R J C w"],
+    values: Float[Array, "R J C w"],
     positions: Int[Array, "R T"],
     *,
     interpret: bool = False,
@@ -48,7 +49,7 @@ def attend(
 
     Args:
       queries: rotated queries.
-      keys: the cached keys, those of the new tokens included.
+      keys: the cached keys, those of the new tokens included; narrow heads are `joined`.
       values: the cached values.
       positions: the first tokens of a row have consecutive positions, the others are pads (``C``).
       interpret: run the kernel on a CPU, for tests.
@@ -57,13 +58,14 @@ def attend(
       The attention output, in the type of the queries; that of a pad is finite.
     """
     rows, length, heads, depth = queries.shape
-    kv_heads, capacity = keys.shape[1], keys.shape[2]
+    _, kv_heads, capacity, width = keys.shape
     groups = heads // kv_heads
     tokens = math.gcd(length, max(16, 2 ** int(math.log2(ROWS // groups))))
-    flash = _Flash(groups, tokens, largest_block(capacity))
-    grouped = jnp.transpose(queries.reshape(rows, length, kv_heads, groups, depth), (0, 2, 3, 1, 4))
-    query_block = pl.BlockSpec((None, None, groups, tokens, depth), flash.place_queries)
-    key_block = pl.BlockSpec((None, None, flash.keys, depth), flash.place_keys)
+    flash = _Flash(groups, tokens, largest_block(capacity), depth**-0.5)
+    wide = spread(queries, kv_heads, width)
+    grouped = jnp.transpose(wide.reshape(rows, length, kv_heads, groups, width), (0, 2, 3, 1, 4))
+    query_block = pl.BlockSpec((None, None, groups, tokens, width), flash.place_queries)
+    key_block = pl.BlockSpec((None, None, flash.keys, width), flash.place_keys)
     output = pl.pallas_call(
         flash.run,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -73,7 +75,7 @@ def attend(
             grid=(rows, kv_heads, length // tokens, capacity // flash.keys),
             # The largest score, the sum of the weights (both in all lanes), and the weighted values.
             scratch_shapes=[
-                pltpu.VMEM((groups * tokens, size), jnp.float32) for size in (LANES, LANES, depth)
+                pltpu.VMEM((groups * tokens, size), jnp.float32) for size in (LANES, LANES, width)
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(grouped.shape, queries.dtype),
@@ -83,7 +85,8 @@ def attend(
         interpret=interpret,
         name="prefill_attention",
     )(positions[:, 0], jnp.sum(positions < capacity, axis=1, dtype=jnp.int32), grouped, keys, values)
-    return jnp.transpose(output, (0, 3, 1, 2, 4)).reshape(queries.shape)
+    output = jnp.transpose(output, (0, 3, 1, 2, 4)).reshape(wide.shape)
+    return narrow(output, kv_heads, depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +97,13 @@ class _Flash:
       groups: query heads of a key head.
       tokens: new tokens of a part.
       keys: keys of a block.
+      scale: factor of the scores.
     """
 
     groups: int
     tokens: int
     keys: int
+    scale: float
 
     def count_blocks(self, row: Any, part: Any, start: Any, count: Any) -> Array:
         """Count the blocks of keys that a part sees, given the first position and the tokens of each row."""
@@ -140,11 +145,11 @@ class _Flash:
         """Add a block, given the positions of its first query and its first key."""
         q, k, v = (ref[...] for ref in inputs)
         largest, total, weighted = sums
-        shape, depth = (self.groups, self.tokens, self.keys), q.shape[-1]
+        shape = self.groups, self.tokens, self.keys
         transposed = (((1,), (1,)), ((), ()))
         scores = jax.lax.dot_general(
-            q.reshape(-1, depth), k, transposed, preferred_element_type=jnp.float32
-        ) * jnp.float32(depth**-0.5)
+            q.reshape(-1, q.shape[-1]), k, transposed, preferred_element_type=jnp.float32
+        ) * jnp.float32(self.scale)
         queries = position + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
         visible = key + jax.lax.broadcasted_iota(jnp.int32, shape, 2) <= queries
         scores = jnp.where(visible.reshape(scores.shape), scores, jnp.float32(cached.MASKED))

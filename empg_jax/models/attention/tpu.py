@@ -10,22 +10,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from empg_jax.models.attention.joined import narrow, spread
 from empg_jax.models.attention.operands import scale
 
 # Keys that a kernel takes at a time: 512 of 128 numbers in bfloat16 have 128 KiB, and their values as much.
 BLOCKS = (512, 256, 128)
-# Numbers side by side in a tile. For narrower heads the compiler lays the cache out along other axes.
+# Numbers side by side in a tile. For narrower heads, unless `joined`, the compiler lays the cache out along
+# other axes.
 LANES = 128
 # Most numbers of a page table: half of a core's scalar memory of 1 MiB.
 SCALARS = 2**17
 
 
-def takes(head_dim: int, dtype: jnp.dtype, page_tokens: int, table: int) -> bool:
-    """Return whether the kernel supports this head size, type, page size and size of the page table.
+def takes(width: int, dtype: jnp.dtype, page_tokens: int, table: int) -> bool:
+    """Return whether the kernel supports this width of a head, type, page size and size of the page table.
 
     It would round keys and values of float32 to bfloat16.
     """
-    return dtype == jnp.bfloat16 and head_dim % LANES == 0 and page_tokens >= 16 and table <= SCALARS
+    return dtype == jnp.bfloat16 and width % LANES == 0 and page_tokens >= 16 and table <= SCALARS
 
 
 def write_flat(
@@ -47,8 +49,8 @@ def write_flat(
 
 def decode_pages(
     queries: Float[Array, "R H d"],
-    keys: Float[Array, "K N P d"],
-    values: Float[Array, "K N P d"],
+    keys: Float[Array, "J N P w"],
+    values: Float[Array, "J N P w"],
     pages: Int[Array, "R C"],
     lengths: Int[Array, "R"],
 ) -> Float[Array, "R H d"]:
@@ -56,7 +58,7 @@ def decode_pages(
 
     Args:
       queries: rotated queries.
-      keys: the pages of all keys.
+      keys: the pages of all keys; narrow heads are `joined`.
       values: the pages of all values.
       pages: the pages of each row.
       lengths: number of keys that each row sees; a row of length 0 gives some finite number.
@@ -69,29 +71,29 @@ def decode_pages(
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = kernel(
-            scale(queries),
+            spread(scale(queries), keys.shape[0], keys.shape[3]),
             keys,
             values,
             jnp.maximum(lengths, 1),  # it waits for a first page of every row
             pages,
             pages_per_compute_block=count_pages(pages.shape[1], keys.shape[2], BLOCKS[0]),
         )
-    return output.astype(queries.dtype)
+    return narrow(output.astype(queries.dtype), keys.shape[0], queries.shape[2])
 
 
 def decode_rows(
     queries: Float[Array, "R H d"],
-    keys: Float[Array, "R K C d"],
-    values: Float[Array, "R K C d"],
+    keys: Float[Array, "R J C w"],
+    values: Float[Array, "R J C w"],
     lengths: Int[Array, "R"],
 ) -> Float[Array, "R H d"]:
     """Compute the same over rows: each head of a row is a row of pages of its own, in their order."""
-    rows, kv_heads, capacity, depth = keys.shape
+    rows, kv_heads, capacity, width = keys.shape
     flat, size = rows * kv_heads, largest_block(capacity)
     output = decode_pages(
-        queries.reshape(flat, -1, depth),
-        keys.reshape(1, -1, size, depth),
-        values.reshape(1, -1, size, depth),
+        queries.reshape(flat, -1, queries.shape[2]),
+        keys.reshape(1, -1, size, width),
+        values.reshape(1, -1, size, width),
         jnp.arange(flat * capacity // size, dtype=jnp.int32).reshape(flat, -1),
         jnp.repeat(lengths, kv_heads),
     )
