@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from empg_jax.cli import app
 from empg_jax.plan import bench
+from empg_jax.plan.episodes import choose_form, make_prompt
 from empg_jax.report.progress import Progress
 from tests import runs
 
@@ -84,7 +85,7 @@ def test_the_command_tells_rates_in_a_table_or_as_json_and_leaves_nothing(tmp_pa
             4 * 96,
         ),
         # Every turn tells what it knows of the answer; the engine has a device of its own.
-        (["algorithm.name=igpo", "env.max_turns=2", "rollout.devices=1"], 4 * 96),
+        (["algorithm.name=igpo", "env.max_turns=2", "rollout.devices=1", "train.max_lag=1"], 4 * 96),
     ],
     ids=["window", "adapters", "answers"],
 )
@@ -93,17 +94,28 @@ def test_it_measures_what_a_run_would_do(tmp_path, overrides, trained):
     assert found["recompiles"] == 0
     assert found["trained_tokens"] == trained
     assert found["logprob_gap_max"] < 1e-3
-    assert min(found["seconds"].values()) > 0
+    seconds = found["seconds"]
+    assert min(seconds.values()) > 0
+    if "train.max_lag=1" in overrides:  # the learner works beside the engine
+        assert seconds["learning"] == seconds["score"] + seconds["update"]
+        assert seconds["update_cycle"] == seconds["pause"] + max(seconds["rollout"], seconds["learning"])
+    else:
+        assert seconds["update_cycle"] == pytest.approx(sum(seconds[name] for name in bench.PARTS))
+
+
+def test_scores_that_a_run_seldom_needs_are_counted_seldom(tmp_path):
+    seconds = measure(tmp_path, "algorithm.entropy_source=engine")["seconds"]
+    assert seconds["learning"] == seconds["update"] + seconds["score"] / 25
 
 
 def test_episodes_fill_their_rows_and_a_group_begins_alike(tmp_path):
     config = runs.configure(tmp_path, "rollout.max_response_tokens=40", "env.max_turns=1")
-    form = bench.choose_form(config)
+    form = choose_form(config)
     assert (form.turns, form.prompt, form.response) == (1, 56, 40)
     config = runs.configure(tmp_path, "env.max_turns=60")
-    form = bench.choose_form(config)
+    form = choose_form(config)
     assert (form.turns, form.prompt, form.response) == (48, 1, 1)
-    first, second = (bench.make_prompt(form, 50, 1, member, 0) for member in (0, 1))
+    first, second = (make_prompt(form, 50, 1, member, 0) for member in (0, 1))
     np.testing.assert_array_equal(first, second)
 
 

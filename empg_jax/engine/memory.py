@@ -63,7 +63,7 @@ class Memory:
                 self.cache = self._programs.grow(self.cache, capacity)
 
     def _find_bucket(self, table: Slots, in_flight: np.ndarray) -> int:
-        # The largest bucket is max_tokens, and `submit` admits nothing longer: a bucket is always found.
+        # The largest bucket holds max_tokens, and `submit` admits nothing longer: a bucket is always found.
         return next(n for n in self._config.cache_buckets if n >= table.longest(in_flight))
 
     def fill(self, params: Params | None, table: Slots, stats: EngineStats, limit: int = 0) -> None:

@@ -136,25 +136,29 @@ def _draw(weights: Array, uniforms: Array) -> tuple[Array, Array]:
     blocks = -(-part // BLOCK)
     grid = jnp.pad(weights.reshape(rows, parts, part), ((0, 0), (0, 0), (0, blocks * BLOCK - part)))
     grid = grid.reshape(rows, parts * blocks, BLOCK)
-    sums = jnp.cumsum(jnp.sum(grid, axis=-1), axis=-1)
+    each = jnp.sum(grid, axis=-1)
+    sums = jnp.cumsum(each, axis=-1)
     totals = sums[:, -1]
     threshold = uniforms * totals
-    block = _passed(sums, threshold)
+    block = _passed(each, sums, threshold)
     before = jnp.where(block > 0, _at(sums, jnp.maximum(block - 1, 0)), jnp.float32(0.0))
     inside = jnp.take_along_axis(grid, block[:, None, None], axis=1)[:, 0]
     start = block // blocks * part + block % blocks * BLOCK
-    return start + _passed(jnp.cumsum(inside, axis=-1), threshold - before), totals
+    return start + _passed(inside, jnp.cumsum(inside, axis=-1), threshold - before), totals
 
 
-def _passed(sums: Array, threshold: Array) -> Array:
-    """Return the first index whose running sum exceeds the threshold.
+def _passed(weights: Array, sums: Array, threshold: Array) -> Array:
+    """Return the first index with a weight above zero whose running sum exceeds the threshold.
 
     Rounding may leave the threshold at or above the last sum. The draw is then the last entry with a weight
-    above zero, which is the first entry whose running sum equals the last sum.
+    above zero. Running sums are added up in parallel, so that they may rise a little where no weight is.
     """
-    below = jnp.sum(sums <= threshold[:, None], axis=-1, dtype=jnp.int32)
-    last = jnp.sum(sums < sums[:, -1:], axis=-1, dtype=jnp.int32)
-    return jnp.minimum(below, last)
+    places = jnp.arange(sums.shape[-1], dtype=jnp.int32)[None, :]
+    is_weighty = weights > 0
+    is_beyond = jnp.logical_and(is_weighty, sums > threshold[:, None])
+    first = jnp.min(jnp.where(is_beyond, places, jnp.int32(sums.shape[-1])), axis=-1)
+    last = jnp.max(jnp.where(is_weighty, places, jnp.int32(0)), axis=-1)
+    return jnp.minimum(first, last)
 
 
 def _at(values: Array, index: Array) -> Array:

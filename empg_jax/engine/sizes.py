@@ -11,6 +11,8 @@ from empg_jax.models.filtering import TokenFilter
 PREFILL_TOKENS = 8192
 # Programs that default sizes may lead to: each takes seconds to minutes to compile for a large model.
 MAX_PROGRAMS = 24
+# Keys of a tile of the accelerators' kernels.
+TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class EngineConfig:
         fill("prefill_buckets", tuple(sorted(self.prefill_buckets or lengths or [self.max_tokens])))
         counts = (-(-n // self.shards) * self.shards for n in (self.row_buckets or rows))
         fill("row_buckets", tuple(sorted({*counts, self.slots})))
-        fill("cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.max_tokens})))
+        fill("cache_buckets", tuple(sorted({*(self.cache_buckets or capacities), self.longest_cache})))
         while self.num_programs > MAX_PROGRAMS and chosen:
             longest = max(chosen, key=lambda name: len(getattr(self, name)))
             fill(longest, getattr(self, longest)[::-1][::2][::-1])  # every second one, and the largest
@@ -115,6 +117,11 @@ class EngineConfig:
     def part_of(self, slot: Any) -> Any:
         """Return the part of the slots that a slot belongs to; of an array of slots, an array."""
         return slot * self.shards // self.slots
+
+    @property
+    def longest_cache(self) -> int:
+        """Physical length of the longest cache: whole tiles, without which accelerators have no kernels."""
+        return self.max_tokens if self.max_tokens <= TILE else -(-self.max_tokens // TILE) * TILE
 
     @property
     def num_programs(self) -> int:

@@ -133,8 +133,6 @@ def _mix(
     first, second = checkpoint_name((first, second), "mlp")
     results = multiply(nn.silu(first) * second, down, counts)
     results = results * shares.reshape(-1)[order][:, None].astype(results.dtype)
-    # ragged_dot leaves rows behind the last group undefined: replace them rather than multiply them by 0.
-    results = jnp.where(is_here[order][:, None], results, jnp.zeros((), results.dtype))
     mixed = results[jnp.argsort(order)].reshape(len(states), config.top_k, -1).sum(axis=1)
     mixed = mixed if axis is None else jax.lax.psum(mixed, axis)
     return mixed.reshape(hidden.shape)
@@ -147,9 +145,15 @@ def multiply(
     """Multiply each expert's rows with its matrix, in the type of the rows.
 
     The gradient of the matrices is computed, and added up over devices, in their own type, which may be wider
-    (as in `models.projection.project`).
+    (as in `models.projection.project`). Rows behind the last expert's are zeros, and so are their gradients.
     """
-    return jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), counts)
+    return _in_groups(jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), counts), counts)
+
+
+def _in_groups(rows: Array, counts: Array) -> Array:
+    """Set rows behind the last group, which a TPU leaves unwritten, to zero; NaN may stand there."""
+    is_in = jnp.arange(len(rows)) < jnp.sum(counts)
+    return jnp.where(is_in[:, None], rows, jnp.zeros((), rows.dtype))
 
 
 def _forward(rows: Array, matrices: Array, counts: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -159,7 +163,7 @@ def _forward(rows: Array, matrices: Array, counts: Array) -> tuple[Array, tuple[
 def _backward(residuals: tuple[Array, Array, Array], slope: Array) -> tuple[Array, Array, None]:
     rows, matrices, counts = residuals
     product = jax.lax.ragged_dot_general
-    d_rows = product(slope, matrices.astype(rows.dtype), counts, _BACK)
+    d_rows = _in_groups(product(slope, matrices.astype(rows.dtype), counts, _BACK), counts)
     d_matrices = product(rows, slope, counts, _PER_EXPERT, preferred_element_type=matrices.dtype)
     return d_rows, d_matrices, None
 

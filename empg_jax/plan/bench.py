@@ -19,10 +19,11 @@ import numpy as np
 from empg_jax.engine.engine import Engine
 from empg_jax.errors import ConfigError
 from empg_jax.learner.batching import BatchShape, Layout, make_batch
-from empg_jax.learner.passes import Pass, Scorer, optimize
+from empg_jax.learner.passes import GAP_CHECK_EVERY, Pass, Scorer, optimize
 from empg_jax.learner.state import TrainState
 from empg_jax.learner.update import Learner
 from empg_jax.models.decoder import DecoderConfig
+from empg_jax.plan.episodes import Form, choose_form, play
 from empg_jax.plan.memory import compute_plan
 from empg_jax.plan.speed import forward_flops
 from empg_jax.report.progress import Progress
@@ -31,7 +32,7 @@ from empg_jax.run.parts import copy_reference, start_learner, warm_up_engine
 from empg_jax.run.process import CompileCounter, prepare_jax
 from empg_jax.run.sampling import make_engine
 from empg_jax.run.weights import check_model
-from empg_jax.types import Batch, Outcome, Params, Status, Trajectory, Turn
+from empg_jax.types import Batch, Params, Trajectory
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -44,127 +45,6 @@ PARTS = {
     "score": "log-probs and entropies by the learner",
     "update": "credit and all optimizer steps",
 }
-
-
-# ------------------------------------------------------------------------------------------- episodes
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """The size of the made-up episodes.
-
-    Attributes:
-      groups: groups of an update.
-      members: episodes of a group.
-      turns: turns of an episode.
-      prompt: new prompt tokens of a turn.
-      response: sampled tokens of a turn.
-      is_window: every turn has a row of its own, with a fresh prompt.
-    """
-
-    groups: int
-    members: int
-    turns: int
-    prompt: int
-    response: int
-    is_window: bool
-
-    @property
-    def episodes(self) -> int:
-        """Episodes of an update."""
-        return self.groups * self.members
-
-
-def choose_form(config: Config) -> Form:
-    """Choose episodes that fill a row: ``env.max_turns`` turns that share ``rollout.max_tokens`` alike.
-
-    A response takes as much of its turn as ``rollout.max_response_tokens`` allows, but half at most.
-    """
-    r, is_window = config.rollout, config.env.context == "window"
-    turns = config.env.max_turns if is_window else min(config.env.max_turns, r.max_tokens // 2)
-    share = r.max_tokens if is_window else r.max_tokens // turns
-    response = min(r.max_response_tokens, share // 2)
-    return Form(r.tasks_per_update, r.group_size, turns, share - response, response, is_window)
-
-
-def make_prompt(form: Form, vocab: int, group: int, member: int, turn: int) -> np.ndarray:
-    """Make up a turn's prompt, int32[P]; the first one is common to a group."""
-    key = (group, turn) if turn == 0 else (group, turn, member)
-    return np.random.default_rng(key).integers(0, vocab, form.prompt, dtype=np.int32)
-
-
-def play(engine: Engine, form: Form, answer_logprob: float | None = None) -> list[Trajectory]:
-    """Sample all episodes, as many at a time as there are slots; environments would answer at once.
-
-    Args:
-      engine: an engine with weights.
-      form: size of the episodes.
-      answer_logprob: what every turn tells of its known answer, for algorithms that use it.
-
-    Returns:
-      The episodes in order; every second one of a group is won.
-    """
-    turns: list[list[Turn]] = [[] for _ in range(form.episodes)]
-    waiting, playing = iter(range(form.episodes)), dict[int, int]()
-
-    def ask(slot: int) -> None:
-        group, member = divmod(playing[slot], form.members)
-        number = len(turns[playing[slot]])
-        tokens = make_prompt(form, engine.model.vocab_size, group, member, number)
-        is_fresh = form.is_window or number == 0
-        ids = (0, group, member, number)
-        engine.submit(slot, tokens, is_fresh=is_fresh, ids=ids, max_response=form.response)
-
-    for slot, episode in zip(range(engine.config.slots), waiting, strict=False):
-        playing[slot] = episode
-        ask(slot)
-    while engine.has_work:
-        for response in engine.step():
-            done = turns[playing[response.slot]]
-            is_last = len(done) + 1 == form.turns
-            is_won = is_last and playing[response.slot] % 2 == 0
-            done.append(
-                Turn(
-                    prompt_tokens=response.prompt_tokens,
-                    response_tokens=response.tokens,
-                    behavior_logprobs=response.logprobs,
-                    entropies=response.entropies,
-                    reward=float(is_won),
-                    version=int(response.versions.min()),
-                    anchor=len(done),
-                    is_valid=True,
-                    finish_reason=response.finish_reason,
-                    answer_logprob=answer_logprob,
-                )
-            )
-            if is_last:
-                engine.release(response.slot)
-                following = next(waiting, None)
-                if following is None:
-                    continue
-                playing[response.slot] = following
-            ask(response.slot)
-    return [_finish(form, episode, tuple(done)) for episode, done in enumerate(turns)]
-
-
-def _finish(form: Form, episode: int, turns: tuple[Turn, ...]) -> Trajectory:
-    group, member = divmod(episode, form.members)
-    is_won = turns[-1].reward > 0
-    return Trajectory(
-        task=group,
-        split="train",
-        group_id=group,
-        member=member,
-        turns=turns,
-        outcome=Outcome(Status.TRAINED, "won" if is_won else "turn_limit"),
-        episode_return=turns[-1].reward,
-        is_success=is_won,
-        terminated=is_won,
-        truncated=not is_won,
-    )
-
-
-# ------------------------------------------------------------------------------------------ measurement
 
 
 @dataclasses.dataclass
@@ -194,7 +74,9 @@ class Bench:
         """Do what a run does in an update, part by part; return counts and the gap of log-probs."""
         config, engine = self.config, self.engine
         with self.timing("publish"):
-            engine.swap(jax.block_until_ready(engine.place(self.state.params)), 0)
+            placed = jax.block_until_ready(engine.place(self.state.params))
+            with self.timing("swap"):
+                engine.swap(placed, 0)
         for name, length in (("prefill", 1), ("answer", self.length)):
             with self.timing(name):
                 self._answer_once(length)
@@ -253,17 +135,39 @@ class Bench:
             engine.release(slot)
 
     def rates(self, found: Mapping[str, float]) -> dict[str, float]:
-        """Return tokens per second of each part; decode is a full answer less the prefill of its prompt."""
+        """Return tokens per second of each part.
+
+        Decode is a full answer less the prefill of its prompt, by the fastest of each; it is left out where
+        the two can hardly be told apart.
+        """
         median = {name: statistics.median(all_) for name, all_ in self.seconds.items()}
-        slots, decode = self.engine.config.slots, median["answer"] - median["prefill"]
+        prefill, answer = (min(self.seconds[name]) for name in ("prefill", "answer"))
+        slots = self.engine.config.slots
         rates = {
-            "prefill": slots * self.half / median["prefill"],
-            "decode": slots * (self.length - 1) / decode if decode > 0 else 0.0,
+            "prefill": slots * self.half / prefill,
             "rollout": found["sampled_tokens"] / median["rollout"],
             "score": found["trained_tokens"] / median["score"],
             "update": self.config.train.epochs * found["trained_tokens"] / median["update"],
         }
-        return {name: rate for name, rate in rates.items() if rate > 0}
+        if answer > 1.1 * prefill:
+            rates["decode"] = slots * (self.length - 1) / (answer - prefill)
+        return rates
+
+    def cycle(self) -> dict[str, float]:
+        """Return the seconds of a run's update, of its learner, and of the pause for new weights.
+
+        Where engine and learner have devices of their own and may lag, they work side by side.
+        """
+        config = self.config
+        median = {name: statistics.median(all_) for name, all_ in self.seconds.items()}
+        is_scored = config.algorithm.entropy_source == "learner" or self.learner.needs_score
+        learning = median["score"] / (1 if is_scored else GAP_CHECK_EVERY) + median["update"]
+        if not config.train.max_lag:
+            pause, both = median["publish"], median["rollout"] + learning
+        else:
+            is_apart, pause = config.rollout.devices is not None, median["swap"]
+            both = max(median["rollout"], learning) if is_apart else median["rollout"] + learning
+        return {"update_cycle": pause + both, "learning": learning, "pause": pause}
 
 
 def measure_product(dtype: Any, repeats: int = 5, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -349,7 +253,7 @@ def _describe(made: Bench, found: Mapping[str, float]) -> dict[str, Any]:
         "prompt_tokens": made.form.prompt,
         "response_tokens": made.form.response,
         "slots": made.engine.config.slots,
-        "seconds": {name: statistics.median(made.seconds[name]) for name in PARTS},
+        "seconds": {name: statistics.median(made.seconds[name]) for name in PARTS} | made.cycle(),
         "tokens_per_second": rates,
         "product_share": flops * rates["update"] / len(devices) / measure_product(model.dtype),
         "planned_bytes": plan.total,
@@ -371,16 +275,18 @@ def as_lines(result: Mapping[str, Any]) -> list[str]:
     for name, meaning in PARTS.items():
         rate = f"{rates[name]:,.0f}" if name in rates else ""
         lines.append(f"{name:<9}{seconds[name]:>9.3f}{rate:>12}  {meaning}")
-    decode = f", decode {rates['decode']:,.0f}" if "decode" in rates else ""
+    decode = f"decode {rates['decode']:,.0f}" if "decode" in rates else "decode too short to tell from it"
     gap = f"{result['logprob_gap']:.2g} nats in the mean, by at most {result['logprob_gap_max']:.2g}"
     peak = "" if result["peak_bytes"] is None else f", {result['peak_bytes'] / 2**30:.2f} GiB in use at most"
     options = f"--decode-rate {rates['decode']:.0f} " if "decode" in rates else ""
-    options += f"--prefill-rate {rates['prefill']:.0f} --publish-pause {seconds['publish']:.3f} "
-    options += f"--update-seconds {seconds['score'] + seconds['update']:.3g}"
+    options += f"--prefill-rate {rates['prefill']:.0f} --publish-pause {seconds['pause']:.3f} "
+    options += f"--update-seconds {seconds['learning']:.3g} --observation {result['prompt_tokens']} "
+    options += f"--turns {result['turns']} --turns-kind constant "
+    options += f"--tokens {result['response_tokens']} --tokens-kind constant"
     return [
         *lines,
-        f"an update of a run: {sum(seconds.values()):.2f} s, and what its environments take",
-        f"with all slots in step: prefill {rates['prefill']:,.0f} tokens/s{decode}",
+        f"an update of a run: {seconds['update_cycle']:.2f} s, and what its environments take",
+        f"with all slots in step: prefill {rates['prefill']:,.0f} tokens/s, {decode}",
         f"the update computes at {result['product_share']:.0%} of this device's largest products",
         f"log-probs of engine and learner differ by {gap}",
         f"memory of a device: {result['planned_bytes'] / 2**30:.2f} GiB planned at most{peak}",

@@ -318,13 +318,13 @@ def _engine_items(
     slots = -(-sizes.slots // r.data)
     kv_heads = cache_heads_here(model.num_heads, model.num_kv_heads, r.tensor)
     per_token = 2 * model.num_layers * kv_heads * model.head_dim * narrow
-    note, caches = f"{slots} slots of {r.max_tokens} tokens, {where}", 1
+    note, caches = f"{slots} slots of {sizes.longest_cache} tokens, {where}", 1
     if config.train.max_lag:
         note, caches = f"{note}; another for evaluation", 2
-    tokens = slots * r.max_tokens
+    tokens = slots * sizes.longest_cache
     if r.page_tokens:
         tokens = sizes.num_pages * r.page_tokens
-        note = note.replace(f"{slots} slots of {r.max_tokens} tokens", f"{tokens} tokens in pages")
+        note = note.replace(f"{slots} slots of {sizes.longest_cache} tokens", f"{tokens} tokens in pages")
     yield Item("KV cache", caches * tokens * per_token, when, note)
     if not r.page_tokens and len(sizes.cache_buckets) > 1:
         shorter = sizes.cache_buckets[-2]
@@ -373,14 +373,15 @@ def _prefill_bytes(config: Config, model: DecoderConfig, mesh: AbstractMesh, siz
     """Compute the bytes that one prefill dispatch needs besides weights and cache."""
     r, w, narrow = config.rollout, _widths(model, mesh), jnp.dtype(model.dtype).itemsize
     most = 0
-    for length in sizes.prefill_lengths(r.max_tokens):
+    capacity = sizes.longest_cache
+    for length in sizes.prefill_lengths(capacity):
         for rows in sizes.prefill_rows(length):
             here = rows // sizes.shards
-            queries = min(length, max(1, SCORES // (here * w.heads * r.max_tokens)))
-            scores = 2 * 4 * here * queries * w.heads * r.max_tokens
+            queries = min(length, max(1, SCORES // (here * w.heads * capacity)))
+            scores = 2 * 4 * here * queries * w.heads * capacity
             # Fewer rows than slots, and pages, are copies of the keys and values that they read.
             is_copied = rows < sizes.slots or r.page_tokens
-            copies = 2 * narrow * here * r.max_tokens * w.keys if is_copied else 0
+            copies = 2 * narrow * here * capacity * w.keys if is_copied else 0
             layer = here * length * (4 * 2 * w.stream + narrow * (w.stream + 2 * w.queries + 3 * w.hidden))
             most = max(most, layer + scores + copies)
     return most

@@ -404,7 +404,7 @@ def test_default_buckets_cover_the_sizes():
     sizes = EngineConfig(slots=128, max_tokens=250, max_response_tokens=8, stop_ids=(1,))
     assert sizes.prefill_buckets == (16, 64)
     assert sizes.row_buckets == (1, 16, 128)
-    assert sizes.cache_buckets == (128, 250)
+    assert sizes.cache_buckets == (128, 256)  # whole tiles, for the kernels of accelerators
     assert sizes.prefill_lengths(32) == (16,)
     assert EngineConfig(2, 1000, 8, (1,), prefill_buckets=(256,)).prefill_rows(256) == (1, 2)
 

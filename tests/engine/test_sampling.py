@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empg_jax.engine.sampling import fold_keys, position_uniforms, sample, sample_filtered
+from empg_jax.engine.sampling import BLOCK, _draw, fold_keys, position_uniforms, sample, sample_filtered
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 draw = jax.jit(sample)
@@ -56,6 +56,20 @@ def test_impossible_tokens_are_never_drawn(uniform, likely):
     token, logprob, _ = draw(logits, np.float32([uniform]), np.float32(1))
     assert int(token[0]) in likely
     np.testing.assert_allclose(logprob, -np.log(len(likely)), atol=1e-6)
+
+
+def test_a_token_without_weight_is_not_drawn_at_any_edge_of_a_large_vocabulary():
+    """Sums that are added up in parallel are not equal over blocks without weight, nor always rising."""
+    generator = np.random.default_rng(0)
+    weights = np.zeros(151_936, np.float32)
+    weights[generator.choice(len(weights), 50, replace=False)] = generator.exponential(size=50)
+    blocks = np.pad(weights, (0, -len(weights) % BLOCK)).reshape(1, -1, BLOCK)
+    sums = np.unique(jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1))
+    edges = (sums / sums.max()).astype(np.float32)
+    uniforms = np.concatenate([np.nextafter(edges, np.float32(0)), edges, np.nextafter(edges, np.float32(2))])
+    uniforms = np.unique(uniforms[uniforms < 1])
+    tokens, _ = jax.jit(jax.vmap(lambda one: _draw(weights[None], one[None])))(uniforms)
+    assert len(uniforms) > 100 and (weights[np.asarray(tokens)] > 0).all()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])

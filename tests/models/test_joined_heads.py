@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from empg_jax.engine.programs import lay_out
+from empg_jax.models.attention.cached import cached_attention
 from empg_jax.models.attention.joined import join, narrow, separate, spread
 from empg_jax.models.decoder import (
     DecoderConfig,
@@ -73,6 +74,16 @@ def test_a_model_over_a_joined_cache_is_the_same_model(kind):
             said.append(hidden)
         outputs.append(jnp.concatenate(said, axis=1))
     np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [32, 64])
+def test_a_step_over_joined_heads_is_one_for_the_kernels(depth):
+    """Whatever the heads' own width; a cache that is not joined has kernels from 64 on."""
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 1, 8, depth), *[(2, 2, 128, 128)] * 2)
+    ]
+    traced = str(jax.make_jaxpr(cached_attention)(*arrays, jax.ShapeDtypeStruct((2, 1), jnp.int32)))
+    assert "decode_attention" in traced
 
 
 @pytest.mark.parametrize(

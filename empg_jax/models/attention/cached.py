@@ -71,7 +71,7 @@ def cached_attention(
       The attention output, in the type of the queries.
     """
     capacity = keys.shape[2]
-    if queries.shape[1] == 1 and ragged.takes(capacity, queries.shape[3], queries.dtype):
+    if queries.shape[1] == 1 and ragged.takes(capacity, keys.shape[3], queries.dtype):
         # Length 0 for pads: the kernel then reads nothing for idle rows.
         lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
         return _decode(queries[:, 0], keys, values, lengths)[0][:, None]
@@ -129,7 +129,7 @@ def _dense_decode(queries: Array, keys: Array, values: Array, lengths: Array) ->
 
 def _decode_tpu(queries: Array, keys: Array, values: Array, lengths: Array) -> tuple[Array]:
     size = tpu.largest_block(keys.shape[2])
-    if not tpu.takes(keys.shape[3], queries.dtype, size, keys.size // (size * keys.shape[3])):
+    if not tpu.takes(keys.shape[3], queries.dtype, size):
         return _dense_decode(queries, keys, values, lengths)
     return (tpu.decode_rows(queries, keys, values, lengths),)
 

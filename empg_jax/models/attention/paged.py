@@ -18,7 +18,6 @@ from empg_jax.models.attention.dispatch import by_platform
 from empg_jax.models.attention.joined import join
 from empg_jax.models.attention.operands import scale
 from empg_jax.models.attention.ragged import count_splits
-from empg_jax.models.attention.tpu import count_pages
 
 # Most keys that a kernel program of a GPU reads at a time.
 BLOCK = 128
@@ -49,7 +48,7 @@ def attend_pages(
     keys, values = (
         write_pages(old, join(x, old.shape[3]), pages, positions) for old, x in zip(pool, new, strict=True)
     )
-    if queries.shape[1] == 1 and takes(size, queries.shape[3], queries.dtype):
+    if queries.shape[1] == 1 and takes(size, pool[0].shape[3], queries.dtype):
         lengths = jnp.where(positions[:, 0] < capacity, positions[:, 0] + 1, 0)
         return _decode(queries[:, 0], keys, values, pages, lengths)[0][:, None], (keys, values)
     rows = gather_pages(keys, pages), gather_pages(values, pages)
@@ -158,9 +157,21 @@ def decode_gpu(
     return (output.astype(queries.dtype),)
 
 
+def count_pages(columns: int, size: int, keys: int) -> int:
+    """Return the number of pages that a GPU's program reads at a time: a power of 2 that divides a row's.
+
+    Args:
+      columns: pages of a row.
+      size: tokens of a page.
+      keys: most keys at a time.
+    """
+    most = max(1, keys // size)
+    return max(n for n in (1, 2, 4, 8, 16, 32) if n <= most and columns % n == 0)
+
+
 def decode_tpu(queries: Array, keys: Array, values: Array, pages: Array, lengths: Array) -> tuple[Array]:
     """Compute the same on a TPU, where an idle row gives some finite number."""
-    if not tpu.takes(keys.shape[3], queries.dtype, keys.shape[2], pages.size):
+    if not tpu.takes(keys.shape[3], queries.dtype, keys.shape[2]):
         return gather_decode(queries, keys, values, pages, lengths)
     return (tpu.decode_pages(queries, keys, values, pages, lengths),)
 

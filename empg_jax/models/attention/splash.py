@@ -7,6 +7,8 @@ are padded at the end to a whole number of blocks; no causal query of a real tok
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -70,9 +72,15 @@ def backward(
 
 
 def _make_kernel(queries: Array, interpret: bool) -> kernels.SplashAttentionKernel:
-    length = -(-queries.shape[1] // LANES) * LANES
+    # Not staged, so that traces can share it.
+    with jax.ensure_compile_time_eval():
+        return _kernel_of(-(-queries.shape[1] // LANES) * LANES, queries.shape[2], interpret)
+
+
+@functools.lru_cache(maxsize=8)  # the mask of long rows takes seconds
+def _kernel_of(length: int, heads: int, interpret: bool) -> kernels.SplashAttentionKernel:
     block = largest_block(length)
-    causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * queries.shape[2])
+    causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,

@@ -6,6 +6,8 @@ they need a table, and no other layout.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -22,12 +24,12 @@ LANES = 128
 SCALARS = 2**17
 
 
-def takes(width: int, dtype: jnp.dtype, page_tokens: int, table: int) -> bool:
-    """Return whether the kernel supports this width of a head, type, page size and size of the page table.
+def takes(width: int, dtype: jnp.dtype, page_tokens: int) -> bool:
+    """Return whether the kernel supports this width of a head, type and page size.
 
     It would round keys and values of float32 to bfloat16.
     """
-    return dtype == jnp.bfloat16 and width % LANES == 0 and page_tokens >= 16 and table <= SCALARS
+    return dtype == jnp.bfloat16 and width % LANES == 0 and page_tokens >= 16
 
 
 def write_flat(
@@ -66,17 +68,24 @@ def decode_pages(
     Returns:
       The attention output, in the type of the queries.
     """
+    pages, at_once = pad_table(pages, keys.shape[2])
+    if pages.size > SCALARS:
+        most = SCALARS // pages.shape[1]
+        parts = (slice(start, start + most) for start in range(0, len(pages), most))
+        outputs = [decode_pages(queries[p], keys, values, pages[p], lengths[p]) for p in parts]
+        return jnp.concatenate(outputs)
     # Only a TPU needs Pallas, which takes a while to load.
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as kernel
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = kernel(
-            spread(scale(queries), keys.shape[0], keys.shape[3]),
+            # In float32, as it adds its output up in this type, rounded after every block of keys.
+            spread(scale(queries.astype(jnp.float32)), keys.shape[0], keys.shape[3]),
             keys,
             values,
             jnp.maximum(lengths, 1),  # it waits for a first page of every row
             pages,
-            pages_per_compute_block=count_pages(pages.shape[1], keys.shape[2], BLOCKS[0]),
+            pages_per_compute_block=at_once,
         )
     return narrow(output.astype(queries.dtype), keys.shape[0], queries.shape[2])
 
@@ -105,13 +114,13 @@ def largest_block(length: int) -> int:
     return next(size for size in BLOCKS if length % size == 0)
 
 
-def count_pages(columns: int, size: int, keys: int) -> int:
-    """Return the number of pages that a kernel program reads at a time: a power of 2 that divides a row's.
+def pad_table(pages: Int[Array, "R C"], size: int) -> tuple[Int[Array, "R D"], int]:
+    """Lengthen a page table to a multiple of the pages that the kernel reads at a time; return both.
 
     Args:
-      columns: pages of a row.
+      pages: the pages of each row. What is added behind them is not read.
       size: tokens of a page.
-      keys: most keys at a time.
     """
-    most = max(1, keys // size)
-    return max(n for n in (1, 2, 4, 8, 16, 32) if n <= most and columns % n == 0)
+    columns = pages.shape[1]
+    at_once = min(2 ** int(math.log2(max(1, BLOCKS[0] // size))), 2 ** math.ceil(math.log2(columns)))
+    return jnp.pad(pages, ((0, 0), (0, -columns % at_once))), at_once
