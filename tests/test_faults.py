@@ -551,8 +551,15 @@ def fail_at(update, error, where):
     return change
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["rollout", "evaluation"])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("rollout", KeyboardInterrupt),
+        ("evaluation", RuntimeError),
+        pytest.param("rollout", RuntimeError, marks=pytest.mark.long),
+        pytest.param("evaluation", KeyboardInterrupt, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.slow
 def test_an_error_leaves_a_checkpoint_of_the_last_update(tmp_path, opened, capsys, error, where):
     options = [*HOUSE, "rollout.deterministic=true", "eval.every=1", "eval.tasks=2"]

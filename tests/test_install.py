@@ -43,7 +43,8 @@ def build_sdist(pip, python, folder):
     return path
 
 
-@pytest.fixture(params=["wheel", "sdist", "editable"])
+# The tests' own environment has it as an editable installation.
+@pytest.fixture(params=["wheel", "sdist", pytest.param("editable", marks=pytest.mark.long)])
 def installed(request, tmp_path):
     """The folder of commands of a fresh environment with the project in it, beside another ``envs``."""
     home = tmp_path / "venv"

@@ -14,7 +14,7 @@ from empg_jax.metrics import read_metrics
 from empg_jax.run.export import export_run
 from tests import runs
 
-UPDATES = 12
+UPDATES = 10
 QUIET = ("compile_cache=null", "eval.every=0", "log.progress=false", "log.tensorboard=false")
 
 
