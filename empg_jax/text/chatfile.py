@@ -2,7 +2,8 @@
 
 A line is an object with ``messages`` (``[{"role", "content"}, ...]``, and optionally ``tools``),
 ``conversations`` (``[{"from", "value"}, ...]``), or ``prompt`` and ``completion`` (two texts, or two lists of
-messages). A line in another format raises an error that names the problem; nothing is guessed.
+messages). A text under ``system`` beside them is a first message. A line in another format raises an error
+that names the problem; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -95,6 +96,12 @@ def parse_conversation(record: Any) -> Conversation:
             "has neither messages nor conversations nor prompt and completion; its keys are "
             f"{', '.join(map(str, record)) or 'none'}"
         )
+    if record.get("system"):
+        first = messages[0]["role"]
+        if first in ("system", "developer"):
+            raise ChatDataError(f"has a text under system and a first message of the role {first}: keep one")
+        messages = (_message({"role": "system", "content": record["system"]}, "system"), *messages)
+        learned_from += 1
     tools = record.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise ChatDataError(f"tools is a {type(tools).__name__}, not a list")
@@ -134,11 +141,44 @@ def _message(item: Any, where: str) -> dict[str, Any]:
         content = "".join(_part(part, where) for part in content)
     if not isinstance(content, str):
         raise ChatDataError(f"{where} has a content that is no text but {type(content).__name__}")
+    reasoning = item.get("reasoning_content")
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise ChatDataError(f"{where} has a reasoning_content that is no text but {type(reasoning).__name__}")
+    message = {**item, "content": content}
+    if item.get("tool_calls"):
+        message["tool_calls"] = _calls(item["tool_calls"], f"{where}.tool_calls")
     try:
-        content.encode()
+        json.dumps(message, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ChatDataError(f"{where} holds half of a surrogate pair, which is no character") from None
-    return {**item, "content": content}
+    return message
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise ChatDataError(f"{where} is a {type(value).__name__}, not a list of calls")
+    return [_call(call, f"{where}[{index}]") for index, call in enumerate(value)]
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """Return a call with its arguments as an object: templates print them as JSON themselves."""
+    if not isinstance(call, dict):
+        raise ChatDataError(f"{where} is a {type(call).__name__}, not an object")
+    if "function" in call:
+        return {**call, "function": _call(call["function"], f"{where}.function")}
+    if "arguments" not in call:
+        return call
+    arguments = call["arguments"]
+    if arguments is None or arguments == "":  # a call without arguments
+        arguments = {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise ChatDataError(f"{where}.arguments is not JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise ChatDataError(f"{where}.arguments is a {type(arguments).__name__}, not an object")
+    return {**call, "arguments": arguments}
 
 
 def _part(part: Any, where: str) -> str:
@@ -149,15 +189,17 @@ def _part(part: Any, where: str) -> str:
 
 
 def _translate(turns: Any) -> Any:
-    """Convert ShareGPT's ``from`` and ``value`` to ``role`` and ``content``; keep other values unchanged."""
+    """Convert ShareGPT's ``from`` and ``value`` to ``role`` and ``content``; keep all else unchanged."""
     if not isinstance(turns, list):
         return turns
-    return [
-        {"role": _SENDERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
-        if isinstance(turn, dict) and isinstance(turn.get("from"), str)
-        else turn
-        for turn in turns
-    ]
+    return [_translate_turn(turn) for turn in turns]
+
+
+def _translate_turn(turn: Any) -> Any:
+    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
+        return turn
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {**rest, "role": _SENDERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
 
 
 def _as_messages(value: Any, role: str) -> Any:

@@ -4,18 +4,24 @@ Each trained answer follows exactly the prompt that the template would give to a
 exactly the tokens that the policy would have to sample, including the end-of-turn token. If the template
 prints the longer conversation as an extension of the shorter one, both answers share a row. Otherwise (a
 template may strip reasoning from history) the later answer starts a new row, unless the history is
-append-only. No answer is trained on twice.
+append-only. No answer is trained on twice. A conversation of which the template would leave something out is
+refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from empg_jax.text.chat import ChatRenderer, encode_behind
 from empg_jax.text.chatfile import ChatDataError, Conversation
+from empg_jax.text.template import ChatTemplateError, Message
+
+_OPEN, _CLOSE = "<think>", "</think>"  # of a thought
 
 
 @dataclasses.dataclass(slots=True)
@@ -50,15 +56,14 @@ def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) ->
       Rows that end with a trained answer; later tokens are dropped.
 
     Raises:
-      ChatDataError: a content holds the end-of-turn token.
+      ChatDataError: a message holds the end-of-turn token, or the template does not print what it says.
       ChatTemplateError: the template refuses the conversation.
     """
     end = renderer.end_token
-    for index, message in enumerate(conversation.messages):
-        if end in message["content"]:
-            raise ChatDataError(f"message {index} holds the control token {end}, which ends a turn")
     variables: dict[str, Any] = {} if conversation.tools is None else {"tools": conversation.tools}
     render: Callable[..., str] = functools.partial(renderer.render, **variables)
+    _require_no_end(conversation, end)
+    _require_told(renderer, render, conversation)
     rows: list[TokenRow] = []
     row, shown, last = TokenRow([], []), "", -1  # shown: the text of the row so far; last: its last answer
     for index, message in enumerate(conversation.messages):
@@ -78,7 +83,10 @@ def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) ->
                 f"message {index} has tool_calls, and the chat template prints an earlier answer without its "
                 "generation prompt, so that the text of the calls cannot be told: write them into content"
             )
-        answer = _answer(prompt, whole, message["content"], end)
+        answer = _answer(prompt, whole, message, end)
+        # Another answer, neither learned nor kept as sampled, is only history as the template prints it.
+        if conversation.is_trained[index] or renderer.history == "append":
+            _require_thoughts(prompt, answer, message, index)
         prompt_ids, answer_ids = _encode(renderer, new, answer, is_first=not shown)
         row.add(prompt_ids, False)
         row.add(answer_ids, conversation.is_trained[index])
@@ -86,21 +94,96 @@ def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) ->
     return [kept for row in rows if (kept := row.cut()) is not None]
 
 
-def _answer(prompt: str, whole: str, content: str, end: str) -> str:
+def _require_no_end(conversation: Conversation, end: str) -> None:
+    """Refuse the end-of-turn token in any text of a message or of the tools."""
+    named = [(f"message {index} holds", message) for index, message in enumerate(conversation.messages)]
+    for what, value in (*named, ("tools hold", conversation.tools)):
+        if end in json.dumps(value, ensure_ascii=False):
+            raise ChatDataError(f"{what} the control token {end}, which ends a turn")
+
+
+def _require_told(renderer: ChatRenderer, render: Callable[..., str], conversation: Conversation) -> None:
+    """Refuse tools, calls and a developer's messages that the template does not print."""
+    if conversation.tools is not None and not renderer.tells_tools:
+        raise ChatDataError(
+            "has tools, and the chat template prints none: describe them in a system message, or set "
+            "model.chat_template to one that does"
+        )
+    messages = conversation.messages
+    for index, message in enumerate(messages):
+        if message["role"] == "developer":
+            changed = {**message, "content": message["content"] + "."}
+            if not _is_told(render, messages, index, changed):
+                raise ChatDataError(
+                    f"message {index} has the role developer, of which the chat template prints nothing: "
+                    "write system"
+                )
+        if message["role"] == "assistant" and message.get("tool_calls"):
+            changed = {key: value for key, value in message.items() if key != "tool_calls"}
+            if not _is_told(render, messages[: index + 1], index, changed):
+                raise ChatDataError(
+                    f"message {index} has tool_calls, and the chat template prints none: write them into "
+                    "content, or set model.chat_template to one that does"
+                )
+
+
+def _is_told(render: Callable[..., str], messages: Sequence[Message], index: int, changed: Message) -> bool:
+    """Return whether the template prints another text when message ``index`` is ``changed``."""
+    text = render(messages, add_generation_prompt=False)
+    try:
+        others = (*messages[:index], changed, *messages[index + 1 :])
+        return render(others, add_generation_prompt=False) != text
+    except ChatTemplateError:
+        return True
+
+
+def _answer(prompt: str, whole: str, message: Message, end: str) -> str:
     """Return the text that the policy would have to sample after the prompt, including the end of the turn.
 
     Args:
       prompt: the template's text up to the generation prompt.
       whole: the template's text with the answer.
-      content: the answer's own text.
+      message: the answer.
       end: the end-of-turn token.
     """
     if whole.startswith(prompt) and end in whole[len(prompt) :]:
-        said = whole[len(prompt) :]
-        return said[: said.index(end) + len(end)]
-    # The template does not repeat its generation prompt in history (an empty thought, for example). The
-    # policy then samples the content right after the generation prompt.
+        said = whole[len(prompt) :].partition(end)[0]
+        if message.get("tool_calls") or _holds_thoughts(said, message):
+            return said + end
+    # The template does not repeat its generation prompt in history (an empty thought, for example), or strips
+    # the thought of every answer. The policy then samples the content right after the generation prompt.
+    content = message["content"]
+    if prompt.rstrip().endswith(_OPEN) and content.lstrip().startswith(_OPEN):
+        content = content.lstrip().removeprefix(_OPEN).removeprefix(prompt[len(prompt.rstrip()) :])
     return content + end
+
+
+def _holds_thoughts(said: str, message: Message) -> bool:
+    """Return whether all thoughts of a message, and the texts around them, are in what is said."""
+    content = message["content"]
+    texts = re.split(f"{_OPEN}|{_CLOSE}", content) if _CLOSE in content else []
+    return all(text.strip() in said for text in (*texts, message.get("reasoning_content") or ""))
+
+
+def _require_thoughts(prompt: str, answer: str, message: Message, index: int) -> None:
+    """Refuse an answer whose thought is lost, or does not go on from the generation prompt."""
+    opening, is_whole = prompt.rstrip(), _holds_thoughts(answer, message)
+    if opening.endswith(_OPEN) and _CLOSE not in answer:
+        raise ChatDataError(
+            f"message {index} has no {_CLOSE}, and the chat template's generation prompt opens a thought: "
+            f"write the thought into content, as {_OPEN}...{_CLOSE}, or change model.chat_options"
+        )
+    is_second = opening.endswith(_CLOSE) and (_CLOSE in answer or not is_whole)
+    if is_second or (opening.endswith((_OPEN, _CLOSE)) and answer.lstrip().startswith(_OPEN)):
+        raise ChatDataError(
+            f"message {index} has a thought, and the chat template's generation prompt has one already: take "
+            "it out of the message, or change model.chat_options (enable_thinking, for example)"
+        )
+    if not is_whole:
+        raise ChatDataError(
+            f"message {index} has a thought that the chat template does not print: write the whole answer "
+            f"into content, with its thought as {_OPEN}...{_CLOSE} and its calls as the model writes them"
+        )
 
 
 def _encode(

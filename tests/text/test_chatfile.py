@@ -61,6 +61,55 @@ def test_tool_calls_need_no_content_and_tools_stand_beside():
     assert found.tools == [{"n": 1}] and found.is_trained == (False, True, False, True)
 
 
+@pytest.mark.parametrize("wrap", [lambda call: {"type": "function", "function": call}, lambda call: call])
+def test_arguments_that_are_json_text_become_objects(wrap):
+    def read(arguments):
+        call = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [wrap({"name": "look", "arguments": arguments})],
+        }
+        return parse_conversation({"messages": [USER, call]}).messages[1]["tool_calls"]
+
+    for given in ('{"city": "Rome"}', {"city": "Rome"}):
+        assert read(given) == [wrap({"name": "look", "arguments": {"city": "Rome"}})]
+    assert read("") == read(None) == [wrap({"name": "look", "arguments": {}})]
+    for given, cause in (
+        ("{city", "is not JSON: Expecting property name"),
+        ("[1]", "is a list, not an object"),
+    ):
+        with pytest.raises(ChatDataError, match=rf"messages\[1\]\.tool_calls\[0\]\.(.*\.)?arguments {cause}"):
+            read(given)
+
+
+def test_sharegpt_turns_keep_their_other_keys():
+    call = {"name": "look", "arguments": {}}
+    turns = [
+        {"from": "human", "value": "Where?"},
+        {"from": "gpt", "value": "BAD", "weight": 0},
+        {"from": "gpt", "value": None, "reasoning_content": "hm", "tool_calls": [call]},
+    ]
+    found = parse_conversation({"conversations": turns})
+    assert found.is_trained == (False, False, True)
+    assert found.messages[2] == {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "hm",
+        "tool_calls": [call],
+    }
+
+
+def test_a_system_text_beside_the_messages_is_the_first_message():
+    for record in ({"messages": [USER, ANSWER]}, {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}):
+        found, bare = (parse_conversation({**record, "system": text}) for text in ("Be brief.", ""))
+        assert bare == parse_conversation(record)
+        assert found.messages == ({"role": "system", "content": "Be brief."}, *bare.messages)
+        assert found.is_trained == (False, *bare.is_trained)
+    for role in ("system", "developer"):
+        with pytest.raises(ChatDataError, match=f"text under system and a first message of the role {role}"):
+            parse_conversation({"messages": [{"role": role, "content": "x"}, USER, ANSWER], "system": "y"})
+
+
 BAD = [
     ([1], "is a JSON list, not an object with messages"),
     ({}, "has neither messages nor conversations nor prompt and completion; its keys are none"),
@@ -84,6 +133,13 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type 'image'; only text"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "part of type 'str'"),
     ({"messages": [USER, {"role": "assistant", "content": "\ud83c"}]}, "half of a surrogate pair"),
+    (
+        {"messages": [USER, {**ANSWER, "reasoning_content": ["x"]}]},
+        "reasoning_content that is no text but list",
+    ),
+    ({"messages": [USER, {**ANSWER, "reasoning_content": "\ud83c"}]}, "half of a surrogate pair"),
+    ({"messages": [USER, {**ANSWER, "tool_calls": {"n": 1}}]}, "tool_calls is a dict, not a list of calls"),
+    ({"messages": [USER, {**ANSWER, "tool_calls": ["x"]}]}, r"tool_calls\[0\] is a str, not an object"),
     ({"messages": [ANSWER, USER]}, "begins with the assistant"),
     ({"messages": [USER, USER]}, "has no message of the assistant to learn from"),
     ({"messages": [USER, {**ANSWER, "weight": 0}]}, "has no message of the assistant to learn from"),

@@ -142,7 +142,8 @@ def test_a_new_message_that_names_the_fixed_answer_is_printed_whole():
 
 @pytest.mark.parametrize("options", [{}, QUIET])
 def test_written_conversations_are_one_row_too(options):
-    contents = ["Where?", THOUGHT, "And now?", "go", "Then?", THOUGHT]
+    said = "look first" if options else THOUGHT  # no thought goes on from a prompt with an empty one
+    contents = ["Where?", said, "And now?", "go", "Then?", said]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     conversation = parse_conversation({"messages": messages})
     rows = {}

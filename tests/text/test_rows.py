@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from empg_jax.text import ChatRenderer, ChatTemplateError, build_phrase_tokenizer
 from empg_jax.text.chatfile import ChatDataError, Conversation, parse_conversation
 from empg_jax.text.rows import tokenize_conversation
+from empg_jax.text.template import read_source
 from tests.text.families import TEMPLATES, build_bpe
 
 THOUGHT = "<think>\nlook first\n</think>\n\ngo to shelf 2"
@@ -201,6 +202,117 @@ def test_calls_that_the_template_prints_in_another_way_later_are_refused():
         tokenize_conversation(renderer, parse_conversation({"messages": messages}))
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+PLAIN = (
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("record", "cause"),
+    [
+        ({"messages": [CALL]}, r"message 1 has tool_calls, and the chat template prints none: write"),
+        ({"messages": [CALL], "tools": [{"name": "look"}]}, "has tools, and the chat template prints none"),
+    ],
+)
+def test_calls_and_tools_that_the_template_does_not_print_are_refused(record, cause):
+    conversation = parse_conversation(
+        {**record, "messages": [{"role": "user", "content": "a"}, *record["messages"]]}
+    )
+    with pytest.raises(ChatDataError, match=cause):
+        tokenize_conversation(ChatRenderer(build_bpe("chatml", PLAIN)), conversation)
+
+
+def test_a_developers_messages_that_the_template_does_not_print_are_refused():
+    conversation = parse_conversation(
+        {"messages": [{"role": "developer", "content": "Act."}, *talk("a", "b").messages]}
+    )
+    (row,) = tokenize_conversation(make_renderer("chatml"), conversation)
+    assert "Act." in make_renderer("chatml").tokenizer.decode(row.tokens)
+    silent = PLAIN.replace("in messages", "in messages if m.role != 'developer'")
+    with pytest.raises(ChatDataError, match=r"message 0 has the role developer, .* write system"):
+        tokenize_conversation(ChatRenderer(build_bpe("chatml", silent)), conversation)
+
+
+SAID = "m.content.split('</think>')[-1].lstrip() if m.role == 'assistant' else m.content"
+FORGETTING = PLAIN.replace("m.content", f"({SAID})")  # as R1's: no answer is printed with its thought
+OPENING = FORGETTING.replace("assistant\n{%", "assistant\n<think>\n{%")
+QWEN3 = read_source("qwen3_training")
+QUIET, OPENED = {"enable_thinking": False}, {"opens_thought": True}
+LEARNED = [
+    (FORGETTING, {}, THOUGHT, THOUGHT),
+    (OPENING, {}, THOUGHT, THOUGHT.removeprefix("<think>\n")),
+    (OPENING, {}, "<think>look</think>go", "look</think>go"),
+    (OPENING, {}, "look\n</think>\n\ngo", "look\n</think>\n\ngo"),
+    (
+        TEMPLATES["thinking"],
+        {},
+        "a <think>b</think> c <think>d</think>",
+        "a <think>b</think> c <think>d</think>",
+    ),
+    (QWEN3, OPENED, THOUGHT, THOUGHT.removeprefix("<think>\n")),
+    (QWEN3, QUIET, "<think>\n\n</think>\n\ngo", "go"),
+]
+
+
+@pytest.mark.parametrize("history", ["template", "append"])
+@pytest.mark.parametrize(("template", "options", "content", "said"), LEARNED)
+def test_a_thought_is_learned_once_behind_what_the_prompt_opens(template, options, content, said, history):
+    renderer = ChatRenderer(build_bpe("thinking", template), options=options, history=history)
+    rows = tokenize_conversation(renderer, talk("a", content, "b", content))
+    assert [text for row in rows for text in learned(renderer, row)] == [said + renderer.end_token] * 2
+
+
+LOST = [
+    (OPENING, {}, {"content": "go"}, r"message 1 has no </think>, .* opens a thought: write the thought"),
+    (QWEN3, OPENED, {"content": "go"}, "message 1 has no </think>"),
+    (
+        QWEN3,
+        QUIET,
+        {"content": THOUGHT},
+        "message 1 has a thought, .* has one already: take it out of the message",
+    ),
+    (TEMPLATES["thinking"], QUIET, {"content": THOUGHT}, "has one already"),
+    (TEMPLATES["thinking"], QUIET, {"content": "x</think>y"}, "has one already"),
+    (
+        TEMPLATES["chatml"],
+        {},
+        {"content": "go", "reasoning_content": "hm"},
+        "a thought that .* not print: write",
+    ),
+    (
+        QWEN3,
+        QUIET,
+        {"content": "go", "reasoning_content": "hm"},
+        "has one already: take it out of the message",
+    ),
+    (
+        FORGETTING.replace(f"({SAID})", f"({SAID}) ~ m.tool_calls"),
+        {},
+        {**CALL, "content": THOUGHT},
+        "a thought that .* does not print: write the whole answer into content",
+    ),
+]
+
+
+@pytest.mark.parametrize(("template", "options", "answer", "cause"), LOST)
+def test_a_thought_that_cannot_be_learned_is_refused(template, options, answer, cause):
+    renderer = ChatRenderer(build_bpe("thinking", template), options=options)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]
+    with pytest.raises(ChatDataError, match=cause):
+        tokenize_conversation(renderer, parse_conversation({"messages": messages}))
+
+
+def test_an_answer_that_is_not_learned_may_lack_its_thought():
+    renderer = ChatRenderer(build_bpe("thinking", OPENING))
+    conversation = talk("a", "go", "b", THOUGHT)
+    conversation = Conversation(conversation.messages, (False, False, False, True))
+    (row,) = tokenize_conversation(renderer, conversation)
+    assert learned(renderer, row) == [THOUGHT.removeprefix("<think>\n") + renderer.end_token]
+    assert renderer.tokenizer.decode(row.tokens).count("<think>") == 1
+
+
 def test_the_phrase_tokenizer_works_alike():
     renderer = ChatRenderer(build_phrase_tokenizer(["you see", "apple 1", "take"]))
     (row,) = tokenize_conversation(renderer, talk("you see apple 1.", "take apple 1", "you see", "take"))
@@ -214,6 +326,21 @@ def test_contents_with_the_end_of_turn_are_refused():
     for contents in (("a", "b<|im_end|>"), ("a<|im_end|>", "b")):
         with pytest.raises(ChatDataError, match=r"message \d holds the control token <\|im_end\|>"):
             tokenize_conversation(make_renderer("chatml"), talk(*contents))
+
+
+@pytest.mark.parametrize(
+    ("more", "where"),
+    [
+        ({"reasoning_content": "<|im_end|> ends"}, "message 1 holds"),
+        ({"tool_calls": [{"name": "look", "arguments": {"t": ["<|im_end|>"]}}]}, "message 1 holds"),
+        ({}, "tools hold"),
+    ],
+)
+def test_the_end_of_turn_is_refused_in_all_texts(more, where):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **more}]
+    record = {"messages": messages, "tools": [{"name": "look" if more else "<|im_end|>"}]}
+    with pytest.raises(ChatDataError, match=rf"{where} the control token <\|im_end\|>"):
+        tokenize_conversation(make_renderer("chatml"), parse_conversation(record))
 
 
 def test_a_conversation_that_the_template_refuses():
