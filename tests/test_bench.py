@@ -76,7 +76,7 @@ def test_the_command_tells_rates_in_a_table_or_as_json_and_leaves_nothing(tmp_pa
             ["env.context=window", "train.epochs=2", "algorithm.kl_coef=0.1", "rollout.release=true"],
             4 * 4 * 96,
         ),
-        # Adapters over a quantized base, which is the reference; fewer slots than episodes, pages, and a device
+        # Adapters over a quantized base, the reference; fewer slots than episodes; pages; and a device
         # of the engine's own.
         (
             [
@@ -85,7 +85,7 @@ def test_the_command_tells_rates_in_a_table_or_as_json_and_leaves_nothing(tmp_pa
             ],
             4 * 96,
         ),
-        # Every turn tells what it knows of the answer. Credit uses the engine's records, so a run seldom scores.
+        # Every turn tells what it knows of the answer. Credit uses the engine's records: a run seldom scores.
         (["algorithm.name=igpo", "algorithm.entropy_source=engine", "env.max_turns=2"], 4 * 96),
     ],
     ids=["window", "adapters", "answers"],
