@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tracemalloc
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,6 +289,21 @@ def test_quantized_tensors_are_refused(saved):
         load_hf(folder)
 
 
+def test_only_the_models_own_files_are_downloaded(tmp_path, monkeypatch):
+    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    others = ["consolidated.safetensors", "checkpoint-500/model.safetensors", "onnx/config.json"]
+    wanted = []
+
+    def download(name, **patterns):
+        wanted.extend(huggingface_hub.utils.filter_repo_objects([*files, *others], **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        load_hf("owner/name")
+    assert wanted == files
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder at"):
         load_hf(tmp_path / "nothing")
@@ -370,6 +386,18 @@ def test_config_keeps_what_the_decoder_does_not_know():
         ({"attention_bias": True, "hidden_act": "gelu"}, "hidden_act='gelu' .*attention_bias=true"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope scaling lacks low_freq_factor"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling with a factor and no rope_type"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            r"rope_parameters by the kind of layer \(full_attention\)",
+        ),
+        ({"rope_scaling": "llama3"}, "rope_scaling='llama3' "),
+        ({"rope_theta": None}, "rope_theta=None "),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e6"}}, "rope_theta='1e6' "),
+        (
+            {"rms_norm_eps": None, "hidden_size": "8", "num_attention_heads": 0},
+            "hidden_size='8' .*num_attention_heads=0 .*rms_norm_eps=None ",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "mistral"}, "sliding_window=4096, unless max_length"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}, "sliding_window=9"),
