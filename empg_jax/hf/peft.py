@@ -51,7 +51,7 @@ def save_adapter(
 
     def read(name: str) -> np.ndarray:
         array, layer = sources[name]
-        return to_host(array[layer]).T.astype(dtype)
+        return to_host(array[layer].T).astype(dtype)
 
     shapes = {n: (array.shape[:0:-1], np.dtype(dtype)) for n, (array, _) in sources.items()}
     with new_folder(folder) as partial:

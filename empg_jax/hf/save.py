@@ -137,8 +137,9 @@ def _write_weights(folder: pathlib.Path, params: Params, leaves: list[Leaf], max
 
     def read(name: str) -> np.ndarray:
         leaf, place = sources[name]
-        host = to_host(get_leaf(params, leaf.path)[place])
-        return host.T if leaf.is_matrix else host
+        tensor = get_leaf(params, leaf.path)[place]
+        # XLA transposes: NumPy takes many times as long for a large matrix.
+        return to_host(tensor.T if leaf.is_matrix else tensor)
 
     shards = _split(
         {name: (leaf.tensor_shape, np.dtype(leaf.dtype)) for name, (leaf, _) in sources.items()},

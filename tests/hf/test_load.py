@@ -181,6 +181,23 @@ def test_only_what_a_device_needs_is_copied(deep, monkeypatch):
     assert {whole // part for whole, part in copied if whole >= 128 * 128} == {8}  # matrices: fsdp x tensor
 
 
+def test_numpy_transposes_no_matrix(deep, tmp_path, monkeypatch):
+    """XLA does, because NumPy takes several times as long for a large one."""
+    folder, params = deep
+
+    def straight(view, index, dtype, read=hf.copy_part):
+        assert view.flags.c_contiguous
+        return read(view, index, dtype)
+
+    def write(file, shapes, read):
+        assert all(read(name).flags.c_contiguous and read(name).shape == shapes[name][0] for name in shapes)
+
+    monkeypatch.setattr(hf, "copy_part", straight)
+    monkeypatch.setattr(export_folder, "write_safetensors", write)
+    load_hf(folder, shardings=split_places(params))
+    save_hf(params, DEEP, tmp_path / "model")
+
+
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_matrices_are_quantized_as_they_are_read(saved, scheme):
     folder, _, params = saved
