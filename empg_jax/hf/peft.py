@@ -33,8 +33,8 @@ def save_adapter(
 ) -> None:
     """Write adapters for PEFT.
 
-    The folder appears only when it is complete. With several processes, all must call this function; the
-    first process writes.
+    The folder appears only when it is complete; an empty one stays empty until then. With several processes,
+    all must call this function; the first process writes.
 
     Args:
       adapters: stacked adapters; a critic's head is left out.

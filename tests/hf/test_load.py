@@ -350,6 +350,19 @@ def test_nothing_is_written_when_the_export_cannot_be(tmp_path):
         save_hf(params, TINY, target)
 
 
+@pytest.mark.parametrize("name", [".", "link", "there"])
+def test_an_empty_folder_stays_and_is_filled(name, tmp_path, monkeypatch):
+    there, link = tmp_path / "there", tmp_path / "link"
+    there.mkdir()
+    link.symlink_to(there)
+    number = there.stat().st_ino
+    monkeypatch.chdir(there if name == "." else tmp_path)
+    save_hf(random_params(TINY), TINY, name)
+    assert there.stat().st_ino == number and link.is_symlink()  # a mount point cannot be replaced
+    assert sorted(entry.name for entry in there.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "there"]
+
+
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("no space left on device")
