@@ -44,6 +44,8 @@ _ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
 }
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_MOE_REQUIRED = ("num_experts_per_tok", "moe_intermediate_size")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "num_experts", "num_local_experts")
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -74,7 +76,7 @@ def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> 
         up to the window, so such a model is refused if this is longer than the window, or None.
 
     Raises:
-      ValueError: keys are missing or not supported; all are listed.
+      ValueError: keys are missing, of a wrong type or not supported; all are listed.
     """
     family = raw.get("model_type")
     if family not in _DEFAULTS:
@@ -82,14 +84,18 @@ def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> 
             f"model_type={family!r} is not supported; supported are {', '.join(sorted(_DEFAULTS))}"
         )
     keys = {**_DEFAULTS[family], **raw}
-    missing = [name for name in _REQUIRED if keys.get(name) is None]
+    required = _REQUIRED + (_MOE_REQUIRED if family == "qwen3_moe" else ())
+    missing = [name for name in required if keys.get(name) is None]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
-    heads = keys["num_attention_heads"]
+    norm_eps = keys.get("rms_norm_eps", 1e-6)
+    wrong = _wrong_sizes({name: keys.get(name) for name in required + _OPTIONAL})
+    wrong += _wrong_numbers({"rms_norm_eps": norm_eps})
     theta, scaling, problems = _read_rope(keys)
-    problems += _unsupported(family, keys, max_length)
+    problems += wrong or _unsupported(family, keys, max_length)
     if problems:
         raise ValueError(f"this {family} model is not supported: " + "; ".join(problems))
+    heads = keys["num_attention_heads"]
     return DecoderConfig(
         vocab_size=keys["vocab_size"],
         hidden_size=keys["hidden_size"],
@@ -100,7 +106,7 @@ def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> 
         intermediate_size=keys["intermediate_size"],
         rope_theta=float(theta),
         rope_scaling=scaling,
-        norm_eps=float(keys.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(norm_eps),
         tie_embeddings=bool(keys.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe"),
@@ -198,18 +204,42 @@ def _read_rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None, list
 
     Newer files have ``rope_parameters``; older files have ``rope_theta`` and ``rope_scaling``.
     """
-    rope = dict(keys.get("rope_parameters") or keys.get("rope_scaling") or {})
+    name = "rope_parameters" if keys.get("rope_parameters") else "rope_scaling"
+    rope = keys.get(name) or {}
+    if not isinstance(rope, Mapping):
+        return 0.0, None, [f"{name}={rope!r} (an object is)"]
+    nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    if nested:
+        return 0.0, None, [f"{name} by the kind of layer ({', '.join(nested)})"]
     theta = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if wrong := _wrong_numbers({"rope_theta": theta}):
+        return 0.0, None, wrong
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind is None and "factor" in rope:
+        return theta, None, [f"{name} with a factor and no rope_type"]
+    if kind in (None, "default"):
         return theta, None, []
     if kind != "llama3":
         return theta, None, [f"rope_type {kind!r} (only default and llama3 are)"]
     missing = [name for name in _LLAMA3_KEYS if name not in rope]
     if missing:
         return theta, None, [f"rope scaling lacks {', '.join(missing)}"]
+    if wrong := _wrong_numbers({key: rope[key] for key in _LLAMA3_KEYS}):
+        return theta, None, wrong
     factor, low, high, original = (rope[name] for name in _LLAMA3_KEYS)
     return theta, RopeScaling(float(factor), float(low), float(high), int(original)), []
+
+
+def _wrong_sizes(values: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}={value!r} (a whole number above 0 is)"
+        for name, value in values.items()
+        if value is not None and (type(value) is not int or value < 1)
+    ]
+
+
+def _wrong_numbers(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={v!r} (a number is)" for name, v in values.items() if type(v) not in (int, float)]
 
 
 def _unsupported(family: str, keys: Mapping[str, Any], max_length: int | None) -> list[str]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+# Copies of the weights in another layout, and whatever lies in a folder (a pattern's ``*`` takes slashes).
+_IGNORED = ["*/*", "consolidated*"]
+
 
 def find_folder(path: str | pathlib.Path, patterns: Sequence[str], what: str) -> pathlib.Path:
     """Return a local folder; a path that is no folder is a hub id (``owner/name``) and is downloaded.
 
     Args:
       path: a folder or a hub id.
-      patterns: names of the files to download.
+      patterns: names of the files to download; those in folders are left out.
       what: kind of the folder ("model", "tokenizer"), for the error message.
 
     Raises:
@@ -31,7 +34,11 @@ def find_folder(path: str | pathlib.Path, patterns: Sequence[str], what: str) ->
     from huggingface_hub import errors
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(patterns)))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                str(path), allow_patterns=list(patterns), ignore_patterns=_IGNORED
+            )
+        )
     except errors.LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"no {what} folder at {str(path)!r}, and the hub cannot be reached (nor is it in the cache)"

@@ -1,9 +1,10 @@
 """Hugging Face checkpoints: Qwen2, Qwen3, Llama and Mistral, as safetensors.
 
 Tensors are read one by one directly into (sharded) arrays. Each device's part is copied from the mapped file,
-moved to the device, and written into its place in the stacked parameter. A host therefore holds about one
-tensor at a time and copies only the parts of its own devices. All tensors are checked before the first array
-is created, and all problems are reported together. `save_hf` writes the same format (`hf.save`).
+moved to the device, transposed there, and written into its place in the stacked parameter. A host therefore
+holds about one tensor at a time and copies only the parts of its own devices. All tensors are checked before
+the first array is created, and all problems are reported together. `save_hf` writes the same format
+(`hf.save`).
 """
 
 from __future__ import annotations
@@ -149,10 +150,8 @@ def _check_tensors(
 
 
 def _read_tensor(leaf: Leaf, name: str, files: Mapping[str, SafetensorsFile], sharding: Any) -> jax.Array:
-    """Read one tensor, transpose it to ``[in, out]``, and split it over devices."""
-    array = files[name].array(name)
-    view = array.T if leaf.is_matrix else array
-
+    """Read one tensor, split it over devices, and transpose it to ``[in, out]``."""
+    view = files[name].array(name)
     parts: dict[tuple[Any, ...], np.ndarray] = {}
 
     def read(index: Any) -> np.ndarray:
@@ -162,8 +161,13 @@ def _read_tensor(leaf: Leaf, name: str, files: Mapping[str, SafetensorsFile], sh
         return parts[key]
 
     if sharding is None:
-        return jnp.asarray(read((slice(None),) * view.ndim))
-    return jax.make_array_from_callback(view.shape, sharding, read)
+        array = jnp.asarray(read((slice(None),) * view.ndim))
+    else:
+        stored = _transposed(sharding) if leaf.is_matrix else sharding
+        array = jax.make_array_from_callback(view.shape, stored, read)
+    # By XLA, in a program of its own: NumPy's transposition of a large matrix takes several times as long,
+    # and so does XLA:CPU's where it is fused with the writing into the stack.
+    return array.T if leaf.is_matrix else array
 
 
 def copy_part(view: np.ndarray, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
@@ -202,6 +206,14 @@ def _of_one(sharding: jax.sharding.Sharding, depth: int) -> jax.sharding.Shardin
     """Return the sharding of one tensor, given the sharding of an array with ``depth`` stacked axes."""
     if isinstance(sharding, jax.NamedSharding):
         return jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec[depth:]))
+    return sharding
+
+
+def _transposed(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """Return the sharding of a matrix's transpose."""
+    if isinstance(sharding, jax.NamedSharding):
+        rows, columns = (*sharding.spec, None, None)[:2]
+        return jax.NamedSharding(sharding.mesh, jax.P(columns, rows))
     return sharding
 
 

@@ -33,8 +33,8 @@ def save_adapter(
 ) -> None:
     """Write adapters for PEFT.
 
-    The folder appears only when it is complete. With several processes, all must call this function; the
-    first process writes.
+    The folder appears only when it is complete; an empty one stays empty until then. With several processes,
+    all must call this function; the first process writes.
 
     Args:
       adapters: stacked adapters; a critic's head is left out.
@@ -51,7 +51,7 @@ def save_adapter(
 
     def read(name: str) -> np.ndarray:
         array, layer = sources[name]
-        return to_host(array[layer]).T.astype(dtype)
+        return to_host(array[layer].T).astype(dtype)
 
     shapes = {n: (array.shape[:0:-1], np.dtype(dtype)) for n, (array, _) in sources.items()}
     with new_folder(folder) as partial:

@@ -1,6 +1,7 @@
 """Export of a model folder that ``transformers`` and vLLM load: config.json, safetensors, tokenizer.
 
-The folder is written under a temporary name and renamed when it is complete.
+The folder is written under a temporary name and renamed when it is complete. A folder that is there already
+gets its files then.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def save_hf(
 ) -> None:
     """Write a folder that ``transformers.AutoModelForCausalLM`` and vLLM load.
 
-    The folder appears only when it is complete. With several processes, all must call this function; the
-    first process writes.
+    The folder appears only when it is complete; an empty one stays empty until then. With several processes,
+    all must call this function; the first process writes.
 
     Args:
       params: the parameters, sharded or not. A critic's value head is left out.
@@ -86,22 +87,29 @@ def save_hf(
 def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a temporary folder; rename it to ``folder`` on success, and delete it after an exception.
 
+    An empty ``folder`` stays, and the files are moved into it: it may be a mount point or the working folder.
+
     Raises:
       FileExistsError: ``folder`` is not empty.
     """
-    target = pathlib.Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    target = pathlib.Path(folder).resolve()
+    is_there = target.is_dir()
+    # In the same file system, so that renaming is atomic.
+    partial = target / ".partial" if is_there else target.with_name(target.name + ".partial")
+    # Another process may have begun already.
+    if target.exists() and (not is_there or any(entry != partial for entry in target.iterdir())):
         raise FileExistsError(f"{target} is not empty: export into a new folder")
-    # In the same parent folder, so that the final rename is atomic.
-    partial = target.with_name(target.name + ".partial")
     is_writer = jax.process_index() == 0
     if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     try:
         yield partial
-        if is_writer:
-            partial.replace(target)
+        if is_writer and is_there:
+            for file in sorted(partial.iterdir(), reverse=True):  # config.json last: it makes a model of them
+                file.rename(target / file.name)
+        elif is_writer:
+            partial.rename(target)
     finally:
         if is_writer:
             shutil.rmtree(partial, ignore_errors=True)
@@ -137,8 +145,9 @@ def _write_weights(folder: pathlib.Path, params: Params, leaves: list[Leaf], max
 
     def read(name: str) -> np.ndarray:
         leaf, place = sources[name]
-        host = to_host(get_leaf(params, leaf.path)[place])
-        return host.T if leaf.is_matrix else host
+        tensor = get_leaf(params, leaf.path)[place]
+        # XLA transposes: NumPy takes many times as long for a large matrix.
+        return to_host(tensor.T if leaf.is_matrix else tensor)
 
     shards = _split(
         {name: (leaf.tensor_shape, np.dtype(leaf.dtype)) for name, (leaf, _) in sources.items()},

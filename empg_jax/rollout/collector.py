@@ -18,6 +18,7 @@ from empg_jax.errors import RunError
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
 from empg_jax.rollout.schedule import Round, ScheduleError
+from empg_jax.text.template import ChatTemplateError
 from empg_jax.types import Trajectory
 from empg_jax.workers.pool import EnvPool, EnvReply
 
@@ -28,12 +29,13 @@ GATHER_SECONDS = 0.001
 BURST_SECONDS = 1.0
 # A retried attempt samples with other keys than the lost one, or it would repeat the same actions.
 RETRY_STRIDE = 1 << 16
-# Tasks whose first prompts are too long, before any fits, at which training stops to try further ones.
+# Tasks whose first prompts are too long before any fits, or whose prompts the template refuses before any
+# episode ends, at which training stops to try further ones.
 MAX_UNFIT = 64
 
 
 class PromptError(RunError):
-    """No first prompt leaves room for a response."""
+    """No first prompt leaves room for a response, or the chat template refuses a prompt of every task."""
 
 
 class Collector:
@@ -55,8 +57,9 @@ class Collector:
       is_deterministic: use a barrier per turn.
       make_watch: makes what ends a response besides its tokens, one for each (see `Engine.submit`).
       has_deadlines: responses have deadlines of their own, so that no episode ages while one is sampled.
-      is_fit_needed: a panel in which no first prompt fits is an error, found after `MAX_UNFIT` tasks at the
-        latest; else every attempt at such a task is discarded, however many there are.
+      is_fit_needed: a panel in which no first prompt fits, or the chat template refuses a prompt of every
+        task, is an error, found after `MAX_UNFIT` tasks at the latest; else every attempt at such a task is
+        discarded, however many there are.
       timer: a monotonic clock, in seconds.
 
     Attributes:
@@ -91,7 +94,9 @@ class Collector:
         self._episode_timeout = episode_timeout
         self._is_deterministic, self._timer, self._make_watch = is_deterministic, timer, make_watch
         self._has_deadlines, self._is_fit_needed = has_deadlines, is_fit_needed
+        self._has_fit = False  # whether a prompt has left room for a response
         self._unfit: dict[int, int] = {}  # length of the first prompt by task, for those that do not fit
+        self._refused: set[int] = set()  # tasks whose prompts the template refused since an episode ended
         self.check: Callable[[], None] = lambda: None
         self.served = self.aged = 0.0
         self.answered: list[int] = []
@@ -239,23 +244,17 @@ class Collector:
         if episode is None:  # canceled while the answer was on its way
             return
         self._waiting.discard(slot)
-        step: PromptDelta | Trajectory
-        if reply.failure is not None:
-            step = episode.on_failure(reply.failure.reason, reply.failure.detail)
-        elif reply.op == "reset":
-            step = episode.on_reset(reply.observation, reply.info)
-        else:
-            step = episode.on_step(
-                reply.observation, reply.reward, reply.terminated, reply.truncated, reply.info
-            )
+        step = self._take(episode, reply)
         if isinstance(step, PromptDelta):
             if self.engine.room(slot, len(step.tokens), is_fresh=step.is_fresh) >= 1:
-                self._is_fit_needed = False
+                self._has_fit = True
             elif episode.num_turns:
                 step = episode.on_context_limit()
             else:
-                step = self._refuse_prompt(episode, len(step.tokens))
+                step = self._end_unfit(episode, len(step.tokens))
         if isinstance(step, Trajectory):
+            if step.outcome.is_trained:
+                self._refused.clear()
             attempt = episode.attempt
             self._free_slot(slot)
             yield attempt, step
@@ -266,20 +265,50 @@ class Collector:
             self._asked[slot] = self._timer() - self._sampling
         self.engine.submit(slot, step.tokens, is_fresh=step.is_fresh, ids=ids, watch=self._make_watch())
 
-    def _refuse_prompt(self, episode: Episode, length: int) -> Trajectory:
-        """Discard an attempt whose first prompt is too long, as every attempt at its task would be."""
-        split, task, limit = episode.attempt.split, episode.attempt.task, self.engine.config.max_tokens
-        self._unfit[task] = length
-        if self._is_fit_needed and len(self._unfit) >= min(self.pool.splits[split], MAX_UNFIT):
+    def _take(self, episode: Episode, reply: EnvReply) -> PromptDelta | Trajectory:
+        if reply.failure is not None:
+            return episode.on_failure(reply.failure.reason, reply.failure.detail)
+        try:
+            if reply.op == "reset":
+                return episode.on_reset(reply.observation, reply.info)
+            return episode.on_step(
+                reply.observation, reply.reward, reply.terminated, reply.truncated, reply.info
+            )
+        except ChatTemplateError as error:
+            return self._end_refused(episode, str(error))
+
+    def _end_unfit(self, episode: Episode, length: int) -> Trajectory:
+        """Discard an attempt whose first prompt is too long."""
+        split, limit = episode.attempt.split, self.engine.config.max_tokens
+        self._unfit[episode.attempt.task] = length
+        if not self._has_fit and self._are_all(len(self._unfit), split):
             low, high = min(self._unfit.values()), max(self._unfit.values())
             raise PromptError(
                 f"no first prompt leaves room for a response: those of {len(self._unfit)} tasks of "
                 f"env.split={split} have {low} to {high} tokens, but rollout.max_tokens={limit}; it must be "
                 f"larger than {high} by the tokens of a whole episode"
             )
-        reason = "prompt_too_long"
         detail = f"the first prompt has {length} tokens, but rollout.max_tokens={limit}: no response fits"
-        self.pool.refuse(split, task, reason, detail)
+        return self._end_unplayed(episode, "prompt_too_long", detail)
+
+    def _end_refused(self, episode: Episode, detail: str) -> Trajectory:
+        """Discard an attempt whose conversation the chat template refuses."""
+        split = episode.attempt.split
+        self._refused.add(episode.attempt.task)
+        if self._are_all(len(self._refused), split):
+            raise PromptError(
+                f"{detail}; so it was with {len(self._refused)} tasks of env.split={split}, and no episode "
+                "has ended meanwhile: model.chat_template=FILE brings a template of your own"
+            )
+        return self._end_unplayed(episode, "prompt_refused", detail)
+
+    def _are_all(self, num_tasks: int, split: str) -> bool:
+        return self._is_fit_needed and num_tasks >= min(self.pool.splits[split], MAX_UNFIT)
+
+    def _end_unplayed(self, episode: Episode, reason: str, detail: str) -> Trajectory:
+        """Discard an attempt; where its first prompt is the cause, so would be every one at its task."""
+        if not episode.num_turns:
+            self.pool.refuse(episode.attempt.split, episode.attempt.task, reason, detail)
         return episode.on_failure(reason, detail)
 
     def _on_response(self, response: Response) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from empg_envs.base import PromptBuilder
+from empg_jax.errors import RunError
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.template import Message
 
@@ -37,7 +38,10 @@ class PromptDelta:
 
 
 class EpisodeContext(Protocol):
-    """The conversation of one episode. Call `start` once, then `follow` after every response."""
+    """The conversation of one episode. Call `start` once, then `follow` after every response.
+
+    Both raise `ChatTemplateError` where the chat template refuses the conversation.
+    """
 
     def start(self, observation: str, info: Info) -> PromptDelta:
         """Return the first prompt."""
@@ -203,6 +207,8 @@ class CallContext:
 
     A call that continues an earlier conversation of the episode, message by message, appends to its exact
     tokens. Any other (a rewritten history, a sub-agent, a parallel call) starts afresh, and so a row.
+
+    `start` and `follow` raise `RunError` where a call has tools and the chat template tells none.
     """
 
     def __init__(self, renderer: ChatRenderer):
@@ -243,6 +249,11 @@ class CallContext:
 
     def _begin(self, info: Info) -> PromptDelta:
         self._messages, self._tools = info["messages"], info["tools"]
+        if self._tools and not self._renderer.tells_tools:
+            raise RunError(
+                "the program's calls have tools, but the chat template does not tell them to the model: set "
+                "model.chat_template to one that does, such as scripts/examples/tools.jinja"
+            )
         self._prompt = self._renderer.start(self._messages, **_variables(self._tools))
         return PromptDelta(list(self._prompt), is_fresh=True)
 

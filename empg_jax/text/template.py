@@ -67,7 +67,7 @@ class ChatTemplate:
         """
         try:
             return self._template.render(self._variables(messages, add_generation_prompt, options))
-        except (jinja2.TemplateError, TypeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = [message.get("role") for message in messages]
             raise ChatTemplateError(
                 f"the chat template refused a conversation with roles {roles}: {error}"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tracemalloc
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,6 +181,23 @@ def test_only_what_a_device_needs_is_copied(deep, monkeypatch):
     assert {whole // part for whole, part in copied if whole >= 128 * 128} == {8}  # matrices: fsdp x tensor
 
 
+def test_numpy_transposes_no_matrix(deep, tmp_path, monkeypatch):
+    """XLA does, because NumPy takes several times as long for a large one."""
+    folder, params = deep
+
+    def straight(view, index, dtype, read=hf.copy_part):
+        assert view.flags.c_contiguous
+        return read(view, index, dtype)
+
+    def write(file, shapes, read):
+        assert all(read(name).flags.c_contiguous and read(name).shape == shapes[name][0] for name in shapes)
+
+    monkeypatch.setattr(hf, "copy_part", straight)
+    monkeypatch.setattr(export_folder, "write_safetensors", write)
+    load_hf(folder, shardings=split_places(params))
+    save_hf(params, DEEP, tmp_path / "model")
+
+
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_matrices_are_quantized_as_they_are_read(saved, scheme):
     folder, _, params = saved
@@ -288,6 +306,21 @@ def test_quantized_tensors_are_refused(saved):
         load_hf(folder)
 
 
+def test_only_the_models_own_files_are_downloaded(tmp_path, monkeypatch):
+    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    others = ["consolidated.safetensors", "checkpoint-500/model.safetensors", "onnx/config.json"]
+    wanted = []
+
+    def download(name, **patterns):
+        wanted.extend(huggingface_hub.utils.filter_repo_objects([*files, *others], **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        load_hf("owner/name")
+    assert wanted == files
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder at"):
         load_hf(tmp_path / "nothing")
@@ -315,6 +348,19 @@ def test_nothing_is_written_when_the_export_cannot_be(tmp_path):
     (target / "mine").write_text("")
     with pytest.raises(FileExistsError, match="is not empty"):
         save_hf(params, TINY, target)
+
+
+@pytest.mark.parametrize("name", [".", "link", "there"])
+def test_an_empty_folder_stays_and_is_filled(name, tmp_path, monkeypatch):
+    there, link = tmp_path / "there", tmp_path / "link"
+    there.mkdir()
+    link.symlink_to(there)
+    number = there.stat().st_ino
+    monkeypatch.chdir(there if name == "." else tmp_path)
+    save_hf(random_params(TINY), TINY, name)
+    assert there.stat().st_ino == number and link.is_symlink()  # a mount point cannot be replaced
+    assert sorted(entry.name for entry in there.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "there"]
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
@@ -370,6 +416,18 @@ def test_config_keeps_what_the_decoder_does_not_know():
         ({"attention_bias": True, "hidden_act": "gelu"}, "hidden_act='gelu' .*attention_bias=true"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope scaling lacks low_freq_factor"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling with a factor and no rope_type"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            r"rope_parameters by the kind of layer \(full_attention\)",
+        ),
+        ({"rope_scaling": "llama3"}, "rope_scaling='llama3' "),
+        ({"rope_theta": None}, "rope_theta=None "),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e6"}}, "rope_theta='1e6' "),
+        (
+            {"rms_norm_eps": None, "hidden_size": "8", "num_attention_heads": 0},
+            "hidden_size='8' .*num_attention_heads=0 .*rms_norm_eps=None ",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "mistral"}, "sliding_window=4096, unless max_length"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}, "sliding_window=9"),

@@ -88,14 +88,14 @@ def parse(text, info):
     return SimpleNamespace(action=text, is_valid=True)
 
 
-def make_collector(engine, pool, script=None, *, max_turns=4, **options):
+def make_collector(engine, pool, script=None, *, max_turns=4, make_context=TokenContext, **options):
     """A collector whose policy says ``script[group, turn]``, else ``go``."""
 
     def decode(tokens):
         return (script or {}).get(tuple(tokens), "go")
 
     rules = EpisodeRules(max_turns=max_turns)
-    return Collector(engine, pool, TokenContext, parse, decode, rules, seed=5, **options)
+    return Collector(engine, pool, make_context, parse, decode, rules, seed=5, **options)
 
 
 def attempts(count, **fields):

@@ -1,5 +1,6 @@
 """The collector: slots are refilled at once, faults cost their episode, a barrier makes runs repeatable."""
 
+import functools
 import itertools
 import os
 import signal
@@ -14,9 +15,10 @@ from empg_jax.models.decoder import init_params
 from empg_jax.rollout.collector import RETRY_STRIDE, PromptError
 from empg_jax.rollout.episode import Attempt
 from empg_jax.run import assembly, sampling
+from empg_jax.text import ChatTemplateError
 from empg_jax.types import Status
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
-from tests.rollout.scripted import ScriptedEngine, attempts, make_collector, run
+from tests.rollout.scripted import ScriptedEngine, TokenContext, attempts, make_collector, run
 
 
 def open_pool(env="FaultyEnv", *, num_workers=2, step=20.0, **options):
@@ -160,6 +162,49 @@ def test_training_in_which_no_first_prompt_fits_is_refused():
     with open_pool() as pool:
         collector = make_collector(ScriptedEngine(capacity=1), pool, is_fit_needed=True)
         with pytest.raises(PromptError, match=r"64 tasks .* 1 to 1 tokens, but rollout\.max_tokens=1; "):
+            run(collector, attempts(pool.splits["train"]))
+
+
+class RefusedContext(TokenContext):
+    """A chat template refuses a prompt: the first one, or the one after the first response."""
+
+    def __init__(self, is_first, tasks):
+        self._is_first, self._tasks = is_first, tasks
+        self._is_refused = False
+
+    def start(self, observation, info):
+        self._is_refused = self._tasks is None or int(observation.split("/")[1]) in self._tasks
+        return self._next(super().start(observation, info), self._is_first)
+
+    def follow(self, *answer):
+        return self._next(super().follow(*answer), True)
+
+    def _next(self, delta, is_now):
+        if self._is_refused and is_now:
+            raise ChatTemplateError("roles must alternate")
+        return delta
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_prompt_that_the_template_refuses_costs_its_episode(is_first):
+    with open_pool(length=3) as pool:
+        context = functools.partial(RefusedContext, is_first, {2})
+        collector = make_collector(ScriptedEngine(), pool, make_context=context, is_fit_needed=True)
+        found = run(collector, attempts(6))
+        assert outcome(found[2]) == (Status.DISCARDED, "prompt_refused")
+        assert found[2].outcome.detail == "roles must alternate"
+        assert len(found.pop(2).turns) == (0 if is_first else 1)
+        assert {outcome(t) for t in found.values()} == {(Status.TRAINED, "won")}
+        # What a program says later depends on the policy, so that only a first prompt speaks for its task.
+        assert pool.quarantined() == ([("train", 2)] if is_first else [])
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_training_in_which_the_template_refuses_every_task_ends(is_first):
+    with open_pool() as pool:
+        context = functools.partial(RefusedContext, is_first, None)
+        collector = make_collector(ScriptedEngine(), pool, make_context=context, is_fit_needed=True)
+        with pytest.raises(PromptError, match=r"^roles must alternate; .* 64 tasks of env\.split=train"):
             run(collector, attempts(pool.splits["train"]))
 
 

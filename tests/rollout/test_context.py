@@ -4,6 +4,7 @@ import functools
 
 import pytest
 
+from empg_jax.errors import RunError
 from empg_jax.rollout.context import CallContext, PromptDelta, make_context
 from empg_jax.text import ChatRenderer, build_phrase_tokenizer
 from tests.text.families import CHATML, build_bpe
@@ -174,3 +175,9 @@ def test_a_program_that_goes_on_with_its_conversation_stays_in_its_row(history, 
     assert delta.is_fresh == is_fresh
     forgotten = {"messages": messages[-1:], "tools": []}  # a history of its own is a row of its own
     assert context.follow(ids, said, True, said, "b", forgotten).is_fresh
+
+
+def test_tools_of_a_program_that_the_template_does_not_tell_end_the_run():
+    context = CallContext(ChatRenderer(build_bpe("thinking")))
+    with pytest.raises(RunError, match=r"does not tell them to the model: .*scripts/examples/tools\.jinja"):
+        context.start("a", {"messages": [{"role": "user", "content": "a"}], "tools": TOOLS})

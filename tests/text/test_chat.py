@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from empg_jax.text import ChatRenderer, ChatTemplateError, build_phrase_tokenizer
+from empg_jax.text import ChatRenderer, ChatTemplate, ChatTemplateError, build_phrase_tokenizer
 from tests.text.families import ALTERNATING, TEMPLATES, build_bpe
 
 THOUGHT = "<think>\nlook first\n</think>\n\ngo to shelf 2"
@@ -298,6 +298,13 @@ def test_a_conversation_that_the_template_refuses_is_named(family):
             renderer.start([message, user("a")])
     with pytest.raises(ChatTemplateError, match="not tool"):
         renderer.follow([user("a")], "b", [{"role": "tool", "content": "c"}], stopped=True)
+
+
+@pytest.mark.parametrize("expression", ["message.content.split('')", "message.content.index('?')"])
+def test_an_error_of_the_template_itself_is_a_refusal(expression):
+    template = ChatTemplate("{% for message in messages %}{{ " + expression + " }}{% endfor %}")
+    with pytest.raises(ChatTemplateError, match=r"refused a conversation with roles \['user'\]: "):
+        template.render([user("a")], add_generation_prompt=True)
 
 
 def test_the_phrase_template_refuses_unknown_roles():
