@@ -120,8 +120,11 @@ class EngineConfig:
 
     @property
     def longest_cache(self) -> int:
-        """Physical length of the longest cache: whole tiles, without which accelerators have no kernels."""
-        return self.max_tokens if self.max_tokens <= TILE else -(-self.max_tokens // TILE) * TILE
+        """Physical length of the longest cache: whole tiles, without which accelerators have no kernels.
+
+        A short one stays as it is: products over all of it cost little, and a CPU reads what is added.
+        """
+        return self.max_tokens if self.max_tokens < 4 * TILE else -(-self.max_tokens // TILE) * TILE
 
     @property
     def num_programs(self) -> int:

@@ -404,9 +404,11 @@ def test_default_buckets_cover_the_sizes():
     sizes = EngineConfig(slots=128, max_tokens=250, max_response_tokens=8, stop_ids=(1,))
     assert sizes.prefill_buckets == (16, 64)
     assert sizes.row_buckets == (1, 16, 128)
-    assert sizes.cache_buckets == (128, 256)  # whole tiles, for the kernels of accelerators
+    assert sizes.cache_buckets == (128, 250)
     assert sizes.prefill_lengths(32) == (16,)
-    assert EngineConfig(2, 1000, 8, (1,), prefill_buckets=(256,)).prefill_rows(256) == (1, 2)
+    long = EngineConfig(2, 1000, 8, (1,), prefill_buckets=(256,))
+    assert long.prefill_rows(256) == (1, 2)
+    assert long.cache_buckets[-1] == 1024  # whole tiles, for the kernels of accelerators
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
