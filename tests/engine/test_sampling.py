@@ -68,7 +68,7 @@ def test_a_token_without_weight_is_not_drawn_at_any_edge_of_a_large_vocabulary()
     edges = (sums / sums.max()).astype(np.float32)
     uniforms = np.concatenate([np.nextafter(edges, np.float32(0)), edges, np.nextafter(edges, np.float32(2))])
     uniforms = np.unique(uniforms[uniforms < 1])
-    tokens, _ = jax.jit(jax.vmap(lambda one: _draw(weights[None], one[None])))(uniforms)
+    tokens, _ = jax.jit(lambda all_: jax.lax.map(lambda one: _draw(weights[None], one[None]), all_))(uniforms)
     assert len(uniforms) > 100 and (weights[np.asarray(tokens)] > 0).all()
 
 
