@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from empg_jax.models.attention.ragged import BLOCK
 from empg_jax.models.filtering import TokenFilter
 
 # Most tokens of one prefill dispatch on a device, padding included; bounds its memory.
 PREFILL_TOKENS = 8192
 # Programs that default sizes may lead to: each takes seconds to minutes to compile for a large model.
 MAX_PROGRAMS = 24
-# Keys of a tile of the accelerators' kernels.
-TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +119,11 @@ class EngineConfig:
 
     @property
     def longest_cache(self) -> int:
-        """Physical length of the longest cache: whole tiles, without which accelerators have no kernels.
+        """Physical length of the longest cache: whole blocks, without which accelerators have no kernels.
 
         A short one stays as it is: products over all of it cost little, and a CPU reads what is added.
         """
-        return self.max_tokens if self.max_tokens < 4 * TILE else -(-self.max_tokens // TILE) * TILE
+        return self.max_tokens if self.max_tokens < 4 * BLOCK else -(-self.max_tokens // BLOCK) * BLOCK
 
     @property
     def num_programs(self) -> int:

@@ -134,13 +134,18 @@ class Bench:
         for slot in range(engine.config.slots):
             engine.release(slot)
 
+    @property
+    def medians(self) -> dict[str, float]:
+        """Median seconds of every part."""
+        return {name: statistics.median(all_) for name, all_ in self.seconds.items()}
+
     def rates(self, found: Mapping[str, float]) -> dict[str, float]:
         """Return tokens per second of each part.
 
         Decode is a full answer less the prefill of its prompt, by the fastest of each; it is left out where
         the two can hardly be told apart.
         """
-        median = {name: statistics.median(all_) for name, all_ in self.seconds.items()}
+        median = self.medians
         prefill, answer = (min(self.seconds[name]) for name in ("prefill", "answer"))
         slots = self.engine.config.slots
         rates = {
@@ -158,8 +163,7 @@ class Bench:
 
         Where engine and learner have devices of their own and may lag, they work side by side.
         """
-        config = self.config
-        median = {name: statistics.median(all_) for name, all_ in self.seconds.items()}
+        config, median = self.config, self.medians
         is_scored = config.algorithm.entropy_source == "learner" or self.learner.needs_score
         learning = median["score"] / (1 if is_scored else GAP_CHECK_EVERY) + median["update"]
         if not config.train.max_lag:
@@ -253,7 +257,7 @@ def _describe(made: Bench, found: Mapping[str, float]) -> dict[str, Any]:
         "prompt_tokens": made.form.prompt,
         "response_tokens": made.form.response,
         "slots": made.engine.config.slots,
-        "seconds": {name: statistics.median(made.seconds[name]) for name in PARTS} | made.cycle(),
+        "seconds": {name: made.medians[name] for name in PARTS} | made.cycle(),
         "tokens_per_second": rates,
         "product_share": flops * rates["update"] / len(devices) / measure_product(model.dtype),
         "planned_bytes": plan.total,

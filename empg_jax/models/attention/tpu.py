@@ -79,7 +79,7 @@ def decode_pages(
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         output = kernel(
-            # In float32, as it adds its output up in this type, rounded after every block of keys.
+            # In float32: the kernel adds its output up in the queries' type, rounded after every block.
             spread(scale(queries.astype(jnp.float32)), keys.shape[0], keys.shape[3]),
             keys,
             values,
