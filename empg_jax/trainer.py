@@ -290,6 +290,7 @@ def rl_loop(parts: Parts, run: RunState) -> None:
             values["cpu_seconds"] = cpu_seconds() - burned
             profiler.end(run.update)
             finish_update(parts, run, delivery, values, incidents)
+            del delivery, first  # the next rollout needs their memory
 
 
 def update_policy(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -96,6 +96,19 @@ class Turn:
     action: str | None = None
     milestone: bool = False
     answer_logprob: float | None = None
+
+
+def share_prompts(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """Make each prompt that a later one repeats a view of it, so that memory does not grow with their square."""
+    shared, longest = [], np.zeros(0, np.int32)
+    for turn in reversed(turns):
+        length = len(turn.prompt_tokens)
+        if np.array_equal(longest[:length], turn.prompt_tokens):
+            turn = dataclasses.replace(turn, prompt_tokens=longest[:length])
+        else:
+            longest = turn.prompt_tokens
+        shared.append(turn)
+    return tuple(reversed(shared))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -102,8 +103,17 @@ def test_a_folder_is_not_used_twice(run):
     ],
     ids=["learner", "kl", "epochs", "window"],
 )
-def test_variants_of_the_loop(tmp_path, overrides, expected):
+def test_variants_of_the_loop(tmp_path, monkeypatch, overrides, expected):
     """Household that pays at random: every estimator has something to do."""
+    passes, update_policy = [], trainer.update_policy
+
+    def update(*args):
+        assert not [each for each in passes if each()]  # one batch is on the devices at a time
+        result = update_policy(*args)
+        passes.append(weakref.ref(result[0]))
+        return result
+
+    monkeypatch.setattr(trainer, "update_policy", update)
     run = runs.train(tmp_path / "run", *runs.HOUSE, *overrides)
     lines = read_metrics(run / "metrics.jsonl")
     assert json.loads((run / "summary.json").read_text())["recompiles_after_warmup"] == 0

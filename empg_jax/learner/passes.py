@@ -53,6 +53,7 @@ def optimize(
             bounds = np.int32(start), np.int32(stop)
             state, metrics = learner.update(state, each.batch, each.scores, each.credit, *bounds)
             yield state, metrics
+        del each  # before the next one is made
 
 
 def _split_again(learner: Learner, first: Pass, host: Batch, layout: Layout) -> Pass:

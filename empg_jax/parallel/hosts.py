@@ -28,6 +28,7 @@ from empg_jax.parallel.rendezvous import Line, Seat, Watch, meet
 T = TypeVar("T")
 LOOK_SECONDS = 2.0  # length of one wait in the key-value store
 SMALL_BYTES = 1 << 16  # content up to this size comes with the word that it is there
+PART_BYTES = 1 << 26  # larger content comes in parts: a message of the store holds less than 2 GiB
 TELL_SECONDS = 1.0  # from the last words of the coordinator to its end
 END_SECONDS = 5.0  # a host that fails waits so long for the others to fail, too
 
@@ -54,7 +55,7 @@ class Hosts:
         self.describe_left: Callable[[], str] = lambda: "start all hosts again"
         self._rounds: Counter[str] = Counter()
         self._watch: Watch | None = None
-        self._timeout = LOOK_SECONDS  # seconds that a large value may take from the key-value store
+        self._timeout = LOOK_SECONDS  # seconds that a part may take from the key-value store
         self._parted: str | None = None  # why the hosts agree on nothing any more
 
     @property
@@ -82,9 +83,13 @@ class Hosts:
         client, round_ = _client(), self._rounds[name]
         self._rounds[name] += 1
         key = f"empg/{name}/{round_}/{self.index}"
-        if len(content) > SMALL_BYTES:  # there in full before anybody asks for it
-            client.key_value_set_bytes(f"{key}-content", content)
-        client.key_value_set_bytes(key, b"=" + content if len(content) <= SMALL_BYTES else b"@")
+        if len(content) <= SMALL_BYTES:
+            client.key_value_set_bytes(key, b"=" + content)
+        else:  # there in full before anybody asks for it
+            starts = range(0, len(content), PART_BYTES)
+            for part, start in enumerate(starts):
+                client.key_value_set_bytes(f"{key}/{part}", content[start : start + PART_BYTES])
+            client.key_value_set_bytes(key, b"@%d" % len(starts))
         end = None if seconds is None else time.monotonic() + seconds
         found = [
             content if host == self.index else self._await(f"empg/{name}/{round_}/{host}", host, end)
@@ -92,9 +97,8 @@ class Hosts:
         ]
         # All hosts have come to this round, so they have read the one before.
         if round_:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                for ending in ("", "-content"):
-                    client.key_value_delete(f"empg/{name}/{round_ - 1}/{self.index}{ending}")
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # and with it what is below it, the parts
+                client.key_value_delete(f"empg/{name}/{round_ - 1}/{self.index}")
         return found
 
     def _await(self, key: str, host: int, end: float | None) -> bytes:
@@ -102,7 +106,9 @@ class Hosts:
         while True:
             left = LOOK_SECONDS if end is None else min(LOOK_SECONDS, end - time.monotonic())
             if (found := _look_up(key, left)) is not None:
-                return found[1:] if found[:1] == b"=" else self._fetch(f"{key}-content", host)
+                if found[:1] == b"=":
+                    return found[1:]
+                return b"".join(self._fetch(f"{key}/{part}", host) for part in range(int(found[1:])))
             if end is not None and time.monotonic() >= end:
                 # This host goes its own way from here: waiting for the others again would be for ever.
                 self._parted = f"host {host} did not come to {key.split('/')[1]!r} in time"

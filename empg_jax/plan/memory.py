@@ -276,6 +276,8 @@ def _update_items(
     yield Item("logits", _estimate(head), "head", note)
     batch = shape.max_rows * shape.row_tokens * _BATCH_BYTES // (row_shards * sizes["sequence"])
     yield Item("batch", batch, "always", f"at most {shape.max_rows} rows of {shape.row_tokens} tokens")
+    if config.train.epochs > 1:
+        yield Item("batch again", batch, "update", "the same episodes in another order, for a further epoch")
 
 
 def _gathered_bytes(model: DecoderConfig, mesh: AbstractMesh, numbers: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from empg_jax.engine.engine import Response
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
-from empg_jax.types import Outcome, Status, Trajectory, Turn
+from empg_jax.types import Outcome, Status, Trajectory, Turn, share_prompts
 from empg_jax.workers.faults import Tell
 
 MAX_DETAIL = 500  # characters of a failure's text in the event log; full tracebacks would flood it
@@ -168,7 +168,7 @@ class Episode:
             split=self.attempt.split,
             group_id=self.attempt.group_id,
             member=self.attempt.member,
-            turns=tuple(self._turns),
+            turns=share_prompts(self._turns),
             outcome=Outcome(status, reason, detail),
             episode_return=float(sum(turn.reward for turn in self._turns)),
             is_success=won,

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from empg_jax.engine.slots import count_equal
 from empg_jax.errors import ConfigError
 from empg_jax.files import replacing
-from empg_jax.types import Outcome, Status, Trajectory, Turn
+from empg_jax.types import Outcome, Status, Trajectory, Turn, share_prompts
 
 ARRAYS = ("prompt_tokens", "response_tokens", "behavior_logprobs", "entropies")
 SCALARS = ("reward", "version", "anchor", "is_valid", "finish_reason", "observation", "response")
@@ -24,17 +25,24 @@ FIELDS = ("task", "split", "group_id", "member", "episode_return", "is_success",
 
 
 def pack_trajectories(trajectories: Sequence[Trajectory]) -> tuple[str, dict[str, np.ndarray]]:
-    """Convert trajectories to a JSON header and flat arrays, without loss."""
+    """Convert trajectories to a JSON header and flat arrays, without loss.
+
+    A prompt is stored from where it differs from the turn before: whole prompts grow with the square of an
+    episode's length.
+    """
     header = []
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
     for trajectory in trajectories:
-        turns = []
+        turns, before = [], np.zeros(0, np.int32)
         for turn in trajectory.turns:
-            lengths = []
-            for name in ARRAYS:
-                parts[name].append(getattr(turn, name))
-                lengths.append(len(getattr(turn, name)))
-            turns.append({"lengths": lengths} | {name: getattr(turn, name) for name in (*SCALARS, *LATER)})
+            repeated = count_equal(before, turn.prompt_tokens)
+            arrays = {name: getattr(turn, name) for name in ARRAYS}
+            arrays["prompt_tokens"] = turn.prompt_tokens[repeated:]
+            for name, array in arrays.items():
+                parts[name].append(array)
+            turns.append({"repeated": repeated, "lengths": [len(array) for array in arrays.values()]})
+            turns[-1] |= {name: getattr(turn, name) for name in (*SCALARS, *LATER)}
+            before = np.concatenate([turn.prompt_tokens, turn.response_tokens])
             if turn.versions is not None:
                 turns[-1]["versions"] = turn.versions.tolist()
         outcome = trajectory.outcome
@@ -54,13 +62,18 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
     trajectories = []
     for entry in json.loads(header):
         entry |= {"answer": tuple(entry["answer"])} if entry.get("answer") else {}
-        turns = []
+        turns, before = [], np.zeros(0, np.int32)
         for turn in entry["turns"]:
             values: dict[str, Any] = {}
             for name, length in zip(ARRAYS, turn["lengths"], strict=True):
                 start = position[name]
                 values[name] = np.asarray(arrays[name])[start : start + length]
                 position[name] += length
+            # Files of older versions hold whole prompts.
+            values["prompt_tokens"] = np.concatenate(
+                [before[: turn.get("repeated", 0)], values["prompt_tokens"]]
+            )
+            before = np.concatenate([values["prompt_tokens"], values["response_tokens"]])
             if "versions" in turn:
                 values["versions"] = np.asarray(turn["versions"], np.int32)
             values |= {name: turn[name] for name in LATER if name in turn}
@@ -70,7 +83,7 @@ def unpack_trajectories(header: str, arrays: dict[str, Any]) -> list[Trajectory]
             Trajectory(
                 **{name: entry[name] for name in FIELDS},
                 **{name: entry[name] for name in LATER_OF_EPISODES if name in entry},
-                turns=tuple(turns),
+                turns=share_prompts(turns),
                 outcome=Outcome(Status(status), reason, detail),
                 metrics=entry["metrics"],
             )
@@ -83,7 +96,6 @@ def to_bytes(trajectories: Sequence[Trajectory]) -> bytes:
     header, arrays = pack_trajectories(trajectories)
     file = io.BytesIO()
     np.savez(file, **{"header": np.asarray(header)} | arrays)  # type: ignore[arg-type]
-    # Prompts repeat what came before them, so that even the quickest level saves nine tenths.
     return zlib.compress(file.getvalue(), level=1)
 
 

@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from empg_jax.errors import ConfigError
@@ -237,7 +238,8 @@ class SlowStore:
         self.values[key] = value
 
     def key_value_delete(self, key):
-        self.values.pop(key, None)
+        for each in [each for each in self.values if each == key or each.startswith(f"{key}/")]:
+            del self.values[each]
 
     def blocking_key_value_get_bytes(self, key, milliseconds):
         needed = len(self.values[key]) * self._pace if key in self.values else math.inf
@@ -266,6 +268,15 @@ def test_a_value_that_takes_longer_than_one_wait_arrives(monkeypatch):
     assert exchange_with(monkeypatch, store, large) == [[b"own", large], [b"own", b"small"]]
     assert store.now < 60.0
     assert not [key for key in store.values if "/0/0" in key]  # what all have read is deleted
+
+
+def test_a_value_larger_than_a_message_comes_in_parts(monkeypatch):
+    monkeypatch.setattr(hosts_module, "PART_BYTES", SMALL_BYTES // 2)
+    large = np.random.default_rng(0).bytes(SMALL_BYTES + 1)
+    store = SlowStore(50.0 / SMALL_BYTES)  # each part within its limit, all together not
+    assert exchange_with(monkeypatch, store, large) == [[b"own", large], [b"own", b"small"]]
+    assert store.now > 60.0 and max(map(len, store.values.values())) <= SMALL_BYTES
+    assert not [key for key in store.values if "/0/0" in key]
 
 
 def test_a_value_that_never_arrives_ends_the_wait(monkeypatch):

@@ -43,7 +43,7 @@ LEARNER = ("weights", "optimizer", "gradients", "activations", "one layer", "log
 
 def make_config(mesh, rows, length, **sections):
     rollout = {"max_tokens": length, "tasks_per_update": 1, "group_size": rows}
-    train = {"micro_tokens": rows * length, "num_minibatches": 1}
+    train = {"micro_tokens": rows * length, "num_minibatches": 1} | sections.pop("train", {})
     return Config.model_validate({"mesh": mesh, "rollout": rollout, "train": train, **sections})
 
 
@@ -227,6 +227,13 @@ def test_configs_for_a_node_and_for_eight_fit():
     for name in ("household_qwen2.5_7b", "household_qwen2.5_32b"):
         config = load_config(name)
         assert compute_plan(config, find_shape(config)).total < 80 * GIB
+
+
+def test_a_further_epoch_deals_the_batch_again():
+    once, twice = (
+        sizes(compute_plan(make_config({}, 8, 256, train={"epochs": epochs}), SMALL)) for epochs in (1, 2)
+    )
+    assert twice.pop("batch again") == once["batch"] and twice == once
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def test_an_episode_from_reset_to_victory():
     assert (first.observation, first.response, first.reward) == ("a room", "go", 0.0)
     assert (second.observation, second.reward, second.finish_reason) == ("a hall", 1.0, "length")
     assert second.prompt_tokens.tolist() == [1, 5, 6, 2] and first.anchor != second.anchor
+    assert first.prompt_tokens.tolist() == [1] and first.prompt_tokens.base is second.prompt_tokens
     assert found.last_observation == "the end" and found.last_anchor == anchor_of("the end")
     # The context is told the sampled ids, whether the turn was ended, and the action that was made of them.
     assert context.told[1] == ([5, 6], "go", True, "GO", "a hall", {"n": 1})

@@ -63,6 +63,37 @@ def test_round_trip():
         assert_same(one, other)
 
 
+def test_a_long_episode_takes_no_more_room_than_its_tokens():
+    episode = Episodes().transcript([(60, 60)] * 50)
+    header, arrays = pack_trajectories([episode])
+    assert len(arrays["prompt_tokens"]) == 50 * 60
+    (found,) = unpack_trajectories(header, arrays)
+    assert_same(found, episode)
+    assert len({id(turn.prompt_tokens.base) for turn in found.turns[:-1]}) == 1  # all are views of one array
+
+
+def test_a_prompt_that_leaves_out_what_was_said_comes_back_whole():
+    episodes = Episodes()
+    first = episodes.turn([1, 2, 3], 2)
+    response = first.response_tokens
+    others = [[1, 2, 3, *response, 9], [1, 2, 3, *response[:1]], [1, 2], [], [1, 2, 3, *response, 9, 8]]
+    episode = episodes.trajectory([first, *(episodes.turn(each, 1) for each in others)])
+    header, arrays = pack_trajectories([episode])
+    assert arrays["prompt_tokens"].tolist() == [1, 2, 3, 9, 1, 2, 3, *response, 9, 8]
+    assert_same(unpack_trajectories(header, arrays)[0], episode)
+
+
+def test_files_of_versions_with_whole_prompts_are_read():
+    episode = Episodes().transcript([(4, 2), (3, 1)])
+    header, arrays = pack_trajectories([episode])
+    older = json.loads(header)
+    for told, turn in zip(older[0]["turns"], episode.turns, strict=True):
+        del told["repeated"]
+        told["lengths"][0] = len(turn.prompt_tokens)
+    arrays["prompt_tokens"] = np.concatenate([turn.prompt_tokens for turn in episode.turns])
+    assert_same(unpack_trajectories(json.dumps(older), arrays)[0], episode)
+
+
 def test_files_of_versions_without_groups_and_ends_are_read():
     header, arrays = pack_trajectories([Episodes().transcript([(2, 1)])])
     later = ("group", "last_anchor", "last_observation", "answer")
