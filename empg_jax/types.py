@@ -99,7 +99,7 @@ class Turn:
 
 
 def share_prompts(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """Make each prompt that a later one repeats a view of it, so that memory does not grow with their square."""
+    """Make each prompt that a later one repeats a view of it: memory would grow with the square of turns."""
     shared, longest = [], np.zeros(0, np.int32)
     for turn in reversed(turns):
         length = len(turn.prompt_tokens)
@@ -265,3 +265,8 @@ class Credit:
     clip_scale: Leaf = (
         None  # float32[B T]  what the objective's clip range is multiplied by; None = 1 everywhere
     )
+
+
+def wide_type(dtype: Any) -> Any:
+    """Return the type in which numbers of a type are added up: float32, or float64 for float64."""
+    return np.float64 if dtype == np.float64 else np.float32

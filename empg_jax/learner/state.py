@@ -18,10 +18,9 @@ from jax.sharding import Mesh
 
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.decoder import DecoderConfig, init_params, init_value_head
-from empg_jax.models.head import wide_type
 from empg_jax.models.lora import make_lora
 from empg_jax.parallel.mesh import replicated
-from empg_jax.types import Leaf, Params
+from empg_jax.types import Leaf, Params, wide_type
 
 
 @flax.struct.dataclass

@@ -22,13 +22,12 @@ from empg_jax.learner.outputs import compute_outputs
 from empg_jax.learner.state import TrainState, apply_updates, state_shardings, widen
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
-from empg_jax.models.head import wide_type
 from empg_jax.models.lora import combine
 from empg_jax.parallel.ahead import Call, warm_up
 from empg_jax.parallel.arrays import fetch, put
 from empg_jax.parallel.layout import constrain, on_mesh
 from empg_jax.parallel.mesh import replicated, row_sharding, token_sharding
-from empg_jax.types import BATCH_FIELDS, Batch, Credit, Params, Scores, fields_per
+from empg_jax.types import BATCH_FIELDS, Batch, Credit, Params, Scores, fields_per, wide_type
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,14 +6,13 @@ cannot find them by itself: it has a part of the vocabulary at a time.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from empg_jax.models.filtering import TokenFilter, find_reach
 from empg_jax.parallel.layout import constrain, gather_weight, num_shards
+from empg_jax.types import wide_type
 
 
 def find_floors(
@@ -69,11 +68,6 @@ def find_floors(
     if mask is not None and is_alone:
         floors = jnp.zeros_like(floors).at[:, :, order].set(floors)
     return floors.reshape(shape)
-
-
-def wide_type(dtype: Any) -> Any:
-    """Return the accumulation type: float32, or float64 for float64 inputs."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _num_blocks(length: int, wanted: int) -> int:

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.floors import find_floors
-from empg_jax.models.floors import wide_type as wide_type
 from empg_jax.parallel.layout import constrain, gather_weight, num_shards, shard_weight
+from empg_jax.types import wide_type
 
 # Largest number of float32 logits [tokens, chunk] in memory at one time on a device. On a CPU, 64 MiB stay
 # near the caches. An accelerator needs large products: with 16k tokens and V = 152k the larger slab takes an

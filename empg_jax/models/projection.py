@@ -3,7 +3,7 @@
 The names of its parameters decide how a layer computes: ``kernel``, a quantized form of it
 (`models.quantize`) or its transpose ``kernel_t`` (`transpose_kernels`), ``bias``, and ``lora_a``, ``lora_b``
 (`models.lora`). `project` has a custom gradient, because XLA:CPU computes the automatic gradient of a kernel
-slowly. Gradients are added up in the type of the parameter, which may be wider than the computation's.
+slowly. A kernel's gradient has the type of the parameter, which may be wider than the computation's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from empg_jax.models.products import multiply_transposed
 from empg_jax.models.quantize import SCHEMES
 from empg_jax.parallel.layout import num_shards
-from empg_jax.types import Params
+from empg_jax.types import Params, wide_type
 
 
 class Linear(nn.Module):
@@ -136,7 +136,7 @@ def transpose_kernels(layer: Params) -> Params:
 
 @jax.custom_vjp
 def add_bias(outputs: Float[Array, "*batch E"], bias: Float[Array, "E"]) -> Float[Array, "*batch E"]:
-    """Add a bias in the type of the outputs; its gradient is added up in the bias's own type."""
+    """Add a bias in the type of the outputs; its gradient is added up in float32."""
     return outputs + _row(bias.astype(outputs.dtype), outputs.ndim)
 
 
@@ -145,7 +145,8 @@ def _add_forward(outputs: Array, bias: Array) -> tuple[Array, Array]:
 
 
 def _add_backward(bias: Array, slope: Array) -> tuple[Array, Array]:
-    return slope, jnp.sum(slope, axis=tuple(range(slope.ndim - 1)), dtype=bias.dtype)
+    total = jnp.sum(slope, axis=tuple(range(slope.ndim - 1)), dtype=wide_type(bias.dtype))
+    return slope, total.astype(bias.dtype)
 
 
 add_bias.defvjp(_add_forward, _add_backward)

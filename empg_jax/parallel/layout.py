@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from empg_jax.parallel.mesh import AXES, RULES, Axis, MeshAxes, fit_spec, mesh_axes
+from empg_jax.types import wide_type
 
 # Logical axis of an activation -> mesh axes.
 ACTIVATIONS: dict[str | None, MeshAxes] = {
@@ -133,26 +134,29 @@ def embed_tokens(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: A
 
     On a mesh every device looks up all tokens of its ``fsdp`` x ``sequence`` group in its own part of the
     table; tokens of other parts give zeros. All-to-alls then send each device the embeddings of its own
-    tokens. No device holds the whole table, and the gradient of a part stays on the device that owns it.
+    tokens. No device holds the whole table, and the gradient of a part stays on the device that owns it,
+    which adds it up in float32.
     """
     mesh = current_mesh()
     if mesh is None:
-        return jnp.take(table, tokens, axis=0).astype(dtype)
+        return _look_up(table, tokens, dtype)
     rows, time = fit_spec(mesh, ("rows", "time"), tokens.shape, ACTIVATIONS)
     table_spec = fit_spec(mesh, ("vocab", "embed"), table.shape, RULES)
     vocab, depth = (tuple(name for name in mesh_axes(names) if mesh.shape[name] > 1) for names in table_spec)
     # Axis of the tokens that each mesh axis splits. An axis that splits no tokens needs no exchange.
     split = {name: axis for axis, names in enumerate((rows, time)) for name in mesh_axes(names)}
     depth = tuple(name for name in depth if name in split)
+    others = tuple(name for name in split if name not in vocab + depth)  # all devices have the same part
 
     def local(table: Array, tokens: Array) -> Array:
+        table = jax.lax.pcast(table, others, to="varying")  # its gradients are summed over them
         for name in depth:
             tokens = jax.lax.all_gather(tokens, name, axis=split[name], tiled=True)
         if vocab:
             tokens = tokens - jax.lax.axis_index(vocab) * table.shape[0]
         # Tokens of other devices' parts read row 0, which the mask replaces by zeros before the sum.
         is_mine = jnp.logical_and(tokens >= 0, tokens < table.shape[0])
-        found = jnp.take(table, jnp.where(is_mine, tokens, 0), axis=0).astype(dtype)
+        found = _look_up(table, jnp.where(is_mine, tokens, 0), dtype)
         found = jnp.where(is_mine[:, :, None], found, jnp.zeros((), dtype))
         if vocab:
             found = jax.lax.psum(found, vocab)
@@ -165,6 +169,25 @@ def embed_tokens(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: A
         in_specs=(PartitionSpec(vocab or None, depth or None), PartitionSpec(rows, time)),
         out_specs=PartitionSpec(rows, time, None),
     )(table, tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(table: Array, tokens: Array, dtype: Any) -> Array:
+    return jnp.take(table, tokens, axis=0).astype(dtype)
+
+
+def _look_up_forward(table: Array, tokens: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _look_up(table, tokens, dtype), (table, tokens)
+
+
+def _look_up_backward(dtype: Any, residuals: tuple[Array, Array], slope: Array) -> tuple[Array, None]:
+    # The automatic sum has the table's type: in bfloat16, 4,096 equal tokens of slope 1 make 256.
+    table, tokens = residuals
+    wide = wide_type(table.dtype)
+    return jnp.zeros(table.shape, wide).at[tokens].add(slope.astype(wide)).astype(table.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 # ---------------------------------------------------------------------------------------- attention

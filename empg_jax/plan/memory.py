@@ -272,6 +272,9 @@ def _update_items(
         head += _gathered_bytes(model, mesh, chunk)
     note = "its recomputation, its slopes, its gathered weights"
     yield Item("one layer", _estimate(working), "layer", note)
+    if base is None and jnp.dtype(model.param_dtype).itemsize < 4:
+        # The gradient of the embeddings is added up in float32 when the head is done.
+        head = max(head, shard_bytes({"embed": trained["embed"]}, model.head_dim, mesh, itemsize=4))
     note = "one chunk of the vocabulary, three times, and its part of the table"
     yield Item("logits", _estimate(head), "head", note)
     batch = shape.max_rows * shape.row_tokens * _BATCH_BYTES // (row_shards * sizes["sequence"])

@@ -298,3 +298,31 @@ def test_fused_projections_change_nothing(name):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     for a, b in zip(jax.tree.leaves(fused_cache), jax.tree.leaves(cache), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_gradients_of_bfloat16_parameters_are_added_up_in_float32():
+    """Against float32 parameters of the same values, on a text in which one token is frequent."""
+    narrow = dataclasses.replace(TINY, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    wide = dataclasses.replace(narrow, param_dtype=jnp.float32)
+    generator = np.random.default_rng(0)
+    tokens = np.where(generator.random((4, 512)) < 0.5, 3, generator.integers(0, 31, (4, 512))).astype(
+        np.int32
+    )
+    positions = np.broadcast_to(np.arange(512, dtype=np.int32), (4, 512))
+    inputs = jax.tree.map(jnp.asarray, (tokens, positions, np.ones((4, 512), np.int32)))
+    weights = jnp.asarray(generator.normal(0.2, 1, (4, 512, 16)), jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def slope_of(params, config):
+        def loss(params):
+            return jnp.sum((forward(params, config, *inputs) * weights).astype(jnp.float32))
+
+        return jax.grad(loss)(params)
+
+    params = make_params(narrow)
+    found = slope_of(params, narrow)
+    expected = slope_of(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), wide)
+    for (path, one), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        if np.any(other):  # not of the head, which is behind the states
+            error = np.linalg.norm(one.astype(np.float32) - other) / np.linalg.norm(other)
+            assert error < 0.01, (jax.tree_util.keystr(path), error)

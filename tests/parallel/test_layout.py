@@ -57,6 +57,24 @@ def test_lookup(mesh, vocab, depth):
     assert_same_on_mesh(make_mesh(**MESHES[mesh]), lookup, normal(vocab, depth), tokens)
 
 
+@pytest.mark.parametrize("mesh", [None, *MESHES])
+def test_the_gradient_of_a_narrow_table_is_added_up_in_float32(mesh):
+    """Most tokens of a text are a few words: sums in bfloat16 would stop at 256 of them."""
+    tokens = np.where(np.arange(4096) % 4, 3, np.arange(4096) % 12).reshape(4, 1024).astype(np.int32)
+
+    def loss(table, tokens):
+        return jnp.sum(embed_tokens(table, tokens, jnp.bfloat16).astype(jnp.float32))
+
+    devices = make_mesh(**MESHES.get(mesh, {}))
+    inputs = jax.device_put(
+        (jnp.zeros((12, 8), jnp.bfloat16), tokens), NamedSharding(devices, PartitionSpec())
+    )
+    slope = jax.jit(on_mesh(devices, jax.grad(loss)))(*inputs)
+    assert slope.dtype == jnp.bfloat16
+    counts = np.bincount(tokens.ravel(), minlength=12)[:, None] * np.ones(8)
+    np.testing.assert_allclose(slope.astype(np.float32), counts, rtol=2**-8)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2), (3, 1), (6, 3)])
 def test_attention(mesh, heads, kv_heads):
