@@ -7,7 +7,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from empg_envs.adapters.chance import Chance
 from empg_envs.adapters.foreign import ForeignEnv, Reply, import_package, make_sizes
@@ -17,6 +17,7 @@ from empg_envs.base import EnvFault
 from empg_envs.names import suggest
 
 PATIENCE = 200  # moves of the opponent in a row
+TRIALS, TRIAL_MOVES = 3, 100  # games that an opponent plays against itself at the start, and their longest
 
 
 class TextArenaEnv(ForeignEnv):
@@ -37,10 +38,11 @@ class TextArenaEnv(ForeignEnv):
 
     Raises:
       ValueError: the package, the game or the opponent does not exist, the game takes more than two players
-        or needs word lists that are not here, or shows the opponent no legal move.
+        or needs word lists that are not here, or does not go on showing the opponent a legal move.
     """
 
     threads = False  # games draw from the process' random numbers
+    _tried: ClassVar[set[str]] = set()  # games whose trials went well, once per process
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class TextArenaEnv(ForeignEnv):
             self._players = self._count_players((1, 2) if players is None else (players,))
             if self._players == 2 and ":" not in opponent:
                 try:
-                    self._opponent(self._start(2, 0), self._dice)
+                    self._try_opponent()
                 except ValueError as error:
                     raise ValueError(f"{id}, opponent={opponent}: {error}") from None
 
@@ -120,6 +122,23 @@ class TextArenaEnv(ForeignEnv):
             if self._game.step(move)[0]:
                 return True
         raise EnvFault("opponent_stuck", f"{self._id}: {PATIENCE} moves of the opponent, and still its turn")
+
+    def _try_opponent(self) -> None:
+        """Let the random opponent play both seats: some games show no move, or only an example of one.
+
+        Raises:
+          ValueError: it finds no legal move.
+        """
+        name = f"{self._id} {self._kwargs}"
+        if name in self._tried:
+            return
+        choose = find_opponent("random")
+        for seed in range(TRIALS):
+            game, dice = self._start(2, seed), random.Random(seed)
+            for _ in range(TRIAL_MOVES):
+                if game.step(choose(game, dice))[0]:
+                    break
+        self._tried.add(name)
 
     def _count_players(self, counts: Sequence[int]) -> int:
         """Return the first number of players that the game accepts."""
