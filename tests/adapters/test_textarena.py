@@ -153,6 +153,13 @@ def test_games_of_legal_moves_go_to_their_end(game):
         assert info["outcome"] in ("won", "lost", "draw")
 
 
+@pytest.mark.parametrize("game", ["TicTacToe-v0", "FrozenLake-v0", "ConnectFour-v0"])
+def test_endless_actions_lose_and_are_no_faults(game):
+    env = make_env("textarena", id=game, opponent="tests.adapters.games:play_last")
+    end = play(env, ["[" + "9" * 5000 + "]", "[" + "9" * 5000] * 60)[-1]
+    assert end[2] and end[4]["outcome"] == "invalid_move"
+
+
 def test_word_lists_are_never_fetched(monkeypatch):
     nltk = pytest.importorskip("nltk")
     fetched = []

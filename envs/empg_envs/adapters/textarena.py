@@ -18,13 +18,15 @@ from empg_envs.names import suggest
 
 PATIENCE = 200  # moves of the opponent in a row
 TRIALS, TRIAL_MOVES = 3, 100  # games that an opponent plays against itself at the start, and their longest
+MAX_ACTION = 4_000  # characters; games raise where int() refuses more digits than about that
 
 
 class TextArenaEnv(ForeignEnv):
     """A game of TextArena, alone or against an opponent, with the package's own rewards.
 
     Observations hold what is new to the player. Illegal moves are answered, and end the game, by the game's
-    own rules. A task is a seed of the game; in games of two the policy begins in every other task.
+    own rules; of an action the first `MAX_ACTION` characters count. A task is a seed of the game; in games of
+    two the policy begins in every other task.
 
     Args:
       id: the game's registered name.
@@ -87,7 +89,7 @@ class TextArenaEnv(ForeignEnv):
 
     def _act(self, action: str) -> Reply:
         with self._chance.reigning():
-            done = bool(self._game.step(action)[0]) or self._let_opponent_move()
+            done = bool(self._game.step(action[:MAX_ACTION])[0]) or self._let_opponent_move()
             observation = take_new(self._game, self._player)
         if not done:
             return observation, 0.0, False, False, self._info(False)
