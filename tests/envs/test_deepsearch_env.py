@@ -43,11 +43,14 @@ def test_results_are_shown_as_search_r1_shows_them(files) -> None:
     assert "admissible" not in info
     assert info["known_answer"] == ["<answer>", "Oslo"]  # for the trainer, at the start alone
     observation, reward, terminated, truncated, info = env.step("<search>Oslo fjord</search>")
-    shown = "Doc 1(Title: Oslo) Oslo is the capital of Norway and lies on a fjord."
+    shown = 'Doc 1(Title: "Oslo") Oslo is the capital of Norway and lies on a fjord.'
     assert observation == f"\n\n<information>{shown}</information>\n\n"
     assert (reward, terminated, truncated, info["metrics"]["searches"]) == (0.0, False, False, 1.0)
+    browsing = make_env("deepsearch", **files, tools=["search", "browse"])  # browse takes the bare title
+    browsing.reset(split="train", index=0)
+    assert "Doc 1(Title: Oslo)" in browsing.step("<search>Oslo fjord</search>")[0]
     two = env.step("<search>capital of Norway</search>")[0]
-    assert "Doc 1(Title: Oslo)" in two and "\nDoc 2(Title: " in two and "Doc 3" not in two
+    assert 'Doc 1(Title: "Oslo")' in two and "\nDoc 2(Title: " in two and "Doc 3" not in two
     nothing, *_, info = env.step("<search>zebra</search>")
     assert "Nothing was found." in nothing and "known_answer" not in info
     _, reward, terminated, truncated, info = env.step("<answer>the OSLO.</answer>")

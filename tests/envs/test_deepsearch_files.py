@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,9 @@ def test_an_episode_on_2wiki(wiki) -> None:
     env = make_env("deepsearch", **wiki, topk=3)
     assert sum(env.num_tasks(split) for split in env.list_splits()) == 433
     _, info = env.reset(split="test", index=0)
-    assert "<information>Doc 1(Title: " in env.step(f"<search>{info['task']}</search>")[0]
+    observation = env.step(f"<search>{info['task']}</search>")[0]
+    firsts = [passage.contents.partition("\n")[0] for passage in load_corpus(wiki["corpus"])]
+    titles = re.findall(r"^(?:<information>)?Doc \d\(Title: (.*?)\) ", observation, re.M)
+    assert len(titles) == 3 and all(title.startswith('"') and title in firsts for title in titles)
     golden = env.get_task("test", 0)["golden_answers"][0]
     assert env.step(f"<think>so</think><answer>{golden}</answer>")[1:3] == (1.0, True)

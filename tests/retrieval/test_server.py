@@ -259,7 +259,7 @@ def test_an_episode_through_the_server(served, tmp_path) -> None:
         topk=1,
     )
     env.reset(split="train", index=0)
-    assert "Doc 1(Title: Lima) Lima is a city number 3." in env.step("<search>Lima</search>")[0]
+    assert 'Doc 1(Title: "Lima") Lima is a city number 3.' in env.step("<search>Lima</search>")[0]
     with pytest.raises(RetrieverError, match=r"status 500: .*burnt down"):
         env.step("<search>burn</search>")
     env.reset(split="train", index=0)
