@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from empg_envs import make_env
 from empg_envs.deepsearch.passages import RetrieverError
+from empg_jax.config import load_config
 
 TAGS = ["<search>", "</search>", "<open>", "</open>", "<answer>", "</answer>", "<think>", "</think>"]
 PIECES = st.one_of(st.sampled_from(TAGS), st.text(max_size=8), st.just("acme"))
@@ -34,6 +35,24 @@ def files(tmp_path):
         "corpus": str(corpus),
         "retriever": "builtin",
     }
+
+
+def test_four_searches_and_then_the_answer_as_in_search_r1(files) -> None:
+    config = load_config("deepsearch_search_r1")
+    assert config.env.max_turns == config.env.options["max_turns"]
+    limits = {name: config.env.options[name] for name in ("max_turns", "tool_budget")}
+    env = make_env("deepsearch", **files, **limits)
+    for last, ending in (
+        ("<answer>Oslo</answer>", (1.0, True, False)),
+        ("<search>Oslo</search>", (0.0, False, True)),
+    ):
+        env.reset(split="train", index=0)
+        for number in range(4):
+            observation, *_, truncated, _ = env.step(f"<search>Oslo {number}</search>")
+            assert "Doc 1" in observation and not truncated
+        observation, *reply, info = env.step(last)
+        assert tuple(reply) == ending and info["metrics"]["searches"] == 4
+        assert "Doc 1" not in observation
 
 
 def test_results_are_shown_as_search_r1_shows_them(files) -> None:
