@@ -88,6 +88,7 @@ def test_wrong_corpus_lines_are_named(tmp_path, line, message) -> None:
     [
         ({**question(1), "golden_answers": []}, "'golden_answers' is"),
         ({**question(1), "golden_answers": [3]}, "'golden_answers' is"),
+        ({**question(1), "golden_answers": ["x", " "]}, r"'golden_answers' is .* not blank"),
         ({**question(1), "question": "  "}, "'question' is '  '"),
         ({**question(1), "metadata": 3}, "'metadata' is 3"),
     ],
