@@ -87,6 +87,24 @@ def test_entries_that_are_no_objects_are_named_and_skipped(tmp_path: Path) -> No
     assert said == "instruction of 'B0001': human instructions must be a list of objects, not 7"
 
 
+def test_half_a_character_is_a_character_like_any_other(tmp_path: Path) -> None:
+    """JSON can say it, as an escape; UTF-8, and so SQLite, cannot."""
+    half = "\ud83d"
+    color = {"color": [{"value": f"red{half}"}]}
+    rows = [make_row(0), make_row(2, name=f"odd{half} lamp {half}", customization_options=color)]
+    store = load(write_files(tmp_path, [*rows, make_row(4, asin=half)]))
+    assert (store.meta["products"], store.meta["skipped"]) == (2, 1)
+    assert set(store.search("lamp")) == {"B0000", "B0002"} and store.search(f"odd{half}") == ("B0002",)
+    assert store.product("B0002").title == f"odd{half} lamp {half}"
+    env = WebShopEnv(level="official", data=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    goals = [env.get_task("test", n) for n in range(3)]
+    (odd,) = (n for n, goal in enumerate(goals) if goal["asin"] == "B0002")
+    env.reset(split="test", index=odd)
+    for action in ("search[odd lamp]", "click[b0002]", f"click[red{half}]", "click[buy now]"):
+        _, reward, done, _, info = env.step(action)
+    assert done and reward == info["metrics"]["task_score"] == 1.0
+
+
 def test_prices_do_not_depend_on_rows_that_do_not_count(tmp_path: Path) -> None:
     clean = load(write_files(tmp_path / "clean", [make_row(n) for n in range(6)]))
     rows = [make_row(0), make_row(0), make_row(2, name=None), *(make_row(n) for n in range(1, 6))]

@@ -21,7 +21,7 @@ from typing import Any
 from empg_envs.cache import build_once, cache_folder
 from empg_envs.webshop.files import Files, MissingData
 from empg_envs.webshop.goals import PRICE_SEED, draw_price, human_goals, shuffled, synthetic_goals
-from empg_envs.webshop.schema import BadRow, read_product
+from empg_envs.webshop.schema import HALF, BadRow, read_product
 from empg_envs.webshop.store import VERSION, Store, StoreWriter, open_store
 from empg_envs.webshop.stream import stream_json
 
@@ -94,10 +94,16 @@ def fill(writer: StoreWriter, connection: sqlite3.Connection, files: Files) -> N
     connection.execute("CREATE TEMP TABLE attributes (asin TEXT PRIMARY KEY, record TEXT)")
     connection.executemany(
         "INSERT OR REPLACE INTO temp.attributes VALUES (?, ?)",
-        ((key, json.dumps(value)) for key, value in stream_json(files.attributes, dict)),
+        (
+            (key, json.dumps(value))
+            for key, value in stream_json(files.attributes, dict)
+            if not HALF.search(key)
+        ),
     )
 
     def attributes_of(asin: Any) -> Any:
+        if HALF.search(str(asin)):
+            return None
         row = connection.execute("SELECT record FROM temp.attributes WHERE asin = ?", (str(asin),)).fetchone()
         return json.loads(row[0]) if row else None
 

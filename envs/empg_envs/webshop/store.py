@@ -21,7 +21,7 @@ from empg_envs.webshop.goals import synthetic_weight
 from empg_envs.webshop.schema import Goal, Product, goal_from_json, product_from_json
 from empg_envs.webshop.shop import MAX_RESULTS
 
-VERSION = 1  # version of the layout below; a catalog of another version is built again
+VERSION = 2  # version of the layout below; a catalog of another version is built again
 _MAPPED_BYTES = (1 << 31) - (1 << 16)  # SQLite's limit of a map; later bytes are read without it
 _GOALS_AT_ONCE = 10_000
 _KEPT_PRODUCTS, _KEPT_QUERIES, _KEPT_IDS = 2048, 256, 1 << 16
