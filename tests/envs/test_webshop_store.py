@@ -206,6 +206,21 @@ def test_panels_and_the_legacy_switch(tmp_path: Path) -> None:
     assert observation.startswith("WebShop [SEP] Instruction:") and info["tagger"] == env.shop.tagger.name
 
 
+def test_repeated_option_values_bring_no_test_goal_into_training(tmp_path: Path) -> None:
+    sizes = {"size": [{"value": value} for value in ("Small", "small ", "large")]}
+    rows = [make_row(n, pricing="$5", customization_options=sizes) for n in range(0, 800, 2)]
+    folder, cache = write_files(tmp_path / "data", rows), tmp_path / "cache"
+    env = WebShopEnv(level="official", data=str(folder), cache_dir=str(cache))
+    hashes = {
+        split: [env.shop.store.goal(n).content_hash() for n in env.shop.panels[split]]
+        for split in ("train", "test")
+    }
+    assert not set(hashes["train"]) & set(hashes["test"])
+    assert env.shop.store.num_goals == 1200 and list(env.shop.panels["test"]) == shuffled(1200)[:500]
+    left_out = [n for n in shuffled(1200)[500:] if env.shop.store.goal(n).content_hash() in hashes["test"]]
+    assert left_out and len(hashes["train"]) == 700 - len(left_out)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),

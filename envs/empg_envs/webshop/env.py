@@ -131,8 +131,9 @@ class WebShopEnv:
         from empg_envs.webshop import official
 
         store = official.load(self._files, self._cache_dir)
-        order = official.load_order(self._files, store.num_goals, self._order_seed, self._cache_dir)
-        panels = _divide_goals(order, is_human=self._files.human is not None)
+        held_out = TEST_GOALS + (VALID_GOALS if self._files.human is not None else 0)
+        order = official.load_order(self._files, store, self._order_seed, held_out, self._cache_dir)
+        panels = _divide_goals(order, held_out)
         return Shop(store, panels, make_tagger(self._tagger_name), (), 10)
 
     @functools.cached_property
@@ -297,11 +298,10 @@ def _check_unused(**options: tuple[object, object]) -> None:
             raise ValueError(f"webshop option {name}={value!r} has an effect with level={OFFICIAL!r} only")
 
 
-def _divide_goals(order: Sequence[int], *, is_human: bool) -> dict[str, Sequence[int]]:
+def _divide_goals(order: Sequence[int], held_out: int) -> dict[str, Sequence[int]]:
     """Return the goal positions of each panel.
 
     Goals 0 to 499 are for testing. The next 1,000 human goals are for validation. The rest is for training.
     """
-    valid_end = TEST_GOALS + (VALID_GOALS if is_human else 0)
-    panels = {"train": order[valid_end:], "valid": order[TEST_GOALS:valid_end], "test": order[:TEST_GOALS]}
+    panels = {"train": order[held_out:], "valid": order[TEST_GOALS:held_out], "test": order[:TEST_GOALS]}
     return {split: panel for split, panel in panels.items() if len(panel)}

@@ -137,6 +137,16 @@ class Store:
         record, weight = self._one("SELECT record, weight FROM goal WHERE position = ?", position)
         return dataclasses.replace(goal_from_json(record), weight=weight)
 
+    def find_copies(self, positions: Sequence[int]) -> set[int]:
+        """Return the positions of all goals with the content of one of these, themselves included."""
+        marks = ",".join("?" * len(positions))
+        rows = self._connection.execute(
+            "SELECT position FROM goal "
+            f"WHERE record IN (SELECT record FROM goal WHERE position IN ({marks}))",
+            positions,
+        )
+        return {position for (position,) in rows}
+
     def search_afresh(self, query: str) -> Sequence[str]:
         """Return the ids of the best products for a query without a cache; `search` has one."""
         found = [document for document, _ in self._index.search(query, MAX_RESULTS)]
