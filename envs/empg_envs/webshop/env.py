@@ -81,10 +81,10 @@ class WebShopEnv:
           data: folder of the official files; None takes ``$WEBSHOP_DATA``.
           size: ``small`` (1,000 products) or ``full``.
           goals: official goals, ``synthetic`` or ``human``.
-          legacy_panel: whether to number goals as verl-agent's fork does, by a shuffle with the seed
-            ``worker_seed``. Held-out goals then differ between workers and leak into training, so this is for
-            comparisons only.
-          worker_seed: the seed of that shuffle.
+          legacy_panel: whether to number goals by a shuffle with the seed ``worker_seed``: another fixed
+            order, with panels of its own. verl-agent's fork sets that seed per worker, so that test goals of
+            one worker are training goals of another.
+          worker_seed: the seed of that shuffle, one for all workers.
           fallback: whether to play the standard shop if the official files are missing.
           cache_dir: folder for catalogs of official files.
 
