@@ -97,6 +97,9 @@ class WebShopEnv:
         if level != OFFICIAL:
             _check_unused(data=(data, None), size=(size, "small"), goals=(goals, "synthetic"))
             _check_unused(legacy_panel=(legacy_panel, False), tagger=(tagger, "auto"))
+            _check_unused(
+                worker_seed=(worker_seed, 0), fallback=(fallback, False), cache_dir=(cache_dir, None)
+            )
         if max_turns is not None and max_turns < 1:
             raise ValueError(f"webshop max_turns must be at least 1, not {max_turns}")
         self._files = _find_files(data, size, goals, fallback) if level == OFFICIAL else None
