@@ -155,7 +155,8 @@ def parse_request(body: bytes, usual_topk: int) -> tuple[list[str], int, bool]:
       RequestError: with status 400 if the body is not JSON, with 422 if a field is invalid.
     """
     request = parse_object(body)
-    queries = parse_texts(request, "queries")
+    # Half of a surrogate pair becomes a question mark: tokenizers refuse it, and with it the whole batch.
+    queries = [text.encode("utf-8", "replace").decode() for text in parse_texts(request, "queries")]
     topk = request.get("topk")
     topk = usual_topk if topk is None else topk
     if not isinstance(topk, int) or isinstance(topk, bool) or not 1 <= topk <= MAX_TOPK:

@@ -52,6 +52,7 @@ def read_tasks(path: str) -> Panels:
 
 
 def describe_task(task: dict[str, Any], split: str, index: int) -> dict[str, Any]:
-    """Return a task with its place and its hash."""
-    digest = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
+    """Return a task with its place, and its hash, which does not depend on the place."""
+    content = {key: value for key, value in task.items() if key != "split"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {**task, "split": split, "index": index, "content_hash": digest}

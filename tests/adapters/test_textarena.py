@@ -6,6 +6,7 @@ import re
 import pytest
 
 from empg_envs import ENVS, make_env
+from empg_envs.adapters.opponents import _is_legal as is_legal
 from empg_envs.base import EnvFault
 from tests.adapters.needs import need
 
@@ -121,10 +122,42 @@ def test_a_message_in_the_place_of_a_reward():
 
 
 def test_an_opponent_without_a_move_is_a_fault_with_a_name():
-    env = make_env("textarena", id="Breakthrough-v0-tiny")
-    with pytest.raises(EnvFault, match=r"Breakthrough.*shows no legal move.*opponent=package") as caught:
-        play(env, ["[a2a3]", "[b2b3]"])
+    env = make_env("textarena", opponent="tests.adapters.games:give_up")
+    with pytest.raises(EnvFault, match="TicTacToe-v0: no move") as caught:
+        play(env, ["[4]"])
     assert caught.value.reason == "opponent_stuck"
+
+
+@pytest.mark.parametrize("opponent", ["random", "first"])
+@pytest.mark.parametrize("game", ["Nim-v0", "Battleship-v0", "ConnectFour-v0", "Breakthrough-v0-tiny"])
+def test_games_that_show_only_examples_of_moves_are_refused(game, opponent):
+    """Legal moves are shown in the first position only, or are a few of them."""
+    with pytest.raises(ValueError, match=f"{game}, opponent={opponent}: .*shows no legal move.*=package"):
+        make_env("textarena", id=game, opponent=opponent)
+
+
+@pytest.mark.parametrize(
+    "game", ["TicTacToe-v0", "KuhnPoker-v0", "IteratedRockPaperScissors-v0", "SimpleTak-v0"]
+)
+def test_games_of_legal_moves_go_to_their_end(game):
+    env = make_env("textarena", id=game)
+    for index in range(10):
+        shown, _ = env.reset(split="train", index=index)
+        is_over = False
+        while not is_over:
+            moves = re.findall(r"\[[^\[\]\n]+\]", shown)
+            move = next(move for move in reversed(moves) if is_legal(env._game, move))
+            observation, _, is_over, truncated, info = env.step(move)
+            assert not truncated
+            shown += observation
+        assert info["outcome"] in ("won", "lost", "draw")
+
+
+@pytest.mark.parametrize("game", ["TicTacToe-v0", "FrozenLake-v0", "ConnectFour-v0"])
+def test_endless_actions_lose_and_are_no_faults(game):
+    env = make_env("textarena", id=game, opponent="tests.adapters.games:play_last")
+    end = play(env, ["[" + "9" * 5000 + "]", "[" + "9" * 5000] * 60)[-1]
+    assert end[2] and end[4]["outcome"] == "invalid_move"
 
 
 def test_word_lists_are_never_fetched(monkeypatch):

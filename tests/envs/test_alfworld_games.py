@@ -311,7 +311,20 @@ def test_missing_data_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"ALFWORLD_DATA=.*nowhere is no folder"):
         AlfworldEnv()
+    with pytest.warns(UserWarning, match=r"ALFWORLD_DATA=.*nowhere is no folder.*Playing generated games"):
+        assert AlfworldEnv(source="auto").list_splits() == ["train", "valid", "test"]
+    with pytest.raises(FileNotFoundError, match="no playable"):
+        AlfworldEnv(source="auto", data=str(tmp_path))
+    monkeypatch.delenv("ALFWORLD_DATA")
     assert AlfworldEnv(source="auto").list_splits() == ["train", "valid", "test"]
+
+
+def test_a_level_is_of_generated_games(tmp_path: Path) -> None:
+    fill(tmp_path)
+    with pytest.raises(ValueError, match="level='kitchen' has no effect with official games"):
+        AlfworldEnv(data=str(tmp_path), level="kitchen")
+    with pytest.raises(ValueError, match="unknown alfworld level 'kitchn'; did you mean 'kitchen'"):
+        AlfworldEnv(data=str(tmp_path), level="kitchn")
 
 
 def test_the_variable_names_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,15 +69,18 @@ def test_a_game_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     panels = GeneratedPanels("rooms")
     for index in range(24):
         write_game(panels.make("train", index), tmp_path, "train", f"trial_{index}")
-    read = OfficialPanels(tmp_path)
+    read, families = OfficialPanels(tmp_path), set()
     assert read.num_tasks("train") == 24 and not read.skipped
     assert not list(tmp_path.rglob("*.tmp"))
     for position in range(24):
         task = read.describe("train", position)
         index = int(task["id"].rpartition("_")[2])
         assert read.load("train", position) == panels.load("train", index)
-        assert task["id"].split("/")[1].startswith(TASK_TYPES[task["group"]])
+        families.add(task["group"])
+        names = (TASK_TYPES[task["group"]], task["thing"].capitalize(), "None", task["target"].capitalize())
+        assert task["id"].split("/")[1] == "-".join((*names, "generated"))
         assert task["task"] == panels.make("train", index).task
+    assert families == TASK_TYPES.keys()
 
 
 def test_what_is_written_declares_everything_that_domain_and_problem_use() -> None:

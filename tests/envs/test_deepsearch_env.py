@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from empg_envs import make_env
 from empg_envs.deepsearch.passages import RetrieverError
+from empg_jax.config import load_config
 
 TAGS = ["<search>", "</search>", "<open>", "</open>", "<answer>", "</answer>", "<think>", "</think>"]
 PIECES = st.one_of(st.sampled_from(TAGS), st.text(max_size=8), st.just("acme"))
@@ -36,6 +37,24 @@ def files(tmp_path):
     }
 
 
+def test_four_searches_and_then_the_answer_as_in_search_r1(files) -> None:
+    config = load_config("deepsearch_search_r1")
+    assert config.env.max_turns == config.env.options["max_turns"]
+    limits = {name: config.env.options[name] for name in ("max_turns", "tool_budget")}
+    env = make_env("deepsearch", **files, **limits)
+    for last, ending in (
+        ("<answer>Oslo</answer>", (1.0, True, False)),
+        ("<search>Oslo</search>", (0.0, False, True)),
+    ):
+        env.reset(split="train", index=0)
+        for number in range(4):
+            observation, *_, truncated, _ = env.step(f"<search>Oslo {number}</search>")
+            assert "Doc 1" in observation and not truncated
+        observation, *reply, info = env.step(last)
+        assert tuple(reply) == ending and info["metrics"]["searches"] == 4
+        assert "Doc 1" not in observation
+
+
 def test_results_are_shown_as_search_r1_shows_them(files) -> None:
     env = make_env("deepsearch", **files, topk=2)
     observation, info = env.reset(split="train", index=0)
@@ -43,11 +62,14 @@ def test_results_are_shown_as_search_r1_shows_them(files) -> None:
     assert "admissible" not in info
     assert info["known_answer"] == ["<answer>", "Oslo"]  # for the trainer, at the start alone
     observation, reward, terminated, truncated, info = env.step("<search>Oslo fjord</search>")
-    shown = "Doc 1(Title: Oslo) Oslo is the capital of Norway and lies on a fjord."
+    shown = 'Doc 1(Title: "Oslo") Oslo is the capital of Norway and lies on a fjord.'
     assert observation == f"\n\n<information>{shown}</information>\n\n"
     assert (reward, terminated, truncated, info["metrics"]["searches"]) == (0.0, False, False, 1.0)
+    browsing = make_env("deepsearch", **files, tools=["search", "browse"])  # browse takes the bare title
+    browsing.reset(split="train", index=0)
+    assert "Doc 1(Title: Oslo)" in browsing.step("<search>Oslo fjord</search>")[0]
     two = env.step("<search>capital of Norway</search>")[0]
-    assert "Doc 1(Title: Oslo)" in two and "\nDoc 2(Title: " in two and "Doc 3" not in two
+    assert 'Doc 1(Title: "Oslo")' in two and "\nDoc 2(Title: " in two and "Doc 3" not in two
     nothing, *_, info = env.step("<search>zebra</search>")
     assert "Nothing was found." in nothing and "known_answer" not in info
     _, reward, terminated, truncated, info = env.step("<answer>the OSLO.</answer>")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_wrong_corpus_lines_are_named(tmp_path, line, message) -> None:
     [
         ({**question(1), "golden_answers": []}, "'golden_answers' is"),
         ({**question(1), "golden_answers": [3]}, "'golden_answers' is"),
+        ({**question(1), "golden_answers": ["x", " "]}, r"'golden_answers' is .* not blank"),
         ({**question(1), "question": "  "}, "'question' is '  '"),
         ({**question(1), "metadata": 3}, "'metadata' is 3"),
     ],
@@ -149,7 +151,7 @@ def test_one_file_is_divided_by_hash(tmp_path) -> None:
     sizes = [panels.num_tasks(split) for split in panels.splits]
     assert panels.splits == ["train", "valid", "test"] and sum(sizes) == 500
     assert 370 < sizes[0] < 430 and min(sizes) > 30
-    backwards = make_panels([write(tmp_path / "b.jsonl", rows[::-1]), write(tmp_path / "c.jsonl", rows[:9])])
+    backwards = make_panels(write(tmp_path / "b.jsonl", rows[::-1] + rows[:9]))
     assert [panels.panel_hash(split) for split in panels.splits] == [
         backwards.panel_hash(split) for split in backwards.splits
     ]
@@ -164,12 +166,26 @@ def test_training_gives_way_to_held_out_panels(tmp_path) -> None:
     files = {"train": train, "test": test, "test:hotpot": [test], "test_ood": test}
     panels = make_panels(files)
     assert [panels.get("train", i).text for i in range(panels.num_tasks("train"))] == ["Question number 0?"]
-    assert panels.num_tasks("test") == 2
-    assert {panels.get("test", i).group for i in range(2)} == {"test"}
+    assert panels.num_tasks("test") == 4
+    assert {panels.get("test", i).group for i in range(4)} == {"test", "hotpot"}
     assert panels.get("test_ood", 0).group == "test"  # the file's name
     assert make_panels({"test:hotpot": test}).get("test", 0).group == "hotpot"
     with pytest.raises(DataError, match="panel 'train' holds no question"):
         make_panels({"train": test, "test": test})
+
+
+def test_held_out_panels_keep_the_same_words_with_other_answers_and_groups(tmp_path, caplog) -> None:
+    rows = [
+        {**question(n, "What is X?"), "golden_answers": [answer]} for n, answer in enumerate(["jazz", "rock"])
+    ]
+    both, one = write(tmp_path / "both.jsonl", rows), write(tmp_path / "one.jsonl", rows[:1])
+    train = write(tmp_path / "train.jsonl", [*rows, question(7)])
+    panels = make_panels({"train": train, "test:nq": both, "test:hotpotqa": one})
+    sizes = {split: panels.num_tasks(split) for split in panels.splits}
+    assert sizes == {"train": 1, "test": 3, "test:nq": 2, "test:hotpotqa": 1}
+    answers = {panels.get("test:nq", index).golden_answers for index in range(2)}
+    assert answers == {("jazz",), ("rock",)}
+    assert "2 training questions are left out" in caplog.text
 
 
 @pytest.mark.parametrize("name", LEXICAL)
@@ -283,6 +299,9 @@ def test_an_episode_on_2wiki(wiki) -> None:
     env = make_env("deepsearch", **wiki, topk=3)
     assert sum(env.num_tasks(split) for split in env.list_splits()) == 433
     _, info = env.reset(split="test", index=0)
-    assert "<information>Doc 1(Title: " in env.step(f"<search>{info['task']}</search>")[0]
+    observation = env.step(f"<search>{info['task']}</search>")[0]
+    firsts = [passage.contents.partition("\n")[0] for passage in load_corpus(wiki["corpus"])]
+    titles = re.findall(r"^(?:<information>)?Doc \d\(Title: (.*?)\) ", observation, re.M)
+    assert len(titles) == 3 and all(title.startswith('"') and title in firsts for title in titles)
     golden = env.get_task("test", 0)["golden_answers"][0]
     assert env.step(f"<think>so</think><answer>{golden}</answer>")[1:3] == (1.0, True)

@@ -44,7 +44,7 @@ def test_an_agent_reads_the_same_and_the_index_is_built_once(files, tmp_path, en
     options = {"retriever_options": {"index_dir": str(tmp_path / "index")}, "retriever": engine, **files}
     on_disk = read(make_env("deepsearch", **options), "word1 word2")
     assert on_disk == read(make_env("deepsearch", retriever=engine, **files), "word1 word2")
-    assert "Doc 3(Title: Title" in on_disk
+    assert 'Doc 3(Title: "Title' in on_disk
     # A worker of its own, which has nothing in memory, only opens it.
     sources._load_retriever.cache_clear()
     monkeypatch.setattr(find_retriever(engine), "build", None)

@@ -69,7 +69,7 @@ def search(folder, retriever, number=5, **options):
 
 def expected(number, scores):
     best = np.argsort(-scores, kind="stable")[:3]
-    lines = "".join(f"Doc {place}(Title: Title {n}) Text {n}.\n" for place, n in enumerate(best, start=1))
+    lines = "".join(f'Doc {place}(Title: "Title {n}") Text {n}.\n' for place, n in enumerate(best, start=1))
     return f"\n\n<information>{lines.strip()}</information>\n\n"
 
 

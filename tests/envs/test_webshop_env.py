@@ -147,7 +147,8 @@ def test_unknown_choices_are_named() -> None:
             WebShopEnv(**{option: "x"})
     with pytest.raises(ValueError, match="at least 1"):
         WebShopEnv(max_turns=0)
-    for option, value in {"data": "x", "size": "full", "goals": "human", "legacy_panel": True}.items():
+    official = {"data": "x", "size": "full", "goals": "human", "legacy_panel": True, "worker_seed": 3}
+    for option, value in {**official, "fallback": True, "cache_dir": "x"}.items():
         with pytest.raises(ValueError, match=f"option {option}=.* level='official' only"):
             WebShopEnv(**{option: value})
     with pytest.raises(ValueError, match="did you mean 'tiny'"):

@@ -87,6 +87,24 @@ def test_entries_that_are_no_objects_are_named_and_skipped(tmp_path: Path) -> No
     assert said == "instruction of 'B0001': human instructions must be a list of objects, not 7"
 
 
+def test_half_a_character_is_a_character_like_any_other(tmp_path: Path) -> None:
+    """JSON can say it, as an escape; UTF-8, and so SQLite, cannot."""
+    half = "\ud83d"
+    color = {"color": [{"value": f"red{half}"}]}
+    rows = [make_row(0), make_row(2, name=f"odd{half} lamp {half}", customization_options=color)]
+    store = load(write_files(tmp_path, [*rows, make_row(4, asin=half)]))
+    assert (store.meta["products"], store.meta["skipped"]) == (2, 1)
+    assert set(store.search("lamp")) == {"B0000", "B0002"} and store.search(f"odd{half}") == ("B0002",)
+    assert store.product("B0002").title == f"odd{half} lamp {half}"
+    env = WebShopEnv(level="official", data=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    goals = [env.get_task("test", n) for n in range(3)]
+    (odd,) = (n for n, goal in enumerate(goals) if goal["asin"] == "B0002")
+    env.reset(split="test", index=odd)
+    for action in ("search[odd lamp]", "click[b0002]", f"click[red{half}]", "click[buy now]"):
+        _, reward, done, _, info = env.step(action)
+    assert done and reward == info["metrics"]["task_score"] == 1.0
+
+
 def test_prices_do_not_depend_on_rows_that_do_not_count(tmp_path: Path) -> None:
     clean = load(write_files(tmp_path / "clean", [make_row(n) for n in range(6)]))
     rows = [make_row(0), make_row(0), make_row(2, name=None), *(make_row(n) for n in range(1, 6))]
@@ -186,6 +204,21 @@ def test_panels_and_the_legacy_switch(tmp_path: Path) -> None:
     assert legacy[1].describe()["shuffle_seed"] == 1
     observation, info = env.reset(split="test", index=0)
     assert observation.startswith("WebShop [SEP] Instruction:") and info["tagger"] == env.shop.tagger.name
+
+
+def test_repeated_option_values_bring_no_test_goal_into_training(tmp_path: Path) -> None:
+    sizes = {"size": [{"value": value} for value in ("Small", "small ", "large")]}
+    rows = [make_row(n, pricing="$5", customization_options=sizes) for n in range(0, 800, 2)]
+    folder, cache = write_files(tmp_path / "data", rows), tmp_path / "cache"
+    env = WebShopEnv(level="official", data=str(folder), cache_dir=str(cache))
+    hashes = {
+        split: [env.shop.store.goal(n).content_hash() for n in env.shop.panels[split]]
+        for split in ("train", "test")
+    }
+    assert not set(hashes["train"]) & set(hashes["test"])
+    assert env.shop.store.num_goals == 1200 and list(env.shop.panels["test"]) == shuffled(1200)[:500]
+    left_out = [n for n in shuffled(1200)[500:] if env.shop.store.goal(n).content_hash() in hashes["test"]]
+    assert left_out and len(hashes["train"]) == 700 - len(left_out)
 
 
 json_values = st.recursive(

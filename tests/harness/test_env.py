@@ -195,6 +195,19 @@ def test_a_scorer_and_a_file_of_tasks(make, tmp_path):
             make("grow", **options)
 
 
+def test_the_same_task_in_both_panels_has_one_hash(make, tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": "hi", "split": split}) + "\n" for split in ("train", "test"))
+    )
+    env = make("grow", tasks=str(file))
+    train, test = env.get_task("train", 0), env.get_task("test", 0)
+    assert train["content_hash"] == test["content_hash"] and (train["split"], test["split"]) == (
+        "train",
+        "test",
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "made"),
     [

@@ -40,6 +40,7 @@ class CountingEngine:
     def search(self, queries: list[str], topk: int) -> list[list[Hit]]:
         self.gate.wait()
         self.batches.append(list(queries))
+        "".join(queries).encode()  # like a tokenizer it refuses half of a surrogate pair
         if "burn" in queries:
             raise RetrieverError("the index burnt down")
         return self.inner.search(queries, topk)
@@ -178,6 +179,20 @@ def test_sixty_four_clients_at_once(served) -> None:
     assert max(map(len, engine.batches)) > 8
 
 
+def test_half_a_character_costs_nobody_the_batch(served) -> None:
+    server, engine = served
+    engine.gate.clear()
+    with ThreadPoolExecutor(4) as pool:
+        queries = ["city", "Oslo", "Rome \ud83d", "Lima"]  # the first one is searched alone
+        asked = [pool.submit(post, server.url, {"queries": [query], "topk": 1}) for query in queries]
+        while server.batcher.misses < 4:
+            pass
+        engine.gate.set()
+        assert [future.result()[0] for future in asked] == [200] * 4
+    assert "Rome ?" in [query for batch in engine.batches for query in batch]
+    assert asked[2].result()[1]["result"][0][0]["title"] == "Rome"
+
+
 def test_repeated_queries_are_remembered() -> None:
     engine = CountingEngine()
     batcher = Batcher(engine, cache_size=2)
@@ -259,7 +274,7 @@ def test_an_episode_through_the_server(served, tmp_path) -> None:
         topk=1,
     )
     env.reset(split="train", index=0)
-    assert "Doc 1(Title: Lima) Lima is a city number 3." in env.step("<search>Lima</search>")[0]
+    assert 'Doc 1(Title: "Lima") Lima is a city number 3.' in env.step("<search>Lima</search>")[0]
     with pytest.raises(RetrieverError, match=r"status 500: .*burnt down"):
         env.step("<search>burn</search>")
     env.reset(split="train", index=0)

@@ -7,7 +7,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from empg_envs.adapters.chance import Chance
 from empg_envs.adapters.foreign import ForeignEnv, Reply, import_package, make_sizes
@@ -17,13 +17,16 @@ from empg_envs.base import EnvFault
 from empg_envs.names import suggest
 
 PATIENCE = 200  # moves of the opponent in a row
+TRIALS, TRIAL_MOVES = 3, 100  # games that an opponent plays against itself at the start, and their longest
+MAX_ACTION = 4_000  # characters; games raise where int() refuses more digits than about that
 
 
 class TextArenaEnv(ForeignEnv):
     """A game of TextArena, alone or against an opponent, with the package's own rewards.
 
     Observations hold what is new to the player. Illegal moves are answered, and end the game, by the game's
-    own rules. A task is a seed of the game; in games of two the policy begins in every other task.
+    own rules; of an action the first `MAX_ACTION` characters count. A task is a seed of the game; in games of
+    two the policy begins in every other task.
 
     Args:
       id: the game's registered name.
@@ -37,10 +40,11 @@ class TextArenaEnv(ForeignEnv):
 
     Raises:
       ValueError: the package, the game or the opponent does not exist, the game takes more than two players
-        or needs word lists that are not here, or shows the opponent no legal move.
+        or needs word lists that are not here, or does not go on showing the opponent a legal move.
     """
 
     threads = False  # games draw from the process' random numbers
+    _tried: ClassVar[set[str]] = set()  # games whose trials went well, once per process
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class TextArenaEnv(ForeignEnv):
             self._players = self._count_players((1, 2) if players is None else (players,))
             if self._players == 2 and ":" not in opponent:
                 try:
-                    self._opponent(self._start(2, 0), self._dice)
+                    self._try_opponent()
                 except ValueError as error:
                     raise ValueError(f"{id}, opponent={opponent}: {error}") from None
 
@@ -85,7 +89,7 @@ class TextArenaEnv(ForeignEnv):
 
     def _act(self, action: str) -> Reply:
         with self._chance.reigning():
-            done = bool(self._game.step(action)[0]) or self._let_opponent_move()
+            done = bool(self._game.step(action[:MAX_ACTION])[0]) or self._let_opponent_move()
             observation = take_new(self._game, self._player)
         if not done:
             return observation, 0.0, False, False, self._info(False)
@@ -120,6 +124,23 @@ class TextArenaEnv(ForeignEnv):
             if self._game.step(move)[0]:
                 return True
         raise EnvFault("opponent_stuck", f"{self._id}: {PATIENCE} moves of the opponent, and still its turn")
+
+    def _try_opponent(self) -> None:
+        """Let the random opponent play both seats: some games show no move, or only an example of one.
+
+        Raises:
+          ValueError: it finds no legal move.
+        """
+        name = f"{self._id} {self._kwargs}"
+        if name in self._tried:
+            return
+        choose = find_opponent("random")
+        for seed in range(TRIALS):
+            game, dice = self._start(2, seed), random.Random(seed)
+            for _ in range(TRIAL_MOVES):
+                if game.step(choose(game, dice))[0]:
+                    break
+        self._tried.add(name)
 
     def _count_players(self, counts: Sequence[int]) -> int:
         """Return the first number of players that the game accepts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 
 from empg_envs.alfworld.files import VARIABLE, OfficialPanels
 from empg_envs.alfworld.generator import GeneratedPanels
@@ -16,6 +17,7 @@ from empg_envs.household.world import TOOLS, Scene, World
 SOURCES = ("official", "generated", "auto")
 EXPERTS = {"solver": solver.choose_command, "search": search.choose_command}
 MAX_TURNS = 50
+LEVEL = "rooms"
 # Release 2.1.1 also cleans objects in a sink, not only in its basin.
 OLD_TOOLS = {**TOOLS, "clean": TOOLS["clean"] | {"sink"}}
 
@@ -32,7 +34,7 @@ class AlfworldEnv(HouseEnv):
         source: str | None = None,
         *,
         data: str | None = None,
-        level: str = "rooms",
+        level: str = LEVEL,
         release: str = "2.1.2",
         max_turns: int = MAX_TURNS,
         win_reward: float = 1.0,
@@ -42,7 +44,8 @@ class AlfworldEnv(HouseEnv):
 
         Args:
           source: ``official`` (files of ``data``), ``generated``, or ``auto`` (official if there are files,
-            else generated). The default is official if ``data`` or ``ALFWORLD_DATA`` names a folder.
+            else generated, with a warning if ``ALFWORLD_DATA`` names no games). The default is official if
+            ``data`` or ``ALFWORLD_DATA`` names a folder.
           data: folder of the official games; the default is the folder in ``ALFWORLD_DATA``.
           level: preset of generated games: a room, ``rooms`` (all four) or ``tiny``.
           release: text release, ``2.1.2`` or ``2.1.1``; files of both releases can be played in either.
@@ -52,7 +55,7 @@ class AlfworldEnv(HouseEnv):
 
         Raises:
           ValueError: an option has an unknown value.
-          FileNotFoundError: official games are requested but not found.
+          FileNotFoundError: official games are requested, or ``data`` is named, but they are not found.
         """
         for name, value, known in (("release", release, RELEASES), ("expert", expert, tuple(EXPERTS))):
             if value not in known:
@@ -76,9 +79,10 @@ def open_panels(source: str | None, data: str | None, level: str) -> OfficialPan
     """Open the panels that the options select.
 
     Raises:
-      ValueError: an unknown source or level, or a folder for generated games.
-      FileNotFoundError: official games are requested but not found.
+      ValueError: an unknown source or level, a folder for generated games, or a level for official ones.
+      FileNotFoundError: official games are requested, or ``data`` is named, but they are not found.
     """
+    generated = GeneratedPanels(level)
     if source is None:
         source = "official" if data is not None or os.environ.get(VARIABLE) else "generated"
     if source not in SOURCES:
@@ -86,10 +90,16 @@ def open_panels(source: str | None, data: str | None, level: str) -> OfficialPan
     if source == "generated":
         if data is not None:
             raise ValueError(f"alfworld data={data!r} has no effect with source='generated'")
-        return GeneratedPanels(level)
+        return generated
+    if source == "official" and level != LEVEL:
+        raise ValueError(
+            f"alfworld level={level!r} has no effect with official games: set source='generated'"
+        )
     try:
         return OfficialPanels(data)
-    except FileNotFoundError:
-        if source == "official":
+    except FileNotFoundError as error:
+        if source == "official" or data is not None:
             raise
-    return GeneratedPanels(level)
+        if os.environ.get(VARIABLE):
+            warnings.warn(f"{error} Playing generated games.", stacklevel=2)
+    return generated

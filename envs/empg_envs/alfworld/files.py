@@ -162,7 +162,7 @@ def find_root(data: str | os.PathLike[str] | None) -> Path:
 _HOW = (
     "To get the official games: pip install alfworld && alfworld-download, then set env.options.data (or "
     f"{VARIABLE}) to the folder that it fills (by default ~/.cache/alfworld). To play generated games "
-    "instead: env.options.source=generated, or source=auto to fall back on them."
+    "instead: env.options.source=generated, or source=auto without data to fall back on them."
 )
 
 

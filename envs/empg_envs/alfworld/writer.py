@@ -37,15 +37,16 @@ def make_content(game: tasks.Game) -> dict[str, Any]:
 
 
 def write_game(game: tasks.Game, root: Path, split: str, name: str) -> Path:
-    """Write ``root/split/<task type>-<object>-None-<receptacle>-generated/<name>/game.tw-pddl``.
+    """Write ``root/split/<task type>-<object>-None-<receptacle or lamp>-generated/<name>/game.tw-pddl``.
+
+    That is ALFWorld's order; ``None`` stands for the movable receptacle, which these tasks have not.
 
     Returns:
       The file. It is written atomically.
     """
     goal = game.goal
-    target = "None" if goal.family == "examine" else goal.target.capitalize()
-    lamp = goal.target.capitalize() if goal.family == "examine" else "None"
-    task = f"{TASK_TYPES[goal.family]}-{goal.thing.capitalize()}-{target}-{lamp}-generated"
+    thing, target = goal.thing.capitalize(), goal.target.capitalize()
+    task = f"{TASK_TYPES[goal.family]}-{thing}-None-{target}-generated"
     path = root / split / task / name / "game.tw-pddl"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

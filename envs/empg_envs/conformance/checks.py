@@ -31,6 +31,8 @@ TEXTS = (
     "é\u4e00\U0001f600",
     "\x00",
     "x" * 5000,
+    "[" + "9" * 5000 + "]",  # more digits than int() reads
+    "\ud83d",  # half of a character: UTF-8 cannot say it
 )
 
 

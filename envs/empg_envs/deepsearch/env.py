@@ -15,7 +15,7 @@ from empg_envs.deepsearch.texts import TEXTS, Shown, Texts
 from empg_envs.draw import Draw
 from empg_envs.names import look_up
 
-FILE_MAX_TURNS = 4  # the limit of Search-R1
+FILE_MAX_TURNS = 4  # responses, as verl-agent counts; Search-R1 has four searches and then an answer
 MAX_QUERY_CHARS = 2000  # longer queries are cut
 BROWSED_SNIPPET_WORDS = 30  # of a search result, where pages can be browsed
 PIECE_WORDS = 300

@@ -76,10 +76,14 @@ def _list_answers(value: Any, key: str, place: str) -> list[str]:
         ]
     if isinstance(given, str):
         given = [given]
-    if not isinstance(given, list) or not given or not all(isinstance(each, str) for each in given):
-        raise DataError(f"{place}: {key!r} is {value!r:.80}; expected a list of texts")
+    if not isinstance(given, list) or not given or not all(map(_is_answer, given)):
+        raise DataError(f"{place}: {key!r} is {value!r:.80}; expected a list of texts that are not blank")
     return given
 
 
 def _list_aliases(row: Mapping[str, Any]) -> list[str]:
-    return [each for each in row.get("answer_aliases") or () if isinstance(each, str)]
+    return [each for each in row.get("answer_aliases") or () if _is_answer(each)]
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())

@@ -1,15 +1,17 @@
 """Questions in FlashRAG's format, or in that of a public set, and their panels.
 
 The questions of a file are split into train, valid and test (8 : 1 : 1) by their hashes, or all belong to the
-panel that the configuration names. A question in both a training and a held-out panel is dropped from
-training. Where a held-out panel has several groups, each is a panel too: ``test:nq`` is what ``test`` has
-of the group ``nq``.
+panel that the configuration names. A question whose words are in both a training and a held-out panel is
+dropped from training. Held-out panels keep questions of the same words with other answers or of other groups.
+Where a held-out panel has several groups, each is a panel too: ``test:nq`` is what ``test`` has of the group
+``nq``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +21,7 @@ from empg_envs.rows import DataError, read_rows, stem_of
 
 TRAIN = "train"
 _SHARES = {TRAIN: (0.0, 0.8), "valid": (0.8, 0.9), "test": (0.9, 1.0)}
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,6 +95,8 @@ class Panels:
     def __init__(self, panels: Mapping[str, Sequence[Question]]) -> None:
         """Drop duplicates inside a panel, and training questions that a held-out panel contains.
 
+        Duplicates have the same words; in held-out panels the same group and answers, too.
+
         Raises:
           DataError: a panel is empty afterwards.
         """
@@ -103,10 +108,16 @@ class Panels:
         }
         self._panels: dict[str, list[Question]] = {}
         for split, questions in panels.items():
-            kept: dict[str, Question] = {}
+            kept: dict[tuple[Any, ...], Question] = {}
             for question in questions:
-                if split != TRAIN or question.content_hash not in held_out:
-                    kept.setdefault(question.content_hash, question)
+                if split != TRAIN:
+                    key = (question.content_hash, question.group, question.golden_answers)
+                    kept.setdefault(key, question)
+                elif question.content_hash not in held_out:
+                    kept.setdefault((question.content_hash,), question)
+            dropped = sum(question.content_hash in held_out for question in questions)
+            if split == TRAIN and dropped:
+                _log.warning("%d training questions are left out: held-out panels ask them, too", dropped)
             if not kept:
                 raise DataError(f"panel {split!r} holds no question")
             # Sort by hash: the files may be sorted by topic, and their order must not matter.

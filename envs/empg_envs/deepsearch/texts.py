@@ -137,11 +137,16 @@ class SearchR1Texts:
         return question
 
     def results(self, question: str, found: Sequence[Shown], reader: str | None) -> str:
-        """Return numbered passages between information tags."""
-        lines = [
-            f"Doc {number}({f'Id: {passage.id}, ' if reader == OPEN else ''}Title: {passage.title}) {text}\n"
-            for number, (passage, text) in enumerate(found, start=1)
-        ]
+        """Return numbered passages between information tags.
+
+        Titles stand as on the first line of ``contents``, with wiki-18's quotes, as in Search-R1. With a
+        ``reader``, which Search-R1 has not, they stand without, as ``<browse>`` takes them.
+        """
+        lines = []
+        for number, (passage, text) in enumerate(found, start=1):
+            title = passage.title if reader else passage.contents.partition("\n")[0]
+            name = f"Id: {passage.id}, " if reader == OPEN else ""
+            lines.append(f"Doc {number}({name}Title: {title}) {text}\n")
         return _wrap("".join(lines) or "Nothing was found.")
 
     def page(self, question: str, passage: Passage) -> str:
@@ -164,7 +169,7 @@ class SearchR1Texts:
     def describe(self, name: str, facts: Mapping[str, str]) -> Passage:
         """Return a sentence for each fact."""
         sentences = [self.fact(name, relation, value) for relation, value in facts.items()]
-        return Passage("", self.name(name), " ".join(sentences))
+        return Passage("", self.name(name), " ".join(sentences), is_quoted=False)
 
     def fact(self, name: str, relation: str, value: str) -> str:
         """Return ``The founder of Acme is Dana Fox.``"""

@@ -72,9 +72,9 @@ class HouseEnv:
     The reward is ``win_reward`` for the step that meets the goal and 0 otherwise. An episode is a function of
     panels, split and index; a seed only selects an index if none is given.
 
-    ``info`` contains ``task`` (the task sentence), ``family``, ``admissible`` (the sorted commands that have
-    an effect now), ``won``, and ``milestone``: whether this step reached a subgoal for the first time in the
-    episode (`HouseholdGoal.milestones`).
+    ``info`` contains ``task`` (the task sentence), ``group`` (the task family), ``admissible`` (the sorted
+    commands that have an effect now), ``won``, and ``milestone``: whether this step reached a subgoal for the
+    first time in the episode (`HouseholdGoal.milestones`).
     """
 
     def __init__(

@@ -81,10 +81,10 @@ class WebShopEnv:
           data: folder of the official files; None takes ``$WEBSHOP_DATA``.
           size: ``small`` (1,000 products) or ``full``.
           goals: official goals, ``synthetic`` or ``human``.
-          legacy_panel: whether to number goals as verl-agent's fork does, by a shuffle with the seed
-            ``worker_seed``. Held-out goals then differ between workers and leak into training, so this is for
-            comparisons only.
-          worker_seed: the seed of that shuffle.
+          legacy_panel: whether to number goals by a shuffle with the seed ``worker_seed``: another fixed
+            order, with panels of its own. verl-agent's fork sets that seed per worker, so that test goals of
+            one worker are training goals of another.
+          worker_seed: the seed of that shuffle, one for all workers.
           fallback: whether to play the standard shop if the official files are missing.
           cache_dir: folder for catalogs of official files.
 
@@ -97,6 +97,9 @@ class WebShopEnv:
         if level != OFFICIAL:
             _check_unused(data=(data, None), size=(size, "small"), goals=(goals, "synthetic"))
             _check_unused(legacy_panel=(legacy_panel, False), tagger=(tagger, "auto"))
+            _check_unused(
+                worker_seed=(worker_seed, 0), fallback=(fallback, False), cache_dir=(cache_dir, None)
+            )
         if max_turns is not None and max_turns < 1:
             raise ValueError(f"webshop max_turns must be at least 1, not {max_turns}")
         self._files = _find_files(data, size, goals, fallback) if level == OFFICIAL else None
@@ -131,8 +134,9 @@ class WebShopEnv:
         from empg_envs.webshop import official
 
         store = official.load(self._files, self._cache_dir)
-        order = official.load_order(self._files, store.num_goals, self._order_seed, self._cache_dir)
-        panels = _divide_goals(order, is_human=self._files.human is not None)
+        held_out = TEST_GOALS + (VALID_GOALS if self._files.human is not None else 0)
+        order = official.load_order(self._files, store, self._order_seed, held_out, self._cache_dir)
+        panels = _divide_goals(order, held_out)
         return Shop(store, panels, make_tagger(self._tagger_name), (), 10)
 
     @functools.cached_property
@@ -297,11 +301,10 @@ def _check_unused(**options: tuple[object, object]) -> None:
             raise ValueError(f"webshop option {name}={value!r} has an effect with level={OFFICIAL!r} only")
 
 
-def _divide_goals(order: Sequence[int], *, is_human: bool) -> dict[str, Sequence[int]]:
+def _divide_goals(order: Sequence[int], held_out: int) -> dict[str, Sequence[int]]:
     """Return the goal positions of each panel.
 
     Goals 0 to 499 are for testing. The next 1,000 human goals are for validation. The rest is for training.
     """
-    valid_end = TEST_GOALS + (VALID_GOALS if is_human else 0)
-    panels = {"train": order[valid_end:], "valid": order[TEST_GOALS:valid_end], "test": order[:TEST_GOALS]}
+    panels = {"train": order[held_out:], "valid": order[TEST_GOALS:held_out], "test": order[:TEST_GOALS]}
     return {split: panel for split, panel in panels.items() if len(panel)}

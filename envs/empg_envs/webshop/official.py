@@ -21,7 +21,7 @@ from typing import Any
 from empg_envs.cache import build_once, cache_folder
 from empg_envs.webshop.files import Files, MissingData
 from empg_envs.webshop.goals import PRICE_SEED, draw_price, human_goals, shuffled, synthetic_goals
-from empg_envs.webshop.schema import BadRow, read_product
+from empg_envs.webshop.schema import HALF, BadRow, read_product
 from empg_envs.webshop.store import VERSION, Store, StoreWriter, open_store
 from empg_envs.webshop.stream import stream_json
 
@@ -57,23 +57,34 @@ def load(files: Files, cache_dir: str | None = None, *, build_large: bool = Fals
     return open_store(build_once(path, lambda unfinished: _build(files, unfinished)))
 
 
-def load_order(files: Files, count: int, seed: int, cache_dir: str | None = None) -> Sequence[int]:
+def load_order(
+    files: Files, store: Store, seed: int, held_out: int, cache_dir: str | None = None
+) -> Sequence[int]:
     """Return the positions of goals in the order of their numbers (`shuffled`).
+
+    Behind the first ``held_out`` goals there are none of the same content: repeated option values make such
+    goals.
 
     The order is kept beside the catalog and mapped into memory, because to shuffle a million goals takes
     every worker a second and its own memory. Where nothing can be written, each worker does that.
     """
     path = _catalog_path(files, cache_dir).with_suffix(f".order-{seed}")
     try:
-        build_once(path, lambda unfinished: _write_order(unfinished, count, seed))
+        build_once(path, lambda unfinished: _write_order(unfinished, _make_order(store, seed, held_out)))
     except OSError:
-        return array("I", shuffled(count, seed))
+        return _make_order(store, seed, held_out)
     with path.open("rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("I")
 
 
-def _write_order(path: Path, count: int, seed: int) -> None:
-    path.write_bytes(array("I", shuffled(count, seed)).tobytes())
+def _make_order(store: Store, seed: int, held_out: int) -> array[int]:
+    order = shuffled(store.num_goals, seed)
+    copies = store.find_copies(order[:held_out])
+    return array("I", [*order[:held_out], *(goal for goal in order[held_out:] if goal not in copies)])
+
+
+def _write_order(path: Path, order: array[int]) -> None:
+    path.write_bytes(order.tobytes())
 
 
 def _catalog_path(files: Files, cache_dir: str | None) -> Path:
@@ -94,10 +105,16 @@ def fill(writer: StoreWriter, connection: sqlite3.Connection, files: Files) -> N
     connection.execute("CREATE TEMP TABLE attributes (asin TEXT PRIMARY KEY, record TEXT)")
     connection.executemany(
         "INSERT OR REPLACE INTO temp.attributes VALUES (?, ?)",
-        ((key, json.dumps(value)) for key, value in stream_json(files.attributes, dict)),
+        (
+            (key, json.dumps(value))
+            for key, value in stream_json(files.attributes, dict)
+            if not HALF.search(key)
+        ),
     )
 
     def attributes_of(asin: Any) -> Any:
+        if HALF.search(str(asin)):
+            return None
         row = connection.execute("SELECT record FROM temp.attributes WHERE asin = ?", (str(asin),)).fetchone()
         return json.loads(row[0]) if row else None
 

@@ -17,6 +17,7 @@ from typing import Any
 CATEGORY_MARK = "\u203a"  # separates the parts of a category path
 NO_ATTRIBUTES = ("DUMMY_ATTR",)
 DEFAULT_PRICE = 100.0
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 _MAX_ID = 10  # rows with longer ids are not products
 _TEXTS = ("name", "full_description", "product_category", "category", "query")
 
@@ -123,7 +124,7 @@ def goal_from_json(record: str) -> Goal:
 def _to_json(record: Product | Goal) -> str:
     # Not dataclasses.asdict, which makes deep copies of all values and takes three times as long.
     fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(fields, separators=(",", ":"))  # in ASCII, because SQLite takes no half of a character
 
 
 def read_product(row: Any, attributes: Any) -> Product:
@@ -139,7 +140,7 @@ def read_product(row: Any, attributes: Any) -> Product:
     if not isinstance(row, dict):
         raise BadRow(f"a row must be an object, not {type(row).__name__}")
     asin = row.get("asin")
-    if not isinstance(asin, str) or not asin or asin == "nan" or len(asin) > _MAX_ID:
+    if not isinstance(asin, str) or not asin or asin == "nan" or len(asin) > _MAX_ID or HALF.search(asin):
         raise BadRow(f"field 'asin' must be an id of 1 to {_MAX_ID} characters, not {asin!r}")
     for name in _TEXTS:
         if not isinstance(row.get(name), str):

@@ -21,7 +21,7 @@ from empg_envs.webshop.goals import synthetic_weight
 from empg_envs.webshop.schema import Goal, Product, goal_from_json, product_from_json
 from empg_envs.webshop.shop import MAX_RESULTS
 
-VERSION = 1  # version of the layout below; a catalog of another version is built again
+VERSION = 2  # version of the layout below; a catalog of another version is built again
 _MAPPED_BYTES = (1 << 31) - (1 << 16)  # SQLite's limit of a map; later bytes are read without it
 _GOALS_AT_ONCE = 10_000
 _KEPT_PRODUCTS, _KEPT_QUERIES, _KEPT_IDS = 2048, 256, 1 << 16
@@ -136,6 +136,16 @@ class Store:
         """Return the goal at a position in the order of insertion."""
         record, weight = self._one("SELECT record, weight FROM goal WHERE position = ?", position)
         return dataclasses.replace(goal_from_json(record), weight=weight)
+
+    def find_copies(self, positions: Sequence[int]) -> set[int]:
+        """Return the positions of all goals with the content of one of these, themselves included."""
+        marks = ",".join("?" * len(positions))
+        rows = self._connection.execute(
+            "SELECT position FROM goal "
+            f"WHERE record IN (SELECT record FROM goal WHERE position IN ({marks}))",
+            positions,
+        )
+        return {position for (position,) in rows}
 
     def search_afresh(self, query: str) -> Sequence[str]:
         """Return the ids of the best products for a query without a cache; `search` has one."""
