@@ -41,6 +41,7 @@ NO_GROUP_BASELINE = (
     "ppo",
     "turn_ppo",
 )  # the others compare the attempts of one task
+IGNORES_PENALTIES = ("graft",)  # their credit reads neither returns nor scores of turns
 SCALES_CLIP = ("a2tgpo",)  # what a turn's clip range is multiplied by is part of their credit
 
 

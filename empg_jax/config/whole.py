@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from empg_jax.config.algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section
+from empg_jax.config.algorithm import IGNORES_PENALTIES, NO_GROUP_BASELINE, AlgorithmConfig, Section
 from empg_jax.config.hosts import HostsConfig
 from empg_jax.config.lag import find_lag, lag_notes
 from empg_jax.config.model import MeshConfig, ModelConfig
@@ -73,7 +73,8 @@ class Config(Section):
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user before the run: keys that were dropped, and risks."""
-        return (*self._notes, *lag_notes(find_lag(self.model_dump()), self.algorithm))
+        lag = find_lag(self.model_dump())
+        return (*self._notes, *lag_notes(lag, self.algorithm), *_penalty_notes(self))
 
     def with_notes(self, lines: Iterable[str]) -> Config:
         """Return the same configuration with more notes."""
@@ -84,6 +85,20 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Write the resolved configuration as YAML; `load_config` reads it back to an equal object."""
         return write_text(self.model_dump(mode="json"))
+
+
+def _penalty_notes(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    penalties = {
+        "env.invalid_penalty": config.env.invalid_penalty,
+        "algorithm.overlong_length": algorithm.overlong_length,
+    }
+    for key, value in penalties.items():
+        if value and algorithm.name in IGNORES_PENALTIES:
+            yield (
+                f"{key}={value} has no effect with algorithm.name={algorithm.name}: its credit reads neither "
+                "returns nor scores of turns"
+            )
 
 
 def _env_problems(config: Config) -> Iterator[str]:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import empg_jax.algorithms as al
+from empg_jax.algorithms.entry import _small_batch
+from empg_jax.algorithms.recipes import RECIPES
 from empg_jax.config import load_config
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.run.assembly import make_algorithm_from
@@ -55,3 +57,20 @@ def credit_of(tmp_path, algorithm):
 )
 def test_nor_by_way_of_a_configuration(tmp_path, algorithm):
     np.testing.assert_allclose(credit_of(tmp_path, algorithm), np.where(LOST < 0, -0.09, 0.01), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_penalty_changes_credit_or_is_said_to_have_no_effect(name):
+    batch, scores = _small_batch()
+    if RECIPES[name].critic is None:
+        scores = scores.replace(values=None)
+    without, with_it = (
+        np.asarray(al.make_algorithm(name, **keys).credit(batch, scores).turns.base)
+        for keys in ({}, {"invalid_penalty": 0.1})
+    )
+    overlong = ["algorithm.overlong_length=64", "algorithm.overlong_cache=9"]
+    keys = [f"algorithm.name={name}", "env.invalid_penalty=0.1", *overlong]
+    notes = [note for note in load_config("quickstart", keys).notes if "has no effect" in note]
+    told = [note.partition("=")[0] for note in notes]
+    ignored = ["env.invalid_penalty", "algorithm.overlong_length"]
+    assert told == (ignored if np.array_equal(without, with_it) else [])
