@@ -117,6 +117,20 @@ def _env_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _attempts_compared(algorithm: AlgorithmConfig) -> list[str]:
+    """List the keys, with their values, that leave a task's only attempt without credit."""
+    keys = []
+    if algorithm.name is not None and algorithm.name not in NO_GROUP_BASELINE:
+        keys += [f"algorithm.name={algorithm.name}"] if algorithm.singleton != "raw" else []
+    elif algorithm.group_baseline:
+        keys.append("algorithm.group_baseline=true")
+    if algorithm.modulation == "empg" and algorithm.empg.mixed_groups_only:
+        keys.append("algorithm.empg.mixed_groups_only=true")
+    if algorithm.drop_uniform != "none":
+        keys.append("algorithm.drop_uniform=group")
+    return keys
+
+
 def _rollout_problems(config: Config) -> Iterator[str]:
     rollout, algorithm = config.rollout, config.algorithm
     if rollout.max_response_tokens >= rollout.max_tokens:
@@ -124,13 +138,14 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.max_response_tokens={rollout.max_response_tokens} must be smaller than "
             f"rollout.max_tokens={rollout.max_tokens}, which also holds the prompts"
         )
-    compares_attempts = algorithm.name is not None and algorithm.name not in NO_GROUP_BASELINE
-    if rollout.group_size == 1 and compares_attempts and algorithm.singleton != "raw":
-        yield (
-            f"rollout.group_size=1 with algorithm.name={algorithm.name}: its baseline compares the attempts "
-            "of one task, so every advantage would be 0; use rollout.group_size=2 or more"
-        )
-    lowest = 2 if compares_attempts and algorithm.singleton != "raw" else 1
+    comparing = _attempts_compared(algorithm)
+    if rollout.group_size == 1:
+        for key in comparing:
+            yield (
+                f"rollout.group_size=1 with {key}: it compares the attempts of one task, so the policy "
+                "would learn nothing; use rollout.group_size=2 or more"
+            )
+    lowest = 2 if comparing else 1
     if rollout.min_group_size is not None and not lowest <= rollout.min_group_size <= rollout.group_size:
         yield (
             f"rollout.min_group_size={rollout.min_group_size} must lie between {lowest} and "
