@@ -18,7 +18,7 @@ from empg_jax.algorithms.masking import (
     check_choice,
 )
 from empg_jax.algorithms.part import Part, default_of
-from empg_jax.algorithms.parts.estimate import discounted_turns
+from empg_jax.algorithms.parts.estimate import discounted_turns, values_of_cut
 from empg_jax.algorithms.segments import turn_slots, turns_to_tokens
 from empg_jax.types import Batch, Scores
 
@@ -310,6 +310,7 @@ def turn_ppo(
     *,
     turn_gamma: Share = default_of(turn_values.turn_gae, "gamma"),
     turn_lam: Share = default_of(turn_values.turn_gae, "lam"),
+    bootstrap: bool = False,
 ) -> Part:
     """Bind `turn_gae`: the turn is the action (Turn-PPO, https://arxiv.org/abs/2512.17008).
 
@@ -318,6 +319,7 @@ def turn_ppo(
     Args:
       turn_gamma: Discount per turn of step returns, milestones and temporal differences of turns.
       turn_lam: λ of the temporal differences of turns (GAGPO, Turn-PPO).
+      bootstrap: Continue an episode that a turn or time limit ended with the critic's last value, not with 0.
     """
     options: dict[str, Any] = dict(locals())
 
@@ -330,7 +332,14 @@ def turn_ppo(
         slots = turn_slots(*place, (worth.mask.shape[0], worth.mask.shape[1]))
         values = _at_first_tokens(scores.values, slots, worth.mask.size).reshape(worth.mask.shape)
         rewards = worth.turn_rewards - worth.turn_penalties
-        found = turn_values.turn_gae(rewards, values, worth.mask, gamma=turn_gamma, lam=turn_lam)
+        after = None
+        if bootstrap:
+            cut = values_of_cut(batch, scores.values, slots, worth)
+            home = jnp.maximum(slots, 0) // worth.mask.shape[1]
+            after = jax.ops.segment_sum(cut.ravel(), home.ravel(), num_segments=worth.mask.shape[0])
+        found = turn_values.turn_gae(
+            rewards, values, worth.mask, gamma=turn_gamma, lam=turn_lam, bootstrap=after
+        )
         estimated, targets = (turns_to_tokens(table, *place) for table in found)
         return TokenCredit(estimated, targets, is_whitened=True)
 
