@@ -158,6 +158,13 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"algorithm.entropy_source=engine needs on-policy data, but {older}: leave that out, or use "
             "algorithm.entropy_source=learner"
         )
+    bands = (algorithm.correction.entropy_low, algorithm.correction.entropy_high)
+    if algorithm.entropy_source == "engine" and bands != (None, None) and config.model.dtype != "float32":
+        yield (
+            "algorithm.entropy_source=engine: algorithm.correction.entropy_low and entropy_high compare the "
+            "sampler's entropies with the learner's, which differ by rounding with "
+            f"model.dtype={config.model.dtype}: use algorithm.entropy_source=learner"
+        )
     if rollout.stored is not None and config.env.sampler != "uniform":
         yield (
             f"env.sampler={config.env.sampler} has no effect with rollout.stored={rollout.stored}: stored "

@@ -24,6 +24,10 @@ REFUSED = {
     ): r"with algorithm\.empg\.mixed_groups_only=true: it compares the attempts of one task",
     ("train.learning_rate=1e-6",): r"final_learning_rate=5e-05 is above train\.learning_rate=1e-06",
     ("sft.learning_rate=1e-5", "sft.final_learning_rate=1e-4"): r"sft\.final_learning_rate=0\.0001 is above",
+    (
+        "algorithm.name=erc",
+        "model.dtype=bfloat16",
+    ): r"source=engine: .* by rounding with model\.dtype=bfloat16",
     ("train.on_kl=stop",): r"train\.on_kl=stop has no effect without train\.max_kl",
     (
         "algorithm.name=ppo",
@@ -97,6 +101,12 @@ def test_single_attempts_train_where_nothing_compares_them():
     keys = ["algorithm.name=reinforce_pp_baseline", "algorithm.group_baseline=false"]
     assert not load_config("quickstart", [ALONE, *keys]).algorithm.group_baseline
     load_config("quickstart", [ALONE, "algorithm.name=ppo_aem"])
+
+
+def test_entropies_of_both_sides_are_compared_where_they_agree():
+    keys = ["algorithm.name=erc"]
+    assert load_config("quickstart", keys).algorithm.entropy_source == "engine"  # in float32
+    load_config("quickstart", [*keys, "model.dtype=bfloat16", "algorithm.entropy_source=learner"])
 
 
 def test_a_name_with_a_modulation_has_it():
