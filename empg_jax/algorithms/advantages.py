@@ -145,7 +145,8 @@ def grpo_turn_rows(
         A_it = (s_it − mean_g) / (std_g + eps)
 
     There each row carries the episode's return, less a penalty if that turn's action was invalid; over all
-    rows of the group, long trajectories weigh more. Source: verl-agent,
+    rows of the group, long trajectories weigh more. Where the rows of the statistics tie, std counts as 1, so
+    that a turn's own penalty stays as large as it is (verl-agent divides it by ``eps``). Source: verl-agent,
     https://github.com/langfengQ/verl-agent.
 
     Args:
@@ -194,8 +195,8 @@ def grpo_turn_rows(
         advantages = jnp.where(count == 1, scores, advantages)
     else:
         advantages = jnp.where(count == 1, 0, advantages)
-    if scale_by_std:
-        advantages = advantages / (jnp.where(count == 1, 1, std) + jnp.asarray(eps, std.dtype))
+    if scale_by_std:  # 0 is the spread of a tie, and of one row
+        advantages = advantages / (jnp.where(std == 0, 1, std) + jnp.asarray(eps, std.dtype))
     return jnp.where(mask, advantages, 0)
 
 

@@ -231,11 +231,12 @@ def entropy_ratio_mask(
 
     PPO's clip sees the sampled token only, an entropy sees the whole distribution. A token outside keeps the
     value of its loss and its place in the denominator, but has no gradient. In the first optimizer step of a
-    batch q is 1. Source: ERC, https://arxiv.org/abs/2512.05591, and https://github.com/Kwai-Klear/ERC.
+    batch q is 1, but for rounding: small entropies need both computed alike. Source: ERC,
+    https://arxiv.org/abs/2512.05591, and https://github.com/Kwai-Klear/ERC.
 
     Args:
       entropies: of the policy being trained, in nats.
-      old_entropies: of the policy before the update, at the same temperature.
+      old_entropies: of the policy before the update, at the same temperature and precision.
       mask: valid tokens.
       low: smallest ratio.
       high: largest ratio.

@@ -22,6 +22,7 @@ _SPELLED: dict[str, dict[str, str]] = {
     "turn_penalty": {"amount": "invalid_penalty"},
     "overlong": {"length": "overlong_length", "cache": "overlong_cache", "factor": "overlong_factor"},
     "ppo": {"lam": "critic.lam", "bootstrap": "critic.bootstrap"},
+    "turn_ppo": {"bootstrap": "critic.bootstrap"},
     "decoupled_ppo": {"cap": "correction.stale_cap", "mode": "correction.stale_mode"},
     "gspo": {"unit": "ratio_unit"},
     "tis": {name: f"correction.{name}" for name in ("cap", "level", "normalize")},

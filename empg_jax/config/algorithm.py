@@ -35,12 +35,9 @@ from empg_jax.config.explain import explain
 from empg_jax.errors import nearest
 
 ALGORITHM_NAMES = (*RECIPES, *(f"{name}_{kind}" for name in RECIPES for kind in MODULATIONS))
-NO_GROUP_BASELINE = (
-    "reinforce",
-    "reinforce_pp",
-    "ppo",
-    "turn_ppo",
-)  # the others compare the attempts of one task
+# The others compare the attempts of one task; REINFORCE++ does so with algorithm.group_baseline alone.
+NO_GROUP_BASELINE = ("reinforce", "reinforce_pp", "reinforce_pp_baseline", "ppo", "turn_ppo")
+IGNORES_PENALTIES = ("graft",)  # their credit reads neither returns nor scores of turns
 SCALES_CLIP = ("a2tgpo",)  # what a turn's clip range is multiplied by is part of their credit
 
 

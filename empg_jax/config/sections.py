@@ -211,7 +211,7 @@ class TrainConfig(Section):
         "linear", description="Decay after the warm-up."
     )
     final_learning_rate: float | None = Field(
-        None, ge=0, description="Learning rate at the last update (null: a twentieth of the peak)."
+        None, ge=0, description="Learning rate after the last update (null: a twentieth of the peak)."
     )
     warmup_updates: int = Field(0, ge=0, description="Updates of linear warm-up.")
     moments: Literal["float32", "bfloat16"] = Field(
@@ -267,7 +267,7 @@ class SftConfig(Section):
     batch_size: int = Field(64, ge=1, description="Demonstrations (rows of sft.data) per update.")
     learning_rate: float = Field(4e-3, gt=0, description="Peak learning rate (cosine decay).")
     final_learning_rate: float | None = Field(
-        None, ge=0, description="Learning rate at the last update (null: a hundredth of the peak)."
+        None, ge=0, description="Learning rate after the last update (null: a hundredth of the peak)."
     )
     demonstrations: int = Field(4000, ge=1, description="Episodes that the expert records.")
     noise: float = Field(0.1, ge=0, le=1, description="Share of random actions in the demonstrations.")
@@ -282,6 +282,12 @@ class SftConfig(Section):
                 f"sft.data={', '.join(self.data)} has no effect with sft.updates=0: set sft.updates, for "
                 "example sft.updates=200"
             )
+        for key in ("loss_on", "too_long", "holdout", "eval_every"):
+            value = getattr(self, key)
+            if self.data is None and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"sft.{key}={value} has no effect without sft.data: the expert shows episodes"
+                )
         return self
 
 

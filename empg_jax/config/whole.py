@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from empg_jax.config.algorithm import NO_GROUP_BASELINE, AlgorithmConfig, Section
+from empg_jax.config.algorithm import IGNORES_PENALTIES, NO_GROUP_BASELINE, AlgorithmConfig, Section
 from empg_jax.config.hosts import HostsConfig
 from empg_jax.config.lag import find_lag, lag_notes
 from empg_jax.config.model import MeshConfig, ModelConfig
@@ -73,7 +73,8 @@ class Config(Section):
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user before the run: keys that were dropped, and risks."""
-        return (*self._notes, *lag_notes(find_lag(self.model_dump()), self.algorithm))
+        lag = find_lag(self.model_dump())
+        return (*self._notes, *lag_notes(lag, self.algorithm), *_penalty_notes(self))
 
     def with_notes(self, lines: Iterable[str]) -> Config:
         """Return the same configuration with more notes."""
@@ -86,6 +87,20 @@ class Config(Section):
         return write_text(self.model_dump(mode="json"))
 
 
+def _penalty_notes(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    penalties = {
+        "env.invalid_penalty": config.env.invalid_penalty,
+        "algorithm.overlong_length": algorithm.overlong_length,
+    }
+    for key, value in penalties.items():
+        if value and algorithm.name in IGNORES_PENALTIES:
+            yield (
+                f"{key}={value} has no effect with algorithm.name={algorithm.name}: its credit reads neither "
+                "returns nor scores of turns"
+            )
+
+
 def _env_problems(config: Config) -> Iterator[str]:
     env = config.env
     if env.name is None and env.entry_point is None:
@@ -95,11 +110,30 @@ def _env_problems(config: Config) -> Iterator[str]:
             "env.history_mode=append has no effect with env.context=window: every turn has a fresh prompt "
             "there; use env.context=transcript"
         )
+    if env.history != 2 and env.context == "transcript":
+        yield (
+            f"env.history={env.history} has no effect with env.context=transcript, which shows all past "
+            "turns: use env.context=window"
+        )
     if env.parser not in (None, "line", "whole") and config.sft.updates and config.sft.data is None:
         yield (
             f"env.parser={env.parser}: the expert shows bare actions with sft.updates={config.sft.updates}; "
             "set sft.updates=0, or env.parser=line"
         )
+
+
+def _attempts_compared(algorithm: AlgorithmConfig) -> list[str]:
+    """List the keys, with their values, that leave a task's only attempt without credit."""
+    keys = []
+    if algorithm.name is not None and algorithm.name not in NO_GROUP_BASELINE:
+        keys += [f"algorithm.name={algorithm.name}"] if algorithm.singleton != "raw" else []
+    elif algorithm.group_baseline:
+        keys.append("algorithm.group_baseline=true")
+    if algorithm.modulation == "empg" and algorithm.empg.mixed_groups_only:
+        keys.append("algorithm.empg.mixed_groups_only=true")
+    if algorithm.drop_uniform != "none":
+        keys.append("algorithm.drop_uniform=group")
+    return keys
 
 
 def _rollout_problems(config: Config) -> Iterator[str]:
@@ -109,13 +143,14 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.max_response_tokens={rollout.max_response_tokens} must be smaller than "
             f"rollout.max_tokens={rollout.max_tokens}, which also holds the prompts"
         )
-    compares_attempts = algorithm.name is not None and algorithm.name not in NO_GROUP_BASELINE
-    if rollout.group_size == 1 and compares_attempts and algorithm.singleton != "raw":
-        yield (
-            f"rollout.group_size=1 with algorithm.name={algorithm.name}: its baseline compares the attempts "
-            "of one task, so every advantage would be 0; use rollout.group_size=2 or more"
-        )
-    lowest = 2 if compares_attempts and algorithm.singleton != "raw" else 1
+    comparing = _attempts_compared(algorithm)
+    if rollout.group_size == 1:
+        for key in comparing:
+            yield (
+                f"rollout.group_size=1 with {key}: it compares the attempts of one task, so the policy "
+                "would learn nothing; use rollout.group_size=2 or more"
+            )
+    lowest = 2 if comparing else 1
     if rollout.min_group_size is not None and not lowest <= rollout.min_group_size <= rollout.group_size:
         yield (
             f"rollout.min_group_size={rollout.min_group_size} must lie between {lowest} and "
@@ -127,6 +162,13 @@ def _rollout_problems(config: Config) -> Iterator[str]:
         yield (
             f"algorithm.entropy_source=engine needs on-policy data, but {older}: leave that out, or use "
             "algorithm.entropy_source=learner"
+        )
+    bands = (algorithm.correction.entropy_low, algorithm.correction.entropy_high)
+    if algorithm.entropy_source == "engine" and bands != (None, None) and config.model.dtype != "float32":
+        yield (
+            "algorithm.entropy_source=engine: algorithm.correction.entropy_low and entropy_high compare the "
+            "sampler's entropies with the learner's, which differ by rounding with "
+            f"model.dtype={config.model.dtype}: use algorithm.entropy_source=learner"
         )
     if rollout.stored is not None and config.env.sampler != "uniform":
         yield (

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from empg_jax.algorithms.recipes import make_recipe
+from empg_jax.config import load_config
+from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.run.assembly import describe_algorithm, make_algorithm_from
 from empg_jax.types import Scores
 from tests.algorithms import oracles
@@ -23,6 +25,7 @@ from tests.algorithms.test_credit_path import (
     run,
     tokens_of,
 )
+from tests.episodes import Episodes
 
 
 @pytest.mark.parametrize("unit", ["turn", "trajectory"])
@@ -63,6 +66,39 @@ def test_a_limit_is_bootstrapped_on_request(tmp_path):
         places = tokens_of(batch, i)
         expected = scores.values[places[-1]] if i == 4 else 0.0
         np.testing.assert_allclose([change[place] for place in places], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bootstrap", ["true", "false"])
+def test_a_limit_is_bootstrapped_in_turns(tmp_path, bootstrap):
+    """The worked numbers of Turn-PPO: one episode ended with reward 1, a limit cut the other at value 0.5."""
+    episodes, path = Episodes(), tmp_path / "own.yaml"
+    made = [
+        episodes.trajectory(
+            [episodes.turn(episodes.draw(2), 2, reward=reward) for reward in (0.0, 0.0, won)],
+            group_id=0,
+            member=int(1 - won),
+            episode_return=won,
+            truncated=not won,
+        )
+        for won in (1.0, 0.0)
+    ]
+    path.write_text(
+        "rollout: {group_size: 2, tasks_per_update: 1}\ntrain: {num_minibatches: 1}\n"
+        f"algorithm: {{name: turn_ppo, critic: {{bootstrap: {bootstrap}}}}}\n"
+    )
+    batch, _ = make_batch(made, BatchShape(2, 3, 32, 2, 6, 1), seed=(0,))
+    values = np.full(batch.tokens.shape, 9.0, np.float32)  # junk where nothing is to be read
+    for i in range(2):
+        places = tokens_of(batch, i)
+        for place, value in zip(places[::2], (0.2, 0.4, 0.7), strict=True):
+            values[place] = value
+        values[places[-1]] = 0.5
+    scores = Scores(batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs, values)
+    credit = make_algorithm_from(load_config(path)).credit(batch, scores)
+    cut = [0.294317, 0.110345, -0.205] if bootstrap == "true" else [-0.098654, -0.3307, -0.7]
+    np.testing.assert_allclose(credit.turns.base, [[0.695227, 0.560300, 0.3], cut], atol=2e-6)
+    targets = [np.asarray(credit.value_targets)[place] for place in tokens_of(batch, 1)]
+    np.testing.assert_allclose(targets, np.repeat(np.add(cut, [0.2, 0.4, 0.7]), 2), atol=2e-6)
 
 
 def test_the_overlong_penalty_is_bounded_and_reaches_the_return(tmp_path):

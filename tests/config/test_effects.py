@@ -8,9 +8,29 @@ from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
 from empg_jax.run.assembly import make_recipe_from, make_rl_optimizer, make_sft_optimizer
 
+ALONE = "rollout.group_size=1"
 REFUSED = {
+    (ALONE, "algorithm.name=reinforce_pp_baseline"): r"group_size=1 with algorithm\.group_baseline=true",
+    (ALONE, "algorithm.name=reinforce_pp", "algorithm.group_baseline=true"): r"with .*group_baseline=true",
+    (
+        ALONE,
+        "algorithm.name=reinforce",
+        "algorithm.drop_uniform=group",
+    ): r"with algorithm\.drop_uniform=group",
+    (
+        ALONE,
+        "algorithm.name=ppo_empg",
+        "algorithm.empg.mixed_groups_only=true",
+    ): r"with algorithm\.empg\.mixed_groups_only=true: it compares the attempts of one task",
     ("train.learning_rate=1e-6",): r"final_learning_rate=5e-05 is above train\.learning_rate=1e-06",
     ("sft.learning_rate=1e-5", "sft.final_learning_rate=1e-4"): r"sft\.final_learning_rate=0\.0001 is above",
+    (
+        "algorithm.name=erc",
+        "model.dtype=bfloat16",
+    ): r"source=engine: .* by rounding with model\.dtype=bfloat16",
+    ("env.history=5",): r"env\.history=5 has no effect with env\.context=transcript",
+    ("sft.holdout=0.5",): r"sft\.holdout=0\.5 has no effect without sft\.data",
+    ("sft.eval_every=3",): r"sft\.eval_every=3 has no effect without sft\.data",
     ("train.on_kl=stop",): r"train\.on_kl=stop has no effect without train\.max_kl",
     (
         "algorithm.name=ppo",
@@ -75,9 +95,21 @@ def test_the_divisor_of_dr_grpo_does_not_depend_on_shared_beginnings():
 
 def test_a_group_of_one_may_keep_its_raw_return():
     keys = ["rollout.group_size=1", "algorithm.name=grpo", "rollout.min_group_size=null"]
-    with pytest.raises(ConfigError, match="every advantage would be 0"):
+    with pytest.raises(ConfigError, match="the policy would learn nothing"):
         load_config("quickstart", keys)
     load_config("quickstart", [*keys, "algorithm.singleton=raw"])
+
+
+def test_single_attempts_train_where_nothing_compares_them():
+    keys = ["algorithm.name=reinforce_pp_baseline", "algorithm.group_baseline=false"]
+    assert not load_config("quickstart", [ALONE, *keys]).algorithm.group_baseline
+    load_config("quickstart", [ALONE, "algorithm.name=ppo_aem"])
+
+
+def test_entropies_of_both_sides_are_compared_where_they_agree():
+    keys = ["algorithm.name=erc"]
+    assert load_config("quickstart", keys).algorithm.entropy_source == "engine"  # in float32
+    load_config("quickstart", [*keys, "model.dtype=bfloat16", "algorithm.entropy_source=learner"])
 
 
 def test_a_name_with_a_modulation_has_it():

@@ -196,6 +196,25 @@ def reinforce_pp(
     return Part("reinforce_pp", options, estimate, needs=_reference(reward_kl_coef))
 
 
+def values_of_cut(
+    batch: Batch, values: Float[Array, "B T"], slots: Int[Array, "B T"], worth: Worth
+) -> Float[Array, "B T"]:
+    """Find the value of the state that a limit cut each episode in, on its last token; 0 elsewhere.
+
+    No score exists for the state after the last response; the last token's value is the nearest. An episode
+    that broke a limit does not go on.
+
+    Args:
+      batch: which episodes a limit ended.
+      values: the critic's, before the update.
+      slots: as in `make_line`.
+      worth: which turns exist.
+    """
+    goes_on = (batch.truncated & ~batch.scored_zero)[:, None] & last_turns(worth.mask)
+    is_last = place_turn_values(goes_on.astype(jnp.float32), slots) > 0
+    return jnp.where(is_last, values, 0)
+
+
 def ppo(
     *,
     gamma: Share = default_of(returns.gae, "gamma"),
@@ -221,10 +240,7 @@ def ppo(
         table = worth.turn_rewards - worth.turn_penalties
         rewards, slots = token_rewards(batch, scores, table, reward_kl_coef)
         if bootstrap:
-            # No score exists for the state after the last response; the last token's value is the nearest.
-            goes_on = (batch.truncated & ~batch.scored_zero)[:, None] & last_turns(worth.mask)
-            is_last = place_turn_values(goes_on.astype(jnp.float32), slots) > 0
-            rewards = rewards + jnp.where(is_last, gamma * jnp.where(is_last, scores.values, 0), 0)
+            rewards = rewards + gamma * values_of_cut(batch, scores.values, slots, worth)
         line = make_line(slots, worth.mask.shape[1])
         streams = (line.gather(rewards), line.gather(scores.values), line.mask)
         found = returns.gae(*streams, gamma=gamma, lam=lam, ends=line.ends)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from empg_jax.algorithms import advantages, gains, graph_credit, histories, milestones, turn_values
-from empg_jax.algorithms.contract import TokenCredit, Worth
+from empg_jax.algorithms.contract import StepCredit, TokenCredit, Worth
 from empg_jax.algorithms.masking import (
     Count,
     Length,
@@ -18,7 +18,7 @@ from empg_jax.algorithms.masking import (
     check_choice,
 )
 from empg_jax.algorithms.part import Part, default_of
-from empg_jax.algorithms.parts.estimate import discounted_turns
+from empg_jax.algorithms.parts.estimate import discounted_turns, values_of_cut
 from empg_jax.algorithms.segments import turn_slots, turns_to_tokens
 from empg_jax.types import Batch, Scores
 
@@ -26,6 +26,11 @@ from empg_jax.types import Batch, Scores
 def _pure(options: dict[str, Any], *others: str) -> dict[str, Any]:
     """Keep the options that the pure function has."""
     return {key: value for key, value in options.items() if key not in ("anchor_similarity", *others)}
+
+
+def _solved(found: tuple[Float[Array, "N K"], Float[Array, ""]]) -> StepCredit:
+    advantages, residual = found
+    return StepCredit(advantages, {"graph_residual": residual})
 
 
 def hgpo(
@@ -92,9 +97,9 @@ def crbc(
     options: dict[str, Any] = dict(locals())
     kept = _pure(options)
 
-    def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
+    def estimate(batch: Batch, scores: Scores, worth: Worth) -> StepCredit:
         place = (batch.anchor_ids, batch.action_ids, worth.mask, batch.group_ids)
-        return graph_credit.crbc(worth.returns, batch.success, *place, **kept)
+        return _solved(graph_credit.crbc(worth.returns, batch.success, *place, **kept))
 
     return Part("crbc", options, estimate, needs=("success", "actions"))
 
@@ -119,9 +124,9 @@ def graph_hca(
     options: dict[str, Any] = dict(locals())
     kept = _pure(options)
 
-    def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
+    def estimate(batch: Batch, scores: Scores, worth: Worth) -> StepCredit:
         place = (batch.success, batch.anchor_ids, worth.mask, batch.group_ids)
-        return graph_credit.graph_hca(worth.returns, *place, **kept)
+        return _solved(graph_credit.graph_hca(worth.returns, *place, **kept))
 
     return Part("graph_hca", options, estimate, needs=("success",))
 
@@ -146,9 +151,9 @@ def graft(
     options: dict[str, Any] = dict(locals())
     kept = _pure(options)
 
-    def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
+    def estimate(batch: Batch, scores: Scores, worth: Worth) -> StepCredit:
         place = (batch.anchor_ids, batch.action_ids, worth.mask, batch.group_ids)
-        return graph_credit.graft(batch.success, *place, **kept)
+        return _solved(graph_credit.graft(batch.success, *place, **kept))
 
     return Part("graft", options, estimate, needs=("success", "actions"))
 
@@ -177,10 +182,10 @@ def graph_gpo(
     options: dict[str, Any] = dict(locals())
     kept = _pure(options)
 
-    def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
+    def estimate(batch: Batch, scores: Scores, worth: Worth) -> StepCredit:
         place = (batch.success, batch.anchor_ids, worth.mask, batch.group_ids)
         ends = batch.last_anchor_ids
-        return graph_credit.graph_gpo(worth.returns, *place, last_anchor_ids=ends, **kept)
+        return _solved(graph_credit.graph_gpo(worth.returns, *place, last_anchor_ids=ends, **kept))
 
     return Part("graph_gpo", options, estimate, needs=("success",))
 
@@ -310,6 +315,7 @@ def turn_ppo(
     *,
     turn_gamma: Share = default_of(turn_values.turn_gae, "gamma"),
     turn_lam: Share = default_of(turn_values.turn_gae, "lam"),
+    bootstrap: bool = False,
 ) -> Part:
     """Bind `turn_gae`: the turn is the action (Turn-PPO, https://arxiv.org/abs/2512.17008).
 
@@ -318,6 +324,7 @@ def turn_ppo(
     Args:
       turn_gamma: Discount per turn of step returns, milestones and temporal differences of turns.
       turn_lam: λ of the temporal differences of turns (GAGPO, Turn-PPO).
+      bootstrap: Continue an episode that a turn or time limit ended with the critic's last value, not with 0.
     """
     options: dict[str, Any] = dict(locals())
 
@@ -330,7 +337,14 @@ def turn_ppo(
         slots = turn_slots(*place, (worth.mask.shape[0], worth.mask.shape[1]))
         values = _at_first_tokens(scores.values, slots, worth.mask.size).reshape(worth.mask.shape)
         rewards = worth.turn_rewards - worth.turn_penalties
-        found = turn_values.turn_gae(rewards, values, worth.mask, gamma=turn_gamma, lam=turn_lam)
+        after = None
+        if bootstrap:
+            cut = values_of_cut(batch, scores.values, slots, worth)
+            home = jnp.maximum(slots, 0) // worth.mask.shape[1]
+            after = jax.ops.segment_sum(cut.ravel(), home.ravel(), num_segments=worth.mask.shape[0])
+        found = turn_values.turn_gae(
+            rewards, values, worth.mask, gamma=turn_gamma, lam=turn_lam, bootstrap=after
+        )
         estimated, targets = (turns_to_tokens(table, *place) for table in found)
         return TokenCredit(estimated, targets, is_whitened=True)
 
