@@ -65,7 +65,6 @@ METRICS: dict[str, str] = {
     "advantage_negative": "Share of turns with a negative advantage.",
     "advantage_sign_changed": "Share of turns whose advantage changed its sign by the modulation.",
     "advantage_changed_2x": "Share of turns whose advantage changed more than twofold by the modulation.",
-    "graph_residual": "Largest change in the last sweep over the state graph; above 1e-6 raise graph.sweeps.",
     "entropy_drift_predicted": "Entropy change that AEM's drift law predicts for this credit.",
     "entropy_drift_measured": "Change of the sampled tokens' mean entropy by the update.",
     # Loss

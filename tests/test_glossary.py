@@ -46,11 +46,8 @@ def produce(folder):
         ],
         # Weights that go live inside responses, over pages.
         "burst": [*BURST, "rollout.page_tokens=16"],
-        # A warm start on chats, whose held-out part is measured; then values on a state graph.
-        "chats": [
-            *("sft.updates=1", f"sft.data={chats}", "sft.holdout=0.25", "train.updates=1"),
-            "algorithm.name=crbc",
-        ],
+        # A warm start on chats, whose held-out part is measured.
+        "chats": ["sft.updates=1", f"sft.data={chats}", "sft.holdout=0.25", "train.updates=1"],
     }
     names = set()
     for name, overrides in variants.items():

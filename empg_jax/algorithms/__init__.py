@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from empg_jax.algorithms.contract import LossResult as LossResult
     from empg_jax.algorithms.contract import Modulation as Modulation
     from empg_jax.algorithms.contract import Penalties as Penalties
-    from empg_jax.algorithms.contract import StepCredit as StepCredit
     from empg_jax.algorithms.contract import TokenCredit as TokenCredit
     from empg_jax.algorithms.contract import Turns as Turns
     from empg_jax.algorithms.contract import Worth as Worth
@@ -82,7 +81,7 @@ _HOMES = {
     "advantages": ("grpo", "grpo_turn_rows", "has_spread", "overlong_penalty", "reinforce", "rloo"),
     "aggregation": ("loss_weights",),
     "compose": ("Algorithm", "build"),
-    "contract": ("LossResult", "Modulation", "Penalties", "StepCredit", "TokenCredit", "Turns", "Worth"),
+    "contract": ("LossResult", "Modulation", "Penalties", "TokenCredit", "Turns", "Worth"),
     "corrections": (
         "effective_sample_size",
         "entropy_ratio_mask",

@@ -62,13 +62,6 @@ class TokenCredit(NamedTuple):
     clip_scale: Float[Array, "B T"] | None = None
 
 
-class StepCredit(NamedTuple):
-    """Advantages of turns, and numbers to log of how they were found (names of the glossary)."""
-
-    advantages: Float[Array, "N K"]
-    metrics: dict[str, Float[Array, ""]]
-
-
 @runtime_checkable
 class Penalise(Protocol):
     """``(batch, turns) -> Penalties``. Reads raw rewards, validity and lengths."""
@@ -81,14 +74,11 @@ class Penalise(Protocol):
 class Estimate(Protocol):
     """``(batch, scores, worth) -> float[N K]``, or a `TokenCredit` where advantages differ inside a turn.
 
-    A `StepCredit` also has metrics.
     Reads ``worth`` for rewards; of the batch, ids and masks (``group_ids`` is -1 where a trajectory is
     absent).
     """
 
-    def __call__(
-        self, batch: Batch, scores: Scores, worth: Worth, /
-    ) -> Float[Array, "N K"] | TokenCredit | StepCredit:
+    def __call__(self, batch: Batch, scores: Scores, worth: Worth, /) -> Float[Array, "N K"] | TokenCredit:
         """Compute base advantages."""
 
 

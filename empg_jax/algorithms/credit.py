@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from empg_jax.algorithms.contract import Modulation, Penalties, StepCredit, TokenCredit, Turns, Worth
+from empg_jax.algorithms.contract import Modulation, Penalties, TokenCredit, Turns, Worth
 from empg_jax.algorithms.corrections import effective_sample_size
 from empg_jax.algorithms.diagnostics import (
     credit_metrics,
@@ -108,7 +108,7 @@ def _modulate(recipe: Recipe, base: Float[Array, "N K"], turns: Turns, batch: Ba
 
 def assign(
     recipe: Recipe, batch: Batch, scores: Scores, turns: Turns, worth: Worth
-) -> tuple[TokenCredit, Float[Array, "N K"], Modulation, dict[str, Any]]:
+) -> tuple[TokenCredit, Float[Array, "N K"], Modulation]:
     """Estimate and modulate.
 
     Args:
@@ -119,17 +119,14 @@ def assign(
       worth: their returns and rewards after penalties.
 
     Returns:
-      The tokens' advantages (and value targets); of the turns: base, and what modulation made of it;
-      the estimator's metrics.
+      The tokens' advantages (and value targets); of the turns: base, and what modulation made of it.
     """
     place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
-    found, metrics = recipe.estimate(batch, scores, worth), dict[str, Any]()
-    if isinstance(found, StepCredit):
-        found, metrics = found
+    found = recipe.estimate(batch, scores, worth)
     if not isinstance(found, TokenCredit):
         base = jnp.where(turns.mask, _checked(recipe.estimate, found, turns.mask.shape, "[N, K]"), 0)
         modulated = _modulate(recipe, base, turns, batch)
-        return TokenCredit(turns_to_tokens(modulated.advantages, *place)), base, modulated, metrics
+        return TokenCredit(turns_to_tokens(modulated.advantages, *place)), base, modulated
     tokens = _checked(recipe.estimate, found.advantages, batch.loss_mask.shape, "[B, T]")
     if found.clip_scale is not None:
         _checked(recipe.estimate, found.clip_scale, batch.loss_mask.shape, "[B, T] as clip_scale")
@@ -142,7 +139,7 @@ def assign(
     scaled = jnp.where(batch.loss_mask, tokens, 0) * turns_to_tokens(modulated.factors, *place) + shift
     if found.is_whitened:
         scaled = whiten(scaled, batch.loss_mask)
-    return TokenCredit(scaled, found.value_targets, clip_scale=found.clip_scale), base, modulated, metrics
+    return TokenCredit(scaled, found.value_targets, clip_scale=found.clip_scale), base, modulated
 
 
 def trained_tokens(
@@ -175,7 +172,7 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
         turns = make_turns(batch, scores)
         penalties = tuple(part(batch, turns) for part in recipe.penalise)  # type: ignore[union-attr]
         worth = compute_worth(batch, turns, penalties)
-        tokens, base, modulated, measured = assign(recipe, batch, scores, turns, worth)
+        tokens, base, modulated = assign(recipe, batch, scores, turns, worth)
         advantages = tokens.advantages
         for correction in recipe.correct:  # type: ignore[union-attr]
             if correction.mean_weight is not None:
@@ -184,7 +181,7 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
         weights = recipe.aggregate(batch, kept, num_minibatches)  # type: ignore[operator]
         weights = _checked(recipe.aggregate, weights, mask.shape, "[B, T]").astype(jnp.float32)
         metrics = credit_metrics(base, modulated.advantages, modulated.factors, turns.entropies, turns.mask)
-        metrics |= measured | {
+        metrics |= {
             "mixed_groups": mixed_group_share(
                 batch.returns, batch.group_ids
             ),  # raw, as dynamic sampling does

@@ -2,8 +2,7 @@
 
 The first three are readouts of one table of values (`closure_values`): under deterministic moves
 ``β V(dst) − V(src)`` is ``Q − V``. GraphGPO reads shortest distances. All are constants to the gradient, 0
-off the mask, and the same for the same edge. The residual beside them is the largest change of a solver's
-last sweep: 0 where it ended, more where ``sweeps`` is too small.
+off the mask, and the same for the same edge.
 """
 
 import jax
@@ -74,7 +73,7 @@ def crbc(
     min_std: Scalar = 0.1,
     sweeps: int = 700,
     scale_by_std: bool = True,
-) -> tuple[Float[Array, "N K"], Float[Array, ""]]:
+) -> Float[Array, "N K"]:
     """Compute Cross-Rollout Bellman Credit: an action's exact value less its state's, in the group's own MDP.
 
         Q(s, a) = β mean_{edges (s, a)} V(dst),   σ(s)² = mean over visits of s of (Q − V)²
@@ -98,14 +97,14 @@ def crbc(
       scale_by_std: divide the trajectory part by its group's standard deviation.
 
     Returns:
-      ``(advantages, residual)``: [N, K], 0 off the mask, and [].
+      Advantages [N, K], 0 off the mask.
 
     Raises:
       ValueError: for different shapes.
     """
     check_shapes(anchor_ids=anchor_ids, action_ids=action_ids)
     graph, ids = make_graph(success, anchor_ids, turn_mask, group_ids), as_ids(group_ids)
-    values, residual = closure_values(*graph[:3], beta=beta, sweeps=sweeps)
+    values, _ = closure_values(*graph[:3], beta=beta, sweeps=sweeps)
     pairs = pair_ids(graph, action_ids)
     action_values = jnp.asarray(beta, jnp.float32) * segment_means(values[graph.dst], pairs)
     gain = jnp.where(pairs >= 0, action_values - values[graph.src], 0)
@@ -115,7 +114,7 @@ def crbc(
     step = jnp.where(actions >= 2, gain / jnp.maximum(spread, jnp.asarray(min_std, jnp.float32)), 0)
     (returns,) = as_floats(jax.lax.stop_gradient(returns))
     episode = jnp.asarray(trajectory_weight, returns.dtype) * grpo(returns, ids, scale_by_std=scale_by_std)
-    return _beside_episodes(episode, jnp.asarray(weight, jnp.float32) * step, turn_mask, ids), residual
+    return _beside_episodes(episode, jnp.asarray(weight, jnp.float32) * step, turn_mask, ids)
 
 
 def graph_hca(
@@ -129,7 +128,7 @@ def graph_hca(
     floor: Scalar = 1e-2,
     weight: Scalar = 1.0,
     sweeps: int = 300,
-) -> tuple[Float[Array, "N K"], Float[Array, ""]]:
+) -> Float[Array, "N K"]:
     """Compute hindsight credit on the graph: the logarithm of how much a move raises the chance of the goal.
 
         Ψ = log max(Φ, ε),   l_it = Ψ(dst) − Ψ(src),   A_it = A^G_i + w (l_it − mean_s) / std_s
@@ -150,25 +149,25 @@ def graph_hca(
       sweeps: largest number of sweeps of the solver.
 
     Returns:
-      ``(advantages, residual)``: [N, K], 0 off the mask, and [].
+      Advantages [N, K], 0 off the mask.
 
     Raises:
       ValueError: for different shapes.
     """
     graph, ids = make_graph(success, anchor_ids, turn_mask, group_ids), as_ids(group_ids)
-    values, residual = closure_values(*graph[:3], beta=gamma, sweeps=sweeps)
+    values, _ = closure_values(*graph[:3], beta=gamma, sweeps=sweeps)
     chance = jnp.log(jnp.maximum(values, jnp.asarray(floor, jnp.float32)))
     moved = jnp.where(graph.mask, chance[graph.dst] - chance[graph.src], 0)
     gain, std, count = center_by_group(moved, graph.src, graph.src.size)
     std = std * jnp.sqrt(jnp.maximum(count - 1, 0) / jnp.maximum(count, 1))
     step = jnp.where(std > LOG_NOISE, _above_noise(gain, LOG_NOISE) / jnp.maximum(std, LOG_NOISE), 0)
     episode = grpo(returns, ids)
-    return _beside_episodes(episode, jnp.asarray(weight, jnp.float32) * step, turn_mask, ids), residual
+    return _beside_episodes(episode, jnp.asarray(weight, jnp.float32) * step, turn_mask, ids)
 
 
 def graph_gae(
     graph: StateGraph, action_ids: Int[Arr, "N K"], *, gamma: Scalar, lam: Scalar, sweeps: int
-) -> tuple[Float[Array, " M"], Float[Array, ""]]:
+) -> Float[Array, " M"]:
     """Compute GRAFT's advantages of edges before they are normalized; 0 where there is no edge.
 
         td = γ V(dst) − V(src),   y(u) = mean over distinct (u, action, dst) of td + γλ y(dst)
@@ -183,11 +182,8 @@ def graph_gae(
       gamma: γ.
       lam: λ; 0 leaves td alone.
       sweeps: largest number of sweeps, of either solution.
-
-    Returns:
-      ``(advantages, residual)``: [M], and the larger one of the two solutions.
     """
-    values, residual = closure_values(*graph[:3], beta=gamma, sweeps=sweeps)
+    values, _ = closure_values(*graph[:3], beta=gamma, sweeps=sweeps)
     gamma, lam = jnp.asarray(gamma, jnp.float32), jnp.asarray(lam, jnp.float32)
     td = jnp.where(graph.mask, gamma * values[graph.dst] - values[graph.src], 0)
     td = _above_noise(td, NOISE)
@@ -198,9 +194,8 @@ def graph_gae(
     def sweep(sums: Float[Array, " S"]) -> Float[Array, " S"]:
         return sums.at[:size].set(edge_means(td + gamma * lam * sums[dst], src, distinct))
 
-    sums, change = iterate(sweep, jnp.zeros(size + 2, jnp.float32), sweeps, SETTLED)
-    found = jnp.where(graph.mask, _above_noise(td + gamma * lam * sums[dst], NOISE), 0)
-    return found, jnp.maximum(residual, change)
+    sums, _ = iterate(sweep, jnp.zeros(size + 2, jnp.float32), sweeps, SETTLED)
+    return jnp.where(graph.mask, _above_noise(td + gamma * lam * sums[dst], NOISE), 0)
 
 
 def graft(
@@ -214,7 +209,7 @@ def graft(
     lam: Scalar = 0.0,
     eps: Scalar = 1e-6,
     sweeps: int = 1400,
-) -> tuple[Float[Array, "N K"], Float[Array, ""]]:
+) -> Float[Array, "N K"]:
     """Compute GRAFT: temporal differences on the state graph, normalized among the moves of a state.
 
         A_it = (A^GAE − mean_s) / (std_s + eps),   std with ddof 0
@@ -236,19 +231,19 @@ def graft(
       sweeps: largest number of sweeps of the solver.
 
     Returns:
-      ``(advantages, residual)``: [N, K], 0 off the mask, and [].
+      Advantages [N, K], 0 off the mask.
 
     Raises:
       ValueError: for different shapes.
     """
     check_shapes(anchor_ids=anchor_ids, action_ids=action_ids)
     graph = make_graph(success, anchor_ids, turn_mask, group_ids)
-    found, residual = graph_gae(graph, action_ids, gamma=gamma, lam=lam, sweeps=sweeps)
+    found = graph_gae(graph, action_ids, gamma=gamma, lam=lam, sweeps=sweeps)
     gain, std, count = center_by_group(found, graph.src, graph.src.size)
     std = std * jnp.sqrt(jnp.maximum(count - 1, 0) / jnp.maximum(count, 1))
     gain, std = jnp.where(count == 1, found, gain), jnp.where(count == 1, jnp.abs(found), std)
     step = _above_noise(gain, NOISE) / (std + jnp.asarray(eps, jnp.float32))
-    return jnp.where(graph.mask, step, 0).reshape(turn_mask.shape), residual
+    return jnp.where(graph.mask, step, 0).reshape(turn_mask.shape)
 
 
 def graph_gpo(
@@ -266,7 +261,7 @@ def graph_gpo(
     sweeps: int = 64,
     fail_node: str = "absorbing",
     last_anchor_ids: Int[Arr, " N"] | None = None,
-) -> tuple[Float[Array, "N K"], Float[Array, ""]]:
+) -> Float[Array, "N K"]:
     """Compute GraphGPO: a move is worth more the shorter the way on from where it leads.
 
         g_it = c w^d(dst),   A_it = w_ep A^G_i + w_step (g_it − mean_s) / (std_s + eps),   std with ddof 1
@@ -295,7 +290,7 @@ def graph_gpo(
         ``"observation"`` needs it.
 
     Returns:
-      ``(advantages, residual)``: [N, K], 0 off the mask, and [].
+      Advantages [N, K], 0 off the mask.
 
     Raises:
       ValueError: for different shapes, an unknown choice, or one without its argument.
@@ -305,7 +300,7 @@ def graph_gpo(
         raise ValueError("fail_node='observation' needs last_anchor_ids")
     ends = last_anchor_ids if fail_node == "observation" else None
     graph, ids = make_graph(success, anchor_ids, turn_mask, group_ids, ends), as_ids(group_ids)
-    distances, residual = goal_distances(graph, sweeps=sweeps)
+    distances, _ = goal_distances(graph, sweeps=sweeps)
     own = jnp.where(graph.mask, distances[graph.src], 0)
     home = jnp.where(graph.groups >= 0, graph.groups, ids.size)
     reached = jnp.where(jnp.isfinite(own), own, 0)
@@ -322,5 +317,4 @@ def graph_gpo(
     step = gain / (std + jnp.asarray(eps, jnp.float32) / weight**near)
     (returns,) = as_floats(jax.lax.stop_gradient(returns))
     episode = jnp.asarray(episode_weight, returns.dtype) * grpo(returns, ids, eps=eps)
-    credit = _beside_episodes(episode, jnp.asarray(step_weight, jnp.float32) * step, turn_mask, ids)
-    return credit, jnp.minimum(residual, 1)  # from infinity to a distance
+    return _beside_episodes(episode, jnp.asarray(step_weight, jnp.float32) * step, turn_mask, ids)

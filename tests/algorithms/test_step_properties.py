@@ -57,12 +57,12 @@ def compute(data):
     acts = (data["anchors"], data["actions"], data["mask"], groups)
     won, end = data["success"], {"fail_node": "observation", "last_anchor_ids": data["last"]}
     return {
-        "crbc": al.crbc(data["returns"], won, *acts)[0],
-        "graph_hca": al.graph_hca(data["returns"], won, *place)[0],
-        "graft": al.graft(won, *acts)[0],
-        "graft, lambda": al.graft(won, *acts, gamma=0.9, lam=0.8)[0],
-        "graph_gpo": al.graph_gpo(data["returns"], won, *place)[0],
-        "graph_gpo, ends": al.graph_gpo(data["returns"], won, *place, **end)[0],
+        "crbc": al.crbc(data["returns"], won, *acts),
+        "graph_hca": al.graph_hca(data["returns"], won, *place),
+        "graft": al.graft(won, *acts),
+        "graft, lambda": al.graft(won, *acts, gamma=0.9, lam=0.8),
+        "graph_gpo": al.graph_gpo(data["returns"], won, *place),
+        "graph_gpo, ends": al.graph_gpo(data["returns"], won, *place, **end),
         "hgpo": al.hgpo(data["turn_returns"], *place),
         "gagpo": al.gagpo(data["rewards"], *place),
         "beacon": al.beacon(data["returns"], data["milestones"], data["mask"], groups),
@@ -206,5 +206,5 @@ def test_graph_gpo_far_from_the_goal(length, decay):
     data = {"groups": np.zeros(2, np.int32), "mask": mask, "success": np.array([True, False])}
     data |= {"returns": np.float32([1, 0]), "anchors": np.tile(np.arange(length, dtype=np.int32), (2, 1))}
     place = (data["success"], data["anchors"], mask, data["groups"])
-    found = al.graph_gpo(data["returns"], *place, decay=decay)[0]
+    found = al.graph_gpo(data["returns"], *place, decay=decay)
     np.testing.assert_allclose(found, step_oracles.graph_gpo(data, decay=decay), rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from empg_jax.algorithms import advantages, gains, graph_credit, histories, milestones, turn_values
-from empg_jax.algorithms.contract import StepCredit, TokenCredit, Worth
+from empg_jax.algorithms.contract import TokenCredit, Worth
 from empg_jax.algorithms.masking import (
     Count,
     Length,
@@ -26,11 +26,6 @@ from empg_jax.types import Batch, Scores
 def _pure(options: dict[str, Any], *others: str) -> dict[str, Any]:
     """Keep the options that the pure function has."""
     return {key: value for key, value in options.items() if key not in ("anchor_similarity", *others)}
-
-
-def _solved(found: tuple[Float[Array, "N K"], Float[Array, ""]]) -> StepCredit:
-    advantages, residual = found
-    return StepCredit(advantages, {"graph_residual": residual})
 
 
 def hgpo(
@@ -97,9 +92,9 @@ def crbc(
     options: dict[str, Any] = dict(locals())
     kept = _pure(options)
 
-    def estimate(batch: Batch, scores: Scores, worth: Worth) -> StepCredit:
+    def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
         place = (batch.anchor_ids, batch.action_ids, worth.mask, batch.group_ids)
-        return _solved(graph_credit.crbc(worth.returns, batch.success, *place, **kept))
+        return graph_credit.crbc(worth.returns, batch.success, *place, **kept)
 
     return Part("crbc", options, estimate, needs=("success", "actions"))
 
@@ -124,9 +119,9 @@ def graph_hca(
     options: dict[str, Any] = dict(locals())
     kept = _pure(options)
 
-    def estimate(batch: Batch, scores: Scores, worth: Worth) -> StepCredit:
+    def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
         place = (batch.success, batch.anchor_ids, worth.mask, batch.group_ids)
-        return _solved(graph_credit.graph_hca(worth.returns, *place, **kept))
+        return graph_credit.graph_hca(worth.returns, *place, **kept)
 
     return Part("graph_hca", options, estimate, needs=("success",))
 
@@ -151,9 +146,9 @@ def graft(
     options: dict[str, Any] = dict(locals())
     kept = _pure(options)
 
-    def estimate(batch: Batch, scores: Scores, worth: Worth) -> StepCredit:
+    def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
         place = (batch.anchor_ids, batch.action_ids, worth.mask, batch.group_ids)
-        return _solved(graph_credit.graft(batch.success, *place, **kept))
+        return graph_credit.graft(batch.success, *place, **kept)
 
     return Part("graft", options, estimate, needs=("success", "actions"))
 
@@ -182,10 +177,10 @@ def graph_gpo(
     options: dict[str, Any] = dict(locals())
     kept = _pure(options)
 
-    def estimate(batch: Batch, scores: Scores, worth: Worth) -> StepCredit:
+    def estimate(batch: Batch, scores: Scores, worth: Worth) -> Float[Array, "N K"]:
         place = (batch.success, batch.anchor_ids, worth.mask, batch.group_ids)
         ends = batch.last_anchor_ids
-        return _solved(graph_credit.graph_gpo(worth.returns, *place, last_anchor_ids=ends, **kept))
+        return graph_credit.graph_gpo(worth.returns, *place, last_anchor_ids=ends, **kept)
 
     return Part("graph_gpo", options, estimate, needs=("success",))
 
