@@ -67,6 +67,7 @@ def test_the_command_tells_rates_in_a_table_or_as_json_and_leaves_nothing(tmp_pa
     assert done.exit_code == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "trained"),
     [

@@ -48,6 +48,7 @@ def attempted(run_dir):
     return json.loads(out)
 
 
+@pytest.mark.slow
 def test_attempts_differ_and_are_averaged_over_tasks(attempted):
     assert (attempted["attempts"], attempted["eval_tasks"], attempted["eval_missing"]) == (4, 6, 0)
     assert attempted["mean@k"].keys() == {"4"} and attempted["pass@k"].keys() == {"1", "2", "4"}

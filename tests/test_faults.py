@@ -116,6 +116,7 @@ def test_nan_may_be_skipped(tmp_path, opened):
     assert "nothing in batch, scores, credit and parameters" in told_of.stdout
 
 
+@pytest.mark.slow
 def test_nan_may_roll_back(tmp_path, opened, capsys):
     opened.changes.append(poison(4))
     run = runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=rollback")
@@ -200,6 +201,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
     gc.collect()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_changed_byte_costs_its_checkpoint_and_nothing_else(tmp_path):
     """One bit of the newest checkpoint is wrong: the command goes on from the one before."""
@@ -294,6 +296,7 @@ def test_a_hang_or_a_dead_worker_costs_its_episode(tmp_path, trouble, opened):
     assert sum(count for name, count in outcomes.items() if name.startswith("discarded:")) <= 1
 
 
+@pytest.mark.slow
 def test_a_worker_killed_from_outside_costs_at_most_its_episode(tmp_path, opened):
     def change(parts):
         pool, rounds = parts.rollout.collector.pool, iter(range(1000))
@@ -333,6 +336,7 @@ def test_tasks_that_never_work_are_given_up_and_told(tmp_path):
     assert max(line["tasks_quarantined"] for line in lines) >= 1
 
 
+@pytest.mark.slow
 def test_a_task_with_a_too_long_prompt_costs_its_own_group_only(tmp_path):
     options = ["env.options.tasks=3", "env.options.wordy=1", "eval.tasks=1", "train.updates=4"]
     run = runs.train(tmp_path / "run", *HOUSE, *options)
@@ -440,6 +444,7 @@ def _record(parts, collected):
 # ------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_workers_of_a_live_run_hold_no_jax_and_sigterm_ends_it_cleanly(tmp_path):
     run, spy = tmp_path / "run", tmp_path / "spy"
     options = ["env.options.latency=0.05", f"env.options.spy={spy}", "train.updates=500"]

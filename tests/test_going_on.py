@@ -69,6 +69,7 @@ def test_a_run_goes_back_to_a_named_checkpoint(copied, whole):
     assert summary_of(copied)["updates"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_saves_on_time_as_well_as_on_schedule(tmp_path):
     options = ["checkpoint.every=25", "checkpoint.keep=9"]
     run = runs.train(tmp_path / "run", *HOUSE, *options, "checkpoint.seconds=0.001")
@@ -110,6 +111,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_replaced(copied):
     assert summary_of(copied)["updates"] == 4 and not (copied / "run.lock").exists()
 
 
+@pytest.mark.slow
 def test_a_live_run_is_locked_with_its_process(tmp_path):
     run = tmp_path / "run"
     process = runs.start(runs.command(run, *HOUSE, "train.updates=500", "env.options.latency=0.05"))
@@ -123,6 +125,7 @@ def test_a_live_run_is_locked_with_its_process(tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_broken_held_out_task_is_missing_and_the_run_goes_on(tmp_path, opened):  # noqa: F811
     def change(parts):
         advance = parts.evaluator._collector.advance
@@ -145,6 +148,7 @@ def test_a_broken_held_out_task_is_missing_and_the_run_goes_on(tmp_path, opened)
     assert told(run, "evaluation_task_missing", "task", "reason") == [(1, "env_error")] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["evaluation", "start"])
 def test_sigterm_ends_a_run_soon_with_a_checkpoint(tmp_path, when):
     """In the evaluation, which would take minutes here, and while programs are compiled."""

@@ -106,6 +106,7 @@ def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, shar
     assert [(event["event"], event["signal"]) for event in events] == [("stop_requested", signal.SIGTERM)]
 
 
+@pytest.mark.slow
 def test_a_warm_start_goes_on_where_the_critic_has_settings_of_its_own(tmp_path, stop_at):
     """The optimizer of the warm start has a state of another structure than that of RL."""
     options = [
@@ -207,6 +208,7 @@ def test_narrow_moments_go_on_bit_by_bit(tmp_path):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(adam)} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_without_determinism_a_resumed_run_still_trains_every_group_once(tmp_path, stop_at):
     """Data in flight is sampled again, what was finished is kept, and nothing is trained twice."""
     options = ["train.max_lag=1", "algorithm.entropy_source=learner"]
@@ -219,6 +221,7 @@ def test_without_determinism_a_resumed_run_still_trains_every_group_once(tmp_pat
     assert all(line["episodes_trained"] == 4 and line["lag"] <= 1 for line in runs.lines(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["warm start", "rl"])
 def test_killed_at_a_random_moment_and_resumed(whole, tmp_path, when):
     """SIGKILL leaves no time to save: the run goes on from its newest checkpoint, or from its start."""
@@ -238,6 +241,7 @@ def test_killed_at_a_random_moment_and_resumed(whole, tmp_path, when):
     assert sft_updates(run) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, tmp_path, monkeypatch):
     class KilledError(Exception):
         pass

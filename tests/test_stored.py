@@ -43,6 +43,7 @@ def test_the_file_holds_every_token_as_it_was_sampled(played):
             assert len(turn.prompt_tokens) > 0 and (turn.behavior_logprobs < 0).all()
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_stored_episodes_alone(played, tmp_path):
     run = runs.train(tmp_path / "run", *runs.HOUSE, *SMALL, f"rollout.stored={played}", "train.updates=4")
     lines = read_metrics(run / "metrics.jsonl")

@@ -92,6 +92,7 @@ def test_a_folder_is_not_used_twice(run):
         runs.train(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -164,6 +165,7 @@ def test_the_schedule_counts_the_steps_that_are_made(tmp_path):
     assert runs.restored(run).state.step == 3 * 2
 
 
+@pytest.mark.slow
 def test_the_engine_may_run_ahead_of_the_learner(tmp_path):
     options = ["train.max_lag=1", "algorithm.entropy_source=learner", "env.options.latency=0.01"]
     run = runs.train(tmp_path / "run", *runs.HOUSE, *options, "train.updates=4")

@@ -96,6 +96,7 @@ def test_a2tgpos_gains_move_the_clip_ranges(tmp_path):
     np.testing.assert_allclose(gradient, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_clip_ranges_need_an_objective_that_clips(tmp_path):
     """Refused when the configuration is read; an estimator of one's own, when it is tried."""
     with pytest.raises(

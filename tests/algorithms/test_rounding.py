@@ -22,6 +22,7 @@ def winners(dtype):
     return jnp.asarray(rewards.sum(1)), returns, anchors, mask, np.zeros(N, np.int32)
 
 
+@pytest.mark.slow
 def test_a_spread_of_rounding_alone_is_no_credit():
     total, returns, anchors, mask, groups = winners(np.float32)
     spread = [np.ptp(np.asarray(returns)[anchors == left]) for left in range(1, K + 1)]

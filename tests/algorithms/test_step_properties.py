@@ -196,6 +196,7 @@ def test_shapes_are_refused():
         al.graph_gpo(data["returns"], data["success"][:3], *place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "decay"), [(3, 0.1), (8, 0.1), (10, 0.1), (11, 0.2), (40, 0.5), (60, 0.1)]
 )

@@ -77,6 +77,7 @@ MOVES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(MOVES)
 def test_any_order_of_requests_gives_the_same_responses(moves):

@@ -60,6 +60,7 @@ def drain(engine):
     return found, steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [False, True])
 def test_others_go_on_beside_a_long_prompt(ahead):
     found = {}

@@ -85,6 +85,7 @@ def test_each_device_computes_the_prompts_of_its_own_slots(make, rows):
     assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", split.as_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "tensor": 2}])
 def test_prompts_of_any_slots_are_answered_the_same_over_devices(make, axes):
     engines = [make(SHALLOW, slots=8, mesh=mesh) for mesh in (make_mesh(), make_mesh(**axes))]
@@ -123,6 +124,7 @@ def test_draws_from_a_split_vocabulary_are_those_from_a_whole_one(make):
     assert max(token for answer in answers[0].values() for token in answer.tokens) > 888  # the last quarter
 
 
+@pytest.mark.slow
 def test_experts_stay_on_their_devices_and_answer_the_same(make):
     moe = MoeConfig(num_experts=4, top_k=2, expert_size=16)
     model = dataclasses.replace(SHALLOW, moe=moe, intermediate_size=0)

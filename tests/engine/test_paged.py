@@ -69,6 +69,7 @@ def by_rows():
     return converse(engine), engine.take_stats()
 
 
+@pytest.mark.slow
 def test_pages_give_the_numbers_of_rows_to_the_last_bit(by_rows):
     engine = make(**PAGES)
     engine.warm_up()

@@ -58,6 +58,7 @@ def test_the_gpu_kernel_gives_the_same_as_gathered_rows(pool):
     assert not np.asarray(found[2]).any()  # an idle row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "depth", "groups"), [("rows", 128, 2), ("rows", 64, 2), ("pages", 128, 8), ("pages", 64, 2)]
 )

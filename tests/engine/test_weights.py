@@ -32,6 +32,7 @@ def bytes_here(tree):
     return sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{}, {"data": 2, "tensor": 4}])
 def test_beside_the_copy_only_one_piece_needs_memory(axes):
     learner, mesh = make_mesh(fsdp=8), make_mesh(**axes)

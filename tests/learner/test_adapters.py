@@ -92,6 +92,7 @@ def test_adapters_alone_are_trained(one_device):
         assert np.any(np.asarray(leaf) != before), path
 
 
+@pytest.mark.slow
 def test_splits_over_devices_and_micro_batches_change_nothing(one_device):
     _, expected, expected_steps = one_device
     learner = make_adapter_learner(base_weights(), micro_rows=4, fsdp=4, tensor=2)
@@ -137,6 +138,7 @@ def test_a_critic_is_trained_beside_adapters():
 # --------------------------------------------------------------------------------------- precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "computed"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_types_of_parameters_and_moments(stored, computed):
     """float32 masters below bfloat16 arithmetic, or bfloat16 parameters: moments are float32 each time."""

@@ -86,6 +86,7 @@ def test_dense_rewards_are_explained_with_a_rate_of_its_own():
     assert np.mean(fast[-5:]) > 0.3
 
 
+@pytest.mark.slow
 def test_the_warm_up_trains_the_head_alone():
     _, before, after, schedule = train(3, learning_rate=1e-2, warmup_updates=3)
     below, head = moved(before, after)

@@ -41,6 +41,7 @@ def one_device():
     return run_batch(learner, start(learner, OPTIMIZER), *make_problem(8))
 
 
+@pytest.mark.slow
 def test_eight_devices_hold_an_eighth_or_a_quarter_and_learn_the_same(one_device):
     learner = make_tiny_learner(OPTIMIZER, data=2, fsdp=4)
     state = start(learner, OPTIMIZER)

@@ -104,6 +104,7 @@ def test_after_warm_up_nothing_compiles(problem):
     assert [program._cache_size() for program in programs] == compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_rows", [2, 4])
 def test_any_micro_split_gives_the_same_update(expected, problem, micro_rows):
     host_batch, layout = make_problem(micro_rows)

@@ -52,6 +52,7 @@ def test_a_query_meets_its_own_head_only(joined):
     np.testing.assert_allclose(narrow(found, heads, DEPTH), output, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "pages"])
 def test_a_model_over_a_joined_cache_is_the_same_model(kind):
     model = DecoderConfig(vocab_size=16, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=4)

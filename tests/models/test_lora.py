@@ -64,6 +64,7 @@ def test_the_product_is_that_of_the_definition():
     np.testing.assert_allclose(found, x @ w + 2.5 * (x @ down) @ up + b, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
 def test_merged_equals_unmerged(base, scheme):
     base = quantize_params(base, scheme)

@@ -83,6 +83,7 @@ def reserved_bytes(model, mesh, shape):
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "remat, mesh", [("full", dict(fsdp=4, tensor=2)), ("dots", {}), ("none", dict(fsdp=2, sequence=2))]
 )
@@ -328,6 +329,7 @@ def test_weights_are_split_over_fsdp_and_sequence():
     assert one["weights"] == other["weights"] and one["optimizer"] == other["optimizer"]
 
 
+@pytest.mark.slow
 def test_pairs_of_changes_are_tried_where_no_single_one_is_enough():
     def load(changes):
         return load_config("household_qwen2.5_7b", ["mesh.fsdp=1", "rollout.tensor=1", *changes])

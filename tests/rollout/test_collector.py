@@ -361,6 +361,7 @@ def arrays(trajectories):
     return [getattr(turn, name) for t in trajectories for turn in t.turns for name in names]
 
 
+@pytest.mark.slow
 def test_in_deterministic_mode_a_collection_repeats_bit_by_bit(parts):
     first = collect(parts("rollout.deterministic=true"))
     second = collect(parts("rollout.deterministic=true"))

@@ -60,6 +60,7 @@ def test_episodes_whose_answers_were_not_scored_are_credited_with_a_note(tmp_pat
     assert found.exit_code == 0 and "turns without answer_logprob gain nothing" in found.stderr
 
 
+@pytest.mark.slow
 def test_an_environment_without_answers_is_refused(tmp_path):
     """Ours before a folder is made, a user's own at its first episodes."""
     folder = tmp_path / "run"

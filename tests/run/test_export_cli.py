@@ -101,6 +101,7 @@ def test_the_built_tokenizer_is_one_for_transformers_too(whole, tmp_path):
     assert "read it with transformers.PreTrainedTokenizerFast" in export(run, "--out", tmp_path / "again")[2]
 
 
+@pytest.mark.slow
 def test_merged_adapters_are_the_policy(adapted, tmp_path):
     code, _, said = export(adapted, "--out", tmp_path / "model")
     assert code == 0 and "model of step 1 written" in said and "nats per token on a fixed text" in said

@@ -27,6 +27,7 @@ def call(*arguments, code="from empg_jax.cli import main; main()", command="serv
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_in_the_middle_of_requests(talker, tmp_path):
     with serving(tmp_path, "serve", talker, *OPTIONS) as server:
         assert json.loads((tmp_path / "ready.json").read_text()) == {"url": server.url, "model": "talker"}

@@ -97,6 +97,7 @@ def trainer():
     return Trainer(Start(MODEL, make_mesh(devices=jax.local_devices()[:1]), params, None), LIMITS)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_cross_entropy_and_adam_is_torchs(trainer):
     data = make_data(5, 9, 3, 20, weights=numbers(0, 2))
     params, gradient = check_gradient(
@@ -313,6 +314,7 @@ def credit_of(objective, data):
     return batch, objective.algorithm.credit(batch, scores)
 
 
+@pytest.mark.slow
 def test_requests_tell_success_actions_milestones_and_invalid_turns():
     batch, credit = credit_of(find_objective("empg:graft", {}), make_episodes(rewards=[0.0, 0.0]))
     assert batch.success[:2].tolist() == [True, False] and batch.turn_valid[1, :2].tolist() == [True, False]

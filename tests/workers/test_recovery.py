@@ -141,6 +141,7 @@ def test_each_lane_has_its_deadline():
     assert inflight.due(0.0, limit) == (float("inf"), None)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_repeated_deaths_lose_no_step(lanes):

@@ -240,6 +240,7 @@ def engine(
     subprocess.run([made.program, "rmi", "--force", made.row["image"]], capture_output=True)
 
 
+@pytest.mark.slow
 def test_the_whole_path(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text(json.dumps({**engine.row, "split": "test"}))
