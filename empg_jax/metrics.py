@@ -44,7 +44,7 @@ METRICS: dict[str, str] = {
     "environment_steps": "Steps of the environments in training episodes that ended, since the last line.",
     "worker_restarts": "Environment workers replaced after a death, a hang, or for their memory.",
     "episodes_recovered": "Episodes that went on in a new worker after theirs was lost.",
-    "breaker_seconds": "Seconds without new episodes because most of them failed, until a probe succeeded.",
+    "breaker_seconds": "Seconds without new episodes because most of them failed; the longest of all hosts.",
     "tasks_quarantined": "Tasks that are not tried for a while because their environment failed too often.",
     "env_*": "Mean of a number that the environment reports at the end of an episode.",
     "lag": "Mean age of the sampling policy in updates.",

@@ -44,6 +44,7 @@ def test_an_edited_configuration_is_refused_with_the_keys_that_differ(copied):
     values = yaml.safe_load(path.read_text())
     rate = values["train"]["learning_rate"]
     values["train"]["learning_rate"] = 0.25
+    values["env"]["options"] = {"latency": 0.5}
     values["log"]["transcripts"] = 1  # this one is free
     values["train"]["updates"] = 4
     path.write_text(yaml.safe_dump(values))
@@ -51,7 +52,7 @@ def test_an_edited_configuration_is_refused_with_the_keys_that_differ(copied):
     code, err = _call("train", "--resume", copied)
     assert code == 2 and "Traceback" not in err
     assert f"train.learning_rate=0.25 (was {rate})" in err and "log.transcripts" not in err
-    assert "updates=" not in err
+    assert "env.options={'latency': 0.5} (was {})" in err and "updates=" not in err
     assert sorted(p.name for p in copied.iterdir()) == before  # nothing was written
 
 

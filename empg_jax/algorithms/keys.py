@@ -7,7 +7,7 @@ is loaded.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from empg_jax.algorithms.signatures import DEFAULTS, FACTORIES, RECIPES
@@ -124,11 +124,13 @@ def all_keys() -> list[str]:
     return list(dict.fromkeys([*SELECTORS, *read]))
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Write nested tables as dotted keys."""
+def flatten(values: Mapping[str, Any], prefix: str = "", whole: Container[str] = ()) -> dict[str, Any]:
+    """Write nested tables as dotted keys; tables whose dotted key is in ``whole`` stay values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        name = prefix + key
+        is_split = isinstance(value, Mapping) and name not in whole
+        flat |= flatten(value, f"{name}.", whole) if is_split else {name: value}
     return flat
 
 

@@ -141,8 +141,10 @@ def check_unchanged(saved: str, config: Config, source: str) -> None:
     Raises:
       ConfigError: keys differ that a resumed run may not change.
     """
-    before, now = flatten(yaml.safe_load(saved)), flatten(yaml.safe_load(config.to_yaml()))
-    # A key that only one of them has belongs to another version of the program.
+    # A key that only one of them has belongs to another version of the program; but tables with free keys
+    # (options of an environment, ...) are compared whole.
+    tables = {key for key, default, _ in describe() if isinstance(default, dict)}
+    before, now = (flatten(yaml.safe_load(text), whole=tables) for text in (saved, config.to_yaml()))
     changed = [
         f"{key}={now[key]} (was {before[key]})"
         for key in before.keys() & now.keys()

@@ -2,7 +2,8 @@
 
 ``schedule.jsonl`` has one line per round that did something: the version of the weights taken, the update
 whose groups were reserved, the slots whose environments had answered, and the collector's clocks after it.
-Everything else follows from these, the seed and the configuration.
+Everything else follows from these, the seed and the configuration. A resumed run cannot be repeated: its file
+gets a line with the update that it goes on from, and no further rounds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Recorder:
 
     Args:
       path: the file; lines are added to it.
-      start: updates made so far: a resumed run goes on with attempts that start anew.
+      start: updates made so far; the first line says so.
     """
 
     def __init__(self, path: Path, start: int) -> None:

@@ -217,7 +217,11 @@ def open_run(
         run.reference = _find_reference(config, run, checkpoints, learner)
         progress.message(f"resumed at update {run.update} of {config.train.updates}")
     if config.train.max_lag and hosts.num == 1:
-        rollout.recorder = Recorder(run_dir / FILENAME, run.update)
+        recorder = Recorder(run_dir / FILENAME, run.update)
+        if is_resumed:  # such a run cannot be repeated: the file says so, and gets no rounds any more
+            recorder.flush()
+        else:
+            rollout.recorder = recorder
     # The line of an update that was stopped before its line is written again.
     resume_at = run.update + (run.record.unlogged is None) if is_resumed else None
     log = _open_log(config, run_dir, progress, hosts, resume_at)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # How each host's number of an update becomes one of all hosts; other numbers of a delivery are means.
 SUMMED = {"groups_replaced", "groups_uniform", "stale_refills"}
-LARGEST = {"stale_gap"}
+LARGEST = {"stale_gap", "page_use", "breaker_seconds"}
 SEE_SECONDS = 5.0  # a shared file system shows other hosts' files after a while
 Part = tuple[dict[str, Any], list[Trajectory]]  # JSON types, and episodes
 
@@ -236,16 +236,17 @@ def gather_delivery(hosts: Hosts, take: Callable[[], Delivery], stop: StopReques
 
 
 def join_deliveries(parts: Sequence[Part]) -> Delivery:
-    """Join the deliveries of all hosts: episodes in the order of their groups, counts summed."""
+    """Join the deliveries of all hosts: episodes in the order of their groups, counts summed.
+
+    Of seconds in which an environment was away, most often from all hosts, the largest number is kept.
+    """
     values = [each for each, _ in parts]
-    engine = EngineStats(**_add(each["engine"] for each in values))
-    engine.page_use = max(each["engine"]["page_use"] for each in values)
     episodes = [trajectory for _, trajectories in parts for trajectory in trajectories]
     return Delivery(
         update=values[0]["update"],
         trajectories=sorted(episodes, key=lambda t: (t.group_id, t.member)),
         metrics=_join_metrics([each["metrics"] for each in values]),
-        engine=engine,
+        engine=EngineStats(**_add(each["engine"] for each in values)),
         outcomes=_add(each["outcomes"] for each in values),
         incidents=_add(each["incidents"] for each in values),
     )
@@ -264,12 +265,13 @@ def _add(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = {}
     for each in counts:
         for name, count in each.items():
-            total[name] = total.get(name, 0) + count
+            so_far = total.get(name, 0)
+            total[name] = max(so_far, count) if name in LARGEST else so_far + count
     return total
 
 
 def add_counts(hosts: Hosts, name: str, counts: dict[str, Any]) -> dict[str, Any]:
-    """Sum counts by name over all hosts."""
+    """Join counts by name over all hosts, as `join_deliveries` does."""
     return _add(hosts.agree(name, counts))
 
 

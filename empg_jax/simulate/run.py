@@ -311,7 +311,7 @@ class Simulation:
             tokens_per_second=self.sampler.sampled / seconds,
             learner_idle=tally.waited / seconds,
             rollout_idle=tally.idle / seconds,
-            publish_pause=tally.paused / seconds,
+            publish_pause=tally.paused / self._trained,
             lag_mean=sum(age * count for age, count in tally.ages.items()) / turns,
             lag_max=max(tally.ages, default=0),
             lag_shares={age: tally.ages[age] / turns for age in sorted(tally.ages)},

@@ -15,7 +15,8 @@ class Result:
       seconds_per_update: its share for one update.
       episodes_per_hour: episodes that were trained on.
       tokens_per_second: sampled tokens, the wasted ones included.
-      learner_idle, rollout_idle, publish_pause: shares of the time, as the metrics of these names.
+      learner_idle, rollout_idle: shares of the time, as the metrics of these names.
+      publish_pause: seconds of an update in which sampling stood still for new weights, as the metric.
       lag_mean, lag_max, lag_shares: age of the trained turns in updates; the share of turns by age.
       waste: share of the sampled tokens that were of no use.
       slot_occupancy: share of the slots that sampled a token, mean over decode steps.

@@ -28,6 +28,7 @@ from empg_jax.config.algorithm import (
     EmpgConfig,
     flat_defaults,
 )
+from empg_jax.config.load import check_unchanged
 from empg_jax.errors import ConfigError
 from empg_jax.run.assembly import make_recipe_from
 
@@ -296,6 +297,28 @@ def test_only_length_and_logs_may_change_on_resume():
     message = r"seed=3: a resumed run may change only train\.updates and compile_cache and log\.\*"
     with pytest.raises(ConfigError, match=message):
         check_resumable(["train.updates=300", "seed=3"])
+
+
+TABLES = [key for key, default, _ in describe() if isinstance(default, dict)]
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("edit", ["{CPU: 2, added: 1}", "{added: 1}", "{}"])
+def test_a_table_of_free_keys_may_not_change_on_resume(table, edit):
+    """A key added to it, one taken out of it, all of them."""
+    with_ray = ["workers.backend=ray", "env.options={}"]
+    before = load_config("quickstart", [*with_ray, f"{table}={{CPU: 2}}"])
+    now = load_config("quickstart", [*with_ray, f"{table}={{}}", f"{table}={edit}"])
+    check_unchanged(before.to_yaml(), before, "here")
+    with pytest.raises(ConfigError, match=rf"{re.escape(table)}={{.*}} \(was {{'CPU': 2"):
+        check_unchanged(before.to_yaml(), now, "here")
+
+
+def test_keys_of_another_version_are_passed_over_on_resume():
+    config = load_config("quickstart")
+    saved = yaml.safe_load(config.to_yaml())
+    del saved["env"]["parser"], saved["workers"]["ray_resources"]
+    check_unchanged(yaml.safe_dump({**saved, "old": {"key": 1}}), config, "here")
 
 
 def test_the_resolved_quickstart_for_bare_images_is_up_to_date() -> None:

@@ -15,3 +15,13 @@ def test_the_engines_counts_are_summed_and_the_largest_use_of_pages_is_kept():
     joined = join_deliveries([part(0.9), part(0.5)])
     assert joined.engine == EngineStats(sampled_tokens=14, bursts=2, page_use=0.9)
     assert joined.outcomes == {"trained:won": 4}
+
+
+def test_of_an_outage_that_hosts_share_the_longest_one_counts():
+    def part(seconds):
+        counts = {"worker_restarts": 2, "breaker_seconds": seconds}
+        values = {"update": 0, "metrics": {}, "outcomes": {}, "incidents": counts}
+        return values | {"engine": dataclasses.asdict(EngineStats())}, []
+
+    joined = join_deliveries([part(seconds) for seconds in (58.0, 60.0, 0.0)])
+    assert joined.incidents == {"worker_restarts": 6, "breaker_seconds": 60.0}

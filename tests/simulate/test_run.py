@@ -47,7 +47,7 @@ def test_without_lag_an_update_takes_rollout_and_update(update, pause, is_shared
     assert result.seconds_per_update == pytest.approx(whole)
     assert result.learner_idle == pytest.approx((ROLLOUT + pause) / whole)
     assert result.rollout_idle == pytest.approx(update / whole)
-    assert result.publish_pause == pytest.approx(pause / whole)
+    assert result.publish_pause == pytest.approx(pause)
     assert result.lag_shares == {0: 1.0} and result.slot_occupancy == pytest.approx(1)
     assert result.tokens_per_second == pytest.approx(32 * 5 * 10 / whole)
     assert result.episodes_per_hour == pytest.approx(3600 * 32 / whole)
