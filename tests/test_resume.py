@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from empg_jax import trainer
+from empg_jax.errors import ConfigError
 from empg_jax.learner import passes
 from empg_jax.metrics import read_metrics
+from empg_jax.rollout.schedule import read_schedule
 from empg_jax.run import evaluating
 from empg_jax.run.consumed import read_consumed
 from empg_jax.run.saved import open_saved
@@ -214,7 +216,14 @@ def test_without_determinism_a_resumed_run_still_trains_every_group_once(tmp_pat
     with pytest.raises(trainer.Stopped):
         runs.train(tmp_path / "run", *runs.HOUSE, *options)
     stop_at(None)
+    schedule = tmp_path / "run" / "schedule.jsonl"
+    before = schedule.read_text()
     run = runs.resume(tmp_path / "run")
+    assert set(schedule.read_text().removeprefix(before).splitlines()) <= {
+        f'{{"start": {n}}}' for n in range(3)
+    }
+    with pytest.raises(ConfigError, match="never resumed"):
+        read_schedule(schedule)
     assert [line["update"] for line in runs.lines(run)] == [1, 2, 3]
     assert all(line["episodes_trained"] == 4 and line["lag"] <= 1 for line in runs.lines(run))
 

@@ -2,7 +2,8 @@
 
 ``schedule.jsonl`` has one line per round that did something: the version of the weights taken, the update
 whose groups were reserved, the slots whose environments had answered, and the collector's clocks after it.
-Everything else follows from these, the seed and the configuration.
+Everything else follows from these, the seed and the configuration. A resumed run cannot be repeated: its file
+gets a line with the update that it goes on from, and no further rounds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Recorder:
 
     Args:
       path: the file; lines are added to it.
-      start: updates made so far: a resumed run goes on with attempts that start anew.
+      start: updates made so far; the first line says so.
     """
 
     def __init__(self, path: Path, start: int) -> None:
@@ -68,6 +69,15 @@ class Recorder:
         text, self._lines = "".join(line + "\n" for line in self._lines), []
         with self._path.open("a", encoding="utf-8") as file:
             file.write(text)
+
+
+def open_recorder(run_dir: Path, start: int, *, is_resumed: bool) -> Recorder | None:
+    """Open a run's schedule; for a resumed run only say where it goes on, and return None."""
+    recorder = Recorder(run_dir / FILENAME, start)
+    if not is_resumed:
+        return recorder
+    recorder.flush()
+    return None
 
 
 def read_schedule(path: Path) -> Iterator[Round]:
