@@ -92,8 +92,11 @@ def is_finished(run_dir: Path, config: Config) -> bool:
             f"train.updates={wanted}: the run {run_dir} has made {made} updates already; give "
             f"train.updates={made} or more"
         )
-    summary = run_dir / "summary.json"  # the last file that a run writes
-    return summary.exists() and json.loads(summary.read_text(encoding="utf-8")).get("updates") == wanted
+    try:  # the last file that a run writes: without it, or with a damaged one, something is left to do
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.get("updates") == wanted
 
 
 def write_run_info(run_dir: Path, config: Config, *, resumed: bool = False) -> None:
