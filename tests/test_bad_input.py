@@ -209,6 +209,13 @@ def test_the_folder_of_compiled_programs_is_a_key_too():
         cache_folder("~nosuchuser/x")
 
 
+def test_an_episode_with_more_tokens_than_fit(tmp_path):
+    turn = {"reward": 1, "valid": True, "tokens": 99999999999, "entropy": 0.1}
+    (tmp_path / "one.jsonl").write_text(json.dumps({"turns": [turn]}))
+    line = refuse("credit", "quickstart", tmp_path / "one.jsonl")
+    assert "line 1, turns[0].tokens: expected 1 to 1048576, got 99999999999" in line
+
+
 def test_an_export_into_a_folder_with_contents(tmp_path):
     (tmp_path / "kept").write_text("mine")
     assert "is not empty" in refuse("export", tmp_path, "--out", tmp_path)
