@@ -9,6 +9,10 @@ import tomllib
 import pytest
 from typer.testing import CliRunner
 
+from empg_envs.alfworld.files import find_root
+from empg_envs.rows import find_files
+from empg_envs.task_lines import read_tasks
+from empg_envs.template import read_template
 from empg_jax.cli import app
 from empg_jax.errors import ConfigError
 from empg_jax.hf.hub import find_folder
@@ -202,6 +206,12 @@ def refuse_last(*arguments):
 )
 def test_places_that_cannot_be_are_named(arguments, says):
     assert says in refuse_last(*arguments)
+
+
+@pytest.mark.parametrize("read", [read_template, read_tasks, find_files, find_root])
+def test_files_of_environments_in_a_home_folder_that_is_not_known(read):
+    with pytest.raises((ValueError, FileNotFoundError), match="~nosuchuser/x"):
+        read("~nosuchuser/x")
 
 
 def test_the_folder_of_compiled_programs_is_a_key_too():
