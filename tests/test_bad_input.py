@@ -9,8 +9,14 @@ import tomllib
 import pytest
 from typer.testing import CliRunner
 
+from empg_envs.alfworld.files import find_root
+from empg_envs.rows import find_files
+from empg_envs.task_lines import read_tasks
+from empg_envs.template import read_template
 from empg_jax.cli import app
+from empg_jax.errors import ConfigError
 from empg_jax.hf.hub import find_folder
+from empg_jax.run.process import cache_folder
 from tests import runs
 
 OWN = ["env.name=null", "env.entry_point=mine:Env"]
@@ -138,6 +144,86 @@ def test_a_folder_that_is_no_run(tmp_path):
     for command in (["eval"], ["export", "--out", tmp_path / "out"]):
         assert "is neither a run folder" in refuse(command[0], tmp_path, *command[1:])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "run_dir",
+        "checkpoint.dir",
+        "rollout.stored",
+        "rollout.schedule",
+        "sft.data",
+        "model.path",
+        "model.tokenizer",
+        "model.chat_template",
+    ],
+)
+def test_a_home_folder_that_is_not_known(tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    lag = ["train.max_lag=1", "rollout.deterministic=true"] if key == "rollout.schedule" else []
+    says = "~nosuchuser/x: no home folder is known for ~nosuchuser: write the whole path"
+    assert says in refuse_last("train", "quickstart", "run_dir=run", *lag, f"{key}=~nosuchuser/x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def refuse_last(*arguments):
+    """As `refuse`, after notes, and with a line for each mistake; returns the last line."""
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 2, result.exception
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["config", "~nosuchuser/x.yaml"], "error: ~nosuchuser/x.yaml: no home folder is known"),
+        (["serve", "~nosuchuser/x"], "error: ~nosuchuser/x: no home folder is known"),
+        (["eval", "~nosuchuser/x", "--env", "household"], "error: ~nosuchuser/x: no home folder is known"),
+        (
+            ["config", "quickstart", "hosts.coordinator=a:99999"],
+            "hosts.coordinator=a:99999 must be HOST:PORT",
+        ),
+        (["config", "quickstart", "hosts.coordinator=a:65535"], "with a PORT from 1 to 65534"),
+        (["config", "quickstart", "hosts.coordinator=a:0"], "hosts.coordinator=a:0 must be HOST:PORT"),
+        (["config", "quickstart", "hosts.coordinator=:80"], "hosts.coordinator=:80 must be HOST:PORT"),
+        (
+            ["config", "quickstart", "hosts.coordinator=a..b:80"],
+            "hosts.coordinator=a..b:80 must be HOST:PORT",
+        ),
+        (["config", "quickstart", "hosts.coordinator=a:80/b"], "hosts.coordinator=a:80/b must be HOST:PORT"),
+        (
+            ["config", "quickstart", "rollout.engine=openai", "rollout.url=http://127.0.0.1:99999"],
+            "rollout.url=http://127.0.0.1:99999 is no address (Port out of range 0-65535)",
+        ),
+        (
+            ["config", "quickstart", "rollout.engine=openai", "rollout.url='http://[::1'"],
+            "rollout.url=http://[::1 is no address (Invalid IPv6 URL): expected something like http://",
+        ),
+        (["eval", "http://[::1", "--env", "household"], "http://[::1 is no address (Invalid IPv6 URL)"),
+        (["eval", "http://a:99999", "--env", "household"], "http://a:99999 is no address (Port out of range"),
+    ],
+)
+def test_places_that_cannot_be_are_named(arguments, says):
+    assert says in refuse_last(*arguments)
+
+
+@pytest.mark.parametrize("read", [read_template, read_tasks, find_files, find_root])
+def test_files_of_environments_in_a_home_folder_that_is_not_known(read):
+    with pytest.raises((ValueError, FileNotFoundError), match="~nosuchuser/x"):
+        read("~nosuchuser/x")
+
+
+def test_the_folder_of_compiled_programs_is_a_key_too():
+    with pytest.raises(ConfigError, match="compile_cache=~nosuchuser/x: no home folder is known"):
+        cache_folder("~nosuchuser/x")
+
+
+def test_an_episode_with_more_tokens_than_fit(tmp_path):
+    turn = {"reward": 1, "valid": True, "tokens": 99999999999, "entropy": 0.1}
+    (tmp_path / "one.jsonl").write_text(json.dumps({"turns": [turn]}))
+    line = refuse("credit", "quickstart", tmp_path / "one.jsonl")
+    assert "line 1, turns[0].tokens: expected 1 to 1048576, got 99999999999" in line
 
 
 def test_an_export_into_a_folder_with_contents(tmp_path):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from empg_jax.config.algorithm import Section
+from empg_jax.config.places import split_address
 
 
 class HostsConfig(Section):
@@ -28,6 +29,22 @@ class HostsConfig(Section):
         description="Seconds to wait for all hosts at the start, and after which a silent one is gone.",
     )
 
+    @field_validator("coordinator")
+    @classmethod
+    def _check_coordinator(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = split_address(f"//{value}")
+        except ValueError:
+            parts = None
+        if parts is None or parts.netloc != value or parts.port is None or parts.port > 65534:
+            raise ValueError(
+                f"hosts.coordinator={value} must be HOST:PORT, for example node0:8476, with a PORT from 1 to "
+                "65534"
+            )
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> HostsConfig:
         keys = {"coordinator": self.coordinator, "num": self.num, "index": self.index}
@@ -37,10 +54,6 @@ class HostsConfig(Section):
         if given and len(given) < len(keys):
             missing = ", ".join(f"hosts.{key}" for key, value in keys.items() if value is None)
             raise ValueError(f"{' '.join(given)} needs {missing}, too")
-        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
-            raise ValueError(
-                f"hosts.coordinator={self.coordinator} must be HOST:PORT, for example node0:8476"
-            )
         if self.num is not None and self.index is not None and self.index >= self.num:
             raise ValueError(f"hosts.index={self.index} must be smaller than hosts.num={self.num}")
         return self

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from empg_jax.config.load import Config, load_config
+from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError, nearest
 
 # The packaged configuration whose prompts and lengths suit a language model, by environment.
@@ -83,7 +83,7 @@ def _locate(source: str, presets: Sequence[str]) -> list[str]:
     """Return the overrides that name the model."""
     if is_address(source):
         return ["model.path=null", "model.preset=null"]
-    folder = Path(source).expanduser()
+    folder = expand(source)
     if folder.is_dir():
         if (folder / "config.yaml").is_file():
             raise ConfigError(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from empg_jax.config.algorithm import Section
 from empg_jax.config.model import Options, as_list
+from empg_jax.config.places import split_address
 
 
 def join_panels(value: Any) -> Any:
@@ -191,6 +192,17 @@ class RolloutConfig(Section):
         ge=1,
         description="Limit on groups replaced before an update, in batches; beyond it equal groups are kept.",
     )
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, value: str | None) -> str | None:
+        try:
+            split_address(value or "//unset")
+        except ValueError as error:
+            raise ValueError(
+                f"rollout.url={value} is no address ({error}): expected something like http://127.0.0.1:8000"
+            ) from None
+        return value
 
 
 class TrainConfig(Section):

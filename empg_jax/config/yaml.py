@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError, nearest
 
 
@@ -57,7 +58,7 @@ def find_file(name_or_path: str | Path) -> Path:
     Raises:
       ConfigError: there is no such file; the message lists the packaged names.
     """
-    path = Path(name_or_path).expanduser()
+    path = expand(name_or_path)
     packaged = _list_packaged()
     if str(name_or_path) in packaged:
         return packaged[str(name_or_path)]

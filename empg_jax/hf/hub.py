@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+from empg_jax.config.places import expand
+
 # Copies of the weights in another layout, and whatever lies in a folder (a pattern's ``*`` takes slashes).
 _IGNORED = ["*/*", "consolidated*"]
 
@@ -19,8 +21,9 @@ def find_folder(path: str | pathlib.Path, patterns: Sequence[str], what: str) ->
 
     Raises:
       FileNotFoundError: there is neither such a folder nor such a hub id.
+      ConfigError: the path begins with a home folder that is not known.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = expand(path)
     if folder.is_dir():
         return folder
     looks_like_hub_id = (

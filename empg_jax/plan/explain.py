@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 
+from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
 from empg_jax.hf.presets import PRESETS
 from empg_jax.models.decoder import DecoderConfig
@@ -41,7 +41,7 @@ def find_shape(config: Config) -> DecoderConfig:
     m = config.model
     if m.path is None and m.preset is None and m.vocab_size is None:
         return make_model(config, make_language(config).tokenizer)
-    known = None if m.path is None or pathlib.Path(m.path).expanduser().is_dir() else _preset_of(m.path)
+    known = None if m.path is None or expand(m.path, "model.path").is_dir() else _preset_of(m.path)
     section = m if known is None else m.model_copy(update={"path": None, "preset": known})
     return shape_model(config, section, 0)  # the tokenizer is the model's own: it fits
 

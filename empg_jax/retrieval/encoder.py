@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from empg_jax.config.places import expand
 from empg_jax.errors import UserError
 from empg_jax.hf.safetensors import SafetensorsFile
 
@@ -192,7 +193,7 @@ class TextEncoder:
         Raises:
           EncoderError: the folder contains no usable encoder.
         """
-        folder = Path(folder).expanduser()
+        folder = expand(folder)
         if not folder.is_dir():
             raise EncoderError(f"no folder {folder}; expected one with an encoder in it")
         if not (folder / "tokenizer.json").is_file():

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from empg_jax.config.places import split_address
 from empg_jax.engine.slots import Response
 from empg_jax.errors import ConfigError, RunError
 from empg_jax.text.template import Message
@@ -280,9 +281,14 @@ def base_of(url: str) -> str:
     Raises:
       ConfigError: it is no address of a server.
     """
-    parts = urllib.parse.urlsplit(url.rstrip("/"))
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{url} is no address: expected something like http://127.0.0.1:8000")
+    try:
+        parts = split_address(url.rstrip("/"))
+        if parts.scheme not in ("http", "https"):
+            raise ValueError("it begins with neither http:// nor https://")
+    except ValueError as error:
+        raise ConfigError(
+            f"{url} is no address ({error}): expected something like http://127.0.0.1:8000"
+        ) from None
     return parts._replace(path=parts.path or "/v1", query="", fragment="").geturl()
 
 

@@ -51,7 +51,7 @@ TURN_FIELDS: dict[str, tuple[Any, str]] = {
     "reward": (NUMBER, "a number"),
     "valid": (bool, "true or false"),
     "finish_reason": (str, "a string"),
-    "version": (int, "an integer"),
+    "version": (np.int32, "an integer of 32 bits"),
     "tokens": (int, "an integer"),
     "entropy": (NUMBER, "a number"),
     "logprob": (NUMBER, "a number"),
@@ -59,10 +59,11 @@ TURN_FIELDS: dict[str, tuple[Any, str]] = {
     "action": (str, "a string"),
     "milestone": (bool, "true or false"),
     "answer_logprob": (NUMBER, "a number"),
-    "token_ids": (list, "a list of integers"),
+    "token_ids": (list, "a list of integers of 32 bits"),
     "token_logprobs": (list, "a list of numbers"),
     "token_entropies": (list, "a list of numbers"),
 }
+MOST_TOKENS = 2**20  # of a turn: each has a place in a row of the batch
 NEEDED = ("turns", "reward", "valid", "tokens", "entropy")
 CREDIT_FIELDS = ("factor", "bonus", "advantage_base", "advantage")
 
@@ -334,8 +335,8 @@ def _check_episode(record: Any, where: str) -> None:
         if not isinstance(turn, dict):
             raise RecordError(f"{where}, {name}: expected an object")
         _check_fields(turn, TURN_FIELDS, where, f"{name}.")
-        if turn["tokens"] < 1:
-            raise RecordError(f"{where}, {name}.tokens: expected at least 1, got {turn['tokens']}")
+        if not 1 <= turn["tokens"] <= MOST_TOKENS:
+            raise RecordError(f"{where}, {name}.tokens: expected 1 to {MOST_TOKENS}, got {turn['tokens']}")
         for array in ("token_ids", "token_logprobs", "token_entropies"):
             _check_array(turn, array, where, f"{name}.{array}")
     # A trajectory sums the rewards again, so a return that differs would be ignored silently.
@@ -360,7 +361,7 @@ def _check_fields(fields: Record, known: Mapping[str, tuple[Any, str]], where: s
 def _check_array(turn: Record, name: str, where: str, field: str) -> None:
     if name not in turn:
         return
-    values, kind = turn[name], int if name == "token_ids" else NUMBER
+    values, kind = turn[name], np.int32 if name == "token_ids" else NUMBER
     if len(values) != turn["tokens"]:
         raise RecordError(f"{where}, {field}: {len(values)} values for {turn['tokens']} tokens")
     wrong = [value for value in values if not _is_of(value, kind)]
@@ -374,4 +375,6 @@ def _is_of(value: Any, kind: Any) -> bool:
     """Return whether a JSON value has a type; true and false are no numbers, and numbers must be finite."""
     if isinstance(value, bool) and kind is not bool:
         return False
+    if kind is np.int32:
+        return isinstance(value, int) and -(2**31) <= value < 2**31
     return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))

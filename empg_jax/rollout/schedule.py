@@ -71,6 +71,15 @@ class Recorder:
             file.write(text)
 
 
+def open_recorder(run_dir: Path, start: int, *, is_resumed: bool) -> Recorder | None:
+    """Open a run's schedule; for a resumed run only say where it goes on, and return None."""
+    recorder = Recorder(run_dir / FILENAME, start)
+    if not is_resumed:
+        return recorder
+    recorder.flush()
+    return None
+
+
 def read_schedule(path: Path) -> Iterator[Round]:
     """Yield the rounds of a schedule.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
 from empg_jax.files import write_json_atomic, write_text_atomic
 from empg_jax.report.environment import describe_environment
@@ -24,7 +25,7 @@ def create_run_dir(config: Config) -> Path:
       ConfigError: the folder already holds a run, or cannot be made.
     """
     if config.run_dir is not None:
-        run_dir = Path(config.run_dir).expanduser()
+        run_dir = expand(config.run_dir, "run_dir")
         if (run_dir / "config.yaml").exists():
             raise ConfigError(
                 f"run_dir={config.run_dir} already holds a run: go on with --resume {config.run_dir}, "
@@ -45,7 +46,7 @@ def checkpoint_dir(config: Config, run_dir: Path) -> Path | str:
     directory = config.checkpoint.dir
     if directory is not None and is_object_store(directory):
         return directory  # as a path it would lose a slash
-    return Path(directory).expanduser() if directory else run_dir / "checkpoints"
+    return expand(directory, "checkpoint.dir") if directory else run_dir / "checkpoints"
 
 
 def split_checkpoint(path: Path) -> tuple[Path, int | None]:
@@ -91,8 +92,11 @@ def is_finished(run_dir: Path, config: Config) -> bool:
             f"train.updates={wanted}: the run {run_dir} has made {made} updates already; give "
             f"train.updates={made} or more"
         )
-    summary = run_dir / "summary.json"  # the last file that a run writes
-    return summary.exists() and json.loads(summary.read_text(encoding="utf-8")).get("updates") == wanted
+    try:  # the last file that a run writes: without it, or with a damaged one, something is left to do
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.get("updates") == wanted
 
 
 def write_run_info(run_dir: Path, config: Config, *, resumed: bool = False) -> None:

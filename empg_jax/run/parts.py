@@ -29,7 +29,7 @@ from empg_jax.report.progress import Progress
 from empg_jax.report.record import RunRecord
 from empg_jax.report.tracking import open_trackers
 from empg_jax.rollout.evaluator import Evaluator
-from empg_jax.rollout.schedule import FILENAME, Recorder
+from empg_jax.rollout.schedule import open_recorder
 from empg_jax.rollout.shares import take_share
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.announcing import announce_model, announce_rows
@@ -217,11 +217,7 @@ def open_run(
         run.reference = _find_reference(config, run, checkpoints, learner)
         progress.message(f"resumed at update {run.update} of {config.train.updates}")
     if config.train.max_lag and hosts.num == 1:
-        recorder = Recorder(run_dir / FILENAME, run.update)
-        if is_resumed:  # such a run cannot be repeated: the file says so, and gets no rounds any more
-            recorder.flush()
-        else:
-            rollout.recorder = recorder
+        rollout.recorder = open_recorder(run_dir, run.update, is_resumed=is_resumed)
     # The line of an update that was stopped before its line is written again.
     resume_at = run.update + (run.record.unlogged is None) if is_resumed else None
     log = _open_log(config, run_dir, progress, hosts, resume_at)

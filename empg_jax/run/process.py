@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from empg_jax.config.places import expand
 from empg_jax.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def use_compile_cache(folder: str | None) -> None:
 def cache_folder(folder: str) -> Path:
     """Return the folder of this machine's compiled programs inside ``folder``; see `use_compile_cache`."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    parent = Path(f"{home}/{CACHE_FOLDER}" if folder == "auto" else folder).expanduser()
+    parent = expand(f"{home}/{CACHE_FOLDER}" if folder == "auto" else folder, "compile_cache")
     return parent / _machine_key()
 
 

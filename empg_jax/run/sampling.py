@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from empg_jax.config.places import expand
 from empg_jax.engine.engine import Engine, EngineConfig, Watch
 from empg_jax.engine.interface import SamplingEngine
 from empg_jax.errors import ConfigError
@@ -350,7 +350,7 @@ def make_rollout(
         max_stale_gap=r.max_stale_gap if r.publish == "burst" else None,
     )
     if r.schedule is not None:
-        rollout.schedule = read_schedule(Path(r.schedule).expanduser())
+        rollout.schedule = read_schedule(expand(r.schedule, "rollout.schedule"))
     return rollout
 
 
@@ -379,14 +379,14 @@ def check_rollout(config: Config, model: DecoderConfig) -> None:
     if config.rollout.stored is not None:
         _load_stored(config, vocab_size)
     if config.rollout.schedule is not None:
-        read_schedule(Path(config.rollout.schedule).expanduser())
+        read_schedule(expand(config.rollout.schedule, "rollout.schedule"))
 
 
 def _load_stored(config: Config, vocab_size: int) -> list[list[Trajectory]]:
     """Read the episodes of ``rollout.stored``, group by group."""
     r = config.rollout
     return group_episodes(
-        load_trajectories(Path(str(r.stored)).expanduser(), "rollout.stored"),
+        load_trajectories(expand(str(r.stored), "rollout.stored"), "rollout.stored"),
         group_size=r.group_size,
         max_tokens=r.max_tokens,
         max_turns=config.env.max_turns,

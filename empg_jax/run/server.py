@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from empg_jax.config.places import expand
 from empg_jax.engine.interface import SamplingEngine
 from empg_jax.engine.sizes import EngineConfig
 from empg_jax.errors import ConfigError
@@ -43,7 +43,7 @@ def open_server(
       ConfigError: as `check_server`; or weights cannot be published.
     """
     r, client = config.rollout, _connect(config, model, tell, check)
-    home = None if r.weights_dir is None else Path(r.weights_dir).expanduser().absolute()
+    home = None if r.weights_dir is None else expand(r.weights_dir, "rollout.weights_dir").absolute()
     try:
         folders = Folders(model, home)
     except SamplerError as error:

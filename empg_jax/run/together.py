@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_jax import __version__
+from empg_jax.config.places import expand
 from empg_jax.engine.engine import EngineStats
 from empg_jax.errors import ConfigError, Interrupted, RefusedCheckpoint
 from empg_jax.parallel.hosts import HostLost, Hosts
@@ -81,7 +82,7 @@ def without_hosts(config: Config) -> Config:
 def keep_place(config: Config, hosts: Hosts) -> Config:
     """Write the absolute path of a chosen folder of checkpoints: the run may go on from another folder."""
     directory = config.checkpoint.dir
-    if directory is None or is_object_store(directory) or Path(directory).expanduser().is_absolute():
+    if directory is None or is_object_store(directory) or expand(directory, "checkpoint.dir").is_absolute():
         return config
     place = hosts.first("checkpoint-dir", lambda: str(Path(directory).absolute()))
     if not hasattr(config, "model_copy"):  # a resolved file, read without pydantic
@@ -106,7 +107,7 @@ def check_store(config: Config, hosts: Hosts, *, is_new: bool) -> None:
 
         check_object_store(directory, hosts, is_new=is_new)
         return
-    folder = Path(directory).expanduser()
+    folder = expand(directory, "checkpoint.dir")
     if is_new and (steps := hosts.first("checkpoints", lambda: open_step_folders(folder).steps)):
         raise RefusedCheckpoint(
             f"checkpoint.dir={directory} holds checkpoints of another run ({steps}), which this one would "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
+from empg_jax.config.places import expand
 from empg_jax.engine.engine import Engine
 from empg_jax.errors import ConfigError, nearest
 from empg_jax.hf.presets import PRESETS
@@ -94,7 +95,7 @@ def open_policy(
       ConfigError: there is no such policy, or an override does not fit.
       CheckpointError: a run has no usable checkpoint.
     """
-    path = Path(source).expanduser()
+    path = expand(source)
     is_step = path.name.isdigit() and path.parent.name == "checkpoints"
     if is_step or (path / "config.yaml").is_file():
         saved = open_saved(path, overrides, warn=say)

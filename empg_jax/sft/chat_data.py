@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from empg_jax.config.places import expand
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.chatfile import ChatDataError, Conversation, read_chat_file
 from empg_jax.text.rows import TokenRow, tokenize_conversation
@@ -238,7 +239,7 @@ def epoch_batch(count: int, size: int, seed: int, update: int) -> list[int]:
 
 def _read(paths: Sequence[str | Path]) -> Iterator[tuple[str, Conversation | ChatDataError]]:
     for path in map(Path, paths):
-        for number, conversation in read_chat_file(path.expanduser()):
+        for number, conversation in read_chat_file(expand(path, "sft.data")):
             yield f"{path}, line {number}", conversation
 
 

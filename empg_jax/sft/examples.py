@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
 from empg_jax.report.progress import Progress
 from empg_jax.report.record import RunRecord
@@ -100,7 +100,7 @@ def _read_examples(
 ) -> Examples:
     s = config.sft
     for path in paths:
-        if not Path(path).expanduser().is_file():
+        if not expand(path, "sft.data").is_file():
             raise ConfigError(f"sft.data={path}: there is no such file (JSON lines, one conversation each)")
     progress.phase("chat data", _count_lines(paths, check), "lines")
     data = load_chat_data(
@@ -131,7 +131,7 @@ def _read_examples(
 def _count_lines(paths: Sequence[str], check: Callable[[], None]) -> int:
     count = 0
     for path in paths:
-        with Path(path).expanduser().open("rb") as file:
+        with expand(path, "sft.data").open("rb") as file:
             for line in file:
                 count += bool(line.strip())
                 check()

@@ -22,6 +22,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from empg_jax.config.places import expand
 from empg_jax.errors import UserError
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...} and other keys that a template may read
@@ -101,7 +102,7 @@ def read_source(name: str) -> str:
     Raises:
       OSError: there is no such file and no such name, or the file cannot be read.
     """
-    path, packaged = Path(name).expanduser(), PACKAGED / f"{name}{ENDING}"
+    path, packaged = expand(name, "model.chat_template"), PACKAGED / f"{name}{ENDING}"
     if not path.exists() and packaged.parent == PACKAGED and packaged.exists():
         path = packaged
     if not path.exists():

@@ -49,14 +49,14 @@ def check_ray(address: str | None) -> None:
     if where in (None, "", "auto"):
         return
     host, _, port = where.rpartition(":")
-    if not host or "://" in host or not port.isdigit():
+    if not host or "://" in host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(
             f"{key}={where} must be HOST:PORT, for example node0:6379, of a cluster that this machine is a "
             "node of (ray:// addresses are not)"
         )
     try:  # ray.init would wait for many minutes
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: what cannot be a host's name
         raise ConfigError(f"{key}={where}: no Ray cluster answers there: {error}") from None
 
 

@@ -14,6 +14,7 @@ import glob
 import gzip
 import itertools
 import json
+import os
 import re
 import urllib.parse
 import zlib
@@ -67,7 +68,7 @@ def find_files(source: str | Path) -> list[File]:
     """
     named = str(source)
     if not named.startswith("hub:"):
-        local = Path(source).expanduser()
+        local = Path(os.path.expanduser(source))
         if not local.is_file():
             raise DataError(f"no file {named} (of a data set on the hub: {FORM})")
         return [File(local, named, None)]

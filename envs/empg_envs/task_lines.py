@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def read_tasks(path: str) -> Panels:
     """
     tasks: list[dict[str, Any]] = []
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
+        lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"tasks={path}: {error}") from None
     for number, line in enumerate(lines, start=1):

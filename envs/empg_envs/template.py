@@ -8,6 +8,7 @@ conversation, and the messages that follow are those of the environment's own st
 
 from __future__ import annotations
 
+import os
 import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def read_template(template: str) -> str:
     if "\n" in template:
         return template
     try:
-        text = Path(template).expanduser().read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(template)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise ValueError(f"template={template} cannot be read: {reason}") from None

@@ -32,6 +32,16 @@ def test_a_chosen_folder_must_not_hold_a_run(tmp_path):
         runinfo.create_run_dir(Config(run_dir=str(tmp_path / "file")))
 
 
+@pytest.mark.parametrize("text", [None, "{", "[3]", "\xff", '{"updates": 2}'])
+def test_a_run_whose_summary_cannot_be_read_is_not_finished(tmp_path, text):
+    config = load_config("quickstart", ["train.updates=3"])
+    if text is not None:
+        (tmp_path / "summary.json").write_bytes(text.encode("latin-1"))
+    assert not runinfo.is_finished(tmp_path, config)
+    (tmp_path / "summary.json").write_text('{"updates": 3}')
+    assert runinfo.is_finished(tmp_path, config)
+
+
 def test_a_chosen_folder_of_checkpoints_is_kept_by_its_absolute_path(tmp_path, monkeypatch):
     """A run may go on from another folder than the one that it was started in."""
     monkeypatch.chdir(tmp_path)

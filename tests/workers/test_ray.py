@@ -60,7 +60,7 @@ def test_an_address_where_nobody_answers_is_refused(tmp_path):
     assert f"workers.ray_address={address}: no Ray cluster answers there" in err
 
 
-@pytest.mark.parametrize("address", ["ray://node0:10001", "node0", ":6379"])
+@pytest.mark.parametrize("address", ["ray://node0:10001", "node0", ":6379", "node0:99999", "node0:0"])
 def test_an_address_of_another_form_is_refused(address, monkeypatch):
     monkeypatch.setattr(ray_backend.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ConfigError, match="must be HOST:PORT"):

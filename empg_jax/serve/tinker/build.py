@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
 from empg_jax.serve.app import More
 from empg_jax.serve.driver import Driver
@@ -46,7 +47,7 @@ def make_routes(
         row_devices=start.mesh.shape["data"] * start.mesh.shape["fsdp"],
     )
     trainer, futures = Trainer(start, limits), Futures()
-    folder = Path(settings.save_dir).expanduser().absolute()
+    folder = expand(settings.save_dir, "serve.save_dir").absolute()
     store = Store(folder, policy.name, start.params)
     samplers = Samplers(
         service,

@@ -147,7 +147,7 @@ def find_root(data: str | os.PathLike[str] | None) -> Path:
     named = os.environ.get(VARIABLE) if data is None else os.fspath(data)
     if not named:
         raise FileNotFoundError(f"no ALFWorld data: neither env.options.data nor {VARIABLE} is set. {_HOW}")
-    base = Path(named).expanduser()
+    base = Path(os.path.expanduser(named))
     if not base.is_dir():
         origin = "env.options.data" if data is not None else VARIABLE
         raise FileNotFoundError(f"{origin}={named} is no folder. {_HOW}")
