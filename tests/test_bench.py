@@ -1,6 +1,7 @@
 """``empg-jax bench``: its table and JSON, what it measures for which configuration, and what it refuses."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -51,19 +52,20 @@ def test_the_command_tells_rates_in_a_table_or_as_json_and_leaves_nothing(tmp_pa
     assert found["tokens_per_second"]["update"] == pytest.approx(384 / found["seconds"]["update"])
     assert 0 < found["product_share"] < 1
     assert found["planned_bytes"] > 0 and found["peak_bytes"] is None  # a CPU does not report it
-    table = "\n".join(bench.as_lines(found))
+    source = ["quickstart", *runs.TINY, "env.options={level: tiny, style: terse}"]
+    table = "\n".join(bench.as_lines(found, source))
     for told in (
         *bench.PARTS,
         "prefill",
-        "empg-jax simulate quickstart --",
+        "empg-jax simulate quickstart compile_cache=null ",
         "log-probs of engine and learner",
     ):
         assert told in table
     assert not list(tmp_path.iterdir())
     # What the last line proposes can be run as it stands.
-    proposed = bench.as_lines(found)[-1]
-    command = proposed[proposed.index("empg-jax") :].split()[1:]
-    done = CliRunner().invoke(app, [*command, *runs.TINY, "--latency=0.1", "--turns=4", "--updates=8"])
+    proposed = bench.as_lines(found, source)[-1]
+    command = shlex.split(proposed[proposed.index("empg-jax") :])[1:]
+    done = CliRunner().invoke(app, [*command, "--latency=0.1", "--turns=4", "--updates=8"])
     assert done.exit_code == 0, done.stderr
 
 

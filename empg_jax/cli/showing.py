@@ -267,7 +267,8 @@ def bench(
 
         with Progress(resolved.log.progress) as progress:
             found = measure(resolved, repeats, progress)
-        typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
+        source = [str(config), *(overrides or [])]
+        typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found, source)))
 
 
 @app.command("simulate")

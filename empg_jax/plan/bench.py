@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -266,8 +267,8 @@ def _describe(made: Bench, found: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def as_lines(result: Mapping[str, Any]) -> list[str]:
-    """Return a result as text."""
+def as_lines(result: Mapping[str, Any], source: Sequence[str]) -> list[str]:
+    """Return a result as text; ``source`` are the words that name its configuration, overrides included."""
     each, rates, seconds = "s" * (result["devices"] > 1), result["tokens_per_second"], result["seconds"]
     lines = [
         f"{result['name']} on {result['devices']} {result['device']} device{each}: "
@@ -294,5 +295,5 @@ def as_lines(result: Mapping[str, Any]) -> list[str]:
         f"the update computes at {result['product_share']:.0%} of this device's largest products",
         f"log-probs of engine and learner differ by {gap}",
         f"memory of a device: {result['planned_bytes'] / 2**30:.2f} GiB planned at most{peak}",
-        f"with your environments' times: empg-jax simulate {result['name']} {options}",
+        f"with your environments' times: empg-jax simulate {shlex.join(source)} {options}",
     ]
