@@ -61,6 +61,21 @@ def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
     write_text_atomic(path, json.dumps(as_json(value), indent=2, allow_nan=False) + "\n")
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a value of type {type(value).__name__}")
+    return value
+
+
 def as_json(value: Any) -> Any:
     """Replace NaN and infinity by None wherever they are: JSON has neither."""
     match value:

@@ -6,13 +6,13 @@ function as in ``transformers``.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from empg_jax.files import read_json_object
 from empg_jax.models.decoder import DecoderConfig, RopeScaling
 from empg_jax.models.moe import MoeConfig
 
@@ -54,17 +54,14 @@ def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file is not JSON.
+      ValueError: the file holds no JSON object.
     """
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
             f"{folder} holds no config.json; it holds {sorted(e.name for e in folder.iterdir())}"
         )
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    return read_json_object(file)
 
 
 def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> DecoderConfig:

@@ -13,6 +13,7 @@ from typing import Any
 
 import tokenizers
 
+from empg_jax.files import read_json_object
 from empg_jax.hf.hub import find_folder
 from empg_jax.text.template import ChatTemplate, ChatTemplateError
 
@@ -261,12 +262,7 @@ def _stop_ids(generation: Mapping[str, Any]) -> list[int]:
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:

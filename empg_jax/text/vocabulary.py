@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 
+from empg_jax.files import read_json_object
 from empg_jax.text.tokenizer import Tokenizer, load_backend
 
 
@@ -48,7 +48,7 @@ def _end_ids(file: pathlib.Path) -> list[int]:
     An unreadable file gives no ids; loading the model reports that error.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        value = read_json_object(file).get("eos_token_id")
     except (OSError, ValueError):
         return []
     return [index for index in (value if isinstance(value, list) else [value]) if isinstance(index, int)]

@@ -281,6 +281,14 @@ def test_a_file_with_a_broken_header(saved):
         load_hf(folder)
 
 
+@pytest.mark.parametrize("text", ["[]", '"qwen2"', '{"cut', "\x00"])
+def test_a_config_that_is_no_object(saved, text):
+    folder, *_ = saved
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json (must hold a JSON object|is not valid JSON)"):
+        load_hf(folder)
+
+
 def test_a_header_that_is_no_object(saved):
     folder, *_ = saved
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")

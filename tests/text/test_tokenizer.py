@@ -103,9 +103,10 @@ def test_folder_without_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_corrupt_file(tmp_path, name):
+@pytest.mark.parametrize("text", ['{"cut', "[]"])
+def test_corrupt_file(tmp_path, name, text):
     build_bpe("chatml").save(tmp_path)
-    (tmp_path / name).write_text('{"cut')
+    (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=name):
         load_tokenizer(tmp_path)
 
