@@ -72,7 +72,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the computation.")
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the stored weights.")
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type in which gradients are added up over devices, where dtype is narrower."
+        "float32",
+        description="Type in which gradients are added up over devices, where dtype is narrower; float32 always "
+        "for biases.",
     )
     matmul_precision: Literal["default", "high", "highest"] | None = Field(
         None,

@@ -110,11 +110,6 @@ def _env_problems(config: Config) -> Iterator[str]:
             "env.history_mode=append has no effect with env.context=window: every turn has a fresh prompt "
             "there; use env.context=transcript"
         )
-    if env.history != 2 and env.context == "transcript":
-        yield (
-            f"env.history={env.history} has no effect with env.context=transcript, which shows all past "
-            "turns: use env.context=window"
-        )
     if env.parser not in (None, "line", "whole") and config.sft.updates and config.sft.data is None:
         yield (
             f"env.parser={env.parser}: the expert shows bare actions with sft.updates={config.sft.updates}; "

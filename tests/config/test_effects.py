@@ -28,7 +28,6 @@ REFUSED = {
         "algorithm.name=erc",
         "model.dtype=bfloat16",
     ): r"source=engine: .* by rounding with model\.dtype=bfloat16",
-    ("env.history=5",): r"env\.history=5 has no effect with env\.context=transcript",
     ("sft.holdout=0.5",): r"sft\.holdout=0\.5 has no effect without sft\.data",
     ("sft.eval_every=3",): r"sft\.eval_every=3 has no effect without sft\.data",
     ("train.on_kl=stop",): r"train\.on_kl=stop has no effect without train\.max_kl",

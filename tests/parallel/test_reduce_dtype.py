@@ -65,7 +65,7 @@ def test_the_key_decides(reduce_dtype):
 
 
 @pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
-def test_the_key_decides_for_biases_adapters_and_experts(reduce_dtype):
+def test_the_key_decides_for_adapters_and_experts_not_for_biases(reduce_dtype):
     config = load_config("quickstart", ["model.dtype=bfloat16", f"model.reduce_dtype={reduce_dtype}"])
     model = make_model(config, make_language(config).tokenizer)
     model = dataclasses.replace(
@@ -74,7 +74,7 @@ def test_the_key_decides_for_biases_adapters_and_experts(reduce_dtype):
     model = dataclasses.replace(model, moe=MoeConfig(4, 2, 40), lora=LoraConfig(rank=3))
     lines = gradient_lines(model, make_mesh(fsdp=4))
     biases = types_of(lines, "reduce_sum[axes=(0, 1)", (model.num_heads * model.head_dim,))
-    assert biases == {reduce_dtype}
+    assert biases == {"float32"}  # as small as they are
     assert types_of(lines, "dot_general", (model.hidden_size, 3)) == {reduce_dtype}
     for shape in ((4, model.hidden_size, 40), (4, 40, model.hidden_size)):
         assert types_of(lines, "ragged_dot_general", shape) == {reduce_dtype}

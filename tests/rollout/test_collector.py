@@ -399,7 +399,7 @@ def test_members_of_a_group_differ(parts):
 
 @pytest.mark.parametrize(("context", "segments"), [("transcript", 1), ("window", 3)])
 def test_prompts_of_both_contexts(parts, context, segments):
-    options = [f"env.context={context}", *(["env.history=0"] if context == "window" else [])]
+    options = [f"env.context={context}", "env.history=0"]
     collector = parts(*options, "rollout.share_prefix=false")
     found = collect(collector)
     assert {outcome(t) for t in found} == {(Status.TRAINED, "turn_limit")}
