@@ -73,8 +73,8 @@ class ModelConfig(Section):
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the stored weights.")
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Type in which gradients are added up over devices, where dtype is narrower; those of biases "
-        "always in float32.",
+        description="Type in which gradients are added up over devices, where dtype is narrower; those of "
+        "biases always in float32.",
     )
     matmul_precision: Literal["default", "high", "highest"] | None = Field(
         None,
