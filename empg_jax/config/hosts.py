@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from empg_jax.config.algorithm import Section
-from empg_jax.config.places import split_address
 
 
 class HostsConfig(Section):
@@ -32,13 +31,9 @@ class HostsConfig(Section):
     @field_validator("coordinator")
     @classmethod
     def _check_coordinator(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        try:
-            parts = split_address(f"//{value}")
-        except ValueError:
-            parts = None
-        if parts is None or parts.netloc != value or parts.port is None or parts.port > 65534:
+        host, _, port = (value or "node0:8476").rpartition(":")
+        is_name = bool(host) and not set(host) & set(" /@") and all(host.split("."))
+        if not is_name or not port.isdigit() or not 1 <= int(port) <= 65534:  # PORT + 1 is used, too
             raise ValueError(
                 f"hosts.coordinator={value} must be HOST:PORT, for example node0:8476, with a PORT from 1 to "
                 "65534"

@@ -363,3 +363,9 @@ def test_a_base_that_cannot_be_read_is_named(tmp_path, base, message):
     path.write_text(f"base: {base}\n")
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+@pytest.mark.parametrize("address", ["node0:8476", "10.0.0.1:65534", "::1:8476", "[fd00::1]:8476"])
+def test_a_coordinator_may_have_any_kind_of_address(address):
+    hosts = {"coordinator": address, "num": 2, "index": 0}
+    assert Config.model_validate({"hosts": hosts}).hosts.coordinator == address
