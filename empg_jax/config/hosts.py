@@ -31,7 +31,9 @@ class HostsConfig(Section):
     @field_validator("coordinator")
     @classmethod
     def _check_coordinator(cls, value: str | None) -> str | None:
-        host, _, port = (value or "node0:8476").rpartition(":")
+        if value is None:
+            return None
+        host, _, port = value.rpartition(":")
         is_name = bool(host) and not set(host) & set(" /@") and all(host.split("."))
         if not is_name or not port.isdigit() or not 1 <= int(port) <= 65534:  # PORT + 1 is used, too
             raise ValueError(

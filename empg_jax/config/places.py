@@ -29,7 +29,7 @@ def expand(path: str | Path, key: str | None = None) -> Path:
 
 
 def split_address(url: str) -> urllib.parse.SplitResult:
-    """Split ``http://HOST:PORT/PATH``, or ``//HOST:PORT``.
+    """Split ``http://HOST:PORT/PATH``.
 
     Raises:
       ValueError: its host or its port cannot be one.

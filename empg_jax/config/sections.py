@@ -196,8 +196,10 @@ class RolloutConfig(Section):
     @field_validator("url")
     @classmethod
     def _check_url(cls, value: str | None) -> str | None:
+        if not value:
+            return value
         try:
-            split_address(value or "//unset")
+            split_address(value)
         except ValueError as error:
             raise ValueError(
                 f"rollout.url={value} is no address ({error}): expected something like http://127.0.0.1:8000"

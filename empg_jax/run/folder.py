@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
-from empg_jax.files import write_json_atomic, write_text_atomic
+from empg_jax.files import read_json_object, write_json_atomic, write_text_atomic
 from empg_jax.report.environment import describe_environment
 from empg_jax.run.step_folders import is_object_store, open_step_folders
 
@@ -93,10 +93,9 @@ def is_finished(run_dir: Path, config: Config) -> bool:
             f"train.updates={made} or more"
         )
     try:  # the last file that a run writes: without it, or with a damaged one, something is left to do
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        return read_json_object(run_dir / "summary.json").get("updates") == wanted
     except (OSError, ValueError):
         return False
-    return isinstance(summary, dict) and summary.get("updates") == wanted
 
 
 def write_run_info(run_dir: Path, config: Config, *, resumed: bool = False) -> None:
