@@ -126,6 +126,7 @@ def test_nan_may_roll_back(tmp_path, opened, capsys):
     assert "update 2: loss or gradient was not finite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rolling_back_again_and_again_stops(tmp_path, opened):
     opened.changes.append(poison(*range(1, 99)))
     with pytest.raises(TrainingError, match=r"update 4: .*not finite"):
@@ -389,7 +390,10 @@ def _take_away(backend, seconds, before=0):
     return change
 
 
-@pytest.mark.parametrize("mode", ["rollout.deterministic=false", "rollout.deterministic=true"])
+@pytest.mark.parametrize(
+    "mode",
+    ["rollout.deterministic=false", pytest.param("rollout.deterministic=true", marks=pytest.mark.slow)],
+)
 def test_an_outage_of_every_environment_costs_time_only(tmp_path, opened, mode):
     backend, collected = tmp_path / "backend", []
     backend.touch()
@@ -583,6 +587,7 @@ def test_an_error_leaves_a_checkpoint_of_the_last_update(tmp_path, opened, capsy
     assert runs.weights(run) == runs.weights(whole)
 
 
+@pytest.mark.slow
 def test_an_error_in_the_middle_of_an_update_saves_nothing_of_it(tmp_path, opened, capsys):
     def change(parts):
         steps, update = iter(range(1, 99)), parts.learner.update

@@ -56,6 +56,7 @@ def test_an_edited_configuration_is_refused_with_the_keys_that_differ(copied):
     assert sorted(p.name for p in copied.iterdir()) == before  # nothing was written
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_to_a_named_checkpoint(copied, whole):
     code, err = _call("train", "--resume", copied, "--step", "7")
     assert code == 2 and "has no checkpoint 7; it has: 0, 1, 2, 3" in err
@@ -77,6 +78,7 @@ def test_a_run_saves_on_time_as_well_as_on_schedule(tmp_path):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_the_best_and_the_last_good_checkpoint_are_kept(tmp_path, opened):  # noqa: F811
     success = {0: 0.1, 1: 0.9, 2: 0.2, 3: 0.3, 4: 0.4}
 

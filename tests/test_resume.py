@@ -63,6 +63,7 @@ def rollouts(run):
     return {path.name: path.read_bytes() for path in (run / "rollouts").iterdir()}
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_is_the_same(whole, tmp_path):
     assert_same(runs.train(tmp_path / "run", *STEADY), whole[0])
     assert any(line["tokens_shared"] for line in runs.lines(whole[0]))  # of attempts at a task
@@ -93,7 +94,14 @@ BY_HAND = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.parametrize(
-    "share", [0.0, pytest.param(0.12, marks=BY_HAND), 0.3, pytest.param(0.6, marks=BY_HAND), 1.0]
+    "share",
+    [
+        pytest.param(0.0, marks=pytest.mark.slow),
+        pytest.param(0.12, marks=BY_HAND),
+        0.3,
+        pytest.param(0.6, marks=BY_HAND),
+        pytest.param(1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, share):
     """The first moments are in the warm start, the others in the middle of collection."""

@@ -39,6 +39,7 @@ def test_a_mesh_changes_nothing_but_the_place(make):
         assert max(shard.data.nbytes for shard in leaf.addressable_shards) < leaf.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads, kv_heads, parts, share", [(4, 2, 4, 0.5), (6, 3, 2, 1.0), (6, 2, 4, 1.0)])
 def test_heads_that_do_not_divide_are_repeated_and_answer_the_same(heads, kv_heads, parts, share):
     """A device holds one of two heads; three of six, as many as before; or all, where nothing divides."""

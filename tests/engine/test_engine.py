@@ -90,7 +90,7 @@ def check_statistics(response, temperature=1.0, params=None):
 # ---------------------------------------------------------------------------------------------- KV
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.6])
 def test_ten_turns_of_kept_kv_equal_the_full_forward_and_prefill_only_what_is_new(make, temperature):
     engine = make(temperature=temperature)
     generator = np.random.default_rng(0)

@@ -81,6 +81,7 @@ def one_device():
     return learner, *steps_of(learner, gradient_descent(), start_weights(), *make_problem(8))
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained(one_device):
     learner, state, steps = one_device
     assert_trees_equal(learner.base, base_weights())
@@ -104,6 +105,7 @@ def test_splits_over_devices_and_micro_batches_change_nothing(one_device):
     assert up.addressable_shards[0].data.shape == (2, 4, 16)  # out over tensor = 2
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_base_itself():
     """Fresh adapters score exactly as the empty reference, trained ones do not; moments are float32."""
     base = jax.device_get(quantize_params(jax.tree.map(jnp.asarray, base_weights("bfloat16")), "int8"))

@@ -71,6 +71,7 @@ def test_scores_hold_the_value_of_the_state_before_the_token(learner, problem):
     np.testing.assert_allclose(np.asarray(scores.values)[i, t], values[i, t - 1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_update_follows_the_gradient_of_the_value_loss(learner, problem):
     """With advantages of 0 only the critic is left; its loss reaches the head and the network below."""
     host, layout = problem

@@ -131,15 +131,8 @@ def make_plain():
     return run_steps(problems.make_tiny_learner(micro_rows=4), make_problem())
 
 
-@pytest.mark.parametrize(
-    "axes",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param(dict(data=2), marks=pytest.mark.slow),
-        dict(fsdp=2, tensor=2),
-    ],
-    ids=["one", "data", "split"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{}, dict(data=2), dict(fsdp=2, tensor=2)], ids=["one", "data", "split"])
 def test_optimizer_steps_of_the_learner(axes):
     """Plain gradient descent of rate 1, so that parameters show the gradients."""
     devices = axes.get("data", 1) * axes.get("fsdp", 1)

@@ -27,6 +27,7 @@ def by_gain(scored, returns, mask, groups):
     return al.a2tgpo(al.information_gains(scored, mask), returns, mask, groups)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "credit_of"), [("igpo", al.igpo), ("a2tgpo", by_gain)])
 def test_a_run_pays_turns_by_what_they_tell_about_the_answer(tmp_path, name, credit_of):
     run = runs.train(tmp_path / "run", *ENV, *IGPO, f"algorithm.name={name}", "env.max_turns=3")
