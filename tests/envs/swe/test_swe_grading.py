@@ -190,6 +190,60 @@ def test_pytest_and_unittest_agree(backend: TreeBackend, task: Task) -> None:
     assert by_pytest.statuses == by_unittest.statuses
 
 
+SUBTESTS = """
+import pytest, unittest
+import spans
+
+def test_parts(subtests):
+    for name in ("__name__", "gone", "__doc__"):
+        with subtests.test(name):
+            assert hasattr(spans, name)
+
+class TestParts(unittest.TestCase):
+    def test_parts(self):
+        for name in ("gone", "__name__"):
+            with self.subTest(name):
+                assert hasattr(spans, name)
+
+@pytest.fixture
+def late():
+    yield
+    assert 0
+
+def test_late(late):
+    pass
+
+def test_skips(subtests):
+    with subtests.test("a"):
+        pytest.skip()
+"""
+OF_SUBTESTS = {
+    "tests/test_parts.py::test_parts": "FAILED",
+    "tests/test_parts.py::TestParts::test_parts": "FAILED",
+    "tests/test_parts.py::test_late": "ERROR",
+    "tests/test_parts.py::test_skips": "PASSED",
+}
+
+
+@pytest.mark.skipif(pytest.version_tuple < (9,), reason="pytest has subtests since its version 9")
+def test_a_test_with_subtests_has_one_status(backend: TreeBackend, task: Task) -> None:
+    broken = broken_tree(task)
+    more = {**broken, "tests/test_parts.py": File(SUBTESTS.encode())}
+    row = {**task.row, "runner": "pytest", "test_patch": patches.diff(broken, more)[0]}
+    judged = parse_row({**row, "FAIL_TO_PASS": [*task.fail_to_pass, "tests/test_parts.py::test_parts"]})
+    # To an honest patch that leaves a subtest red it is a failure, and no contradiction.
+    grade = backend.grade(judged, task.patch, 60)
+    assert (grade.reason, grade.doubts) == ("unresolved", ())
+    assert grade.statuses.items() >= OF_SUBTESTS.items()
+    # The agent's own run says the same, once per test.
+    sandbox = backend.open(judged)
+    sandbox.write("tests/test_parts.py", SUBTESTS.encode())
+    request = {"runner": "pytest", "root": sandbox.root, "paths": ["tests/test_parts.py"]}
+    result = sandbox.exec(backend.test_command, 60, stdin=json.dumps(request).encode())
+    sandbox.close()
+    assert read_report(result.report) == OF_SUBTESTS and result.report.count(b"\n") == len(OF_SUBTESTS)
+
+
 def test_tests_that_hang_end_with_their_limit(backend: TreeBackend, task: Task) -> None:
     broken = broken_tree(task)
     slow = {**broken, "spans.py": File(b"import time\ntime.sleep(60)\n")}
