@@ -360,6 +360,30 @@ def test_committed_work_is_collected_and_the_future_is_not_there(docker: Path) -
         sandbox.close()
 
 
+def test_files_that_can_be_executed_stay_so(docker: Path) -> None:
+    image = docker.parent / "image"
+    (image / "tool.sh").write_text("#!/bin/sh\necho wrong\n")
+    (image / "tool.sh").chmod(0o755)
+    call = "subprocess.run('./tool.sh', capture_output=True, text=True, check=True).stdout"
+    (image / "lib.py").write_text(f"import subprocess\n\ndef word():\n    return {call}\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in ("add -A", "commit -qam base --amend"):
+        subprocess.run([*git, *command.split()], cwd=image, check=True)
+    backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row(ROW)
+    sandbox = backend.open(task)
+    sandbox.exec(
+        "sed -i 's/echo wrong/exec .\\/new.sh/' tool.sh; printf '#!/bin/sh\necho right\n' > new.sh", 20
+    )
+    sandbox.exec("chmod +x new.sh; ln -s /bin/sh 'a link'; echo 1 > 'a file'", 20)
+    patch = backend.collect(task, sandbox)
+    modes = [line for line in patch.splitlines() if "mode" in line]
+    assert modes == ["new file mode 100644", "new file mode 120000", "new file mode 100755"]
+    sandbox.exec("rm 'a link'", 20)
+    grade = backend.grade(task, backend.collect(task, sandbox), 20)
+    sandbox.close()
+    assert grade.resolved, grade.output
+
+
 def test_work_is_collected_despite_a_lock_and_not_from_an_engine_that_is_gone(docker: Path) -> None:
     """A lock is what a git command leaves that was ended; without an engine there is no empty patch."""
     backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row(ROW)
