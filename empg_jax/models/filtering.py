@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _INFINITY_BITS = 0x7F800000  # float32; the bit patterns of numbers that are not negative are in their order
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # smaller ones are taken for 0
 _HALVINGS = 31  # of the range of these patterns until one is left
 
 
@@ -51,6 +52,11 @@ class TokenFilter(NamedTuple):
         """
         if not 0 < self.top_p <= 1:
             raise ValueError(f"{prefix}top_p={self.top_p:g} must lie in (0, 1]; 1 keeps every token")
+        if self.top_p < _SMALLEST:
+            raise ValueError(
+                f"{prefix}top_p={self.top_p:g} must lie in [{_SMALLEST:g}, 1]: float32 has no smaller number "
+                "of full precision; 1 keeps every token"
+            )
         if not 0 <= self.top_k <= vocab_size:
             raise ValueError(
                 f"{prefix}top_k={self.top_k} must lie in [0, {vocab_size}], the size of the vocabulary; "

@@ -35,7 +35,7 @@ class EngineFailed(Exception):
     """The engine raised; the server cannot go on."""
 
 
-@dataclasses.dataclass(eq=False, frozen=True, slots=True)
+@dataclasses.dataclass(eq=False, frozen=True, slots=True, weakref_slot=True)
 class Weights:
     """Weights that responses can be sampled from.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -110,8 +111,10 @@ class Service:
         if taken := sorted({"messages", "self"} & variables.keys()):
             name = "chat_template_kwargs"
             raise refuse(f"{name}.{taken[0]} is no variable of a chat template", name)
+        has_one_call = not read_flag(given, "parallel_tool_calls", default=True)
         prompt = self._render(messages, tools, variables)
-        return self._asked(given, [prompt], sampling, Head("chat.completion", self.name), tools=tools)
+        asked = self._asked(given, [prompt], sampling, Head("chat.completion", self.name), tools=tools)
+        return dataclasses.replace(asked, has_one_call=has_one_call)
 
     def read_completion(self, body: Any) -> Asked:
         """Read a body of ``/v1/completions``.
@@ -294,6 +297,8 @@ class Service:
         if not head.is_chat:
             return {"text": text}, False
         message = parse_response(text, asked.tools, lambda i: f"call_{head.id}_{index}_{i}")
+        if asked.has_one_call and "tool_calls" in message:
+            message["tool_calls"] = message["tool_calls"][:1]
         return {"message": message}, "tool_calls" in message
 
     def _spell(self, token: int) -> str:

@@ -29,7 +29,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "top_logprobs": (0,),
 }
-# Keys without an effect on the tokens.
+# Keys without an effect on the tokens; chats read one of them, `parallel_tool_calls`, for their answer.
 IGNORED = frozenset(
     {
         *("cache_salt", "metadata", "output_kind", "parallel_tool_calls", "priority", "prompt_cache_key"),

@@ -56,6 +56,11 @@ def main(kind):
             ask("a")
             print(sys.argv[2])
             return
+        case "warns":  # the verdict, and then a word on the other channel
+            ask("a")
+            print(sys.argv[2], flush=True)
+            print(sys.argv[3], file=sys.stderr)
+            return
         case "large":  # a task that no variable holds, behind a proxy
             proxies = {os.environ["NO_PROXY"], os.environ["no_proxy"]}
             ask(f"{len(task['text'])} {'EMPG_TASK' in os.environ} {' '.join(proxies)}")

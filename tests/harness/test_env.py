@@ -1,8 +1,10 @@
 """The environment of a program: calls as observations, its end as the reward, and its faults by name."""
 
 import json
+import socket
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 
 import pytest
@@ -68,6 +70,18 @@ def test_faults_have_names(kind, reason, words, make):
     assert fault.value.reason == reason
 
 
+@pytest.mark.parametrize("warning", ["ResourceWarning: unclosed socket", '{"reward": 1.0}'])
+def test_standard_error_neither_breaks_nor_fakes_a_verdict(make, warning):
+    env = make(f"warns '{{\"reward\": 0.25}}' '{warning}'")
+    env.reset(0, split="train", index=0)
+    assert env.step("one")[1] == 0.25
+    other = make(f"warns done '{warning}'")
+    other.reset(0, split="train", index=0)
+    with pytest.raises(EnvFault) as fault:
+        other.step("one")
+    assert fault.value.reason == "agent_no_reward" and str(fault.value).endswith(f"done\n{warning}")
+
+
 def test_a_program_that_never_calls(make):
     with pytest.raises(EnvFault, match="made no call") as fault:
         make("never").reset(0, split="train", index=0)
@@ -123,6 +137,34 @@ def test_calls_after_the_end_are_refused(make):
         )
     env.close()
     assert call() == (401, "no episode has this key: it is wrong, or the episode has ended")
+
+
+def test_a_body_in_chunks_is_refused_and_not_taken_for_a_request(make):
+    env = make("silent")
+    env.reset(0, split="train", index=0)
+    url = urllib.parse.urlsplit(_find_endpoint().url_of(env._session))
+    head = f"POST {url.path}/chat/completions HTTP/1.1\r\nHost: a\r\n"
+    head += f"Authorization: Bearer {env._session.key}\r\n"
+    with socket.create_connection((url.hostname, url.port), timeout=60) as connection:
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n".encode())
+        answer = connection.makefile("rb").read().decode()  # to the end: the connection is closed
+    assert answer.startswith("HTTP/1.1 411 Length Required\r\n") and answer.count("HTTP/1.1") == 1
+    assert "Connection: close" in answer and "send the body whole, with its Content-Length" in answer
+
+
+@pytest.mark.parametrize(("body", "count"), [({}, 2), ({"parallel_tool_calls": False}, 1)])
+def test_a_call_without_parallel_calls_gets_the_first(body, count):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    question = {"role": "user", "content": "a"}
+    text = '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 2
+    session = Session()
+    call = session.add({"messages": [question], "tools": tools, **body})
+    session.answer(call, text)
+    message = call.wait()
+    assert len(message["tool_calls"]) == count
+    # In the next call the policy's words are as sampled, with what the program was not told.
+    later = session.add({"messages": [question, {"role": "assistant", **message}], "tools": tools})
+    assert later.messages[1] == {"role": "assistant", "content": text}
 
 
 def test_a_question_that_is_asked_again_is_one_turn(make, tmp_path):

@@ -63,6 +63,8 @@ def test_ties_are_kept_or_dropped_together():
     "token_filter, message",
     [
         (TokenFilter(top_p=0.0), r"x.top_p=0 must lie in \(0, 1\]"),
+        (TokenFilter(top_p=1e-45), r"x.top_p=1e-45 must lie in \[1.17549e-38, 1\]"),
+        (TokenFilter(top_p=1e-320), r"x.top_p=\S+ must lie in \[1.17549e-38, 1\]"),
         (TokenFilter(top_p=1.5), "x.top_p=1.5 must"),
         (TokenFilter(top_k=-1), r"x.top_k=-1 must lie in \[0, 50\]"),
         (TokenFilter(top_k=51), "x.top_k=51 must lie in .*vocabulary"),

@@ -14,6 +14,7 @@ HELLO = [{"role": "user", "content": "red"}]
 REFUSED = {
     "unknown option": (COMPLETION, {"prompt": "red", "temprature": 1}, 400, "did you mean temperature"),
     "option without meaning here": (COMPLETION, {"prompt": "red", "best_of": 2}, 400, "best_of=2 is not"),
+    "top_p of no precision": (COMPLETION, {"prompt": "red", "top_p": 1e-45}, 400, "lie in [1.17549e-38, 1]"),
     "top_p": (COMPLETION, {"prompt": "red", "top_p": 0}, 400, "top_p=0 must lie in (0, 1]"),
     "top_k": (COMPLETION, {"prompt": "red", "top_k": -2}, 400, "top_k=-2 must lie in [0, "),
     "top_k beyond the vocabulary": (COMPLETION, {"prompt": "red", "top_k": 9999}, 400, "of the vocabulary"),

@@ -132,7 +132,7 @@ def post(service, driver, route, body):
     return asyncio.run(ask())
 
 
-def call_tools(service, text, is_streamed):
+def call_tools(service, text, is_streamed, **more):
     """Ask in a chat with the tool ``add``, of a policy that says a text."""
 
     def render(messages, tools=()):
@@ -140,7 +140,7 @@ def call_tools(service, text, is_streamed):
 
     service._renderer = SimpleNamespace(render=render, encode=service._tokenizer.encode)
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    body = {"messages": HELLO, "tools": tools, "stream": is_streamed}
+    body = {"messages": HELLO, "tools": tools, "stream": is_streamed, **more}
     return post(service, Saying(service, text), "/v1/chat/completions", body)
 
 
@@ -159,6 +159,32 @@ def test_a_call_that_a_thought_mentions_is_not_made(text, content, is_streamed, 
     assert message["content"] == content
     assert calls == ([{"a": 1}] if "</think>" in text else [])
     assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(("is_parallel", "count"), [(True, 2), (None, 2), (False, 1)])
+def test_a_request_without_parallel_calls_gets_the_first(is_parallel, count, is_streamed, service):
+    text = "".join(
+        f'<tool_call>{{"name": "add", "arguments": {{"a": {number}}}}}</tool_call>' for number in range(2)
+    )
+    answer = call_tools(service, text, is_streamed, parallel_tool_calls=is_parallel, return_token_ids=True)
+    if is_streamed:
+        choices = [
+            choice
+            for line in answer.text.splitlines()
+            if line.startswith("data: {")
+            for choice in json.loads(line[6:])["choices"]
+        ]
+        message = choices[-1]["delta"]
+    else:
+        choices = answer.json()["choices"]
+        message = choices[0]["message"]
+    calls = [json.loads(call["function"]["arguments"])["a"] for call in message["tool_calls"]]
+    assert calls == list(range(count)) and choices[-1]["finish_reason"] == "tool_calls"
+    # The tokens are those that were sampled, whatever the answer tells of them.
+    assert service._tokenizer.decode([token for choice in choices for token in choice["token_ids"]]) == text
+    wrong = call_tools(service, text, is_streamed, parallel_tool_calls="no")
+    assert wrong.status_code == 400 and "parallel_tool_calls must be true or false" in wrong.text
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])

@@ -103,12 +103,45 @@ def test_samples_carry_entropies_and_versions_of_the_weights_that_they_name(plai
     np.testing.assert_array_equal(entropies, np.float32(found[0][0]["empg"]["entropies"]))
     # The other routes sample from what was saved last.
     assert generate(plain, [65, 66], seed=5, max_tokens=6) == found[0][0]["tokens"]
-    # The server keeps two sets of weights, and the third one takes the place of the first.
+    # The server keeps two sets of weights: the third takes the place of that whose last use is longer ago.
     plain.batch([datum([65, 66, 67])])
     plain.step()
     assert plain.sampler()
-    dropped = plain.http.post("/asample", json={"sampling_session_id": old, "seq_id": 99})
+    dropped = plain.http.post("/asample", json={"sampling_session_id": new, "seq_id": 99})
     assert dropped.status_code == 400 and "serve.snapshots" in dropped.json()["error"]["message"]
+    assert plain.wait(plain.sample(old, [65, 66], 2, **options))["sequences"] == before["sequences"]
+
+
+def test_saved_weights_are_read_again_where_they_were_dropped(plain):
+    options = {"max_tokens": 6, "seed": 5, "temperature": 1.0}
+
+    def open_at(path):
+        answer = plain.ask("create_sampling_session", session_id=plain.session, model_path=path)
+        return answer["sampling_session_id"]
+
+    def draw(sampler):
+        return plain.wait(plain.sample(sampler, [65, 66], 2, **options))
+
+    paths = []
+    for number in range(3):
+        plain.batch([datum([65, 66, 67 + number, 68])])
+        plain.step(learning_rate=0.1)
+        paths.append(plain.wait(plain.begin("save_weights", path=f"kept-{number}"))["path"])
+    # The server keeps two different weights, and two sessions with the same path have the same.
+    copy, twins = plain.sampler(), [open_at(paths[0]) for _ in range(2)]
+    assert draw(twins[0]) == draw(twins[1]) and "sequences" in draw(copy)
+    samplers = [open_at(path) for path in (*paths, *paths)]
+    found = [draw(sampler)["sequences"] for sampler in samplers]
+    assert found[:3] == found[3:] and found[0] != found[1] != found[2]
+    assert [draw(sampler)["sequences"] for sampler in samplers] == found
+    # What was overwritten meanwhile is not what the session began with.
+    plain.wait(plain.begin("save_weights", path="kept-0", overwrite=True))
+    for sampler in samplers[1:3]:
+        draw(sampler)
+    assert draw(samplers[0])["error"] == (
+        f"the weights of {paths[0]} were overwritten since this sampling session began: begin another"
+    )
+    assert draw(open_at(paths[0]))["sequences"] == found[2]
 
 
 def refused(plain, promise):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import secrets
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from empg_jax.serve.asked import Asked
@@ -14,7 +16,7 @@ from empg_jax.serve.service import Service
 from empg_jax.serve.tinker.codec import read_chunks
 from empg_jax.serve.tinker.futures import Futures, Pending
 from empg_jax.serve.tinker.sampling import Sampling
-from empg_jax.serve.tinker.store import Store
+from empg_jax.serve.tinker.store import Stamp, Store
 from empg_jax.serve.tinker.trainer import Trainer
 from empg_jax.serve.tinker.worker import Worker
 from empg_jax.serve.wire import ApiError, refuse
@@ -32,12 +34,14 @@ class Sampler:
       session_id: the session that it belongs to.
       weights: what it samples from; None samples from the newest weights.
       path: the saved weights that it came from.
+      stamp: of these weights, when they were read.
       is_dropped: whether its weights are no longer kept.
     """
 
     session_id: str
     weights: Weights | None
     path: str | None = None
+    stamp: Stamp | None = None
     is_dropped: bool = False
 
 
@@ -51,7 +55,7 @@ class Samplers:
       worker: the thread, which scores prompts, too.
       futures: where results are left.
       store: saved weights.
-      keep: number of different weights that are kept in memory.
+      keep: number of different weights that are kept in memory: those that were used last.
 
     Attributes:
       newest: the weights that were saved last.
@@ -78,6 +82,8 @@ class Samplers:
         self.publish(self._first)
         self._samplers: dict[str, Sampler] = {}
         self._kept: collections.OrderedDict[Weights, None] = collections.OrderedDict()
+        # On the worker's thread: one object for all who sample from the same saved weights.
+        self._saved: weakref.WeakValueDictionary[tuple[str, Stamp], Weights] = weakref.WeakValueDictionary()
 
     # ------------------------------------------------------------------------------------- weights
 
@@ -94,19 +100,49 @@ class Samplers:
         self.newest = weights
         self.driver.publish(weights)
 
-    def open(self, session_id: str, weights: Weights | None, path: str | None = None) -> str:
+    def open(
+        self,
+        session_id: str,
+        weights: Weights | None,
+        path: str | None = None,
+        stamp: Stamp | None = None,
+    ) -> str:
         """Begin a sampling session; return its id."""
         sampler_id = f"{session_id}:sample:{secrets.token_hex(6)}"
-        self._samplers[sampler_id] = Sampler(session_id, weights, path)
-        if weights is not None and weights is not self._first:
-            self._kept[weights] = None
-            self._kept.move_to_end(weights)
+        self._samplers[sampler_id] = Sampler(session_id, weights, path, stamp)
+        self._use(weights)
+        return sampler_id
+
+    def _use(self, weights: Weights | None) -> None:
+        """Keep weights, and drop those whose last use is longest ago."""
+        if weights is None or weights is self._first:
+            return
+        self._kept[weights] = None
+        self._kept.move_to_end(weights)
         while len(self._kept) > self._keep:
             old, _ = self._kept.popitem(last=False)
             for sampler in self._samplers.values():
                 if sampler.weights is old:
                     sampler.weights, sampler.is_dropped = None, True
-        return sampler_id
+
+    def _read_saved(self, path: Any, stamp: Stamp) -> Weights:
+        """Return saved weights, from the disk unless somebody has them; on the worker's thread."""
+        weights = self._saved.get((path, stamp))
+        if weights is None:
+            params = self._store.load(path)
+            weights = Weights(self._store.version(path), lambda: params)
+            self._saved[path, stamp] = weights
+        return weights
+
+    def _read_again(self, sampler: Sampler) -> Weights:
+        """Return the saved weights of a sampling session that were dropped; on the worker's thread."""
+        path, stamp = sampler.path, sampler.stamp
+        assert stamp is not None
+        if self._store.stamp(path) != stamp:
+            raise refuse(
+                f"the weights of {path} were overwritten since this sampling session began: begin another"
+            )
+        return self._read_saved(path, stamp)
 
     async def open_for(self, session_id: str, base_model: Any, path: Any) -> str:
         """Begin a sampling session of the base model or of saved weights; return its id.
@@ -117,8 +153,13 @@ class Samplers:
         if path is None:
             self.check_base(base_model)
             return self.open(session_id, self._first)
-        params = await self.worker.run(lambda: self._store.load(path))
-        return self.open(session_id, Weights(self._store.version(path), lambda: params), str(path))
+
+        def read() -> tuple[Weights, Stamp]:
+            stamp = self._store.stamp(path)
+            return self._read_saved(path, stamp), stamp
+
+        weights, stamp = await self.worker.run(read)
+        return self.open(session_id, weights, str(path), stamp)
 
     def check_base(self, base_model: Any) -> None:
         """Check the name of the base model.
@@ -134,17 +175,17 @@ class Samplers:
         """Look a sampling session up.
 
         Raises:
-          ApiError: there is none, or its weights are no longer kept.
+          ApiError: there is none, or its weights are no longer kept and were not saved.
         """
         sampler = self._samplers.get(sampler_id)
         if sampler is None:
             raise ApiError(
                 404, f"sampling session {sampler_id!r} does not exist", param="sampling_session_id"
             )
-        if sampler.is_dropped:
+        if sampler.is_dropped and sampler.path is None:
             raise refuse(
-                f"the weights of sampling session {sampler_id} are no longer kept: the server keeps the last "
-                f"{self._keep} (serve.snapshots); save them under a name to sample from them later"
+                f"the weights of sampling session {sampler_id} are no longer kept: the server keeps the "
+                f"{self._keep} used last (serve.snapshots); save them under a name to sample from them later"
             )
         return sampler
 
@@ -178,9 +219,29 @@ class Samplers:
         if is_new:
             wants_prompt = body.get("prompt_logprobs") is True
             last = body.get("prompt_logprobs_last_n") if wants_prompt else 0
-            sampling = Sampling(self, sampler.weights or self.newest, pending, asked, last)
-            sampling.begin(sampler.weights)
+
+            def begin(weights: Weights | None) -> None:
+                self._use(weights)
+                Sampling(self, weights or self.newest, pending, asked, last).begin(weights)
+
+            if sampler.is_dropped:
+                self._restore(sampler, pending, begin)
+            else:
+                begin(sampler.weights)
         return pending, asked.num_choices
+
+    def _restore(self, sampler: Sampler, pending: Pending, begin: Callable[[Weights], None]) -> None:
+        """Read the saved weights of a sampling session again, and begin with its request."""
+
+        def done(weights: Any, error: ApiError | None) -> None:
+            if error is not None:
+                self.futures.fail(pending, error)
+                return
+            sampler.weights, sampler.is_dropped = weights, False
+            with contextlib.suppress(ApiError):  # it was dropped, and the client sends it again
+                begin(weights)
+
+        self.worker.submit(lambda: self._read_again(sampler), done)
 
     def _read(self, body: Mapping[str, Any]) -> Asked:
         for name in _ABSENT:

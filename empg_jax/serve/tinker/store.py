@@ -30,6 +30,7 @@ from empg_jax.types import Params
 TRAINING, SAMPLING = "weights", "sampler_weights"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _PATH = re.compile(rf"tinker://([A-Za-z0-9:-]+)/({TRAINING}|{SAMPLING})/({_NAME})")
+Stamp = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,18 @@ class Store:
         """
         return int(self._meta(path).get("version", 0))
 
+    def stamp(self, path: Any) -> Stamp:
+        """Return what tells the weights of a path from others that are saved in their place.
+
+        Raises:
+          ApiError: there are none.
+        """
+        try:
+            found = (self._find(path) / "meta.json").stat()
+        except OSError:
+            raise _missing(path) from None
+        return found.st_ino, found.st_mtime_ns
+
     def load_moments(self, path: Any) -> Moments:
         """Read the optimizer's state of a path.
 
@@ -141,7 +154,7 @@ class Store:
         try:
             return dict(json.loads((self._find(path) / "meta.json").read_text("utf-8")))
         except (OSError, ValueError):
-            raise ApiError(404, f"there are no weights {path}", param="path") from None
+            raise _missing(path) from None
 
     def _find(self, path: Any) -> Path:
         match = _PATH.fullmatch(path) if isinstance(path, str) else None
@@ -151,6 +164,10 @@ class Store:
 
     def _folder(self, model_id: str, kind: str, name: str) -> Path:
         return self.folder / model_id.replace(":", "-") / kind / name
+
+
+def _missing(path: Any) -> ApiError:
+    return ApiError(404, f"there are no weights {path}", param="path")
 
 
 def _flatten(tree: Params) -> dict[str, np.ndarray]:

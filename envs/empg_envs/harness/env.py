@@ -40,7 +40,8 @@ class HarnessEnv:
 
     The program finds its task as JSON on standard input and, up to 64 KiB, in ``EMPG_TASK``; the policy is at
     ``OPENAI_BASE_URL`` with the key ``OPENAI_API_KEY``. It ends with status 0, and the last line of its
-    output is JSON with ``reward`` (a number), and optionally ``success`` (true or false) and ``metrics``.
+    standard output is JSON with ``reward`` (a number), and optionally ``success`` (true or false) and
+    ``metrics``. What it writes to standard error is shown in messages alone.
 
     Args:
       command: the program and its arguments; no shell reads them.
@@ -48,7 +49,7 @@ class HarnessEnv:
         kind. Without any split, every fifth task is a test task. None: the tasks are numbers.
       num_tasks: number of tasks of each split where there is no file.
       scorer: ``package.module:function`` that gives the reward in place of the last line. It gets the task
-        and the program's output, and returns a number, or a dict like that line.
+        and the program's standard output, and returns a number, or a dict like that line.
       start_timeout: seconds until the first call; keep it below ``workers.reset_timeout``.
       call_timeout: seconds between two calls, and from the last one to the end; keep it below
         ``workers.step_timeout``.
@@ -80,6 +81,7 @@ class HarnessEnv:
         self._session: Session | None = None
         self._call: Call | None = None
         self._output: Any = None
+        self._errors: Any = None
         self._task: dict[str, Any] = {}
         self._draw: Draw | None = None
 
@@ -123,7 +125,8 @@ class HarnessEnv:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._output.close()
-        self._session = self._process = self._call = self._output = None
+            self._errors.close()
+        self._session = self._process = self._call = self._output = self._errors = None
 
     def __del__(self) -> None:
         if hasattr(self, "_session"):
@@ -153,6 +156,7 @@ class HarnessEnv:
         endpoint = _find_endpoint()
         self._session = endpoint.open()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the program)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         given = {"EMPG_TASK": task} if len(task) <= TASK_BYTES else {}  # ASCII
         variables = {
             **{name: value for name, value in os.environ.items() if name != "EMPG_TASK"},
@@ -169,12 +173,13 @@ class HarnessEnv:
                     self._command,
                     stdin=source,
                     stdout=self._output,
-                    stderr=subprocess.STDOUT,
+                    stderr=self._errors,
                     env=variables,
                     start_new_session=True,
                 )
             except OSError as error:
                 self._output.close()
+                self._errors.close()
                 raise EnvFault("agent_crashed", f"{self._command[0]} cannot be started: {error}") from None
 
     def _answer(self, call: Call, action: str) -> Call | None:
@@ -213,7 +218,7 @@ class HarnessEnv:
                 raise EnvFault(
                     "agent_timeout",
                     f"the program neither called nor ended within {seconds:g} s; its output ends with: "
-                    f"{self._read_output()[-TAIL:]}",
+                    f"{self._read_tails()}",
                 )
 
     def _observe(self, call: Call) -> tuple[str, dict[str, Any]]:
@@ -227,7 +232,7 @@ class HarnessEnv:
         assert self._process is not None
         if self._process.returncode != 0:
             raise EnvFault("agent_crashed", self._describe_end())
-        output = self._read_output()
+        output = _read_end(self._output)
         found: Any = None
         if self._scorer is not None:
             found = self._scorer(self._task, output)
@@ -243,14 +248,19 @@ class HarnessEnv:
 
     def _describe_end(self) -> str:
         assert self._process is not None
-        output = self._read_output().strip()[-TAIL:]
-        return f"{shlex.join(self._command)} ended with status {self._process.returncode}: {output}"
+        ended = f"ended with status {self._process.returncode}"
+        return f"{shlex.join(self._command)} {ended}: {self._read_tails()}"
 
-    def _read_output(self) -> str:
-        return os.pread(self._output.fileno(), 1 << 20, self._tail_start()).decode(errors="replace")
+    def _read_tails(self) -> str:
+        """Return the ends of what the program wrote, for messages."""
+        tails = (_read_end(file).strip()[-TAIL:] for file in (self._output, self._errors))
+        return "\n".join(filter(None, tails))
 
-    def _tail_start(self) -> int:
-        return max(0, os.fstat(self._output.fileno()).st_size - (1 << 20))
+
+def _read_end(file: Any) -> str:
+    """Return the last MiB of a file."""
+    size = os.fstat(file.fileno()).st_size
+    return os.pread(file.fileno(), 1 << 20, max(0, size - (1 << 20))).decode(errors="replace")
 
 
 def _without_proxy(host: str) -> dict[str, str]:

@@ -43,6 +43,7 @@ class Call:
         messages = body.get("messages")
         self.messages = session.restore(messages, normalize_messages(messages))
         self.is_streamed = bool(body.get("stream"))
+        self._has_one_call = body.get("parallel_tool_calls") is False
         self.id, self.has_left = secrets.token_hex(8), has_left
         self._answered = threading.Event()
         self._answer: Message | None = None
@@ -53,7 +54,10 @@ class Call:
 
     def read(self, text: str) -> Message:
         """Make the message that the program gets of the policy's response."""
-        return parse_response(text, self.tools, lambda i: f"call_{self.id}_{i}")
+        message = parse_response(text, self.tools, lambda i: f"call_{self.id}_{i}")
+        if self._has_one_call and "tool_calls" in message:
+            message["tool_calls"] = message["tool_calls"][:1]
+        return message
 
     def answer(self, message: Message) -> None:
         """Give the program its answer."""
@@ -185,6 +189,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         session, route = self._route()
+        if "Transfer-Encoding" in self.headers:  # its chunks would be read as the next request
+            self.close_connection = True
+            self._refuse(411, "send the body whole, with its Content-Length; Transfer-Encoding is not read")
+            return
         given = (self.headers.get("Content-Length") or "0").strip()
         length = int(given) if given.isdecimal() and len(given) < MAX_DIGITS else -1
         if not 0 <= length <= MAX_BODY:

@@ -132,7 +132,7 @@ class TreeBackend:
         """Read what the patch adds; see `empg_envs.swe.judge.reading`."""
         shadows = [path for path in changed if path not in broken and grading.shadows(path, broken)]
         names = (*task.fail_to_pass, *task.pass_to_pass)
-        gold = patches.apply(broken, task.patch) if task.patch else broken
+        gold = grading.repair(task, broken)
         return read_changes(broken, changed, gold, names=names, shadows=shadows)
 
     def _second_bugs(self, task: Task, broken: Tree, timeout: float) -> list[SecondBug]:
@@ -144,7 +144,7 @@ class TreeBackend:
             return list(task.second_bugs)
         known = self._made.recall(task)
         if known is None:
-            gold = patches.apply(patches.apply(broken, task.patch), task.test_patch)
+            gold = grading.add_tests(task, grading.repair(task, broken))
             known = self._made.make(
                 task,
                 gold,

@@ -48,8 +48,8 @@ REFUSED = {
 }
 
 
-class LateError(LostSandboxError):
-    """A timeout of the docker program."""
+class LateError(SandboxError):
+    """A timeout of the docker program: of itself it says nothing about whose fault that is."""
 
 
 class DockerSandbox:
@@ -135,7 +135,7 @@ class DockerSandbox:
         if code:
             self.check()
         if self._is_swept:  # process 1 survives
-            self._call(["exec", self._running(), "bash", "-c", "kill -9 -1"], FILE_SECONDS)
+            self._call_inside(["exec", self._running(), "bash", "-c", "kill -9 -1"])
         head, tail, omitted = capture.parts()
         middle = f"\n[{omitted} bytes left out]\n".encode() if omitted else b""
         output = (head + middle + tail).decode("utf-8", "replace")
@@ -145,18 +145,24 @@ class DockerSandbox:
         """Check that the container runs. Else a failed command says nothing about what it was to do.
 
         Raises:
-          LostSandboxError: the container is gone, which a command in it may have brought about.
+          LostSandboxError: the container is gone or stuck, which a command in it may have brought about.
           SandboxError: the engine does not answer.
         """
         running = ["inspect", "--type", "container", "--format", "{{.State.Running}}", self._running()]
-        code, capture = self._call(running, FILE_SECONDS)
+        code, capture = self._call_inside(running)
         if code == 0 and b"true" in capture.parts()[0].split():  # beside what the engine warns of
             return
-        code, capture = self._call(["version"], FILE_SECONDS)
-        if code:
-            said = capture.parts()[0].decode("utf-8", "replace").strip()
-            raise SandboxError(f"{self._docker} does not answer: {said[-500:]}")
+        self._check_engine()
         raise LostSandboxError(f"the container {self._name} is gone")
+
+    def _check_engine(self) -> None:
+        try:
+            code, capture = self._call(["version"], FILE_SECONDS)
+            said = capture.parts()[0].decode("utf-8", "replace").strip()
+        except LateError as error:
+            code, said = 1, str(error)
+        if code:
+            raise SandboxError(f"{self._docker} does not answer: {said[-500:]}")
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes; see `empg_envs.swe.sandbox.Sandbox`."""
@@ -186,7 +192,7 @@ class DockerSandbox:
           FileError: the files are too many, or are no files of the folder.
         """
         argv = ["exec", self._running(), "tar", "-C", ROOT, "-cf", "-", *arguments]
-        code, capture = self._call(argv, FILE_SECONDS, most=most)
+        code, capture = self._call_inside(argv, most=most)
         head, tail, omitted = capture.parts()
         if code:
             self.check()
@@ -240,13 +246,29 @@ class DockerSandbox:
     def _script(self, script: str, path: str, *more: str, stdin: bytes = b"") -> tuple[int, Capture]:
         check_name(path)
         argv = ["exec", "--interactive", "--workdir", ROOT, self._running()]
-        return self._call([*argv, "bash", "-c", script, "bash", path, *more], FILE_SECONDS, stdin)
+        return self._call_inside([*argv, "bash", "-c", script, "bash", path, *more], stdin)
 
     def _check(self, code: int, path: str) -> None:
         if code and code not in REFUSED:
             self.check()
         if code:
             raise FileError(REFUSED.get(code, f"OSError: {path}: exit code {code}").format(path=path))
+
+    def _call_inside(
+        self, arguments: list[str], stdin: bytes = b"", *, most: int = KEEP_BYTES
+    ) -> tuple[int, Capture]:
+        """Run the docker program for something short that concerns the running container.
+
+        Raises:
+          LostSandboxError: this takes too long although the engine answers: a command may have brought
+            the container to that.
+          SandboxError: the engine does not answer.
+        """
+        try:
+            return self._call(arguments, FILE_SECONDS, stdin, most=most)
+        except LateError as error:
+            self._check_engine()
+            raise LostSandboxError(str(error)) from error
 
     def _call(
         self,
@@ -260,7 +282,8 @@ class DockerSandbox:
         """Run the docker program.
 
         Raises:
-          SandboxError: the program is not installed, or does not end in time.
+          SandboxError: the program is not installed.
+          LateError: it does not end in time.
         """
         capture = Capture(most)
         with tempfile.TemporaryFile() as given:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
-from empg_envs.swe import patches
+from empg_envs.rows import DataError
+from empg_envs.swe import patches, reports
 from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import Tree, is_test
 
@@ -149,6 +151,7 @@ def protected(path: str, task: Task) -> bool:
         name in CONFIGURATION
         or is_test(path)
         or path in task.test_files
+        or reports.is_runner(task.repo, path)
         or name.endswith((".pth", ".egg-link"))
         or any(part.endswith((".dist-info", ".egg-info")) for part in parts)
     )
@@ -157,26 +160,59 @@ def protected(path: str, task: Task) -> bool:
 def candidate(task: Task, broken: Tree, patch: str) -> tuple[Tree, tuple[str, ...]]:
     """Build the tree to be tested: the broken files with the patch, and the original tests and configuration.
 
-    New top-level modules with the name of a standard or testing module are left out, too.
+    Files that the task's test patch changes are restored for it, whatever they are. New top-level
+    modules with the name of a standard or testing module are left out, too.
 
     Returns:
       The tree, and the changed paths that were restored.
 
     Raises:
-      PatchError: the patch or the task's test patch does not apply.
+      PatchError: the patch does not apply.
+      DataError: the task's test patch does not fit its files.
     """
+    with fitting(task, "test_patch"):
+        of_tests = patches.touched(task.test_patch)
     tree = patches.apply(broken, patch)
     changed = [path for path in sorted({*tree, *broken}) if tree.get(path) != broken.get(path)]
-    dropped = [path for path in changed if protected(path, task) or shadows(path, broken)]
+    dropped = [path for path in changed if path in of_tests or protected(path, task) or shadows(path, broken)]
     for path in dropped:
         if path in broken:
             tree[path] = broken[path]
         else:
             del tree[path]
     # The test patch comes last, because it applies to the original tests, which are restored now.
-    if task.test_patch:
-        tree = patches.apply(tree, task.test_patch)
-    return dict(sorted(tree.items())), tuple(dropped)
+    return add_tests(task, tree), tuple(dropped)
+
+
+def repair(task: Task, broken: Tree) -> Tree:
+    """Apply the gold patch to the broken files; a task without one has these.
+
+    Raises:
+      DataError: it does not fit them.
+    """
+    with fitting(task, "patch"):
+        return patches.apply(broken, task.patch) if task.patch else broken
+
+
+def add_tests(task: Task, tree: Tree) -> Tree:
+    """Apply the task's test patch, if there is one, to files with the original tests.
+
+    Raises:
+      DataError: it does not fit them.
+    """
+    with fitting(task, "test_patch"):
+        return patches.apply(tree, task.test_patch) if task.test_patch else dict(sorted(tree.items()))
+
+
+@contextlib.contextmanager
+def fitting(task: Task, field: str) -> Iterator[None]:
+    """Blame the task for a patch of its row that does not fit its files."""
+    try:
+        yield
+    except patches.PatchError as error:
+        raise DataError(
+            f"task {task.instance_id}: its {field} does not fit the files of {task.base}: {error}"
+        ) from error
 
 
 def shadows(path: str, broken: Tree) -> bool:

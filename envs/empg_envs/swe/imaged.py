@@ -22,7 +22,10 @@ from empg_envs.swe.sandbox import FileError, LostSandboxError, Sandbox, SandboxE
 from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import ArchiveError, File, Tree, check_path, is_test
 
+# An image's files may have other modes than its commit has, which is no change. But a patch is applied to the
+# files as they are: else git takes the permission to execute from those that it changes.
 GIT = f"git -c core.fileMode=false -c safe.directory={ROOT}"
+APPLY = f"git -c core.fileMode=true -c safe.directory={ROOT} apply --verbose"
 GIT_SECONDS = 120.0
 PRUNE_SECONDS = 600.0
 # Branches, tags, remotes and the log of references may lead to commits after the one that an agent starts
@@ -42,6 +45,12 @@ true
 """
 
 
+# Stages all changes; of new files also whether they can be executed. A git command of the agent that was
+# ended at its limit leaves its lock.
+STAGE = f"""rm -f .git/index.lock; {GIT} add -A || exit 1
+{GIT} diff --cached --name-only -z --diff-filter=A HEAD | while IFS= read -r -d '' name; do
+  [ ! -x "$name" ] || [ -h "$name" ] || printf '%s\\0' "$name"
+done | {GIT} update-index --chmod=+x -z --stdin"""
 # In R2E-Gym's images the tests are next to the repository; an agent must not see them.
 HIDE = f"rm -rf /r2e_tests {ROOT}/r2e_tests {ROOT}/run_tests.sh /run_tests.sh"
 _FIND_R2E = (
@@ -202,10 +211,7 @@ def apply_patch(sandbox: Sandbox, patch: str) -> Applied:
         _check_place(path)
     sandbox.write(PATCH_FILE, text.encode())
     gone = _names(sandbox, SET_MARK)
-    script = (
-        f"{GIT} apply --verbose {PATCH_FILE} || "
-        f"patch --batch --no-backup-if-mismatch --fuzz=5 -p1 -i {PATCH_FILE}"
-    )
+    script = f"{APPLY} {PATCH_FILE} || patch --batch --no-backup-if-mismatch --fuzz=5 -p1 -i {PATCH_FILE}"
     applied = sandbox.exec(script, GIT_SECONDS)
     if applied.returncode:
         return Applied(applied.output)
@@ -251,7 +257,7 @@ def place_tests(task: Task, sandbox: Sandbox) -> Suite:
         sandbox.write(TEST_PATCH_FILE, task.test_patch.encode())
         # Restore each file separately, because files that the test patch adds do not exist in git yet.
         restore = f"for f in {names}; do {GIT} checkout {shlex.quote(task.base)} -- $f || rm -f $f; done"
-        placed = sandbox.exec(f"{restore}; {GIT} apply --verbose {TEST_PATCH_FILE}", GIT_SECONDS)
+        placed = sandbox.exec(f"{restore}; {APPLY} {TEST_PATCH_FILE}", GIT_SECONDS)
         if placed.returncode:
             raise DataError(f"task {task.instance_id}: its test patch does not apply: {placed.output[-500:]}")
     command = str(task.row.get("test_cmd") or reports.command_of(task.repo))

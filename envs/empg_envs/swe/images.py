@@ -89,11 +89,7 @@ class ImageBackend:
         """Return the agent's changes since the commit that it started from, whether committed or not."""
         base = shlex.quote(self._bases.get(sandbox, "HEAD"))
         exclude = "-- . ':!run_tests.sh' ':!r2e_tests'" if task.expected is not None else ""
-        command = (
-            # A git command of the agent that was ended at its limit leaves its lock.
-            f"rm -f .git/index.lock; {imaged.GIT} add -A && "
-            f"{imaged.GIT} diff --cached --no-ext-diff --no-color {base} {exclude}"
-        )
+        command = f"{imaged.STAGE}\n{imaged.GIT} diff --cached --no-ext-diff --no-color {base} {exclude}"
         result = sandbox.exec(command, imaged.GIT_SECONDS)  # a container that is gone is no empty patch
         return result.output if result.returncode == 0 and not result.omitted else ""
 

@@ -186,6 +186,16 @@ COMMANDS: dict[str, str] = {
 }
 DEFAULT_COMMAND = "pytest --no-header -rA"
 
+# Repository → what its test command and its tests are run by, where that is the repository's own: files, and
+# folders with a slash at their end.
+RUNNERS: dict[str, tuple[str, ...]] = {
+    # The folder of the command is where Python looks for modules first. Names of before 1.6 are last.
+    "sympy/sympy": (
+        *("bin/", "sympy/testing/"),
+        *("sympy/utilities/runtests.py", "sympy/utilities/pytest.py", "sympy/utilities/randtest.py"),
+    ),
+}
+
 # Repository → folders that its test commands write to.
 WRITABLE: dict[str, tuple[str, ...]] = {
     "matplotlib/matplotlib": ("result_images",),
@@ -201,6 +211,13 @@ def parser_of(repo: str) -> Parser:
 def command_of(repo: str) -> str:
     """Return a repository's test command."""
     return COMMANDS.get(repo, DEFAULT_COMMAND)
+
+
+def is_runner(repo: str, path: str) -> bool:
+    """Whether a file belongs to the repository's own test runner."""
+    return any(
+        path.startswith(name) if name.endswith("/") else path == name for name in RUNNERS.get(repo, ())
+    )
 
 
 _BOTH = {"PASSED", "FAILED"}

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from empg_envs.swe import grading
 from empg_envs.swe.sandbox import FileError, Sandbox
 from empg_envs.swe.tasks import Task
-from empg_envs.swe.tools import Reply, describe
+from empg_envs.swe.tools import Reply
 from empg_envs.swe.tree import Tree, is_test
 
 AROUND = 3  # number of lines shown on either side
@@ -124,7 +124,8 @@ class TerseTools:
             "paths": [self._task.test_path],
         }
         result = self._sandbox.exec(self._test_command, seconds, stdin=json.dumps(request).encode())
-        if describe(result, seconds) or not result.report:
+        # Tests that fail make an exit code, too; a negative one is that of a crash.
+        if result.reason != "exit" or result.returncode < 0 or not result.report:
             return "the tests did not run ."
         statuses = grading.read_report(result.report, self._sandbox.root)
         red = [name for name, status in statuses.items() if status not in grading.KEPT]

@@ -1,6 +1,7 @@
 """Grading: the rule over statuses, what of a patch takes part, and attempts to tamper with the judge."""
 
 import concurrent.futures
+import dataclasses
 import json
 import random
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from empg_envs.rows import DataError
 from empg_envs.swe import grading, patches
 from empg_envs.swe.backends import TreeBackend
 from empg_envs.swe.grading import candidate, find_status, judge, read_report
@@ -106,6 +108,53 @@ def test_which_files_take_part() -> None:
         assert not grading.protected(path, task), path
 
 
+def test_the_runner_of_sympy_is_protected_as_tests_are() -> None:
+    task = parse_row({**ROW, "repo": "sympy/sympy"})
+    own = ("bin/test", "bin/get_sympy.py", "sympy/testing/runtests.py", "sympy/utilities/runtests.py")
+    broken: Tree = {path: File(b"run()\n") for path in (*own, "sympy/utilities/misc.py")}
+    patch, _ = patches.diff(broken, {path: File(b"print('ok')\n") for path in (*broken, "bin/types.py")})
+    tree, dropped = candidate(task, broken, patch)
+    assert dropped == tuple(sorted((*own, "bin/types.py")))
+    assert [path for path in tree if tree[path] != broken[path]] == ["sympy/utilities/misc.py"]
+    assert candidate(parse_row(ROW), broken, patch)[1] == ()  # other repositories have no such files
+
+
+def test_patches_of_a_task_that_do_not_fit_are_the_tasks_fault(backend: TreeBackend, task: Task) -> None:
+    other = "--- a/spans.py\n+++ b/spans.py\n@@ -1 +1 @@\n-nothing of the kind\n+x\n"
+    bug = SecondBug(other, task.fail_to_pass)
+    for field in ("test_patch", "patch"):
+        damaged = dataclasses.replace(parse_row({**task.row, field: other}), second_bugs=(bug,))
+        with pytest.raises(
+            DataError, match=f"{task.instance_id}: its {field} does not fit .* spans.py: hunk 1"
+        ):
+            backend.grade(damaged, task.patch, 20)
+    alone = parse_row({**task.row, "patch": other})
+    with pytest.raises(DataError, match=f"{task.instance_id}: its patch does not fit"):
+        TreeBackend(layers=frozenset(("second",))).grade(alone, task.patch, 20)
+
+
+def test_an_agent_cannot_keep_the_tests_from_being_added() -> None:
+    broken: Tree = {"lib.py": File(b"x = 1\n")}
+    more, _ = patches.diff({}, {"checks/new.txt": File(b"real\n")})
+    mine, _ = patches.diff({}, {"checks/new.txt": File(b"mine\n")})
+    tree, dropped = candidate(parse_row({**ROW, "test_patch": more}), broken, mine)
+    assert dropped == ("checks/new.txt",) and tree["checks/new.txt"].data == b"real\n"
+
+
+def test_a_second_bug_that_does_not_fit_is_told(
+    backend: TreeBackend, task: Task, caplog: pytest.LogCaptureFixture
+) -> None:
+    bug = SecondBug("--- a/gone.py\n+++ b/gone.py\n@@ -1 +1 @@\n-a\n+b\n", task.pass_to_pass[:1])
+    judged = dataclasses.replace(task, second_bugs=(bug,))
+    assert backend.grade(judged, task.patch, 60).resolved
+    assert caplog.messages == [
+        f"task {task.instance_id}: a patch is judged without a second bug, because none of the task's 1 fits "
+        "into the files that it repairs"
+    ]
+    caplog.clear()
+    assert graded(backend, judged, README="hello\n").reason == "unresolved" and not caplog.messages
+
+
 def test_changes_of_tests_and_shadowing_modules_are_put_back() -> None:
     broken: Tree = {"lib.py": File(b"x = 1\n"), "tests/test_a.py": File(b"a\n"), "json.py": File(b"j\n")}
     now = {
@@ -188,6 +237,60 @@ def test_pytest_and_unittest_agree(backend: TreeBackend, task: Task) -> None:
     by_pytest = backend.run_tests(parse_row({**task.row, "runner": "pytest"}), broken_tree(task), 20)
     by_unittest = backend.run_tests(task, broken_tree(task), 20)
     assert by_pytest.statuses == by_unittest.statuses
+
+
+SUBTESTS = """
+import pytest, unittest
+import spans
+
+def test_parts(subtests):
+    for name in ("__name__", "gone", "__doc__"):
+        with subtests.test(name):
+            assert hasattr(spans, name)
+
+class TestParts(unittest.TestCase):
+    def test_parts(self):
+        for name in ("gone", "__name__"):
+            with self.subTest(name):
+                assert hasattr(spans, name)
+
+@pytest.fixture
+def late():
+    yield
+    assert 0
+
+def test_late(late):
+    pass
+
+def test_skips(subtests):
+    with subtests.test("a"):
+        pytest.skip()
+"""
+OF_SUBTESTS = {
+    "tests/test_parts.py::test_parts": "FAILED",
+    "tests/test_parts.py::TestParts::test_parts": "FAILED",
+    "tests/test_parts.py::test_late": "ERROR",
+    "tests/test_parts.py::test_skips": "PASSED",
+}
+
+
+@pytest.mark.skipif(pytest.version_tuple < (9,), reason="pytest has subtests since its version 9")
+def test_a_test_with_subtests_has_one_status(backend: TreeBackend, task: Task) -> None:
+    broken = broken_tree(task)
+    more = {**broken, "tests/test_parts.py": File(SUBTESTS.encode())}
+    row = {**task.row, "runner": "pytest", "test_patch": patches.diff(broken, more)[0]}
+    judged = parse_row({**row, "FAIL_TO_PASS": [*task.fail_to_pass, "tests/test_parts.py::test_parts"]})
+    # To an honest patch that leaves a subtest red it is a failure, and no contradiction.
+    grade = backend.grade(judged, task.patch, 60)
+    assert (grade.reason, grade.doubts) == ("unresolved", ())
+    assert grade.statuses.items() >= OF_SUBTESTS.items()
+    # The agent's own run says the same, once per test.
+    sandbox = backend.open(judged)
+    sandbox.write("tests/test_parts.py", SUBTESTS.encode())
+    request = {"runner": "pytest", "root": sandbox.root, "paths": ["tests/test_parts.py"]}
+    result = sandbox.exec(backend.test_command, 60, stdin=json.dumps(request).encode())
+    sandbox.close()
+    assert read_report(result.report) == OF_SUBTESTS and result.report.count(b"\n") == len(OF_SUBTESTS)
 
 
 def test_tests_that_hang_end_with_their_limit(backend: TreeBackend, task: Task) -> None:

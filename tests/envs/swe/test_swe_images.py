@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from empg_envs.swe import patches
-from empg_envs.swe.containers import DockerSandbox, LateError
+from empg_envs.swe.containers import DockerSandbox
 from empg_envs.swe.env import SweEnv
 from empg_envs.swe.images import ALL_LAYERS, ImageBackend
 from empg_envs.swe.owners import FROZEN, LABEL, owner, remove_frozen, remove_orphans
@@ -360,6 +360,30 @@ def test_committed_work_is_collected_and_the_future_is_not_there(docker: Path) -
         sandbox.close()
 
 
+def test_files_that_can_be_executed_stay_so(docker: Path) -> None:
+    image = docker.parent / "image"
+    (image / "tool.sh").write_text("#!/bin/sh\necho wrong\n")
+    (image / "tool.sh").chmod(0o755)
+    call = "subprocess.run('./tool.sh', capture_output=True, text=True, check=True).stdout"
+    (image / "lib.py").write_text(f"import subprocess\n\ndef word():\n    return {call}\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in ("add -A", "commit -qam base --amend"):
+        subprocess.run([*git, *command.split()], cwd=image, check=True)
+    backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row(ROW)
+    sandbox = backend.open(task)
+    sandbox.exec(
+        "sed -i 's/echo wrong/exec .\\/new.sh/' tool.sh; printf '#!/bin/sh\necho right\n' > new.sh", 20
+    )
+    sandbox.exec("chmod +x new.sh; ln -s /bin/sh 'a link'; echo 1 > 'a file'", 20)
+    patch = backend.collect(task, sandbox)
+    modes = [line for line in patch.splitlines() if "mode" in line]
+    assert modes == ["new file mode 100644", "new file mode 120000", "new file mode 100755"]
+    sandbox.exec("rm 'a link'", 20)
+    grade = backend.grade(task, backend.collect(task, sandbox), 20)
+    sandbox.close()
+    assert grade.resolved, grade.output
+
+
 def test_work_is_collected_despite_a_lock_and_not_from_an_engine_that_is_gone(docker: Path) -> None:
     """A lock is what a git command leaves that was ended; without an engine there is no empty patch."""
     backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row(ROW)
@@ -423,7 +447,7 @@ def test_a_container_that_an_agent_ends_counts_against_it(
     env.step("echo right > lib.txt")
 
     def lose(*args: Any) -> Any:
-        raise LateError("'docker exec' took longer than 30 seconds")
+        raise LostSandboxError("'docker exec' took longer than 30 seconds")
 
     monkeypatch.setattr(env._backend, "grade", lose)
     _, reward, terminated, _, info = env.step("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")
@@ -432,12 +456,62 @@ def test_a_container_that_an_agent_ends_counts_against_it(
     env.close()
 
 
+@pytest.mark.parametrize(
+    ("stuck", "says"),
+    [
+        ("exec", "the command was ended"),  # the command alone was slow
+        ("exec inspect", "'docker inspect' took longer than 2 seconds"),  # the container is stuck
+        ("exec inspect version", "does not answer: .*'docker version' took longer than 2 seconds"),
+    ],
+)
+def test_a_slow_command_is_told_from_an_engine_that_hangs(
+    docker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: str, says: str
+) -> None:
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({**ROW, "split": "test"}))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("empg_envs.swe.containers.MARGIN_SECONDS", 0.1)
+    monkeypatch.setattr(DockerSandbox, "close", lambda self: None)
+    env = SweEnv(str(tmp_path / "tasks.jsonl"), backend="docker", tools="bash", command_timeout=0.1)
+    env.reset(split="test", index=0)
+    monkeypatch.setattr("empg_envs.swe.containers.FILE_SECONDS", 2.0)
+    monkeypatch.setattr(env._sandbox, "_is_swept", False)
+    (tmp_path / "stuck").write_text(stuck)
+    if "version" in stuck:  # an outage: the episode is sampled again, whatever the agent did
+        with pytest.raises(SandboxError, match=says) as caught:
+            env.step("ls")
+        assert not isinstance(caught.value, LostSandboxError)
+        return
+    shown, reward, _, truncated, info = env.step("ls")
+    assert says in (info["detail"] if truncated else shown) and reward == 0.0
+    assert truncated == ("inspect" in stuck) and info.get("outcome") == (
+        "sandbox_lost" if truncated else None
+    )
+    # Files of a container that is stuck are lost, too; where the engine hangs they are not.
+    assert env._sandbox is not None
+    with pytest.raises(LostSandboxError, match="'docker exec' took longer"):
+        env._sandbox.read("lib.txt")
+    (tmp_path / "stuck").write_text("exec version")
+    with pytest.raises(SandboxError, match="does not answer") as caught:
+        env._sandbox.read("lib.txt")
+    assert not isinstance(caught.value, LostSandboxError)
+
+
 def test_failures_of_the_machine_are_errors(docker: Path, tmp_path: Path) -> None:
     task = parse_row({**ROW, "image": "broken"})
     with pytest.raises(SandboxError, match="cannot start a container of broken: Unable to find image"):
         ImageBackend("docker", Limits(), docker=str(docker)).open(task)
     with pytest.raises(SandboxError, match="install Docker"):
         ImageBackend("docker", Limits(), docker=str(tmp_path / "none")).open(task)
+
+
+def test_a_judge_that_starts_too_slowly_is_no_fault_of_the_agent(
+    docker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("empg_envs.swe.containers.START_SECONDS", 0.5)
+    (docker.parent / "stuck").write_text("run")
+    with pytest.raises(SandboxError, match="docker run' took longer") as caught:
+        ImageBackend("docker", Limits(), docker=str(docker)).grade(parse_row(ROW), GOLD, 20)
+    assert not isinstance(caught.value, LostSandboxError)
 
 
 def test_containers_of_dead_workers_are_removed(docker: Path) -> None:

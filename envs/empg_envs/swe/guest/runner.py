@@ -24,6 +24,7 @@ from typing import Any
 Say = Callable[[str, str], None]
 
 REPORT_FD = 3
+RED = ("FAILED", "ERROR")
 OPTIONS = (
     "-q",
     "-p",
@@ -61,7 +62,7 @@ class Claims:
 
     def __call__(self, name: str, status: str) -> None:
         """Claim the status of a test."""
-        self._has_failed |= status in ("FAILED", "ERROR")
+        self._has_failed |= status in RED
         self._write(["test", name, status])
 
     def end(self, broken: list[str]) -> int:
@@ -77,11 +78,17 @@ class Claims:
 
 
 class PytestReporter:
-    """A pytest plugin that reports the same statuses as ``-rA`` prints."""
+    """A pytest plugin that reports the statuses that ``-rA`` prints, once per test, after its teardown.
+
+    A test has a report per phase, and with subtests more of the same name, in any order: one failure is a
+    failure of the test.
+    """
 
     def __init__(self, report: Say, only: Collection[str] | None = None) -> None:
         """Store ``report``, which is called with test id and status, and the ids to run (None: all)."""
         self._report, self._only = report, only
+        self._statuses: dict[str, str] = {}
+        self._said: dict[str, str] = {}
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         """Drop the tests that are not asked for."""
@@ -99,14 +106,26 @@ class PytestReporter:
         gc.freeze()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Report the status after a phase of a test."""
+        """Note the status of a phase or subtest; report the test's status after its teardown."""
+        name, status = report.nodeid, self._status(report)
+        if status is not None and self._statuses.get(name) not in RED:
+            self._statuses[name] = status
+        if report.when == "teardown" and name in self._statuses:
+            status = self._statuses[name]
+            if self._said.get(name) != status:  # else it ran again, as it does where it is collected twice
+                self._said[name] = status
+                self._report(name, status)
+
+    @staticmethod
+    def _status(report: Any) -> str | None:
         expected = hasattr(report, "wasxfail")
         if report.failed:
-            self._report(report.nodeid, "FAILED" if report.when == "call" else "ERROR")
-        elif report.skipped:
-            self._report(report.nodeid, "XFAIL" if expected else "SKIPPED")
-        elif report.when == "call":
-            self._report(report.nodeid, "XPASS" if expected else "PASSED")
+            return "FAILED" if report.when == "call" else "ERROR"
+        if report.skipped:
+            return "XFAIL" if expected else "SKIPPED"
+        if report.passed and report.when == "call":  # a plugin that runs tests again has outcomes of its own
+            return "XPASS" if expected else "PASSED"
+        return None
 
 
 class UnittestReporter(unittest.TestResult):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 import secrets
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from empg_envs.swe.judge.second import SecondBug, SecondTree
 from empg_envs.swe.sandbox import ExecResult
 from empg_envs.swe.tasks import Task
 from empg_envs.swe.tree import Tree
+
+_log = logging.getLogger(__name__)
 
 OUTPUT_CHARS = 4000
 OTHERS = 1  # tests with twins besides those that the patch has to repair
@@ -43,6 +46,7 @@ class Trial:
     Attributes:
       planted: the tree of the first session.
       second: the tree of the second session, if there is one.
+      unfit: number of second bugs that were given, where none of them fits into the tree.
       places: folder name of each session's tree.
       nonces: secret of each session.
       end: secret of the report.
@@ -51,6 +55,7 @@ class Trial:
 
     planted: Planted
     second: SecondTree | None
+    unfit: int = 0
     places: tuple[str, str] = dataclasses.field(default_factory=lambda: (_secret(), _secret()))
     nonces: tuple[str, str] = dataclasses.field(default_factory=lambda: (_secret(), _secret()))
     end: str = dataclasses.field(default_factory=lambda: _secret())
@@ -92,7 +97,7 @@ def prepare(
     other = None
     if "second" in layers:
         other = second.choose(planted.tree, bugs, task.fail_to_pass, draw)
-    return Trial(planted, other)
+    return Trial(planted, other, unfit=len(bugs) if other is None and "second" in layers else 0)
 
 
 def order(task: Task, trial: Trial, root: str, *, has_namespace: bool) -> bytes:
@@ -179,6 +184,13 @@ def settle(
     # Two wrongs may make a right, so what follows means something about a repair only.
     if grade.resolved:
         found += canaries.missing(trial.planted, planted)
+        if trial.unfit:
+            _log.warning(
+                "task %s: a patch is judged without a second bug, because none of the task's %d fits into "
+                "the files that it repairs",
+                task.instance_id,
+                trial.unfit,
+            )
         if trial.second is not None and (other is None or not _finds(trial, other)):
             found.append(f"second bug: none of {', '.join(trial.second.red)} fails with it")
     return grading.believe(grade, found)
