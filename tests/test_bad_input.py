@@ -194,7 +194,7 @@ def test_a_split_that_does_not_exist_leaves_the_folder_as_it_was(tmp_path, monke
 
 def test_too_few_tasks_for_the_hosts_are_told_with_the_splits():
     config, pool = load_config("quickstart", ["env.sampler=adaptive"]), SimpleNamespace(splits={"train": 2})
-    with pytest.raises(ConfigError, match="env.sampler=adaptive: 2 tasks cannot be shared by 3 hosts"):
+    with pytest.raises(ConfigError, match=r"env\.sampler=adaptive: 2 tasks cannot be shared by 3 hosts"):
         check_splits(config, pool, SimpleNamespace(index=0, num=3))
 
 
