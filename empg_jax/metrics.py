@@ -58,7 +58,7 @@ METRICS: dict[str, str] = {
     "modulation_max": "Largest such factor.",
     "modulation_std": "Standard deviation of these factors.",
     "modulation_p*": "That quantile of these factors over turns, in per cent.",
-    "advantage_mean": "Mean advantage over turns, after modulation.",
+    "advantage_mean": "Mean advantage over turns, as the loss uses it.",
     "advantage_std": "Standard deviation of the advantage over turns.",
     "advantage_abs_mean": "Mean size of the advantage over turns.",
     "advantage_positive": "Share of turns with a positive advantage.",

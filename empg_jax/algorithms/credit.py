@@ -119,7 +119,8 @@ def assign(
       worth: their returns and rewards after penalties.
 
     Returns:
-      The tokens' advantages (and value targets); of the turns: base, and what modulation made of it.
+      The tokens' advantages (and value targets); of the turns: base, and what modulation made of it, before
+      whitening.
     """
     place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
     found = recipe.estimate(batch, scores, worth)
@@ -131,15 +132,21 @@ def assign(
     if found.clip_scale is not None:
         _checked(recipe.estimate, found.clip_scale, batch.loss_mask.shape, "[B, T] as clip_scale")
         check_clips(recipe)
-    size: dict[str, Any] = {"num_trajectories": turns.mask.shape[0], "num_turns": turns.mask.shape[1]}
-    base, _ = compute_turn_entropies(tokens, *place, **size)
+    base = _mean_of_turns(batch, tokens)
     modulated = _modulate(recipe, base, turns, batch)
     # Inside a turn the factor scales; bonus and centering shift all of its tokens alike.
     shift = turns_to_tokens(modulated.advantages - base * modulated.factors, *place)
     scaled = jnp.where(batch.loss_mask, tokens, 0) * turns_to_tokens(modulated.factors, *place) + shift
     if found.is_whitened:
         scaled = whiten(scaled, batch.loss_mask)
-    return TokenCredit(scaled, found.value_targets, clip_scale=found.clip_scale), base, modulated
+    return found._replace(advantages=scaled), base, modulated
+
+
+def _mean_of_turns(batch: Batch, tokens: Float[Array, "B T"]) -> Float[Array, "N K"]:
+    """Average the advantages of each turn's sampled tokens."""
+    num_trajectories, num_turns = batch.turn_valid.shape
+    place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
+    return compute_turn_entropies(tokens, *place, num_trajectories=num_trajectories, num_turns=num_turns)[0]
 
 
 def trained_tokens(
@@ -173,14 +180,17 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
         penalties = tuple(part(batch, turns) for part in recipe.penalise)  # type: ignore[union-attr]
         worth = compute_worth(batch, turns, penalties)
         tokens, base, modulated = assign(recipe, batch, scores, turns, worth)
-        advantages = tokens.advantages
+        advantages, final = tokens.advantages, modulated.advantages
+        if tokens.is_whitened:
+            final = _mean_of_turns(batch, advantages)
         for correction in recipe.correct:  # type: ignore[union-attr]
             if correction.mean_weight is not None:
-                advantages = advantages / correction.mean_weight(batch, scores)
+                divisor = correction.mean_weight(batch, scores)
+                advantages, final = advantages / divisor, final / divisor
         accepted, kept = trained_tokens(recipe, batch, scores, turns)
         weights = recipe.aggregate(batch, kept, num_minibatches)  # type: ignore[operator]
         weights = _checked(recipe.aggregate, weights, mask.shape, "[B, T]").astype(jnp.float32)
-        metrics = credit_metrics(base, modulated.advantages, modulated.factors, turns.entropies, turns.mask)
+        metrics = credit_metrics(base, modulated, turns.entropies, turns.mask, final=final)
         metrics |= {
             "mixed_groups": mixed_group_share(
                 batch.returns, batch.group_ids
@@ -201,7 +211,7 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
             base=base,
             factors=modulated.factors,
             bonuses=modulated.bonuses,
-            advantages=modulated.advantages,
+            advantages=final,
             mask=turns.mask,
         )
         result = Credit(

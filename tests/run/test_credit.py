@@ -116,6 +116,15 @@ def test_a_critic_is_taken_as_zero_and_that_is_said(tmp_path):
     assert result.exit_code == 0 and "values are taken as 0" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["ppo", "turn_ppo"])
+def test_whitened_advantages_are_told_as_the_loss_uses_them(tmp_path, name):
+    """All turns have as many tokens, so the mean of their advantages is 0."""
+    path = write(tmp_path / "e.jsonl", [{"turns": [TURN, TURN | {"reward": 1.0}]}, {"turns": [TURN]}])
+    found = credit("quickstart", path, f"algorithm.name={name}", *PLAIN)
+    assert column(found, "advantage").mean() == pytest.approx(0, abs=1e-5)
+    assert column(found, "advantage")[-1] < -0.5 and column(found, "advantage_base")[-1] == 0
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [
