@@ -82,6 +82,7 @@ METRICS: dict[str, str] = {
     "entropy_kept": "Share of trained tokens whose entropy moved too little for entropy ratio clipping.",
     "behavior_ess": "Effective sample size of the importance weights, as a share of tokens.",
     "correction_kept": "Share of sampled tokens that the off-policy correction kept.",
+    "loss_coverage": "Share of sampled tokens that the loss covers, after corrections, drops and masks.",
     "grad_norm": "Global gradient norm before clipping.",
     "learning_rate": "Learning rate of the update's first optimizer step.",
     "optimizer_steps": "Optimizer steps of the update; those left out are not among them.",
@@ -91,7 +92,7 @@ METRICS: dict[str, str] = {
     "logprob_gap_max": "Largest such difference.",
     # Speed
     "tokens_sampled": "Tokens that the policy sampled for the update.",
-    "tokens_trained": "Sampled tokens that the loss covers: those that the off-policy correction kept.",
+    "tokens_trained": "Sampled tokens that the loss covers: neither corrected, dropped nor masked away.",
     "tokens_prefilled": "Prompt and observation tokens that went through the model when sampling.",
     "tokens_shared": "Such tokens that did not: their keys and values were copied from another conversation.",
     "prefix_hits": "Share of the prompts' tokens that needed no prefill: kept from the last turn, or copied.",

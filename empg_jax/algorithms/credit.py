@@ -1,14 +1,14 @@
 """Credit assignment on the whole global batch: penalties → estimator → modulation → tokens → weights."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from empg_jax.algorithms.contract import Modulation, Penalties, TokenCredit, Turns, Worth
+from empg_jax.algorithms.contract import Keep, Modulation, Penalties, TokenCredit, Turns, Worth
 from empg_jax.algorithms.corrections import effective_sample_size
 from empg_jax.algorithms.diagnostics import (
     credit_metrics,
@@ -93,17 +93,28 @@ def _checked(part: Any, values: Any, shape: tuple[int, ...], legend: str) -> Any
 
 
 def _modulate(recipe: Recipe, base: Float[Array, "N K"], turns: Turns, batch: Batch) -> Modulation:
-    """Apply the recipe's modulation, if it has one."""
+    """Apply the recipe's modulation, if it has one, to the turns that no filter leaves out."""
+    plain = Modulation(base, jnp.where(turns.mask, jnp.ones_like(base), 0), jnp.zeros_like(base))
     if recipe.modulate is None:
-        return Modulation(base, jnp.where(turns.mask, jnp.ones_like(base), 0), jnp.zeros_like(base))
-    found = recipe.modulate(base, turns, batch)
+        return plain
+    filters = [keep for keep in recipe.keep if getattr(keep, "is_filter", False)]  # type: ignore[union-attr]
+    seen = _covered(filters, turns, batch)
+    found = recipe.modulate(base, turns._replace(mask=seen), batch)
     if not isinstance(found, Modulation):
         raise ValueError(
             f"{name_of(recipe.modulate)} returned {type(found).__name__}; expected a Modulation: advantages, "
             "factors, bonuses"
         )
     parts = (_checked(recipe.modulate, part, base.shape, "[N, K]") for part in found)
-    return Modulation(*(jnp.where(turns.mask, part, 0) for part in parts))
+    return Modulation(*(jnp.where(seen, part, same) for part, same in zip(parts, plain, strict=True)))
+
+
+def _covered(keeps: Iterable[Keep], turns: Turns, batch: Batch) -> Bool[Array, "N K"]:
+    """Choose the turns that all of these parts keep."""
+    covered = turns.mask
+    for keep in keeps:
+        covered = covered & _checked(keep, keep(batch, turns), turns.mask.shape, "[N, K]")
+    return covered
 
 
 def assign(
@@ -157,9 +168,7 @@ def trained_tokens(
     for correction in recipe.correct:  # type: ignore[union-attr]
         if correction.accept is not None:
             accepted = accepted & correction.accept(batch, scores)
-    covered = turns.mask
-    for keep in recipe.keep:  # type: ignore[union-attr]
-        covered = covered & _checked(keep, keep(batch, turns), turns.mask.shape, "[N, K]")
+    covered = _covered(recipe.keep, turns, batch)  # type: ignore[arg-type]
     place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
     return accepted, accepted & (turns_to_tokens(covered.astype(jnp.float32), *place) > 0)
 
@@ -197,6 +206,7 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
             ),  # raw, as dynamic sampling does
             "behavior_ess": effective_sample_size(scores.old_logprobs, batch.behavior_logprobs, mask),
             "correction_kept": masked_mean(accepted.astype(jnp.float32), mask),
+            "loss_coverage": masked_mean(kept.astype(jnp.float32), mask),
             "entropy_drift_predicted": predicted_entropy_drift(
                 advantages, scores.old_logprobs, scores.entropies, mask
             ),
