@@ -22,7 +22,6 @@ from empg_jax.run.environment import eval_panels, find_spec
 from empg_jax.run.process import prepare_jax
 from empg_jax.run.sampling import (
     EVALUATION_STREAM,
-    count_panels,
     filter_of,
     make_evaluator,
     make_pool,
@@ -31,6 +30,7 @@ from empg_jax.run.sampling import (
 )
 from empg_jax.run.saved import SavedRun, open_new, open_saved
 from empg_jax.run.server import closing_sampler
+from empg_jax.run.splits import count_panels
 from empg_jax.text.chat import ChatRenderer
 
 if TYPE_CHECKING:
@@ -115,7 +115,6 @@ def evaluate_endpoint(
     with (
         EndpointEngine(endpoint, slots=slots, seed=config.seed) as server,
         make_pool(config) as pool,
-        Attempts(out, identify(config, url, endpoint.model, attempts)) as kept,
     ):
         engine = cast(SamplingEngine, server)  # it has what collector and evaluator ask of one
         collector = Collector(
@@ -138,7 +137,9 @@ def evaluate_endpoint(
             attempts=attempts,
             tell=pool.tell,
         )
-        result = _play(config, evaluator, attempts, kept, None, 0)
+        # Only now is the folder made: a split that does not exist was refused before.
+        with Attempts(out, identify(config, url, endpoint.model, attempts)) as kept:
+            result = _play(config, evaluator, attempts, kept, None, 0)
     found = _describe(config, evaluator, result, attempts)
     if math.isnan(found["eval_entropy"]):
         del found["eval_entropy"]
@@ -170,13 +171,10 @@ def _evaluate(saved: SavedRun, attempts: int, out: Path | None) -> dict[str, Any
     if attempts > 1 and config.eval.temperature == 0:
         _warn("eval.temperature=0: the attempts at a task differ only where its environment does")
     policy = () if out is None else (saved.step, checksum(saved.params), saved.base and checksum(saved.base))
-    with (
-        closing_sampler(engine),
-        make_pool(config) as pool,
-        Attempts(out, identify(config, attempts, *policy)) as kept,
-    ):
+    with closing_sampler(engine), make_pool(config) as pool:
         evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0, attempts=attempts)
-        result = _play(config, evaluator, attempts, kept, saved.params, saved.step)
+        with Attempts(out, identify(config, attempts, *policy)) as kept:
+            result = _play(config, evaluator, attempts, kept, saved.params, saved.step)
     fingerprint = {} if config.model.path is None else {"text_logprob": saved.text_logprob()}
     found = _describe(config, evaluator, result, attempts)
     return {**found, **fingerprint, "step": saved.step}

@@ -34,7 +34,7 @@ from empg_jax.run.consumed import drop_consumed, write_consumed
 from empg_jax.run.cpu import cpu_seconds
 from empg_jax.run.environment import keep_date, keep_texts
 from empg_jax.run.evaluating import evaluate, evaluate_before
-from empg_jax.run.folder import checkpoint_dir, create_run_dir, write_run_info
+from empg_jax.run.folder import checkpoint_dir, create_run_dir, undone_if_refused, write_run_info
 from empg_jax.run.guards import check_gap, check_steps
 from empg_jax.run.leaving import leave
 from empg_jax.run.parts import Parts, RunState, has_begun, open_run
@@ -93,6 +93,7 @@ def train(config: Config, *, resume: Path | None = None, step: int | None = None
 
 def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | None) -> Path:
     """Check the run and make its folder, then train in it; as `train`, on hosts that have met."""
+    is_resume = resume is not None
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(make_progress(config, hosts))
         check_shares(config, hosts)
@@ -124,10 +125,12 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         for line in (as_line(plan, device_memory()), *whole_lines(config, model)):
             progress.message(line)
         stack.enter_context(lock_files(config, run_dir, hosts))
-        if resume is not None:
+        if is_resume:
             check_resume(config, run_dir, step)
+        if hosts.is_first and not is_resume:
+            stack.enter_context(undone_if_refused(config, run_dir))
         if hosts.is_first:
-            write_run_info(run_dir, config, resumed=resume is not None)
+            write_run_info(run_dir, config, resumed=is_resume)
         events = stack.enter_context(EventLog(run_dir, hosts.index))
         stop.arm(
             config.checkpoint.grace,
@@ -135,15 +138,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         )
         try:
             train_in_folder(
-                config,
-                run_dir,
-                examples,
-                progress,
-                events,
-                stop,
-                is_resume=resume is not None,
-                step=step,
-                hosts=hosts,
+                config, run_dir, examples, progress, events, stop, is_resume=is_resume, step=step, hosts=hosts
             )
         except Interrupted:
             with contextlib.suppress(OSError, ValueError):

@@ -249,7 +249,7 @@ class TurnCredit:
     base: Leaf  # float32[N K]        advantage of the estimator, before modulation
     factors: Leaf  # float32[N K]     multiplicative factor of the modulation; 1 without modulation
     bonuses: Leaf  # float32[N K]     additive bonus of the modulation, before centering; 0 without modulation
-    advantages: Leaf  # float32[N K]  after modulation and centering
+    advantages: Leaf  # float32[N K]  those of the loss: modulated, whitened, divided by a mean weight
     mask: Leaf  # bool[N K]           turns that exist
 
 

@@ -102,6 +102,28 @@ def test_a_name_in_a_command_decides_over_a_file_of_ones_own(tmp_path):
     assert first_line(path, "modulation=aem") == "GRPO + AEM (lambda=1, group, min_range=0.1)"
 
 
+@pytest.mark.parametrize(
+    ("filed", "key", "part"),
+    [
+        ("{name: grpo_empg, empg: {zeta: 0.3}}", "empg.zeta=0.3", "empg"),
+        ("{name: gspo, modulation: aem, aem: {lam: 2}}", "aem.lam=2", "aem"),
+    ],
+)
+def test_a_name_in_a_command_drops_the_keys_of_the_modulation_that_it_replaces(tmp_path, filed, key, part):
+    path = tmp_path / "own.yaml"
+    path.write_text(f"algorithm: {filed}\n")
+    others = {"empg": "aem", "aem": "empg"}
+    for name, modulation in (("dapo", "none"), (f"grpo_{others[part]}", others[part])):
+        config = load_config(path, [f"algorithm.name={name}"])
+        assert config.algorithm.modulation == modulation
+        said = f"algorithm.{key} of own.yaml is dropped: algorithm.name={name} replaces {part}"
+        assert config.notes == (said,)
+    stays = load_config(path, [f"algorithm.name=dapo_{part}"])
+    assert not stays.notes and part in first_line(path, f"name=dapo_{part}").lower()
+    with pytest.raises(ConfigError, match="it belongs to"):
+        load_config(path, ["algorithm.name=dapo", f"algorithm.{key}"])  # said in the command itself
+
+
 # Accepted in vain before: the key that nothing reads, and what the refusal says.
 IN_VAIN = {
     ("name=sapo", "clip_low=0.1"): r"clip_low=0\.1 .* algorithm\.loss=sapo: it belongs to ppo_clip",

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -14,9 +15,12 @@ from empg_envs.rows import find_files
 from empg_envs.task_lines import read_tasks
 from empg_envs.template import read_template
 from empg_jax.cli import app
+from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
 from empg_jax.hf.hub import find_folder
+from empg_jax.run import parts
 from empg_jax.run.process import cache_folder
+from empg_jax.run.splits import check_splits
 from tests import runs
 
 OWN = ["env.name=null", "env.entry_point=mine:Env"]
@@ -172,6 +176,26 @@ def refuse_last(*arguments):
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, SystemExit) and result.exit_code == 2, result.exception
     return result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("key", ["sft.split", "env.split", "env.eval_split"])
+def test_a_split_that_does_not_exist_leaves_the_folder_as_it_was(tmp_path, monkeypatch, key):
+    """Nothing is compiled before, the folder's name is free again, and what lay in it stays."""
+    monkeypatch.setattr(parts, "start_learner", None)
+    for place, kept in (("new", None), ("mine", "notes.txt")):
+        if kept:
+            (tmp_path / place).mkdir()
+            (tmp_path / place / kept).write_text("mine")
+        command = ("train", "quickstart", *runs.TINY, *runs.HOUSE, f"run_dir={tmp_path / place}")
+        said = refuse_last(*command, f"{key}=nosplit")
+        assert said == f"error: {key}=nosplit does not exist; the environment has train, valid, test"
+        assert sorted(path.name for path in tmp_path.rglob("*")) == (["mine", kept] if kept else [])
+
+
+def test_too_few_tasks_for_the_hosts_are_told_with_the_splits():
+    config, pool = load_config("quickstart", ["env.sampler=adaptive"]), SimpleNamespace(splits={"train": 2})
+    with pytest.raises(ConfigError, match=r"env\.sampler=adaptive: 2 tasks cannot be shared by 3 hosts"):
+        check_splits(config, pool, SimpleNamespace(index=0, num=3))
 
 
 @pytest.mark.parametrize(

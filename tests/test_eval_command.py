@@ -132,6 +132,12 @@ def test_one_attempt_is_what_it_was_before(run_dir, tmp_path):
     )
 
 
+def test_a_split_that_does_not_exist_makes_no_folder(run_dir, tmp_path):
+    code, out, err = call("eval", run_dir, "--split", "nosplit", "--out", tmp_path / "new")
+    assert (code, out) == (2, "") and "error: env.eval_split=nosplit does not exist" in err
+    assert not (tmp_path / "new").exists()
+
+
 def test_where_no_first_prompt_fits_the_cause_is_named(run_dir, tmp_path):
     where = ("--split", "train", "--tasks", 2, "--out", tmp_path / "new")
     code, out, err = call("eval", run_dir, *where, "env.options.wordy=2")

@@ -126,6 +126,14 @@ def test_a_server_that_tells_only_texts_is_evaluated(tmp_path):
     assert sum(len(record["turns"]) for record in records) == len(fake.bodies)
 
 
+def test_a_split_that_does_not_exist_makes_no_folder(tmp_path):
+    with faking(by_seed) as fake:
+        given = [*ASKED, *SETTINGS, "--split", "nosplit", "--out", tmp_path / "new"]
+        code, out, err = call("eval", fake.url, *given)
+    assert (code, out) == (2, "") and "error: env.eval_split=nosplit does not exist" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_evaluation_goes_on_after_the_server_failed(tmp_path):
     with faking(by_seed) as fake:
         whole = json.loads(call("eval", fake.url, *ASKED, *SETTINGS, "--out", tmp_path)[1])

@@ -1,14 +1,14 @@
 """Credit assignment on the whole global batch: penalties → estimator → modulation → tokens → weights."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from empg_jax.algorithms.contract import Modulation, Penalties, TokenCredit, Turns, Worth
+from empg_jax.algorithms.contract import Keep, Modulation, Penalties, TokenCredit, Turns, Worth
 from empg_jax.algorithms.corrections import effective_sample_size
 from empg_jax.algorithms.diagnostics import (
     credit_metrics,
@@ -93,17 +93,28 @@ def _checked(part: Any, values: Any, shape: tuple[int, ...], legend: str) -> Any
 
 
 def _modulate(recipe: Recipe, base: Float[Array, "N K"], turns: Turns, batch: Batch) -> Modulation:
-    """Apply the recipe's modulation, if it has one."""
+    """Apply the recipe's modulation, if it has one, to the turns that no filter leaves out."""
+    plain = Modulation(base, jnp.where(turns.mask, jnp.ones_like(base), 0), jnp.zeros_like(base))
     if recipe.modulate is None:
-        return Modulation(base, jnp.where(turns.mask, jnp.ones_like(base), 0), jnp.zeros_like(base))
-    found = recipe.modulate(base, turns, batch)
+        return plain
+    filters = [keep for keep in recipe.keep if getattr(keep, "is_filter", False)]  # type: ignore[union-attr]
+    seen = _covered(filters, turns, batch)
+    found = recipe.modulate(base, turns._replace(mask=seen), batch)
     if not isinstance(found, Modulation):
         raise ValueError(
             f"{name_of(recipe.modulate)} returned {type(found).__name__}; expected a Modulation: advantages, "
             "factors, bonuses"
         )
     parts = (_checked(recipe.modulate, part, base.shape, "[N, K]") for part in found)
-    return Modulation(*(jnp.where(turns.mask, part, 0) for part in parts))
+    return Modulation(*(jnp.where(seen, part, same) for part, same in zip(parts, plain, strict=True)))
+
+
+def _covered(keeps: Iterable[Keep], turns: Turns, batch: Batch) -> Bool[Array, "N K"]:
+    """Choose the turns that all of these parts keep."""
+    covered = turns.mask
+    for keep in keeps:
+        covered = covered & _checked(keep, keep(batch, turns), turns.mask.shape, "[N, K]")
+    return covered
 
 
 def assign(
@@ -119,7 +130,8 @@ def assign(
       worth: their returns and rewards after penalties.
 
     Returns:
-      The tokens' advantages (and value targets); of the turns: base, and what modulation made of it.
+      The tokens' advantages (and value targets); of the turns: base, and what modulation made of it, before
+      whitening.
     """
     place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
     found = recipe.estimate(batch, scores, worth)
@@ -131,15 +143,21 @@ def assign(
     if found.clip_scale is not None:
         _checked(recipe.estimate, found.clip_scale, batch.loss_mask.shape, "[B, T] as clip_scale")
         check_clips(recipe)
-    size: dict[str, Any] = {"num_trajectories": turns.mask.shape[0], "num_turns": turns.mask.shape[1]}
-    base, _ = compute_turn_entropies(tokens, *place, **size)
+    base = _mean_of_turns(batch, tokens)
     modulated = _modulate(recipe, base, turns, batch)
     # Inside a turn the factor scales; bonus and centering shift all of its tokens alike.
     shift = turns_to_tokens(modulated.advantages - base * modulated.factors, *place)
     scaled = jnp.where(batch.loss_mask, tokens, 0) * turns_to_tokens(modulated.factors, *place) + shift
     if found.is_whitened:
         scaled = whiten(scaled, batch.loss_mask)
-    return TokenCredit(scaled, found.value_targets, clip_scale=found.clip_scale), base, modulated
+    return found._replace(advantages=scaled), base, modulated
+
+
+def _mean_of_turns(batch: Batch, tokens: Float[Array, "B T"]) -> Float[Array, "N K"]:
+    """Average the advantages of each turn's sampled tokens."""
+    num_trajectories, num_turns = batch.turn_valid.shape
+    place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
+    return compute_turn_entropies(tokens, *place, num_trajectories=num_trajectories, num_turns=num_turns)[0]
 
 
 def trained_tokens(
@@ -150,9 +168,7 @@ def trained_tokens(
     for correction in recipe.correct:  # type: ignore[union-attr]
         if correction.accept is not None:
             accepted = accepted & correction.accept(batch, scores)
-    covered = turns.mask
-    for keep in recipe.keep:  # type: ignore[union-attr]
-        covered = covered & _checked(keep, keep(batch, turns), turns.mask.shape, "[N, K]")
+    covered = _covered(recipe.keep, turns, batch)  # type: ignore[arg-type]
     place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
     return accepted, accepted & (turns_to_tokens(covered.astype(jnp.float32), *place) > 0)
 
@@ -173,20 +189,24 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
         penalties = tuple(part(batch, turns) for part in recipe.penalise)  # type: ignore[union-attr]
         worth = compute_worth(batch, turns, penalties)
         tokens, base, modulated = assign(recipe, batch, scores, turns, worth)
-        advantages = tokens.advantages
+        advantages, final = tokens.advantages, modulated.advantages
+        if tokens.is_whitened:
+            final = _mean_of_turns(batch, advantages)
         for correction in recipe.correct:  # type: ignore[union-attr]
             if correction.mean_weight is not None:
-                advantages = advantages / correction.mean_weight(batch, scores)
+                divisor = correction.mean_weight(batch, scores)
+                advantages, final = advantages / divisor, final / divisor
         accepted, kept = trained_tokens(recipe, batch, scores, turns)
         weights = recipe.aggregate(batch, kept, num_minibatches)  # type: ignore[operator]
         weights = _checked(recipe.aggregate, weights, mask.shape, "[B, T]").astype(jnp.float32)
-        metrics = credit_metrics(base, modulated.advantages, modulated.factors, turns.entropies, turns.mask)
+        metrics = credit_metrics(base, modulated, turns.entropies, turns.mask, final=final)
         metrics |= {
             "mixed_groups": mixed_group_share(
                 batch.returns, batch.group_ids
             ),  # raw, as dynamic sampling does
             "behavior_ess": effective_sample_size(scores.old_logprobs, batch.behavior_logprobs, mask),
             "correction_kept": masked_mean(accepted.astype(jnp.float32), mask),
+            "loss_coverage": masked_mean(kept.astype(jnp.float32), mask),
             "entropy_drift_predicted": predicted_entropy_drift(
                 advantages, scores.old_logprobs, scores.entropies, mask
             ),
@@ -201,7 +221,7 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
             base=base,
             factors=modulated.factors,
             bonuses=modulated.bonuses,
-            advantages=modulated.advantages,
+            advantages=final,
             mask=turns.mask,
         )
         result = Credit(

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from empg_jax.algorithms.advantages import has_spread
+from empg_jax.algorithms.kernel import Modulation
 from empg_jax.algorithms.masking import masked_mean, masked_quantiles, masked_spread
 
 
@@ -24,20 +25,22 @@ def mixed_group_share(returns: Float[Array, " N"], group_ids: Int[Array, " N"]) 
 
 def credit_metrics(
     base: Float[Array, "N K"],
-    advantages: Float[Array, "N K"],
-    factors: Float[Array, "N K"],
+    modulated: Modulation,
     turn_entropies: Float[Array, "N K"],
     turn_mask: Bool[Array, "N K"],
+    *,
+    final: Float[Array, "N K"],
 ) -> dict[str, Float[Array, ""]]:
     """Summarize the effect of the modulation in scalars. Means and shares weigh every turn alike.
 
     Args:
       base: advantages of the estimator.
-      advantages: the same after modulation.
-      factors: multiplicative factors of the modulation (g or α; 1 without modulation).
+      modulated: what the modulation made of them; factors g or α, 1 without modulation.
       turn_entropies: mean token entropy of each turn.
       turn_mask: turns that exist.
+      final: advantages of the loss, after whitening and the division by a mean weight.
     """
+    factors = modulated.factors
 
     def share(condition: Bool[Array, "N K"]) -> Float[Array, ""]:
         return masked_mean(condition.astype(jnp.float32), turn_mask)
@@ -45,7 +48,7 @@ def credit_metrics(
     h10, h50, h90 = masked_quantiles(turn_entropies, turn_mask, (0.1, 0.5, 0.9))
     f10, f90 = masked_quantiles(factors, turn_mask, (0.1, 0.9))
     exists = jnp.any(turn_mask)
-    size, before = jnp.abs(advantages), jnp.abs(base)
+    size, before = jnp.abs(modulated.advantages), jnp.abs(base)
     return {
         "turn_entropy_mean": masked_mean(turn_entropies, turn_mask),
         "turn_entropy_p10": h10,
@@ -57,13 +60,13 @@ def credit_metrics(
         "modulation_max": jnp.where(exists, jnp.max(jnp.where(turn_mask, factors, -jnp.inf)), 0),
         "modulation_p10": f10,
         "modulation_p90": f90,
-        "advantage_mean": masked_mean(advantages, turn_mask),
-        "advantage_std": jnp.sqrt(masked_spread(advantages, turn_mask)[1]),
-        "advantage_abs_mean": masked_mean(size, turn_mask),
-        "advantage_sign_changed": share(jnp.sign(advantages) != jnp.sign(base)),
+        "advantage_mean": masked_mean(final, turn_mask),
+        "advantage_std": jnp.sqrt(masked_spread(final, turn_mask)[1]),
+        "advantage_abs_mean": masked_mean(jnp.abs(final), turn_mask),
+        "advantage_sign_changed": share(jnp.sign(modulated.advantages) != jnp.sign(base)),
         "advantage_changed_2x": share((size > 2 * before) | (2 * size < before)),
-        "advantage_positive": share(advantages > 0),
-        "advantage_negative": share(advantages < 0),
+        "advantage_positive": share(final > 0),
+        "advantage_negative": share(final < 0),
     }
 
 

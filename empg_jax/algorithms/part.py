@@ -24,6 +24,8 @@ class Part:
         ``values`` of `Scores`, ``answer_logprobs`` of the batch; ``success``, ``actions`` and ``milestones``,
         without which it has no credit of steps.
       scales_clip: whether it is an estimator that gives ``clip_scale``, so that the objective must clip.
+      is_filter: whether it is a choice of turns as if the others had not been sampled: they do not enter the
+        statistics of the modulation, either.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Part:
     function: Callable[..., Any]
     needs: tuple[str, ...] = ()
     scales_clip: bool = False
+    is_filter: bool = False
 
     def __call__(self, *args: Any) -> Any:
         """Call the bound function."""

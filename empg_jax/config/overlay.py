@@ -24,7 +24,8 @@ def overlay(filed: Any, commanded: Any, *, source: str, is_packaged: bool) -> tu
 
     A name (or entry point) in the command decides the whole algorithm, modulation included, unless the
     command names a modulation, too. A packaged file's keys for parts that the command replaces are dropped,
-    with a note. A file of the user's own keeps every key; a key that no part reads is refused later.
+    with a note. A file of the user's own loses only loss, aggregation and the keys of its modulation to a
+    name; another key that no part reads is refused later.
 
     Args:
       filed: the file's ``algorithm`` section.
@@ -79,12 +80,11 @@ def _drop_replaced(
     for key, slot in (("loss", "objective"), ("aggregation", "aggregate")):
         if renames and key in kept and key not in command and old.get(slot) != new.get(slot):
             notes.append(f"algorithm.{key}={kept.pop(key)} of {source} is dropped: {cause} brings its own")
-    if not is_packaged:
-        return notes
     was = choose(old, before)
     now = choose(new, {**kept, **command})
     for key, (slot, factory) in read_keys(was).items():
-        if key in kept and key not in command and was.get(slot) != now.get(slot):
+        is_dropped = is_packaged or (renames and slot == "modulate")
+        if is_dropped and key in kept and key not in command and was.get(slot) != now.get(slot):
             value = kept.pop(key)
             notes.append(f"algorithm.{key}={value} of {source} is dropped: {cause} replaces {factory}")
     return notes

@@ -356,14 +356,17 @@ class _Spec:
                 targets = self.micro(credit.value_targets, index)
                 value_losses, value_metrics = self.algorithm.value_loss(values, rows, rows_scores, targets)
                 per_token, metrics = per_token + value_losses, metrics | value_metrics
-            counted = rows.loss_mask.astype(jnp.float32)
-            sums = {
+
+            def total(value: jax.Array, mask: jax.Array) -> jax.Array:
                 # where, not a product: off the mask a value may be infinite, and 0 * inf is NaN.
-                name: jnp.sum(jnp.where(rows.loss_mask, jax.lax.stop_gradient(value), jnp.float32(0.0)))
-                for name, value in {**metrics, "entropy": entropies}.items()
-            }
-            loss = jnp.sum(jnp.where(weights != 0, per_token * weights, jnp.float32(0.0)))
-            return loss, {**sums, "loss": jax.lax.stop_gradient(loss), "tokens": jnp.sum(counted)}
+                return jnp.sum(jnp.where(mask, value, jnp.float32(0.0)))
+
+            covered, sampled, one = weights != 0, rows.loss_mask, jnp.float32(1.0)
+            loss = total(per_token * weights, covered)
+            sums = {name: total(value, covered) for name, value in metrics.items()}
+            sums |= {"entropy": total(entropies, sampled), "loss": loss}
+            sums |= {"tokens": total(one, covered), "sampled": total(one, sampled)}
+            return loss, jax.lax.stop_gradient(sums)
 
         gradient = jax.grad(loss_of, has_aux=True)
         shapes = jax.eval_shape(gradient, state.params, start)
@@ -376,7 +379,7 @@ class _Spec:
         gradients, sums = jax.lax.fori_loop(start, stop, body, zeros)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients)))
         is_finite = jnp.logical_and(jnp.isfinite(norm), jnp.isfinite(sums["loss"]))
-        tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+        tokens, sampled = (jnp.maximum(sums.pop(name), 1.0) for name in ("tokens", "sampled"))
         # Sums, not means, are compared: the KL is bounded per trained token.
         is_near = sums.get("approx_kl", jnp.float32(0.0)) <= self.max_kl * tokens
         is_good = jnp.logical_and(is_finite, is_near)
@@ -385,8 +388,9 @@ class _Spec:
         stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
         # Selected on the device: the host would have to wait for the verdict of every step.
         new_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), stepped, state)
-        metrics = {name: value if name == "loss" else value / tokens for name, value in sums.items()}
-        metrics |= {"grad_norm": norm, "tokens": tokens}
+        counts = {"loss": jnp.float32(1.0), "entropy": sampled}
+        metrics = {name: value / counts.get(name, tokens) for name, value in sums.items()}
+        metrics |= {"grad_norm": norm, "tokens": tokens, "sampled": sampled}
         metrics["nonfinite"] = 1.0 - is_finite.astype(jnp.float32)
         metrics["kl_exceeded"] = jnp.logical_and(is_finite, jnp.logical_not(is_near)).astype(jnp.float32)
         return new_state, metrics

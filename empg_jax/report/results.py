@@ -41,12 +41,14 @@ def describe_update(
       version: the policy version that was trained.
       engine: the engine's counts during the update.
       credit: metrics of the credit assignment.
-      steps: metrics of each optimizer step, with their token counts.
+      steps: metrics of each optimizer step, with the numbers of tokens that were trained and sampled.
       seconds: wall time of the whole cycle: rollout, credit and optimizer steps.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     values = reduce_metrics((dict(step), float(step["tokens"])) for step in steps)
-    values.pop("tokens", None)
+    values |= reduce_metrics(({"entropy": step["entropy"]}, float(step["sampled"])) for step in steps)
+    for count in ("tokens", "sampled"):
+        values.pop(count, None)
     # Guards are counts of skipped steps, so the weighted mean above would be meaningless for them.
     left_out = 0.0
     for guard in ("nonfinite", "kl_exceeded"):
@@ -68,7 +70,7 @@ def describe_update(
         "lag_max": float(ages.max()),
         "tokens_sampled": float(engine.sampled_tokens),
         "optimizer_steps": len(steps) - left_out,
-        "tokens_trained": float(round(num_tokens * values["correction_kept"])),
+        "tokens_trained": float(round(num_tokens * values["loss_coverage"])),
         "tokens_prefilled": float(engine.prefilled_tokens),
         "tokens_shared": float(engine.shared_tokens),
         "prefix_hits": engine.hit_rate,

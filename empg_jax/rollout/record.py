@@ -1,8 +1,9 @@
 """The episode record: one JSON object with an episode, its turns, and the credit of each turn.
 
 A run writes records of its training episodes (`empg_jax.run.rollouts`), and ``empg-jax credit`` reads and
-writes them. A hand-made turn needs only ``reward``, ``valid``, ``tokens`` and ``entropy``; every other field
-has a default. A record holds no prompts, so `make_trajectory` puts placeholders in their place.
+writes them. A hand-made turn needs only ``reward``, ``valid``, ``tokens`` and, for a modulation, ``entropy``;
+every other field has a default. A record holds no prompts, so `make_trajectory` puts placeholders in their
+place. A number that is not known is null there, or absent.
 """
 
 from __future__ import annotations
@@ -17,59 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from empg_jax.errors import UserError
 from empg_jax.rollout.episode import anchor_of
+from empg_jax.rollout.record_fields import Record as Record
+from empg_jax.rollout.record_fields import RecordError as RecordError
+from empg_jax.rollout.record_fields import check_episode
 from empg_jax.types import Batch, Outcome, Status, Trajectory, Turn, TurnCredit
 
-Record = dict[str, Any]
-
-NUMBER = (int, float)
-# Field -> its JSON type, and the name of that type in messages. All fields are optional except those in
-# NEEDED.
-EPISODE_FIELDS: dict[str, tuple[Any, str]] = {
-    "update": (int, "an integer"),
-    "group_id": (int, "an integer"),
-    "member": (int, "an integer"),
-    "task": (int, "an integer"),
-    "split": (str, "a string"),
-    "group": (str, "a string"),
-    "status": (str, "a string"),
-    "reason": (str, "a string"),
-    "detail": (str, "a string"),
-    "return": (NUMBER, "a number"),
-    "success": (bool, "true or false"),
-    "terminated": (bool, "true or false"),
-    "truncated": (bool, "true or false"),
-    "metrics": (dict, "an object"),
-    "last_observation": (str, "a string"),
-    "last_anchor": (str, "a string"),
-    "turns": (list, "a list of turns"),
-}
-TURN_FIELDS: dict[str, tuple[Any, str]] = {
-    "observation": (str, "a string"),
-    "response": (str, "a string"),
-    "reward": (NUMBER, "a number"),
-    "valid": (bool, "true or false"),
-    "finish_reason": (str, "a string"),
-    "version": (np.int32, "an integer of 32 bits"),
-    "tokens": (int, "an integer"),
-    "entropy": (NUMBER, "a number"),
-    "logprob": (NUMBER, "a number"),
-    "anchor": (str, "a string"),
-    "action": (str, "a string"),
-    "milestone": (bool, "true or false"),
-    "answer_logprob": (NUMBER, "a number"),
-    "token_ids": (list, "a list of integers of 32 bits"),
-    "token_logprobs": (list, "a list of numbers"),
-    "token_entropies": (list, "a list of numbers"),
-}
-MOST_TOKENS = 2**20  # of a turn: each has a place in a row of the batch
-NEEDED = ("turns", "reward", "valid", "tokens", "entropy")
 CREDIT_FIELDS = ("factor", "bonus", "advantage_base", "advantage")
-
-
-class RecordError(UserError):
-    """A file of episode records cannot be used; the message names file, line and field."""
 
 
 # ------------------------------------------------------------------------------------------- writing
@@ -214,37 +169,55 @@ def _mean(values: np.ndarray) -> float | None:
 # ------------------------------------------------------------------------------------------- reading
 
 
-def read_episodes(path: Path) -> list[Record]:
+def read_episodes(path: Path, *, needs_entropy: bool = True) -> list[Record]:
     """Read and check the records of a ``.jsonl`` or ``.jsonl.gz`` file.
 
-    Missing groups and members are filled in: episodes of one task form one group (without a task, all
-    episodes form one group), and members are numbered in the order of the file.
+    Missing groups and members are filled in: episodes of one task of a split form one group (without a task,
+    all episodes of the split do), and members are numbered in the order of the file.
+
+    Args:
+      path: the file.
+      needs_entropy: refuse turns without an entropy.
 
     Raises:
       RecordError: the file cannot be read, or a field is missing or of another type.
     """
-    records: list[Record] = []
-    taken: set[tuple[int, int]] = set()
-    sizes: collections.Counter[int] = collections.Counter()
+    found: list[tuple[str, Record]] = []
     for number, line in _read_lines(path):
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
         except ValueError as error:
             raise RecordError(f"{where}: not JSON ({error})") from None
-        _check_episode(record, where)
-        # Defaults are filled in here, so that everything after it may rely on the fields.
-        record.setdefault("group_id", record.get("task", 0))
-        record.setdefault("member", sizes[record["group_id"]])
-        sizes[record["group_id"]] += 1
-        place = (record["group_id"], record["member"])
+        check_episode(record, where, needs_entropy=needs_entropy)
+        found.append((where, record))
+    if not found:
+        raise RecordError(f"{path}: no episodes in it")
+    _fill_places(found)
+    return [record for _, record in found]
+
+
+def _fill_places(found: Sequence[tuple[str, Record]]) -> None:
+    """Fill in groups and members, so that everything after it may rely on them."""
+    groups: dict[tuple[str, int], int] = {}
+    records = [record for _, record in found]
+    fresh = 1 + max(max(record.get("group_id", 0), record.get("task", 0)) for record in records)
+    for record in records:
+        task = record.get("task", 0)
+        if "group_id" not in record:
+            # The first split keeps the numbers of its tasks.
+            number = fresh if task in groups.values() else task
+            record["group_id"] = groups.setdefault((record.get("split", "train"), task), number)
+            fresh += record["group_id"] == fresh
+    taken: set[tuple[int, int]] = set()
+    sizes: collections.Counter[int] = collections.Counter()
+    for where, record in found:
+        group = record["group_id"]
+        place = (group, record.setdefault("member", sizes[group]))
+        sizes[group] += 1
         if place in taken:
             raise RecordError(f"{where}: member {place[1]} of group {place[0]} occurs twice")
         taken.add(place)
-        records.append(record)
-    if not records:
-        raise RecordError(f"{path}: no episodes in it")
-    return records
 
 
 def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
@@ -294,7 +267,9 @@ def _make_turn(fields: Mapping[str, Any], *, prompt: np.ndarray, fallback: str) 
         behavior_logprobs=np.asarray(
             fields.get("token_logprobs", [fields.get("logprob", 0.0)] * count), np.float32
         ),
-        entropies=np.asarray(fields.get("token_entropies", [fields["entropy"]] * count), np.float32),
+        entropies=np.asarray(
+            fields.get("token_entropies", [fields.get("entropy", math.nan)] * count), np.float32
+        ),
         reward=float(fields["reward"]),
         version=fields.get("version", 0),
         anchor=anchor_of(anchor),
@@ -320,61 +295,3 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise RecordError(f"{path}: no such file") from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: cannot be read ({error})") from None
-
-
-def _check_episode(record: Any, where: str) -> None:
-    if not isinstance(record, dict):
-        raise RecordError(f"{where}: expected one JSON object, an episode")
-    _check_fields(record, EPISODE_FIELDS, where, "")
-    if record.get("status", "trained") not in ("trained", "scored_zero"):
-        raise RecordError(f"{where}, status: expected trained or scored_zero, got {record['status']!r}")
-    if not record["turns"]:
-        raise RecordError(f"{where}, turns: expected at least one turn")
-    for k, turn in enumerate(record["turns"]):
-        name = f"turns[{k}]"
-        if not isinstance(turn, dict):
-            raise RecordError(f"{where}, {name}: expected an object")
-        _check_fields(turn, TURN_FIELDS, where, f"{name}.")
-        if not 1 <= turn["tokens"] <= MOST_TOKENS:
-            raise RecordError(f"{where}, {name}.tokens: expected 1 to {MOST_TOKENS}, got {turn['tokens']}")
-        for array in ("token_ids", "token_logprobs", "token_entropies"):
-            _check_array(turn, array, where, f"{name}.{array}")
-    # A trajectory sums the rewards again, so a return that differs would be ignored silently.
-    total = sum(turn["reward"] for turn in record["turns"])
-    if abs(record.get("return", total) - total) > 1e-4 * max(1.0, abs(total)):
-        raise RecordError(
-            f"{where}, return: {record['return']:g} is not the sum of the turns' rewards, {total:g}"
-        )
-
-
-def _check_fields(fields: Record, known: Mapping[str, tuple[Any, str]], where: str, prefix: str) -> None:
-    for name, (kind, words) in known.items():
-        if name not in fields:
-            if name in NEEDED:
-                raise RecordError(f"{where}, {prefix}{name}: missing; expected {words}")
-            continue
-        if not _is_of(fields[name], kind):
-            found = json.dumps(fields[name])[:60]
-            raise RecordError(f"{where}, {prefix}{name}: expected {words}, got {found}")
-
-
-def _check_array(turn: Record, name: str, where: str, field: str) -> None:
-    if name not in turn:
-        return
-    values, kind = turn[name], np.int32 if name == "token_ids" else NUMBER
-    if len(values) != turn["tokens"]:
-        raise RecordError(f"{where}, {field}: {len(values)} values for {turn['tokens']} tokens")
-    wrong = [value for value in values if not _is_of(value, kind)]
-    if wrong:
-        raise RecordError(
-            f"{where}, {field}: expected {TURN_FIELDS[name][1]}, got {json.dumps(wrong[0])[:60]} among them"
-        )
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Return whether a JSON value has a type; true and false are no numbers, and numbers must be finite."""
-    if isinstance(value, bool) and kind is not bool:
-        return False
-    if kind is np.int32:
-        return isinstance(value, int) and -(2**31) <= value < 2**31
-    return isinstance(value, kind) and not (isinstance(value, float) and not math.isfinite(value))

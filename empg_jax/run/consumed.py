@@ -29,15 +29,17 @@ def write_consumed(run_dir: Path, update: int, trajectories: Sequence[Trajectory
     lines = []
     for group_id, group in itertools.groupby(trajectories, key=lambda t: t.group_id):
         members = list(group)
-        versions = [turn.version for trajectory in members for turn in trajectory.turns]
+        turns = [turn for trajectory in members for turn in trajectory.turns]
+        # A turn's version is its oldest: with rollout.publish=burst its tokens may have newer ones.
+        newest = [turn.version if turn.versions is None else int(turn.versions.max()) for turn in turns]
         record = {
             "update": update,
             "group_id": group_id,
             "task": members[0].task,
             "split": members[0].split,
             "members": [trajectory.member for trajectory in members],
-            "version_min": min(versions),
-            "version_max": max(versions),
+            "version_min": min(turn.version for turn in turns),
+            "version_max": max(newest),
         }
         lines.append(json.dumps(record) + "\n")
     # One unbuffered write: a kill leaves all of the lines or a part that the next start removes.

@@ -61,7 +61,8 @@ def recompute_credit(config: Config, path: Path) -> tuple[list[Record], list[str
     Raises:
       RecordError: the file cannot be read, or a field is missing or mistyped.
     """
-    return make_recompute(config)(read_episodes(path))
+    needs_entropy = make_recipe_from(config).modulate is not None
+    return make_recompute(config)(read_episodes(path, needs_entropy=needs_entropy))
 
 
 def make_recompute(config: Config) -> Callable[[list[Record]], tuple[list[Record], list[str]]]:

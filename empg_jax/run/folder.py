@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
 from empg_jax.files import read_json_object, write_json_atomic, write_text_atomic
 from empg_jax.report.environment import describe_environment
+from empg_jax.run.lock import FILENAME as LOCK
 from empg_jax.run.step_folders import is_object_store, open_step_folders
 
 if TYPE_CHECKING:
@@ -39,6 +42,34 @@ def create_run_dir(config: Config) -> Path:
         if not run_dir.exists():
             return _make(run_dir, exist_ok=False)
     raise ConfigError(f"runs/{config.name}-{stamp} and its numbered siblings exist: set run_dir")
+
+
+@contextlib.contextmanager
+def undone_if_refused(config: Config, run_dir: Path) -> Iterator[None]:
+    """Remove what a new run wrote into its locked folder, if it is refused before its first checkpoint.
+
+    What lay there before stays; a folder without anything else goes, too, so that its name is free again.
+
+    Raises:
+      ConfigError: the refusal, as the block raised it.
+    """
+    kept = {path for path in run_dir.iterdir() if path.name != LOCK}
+    try:
+        yield
+    except ConfigError:
+        if not open_step_folders(checkpoint_dir(config, run_dir)).steps:
+            _remove(set(run_dir.iterdir()) - kept)
+            with contextlib.suppress(OSError):  # something of somebody else's is in it
+                run_dir.rmdir()
+        raise
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def checkpoint_dir(config: Config, run_dir: Path) -> Path | str:

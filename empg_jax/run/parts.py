@@ -46,13 +46,8 @@ from empg_jax.run.checkpoint import Checkpoints, Restored, check_base
 from empg_jax.run.devices import learner_devices
 from empg_jax.run.process import CompileCounter, PhaseClock, StopRequest
 from empg_jax.run.restoring import restore_state
-from empg_jax.run.sampling import (
-    check_split,
-    filter_of,
-    make_evaluator,
-    make_rollout,
-    make_sampler,
-)
+from empg_jax.run.sampling import filter_of, make_evaluator, make_rollout, make_sampler
+from empg_jax.run.splits import check_splits
 from empg_jax.run.weights import make_base, make_params
 from empg_jax.types import Params, Trajectory
 from empg_jax.workers.pool import EnvPool
@@ -185,8 +180,7 @@ def open_run(
       CheckpointError: on resume, no checkpoint can be used.
     """
     clock = PhaseClock()
-    if config.sft.updates and config.sft.data is None:  # told before anything is compiled
-        check_split(pool, "sft.split", config.sft.split)
+    check_splits(config, pool, hosts)
     with clock.phase("start"):
         language = _open_language(config, run_dir, hosts, is_resumed=is_resumed)
         # Programs that span hosts are started by all, so a stop waits for the first agreement after them.

@@ -13,18 +13,17 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.parallel.hosts import ALONE, Hosts
 from empg_jax.parallel.mesh import make_mesh
-from empg_jax.rollout.adaptive import AdaptiveOrder
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.episode import EpisodeRules
 from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.ledger import Ledger
-from empg_jax.rollout.order import Order, TaskOrder
 from empg_jax.rollout.schedule import read_schedule
 from empg_jax.rollout.stored import StoredCollector, group_episodes
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.devices import engine_devices
-from empg_jax.run.environment import eval_panels, find_spec
+from empg_jax.run.environment import find_spec
 from empg_jax.run.server import check_server, open_server
+from empg_jax.run.splits import check_split, count_panels, make_order
 from empg_jax.run.storage import load_trajectories
 from empg_jax.text.stops import StopSearch
 from empg_jax.text.tokenizer import Tokenizer
@@ -288,35 +287,6 @@ def make_evaluator(
     )
 
 
-def check_split(pool: EnvPool, key: str, split: str) -> None:
-    """Check that the environment has a split.
-
-    Args:
-      pool: environment workers.
-      key: the key that names the split.
-      split: its name.
-
-    Raises:
-      ConfigError: there is no such split, or it has no tasks.
-    """
-    if split not in pool.splits:
-        raise ConfigError(f"{key}={split} does not exist; the environment has {', '.join(pool.splits)}")
-    if not pool.splits[split]:
-        raise ConfigError(f"{key}={split} has no tasks")
-
-
-def count_panels(config: Config, pool: EnvPool) -> dict[str, int]:
-    """Return the number of tasks to attempt of each panel in ``env.eval_split``.
-
-    Raises:
-      ConfigError: the environment has no such split, or no tasks in it.
-    """
-    splits = eval_panels(config)
-    for split in splits:
-        check_split(pool, "env.eval_split", split)
-    return {split: min(config.eval.tasks, pool.splits[split]) for split in splits}
-
-
 def make_rollout(
     config: Config, engine: SamplingEngine, pool: EnvPool, language: Language, hosts: Hosts = ALONE
 ) -> RolloutThread:
@@ -330,7 +300,7 @@ def make_rollout(
     check_split(pool, "env.split", split)
     num_tasks = pool.splits[split] if stored is None else len(stored)
     ledger = Ledger(
-        _make_order(config, num_tasks, hosts),
+        make_order(config, num_tasks, hosts),
         group_size=r.group_size,
         groups_per_update=r.tasks_per_update // hosts.num,
         max_lag=config.train.max_lag,
@@ -352,15 +322,6 @@ def make_rollout(
     if r.schedule is not None:
         rollout.schedule = read_schedule(expand(r.schedule, "rollout.schedule"))
     return rollout
-
-
-def _make_order(config: Config, num_tasks: int, hosts: Hosts) -> Order:
-    if config.env.sampler == "uniform":
-        return TaskOrder(config.env.split, num_tasks, config.seed)
-    try:
-        return AdaptiveOrder(config.env.split, num_tasks, config.seed, (hosts.index, hosts.num))
-    except ValueError as error:
-        raise ConfigError(f"env.split={config.env.split} with env.sampler=adaptive: {error}") from None
 
 
 def check_rollout(config: Config, model: DecoderConfig) -> None:

@@ -247,10 +247,10 @@ def test_every_recipe_from_a_file_to_its_numbers(tmp_path, name, context):
     exact = name.removesuffix("_empg").removesuffix("_aem") not in ("graft", "graph_hca")
     atol = 5e-5 if exact else 1e-3  # divided by the spread of a state's moves: float32 against float64
     np.testing.assert_allclose(np.asarray(credit.turns.base)[:number], base, atol=2e-5 if exact else atol)
-    np.testing.assert_allclose(np.asarray(credit.turns.advantages)[:number], advantages, atol=atol)
-    rebuilt = credit.turns.base * credit.turns.factors + credit.turns.bonuses
-    shift = np.asarray(rebuilt - credit.turns.advantages)[:number][MASK]
-    np.testing.assert_allclose(shift, shift.mean(), atol=5e-5)  # centering alone is left
+    np.testing.assert_allclose(np.asarray(credit.turns.advantages)[:number], learned, atol=atol)
+    rebuilt = np.asarray(credit.turns.base * credit.turns.factors + credit.turns.bonuses)[:number]
+    shift = (rebuilt - advantages)[MASK]
+    np.testing.assert_allclose(shift, shift.mean(), atol=atol)  # centering alone is left
     means = turn_means(batch, np.asarray(credit.advantages))
     np.testing.assert_allclose(means, learned, atol=atol)
     assert not np.asarray(credit.advantages)[~batch.loss_mask].any()
@@ -258,6 +258,30 @@ def test_every_recipe_from_a_file_to_its_numbers(tmp_path, name, context):
         np.testing.assert_allclose(np.asarray(credit.value_targets), targets, atol=2e-5)
     # Uniformity is judged before penalties: the second group differs in raw returns as well.
     assert credit.metrics["mixed_groups"] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "grpo_empg", "correction": "{kind: tis, normalize: true}"},
+        {"name": "ppo_aem"},
+        {"name": "turn_ppo", "correction": "{kind: tis, normalize: true}"},
+    ],
+    ids=str,
+)
+def test_the_advantages_of_turns_are_those_of_the_loss(tmp_path, options):
+    """After whitening and the division by the mean weight, in the table and in the metrics."""
+    batch, scores, _, config = run(tmp_path, options)
+    noise = np.random.default_rng(2).normal(size=batch.tokens.shape).astype(np.float32)
+    credit = make_algorithm_from(config).credit(
+        batch, scores.replace(old_logprobs=scores.old_logprobs + noise)
+    )
+    means = turn_means(batch, np.asarray(credit.advantages))
+    np.testing.assert_allclose(np.asarray(credit.turns.advantages)[: len(EPISODES)], means, atol=1e-5)
+    assert np.abs(np.asarray(credit.turns.base)[: len(EPISODES)] - means).max() > 0.05
+    found = {name: float(credit.metrics[f"advantage_{name}"]) for name in ("mean", "abs_mean", "positive")}
+    wanted = {"mean": means[MASK].mean(), "abs_mean": np.abs(means[MASK]).mean()}
+    assert found == pytest.approx(wanted | {"positive": (means[MASK] > 0).mean()}, abs=1e-5)
 
 
 @pytest.mark.parametrize("context", ["transcript", "window"])

@@ -29,6 +29,18 @@ def test_uniform_groups_leave_sampos_loss_and_nothing_else(tmp_path):
     np.testing.assert_allclose(weights, first / first.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("key", ["drop_void: turn", "mask_truncated: trajectory", "drop_uniform: group"])
+def test_the_share_of_tokens_that_the_loss_covers(tmp_path, key):
+    name, value = key.split(": ")
+    batch, scores, _, config = run(tmp_path, {"name": "grpo", name: value})
+    if name == "drop_uniform":
+        batch = batch.replace(returns=np.where(batch.group_ids == 1, np.float32(0.5), batch.returns))
+    credit = make_algorithm_from(config).credit(batch, scores)
+    covered = (np.asarray(credit.loss_weights) != 0).sum() / batch.loss_mask.sum()
+    np.testing.assert_allclose(credit.metrics["loss_coverage"], covered, rtol=1e-6)
+    assert covered < 1 and credit.metrics["correction_kept"] == 1
+
+
 def test_entropy_ratio_clipping_removes_gradients_only(tmp_path):
     """Where entropies doubled the loss keeps its value without a gradient; the others keep both."""
     batch, scores, credit, config = run(tmp_path, {"name": "erc", "entropy_source": "learner"})

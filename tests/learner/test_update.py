@@ -240,6 +240,22 @@ def test_clip_ranges_of_the_credit_reach_the_loss(learner, problem, parts):
         np.testing.assert_allclose(metrics["clip_fraction"], clipped.sum() / mask[rows].sum(), rtol=1e-5)
 
 
+def test_metrics_of_trained_tokens_leave_out_what_the_loss_does_not_cover(learner, problem, parts):
+    """The loss covers the even turns; entropies are those of all sampled tokens."""
+    batch, scores, credit = parts
+    rows, mask = problem[0].minibatch_ids == 0, problem[0].loss_mask
+    covered = mask & (problem[0].turn_ids % 2 == 0)
+    ratios = np.where(covered, np.float32(0.2), np.float32(1.0))
+    moved = scores.replace(old_logprobs=scores.old_logprobs + ratios)
+    weights = credit.replace(loss_weights=jnp.where(covered, credit.loss_weights, 0))
+    bounds = [np.int32(x) for x in problem[1].bounds[0]]
+    _, metrics = learner.update(start(learner), batch, moved, weights, *bounds)
+    assert float(metrics["tokens"]) == covered[rows].sum() < mask[rows].sum() == float(metrics["sampled"])
+    np.testing.assert_allclose(metrics["ratio"], np.exp(-0.2), rtol=1e-4)
+    entropy = np.asarray(scores.entropies)[rows][mask[rows]].mean()
+    np.testing.assert_allclose(metrics["entropy"], entropy, rtol=1e-5)
+
+
 def test_an_empty_range_adds_no_gradient(learner, parts):
     state, metrics = learner.update(start(learner), *parts, np.int32(0), np.int32(0))
     assert_trees_equal(state.params, start(learner).params)

@@ -140,7 +140,7 @@ def without(name):
     [
         ({"turns": [TURN, without("entropy")]}, r"line 2, turns\[1\]\.entropy: missing; expected a number"),
         ({"turns": [TURN | {"reward": "1"}]}, r'turns\[0\]\.reward: expected a number, got "1"'),
-        ({"turns": [TURN | {"entropy": None}]}, r"turns\[0\]\.entropy: expected a number, got null"),
+        ({"turns": [TURN | {"entropy": None}]}, r"turns\[0\]\.entropy: missing; expected a number"),
         ({"turns": [TURN | {"valid": 1}]}, r"turns\[0\]\.valid: expected true or false, got 1"),
         ({"turns": [TURN | {"tokens": True}]}, r"turns\[0\]\.tokens: expected an integer, got true"),
         ({"turns": [TURN | {"tokens": 0}]}, r"turns\[0\]\.tokens: expected 1 to 1048576, got 0"),
@@ -189,6 +189,13 @@ def test_a_missing_and_a_damaged_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-12])
     with pytest.raises(RecordError, match=r"cut\.jsonl\.gz: cannot be read"):
         read_episodes(path)
+
+
+def test_tasks_of_one_number_in_two_splits_are_two_groups(tmp_path):
+    places = [("train", 0), ("test", 0), ("train", 1), ("test", 0), ("test", 1), ("train", 0)]
+    records = [{"turns": [TURN], "split": split, "task": task} for split, task in places]
+    found = read_episodes(write(tmp_path, *records))
+    assert [(r["group_id"], r["member"]) for r in found] == [(0, 0), (2, 0), (1, 0), (2, 1), (3, 0), (0, 1)]
 
 
 def test_a_number_too_large_for_float32_is_none():

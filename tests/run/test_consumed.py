@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+
 from empg_jax.run.consumed import drop_consumed, read_consumed, write_consumed
 from tests.episodes import Episodes
 
@@ -33,6 +35,14 @@ def test_a_line_per_group_with_its_versions(tmp_path):
     ]
     first = {"split": "train", "members": [0, 1], "version_min": 0, "version_max": 2}
     assert first.items() <= lines[0].items()
+
+
+def test_the_newest_version_is_that_of_any_token(tmp_path):
+    """Weights that arrive in the middle of a response are newer than its turn's version."""
+    turns = [EPISODES.turn([1], 3, version=4, versions=np.array([4, 4, 6], np.int32)), EPISODES.turn([1], 1)]
+    write_consumed(tmp_path, 1, [EPISODES.trajectory(turns)])
+    (line,) = read_consumed(tmp_path)
+    assert (line["version_min"], line["version_max"]) == (0, 6)
 
 
 def test_what_will_be_repeated_or_is_not_whole_is_removed(tmp_path):

@@ -116,6 +116,57 @@ def test_a_critic_is_taken_as_zero_and_that_is_said(tmp_path):
     assert result.exit_code == 0 and "values are taken as 0" in result.stderr
 
 
+@pytest.mark.parametrize("keys", ["name=grpo_empg", "name=grpo_aem aem.scope=batch"])
+def test_groups_that_a_filter_drops_do_not_enter_the_modulation(tmp_path, keys):
+    """A group of equal returns has the extreme entropies; without it, the other has the same credit."""
+    mixed = [
+        {"group_id": 0, "turns": [TURN | {"entropy": 0.4 + 0.1 * i}, TURN | {"reward": float(i)}]}
+        for i in range(2)
+    ]
+    uniform = [
+        {"group_id": 1, "turns": [TURN | {"entropy": 3.0 * i}, TURN | {"reward": 1.0}]} for i in range(2)
+    ]
+    changes = [f"algorithm.{key}" for key in ("drop_uniform=group", *keys.split())]
+    alone = credit("quickstart", write(tmp_path / "a.jsonl", mixed), *changes)
+    both = credit("quickstart", write(tmp_path / "b.jsonl", mixed + uniform), *changes)
+    for name in ("factor", "bonus", "advantage"):
+        np.testing.assert_allclose(column(both[:2], name), column(alone, name), atol=1e-6)
+    assert set(column(both[2:], "factor")) == {1.0} and set(column(both[2:], "bonus")) == {0.0}
+    without = credit("quickstart", tmp_path / "b.jsonl", *changes[1:])
+    assert np.abs(column(without[:2], "factor") - column(alone, "factor")).max() > 0.01
+
+
+@pytest.mark.parametrize("turn", [TURN | {"entropy": None, "logprob": None}, {**TURN, "entropy": None}])
+def test_entropies_that_a_server_did_not_tell_are_needed_by_a_modulation_alone(tmp_path, turn):
+    """Evaluations of a policy behind a server write null where they know none."""
+    known = credit("quickstart", write(tmp_path / "k.jsonl", [{"turns": [TURN]}] * 2), *PLAIN)
+    path = write(tmp_path / "e.jsonl", [{"turns": [turn | {"token_entropies": [None] * 3}]}] * 2)
+    found = credit("quickstart", path, *PLAIN)
+    assert column(found, "advantage").tolist() == column(known, "advantage").tolist()
+    refused = call("quickstart", path)
+    assert refused.exit_code == 2
+    assert "line 1, turns[0].entropy: missing" in refused.stderr and "modulation=none" in refused.stderr
+
+
+@pytest.mark.parametrize("reward", [1e39, -1e300, 10**400])
+def test_a_reward_beyond_float32_is_refused(tmp_path, reward):
+    path = write(tmp_path / "e.jsonl", [{"turns": [TURN | {"reward": reward}]}])
+    result = call("quickstart", path, *PLAIN)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert f"{path}, line 1, turns[0].reward: expected a number within float32" in result.stderr
+    twice = write(tmp_path / "t.jsonl", [{"turns": [TURN | {"reward": 3e38}] * 2}])
+    assert "the sum of their rewards is 6e+38" in call("quickstart", twice, *PLAIN).stderr
+
+
+@pytest.mark.parametrize("name", ["ppo", "turn_ppo"])
+def test_whitened_advantages_are_told_as_the_loss_uses_them(tmp_path, name):
+    """All turns have as many tokens, so the mean of their advantages is 0."""
+    path = write(tmp_path / "e.jsonl", [{"turns": [TURN, TURN | {"reward": 1.0}]}, {"turns": [TURN]}])
+    found = credit("quickstart", path, f"algorithm.name={name}", *PLAIN)
+    assert column(found, "advantage").mean() == pytest.approx(0, abs=1e-5)
+    assert column(found, "advantage")[-1] < -0.5 and column(found, "advantage_base")[-1] == 0
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [

@@ -11,7 +11,7 @@ from empg_jax.algorithms import ALGORITHMS
 from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
 from empg_jax.run import assembly
-from empg_jax.run.sampling import check_split
+from empg_jax.run.splits import check_split
 from empg_jax.sft import warm_start as sft
 from empg_jax.sft.demonstrations import DemonstrationError, record_demonstrations
 from tests import runs

@@ -1,4 +1,7 @@
-"""Choice of the turns that the loss covers. Other turns leave the denominator, but not the statistics."""
+"""Choice of the turns that the loss covers. Other turns leave the denominator, but not the statistics.
+
+Only a filter (`drop_uniform`) takes its turns out of the statistics of the modulation, too.
+"""
 
 from typing import Literal
 
@@ -51,6 +54,8 @@ def drop_void(*, unit: Literal["turn", "trajectory"] = "turn") -> Part:
 def drop_uniform(*, unit: Literal["group"] = "group") -> Part:
     """Leave out groups whose attempts all have one raw return: dynamic filtering without another sample.
 
+    As that removes them beforehand, a modulation does not see them.
+
     Args:
       unit: Leave out the groups whose attempts all have one return.
     """
@@ -59,4 +64,4 @@ def drop_uniform(*, unit: Literal["group"] = "group") -> Part:
     def keep(batch: Batch, turns: Turns) -> Bool[Array, "N K"]:
         return turns.mask & has_spread(batch.returns, batch.group_ids)[:, None]
 
-    return Part("drop_uniform", {"unit": unit}, keep)
+    return Part("drop_uniform", {"unit": unit}, keep, is_filter=True)

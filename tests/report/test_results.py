@@ -1,0 +1,32 @@
+"""The numbers of an update: which tokens count as trained."""
+
+import pytest
+
+from empg_jax.engine.stats import EngineStats
+from empg_jax.learner.batching import BatchShape, Layout
+from empg_jax.report.results import describe_update
+from tests.episodes import Episodes
+
+EPISODES = Episodes()
+GUARDS = {"nonfinite": 0.0, "kl_exceeded": 0.0}
+
+
+def test_trained_tokens_are_those_that_the_loss_covers():
+    """Every mean weighs the optimizer steps by its own tokens: the entropy by all that were sampled."""
+    steps = [
+        {"ratio": 1.0, "entropy": 0.5, "tokens": 1.0, "sampled": 6.0, **GUARDS},
+        {"ratio": 2.0, "entropy": 1.5, "tokens": 3.0, "sampled": 2.0, **GUARDS},
+    ]
+    values = describe_update(
+        [EPISODES.trajectory([EPISODES.turn([1], 8)])],
+        Layout(((0, 1),), 1, 9, 1),
+        BatchShape(1, 1, 16, 1, 1, 1),
+        version=0,
+        engine=EngineStats(sampled_tokens=8),
+        credit={"correction_kept": 1.0, "loss_coverage": 0.5},
+        steps=steps,
+        seconds=1.0,
+    )
+    assert (values["tokens_trained"], values["tokens_sampled"]) == (4.0, 8.0)
+    assert (values["ratio"], values["entropy"]) == pytest.approx((1.75, 0.75))
+    assert "tokens" not in values and "sampled" not in values
