@@ -74,7 +74,11 @@ def view(
         Path | None, typer.Option(help="File to write, or folder to write it into (default RUN/view.html).")
     ] = None,
     what_if: Annotated[
-        str, typer.Option(help="Other algorithms to compute the credit of, for example grpo,grpo_aem.")
+        str,
+        typer.Option(
+            help="Other algorithms to compute the credit of, for example grpo,grpo_aem; module:function is "
+            "one of your own."
+        ),
     ] = "",
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve the page on this machine; it follows a run that trains.")
@@ -91,11 +95,10 @@ def view(
 
         if serve and out is not None:
             raise ConfigError("--serve writes no file: give --out or --serve")
-        names = [name for name in what_if.split(",") if name]
-        others = {
-            name: load_config(run / "config.yaml", [f"algorithm.name={name}"], drop_unused=True)
-            for name in names
-        }
+        others = {}
+        for name in filter(None, what_if.split(",")):
+            key = "algorithm.entry_point" if ":" in name else "algorithm.name"
+            others[name] = load_config(run / "config.yaml", [f"{key}={name}"], drop_unused=True)
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # as for credit
         if serve:
             serve_run(run, port=port, what_if=others, tell=typer.echo)
