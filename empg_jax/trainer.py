@@ -95,7 +95,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
     """Check the run and make its folder, then train in it; as `train`, on hosts that have met."""
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(make_progress(config, hosts))
-        check_shares(config, hosts)
+        check_shares(config, hosts.num)
         # Bad models and data are told before a folder is made and a model is built. A refusal is one message.
         model = check_model(config)
         if resume is None and asks_for_date(config):

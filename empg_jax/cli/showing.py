@@ -229,10 +229,14 @@ def plan(
     config: ConfigArgument,
     overrides: Overrides = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="Devices to plan for, by mesh.fsdp (default: those of mesh).")
+        int | None,
+        typer.Option(min=1, help="Devices to plan for, of all hosts, by mesh.fsdp (default: those of mesh)."),
+    ] = None,
+    hosts: Annotated[
+        int | None, typer.Option(min=1, help="Hosts to plan for (default: hosts.num, else one).")
     ] = None,
     memory_gib: Annotated[
-        float | None, typer.Option(min=0, help="Memory of a device in GiB, to compare with.")
+        float | None, typer.Option(help="Memory of a device in GiB, to compare with.")
     ] = None,
     chip: Annotated[
         str | None, typer.Option(help="h100, v5e, v5p or v6e: expected times too, and its memory.")
@@ -245,7 +249,8 @@ def plan(
         def load(changes: Sequence[str]) -> Config:
             return load_config(config, [*(overrides or []), *changes])
 
-        lines = explain(load, devices, None if memory_gib is None else memory_gib * 2**30, chip)
+        memory = None if memory_gib is None else memory_gib * 2**30
+        lines = explain(load, devices, memory, chip, hosts=hosts)
         typer.echo("\n".join(lines))
 
 
