@@ -113,15 +113,15 @@ def as_lines(plan: Plan, memory: float | None = None) -> list[str]:
     mesh = " x ".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     head = f"{plan.name}: {plan.num_params / 1e9:.3g} billion parameters, {mesh}"
     lines = [head, "GiB on the fullest device:"]
-    lines += [f"  {item.name:<15}{_gib(item.size):>9}  {item.phase:<8}{item.note}" for item in plan.items]
-    return [*lines, f"  {'at most':<15}{_gib(plan.total):>9}{_whose(plan)}{_verdict(plan.total, memory)}"]
+    lines += [f"  {item.name:<15}{in_gib(item.size):>9}  {item.phase:<8}{item.note}" for item in plan.items]
+    return [*lines, f"  {'at most':<15}{in_gib(plan.total):>9}{_whose(plan)}{_verdict(plan.total, memory)}"]
 
 
 def as_line(plan: Plan, memory: float | None = None) -> str:
     """Return the plan in one line, with its largest items."""
     largest = sorted(plan.items, key=lambda item: -item.size)[:4]
-    parts = ", ".join(f"{item.name} {_gib(item.size)}" for item in largest)
-    at_most = f"{_gib(plan.total)} GiB a device{_whose(plan)}"
+    parts = ", ".join(f"{item.name} {in_gib(item.size)}" for item in largest)
+    at_most = f"{in_gib(plan.total)} GiB a device{_whose(plan)}"
     return f"memory: at most {at_most} ({parts}){_verdict(plan.total, memory)}"
 
 
@@ -138,7 +138,8 @@ def _verdict(total: int, memory: float | None) -> str:
     return share + (": does not fit" if total > memory else "")
 
 
-def _gib(size: int) -> str:
+def in_gib(size: int) -> str:
+    """Return a size in GiB, with more digits where it is small."""
     return f"{size / GIB:.2f}" if size >= GIB / 100 else f"{size / GIB:.4f}"
 
 
@@ -231,7 +232,7 @@ def suggest(config: Config, plan: Plan, load: Load, memory: float) -> list[str]:
         tried = [(total, c) for c in distinct if (total := peak(c)) is not None]
         found = useful + [(total, c) for total, c in tried if total <= memory]
     return [
-        f"  {' '.join(changes)}: {_gib(total)} GiB{', which fits' if total <= memory else ''}"
+        f"  {' '.join(changes)}: {in_gib(total)} GiB{', which fits' if total <= memory else ''}"
         for total, changes in sorted(found)
     ]
 
