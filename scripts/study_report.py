@@ -122,7 +122,7 @@ def _primary(results: Results) -> str:
         "Differences in the area in points, paired by seed, with 95 % bootstrap intervals over seeds within "
         f"task. p: two-sided sign-flip test, exact up to 16 pairs, else {SIGNS:,} sampled signs; Holm over "
         f"the study's comparisons ({len(results.study.comparisons)}) pooled over tasks, and apart from them "
-        "over those on single tasks. Detectable: the smallest true difference found with 80 % power, from the "
+        "over those on single tasks. Detectable: the smallest true difference found with 80 % power, by the "
         "observed spread, at 5 % divided by the number of comparisons, where Holm's correction begins; none "
         "where all pairs together cannot reach that level. Registered: what was expected before the first "
         "run. Fewer than six pairs have no interval."

@@ -63,8 +63,8 @@ def check_counts(config: Config, counts: Sequence[int], kind: str) -> None:
     where, own = "there" if hosts == 1 else "on each host", rollout.devices or 0
     if own >= least:
         raise ConfigError(
-            f"rollout.devices={own} leaves the learner none of the {least} devices that are {where} ({kind}): "
-            "use fewer, or null to share them"
+            f"rollout.devices={own} leaves the learner none of the {least} devices that are {where} "
+            f"({kind}): use fewer, or null to share them"
         )
     if hosts > 1:
         _check_shared(sizes, hosts, least - own)
