@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from empg_jax.cli.app import ConfigArgument, Overrides, app, load_checked, load_run, reporting, say
 from empg_jax.cli.completing import complete_config, complete_env
 from empg_jax.config import Config, describe, list_choices, load_config
+from empg_jax.config.hosts import seats_of
 from empg_jax.config.yaml import find_packaged
 from empg_jax.errors import ConfigError
 from empg_jax.report.console import make_console
@@ -318,7 +319,12 @@ def show_simulation(
     lags: Annotated[str, typer.Option(help="Values of train.max_lag, one row each.")] = "0,1,2,4",
     splits: Annotated[
         str | None,
-        typer.Option(help="ENGINE:LEARNER devices, or a number that both share, for example 1:7,4:4,8."),
+        typer.Option(
+            help="ENGINE:LEARNER devices (of each host), or a number that both share, for example 1:7,4:4,8."
+        ),
+    ] = None,
+    hosts: Annotated[
+        int | None, typer.Option(min=1, help="Hosts of the run (default: hosts.num, else one).")
     ] = None,
     measured: Annotated[
         Path | None, typer.Option("--from", metavar="RUN", help="Take what is not given from this run.")
@@ -339,10 +345,10 @@ def show_simulation(
     empg-jax simulate quickstart --from runs/NAME --splits 1:7,2:6,4:4,8
     """
     given = dict(locals())
-    for name in ("config", "overrides", "lags", "splits", "measured", "as_json"):
+    for name in ("config", "overrides", "lags", "splits", "hosts", "measured", "as_json"):
         del given[name]
     with reporting():
-        resolved = load_config(config, overrides or [])
+        resolved = load_config(config, [*(overrides or []), *seats_of(hosts)])
         run = None if measured is None else (measured, load_run(measured, [], option="--from"))
         from empg_jax.simulate.plan import make_plan, read_lags, read_splits
         from empg_jax.simulate.table import print_plan

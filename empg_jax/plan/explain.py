@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 
+from empg_jax.config.hosts import seats_of
 from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
 from empg_jax.hf.presets import PRESETS
@@ -22,9 +22,8 @@ from empg_jax.run.assembly import (
     micro_rows,
     shape_model,
 )
-from empg_jax.run.devices import check_counts
+from empg_jax.run.devices import check_planned
 from empg_jax.run.sampling import count_slots
-from empg_jax.run.together import check_shares
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -67,7 +66,7 @@ def spread(config: Config, devices: int) -> list[str]:
         raise ConfigError(f"--devices {devices}: {hosts} hosts need a multiple of {hosts}, as many on each")
     others = mesh.data * mesh.tensor * mesh.sequence
     learner = devices - hosts * (config.rollout.devices or 0)
-    if learner < 1 or mesh.fsdp * others == learner:  # `check` tells of a learner without devices
+    if learner < 1 or mesh.fsdp * others == learner:  # `check_planned` tells of a learner without devices
         return []
     if learner % others:
         what = "it" if learner == devices else f"the {learner} of the learner"
@@ -81,26 +80,6 @@ def spread(config: Config, devices: int) -> list[str]:
     if rows % shards:
         changes.append(f"train.micro_tokens={-(-rows // shards) * shards * config.rollout.max_tokens}")
     return changes
-
-
-def check(config: Config, devices: int | None) -> None:
-    """Check what a run checks of its hosts and devices.
-
-    Args:
-      config: the configuration.
-      devices: number of devices of all hosts; None: as many as it takes.
-
-    Raises:
-      ConfigError: the run would be refused; the message names the keys.
-    """
-    hosts, r = config.hosts.num or 1, config.rollout
-    check_shares(config, hosts)
-    if devices is None:
-        learner = -(-math.prod(vars(config.mesh).values()) // hosts)
-        each = learner + r.devices if r.devices else max(learner, r.data * r.tensor)
-        check_counts(config, [each] * hosts, "planned")
-    else:
-        check_counts(config, [devices // hosts] * hosts, f"--devices {devices}")
 
 
 def as_lines(plan: Plan, memory: float | None = None) -> list[str]:
@@ -177,12 +156,11 @@ def explain(
     """
     if memory is not None and not memory > 0:
         raise ConfigError(f"--memory-gib {memory / GIB:g}: a device has more than 0 GiB")
-    # Where the others would meet does not matter: nobody is asked.
-    seat = [] if hosts is None else [f"hosts.num={hosts}", "hosts.index=0", "hosts.coordinator=host0:8476"]
+    seat = seats_of(hosts)
     config = load(seat)
     changes = [] if devices is None else spread(config, devices)
     config = load([*seat, *changes]) if changes else config
-    check(config, devices)
+    check_planned(config, devices)
     model = find_shape(config)
     plan = compute_plan(config, model)
     if memory is None and chip is not None:

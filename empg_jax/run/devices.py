@@ -73,6 +73,47 @@ def check_counts(config: Config, counts: Sequence[int], kind: str) -> None:
     _check(engine, own or least, f"{where} ({kind})")
 
 
+def check_planned(config: Config, devices: int | None = None) -> None:
+    """Check what a run checks of its hosts and devices, without them.
+
+    Args:
+      config: the configuration; ``hosts.num`` is the number of hosts, one by default.
+      devices: number of devices of all hosts; None: as many as it takes.
+
+    Raises:
+      ConfigError: the run would be refused; the message names the keys.
+    """
+    hosts, r = config.hosts.num or 1, config.rollout
+    check_shares(config, hosts)
+    if devices is None:
+        learner = -(-math.prod(vars(config.mesh).values()) // hosts)
+        each = learner + r.devices if r.devices else max(learner, r.data * r.tensor)
+        check_counts(config, [each] * hosts, "planned")
+    else:
+        check_counts(config, [devices // hosts] * hosts, f"--devices {devices}")
+
+
+def check_shares(config: Config, num_hosts: int) -> None:
+    """Check that the work can be shared by so many hosts, before anything is written.
+
+    Raises:
+      ConfigError: it cannot; the message names the key.
+    """
+    if num_hosts == 1:
+        return
+    tasks = config.rollout.tasks_per_update
+    if tasks % num_hosts:
+        right = -(-tasks // num_hosts) * num_hosts
+        raise ConfigError(
+            f"rollout.tasks_per_update={tasks} groups cannot be shared by {num_hosts} hosts evenly: use a "
+            f"multiple, for example rollout.tasks_per_update={right}"
+        )
+    if config.rollout.schedule is not None:
+        raise ConfigError(
+            f"rollout.schedule={config.rollout.schedule} repeats a run of one host; here are {num_hosts}"
+        )
+
+
 def _check_shared(sizes: dict[str, int], hosts: int, least: int) -> None:
     """Check that the learner's mesh takes equally many devices of every host."""
     needed = math.prod(sizes.values())
