@@ -32,6 +32,7 @@ from empg_jax.run.assembly import asks_for_date, describe_algorithm, make_langua
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.consumed import drop_consumed, write_consumed
 from empg_jax.run.cpu import cpu_seconds
+from empg_jax.run.devices import check_shares
 from empg_jax.run.environment import keep_date, keep_texts
 from empg_jax.run.evaluating import evaluate, evaluate_before
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, undone_if_refused, write_run_info
@@ -47,7 +48,6 @@ from empg_jax.run.saving import is_time_to_save, mark_boundary, save, save_after
 from empg_jax.run.server import closing_sampler
 from empg_jax.run.together import (
     add_counts,
-    check_shares,
     check_store,
     gather_delivery,
     keep_place,
@@ -96,7 +96,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
     is_resume = resume is not None
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(make_progress(config, hosts))
-        check_shares(config, hosts)
+        check_shares(config, hosts.num)
         # Bad models and data are told before a folder is made and a model is built. A refusal is one message.
         model = check_model(config)
         if resume is None and asks_for_date(config):

@@ -116,14 +116,16 @@ def _primary(results: Results) -> str:
                 f"{results.study.planned_effect:g}",
             ]
         )
-    heads = ["task", "comparison", "pairs", "difference", "p", "p, Holm", "sd", "detectable", "registered"]
+    heads = ["task", "comparison", "pairs", "difference", "p", "p, Holm", "sd"]
+    heads += ["detectable after Holm", "registered"]
     note = (
         "Differences in the area in points, paired by seed, with 95 % bootstrap intervals over seeds within "
         f"task. p: two-sided sign-flip test, exact up to 16 pairs, else {SIGNS:,} sampled signs; Holm over "
         f"the study's comparisons ({len(results.study.comparisons)}) pooled over tasks, and apart from them "
-        "over those on single tasks. Detectable: the smallest true difference found with 80 % power at 5 %, "
-        "from the observed spread; registered: what was expected before the first run. Fewer than six pairs "
-        "have neither interval nor power."
+        "over those on single tasks. Detectable: the smallest true difference found with 80 % power, by the "
+        "observed spread, at 5 % divided by the number of comparisons, where Holm's correction begins; none "
+        "where all pairs together cannot reach that level. Registered: what was expected before the first "
+        "run. Fewer than six pairs have no interval."
     )
     return f"## Primary measure: paired differences\n\n{note}\n\n{_table(heads, rows)}"
 

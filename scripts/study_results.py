@@ -164,13 +164,13 @@ def compare_arms(results: Results, key: str) -> list[Comparison]:
         for task in study.tasks
         for pair in study.comparisons
     }
-    single = {where: compare([values]) for where, values in by_task.items()}
+    single = {where: compare([values], len(by_task)) for where, values in by_task.items()}
     with_pairs = {
         pair: tuple(task for task in study.tasks if len(by_task[task, *pair])) for pair in study.comparisons
     }
     overall = study.only_task
     pooled = {
-        (overall, *pair): compare([by_task[task, *pair] for task in study.tasks])
+        (overall, *pair): compare([by_task[task, *pair] for task in study.tasks], len(study.comparisons))
         for pair in study.comparisons
     }
     families = [pooled] if len(study.tasks) == 1 else [pooled, single]

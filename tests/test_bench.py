@@ -62,11 +62,16 @@ def test_the_command_tells_rates_in_a_table_or_as_json_and_leaves_nothing(tmp_pa
     ):
         assert told in table
     assert not list(tmp_path.iterdir())
-    # What the last line proposes can be run as it stands.
-    proposed = bench.as_lines(found, source)[-1]
-    command = shlex.split(proposed[proposed.index("empg-jax") :])[1:]
-    done = CliRunner().invoke(app, [*command, "--latency=0.1", "--turns=4", "--updates=8"])
-    assert done.exit_code == 0, done.stderr
+    # What the last line proposes can be run as it stands, also where prefill hides the time of decode.
+    rollout = found["tokens_per_second"]["rollout"]
+    for rates, rate in (({"decode": 500.0}, 500), ({}, rollout)):
+        known = {name: each for name, each in found["tokens_per_second"].items() if name != "decode"} | rates
+        proposed = bench.as_lines(found | {"tokens_per_second": known}, source)[-1]
+        assert ("--prefill-rate" in proposed) == bool(rates)
+        command = shlex.split(proposed[proposed.index("empg-jax") :])[1:]
+        done = CliRunner().invoke(app, [*command, "--latency=0.1", "--turns=4", "--updates=8", "--json"])
+        assert done.exit_code == 0, done.stderr
+        assert json.loads(done.stdout)["world"]["decode_rate"] == pytest.approx(rate, abs=0.5)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from empg_jax.config.load import RESUMABLE_KEYS
 from empg_jax.metrics import read_metrics
 from empg_jax.run.consumed import read_consumed
 from tests import runs
@@ -102,6 +103,30 @@ def test_a_launcher_without_arguments_tells_its_usage(launcher):
 
 
 # -------------------------------------------------------------------------------------------- executed
+
+
+def go_on(run, *overrides):
+    """The command that starts a run again, and what is said beside it."""
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").touch()
+    done = subprocess.run(
+        ["bash", HOST, run, "quickstart", *overrides],
+        env=os.environ | {"EMPG_COMMAND": "echo"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip(), done.stderr.strip()
+
+
+def test_a_run_that_goes_on_takes_what_may_change_and_names_the_rest(tmp_path):
+    may = [key.replace("*", "x") + "=1" for key in RESUMABLE_KEYS] + ["log={wandb: true}"]
+    command, told = go_on(tmp_path / "run", *may)
+    assert command == " ".join(["train", "--resume", str(tmp_path / "run"), *may]) and told == ""
+    command, told = go_on(tmp_path / "run", "seed=1", "train.updates=8", "train.updates_more=1")
+    assert command == f"train --resume {tmp_path / 'run'} train.updates=8"
+    assert told == f"{tmp_path / 'run'} goes on as it began; without effect: seed=1 train.updates_more=1"
+
 
 SRUN = """#!/usr/bin/env bash
 # Two nodes of one task each, with the variables that srun sets.

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from empg_jax.cli.app import ConfigArgument, Overrides, app, load_checked, load_run, reporting, say
 from empg_jax.cli.completing import complete_config, complete_env
 from empg_jax.config import Config, describe, list_choices, load_config
+from empg_jax.config.hosts import seats_of
 from empg_jax.config.yaml import find_packaged
 from empg_jax.errors import ConfigError
 from empg_jax.report.console import make_console
@@ -74,7 +75,11 @@ def view(
         Path | None, typer.Option(help="File to write, or folder to write it into (default RUN/view.html).")
     ] = None,
     what_if: Annotated[
-        str, typer.Option(help="Other algorithms to compute the credit of, for example grpo,grpo_aem.")
+        str,
+        typer.Option(
+            help="Other algorithms to compute the credit of, for example grpo,grpo_aem; module:function is "
+            "one of your own."
+        ),
     ] = "",
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve the page on this machine; it follows a run that trains.")
@@ -91,11 +96,10 @@ def view(
 
         if serve and out is not None:
             raise ConfigError("--serve writes no file: give --out or --serve")
-        names = [name for name in what_if.split(",") if name]
-        others = {
-            name: load_config(run / "config.yaml", [f"algorithm.name={name}"], drop_unused=True)
-            for name in names
-        }
+        others = {}
+        for name in filter(None, what_if.split(",")):
+            key = "algorithm.entry_point" if ":" in name else "algorithm.name"
+            others[name] = load_config(run / "config.yaml", [f"{key}={name}"], drop_unused=True)
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # as for credit
         if serve:
             serve_run(run, port=port, what_if=others, tell=typer.echo)
@@ -226,10 +230,14 @@ def plan(
     config: ConfigArgument,
     overrides: Overrides = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="Devices to plan for, by mesh.fsdp (default: those of mesh).")
+        int | None,
+        typer.Option(min=1, help="Devices to plan for, of all hosts, by mesh.fsdp (default: those of mesh)."),
+    ] = None,
+    hosts: Annotated[
+        int | None, typer.Option(min=1, help="Hosts to plan for (default: hosts.num, else one).")
     ] = None,
     memory_gib: Annotated[
-        float | None, typer.Option(min=0, help="Memory of a device in GiB, to compare with.")
+        float | None, typer.Option(help="Memory of a device in GiB, to compare with.")
     ] = None,
     chip: Annotated[
         str | None, typer.Option(help="h100, v5e, v5p or v6e: expected times too, and its memory.")
@@ -242,7 +250,8 @@ def plan(
         def load(changes: Sequence[str]) -> Config:
             return load_config(config, [*(overrides or []), *changes])
 
-        lines = explain(load, devices, None if memory_gib is None else memory_gib * 2**30, chip)
+        memory = None if memory_gib is None else memory_gib * 2**30
+        lines = explain(load, devices, memory, chip, hosts=hosts)
         typer.echo("\n".join(lines))
 
 
@@ -310,7 +319,12 @@ def show_simulation(
     lags: Annotated[str, typer.Option(help="Values of train.max_lag, one row each.")] = "0,1,2,4",
     splits: Annotated[
         str | None,
-        typer.Option(help="ENGINE:LEARNER devices, or a number that both share, for example 1:7,4:4,8."),
+        typer.Option(
+            help="ENGINE:LEARNER devices (of each host), or a number that both share, for example 1:7,4:4,8."
+        ),
+    ] = None,
+    hosts: Annotated[
+        int | None, typer.Option(min=1, help="Hosts of the run (default: hosts.num, else one).")
     ] = None,
     measured: Annotated[
         Path | None, typer.Option("--from", metavar="RUN", help="Take what is not given from this run.")
@@ -331,10 +345,10 @@ def show_simulation(
     empg-jax simulate quickstart --from runs/NAME --splits 1:7,2:6,4:4,8
     """
     given = dict(locals())
-    for name in ("config", "overrides", "lags", "splits", "measured", "as_json"):
+    for name in ("config", "overrides", "lags", "splits", "hosts", "measured", "as_json"):
         del given[name]
     with reporting():
-        resolved = load_config(config, overrides or [])
+        resolved = load_config(config, [*(overrides or []), *seats_of(hosts)])
         run = None if measured is None else (measured, load_run(measured, [], option="--from"))
         from empg_jax.simulate.plan import make_plan, read_lags, read_splits
         from empg_jax.simulate.table import print_plan

@@ -9,6 +9,14 @@ from pydantic import Field, field_validator, model_validator
 from empg_jax.config.algorithm import Section
 
 
+def seats_of(num: int | None) -> list[str]:
+    """Return the overrides that plan a run for this number of hosts; none for None.
+
+    Where the hosts would meet does not matter: nobody is asked.
+    """
+    return [] if num is None else [f"hosts.num={num}", "hosts.index=0", "hosts.coordinator=host0:8476"]
+
+
 class HostsConfig(Section):
     """The hosts that train together; by default found from the scheduler's variables, else this one alone."""
 

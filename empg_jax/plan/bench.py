@@ -25,6 +25,7 @@ from empg_jax.learner.state import TrainState
 from empg_jax.learner.update import Learner
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.plan.episodes import Form, choose_form, play
+from empg_jax.plan.explain import in_gib
 from empg_jax.plan.memory import compute_plan
 from empg_jax.plan.speed import forward_flops
 from empg_jax.report.progress import Progress
@@ -155,7 +156,7 @@ class Bench:
             "score": found["trained_tokens"] / median["score"],
             "update": self.config.train.epochs * found["trained_tokens"] / median["update"],
         }
-        if answer > 1.1 * prefill:
+        if self.length > 1 and answer > 1.1 * prefill:
             rates["decode"] = slots * (self.length - 1) / (answer - prefill)
         return rates
 
@@ -268,7 +269,11 @@ def _describe(made: Bench, found: Mapping[str, float]) -> dict[str, Any]:
 
 
 def as_lines(result: Mapping[str, Any], source: Sequence[str]) -> list[str]:
-    """Return a result as text; ``source`` are the words that name its configuration, overrides included."""
+    """Return a result as text; ``source`` are the words that name its configuration, overrides included.
+
+    The last line simulates a run by these rates. Where decode is too short to be told from prefill, the
+    rollout's own rate stands for both.
+    """
     each, rates, seconds = "s" * (result["devices"] > 1), result["tokens_per_second"], result["seconds"]
     lines = [
         f"{result['name']} on {result['devices']} {result['device']} device{each}: "
@@ -280,11 +285,13 @@ def as_lines(result: Mapping[str, Any], source: Sequence[str]) -> list[str]:
     for name, meaning in PARTS.items():
         rate = f"{rates[name]:,.0f}" if name in rates else ""
         lines.append(f"{name:<9}{seconds[name]:>9.3f}{rate:>12}  {meaning}")
-    decode = f"decode {rates['decode']:,.0f}" if "decode" in rates else "decode too short to tell from it"
+    decode, options = "decode too short to tell from it", f"--decode-rate {rates['rollout']:.0f} "
+    if "decode" in rates:
+        decode = f"decode {rates['decode']:,.0f}"
+        options = f"--decode-rate {rates['decode']:.0f} --prefill-rate {rates['prefill']:.0f} "
     gap = f"{result['logprob_gap']:.2g} nats in the mean, by at most {result['logprob_gap_max']:.2g}"
-    peak = "" if result["peak_bytes"] is None else f", {result['peak_bytes'] / 2**30:.2f} GiB in use at most"
-    options = f"--decode-rate {rates['decode']:.0f} " if "decode" in rates else ""
-    options += f"--prefill-rate {rates['prefill']:.0f} --publish-pause {seconds['pause']:.3f} "
+    peak = "" if result["peak_bytes"] is None else f", {in_gib(result['peak_bytes'])} GiB in use at most"
+    options += f"--publish-pause {seconds['pause']:.3f} "
     options += f"--update-seconds {seconds['learning']:.3g} --observation {result['prompt_tokens']} "
     options += f"--turns {result['turns']} --turns-kind constant "
     options += f"--tokens {result['response_tokens']} --tokens-kind constant"
@@ -294,6 +301,6 @@ def as_lines(result: Mapping[str, Any], source: Sequence[str]) -> list[str]:
         f"with all slots in step: prefill {rates['prefill']:,.0f} tokens/s, {decode}",
         f"the update computes at {result['product_share']:.0%} of this device's largest products",
         f"log-probs of engine and learner differ by {gap}",
-        f"memory of a device: {result['planned_bytes'] / 2**30:.2f} GiB planned at most{peak}",
+        f"memory of a device: {in_gib(result['planned_bytes'])} GiB planned at most{peak}",
         f"with your environments' times: empg-jax simulate {shlex.join(source)} {options}",
     ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from empg_jax.config.hosts import seats_of
 from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
 from empg_jax.hf.presets import PRESETS
@@ -21,6 +22,7 @@ from empg_jax.run.assembly import (
     micro_rows,
     shape_model,
 )
+from empg_jax.run.devices import check_planned
 from empg_jax.run.sampling import count_slots
 
 if TYPE_CHECKING:
@@ -54,19 +56,25 @@ def _preset_of(hub_id: str) -> str | None:
 def spread(config: Config, devices: int) -> list[str]:
     """Return the overrides that make a configuration use this number of devices, by its ``fsdp`` axis.
 
+    The engines' own ones (``rollout.devices``) are among them.
+
     Raises:
-      ConfigError: the other mesh axes do not divide the number of devices.
+      ConfigError: the hosts or the other mesh axes do not divide the number of devices.
     """
-    mesh = config.mesh
+    mesh, hosts = config.mesh, config.hosts.num or 1
+    if devices % hosts:
+        raise ConfigError(f"--devices {devices}: {hosts} hosts need a multiple of {hosts}, as many on each")
     others = mesh.data * mesh.tensor * mesh.sequence
-    if mesh.fsdp * others == devices:
+    learner = devices - hosts * (config.rollout.devices or 0)
+    if learner < 1 or mesh.fsdp * others == learner:  # `check_planned` tells of a learner without devices
         return []
-    if devices % others:
+    if learner % others:
+        what = "it" if learner == devices else f"the {learner} of the learner"
         raise ConfigError(
             f"--devices {devices}: mesh.data={mesh.data} x mesh.tensor={mesh.tensor} x "
-            f"mesh.sequence={mesh.sequence} does not divide it"
+            f"mesh.sequence={mesh.sequence} does not divide {what}"
         )
-    fsdp = devices // others
+    fsdp = learner // others
     shards, rows = mesh.data * fsdp, micro_rows(config)
     changes = [f"mesh.fsdp={fsdp}"]
     if rows % shards:
@@ -84,15 +92,15 @@ def as_lines(plan: Plan, memory: float | None = None) -> list[str]:
     mesh = " x ".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     head = f"{plan.name}: {plan.num_params / 1e9:.3g} billion parameters, {mesh}"
     lines = [head, "GiB on the fullest device:"]
-    lines += [f"  {item.name:<15}{_gib(item.size):>9}  {item.phase:<8}{item.note}" for item in plan.items]
-    return [*lines, f"  {'at most':<15}{_gib(plan.total):>9}{_whose(plan)}{_verdict(plan.total, memory)}"]
+    lines += [f"  {item.name:<15}{in_gib(item.size):>9}  {item.phase:<8}{item.note}" for item in plan.items]
+    return [*lines, f"  {'at most':<15}{in_gib(plan.total):>9}{_whose(plan)}{_verdict(plan.total, memory)}"]
 
 
 def as_line(plan: Plan, memory: float | None = None) -> str:
     """Return the plan in one line, with its largest items."""
     largest = sorted(plan.items, key=lambda item: -item.size)[:4]
-    parts = ", ".join(f"{item.name} {_gib(item.size)}" for item in largest)
-    at_most = f"{_gib(plan.total)} GiB a device{_whose(plan)}"
+    parts = ", ".join(f"{item.name} {in_gib(item.size)}" for item in largest)
+    at_most = f"{in_gib(plan.total)} GiB a device{_whose(plan)}"
     return f"memory: at most {at_most} ({parts}){_verdict(plan.total, memory)}"
 
 
@@ -104,11 +112,13 @@ def _whose(plan: Plan) -> str:
 def _verdict(total: int, memory: float | None) -> str:
     if memory is None:
         return ""
-    share = f"  {total / memory:.0%} of {memory / GIB:.0f} GiB"
+    size = f"{memory / GIB:.0f}" if memory >= 10 * GIB else f"{memory / GIB:.3g}"
+    share = f"  {total / memory:.0%} of {size} GiB"
     return share + (": does not fit" if total > memory else "")
 
 
-def _gib(size: int) -> str:
+def in_gib(size: int) -> str:
+    """Return a size in GiB, with more digits where it is small."""
     return f"{size / GIB:.2f}" if size >= GIB / 100 else f"{size / GIB:.4f}"
 
 
@@ -124,7 +134,12 @@ Load = Callable[[Sequence[str]], "Config"]
 
 
 def explain(
-    load: Load, devices: int | None = None, memory: float | None = None, chip: str | None = None
+    load: Load,
+    devices: int | None = None,
+    memory: float | None = None,
+    chip: str | None = None,
+    *,
+    hosts: int | None = None,
 ) -> list[str]:
     """Return a configuration's plan as text, with suggestions if it does not fit.
 
@@ -133,13 +148,19 @@ def explain(
       devices: number of devices to use (`spread`); the default is the size of the configuration's mesh.
       memory: bytes of a device; the default is that of ``chip``.
       chip: a device whose speed is expected, one of `plan.speed.CHIPS`.
+      hosts: number of hosts; the default is ``hosts.num``, or one.
 
     Raises:
-      ConfigError: the configuration is invalid, cannot use this number of devices, or the chip is unknown.
+      ConfigError: the configuration is invalid, cannot use this number of devices or hosts, the memory is not
+        above 0, or the chip is unknown.
     """
-    config = load([])
+    if memory is not None and not memory > 0:
+        raise ConfigError(f"--memory-gib {memory / GIB:g}: a device has more than 0 GiB")
+    seat = seats_of(hosts)
+    config = load(seat)
     changes = [] if devices is None else spread(config, devices)
-    config = load(changes) if changes else config
+    config = load([*seat, *changes]) if changes else config
+    check_planned(config, devices)
     model = find_shape(config)
     plan = compute_plan(config, model)
     if memory is None and chip is not None:
@@ -150,9 +171,11 @@ def explain(
         lines += speed_lines(config, model, chip)
     if changes:
         lines.insert(1, f"with {' '.join(changes)}, to use {devices} devices")
+    if (hosts := config.hosts.num or 1) > 1:
+        lines.insert(1, f"for {hosts} hosts, each with an engine of its own")
     if memory is not None and plan.total > memory:
         lines.append("each change, and the peak memory with it:")
-        lines += suggest(config, plan, lambda more: load([*changes, *more]), memory)
+        lines += suggest(config, plan, lambda more: load([*seat, *changes, *more]), memory)
     return lines
 
 
@@ -187,22 +210,22 @@ def suggest(config: Config, plan: Plan, load: Load, memory: float) -> list[str]:
         tried = [(total, c) for c in distinct if (total := peak(c)) is not None]
         found = useful + [(total, c) for total, c in tried if total <= memory]
     return [
-        f"  {' '.join(changes)}: {_gib(total)} GiB{', which fits' if total <= memory else ''}"
+        f"  {' '.join(changes)}: {in_gib(total)} GiB{', which fits' if total <= memory else ''}"
         for total, changes in sorted(found)
     ]
 
 
 def _candidates(config: Config, devices: int) -> Iterator[list[str]]:
-    model, mesh, rollout = config.model, config.mesh, config.rollout
+    model, mesh, rollout, hosts = config.model, config.mesh, config.rollout, config.hosts.num or 1
     yield ["model.remat=full"]
     yield ["model.dtype=bfloat16"]
     yield ["model.dtype=bfloat16", "model.param_dtype=bfloat16"]
     yield ["train.moments=bfloat16"]
     yield ["rollout.release=true"]
     yield [f"train.micro_tokens={rollout.max_tokens * mesh.data * mesh.fsdp}"]
-    yield [f"rollout.slots={max(1, count_slots(config, config.hosts.num or 1) // 4)}"]
+    yield [f"rollout.slots={max(1, count_slots(config, hosts) // 4)}"]
     for shards in (2, 4, 8):
-        if rollout.tensor < shards <= (rollout.devices or devices) // rollout.data:
+        if rollout.tensor < shards <= (rollout.devices or devices // hosts) // rollout.data:
             yield [f"rollout.tensor={shards}"]
     tokens = max(config.train.micro_tokens, rollout.max_tokens * mesh.data * mesh.fsdp * 2)
     yield [f"mesh.fsdp={mesh.fsdp * 2}", f"train.micro_tokens={tokens}"]

@@ -180,12 +180,19 @@ def speed_lines(config: Config, model: DecoderConfig, name: str) -> list[str]:
     chip = find_chip(name)
     speed = compute_speed(config, model, chip)
     compute, exchange, step = (f"{1e3 * each:.2f} ms" for each in (speed.compute, speed.exchange, speed.step))
-    return [
+    lines = [
         f"at best on {name}, a model from published peaks and not a measurement "
         f"({chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s, "
         f"links {chip.link / 1e9:.0f} GB/s):",
         f"  update  {speed.update_rate:,.0f} tokens/s: {compute} of computing beside {exchange} of exchange "
         f"for {speed.tokens} tokens, the head for all of them",
-        f"  decode  {speed.decode_rate:,.0f} tokens/s: {step} for a step of {speed.slots} slots, "
+    ]
+    if config.rollout.engine != "builtin":
+        return [*lines, f"  decode  unknown: rollout.engine={config.rollout.engine} samples elsewhere"]
+    hosts = config.hosts.num or 1
+    where = "on one host" if hosts == 1 else f"on each of {hosts} hosts"
+    return [
+        *lines,
+        f"  decode  {speed.decode_rate:,.0f} tokens/s {where}: {step} for a step of {speed.slots} slots, "
         "conversations half full",
     ]

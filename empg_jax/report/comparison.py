@@ -152,8 +152,13 @@ def name_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
             for key in differ
             if settings.get(key) is not None
         ]
-        arms.setdefault(", ".join(parts) or str(settings.get("algorithm.name", "all runs")), []).append(run)
+        arms.setdefault(", ".join(parts) or _algorithm(settings), []).append(run)
     return arms
+
+
+def _algorithm(settings: Mapping[str, Any]) -> str:
+    """Return the name of the algorithm; of one's own, which has none, its entry point."""
+    return str(settings.get("algorithm.name") or settings.get("algorithm.entry_point") or "all runs")
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from empg_jax.report.statistics import FEWEST
 from empg_jax.report.summary import wilson_interval
 
 RESAMPLES = 4000
@@ -34,9 +35,9 @@ def estimate(values: Sequence[float]) -> dict[str, Any]:
     """Average one value in [0, 1] per task, with the 95 % interval of the mean over tasks.
 
     Where every task was solved or not (one attempt each, or pass@k of k attempts), the interval is Wilson's.
-    Shares between 0 and 1 are resampled task by task. Where all tasks have the same share, resampling would
-    give an interval without width; then Wilson's formula takes the share as if each task were one trial,
-    which is wider than the truth, not narrower.
+    Shares between 0 and 1 are resampled task by task. Where fewer than six tasks differ from the most common
+    share, resampling would give an interval of too little width, or of none; then Wilson's formula takes the
+    mean as if each task were one trial, which is wider than the truth, not narrower.
 
     Returns:
       ``value``, ``interval`` (low, high), ``method`` (``wilson`` or ``bootstrap``), ``tasks``.
@@ -49,7 +50,8 @@ def estimate(values: Sequence[float]) -> dict[str, Any]:
     shares = np.asarray(values, np.float64)
     mean, tasks = float(shares.mean()), len(shares)
     is_proportion = bool(np.isin(shares, (0.0, 1.0)).all())
-    if is_proportion or np.ptp(shares) < 1e-12:
+    counts = np.unique(shares.round(12), return_counts=True)[1]
+    if is_proportion or tasks - counts.max() < FEWEST:
         low, high = wilson_interval(mean * tasks, tasks)
         method = "wilson"
     else:

@@ -33,8 +33,8 @@ class Difference:
       low, high: 95 % bootstrap interval, seeds resampled within each task; NaN below six pairs in a task.
       p: two-sided p-value of the sign-flip test.
       sd: standard deviation of the differences within a task (root mean square over tasks).
-      detectable: the smallest true difference that such pairs find with 80 % power at the 5 % level; NaN
-        below six pairs, which cannot reach that level.
+      detectable: the smallest true difference that such pairs find with 80 % power at the 5 % level, divided
+        by the number of comparisons; NaN of so few pairs that they cannot reach that level.
     """
 
     pairs: int
@@ -144,18 +144,25 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def detectable(standard_error: float, degrees: int) -> float:
-    """Compute the true difference found with 80 % power at the two-sided 5 % level.
+def detectable(standard_error: float, degrees: int, level: float = LEVEL) -> float:
+    """Compute the true difference found with 80 % power at a two-sided level.
 
     Args:
       standard_error: of the mean difference.
       degrees: degrees of freedom of its estimate (Student's t); pairs minus tasks.
+      level: of the test.
     """
-    return float(stdtrit(degrees, 1 - LEVEL / 2) + stdtrit(degrees, POWER)) * standard_error
+    return float(stdtrit(degrees, 1 - level / 2) + stdtrit(degrees, POWER)) * standard_error
 
 
-def compare(tasks: Sequence[np.ndarray]) -> Difference:
-    """Describe paired differences, one array over seeds per task; tasks without a pair are left out."""
+def compare(tasks: Sequence[np.ndarray], comparisons: int = 1) -> Difference:
+    """Describe paired differences.
+
+    Args:
+      tasks: one array over seeds per task; tasks without a pair are left out.
+      comparisons: number of comparisons that are tested together. Holm's correction tests the first of them
+        at 5 % divided by it, which is the level of what can be detected.
+    """
     tasks = [np.asarray(values, np.float64) for values in tasks if len(values)]
     if not tasks:
         return Difference(0, *[math.nan] * 6)
@@ -166,8 +173,9 @@ def compare(tasks: Sequence[np.ndarray]) -> Difference:
         variances = [float(values.var(ddof=1)) for values in tasks]
         sd = math.sqrt(sum(variances) / len(tasks))
         shares = [each / len(values) for each, values in zip(variances, tasks, strict=True)]
-        if pairs >= FEWEST:
-            smallest = detectable(math.sqrt(sum(shares)) / len(tasks), pairs - len(tasks))
+        if 2 / 2**pairs <= LEVEL / comparisons:  # all signs alike
+            error = math.sqrt(sum(shares)) / len(tasks)
+            smallest = detectable(error, pairs - len(tasks), LEVEL / comparisons)
     return Difference(pairs, center, low, high, sign_flip(tasks), sd, smallest)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -40,18 +42,76 @@ def check_devices(config: Config) -> None:
     Raises:
       ConfigError: there are too few devices; the message names the keys.
     """
-    mesh, rollout = dict(vars(config.mesh)), config.rollout
+    devices = jax.devices()
+    counts = collections.Counter(device.process_index for device in devices)
+    check_counts(config, list(counts.values()), devices[0].platform)
+
+
+def check_counts(config: Config, counts: Sequence[int], kind: str) -> None:
+    """Check that hosts with so many devices have enough for the learner and for the engine.
+
+    Args:
+      config: the configuration.
+      counts: number of devices of each host.
+      kind: what devices they are, for the message.
+
+    Raises:
+      ConfigError: there are too few; the message names the keys.
+    """
+    mesh, rollout, hosts, least = dict(vars(config.mesh)), config.rollout, len(counts), min(counts)
     sizes = {f"mesh.{axis}": size for axis, size in mesh.items()}
-    if (rollout.devices or 0) >= len(jax.local_devices()):
+    where, own = "there" if hosts == 1 else "on each host", rollout.devices or 0
+    if own >= least:
         raise ConfigError(
-            f"rollout.devices={rollout.devices} leaves the learner none of the {len(jax.local_devices())} "
-            f"devices of this machine ({jax.local_devices()[0].platform}): use fewer, or null to share them"
+            f"rollout.devices={own} leaves the learner none of the {least} devices that are {where} "
+            f"({kind}): use fewer, or null to share them"
         )
-    hosts = jax.process_count()
     if hosts > 1:
-        _check_shared(sizes, hosts, min(len(_learner_share(config, index)) for index in range(hosts)))
-    _check(sizes, learner_devices(config))
-    _check({"rollout.data": rollout.data, "rollout.tensor": rollout.tensor}, engine_devices(config))
+        _check_shared(sizes, hosts, least - own)
+    _check(sizes, hosts * (least - own), f"there ({kind})")
+    engine = {"rollout.data": rollout.data, "rollout.tensor": rollout.tensor}
+    _check(engine, own or least, f"{where} ({kind})")
+
+
+def check_planned(config: Config, devices: int | None = None) -> None:
+    """Check what a run checks of its hosts and devices, without them.
+
+    Args:
+      config: the configuration; ``hosts.num`` is the number of hosts, one by default.
+      devices: number of devices of all hosts; None: as many as it takes.
+
+    Raises:
+      ConfigError: the run would be refused; the message names the keys.
+    """
+    hosts, r = config.hosts.num or 1, config.rollout
+    check_shares(config, hosts)
+    if devices is None:
+        learner = -(-math.prod(vars(config.mesh).values()) // hosts)
+        each = learner + r.devices if r.devices else max(learner, r.data * r.tensor)
+        check_counts(config, [each] * hosts, "planned")
+    else:
+        check_counts(config, [devices // hosts] * hosts, f"--devices {devices}")
+
+
+def check_shares(config: Config, num_hosts: int) -> None:
+    """Check that the work can be shared by so many hosts, before anything is written.
+
+    Raises:
+      ConfigError: it cannot; the message names the key.
+    """
+    if num_hosts == 1:
+        return
+    tasks = config.rollout.tasks_per_update
+    if tasks % num_hosts:
+        right = -(-tasks // num_hosts) * num_hosts
+        raise ConfigError(
+            f"rollout.tasks_per_update={tasks} groups cannot be shared by {num_hosts} hosts evenly: use a "
+            f"multiple, for example rollout.tasks_per_update={right}"
+        )
+    if config.rollout.schedule is not None:
+        raise ConfigError(
+            f"rollout.schedule={config.rollout.schedule} repeats a run of one host; here are {num_hosts}"
+        )
 
 
 def _check_shared(sizes: dict[str, int], hosts: int, least: int) -> None:
@@ -65,11 +125,11 @@ def _check_shared(sizes: dict[str, int], hosts: int, least: int) -> None:
         )
 
 
-def _check(sizes: dict[str, int], devices: list[jax.Device]) -> None:
+def _check(sizes: dict[str, int], count: int, where: str) -> None:
     needed = math.prod(sizes.values())
-    if needed <= len(devices):
+    if needed <= count:
         return
     # Only the axes above 1 are named: they are the keys to lower.
     asked = " x ".join(f"{key}={size}" for key, size in sizes.items() if size > 1)
-    there = "1 device is" if len(devices) == 1 else f"{len(devices)} devices are"
-    raise ConfigError(f"{asked} needs {needed} devices, but {there} there ({devices[0].platform})")
+    there = "1 device is" if count == 1 else f"{count} devices are"
+    raise ConfigError(f"{asked} needs {needed} devices, but {there} {where}")

@@ -68,10 +68,6 @@ def make_engine(
     token_filter = NO_FILTER if is_served else filter_of(r)
     has_filter = is_served or not (token_filter.is_off and filter_of(config.eval).is_off)
     sizes = size_engine(config, stop_ids=stop_ids, num_hosts=num_hosts, has_filter=has_filter)
-    if sizes.slots % r.data:
-        raise ConfigError(
-            f"{sizes.slots} slots (rollout.slots) do not split over rollout.data={r.data} devices"
-        )
     try:
         mesh = make_mesh(data=r.data, tensor=r.tensor, devices=engine_devices(config))
     except ValueError as error:
@@ -106,8 +102,13 @@ def size_engine(
       stop_ids: tokens that end a response; no size depends on them.
       num_hosts: hosts that share the slots.
       has_filter: whether responses may filter the tokens that they sample.
+
+    Raises:
+      ConfigError: the slots cannot be split over ``rollout.data``.
     """
     r, slots = config.rollout, count_slots(config, num_hosts)
+    if slots % r.data:
+        raise ConfigError(f"{slots} slots (rollout.slots) do not split over rollout.data={r.data} devices")
     sizes = EngineConfig(
         slots=slots,
         max_tokens=r.max_tokens,

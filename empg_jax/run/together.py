@@ -43,27 +43,6 @@ SEE_SECONDS = 5.0  # a shared file system shows other hosts' files after a while
 Part = tuple[dict[str, Any], list[Trajectory]]  # JSON types, and episodes
 
 
-def check_shares(config: Config, hosts: Hosts) -> None:
-    """Check that the work can be shared by the hosts, before anything is written.
-
-    Raises:
-      ConfigError: it cannot; the message names the key.
-    """
-    if hosts.num == 1:
-        return
-    tasks = config.rollout.tasks_per_update
-    if tasks % hosts.num:
-        right = -(-tasks // hosts.num) * hosts.num
-        raise ConfigError(
-            f"rollout.tasks_per_update={tasks} groups cannot be shared by {hosts.num} hosts evenly: use a "
-            f"multiple, for example rollout.tasks_per_update={right}"
-        )
-    if config.rollout.schedule is not None:
-        raise ConfigError(
-            f"rollout.schedule={config.rollout.schedule} repeats a run of one host; here are {hosts.num}"
-        )
-
-
 def shared_facts(config: Config, resume: Path | None, step: int | None) -> dict[str, Any]:
     """Return what must be equal on all hosts: the version, the configuration, and what is resumed."""
     own = ("hosts.", "compile_cache", "log.progress")  # these may differ

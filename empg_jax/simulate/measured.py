@@ -6,13 +6,17 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_jax.errors import ConfigError
+from empg_jax.files import read_json_object
 from empg_jax.metrics import read_metrics
 from empg_jax.simulate.run import simulate
 from empg_jax.simulate.spread import Spread
 from empg_jax.simulate.world import World
+
+if TYPE_CHECKING:
+    from empg_jax.config import Config
 
 NEEDED = ("seconds_cycle", "seconds_update", "episode_turns", "response_tokens", "tokens_prefilled")
 FIT_UPDATES = 6
@@ -88,6 +92,16 @@ def read_run(run: Path, groups_per_update: int) -> Measured:
         - (groups_per_update * (1 - mean("mixed_groups")) + mean("groups_replaced"))
         / (groups_per_update + mean("groups_replaced")),
     )
+
+
+def read_hosts(run: Path, config: Config) -> Config:
+    """Return a run's configuration with the number of its hosts, which its folder keeps apart."""
+    attempts = sorted(run.glob("environment*.json"), key=lambda path: path.stat().st_mtime)
+    try:
+        num = read_json_object(attempts[-1])["processes"]
+    except (IndexError, KeyError, OSError, ValueError):  # written by hand, or by another version
+        num = 1
+    return config.model_copy(update={"hosts": config.hosts.model_copy(update={"num": num})})
 
 
 def _per_turn(lines: Sequence[dict[str, Any]]) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from empg_jax.errors import ConfigError
-from empg_jax.simulate.measured import Measured, fit_decode_rate, fit_latency, read_run
+from empg_jax.simulate.measured import Measured, fit_decode_rate, fit_latency, read_hosts, read_run
 from empg_jax.simulate.run import StandstillError, simulate
 from empg_jax.simulate.spread import Spread
 from empg_jax.simulate.tally import Result
@@ -27,7 +27,7 @@ ASSUMED_UPDATE = 1.0  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The devices of a run.
+    """The devices of a run; of several hosts, those of each.
 
     Attributes:
       engine, learner: devices of each side.
@@ -57,8 +57,9 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class SimulatedPlan:
-    """The rows, and in words what they were made from."""
+    """The rows, and in words what they were made from; all numbers are those of one of the run's hosts."""
 
+    hosts: int
     world: World
     notes: list[str]
     rows: list[Row]
@@ -75,7 +76,7 @@ class SimulatedPlan:
         world["episode_timeout"] = (
             None if math.isinf(self.world.episode_timeout) else world["episode_timeout"]
         )
-        return {"world": world, "notes": self.notes, "rows": rows}
+        return {"hosts": self.hosts, "world": world, "notes": self.notes, "rows": rows}
 
 
 def read_lags(text: str) -> list[int]:
@@ -125,19 +126,23 @@ def _at_least(value: int, least: int) -> int:
 
 
 def devices_of(config: Config) -> Split:
-    """Return the devices of a configuration."""
+    """Return the devices of a configuration, on each of its hosts."""
     mesh, rollout = config.mesh, config.rollout
-    learner = mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence
+    learner = mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence // _hosts_of(config)
     return Split(rollout.data * rollout.tensor, learner, is_shared=rollout.devices is None)
 
 
+def _hosts_of(config: Config) -> int:
+    return config.hosts.num or 1
+
+
 def sizes_of(config: Config) -> dict[str, Any]:
-    """Return what a configuration says of a world."""
-    r = config.rollout
+    """Return what a configuration says of a world, which is that of one host."""
+    r, hosts = config.rollout, _hosts_of(config)
     return {
         "group_size": r.group_size,
-        "groups_per_update": r.tasks_per_update,
-        "slots": r.slots or r.tasks_per_update * r.group_size,
+        "groups_per_update": r.tasks_per_update // hosts,
+        "slots": r.slots or r.tasks_per_update * r.group_size // hosts,
         "min_group_size": r.min_group_size,
         "max_refills": r.max_refills if r.filter_groups else None,
         "episode_timeout": r.episode_timeout,
@@ -155,18 +160,24 @@ def make_plan(
     splits: Sequence[Split] | None = None,
     run: tuple[Path, Config] | None = None,
 ) -> SimulatedPlan:
-    """Simulate a configuration for each lag and each split.
+    """Simulate a configuration for each lag and each split; of several hosts, one with its share.
 
     Args:
       config: the configuration.
       given: fields of the world that the user gave.
       lags: values of ``train.max_lag``.
-      splits: devices of each side; None is the configuration's own.
+      splits: devices of each side, on each host; None is the configuration's own.
       run: folder and configuration of a run that measured what was not given.
 
     Raises:
       ConfigError: a number is out of range, the run has none, or no row would ever end.
     """
+    if (hosts := _hosts_of(config)) > 1:
+        from empg_jax.run.devices import check_planned  # loads JAX, which one host does without
+
+        check_planned(config)
+    if run is not None:
+        run = run[0], read_hosts(*run)
     base = devices_of(config if run is None else run[1])
     if run is None:
         world, notes = _assume(config, given)
@@ -182,11 +193,12 @@ def make_plan(
         raise ConfigError(problems[0])
     notes += problems
     if any(row.split != base for row in rows):
+        of_host = " of a host" if run is not None and _hosts_of(run[1]) > 1 else ""
         notes.append(
-            f"rates hold for {_count(base.engine, 'engine')} and {_count(base.learner, 'learner')} and grow "
-            "in proportion to the devices of each side: a model, not a measurement"
+            f"rates hold for {_count(base.engine, 'engine')} and {_count(base.learner, 'learner')}{of_host} "
+            "and grow in proportion to the devices of each side: a model, not a measurement"
         )
-    return SimulatedPlan(world, notes, sorted(rows, key=lambda row: row.max_lag))
+    return SimulatedPlan(hosts, world, notes, sorted(rows, key=lambda row: row.max_lag))
 
 
 def _make_row(world: World, split: Split) -> Row:
@@ -264,9 +276,10 @@ def _measure(
         more = _tokens_trained(world) / _tokens_trained(its_world)
         world = dataclasses.replace(world, update_seconds=world.update_seconds * more)
         if abs(more - 1) > 1e-9:
-            notes.append(
-                f"an update has {more:.3g} times the tokens of the run's, and takes that much longer"
-            )
+            what = "an update has"
+            if max(_hosts_of(config), _hosts_of(its_config)) > 1:
+                what = "a host's part of an update has"
+            notes.append(f"{what} {more:.3g} times the tokens of the run's, and takes that much longer")
     if its_config.train.max_lag and devices_of(its_config).is_shared:
         notes.append(
             f"the run had train.max_lag={its_config.train.max_lag} on shared devices: its updates include "
@@ -309,6 +322,8 @@ def _tokens_trained(world: World) -> float:
 def _describe(config: Config, world: World) -> str:
     batch = f"{world.updates} updates of {world.groups_per_update} x {world.group_size} episodes"
     parts = [f"simulated, not measured: {config.name}, {batch}, {world.slots} slots, seed {world.seed}"]
+    if (hosts := _hosts_of(config)) > 1:
+        parts.append(f"one of {hosts} hosts, all alike: devices, episodes, slots and tokens are this host's")
     longest = world.turns.mean * world.long_stretch
     if world.long_share and longest > config.env.max_turns:
         parts.append(

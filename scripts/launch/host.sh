@@ -12,12 +12,17 @@ run=$1 config=$2
 shift 2
 read -ra command <<<"${EMPG_COMMAND:-.venv/bin/empg-jax}"
 if [[ -e $run/config.yaml ]]; then
-  # The folder holds the configuration; only the seats of the hosts may be others.
-  seats=()
+  # The folder holds the configuration. What a resumed run may change is passed on, the rest named.
+  command+=(train --resume "$run") left=()
   for override in "$@"; do
-    if [[ $override == hosts.* ]]; then seats+=("$override"); fi
+    case ${override%%=*} in
+    train.updates | train.profile | compile_cache | log | log.* | hosts | hosts.* | mesh | mesh.* | serve | serve.* | \
+      rollout.data | rollout.tensor | rollout.devices | rollout.release | \
+      rollout.url | rollout.weights_dir | rollout.request_timeout) command+=("$override") ;;
+    *) left+=("$override") ;;
+    esac
   done
-  command+=(train --resume "$run" "${seats[@]}")
+  [[ ${#left[@]} == 0 ]] || echo "$run goes on as it began; without effect: ${left[*]}" >&2
 else
   command+=(train "$config" "run_dir=$run" "$@")
 fi

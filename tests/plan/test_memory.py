@@ -430,3 +430,73 @@ def test_the_command_prints_the_plan():
     assert "4 layers, remat=full" in result.stdout and "of 16 GiB" in result.stdout
     refused = CliRunner().invoke(app, ["plan", "quickstart", "mesh.tensor=4", "--devices", "6"])
     assert refused.exit_code == 2 and "does not divide it" in refused.stderr
+
+
+def plan(*arguments):
+    return CliRunner().invoke(app, ["plan", "quickstart", *arguments])
+
+
+def test_the_hosts_of_a_plan_have_an_engine_each():
+    """128 episodes at a time: 32 slots on each of 4 hosts, and a step of theirs takes less time."""
+    found = {hosts: plan("--devices", "4", "--hosts", hosts, "--chip", "v5e").stdout for hosts in ("1", "4")}
+    slots = {
+        hosts: re.search(r"decode .* tokens/s (on .* hosts?): .* of (\d+) slots", text)
+        for hosts, text in found.items()
+    }
+    assert slots["1"].groups() == ("on one host", "128")
+    assert slots["4"].groups() == ("on each of 4 hosts", "32")
+    assert "for 4 hosts, each with an engine of its own" in found["4"] and "hosts" not in found["1"]
+    assert "32 slots of 256 tokens" in found["4"]
+    keys = ["hosts.num=4", "hosts.index=0", "hosts.coordinator=node0:8476"]
+    assert plan(*keys, "--devices", "4", "--chip", "v5e").stdout == found["4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["rollout.data=2", "rollout.tensor=2", "--devices", "2"],
+            "rollout.data=2 x rollout.tensor=2 needs 4 devices, but 2 devices are there (--devices 2)",
+        ),
+        (
+            ["rollout.tensor=4", "--devices", "8", "--hosts", "4"],
+            "rollout.tensor=4 needs 4 devices, but 2 devices are on each host (--devices 8)",
+        ),
+        (
+            ["rollout.devices=2", "--devices", "2"],
+            "rollout.devices=2 leaves the learner none of the 2 devices",
+        ),
+        (["--devices", "6", "--hosts", "4"], "--devices 6: 4 hosts need a multiple of 4, as many on each"),
+        (
+            ["mesh.data=3", "--hosts", "2"],
+            "mesh.data=3 needs 3 devices, but 2 hosts with 2 each for the learner",
+        ),
+        (
+            ["--hosts", "3", "--devices", "3"],
+            "rollout.tasks_per_update=16 groups cannot be shared by 3 hosts",
+        ),
+        (["rollout.data=3"], "128 slots (rollout.slots) do not split over rollout.data=3 devices"),
+        (["--memory-gib", "0"], "--memory-gib 0: a device has more than 0 GiB"),
+        (["--memory-gib", "-1"], "--memory-gib -1: a device has more than 0 GiB"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_by_the_plan(arguments, told):
+    refused = plan(*arguments)
+    assert refused.exit_code == 2 and told in refused.stderr and refused.stdout == ""
+
+
+def test_devices_of_the_engine_alone_are_among_those_of_the_plan():
+    done = plan("rollout.devices=2", "--devices", "4", "--hosts", "1")
+    assert done.exit_code == 0, done.stderr
+    assert "with mesh.fsdp=2 train.micro_tokens=1024, to use 4 devices" in done.stdout
+
+
+def test_a_small_memory_is_told_with_its_digits():
+    assert "39% of 0.25 GiB" in plan("--memory-gib", "0.25").stdout
+
+
+def test_another_program_has_no_rate_of_decoding_in_a_plan():
+    server = ["rollout.engine=openai", "rollout.url=http://127.0.0.1:8000"]
+    done = plan(*server, "--chip", "v5e")
+    assert done.exit_code == 0 and "tokens/s: " in done.stdout
+    assert done.stdout.endswith("  decode  unknown: rollout.engine=openai samples elsewhere\n")

@@ -162,6 +162,16 @@ def test_equal_settings_are_one_arm_named_after_the_algorithm(tmp_path):
     assert rows(tmp_path / "out")["success, area", "grpo", ""]["runs"] == "3"
 
 
+def test_an_algorithm_of_ones_own_is_named_by_its_entry_point(tmp_path):
+    made = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    own = {"name": None, "entry_point": "mine:RECIPE", "modulation": "none"}
+    for run in made:
+        config = yaml.safe_load((run / "config.yaml").read_text()) | {"algorithm": own}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    report(*made, "--out", tmp_path / "out")
+    assert {arm for _, arm, _ in rows(tmp_path / "out")} == {"mine:RECIPE"}
+
+
 def test_arms_of_whole_configurations_have_short_names(tmp_path):
     """Of the settings of EMPG only that is named in which the two arms with EMPG differ."""
     arms = (["algorithm.name=grpo"], [], ["algorithm.empg.k=2"], ["algorithm.name=grpo_aem"])

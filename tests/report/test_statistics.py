@@ -122,6 +122,15 @@ def test_a_comparison_of_enough():
     assert (found.low, found.high) == bootstrap([one, other])
 
 
+def test_what_holms_correction_cannot_reach_is_not_detectable():
+    """Six pairs reach p = 1 / 32, which is above 5 % where two are compared; seven reach 1 / 64."""
+    assert math.isnan(compare([np.arange(6.0)], 2).detectable)
+    found = compare([np.arange(7.0)], 2)
+    assert found.detectable == pytest.approx(detectable(found.sd / math.sqrt(7), 6, 0.025))
+    assert found.detectable > compare([np.arange(7.0)]).detectable > 0
+    assert math.isnan(compare([np.arange(7.0)], 4).detectable)
+
+
 def test_a_comparison_of_too_little():
     one = compare([np.array([0.5])])
     assert (one.pairs, one.mean, one.p) == (1, 0.5, 1) and math.isnan(one.sd) and math.isnan(one.low)

@@ -1,5 +1,7 @@
 """``empg-jax view`` with damaged, old and hostile runs, and served while a run goes on."""
 
+import base64
+import gzip
 import random
 import re
 import signal
@@ -140,6 +142,20 @@ def test_what_if_is_missing_where_a_file_cannot_be_computed(tmp_path):
         "note: what-if is missing for update-000001.jsonl.gz" in result.stderr
         and "reward: missing" in result.stderr
     )
+
+
+def test_what_if_takes_an_algorithm_of_ones_own(tmp_path):
+    name = "tests.test_algorithm_runs:OWN"
+    won, lost = [turn(0, reward=1.0)], [turn(0)]
+    episodes = [episode(1, 0, 0, success=True, turns=won), episode(1, 0, 1, turns=lost)]
+    run = make_run(tmp_path / "run", {1: episodes})
+    (run / "config.yaml").write_text(runs.configure(tmp_path / "none").to_yaml())
+    result = view(run, "--what-if", f"grpo,{name}")
+    assert result.exit_code == 0 and "note" not in result.stderr, result.stderr
+    head = re.search('id="data-head">([^<]*)', (run / "view.html").read_text())[1]
+    assert f'"{name}"' in gzip.decompress(base64.b64decode(head)).decode()
+    refused = view(run, "--what-if", "tests.test_algorithm_runs:MISSING")
+    assert refused.exit_code == 2 and "has no attribute 'MISSING'" in refused.stderr
 
 
 # ------------------------------------------------------------------------------------------------- served

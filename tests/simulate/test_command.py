@@ -70,6 +70,28 @@ def test_the_devices_of_the_configuration_are_the_default():
     assert (row["engine"], row["learner"], row["is_shared"]) == (1, 1, True)
 
 
+def test_one_of_several_hosts_is_simulated_with_its_share():
+    """Four hosts have a group of the four each, in four slots: a quarter of the tokens by an engine alike."""
+    devices = ["mesh.fsdp=4", "train.micro_tokens=4096"]
+    speeds = SPEEDS | {"latency": 0}
+    (alone,) = plan("quickstart", *SIZES, *devices, **speeds, lags="0")["rows"]
+    found = plan("quickstart", *SIZES, *devices, **speeds, lags="0", hosts=4)
+    (row,) = found["rows"]
+    assert (found["hosts"], found["world"]["groups_per_update"], found["world"]["slots"]) == (4, 1, 4)
+    assert (alone["learner"], row["learner"], row["engine"]) == (4, 1, 1)
+    assert alone["seconds_per_update"] == pytest.approx(1.0 + 1.6)
+    assert row["seconds_per_update"] == pytest.approx(0.25 + 1.6)
+    assert "40 updates of 1 x 4 episodes, 4 slots, seed 0; one of 4 hosts, all alike" in found["notes"][0]
+    keys = ["hosts.num=4", "hosts.index=0", "hosts.coordinator=node0:8476"]
+    assert plan("quickstart", *SIZES, *devices, *keys, **speeds, lags="0") == found
+    for overrides, hosts, told in (
+        (["rollout.slots=4"], 3, "rollout.tasks_per_update=4 groups cannot be shared by 3 hosts evenly"),
+        (["mesh.data=3"], 2, "mesh.data=3 needs 3 devices, but 2 hosts with 2 each for the learner"),
+    ):
+        refused = call("quickstart", *SIZES, *overrides, **speeds, hosts=hosts)
+        assert refused.exit_code == 2 and told in refused.stderr
+
+
 def test_the_table_says_what_it_was_made_from():
     done = call("quickstart", *SIZES, lags="0,4", updates=5, long_share=0.25, long_stretch=8)
     text = " ".join(done.stdout.split())
@@ -145,6 +167,25 @@ def write_run(folder, world, *overrides):
     text = "".join(json.dumps({"update": n} | (line if n else slow)) + "\n" for n in range(4))
     (folder / "metrics.jsonl").write_text(text)
     return seconds
+
+
+def test_a_run_of_several_hosts_tells_the_speed_of_each(tmp_path):
+    """Two hosts of 4 groups each by 800 tokens/s, on a device each; one host has all 8 and both devices."""
+    config = ["rollout.tasks_per_update=8", "rollout.group_size=4", "mesh.data=2"]
+    shape = {"turns": Spread(5.0, "constant"), "tokens": Spread(10.0, "constant"), "latency": Spread(0.0)}
+    host = World(
+        group_size=4, groups_per_update=4, slots=16, decode_rate=800.0, update_seconds=1.0, **shape, updates=6
+    )
+    write_run(tmp_path / "run", host, *config)
+    (tmp_path / "run" / "environment.json").write_text('{"processes": 2}')
+    kinds = {"turns_kind": "constant", "tokens_kind": "constant", "latency": 0, "lags": 0, "updates": 6}
+    found = plan(tmp_path / "run" / "config.yaml", **{"from": tmp_path / "run"}, **kinds, hosts=2)
+    assert found["world"]["decode_rate"] == pytest.approx(800, rel=0.05)
+    assert found["rows"][0]["seconds_per_update"] == pytest.approx(1.0 + 1.0, rel=0.05)
+    alone = plan(tmp_path / "run" / "config.yaml", **{"from": tmp_path / "run"}, **kinds, hosts=1)
+    assert alone["world"]["decode_rate"] == found["world"]["decode_rate"]
+    assert alone["rows"][0]["seconds_per_update"] == pytest.approx(2.0 + 1.0, rel=0.05)
+    assert any("a host's part of an update has 2 times the tokens" in note for note in alone["notes"])
 
 
 @pytest.fixture

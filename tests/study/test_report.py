@@ -85,6 +85,20 @@ def test_paired_differences(study, lines):
     assert row(ends, "house", "aem - plain")[1] == "+13.3"
 
 
+@pytest.mark.parametrize(("count", "is_told"), [(6, False), (7, True)])
+def test_what_holm_cannot_reach_is_not_called_detectable(tmp_path, count, is_told):
+    """On two tasks apart p = 1 / 32 of six pairs becomes 1 / 16; pooled, twelve pairs are one comparison."""
+    study = made_up.make_study(tmp_path / "study", seeds=range(count))
+    lines = [
+        made_up.line(study, each, [0.2, 0.3 + 0.01 * each.seed * (each.arm == "aem")])
+        for each in study.triples()
+    ]
+    text = section(write_report(study, lines), PRIMARY)
+    assert (row(text, "house", "aem - plain")[-2] != "-") == is_told
+    assert row(text, "all tasks", "aem - plain")[-2] != "-"
+    assert "| detectable after Holm |" in text
+
+
 def test_the_registration_comes_first_and_verbatim(study, lines):
     text = write_report(study, lines)
     assert (
