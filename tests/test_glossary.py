@@ -14,7 +14,7 @@ FEW = ["train.updates=2", "sft.updates=0", "eval.tasks=2"]
 BURST = [
     *("rollout.max_response_tokens=32", "rollout.max_tokens=160", "rollout.tasks_per_update=4"),
     *("train.micro_tokens=320", "train.max_lag=2", "rollout.publish=burst", "rollout.burst=1"),
-    "train.updates=8",
+    "train.updates=16",
 ]
 NOT_METRICS = {"update", "time"}
 

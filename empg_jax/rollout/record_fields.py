@@ -89,10 +89,10 @@ def check_episode(record: Any, where: str, *, needs_entropy: bool) -> None:
             value = turn.get(unknown, ...)
             if value is None or (isinstance(value, list) and None in value):
                 del turn[unknown]
+        _check_fields(turn, TURN_FIELDS, where, f"{name}.")
         if needs_entropy and "entropy" not in turn:
             hint = "a modulation reads it (algorithm.modulation=none needs none)"
             raise RecordError(f"{where}, {name}.entropy: missing; expected a number: {hint}")
-        _check_fields(turn, TURN_FIELDS, where, f"{name}.")
         if not 1 <= turn["tokens"] <= MOST_TOKENS:
             raise RecordError(f"{where}, {name}.tokens: expected 1 to {MOST_TOKENS}, got {turn['tokens']}")
         for array in ("token_ids", "token_logprobs", "token_entropies"):

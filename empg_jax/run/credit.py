@@ -61,8 +61,16 @@ def recompute_credit(config: Config, path: Path) -> tuple[list[Record], list[str
     Raises:
       RecordError: the file cannot be read, or a field is missing or mistyped.
     """
-    needs_entropy = make_recipe_from(config).modulate is not None
-    return make_recompute(config)(read_episodes(path, needs_entropy=needs_entropy))
+    return make_recompute(config)(read_for(config, path))
+
+
+def read_for(config: Config, path: Path) -> list[Record]:
+    """Read the records of a file for a configuration, whose modulation needs their entropies.
+
+    Raises:
+      RecordError: the file cannot be read, or a field is missing or mistyped.
+    """
+    return read_episodes(path, needs_entropy=make_recipe_from(config).modulate is not None)
 
 
 def make_recompute(config: Config) -> Callable[[list[Record]], tuple[list[Record], list[str]]]:

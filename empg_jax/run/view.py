@@ -113,16 +113,16 @@ def make_book(run_dir: Path, what_if: Mapping[str, Config]) -> Book:
 def _make_what_if(what_if: Mapping[str, Config]) -> WhatIf:
     """Build the function that computes the credit of other algorithms for a file's episodes."""
     # JAX takes a second to load, and most pages are made without it.
-    from empg_jax.rollout.record import RecordError, read_episodes
-    from empg_jax.run.credit import make_recompute
+    from empg_jax.rollout.record import RecordError
+    from empg_jax.run.credit import make_recompute, read_for
 
     recompute = {name: make_recompute(config) for name, config in what_if.items()}
 
     def calculate(path: Path) -> dict[str, Credit]:
         found: dict[str, Credit] = {}
-        for name in recompute:
+        for name, config in what_if.items():
             try:
-                records, _ = recompute[name](read_episodes(path))
+                records, _ = recompute[name](read_for(config, path))
             except RecordError as error:
                 raise ValueError(str(error)) from None
             found[name] = [

@@ -144,6 +144,14 @@ def test_what_if_is_missing_where_a_file_cannot_be_computed(tmp_path):
     )
 
 
+def test_what_if_needs_entropies_for_a_modulation_only(tmp_path):
+    unknown = [turn(0, entropy=None, logprob=None)]
+    run = make_run(tmp_path / "run", {1: [episode(1, 0, member, turns=unknown) for member in range(2)]})
+    (run / "config.yaml").write_text(runs.configure(tmp_path / "none").to_yaml())
+    assert "note" not in view(run, "--what-if", "grpo").stderr
+    assert "turns[0].entropy: missing" in view(run, "--what-if", "grpo_aem").stderr
+
+
 def test_what_if_takes_an_algorithm_of_ones_own(tmp_path):
     name = "tests.test_algorithm_runs:OWN"
     won, lost = [turn(0, reward=1.0)], [turn(0)]
