@@ -248,10 +248,10 @@ def plan(
         from empg_jax.plan.explain import explain
 
         def load(changes: Sequence[str]) -> Config:
-            return load_config(config, [*(overrides or []), *changes])
+            return load_config(config, [*(overrides or []), *seats_of(hosts), *changes])
 
         memory = None if memory_gib is None else memory_gib * 2**30
-        lines = explain(load, devices, memory, chip, hosts=hosts)
+        lines = explain(load, devices, memory, chip)
         typer.echo("\n".join(lines))
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from empg_jax.config.hosts import seats_of
 from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
 from empg_jax.hf.presets import PRESETS
@@ -138,8 +137,6 @@ def explain(
     devices: int | None = None,
     memory: float | None = None,
     chip: str | None = None,
-    *,
-    hosts: int | None = None,
 ) -> list[str]:
     """Return a configuration's plan as text, with suggestions if it does not fit.
 
@@ -148,7 +145,6 @@ def explain(
       devices: number of devices to use (`spread`); the default is the size of the configuration's mesh.
       memory: bytes of a device; the default is that of ``chip``.
       chip: a device whose speed is expected, one of `plan.speed.CHIPS`.
-      hosts: number of hosts; the default is ``hosts.num``, or one.
 
     Raises:
       ConfigError: the configuration is invalid, cannot use this number of devices or hosts, the memory is not
@@ -156,10 +152,9 @@ def explain(
     """
     if memory is not None and not memory > 0:
         raise ConfigError(f"--memory-gib {memory / GIB:g}: a device has more than 0 GiB")
-    seat = seats_of(hosts)
-    config = load(seat)
+    config = load([])
     changes = [] if devices is None else spread(config, devices)
-    config = load([*seat, *changes]) if changes else config
+    config = load(changes) if changes else config
     check_planned(config, devices)
     model = find_shape(config)
     plan = compute_plan(config, model)
@@ -175,7 +170,7 @@ def explain(
         lines.insert(1, f"for {hosts} hosts, each with an engine of its own")
     if memory is not None and plan.total > memory:
         lines.append("each change, and the peak memory with it:")
-        lines += suggest(config, plan, lambda more: load([*seat, *changes, *more]), memory)
+        lines += suggest(config, plan, lambda more: load([*changes, *more]), memory)
     return lines
 
 
