@@ -52,6 +52,7 @@ def run(study: Study, arguments: argparse.Namespace) -> int:
         tasks=arguments.tasks,
         limit=arguments.limit,
         retry=arguments.retry,
+        any_processor=arguments.any_processor,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     signum = runner.run(arguments.jobs)
@@ -107,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--tasks", nargs="+", metavar="TASK", help="run these tasks only")
             command.add_argument("--limit", type=_count, help="runs to start at most")
             command.add_argument("--retry", action="store_true", help="also go on with runs that failed")
+            command.add_argument(
+                "--any-processor",
+                action="store_true",
+                help="also make runs of seeds that another kind of processor began, which seldom pair",
+            )
             command.add_argument(
                 "--runs-dir", type=Path, help="parent of the runs' folders (runs/studies/NAME)"
             )

@@ -134,7 +134,7 @@ def _environment(folder: Path) -> dict[str, Any]:
         "commits": list(dict.fromkeys(each.get("commit") for each in git)),
         "versions": {"python": last["python"], **last["packages"]},
         "hardware": {
-            "processor": _processor(),
+            "processor": processor(),
             "cpus": last["cpus"],
             "devices": last["devices"],
             "platform": last["platform"],
@@ -142,7 +142,8 @@ def _environment(folder: Path) -> dict[str, Any]:
     }
 
 
-def _processor() -> str | None:
+def processor() -> str | None:
+    """Return the name of this machine's processor; None where nothing tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

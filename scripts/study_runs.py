@@ -10,12 +10,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study_ledger import Ledger, newest, triple_of
-from study_line import Incomplete, describe_failure, has_changes, now, read_run
+from study_ledger import Ledger, Line, newest, triple_of
+from study_line import Incomplete, describe_failure, has_changes, now, processor, read_run
 from study_plan import Study, Triple
 from study_processes import Children, Ended
 
@@ -32,6 +32,16 @@ OUTSIDE = {
 MAX_ATTEMPTS = 5  # a run that is killed as often as this, by the kernel perhaps, has failed
 
 
+def _begun_elsewhere(last: Mapping[Triple, Line]) -> dict[tuple[str, int], str]:
+    """Find the tasks and seeds that have finished runs of another processor alone; return its name."""
+    here = processor()
+    names: dict[tuple[str, int], set[str]] = collections.defaultdict(set)
+    for triple, line in last.items():
+        if line["status"] == "finished" and line["hardware"]["processor"] is not None:
+            names[triple.task, triple.seed].add(line["hardware"]["processor"])
+    return {place: min(found) for place, found in names.items() if here is not None and here not in found}
+
+
 class Runner:
     """Makes runs of a study that are still to do.
 
@@ -42,6 +52,8 @@ class Runner:
       tasks: tasks to run; None is all.
       limit: most runs to start; None is no limit.
       retry: also go on with runs that failed before.
+      any_processor: also make runs of a task's seed whose finished ones were made on another processor.
+        Warm starts round differently there, so that such runs seldom make pairs.
       say: receives messages for the user.
     """
 
@@ -54,6 +66,7 @@ class Runner:
         tasks: Sequence[str] | None = None,
         limit: int | None = None,
         retry: bool = False,
+        any_processor: bool = False,
         say: Callable[[str], None],
     ) -> None:
         self.study, self.ledger, self.runs_dir = study, Ledger(study), runs_dir.absolute()
@@ -62,15 +75,18 @@ class Runner:
         lines = self.ledger.read()
         # Of the same look: what is finished later shows as one line more.
         self._counts, last = collections.Counter(map(triple_of, lines)), newest(lines)
-        self._waiting = iter(
-            [
-                triple
-                for triple in study.triples()
-                if (arms is None or triple.arm in arms)
-                and (tasks is None or triple.task in tasks)
-                and (triple not in last or (retry and last[triple]["status"] == "failed"))
-            ]
-        )
+        wanted = [
+            triple
+            for triple in study.triples()
+            if (arms is None or triple.arm in arms)
+            and (tasks is None or triple.task in tasks)
+            and (triple not in last or (retry and last[triple]["status"] == "failed"))
+        ]
+        elsewhere = {} if any_processor else _begun_elsewhere(last)
+        for (task, seed), name in elsewhere.items():
+            if any((triple.task, triple.seed) == (task, seed) for triple in wanted):
+                say(f"seed {seed} of {task} is left to the processor of its runs, {name} (--any-processor)")
+        self._waiting = iter([triple for triple in wanted if (triple.task, triple.seed) not in elsewhere])
 
     def run(self, jobs: int) -> int:
         """Make the runs, ``jobs`` at a time; return the signal that stopped them, or 0."""

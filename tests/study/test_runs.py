@@ -53,6 +53,18 @@ def test_a_study_goes_on_where_it_was(call, folder, runs_dir, capsys):
     assert journal_names(runs_dir)[3:6] == [name for name in names[3:] if "aem" in name]
 
 
+def test_a_seed_of_another_processor_is_left_to_it(call, folder, runs_dir, capsys):
+    study_file = made_up.make_study(folder, seeds=(3, 4))
+    first, *_ = study_file.triples()
+    Ledger(study_file).append(made_up.line(study_file, first, [0.25, 0.5, 0.75]))  # made on an abacus
+    assert call() == 0
+    told = "seed 3 of house is left to the processor of its runs, abacus (--any-processor)"
+    assert told in capsys.readouterr().err.splitlines()
+    others = [triple.name for triple in study_file.triples() if (triple.task, triple.seed) != ("house", 3)]
+    assert sorted(journal_names(runs_dir)) == sorted(others)
+    assert call("--any-processor") == 0 and journal_names(runs_dir)[len(others) :] == ["house-aem-3"]
+
+
 def test_the_line_of_a_run(call, folder):
     study_file = made_up.make_study(folder, replace={"\nseeds": "\nend_tasks: 512\nseeds"})
     assert call("--limit", "1") == 0
