@@ -6,9 +6,11 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.config import load_config
+from empg_jax.config.hosts import seats_of
 from empg_jax.plan.explain import GIB, find_shape
 from empg_jax.plan.memory import compute_plan
 from empg_jax.run.assembly import describe_algorithm, make_recipe_from
+from empg_jax.run.devices import check_planned
 from tests.runs import ROOT, TINY, compiled_folder, lines, share_compilations
 
 FILES = {path.stem: path for path in sorted((ROOT / "configs" / "papers").glob("*.yaml"))}
@@ -96,7 +98,9 @@ def planned_rows():
 
 @pytest.mark.parametrize(("recipe", "devices", "overrides", "said"), planned_rows())
 def test_the_page_tells_what_the_plan_says_of_the_papers_recipes(recipe, devices, overrides, said):
-    config = load_config(f"papers/{recipe}", overrides)
+    hosts = re.search(r", (\d+) hosts", devices)
+    config = load_config(f"papers/{recipe}", [*overrides, *seats_of(hosts and int(hosts[1]))])
+    check_planned(config)
     needed = compute_plan(config, find_shape(config)).total / GIB
     memory = {"A100": 80, "H200": 141, "v5p": 95, "v5e": 16}[re.search(r"A100|H200|v5p|v5e", devices)[0]]
     assert int(re.match(r"\d+", said)[0]) == round(needed)
