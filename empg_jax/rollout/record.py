@@ -203,12 +203,14 @@ def _fill_places(found: Sequence[tuple[str, Record]]) -> None:
     records = [record for _, record in found]
     fresh = 1 + max(max(record.get("group_id", 0), record.get("task", 0)) for record in records)
     for record in records:
+        if "group_id" in record:
+            continue
         task = record.get("task", 0)
-        if "group_id" not in record:
-            # The first split keeps the numbers of its tasks.
-            number = fresh if task in groups.values() else task
-            record["group_id"] = groups.setdefault((record.get("split", "train"), task), number)
-            fresh += record["group_id"] == fresh
+        key = (record.get("split", "train"), task)
+        if key not in groups:  # the first split keeps the numbers of its tasks
+            groups[key] = fresh if task in groups.values() else task
+            fresh += groups[key] == fresh
+        record["group_id"] = groups[key]
     taken: set[tuple[int, int]] = set()
     sizes: collections.Counter[int] = collections.Counter()
     for where, record in found:
@@ -225,9 +227,8 @@ def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
 
     Args:
       record: a record from `read_episodes`.
-      is_transcript: each prompt extends the turn before it (``env.context=transcript``), so that the episode
-      is
-        one row of tokens; else every turn is a row of its own.
+      is_transcript: each prompt extends the turn before it (``env.context=transcript``), so that the
+        episode is one row of tokens; else every turn is a row of its own.
     """
     so_far, turns = np.zeros(1, np.int32), []
     for k, fields in enumerate(record["turns"]):
