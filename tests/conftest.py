@@ -27,17 +27,19 @@ install_import_hook(CHECKED, "beartype.beartype")
 import jax
 import pytest
 
-from tests.compiling import compile_quickly
+from tests.compiling import optimized_programs, share_programs
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-QUICK = ("algorithms", "engine", "learner", "models", "parallel")  # folders whose tests mostly compile
+share_programs(Path(os.environ["XDG_CACHE_HOME"]) / "compiled")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(request):
-    compile_quickly(request.path.relative_to(ROOT / "tests").parts[0] in QUICK)
+@pytest.fixture(scope="module")
+def optimized():
+    """All optimizations, for the programs of a file that run for long."""
+    with optimized_programs():
+        yield
 
 
 FIRST = ("test_learning.py",)  # takes minutes a test: at the end, one worker alone would be busy with it

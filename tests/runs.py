@@ -1,10 +1,8 @@
 """Tiny whole runs: a configuration that trains within seconds, and what a test wants to know of a run.
 
-Compilation is nearly all of their cost, so they keep to one set of shapes, and `share_compilations` lets all
-runs of a test session, in this process and others, compile each program once, without most optimizations.
+Compilation is nearly all of their cost, so they keep to one set of shapes: see `tests.compiling`.
 """
 
-import contextlib
 import fcntl
 import os
 import shutil
@@ -13,7 +11,6 @@ import sys
 from pathlib import Path
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from empg_jax import trainer
 from empg_jax.config import load_config
@@ -23,7 +20,6 @@ from empg_jax.run import assembly
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import checkpoint_dir
 from empg_jax.run.restoring import load_state
-from tests.compiling import quick_compilations
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -125,11 +121,6 @@ def session_folder(tmp_path_factory):
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-def compiled_folder(tmp_path_factory):
-    """The folder of compiled programs that all processes of a test session share."""
-    return session_folder(tmp_path_factory) / "compiled"
-
-
 def made_once(tmp_path_factory, name, make):
     """The folder that ``make`` fills, called by the first process of a test session that asks for it."""
     folder = session_folder(tmp_path_factory) / name
@@ -141,30 +132,3 @@ def made_once(tmp_path_factory, name, make):
             make(folder)
             (folder / "made").touch()
     return folder
-
-
-@contextlib.contextmanager
-def share_compilations(folder, *, optimize=False):
-    """Keeps compiled programs in a folder, for this process and those that it starts.
-
-    Its programs are `quick_compilations`, unless ``optimize``: for those that run for long.
-    """
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    jax.clear_caches()  # programs that other tests compiled in another way
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    compilation_cache.reset_cache()
-    try:
-        with quick_compilations(not optimize):
-            yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-            del os.environ[name.upper()]
-        compilation_cache.reset_cache()

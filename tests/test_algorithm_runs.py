@@ -20,12 +20,6 @@ PPO += ["algorithm.critic.learning_rate=0.01", "algorithm.critic.warmup_updates=
 DAPO = ["algorithm.name=dapo", "rollout.max_refills=3"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [PPO, pytest.param(DAPO, marks=pytest.mark.long)], ids=["ppo", "dapo"])
 def test_a_stopped_and_resumed_run_equals_the_whole_one(tmp_path, monkeypatch, options):

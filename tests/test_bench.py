@@ -14,12 +14,6 @@ from empg_jax.report.progress import Progress
 from tests import runs
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def call(*overrides, options=()):
     result = CliRunner().invoke(app, ["bench", "quickstart", *runs.TINY, *overrides, *options])
     if result.exception is not None and not isinstance(result.exception, SystemExit):

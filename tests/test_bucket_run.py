@@ -42,9 +42,10 @@ def steps(run):
     return open_step_folders(checkpoint_dir(runs.load_config(run / "config.yaml"), run)).steps
 
 
+@pytest.mark.long
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_the_bucket_as_from_a_folder(tmp_path, tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)), buckets.served():
+def test_a_killed_run_goes_on_from_the_bucket_as_from_a_folder(tmp_path):
+    with buckets.served():
         options = [*SHORT, "train.updates=3"]
         whole = runs.train(tmp_path / "whole", *options)
 

@@ -28,12 +28,6 @@ def call(*arguments):
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     short = ["train.updates=1", "sft.updates=0", "eval.tasks=4"]

@@ -35,12 +35,6 @@ def call(folder, *command, text_in=None, **variables):
     )  # fmt: skip
 
 
-@pytest.fixture
-def compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_is_short_and_says_how_it_is_run(name):
     text = (EXAMPLES / name).read_text()
@@ -56,7 +50,6 @@ def test_a_loop_of_ones_own_learns(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiled")
 def test_an_own_algorithm_is_trained_and_its_rollouts_are_read(tmp_path):
     shutil.copy(EXAMPLES / "own_algorithm.py", tmp_path)
     (line,) = re.findall(r"(?m)^empg-jax (train .*)$", (EXAMPLES / "own_algorithm.py").read_text())
@@ -69,7 +62,6 @@ def test_an_own_algorithm_is_trained_and_its_rollouts_are_read(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiled")
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") for cell in cells)
@@ -83,8 +75,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     assert (tmp_path / "runs" / "notebook" / "model" / "config.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiled")
 def test_a_nan_is_found_and_the_run_goes_on(tmp_path):
     source = (EXAMPLES / "debug_nan.py").read_text()
     shutil.copy(EXAMPLES / "debug_nan.py", tmp_path)

@@ -28,12 +28,6 @@ from tests import runs
 HOUSE = [*runs.HOUSE, "sft.updates=0"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.fixture
 def opened(monkeypatch):
     """Parts and states of the runs that were opened; functions in ``changes`` may replace the parts."""

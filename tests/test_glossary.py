@@ -19,12 +19,6 @@ BURST = [
 NOT_METRICS = {"update", "time"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def chat_at(place):
     """A conversation of two messages."""
     said = [("user", f"at {place} ."), ("assistant", "go to desk 1")]

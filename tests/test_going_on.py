@@ -22,12 +22,6 @@ HOUSE = [*runs.HOUSE, "sft.updates=0", "eval.tasks=2"]
 STEADY = [*HOUSE, "rollout.deterministic=true"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, _compiled):
     """A finished run with all of its checkpoints; tests that change it take a copy."""

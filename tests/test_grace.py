@@ -41,12 +41,6 @@ cli.main()
 SMALL = [*runs.HOUSE, "sft.updates=0", "eval.tasks=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def _wait_for(process, *paths, seconds=180):
     end = time.monotonic() + seconds
     while not all(path.exists() for path in paths):

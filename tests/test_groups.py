@@ -22,8 +22,7 @@ def run_dir(tmp_path_factory):
     """A run that is evaluated on two panels, before, during and after training."""
     folder = tmp_path_factory.mktemp("groups")
     short = ["train.updates=2", "sft.updates=0", "eval.tasks=6", "eval.every=1", "log.transcripts=0"]
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield runs.train(folder / "run", *runs.HOUSE, *short, "env.eval_split=[valid, test]")
+    return runs.train(folder / "run", *runs.HOUSE, *short, "env.eval_split=[valid, test]")
 
 
 def call(*arguments):

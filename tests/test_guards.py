@@ -20,12 +20,6 @@ pytestmark = pytest.mark.slow
 RUIN = [*runs.HOUSE, "sft.updates=0", "train.learning_rate=1e30", "checkpoint.keep=1", "train.updates=9"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def left_out(run):
     """Update and number of steps of every event about steps that were left out."""
     events = read_metrics(run / "events.jsonl")

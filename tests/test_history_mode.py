@@ -34,12 +34,6 @@ SHORT = [
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
-@pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """A household whose tokenizer has the template that rewrites."""
     folder = tmp_path_factory.mktemp("history")
@@ -89,7 +83,7 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def seen(settings, compiled, tmp_path_factory):
+def seen(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("history-runs")
     return {
         mode: Seen(folder / mode, *settings, f"env.history_mode={mode}") for mode in ("template", "append")

@@ -29,12 +29,6 @@ from tests.hosts import (
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def check_equal(one, other, updates):
     """Both runs are the same to the rounding of sums over devices."""
     mine, theirs = (list(read_metrics(run / "metrics.jsonl")) for run in (one, other))

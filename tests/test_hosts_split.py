@@ -50,13 +50,12 @@ main()
 def run(tmp_path_factory):
     """The folder of a run that two hosts trained, and beside it what the second one noted of its weights."""
     folder = tmp_path_factory.mktemp("split")
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        os.environ["PIECES"] = str(folder / "pieces.json")
-        try:
-            hosts.succeed(*hosts.start_both(runs.command(folder / "run", *SPLIT), code=WATCHED))
-        finally:
-            del os.environ["PIECES"]
-        yield folder / "run"
+    os.environ["PIECES"] = str(folder / "pieces.json")
+    try:
+        hosts.succeed(*hosts.start_both(runs.command(folder / "run", *SPLIT), code=WATCHED))
+    finally:
+        del os.environ["PIECES"]
+    return folder / "run"
 
 
 def test_one_process_exports_what_two_wrote(run, tmp_path):

@@ -25,12 +25,6 @@ SLOW = "env.options.latency=0.1"
 PATIENCE = 300.0  # seconds for a process to get on
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def kill_tree(process):
     """SIGKILL for a process and all that it started, at once."""
     children = []

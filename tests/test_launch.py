@@ -148,12 +148,6 @@ exit "${PIPESTATUS[0]}"
 BOTH = [*runs.HOUSE, "mesh.data=2", "sft.updates=0", "eval.tasks=4", "rollout.deterministic=true"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Puts srun and ssh of our own first on the path, and one fake device into each process."""

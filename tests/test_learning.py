@@ -14,14 +14,10 @@ from empg_jax.metrics import read_metrics
 from empg_jax.run.export import export_run
 from tests import runs
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 UPDATES = 10
 QUIET = ("compile_cache=null", "eval.every=0", "log.progress=false", "log.tensorboard=false")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,6 @@ ADAPTERS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A warm start on adapters, then RL with a KL term."""

@@ -16,12 +16,6 @@ pytestmark = pytest.mark.slow
 LAG = ["train.max_lag=2", "env.options.latency=0.01", "train.updates=6", "eval.every=2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def test_a_run_with_a_lag_trains_every_group_once_and_says_how_it_went(tmp_path):
     """The quickstart's own entropies are the sampler's: the lag alone changes what must change."""
     run = runs.train(tmp_path / "run", *runs.HOUSE, *LAG)

@@ -33,8 +33,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mine")
     shutil.copy(EXAMPLE, folder)
     (line,) = re.findall(r"^empg-jax (train .*)$", EXAMPLE.read_text(), re.M)
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield folder, call(folder, *shlex.split(line), *SMALL, f"run_dir={folder / 'run'}")
+    return folder, call(folder, *shlex.split(line), *SMALL, f"run_dir={folder / 'run'}")
 
 
 def test_it_is_short():

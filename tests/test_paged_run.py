@@ -14,12 +14,6 @@ PAGES = ["rollout.page_tokens=16", "rollout.kv_tokens=96"]
 DIFFERENT = {"tokens_evicted", "tokens_prefilled", "tokens_shared", "prefix_hits", "slot_occupancy"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.mark.slow
 def test_pages_change_the_memory_and_nothing_else(tmp_path):
     rows = runs.train(tmp_path / "rows", *SAME)

@@ -22,12 +22,6 @@ from tests.moments import Moments
 STEADY = [*runs.HOUSE, "rollout.deterministic=true", "checkpoint.keep=9", "log.rollouts_every=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.fixture
 def stop_at(monkeypatch):
     """Runs are stopped at the given moment, counted from now."""

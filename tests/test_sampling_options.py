@@ -19,12 +19,6 @@ ALL = ["rollout.top_p=0.9", "rollout.top_k=20", "rollout.min_p=0.02", f"rollout.
 ALL += ["eval.top_k=3", "eval.temperature=0.7", "algorithm.kl_coef=0.1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def check_gap(run):
     assert json.loads((run / "summary.json").read_text())["recompiles_after_warmup"] == 0
     gaps = [line["logprob_gap_max"] for line in read_metrics(run / "metrics.jsonl")]

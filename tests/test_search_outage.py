@@ -36,12 +36,6 @@ SEARCHES = EnvSpec(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def serve(corpus, port):
     """Starts the search server in a process of its own, and waits until it answers."""
     process = runs.start(["retrieve", "--corpus", corpus, "--retriever", "builtin", "--port", port])

@@ -16,12 +16,6 @@ SAME = [
 DIFFERENT = {"packing_efficiency", "train_tokens_shared"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.mark.slow
 def test_sharing_changes_the_rows_and_nothing_else(tmp_path):
     alone, shared = (

@@ -44,19 +44,18 @@ def test_what_is_written(written, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_trains_and_its_tests_pass(written, tmp_path, tmp_path_factory):
+def test_it_trains_and_its_tests_pass(written, tmp_path):
     """By the console script, which (other than ``python -m``) has the current folder on no path."""
     kind, name = written
     script = [sys.executable, "-P", "-c", "from empg_jax.cli import main; main()"]
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        small = [*SMALL, *(["rollout.prefill_buckets=[32]"] if kind == "algorithm" else [])]
-        train = [*script, "train", f"{name}/config.yaml", *small, "run_dir=run"]
-        done = subprocess.run(train, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == f"{tmp_path / 'run'}\n"
-        tests = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
-        checked = subprocess.run(tests, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-        assert checked.returncode == 0, checked.stdout
+    small = [*SMALL, *(["rollout.prefill_buckets=[32]"] if kind == "algorithm" else [])]
+    train = [*script, "train", f"{name}/config.yaml", *small, "run_dir=run"]
+    done = subprocess.run(train, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'run'}\n"
+    tests = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
+    checked = subprocess.run(tests, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert checked.returncode == 0, checked.stdout
     assert [line["update"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] == 2
     said = "GRPO" if kind == "env" else f"{name}.recipe:RECIPE"
     assert done.stderr.startswith(said)

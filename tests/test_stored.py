@@ -15,12 +15,6 @@ from tests import runs
 SMALL = ["sft.updates=0", "eval.tasks=2", "log.rollouts_every=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
     """Episodes of an untrained policy, as the command writes them: 4 groups of 2."""

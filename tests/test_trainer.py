@@ -15,12 +15,6 @@ from empg_jax.metrics import read_metrics
 from tests import runs
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """One run in the real household."""

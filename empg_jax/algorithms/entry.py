@@ -72,14 +72,13 @@ def try_recipe(recipe: Recipe, label: str) -> None:
 def _try(recipe: Recipe, label: str, batch: Batch, scores: Scores) -> None:
     algorithm: Algorithm = build(recipe)
     try:
-        credit = algorithm.credit(batch, scores)
+        credit = jax.jit(algorithm.credit)(batch, scores)
         scores = dataclasses.replace(scores, clip_scale=credit.clip_scale)
-        loss, metrics = algorithm.loss(
-            scores.old_logprobs, scores.entropies, batch, scores, credit.advantages
-        )
+        streams = (scores.old_logprobs, scores.entropies, batch, scores, credit.advantages)
+        loss, metrics = jax.jit(algorithm.loss)(*streams)
         found: dict[str, Any] = {}
         if algorithm.value_loss is not None:
-            values = algorithm.value_loss(scores.values, batch, scores, credit.value_targets)
+            values = jax.jit(algorithm.value_loss)(scores.values, batch, scores, credit.value_targets)
             found = {name_of(recipe.critic): values}
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]

@@ -68,14 +68,13 @@ def test_a_worker_loads_no_jax():
     assert not {"jax", "flax", "empg_jax", "torch"} & set(modules["modules"])
 
 
-def test_the_small_configuration_trains(tmp_path, tmp_path_factory):
+def test_the_small_configuration_trains(tmp_path):
     small = [line for line in runs.TINY if not line.startswith(("rollout.max_r", "train.updates"))]
     more = ["train.updates=1", "sft.updates=0", "log.rollouts_every=1", "eval.tasks=2"]
     more += ["rollout.max_response_tokens=6"]
     more += ["rollout.prefill_buckets=[80]", "workers.step_timeout=120", "workers.reset_timeout=120"]
     config = load_config("reasoning_gym_tiny", [*small, *more, f"run_dir={tmp_path / 'run'}"])
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        folder = train(config)
+    folder = train(config)
     last = read_metrics(folder / "metrics.jsonl")[-1]
     assert last["update"] == 1 and {"env_score", "env_scorer_error"} <= last.keys()
     with gzip.open(next((folder / "rollouts").iterdir()), "rt") as file:

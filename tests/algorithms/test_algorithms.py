@@ -131,13 +131,17 @@ def test_each_mini_batch_has_its_own_weights(mode):
 
 def test_credit_is_the_composition_of_the_public_functions():
     batch, scores, *_ = make_batch()
-    credit = al.make_algorithm("grpo_empg").credit(batch, scores)
-    groups = np.where(batch.trajectory_mask, batch.group_ids, -1)
-    place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
-    entropies, mask = al.compute_turn_entropies(scores.entropies, *place, num_trajectories=N, num_turns=K)
-    base = np.broadcast_to(np.asarray(al.grpo(batch.returns, groups))[:, None], (N, K))
-    advantages = al.empg(base, entropies, mask, group_ids=groups)
-    np.testing.assert_allclose(credit.advantages, al.turns_to_tokens(advantages, *place), atol=1e-6)
+    credit = jax.jit(al.make_algorithm("grpo_empg").credit)(batch, scores)
+
+    @jax.jit
+    def compose(batch, scores):
+        groups = jnp.where(batch.trajectory_mask, batch.group_ids, -1)
+        place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
+        entropies, mask = al.compute_turn_entropies(scores.entropies, *place, num_trajectories=N, num_turns=K)
+        base = jnp.broadcast_to(al.grpo(batch.returns, groups)[:, None], (N, K))
+        return al.turns_to_tokens(al.empg(base, entropies, mask, group_ids=groups), *place)
+
+    np.testing.assert_allclose(credit.advantages, compose(batch, scores), atol=1e-6)
     np.testing.assert_allclose(credit.metrics["modulation_mean"], 1, atol=1e-5)
     np.testing.assert_allclose(credit.metrics["advantage_mean"], 0, atol=1e-6)
     np.testing.assert_allclose(credit.metrics["mixed_groups"], 2 / 3, atol=1e-6)

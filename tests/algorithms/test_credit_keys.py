@@ -94,7 +94,7 @@ def test_a_limit_is_bootstrapped_in_turns(tmp_path, bootstrap):
             values[place] = value
         values[places[-1]] = 0.5
     scores = Scores(batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs, values)
-    credit = make_algorithm_from(load_config(path)).credit(batch, scores)
+    credit = jax.jit(make_algorithm_from(load_config(path)).credit)(batch, scores)
     cut = [0.294317, 0.110345, -0.205] if bootstrap == "true" else [-0.098654, -0.3307, -0.7]
     np.testing.assert_allclose(credit.turns.base, [[0.695227, 0.560300, 0.3], cut], atol=2e-6)
     targets = [np.asarray(credit.value_targets)[place] for place in tokens_of(batch, 1)]

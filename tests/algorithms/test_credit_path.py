@@ -4,6 +4,7 @@ The episodes hold all that a path can get wrong: invalid actions, rewards inside
 the token limit cut, episodes that broke a limit, in both context styles. The oracle is a loop over episodes.
 """
 
+import jax
 import numpy as np
 import pytest
 
@@ -319,7 +320,7 @@ def test_the_presets_of_verl_agent_use_step_rows(preset):
     sizes = ["rollout.group_size=4", "rollout.tasks_per_update=2", "train.num_minibatches=1"]
     batch, _ = make_batch(make_trajectories("window"), BatchShape(8, TURNS, 32, 2, 24, 1), seed=(0,))
     scores = Scores(batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
-    credit = make_algorithm_from(load_config(preset, sizes)).credit(batch, scores)
+    credit = jax.jit(make_algorithm_from(load_config(preset, sizes)).credit)(batch, scores)
     expected = [[1.016717] * 3, [-1.134031, -1.349105], [-0.811418, *[-0.596344] * 3], [1.016717] * 2]
     assert_rows(first_group(credit), expected)
 
@@ -343,7 +344,7 @@ def test_mixed_groups_are_judged_on_raw_returns(tmp_path):
         "train: {num_minibatches: 1}\n"
         "algorithm: {name: grpo, modulation: empg, empg: {mixed_groups_only: true}}\n"
     )
-    credit = make_algorithm_from(load_config(path)).credit(batch, scores)
+    credit = jax.jit(make_algorithm_from(load_config(path)).credit)(batch, scores)
     assert credit.metrics["mixed_groups"] == 0
     assert np.abs(credit.turns.base).max() > 0.5 and not np.asarray(credit.turns.advantages).any()
 
@@ -415,7 +416,7 @@ def test_a_reward_counts_where_it_came(tmp_path):
     batch, _ = make_batch([episode], BatchShape(1, 3, 16, 1, 3, 1), seed=(0,))
     old = batch.behavior_logprobs
     scores = Scores(old, batch.behavior_entropies, old, np.zeros_like(old))
-    credit = make_algorithm_from(load_config(path)).credit(batch, scores)
+    credit = jax.jit(make_algorithm_from(load_config(path)).credit)(batch, scores)
     for turn, expected in enumerate((0.5, 1.0, 1.0)):
         targets = np.asarray(credit.value_targets)[batch.loss_mask & (batch.turn_ids == turn)]
         np.testing.assert_allclose(targets, expected, atol=1e-6)

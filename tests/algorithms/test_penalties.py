@@ -1,5 +1,8 @@
 """Penalties reach the credit of every recipe, and never by a division that scales them up."""
 
+from functools import partial
+
+import jax
 import numpy as np
 import pytest
 
@@ -23,11 +26,12 @@ MASK, GROUPS = np.ones((2, TURNS), bool), np.zeros(2, np.int32)
 def test_a_penalty_is_not_divided_by_the_spread_of_a_tie(rows, valid):
     """A valid turn has the score 0, an invalid one −0.1; the mean of a trajectory is −0.01, its first 0."""
     expected = np.where(LOST < 0, valid - 0.1, valid)
-    found = al.grpo_turn_rows(LOST, MASK, GROUPS, rows=rows)
+    found = jax.jit(partial(al.grpo_turn_rows, rows=rows))(LOST, MASK, GROUPS)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     if rows == "mean":
         anchors = np.arange(2 * TURNS, dtype=np.int32).reshape(MASK.shape)
-        found = al.gigpo(LOST.sum(1), LOST, anchors, MASK, GROUPS, scale_by_std=True, turn_scores=LOST)
+        gigpo = jax.jit(partial(al.gigpo, scale_by_std=True))
+        found = gigpo(LOST.sum(1), LOST, anchors, MASK, GROUPS, turn_scores=LOST)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -48,7 +52,8 @@ def credit_of(tmp_path, algorithm):
     )
     batch, _ = make_batch(made, BatchShape(2, TURNS, 32, 2, 24, 1), seed=(0,))
     scores = Scores(batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
-    return np.asarray(make_algorithm_from(load_config(path)).credit(batch, scores).turns.base)
+    credit = jax.jit(make_algorithm_from(load_config(path)).credit)(batch, scores)
+    return np.asarray(credit.turns.base)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +70,7 @@ def test_a_penalty_changes_credit_or_is_said_to_have_no_effect(name):
     if RECIPES[name].critic is None:
         scores = scores.replace(values=None)
     without, with_it = (
-        np.asarray(al.make_algorithm(name, **keys).credit(batch, scores).turns.base)
+        np.asarray(jax.jit(al.make_algorithm(name, **keys).credit)(batch, scores).turns.base)
         for keys in ({}, {"invalid_penalty": 0.1})
     )
     overlong = ["algorithm.overlong_length=64", "algorithm.overlong_cache=9"]

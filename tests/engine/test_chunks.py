@@ -19,18 +19,11 @@ from empg_jax.plan.explain import GIB, find_shape
 from empg_jax.plan.memory import compute_plan
 from empg_jax.run.assembly import make_language, make_model
 from empg_jax.run.sampling import make_engine
-from tests import runs
 from tests.engine.test_prefix import MODEL, PROMPTS, SIZES, check_same, task
 from tests.weights import make_weights
 
 CHUNK = 8
 LONG = np.random.default_rng(7).integers(0, 38, 61).tolist()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
-        yield
 
 
 def make(chunk=CHUNK, **sizes):

@@ -87,7 +87,9 @@ def test_each_device_computes_the_prompts_of_its_own_slots(make, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "axes", [pytest.param({"data": 4}, marks=pytest.mark.long), {"data": 2, "tensor": 2}]
+)
 def test_prompts_of_any_slots_are_answered_the_same_over_devices(make, axes):
     engines = [make(SHALLOW, slots=8, mesh=mesh) for mesh in (make_mesh(), make_mesh(**axes))]
     assert engines[1].config.row_buckets == ((4, 8) if axes["data"] == 4 else (2, 4, 8))

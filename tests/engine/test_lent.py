@@ -29,12 +29,6 @@ SIZES = EngineConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
-        yield
-
-
 def make(**options):
     engine = Engine(MODEL, dataclasses.replace(SIZES, **options), seed=3)
     engine.load(make_weights(MODEL), 0)

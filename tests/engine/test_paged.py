@@ -12,7 +12,6 @@ from empg_jax.engine.programs import Chunk, Request
 from empg_jax.models.filtering import TokenFilter
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
-from tests import runs
 from tests.engine import test_prefix
 from tests.engine.test_prefix import MODEL, MOVES, check_same, play, task
 from tests.weights import make_weights
@@ -24,12 +23,6 @@ SIZES = dataclasses.replace(
 PAGES = {"page_tokens": 16}
 HALF = {"page_tokens": 16, "kv_tokens": 2 * 96}
 LIKELY = TokenFilter(top_k=8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
 
 
 def make(**sizes):

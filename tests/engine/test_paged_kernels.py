@@ -60,7 +60,13 @@ def test_the_gpu_kernel_gives_the_same_as_gathered_rows(pool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "depth", "groups"), [("rows", 128, 2), ("rows", 64, 2), ("pages", 128, 8), ("pages", 64, 2)]
+    ("kind", "depth", "groups"),
+    [
+        ("rows", 128, 2),
+        pytest.param("rows", 64, 2, marks=pytest.mark.long),
+        pytest.param("pages", 128, 8, marks=pytest.mark.long),
+        ("pages", 64, 2),
+    ],
 )
 def test_the_tpu_kernel_gives_the_same_as_all_rows(kind, depth, groups, monkeypatch):
     """Three rows, the last one idle; ends inside of a block, and behind several. Heads of 64 are joined.

@@ -15,7 +15,6 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
-from tests import runs
 from tests.weights import make_weights
 
 MODEL = DecoderConfig(
@@ -32,12 +31,6 @@ SIZES = EngineConfig(
     cache_buckets=(96,),
 )
 RULES = list(np.random.default_rng(0).integers(0, 38, 40))  # the instructions that all tasks begin with
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
-        yield
 
 
 def make(mesh=None, **sizes):

@@ -44,12 +44,6 @@ def play(tmp_path, kind, *more):
     return load_trajectories(out, "episodes")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
-        yield
-
-
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [

@@ -77,6 +77,7 @@ def moved(before, after):
     return max(jax.tree.leaves(change)), head
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_dense_rewards_are_explained_with_a_rate_of_its_own():
     """At the policy's rate alone the head stays where it began, and nothing is ever explained."""
@@ -94,6 +95,7 @@ def test_the_warm_up_trains_the_head_alone():
     assert [float(schedule(step)) for step in (0, 5, 6)] == pytest.approx([0.0, 0.0, RATE])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_detached_head_leaves_the_network_to_the_policy():
     """With advantages of 0 nothing but the critic's loss is left: detached, it stops at the head."""

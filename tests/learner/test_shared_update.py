@@ -78,7 +78,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", [pytest.param("experts", marks=pytest.mark.slow), "adapters"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("experts", marks=[pytest.mark.slow, pytest.mark.long]), "adapters"]
+)
 def test_log_probs_and_gradients_of_a_model(variant):
     model = dataclasses.replace(MODEL, **VARIANTS[variant])
     base = {}
@@ -132,7 +134,11 @@ def make_plain():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [{}, dict(data=2), dict(fsdp=2, tensor=2)], ids=["one", "data", "split"])
+@pytest.mark.parametrize(
+    "axes",
+    [{}, pytest.param(dict(data=2), marks=pytest.mark.long), dict(fsdp=2, tensor=2)],
+    ids=["one", "data", "split"],
+)
 def test_optimizer_steps_of_the_learner(axes):
     """Plain gradient descent of rate 1, so that parameters show the gradients."""
     devices = axes.get("data", 1) * axes.get("fsdp", 1)

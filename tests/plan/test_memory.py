@@ -85,7 +85,12 @@ def reserved_bytes(model, mesh, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "remat, mesh", [("full", dict(fsdp=4, tensor=2)), ("dots", {}), ("none", dict(fsdp=2, sequence=2))]
+    "remat, mesh",
+    [
+        ("full", dict(fsdp=4, tensor=2)),
+        pytest.param("dots", {}, marks=pytest.mark.long),
+        pytest.param("none", dict(fsdp=2, sequence=2), marks=pytest.mark.long),
+    ],
 )
 def test_the_estimate_is_near_what_the_compiler_reserves(remat, mesh):
     model = dataclasses.replace(SMALL, remat=remat)

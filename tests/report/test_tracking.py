@@ -140,11 +140,10 @@ def _refuse(*_, **__):
 
 
 @pytest.mark.slow
-def test_a_run_tells_its_tracker_and_traces_an_update(packages, tmp_path, tmp_path_factory):
+def test_a_run_tells_its_tracker_and_traces_an_update(packages, tmp_path):
     short = ["sft.updates=0", "eval.tasks=2", "train.updates=2"]
     tracked = ["log.trackio=true", "train.profile=2:1"]
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        run = runs.train(tmp_path / "run", *runs.HOUSE, *short, *tracked)
+    run = runs.train(tmp_path / "run", *runs.HOUSE, *short, *tracked)
     trackio = packages["trackio"]
     steps = [(kwargs["step"], args[0]) for args, kwargs in trackio.named("log")]
     assert [step for step, _ in steps] == [1, 2] and len(trackio.named("finish")) == 1

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -16,19 +17,15 @@ ENV = ["env.name=deepsearch", "env.options={level: tiny, style: terse}", "sft.up
 IGPO = ["algorithm.name=igpo", "algorithm.modulation=none", "rollout.group_size=4", "train.updates=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def by_gain(scored, returns, mask, groups):
     """A2TGPO's advantages from the scored answers."""
     return al.a2tgpo(al.information_gains(scored, mask), returns, mask, groups)[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "credit_of"), [("igpo", al.igpo), ("a2tgpo", by_gain)])
+@pytest.mark.parametrize(
+    ("name", "credit_of"), [("igpo", al.igpo), pytest.param("a2tgpo", by_gain, marks=pytest.mark.long)]
+)
 def test_a_run_pays_turns_by_what_they_tell_about_the_answer(tmp_path, name, credit_of):
     run = runs.train(tmp_path / "run", *ENV, *IGPO, f"algorithm.name={name}", "env.max_turns=3")
     (line,) = [line for line in runs.lines(run) if "loss" in line]
@@ -44,7 +41,7 @@ def test_a_run_pays_turns_by_what_they_tell_about_the_answer(tmp_path, name, cre
     returns = np.array([record["return"] for record in records])
     groups = np.array([record["group_id"] for record in records])
     groups = np.int32(groups - groups.min())
-    expected = credit_of(np.float32(scored), np.float32(returns), mask, groups)
+    expected = jax.jit(credit_of)(np.float32(scored), np.float32(returns), mask, groups)
     np.testing.assert_allclose(paid, expected, atol=2e-3)
     # The file alone gives the same credit.
     again = CliRunner().invoke(app, ["credit", str(run / "config.yaml"), str(file)])

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from empg_jax.run.process import use_compile_cache
 from tests import runs
@@ -17,8 +18,9 @@ def train(run_dir, home):
     # Without the barrier, which answers meet in a step depends on their arrival, and the last bits with it.
     arguments = [*runs.TINY[1:], "rollout.deterministic=true", "train.updates=1", f"run_dir={run_dir}"]
     command = [sys.executable, "-m", "empg_jax", "train", "quickstart", *arguments]
-    here = {"XDG_CACHE_HOME": str(home), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | here)
+    here = {name: value for name, value in os.environ.items() if "_CACHE_" not in name}
+    here["XDG_CACHE_HOME"] = str(home)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=here)
     assert done.returncode == 0, done.stderr
     return {path.name for path in home.rglob("*-cache")}
 
@@ -35,9 +37,11 @@ def settings():
     names = ("dir", "min_compile_time_secs", "min_entry_size_bytes")
     names = [f"jax_{'compilation' if name == 'dir' else 'persistent'}_cache_{name}" for name in names]
     before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.usefixtures("settings")

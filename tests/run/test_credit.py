@@ -18,12 +18,6 @@ TURN = {"reward": 0.0, "valid": True, "tokens": 3, "entropy": 0.5}
 PLAIN = ["algorithm.modulation=none"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def call(*arguments):
     result = CliRunner().invoke(app, ["credit", *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):

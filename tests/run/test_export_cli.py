@@ -31,12 +31,6 @@ SHORT = [*runs.HOUSE, "train.updates=1", "sft.updates=0", "eval.tasks=4"]
 TOKENS = np.arange(6, 26, dtype=np.int32)[None]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 def export(*arguments):
     """Exit code, stdout, stderr of ``empg-jax export``."""
     result = CliRunner().invoke(app, ["export", *map(str, arguments)])

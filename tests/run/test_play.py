@@ -29,12 +29,6 @@ def call(*arguments):
     return result
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return runs.train(tmp_path_factory.mktemp("play") / "run", *STEADY)

@@ -90,10 +90,8 @@ def test_every_new_shape_is_counted_once():
     assert counter.count == 2  # outside, nothing is counted
 
 
-def test_programs_from_the_persistent_cache_count_too(tmp_path):
-    from tests import runs
-
-    with runs.share_compilations(tmp_path), CompileCounter() as counter:
+def test_programs_from_the_persistent_cache_count_too():
+    with CompileCounter() as counter:
         for _ in range(2):
             jax.jit(lambda x: x * 3 + 1)(jnp.ones(11)).block_until_ready()
         assert counter.count >= 2

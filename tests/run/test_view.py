@@ -17,8 +17,7 @@ from tests.pages import count, made_up, set_field, show
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of three updates, with numbers of tokens."""
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield runs.train(tmp_path_factory.mktemp("view") / "run", "log.rollouts_tokens=true")
+    return runs.train(tmp_path_factory.mktemp("view") / "run", "log.rollouts_tokens=true")
 
 
 # ------------------------------------------------------------------------------------- a run that trained

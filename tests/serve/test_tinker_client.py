@@ -41,6 +41,7 @@ def test_empg_is_computed_on_the_server_from_turns(studio):
     assert run(studio, "-m", "tests.serve.tinker_scenes", "credit") == "credit\n"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_example_learns_in_25_steps(studio):
     printed = run(studio, "scripts/examples/tinker_client.py", "pupil")

@@ -172,12 +172,6 @@ def chat_file(tmp_path_factory):
     return write_chat(tmp_path_factory.mktemp("chat") / "chat.jsonl", 40)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
-        yield
-
-
 def sft_lines(run):
     return [
         {k: v for k, v in line.items() if k != "time"}

@@ -177,10 +177,8 @@ def test_the_configuration_of_a_warm_start_alone_can_be_loaded(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_the_warm_start_alone_is_a_run_that_learns(tmp_path, tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory), optimize=True):
-        config = runs.configure(tmp_path / "run", "sft.updates=30", "eval.tasks=4")
-        run = trainer.run_sft(config)
+def test_the_warm_start_alone_is_a_run_that_learns(tmp_path):
+    run = trainer.run_sft(runs.configure(tmp_path / "run", "sft.updates=30", "eval.tasks=4"))
     losses = [line["sft_loss"] for line in runs.read_metrics(run / "sft_metrics.jsonl")]
     assert len(losses) == 30 and losses[-1] < 0.75 * losses[0]
     assert (run / "metrics.jsonl").read_text() == "" and runs.restored(run).step == 0

@@ -237,9 +237,8 @@ def test_another_batch_takes_an_update_in_proportion(tmp_path, known):
 
 
 @pytest.mark.slow
-def test_a_real_run_is_planned_from(tmp_path, tmp_path_factory):
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        run = runs.train(tmp_path / "run", "train.updates=3", "sft.updates=0")
+def test_a_real_run_is_planned_from(tmp_path):
+    run = runs.train(tmp_path / "run", "train.updates=3", "sft.updates=0")
     lines = runs.lines(run)
     found = plan(run / "config.yaml", "--from", run, lags="0,1", updates=5)
     assert found["world"]["turns"]["mean"] == pytest.approx(

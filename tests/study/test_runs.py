@@ -12,6 +12,7 @@ from study_ledger import Ledger, newest
 from study_plan import Triple
 
 from tests import runs
+from tests.compiling import optimized_programs
 from tests.study import made_up
 
 SCRIPT = "import sys; sys.path.insert(0, 'scripts'); import study; sys.exit(study.main())"
@@ -229,7 +230,7 @@ def test_a_study_of_real_runs(folder, tmp_path, monkeypatch):
     (folder / "study.yaml").write_text(text)
     words = ["run", str(folder), "--runs-dir", str(tmp_path / "runs")]
     run = tmp_path / "runs" / "house-grpo-3"
-    with runs.share_compilations(tmp_path / "compiled", optimize=True):
+    with optimized_programs():
         process = runs.start(words, code=SCRIPT)
         is_under_way = (run / "checkpoints" / "1").exists
         made_up.wait_for(lambda: is_under_way() or process.poll() is not None, seconds=300)

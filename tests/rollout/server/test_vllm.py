@@ -40,11 +40,9 @@ def find_reason():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
+def _installed():
     if reason := find_reason():
         pytest.skip(reason)
-    with runs.share_compilations(runs.compiled_folder(tmp_path_factory)):
-        yield
 
 
 @pytest.fixture(scope="module")
