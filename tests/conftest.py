@@ -1,6 +1,7 @@
 """Settings for the whole suite: eight fake devices, strict dtypes, no rank promotion."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -27,12 +28,24 @@ install_import_hook(CHECKED, "beartype.beartype")
 import jax
 import pytest
 
+from empg_envs.worker import resident_mb
 from tests.compiling import optimized_programs, share_programs
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+MOST_MB = 2500  # of a process of the tests, between two files
+
 share_programs(Path(os.environ["XDG_CACHE_HOME"]) / "compiled")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    """Programs of earlier files are dropped where a process has grown large; the folder keeps them."""
+    yield
+    if resident_mb() > MOST_MB:
+        gc.collect()
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -233,6 +233,9 @@ def bare(base, turns, batch):
 def raises(batch, scores, worth):
     return worth.retuns
 
+def branches(batch, scores, worth):
+    return worth.mask * (1.0 if worth.returns.sum() > 0 else 0.0)
+
 def halve(base, turns, batch):
     factors = jnp.where(turns.mask, jnp.full_like(base, 0.5), 0)
     return Modulation(base * factors, factors, jnp.zeros_like(base))
@@ -240,6 +243,7 @@ def halve(base, turns, batch):
 RECIPE = Recipe(estimate=best, modulate=parts.empg(zeta=0.2), correct=parts.tis(cap=3.0), kl=parts.kl(0.1))
 HALVED = Recipe(estimate=parts.grpo(), modulate=halve)
 FLAT, NAN, RAISES = Recipe(estimate=flat), Recipe(estimate=nan), Recipe(estimate=raises)
+BRANCHES = Recipe(estimate=branches)
 LOSS, BARE = Recipe(estimate=best, objective=bad_loss), Recipe(estimate=best, modulate=bare)
 NUMBER = 3
 """
@@ -307,6 +311,7 @@ def test_an_entry_point_that_cannot_be_used_is_one_message(own, attribute, says)
         ("LOSS", r"own_recipes:LOSS: bad_loss returned a loss of shape \(\)"),
         ("BARE", r"own_recipes:BARE: bare returned .*; expected a Modulation"),
         ("RAISES", r"own_recipes:RAISES: AttributeError: .*retuns.*own_recipes\.py, line \d+"),
+        ("BRANCHES", r"own_recipes:BRANCHES: TracerBoolConversionError: .*own_recipes\.py, line \d+"),
     ],
 )
 def test_a_function_that_returns_the_wrong_thing_is_named(own, attribute, says):

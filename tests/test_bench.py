@@ -26,6 +26,7 @@ def measure(tmp_path, *overrides):
         return bench.bench(runs.configure(tmp_path / "never", *overrides), 1, progress)
 
 
+@pytest.mark.slow
 def test_the_command_tells_rates_in_a_table_or_as_json_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = call(options=["--json", "--repeats=1"])

@@ -93,6 +93,7 @@ def test_nan_stops_with_the_batch_and_the_last_good_checkpoint(tmp_path, opened)
     assert [line["update"] for line in runs.lines(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_nan_may_be_skipped(tmp_path, opened):
     opened.changes.append(poison(4))
     run = runs.train(tmp_path / "run", *HOUSE, "train.on_nonfinite=skip")
@@ -256,6 +257,7 @@ def trouble_after_evaluation(diary):
     return change
 
 
+@pytest.mark.slow
 def test_an_environment_that_raises_is_discarded_and_refilled_and_never_a_reward(tmp_path, opened):
     diary, collected = tmp_path / "diary", []
     opened.changes += [trouble_after_evaluation(diary), lambda parts: _record(parts, collected)]
@@ -273,6 +275,7 @@ def test_an_environment_that_raises_is_discarded_and_refilled_and_never_a_reward
     assert keys == [(group, member) for group in range(6) for member in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["hang", "kill"])
 def test_a_hang_or_a_dead_worker_costs_its_episode(tmp_path, trouble, opened):
     diary = tmp_path / "diary"

@@ -23,7 +23,7 @@ STEADY = [*HOUSE, "rollout.deterministic=true"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, _compiled):
+def whole(tmp_path_factory):
     """A finished run with all of its checkpoints; tests that change it take a copy."""
     return runs.train(tmp_path_factory.mktemp("going_on") / "whole", *STEADY, "checkpoint.keep=9")
 

@@ -36,11 +36,9 @@ def load_recipe(entry_point: str) -> Recipe:
     except SyntaxError as error:
         raise ValueError(f"{entry_point}: {error.filename}, line {error.lineno}: {error.msg}") from None
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
             f"{entry_point}: {module_name} cannot be imported: {type(error).__name__}: {error} "
-            f"({place.filename}, "
-            f"line {place.lineno})"
+            f"({_place_of(error)})"
         ) from None
     if not hasattr(module, attribute):
         recipes = [name for name, value in vars(module).items() if isinstance(value, Recipe)]
@@ -52,8 +50,15 @@ def load_recipe(entry_point: str) -> Recipe:
     return recipe
 
 
+def _place_of(error: Exception) -> str:
+    """Where it happened: the innermost line that is not JAX's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(os.path.dirname(jax.__file__))]
+    return f"{own[-1].filename}, line {own[-1].lineno}"
+
+
 def try_recipe(recipe: Recipe, label: str) -> None:
-    """Run a recipe once on a small made-up batch: shapes, types and finite numbers.
+    """Run a recipe once, compiled, on a small made-up batch: shapes, types and finite numbers.
 
     Args:
       recipe: the algorithm.
@@ -81,8 +86,7 @@ def _try(recipe: Recipe, label: str, batch: Batch, scores: Scores) -> None:
             values = jax.jit(algorithm.value_loss)(scores.values, batch, scores, credit.value_targets)
             found = {name_of(recipe.critic): values}
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if isinstance(error, ValueError) else f" ({place.filename}, line {place.lineno})"
+        where = "" if isinstance(error, ValueError) else f" ({_place_of(error)})"
         text = f"{type(error).__name__}: {error}" if where else str(error)
         raise ValueError(f"{label}: {text.splitlines()[0]}{where}") from None
     assert credit.turns is not None

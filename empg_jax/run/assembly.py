@@ -280,8 +280,7 @@ def make_algorithm_from(config: Config) -> Algorithm:
 
     Raises:
       ConfigError: as `make_recipe_from`; or a custom function fails or returns a wrong shape or NaN. The
-      message
-        names the function.
+        message names the function.
     """
     recipe = make_recipe_from(config, group_size=config.rollout.group_size)
     if config.algorithm.entry_point is not None:

@@ -149,10 +149,10 @@ def test_credit_is_the_composition_of_the_public_functions():
 
 def test_switched_off_modulation_is_the_base():
     batch, scores, *_ = make_batch()
-    base = al.make_algorithm("reinforce_pp").credit(batch, scores).advantages
+    base = compiled("reinforce_pp", 1)[0](batch, scores).advantages
     for off in ({"modulation": "empg", "empg": {"k": 0, "zeta": 0, "center": "none"}}, {"aem": {"lam": 0}}):
         algorithm = al.make_algorithm("reinforce_pp", **({"modulation": "aem"} | off))
-        np.testing.assert_array_equal(algorithm.credit(batch, scores).advantages, base)
+        np.testing.assert_array_equal(jax.jit(algorithm.credit)(batch, scores).advantages, base)
 
 
 def test_reinforce_pp_tokens_follow_the_padded_form():

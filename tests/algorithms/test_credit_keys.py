@@ -56,8 +56,7 @@ def test_episodes_that_a_limit_ended_leave_the_loss(tmp_path):
 
 
 def test_a_limit_is_bootstrapped_on_request(tmp_path):
-    """An episode that a turn limit ended goes on with the critic's last value; one that broke a limit "
-    "does not."""
+    """What a turn limit ended goes on with the critic's last value; what broke a limit does not."""
     batch, scores, plain, _ = run(tmp_path, {"name": "ppo"})
     options = {"name": "ppo", "critic": "{bootstrap: true}"}
     longer = run(tmp_path, options)[2]

@@ -70,7 +70,7 @@ def test_a_penalty_changes_credit_or_is_said_to_have_no_effect(name):
     if RECIPES[name].critic is None:
         scores = scores.replace(values=None)
     without, with_it = (
-        np.asarray(jax.jit(al.make_algorithm(name, **keys).credit)(batch, scores).turns.base)
+        np.asarray(al.make_algorithm(name, **keys).credit(batch, scores).turns.base)
         for keys in ({}, {"invalid_penalty": 0.1})
     )
     overlong = ["algorithm.overlong_length=64", "algorithm.overlong_cache=9"]

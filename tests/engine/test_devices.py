@@ -17,6 +17,7 @@ from tests.engine.test_engine import SHALLOW, SIZES, draw_tokens, finish, make, 
 assert make  # a fixture
 
 
+@pytest.mark.slow
 def test_a_new_cache_is_made_in_its_place(make):
     engine = make(mesh=make_mesh(data=2, tensor=2))
     made = engine._programs.new_cache.lower(64).compile()
@@ -25,6 +26,7 @@ def test_a_new_cache_is_made_in_its_place(make):
     assert analysis.output_size_in_bytes + analysis.temp_size_in_bytes <= whole / 4 + 1024
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_but_the_place(make):
     prompts = [draw_tokens(np.random.default_rng(slot), 5 + slot) for slot in range(4)]
     whole, split = make(SHALLOW), make(SHALLOW, mesh=make_mesh(data=2, tensor=2))

@@ -422,6 +422,7 @@ def test_every_shipped_config_needs_few_programs(path):
     assert lengths in ((), sizes.prefill_buckets)  # what a configuration names is kept
 
 
+@pytest.mark.slow
 def test_the_warm_up_compiles_as_many_programs_as_are_said():
     sizes = EngineConfig(4, 40, 6, NO_STOPS, prefill_buckets=(4, 16), cache_buckets=(8, 24))
     engine = Engine(SHALLOW, sizes, seed=0)

@@ -78,9 +78,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param("experts", marks=[pytest.mark.slow, pytest.mark.long]), "adapters"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [pytest.param("experts", marks=pytest.mark.long), "adapters"])
 def test_log_probs_and_gradients_of_a_model(variant):
     model = dataclasses.replace(MODEL, **VARIANTS[variant])
     base = {}

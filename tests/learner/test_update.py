@@ -87,6 +87,7 @@ def test_an_update_follows_the_gradient_of_the_sampled_tokens(learner, problem, 
     np.testing.assert_allclose(metrics["entropy"], entropy, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_after_warm_up_nothing_compiles(problem):
     jax.clear_caches()  # of programs that other tests have used
     learner = make_tiny_learner.__wrapped__(micro_rows=4)

@@ -300,6 +300,7 @@ def test_fused_projections_change_nothing(name):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_bfloat16_parameters_are_added_up_in_float32():
     """Against float32 parameters of the same values, on a text in which one token is frequent."""
     narrow = dataclasses.replace(TINY, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)

@@ -74,6 +74,7 @@ def torch_logits(model):
         return model(torch.from_numpy(TOKENS.astype(np.int64))).logits.numpy()
 
 
+@pytest.mark.slow
 def test_transformers_computes_what_the_run_trained(whole):
     run, folder = whole
     np.testing.assert_allclose(torch_logits(load_torch(folder)), our_logits(run), atol=1e-4)

@@ -44,6 +44,7 @@ def without_credit(record):
     return {k: v for k, v in record.items() if k != "update"} | {"turns": turns}
 
 
+@pytest.mark.slow
 def test_the_first_weights_play_the_episodes_of_the_first_update(run, tmp_path):
     out = tmp_path / "episodes.jsonl"
     done = call(run / "checkpoints" / "0", "--episodes", 4, "--out", out)

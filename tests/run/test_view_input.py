@@ -152,6 +152,7 @@ def test_what_if_needs_entropies_for_a_modulation_only(tmp_path):
     assert "turns[0].entropy: missing" in view(run, "--what-if", "grpo_aem").stderr
 
 
+@pytest.mark.slow
 def test_what_if_takes_an_algorithm_of_ones_own(tmp_path):
     name = "tests.test_algorithm_runs:OWN"
     won, lost = [turn(0, reward=1.0)], [turn(0)]

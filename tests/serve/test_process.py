@@ -64,6 +64,7 @@ def test_what_is_missing_is_told():
     assert done.stderr == "error: protobuf not installed; they come with: pip install -e '.[serve]'\n"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_is_told(tmp_path):
     done = call("qwen2.5-1.5")
     assert (done.returncode, done.stdout) == (2, "")
