@@ -561,7 +561,7 @@ def fail_at(update, error, where):
     ("where", "error"),
     [
         ("rollout", KeyboardInterrupt),
-        ("evaluation", RuntimeError),
+        pytest.param("evaluation", RuntimeError, marks=pytest.mark.long),
         pytest.param("rollout", RuntimeError, marks=pytest.mark.long),
         pytest.param("evaluation", KeyboardInterrupt, marks=pytest.mark.long),
     ],
@@ -603,6 +603,7 @@ def test_an_error_in_the_middle_of_an_update_saves_nothing_of_it(tmp_path, opene
     assert runs.restored(tmp_path / "run").progress["update"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_error_in_the_first_evaluation_keeps_the_warm_start(tmp_path, opened):
     opened.changes.append(fail_at(0, RuntimeError, "evaluation"))

@@ -33,6 +33,7 @@ def run_dir(tmp_path_factory):
     return runs.train(tmp_path_factory.mktemp("lora") / "run", *ADAPTERS)
 
 
+@pytest.mark.long
 def test_a_run_that_stops_before_its_first_boundary_goes_on(tmp_path, monkeypatch):
     """What is saved then names the base below the adapters, too."""
 

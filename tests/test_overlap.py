@@ -34,7 +34,7 @@ def test_a_run_with_a_lag_trains_every_group_once_and_says_how_it_went(tmp_path)
     assert [line["update"] for line in lines if "eval_success" in line] == [2, 4]
 
 
-@pytest.mark.parametrize("limit", [0.0, 10.0])
+@pytest.mark.parametrize("limit", [pytest.param(0.0, marks=pytest.mark.long), 10.0])
 def test_new_weights_inside_responses_are_versioned_measured_and_bounded(tmp_path, limit):
     options = ["rollout.publish=burst", f"rollout.max_stale_gap={limit}", "rollout.burst=1"]
     lengths = ["rollout.max_response_tokens=32", "rollout.max_tokens=160", "train.micro_tokens=320"]

@@ -57,6 +57,7 @@ def rollouts(run):
     return {path.name: path.read_bytes() for path in (run / "rollouts").iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_same_run_twice_is_the_same(whole, tmp_path):
     assert_same(runs.train(tmp_path / "run", *STEADY), whole[0])
@@ -94,7 +95,7 @@ BY_HAND = [pytest.mark.slow, pytest.mark.long]
         pytest.param(0.12, marks=BY_HAND),
         0.3,
         pytest.param(0.6, marks=BY_HAND),
-        pytest.param(1.0, marks=pytest.mark.slow),
+        pytest.param(1.0, marks=BY_HAND),
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, share):
@@ -181,6 +182,7 @@ def test_what_was_counted_between_two_lines_survives_a_stop(tmp_path, stop_at):
     assert [line["update"] for line in runs.lines(whole)] == [3, 4] and steps[0] > steps[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_stopped_twice(whole, tmp_path, stop_at):
     stop_at(2)
@@ -201,6 +203,7 @@ def test_a_finished_run_may_be_given_more_updates(whole, tmp_path):
     assert_same(tmp_path / "run", whole[0])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_narrow_moments_go_on_bit_by_bit(tmp_path):
     narrow = [*STEADY, "sft.updates=0", "eval.tasks=2", "train.moments=bfloat16"]
@@ -232,7 +235,7 @@ def test_without_determinism_a_resumed_run_still_trains_every_group_once(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["warm start", "rl"])
+@pytest.mark.parametrize("when", [pytest.param("warm start", marks=pytest.mark.long), "rl"])
 def test_killed_at_a_random_moment_and_resumed(whole, tmp_path, when):
     """SIGKILL leaves no time to save: the run goes on from its newest checkpoint, or from its start."""
     run = tmp_path / "run"
