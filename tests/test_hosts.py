@@ -62,6 +62,7 @@ def test_four_hosts_equal_one(tmp_path):
     check_consumed(tmp_path / "four", 2, groups=4)
 
 
+@pytest.mark.long
 def test_overlap_on_two_hosts(tmp_path):
     run = tmp_path / "run"
     options = [*BOTH[:-1], "train.max_lag=1", "mesh.data=1", "mesh.fsdp=2", "train.updates=4"]

@@ -91,7 +91,7 @@ BY_HAND = [pytest.mark.slow, pytest.mark.long]
 @pytest.mark.parametrize(
     "share",
     [
-        pytest.param(0.0, marks=pytest.mark.slow),
+        pytest.param(0.0, marks=BY_HAND),
         pytest.param(0.12, marks=BY_HAND),
         0.3,
         pytest.param(0.6, marks=BY_HAND),
@@ -111,6 +111,7 @@ def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, stop_at, shar
     assert [(event["event"], event["signal"]) for event in events] == [("stop_requested", signal.SIGTERM)]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_warm_start_goes_on_where_the_critic_has_settings_of_its_own(tmp_path, stop_at):
     """The optimizer of the warm start has a state of another structure than that of RL."""
@@ -133,6 +134,7 @@ def test_a_warm_start_goes_on_where_the_critic_has_settings_of_its_own(tmp_path,
     assert runs.weights(tmp_path / "run") == runs.weights(whole)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_goes_on_with_its_engine_on_other_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "GAP_CHECK_EVERY", 1)
