@@ -379,7 +379,7 @@ def test_the_specifications_gigpo(tmp_path, statistics, penalty):
 
 
 def test_a_penalty_does_not_reach_earlier_turns(tmp_path):
-    """GiGPO's step part: the valid turn before an invalid one is worth the same with the penalty."""
+    """GiGPO's step part: the valid turn before an invalid one is worth the same with and without penalty."""
     parts = [
         np.asarray(run(tmp_path, {"name": "gigpo"}, penalty=penalty)[2].turns.base)
         - np.asarray(run(tmp_path, {"name": "gigpo", "omega": 0.0}, penalty=penalty)[2].turns.base)
