@@ -50,8 +50,13 @@ def chat_with(
     """
     # One conversation needs one slot, and programs are compiled when they are first needed.
     policy = open_policy(source, ["serve.slots=1", *overrides], say)
-    longest = policy.engine.config.max_tokens
-    service = Service(policy.name, policy.tokenizer, policy.renderer, max_tokens=longest)
+    service = Service(
+        policy.name,
+        policy.tokenizer,
+        policy.renderer,
+        vocab_size=policy.engine.model.vocab_size,
+        max_tokens=policy.engine.config.max_tokens,
+    )
     say(f"{policy.name}: {_describe(policy)}")
     say(f"Ctrl-D ends, Ctrl-C cuts an answer off, {ANEW} begins anew")
     with Driver(policy.engine, max_waiting=NUM_WAITING) as driver, ending([driver]):

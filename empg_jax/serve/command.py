@@ -73,7 +73,7 @@ def serve_policy(
         from empg_jax.serve.service import Service
 
         policy = open_policy(source, overrides, say, is_trained=is_trained)
-        settings, longest = policy.config.serve, policy.engine.config.max_tokens
+        settings = policy.config.serve
         if settings.warm_up:
             policy.engine.warm_up()
         server = make_server(policy.name, listener, ready_file, announce)
@@ -82,7 +82,8 @@ def serve_policy(
             policy.name,
             policy.tokenizer,
             policy.renderer,
-            max_tokens=longest,
+            vocab_size=policy.engine.model.vocab_size,
+            max_tokens=policy.engine.config.max_tokens,
             max_choices=driver.most_at_once,
         )
         with contextlib.ExitStack() as stack:

@@ -54,6 +54,7 @@ class Service:
       name: the model's name on the wire.
       tokenizer: its tokenizer.
       renderer: its chat template; None refuses chats.
+      vocab_size: number of the model's tokens, which may be more than the tokenizer's: they are sampled, too.
       max_tokens: longest conversation in tokens.
       max_choices: most responses to one request.
     """
@@ -64,12 +65,13 @@ class Service:
         tokenizer: Tokenizer,
         renderer: ChatRenderer | None,
         *,
+        vocab_size: int,
         max_tokens: int,
         max_choices: int = MAX_CHOICES,
     ) -> None:
         self.name = name
         self._tokenizer, self._renderer = tokenizer, renderer
-        self._max_tokens, self._max_choices = max_tokens, max_choices
+        self._vocab_size, self._max_tokens, self._max_choices = vocab_size, max_tokens, max_choices
 
     def describe_models(self) -> Body:
         """Return the answer of ``GET /v1/models``."""
@@ -135,7 +137,7 @@ class Service:
         prompts = [
             self._encode(item, encode)
             if isinstance(item, str)
-            else read_ids(item, "prompt", self._tokenizer.vocab_size)
+            else read_ids(item, "prompt", self._vocab_size)
             for item in prompt
         ]
         return self._asked(given, prompts, sampling, Head("text_completion", self.name))
@@ -149,7 +151,7 @@ class Service:
         given = self._check(body, GENERATE)
         if read_flag(given, "stream"):
             raise refuse("stream=True is not supported here; use /v1/completions", "stream")
-        prompt = read_ids(given.get("token_ids"), "token_ids", self._tokenizer.vocab_size)
+        prompt = read_ids(given.get("token_ids"), "token_ids", self._vocab_size)
         options = check_keys(
             given.get("sampling_params", {}), SAMPLING, "sampling_params", ignored=IGNORED | TEXT
         )
@@ -173,7 +175,7 @@ class Service:
         self, given: dict[str, Any], num_prompts: int, default_max_tokens: int | None = None
     ) -> Sampling:
         """Read the options, and count the responses before work is done for any of them."""
-        sampling = read_sampling(given, self._tokenizer.vocab_size, default_max_tokens=default_max_tokens)
+        sampling = read_sampling(given, self._vocab_size, default_max_tokens=default_max_tokens)
         if num_prompts * sampling.n > self._max_choices:
             asked = f"{num_prompts} prompts with n={sampling.n}" if num_prompts > 1 else f"n={sampling.n}"
             raise refuse(

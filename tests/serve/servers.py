@@ -17,6 +17,7 @@ CALL = '{"name": "add", "arguments": {"a": 2, "b": 3}}'
 # What the model says if it is greedy. Sampled, it says these words and others.
 CHAIN = ["<|assistant|>", "<tool_call>", CALL, "</tool_call>", "<|end|>"]
 WIDTH = 64
+PADDING = 3  # rows of the model beyond the tokenizer's, as Qwen has them
 TOOLS = [
     {
         "type": "function",
@@ -28,7 +29,7 @@ TOOLS = [
 def save_talker(folder):
     """Save a model whose next token follows the last one, disturbed by attention to the others."""
     tokenizer = build_phrase_tokenizer([*WORDS, "<tool_call>", CALL, "</tool_call>"])
-    size = tokenizer.vocab_size
+    size = tokenizer.vocab_size + PADDING
     assert size <= WIDTH
     model = DecoderConfig(
         vocab_size=size,
@@ -54,6 +55,7 @@ def save_talker(folder):
     # Other control tokens are never said, so that every text is tokenized as it was sampled.
     for name in ("<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|unk|>"):
         head[tokenizer.token_to_id(name)] = -6
+    head[-PADDING:] = -6
     params["head"]["embedding"] = head
     save_hf(params, model, folder, tokenizer)
     return folder

@@ -26,7 +26,8 @@ HELLO = [{"role": "user", "content": "red"}]
 def service(monkeypatch):
     """A service of 12 responses at once, which lists the lengths of the texts that it encodes."""
     tokenizer = build_byte_tokenizer()
-    service = Service("model", tokenizer, ChatRenderer(tokenizer), max_tokens=64, max_choices=12)
+    sizes = {"vocab_size": tokenizer.vocab_size, "max_tokens": 64, "max_choices": 12}
+    service = Service("model", tokenizer, ChatRenderer(tokenizer), **sizes)
     encode, service.encoded = tokenizer.encode, []
 
     def counted(text, **options):
@@ -63,7 +64,7 @@ def test_a_text_to_complete_begins_as_the_tokenizer_says(has_begin, tmp_path):
             single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
         )
         backend.save(str(tmp_path / "tokenizer.json"))
-    service = Service("model", load_tokenizer(tmp_path), None, max_tokens=64)
+    service = Service("model", load_tokenizer(tmp_path), None, vocab_size=300, max_tokens=64)
     ids, bare = backend.encode("red").ids, [*b"red"]
 
     def read(prompt, **options):

@@ -5,7 +5,8 @@ import threading
 
 import numpy as np
 
-from tests.serve.servers import wait_until
+from empg_jax.text import load_tokenizer
+from tests.serve.servers import PADDING, wait_until
 
 
 def generate(http, tokens, **sampling):
@@ -34,6 +35,16 @@ def test_generate_answers_as_verifiers_reads_it(http):
     assert [item["logprob"] for item in items] == choice["empg"]["logprobs"]
     assert len(choice["empg"]["entropies"]) == len(choice["empg"]["versions"]) == len(items)
     assert choice["finish_reason"] in ("stop", "length")
+
+
+def test_tokens_of_the_model_that_the_tokenizer_lacks_are_taken_back(http, talker):
+    size = load_tokenizer(talker).vocab_size
+    padding = [size, size + PADDING - 1]
+    generate(http, [12, *padding], max_tokens=2, stop_token_ids=padding, top_k=size + PADDING)
+    answer = http.post("/v1/completions", json={"prompt": [12, *padding], "max_tokens": 2})
+    assert answer.status_code == 200
+    refused = http.post("/v1/completions", json={"prompt": [size + PADDING]})
+    assert refused.status_code == 400 and f"[0, {size + PADDING})" in refused.json()["error"]["message"]
 
 
 def test_filters_are_those_of_the_request_with_log_probs_of_both_distributions(http):
