@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from empg_jax.engine.engine import Response
+from empg_jax.serve.text import TextPlaces
 
 STATISTICS_VERSION = 2
 
@@ -69,16 +70,24 @@ class Detail:
 
 
 def describe_tokens(
-    response: Response, start: int, head: Head, detail: Detail, spell: Callable[[int], str], offset: int = 0
+    response: Response,
+    start: int,
+    head: Head,
+    detail: Detail,
+    spell: Callable[[int], str],
+    places: TextPlaces,
 ) -> Body:
-    """List the fields of a choice about its tokens, from token ``start``, at character ``offset``, on."""
+    """List the fields of a choice about its tokens from token ``start`` on; ``places`` took those before."""
     fields: Body = {}
     tokens = response.tokens[start:].tolist()
     if detail.has_logprobs:
         logprobs = as_floats(response.logprobs[start:])
         words = [spell(token) for token in tokens]
-        told = _chat_logprobs(words, logprobs) if head.is_chat else _logprobs(words, logprobs, offset)
-        fields["logprobs"] = told
+        fields["logprobs"] = (
+            _chat_logprobs(words, logprobs)
+            if head.is_chat
+            else _logprobs(words, logprobs, places.take(tokens))
+        )
     if detail.has_tokens:
         fields |= {"token_ids": tokens, "empg": describe_statistics(response, start)}
     return fields
@@ -155,11 +164,10 @@ def _bytes_of(word: str) -> list[int] | None:
     return None if "\ufffd" in word else list(word.encode())
 
 
-def _logprobs(words: Sequence[str], logprobs: Sequence[float], offset: int) -> Body:
-    offsets = np.cumsum([offset, *map(len, words)])[:-1].tolist()
+def _logprobs(words: Sequence[str], logprobs: Sequence[float], places: Sequence[int]) -> Body:
     return {
         "tokens": list(words),
         "token_logprobs": list(logprobs),
         "top_logprobs": None,
-        "text_offset": offsets,
+        "text_offset": list(places),
     }

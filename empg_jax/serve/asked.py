@@ -25,6 +25,7 @@ class Asked:
       head: the answer's fields; None for ``/inference/v1/generate``.
       decode: maps token ids to text.
       tools: the tools that responses may call.
+      has_open_thought: whether the prompt ends with the tag that opens a thought.
       has_one_call: whether an answer tells the first call of a response only; its tokens stay as sampled.
       is_streamed: whether the answer is a stream.
       has_usage: whether a stream ends with the counts of tokens.
@@ -38,6 +39,7 @@ class Asked:
     head: Head | None
     decode: Callable[..., str]
     tools: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    has_open_thought: bool = False
     has_one_call: bool = False
     is_streamed: bool = False
     has_usage: bool = False

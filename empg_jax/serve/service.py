@@ -20,6 +20,7 @@ from empg_jax.serve.answers import (
 from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Update
 from empg_jax.serve.stream import StreamWriter
+from empg_jax.serve.text import Continuation, TextPlaces
 from empg_jax.serve.wire import (
     CHAT,
     COMPLETION,
@@ -71,6 +72,7 @@ class Service:
     ) -> None:
         self.name = name
         self._tokenizer, self._renderer = tokenizer, renderer
+        self._continuation = Continuation(tokenizer)
         self._vocab_size, self._max_tokens, self._max_choices = vocab_size, max_tokens, max_choices
 
     def describe_models(self) -> Body:
@@ -114,9 +116,11 @@ class Service:
             name = "chat_template_kwargs"
             raise refuse(f"{name}.{taken[0]} is no variable of a chat template", name)
         has_one_call = not read_flag(given, "parallel_tool_calls", default=True)
-        prompt = self._render(messages, tools, variables)
+        text = self._render(messages, tools, variables)
+        prompt = self._encode(text, self._renderer.encode)
         asked = self._asked(given, [prompt], sampling, Head("chat.completion", self.name), tools=tools)
-        return dataclasses.replace(asked, has_one_call=has_one_call)
+        has_open_thought = text.rstrip().endswith("<think>")
+        return dataclasses.replace(asked, has_one_call=has_one_call, has_open_thought=has_open_thought)
 
     def read_completion(self, body: Any) -> Asked:
         """Read a body of ``/v1/completions``.
@@ -204,7 +208,7 @@ class Service:
             [np.asarray(prompt, np.int32) for prompt in prompts],
             sampling,
             head,
-            self._make_decode(given, sampling),
+            self._make_decode(given, sampling, self._tokenizer if head.is_chat else self._continuation),
             tools=tools or [],
             is_streamed=read_flag(given, "stream"),
             has_usage=read_flag(options, "include_usage"),
@@ -212,16 +216,17 @@ class Service:
             key=key,
         )
 
-    def _make_decode(self, given: dict[str, Any], sampling: Sampling) -> Callable[[Sequence[int]], str]:
+    def _make_decode(
+        self, given: dict[str, Any], sampling: Sampling, decoder: Tokenizer | Continuation
+    ) -> Callable[[Sequence[int]], str]:
         """Return the decoder of an answer's text, without control tokens unless the request wants them."""
-        if read_flag(given, "skip_special_tokens", default=True):
-            return self._tokenizer.decode
+        skip_special = read_flag(given, "skip_special_tokens", default=True)
         ends = {*self._tokenizer.stop_ids, *sampling.stop_ids}
 
         def decode(ids: Sequence[int]) -> str:
-            """The token that ends a response is no part of its text."""
+            """The token that ends a response is no part of its text; no other one is a stop token."""
             said = ids[:-1] if ids and ids[-1] in ends else ids
-            return self._tokenizer.decode(said, skip_special=False)
+            return decoder.decode(said, skip_special=skip_special)
 
         return decode
 
@@ -249,7 +254,7 @@ class Service:
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: dict[str, Any]
-    ) -> list[int]:
+    ) -> str:
         assert self._renderer is not None
         try:
             text = self._renderer.render(messages, **({**variables, "tools": tools} if tools else variables))
@@ -257,7 +262,7 @@ class Service:
                 raise refuse(f"the chat template of {self.name} does not tell tools to the model", "tools")
         except ChatTemplateError as error:
             raise refuse(str(error), "messages") from None
-        return self._encode(text, self._renderer.encode)
+        return text
 
     # ------------------------------------------------------------------------------------- answers
 
@@ -276,7 +281,7 @@ class Service:
                     **fields,
                     "finish_reason": "tool_calls" if has_calls else response.finish_reason,
                     "logprobs": None,
-                    **describe_tokens(response, 0, head, asked.detail, self._spell),
+                    **describe_tokens(response, 0, head, asked.detail, self._spell, TextPlaces(asked.decode)),
                 }
             )
             if asked.has_tokens and len(asked.prompts) > 1:
@@ -298,13 +303,15 @@ class Service:
         assert head is not None
         if not head.is_chat:
             return {"text": text}, False
-        message = parse_response(text, asked.tools, lambda i: f"call_{head.id}_{index}_{i}")
+        is_thought = asked.has_open_thought and "</think>" not in text
+        tools = [] if is_thought else asked.tools
+        message = parse_response(text, tools, lambda i: f"call_{head.id}_{index}_{i}")
         if asked.has_one_call and "tool_calls" in message:
             message["tool_calls"] = message["tool_calls"][:1]
         return {"message": message}, "tool_calls" in message
 
     def _spell(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special=False)
+        return self._continuation.decode([token], skip_special=False)
 
 
 def _choose_tools(tools: list[dict[str, Any]], choice: Any) -> list[dict[str, Any]]:

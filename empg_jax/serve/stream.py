@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from empg_jax.serve.answers import Body, as_delta, describe_tokens, describe_usage
 from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Update
-from empg_jax.serve.text import TextStream
+from empg_jax.serve.text import TextPlaces, TextStream
 
 
 class StreamWriter:
@@ -33,7 +33,7 @@ class StreamWriter:
         self._tell_text, self._spell = tell_text, spell
         self._texts = [TextStream(asked.decode, asked.sampling.stops) for _ in range(asked.num_choices)]
         self._sent = [0] * asked.num_choices  # tokens
-        self._offsets = [0] * asked.num_choices  # characters of these tokens, where log-probs list them
+        self._places = [TextPlaces(asked.decode) for _ in range(asked.num_choices)]
         self._is_begun = [False] * asked.num_choices
         self._finals: dict[int, Update] = {}
 
@@ -54,10 +54,8 @@ class StreamWriter:
         if piece or update.is_final or start < len(response.tokens) or not self._is_begun[index]:
             self._is_begun[index] = True
             finish = ("tool_calls" if has_calls else response.finish_reason) if update.is_final else None
-            offset = self._offsets[index]
-            tokens = describe_tokens(response, start, head, asked.detail, self._spell, offset)
-            if asked.detail.has_logprobs and not head.is_chat:
-                self._offsets[index] += sum(map(len, tokens["logprobs"]["tokens"]))
+            places = self._places[index]
+            tokens = describe_tokens(response, start, head, asked.detail, self._spell, places)
             choice = {"index": index, **fields, "finish_reason": finish, "logprobs": None, **tokens}
             is_first = asked.has_tokens and start == 0
             prompts = {"prompt_token_ids": response.prompt_tokens.tolist()} if is_first else {}

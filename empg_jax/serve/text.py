@@ -1,12 +1,33 @@
-"""Tokens to text while they arrive: pieces that never change again."""
+"""Tokens to text: behind a prompt, in pieces that never change again, and with the place of each token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from empg_jax.text.stops import REPLACEMENT, Decode, cut_at_stop
+from empg_jax.text.stops import CHARACTER_TOKENS, REPLACEMENT, Decode, cut_at_stop
+from empg_jax.text.tokenizer import Tokenizer
+
+
+class Continuation:
+    """The text of tokens that go on with a text.
+
+    Some decoders strip the space at the beginning of what they are given. So the tokens are decoded behind an
+    ordinary one, whose text is cut off.
+
+    Args:
+      tokenizer: the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decode, self._before = tokenizer.decode, tokenizer.encode("a")[-1:]
+        self._cut = {skip: len(self._decode(self._before, skip_special=skip)) for skip in (False, True)}
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Return the text of ids, as `Tokenizer.decode`."""
+        text = self._decode([*self._before, *ids], skip_special=skip_special)
+        return text[self._cut[skip_special] :]
 
 
 class TextStream:
@@ -41,3 +62,31 @@ class TextStream:
                     end -= size
                     break
         return end
+
+
+class TextPlaces:
+    """The places in a response's text at which its tokens begin.
+
+    A place is the number of characters that the tokens before it complete. Tokens of a stop string, which is
+    no part of the text, have places behind the text's end.
+
+    Args:
+      decode: maps token ids to text that goes on with the text before them.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._start = self._whole = 0  # characters before the open tokens, and whole ones in them
+        self._open: list[int] = []  # newest tokens, with an incomplete character at their end
+
+    def take(self, tokens: Iterable[int]) -> list[int]:
+        """Return the places of the next tokens, in characters."""
+        places = []
+        for token in tokens:
+            places.append(self._start + self._whole)
+            self._open.append(token)
+            text = self._decode(self._open)
+            self._whole = len(text.rstrip(REPLACEMENT))
+            if self._whole == len(text) or len(self._open) >= CHARACTER_TOKENS:
+                self._start, self._whole, self._open = self._start + len(text), 0, []
+        return places

@@ -15,7 +15,7 @@ REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
 # Characters at the start of a part's text that may differ from the whole's: a space that a decoder strips.
 _UNSURE = 4
 _BURST = 32  # tokens that are searched together: the cost of a long response must not grow with its square
-_CHARACTER = 8  # tokens before a place in the text among which a character begins, but for nonsense
+CHARACTER_TOKENS = 8  # tokens before a place in the text among which a character begins, but for nonsense
 
 
 class StopSearch:
@@ -67,7 +67,7 @@ class StopSearch:
             text = self._decode(tokens[start:].tolist())
             if len(text) - text.count(REPLACEMENT) < needed:
                 continue
-            for place in range(start, max(self._start, start - _CHARACTER), -1):
+            for place in range(start, max(self._start, start - CHARACTER_TOKENS), -1):
                 # Bytes in tokens of their own are decoded together, and all are replaced where one is wrong.
                 # So the text must not begin inside a character, nor among bytes that are no text.
                 if not self._decode(tokens[self._start : place].tolist()).endswith(REPLACEMENT):

@@ -8,6 +8,7 @@ import httpx
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import decoders, models, normalizers
 
 from empg_jax.engine.engine import Response
 from empg_jax.serve import reload
@@ -16,7 +17,13 @@ from empg_jax.serve.chat import Chat
 from empg_jax.serve.driver import Driver, Update
 from empg_jax.serve.service import Service
 from empg_jax.serve.wire import ApiError
-from empg_jax.text import ChatRenderer, build_byte_tokenizer, load_tokenizer
+from empg_jax.text import (
+    ChatRenderer,
+    Tokenizer,
+    build_byte_tokenizer,
+    build_phrase_tokenizer,
+    load_tokenizer,
+)
 from tests.thoughts import THOUGHTS
 
 HELLO = [{"role": "user", "content": "red"}]
@@ -133,11 +140,17 @@ def post(service, driver, route, body):
     return asyncio.run(ask())
 
 
-def call_tools(service, text, is_streamed, **more):
-    """Ask in a chat with the tool ``add``, of a policy that says a text."""
+def read_choices(answer):
+    """List the choices of an answer, or of all chunks of a stream."""
+    lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+    return [choice for body in lines or [answer.text] for choice in json.loads(body)["choices"]]
+
+
+def call_tools(service, text, is_streamed, *, ending="", **more):
+    """Ask in a chat with the tool ``add``, of a policy that says a text; the prompt has an ``ending``."""
 
     def render(messages, tools=()):
-        return "tools" if tools else "none"
+        return ("tools" if tools else "none") + ending
 
     service._renderer = SimpleNamespace(render=render, encode=service._tokenizer.encode)
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
@@ -149,17 +162,23 @@ def call_tools(service, text, is_streamed, **more):
 @pytest.mark.parametrize(("text", "content"), THOUGHTS)
 def test_a_call_that_a_thought_mentions_is_not_made(text, content, is_streamed, service):
     answer = call_tools(service, text, is_streamed)
-    if is_streamed:
-        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
-        choice = chunks[-1]["choices"][0]
-        message = choice["delta"]
-    else:
-        choice = answer.json()["choices"][0]
-        message = choice["message"]
+    choice = read_choices(answer)[-1]
+    message = choice["delta" if is_streamed else "message"]
     calls = [json.loads(call["function"]["arguments"]) for call in message.get("tool_calls", ())]
     assert message["content"] == content
     assert calls == ([{"a": 1}] if "</think>" in text else [])
     assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_within_the_thought_that_the_prompt_opens_makes_no_call(is_streamed, service):
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    for said, is_made in ((f"Maybe {call}", False), (f"So.</think>{call}", True)):
+        choice = read_choices(call_tools(service, said, is_streamed, ending="<think>\n"))[-1]
+        message = choice["delta" if is_streamed else "message"]
+        assert ("tool_calls" in message) == is_made
+        assert message["content"] == ("So.</think>" if is_made else said)
+        assert choice["finish_reason"] == ("tool_calls" if is_made else "stop")
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -169,17 +188,8 @@ def test_a_request_without_parallel_calls_gets_the_first(is_parallel, count, is_
         f'<tool_call>{{"name": "add", "arguments": {{"a": {number}}}}}</tool_call>' for number in range(2)
     )
     answer = call_tools(service, text, is_streamed, parallel_tool_calls=is_parallel, return_token_ids=True)
-    if is_streamed:
-        choices = [
-            choice
-            for line in answer.text.splitlines()
-            if line.startswith("data: {")
-            for choice in json.loads(line[6:])["choices"]
-        ]
-        message = choices[-1]["delta"]
-    else:
-        choices = answer.json()["choices"]
-        message = choices[0]["message"]
+    choices = read_choices(answer)
+    message = choices[-1]["delta" if is_streamed else "message"]
     calls = [json.loads(call["function"]["arguments"])["a"] for call in message["tool_calls"]]
     assert calls == list(range(count)) and choices[-1]["finish_reason"] == "tool_calls"
     # The tokens are those that were sampled, whatever the answer tells of them.
@@ -207,17 +217,64 @@ def test_control_tokens_are_in_the_text_where_they_are_asked_for(is_streamed, se
 
     def read(**options):
         body = {"prompt": "a", "stream": is_streamed, **options}
-        answer = post(service, driver, "/v1/completions", body)
-        if not is_streamed:
-            return answer.json()["choices"][0]["text"]
-        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
-        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        choices = read_choices(post(service, driver, "/v1/completions", body))
+        return "".join(choice["text"] for choice in choices)
 
     assert read() == read(skip_special_tokens=True) == "redblue"
     assert read(skip_special_tokens=False) == f"red{other}blue"
 
 
-def test_each_prompt_has_its_tokens_and_each_chunk_its_place_in_the_text(service):
+def build_pieces():
+    """Build a tokenizer of characters and bytes like Llama 2's, whose decoder strips the first space."""
+    characters = [*"▁Theaisoknw.", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "</s>", *characters])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "</s>"])
+    return Tokenizer(backend, special_tokens={"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (build_pieces, "is né ok.</s>"),
+        (build_byte_tokenizer, "né is ok.<|end|>"),
+        (lambda: build_phrase_tokenizer(["The sea", "is", "ok"]), "is ok.<|end|>"),
+    ],
+)
+def test_a_completion_goes_on_with_its_prompt_and_tells_where_its_tokens_are(build, said, is_streamed):
+    tokenizer = build()
+    service = Service("model", tokenizer, None, vocab_size=tokenizer.vocab_size, max_tokens=64)
+    prompt, ids = tokenizer.encode("The sea"), tokenizer.encode(said)
+    body = {"prompt": prompt, "logprobs": 1, "stream": is_streamed}
+    answer = post(service, Saying(service, said), "/v1/completions", body)
+    choices = read_choices(answer)
+    text = "".join(choice["text"] for choice in choices)
+    assert tokenizer.decode(prompt) + text == tokenizer.decode([*prompt, *ids])
+    words, places = (
+        [item for choice in choices for item in choice["logprobs"][name]]
+        for name in ("tokens", "text_offset")
+    )
+    whole = [(word, place) for word, place in zip(words, places, strict=True) if "\ufffd" not in word]
+    assert all(text.startswith(word, place) for word, place in whole[:-1])
+    assert places == sorted(places) and places[0] == 0 and places[-1] == len(text) and len(places) == len(ids)
+    halves = [place for word, place in zip(words, places, strict=True) if "\ufffd" in word]
+    assert halves == [text.index("é")] * 2 if "é" in said else not halves
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_special_tokens": False}])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_text_ends_before_the_stop_token_of_the_request(is_streamed, options, service):
+    body = {"prompt": "a", "stream": is_streamed, "stop_token_ids": [ord("\n")], **options}
+    choices = read_choices(post(service, Saying(service, "red\n"), "/v1/completions", body))
+    assert "".join(choice["text"] for choice in choices) == "red"
+
+
+def test_each_prompt_has_its_tokens(service):
     driver, route = Saying(service, "said"), "/v1/completions"
     body = {"prompt": ["red", "blue"], "n": 2, "return_token_ids": True}
     answer = post(service, driver, route, body).json()
@@ -225,10 +282,6 @@ def test_each_prompt_has_its_tokens_and_each_chunk_its_place_in_the_text(service
     assert texts == ["red", "red", "blue", "blue"] and "prompt_token_ids" not in answer
     answer = post(service, driver, route, body | {"prompt": "red"}).json()
     assert answer["prompt_token_ids"] == [*b"red"] and "prompt_token_ids" not in answer["choices"][0]
-    lines = post(service, driver, route, {"prompt": "red", "stream": True, "logprobs": 1}).text.split("\n\n")
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
-    offsets = [n for chunk in chunks for n in chunk["choices"][0]["logprobs"]["text_offset"]]
-    assert offsets == list(range(4))
 
 
 def test_weights_that_are_published_one_after_the_other_have_numbers_of_their_own(monkeypatch, tmp_path):
