@@ -15,7 +15,8 @@ from typing import Any
 
 from empg_envs.base import after_thought
 
-_TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_SPACE = re.compile(r"\s*")
 _PYTHON_TAG = "<|python_tag|>"
 
 Message = dict[str, Any]
@@ -42,29 +43,51 @@ def parse_calls(text: str, names: Collection[str] | None) -> tuple[str, list[Too
     """
     said = after_thought(text)
     thought = text.removesuffix(said)
-    if "<tool_call>" in said:
-        calls = [_read_call(body, None) for body in _TAGGED.findall(said)]
-        before = (thought + said.partition("<tool_call>")[0]).strip()
-    else:
-        bare = said.strip().removeprefix(_PYTHON_TAG).strip()
-        # Llama separates several calls by semicolons.
-        calls = [_read_call(part, names) for part in re.split(r"(?<=\})\s*;\s*(?=\{)", bare)]
-        before = thought.strip()
-    found = [call for call in calls if call is not None]
-    return (before, found) if len(found) == len(calls) else (text, [])
-
-
-def _read_call(body: str, names: Collection[str] | None) -> ToolCall | None:
     try:
-        value = json.loads(body.strip())
+        if _OPEN in said:
+            return (thought + said.partition(_OPEN)[0]).strip(), _read_tagged(said)
+        return thought.strip(), _read_bare(said.strip().removeprefix(_PYTHON_TAG), names)
     except (ValueError, RecursionError):
-        return None
+        return text, []
+
+
+def _read_tagged(said: str) -> list[ToolCall]:
+    calls, start = [], said.find(_OPEN)
+    while start >= 0:
+        call, end = _read_call(said, start + len(_OPEN), None)
+        if end < len(said) and not said.startswith(_CLOSE, end):
+            raise ValueError(f"{_CLOSE} is missing")
+        calls.append(call)
+        start = said.find(_OPEN, end)
+    return calls
+
+
+def _read_bare(said: str, names: Collection[str] | None) -> list[ToolCall]:
+    call, end = _read_call(said, 0, names)
+    calls = [call]
+    while said.startswith(";", end):  # Llama separates several calls by semicolons
+        call, end = _read_call(said, end + 1, names)
+        calls.append(call)
+    if end < len(said):
+        raise ValueError("text behind the calls")
+    return calls
+
+
+def _read_call(said: str, start: int, names: Collection[str] | None) -> tuple[ToolCall, int]:
+    """Read the call at a place; return it and the place behind it and the white space that follows."""
+    value, end = json.JSONDecoder().raw_decode(said, _skip_space(said, start))
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
+        raise ValueError("no name")
     arguments = value.get("arguments", value.get("parameters", {}))
     if not isinstance(arguments, dict) or (names is not None and value["name"] not in names):
-        return None
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+        raise ValueError("no arguments, or another tool's")
+    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False)), _skip_space(said, end)
+
+
+def _skip_space(said: str, start: int) -> int:
+    found = _SPACE.match(said, start)
+    assert found is not None  # it matches everywhere
+    return found.end()
 
 
 def parse_response(text: str, tools: Sequence[Mapping[str, Any]], make_id: Callable[[int], str]) -> Message:
