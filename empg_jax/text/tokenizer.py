@@ -71,6 +71,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         for name, token in self.special_tokens.items():
             self._require_id(token, name)
+        self._mark_special(stop_tokens)
         # Ids may have gaps, so the size of the embedding follows from the largest id, not from the count.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.chat_template = (
@@ -154,6 +155,22 @@ class Tokenizer:
             return None
         ids = self.encode(tail)
         return ids[0] if ids and ids[0] in self.special_ids else None
+
+    def _mark_special(self, stop_tokens: Sequence[str]) -> None:
+        """Make named tokens and stop tokens special in the backend, as transformers does when it loads.
+
+        A file may have them as ordinary added tokens. The token of unknown words stays what it is, so that
+        lost words are seen in decoded text; and so do stop tokens that are ordinary words.
+        """
+        added = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
+        named = [token for name, token in self.special_tokens.items() if name != "unk_token"]
+        marked = []
+        for text in dict.fromkeys([*named, *(text for text in stop_tokens if text in added)]):
+            token = added.get(text, tokenizers.AddedToken(text, normalized=False))
+            if not token.special:
+                token.special = True
+                marked.append(token)
+        self._backend.add_special_tokens(marked)
 
     def _require_id(self, token: str, what: str) -> int:
         index = self._backend.token_to_id(token)

@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from empg_jax.text import ChatRenderer, ChatTemplateError, Tokenizer, build_phrase_tokenizer, load_tokenizer
+from empg_jax.text import (
+    ChatRenderer,
+    ChatTemplateError,
+    Tokenizer,
+    build_byte_tokenizer,
+    build_phrase_tokenizer,
+    load_tokenizer,
+)
 from tests.text.families import CHATML, HEADERS, TEMPLATES, build_bpe
 
 MESSAGES = [
@@ -66,6 +73,33 @@ def test_control_tokens_are_left_out_of_text_unless_asked_for():
     ids = [*tokenizer.encode("<think>go"), tokenizer.turn_end_id]
     assert tokenizer.decode(ids) == "<think>go"
     assert tokenizer.decode(ids, skip_special=False) == "<think>go<|im_end|>"
+
+
+def test_named_tokens_are_special_whatever_the_file_says(tmp_path):
+    import transformers
+
+    build_byte_tokenizer().save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for token in content["added_tokens"]:
+        token |= {"special": False, "rstrip": True}
+    file.write_text(json.dumps(content))
+    generation = {
+        "eos_token_id": [
+            ord("."),
+            next(t["id"] for t in content["added_tokens"] if t["content"] == "<|user|>"),
+        ]
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    ids = ours.encode("hi.<|end|>  <|pad|>")
+    assert ids == theirs.encode("hi.<|end|>  <|pad|>")
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "hi."
+    assert ours.turn_end_id == ours.token_to_id("<|end|>")
+    ChatRenderer(ours)  # it ends turns
+    user, assistant = map(ours.token_to_id, ("<|user|>", "<|assistant|>"))
+    # A stop token is special where it is an added token; a full stop is still text.
+    assert ours.decode([user, assistant, ord(".")]) == "<|assistant|>."
 
 
 def test_padding_and_truncation_in_the_file_are_ignored():
