@@ -17,7 +17,8 @@ class ServeConfig(Section):
     max_tokens: int | None = Field(
         None,
         ge=2,
-        description="Longest conversation in tokens (default rollout.max_tokens of a run, else 4096).",
+        description="Longest conversation in tokens (default rollout.max_tokens of a run, else 4096, or "
+        "max_position_embeddings of the model where that is less).",
     )
     max_waiting: int = Field(
         256, ge=0, description="Responses that may wait for a slot; further requests get status 429."

@@ -64,6 +64,12 @@ def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
     return read_json_object(file)
 
 
+def read_positions(raw: Mapping[str, Any]) -> int | None:
+    """Return the longest row in tokens that a model was made for, or None where its config.json has none."""
+    positions = raw.get("max_position_embeddings")
+    return positions if type(positions) is int and positions > 0 else None
+
+
 def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> DecoderConfig:
     """Build a decoder config from the keys of a config.json.
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from empg_jax.hf.config import read_hf_config, read_positions
+from empg_jax.hf.hub import find_folder
 from empg_jax.learner.fingerprint import TEXT, text_logprob
 from empg_jax.learner.update import Learner
 from empg_jax.parallel.hosts import ALONE, Hosts
@@ -35,6 +37,27 @@ def announce_model(
     say(f"{config.model.path}: {value:.4f} nats per token on a fixed text")
     if hosts.is_first:
         add_run_info(run_dir, {"model": {"path": config.model.path, "text_logprob": value}})
+
+
+def announce_length(
+    config: Config, longest: int, *, say: Callable[[str], None], key: str = "rollout.max_tokens"
+) -> None:
+    """Warn of conversations that are longer than what the model's folder says that it was made for.
+
+    Args:
+      config: the configuration.
+      longest: tokens of the longest conversation.
+      say: receives the warning.
+      key: the key that sets ``longest``.
+    """
+    if (path := config.model.path) is None:
+        return
+    positions = read_positions(read_hf_config(find_folder(path, ["config.json"], "model")))
+    if positions is not None and longest > positions:
+        say(
+            f"{key}={longest}, but {path} was made for {positions} tokens (max_position_embeddings): what "
+            "lies behind them may come out poorly"
+        )
 
 
 def announce_rows(

@@ -32,7 +32,7 @@ from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.schedule import open_recorder
 from empg_jax.rollout.shares import take_share
 from empg_jax.rollout.thread import RolloutThread
-from empg_jax.run.announcing import announce_model, announce_rows
+from empg_jax.run.announcing import announce_length, announce_model, announce_rows
 from empg_jax.run.assembly import (
     Language,
     make_algorithm_from,
@@ -199,6 +199,7 @@ def open_run(
         evaluator = make_evaluator(config, engine, pool, language, first_handle=first, hosts=hosts)
     if config.model.path is not None:
         announce_model(config, run_dir, learner, language, state.params, say=progress.message, hosts=hosts)
+    announce_length(config, config.rollout.max_tokens, say=progress.message)
     announce_rows(config, run_dir, language, say=progress.message, hosts=hosts)
     base_checksum = None if learner.base is None else checksum(learner.base)
     # Also what is saved before the first boundary can be gone on from.

@@ -13,10 +13,13 @@ from jax.sharding import Mesh
 from empg_jax.config.places import expand
 from empg_jax.engine.engine import Engine
 from empg_jax.errors import ConfigError, nearest
+from empg_jax.hf.config import read_hf_config, read_positions
+from empg_jax.hf.hub import find_folder
 from empg_jax.hf.presets import PRESETS
 from empg_jax.learner.state import state_shardings
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
+from empg_jax.run.announcing import announce_length
 from empg_jax.run.assembly import (
     chat_variables,
     make_model,
@@ -38,7 +41,7 @@ from empg_jax.types import Params
 if TYPE_CHECKING:
     from empg_jax.config import Config
 
-MAX_TOKENS = 4096  # of a conversation, where neither serve.max_tokens nor a run says it
+MAX_TOKENS = 4096  # of a conversation, where neither serve.max_tokens nor a run says it, nor the model fewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,8 @@ def open_policy(
     if is_trained:  # the learner makes copies of its own, so the first weights wait on the host
         first = dataclasses.replace(policy.start, params=jax.device_get(policy.start.params))
     policy = dataclasses.replace(policy, start=first)
+    key = "rollout.max_tokens" if policy.config.serve.max_tokens is None else "serve.max_tokens"
+    announce_length(policy.config, policy.engine.config.max_tokens, say=say, key=key)
     name = policy.config.serve.name
     return policy if name is None else dataclasses.replace(policy, name=name)
 
@@ -156,13 +161,22 @@ def _configure(source: str, model: dict[str, Any], overrides: Sequence[str]) -> 
     from empg_jax.config import make_config  # loads pydantic
 
     asked = [item.partition("=")[2] for item in overrides if item.startswith("serve.max_tokens=")]
-    longest = int(asked[-1]) if asked and asked[-1].isdigit() else MAX_TOKENS
+    longest = int(asked[-1]) if asked and asked[-1].isdigit() else _default_length(model)
     values: dict[str, Any] = {
         "model": model,
         "rollout": {"max_tokens": longest, "max_response_tokens": max(1, longest - 1)},
         "train": {"micro_tokens": longest},
     }
     return make_config(values, overrides, source)
+
+
+def _default_length(model: dict[str, Any]) -> int:
+    """Return the longest conversation that is served where the command does not say it."""
+    try:
+        keys = read_hf_config(find_folder(model["path"], ["config.json"], "model")) if "path" in model else {}
+    except (OSError, ValueError):
+        return MAX_TOKENS  # loading the model reports that error
+    return min(MAX_TOKENS, max(2, read_positions(keys) or MAX_TOKENS))
 
 
 def _make_engine(config: Config, tokenizer: Tokenizer) -> Engine:
