@@ -198,14 +198,14 @@ class _Updates:
 
         Raises:
           ClientDisconnect: `leave` was called.
-          ApiError: the engine has stopped.
+          ApiError: there is no response.
         """
         item = await self._inbox.get()
         if item is None:  # the client is gone
             raise ClientDisconnect
         _, update = item
         if update.error is not None:
-            raise ApiError(503, f"the engine has stopped: {update.error}")
+            raise ApiError(503, update.error)
         self._over += update.is_final
         return item
 

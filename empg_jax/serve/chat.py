@@ -161,7 +161,7 @@ class Chat:
             while True:
                 update = news.get()
                 if update.response is None:
-                    raise RunError(f"the engine failed: {update.error}")
+                    raise RunError(update.error)
                 take(stream.feed(update.response.tokens, is_final=update.is_final))
                 if update.is_final:
                     return update.response

@@ -10,8 +10,10 @@ import collections
 import dataclasses
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from empg_jax.engine.engine import Engine, Response, Watch
@@ -23,6 +25,8 @@ STREAM = 2  # first number of the sampling ids; 0 and 1 are training and evaluat
 CLOSE_SECONDS = 1.0  # granted to a burst in progress at the end
 STOPPING = "the server is stopping"
 SEED_BITS = 31  # of a seed in one of the engine's four ids
+
+MEMORY_ERRORS = (MemoryError, jax.errors.JaxRuntimeError)  # the second is also raised for other reasons
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +108,11 @@ class Job:
         return STREAM, (self.seed >> SEED_BITS) & mask, self.seed & mask, self.choice
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Tell whether one of `MEMORY_ERRORS` means that an allocation failed."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 class Driver:
     """The owner of an engine and its thread. Use it as a context manager.
 
@@ -130,6 +139,8 @@ class Driver:
         # None stands for the weights that the engine came with.
         self._newest: Weights | None = None
         self._loaded: Weights | None = None
+        # Why these have no room: requests for them are refused, and others are answered.
+        self._too_large: weakref.WeakKeyDictionary[Weights, str] = weakref.WeakKeyDictionary()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -236,14 +247,17 @@ class Driver:
                 if self._is_closed:
                     return False
                 self._drop_canceled()
+                refused = self._take_refused()
                 self._place_waiting()
-                if self.engine.has_work:
-                    return True
-                weights = self._missing_weights()
-                if weights is None:
+                has_work, weights = self.engine.has_work, self._missing_weights()
+                if not has_work and weights is None and not refused:
                     self._lock.wait()
-            # The engine is idle: those who sample from other weights wait for its last response. The lock is
-            # not held, because handlers must not wait for a copy of the weights.
+            # The lock is not held: handlers must not wait for callbacks, nor for a copy of the weights.
+            for job, reason in refused:
+                job.notify(Update(None, is_final=True, error=reason))
+            if has_work:
+                return True
+            # The engine is idle: those who sample from other weights wait for its last response.
             if weights is not None:
                 self._load(weights)
 
@@ -282,8 +296,30 @@ class Driver:
         wanted = (self._waiting[0].weights or self._newest) if self._waiting else None
         return None if wanted is self._loaded else wanted
 
+    def _take_refused(self) -> list[tuple[Job, str]]:
+        """Remove the waiting jobs whose weights have no room; return them with the reason."""
+        if not self._too_large:
+            return []
+        waiting, refused = list(self._waiting), []
+        self._waiting.clear()
+        for job in waiting:
+            weights = job.weights or self._newest
+            if weights is not None and weights in self._too_large:
+                refused.append((job, self._too_large[weights]))
+            else:
+                self._waiting.append(job)
+        return refused
+
     def _load(self, weights: Weights) -> None:
-        self.engine.swap(self.engine.place(weights.read()), weights.version)
+        try:
+            placed = self.engine.place(weights.read())
+        except MEMORY_ERRORS as error:
+            if not lacks_memory(error):
+                raise
+            logger.exception("weights of version %d have no room", weights.version)
+            self._too_large[weights] = f"no memory for the weights of version {weights.version}: {error}"
+            return
+        self.engine.swap(placed, weights.version)
         with self._lock:
             self._table.clear()  # the conversations that other weights computed
         self._loaded = weights
@@ -315,4 +351,4 @@ class Driver:
             jobs = [*self._waiting, *(job for job, _ in self._live.values())]
             self._waiting.clear()
         for job in jobs:
-            job.notify(Update(None, is_final=True, error=reason))
+            job.notify(Update(None, is_final=True, error=f"the engine has stopped: {reason}"))

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from pathlib import Path
+import os
 from typing import Any
 
+import jax
+from jax.sharding import SingleDeviceSharding
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from empg_jax.engine.engine import Engine
 from empg_jax.hf.load import load_hf
+from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.serve.app import More
-from empg_jax.serve.driver import Driver, Weights
+from empg_jax.serve.driver import MEMORY_ERRORS, Driver, Weights, lacks_memory
 from empg_jax.serve.wire import ApiError, check_keys, refuse
 from empg_jax.types import Params
 
@@ -41,8 +44,9 @@ def make_reload(engine: Engine, driver: Driver, *, has_key: bool) -> More:
             raise refuse("this policy has adapters: serve a whole model to change its weights")
         given = check_keys(body, KEYS)
         path, version = given.get("model_path"), _read_version(given)
-        if not isinstance(path, str) or not Path(path).is_dir():
-            raise refuse(f"model_path={path!r} must be a folder that this server sees", "model_path")
+        # Not `Path.is_dir`, which raises where a path is too long.
+        if not isinstance(path, str) or not os.path.isdir(path):
+            raise refuse(f"model_path={path!r:.200} must be a folder that this server sees", "model_path")
         async with turn:
             params = await asyncio.to_thread(_load, engine, path)
             number = driver.version + 1 if version is None else version
@@ -63,9 +67,23 @@ def _read_version(given: dict[str, Any]) -> int | None:
 
 
 def _load(engine: Engine, path: str) -> Params:
+    """Read the weights to the host: beside the live ones, a device has room for the engine's copy alone."""
     # A critic's head is no part of what is published.
     model = dataclasses.replace(engine.model, value_head=False)
     try:
-        return load_hf(path, model)[1]
+        return load_hf(path, model, shardings=_host_shardings(model))[1]
     except (OSError, ValueError) as error:
         raise refuse(f"model_path={path}: {error}", "model_path") from None
+    except MEMORY_ERRORS as error:
+        if not lacks_memory(error):
+            raise
+        raise ApiError(503, f"model_path={path}: no memory for the weights: {error}") from None
+
+
+def _host_shardings(model: DecoderConfig) -> Params | None:
+    """Place every parameter on the host; None, for the default device, where JAX_PLATFORMS lacks it."""
+    try:
+        host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return None
+    return jax.tree.map(lambda _: host, jax.eval_shape(lambda: init_params(jax.random.key(0), model)))

@@ -81,7 +81,7 @@ class Sampling:
 
     def _take(self, index: int, update: Update) -> None:
         if update.error is not None:
-            self._finish(None, ApiError(503, f"the engine has stopped: {update.error}"))
+            self._finish(None, ApiError(503, update.error))
             return
         self.updates[index] = update
         if len(self.updates) < self.asked.num_choices:
