@@ -363,6 +363,13 @@ def test_what_does_not_fit_is_said_with_what_would():
     assert "\n" not in line and "optimizer" in line and line.endswith("does not fit")
 
 
+def test_more_devices_are_proposed_only_where_their_number_is_free():
+    arguments = ["plan", "household_qwen2.5_7b", "--memory-gib", "34"]
+    free, fixed = (CliRunner().invoke(app, [*arguments, *more]).stdout for more in ([], ["--devices", "8"]))
+    assert "\n  mesh.fsdp=16 train.micro_tokens=65536 (on 16 devices): 29.00 GiB, which fits\n" in free
+    assert "mesh.fsdp=16" not in fixed and "\n  rollout.release=true: 29.04 GiB, which fits\n" in fixed
+
+
 def test_the_command_prints_the_times_to_expect():
     result = CliRunner().invoke(app, ["plan", "household_qwen2.5_7b", "--chip", "h100"])
     assert result.exit_code == 0, result.stderr
