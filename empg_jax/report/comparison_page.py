@@ -44,13 +44,13 @@ img { max-width: 100%; background: #fff; }"""
 def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], None]) -> Path:
     """Compare runs; write ``report.html``, ``report.png`` and ``report.csv`` into a folder.
 
-    The runs of `find_unfinished` are drawn and named, and are left out of all numbers.
+    Unfinished runs are drawn and named; `find_unfinished` says which of them are left out of all numbers.
 
     Args:
       folders: folders of runs. Runs with equal settings but another seed form an arm; the arm of the first
         run is what the others are compared with.
       out: the folder to write into; it is made.
-      warn: told of each run that is left out.
+      warn: told of each run that is not finished.
 
     Returns:
       The path of ``report.html``.
@@ -62,15 +62,16 @@ def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], Non
         if any(folder.resolve() == other.resolve() for other in folders[:place]):
             raise ConfigError(f"{folder} is named twice: a run counts once, or its intervals would shrink")
     runs = [read_run(folder) for folder in folders]
-    arms, unfinished = name_arms(runs), find_unfinished(runs)
+    arms, (unfinished, left_out) = name_arms(runs), find_unfinished(runs)
     lines, pairings = summarize(
-        {arm: [run for run in each if run not in unfinished] for arm, each in arms.items()}
+        {arm: [run for run in each if run not in left_out] for arm, each in arms.items()}
     )
-    left_out = [
-        f"{run.folder} is not finished ({_progress(run)} updates): it is drawn, and left out of all numbers"
+    notes = [
+        f"{run.folder} is not finished ({_progress(run)} updates): "
+        + ("it is drawn, and left out of all numbers" if run in left_out else "no run is, so it is compared")
         for run in unfinished
     ]
-    for line in left_out:
+    for line in notes:
         warn(line)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], Non
         with replacing(out / "report.png") as file:
             file.write(picture)
         write_text_atomic(out / "report.csv", as_csv(lines, pairings))
-        write_text_atomic(out / "report.html", as_html(arms, left_out, lines, pairings, picture))
+        write_text_atomic(out / "report.html", as_html(arms, notes, lines, pairings, picture))
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from None
     return out / "report.html"
@@ -101,12 +102,12 @@ def as_csv(lines: Sequence[Line], pairings: Sequence[Pairing]) -> str:
 
 def as_html(
     arms: Mapping[str, Sequence[Run]],
-    left_out: Sequence[str],
+    notes: Sequence[str],
     lines: Sequence[Line],
     pairings: Sequence[Pairing],
     picture: bytes,
 ) -> str:
-    """Format the comparison, with lines on what it leaves out, as one page that stands alone."""
+    """Format the comparison, with notes on unfinished runs, as one page that stands alone."""
     runs = [
         [
             arm,
@@ -145,7 +146,7 @@ def as_html(
     )
     parts = [
         _table(["arm", "runs", "seeds", "updates", "folders"], runs),
-        *(f"<p>{html.escape(line)}</p>" for line in left_out),
+        *(f"<p>{html.escape(line)}</p>" for line in notes),
         f"<p>{note}</p>",
         f'<img alt="Curves of the arms over updates" src="data:image/png;base64,{shown}">',
         "<h2>Measures</h2>" + _table(["measure", "arm", "seeds", "mean", "interval", "IQM"], means),
@@ -154,7 +155,7 @@ def as_html(
         heads = ["measure", "difference", "pairs", "mean", "interval", "p"]
         parts.append("<h2>Paired differences</h2>" + _table(heads, differences))
     elif len(arms) > 1:
-        told = "No two arms share a seed among their finished runs, so there are no paired differences."
+        told = "No two arms share a seed among the runs that are compared, so there are no paired differences."
         parts.append(f"<p>{told}</p>")
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><title>Comparison of runs</title><style>{STYLE}</style>'
