@@ -16,7 +16,7 @@ import numpy as np
 from empg_jax.errors import ConfigError
 from empg_jax.files import replacing, write_text_atomic
 from empg_jax.report.comparison import Line, Pairing, Run, find_unfinished, name_arms, read_run, summarize
-from empg_jax.report.curves import smooth
+from empg_jax.report.curves import as_label, smooth
 from empg_jax.report.statistics import band
 
 PANELS = {
@@ -73,13 +73,14 @@ def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], Non
     ]
     for line in notes:
         warn(line)
+    picture = draw(arms)
+    page = as_html(arms, notes, lines, pairings, picture)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        picture = draw(arms)
         with replacing(out / "report.png") as file:
             file.write(picture)
         write_text_atomic(out / "report.csv", as_csv(lines, pairings))
-        write_text_atomic(out / "report.html", as_html(arms, notes, lines, pairings, picture))
+        write_text_atomic(out / "report.html", page)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from None
     return out / "report.html"
@@ -155,7 +156,7 @@ def as_html(
         heads = ["measure", "difference", "pairs", "mean", "interval", "p"]
         parts.append("<h2>Paired differences</h2>" + _table(heads, differences))
     elif len(arms) > 1:
-        told = "No two arms share a seed among the runs that are compared, so there are no paired differences."
+        told = "No two arms share a seed among the runs that count, so there are no paired differences."
         parts.append(f"<p>{told}</p>")
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><title>Comparison of runs</title><style>{STYLE}</style>'
@@ -200,7 +201,8 @@ def _draw_arm(axes: Any, runs: Sequence[Run], name: str, arm: str, color: str) -
     sums, counts = np.where(is_known, table, 0.0).sum(axis=1), is_known.sum(axis=1)
     means = np.divide(sums, counts, out=np.full(len(updates), np.nan), where=counts > 0)
     width = 1 if name == "held_out" else max(1, len(updates) // 20)
-    axes.plot(updates, smooth(means, width), ".-", color=color, label=arm, linewidth=1.6, markersize=3)
+    line = {"color": color, "label": as_label(arm), "linewidth": 1.6, "markersize": 3}
+    axes.plot(updates, smooth(means, width), ".-", **line)
     whole = is_known.all(axis=1)
     if len(curves) > 1 and whole.any():
         bands = np.array([band(row, RESAMPLES) for row in table[whole]])

@@ -407,7 +407,8 @@ def test_a_pool_keeps_as_many_slots_busy_as_it_holds():
     assert speed.step == pytest.approx((2 * 7.07e9 + 10 * 128 * 2 * 28 * 4 * 128 * 2) / 1e12, rel=0.01)
     assert (speed.busy, speed.decode_rate) == (10, pytest.approx(10 / speed.step))
     pool = ["rollout.page_tokens=16", "rollout.kv_tokens=1280"]
-    assert "for a step of 10 busy slots of 128 (rollout.kv_tokens=1280)" in plan(*pool, "--chip", "v5e").stdout
+    told = plan(*pool, "--chip", "v5e").stdout
+    assert "for a step of 10 busy slots of 128 (rollout.kv_tokens=1280)" in told
 
 
 @pytest.mark.parametrize(

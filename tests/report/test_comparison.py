@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from empg_jax.cli import app
 from empg_jax.config import load_config
+from empg_jax.report import comparison_page
 
 
 def make_run(folder, *, seed, modulation="empg", success=(0.0, 1.0), held_out=None, updates=None, **metrics):
@@ -205,6 +206,19 @@ def test_arms_of_whole_configurations_have_short_names(tmp_path):
         "modulation=empg, empg.k=2.0",
         "modulation=aem",
     ]
+
+
+def test_dollars_in_the_name_of_an_arm_are_no_mathematics(tmp_path):
+    made = [make_run(tmp_path / str(n), seed=0, modulation=f"$HOME/{{{n} and $") for n in range(2)]
+    assert report(*made, "--out", tmp_path / "out").exit_code == 0
+    assert "modulation=$HOME/{1 and $" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_report_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_page, "draw", lambda arms: pytest.fail("no picture"))
+    with pytest.raises(pytest.fail.Exception):
+        report(make_run(tmp_path / "run", seed=0), "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_run_is_refused(tmp_path):
