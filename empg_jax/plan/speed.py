@@ -63,8 +63,8 @@ CHIPS = {
 PASSES = {"full": 4, "dots": 3, "none": 3}
 # Times that a layer's weights are gathered: once for each pass over the layers.
 GATHERS = {"full": 3, "dots": 2, "none": 2}
-# Times that a layer's states are added up over `mesh.tensor`: behind attention and MLP, before both on the way
-# back, and behind an attention that is computed again.
+# Times that a layer's states are added up over `mesh.tensor`: behind attention and MLP, before both on the
+# way back, and behind an attention that is computed again.
 REDUCTIONS = {"full": 5, "dots": 4, "none": 4}
 # Times that attention runs, forward, again or back, each of which exchanges heads over `mesh.sequence`.
 SWAPS = {"full": 3, "dots": 3, "none": 2}

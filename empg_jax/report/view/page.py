@@ -19,8 +19,8 @@ from empg_jax.report.view.reading import RunFacts, find_files, read_facts, read_
 HERE = Path(__file__).parent
 SCRIPTS = ("data.js", "list.js", "episode.js", "group.js", "curves.js", "app.js")
 FORMAT = 1
-# Credit of other algorithms for the records of a file, and notes on what it assumes; raises ValueError with the
-# reason where there is none.
+# Credit of other algorithms for the records of a file, and notes on what it assumes; raises ValueError with
+# the reason where there is none.
 WhatIf = Callable[[Path], tuple[Mapping[str, Credit], list[str]]]
 
 
