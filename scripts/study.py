@@ -79,6 +79,11 @@ def report(study: Study, arguments: argparse.Namespace) -> int:
     """Write the report, to stdout without ``--out``, and the picture."""
     from study_report import write_report
 
+    for option, path in (("out", arguments.out), ("png", arguments.png)):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"--{option} {path}: there is no folder {path.parent}")
+        if path is not None and path.is_dir():
+            raise ConfigError(f"--{option} {path}: that is a folder, and a file is written")
     lines = Ledger(study).read()
     text = write_report(study, lines)
     if arguments.out is None:

@@ -13,7 +13,7 @@ from study_plan import Study
 from study_results import gather
 
 from empg_jax.files import replacing
-from empg_jax.report.curves import smooth
+from empg_jax.report.curves import as_label, smooth
 from empg_jax.report.statistics import band
 
 RESAMPLES = 1_000  # of a band; the table's intervals take more
@@ -35,7 +35,7 @@ def draw(study: Study, lines: Sequence[Line], path: Path) -> None:
         for number, arm in enumerate(study.arms):
             runs = results.lines(task, arm)
             color = f"C{number % 10}"
-            style = {"color": color, "label": arm, "linestyle": "-" if number < 10 else "--"}
+            style = {"color": color, "label": as_label(arm), "linestyle": "-" if number < 10 else "--"}
             _success(row[0], runs, style)
             _over_time(row[1], runs, "entropy", style)
             _balance(row[2], runs, style)
@@ -110,7 +110,7 @@ def _label(row: Sequence[Any], task: str) -> None:
     for axes in row[:3]:
         axes.set_xlabel("update", fontsize=9)
     row[0].set_ylim(0, 1)
-    row[0].set_ylabel(task, fontsize=10)
+    row[0].set_ylabel(as_label(task), fontsize=10)
     row[3].set_xlabel("entropy", fontsize=9)
     row[4].set_xlabel("predicted", fontsize=9)
 

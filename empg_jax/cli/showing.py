@@ -116,7 +116,8 @@ def report(
 
     Runs with equal settings but another seed form an arm; the arm of the first run is what the others are
     compared with, paired by seed. Means, interquartile means, 95 % bootstrap intervals, areas under curves.
-    Unfinished runs are drawn and named, and count in no number.
+    Runs short of their train.updates are drawn and named, and count in no number; where no run is finished,
+    those that got as far as the longest are compared.
     """
     with reporting():
         from empg_jax.report.comparison_page import report_runs

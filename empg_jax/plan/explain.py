@@ -21,7 +21,7 @@ from empg_jax.run.assembly import (
     micro_rows,
     shape_model,
 )
-from empg_jax.run.devices import check_planned
+from empg_jax.run.devices import check_planned, count_devices
 from empg_jax.run.sampling import count_slots
 
 if TYPE_CHECKING:
@@ -156,6 +156,12 @@ def explain(
     changes = [] if devices is None else spread(config, devices)
     config = load(changes) if changes else config
     check_planned(config, devices)
+
+    def load_more(more: Sequence[str]) -> Config:
+        changed = load([*changes, *more])
+        check_planned(changed, devices)
+        return changed
+
     model = find_shape(config)
     plan = compute_plan(config, model)
     if memory is None and chip is not None:
@@ -170,7 +176,7 @@ def explain(
         lines.insert(1, f"for {hosts} hosts, each with an engine of its own")
     if memory is not None and plan.total > memory:
         lines.append("each change, and the peak memory with it:")
-        lines += suggest(config, plan, lambda more: load([*changes, *more]), memory)
+        lines += suggest(config, plan, load_more, memory)
     return lines
 
 
@@ -185,16 +191,20 @@ def suggest(config: Config, plan: Plan, load: Load, memory: float) -> list[str]:
       memory: bytes of a device.
 
     Returns:
-      One line for each change that saves 2 % or more.
+      One line for each change that saves 2 % or more, with the number of devices where it takes more of them.
     """
+    there, where = count_devices(config), dict[str, str]()
 
     def peak(changes: list[str]) -> int | None:
         """The peak with some changes; None where they are refused."""
         try:
             changed = load(changes)
-            return compute_plan(changed, find_shape(changed)).total
+            total = compute_plan(changed, find_shape(changed)).total
         except ConfigError:
             return None
+        if (needed := count_devices(changed)) > there:
+            where[" ".join(changes)] = f" (on {needed} devices)"
+        return total
 
     single = [(total, c) for c in _candidates(config, plan.devices) if (total := peak(c)) is not None]
     useful = [(total, c) for total, c in single if total < 0.98 * plan.total]
@@ -204,9 +214,10 @@ def suggest(config: Config, plan: Plan, load: Load, memory: float) -> list[str]:
         distinct = [c for c in pairs if len({each.partition("=")[0] for each in c}) == len(c)]
         tried = [(total, c) for c in distinct if (total := peak(c)) is not None]
         found = useful + [(total, c) for total, c in tried if total <= memory]
+    told = [(total, " ".join(changes)) for total, changes in sorted(found)]
     return [
-        f"  {' '.join(changes)}: {in_gib(total)} GiB{', which fits' if total <= memory else ''}"
-        for total, changes in sorted(found)
+        f"  {text}{where.get(text, '')}: {in_gib(total)} GiB{', which fits' if total <= memory else ''}"
+        for total, text in told
     ]
 
 

@@ -122,14 +122,19 @@ def read_run(folder: Path) -> Run:
     return Run(folder, seed if isinstance(seed, int) else None, updates, settings, series)
 
 
-def find_unfinished(runs: Sequence[Run]) -> list[Run]:
-    """List the runs that are short of their own ``train.updates`` and of the longest run.
+def find_unfinished(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Find the runs short of their own ``train.updates``; of a run that does not say it, of the longest one.
 
-    They do not count in a measure: the curve of a run that was cut off, or still trains, ends where the
-    others have yet to rise.
+    The curve of a run that was cut off, or still trains, ends where the others have yet to rise. It counts in
+    no measure, unless there is no finished run: then those that got as far as the longest are compared.
+
+    Returns:
+      ``(unfinished, left out)``: the runs that are short, and those of them that count in no measure.
     """
     longest = max(run.updates for run in runs)
-    return [run for run in runs if run.updates < min(run.planned, longest)]
+    short = [run for run in runs if run.updates < (longest if run.planned == math.inf else run.planned)]
+    is_any_finished = len(short) < len(runs)
+    return short, short if is_any_finished else [run for run in short if run.updates < longest]
 
 
 def name_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:

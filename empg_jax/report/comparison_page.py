@@ -16,7 +16,7 @@ import numpy as np
 from empg_jax.errors import ConfigError
 from empg_jax.files import replacing, write_text_atomic
 from empg_jax.report.comparison import Line, Pairing, Run, find_unfinished, name_arms, read_run, summarize
-from empg_jax.report.curves import smooth
+from empg_jax.report.curves import as_label, smooth
 from empg_jax.report.statistics import band
 
 PANELS = {
@@ -44,13 +44,13 @@ img { max-width: 100%; background: #fff; }"""
 def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], None]) -> Path:
     """Compare runs; write ``report.html``, ``report.png`` and ``report.csv`` into a folder.
 
-    The runs of `find_unfinished` are drawn and named, and are left out of all numbers.
+    Unfinished runs are drawn and named; `find_unfinished` says which of them are left out of all numbers.
 
     Args:
       folders: folders of runs. Runs with equal settings but another seed form an arm; the arm of the first
         run is what the others are compared with.
       out: the folder to write into; it is made.
-      warn: told of each run that is left out.
+      warn: told of each run that is not finished.
 
     Returns:
       The path of ``report.html``.
@@ -62,23 +62,25 @@ def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], Non
         if any(folder.resolve() == other.resolve() for other in folders[:place]):
             raise ConfigError(f"{folder} is named twice: a run counts once, or its intervals would shrink")
     runs = [read_run(folder) for folder in folders]
-    arms, unfinished = name_arms(runs), find_unfinished(runs)
+    arms, (unfinished, left_out) = name_arms(runs), find_unfinished(runs)
     lines, pairings = summarize(
-        {arm: [run for run in each if run not in unfinished] for arm, each in arms.items()}
+        {arm: [run for run in each if run not in left_out] for arm, each in arms.items()}
     )
-    left_out = [
-        f"{run.folder} is not finished ({_progress(run)} updates): it is drawn, and left out of all numbers"
+    notes = [
+        f"{run.folder} is not finished ({_progress(run)} updates): "
+        + ("it is drawn, and left out of all numbers" if run in left_out else "no run is, so it is compared")
         for run in unfinished
     ]
-    for line in left_out:
+    for line in notes:
         warn(line)
+    picture = draw(arms)
+    page = as_html(arms, notes, lines, pairings, picture)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        picture = draw(arms)
         with replacing(out / "report.png") as file:
             file.write(picture)
         write_text_atomic(out / "report.csv", as_csv(lines, pairings))
-        write_text_atomic(out / "report.html", as_html(arms, left_out, lines, pairings, picture))
+        write_text_atomic(out / "report.html", page)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from None
     return out / "report.html"
@@ -101,12 +103,12 @@ def as_csv(lines: Sequence[Line], pairings: Sequence[Pairing]) -> str:
 
 def as_html(
     arms: Mapping[str, Sequence[Run]],
-    left_out: Sequence[str],
+    notes: Sequence[str],
     lines: Sequence[Line],
     pairings: Sequence[Pairing],
     picture: bytes,
 ) -> str:
-    """Format the comparison, with lines on what it leaves out, as one page that stands alone."""
+    """Format the comparison, with notes on unfinished runs, as one page that stands alone."""
     runs = [
         [
             arm,
@@ -145,7 +147,7 @@ def as_html(
     )
     parts = [
         _table(["arm", "runs", "seeds", "updates", "folders"], runs),
-        *(f"<p>{html.escape(line)}</p>" for line in left_out),
+        *(f"<p>{html.escape(line)}</p>" for line in notes),
         f"<p>{note}</p>",
         f'<img alt="Curves of the arms over updates" src="data:image/png;base64,{shown}">',
         "<h2>Measures</h2>" + _table(["measure", "arm", "seeds", "mean", "interval", "IQM"], means),
@@ -154,7 +156,7 @@ def as_html(
         heads = ["measure", "difference", "pairs", "mean", "interval", "p"]
         parts.append("<h2>Paired differences</h2>" + _table(heads, differences))
     elif len(arms) > 1:
-        told = "No two arms share a seed among their finished runs, so there are no paired differences."
+        told = "No two arms share a seed among the runs that count, so there are no paired differences."
         parts.append(f"<p>{told}</p>")
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><title>Comparison of runs</title><style>{STYLE}</style>'
@@ -199,7 +201,8 @@ def _draw_arm(axes: Any, runs: Sequence[Run], name: str, arm: str, color: str) -
     sums, counts = np.where(is_known, table, 0.0).sum(axis=1), is_known.sum(axis=1)
     means = np.divide(sums, counts, out=np.full(len(updates), np.nan), where=counts > 0)
     width = 1 if name == "held_out" else max(1, len(updates) // 20)
-    axes.plot(updates, smooth(means, width), ".-", color=color, label=arm, linewidth=1.6, markersize=3)
+    line = {"color": color, "label": as_label(arm), "linewidth": 1.6, "markersize": 3}
+    axes.plot(updates, smooth(means, width), ".-", **line)
     whole = is_known.all(axis=1)
     if len(curves) > 1 and whole.any():
         bands = np.array([band(row, RESAMPLES) for row in table[whole]])

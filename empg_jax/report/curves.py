@@ -43,11 +43,16 @@ def plot_curves(run_dir: Path) -> Path:
     _balance(next(panels), records)
     _line(next(panels), records, "grad_norm", "gradient norm", floor=0.0)
     _line(next(panels), records, "loss", "loss")
-    figure.suptitle(run_dir.resolve().name)
+    figure.suptitle(as_label(run_dir.resolve().name))
     path = run_dir / "curves.png"
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110)
     return path
+
+
+def as_label(name: str) -> str:
+    """Return a name as a picture's label: between two dollars matplotlib would read mathematics."""
+    return name.replace("$", r"\$")
 
 
 def column(records: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from empg_jax.report.statistics import FEWEST
+from empg_jax.report.statistics import FEWEST, bootstrap
 from empg_jax.report.summary import wilson_interval
 
 RESAMPLES = 4000
-QUANTILES = (2.5, 97.5)  # percent: a 95 % interval
 
 
 def pass_at_k(attempts: int, successes: int, k: int) -> float:
@@ -55,10 +54,7 @@ def estimate(values: Sequence[float]) -> dict[str, Any]:
         low, high = wilson_interval(mean * tasks, tasks)
         method = "wilson"
     else:
-        # A fixed seed, so that the same results give the same interval.
-        rng = np.random.default_rng(0)
-        means = [shares[rng.integers(tasks, size=tasks)].mean() for _ in range(RESAMPLES)]
-        low, high = (float(bound) for bound in np.percentile(means, QUANTILES))
+        low, high = bootstrap([shares], resamples=RESAMPLES)  # of means of shares, so in [0, 1]
         method = "bootstrap"
     return {
         "value": round(mean, 6),

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 RESAMPLES = 10_000  # of a bootstrap
+AT_ONCE = 2**22  # values that are drawn at a time: thousands of tasks would take gigabytes
 EXACT_PAIRS = 16  # up to here every one of the 2^n signs is tried
 SIGNS = 100_000  # signs that are sampled beyond
 POWER, LEVEL = 0.8, 0.05
@@ -96,7 +97,8 @@ def bootstrap(
     generator, total, fewest = np.random.default_rng(0), np.zeros(resamples), min(map(len, tasks))
     for values in tasks:
         values = np.asarray(values, np.float64)
-        total += statistic(values[generator.integers(len(values), size=(resamples, len(values)))])
+        for part in np.array_split(total, -(-resamples * len(values) // AT_ONCE)):  # views of the total
+            part += statistic(values[generator.integers(len(values), size=(len(part), len(values)))])
     tail = ndtr(-math.sqrt(fewest / (fewest - 1)) * stdtrit(fewest - 1, 1 - LEVEL / 2))
     low, high = np.quantile(total / len(tasks), [tail, 1 - tail])
     return float(low), float(high)

@@ -83,14 +83,17 @@ def check_planned(config: Config, devices: int | None = None) -> None:
     Raises:
       ConfigError: the run would be refused; the message names the keys.
     """
-    hosts, r = config.hosts.num or 1, config.rollout
+    hosts, kind = config.hosts.num or 1, "planned" if devices is None else f"--devices {devices}"
     check_shares(config, hosts)
-    if devices is None:
-        learner = -(-math.prod(vars(config.mesh).values()) // hosts)
-        each = learner + r.devices if r.devices else max(learner, r.data * r.tensor)
-        check_counts(config, [each] * hosts, "planned")
-    else:
-        check_counts(config, [devices // hosts] * hosts, f"--devices {devices}")
+    there = count_devices(config) if devices is None else devices
+    check_counts(config, [there // hosts] * hosts, kind)
+
+
+def count_devices(config: Config) -> int:
+    """Count the devices of all hosts together that a configuration takes, equally many of each."""
+    hosts, r = config.hosts.num or 1, config.rollout
+    learner = -(-math.prod(vars(config.mesh).values()) // hosts)
+    return hosts * (learner + r.devices if r.devices else max(learner, r.data * r.tensor))
 
 
 def check_shares(config: Config, num_hosts: int) -> None:

@@ -118,17 +118,19 @@ def _make_what_if(what_if: Mapping[str, Config]) -> WhatIf:
 
     recompute = {name: make_recompute(config) for name, config in what_if.items()}
 
-    def calculate(path: Path) -> dict[str, Credit]:
+    def calculate(path: Path) -> tuple[dict[str, Credit], list[str]]:
         found: dict[str, Credit] = {}
+        told: list[str] = []
         for name, config in what_if.items():
             try:
-                records, _ = recompute[name](read_for(config, path))
+                records, notes = recompute[name](read_for(config, path))
             except RecordError as error:
                 raise ValueError(str(error)) from None
             found[name] = [
                 [[turn[each] for each in CREDIT] for turn in record["turns"]] for record in records
             ]
-        return found
+            told += [f"{name}: {note}" for note in notes]
+        return found, told
 
     return calculate
 

@@ -65,6 +65,9 @@ def read_run(run: Path, groups_per_update: int) -> Measured:
         lines = read_metrics(path)
     except ValueError as error:
         raise ConfigError(f"--from {run}: {error}") from None
+    # A line counts the episodes that were discarded since the line before, and all else of its own update.
+    starts = [0, *(line["update"] for line in lines)]
+    lines = [line | {"covered": line["update"] - start} for line, start in zip(lines, starts, strict=False)]
     lines = [line for line in lines if all(line.get(name) is not None for name in NEEDED)]
     if not lines:
         raise ConfigError(f"--from {run}: {path} has no update with {', '.join(NEEDED)}")
@@ -77,7 +80,8 @@ def read_run(run: Path, groups_per_update: int) -> Measured:
     def mean(name: str) -> float:
         return statistics.fmean(line.get(name) or 0.0 for line in lines)
 
-    discarded = mean("episodes_discarded")
+    discarded = sum(line.get("episodes_discarded") or 0.0 for line in lines)
+    discarded /= max(sum(line["covered"] for line in lines), 1)
     turns = mean("episode_turns")
     return Measured(
         lines=len(lines),

@@ -363,6 +363,13 @@ def test_what_does_not_fit_is_said_with_what_would():
     assert "\n" not in line and "optimizer" in line and line.endswith("does not fit")
 
 
+def test_more_devices_are_proposed_only_where_their_number_is_free():
+    arguments = ["plan", "household_qwen2.5_7b", "--memory-gib", "34"]
+    free, fixed = (CliRunner().invoke(app, [*arguments, *more]).stdout for more in ([], ["--devices", "8"]))
+    assert "\n  mesh.fsdp=16 train.micro_tokens=65536 (on 16 devices): 29.00 GiB, which fits\n" in free
+    assert "mesh.fsdp=16" not in fixed and "\n  rollout.release=true: 29.04 GiB, which fits\n" in fixed
+
+
 def test_the_command_prints_the_times_to_expect():
     result = CliRunner().invoke(app, ["plan", "household_qwen2.5_7b", "--chip", "h100"])
     assert result.exit_code == 0, result.stderr
@@ -389,6 +396,57 @@ def test_expected_times_follow_from_the_peaks():
         config, _ = _seven(dict(fsdp=8), {"tensor": tensor})
         step = (2 * weights / tensor + cache * heads / 4) / 1e12
         assert compute_speed(config, model, chip).step == pytest.approx(step, rel=0.01)
+
+
+def test_a_pool_keeps_as_many_slots_busy_as_it_holds():
+    """Of 40 slots of 256 tokens, half of which are live, 1,280 tokens hold ten."""
+    chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9)
+    config, model = _seven(dict(fsdp=8), {"page_tokens": 16, "kv_tokens": 1280})
+    model = dataclasses.replace(model, dtype=jnp.bfloat16)
+    speed = compute_speed(config, model, chip)
+    assert speed.step == pytest.approx((2 * 7.07e9 + 10 * 128 * 2 * 28 * 4 * 128 * 2) / 1e12, rel=0.01)
+    assert (speed.busy, speed.decode_rate) == (10, pytest.approx(10 / speed.step))
+    pool = ["rollout.page_tokens=16", "rollout.kv_tokens=1280"]
+    told = plan(*pool, "--chip", "v5e").stdout
+    assert "for a step of 10 busy slots of 128 (rollout.kv_tokens=1280)" in told
+
+
+@pytest.mark.parametrize(
+    "mesh, numbers",
+    [
+        (dict(fsdp=8), 0),
+        # Per token: 5 sums of the states in each of 28 layers, one at either end; of 2 devices.
+        (dict(fsdp=4, tensor=2), (5 * 28 + 2) * 3584 * 2 / 2 / 4),
+        # 28 + 4 heads come and go in 3 passes of each layer; 3 of 4 parts leave the device.
+        (dict(fsdp=2, sequence=4), 3 * 28 * 2 * (28 + 4) * 128 * 3 / 4 / 8),
+        # 8 devices do not divide 28 heads: each sends its part of 4 key/value heads to the 7 others.
+        (dict(sequence=8), 3 * 28 * 2 * 4 * 128 * 7 / 8),
+    ],
+)
+def test_activations_are_exchanged_over_tensor_and_sequence(mesh, numbers):
+    chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9)
+    config, model = _seven(mesh, {})
+    speed = compute_speed(config, dataclasses.replace(model, dtype=jnp.bfloat16), chip)
+    assert speed.waits == pytest.approx(40 * 256 * 2 * numbers / 1e11)
+    assert 40 * 256 / speed.update_rate == pytest.approx(max(speed.compute, speed.exchange) + speed.waits)
+
+
+def test_gpus_of_several_hosts_are_joined_by_their_network():
+    """A ring over hosts leaves a host by the cards of all its devices there: of four, or of one."""
+    chip = Chip(flops=100e12, bandwidth=1e12, link=1e11, memory=80e9, network=1e10)
+
+    def exchange(chip=chip, **mesh):
+        config, model = _seven(mesh, {})
+        config = config.model_copy(update={"hosts": config.hosts.model_copy(update={"num": 2})})
+        return compute_speed(config, dataclasses.replace(model, dtype=jnp.bfloat16), chip).exchange
+
+    inside, weights = exchange(fsdp=4, data=2, chip=dataclasses.replace(chip, network=None)), 7.07e9
+    copies = 2 * 4 * weights / 4 / 2
+    assert exchange(fsdp=4, data=2) == pytest.approx(inside + copies * (1 / 1e10 - 1 / 1e11), rel=0.01)
+    assert exchange(fsdp=8) == pytest.approx(10 * weights * 7 / 8 / 4e10, rel=0.01)
+    hosts = ["--devices", "4", "--hosts", "2", "--chip"]
+    assert "links 450 GB/s, 50 GB/s (400 Gb/s) a device between hosts" in plan(*hosts, "h100").stdout
+    assert "between hosts" not in plan(*hosts, "v5e").stdout
 
 
 def test_all_experts_are_exchanged_and_those_that_slots_visit_are_read():

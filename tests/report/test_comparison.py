@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from empg_jax.cli import app
 from empg_jax.config import load_config
+from empg_jax.report import comparison_page
 
 
 def make_run(folder, *, seed, modulation="empg", success=(0.0, 1.0), held_out=None, updates=None, **metrics):
@@ -113,13 +114,30 @@ def test_runs_that_were_cut_off_count_in_no_number(tmp_path):
     assert "empg-3 is not finished" in page and "180, 180, 180, 60 of 180, 60 of 180" in page
 
 
+def test_the_longest_run_counts_only_if_it_is_finished(tmp_path):
+    """It is the longest of all, and still short of its own updates."""
+    done = make_run(tmp_path / "done", seed=0, modulation="none", success=[0.1, 0.2])
+    cut = make_run(tmp_path / "cut", seed=0, success=[0.1, 0.2, 0.3], updates=9)
+    result = report(done, cut, "--out", tmp_path / "out")
+    assert "cut is not finished (3 of 9 updates): it is drawn, and left out" in result.stderr
+    assert {arm for _, arm, _ in rows(tmp_path / "out")} == {"modulation=none, train.updates=2"}
+
+
 def test_runs_stopped_at_the_same_update_are_compared(tmp_path):
     made = [
         make_run(tmp_path / arm, seed=0, modulation=arm, success=[0.1, end], updates=9)
         for arm, end in (("none", 0.2), ("empg", 0.4))
     ]
+    made.append(make_run(tmp_path / "behind", seed=1, modulation="empg", success=[0.9], updates=9))
     result = report(*made, "--out", tmp_path / "out")
-    assert result.stderr == ""
+    page = (tmp_path / "out" / "report.html").read_text()
+    for arm, told in (
+        ("none", "is not finished (2 of 9 updates): no run is, so it is compared"),
+        ("empg", "is not finished (2 of 9 updates): no run is, so it is compared"),
+        ("behind", "is not finished (1 of 9 updates): it is drawn, and left out of all numbers"),
+    ):
+        assert f"{arm} {told}" in result.stderr and f"{arm} {told}" in page
+    assert rows(tmp_path / "out")["success, end", "modulation=empg", ""]["runs"] == "1"
     pair = rows(tmp_path / "out")["success, end", "modulation=empg", "modulation=none"]
     assert float(pair["mean"]) == pytest.approx(0.2)
 
@@ -188,6 +206,19 @@ def test_arms_of_whole_configurations_have_short_names(tmp_path):
         "modulation=empg, empg.k=2.0",
         "modulation=aem",
     ]
+
+
+def test_dollars_in_the_name_of_an_arm_are_no_mathematics(tmp_path):
+    made = [make_run(tmp_path / str(n), seed=0, modulation=f"$HOME/{{{n} and $") for n in range(2)]
+    assert report(*made, "--out", tmp_path / "out").exit_code == 0
+    assert "modulation=$HOME/{1 and $" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_report_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_page, "draw", lambda arms: pytest.fail("no picture"))
+    with pytest.raises(pytest.fail.Exception):
+        report(make_run(tmp_path / "run", seed=0), "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_run_is_refused(tmp_path):

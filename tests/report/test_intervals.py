@@ -50,6 +50,15 @@ def test_shares_are_resampled_task_by_task():
     assert found["interval"] == pytest.approx([0.375 - half, 0.375 + half], abs=0.01)
 
 
+def test_an_interval_of_few_tasks_is_as_wide_as_students():
+    """Plain percentiles of eight shares lie about a fifth closer together."""
+    values = [0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0]
+    found = estimate(values)
+    low, high = found["interval"]
+    assert found["method"] == "bootstrap"
+    assert high - low == pytest.approx(2 * 2.365 * np.std(values, ddof=1) / 8**0.5, rel=0.1)
+
+
 def test_a_single_success_has_wilsons_interval():
     """One of four attempts at one of 64 tasks; resampled, the interval ended at 1.2 %."""
     found = estimate([0.25] + [0.0] * 63)

@@ -152,6 +152,15 @@ def test_what_if_needs_entropies_for_a_modulation_only(tmp_path):
     assert "turns[0].entropy: missing" in view(run, "--what-if", "grpo_aem").stderr
 
 
+def test_what_if_tells_once_what_an_algorithm_assumes(tmp_path):
+    run = make_run(tmp_path / "run", {n: [episode(n, n, member) for member in range(2)] for n in (1, 2)})
+    (run / "config.yaml").write_text(runs.configure(tmp_path / "none").to_yaml())
+    notes = [line for line in view(run, "--what-if", "ppo").stderr.splitlines() if "note" in line]
+    assert notes == ["note: ppo: the critic's values are taken as 0: a record does not hold them"]
+    head = re.search('id="data-head">([^<]*)', (run / "view.html").read_text())[1]
+    assert "ppo: the critic's values" in gzip.decompress(base64.b64decode(head)).decode()
+
+
 @pytest.mark.slow
 def test_what_if_takes_an_algorithm_of_ones_own(tmp_path):
     name = "tests.test_algorithm_runs:OWN"

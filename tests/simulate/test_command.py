@@ -224,6 +224,18 @@ def test_the_speed_of_a_run_is_found_again(tmp_path, known, lag):
     assert any("measures better" in note for note in found["notes"]) == bool(lag)
 
 
+def test_episodes_discarded_are_those_of_all_updates_between_two_lines(tmp_path, known):
+    """Of log.every=5: five updates of 4 episodes, during which 5 were discarded, one of five attempts."""
+    run = tmp_path / "run"
+    write_run(run, known)
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line | {"update": 5 * line["update"], "episodes_discarded": 5.0} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = plan(run / "config.yaml", "--from", run, latency=0.05, decode_rate=120, updates=2, lags=0)
+    assert found["world"]["failures"] == pytest.approx(0.2)
+
+
 def test_another_batch_takes_an_update_in_proportion(tmp_path, known):
     run = tmp_path / "run"
     write_run(run, known)

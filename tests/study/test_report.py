@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+from study import main
 from study_line import spent_at
 from study_pictures import draw
 from study_report import write_report
@@ -33,6 +34,18 @@ def lines(study):
             curve = [0.3, 0.3] if triple.arm == "plain" else [0.3, 0.5]
         found.append(made_up.line(study, triple, curve))
     return found
+
+
+@pytest.mark.parametrize(
+    "option, name, told",
+    [("--out", "no/x.md", "there is no folder"), ("--png", "no/x.png", "there"), ("--png", ".", "that is a")],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_report_is_made(
+    study, tmp_path, monkeypatch, capsys, option, name, told
+):
+    monkeypatch.setattr("study_report.write_report", lambda *_: pytest.fail("the report was made"))
+    assert main(["report", str(study.folder), option, str(tmp_path / name)]) == 2
+    assert f"error: {option} {tmp_path / name}: {told}" in capsys.readouterr().err
 
 
 PRIMARY = "Primary measure: paired differences"

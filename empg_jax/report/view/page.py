@@ -19,8 +19,9 @@ from empg_jax.report.view.reading import RunFacts, find_files, read_facts, read_
 HERE = Path(__file__).parent
 SCRIPTS = ("data.js", "list.js", "episode.js", "group.js", "curves.js", "app.js")
 FORMAT = 1
-# Credit of other algorithms for the records of a file; raises ValueError with the reason where there is none.
-WhatIf = Callable[[Path], Mapping[str, Credit]]
+# Credit of other algorithms for the records of a file, and notes on what it assumes; raises ValueError with
+# the reason where there is none.
+WhatIf = Callable[[Path], tuple[Mapping[str, Credit], list[str]]]
 
 
 class Book:
@@ -67,6 +68,7 @@ class Book:
         files = self.refresh()
         facts = read_facts(self.run_dir)
         notes = [*facts.notes, *(note for _, _, notes in self._packed.values() for note in notes)]
+        notes = list(dict.fromkeys(notes))  # what an algorithm assumes holds for every file
         if not files:
             notes.append(
                 "no episodes: the run has no files rollouts/update-*.jsonl.gz (log.rollouts_every=0, an "
@@ -101,7 +103,8 @@ class Book:
         others: Mapping[str, Credit] = {}
         if self._what_if is not None and records and path.parent.name != "eval":
             try:
-                others = self._what_if(path)
+                others, assumed = self._what_if(path)
+                notes += assumed
             except ValueError as error:
                 notes.append(f"what-if is missing for {path.name}: {error}")
         name = path.name.partition(".")[0]
