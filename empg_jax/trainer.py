@@ -302,7 +302,7 @@ def update_policy(
     batch = learner.put(host_batch)
     # Scored before any optimizer step: the old log-probs are those of the weights before the update.
     own, measured = scorer.score(run.state.params, run.reference, batch, layout, run.update)
-    check_gap(config, run.update, measured)
+    check_gap(config, run.update, measured, own)
     scores = scorer.choose(batch, own)
     credit = learner.credit(batch, scores)
     first, steps = Pass(host_batch, layout, batch, scores, credit), []

@@ -222,4 +222,4 @@ def test_evaluation_samples_with_keys_of_its_own(monkeypatch):
     monkeypatch.setattr(sampling, "make_collector", lambda *args, **kwargs: found.update(kwargs))
     sampling.make_evaluator(runs.configure("unused"), Engine(), Pool, None, first_handle=4)
     assert found == {"stream": 1, "first_handle": 4}
-    assert real.__kwdefaults__ == {"first_handle": 0}
+    assert real.__kwdefaults__ == {"first_handle": 0, "num_tasks": None}

@@ -72,6 +72,14 @@ def test_from_the_second_rollback_on_the_good_checkpoint_is_restored(tmp_path, m
     assert runs.weights(run) == runs.weights(run, 0)
 
 
+def test_ruined_weights_are_rolled_back_and_no_disagreement(tmp_path):
+    """The only step of update 1 ruins the weights, so that update 2 finds neither samples nor scores."""
+    alone = ["train.num_minibatches=1", "algorithm.entropy_source=learner", "train.updates=2"]
+    run = runs.train(tmp_path / "run", *RUIN, *alone, "train.on_nonfinite=rollback")
+    assert left_out(run) == [(2, 1)]
+    assert [e["event"] for e in read_metrics(run / "events.jsonl")].count("rollback") == 1
+
+
 def test_a_ruined_run_that_ends_in_time_has_results_in_strict_json(tmp_path):
     run = runs.train(tmp_path / "run", *RUIN, "train.on_nonfinite=skip", "train.updates=3")
 

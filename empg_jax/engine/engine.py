@@ -24,7 +24,7 @@ from empg_jax.engine.paged import make_memory
 from empg_jax.engine.programs import Burst, compile_programs
 from empg_jax.engine.sizes import EngineConfig as EngineConfig
 from empg_jax.engine.slots import Response as Response
-from empg_jax.engine.slots import Slots
+from empg_jax.engine.slots import Slots, check_ids
 from empg_jax.engine.slots import Watch as Watch
 from empg_jax.engine.stats import EngineStats as EngineStats
 from empg_jax.engine.stats import compare_tokens
@@ -128,12 +128,13 @@ class Engine:
 
         Raises:
           RuntimeError: no weights are loaded, or the slot is still answering.
-          ValueError: the prompt is empty, not even one response token fits, or the filter is not possible.
+          ValueError: the prompt is empty, leaves no room or has other tokens; or the filter is not possible.
         """
         if self._params is None:
             raise RuntimeError("Engine.submit before Engine.load: there are no weights to sample from")
         token_filter = self.token_filter if token_filter is None else token_filter
         self.config.check_filter(token_filter, self.model.vocab_size)
+        check_ids(slot, tokens, self.model.vocab_size)
         self.stats.evicted_tokens += self._slots.begin(
             slot,
             tokens,
@@ -218,6 +219,8 @@ class Engine:
         """Forget all keys and values: each conversation is prefilled again when it goes on."""
         self._ended += self._take()
         self._slots.drop()
+        # What no conversation reads any more has weight 0 in attention, but 0 times NaN is NaN.
+        self._memory.cache = None
 
     def measure_stale_gap(self) -> float | None:
         """Measure the error of going on over keys and values of older weights.
@@ -249,7 +252,7 @@ class Engine:
         if self.has_work:
             raise RuntimeError("Engine.free in the middle of a turn: step the engine until has_work is False")
         self.drop_cache()
-        self._params, self._memory.cache = None, None
+        self._params = None
 
     @contextlib.contextmanager
     def lent(
@@ -263,7 +266,7 @@ class Engine:
         """Give every slot to other conversations with these weights for a while, without a second engine.
 
         The own conversations go on afterwards as if nothing had been. Their keys and values stay in memory;
-        without any, the others take over the cache.
+        without any, the others take the cache.
 
         Args:
           params: stacked parameters, placed only where the engine does not hold this version.
@@ -273,8 +276,7 @@ class Engine:
         """
         self.config.check_filter(token_filter, self.model.vocab_size)
         own = {name: getattr(self, name) for name in _OWN}
-        is_empty, memory = self._is_empty, self._memory
-        self._memory = memory.lend(is_empty=is_empty)
+        self._memory = self._memory.lend(is_empty=self._is_empty)
         self._slots, self._ended = Slots(self.config, temperature, token_filter), []
         self._dispatched = Dispatched.nothing(self.config)
         self.temperature, self.token_filter, self.stats = temperature, token_filter, EngineStats()
@@ -283,8 +285,6 @@ class Engine:
                 self.load(params, version)
             yield
         finally:
-            if is_empty:
-                memory.cache = self._memory.cache
             for name, value in own.items():
                 setattr(self, name, value)
 
@@ -376,8 +376,6 @@ class Engine:
     def capacity(self) -> int:
         """Current physical length of the cache, or of what is read of each slot's pages, in tokens."""
         return self._memory.capacity
-
-    _cache = property(lambda self: self._memory.cache)
 
     def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
         """Compile every bucket before the first episode, so that nothing compiles later.

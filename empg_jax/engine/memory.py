@@ -124,8 +124,9 @@ class Memory:
         return 0, 0.0
 
     def lend(self, *, is_empty: bool) -> Memory:
-        """Return the memory of other conversations; it takes over the cache where this one is empty."""
-        return type(self)(self._programs, self._config, self.cache if is_empty else None)
+        """Return the memory of other conversations; it takes the cache away where this one is empty."""
+        taken, self.cache = (self.cache, None) if is_empty else (None, self.cache)
+        return type(self)(self._programs, self._config, taken)
 
 
 def _grow(table: Slots, held: Mapping[int, int]) -> None:

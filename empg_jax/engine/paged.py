@@ -42,7 +42,7 @@ class PagedMemory(Memory):
     def fit(self, table: Slots, in_flight: np.ndarray, *, is_empty: bool) -> None:
         """Begin a dispatch; see `Memory.fit`. The pool has its size from the beginning."""
         if self.cache is None:
-            self.cache = self._programs.new_cache(0)
+            self.cache = self._programs.new_cache(self._config.cache_buckets[0])
         wanted = self._find_bucket(table, in_flight)
         self._capacity = wanted if is_empty else max(wanted, self._capacity)
         self._in_flight, self.is_pressed = in_flight.copy(), False
@@ -147,4 +147,4 @@ class PagedMemory(Memory):
 def make_memory(programs: Programs, config: EngineConfig) -> Memory:
     """Return the empty memory that the sizes ask for, of rows or of pages."""
     kind = PagedMemory if config.page_tokens else Memory
-    return kind(programs, config, programs.new_cache(config.cache_buckets[0]))
+    return kind(programs, config)

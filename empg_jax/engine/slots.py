@@ -329,6 +329,14 @@ class Slots:
         )
 
 
+def check_ids(slot: int, tokens: Sequence[int] | np.ndarray, vocab_size: int) -> None:
+    """Refuse tokens beyond the vocabulary: their embeddings, and what attends to them, would be NaN."""
+    ids = np.asarray(tokens)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise ValueError(f"slot {slot}: {wrong[0]} is no token id; they lie in [0, {vocab_size})")
+
+
 def count_equal(first: np.ndarray, second: np.ndarray) -> int:
     """Count equal leading elements."""
     length = min(len(first), len(second))

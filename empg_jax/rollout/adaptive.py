@@ -58,6 +58,11 @@ class AdaptiveOrder:
         self.split, self.num_tasks, self.seed, self._share = split, num_tasks, seed, share
         self.restore({})
 
+    @property
+    def num_drawn(self) -> int:
+        """The number of this host's tasks."""
+        return len(range(self._share[0], self.num_tasks, self._share[1]))
+
     def task_at(self, position: int, busy: Collection[int] = ()) -> int:
         """Draw the task for a place of the order; one in flight only where all of this host's tasks are.
 

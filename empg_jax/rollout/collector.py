@@ -57,9 +57,9 @@ class Collector:
       is_deterministic: use a barrier per turn.
       make_watch: makes what ends a response besides its tokens, one for each (see `Engine.submit`).
       has_deadlines: responses have deadlines of their own, so that no episode ages while one is sampled.
-      is_fit_needed: a panel in which no first prompt fits, or the chat template refuses a prompt of every
-        task, is an error, found after `MAX_UNFIT` tasks at the latest; else every attempt at such a task is
-        discarded, however many there are.
+      num_tasks: tasks that it may be given. Where no first prompt fits, or the chat template refuses a
+        prompt of every task, that is an error, found after `MAX_UNFIT` tasks at the latest; None: every
+        attempt at such a task is discarded, however many there are.
       timer: a monotonic clock, in seconds.
 
     Attributes:
@@ -85,7 +85,7 @@ class Collector:
         is_deterministic: bool = False,
         make_watch: Callable[[], Watch | None] = lambda: None,
         has_deadlines: bool = False,
-        is_fit_needed: bool = False,
+        num_tasks: int | None = None,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.pool = engine, pool
@@ -93,7 +93,7 @@ class Collector:
         self._seed, self._stream, self._first_handle = seed, stream, first_handle
         self._episode_timeout = episode_timeout
         self._is_deterministic, self._timer, self._make_watch = is_deterministic, timer, make_watch
-        self._has_deadlines, self._is_fit_needed = has_deadlines, is_fit_needed
+        self._has_deadlines, self._num_tasks = has_deadlines, num_tasks
         self._has_fit = False  # whether a prompt has left room for a response
         self._unfit: dict[int, int] = {}  # length of the first prompt by task, for those that do not fit
         self._refused: set[int] = set()  # tasks whose prompts the template refused since an episode ended
@@ -281,7 +281,7 @@ class Collector:
         """Discard an attempt whose first prompt is too long."""
         split, limit = episode.attempt.split, self.engine.config.max_tokens
         self._unfit[episode.attempt.task] = length
-        if not self._has_fit and self._are_all(len(self._unfit), split):
+        if not self._has_fit and self._are_all(len(self._unfit)):
             low, high = min(self._unfit.values()), max(self._unfit.values())
             raise PromptError(
                 f"no first prompt leaves room for a response: those of {len(self._unfit)} tasks of "
@@ -295,15 +295,15 @@ class Collector:
         """Discard an attempt whose conversation the chat template refuses."""
         split = episode.attempt.split
         self._refused.add(episode.attempt.task)
-        if self._are_all(len(self._refused), split):
+        if self._are_all(len(self._refused)):
             raise PromptError(
                 f"{detail}; so it was with {len(self._refused)} tasks of env.split={split}, and no episode "
                 "has ended meanwhile: model.chat_template=FILE brings a template of your own"
             )
         return self._end_unplayed(episode, "prompt_refused", detail)
 
-    def _are_all(self, num_tasks: int, split: str) -> bool:
-        return self._is_fit_needed and num_tasks >= min(self.pool.splits[split], MAX_UNFIT)
+    def _are_all(self, num_tasks: int) -> bool:
+        return self._num_tasks is not None and num_tasks >= min(self._num_tasks, MAX_UNFIT)
 
     def _end_unplayed(self, episode: Episode, reason: str, detail: str) -> Trajectory:
         """Discard an attempt; where its first prompt is the cause, so would be every one at its task."""

@@ -209,6 +209,8 @@ class Ledger:
                 del self._losses[group.task]
             else:
                 self._again.append(group.task)
+            if is_hopeless:  # drawn less from now on
+                self.order.note(group.task, [False] * self._group_size)
             self._replace(group, outcome.reason if is_hopeless else "failed")
 
     def close_late(self, running: Mapping[Attempt, float]) -> None:

@@ -18,6 +18,11 @@ class Order(Protocol):
         """The panel of the tasks."""
         ...
 
+    @property
+    def num_drawn(self) -> int:
+        """The number of different tasks that this host draws in time."""
+        ...
+
     def task_at(self, position: int, busy: Collection[int] = ()) -> int:
         """Return the index of the task for a place, given the tasks in flight."""
         ...
@@ -42,6 +47,11 @@ class TaskOrder:
     split: str
     num_tasks: int
     seed: int
+
+    @property
+    def num_drawn(self) -> int:
+        """The whole panel: every pass over it deals the tasks to the hosts anew."""
+        return self.num_tasks
 
     def task_at(self, position: int, busy: Collection[int] = ()) -> int:
         """Return the index in the panel of the task at a position of the order."""

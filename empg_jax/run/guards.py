@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from empg_jax.errors import RunError
 from empg_jax.learner.passes import Pass
@@ -12,6 +15,7 @@ from empg_jax.report.debug import dump_update, measure_leaves
 from empg_jax.run.parts import Parts, RunState
 from empg_jax.run.restoring import restore_state
 from empg_jax.run.saving import good_step
+from empg_jax.types import Scores
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -26,14 +30,24 @@ class TrainingError(RunError):
     """Training cannot continue; the message names the cause and the checkpoints that are left."""
 
 
-def check_gap(config: Config, update: int, measured: Mapping[str, float]) -> None:
+def check_gap(config: Config, update: int, measured: Mapping[str, float], own: Scores | None) -> None:
     """Stop training when sampler and learner disagree on samples of the current weights.
 
+    Weights whose log-probs are no numbers are no disagreement: `check_steps` deals with them.
+
+    Args:
+      config: the run's configuration.
+      update: number of updates made so far.
+      measured: the gap, where it was measured.
+      own: the learner's scores that it was measured with.
+
     Raises:
-      TrainingError: the gap is above `GAP_LIMIT`, or no number.
+      TrainingError: the gap is above `GAP_LIMIT`, or no number although the learner's log-probs are.
     """
     mean = measured.get("logprob_gap", 0.0)
-    if not mean <= GAP_LIMIT:  # NaN is no agreement, either
+    if own is not None and math.isnan(mean) and np.isnan(fetch(own.old_logprobs)).any():
+        return
+    if not mean <= GAP_LIMIT:
         cause = f"a numerical fault (model.dtype={config.model.dtype})"
         if config.rollout.engine != "builtin":
             cause += f", or the server of rollout.url={config.rollout.url} has other weights or another model"

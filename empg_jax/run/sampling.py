@@ -221,8 +221,9 @@ def make_collector(
     *,
     stream: int,
     first_handle: int = 0,
+    num_tasks: int | None = None,
 ) -> Collector:
-    """Build a collector for training (``stream`` 0) or evaluation (1)."""
+    """Build a collector for training (``stream`` 0), of ``num_tasks`` tasks, or evaluation (1)."""
     return Collector(
         engine,
         pool,
@@ -237,7 +238,7 @@ def make_collector(
         is_deterministic=_has_barrier(config),
         make_watch=make_watches(config, language.tokenizer),
         has_deadlines=config.rollout.engine != "builtin",
-        is_fit_needed=stream != EVALUATION_STREAM,
+        num_tasks=num_tasks,
     )
 
 
@@ -300,8 +301,9 @@ def make_rollout(
     stored = None if r.stored is None else _load_stored(config, engine.model.vocab_size)
     check_split(pool, "env.split", split)
     num_tasks = pool.splits[split] if stored is None else len(stored)
+    order = make_order(config, num_tasks, hosts)
     ledger = Ledger(
-        make_order(config, num_tasks, hosts),
+        order,
         group_size=r.group_size,
         groups_per_update=r.tasks_per_update // hosts.num,
         max_lag=config.train.max_lag,
@@ -313,7 +315,7 @@ def make_rollout(
         share=(hosts.index, hosts.num),
     )
     rollout = RolloutThread(
-        make_collector(config, engine, pool, language, stream=0)
+        make_collector(config, engine, pool, language, stream=0, num_tasks=order.num_drawn)
         if stored is None
         else StoredCollector(engine, pool, stored),
         ledger,

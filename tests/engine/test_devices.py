@@ -12,6 +12,7 @@ from empg_jax.engine.programs import Chunk, Request
 from empg_jax.models.decoder import init_params
 from empg_jax.models.moe import MoeConfig
 from empg_jax.parallel.mesh import make_mesh
+from tests.engine.caches import cache_of
 from tests.engine.test_engine import SHALLOW, SIZES, draw_tokens, finish, make, same
 
 assert make  # a fixture
@@ -37,7 +38,7 @@ def test_a_mesh_changes_nothing_but_the_place(make):
         answers.append(finish(engine))
     for slot in range(4):
         assert same(answers[0][slot], answers[1][slot])
-    for leaf in (*jax.tree.leaves(split._cache), split._params["layers"][0]["up_proj"]["kernel_t"]):
+    for leaf in (*jax.tree.leaves(cache_of(split)), split._params["layers"][0]["up_proj"]["kernel_t"]):
         assert max(shard.data.nbytes for shard in leaf.addressable_shards) < leaf.nbytes
 
 
@@ -54,7 +55,7 @@ def test_heads_that_do_not_divide_are_repeated_and_answer_the_same(heads, kv_hea
         for slot in range(4):
             engine.submit(slot, [1 + slot, 2, 3], is_fresh=True, ids=(0, slot, 0, 0))
         answers.append(finish(engine))
-        caches.append(engine._cache[0][0])
+        caches.append(cache_of(engine)[0][0])
     for slot in range(4):
         assert same(answers[0][slot], answers[1][slot])
     each = max(shard.data.nbytes for shard in caches[1].addressable_shards)
@@ -65,7 +66,7 @@ def told_per_step(engine):
     """Shapes that the devices tell each other within a step of decoding, without sums over them."""
     plan, limits = np.zeros((4, 8), np.int32), np.zeros(2, np.int32)
     request = Request(engine._key, plan, engine._carried, limits, np.ones(4, np.float32))
-    written = engine._programs.decode.lower(engine._params, engine._cache, request).compile().as_text()
+    written = engine._programs.decode.lower(engine._params, cache_of(engine), request).compile().as_text()
     found = re.findall(
         r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all)\(.*op_name=\"[^\"]*while/body", written
     )
@@ -81,7 +82,7 @@ def test_each_device_computes_the_prompts_of_its_own_slots(make, rows):
     """A quarter of the work, and nothing to tell."""
     chunk = Chunk(np.zeros(rows, np.int32), np.zeros((rows, 16), np.int32), np.zeros((rows, 2), np.int32))
     whole, split = (
-        engine._programs.prefill.lower(engine._params, engine._cache, chunk).compile()
+        engine._programs.prefill.lower(engine._params, cache_of(engine), chunk).compile()
         for engine in (make(slots=8), make(slots=8, mesh=make_mesh(data=4)))
     )
     assert split.cost_analysis()["flops"] < 0.3 * whole.cost_analysis()["flops"]

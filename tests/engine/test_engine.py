@@ -14,6 +14,7 @@ from empg_jax.engine.programs import Chunk, Request
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.run.process import CompileCounter
+from tests.engine.caches import cache_of
 from tests.runs import ROOT
 from tests.weights import make_weights
 
@@ -447,7 +448,7 @@ def test_the_bucket_is_at_least_half_full_or_smaller(size, expected):
 def test_nothing_compiles_after_the_warm_up(make):
     engine = make(SHALLOW, slots=2, prefill_buckets=(8,), row_buckets=(1,), cache_buckets=(64,))
     engine.warm_up()
-    generator = np.random.default_rng(7)
+    generator, longest = np.random.default_rng(7), 0
     with CompileCounter() as compiles:
         for round_number in range(30):
             for slot in range(2):
@@ -457,12 +458,13 @@ def test_nothing_compiles_after_the_warm_up(make):
                     ids = (0, slot, 0, round_number)
                     engine.submit(slot, draw_tokens(generator, count), is_fresh=is_fresh, ids=ids)
             finish(engine, is_eager=bool(round_number % 2))
+            longest = max(longest, engine.capacity)
             if round_number % 10 == 9:
                 engine.load(make_weights(SHALLOW), round_number)
             if round_number == 15:
                 for slot in range(2):
                     engine.release(slot)
-    assert engine.stats.responses > 40 and engine.capacity == 128
+    assert engine.stats.responses > 40 and longest == 128
     assert compiles.count == 0
 
 
@@ -479,18 +481,52 @@ def test_norms_keep_the_type_in_which_the_learner_multiplies_by_them(make):
 )
 def test_no_program_copies_the_cache(make, name, slots):
     engine = make(slots=slots)
-    given = (engine._params, engine._cache)
+    given = (engine._params, cache_of(engine))
     if name == "decode":
         plan, limits = np.zeros((slots, 8), np.int32), np.zeros(2, np.int32)
         inputs = Request(engine._key, plan, engine._carried, limits, np.ones(slots, np.float32))
     elif name == "copy_rows":
-        given, inputs = (engine._cache,), np.zeros((4, 3), np.int32)
+        given, inputs = (cache_of(engine),), np.zeros((4, 3), np.int32)
     else:
         inputs = Chunk(np.zeros(1, np.int32), np.zeros((1, 16), np.int32), np.zeros((1, 2), np.int32))
     program = getattr(engine._programs, name)
     compiled = program.lower(*given, inputs).compile()
-    shape = ",".join(map(str, engine._cache[0][0].shape))
+    shape = ",".join(map(str, cache_of(engine)[0][0].shape))
     copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and f"[{shape}]" in line]
     assert copies == []
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._cache))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache_of(engine)))
     assert compiled.memory_analysis().alias_size_in_bytes >= size
+
+
+@pytest.mark.parametrize("page_tokens", [0, 16])
+def test_weights_that_are_no_numbers_leave_nothing_behind(make, page_tokens):
+    engine = make(page_tokens=page_tokens)
+    good = make_weights(MODEL)
+    bad = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), good)
+
+    def play(length):
+        for slot in range(2):
+            prompt = list(range(2, 2 + length))
+            engine.submit(slot, prompt, is_fresh=True, ids=(0, 0, slot, 0), max_response=6)
+        responses = finish(engine)
+        for slot in responses:
+            engine.release(slot)
+        return [responses[slot].logprobs for slot in range(2)]
+
+    expected = play(12)
+    engine.load(bad, 1)
+    assert np.isnan(play(40)).all()
+    engine.load(good, 2)
+    np.testing.assert_array_equal(play(12), expected)
+    with engine.lent(bad, 3, temperature=1.0):
+        assert np.isnan(play(40)).all()
+    np.testing.assert_array_equal(play(12), expected)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(make):
+    """Their embeddings would be NaN, and with pages so would the next conversation's."""
+    engine = make()
+    for wrong in (-1, MODEL.vocab_size):
+        with pytest.raises(ValueError, match=rf"slot 1: {wrong} is no token id; .* \[0, 60\)"):
+            engine.submit(1, [3, wrong], is_fresh=True, ids=(0, 0, 0, 0))
+    assert not engine.has_work

@@ -76,10 +76,11 @@ def together():
 def test_the_learner_finds_the_log_probs_of_every_filter(together, slot):
     response = together[0][slot]
     logprobs, entropies = score_response(response, FILTERS[slot])
-    np.testing.assert_allclose(response.logprobs, logprobs, atol=3e-5)
+    # Twice the weights make large logits, whose rounding differs between processors.
+    np.testing.assert_allclose(response.logprobs, logprobs, atol=6e-5)
     full, _ = score_response(response, NO_FILTER)
-    np.testing.assert_allclose(response.full_logprobs, full, atol=3e-5)
-    np.testing.assert_allclose(response.entropies, entropies, atol=3e-5)  # of the whole distribution
+    np.testing.assert_allclose(response.full_logprobs, full, atol=6e-5)
+    np.testing.assert_allclose(response.entropies, entropies, atol=6e-5)  # of the whole distribution
     assert together[1] == 1
     if slot:  # the filter leaves tokens out that matter
         assert (response.logprobs > response.full_logprobs + 1e-3).mean() > 0.7

@@ -11,6 +11,7 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.plan.explain import GIB, find_shape
 from empg_jax.plan.memory import compute_plan
 from tests import runs
+from tests.engine.caches import cache_of
 from tests.plan.test_memory import make_config
 from tests.weights import make_weights
 
@@ -54,12 +55,12 @@ def test_conversations_go_on_as_if_nothing_had_been(ahead):
         ask(each, 0)
         ask(each, 1)
         each.step()
-    cache = engine._cache
+    cache = engine._memory.cache
     with engine.lent(make_weights(MODEL, 1), 7, temperature=0.0):
         assert engine.version == 7 and not engine.has_work
         ask(engine, 1)
         lent = drain(engine)
-    assert engine._cache is cache and engine.version == 0
+    assert engine._memory.cache is cache and engine.version == 0
     assert drain(engine) == drain(alone)
     engine.stats, stats = alone.stats, engine.stats
     assert stats == engine.stats  # the others' work is not counted as training's
@@ -79,6 +80,7 @@ def test_weights_that_are_there_are_not_placed_again(monkeypatch):
 
 def test_without_kept_keys_the_cache_is_shared():
     engine = make()
+    cache_of(engine)
     live = len(jax.live_arrays())
     with engine.lent(make_weights(MODEL), 0, temperature=1.0):
         ask(engine, 0)
@@ -98,7 +100,7 @@ def test_a_freed_engine_holds_nothing_and_goes_on_with_new_weights():
         engine.free()
     engine.release(1)
     engine.free()
-    assert engine._params is None and engine._cache is None
+    assert engine._params is None and engine._memory.cache is None
     with pytest.raises(RuntimeError, match="there are no weights"):
         ask(engine, 0, turn=1)
     engine.load(make_weights(MODEL, 1), 1)

@@ -13,6 +13,7 @@ from empg_jax.models.filtering import TokenFilter
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
 from tests.engine import test_prefix
+from tests.engine.caches import cache_of
 from tests.engine.test_prefix import MODEL, MOVES, check_same, play, task
 from tests.weights import make_weights
 
@@ -91,7 +92,7 @@ def test_a_pool_of_half_the_conversations_gives_the_same_responses(by_rows):
     assert stats.evicted_tokens > 0 and stats.prefilled_tokens > dense.prefilled_tokens
     assert stats.page_use == 1.0 and compiles.count == 0
     rows = sum(leaf.nbytes for leaf in jax.tree.leaves(make()._programs.new_cache(96)))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(engine._cache)) == rows / 2
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache_of(engine))) == rows / 2
 
 
 @settings(max_examples=5, deadline=None)
@@ -104,21 +105,21 @@ def test_any_order_gives_the_responses_of_rows(moves):
 @pytest.mark.parametrize("name", ["decode", "prefill", "copy_pages"])
 def test_no_program_copies_the_pool(name):
     engine = make(**PAGES)
-    given = (engine._params, engine._cache)
+    given = (engine._params, cache_of(engine))
     pages = np.zeros((4, 3), np.int32)
     if name == "decode":
         plan, limits, ones = np.zeros((4, 8), np.int32), np.zeros(2, np.int32), np.ones(4, np.float32)
         filters = np.zeros((4, 3), np.float32)
         inputs = Request(engine._key, plan, engine._carried, limits, ones, filters, pages)
     elif name == "copy_pages":
-        given, inputs = (engine._cache,), np.zeros((4, 2), np.int32)
+        given, inputs = (cache_of(engine),), np.zeros((4, 2), np.int32)
     else:
         tokens, spans = np.zeros((1, 8), np.int32), np.zeros((1, 2), np.int32)
         inputs = Chunk(np.zeros(1, np.int32), tokens, spans, pages[:1])
     compiled = getattr(engine._programs, name).lower(*given, inputs).compile()
-    shape = ",".join(map(str, engine._cache[0][0].shape))
+    shape = ",".join(map(str, cache_of(engine)[0][0].shape))
     copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and f"[{shape}]" in line]
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._cache))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache_of(engine)))
     assert copies == [] and compiled.memory_analysis().alias_size_in_bytes >= size
 
 

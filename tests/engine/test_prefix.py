@@ -15,6 +15,7 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
+from tests.engine.caches import cache_of
 from tests.weights import make_weights
 
 MODEL = DecoderConfig(
@@ -242,7 +243,7 @@ def test_rows_are_copied_on_the_devices_that_hold_them():
     engine = make(mesh=make_mesh(data=2, tensor=2))
     check_same(ask(engine, prompts), ask(make(share_prefix=False), prompts))
     assert engine.stats.prefilled_tokens == 2 * 39  # once in each half of the slots
-    program = engine._programs.copy_rows.lower(engine._cache, np.zeros((4, 3), np.int32)).compile()
+    program = engine._programs.copy_rows.lower(cache_of(engine), np.zeros((4, 3), np.int32)).compile()
     assert not any(word in program.as_text() for word in ("all-gather", "all-reduce", "collective-permute"))
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from empg_jax.rollout.adaptive import FLOOR, AdaptiveOrder, draw, estimate_success, weigh
 from empg_jax.rollout.ledger import Ledger
+from empg_jax.rollout.order import TaskOrder
 from empg_jax.rollout.shares import join_cuts, take_share
+from empg_jax.types import Outcome, Status
 from tests.episodes import Episodes
 from tests.rollout.test_ledger import take_starts
 
@@ -74,6 +76,34 @@ def test_tasks_that_are_always_solved_or_never_are_drawn_less():
     always, never, half = (sum(drawn[task] for task in range(low, low + 8)) for low in (0, 8, 16))
     assert always < half / 1.4 and never < half / 1.4
     assert min(drawn[task] for task in range(24)) > 5  # none starves
+
+
+def test_a_host_draws_its_own_tasks_only():
+    """Where none of them can be played, `Collector` must not wait for the others'."""
+    assert [AdaptiveOrder("train", 7, 0, (host, 2)).num_drawn for host in (0, 1)] == [4, 3]
+    assert AdaptiveOrder("train", 7, 0).num_drawn == TaskOrder("train", 7, 0).num_drawn == 7
+
+
+def test_tasks_that_cannot_be_played_are_drawn_less():
+    ledger, drawn = make_ledger(), collections.Counter()
+    for version in range(60):
+        reserved = None
+        while reserved is None:
+            ledger.admit(version)
+            for attempt in take_starts(ledger):
+                names = {"task": attempt.task, "group_id": attempt.group_id, "member": attempt.member}
+                drawn[attempt.task < 12] += attempt.member == 0
+                if attempt.task < 12:
+                    names |= {"outcome": Outcome(Status.DISCARDED, "prompt_too_long")}
+                    ledger.finish(attempt, EPISODES.trajectory([], **names))
+                else:
+                    turn = EPISODES.turn([1, 2], 1, version=version)
+                    ledger.finish(
+                        attempt, EPISODES.trajectory([turn], is_success=attempt.member < 2, **names)
+                    )
+            reserved = ledger.reserve()
+        ledger.commit(version + 1)
+    assert drawn[True] < drawn[False] / 1.5
 
 
 def test_groups_that_dynamic_sampling_replaces_are_remembered():

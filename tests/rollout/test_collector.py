@@ -20,6 +20,8 @@ from empg_jax.types import Status
 from empg_jax.workers.pool import EnvPool, PoolTimeouts
 from tests.rollout.scripted import ScriptedEngine, TokenContext, attempts, make_collector, run
 
+NUM_TASKS = 64  # at most so many are tried
+
 
 def open_pool(env="FaultyEnv", *, num_workers=2, step=20.0, **options):
     timeouts = PoolTimeouts(start=60, reset=60, step=step)
@@ -160,7 +162,7 @@ def test_a_first_prompt_that_does_not_fit_costs_its_own_task():
 
 def test_training_in_which_no_first_prompt_fits_is_refused():
     with open_pool() as pool:
-        collector = make_collector(ScriptedEngine(capacity=1), pool, is_fit_needed=True)
+        collector = make_collector(ScriptedEngine(capacity=1), pool, num_tasks=NUM_TASKS)
         with pytest.raises(PromptError, match=r"64 tasks .* 1 to 1 tokens, but rollout\.max_tokens=1; "):
             run(collector, attempts(pool.splits["train"]))
 
@@ -189,7 +191,9 @@ class RefusedContext(TokenContext):
 def test_a_prompt_that_the_template_refuses_costs_its_episode(is_first):
     with open_pool(length=3) as pool:
         context = functools.partial(RefusedContext, is_first, {2})
-        collector = make_collector(ScriptedEngine(), pool, make_context=context, is_fit_needed=True)
+        collector = make_collector(
+            ScriptedEngine(), pool, make_context=context, num_tasks=pool.splits["train"]
+        )
         found = run(collector, attempts(6))
         assert outcome(found[2]) == (Status.DISCARDED, "prompt_refused")
         assert found[2].outcome.detail == "roles must alternate"
@@ -203,7 +207,9 @@ def test_a_prompt_that_the_template_refuses_costs_its_episode(is_first):
 def test_training_in_which_the_template_refuses_every_task_ends(is_first):
     with open_pool() as pool:
         context = functools.partial(RefusedContext, is_first, None)
-        collector = make_collector(ScriptedEngine(), pool, make_context=context, is_fit_needed=True)
+        collector = make_collector(
+            ScriptedEngine(), pool, make_context=context, num_tasks=pool.splits["train"]
+        )
         with pytest.raises(PromptError, match=r"^roles must alternate; .* 64 tasks of env\.split=train"):
             run(collector, attempts(pool.splits["train"]))
 
