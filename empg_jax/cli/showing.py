@@ -241,7 +241,8 @@ def plan(
         float | None, typer.Option(help="Memory of a device in GiB, to compare with.")
     ] = None,
     chip: Annotated[
-        str | None, typer.Option(help="h100, v5e, v5p or v6e: expected times too, and its memory.")
+        str | None,
+        typer.Option(help="a100, h100, h200, b200, v5e, v5p or v6e: expected times too, and its memory."),
     ] = None,
 ) -> None:
     """Print the memory that a run needs on each device, without weights and without running."""

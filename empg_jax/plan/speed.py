@@ -53,7 +53,11 @@ class Chip:
 
 
 CHIPS = {
-    "h100": Chip(989e12, 3350e9, 450e9, 80e9, 50e9),  # a card of 400 Gb/s for each, as in a DGX
+    # The networks are the cards for each in a DGX: 200 Gb/s, later 400.
+    "a100": Chip(312e12, 2039e9, 300e9, 80e9, 25e9),
+    "h100": Chip(989e12, 3350e9, 450e9, 80e9, 50e9),
+    "h200": Chip(989e12, 4800e9, 450e9, 141e9, 50e9),
+    "b200": Chip(2250e12, 8000e9, 900e9, 180e9, 50e9),
     "v5e": Chip(197e12, 819e9, 100e9, 16 * 2**30),
     "v5p": Chip(459e12, 2765e9, 300e9, 95 * 2**30),
     "v6e": Chip(918e12, 1640e9, 224e9, 32 * 2**30),

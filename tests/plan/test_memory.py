@@ -375,7 +375,7 @@ def test_the_command_prints_the_times_to_expect():
     assert result.exit_code == 0, result.stderr
     assert "not a measurement (989 TFLOP/s, 3350 GB/s" in result.stdout and "of 75 GiB" in result.stdout
     refused = CliRunner().invoke(app, ["plan", "quickstart", "--chip", "abacus"])
-    assert refused.exit_code == 2 and "choose one of h100, v5e, v5p, v6e" in refused.stderr
+    assert refused.exit_code == 2 and "choose one of a100, h100, h200, b200, v5e, v5p, v6e" in refused.stderr
 
 
 def test_expected_times_follow_from_the_peaks():
