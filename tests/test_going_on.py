@@ -169,6 +169,7 @@ def test_sigterm_ends_a_run_soon_with_a_checkpoint(tmp_path, when):
         assert runs.restored(run).progress["record"]["phase"] == "rl"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_stop_in_any_evaluation_or_compilation_costs_nothing(tmp_path, monkeypatch, whole):
     """Stopped again and again, at growing distances, the run still equals the one that was not."""

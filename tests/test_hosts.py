@@ -87,6 +87,7 @@ def test_a_signal_to_one_stops_all_and_one_goes_on(tmp_path):
     assert [record["group_id"] for record in records] == list(range(16))
 
 
+@pytest.mark.long
 def test_one_becomes_two(tmp_path):
     run = tmp_path / "run"
     succeed(start(runs.command(run, *BOTH, "train.updates=2"), devices=2))

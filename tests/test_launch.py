@@ -187,6 +187,7 @@ def check_consumed(run, updates):
     assert [record["group_id"] for record in records] == list(range(2 * updates))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_slurm_trains_with_two_processes(tmp_path, stand_in, monkeypatch):
     run = tmp_path / "run"

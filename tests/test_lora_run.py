@@ -74,6 +74,7 @@ def test_nothing_compiles_after_the_warm_up(run_dir):
     assert json.loads((run_dir / "summary.json").read_text())["recompiles_after_warmup"] == 0
 
 
+@pytest.mark.long
 def test_resumed_equals_uninterrupted(run_dir, tmp_path):
     first = runs.train(tmp_path / "run", *ADAPTERS[:-2], "train.updates=1", "rollout.deterministic=true")
     resumed = runs.resume(first, "train.updates=2")

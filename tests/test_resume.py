@@ -64,6 +64,7 @@ def test_the_same_run_twice_is_the_same(whole, tmp_path):
     assert any(line["tokens_shared"] for line in runs.lines(whole[0]))  # of attempts at a task
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_adaptive_sampler_draws_the_same_after_a_stop(tmp_path, stop_at, whole):
     adaptive = [*STEADY, "env.sampler=adaptive", "sft.updates=0", "eval.tasks=2", "train.updates=5"]
@@ -147,6 +148,7 @@ def test_a_run_goes_on_with_its_engine_on_other_devices(tmp_path, monkeypatch):
     assert all(line["logprob_gap"] < 1e-4 for line in lines)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_goes_on_from_another_folder_than_it_began_in(tmp_path, stop_at, monkeypatch):
     options = [*STEADY, "checkpoint.dir=place", "train.updates=1", "eval.tasks=2"]
@@ -167,6 +169,7 @@ def test_a_run_goes_on_from_another_folder_than_it_began_in(tmp_path, stop_at, m
     assert [line["update"] for line in after] == [0, 1] and after[:1] == before
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_was_counted_between_two_lines_survives_a_stop(tmp_path, stop_at):
     """Counts are those since the last line, also where a run was resumed between two lines."""

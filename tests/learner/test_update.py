@@ -296,6 +296,7 @@ def temporary_bytes(num_layers, remat):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory_grows_slowly_with_layers():
     few, many, dots = (temporary_bytes(n, remat=r) for n, r in ((2, "full"), (10, "full"), (10, "dots")))

@@ -38,7 +38,9 @@ def expected():
     return run_on(MODEL)
 
 
-@pytest.mark.parametrize("remat, scan_layers", [("full", True), ("dots", False)])
+@pytest.mark.parametrize(
+    "remat, scan_layers", [("full", True), pytest.param("dots", False, marks=pytest.mark.long)]
+)
 def test_fsdp_tensor_and_sequence_change_nothing(expected, remat, scan_layers):
     model = dataclasses.replace(MODEL, remat=remat, scan_layers=scan_layers)
     found = run_on(model, fsdp=2, tensor=2, sequence=2)
