@@ -36,8 +36,9 @@ from empg_jax.models.filtering import uses_filter
 from empg_jax.models.products import multiply_transposed
 from empg_jax.models.projection import transpose_kernels
 from empg_jax.models.quantize import cast_params
-from empg_jax.parallel.layout import cache_heads, cache_heads_here, on_mesh
+from empg_jax.parallel.layout import cache_heads, cache_heads_here
 from empg_jax.parallel.mesh import named_sharding, replicated
+from empg_jax.parallel.order import jit_on_mesh
 from empg_jax.types import Leaf, Params
 
 # By platform. On GPUs the compiler would merge products of one input (q, k, v; gate, up) by concatenating
@@ -109,7 +110,7 @@ def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> 
     repeats = layout.num_kv_heads // model.num_kv_heads
     cache, burst = cache_sharding(mesh, layout, config), replicated(mesh)
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
-    jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
+    jit = functools.partial(jit_on_mesh, mesh, donate_argnums=1, compiler_options=options)
     (slots_axis, *_) = cache.spec
     copy = jax.shard_map(
         copy_rows,
@@ -124,10 +125,8 @@ def compile_programs(model: DecoderConfig, config: EngineConfig, mesh: Mesh) -> 
         new_cache=jax.jit(
             functools.partial(_empty_cache, layout, config), static_argnums=0, out_shardings=cache
         ),
-        prefill=jit(on_mesh(mesh, functools.partial(prefill, layout, config)), out_shardings=cache),
-        decode=jit(
-            on_mesh(mesh, functools.partial(decode, layout, config)), out_shardings=(cache, burst, burst)
-        ),
+        prefill=jit(functools.partial(prefill, layout, config), out_shardings=cache),
+        decode=jit(functools.partial(decode, layout, config), out_shardings=(cache, burst, burst)),
         unstack=jax.jit(functools.partial(_cast_and_unstack, layout, mesh, repeats)),
         # Not donated: a longer cache cannot reuse the memory of a shorter one.
         grow=jax.jit(grow, static_argnums=1, out_shardings=cache),

@@ -11,6 +11,7 @@ from empg_jax.engine.programs import Programs
 from empg_jax.models.axes import param_shardings
 from empg_jax.models.quantize import cast_params
 from empg_jax.parallel.arrays import move_in_pieces
+from empg_jax.parallel.order import launching
 from empg_jax.types import Params
 
 
@@ -29,10 +30,12 @@ def place_params(params: Params, programs: Programs, mesh: Mesh) -> Params:
 
 def place_piece(params: Params, *, programs: Programs, mesh: Mesh) -> Params:
     """Copy parameters that are all here; as `place_params`."""
-    # Cast first, where the learner has its parts: the engine's devices may hold much larger ones.
-    narrow = _cast(params, programs.layout.dtype)
-    moved = jax.device_put(narrow, param_shardings(mesh, params, programs.layout.head_dim))
-    return jax.block_until_ready(programs.unstack(moved))
+    with launching(mesh):
+        # Cast first, where the learner has its parts: the engine's devices may hold much larger ones.
+        narrow = _cast(params, programs.layout.dtype)
+        moved = jax.device_put(narrow, param_shardings(mesh, params, programs.layout.head_dim))
+        placed = programs.unstack(moved)
+    return jax.block_until_ready(placed)
 
 
 _cast = jax.jit(cast_params, static_argnums=1)

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.lora import combine
-from empg_jax.parallel.layout import on_mesh
 from empg_jax.parallel.mesh import replicated
+from empg_jax.parallel.order import jit_on_mesh
 from empg_jax.types import Params
 
 TEXT = (
@@ -47,7 +47,7 @@ def text_logprob(
     def run(params: Params, base: Params, rows: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return compute_logprobs(combine(base, params), model, *rows)[0][0]
 
-    program = jax.jit(on_mesh(mesh, run), out_shardings=replicated(mesh))
+    program = jit_on_mesh(mesh, run, out_shardings=replicated(mesh))
     logprobs = program(params, base or {}, (tokens, positions, segments))
     return float(np.asarray(logprobs)[1:count].mean())
 

@@ -25,8 +25,9 @@ from empg_jax.models.filtering import NO_FILTER, TokenFilter
 from empg_jax.models.lora import combine
 from empg_jax.parallel.ahead import Call, warm_up
 from empg_jax.parallel.arrays import fetch, put
-from empg_jax.parallel.layout import constrain, on_mesh
+from empg_jax.parallel.layout import constrain
 from empg_jax.parallel.mesh import replicated, row_sharding, token_sharding
+from empg_jax.parallel.order import jit_on_mesh
 from empg_jax.types import BATCH_FIELDS, Batch, Credit, Params, Scores, fields_per, wide_type
 
 
@@ -154,7 +155,7 @@ def make_learner(
         max_kl=max_kl,
         shares_prefix=shares_prefix,
     )
-    jit = functools.partial(_jit, mesh)
+    jit = functools.partial(jit_on_mesh, mesh)
 
     def above(program: Callable[..., Any]) -> Callable[..., Any]:
         """Bind the base to a program, where there is one."""
@@ -190,10 +191,6 @@ def _check_division(mesh: Mesh, micro_rows: int, shares_prefix: bool) -> None:
             f"a micro-batch of {micro_rows} rows cannot be divided over data x fsdp = {row_devices} devices; "
             f"use a multiple (train.micro_tokens // rollout.max_tokens rows)"
         )
-
-
-def _jit(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
-    return jax.jit(on_mesh(mesh, function), **options)
 
 
 def _batch_shardings(tokens: NamedSharding, rows: NamedSharding, whole: NamedSharding) -> Batch:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from empg_jax.parallel.mesh import replicated
+from empg_jax.parallel.order import jit_on_mesh
 from empg_jax.types import Params
 
 
@@ -80,7 +81,7 @@ def take_layer(mesh: Mesh | None) -> Any:
     def take(stacked: Params, number: jax.Array) -> Params:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number, 1), stacked)
 
-    return jax.jit(take) if mesh is None else jax.jit(take, out_shardings=replicated(mesh))
+    return jax.jit(take) if mesh is None else jit_on_mesh(mesh, take, out_shardings=replicated(mesh))
 
 
 def _bring(leaf: Any) -> Any:
@@ -98,4 +99,4 @@ def _whole(leaf: Any) -> Any:
 
 @functools.cache
 def _gather(mesh: Mesh) -> Any:
-    return jax.jit(lambda leaf: leaf, out_shardings=replicated(mesh))
+    return jit_on_mesh(mesh, lambda leaf: leaf, out_shardings=replicated(mesh))

@@ -11,6 +11,7 @@ import numpy as np
 from empg_jax.errors import RunError
 from empg_jax.learner.passes import Pass
 from empg_jax.parallel.arrays import fetch
+from empg_jax.parallel.order import launching
 from empg_jax.report.debug import dump_update, measure_leaves
 from empg_jax.run.parts import Parts, RunState
 from empg_jax.run.restoring import restore_state
@@ -100,7 +101,9 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], first:
 def _dump(parts: Parts, run: RunState, steps: list[dict[str, Any]], first: Pass) -> str:
     """Write what the update was made of; return where."""
     # Collectives over several hosts, so all take part.
-    scores, credit, leaves = fetch((first.scores, first.credit, measure_leaves(run.state.params)))
+    with launching(parts.learner.mesh):
+        measured = measure_leaves(run.state.params)
+    scores, credit, leaves = fetch((first.scores, first.credit, measured))
     if not parts.hosts.is_first:
         return "on host 0"
     dumped = {"scores": scores, "credit": credit, "leaves": leaves, "steps": steps}

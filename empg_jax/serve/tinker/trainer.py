@@ -20,8 +20,8 @@ import optax
 
 from empg_jax.learner.state import TrainState, apply_updates, state_shardings, widen
 from empg_jax.learner.update import Learner, make_learner
-from empg_jax.parallel.layout import on_mesh
 from empg_jax.parallel.mesh import replicated, token_sharding
+from empg_jax.parallel.order import jit_on_mesh
 from empg_jax.serve.policy import Start
 from empg_jax.serve.tinker.codec import BatchResult, Datum
 from empg_jax.serve.tinker.objectives import Objective, find_objective
@@ -63,8 +63,8 @@ class Trainer:
         self._programs: collections.OrderedDict[Any, tuple[Learner, Any]] = collections.OrderedDict()
         whole, params = replicated(start.mesh), self._shardings.params
         moments = optax.ScaleByAdamState(count=whole, mu=params, nu=params)
-        self._step = jax.jit(
-            on_mesh(start.mesh, _step), donate_argnums=(0, 1), out_shardings=(self._shardings, moments, whole)
+        self._step = jit_on_mesh(
+            start.mesh, _step, donate_argnums=(0, 1), out_shardings=(self._shardings, moments, whole)
         )
         self._fresh = jax.jit(_fresh_moments, out_shardings=moments)
         self._zero = jax.jit(self._summing.init, out_shardings=self._shardings.opt_state)
@@ -168,7 +168,7 @@ class Trainer:
                 base=self.start.base,
             )
             total = functools.partial(_total_loss, objective.algorithm.loss)
-            self._programs[key] = learner, jax.jit(on_mesh(self.start.mesh, total))
+            self._programs[key] = learner, jit_on_mesh(self.start.mesh, total)
         self._programs.move_to_end(key)
         if len(self._programs) > MOST_PROGRAMS:
             self._programs.popitem(last=False)
