@@ -11,7 +11,7 @@ import random
 import signal
 import subprocess
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 
 class CountingEnv:
@@ -60,10 +60,11 @@ class FaultyEnv(CountingEnv):
     A task index in ``broken`` raises at reset.
     """
 
+    hoard: ClassVar[list[bytes]] = []  # a leak outlives the instance
+
     def __init__(self, broken: tuple[int, ...] = (), **options: Any):
         super().__init__(**options)
         self.broken = tuple(broken)
-        self.hoard: list[bytes] = []
 
     def reset(self, seed: int | None = None, *, split: str | None = None, index: int | None = None) -> Any:
         result = super().reset(seed, split=split, index=index)

@@ -62,7 +62,7 @@ class Inflight:
         Of the suspects of a death at most one is under way at any time: a second death shows the cause.
 
         Args:
-          episodes: the episodes with an open request; those that are over are passed over.
+          episodes: the episodes with an open request; of those that are over only a ``close`` is sent.
           offset: bytes sent to the process so far.
 
         Returns:
@@ -72,7 +72,7 @@ class Inflight:
         commands: list[Command] = []
         later = []
         for episode in episodes:
-            if not episode.is_live or episode.request is None:
+            if episode.request is None or not (episode.is_live or episode.request[0] == "close"):
                 continue
             if episode.is_suspect and has_suspect:
                 later.append(episode)

@@ -209,9 +209,12 @@ class EnvPool:
         worker.ask(episode, "step", {"action": action})
 
     def release(self, handle: int) -> None:
-        """End an episode and drop its outstanding answer. Does nothing if the episode is over."""
+        """End an episode and drop its outstanding answer. Does nothing if the episode is over.
+
+        An environment that is not replayable is closed in its worker, unless it has ended the episode itself.
+        """
         self._ready = [reply for reply in self._ready if reply.handle != handle]
-        episode = self._worker_of(handle).forget(handle)
+        episode = self._worker_of(handle).release(handle)
         if episode is None:
             return
         self._waiting.discard(handle)

@@ -17,6 +17,7 @@ class EpisodeRecord:
       actions: the answered actions.
       digests: digests of the answers: first the reset's, then one per action.
       snapshot: the environment's own state after the last answer, where it offers one.
+      has_ended: whether the environment has ended it itself.
       is_live: false once the episode is over; later answers are dropped.
       is_stale: whether its worker was replaced and the new one has not replayed it yet.
       is_suspect: whether its command ran, beside others, in a process that died.
@@ -32,6 +33,7 @@ class EpisodeRecord:
     actions: list[str] = dataclasses.field(default_factory=list)
     digests: list[int] = dataclasses.field(default_factory=list)
     snapshot: Any = None
+    has_ended: bool = False
     is_live: bool = True
     is_stale: bool = False
     is_suspect: bool = False
@@ -56,6 +58,10 @@ class EpisodeRecord:
     def reset_args(self) -> dict[str, Any]:
         """Return the arguments of the episode's reset."""
         return {"seed": self.seed, "split": self.split, "index": self.index}
+
+    def make_closing(self) -> EpisodeRecord:
+        """Return the request to close the environment of this episode, whose answer nobody waits for."""
+        return EpisodeRecord(self.handle, self.split, self.index, self.seed, ("close", {}), is_live=False)
 
     def make_probe(self, handle: int, *, is_replayable: bool) -> EpisodeRecord:
         """Copy an episode, up to its open request, into a slot that nobody else uses.

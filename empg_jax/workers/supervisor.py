@@ -117,6 +117,19 @@ class Supervisor:
             episode.is_live = False
         return episode
 
+    def release(self, handle: int) -> EpisodeRecord | None:
+        """End an episode as the caller wishes.
+
+        An environment that is not replayable may hold what others lack, such as a server's sessions. So it is
+        closed, unless it has ended the episode itself; the next reset of the handle then gets a new one.
+        """
+        episode = self.forget(handle)
+        if episode is not None and not (self.is_replayable or episode.has_ended):
+            self._queue.append(episode.make_closing())
+            if self.is_ready and not self._must_recycle:
+                self._send()  # not with the next poll: a reset in another worker may need what is held
+        return episode
+
     def pump(self) -> None:
         """Start or replace the process when that is due, and send the queued requests."""
         if self._process is None and time.monotonic() >= self._starts.at:
@@ -222,6 +235,7 @@ class Supervisor:
             episode.is_suspect = False
             if command.op == "step":
                 episode.actions.append(command.args["action"])
+                episode.has_ended = message["terminated"] or message["truncated"]
             episode.digests.append(digest)
             episode.snapshot = message.get("snapshot")
             self._sink.answered(episode, message)

@@ -31,7 +31,8 @@ class TextEnv(Protocol):
     What a class or an instance may declare besides (attributes, each true by default):
 
     ``replayable``: the same task, seed and actions give the same answers in another process. When a worker
-    dies, its episodes are replayed in a new one; where this is false, they are lost at once.
+    dies, its episodes are replayed in a new one; where this is false, they are lost at once. Such an instance
+    is also closed and dropped when the caller ends its episode, because others may need what it holds.
 
     ``threads``: instances in several threads do not disturb each other. One instance is used by one thread
     at a time, but not always by the same one, and instances are built one at a time. Where this is false, a

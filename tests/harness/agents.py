@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -94,6 +95,9 @@ def main(kind):
             first.close()
             start(messages).close()
             ask("b", [*messages, chat(messages)])
+        case "tells":  # its process id, and the address space that it may have
+            for _ in range(3):
+                ask(f"{os.getpid()} {resource.getrlimit(resource.RLIMIT_AS)[0]}")
         case "child":  # leaves a process behind
             ask("a")
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

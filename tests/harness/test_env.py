@@ -17,6 +17,7 @@ from tests.harness import agents
 from tests.processes import is_running
 from tests.serve.servers import wait_until
 from tests.thoughts import THOUGHTS
+from tests.workers.pools import act, open_named, reset_all
 
 
 @pytest.fixture
@@ -206,6 +207,18 @@ def test_a_call_that_follows_at_once_finds_the_sampled_text():
     call._answered = Program()
     session.answer(call, said)
     assert later[0].messages[1] == {"role": "assistant", "content": said}
+
+
+def test_a_caller_that_ends_the_episode_ends_the_program():
+    options = {"command": f"python {agents.__file__} tells", "start_timeout": 60, "call_timeout": 60}
+    with open_named("harness", options=options) as pool:
+        first = int(reset_all(pool, [0])[0].observation.split()[0])
+        act(pool, {0: "one"})
+        pool.release(0)
+        second = int(reset_all(pool, [0])[0].observation.split()[0])  # right after it
+        assert first != second and not is_running(first)
+        pool.release(0)
+        wait_until(lambda: not is_running(second))  # without another call of the pool
 
 
 def test_the_end_takes_what_the_program_started(make, tmp_path):

@@ -15,6 +15,7 @@ from empg_jax.serve.server import check_key
 from tests.adapters.needs import need
 from tests.serve.servers import wait_until
 from tests.serve.test_process import call
+from tests.workers.pools import act, open_named, reset_all
 
 need("websockets")
 HOUSE = ["serve-env", "household", "--options", "level=tiny"]
@@ -82,6 +83,20 @@ def test_sessions_are_isolated_and_limited(url):
             assert error["code"] == "CAPACITY_REACHED" and "2 sessions are open" in error["message"]
     # Closed, or gone: both places are free again.
     wait_until(lambda: httpx.get(f"{url}/health", trust_env=False).json()["sessions"] == 0)
+
+
+@pytest.mark.parametrize("max_turns", [1, 50])
+def test_a_limit_on_turns_ends_the_session(url, max_turns):
+    options = {"url": url, "observe": "text", "timeout": 60, "max_turns": max_turns}
+    with open_named("openenv", options=options) as pool:
+        for handles in ((0, 1), (2, 3)):  # two sessions are all that there are
+            assert all(reply.failure is None for reply in reset_all(pool, handles).values())
+            replies = act(pool, dict.fromkeys(handles, "look"))
+            assert all(reply.truncated is (max_turns == 1) for reply in replies.values())
+            if max_turns > 1:  # the limit is the caller's
+                for handle in handles:
+                    pool.release(handle)
+            wait_until(lambda: httpx.get(f"{url}/health", trust_env=False).json()["sessions"] == 0)
 
 
 STEP, RESET, WRONG = '{"type": "step", "data": ', '{"type": "reset", "data": ', "VALIDATION_ERROR"

@@ -111,7 +111,7 @@ class OpenEnvEnv(ForeignEnv):
         won = (
             done and reward > 0 if self._win_return is None else has_ended and self._total >= self._win_return
         )
-        if done:
+        if has_ended:  # the server may have few sessions
             self.close()
         return self._observe(result["observation"]), reward, done, False, self._info(won)
 
