@@ -107,7 +107,8 @@ class EnvPool:
           timeouts: deadlines.
           memory_limit_mb: a worker whose resident memory exceeds this is replaced between two
             commands. As a guard against a sudden leap inside a command, its address space is limited
-            to twice this plus 512 MiB (it always exceeds resident memory: libraries) and the threads' stacks.
+            to twice this plus 512 MiB (it always exceeds resident memory: libraries) and the threads' stacks,
+            unless the environment declares ``bounded = False``.
           pass_env: names of environment variables that the workers get besides the usual ones.
           start: starts a worker, on this machine unless told otherwise (`empg_jax.workers.backend`).
           faults: limits at which the pool pauses, or gives up on a task, a worker or altogether.

@@ -39,6 +39,9 @@ class TextEnv(Protocol):
     worker runs one command after another, and a slow one holds up its neighbors. Code that needs the main
     thread (``signal.signal``) must set it to false.
 
+    ``bounded``: the worker may limit its address space, so that a leap of memory is a MemoryError. Programs
+    that an environment starts inherit the limit; Node and Java do not start under it, so set it to false.
+
     An environment may have ``snapshot(self)``, which returns its state as JSON types, and ``restore(self,
     state)``, which brings a new instance into that state. They are used in place of a replay; ``snapshot`` is
     called after every reset and step, so it should be quick and small.

@@ -63,6 +63,7 @@ class EnvHost:
             "splits": {str(split): int(env.num_tasks(split)) for split in env.list_splits()},
             "replayable": bool(getattr(env, "replayable", True)),
             "threads": bool(getattr(env, "threads", True)),
+            "bounded": bool(getattr(env, "bounded", True)),
         }
 
     def execute(self, command: dict[str, Any], **extra: Any) -> bytes:
@@ -174,9 +175,12 @@ def main() -> int:
     try:
         request = json.loads(hello)
         _keep_house(request.get("stderr_bytes"), mark)
+        space = resource.getrlimit(resource.RLIMIT_AS)
         _limit_memory(request.get("memory_limit_mb"))
         host = EnvHost(request["env"], request.get("options") or {})
         ready = {"ready": True, "pid": os.getpid(), "rss_mb": resident_mb(), **host.declare()}
+        if not ready["bounded"]:
+            resource.setrlimit(resource.RLIMIT_AS, space)
         _write(sink, _encode(ready))
     except BaseException as error:
         traceback.print_exc()

@@ -1,6 +1,7 @@
 """The environment of a program: calls as observations, its end as the reward, and its faults by name."""
 
 import json
+import resource
 import socket
 import sys
 import urllib.error
@@ -219,6 +220,13 @@ def test_a_caller_that_ends_the_episode_ends_the_program():
         assert first != second and not is_running(first)
         pool.release(0)
         wait_until(lambda: not is_running(second))  # without another call of the pool
+
+
+def test_a_program_does_not_inherit_the_limit_of_its_worker():
+    options = {"command": f"python {agents.__file__} tells", "start_timeout": 60}
+    with open_named("harness", options=options, memory_limit_mb=1024) as pool:
+        space = int(reset_all(pool, [0])[0].observation.split()[1])
+    assert space == resource.getrlimit(resource.RLIMIT_AS)[0]
 
 
 def test_the_end_takes_what_the_program_started(make, tmp_path):

@@ -39,6 +39,7 @@ class McpEnv(ForeignEnv):
     """
 
     replayable = False  # nothing is known about what the tools do
+    bounded = False
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class HarnessEnv:
     """
 
     replayable = False
+    bounded = False
 
     def __init__(
         self,
