@@ -16,7 +16,8 @@ ALLOWED = (
     *("[hH][tT][tT][pP]_[pP][rR][oO][xX][yY]", "[hH][tT][tT][pP][sS]_[pP][rR][oO][xX][yY]"),
     *("[aA][lL][lL]_[pP][rR][oO][xX][yY]", "[nN][oO]_[pP][rR][oO][xX][yY]"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "DOCKER_HOST"),
-    *("ALFWORLD_DATA", "WEBSHOP_DATA"),
+    *("ALFWORLD_DATA", "WEBSHOP_DATA", "NLTK_DATA"),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
 )
 
 

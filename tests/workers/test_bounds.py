@@ -97,13 +97,14 @@ def test_no_process_is_left_behind_when_the_trainer_is_killed(tmp_path):
 @both
 def test_workers_see_no_secret_unless_it_is_named(monkeypatch):
     secrets = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "GITHUB_TOKEN")
-    for name in (*secrets, "MY_SERVER", "LC_TIME", "http_proxy", "NO_PROXY"):
+    data = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "NLTK_DATA")
+    for name in (*secrets, *data, "MY_SERVER", "LC_TIME", "http_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, f"value of {name}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with open_pool("TellingEnv", pass_env=["MY_*"]) as pool:
         told = json.loads(reset_all(pool, [0])[0].observation)
     assert not set(secrets) & set(told)
-    for name in ("MY_SERVER", "LC_TIME", "http_proxy", "NO_PROXY"):
+    for name in (*data, "MY_SERVER", "LC_TIME", "http_proxy", "NO_PROXY"):
         assert told[name] == f"value of {name}"
     assert told["PATH"] == os.environ["PATH"] and told["HOME"] == os.environ["HOME"]
     assert told["CUDA_VISIBLE_DEVICES"] == "" and told["PYTHONHASHSEED"] == "0"
