@@ -1,8 +1,9 @@
-"""The ends of processes that an environment left behind, also of those in sessions of their own.
+"""The ends of processes that a worker or a program left behind, also of those in sessions of their own.
 
-A process group does not hold a child that called ``setsid``. All descendants of a worker inherit its
-environment variables, though, and the worker has a mark of its own among them; so they are found even after
-the worker has died. Linux only: elsewhere there is no /proc, and nothing is found.
+A process group does not hold a child that called ``setsid``. All descendants of a process inherit its
+environment variables, though, and the worker has a mark of its own among them, as has each program that an
+environment starts; so they are found even after it has died. Linux only: elsewhere there is no /proc, and
+nothing is found.
 """
 
 from __future__ import annotations
@@ -13,22 +14,26 @@ import signal
 import time
 
 MARK = "EMPG_WORKER"  # the environment variable that marks a worker's descendants
+PROGRAM = "EMPG_PROGRAM"  # the one that marks those of a program of one episode
 KERNEL = {0, 2}  # parents of the kernel's own threads
 LOOKS = 5  # looks at processes that show no variables, as one does while it starts another program
 SECONDS = 0.5  # granted to the kernel to end them, and to find those that fork meanwhile
 
 
-def end_descendants(pid: int, mark: str) -> int:
+def end_descendants(pid: int | None, mark: str, variable: str = MARK) -> int:
     """Kill all descendants of a process, dead or alive, except this process itself; return their number.
 
     Args:
-      pid: the process. While it lives, its descendants are also found by their parents.
-      mark: the value of `MARK` that only this process and its descendants have; empty for none.
+      pid: the process. While it lives, its descendants are also found by their parents. None: it has ended,
+        and its number may be another process's by now.
+      mark: the value of the variable that only this process and its descendants have; empty for none.
+      variable: the environment variable.
     """
+    needle = f"{variable}={mark}".encode() if mark else b""
     ended: set[int] = set()
     end, looks = time.monotonic() + SECONDS, LOOKS
     while time.monotonic() < end or looks == LOOKS:
-        found, is_sure = _find(pid, mark)
+        found, is_sure = _find(pid, needle)
         found -= {os.getpid(), pid}
         looks -= 1
         for number in found:
@@ -41,12 +46,11 @@ def end_descendants(pid: int, mark: str) -> int:
     return len(ended)
 
 
-def _find(pid: int, mark: str) -> tuple[set[int], bool]:
+def _find(pid: int | None, needle: bytes) -> tuple[set[int], bool]:
     """Find the descendants; the second value is False if a process hid whether it is one."""
     is_sure = True
     children: dict[int, list[int]] = {}
     found = set()
-    needle = f"{MARK}={mark}".encode()
     for name in _list_processes():
         with contextlib.suppress(OSError, ValueError, IndexError):
             with open(f"/proc/{name}/stat", "rb") as stat:
@@ -56,11 +60,11 @@ def _find(pid: int, mark: str) -> tuple[set[int], bool]:
             children.setdefault(int(parent), []).append(int(name))
             with open(f"/proc/{name}/environ", "rb") as environ:
                 variables = environ.read()
-            if mark and needle in variables.split(b"\0"):
+            if needle and needle in variables.split(b"\0"):
                 found.add(int(name))
             elif not variables and int(parent) not in KERNEL:
                 is_sure = False
-    waiting = [pid, *found]
+    waiting = [*found] if pid is None else [pid, *found]
     while waiting:
         for child in children.get(waiting.pop(), ()):
             if child not in found:

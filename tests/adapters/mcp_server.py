@@ -4,6 +4,7 @@
 """
 
 import json
+import subprocess
 import sys
 import time
 
@@ -26,6 +27,8 @@ def run(name, a):
         )
     if TROUBLE == "hang":
         time.sleep(60)
+    if TROUBLE == "helper":  # it leaves the session, but not the pipe
+        return str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
     if TROUBLE == "crash":
         sys.exit("broken drawer")
     return f"the word is {state['word']}" if a["drawer"] == state["drawer"] else "empty"

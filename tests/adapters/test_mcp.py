@@ -14,7 +14,9 @@ from empg_jax.config import load_config
 from empg_jax.rollout.episode import Attempt
 from empg_jax.run import assembly, sampling
 from tests import runs
+from tests.processes import is_running
 from tests.rollout.scripted import Speaker, run
+from tests.serve.servers import wait_until
 from tests.text.hub import need_tokenizer
 
 SERVER = Path(__file__).with_name("mcp_server.py")
@@ -93,6 +95,15 @@ def test_faults_have_names(options, trouble, reason, message):
         env.step("w0" if trouble == "no_reward" else call("find", drawer=0))
     assert caught.value.reason == reason
     env.close()
+
+
+def test_the_end_takes_what_the_server_started(options):
+    env = make_env("mcp", **{**options, "command": f"python {SERVER} helper"})
+    env.reset(split="train", index=0)
+    pid = int(env.step(call("find", drawer=0))[0])
+    assert is_running(pid)
+    env.close()
+    wait_until(lambda: not is_running(pid))
 
 
 def test_a_server_that_cannot_be_started(options):

@@ -98,11 +98,11 @@ def main(kind):
         case "tells":  # its process id, and the address space that it may have
             for _ in range(3):
                 ask(f"{os.getpid()} {resource.getrlimit(resource.RLIMIT_AS)[0]}")
-        case "child":  # leaves a process behind
+        case "children":  # leaves two processes behind, one in a session of its own
             ask("a")
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            children = [subprocess.Popen(["sleep", "600"], start_new_session=new) for new in (False, True)]
             with open(sys.argv[2], "a") as file:
-                file.write(f"{child.pid}\n")
+                file.write(" ".join(str(child.pid) for child in children))
     print("some words before")
     print(json.dumps(reward))
 

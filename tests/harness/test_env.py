@@ -231,13 +231,13 @@ def test_a_program_does_not_inherit_the_limit_of_its_worker():
 
 def test_the_end_takes_what_the_program_started(make, tmp_path):
     file = tmp_path / "pids"
-    env = make(f"child {file}")
+    env = make(f"children {file}")
     env.reset(0, split="train", index=0)
     assert env.step("one")[2]
-    pid = int(file.read_text())
-    assert is_running(pid)
-    env.close()
-    wait_until(lambda: not is_running(pid))
+    pids = [int(pid) for pid in file.read_text().split()]
+    wait_until(lambda: not any(map(is_running, pids)))
+    with pytest.raises(RuntimeError, match="the episode has ended"):
+        env.step("two")
 
 
 def test_a_scorer_and_a_file_of_tasks(make, tmp_path):

@@ -13,10 +13,12 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from empg_envs.base import EnvFault
+from empg_envs.orphans import PROGRAM, end_descendants
 
 VERSION = "2025-06-18"  # of the protocol; a server may answer with an older one
 TAIL = 1000  # last characters of a server's stderr in messages
@@ -38,6 +40,7 @@ class StdioServer:
 
     def __init__(self, command: Sequence[str], start_timeout: float, timeout: float) -> None:
         self._command, self._timeout, self._last = list(command), timeout, 0
+        self._mark = uuid.uuid4().hex
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the program)
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         program = [sys.executable if command[0] in ("python", "python3") else command[0], *command[1:]]
@@ -47,6 +50,7 @@ class StdioServer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
+                env={**os.environ, PROGRAM: self._mark},
                 start_new_session=True,
             )
         except OSError as error:
@@ -120,14 +124,16 @@ class StdioServer:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
+        end_descendants(None, self._mark, PROGRAM)
+        for stream in (self._process.stdin, self._errors):
             with contextlib.suppress(OSError):
                 stream.close()  # type: ignore[union-attr]
 
     def _listen(self) -> None:
         """Read the server's lines until its end; requests of its own are declined, notes are dropped."""
         assert self._process.stdout is not None
-        with contextlib.suppress(ValueError, OSError):  # closed meanwhile
+        # Closed by who reads it: another thread would wait as long as a process holds the other end.
+        with self._process.stdout, contextlib.suppress(OSError):
             for line in self._process.stdout:
                 message = None
                 with contextlib.suppress(ValueError, RecursionError):

@@ -17,12 +17,14 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from typing import Any
 
 from empg_envs.base import EnvFault
 from empg_envs.draw import Draw
 from empg_envs.harness.server import Call, Endpoint, Session
 from empg_envs.names import import_function
+from empg_envs.orphans import PROGRAM, end_descendants
 from empg_envs.task_lines import describe_task, number_tasks, read_tasks
 from empg_envs.verdicts import read_verdict
 
@@ -79,6 +81,7 @@ class HarnessEnv:
         self._scorer = None if scorer is None else import_function("scorer", scorer)
         self._start_timeout, self._call_timeout = start_timeout, call_timeout
         self._process: subprocess.Popen[bytes] | None = None
+        self._mark = ""  # of the program and what it started
         self._session: Session | None = None
         self._call: Call | None = None
         self._output: Any = None
@@ -114,6 +117,7 @@ class HarnessEnv:
             return observation, 0.0, False, False, info
         self._call = None
         result = self._score()
+        self._end_program()
         info = {"task": json.dumps(self._task, ensure_ascii=False), "won": result["success"]}
         return "", result["reward"], True, False, {**info, "metrics": result["metrics"]}
 
@@ -121,13 +125,8 @@ class HarnessEnv:
         """End the program with all that it started, and its session."""
         if self._session is not None:
             _find_endpoint().close(self._session)
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._output.close()
-            self._errors.close()
-        self._session = self._process = self._call = self._output = self._errors = None
+        self._end_program()
+        self._session = self._call = None
 
     def __del__(self) -> None:
         if hasattr(self, "_session"):
@@ -158,10 +157,12 @@ class HarnessEnv:
         self._session = endpoint.open()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the program)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._mark = uuid.uuid4().hex
         given = {"EMPG_TASK": task} if len(task) <= TASK_BYTES else {}  # ASCII
         variables = {
             **{name: value for name, value in os.environ.items() if name != "EMPG_TASK"},
             **given,
+            PROGRAM: self._mark,
             "OPENAI_BASE_URL": endpoint.url_of(self._session),
             "OPENAI_API_KEY": self._session.key,
             **_without_proxy("127.0.0.1"),
@@ -182,6 +183,17 @@ class HarnessEnv:
                 self._output.close()
                 self._errors.close()
                 raise EnvFault("agent_crashed", f"{self._command[0]} cannot be started: {error}") from None
+
+    def _end_program(self) -> None:
+        """End the program with all that it started, also in sessions of their own."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            end_descendants(None, self._mark, PROGRAM)
+            self._output.close()
+            self._errors.close()
+        self._process = self._output = self._errors = None
 
     def _answer(self, call: Call, action: str) -> Call | None:
         """Answer a call and return the next one; None when the program has ended."""
