@@ -61,8 +61,9 @@ class EnvConfig(Section):
     )
     timeout_outcome: Literal["discard", "zero"] | None = Field(
         None,
-        description="Treatment of an episode that exceeds its time: sampled again, or scored zero; "
-        "null: what the environment declares (zero for swe, whose agents can bring it about, else discard).",
+        description="Treatment of an episode that exceeds its time: sampled again, or scored zero, as the "
+        "agent's doing; null: what the environment declares (zero for swe and reasoning_gym, whose agents "
+        "can bring it about, else discard).",
     )
 
     @model_validator(mode="before")

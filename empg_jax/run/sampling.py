@@ -203,6 +203,7 @@ def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
         pass_env=w.pass_env,
         start=start_local if is_local else RayCluster(w.ray_address, w.ray_resources).start,
         faults=FaultPolicy(**vars(config.faults)),
+        timeouts_are_answers=make_rules(config).timeout_outcome == "zero",
         tell=tell,
     )
 

@@ -95,6 +95,7 @@ class EnvPool:
         pass_env: Sequence[str] = (),
         start: Start = start_local,
         faults: FaultPolicy | None = None,
+        timeouts_are_answers: bool = False,
         tell: Tell = tell_nobody,
     ):
         """Start the workers and wait until all are ready.
@@ -112,6 +113,8 @@ class EnvPool:
           pass_env: names of environment variables that the workers get besides the usual ones.
           start: starts a worker, on this machine unless told otherwise (`empg_jax.workers.backend`).
           faults: limits at which the pool pauses, or gives up on a task, a worker or altogether.
+          timeouts_are_answers: a step that exceeds its time says nothing against the environment or the task,
+            because the caller scores it as the policy's own doing; it is still a failure of the episode.
           tell: receives restarts of workers, quarantined tasks and pauses.
 
         Raises:
@@ -127,6 +130,7 @@ class EnvPool:
         space = None if memory_limit_mb is None else 2 * memory_limit_mb + 512 + LANE_MB * lanes
         hello = {"env": env, "options": dict(options or {}), "memory_limit_mb": space, "lanes": lanes}
         hello["stderr_bytes"] = STDERR_KEEP
+        self._timeouts_are_answers = timeouts_are_answers
         self.breaker = Breaker(policy, tell)
         self._quarantine = Quarantine(policy, tell)
         self._waiting: set[int] = set()  # handles with a request that is not answered
@@ -320,11 +324,13 @@ class EnvPool:
             self._outages.fail_probe(episode)
             return
         failure, op = EnvFailure(reason, detail), episode.request[0]
+        is_answer = self._timeouts_are_answers and (op, reason) == ("step", "timeout")
+        is_incident &= not is_answer
         if is_incident:
             if not self.breaker.is_open:
                 self._outages.remember(episode)
             self.breaker.record_failure(reason, detail, op, (episode.split, episode.index))
-        if self.breaker.is_open and reason != "quarantined":
+        if self.breaker.is_open and reason != "quarantined" and not is_answer:
             failure = EnvFailure("outage", f"{reason}: {detail}")
             self._quarantine.forget_open()
         elif is_incident:

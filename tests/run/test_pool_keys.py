@@ -55,6 +55,18 @@ def test_lanes_and_faults(tmp_path):
         assert pool.breaker.is_open
 
 
+def test_time_outs_that_are_scored_zero_are_no_outage_and_no_fault_of_their_tasks(tmp_path):
+    options = ["env.entry_point=tests.fakes:FaultyEnv", "env.timeout_outcome=zero", "workers.step_timeout=2"]
+    faults = ["faults.breaker_min=2", "faults.quarantine_after=1", "faults.probe=60"]
+    with make_pool(runs.configure(tmp_path, *ENV, *options, *faults)) as pool:
+        reset_all(pool, range(3))
+        replies = act(pool, {0: "hang", 1: "hang"})  # in two workers
+        assert [reply.failure.reason for reply in replies.values()] == ["timeout"] * 2
+        act(pool, {2: "x"})
+        pool.release(2)  # a success of another task, which makes earlier failures count
+        assert not pool.breaker.openings and pool.quarantined() == []
+
+
 def test_a_wrong_value_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"workers\.lanes"):
         runs.configure(tmp_path, "workers.lanes=0")
