@@ -148,7 +148,7 @@ def test_a_key_is_needed_where_there_is_one(tmp_path, monkeypatch):
             with pytest.raises(InvalidStatus, match="403"), connected(server.url, additional_headers=headers):
                 pass
         env = make_env("openenv", url=server.url, observe="text", timeout=60)
-        with pytest.raises(EnvFault, match="403"):
+        with pytest.raises(EnvFault, match=r"HTTP 403; .*workers\.pass_env=\[OPENENV_API_KEY\]"):
             env.reset(split="train", index=0)
         monkeypatch.setenv("OPENENV_API_KEY", "secret")
         assert (

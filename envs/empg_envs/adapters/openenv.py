@@ -13,7 +13,7 @@ from empg_envs.adapters.foreign import ForeignEnv, Reply, import_package, make_s
 from empg_envs.base import EnvFault
 from empg_envs.names import import_function
 
-API_KEY = "OPENENV_API_KEY"  # the environment variable of the bearer token
+API_KEY = "OPENENV_API_KEY"  # the variable with the bearer token; workers.pass_env hands it on
 MAX_BYTES = 16 << 20  # of one message
 
 
@@ -24,7 +24,8 @@ class OpenEnvEnv(ForeignEnv):
 
     Args:
       url: address of the server, for example ``http://127.0.0.1:8000``. Its bearer token, if it needs
-        one, is the environment variable ``OPENENV_API_KEY``.
+        one, is the environment variable ``OPENENV_API_KEY``, which a run hands on to its workers with
+        ``workers.pass_env=[OPENENV_API_KEY]``.
       action: name of the action's field that takes the policy's text; ``json``: the text is the whole action,
         an object.
       observe: name of the observation's field that the policy reads, or ``package.module:function`` from the
@@ -85,7 +86,11 @@ class OpenEnvEnv(ForeignEnv):
             connection = self._client.connect(self._url, proxy=None, additional_headers=headers, **limits)
             self._socket = self._session.enter_context(connection)
         except Exception as error:
-            raise EnvFault("openenv_unreachable", f"{self._url}: {type(error).__name__}: {error}") from None
+            detail = f"{self._url}: {type(error).__name__}: {error}"
+            status = getattr(getattr(error, "response", None), "status_code", None)  # of a refused handshake
+            if status in (401, 403):
+                detail += f"; the token comes from {API_KEY} (workers.pass_env=[{API_KEY}])"
+            raise EnvFault("openenv_unreachable", detail) from None
         result = self._ask("reset", {"seed": self._seed_of(split, index)})
         self._total = 0.0
         observation = self._observe(result["observation"])
