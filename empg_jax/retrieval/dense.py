@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from empg_envs.deepsearch.passages import Hit, Passage
+from empg_jax.errors import UserError
 from empg_jax.files import replacing
 from empg_jax.retrieval.encoder import TextEncoder
 
@@ -32,6 +34,10 @@ def find_nearest(queries: jax.Array, passages: jax.Array, *, topk: int) -> tuple
       float32[Q topk] descending, int32[Q topk].
     """
     return jax.lax.top_k(queries @ passages.T, topk)
+
+
+class VectorsError(UserError, ValueError):
+    """A file of vectors that cannot be written. The message gives the reason."""
 
 
 class DenseRetriever:
@@ -57,12 +63,16 @@ class DenseRetriever:
           cache: an ``.npz`` file for the vectors. It is written if it does not exist or belongs to another
             corpus, encoder or prefix.
           advance: called with the number of encoded passages.
+
+        Raises:
+          VectorsError: the cache must be written and cannot be; told before anything is encoded.
         """
         self._passages, self._encoder, self._query_prefix = passages, encoder, query_prefix
         texts = [f"{passage_prefix}{passage.title}\n{passage.text}" for passage in passages]
         identity = "" if cache is None else _identify(texts, encoder)
         vectors = _read(cache, identity)
         if vectors is None:
+            _check_writable(cache)
             # Filled in place: a second copy of the vectors may not fit into memory.
             vectors = np.empty((len(texts), encoder.width), np.float32)
             for start in range(0, len(texts), CHUNK):
@@ -112,6 +122,19 @@ def _identify(texts: Sequence[str], encoder: TextEncoder) -> str:
     for text in texts:
         digest.update(text.encode(errors="surrogatepass") + b"\0")
     return digest.hexdigest()
+
+
+def _check_writable(cache: str | Path | None) -> None:
+    """Refuse a cache that cannot be written."""
+    if cache is None:
+        return
+    try:
+        if Path(cache).is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=Path(cache).parent):
+            pass
+    except OSError as error:
+        raise VectorsError(f"the vectors cannot be written to {cache}: {error.strerror or error}") from error
 
 
 def _read(cache: str | Path | None, identity: str) -> np.ndarray | None:

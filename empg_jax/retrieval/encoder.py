@@ -27,6 +27,7 @@ from empg_jax.hf.safetensors import SafetensorsFile
 
 Params = dict[str, Any]
 POOLING = "1_Pooling/config.json"
+MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers; each vector is scaled anyway
 LENGTHS = (16, 32, 64, 128, 256, 512)  # texts are padded to one of these: few programs are compiled
 
 
@@ -57,8 +58,9 @@ def read_config(folder: Path) -> EncoderConfig:
     """Read ``config.json`` and, if it exists, ``1_Pooling/config.json``.
 
     Raises:
-      EncoderError: the config is missing, or it describes another architecture.
+      EncoderError: the config is missing, or it or ``modules.json`` describes another architecture.
     """
+    _check_modules(folder / "modules.json")
     raw = _read_json(folder / "config.json")
     usual = {"hidden_act": "gelu", "position_embedding_type": "absolute"}  # defaults of absent keys
     for key, value in {"model_type": "bert", **usual}.items():
@@ -75,6 +77,17 @@ def read_config(folder: Path) -> EncoderConfig:
         )
     except KeyError as error:
         raise EncoderError(f"{folder}/config.json has no {error}") from error
+
+
+def _check_modules(path: Path) -> None:
+    """Refuse a folder of sentence-transformers with further steps, such as LaBSE's dense layer."""
+    if not path.is_file():
+        return
+    modules = _read_json(path, list)
+    for module in modules:
+        kind = str(module.get("type")) if isinstance(module, dict) else repr(module)
+        if kind.rpartition(".")[2] not in MODULES:
+            raise EncoderError(f"{path}: a module {kind}; only {', '.join(MODULES)} are implemented")
 
 
 def _read_pooling(path: Path) -> str:
@@ -273,11 +286,11 @@ def _attend(x: jax.Array, layer: Params, mask: jax.Array, num_heads: int) -> jax
     return attended.reshape(batch, length, width)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, kind: type = dict) -> Any:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EncoderError(f"{path} cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise EncoderError(f"{path} holds {type(raw).__name__}; expected an object")
+    if not isinstance(raw, kind):
+        raise EncoderError(f"{path} holds {type(raw).__name__}; expected {kind.__name__}")
     return raw

@@ -12,7 +12,7 @@ import tokenizers
 
 from empg_envs.deepsearch.passages import Passage
 from empg_jax.hf.safetensors import write_safetensors
-from empg_jax.retrieval.dense import DenseRetriever, find_nearest
+from empg_jax.retrieval.dense import DenseRetriever, VectorsError, find_nearest
 from empg_jax.retrieval.encoder import (
     EncoderError,
     TextEncoder,
@@ -146,6 +146,18 @@ def test_pooling_follows_its_file(folder) -> None:
         read_config(folder)
 
 
+def test_further_modules_are_refused(folder) -> None:
+    def write(*kinds: str) -> None:
+        modules = [{"idx": 0, "path": "", "type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+        (folder / "modules.json").write_text(json.dumps(modules))
+
+    write("Transformer", "Pooling", "Normalize")
+    assert read_config(folder).pooling == "mean"
+    write("Transformer", "Pooling", "Dense", "Normalize")  # as LaBSE has it
+    with pytest.raises(EncoderError, match=r"a module sentence_transformers\.models\.Dense; only Tr"):
+        TextEncoder(folder)
+
+
 def test_nearest_by_inner_product() -> None:
     passages = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     scores, numbers = find_nearest(jnp.asarray([[0.0, 2.0]]), passages, topk=2)
@@ -173,6 +185,15 @@ def test_dense_retrieval_and_its_cache(folder, tmp_path) -> None:
     DenseRetriever(passages, encoder, cache=cache, advance=counted.append)
     assert counted == [4, 3, 4]
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".npz"] == ["vectors.npz"]
+
+
+def test_vectors_that_cannot_be_written_are_told_before_they_are_computed(folder, tmp_path) -> None:
+    passages, counted = [Passage("0", "oslo", "the capital")], []
+    encoder = TextEncoder(folder)
+    for cache, reason in ((tmp_path / "nowhere" / "v.npz", "No such file"), (tmp_path, "it is a folder")):
+        with pytest.raises(VectorsError, match=f"cannot be written to {cache}: {reason}"):
+            DenseRetriever(passages, encoder, cache=cache, advance=counted.append)
+    assert counted == []
 
 
 def test_vectors_are_kept_for_an_encoder_not_for_its_last_digits(folder, tmp_path, monkeypatch) -> None:
