@@ -54,6 +54,11 @@ class Inflight:
     def __len__(self) -> int:
         return len(self._commands)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a command is unanswered that does more than close an environment."""
+        return any(command.op != "close" for command in self._commands.values())
+
     def compose(
         self, episodes: Iterable[EpisodeRecord], offset: int
     ) -> tuple[list[Command], list[EpisodeRecord]]:

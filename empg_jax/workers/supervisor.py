@@ -170,7 +170,7 @@ class Supervisor:
     def close(self, grace: float) -> None:
         """End the process: at once if it is busy, after at most ``grace`` seconds if idle."""
         if self._process is not None:
-            self._stop(grace if self.is_ready and not self._inflight else 0.0)
+            self._stop(grace if self.is_ready and not self._inflight.is_busy else 0.0)
 
     # Sending and receiving.
 

@@ -109,6 +109,15 @@ def test_without_word_from_the_process_the_first_one_runs():
     assert inflight.running() == commands[1:2] and len(inflight) == 2
 
 
+def test_a_process_that_only_closes_environments_is_not_busy():
+    inflight, (first, second) = make_inflight(5, 6)
+    assert inflight.is_busy
+    closing, inflight = [first.episode.make_closing(), second.episode.make_closing()], Inflight()
+    commands, later = inflight.compose(closing, 0)  # sent although their episodes are over
+    inflight.add(commands)
+    assert [command.op for command in commands] == ["close"] * 2 and not later and not inflight.is_busy
+
+
 def test_what_runs_beside_others_is_known_and_what_waits_behind_it_does_not_run():
     inflight, commands = make_inflight(5, 5, 6, 7)
     assert inflight.begin(0, thread=1, now=10.0)
