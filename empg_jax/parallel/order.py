@@ -27,8 +27,7 @@ def launching(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
     On one device nothing is exchanged. CPUs have no queues in which a program waits behind another one, and
     may run it within the launch.
     """
-    is_needed = mesh.size > 1 and mesh.devices.flat[0].platform != "cpu"
-    return _TURN if is_needed else contextlib.nullcontext()
+    return _TURN if _has_queues(mesh) else contextlib.nullcontext()
 
 
 def jit_on_mesh(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
@@ -39,18 +38,22 @@ def jit_on_mesh(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any
       function: what `jax.jit` takes.
       options: those of `jax.jit`.
     """
-    turn, program = launching(mesh), jax.jit(on_mesh(mesh, function), **options)
-    return program if isinstance(turn, contextlib.nullcontext) else _InTurn(program, turn)
+    program = jax.jit(on_mesh(mesh, function), **options)
+    return _InTurn(program) if _has_queues(mesh) else program
+
+
+def _has_queues(mesh: Mesh) -> bool:
+    return mesh.size > 1 and mesh.devices.flat[0].platform != "cpu"
 
 
 class _InTurn:
     """A jitted program whose calls take turns; all else, as ``lower``, is the program's own."""
 
-    def __init__(self, program: Any, turn: contextlib.AbstractContextManager[Any]) -> None:
-        self._program, self._turn = program, turn
+    def __init__(self, program: Any) -> None:
+        self._program = program
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        with self._turn:
+        with _TURN:
             return self._program(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
