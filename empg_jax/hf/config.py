@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from empg_jax.files import read_json_object
+from empg_jax.hf.hub import find_folder
 from empg_jax.models.decoder import DecoderConfig, RopeScaling
 from empg_jax.models.moe import MoeConfig
 
@@ -64,8 +65,14 @@ def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
     return read_json_object(file)
 
 
-def read_positions(raw: Mapping[str, Any]) -> int | None:
-    """Return the longest row in tokens that a model was made for, or None where its config.json has none."""
+def read_positions(path: str | pathlib.Path) -> int | None:
+    """Return the longest row in tokens that the model of a folder or hub id was made for; None: it says none.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or no config.json in it.
+      ValueError: the file holds no JSON object.
+    """
+    raw = read_hf_config(find_folder(path, ["config.json"], "model"))
     positions = raw.get("max_position_embeddings")
     return positions if type(positions) is int and positions > 0 else None
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from empg_jax.hf.config import read_hf_config, read_positions
-from empg_jax.hf.hub import find_folder
+from empg_jax.hf.config import read_positions
 from empg_jax.learner.fingerprint import TEXT, text_logprob
 from empg_jax.learner.update import Learner
 from empg_jax.parallel.hosts import ALONE, Hosts
@@ -52,7 +51,7 @@ def announce_length(
     """
     if (path := config.model.path) is None:
         return
-    positions = read_positions(read_hf_config(find_folder(path, ["config.json"], "model")))
+    positions = read_positions(path)
     if positions is not None and longest > positions:
         say(
             f"{key}={longest}, but {path} was made for {positions} tokens (max_position_embeddings): what "

@@ -14,7 +14,7 @@ from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Driver, EngineFailed, Job, QueueFull, Update
 from empg_jax.serve.policy import Policy, open_policy
 from empg_jax.serve.server import ending
-from empg_jax.serve.service import Service
+from empg_jax.serve.service import Service, make_service
 from empg_jax.serve.text import TextStream
 from empg_jax.serve.wire import ApiError
 
@@ -50,13 +50,7 @@ def chat_with(
     """
     # One conversation needs one slot, and programs are compiled when they are first needed.
     policy = open_policy(source, ["serve.slots=1", *overrides], say)
-    service = Service(
-        policy.name,
-        policy.tokenizer,
-        policy.renderer,
-        vocab_size=policy.engine.model.vocab_size,
-        max_tokens=policy.engine.config.max_tokens,
-    )
+    service = make_service(policy)
     say(f"{policy.name}: {_describe(policy)}")
     say(f"Ctrl-D ends, Ctrl-C cuts an answer off, {ANEW} begins anew")
     with Driver(policy.engine, max_waiting=NUM_WAITING) as driver, ending([driver]):

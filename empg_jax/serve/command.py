@@ -70,7 +70,7 @@ def serve_policy(
         from empg_jax.serve.driver import Driver
         from empg_jax.serve.policy import open_policy
         from empg_jax.serve.reload import make_reload
-        from empg_jax.serve.service import Service
+        from empg_jax.serve.service import make_service
 
         policy = open_policy(source, overrides, say, is_trained=is_trained)
         settings = policy.config.serve
@@ -78,14 +78,7 @@ def serve_policy(
             policy.engine.warm_up()
         server = make_server(policy.name, listener, ready_file, announce)
         driver = Driver(policy.engine, max_waiting=settings.max_waiting, on_failure=lambda: _end(server))
-        service = Service(
-            policy.name,
-            policy.tokenizer,
-            policy.renderer,
-            vocab_size=policy.engine.model.vocab_size,
-            max_tokens=policy.engine.config.max_tokens,
-            max_choices=driver.most_at_once,
-        )
+        service = make_service(policy, max_choices=driver.most_at_once)
         with contextlib.ExitStack() as stack:
             more: list[More]
             works: list[Work] = [stack.enter_context(driver)]

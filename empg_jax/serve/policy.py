@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from empg_jax.config.places import expand
 from empg_jax.engine.engine import Engine
 from empg_jax.errors import ConfigError, nearest
-from empg_jax.hf.config import read_hf_config, read_positions
-from empg_jax.hf.hub import find_folder
+from empg_jax.hf.config import read_positions
 from empg_jax.hf.presets import PRESETS
 from empg_jax.learner.state import state_shardings
 from empg_jax.models.decoder import DecoderConfig
@@ -173,10 +172,10 @@ def _configure(source: str, model: dict[str, Any], overrides: Sequence[str]) -> 
 def _default_length(model: dict[str, Any]) -> int:
     """Return the longest conversation that is served where the command does not say it."""
     try:
-        keys = read_hf_config(find_folder(model["path"], ["config.json"], "model")) if "path" in model else {}
+        positions = read_positions(model["path"]) if "path" in model else None
     except (OSError, ValueError):
-        return MAX_TOKENS  # loading the model reports that error
-    return min(MAX_TOKENS, max(2, read_positions(keys) or MAX_TOKENS))
+        positions = None  # loading the model reports that error
+    return min(MAX_TOKENS, max(2, positions or MAX_TOKENS))
 
 
 def _make_engine(config: Config, tokenizer: Tokenizer) -> Engine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,6 +43,9 @@ from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.stops import cut_at_stop
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from empg_jax.serve.policy import Policy
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 TOKEN_CHARACTERS = 16  # of a prompt that may fit, for each token; four are usual
@@ -312,6 +315,18 @@ class Service:
 
     def _spell(self, token: int) -> str:
         return self._continuation.decode([token], skip_special=False)
+
+
+def make_service(policy: Policy, *, max_choices: int = MAX_CHOICES) -> Service:
+    """Make the service of a policy that is ready to answer; ``max_choices`` as in `Service`."""
+    return Service(
+        policy.name,
+        policy.tokenizer,
+        policy.renderer,
+        vocab_size=policy.engine.model.vocab_size,
+        max_tokens=policy.engine.config.max_tokens,
+        max_choices=max_choices,
+    )
 
 
 def _choose_tools(tools: list[dict[str, Any]], choice: Any) -> list[dict[str, Any]]:
