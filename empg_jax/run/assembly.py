@@ -84,6 +84,9 @@ def make_language(config: Config, tokenizer_path: Path | None = None) -> Languag
     except ChatTemplateError as error:
         raise ConfigError(f"{error}; model.chat_template=FILE brings a template of your own") from None
     prompts, parser = make_prompts(config, spec)
+    if renderer.opens_thought:
+        # A program's own conversation goes on from the answer as it was sampled.
+        parser = parsers.OpenThought(parser, keeps_ended=spec.has_calls)
     context: ContextFactory
     if spec.has_calls:
         if config.env.context != "transcript":

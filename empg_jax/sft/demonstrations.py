@@ -84,6 +84,12 @@ def _check_answer(
     parsed = language.parser(said, info)
     # A closed vocabulary writes white space in its own way.
     if not parsed.is_valid or "".join(parsed.action.split()) != "".join(action.split()):
+        if language.renderer.opens_thought:
+            raise DemonstrationError(
+                "the chat template opens a thought before every answer, and the expert of "
+                f"{config.env.target} shows bare actions: set sft.updates=0, or model.chat_options or "
+                "model.chat_template so that the prompt opens none"
+            )
         raise DemonstrationError(
             f"the expert of {config.env.target} shows {said!r:.200}, in which the run's parser reads "
             f"{parsed.action!r:.200} ({'valid' if parsed.is_valid else 'invalid'}), not {action!r:.200}: set "

@@ -159,6 +159,11 @@ class ChatRenderer:
         return found.removeprefix(self._closing) if found.startswith(self._closing) else None
 
     @functools.cached_property
+    def opens_thought(self) -> bool:
+        """Whether a prompt ends with the tag that opens a thought, so that a response begins inside it."""
+        return self.render([{"role": "user", "content": "question"}]).rstrip().endswith("<think>")
+
+    @functools.cached_property
     def tells_tools(self) -> bool:
         """Whether the template prints tools that it is given."""
         tool = {"name": _TOOL, "description": _TOOL, "parameters": {"type": "object", "properties": {}}}

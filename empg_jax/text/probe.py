@@ -65,12 +65,11 @@ def describe_rows(renderer: ChatRenderer) -> str:
 
 def _kinds(renderer: ChatRenderer) -> dict[str, str]:
     """Return what a policy may say: an answer alone, or with a thought, as the prompt leaves it to say."""
-    prompt = renderer.render([{"role": "user", "content": "question"}]).rstrip()
     plain, thought = "answer {}", "reason {}\n</think>\n\nanswer {}"
-    if prompt.endswith("</think>"):
-        return {"": plain}
-    if prompt.endswith("<think>"):
+    if renderer.opens_thought:
         return {"": thought}
+    if renderer.render([{"role": "user", "content": "question"}]).rstrip().endswith("</think>"):
+        return {"": plain}
     return {"": plain, "with a thought": f"<think>\n{thought}"}
 
 

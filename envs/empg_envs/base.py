@@ -230,10 +230,8 @@ def after_thought(response: str) -> str:
     A thought without an end is followed by nothing. The tag that opens it may be missing, because some chat
     templates write it into the prompt.
     """
-    _, closed, rest = response.rpartition("</think>")
-    if closed:
-        return rest
-    return "" if response.lstrip().startswith("<think>") else response
+    rest = response.rpartition("</think>")[2]
+    return "" if rest.lstrip().startswith("<think>") else rest
 
 
 def first_line(response: str) -> str:

@@ -88,6 +88,23 @@ class CallParser:
         return ParsedAction(json.dumps(call, ensure_ascii=False), True)
 
 
+class OpenThought:
+    """A parser of responses that begin inside a thought, because the prompt ends with its opening tag.
+
+    The parser within reads the response with the tag, so that a thought without an end has no action.
+    """
+
+    def __init__(self, parser: ActionParser, *, keeps_ended: bool = False) -> None:
+        """Set the parser within, and whether it reads a response that ends its thought as it was sampled."""
+        self._parser, self._keeps_ended = parser, keeps_ended
+
+    def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
+        """Parse the response behind the tag."""
+        is_kept = self._keeps_ended and "</think>" in response
+        has_tag = response.lstrip().startswith("<think>")
+        return self._parser(response if is_kept or has_tag else f"<think>{response}", info)
+
+
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects in a text, the outermost of nested ones."""
     decoder, place = json.JSONDecoder(), text.find("{")

@@ -5,13 +5,15 @@ import json
 import pytest
 
 from empg_envs import ENVS
-from empg_envs.base import PlainPrompts, after_thought
+from empg_envs.base import ParsedAction, PlainPrompts, after_thought
 from empg_envs.guided import GuidedPrompts
+from empg_envs.harness.server import Session
 from empg_envs.parsers import PARSERS, REQUESTS, ask_for, make_parser
 from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
 from empg_jax.rollout.episode import Attempt
 from empg_jax.run import assembly, sampling
+from empg_jax.sft.demonstrations import DemonstrationError, record_demonstrations
 from tests.rollout.scripted import Speaker, run
 
 OWN = ["env.name=null", "env.entry_point=tests.fakes:CountingEnv", "sft.updates=0", "workers.num=1"]
@@ -35,10 +37,22 @@ def pool():
         yield pool
 
 
-def tell(pool, name, text):
+@pytest.fixture
+def opening(tmp_path):
+    """The setting of a chat template whose prompts open a thought."""
+    path = tmp_path / "opening.jinja"
+    path.write_text(
+        "{% for message in messages %}{{ '<|' ~ message.role ~ '|>' ~ message.content ~ '<|end|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+    )
+    return f"model.chat_template={path}"
+
+
+def tell(pool, name, text, *more):
     """The turns of an episode whose policy always says ``text``; the second one shows the first action."""
     config = load_config(
-        "quickstart", [*OWN, f"env.parser={'null' if name is None else name}", "env.max_turns=2"]
+        "quickstart", [*OWN, f"env.parser={'null' if name is None else name}", "env.max_turns=2", *more]
     )
     language = assembly.make_language(config)
     engine = Speaker(language.tokenizer.encode(text))
@@ -59,8 +73,52 @@ def test_the_environment_receives_the_action(pool, name, thought):
 
 @pytest.mark.parametrize("name", SAID)
 def test_a_thought_without_an_end_has_no_action(pool, name):
-    first, second = tell(pool, name, "<think>I could say <action>wait</action>")
+    open_thought = "<think>I could say <action>wait</action>"
+    for text in (open_thought, f"<think>Hm.</think>\n{open_thought}"):
+        first, second = tell(pool, name, text)
+        assert not first.is_valid and second.observation.endswith("after ''")
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_thought_that_the_prompt_opens_has_no_action(pool, name, opening):
+    said, action = SAID[name]
+    first, second = tell(pool, name, said, opening)  # cut, or never ended
     assert not first.is_valid and second.observation.endswith("after ''")
+    assert first.response == said
+    first, second = tell(pool, name, f"Hm.</think>{said}", opening)
+    assert first.is_valid and second.observation.endswith(f"after {action!r}")
+
+
+def test_tags_by_the_rules_of_verl_count_the_tag_of_the_prompt(opening):
+    settings = [
+        "sft.updates=0",
+        "env.prompt_options={style: alfworld, parser: tags}",
+        "model.tokenizer=bytes",
+    ]
+    for more, is_valid in (([opening], True), ([], False)):
+        parser = assembly.make_language(load_config("quickstart", [*settings, *more])).parser
+        assert parser("Hm.</think><action>look</action>", {}) == ParsedAction("look", is_valid)
+
+
+def test_a_program_gets_no_call_out_of_a_thought_that_the_prompt_opens(opening):
+    settings = ["env.name=harness", "env.options.command=true", "sft.updates=0", opening]
+    parser = assembly.make_language(load_config("quickstart", settings)).parser
+    tools = [{"type": "function", "function": {"name": "act", "parameters": {}}}]
+    for said, is_called in ((f"Or {CALL}", False), (f"Hm.</think>{CALL}", True)):
+        session = Session()
+        call = session.add({"messages": [{"role": "user", "content": "a"}], "tools": tools})
+        session.answer(call, parser(said, {}).action)
+        message = call.wait()
+        assert ("tool_calls" in message) == is_called
+        again = [{"role": "user", "content": "a"}, message, {"role": "user", "content": "b"}]
+        kept = session.add({"messages": again, "tools": tools}).messages[1]["content"]
+        assert kept == (said if is_called else f"<think>{said}")
+
+
+def test_an_expert_of_bare_actions_is_refused_where_the_prompt_opens_a_thought(opening):
+    config = load_config("quickstart", ["model.tokenizer=bytes", opening])
+    with pytest.raises(DemonstrationError, match=r"opens a thought before every answer.*set sft\.updates=0"):
+        record_demonstrations(config, assembly.make_language(config), 2)
 
 
 @pytest.mark.parametrize("name", ["tags", "json", "tool_call"])
