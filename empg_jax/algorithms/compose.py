@@ -24,7 +24,8 @@ class Algorithm(NamedTuple):
       credit: ``(batch, scores) -> Credit``, on the whole global batch, before any split.
       loss: ``(logprobs, entropies, batch_rows, scores_rows, advantages) -> (loss, metrics)``: loss per
         token, KL and entropy bonus included, 0 off the loss mask; metrics per token, to be averaged over the
-        loss mask. The training loss is ``sum(loss * loss_weights)``.
+        loss mask. The training loss is ``sum(loss * loss_weights)``. The learner gives rows whose loss mask
+        holds only tokens with a weight: what credit left out moves no ratio of a turn or sequence.
       value_loss: ``(values, batch_rows, scores_rows, value_targets) -> (loss, metrics)``, added to ``loss``,
         its coefficient included. With it, ``scores.values`` must be there. None without a critic.
       detach_critic: whether the critic's gradient stops at its head.

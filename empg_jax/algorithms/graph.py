@@ -48,7 +48,7 @@ def make_graph(
     """Make the state graph.
 
     Args:
-      success: whether the trajectory reached the goal; one that a limit ended did not.
+      success: whether the trajectory reached the goal.
       anchor_ids: arbitrary ids, equal ids = equal observation; -1 = none.
       turn_mask: turns that exist.
       group_ids: in [0, N), -1 = absent.

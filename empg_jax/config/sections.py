@@ -239,7 +239,10 @@ class TrainConfig(Section):
     beta2: float = Field(0.99, ge=0, lt=1, description="Second moment decay of AdamW.")
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
     max_kl: float | None = Field(
-        None, gt=0, description="Skip an optimizer step beyond this approximate KL (null: no limit)."
+        None,
+        gt=0,
+        description="Skip an optimizer step where the policy is beyond this approximate KL from that before "
+        "the update (null: no limit); the update's last step is not followed by a check.",
     )
     on_kl: Literal["stop", "skip", "rollback"] = Field(
         "skip",

@@ -74,7 +74,8 @@ class Config(Section):
     def notes(self) -> tuple[str, ...]:
         """Notes for the user before the run: keys that were dropped, and risks."""
         lag = find_lag(self.model_dump())
-        return (*self._notes, *lag_notes(lag, self.algorithm), *_penalty_notes(self))
+        more = (*lag_notes(lag, self.algorithm), *_penalty_notes(self), *_step_notes(self))
+        return (*self._notes, *more)
 
     def with_notes(self, lines: Iterable[str]) -> Config:
         """Return the same configuration with more notes."""
@@ -99,6 +100,26 @@ def _penalty_notes(config: Config) -> Iterator[str]:
                 f"{key}={value} has no effect with algorithm.name={algorithm.name}: its credit reads neither "
                 "returns nor scores of turns"
             )
+
+
+def _one_step(config: Config) -> str:
+    """Say why nothing can have moved since the update began; empty where it can."""
+    if config.train.num_minibatches * config.train.epochs > 1:
+        return ""
+    return (
+        "has no effect with one optimizer step per update: it compares the policy with that before the "
+        "update; use train.num_minibatches=2 or more, or train.epochs=2"
+    )
+
+
+def _step_notes(config: Config) -> Iterator[str]:
+    correction = config.algorithm.correction
+    values = {"entropy_low": correction.entropy_low, "entropy_high": correction.entropy_high}
+    if correction.sequence_delta is not None and correction.sequence_logprobs == "learner":
+        values["sequence_delta"] = correction.sequence_delta
+    for key, value in values.items():
+        if value is not None and (why := _one_step(config)):
+            yield f"algorithm.correction.{key}={value} {why}"
 
 
 def _env_problems(config: Config) -> Iterator[str]:
@@ -282,6 +303,8 @@ def _learner_problems(config: Config) -> Iterator[str]:
         )
     yield from _rate_problems("train", train.learning_rate, train.final_learning_rate)
     yield from _rate_problems("sft", config.sft.learning_rate, config.sft.final_learning_rate)
+    if train.max_kl is not None and (why := _one_step(config)):
+        yield f"train.max_kl={train.max_kl} {why}"
     if train.on_kl != "skip" and train.max_kl is None:
         yield f"train.on_kl={train.on_kl} has no effect without train.max_kl"
     first = int(train.profile.partition(":")[0]) if train.profile else 0

@@ -338,7 +338,8 @@ class _Spec:
 
         Micro-batches only sum ``loss * loss_weights``, so every split into micro-batches gives the same step.
         If the loss or the gradient norm is not finite, nothing changes and ``nonfinite`` is 1. If the loss's
-        ``approx_kl`` is beyond ``max_kl``, nothing changes and ``kl_exceeded`` is 1.
+        ``approx_kl`` is beyond ``max_kl``, nothing changes and ``kl_exceeded`` is 1. Nothing changes either
+        where no token has a share in the loss.
         """
         scores = dataclasses.replace(scores, clip_scale=credit.clip_scale)
 
@@ -348,7 +349,9 @@ class _Spec:
             advantages, weights = self.micro(credit.advantages, index), self.micro(credit.loss_weights, index)
             policy = combine(base or {}, params)
             logprobs, entropies, values = self.outputs(policy, rows, has_critic=self.has_critic)
-            per_token, metrics = self.algorithm.loss(logprobs, entropies, rows, rows_scores, advantages)
+            # A token without a share in the loss moves no ratio of its turn or sequence either.
+            trained = dataclasses.replace(rows, loss_mask=weights != 0)
+            per_token, metrics = self.algorithm.loss(logprobs, entropies, trained, rows_scores, advantages)
             if values is not None:
                 targets = self.micro(credit.value_targets, index)
                 value_losses, value_metrics = self.algorithm.value_loss(values, rows, rows_scores, targets)
@@ -358,7 +361,7 @@ class _Spec:
                 # where, not a product: off the mask a value may be infinite, and 0 * inf is NaN.
                 return jnp.sum(jnp.where(mask, value, jnp.float32(0.0)))
 
-            covered, sampled, one = weights != 0, rows.loss_mask, jnp.float32(1.0)
+            covered, sampled, one = trained.loss_mask, rows.loss_mask, jnp.float32(1.0)
             loss = total(per_token * weights, covered)
             sums = {name: total(value, covered) for name, value in metrics.items()}
             sums |= {"entropy": total(entropies, sampled), "loss": loss}
@@ -376,10 +379,11 @@ class _Spec:
         gradients, sums = jax.lax.fori_loop(start, stop, body, zeros)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients)))
         is_finite = jnp.logical_and(jnp.isfinite(norm), jnp.isfinite(sums["loss"]))
+        has_tokens = sums["tokens"] > 0  # without any, momentum and weight decay would still move the weights
         tokens, sampled = (jnp.maximum(sums.pop(name), 1.0) for name in ("tokens", "sampled"))
         # Sums, not means, are compared: the KL is bounded per trained token.
         is_near = sums.get("approx_kl", jnp.float32(0.0)) <= self.max_kl * tokens
-        is_good = jnp.logical_and(is_finite, is_near)
+        is_good = is_finite & is_near & has_tokens
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = apply_updates(state.params, updates, state.step)
         stepped = TrainState(params=params, opt_state=opt_state, step=state.step + 1)

@@ -31,6 +31,7 @@ REFUSED = {
     ("sft.holdout=0.5",): r"sft\.holdout=0\.5 has no effect without sft\.data",
     ("sft.eval_every=3",): r"sft\.eval_every=3 has no effect without sft\.data",
     ("train.on_kl=stop",): r"train\.on_kl=stop has no effect without train\.max_kl",
+    ("train.num_minibatches=1", "train.max_kl=0.1"): r"max_kl=0\.1 has no effect with one optimizer step",
     (
         "algorithm.name=ppo",
         "algorithm.critic.warmup_updates=180",
@@ -47,6 +48,13 @@ REFUSED = {
 def test_what_would_do_nothing_is_refused(keys):
     with pytest.raises(ConfigError, match=REFUSED[keys]):
         load_config("quickstart", list(keys))
+
+
+@pytest.mark.parametrize(("steps", "told"), [(1, ["entropy_low", "entropy_high"]), (4, [])])
+def test_bands_that_every_step_is_in_are_told(steps, told):
+    config = load_config("quickstart", ["algorithm.name=erc", f"train.num_minibatches={steps}"])
+    notes = [note for note in config.notes if "no effect with one optimizer step per update" in note]
+    assert [note.partition("=")[0] for note in notes] == [f"algorithm.correction.{key}" for key in told]
 
 
 def test_the_rate_falls_from_its_peak():

@@ -6,18 +6,24 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from empg_jax.algorithms import make_algorithm
 from empg_jax.learner.outputs import compute_logprobs
+from empg_jax.learner.update import make_learner
 from empg_jax.models.decoder import forward, init_params, output_embedding
+from empg_jax.parallel.mesh import make_mesh
 from empg_jax.run.process import CompileCounter
 from empg_jax.types import Credit
 from tests.learner.problems import (
     MODEL,
+    NUM_MINIBATCHES,
     TEMPERATURE,
     assert_trees_close,
     assert_trees_equal,
     by_token,
+    gradient_descent,
     make_problem,
     make_tiny_learner,
     run_batch,
@@ -255,6 +261,44 @@ def test_metrics_of_trained_tokens_leave_out_what_the_loss_does_not_cover(learne
     np.testing.assert_allclose(metrics["ratio"], np.exp(-0.2), rtol=1e-4)
     entropy = np.asarray(scores.entropies)[rows][mask[rows]].mean()
     np.testing.assert_allclose(metrics["entropy"], entropy, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["gspo", "turn_ratio_clip"])
+def test_a_token_that_is_left_out_moves_no_ratio_of_its_unit(loss, problem):
+    """The sampler's word for the first token of each turn with several is far off, so mis rejects it."""
+    options = {"loss": loss, "correction": {"kind": "mis"}}
+    algorithm = make_algorithm("grpo", num_minibatches=NUM_MINIBATCHES, **options)
+    mesh = make_mesh(data=1, fsdp=1)
+    learner = make_learner(MODEL, algorithm, gradient_descent(), mesh, micro_rows=8, temperature=TEMPERATURE)
+    batch, state = learner.put(problem[0]), start(learner)
+    scores = learner.score(state.params, state.params, batch, np.int32(problem[1].bounds[-1][1]))
+    mask, turns = problem[0].loss_mask, problem[0].turn_ids
+    same = np.zeros_like(mask)
+    same[:, 1:] = mask[:, 1:] & mask[:, :-1] & (turns[:, 1:] == turns[:, :-1])
+    rejected = mask & ~same & np.roll(same, -1, axis=1)
+    sampler = np.where(rejected, np.float32(-20), np.asarray(scores.old_logprobs))
+    batch = learner.put(dataclasses.replace(problem[0], behavior_logprobs=sampler))
+    credit = learner.credit(batch, scores)
+    assert rejected.any() and not np.asarray(credit.loss_weights)[rejected].any()
+    bounds = [np.int32(x) for x in problem[1].bounds[0]]
+    gradients = []
+    for change in (0.0, 1.0):
+        moved = scores.replace(old_logprobs=scores.old_logprobs - jnp.where(rejected, jnp.float32(change), 0))
+        after, _ = learner.update(start(learner), batch, moved, credit, *bounds)
+        gradients.append(jax.device_get(after.params))
+    assert_trees_equal(*gradients)
+
+
+def test_an_update_without_trained_tokens_changes_nothing(problem):
+    """Groups of equal returns are dropped; momentum would still move the weights."""
+    optimizer = optax.sgd(1.0, momentum=0.9)
+    learner = make_tiny_learner(optimizer, drop_uniform="group")
+    state, *_ = run_batch(learner, start(learner, optimizer), *problem)
+    before = jax.device_get(state)
+    flat = dataclasses.replace(problem[0], returns=np.ones_like(problem[0].returns))
+    state, _, steps = run_batch(learner, state, flat, problem[1])
+    assert_trees_equal(jax.device_get(state), before)
+    assert [step["loss"] for step in steps] == [0, 0]
 
 
 def test_an_empty_range_adds_no_gradient(learner, parts):

@@ -61,7 +61,7 @@ def grpo(
 
     Args:
       scale_by_std: Divide group advantages by the group's standard deviation.
-      eps: Added to a group's standard deviation.
+      eps: Added to a group's standard deviation, where scale_by_std is on.
       singleton: Advantage of a group of one.
     """
     options: dict[str, Any] = dict(locals())
@@ -84,7 +84,7 @@ def grpo_turn_rows(
 
     Args:
       scale_by_std: Divide group advantages by the group's standard deviation.
-      eps: Added to a group's standard deviation.
+      eps: Added to a group's standard deviation, where scale_by_std is on.
       singleton: Advantage of a group of one.
       rows: Turns that enter the statistics of grpo_turn_rows, or one row per episode (its first, its mean).
     """
@@ -120,7 +120,7 @@ def gigpo(
       omega: Weight of GiGPO's step part.
       turn_gamma: Discount per turn of step returns, milestones and temporal differences of turns.
       scale_by_std: Divide group advantages by the group's standard deviation.
-      eps: Added to a group's standard deviation.
+      eps: Added to a group's standard deviation, where scale_by_std is on.
       singleton: Advantage of a group of one.
       statistics: Entries of the statistics of GiGPO's episode part: episodes, or all turns (verl-agent).
       anchor_similarity: Observations at least this alike (difflib ratio) are one anchor; 1 is equal ones.

@@ -50,7 +50,7 @@ def hgpo(
       base_group: Add the advantage of the episode (GRPO) as a level of weight 1.
       turn_gamma: Discount per turn of step returns, milestones and temporal differences of turns.
       scale_by_std: Divide group advantages by the group's standard deviation.
-      eps: Added to a group's standard deviation.
+      eps: Added to a group's standard deviation, where scale_by_std is on.
       anchor_similarity: Observations at least this alike (difflib ratio) are one anchor; 1 is equal ones.
     """
     options: dict[str, Any] = dict(locals())
@@ -230,7 +230,7 @@ def beacon(
       weight: Weight of BEACON's milestones beside the return.
       scale: Worth of a milestone in BEACON; a success is worth the return.
       scale_by_std: Divide group advantages by the group's standard deviation.
-      eps: Added to a group's standard deviation.
+      eps: Added to a group's standard deviation, where scale_by_std is on.
     """
     options: dict[str, Any] = dict(locals())
     kept = _pure(options, "turn_gamma")
