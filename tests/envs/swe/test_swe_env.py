@@ -166,6 +166,10 @@ def test_a_call_that_is_only_thought_of_is_not_made() -> None:
     thought = f"<think>{render_call('finish')} is too early.</think>"
     found = make_parser("functions")(thought + render_call("search", search_term="b"), {})
     assert found.is_valid and "search" in found.action and "finish" not in found.action
+    # The environment looks for a call in the action again.
+    for rest, action in ((" First I read.", " First I read."), ("", "")):
+        assert make_parser("functions")(thought + rest, {}) == ParsedAction(action, False)
+    assert make_parser("functions")(thought.removesuffix("</think>"), {}) == ParsedAction("", False)
     thought = "<think>```bash\nrm x\n``` no</think>\n```bash\nls\n```"
     assert make_parser("bash")(thought, {}) == ParsedAction("ls", True)
 
