@@ -103,22 +103,22 @@ def parse_row(row: Mapping[str, Any], *, has_commit: bool = False) -> Task:
     image = row.get("image") or row.get("docker_image")
     if image is None and base.partition(":")[0] not in TREE_KINDS:
         image = f"docker.io/swebench/sweb.eval.x86_64.{name.replace('__', '_1776_').lower()}:latest"
-    runner = str(row.get("runner", "pytest"))
+    runner = str(row.get("runner") or "pytest")
     if runner not in ("pytest", "unittest"):
         raise DataError(f"task {name}: unknown runner {runner!r}; the runners are pytest, unittest")
     return Task(
         instance_id=name,
         repo=str(_field(row, "repo")),
         problem_statement=str(_field(row, "problem_statement")),
-        patch=str(row.get("patch", "")),
+        patch=str(row.get("patch") or ""),
         test_patch=str(row.get("test_patch") or ""),
         fail_to_pass=_names(row, "FAIL_TO_PASS"),
         pass_to_pass=_names(row, "PASS_TO_PASS"),
         base=base,
         bug_patch=str(row.get("bug_patch") or ""),
         runner=runner,
-        test_path=str(row.get("test_path", ".")),
-        version=str(row.get("version", "")),
+        test_path=str(row.get("test_path") or "."),
+        version=str(row.get("version") or ""),
         image=None if image is None else str(image),
         row=dict(row),
     )

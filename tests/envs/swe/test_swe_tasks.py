@@ -58,6 +58,16 @@ def test_embedded_panels() -> None:
     assert {task.repo for task in panels["train"]} == {"grid", "ledger", "rota", "spans", "units", "words"}
 
 
+def test_a_value_of_null_is_none_at_all(tmp_path: Path) -> None:
+    """Parquet gives None for a column that only other rows have."""
+    path = tmp_path / "t.jsonl"
+    empty = dict.fromkeys(["patch", "test_patch", "bug_patch", "runner", "test_path", "version", "image"])
+    path.write_text(json.dumps({**ROW, **empty}))
+    task = load_panels({"test": str(path)})["test"][0]
+    assert (task.patch, task.test_patch, task.bug_patch, task.version) == ("",) * 4
+    assert (task.runner, task.test_path) == ("pytest", ".") and task.image == parse_row(ROW).image
+
+
 def test_files_split_by_field_or_hash(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     rows = [{**ROW, "instance_id": f"i{number}"} for number in range(60)] + [{**ROW, "split": "extra"}]
