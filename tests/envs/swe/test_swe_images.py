@@ -174,6 +174,7 @@ LEAVES = "import os\nprint('PASSED checks.py::test_a')\nos._exit(0)\n"
         (with_files(lib__py=EQUALS_ALL), set(), "resolved"),
         (with_files(lib__py=EQUALS_ALL), {"canaries"}, "suspect"),
         (with_files(lib__py=LEAVES), ALL_LAYERS, "suspect"),
+        (with_files(lib__txt="right\n", reproduce__py="import unittest, lib\n"), ALL_LAYERS, "resolved"),
         (with_files(json__py="x = 1\n", lib__txt="right\n"), ALL_LAYERS, "suspect"),
         (with_files(checks__py="def test_a(): pass\ndef test_b(): pass\n"), ALL_LAYERS, "unresolved"),
     ],
