@@ -238,6 +238,13 @@ def test_files_of_environments_in_a_home_folder_that_is_not_known(read):
         read("~nosuchuser/x")
 
 
+@pytest.mark.parametrize("read", [read_template, read_tasks])
+def test_files_of_environments_that_are_no_text(tmp_path, read):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"name": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"(?i)latin\.jsonl.*utf-8"):
+        read(str(tmp_path / "latin.jsonl"))
+
+
 def test_the_folder_of_compiled_programs_is_a_key_too():
     with pytest.raises(ConfigError, match="compile_cache=~nosuchuser/x: no home folder is known"):
         cache_folder("~nosuchuser/x")

@@ -30,7 +30,7 @@ def read_tasks(path: str) -> Panels:
     tasks: list[dict[str, Any]] = []
     try:
         lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"tasks={path}: {error}") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():

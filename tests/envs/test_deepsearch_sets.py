@@ -43,6 +43,11 @@ PUBLISHED = {
         },
         ("Ann", "A."),
     ),
+    "one_alias": (
+        {"id": "2hop__3_4", "question": "Who?", "answer": "Ann", "answer_aliases": "Bob"},
+        ("Ann", "Bob"),
+    ),
+    "one_alias_inside": ({"question": "Who?", "answer": {"value": "Ann", "aliases": "Bob"}}, ("Ann", "Bob")),
     "bamboogle": ({"Question": "When did it end?", "Answer": "28 March 1969"}, ("28 March 1969",)),
     "flashrag": ({"id": "test_0", "question": "Who?", "golden_answers": ["Ann"]}, ("Ann",)),
 }
@@ -103,6 +108,7 @@ def test_the_merged_file_of_search_r1_has_its_sets_as_groups(tmp_path) -> None:
         ('{"question": "Who?", "answer": null}', "line 1: 'answer' is None; expected a list of texts"),
         ('{"question": "Who?", "possible_answers": "poet"}', "line 1: 'possible_answers' is 'poet'"),
         ('{"question": "Who?", "answer": {"x": 1}}', "line 1: 'answer' is {'x': 1}"),
+        ('{"question": "Who?", "answer": "x", "answer_aliases": 7}', "line 1: 'answer_aliases' is 7"),
         ('{"question": "Who?", "golden_answers": ["x"]}', "line 1: 'id' is None"),
         ('{"question": "Who?", "answer": "x", "answerable": false}', "line 1: 'answerable' is false"),
         ('[{"question": "Who?", "answer": "x"}, 3]', "row 2: int; expected a JSON object"),

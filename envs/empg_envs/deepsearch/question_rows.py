@@ -45,7 +45,8 @@ def read_fields(row: dict[str, Any], place: str, number: int) -> Fields:
     name = next((each for each in _IDS if each in row), None)
     if name is None and key == _FLASHRAG:
         name = _IDS[0]  # a row of FlashRAG without an id is a damaged one
-    answers = _list_answers(row[key], key, place) + _list_aliases(row)
+    aliases = _list_aliases(row, "answer_aliases", place)
+    answers = [*_list_answers(row[key], key, place), *filter(_is_answer, aliases)]
     return Fields(
         id=str(number) if name is None else require_text(row, name, place),
         text=require_text(row, _find(row, _QUESTIONS, place), place).strip(),
@@ -71,9 +72,8 @@ def _list_answers(value: Any, key: str, place: str) -> list[str]:
             given = None
     if isinstance(value, dict):  # TriviaQA
         names = [("value", "aliases"), ("Value", "Aliases")]
-        given = [
-            each for one, more in names if one in value for each in (value[one], *(value.get(more) or ()))
-        ]
+        found = [(value[one], _list_aliases(value, more, place)) for one, more in names if one in value]
+        given = [each for one, more in found for each in (one, *more)]
     if isinstance(given, str):
         given = [given]
     if not isinstance(given, list) or not given or not all(map(_is_answer, given)):
@@ -81,8 +81,13 @@ def _list_answers(value: Any, key: str, place: str) -> list[str]:
     return given
 
 
-def _list_aliases(row: Mapping[str, Any]) -> list[str]:
-    return [each for each in row.get("answer_aliases") or () if _is_answer(each)]
+def _list_aliases(row: Mapping[str, Any], key: str, place: str) -> list[Any]:
+    """Return further answers, of which a row may have none; a text is one."""
+    value = row.get(key) or []
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list):
+        raise DataError(f"{place}: {key!r} is {value!r:.80}; expected a list of texts")
+    return given
 
 
 def _is_answer(value: Any) -> bool:

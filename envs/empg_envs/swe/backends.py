@@ -17,7 +17,7 @@ from empg_envs.swe.grading import Grade
 from empg_envs.swe.judge import trial
 from empg_envs.swe.judge.canaries import Planted
 from empg_envs.swe.judge.made import MadeBugs
-from empg_envs.swe.judge.reading import read_changes
+from empg_envs.swe.judge.reading import find_strays, read_changes
 from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.sandbox import FileError, Limits, Sandbox
 from empg_envs.swe.tasks import Task, broken_tree
@@ -107,7 +107,11 @@ class TreeBackend:
             tree, dropped = grading.candidate(task, broken, patch)
         except patches.PatchError as error:
             return Grade(False, "patch_does_not_apply", output=str(error))
-        marks = self._read(task, broken, changed) if "reading" in self._layers else []
+        marks: list[str] = []
+        if "reading" in self._layers:
+            marks, strays = self._read(task, broken, changed, dropped)
+            tree = {path: file for path, file in tree.items() if path not in strays}
+            dropped = (*dropped, *sorted(strays))
         bugs = self._second_bugs(task, broken, timeout) if "second" in self._layers else []
         plan = trial.prepare(task, tree, bugs, self._draw, self._layers)
         return self._try(task, plan, timeout, marks=marks, dropped=dropped, layers=self._layers)
@@ -128,12 +132,16 @@ class TreeBackend:
             sandbox.close()
         return trial.conclude(task, plan, result, **known)
 
-    def _read(self, task: Task, broken: Tree, changed: Tree) -> list[str]:
-        """Read what the patch adds; see `empg_envs.swe.judge.reading`."""
+    def _read(
+        self, task: Task, broken: Tree, changed: Tree, dropped: tuple[str, ...]
+    ) -> tuple[list[str], set[str]]:
+        """Read what the patch adds: marks and strays; see `empg_envs.swe.judge.reading`."""
         shadows = [path for path in changed if path not in broken and grading.shadows(path, broken)]
         names = (*task.fail_to_pass, *task.pass_to_pass)
         gold = grading.repair(task, broken)
-        return read_changes(broken, changed, gold, names=names, shadows=shadows)
+        strays = find_strays(broken, changed, gold, names=names, dropped=dropped)
+        rest = {path: file for path, file in changed.items() if path not in strays}
+        return read_changes(broken, rest, gold, names=names, shadows=shadows), strays
 
     def _second_bugs(self, task: Task, broken: Tree, timeout: float) -> list[SecondBug]:
         """Return the bugs of the task's siblings; without siblings, one that is made once for the task.

@@ -16,7 +16,7 @@ from empg_envs.rows import DataError
 from empg_envs.swe import grading, patches, reports
 from empg_envs.swe.containers import READ_BYTES, ROOT
 from empg_envs.swe.guest import witness
-from empg_envs.swe.judge.reading import TOO_LARGE, read_changes
+from empg_envs.swe.judge.reading import TOO_LARGE, find_strays, read_changes
 from empg_envs.swe.judge.second import SecondBug
 from empg_envs.swe.sandbox import FileError, LostSandboxError, Sandbox, SandboxError
 from empg_envs.swe.tasks import Task
@@ -171,7 +171,10 @@ def check_patch(task: Task, sandbox: Sandbox, changed: frozenset[str], *, is_rea
         except patches.PatchError:  # it may need files that cannot be read, such as large ones
             repaired = before
         old = {path: file for path, file in before.items() if path in changed}
-        marks = read_changes(old, after, repaired, names=names, shadows=shadows)
+        strays = find_strays(old, after, repaired, names=names, dropped=drop)
+        drop += sorted(strays)
+        rest = {path: file for path, file in after.items() if path not in strays}
+        marks = read_changes(old, rest, repaired, names=names, shadows=shadows)
         # A file that is gone hides nothing, nor does the change of one that could not be read before.
         marks += [f"{path}: {TOO_LARGE}" for path in _unread(sandbox, changed - after.keys(), before)]
     for batch in _batches(drop):

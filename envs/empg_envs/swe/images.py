@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import logging
 import random
+import re
 import shlex
 import time
 import weakref
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 FIXED = "fixed"  # the layer of files that cannot be changed while tests run; a cage always has it
 ALL_LAYERS = LAYERS | {FIXED}
+_NO_TEXT = re.compile(r"^(?:(?:new file|deleted file|old|new) mode|index \S+) 1[26]0000$", re.MULTILINE)
 
 
 class ImageBackend:
@@ -86,12 +88,15 @@ class ImageBackend:
         return found
 
     def collect(self, task: Task, sandbox: Sandbox) -> str:
-        """Return the agent's changes since the commit that it started from, whether committed or not."""
+        """Return the agent's changes since the commit that it started from, whether committed or not.
+
+        Files that the judge's patches cannot hold are left out.
+        """
         base = shlex.quote(self._bases.get(sandbox, "HEAD"))
         exclude = "-- . ':!run_tests.sh' ':!r2e_tests'" if task.expected is not None else ""
         command = f"{imaged.STAGE}\n{imaged.GIT} diff --cached --no-ext-diff --no-color {base} {exclude}"
         result = sandbox.exec(command, imaged.GIT_SECONDS)  # a container that is gone is no empty patch
-        return result.output if result.returncode == 0 and not result.omitted else ""
+        return _text_only(result.output) if result.returncode == 0 and not result.omitted else ""
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
         """Judge a patch in a fresh container; see `empg_envs.swe.judge` and `empg_envs.swe.imaged`."""
@@ -217,6 +222,25 @@ def make_image_backend(kind: str, limits: Limits, **options: Any) -> ImageBacken
                 f"swe backend {kind!r} has no option {name!r}; its options are {', '.join(known)}"
             )
     return ImageBackend(kind, limits, **options)
+
+
+def _text_only(patch: str) -> str:
+    """Return git's patch without the files that `patches.render` refuses, and without links and submodules.
+
+    A file that becomes a link, or was one, has two sections; neither is kept.
+    """
+    parts = re.split(r"^(?=diff --git )", patch, flags=re.MULTILINE)
+    heads = [part.partition("\n")[0] for part in parts]
+    refused = {head for head, part in zip(heads, parts, strict=True) if not _is_text(part)}
+    return "".join(part for head, part in zip(heads, parts, strict=True) if head not in refused)
+
+
+def _is_text(section: str) -> bool:
+    try:
+        patches.render(section)
+    except patches.PatchError:
+        return False
+    return _NO_TEXT.search(section) is None
 
 
 def _load(path: str) -> Any:

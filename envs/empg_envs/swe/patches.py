@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from empg_envs.swe.quoted import unquote
-from empg_envs.swe.tree import EXECUTABLE, LINK, PLAIN, ArchiveError, File, Tree, check_path
+from empg_envs.swe.quoted import can_be_named, read_name
+from empg_envs.swe.tree import EXECUTABLE, LINK, PLAIN, File, Tree
 
 CONTEXT = 3
 # A changed run with more pairs of lines is replaced as a whole. The smallest difference takes quadratic time,
@@ -62,8 +62,8 @@ def diff(old: Tree, new: Tree) -> tuple[str, list[str]]:
     """Compute the patch from one tree to another.
 
     Returns:
-      The patch, and the changed paths that it cannot contain: links, files that are not UTF-8 text, and files
-      larger than `MAX_TEXT`.
+      The patch, and the changed paths that it cannot contain: links, files that are not UTF-8 text, files
+      larger than `MAX_TEXT`, and names that `parse` refuses.
     """
     parts, left_out = [], []
     for path in sorted(old.keys() | new.keys()):
@@ -71,7 +71,7 @@ def diff(old: Tree, new: Tree) -> tuple[str, list[str]]:
         if before == after:
             continue
         lines = [_lines(file) for file in (before, after)]
-        if lines[0] is None or lines[1] is None or '"' in path:
+        if lines[0] is None or lines[1] is None or not can_be_named(path):
             left_out.append(path)
             continue
         parts.append(_section(path, before, after, lines[0], lines[1]))
@@ -302,20 +302,9 @@ def _extended(section: Section, line: str) -> None:
 
 
 def _name(text: str, *, has_prefix: bool = True) -> str | None:
-    text = text.partition("\t")[0].rstrip("\r")
     try:
-        text = unquote(text)
+        return read_name(text, has_prefix=has_prefix)
     except ValueError as error:
-        raise PatchError(str(error)) from None
-    if text == "/dev/null":
-        return None
-    _, slash, path = text.partition("/")
-    path = path if slash and has_prefix else text
-    if '"' in path or path != path.strip():  # programs do not agree about where such a name ends
-        raise PatchError(f"path {path!r} is not accepted")
-    try:
-        return check_path(path)
-    except ArchiveError as error:
         raise PatchError(str(error)) from None
 
 

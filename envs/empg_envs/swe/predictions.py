@@ -43,7 +43,7 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     Of several rows for one task the last one counts.
 
     Raises:
-      DataError: a row lacks a field; the message names the row.
+      DataError: a row is none, or lacks a field; the message names the row.
     """
     patches: dict[str, str] = {}
     for number, row in enumerate(_rows(path), start=1):
@@ -55,12 +55,15 @@ def read_predictions(path: str | Path) -> dict[str, str]:
 
 
 def _rows(path: str | Path) -> Iterable[dict[str, Any]]:
-    text = Path(path).read_text(encoding="utf-8")
-    if text.lstrip().startswith("{"):
+    text = Path(path).read_bytes()
+    if text.lstrip().startswith(b"{"):
         try:
             whole = json.loads(text)
         except ValueError:
             whole = None  # several lines
         if isinstance(whole, dict) and "instance_id" not in whole:
+            for name, row in whole.items():
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}: {name!r} is {row!r:.40}; expected an object with 'model_patch'")
             return [{"instance_id": name, **row} for name, row in whole.items()]
     return (row for _, row in read_rows(path))

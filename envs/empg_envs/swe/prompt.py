@@ -144,11 +144,12 @@ class FunctionParser:
     """A parser of the first function call of a response; it is valid if the function exists."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Parse the call; a response without a call gives its end as an invalid action."""
-        text = find_call(after_thought(response))
+        """Parse the call behind the thought; without one, the end of that text is an invalid action."""
+        said = after_thought(response)
+        text = find_call(said)
         call = None if text is None else parse_call(text)
         if text is None or call is None:
-            return ParsedAction(action=response[-FALLBACK_CHARACTERS:], is_valid=False)
+            return ParsedAction(action=said[-FALLBACK_CHARACTERS:], is_valid=False)
         return ParsedAction(action=text, is_valid=call.name in FUNCTIONS)
 
 

@@ -3,7 +3,8 @@
     python -m empg_envs.swe.score tasks.jsonl predictions.jsonl --out report.json
     python -m empg_envs.swe.score verified.parquet predictions.jsonl --backend docker --jobs 8
 
-``gold`` instead of a predictions file grades the tasks' own patches.
+``gold`` instead of a predictions file grades the tasks' own patches. The exit code is 1 if a task cannot be
+graded; the report has the others.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from empg_envs.rows import FORM
+from empg_envs.rows import FORM, DataError
 from empg_envs.swe.backends import NAMES, Backend, check_has_files, make_backend
 from empg_envs.swe.grading import Grade
 from empg_envs.swe.predictions import read_predictions
 from empg_envs.swe.refusals import FAILED, check_out, one_line
+from empg_envs.swe.sandbox import SandboxError
 from empg_envs.swe.tasks import Task, load_panels
 
 
@@ -32,7 +35,7 @@ def score(
     jobs: int = 1,
     on_grade: Callable[[Task, Grade], None] = lambda task, grade: None,
 ) -> dict[str, Any]:
-    """Grade every task; a task without a prediction counts as unresolved.
+    """Grade every task; a task without a prediction, or that cannot be graded, does not count as resolved.
 
     Args:
       backend: the backend that runs the tests.
@@ -44,17 +47,22 @@ def score(
 
     Returns:
       Counts and the ids behind them: ``total``, ``resolved``, ``resolved_ids``, ``unresolved_ids``,
-      ``missing_ids`` (no prediction), ``unknown_ids`` (predictions for no task), ``reasons`` by id, and
-      ``doubts`` by id of the suspect ones.
+      ``missing_ids`` (no prediction), ``unknown_ids`` (predictions for no task), ``reasons`` by id,
+      ``doubts`` by id of the suspect ones, and ``errors`` by id of those that cannot be graded.
     """
     given = [task for task in tasks if task.instance_id in predictions]
     reasons: dict[str, str] = {}
     doubts: dict[str, list[str]] = {}
+    errors: dict[str, str] = {}
     resolved: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(max(1, jobs)) as pool:
         work = [pool.submit(backend.grade, task, predictions[task.instance_id], timeout) for task in given]
         for task, job in zip(given, work, strict=True):
-            grade = job.result()
+            try:
+                grade = job.result()
+            except (DataError, SandboxError) as error:
+                errors[task.instance_id] = " ".join(str(error).split())
+                continue
             reasons[task.instance_id] = grade.reason
             if grade.doubts:
                 doubts[task.instance_id] = list(grade.doubts)
@@ -67,10 +75,11 @@ def score(
         "resolved": len(resolved),
         "resolved_ids": sorted(resolved),
         "unresolved_ids": sorted(set(reasons) - set(resolved)),
-        "missing_ids": sorted(names - set(reasons)),
+        "missing_ids": sorted(names - set(predictions)),
         "unknown_ids": sorted(set(predictions) - names),
         "reasons": reasons,
         "doubts": doubts,
+        "errors": errors,
     }
 
 
@@ -125,6 +134,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             fresh.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             fresh.replace(options.out)
     print(f"resolved {report['resolved']} of {report['total']}")
+    for name, why in report["errors"].items():
+        print(f"error: {name} cannot be graded: {why}", file=sys.stderr)
+    if report["errors"]:
+        raise SystemExit(FAILED)
 
 
 if __name__ == "__main__":

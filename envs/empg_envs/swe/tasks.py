@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,22 +103,22 @@ def parse_row(row: Mapping[str, Any], *, has_commit: bool = False) -> Task:
     image = row.get("image") or row.get("docker_image")
     if image is None and base.partition(":")[0] not in TREE_KINDS:
         image = f"docker.io/swebench/sweb.eval.x86_64.{name.replace('__', '_1776_').lower()}:latest"
-    runner = str(row.get("runner", "pytest"))
+    runner = str(row.get("runner") or "pytest")
     if runner not in ("pytest", "unittest"):
         raise DataError(f"task {name}: unknown runner {runner!r}; the runners are pytest, unittest")
     return Task(
         instance_id=name,
         repo=str(_field(row, "repo")),
         problem_statement=str(_field(row, "problem_statement")),
-        patch=str(row.get("patch", "")),
+        patch=str(row.get("patch") or ""),
         test_patch=str(row.get("test_patch") or ""),
         fail_to_pass=_names(row, "FAIL_TO_PASS"),
         pass_to_pass=_names(row, "PASS_TO_PASS"),
         base=base,
         bug_patch=str(row.get("bug_patch") or ""),
         runner=runner,
-        test_path=str(row.get("test_path", ".")),
-        version=str(row.get("version", "")),
+        test_path=str(row.get("test_path") or "."),
+        version=str(row.get("version") or ""),
         image=None if image is None else str(image),
         row=dict(row),
     )
@@ -201,19 +201,21 @@ def load_panels(tasks: str | Mapping[str, str], *, has_commit: bool = False) -> 
       DataError: a file cannot be read or contains no task, an id occurs twice, or a task has no broken test.
     """
     choose = _choose_with_commit if has_commit else _choose_columns
+    source = str(TINY) if tasks == "tiny" else tasks
+    sources: Mapping[Any, str] = source if isinstance(source, Mapping) else {None: source}
     panels: dict[str, list[Task]] = {}
-    if isinstance(tasks, Mapping):
-        for split, source in tasks.items():
-            rows = read_rows(source, choose)
-            panels[str(split)] = [parse_row(row, has_commit=has_commit) for _, row in rows]
-    else:
-        for _, row in read_rows(TINY if tasks == "tiny" else tasks, choose):
-            task = parse_row(row, has_commit=has_commit)
-            panels.setdefault(str(row.get("split") or hashed_split(task.instance_id)), []).append(task)
-    panels = {split: found for split, found in panels.items() if found}
+    seen: set[str] = set()
+    for split, source in sources.items():
+        for place, row in read_rows(source, choose):
+            try:
+                task = parse_row(row, has_commit=has_commit)
+                _check(task, seen)
+            except DataError as error:
+                raise DataError(f"{place}: {error}") from None
+            own = row.get("split") or hashed_split(task.instance_id)
+            panels.setdefault(str(own if split is None else split), []).append(task)
     if not panels:
         raise DataError(f"no task in {tasks!r}")
-    _check(panels.values())
     _add_second_bugs(panels)
     order = {split: number for number, split in enumerate(SPLITS)}
     return dict(sorted(panels.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
@@ -225,16 +227,14 @@ def hashed_split(instance_id: str) -> str:
     return "test" if tenth < 2 else "valid" if tenth == 2 else "train"
 
 
-def _check(panels: Iterable[list[Task]]) -> None:
-    seen: set[str] = set()
-    for task in (task for panel in panels for task in panel):
-        if not task.fail_to_pass and task.expected is None:
-            raise DataError(
-                f"task {task.instance_id!r}: FAIL_TO_PASS names no test, so that it can never be resolved"
-            )
-        if task.instance_id in seen:
-            raise DataError(f"task {task.instance_id!r} occurs twice")
-        seen.add(task.instance_id)
+def _check(task: Task, seen: set[str]) -> None:
+    if not task.fail_to_pass and task.expected is None:
+        raise DataError(
+            f"task {task.instance_id!r}: FAIL_TO_PASS names no test, so that it can never be resolved"
+        )
+    if task.instance_id in seen:
+        raise DataError(f"task {task.instance_id!r} occurs twice")
+    seen.add(task.instance_id)
 
 
 def _add_second_bugs(panels: dict[str, list[Task]]) -> None:

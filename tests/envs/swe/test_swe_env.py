@@ -166,6 +166,10 @@ def test_a_call_that_is_only_thought_of_is_not_made() -> None:
     thought = f"<think>{render_call('finish')} is too early.</think>"
     found = make_parser("functions")(thought + render_call("search", search_term="b"), {})
     assert found.is_valid and "search" in found.action and "finish" not in found.action
+    # The environment looks for a call in the action again.
+    for rest, action in ((" First I read.", " First I read."), ("", "")):
+        assert make_parser("functions")(thought + rest, {}) == ParsedAction(action, False)
+    assert make_parser("functions")(thought.removesuffix("</think>"), {}) == ParsedAction("", False)
     thought = "<think>```bash\nrm x\n``` no</think>\n```bash\nls\n```"
     assert make_parser("bash")(thought, {}) == ParsedAction("ls", True)
 
@@ -375,3 +379,13 @@ def test_a_predictions_file_is_judged(
     assert report["resolved_ids"] == [one] and report["unresolved_ids"] == [two]
     assert report["missing_ids"] == [three] and report["unknown_ids"] == ["stranger"]
     assert "resolved 1 of 3" in capsys.readouterr().out
+    # A task whose own patch does not fit its files costs the report nothing else.
+    unfit = {**tasks[2].row, "bug_patch": "--- a/no.py\n+++ b/no.py\n@@ -1 +1 @@\n-a\n+b\n"}
+    (tmp_path / "tasks.jsonl").write_text("\n".join(json.dumps(dict(row)) for row in (unfit, tasks[0].row)))
+    write_predictions(tmp_path / "p.jsonl", [prediction(three, "m", tasks[2].patch), rows[0]])
+    with pytest.raises(SystemExit) as ended:
+        score.main([str(tmp_path / "tasks.jsonl"), str(tmp_path / "p.jsonl"), "--out", str(out)])
+    report, said = json.loads(out.read_text()), capsys.readouterr()
+    assert ended.value.code == 1 and "resolved 1 of 2" in said.out
+    assert f"error: {three} cannot be graded: task {three}: its bug_patch does not fit" in said.err
+    assert list(report["errors"]) == [three] and report["unresolved_ids"] == report["missing_ids"] == []

@@ -103,6 +103,27 @@ def test_an_episode_in_a_container(docker: Path, tmp_path: Path) -> None:
     assert swept == {run[run.index("--name") + 1]}
 
 
+def test_a_repair_counts_whatever_lies_beside_it(docker: Path, tmp_path: Path) -> None:
+    """Binaries, links, submodules and names that programs read differently are left out."""
+    image = docker.parent / "image"
+    (image / "old.bin").write_bytes(b"a\0b")
+    (image / "old link").symlink_to("lib.py")
+    (image / "to_file").symlink_to("lib.py")
+    (image / "to_link").write_text("x\n")
+    for command in ("add -A", "-c user.name=a -c user.email=a@b commit -qm base --amend"):
+        subprocess.run(["git", *command.split()], cwd=image, check=True)
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({**ROW, "split": "test"}))
+    env = SweEnv(str(tmp_path / "tasks.jsonl"), backend="docker", docker=str(docker), tools="bash")
+    env.reset(split="test", index=0)
+    env.step("echo right > lib.txt; ln -s lib.py link.py; printf 'c\\0d' > .coverage; cp .coverage old.bin")
+    env.step("rm 'old link' to_file to_link; echo y > to_file; ln -s lib.py to_link; git init -q sub")
+    env.step("git -C sub -c user.name=a -c user.email=a@b commit -q --allow-empty -m x")
+    env.step("""echo x > 'out '; echo x > ' in'; echo x > 'a"b'; touch 'empty '; mv setup.cfg 'moved '""")
+    _, reward, _, _, info = env.step("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")
+    env.close()
+    assert (reward, info["reason"]) == (1.0, "resolved"), info
+
+
 def test_verdicts(docker: Path) -> None:
     backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row(ROW)
     assert backend.grade(task, GOLD, 20).resolved
@@ -153,6 +174,7 @@ LEAVES = "import os\nprint('PASSED checks.py::test_a')\nos._exit(0)\n"
         (with_files(lib__py=EQUALS_ALL), set(), "resolved"),
         (with_files(lib__py=EQUALS_ALL), {"canaries"}, "suspect"),
         (with_files(lib__py=LEAVES), ALL_LAYERS, "suspect"),
+        (with_files(lib__txt="right\n", reproduce__py="import unittest, lib\n"), ALL_LAYERS, "resolved"),
         (with_files(json__py="x = 1\n", lib__txt="right\n"), ALL_LAYERS, "suspect"),
         (with_files(checks__py="def test_a(): pass\ndef test_b(): pass\n"), ALL_LAYERS, "unresolved"),
     ],
@@ -377,9 +399,8 @@ def test_files_that_can_be_executed_stay_so(docker: Path) -> None:
     sandbox.exec("chmod +x new.sh; ln -s /bin/sh 'a link'; echo 1 > 'a file'", 20)
     patch = backend.collect(task, sandbox)
     modes = [line for line in patch.splitlines() if "mode" in line]
-    assert modes == ["new file mode 100644", "new file mode 120000", "new file mode 100755"]
-    sandbox.exec("rm 'a link'", 20)
-    grade = backend.grade(task, backend.collect(task, sandbox), 20)
+    assert modes == ["new file mode 100644", "new file mode 100755"]
+    grade = backend.grade(task, patch, 20)
     sandbox.close()
     assert grade.resolved, grade.output
 

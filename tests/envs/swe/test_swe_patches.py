@@ -156,11 +156,13 @@ def test_what_does_not_fit_is_named(patch: str, message: str) -> None:
         apply(tree(m="one\ntwo\nthree\nfour\nfive\n"), patch)
 
 
-def test_links_and_binaries_are_left_out_and_named() -> None:
+def test_what_no_patch_can_hold_is_left_out_and_named() -> None:
     new = {"b": File(b"\0"), "l": File(b"/etc", LINK), "u": File(b"\xff"), "t.py": File(b"x\n")}
     new["large.py"] = File(b"\n" * (patches.MAX_TEXT + 1))
+    new |= dict.fromkeys([" in", "out ", 'a"b', "no-break\xa0"], File(b"x\n"))
     patch, left_out = diff({}, new)
-    assert left_out == ["b", "l", "large.py", "u"] and touched(patch) == {"t.py"}
+    assert left_out == [" in", 'a"b', "b", "l", "large.py", "no-break\xa0", "out ", "u"]
+    assert touched(patch) == {"t.py"}
 
 
 def test_trees_survive_packing_and_hash_by_content() -> None:

@@ -58,6 +58,16 @@ def test_embedded_panels() -> None:
     assert {task.repo for task in panels["train"]} == {"grid", "ledger", "rota", "spans", "units", "words"}
 
 
+def test_a_value_of_null_is_none_at_all(tmp_path: Path) -> None:
+    """Parquet gives None for a column that only other rows have."""
+    path = tmp_path / "t.jsonl"
+    empty = dict.fromkeys(["patch", "test_patch", "bug_patch", "runner", "test_path", "version", "image"])
+    path.write_text(json.dumps({**ROW, **empty}))
+    task = load_panels({"test": str(path)})["test"][0]
+    assert (task.patch, task.test_patch, task.bug_patch, task.version) == ("",) * 4
+    assert (task.runner, task.test_path) == ("pytest", ".") and task.image == parse_row(ROW).image
+
+
 def test_files_split_by_field_or_hash(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     rows = [{**ROW, "instance_id": f"i{number}"} for number in range(60)] + [{**ROW, "split": "extra"}]
@@ -82,8 +92,10 @@ def test_files_split_by_field_or_hash(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", r"t\.json line 1: not JSON: 'utf"),
         (
             json.dumps({**ROW, "FAIL_TO_PASS": []}).encode(),
-            "FAIL_TO_PASS names no test, .* never be resolved",
+            r"t\.json line 1: task .*FAIL_TO_PASS names no test, .* never be resolved",
         ),
+        (f"{json.dumps(ROW)}\n{json.dumps(ROW)}".encode(), r"t\.json line 2: task .* occurs twice"),
+        (json.dumps({**ROW, "repo": None}).encode(), r"t\.json line 1: .* no value in field 'repo'"),
     ],
 )
 def test_files_that_hold_no_tasks_are_told(tmp_path: Path, content: bytes, says: str) -> None:
@@ -126,6 +138,11 @@ def test_predictions_go_out_and_come_in(tmp_path: Path) -> None:
     ):
         path.write_text(text)
         assert read_predictions(path) == {"a": ""}
-    path.write_text('{"instance_id": "a"}\n')
-    with pytest.raises(DataError, match="prediction 1 has no field 'model_patch'"):
-        read_predictions(path)
+    for content, says in (
+        (b'{"instance_id": "a"}\n', "prediction 1 has no field 'model_patch'"),
+        (b'{"a": "one"}', r"predictions\.jsonl: 'a' is 'one'; expected an object with 'model_patch'"),
+        (b'{"instance_id": "\xff"}', r"predictions\.jsonl line 1: not JSON: 'utf-8' codec"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=says):
+            read_predictions(path)

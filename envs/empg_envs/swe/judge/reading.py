@@ -7,6 +7,7 @@ where they have no effect. The words are in `empg_envs.swe.judge.machinery`.
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import PurePosixPath
@@ -20,6 +21,8 @@ CONFIGURATION = (".ini", ".cfg", ".toml")
 MAX_BYTES = 4 << 20
 MAX_GROWTH = 256 << 10  # characters that a patch may add to a file; its syntax tree takes a thousandfold
 TOO_LARGE = "is too large to be read"
+_SCRIPT = re.compile(r"[A-Za-z_]\w*\.py", re.ASCII)  # in the top folder
+_WORD = re.compile(r"\w+", re.ASCII)
 REFLECTING = frozenset(("getattr", "setattr", "delattr", "vars"))
 
 
@@ -57,6 +60,32 @@ def read_changes(
             has = Counter(marks(_text(after.get(path)), functions))
             found += [f"{path}: {what}" for what in (has - had) if what not in allowed]
     return found
+
+
+def find_strays(
+    before: Tree, after: Tree, gold: Tree, *, names: Iterable[str] = (), dropped: Collection[str] = ()
+) -> set[str]:
+    """Return new scripts in the top folder that have marks and that no other file of a patch names.
+
+    Agents reproduce a bug with such scripts and forget them. Where they are left out of the judged files,
+    they cannot act, and need not be held against a patch.
+
+    Args:
+      before: the broken files.
+      after: the files with the whole patch.
+      gold: the files with the gold patch.
+      names: ids of the task's tests; see `read_changes`.
+      dropped: changed paths that grading puts back whatever they hold.
+    """
+    changed = _changed(before, after)
+    new = [path for path in changed if path not in before and path not in gold and path not in dropped]
+    scripts = [path for path in new if _SCRIPT.fullmatch(path)]
+    names = tuple(names)
+    marked = [path for path in scripts if read_changes({}, {path: after[path]}, {}, names=names)]
+    modules = {path.removesuffix(".py"): path for path in marked}
+    words = {path: set(_WORD.findall(_text(after.get(path)))) & modules.keys() for path in changed}
+    named = {modules[word] for path, found in words.items() for word in found if modules[word] != path}
+    return {*marked} - named
 
 
 def marks(text: str, functions: frozenset[str] = frozenset()) -> list[str]:
