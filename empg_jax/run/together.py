@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from empg_jax import __version__
 from empg_jax.config.places import expand
-from empg_jax.engine.engine import EngineStats
+from empg_jax.engine.stats import EngineStats, add_stats
 from empg_jax.errors import ConfigError, Interrupted, RefusedCheckpoint
 from empg_jax.parallel.hosts import HostLost, Hosts
 from empg_jax.report.progress import Progress
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # How each host's number of an update becomes one of all hosts; other numbers of a delivery are means.
 SUMMED = {"groups_replaced", "groups_uniform", "stale_refills"}
-LARGEST = {"stale_gap", "page_use", "breaker_seconds"}
+LARGEST = {"stale_gap", "breaker_seconds"}
 SEE_SECONDS = 5.0  # a shared file system shows other hosts' files after a while
 Part = tuple[dict[str, Any], list[Trajectory]]  # JSON types, and episodes
 
@@ -226,7 +226,7 @@ def join_deliveries(parts: Sequence[Part]) -> Delivery:
         update=values[0]["update"],
         trajectories=sorted(episodes, key=lambda t: (t.group_id, t.member)),
         metrics=_join_metrics([each["metrics"] for each in values]),
-        engine=EngineStats(**_add(each["engine"] for each in values)),
+        engine=add_stats(EngineStats(**each["engine"]) for each in values),
         outcomes=_add(each["outcomes"] for each in values),
         incidents=_add(each["incidents"] for each in values),
     )
