@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from empg_jax.errors import writing
 from empg_jax.files import append, write_text_atomic
 
 if TYPE_CHECKING:
@@ -288,6 +289,7 @@ class MetricsLog:
 
         Raises:
           KeyError: a name is not in the glossary (only when strict).
+          RunError: the file cannot be written.
         """
         unknown = [name for name in values if describe_metric(name) is None] if self._strict else []
         if unknown:
@@ -295,7 +297,8 @@ class MetricsLog:
         numbers = {name: float(value) for name, value in values.items()}
         record: dict[str, Any] = {"update": step, "time": round(time.monotonic() - self._start, 3)}
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
+        with writing(self.path):
+            append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
         if not self._trackers:
             return
         numbers = {grouped(name): value for name, value in numbers.items()}
