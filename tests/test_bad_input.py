@@ -155,6 +155,10 @@ def test_a_place_of_checkpoints_that_cannot_be_had_leaves_no_folder(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["busy"]
 
 
+def test_brackets_without_end_are_refused():
+    assert "seed=...: the value has too many levels" in refuse("train", "quickstart", f"seed={'[' * 2000}")
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     for command in (["eval"], ["export", "--out", tmp_path / "out"]):
         assert "is neither a run folder" in refuse(command[0], tmp_path, *command[1:])
