@@ -6,8 +6,9 @@ and ends with the class's exit code. Every other exception is a bug and keeps it
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 LONGEST_LINE = 300  # characters of a foreign message: some hold the shapes of a whole model
@@ -62,6 +63,15 @@ class Stopped(UserError):
         super().__init__(f"stopped by signal {signum}; {way_on}")
         self.signum, self.run_dir = signum, run_dir
         self.exit_code = 128 + signum
+
+
+@contextlib.contextmanager
+def writing(what: object, kind: type[UserError] = RunError) -> Iterator[None]:
+    """Tell in one line what cannot be written, as an error of that kind, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what} cannot be written: {error.strerror or error}") from error
 
 
 def first_line(error: Exception) -> str:

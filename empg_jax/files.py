@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
@@ -26,6 +27,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def try_folder(folder: Path) -> None:
+    """Make a temporary file in a folder, or in the nearest one above it that exists, and remove it.
+
+    Raises:
+      OSError: nothing can be written there.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    with tempfile.TemporaryFile(dir=there):
+        pass
 
 
 def append(file: FileIO, content: bytes) -> None:

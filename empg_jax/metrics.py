@@ -1,12 +1,11 @@
 """The glossary of all logged metrics, and the log that writes them.
 
-``metrics.jsonl`` in the run's folder holds one JSON object per update and is always written. TensorBoard and
-trackers of experiments get the same numbers when they are switched on, under names in groups (``loss/kl``).
+``metrics.jsonl`` in the run's folder holds one JSON object per update and is always written. Trackers of
+experiments get the same numbers when they are switched on, under names in groups (``loss/kl``).
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from empg_jax.errors import writing
 from empg_jax.files import append, write_text_atomic
 
 if TYPE_CHECKING:
@@ -254,12 +254,10 @@ class MetricsLog:
 
     Args:
       run_dir: the run's folder; must exist.
-      tensorboard: also write TensorBoard events to ``<run_dir>/tensorboard``.
       trackers: told the same numbers, and closed with the log.
       resume_at: on resume, the first update that will be written again; it and later lines are removed.
       strict: refuse a metric that the glossary lacks. The default is true under pytest only, so that a
-      missing
-        meaning fails a test but never a long run.
+        missing meaning fails a test but never a long run.
       filename: name of the file in ``run_dir``.
       warn: told of damaged lines, which a resume removes.
     """
@@ -268,7 +266,6 @@ class MetricsLog:
         self,
         run_dir: Path,
         *,
-        tensorboard: bool = False,
         trackers: Sequence[Any] = (),
         resume_at: int | None = None,
         strict: bool = "PYTEST_VERSION" in os.environ,
@@ -277,13 +274,9 @@ class MetricsLog:
         is_written: bool = True,
     ) -> None:
         self.path = Path(run_dir) / filename if is_written else Path(os.devnull)
-        tensorboard = tensorboard and is_written
         self._strict = strict
         self._start = time.monotonic()
         self._trackers = list(trackers)
-        # Opened at the first line: loading it takes a second, which no first episode should wait for.
-        self._open = functools.partial(_open_tensorboard, run_dir, resume_at) if tensorboard else None
-        self._tensorboard: Any = None
         if resume_at is not None and is_written and self.path.exists():
             _truncate(self.path, resume_at, warn)
         # Unbuffered and in append mode: a line is one write, complete or absent.
@@ -296,6 +289,7 @@ class MetricsLog:
 
         Raises:
           KeyError: a name is not in the glossary (only when strict).
+          RunError: the file cannot be written.
         """
         unknown = [name for name in values if describe_metric(name) is None] if self._strict else []
         if unknown:
@@ -303,23 +297,17 @@ class MetricsLog:
         numbers = {name: float(value) for name, value in values.items()}
         record: dict[str, Any] = {"update": step, "time": round(time.monotonic() - self._start, 3)}
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
-        if self._open is None and not self._trackers:
+        with writing(self.path):
+            append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
+        if not self._trackers:
             return
         numbers = {grouped(name): value for name, value in numbers.items()}
-        if self._open is not None:
-            self._tensorboard = self._tensorboard or self._open()
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
         for tracker in self._trackers:
             tracker.log(numbers, step=step)
 
     def close(self) -> None:
         """Flush and close every output; may be called twice."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        self._tensorboard = self._open = None
         while self._trackers:
             self._trackers.pop().finish()
 
@@ -333,9 +321,3 @@ class MetricsLog:
 def _truncate(path: Path, resume_at: int, warn: Callable[[str], None]) -> None:
     kept = [record for record in read_metrics(path, warn=warn) if record["update"] < resume_at]
     write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def _open_tensorboard(run_dir: Path, resume_at: int | None) -> Any:
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(logdir=str(Path(run_dir) / "tensorboard"), purge_step=resume_at)

@@ -19,6 +19,7 @@ from empg_jax.config import load_config
 from empg_jax.errors import ConfigError
 from empg_jax.hf.hub import find_folder
 from empg_jax.run import parts
+from empg_jax.run.lock import locked
 from empg_jax.run.process import cache_folder
 from empg_jax.run.splits import check_splits
 from tests import runs
@@ -142,6 +143,20 @@ def test_missing_devices_are_counted_before_a_folder_is_made(tmp_path):
     assert "mesh.data=16 needs 16 devices, but 8 devices are there (cpu)" in line
     line = refuse(*run, "rollout.data=16")
     assert "rollout.data=16 needs 16 devices" in line and list(tmp_path.iterdir()) == []
+
+
+def test_a_place_of_checkpoints_that_cannot_be_had_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ["train", "quickstart", "log.progress=false"]
+    said = refuse_last(*run, "run_dir=run", "checkpoint.dir=/proc/new/x")
+    assert "checkpoint.dir=/proc/new/x cannot be written: " in said
+    with locked(tmp_path / "busy"):
+        assert "is being trained by process" in refuse_last(*run, "checkpoint.dir=busy")
+    assert [path.name for path in tmp_path.iterdir()] == ["busy"]
+
+
+def test_brackets_without_end_are_refused():
+    assert "seed=...: the value has too many levels" in refuse("train", "quickstart", f"seed={'[' * 2000}")
 
 
 def test_a_folder_that_is_no_run(tmp_path):

@@ -1,6 +1,7 @@
 """The command line: what it calls, what it prints, and how it ends."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -200,9 +201,9 @@ def test_config_lists_every_key(run):
     assert line.split()[1] == "linear" and line.endswith("Choices: linear, cosine, constant.")
 
 
-def _python(code, *arguments):
+def _python(code, *arguments, stderr=subprocess.PIPE):
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 @pytest.mark.parametrize(
@@ -242,3 +243,29 @@ def test_signals_end_with_their_exit_code(sent, code):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "saved\n"), err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("make", [os.pipe, os.openpty])
+def test_a_run_whose_messages_nobody_reads_ends_as_any_other(make):
+    trainer = (
+        "import pathlib, sys, types\n"
+        "from empg_jax.errors import Stopped\n"
+        "from empg_jax.report.progress import Progress\n"
+        "def train(config, *, resume=None):\n"
+        "    with Progress() as progress:\n"
+        "        for phase in ('warm start', 'RL'):\n"
+        "            progress.phase(phase, 2, 'updates')\n"
+        "            progress.message('a message')\n"
+        "            progress.advance(1, {})\n"
+        "    print('saved', flush=True)\n"
+        "    raise Stopped(2, pathlib.Path('there'))\n"
+        "sys.modules['empg_jax.trainer'] = types.SimpleNamespace(train=train)\n"
+        "from empg_jax.cli import main\n"
+        "main()"
+    )
+    ends = make()
+    process = _python(trainer, "train", "quickstart", stderr=ends[1])
+    for end in ends:  # long before the first message
+        os.close(end)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "saved\n")

@@ -12,6 +12,7 @@ from empg_jax.files import append
 FULL = """
 import resource, sys
 from pathlib import Path
+from empg_jax.errors import RunError
 from empg_jax.metrics import MetricsLog
 from empg_jax.report.events import EventLog
 from empg_jax.run.consumed import write_consumed
@@ -34,8 +35,10 @@ for path, write in writes.items():
     limit(path, 10)
     try:
         write()
-    except OSError:
+    except (OSError, RunError) as error:
         print(path.name)
+        if isinstance(error, RunError):
+            print(error, file=sys.stderr)
     limit(path, 2**20)
     write()
 """
@@ -45,6 +48,8 @@ def test_no_log_keeps_half_a_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True)
     names = ["events.jsonl", "metrics.jsonl", "consumed.jsonl"]
     assert (done.returncode, done.stdout.split()) == (0, names), done.stderr
+    told = [f"{tmp_path / name} cannot be written: File too large" for name in names[1:]]
+    assert done.stderr.splitlines() == told
     for name in names:
         lines = (tmp_path / name).read_text().splitlines()
         assert len(lines) == 2 and all(json.loads(line) for line in lines), name

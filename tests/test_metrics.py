@@ -5,7 +5,9 @@ import types
 
 import pytest
 
+from empg_jax.config import load_config
 from empg_jax.metrics import METRICS, MetricsLog, describe_metric, grouped, read_metrics, reduce_metrics
+from empg_jax.report.tracking import open_trackers
 
 
 def test_every_metric_has_one_sentence():
@@ -81,7 +83,8 @@ def test_a_metric_without_meaning_fails_under_tests(tmp_path):
 
 
 def test_tensorboard_events_are_written_under_grouped_names(tmp_path):
-    with MetricsLog(tmp_path, tensorboard=True) as log:
+    trackers = open_trackers(load_config("quickstart"), tmp_path, resume_at=None)
+    with MetricsLog(tmp_path, trackers=trackers) as log:
         log.write(0, {"loss": 1.0, "seconds_rollout": 2.0})
     (file,) = (tmp_path / "tensorboard").iterdir()
     content = file.read_bytes()

@@ -237,6 +237,11 @@ def test_without_determinism_a_resumed_run_still_trains_every_group_once(tmp_pat
         read_schedule(schedule)
     assert [line["update"] for line in runs.lines(run)] == [1, 2, 3]
     assert all(line["episodes_trained"] == 4 and line["lag"] <= 1 for line in runs.lines(run))
+    # What the engine did for episodes that waited in the checkpoint is in the line of their update.
+    sampled, trained = (
+        sum(line[name] for line in runs.lines(run)) for name in ("tokens_sampled", "tokens_trained")
+    )
+    assert sampled >= trained
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -58,12 +59,33 @@ def _root(
 
 def main() -> None:
     """Run the command line; the entry point of the console script."""
+    if sys.stderr is not None:
+        sys.stderr = cast(TextIO, _Messages(sys.stderr))
     # Training handles both signals itself. Before and after it, SIGTERM unwinds like Ctrl-C.
     signal.signal(signal.SIGTERM, _terminate)
     # Orbax logs its housekeeping, which is noise to the user; its failures are raised as CheckpointError.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     set_flags()  # JAX reads them when it is imported
     app()
+
+
+class _Messages:
+    """Standard error, which nobody may read: a closed pipe or terminal ends no run, and changes no code."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

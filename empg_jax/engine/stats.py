@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -47,6 +48,13 @@ class EngineStats:
         What new weights let be prefilled anew in the middle of responses counts against it, down to 0.
         """
         return max(0.0, 1.0 - self.prefilled_tokens / max(1, self.prompt_tokens))
+
+
+def add_stats(parts: Iterable[EngineStats]) -> EngineStats:
+    """Add the counts of several times or hosts; of the shares of pages in use, the largest is kept."""
+    each = [dataclasses.asdict(part) for part in parts]
+    total = {field.name: sum(part[field.name] for part in each) for field in dataclasses.fields(EngineStats)}
+    return EngineStats(**total | {"page_use": max((part["page_use"] for part in each), default=0.0)})
 
 
 def compare_tokens(stale: Burst, fresh: Burst, slots: np.ndarray) -> float:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from empg_jax.errors import writing
 from empg_jax.hf.config import config_to_hf
 from empg_jax.hf.layout import INDEX, Leaf, get_leaf, list_leaves
 from empg_jax.hf.safetensors import write_safetensors
@@ -91,6 +92,7 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
     Raises:
       FileExistsError: ``folder`` is not empty.
+      RunError: it cannot be written.
     """
     target = pathlib.Path(folder).resolve()
     is_there = target.is_dir()
@@ -100,16 +102,19 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
     if target.exists() and (not is_there or any(entry != partial for entry in target.iterdir())):
         raise FileExistsError(f"{target} is not empty: export into a new folder")
     is_writer = jax.process_index() == 0
-    if is_writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
     try:
-        yield partial
-        if is_writer and is_there:
-            for file in sorted(partial.iterdir(), reverse=True):  # config.json last: it makes a model of them
-                file.rename(target / file.name)
-        elif is_writer:
-            partial.rename(target)
+        with writing(target):
+            if is_writer:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            yield partial
+            if is_writer and is_there:
+                for file in sorted(
+                    partial.iterdir(), reverse=True
+                ):  # config.json last: it makes a model of them
+                    file.rename(target / file.name)
+            elif is_writer:
+                partial.rename(target)
     finally:
         if is_writer:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,11 +1,14 @@
-"""Trackers of experiments: Weights & Biases, MLflow, trackio. Each package is imported where it is chosen."""
+"""Trackers: TensorBoard, Weights & Biases, MLflow, trackio. Each package is imported where it is chosen."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import secrets
+import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,13 +47,13 @@ def import_trackers(config: Config) -> dict[str, Any]:
     return {name: _import(name) for name in ("wandb", "mlflow", "trackio") if getattr(config.log, name)}
 
 
-def open_trackers(config: Config, run_dir: Path, *, is_resumed: bool) -> list[Tracker]:
+def open_trackers(config: Config, run_dir: Path, *, resume_at: int | None) -> list[Tracker]:
     """Open the trackers that a configuration switches on, with its keys, name and tags.
 
     Args:
       config: the run's configuration.
       run_dir: the run's folder, whose name is that of the run.
-      is_resumed: whether the run goes on with one that was tracked before.
+      resume_at: the first update that will be told again, of a run that was tracked before; None: a new run.
 
     Raises:
       ConfigError: a package is not installed, or a tracker does not start.
@@ -59,12 +62,14 @@ def open_trackers(config: Config, run_dir: Path, *, is_resumed: bool) -> list[Tr
     opened: list[Tracker] = []
     for name, package in import_trackers(config).items():
         try:
-            tracker = makers[name](package, config, run_dir, is_resumed)
+            tracker = makers[name](package, config, run_dir, resume_at is not None)
         except Exception as error:  # of any kind: the packages have no common one
             for other in opened:
                 other.finish()
             raise ConfigError(f"log.{name}=true, but {name} does not start: {first_line(error)}") from error
         opened.append(_Guarded(name, tracker))
+    if config.log.tensorboard:
+        opened.append(_Guarded("tensorboard", _TensorBoard(run_dir / "tensorboard", resume_at)))
     return opened
 
 
@@ -160,6 +165,52 @@ class _Mlflow:
 
     def finish(self) -> None:
         self._mlflow.end_run()
+
+
+class _TensorBoard:
+    """TensorBoard's event files, without tensorboardX's thread: after its failure, callers wait for ever."""
+
+    def __init__(self, folder: Path, resume_at: int | None) -> None:
+        self._folder, self._resume_at = folder, resume_at
+        self._writer: Any = None
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        # Loaded at the first line: that takes a second, which no first episode should wait for.
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.summary import scalar
+
+        if self._writer is None:
+            self._open()
+        summary = Summary()
+        for name, value in values.items():
+            summary.MergeFrom(scalar(name, value))
+        try:
+            self._write(step=step, summary=summary)
+            self._writer.flush()
+        except OSError:
+            with contextlib.suppress(OSError):  # the same one
+                self._writer.close()
+            raise
+
+    def _open(self) -> None:
+        from tensorboardX import RecordWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._writer = RecordWriter(str(self._folder / name))
+        self._write(file_version="brain.Event:2")
+        if self._resume_at is not None:  # TensorBoard hides what earlier files have from this update on
+            self._write(step=self._resume_at, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def finish(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -8,9 +8,11 @@ them, so it is what this module carries over.
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from empg_jax.engine.stats import EngineStats, add_stats
 from empg_jax.rollout.adaptive import join_records
 from empg_jax.types import Trajectory
 
@@ -59,6 +61,7 @@ def _divide(cuts: Sequence[dict[str, Any]], index: int, num: int) -> dict[str, A
         "uniform": sum(cut["uniform"] for cut in totals),
         "outcomes": _add(cut["outcomes"] for cut in totals),
         "counts": _add(cut["counts"] for cut in totals),
+        "engine": dataclasses.asdict(add_stats(EngineStats(**cut.get("engine", {})) for cut in totals)),
         "groups": groups[index::num],
         **join_records(cuts),
         "faults": _join_faults([cut["faults"] for cut in cuts]),

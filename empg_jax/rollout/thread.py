@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from empg_jax.engine.interface import SamplingEngine
-from empg_jax.engine.stats import EngineStats
+from empg_jax.engine.stats import EngineStats, add_stats
 from empg_jax.errors import Interrupted
 from empg_jax.rollout.call import Call
 from empg_jax.rollout.collector import Collector
@@ -103,6 +103,8 @@ class RolloutThread:
         self._idle = self._paused = 0.0  # seconds since the last delivery
         self._openings = 0  # outages seen
         self._gaps: list[float] = []  # measured since the last delivery
+        self._counts = EngineStats()  # before a resume, or a cut, and since the last delivery
+        self._delivered: dict[int, EngineStats] = {}  # with the updates that are not consumed
         self._since = time.monotonic()
 
     @property
@@ -192,6 +194,7 @@ class RolloutThread:
         """Go on from a `cut`, before the thread starts."""
         self.collector.pool.restore_faults(values["faults"])
         self.ledger.restore(values, trajectories)
+        self._counts = EngineStats(**values.get("engine", {}))
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -306,6 +309,7 @@ class RolloutThread:
             self.engine.swap(placed, version, keep_cache=True)
             self._bound_gap(self._max_stale_gap)
         self.ledger.commit(version)
+        self._delivered = {update: each for update, each in self._delivered.items() if update >= version}
         self._version = version
         self._at_commit = self._cut_now(version) if self._is_repeatable else None
         self._paused += time.monotonic() - began
@@ -345,11 +349,13 @@ class RolloutThread:
             times["stale_gap"] = float(np.max(self._gaps))  # NaN where one is
             times["stale_refills"] = float(sum(not gap <= (self._max_stale_gap or 0.0) for gap in self._gaps))
             self._gaps.clear()
+        counts = self._delivered[reserved.update] = add_stats([self._counts, self.engine.take_stats()])
+        self._counts = EngineStats()
         return Delivery(
             reserved.update,
             reserved.trajectories,
             reserved.metrics | times,
-            self.engine.take_stats(),
+            counts,
             dict(self.ledger.outcomes),
             count_incidents(self.ledger, self.collector.pool),
         )
@@ -380,4 +386,8 @@ class RolloutThread:
 
     def _cut_now(self, updates: int) -> Cut:
         values, trajectories = self.ledger.cut(updates)
+        self._counts = add_stats([self._counts, self.engine.take_stats()])
+        # The groups of later updates are delivered again, and so are their counts.
+        again = [each for update, each in self._delivered.items() if update >= updates]
+        values["engine"] = dataclasses.asdict(add_stats([self._counts, *again]))
         return values | {"faults": self.collector.pool.fault_snapshot()}, trajectories

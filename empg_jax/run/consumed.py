@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from empg_jax.errors import writing
 from empg_jax.files import append, write_text_atomic
 from empg_jax.types import Trajectory
 
@@ -25,6 +26,9 @@ def write_consumed(run_dir: Path, update: int, trajectories: Sequence[Trajectory
       run_dir: the run's folder.
       update: number of the update, from 1.
       trajectories: its episodes, sorted by (group, member).
+
+    Raises:
+      RunError: the file cannot be written.
     """
     lines = []
     for group_id, group in itertools.groupby(trajectories, key=lambda t: t.group_id):
@@ -43,7 +47,8 @@ def write_consumed(run_dir: Path, update: int, trajectories: Sequence[Trajectory
         }
         lines.append(json.dumps(record) + "\n")
     # One unbuffered write: a kill leaves all of the lines or a part that the next start removes.
-    with (Path(run_dir) / FILENAME).open("ab", buffering=0) as file:
+    path = Path(run_dir) / FILENAME
+    with writing(path), path.open("ab", buffering=0) as file:
         append(file, "".join(lines).encode())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from empg_jax.algorithms.anchors import join_alike
 from empg_jax.algorithms.recipe import needs_of
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, writing
 from empg_jax.learner.batching import BatchShape, make_batch, merge_turns
 from empg_jax.rollout.record import Record, credit_fields, make_trajectory, read_episodes
 from empg_jax.run.assembly import make_algorithm_from, make_recipe_from
@@ -41,10 +41,8 @@ def print_credit(config: Config, path: Path, out: Path | None, *, say: Callable[
     if out is None:
         print("\n".join(format_record(record) for record in records))
         return
-    try:
+    with writing(f"--out {out}", ConfigError):
         write_records(out, records)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
 def recompute_credit(config: Config, path: Path) -> tuple[list[Record], list[str]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from empg_jax.errors import UserError
+from empg_jax.errors import ConfigError, UserError, writing
+from empg_jax.files import try_folder
 from empg_jax.hf.config import read_hf_config
 from empg_jax.hf.hub import find_folder
 from empg_jax.hf.peft import save_adapter
@@ -51,11 +52,14 @@ def export_run(
 
     Raises:
       CheckpointError: there is no usable checkpoint.
+      ConfigError: the folder cannot be written.
       ExportError: the folder is not empty, the run has no adapter, or no Hugging Face family describes its
         model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} is not empty: export into a new folder")
+    with writing(f"--out {out}", ConfigError):
+        try_folder(out)
     saved = open_saved(run, overrides, warn=say)
     prepare_jax(saved.config)  # adapters are added with the precision of training
     try:

@@ -82,7 +82,8 @@ def checkpoint_dir(config: Config, run_dir: Path) -> Path | str:
 
 def split_checkpoint(path: Path) -> tuple[Path, int | None]:
     """Split ``RUN/checkpoints/STEP`` into run folder and step; any other path has the step None."""
-    if path.name.isdigit() and path.parent.name == "checkpoints":
+    is_run = (path / "config.yaml").exists()  # whatever its name
+    if path.name.isdigit() and path.parent.name == "checkpoints" and not is_run:
         return path.parent.parent, int(path.name)
     return path, None
 

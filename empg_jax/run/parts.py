@@ -244,11 +244,9 @@ def open_run(
 def _open_log(
     config: Config, run_dir: Path, progress: Progress, hosts: Hosts, resume_at: int | None
 ) -> MetricsLog:
-    is_resumed = resume_at is not None
     return MetricsLog(
         run_dir,
-        tensorboard=config.log.tensorboard,
-        trackers=open_trackers(config, run_dir, is_resumed=is_resumed) if hosts.is_first else (),
+        trackers=open_trackers(config, run_dir, resume_at=resume_at) if hosts.is_first else (),
         resume_at=resume_at,
         warn=progress.message,
         is_written=hosts.is_first,

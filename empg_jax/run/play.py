@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, writing
+from empg_jax.files import try_folder
 from empg_jax.rollout.record import describe_episodes
 from empg_jax.run.process import prepare_jax
 from empg_jax.run.rollouts import write_records
@@ -38,6 +39,7 @@ def play_run(path: Path, overrides: list[str], episodes: int, out: Path, say: Ca
       CheckpointError: there is no run or no usable checkpoint at the path.
       ConfigError: an argument or override does not fit.
       PoolError: the environments keep failing.
+      RunError: the file could not be written after all.
     """
     _check(episodes, out)
     play(open_saved(path, overrides, warn=say), episodes, out, say)
@@ -60,10 +62,11 @@ def play(saved: SavedRun, episodes: int, out: Path, say: Callable[[str], None]) 
         with rollout:
             rollout.publish(saved.params, step)
             trajectories = rollout.next_batch().trajectories
-    if out.suffix == ".npz":
-        save_trajectories(out, trajectories)
-    else:
-        write_records(out, describe_episodes(trajectories, None, update=step))
+    with writing(out):
+        if out.suffix == ".npz":
+            save_trajectories(out, trajectories)
+        else:
+            write_records(out, describe_episodes(trajectories, None, update=step))
     outcomes = ", ".join(f"{name} {count}" for name, count in sorted(rollout.ledger.outcomes.items()))
     say(f"{len(trajectories)} episodes of {config.env.split} with the weights of update {step}: {outcomes}")
 
@@ -86,3 +89,5 @@ def _check(episodes: int, out: Path) -> None:
         raise ConfigError(f"--episodes {episodes}: expected at least 1")
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}: expected a file in a folder that exists")
+    with writing(f"--out {out}", ConfigError):
+        try_folder(out.parent)

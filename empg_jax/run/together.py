@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from empg_jax import __version__
 from empg_jax.config.places import expand
-from empg_jax.engine.engine import EngineStats
-from empg_jax.errors import ConfigError, Interrupted, RefusedCheckpoint
+from empg_jax.engine.stats import EngineStats, add_stats
+from empg_jax.errors import ConfigError, Interrupted, RefusedCheckpoint, writing
+from empg_jax.files import try_folder
 from empg_jax.parallel.hosts import HostLost, Hosts
 from empg_jax.report.progress import Progress
 from empg_jax.rollout.evaluator import Evaluation, conclude
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 # How each host's number of an update becomes one of all hosts; other numbers of a delivery are means.
 SUMMED = {"groups_replaced", "groups_uniform", "stale_refills"}
-LARGEST = {"stale_gap", "page_use", "breaker_seconds"}
+LARGEST = {"stale_gap", "breaker_seconds"}
 SEE_SECONDS = 5.0  # a shared file system shows other hosts' files after a while
 Part = tuple[dict[str, Any], list[Trajectory]]  # JSON types, and episodes
 
@@ -74,8 +75,8 @@ def check_store(config: Config, hosts: Hosts, *, is_new: bool) -> None:
     """Check that a place of the checkpoints that was chosen can be written to, and is no other run's.
 
     Raises:
-      RefusedCheckpoint: a host cannot write to the object store, or the place holds another run's checkpoints
-        and this run is new.
+      RefusedCheckpoint: the place cannot be written, or holds another run's checkpoints and this run is new.
+      RunLocked: another process uses the folder.
     """
     directory = config.checkpoint.dir
     if directory is None:
@@ -87,11 +88,19 @@ def check_store(config: Config, hosts: Hosts, *, is_new: bool) -> None:
         check_object_store(directory, hosts, is_new=is_new)
         return
     folder = expand(directory, "checkpoint.dir")
-    if is_new and (steps := hosts.first("checkpoints", lambda: open_step_folders(folder).steps)):
+    if is_new and (steps := hosts.first("checkpoints", lambda: _look_into(folder))):
         raise RefusedCheckpoint(
             f"checkpoint.dir={directory} holds checkpoints of another run ({steps}), which this one would "
             "delete: choose another folder, or go on with that run: --resume RUN"
         )
+
+
+def _look_into(folder: Path) -> list[int]:
+    """Return the steps in a folder of checkpoints that this process can have; nothing is made."""
+    with writing(f"checkpoint.dir={folder}", RefusedCheckpoint):
+        try_folder(folder)
+    with locked(folder) if folder.exists() else contextlib.nullcontext():
+        return open_step_folders(folder).steps
 
 
 @contextlib.contextmanager
@@ -226,7 +235,7 @@ def join_deliveries(parts: Sequence[Part]) -> Delivery:
         update=values[0]["update"],
         trajectories=sorted(episodes, key=lambda t: (t.group_id, t.member)),
         metrics=_join_metrics([each["metrics"] for each in values]),
-        engine=EngineStats(**_add(each["engine"] for each in values)),
+        engine=add_stats(EngineStats(**each["engine"]) for each in values),
         outcomes=_add(each["outcomes"] for each in values),
         incidents=_add(each["incidents"] for each in values),
     )

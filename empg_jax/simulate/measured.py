@@ -65,7 +65,7 @@ def read_run(run: Path, groups_per_update: int) -> Measured:
         lines = read_metrics(path)
     except ValueError as error:
         raise ConfigError(f"--from {run}: {error}") from None
-    # A line counts the episodes that were discarded since the line before, and all else of its own update.
+    # A line counts what ended since the line before (steps, outcomes), and all else of its own update.
     starts = [0, *(line["update"] for line in lines)]
     lines = [line | {"covered": line["update"] - start} for line, start in zip(lines, starts, strict=False)]
     lines = [line for line in lines if all(line.get(name) is not None for name in NEEDED)]
@@ -80,8 +80,6 @@ def read_run(run: Path, groups_per_update: int) -> Measured:
     def mean(name: str) -> float:
         return statistics.fmean(line.get(name) or 0.0 for line in lines)
 
-    discarded = sum(line.get("episodes_discarded") or 0.0 for line in lines)
-    discarded /= max(sum(line["covered"] for line in lines), 1)
     turns = mean("episode_turns")
     return Measured(
         lines=len(lines),
@@ -91,7 +89,7 @@ def read_run(run: Path, groups_per_update: int) -> Measured:
         update_seconds=median("seconds_update"),
         publish_seconds=median("seconds_publish"),
         cycle_seconds=median("seconds_cycle"),
-        failures=discarded / max(discarded + mean("episodes_trained"), 1.0),
+        failures=sum(_discarded(line) for line in lines) / max(sum(_ended(line) for line in lines), 1.0),
         mixed=1.0
         - (groups_per_update * (1 - mean("mixed_groups")) + mean("groups_replaced"))
         / (groups_per_update + mean("groups_replaced")),
@@ -109,9 +107,22 @@ def read_hosts(run: Path, config: Config) -> Config:
 
 
 def _per_turn(lines: Sequence[dict[str, Any]]) -> float:
-    """Return the prefilled tokens per turn."""
-    turns = sum(line["episode_turns"] * (line.get("episodes_trained") or 1.0) for line in lines)
+    """Return the prefilled tokens per turn, those of replaced groups included."""
+    turns = 0.0
+    for line in lines:
+        trained = line["episode_turns"] * (line.get("episodes_trained") or 1.0)
+        turns += (line.get("environment_steps") or 0.0) / max(line["covered"], 1) or trained
     return sum(line["tokens_prefilled"] for line in lines) / max(turns, 1.0)
+
+
+def _discarded(line: dict[str, Any]) -> float:
+    return float(line.get("episodes_discarded") or 0.0)
+
+
+def _ended(line: dict[str, Any]) -> float:
+    """Return the attempts that ended since the line before, those of replaced groups included."""
+    ended = sum(count or 0.0 for name, count in line.items() if name.startswith("outcome_"))
+    return float(ended or line["covered"] * (line.get("episodes_trained") or 0.0) + _discarded(line))
 
 
 def fit_decode_rate(world: World, cycle_seconds: float) -> float:

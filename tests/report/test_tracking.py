@@ -1,5 +1,6 @@
 """Trackers of experiments, with stand-ins for their packages: what each of them is told."""
 
+import errno
 import sys
 import types
 
@@ -54,7 +55,7 @@ def test_projects_names_tags_and_keys(packages, tmp_path):
     run = tmp_path / "try-7"
     run.mkdir()
     config = load_config("quickstart", [*on, *KEYS])
-    trackers = open_trackers(config, run, is_resumed=False)
+    trackers = open_trackers(config, run, resume_at=None)
     ((_, given),) = packages["wandb"].named("init")
     assert (given["project"], given["entity"], given["tags"]) == ("agents", "team", ["first", "try"])
     own = given["id"]
@@ -78,7 +79,7 @@ def test_projects_names_tags_and_keys(packages, tmp_path):
     assert [len(packages[name].named("finish")) for name in ("wandb", "trackio")] == [1, 1]
     assert mlflow.named("end_run") == [((), {})]
     # A resumed run goes on with the same.
-    open_trackers(config, run, is_resumed=True)
+    open_trackers(config, run, resume_at=3)
     assert mlflow.named("start_run")[-1] == ((), {"run_id": "abc123"})
     assert packages["wandb"].named("init")[-1][1]["resume"] == "allow"
     assert packages["trackio"].named("init")[-1][1]["resume"] == "allow"
@@ -89,9 +90,9 @@ def test_runs_in_folders_of_one_name_are_two_and_go_on_as_themselves(packages, t
     folders = [tmp_path / parent / "seed-0" for parent in ("first", "second")]
     for folder in folders:
         folder.mkdir(parents=True)
-    for is_resumed in (False, True):
+    for resume_at in (None, 3):
         for folder in folders:
-            open_trackers(config, folder, is_resumed=is_resumed)
+            open_trackers(config, folder, resume_at=resume_at)
     for package, key in (("wandb", "id"), ("trackio", "name")):
         one, other, *resumed = [given[key] for _, given in packages[package].named("init")]
         assert one != other and resumed == [one, other]
@@ -103,7 +104,7 @@ def test_a_missing_package_is_told_before_anything_is_opened(packages, monkeypat
     monkeypatch.setitem(sys.modules, name, None)
     config = load_config("quickstart", ["log.wandb=true", f"log.{name}=true"])
     with pytest.raises(ConfigError, match=rf"log\.{name}=true needs {name}; in the clone: pip install -e"):
-        open_trackers(config, tmp_path, is_resumed=False)
+        open_trackers(config, tmp_path, resume_at=None)
     assert not packages["wandb"].calls
     run = tmp_path / "run"
     with pytest.raises(ConfigError, match=rf"log\.{name}=true needs {name}"):
@@ -119,24 +120,30 @@ def test_a_tracker_that_does_not_start_is_told_in_a_line(packages, monkeypatch, 
     with pytest.raises(
         ConfigError, match=rf"^log\.{name}=true, but {name} does not start: RuntimeError: no such address$"
     ):
-        open_trackers(config, tmp_path, is_resumed=False)
+        open_trackers(config, tmp_path, resume_at=None)
     assert len(packages["wandb"].named("finish")) == len(packages["wandb"].named("init"))
 
 
-def test_a_tracker_that_fails_costs_its_own_record_only(packages, tmp_path, capsys):
+def test_a_tracker_that_fails_costs_its_own_record_only(packages, monkeypatch, tmp_path, capsys):
     packages["trackio"].log = _refuse
+    monkeypatch.setattr("tensorboardX.RecordWriter.flush", _find_no_space)
     config = load_config("quickstart", ["log.wandb=true", "log.trackio=true"])
-    with MetricsLog(tmp_path, trackers=open_trackers(config, tmp_path, is_resumed=False)) as log:
+    with MetricsLog(tmp_path, trackers=open_trackers(config, tmp_path, resume_at=None)) as log:
         for step in (1, 2, 3):
             log.write(step, {"loss": 0.5})
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(packages["wandb"].named("log")) == 3
     told = capsys.readouterr().err
-    assert told.count("warning: trackio failed at update 1 and is told nothing more") == 1
+    for name in ("trackio", "tensorboard"):
+        assert told.count(f"warning: {name} failed at update 1 and is told nothing more") == 1
     assert not packages["trackio"].named("finish") and packages["wandb"].named("finish")
 
 
 def _refuse(*_, **__):
     raise RuntimeError("no such address\nand much more")
+
+
+def _find_no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.slow

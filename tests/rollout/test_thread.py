@@ -221,6 +221,7 @@ def test_a_barrier_that_waits_for_environments_ends_with_the_block(rounds):
     rollout, pool = make_rollout(is_repeatable=True), SilentPool()
     engine = ScriptedEngine(slots=2)
     engine.place, engine.swap = lambda params: params, lambda placed, version: None
+    engine.take_stats = EngineStats
     rollout.collector = make_collector(engine, pool, is_deterministic=rounds is None)
     rollout.schedule = None if rounds is None else iter(rounds)
     with rollout:

@@ -158,6 +158,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(whole, adapte
     run, folder = whole
     for arguments, expected, message in [
         ((run, "--out", folder), 2, "is not empty: export into a new folder"),
+        ((run, "--out", "/proc/new/x"), 2, "--out /proc/new/x cannot be written: "),
         ((run, "--out", tmp_path / "x", "--adapter"), 2, "trained every parameter"),
         ((tmp_path, "--out", tmp_path / "x"), 2, "neither a run folder"),
         ((adapted, "--out", tmp_path / "x", "seed=1", "model.path=null"), 2, "belong to the base"),

@@ -81,6 +81,14 @@ def test_two_runs_never_share_a_folder_of_checkpoints(tmp_path):
         pass
 
 
+def test_a_run_may_be_called_like_a_step(tmp_path):
+    named, step = tmp_path / "checkpoints" / "7", tmp_path / "run" / "checkpoints" / "7"
+    named.mkdir(parents=True)
+    (named / "config.yaml").touch()
+    assert runinfo.split_checkpoint(named) == (named, None)
+    assert runinfo.split_checkpoint(step) == (tmp_path / "run", 7)
+
+
 def test_the_run_can_be_repeated_from_its_folder(tmp_path):
     config = load_config("quickstart", ["seed=7"])
     runinfo.write_run_info(tmp_path, config)

@@ -108,6 +108,7 @@ def test_bad_input_is_refused_before_anything_is_played(run, tmp_path):
     assert "--episodes 0: expected at least 1" in refuse(run, "--episodes", 0, *out)
     assert "expected a file in a folder that exists" in refuse(run, "--episodes", 2, "--out", tmp_path)
     assert "expected a file" in refuse(run, "--episodes", 2, "--out", tmp_path / "no" / "x")
+    assert "--out /proc/x.npz cannot be written: " in refuse(run, "--episodes", 2, "--out", "/proc/x.npz")
     assert "is neither a run folder" in refuse(tmp_path, "--episodes", 2, *out)
     assert "nope" in refuse("nope", "--episodes", 2, *out)
     assert list(tmp_path.iterdir()) == []

@@ -234,6 +234,18 @@ def test_episodes_discarded_are_those_of_all_updates_between_two_lines(tmp_path,
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = plan(run / "config.yaml", "--from", run, latency=0.05, decode_rate=120, updates=2, lags=0)
     assert found["world"]["failures"] == pytest.approx(0.2)
+    # Dynamic sampling replaced as many episodes as were trained: those were prefilled, and could fail, too.
+    counts = {
+        "environment_steps": 5 * 2 * lines[0]["episodes_trained"] * lines[0]["episode_turns"],
+        "tokens_prefilled": 2 * lines[0]["tokens_prefilled"],
+        "outcome_won": 40.0,
+        "outcome_env_error": 10.0,
+        "episodes_discarded": 10.0,
+    }
+    path.write_text("".join(json.dumps(line | counts) + "\n" for line in lines))
+    found = plan(run / "config.yaml", "--from", run, latency=0.05, decode_rate=120, updates=2, lags=0)
+    assert found["world"]["failures"] == pytest.approx(0.2)
+    assert found["world"]["observation"] == pytest.approx(7.0)
 
 
 def test_another_batch_takes_an_update_in_proportion(tmp_path, known):
