@@ -109,9 +109,8 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
                 partial.mkdir(parents=True)
             yield partial
             if is_writer and is_there:
-                for file in sorted(
-                    partial.iterdir(), reverse=True
-                ):  # config.json last: it makes a model of them
+                # config.json last: it makes a model of them
+                for file in sorted(partial.iterdir(), reverse=True):
                     file.rename(target / file.name)
             elif is_writer:
                 partial.rename(target)
