@@ -118,6 +118,20 @@ def test_what_is_wrong_with_an_entry_point_is_told(folder, source, says):
     assert line.startswith("error: env.entry_point=mine:Env: ") and says in line
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("def __init__(self): raise OSError('no licence')", "OSError: no licence"),
+        ("def reset(self, seed, split, index): pass", "'Env' object has no attribute 'list_splits'"),
+    ],
+)
+def test_an_environment_that_no_worker_can_open_leaves_no_run_behind(folder, body, says):
+    (folder / "mine.py").write_text(f"class Env:\n    {body}\n")
+    line = refuse_last("train", "quickstart", *runs.TINY, *OWN, "sft.updates=0", "model.tokenizer=bytes")
+    assert "(environment 'mine:Env') failed to start 3 times in a row" in line and says in line
+    assert not list((folder / "runs").iterdir())
+
+
 def test_an_open_vocabulary_is_read_as_bytes_and_said_first(folder):
     (folder / "mine.py").write_text(ENV)
     done = CliRunner().invoke(app, ["config", "quickstart", *OWN])
