@@ -164,6 +164,15 @@ def test_a_folder_that_is_no_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_place_of_a_configuration(folder):
+    (folder / "run").mkdir()
+    assert "run is a folder, not a configuration" in refuse("train", "run")
+    (folder / "run" / "config.yaml").write_text("{}")
+    says = "run is a folder; its configuration is run/config.yaml (to go on with the run: empg-jax train "
+    for command in ("train", "plan", "config"):
+        assert f"{says}--resume run)" in refuse(command, "run")
+
+
 @pytest.mark.parametrize(
     "key",
     [

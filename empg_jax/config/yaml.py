@@ -66,6 +66,13 @@ def find_file(name_or_path: str | Path) -> Path:
         if path.is_file():
             return path
         raise ConfigError(f"no configuration file {path}")
+    if (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"{path} is a folder; its configuration is {path / 'config.yaml'} (to go on with the run: "
+            f"empg-jax train --resume {path})"
+        )
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not a configuration")
     hint = nearest(str(name_or_path), packaged)
     raise ConfigError(
         f"no packaged configuration {str(name_or_path)!r}{hint}; there are: {', '.join(packaged)}; "
