@@ -215,6 +215,13 @@ def test_a_split_that_does_not_exist_leaves_the_folder_as_it_was(tmp_path, monke
         assert sorted(path.name for path in tmp_path.rglob("*")) == (["mine", kept] if kept else [])
 
 
+def test_a_policy_to_watch_is_found_before_its_prompts_are_told():
+    assert "nowhere is neither a folder, nor a hub id" in refuse("play", "household", "--policy", "nowhere")
+    done = CliRunner().invoke(app, ["play", "household", "--policy", "smollm2-135m", "levle=tiny"])
+    told = "prompts and lengths are those of household_qwen2.5_7b (KEY=VALUE changes them)\n"  # no --config
+    assert (done.exit_code, done.stdout) == (2, told) and "has no option 'levle'" in done.stderr
+
+
 def test_too_few_tasks_for_the_hosts_are_told_with_the_splits():
     config, pool = load_config("quickstart", ["env.sampler=adaptive"]), SimpleNamespace(splits={"train": 2})
     with pytest.raises(ConfigError, match=r"env\.sampler=adaptive: 2 tasks cannot be shared by 3 hosts"):
