@@ -280,6 +280,13 @@ def test_an_episode_with_more_tokens_than_fit(tmp_path):
     assert "line 1, turns[0].tokens: expected 1 to 1048576, got 99999999999" in line
 
 
+@pytest.mark.parametrize("option", ["--index", "--encoder"])
+def test_vectors_without_a_retriever_that_reads_them(folder, option):
+    (folder / "corpus.jsonl").write_text('{"id": "0", "contents": "Oslo\\nA town."}\n')
+    line = refuse("retrieve", "--corpus", "corpus.jsonl", option, "x")
+    assert "--index and --encoder go with --retriever faiss or vectors, not auto" in line
+
+
 def test_an_export_into_a_folder_with_contents(tmp_path):
     (tmp_path / "kept").write_text("mine")
     assert "is not empty" in refuse("export", tmp_path, "--out", tmp_path)
