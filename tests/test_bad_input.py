@@ -280,6 +280,19 @@ def test_an_episode_with_more_tokens_than_fit(tmp_path):
     assert "line 1, turns[0].tokens: expected 1 to 1048576, got 99999999999" in line
 
 
+def test_a_file_in_place_of_a_model(folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "chats.jsonl").write_text("{}\n")
+    line = refuse_last("train", "quickstart", "model.path=data/chats.jsonl")
+    assert line.endswith(": data/chats.jsonl is a file; expected a folder")
+
+
+@pytest.mark.parametrize(("command", "name"), [("new-env", "my_world"), ("new-algorithm", "my_credit")])
+def test_what_is_begun_has_a_name_of_its_kind(command, name):
+    said = CliRunner().invoke(app, [command, "--help"]).stdout.replace("\u2502", " ")
+    assert f"a Python identifier, such as {name}." in " ".join(said.split())
+
+
 @pytest.mark.parametrize("option", ["--index", "--encoder"])
 def test_vectors_without_a_retriever_that_reads_them(folder, option):
     (folder / "corpus.jsonl").write_text('{"id": "0", "contents": "Oslo\\nA town."}\n')

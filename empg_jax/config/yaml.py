@@ -163,6 +163,16 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         node[parts[-1]] = value
 
 
+def check_option(option: str) -> None:
+    """Refuse a value of ``--options`` that is not of the form ``KEY=VALUE``.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if "=" not in option:
+        raise ConfigError(f"--options {option}: expected KEY=VALUE")
+
+
 def drop_options(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """Remove a file's environment options where an override names another environment.
 

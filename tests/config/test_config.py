@@ -51,6 +51,11 @@ REFUSED = {
     ("run_dir=3",): r"run_dir=3: must be a valid string",
     ("train=3",): r"train=3: this is a section; its keys are updates",
     ("algorithm.modulation=emgp",): r"did you mean empg\?\); choose none or empg or aem",
+    ("algorithm.name=gpro",): r"algorithm\.name=gpro is unknown \(did you mean grpo\?\)",
+    (
+        "algorithm.name=null",
+        "algorithm.entry_point=evil",
+    ): r"algorithm\.entry_point='evil': expected module:RECIPE, such as mine:RECIPE",
     ("algorithm.name=grpoo",): r"algorithm\.name=grpoo is unknown \(did you mean grpo\?\)",
     (
         "algorithm.name=grpo_empg",
