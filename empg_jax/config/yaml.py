@@ -114,10 +114,10 @@ def _find_base(path: Path, base: Any) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the nested values of a file; an empty file gives an empty dict.
+    """Read the nested values of a file.
 
     Raises:
-      ConfigError: the file cannot be read, is no YAML, or is no table of keys.
+      ConfigError: the file cannot be read, is no YAML, is empty, or is no table of keys.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -126,7 +126,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if values is None:
-        return {}
+        raise ConfigError(f"{path} is empty; a file without keys of its own holds {{}}")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values (key: value), not {type(values).__name__}")
     return values
