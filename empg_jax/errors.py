@@ -83,9 +83,13 @@ def first_line(error: Exception) -> str:
 
 
 def closest(wrong: str, choices: Iterable[str]) -> str | None:
-    """Return the choice with the most similar spelling, or None when none is similar."""
-    found = difflib.get_close_matches(wrong, list(choices), n=1, cutoff=0.6)
-    return found[0] if found else None
+    """Return the choice with the most similar spelling, or None when none is similar.
+
+    Of all that are similar, one of the same letters in another order goes first.
+    """
+    names = list(choices)
+    found = difflib.get_close_matches(wrong, names, n=max(1, len(names)), cutoff=0.6)
+    return min(found, key=lambda choice: sorted(choice) != sorted(wrong), default=None)
 
 
 def nearest(wrong: str, choices: Iterable[str]) -> str:

@@ -119,6 +119,20 @@ def test_what_is_wrong_with_an_entry_point_is_told(folder, source, says):
     assert line.startswith("error: env.entry_point=mine:Env: ") and says in line
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("def __init__(self): raise OSError('no licence')", "OSError: no licence"),
+        ("def reset(self, seed, split, index): pass", "'Env' object has no attribute 'list_splits'"),
+    ],
+)
+def test_an_environment_that_no_worker_can_open_leaves_no_run_behind(folder, body, says):
+    (folder / "mine.py").write_text(f"class Env:\n    {body}\n")
+    line = refuse_last("train", "quickstart", *runs.TINY, *OWN, "sft.updates=0", "model.tokenizer=bytes")
+    assert "(environment 'mine:Env') failed to start 3 times in a row" in line and says in line
+    assert not list((folder / "runs").iterdir())
+
+
 def test_an_open_vocabulary_is_read_as_bytes_and_said_first(folder):
     (folder / "mine.py").write_text(ENV)
     done = CliRunner().invoke(app, ["config", "quickstart", *OWN])
@@ -165,6 +179,15 @@ def test_a_folder_that_is_no_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_place_of_a_configuration(folder):
+    (folder / "run").mkdir()
+    assert "run is a folder, not a configuration" in refuse("train", "run")
+    (folder / "run" / "config.yaml").write_text("{}")
+    says = "run is a folder; its configuration is run/config.yaml (to go on with the run: empg-jax train "
+    for command in ("train", "plan", "config"):
+        assert f"{says}--resume run)" in refuse(command, "run")
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -205,6 +228,13 @@ def test_a_split_that_does_not_exist_leaves_the_folder_as_it_was(tmp_path, monke
         said = refuse_last(*command, f"{key}=nosplit")
         assert said == f"error: {key}=nosplit does not exist; the environment has train, valid, test"
         assert sorted(path.name for path in tmp_path.rglob("*")) == (["mine", kept] if kept else [])
+
+
+def test_a_policy_to_watch_is_found_before_its_prompts_are_told():
+    assert "nowhere is neither a folder, nor a hub id" in refuse("play", "household", "--policy", "nowhere")
+    done = CliRunner().invoke(app, ["play", "household", "--policy", "smollm2-135m", "levle=tiny"])
+    told = "prompts and lengths are those of household_qwen2.5_7b (KEY=VALUE changes them)\n"  # no --config
+    assert (done.exit_code, done.stdout) == (2, told) and "has no option 'levle'" in done.stderr
 
 
 def test_too_few_tasks_for_the_hosts_are_told_with_the_splits():
@@ -270,6 +300,26 @@ def test_an_episode_with_more_tokens_than_fit(tmp_path):
     (tmp_path / "one.jsonl").write_text(json.dumps({"turns": [turn]}))
     line = refuse("credit", "quickstart", tmp_path / "one.jsonl")
     assert "line 1, turns[0].tokens: expected 1 to 1048576, got 99999999999" in line
+
+
+def test_a_file_in_place_of_a_model(folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "chats.jsonl").write_text("{}\n")
+    line = refuse_last("train", "quickstart", "model.path=data/chats.jsonl")
+    assert line.endswith(": data/chats.jsonl is a file; expected a folder")
+
+
+@pytest.mark.parametrize(("command", "name"), [("new-env", "my_world"), ("new-algorithm", "my_credit")])
+def test_what_is_begun_has_a_name_of_its_kind(command, name):
+    said = CliRunner().invoke(app, [command, "--help"]).stdout.replace("\u2502", " ")
+    assert f"a Python identifier, such as {name}." in " ".join(said.split())
+
+
+@pytest.mark.parametrize("option", ["--index", "--encoder"])
+def test_vectors_without_a_retriever_that_reads_them(folder, option):
+    (folder / "corpus.jsonl").write_text('{"id": "0", "contents": "Oslo\\nA town."}\n')
+    line = refuse("retrieve", "--corpus", "corpus.jsonl", option, "x")
+    assert "--index and --encoder go with --retriever faiss or vectors, not auto" in line
 
 
 def test_an_export_into_a_folder_with_contents(tmp_path):

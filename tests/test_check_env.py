@@ -150,7 +150,8 @@ def test_the_example_and_a_packaged_one_pass(monkeypatch):
         (["mine:Goood"], "did you mean 'Good'?"),
         (["mine:BROKEN"], "is a int; expected an EnvSpec or a callable"),
         (["mine:Good", "--options", "worng=1"], "has no option 'worng' (did you mean 'wrong'?)"),
-        (["household", "--options", "level=x"], "household"),
+        (["household", "--options", "level=x"], "household level 'x'. Known: tiny, "),
+        (["household", "--options", "turns"], "error: --options turns: expected KEY=VALUE"),
         (["household", "--options", "env.prompt_options.styl=x"], "has no prompt option 'styl'"),
     ],
 )

@@ -126,7 +126,15 @@ def _evaluate_other(
 
     if env is None and config is None:
         raise ConfigError(f"{source} is a server, which has no environment: add --env NAME or --config")
-    resolved = load_for_model(source, changes, env=env, config=config, presets=list(PRESETS), say=say)
+    resolved = load_for_model(
+        source,
+        changes,
+        env=env,
+        config=config,
+        presets=list(PRESETS),
+        say=say,
+        hint="--config chooses others, KEY=VALUE changes them",
+    )
     if is_address(source):
         from empg_jax.evaluate import evaluate_endpoint
 

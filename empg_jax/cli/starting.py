@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from empg_jax.cli.app import app, reporting, say
 
-NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of the folder: a Python identifier, such as my_world.")
-]
+
+def _name_argument(example: str) -> Any:
+    text = f"Name of the folder: a Python identifier, such as {example}."
+    return typer.Argument(metavar="NAME", help=text)
 
 
 @app.command("new-env")
-def new_env(name: NameArgument) -> None:
+def new_env(name: Annotated[str, _name_argument("my_world")]) -> None:
     """Write a folder NAME with an environment of your own: code, configuration, test, README.
 
     It trains as it stands, from the folder that NAME is in:
@@ -28,7 +29,7 @@ def new_env(name: NameArgument) -> None:
 
 
 @app.command("new-algorithm")
-def new_algorithm(name: NameArgument) -> None:
+def new_algorithm(name: Annotated[str, _name_argument("my_credit")]) -> None:
     """Write a folder NAME with an algorithm of your own: recipe, configuration, test, README.
 
     It trains as it stands, from the folder that NAME is in:

@@ -157,6 +157,7 @@ _FIELDS: dict[str, Any] = {
         Field(
             None,
             pattern=r"^[\w.]+:\w+$",
+            examples=["module:RECIPE", "mine:RECIPE"],
             description="A Recipe of your own, as package.module:ATTRIBUTE, in place of algorithm.name.",
         ),
     ),

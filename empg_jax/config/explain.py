@@ -47,7 +47,8 @@ def explain(root: Any, error: Mapping[str, Any]) -> list[str]:
     where = f"{'.'.join(parts[: depth + 1])}={error['input']!r}"
     if kind == "extra_forbidden":
         return [f"{where}: unknown key{_nearest_key(root, parts[:depth], key)}"]
-    annotation = section.model_fields[key].annotation
+    field = section.model_fields[key]
+    annotation = field.annotation
     if _is_section(annotation):
         return [f"{where}: this is a section; its keys are {', '.join(annotation.model_fields)}"]
     if kind == "literal_error":
@@ -55,6 +56,8 @@ def explain(root: Any, error: Mapping[str, Any]) -> list[str]:
         return [
             f"{where}: unknown choice{nearest(str(error['input']), choices)}; choose {' or '.join(choices)}"
         ]
+    if kind == "string_pattern_mismatch" and field.examples:
+        return [f"{where}: expected {', such as '.join(field.examples)}"]
     return [f"{where}: {error['msg'].replace('Input should', 'must')}"]
 
 

@@ -34,6 +34,7 @@ def load_for_model(
     config: str | None,
     presets: Sequence[str],
     say: Callable[[str], None],
+    hint: str = "KEY=VALUE changes them",
 ) -> Config:
     """Load the configuration under which a model is played.
 
@@ -46,6 +47,7 @@ def load_for_model(
       config: a packaged name or a YAML file.
       presets: the names of presets.
       say: receives messages for the user.
+      hint: how the command changes prompts and lengths that it did not name.
 
     Raises:
       ConfigError: there is no such model, environment or configuration, or the two do not go together.
@@ -54,10 +56,11 @@ def load_for_model(
     if chosen is None:
         assert env is not None, "one of the two says how prompts are built"
         chosen, changes = _choose(env)
-        say(f"prompts and lengths are those of {chosen} (--config chooses others, KEY=VALUE changes them)")
     resolved = load_config(chosen, [*changes, *_locate(source, presets), *overrides])
     if env is not None and resolved.env.target != env:
         raise ConfigError(f"--env {env}: {chosen} is for {resolved.env.target}; leave out one of the two")
+    if config is None:
+        say(f"prompts and lengths are those of {chosen} ({hint})")
     return resolved
 
 

@@ -23,6 +23,7 @@ class EnvConfig(Section):
     entry_point: str | None = Field(
         None,
         pattern=r"^[\w.]+:\w+$",
+        examples=["module:ENV", "mine:Env"],
         description="An environment of your own, as package.module:attribute, in place of env.name.",
     )
     options: Options = Field(default_factory=dict, description="Keyword arguments of the environment.")

@@ -66,6 +66,13 @@ def find_file(name_or_path: str | Path) -> Path:
         if path.is_file():
             return path
         raise ConfigError(f"no configuration file {path}")
+    if (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"{path} is a folder; its configuration is {path / 'config.yaml'} (to go on with the run: "
+            f"empg-jax train --resume {path})"
+        )
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not a configuration")
     hint = nearest(str(name_or_path), packaged)
     raise ConfigError(
         f"no packaged configuration {str(name_or_path)!r}{hint}; there are: {', '.join(packaged)}; "
@@ -107,10 +114,10 @@ def _find_base(path: Path, base: Any) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the nested values of a file; an empty file gives an empty dict.
+    """Read the nested values of a file.
 
     Raises:
-      ConfigError: the file cannot be read, is no YAML, or is no table of keys.
+      ConfigError: the file cannot be read, is no YAML, is empty, or is no table of keys.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -121,7 +128,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if values is None:
-        return {}
+        raise ConfigError(f"{path} is empty; a file without keys of its own holds {{}}")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values (key: value), not {type(values).__name__}")
     return values
@@ -158,6 +165,16 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         node[parts[-1]] = _merge(node[parts[-1]], value)
     else:
         node[parts[-1]] = value
+
+
+def check_option(option: str) -> None:
+    """Refuse a value of ``--options`` that is not of the form ``KEY=VALUE``.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if "=" not in option:
+        raise ConfigError(f"--options {option}: expected KEY=VALUE")
 
 
 def drop_options(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:

@@ -20,12 +20,14 @@ def find_folder(path: str | pathlib.Path, patterns: Sequence[str], what: str) ->
       what: kind of the folder ("model", "tokenizer"), for the error message.
 
     Raises:
-      FileNotFoundError: there is neither such a folder nor such a hub id.
+      FileNotFoundError: there is neither such a folder nor such a hub id, or it is a file.
       ConfigError: the path begins with a home folder that is not known.
     """
     folder = expand(path)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise FileNotFoundError(f"{path} is a file; expected a folder")
     looks_like_hub_id = (
         isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
     )

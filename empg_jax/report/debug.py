@@ -92,6 +92,8 @@ def inspect_dump(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         dumps = list(path.glob(f"{FOLDER}/bad_batch_*.npz"))
+        if not dumps and not (path / "config.yaml").is_file():
+            raise ConfigError(f"{path} holds no run (no config.yaml)")
         if not dumps:
             raise ConfigError(
                 f"{path} has no {FOLDER}/bad_batch_N.npz: no optimizer step of this run was left out"

@@ -36,6 +36,12 @@ def choose_retriever(name: str, has_encoder: bool, say: Callable[[str], None]) -
     return found
 
 
+def check_options(retriever: str, encoder: Mapping[str, Any] | None) -> None:
+    """Refuse options of an index of vectors where the retriever reads none; see `make_engine`."""
+    if retriever not in VECTORS and (encoder or {}).keys() & {"index", "encoder"}:
+        raise ServeError(f"--index and --encoder go with --retriever {' or '.join(VECTORS)}, not {retriever}")
+
+
 def make_engine(
     retriever: str,
     passages: Sequence[Passage],
@@ -57,13 +63,12 @@ def make_engine(
       ServeError: the name is unknown, ``dense`` has no model, or another retriever has one.
       ValueError: a package is not installed, or the folder contains no encoder.
     """
+    check_options(retriever, encoder)
     options = dict(encoder or {})
     model = options.pop("model", None)
     retriever = choose_retriever(retriever, model is not None, say)
     if retriever in VECTORS:
         return make_retriever(retriever, passages, **find_index(model, options))
-    if options.keys() & {"index", "encoder"}:
-        raise ServeError(f"--index and --encoder go with --retriever {' or '.join(VECTORS)}, not {retriever}")
     if (retriever == DENSE) != (model is not None):
         raise ServeError("a dense retriever needs the folder of an encoder (--model), and no other takes one")
     known = (*(name for name in RETRIEVERS if name != "remote"), DENSE, AUTO)
@@ -162,6 +167,7 @@ def serve_corpus(
       ServeError, ValueError: see `make_engine` and `open_server`.
     """
     began = time.monotonic()
+    check_options(retriever, encoder)
     options_of_vectors: dict[str, Any] = {}
     if index_dir is not None and retriever in VECTORS:
         given = dict(encoder or {})

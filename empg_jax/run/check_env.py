@@ -8,7 +8,7 @@ from typing import Any
 
 from empg_envs import check_options, resolve_spec
 from empg_envs.conformance import Subject, run_checks
-from empg_jax.config.yaml import apply_override
+from empg_jax.config.yaml import apply_override, check_option
 from empg_jax.errors import ConfigError
 
 WIDTH = 110
@@ -32,6 +32,7 @@ def check_env(target: str, options: Sequence[str], episodes: int, say: Callable[
     """
     values: dict[str, Any] = {}
     for option in options:
+        check_option(option)
         is_full = option.startswith(("env.options.", "env.prompt_options."))
         apply_override(values, option if is_full else f"env.options.{option}")
     env = values.get("env", {})

@@ -37,11 +37,7 @@ def check_model(config: Config) -> DecoderConfig:
     """
     check_devices(config)
     model = make_model(config, make_language(config).tokenizer)
-    try:
-        if config.model.path is not None:
-            open_weights(config.model.path, base_model(model))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={config.model.path}: {error}") from None
+    check_weights(config, model)
     if model.lora is None:
         return model
     try:
@@ -50,6 +46,19 @@ def check_model(config: Config) -> DecoderConfig:
     except ValueError as error:
         raise ConfigError(f"model.lora, model.quantize={config.model.quantize}: {error}") from None
     return model
+
+
+def check_weights(config: Config, model: DecoderConfig) -> None:
+    """Check the headers of the weights files in ``model.path``, if there is one.
+
+    Raises:
+      ConfigError: a file is missing or damaged, or does not fit the model.
+    """
+    try:
+        if config.model.path is not None:
+            open_weights(config.model.path, base_model(model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={config.model.path}: {error}") from None
 
 
 def make_base(config: Config, model: DecoderConfig, mesh: Mesh) -> Params | None:

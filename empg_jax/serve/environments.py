@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from empg_envs import resolve_spec
-from empg_jax.config.yaml import apply_override
+from empg_jax.config.yaml import apply_override, check_option
 from empg_jax.run.terminal import build_env
 from empg_jax.serve.server import (
     check_key,
@@ -58,6 +58,7 @@ def serve_environment(
     check_key(host, api_key, opens=None if is_open else opens)
     values: dict[str, Any] = {}
     for option in options:
+        check_option(option)
         apply_override(values, option.removeprefix("env.options."))
     with listen(host, port) as listener:
         from empg_jax.serve.openenv import Sessions, make_app

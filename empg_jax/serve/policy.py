@@ -30,7 +30,7 @@ from empg_jax.run.environment import find_spec
 from empg_jax.run.process import prepare_jax
 from empg_jax.run.sampling import make_engine
 from empg_jax.run.saved import open_saved
-from empg_jax.run.weights import make_base, make_params
+from empg_jax.run.weights import check_weights, make_base, make_params
 from empg_jax.text.builtin import BYTES
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.template import ChatTemplateError
@@ -147,6 +147,7 @@ def _open_new(source: str, path: Path, overrides: Sequence[str]) -> Policy:
     except ChatTemplateError:
         renderer = None  # a base model: completions work without a template
     model_config = make_model(config, tokenizer)
+    check_weights(config, model_config)
     mesh = make_mesh(**vars(config.mesh), devices=learner_devices(config))
     shardings = state_shardings(mesh, model_config, make_rl_optimizer(config)[0]).params
     engine = _make_engine(config, tokenizer)

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from typing import Any, Literal, Protocol
 
-from empg_jax.errors import RunError
+from empg_jax.errors import ConfigError, RunError
 
 Reason = Literal[
     "env_error",
@@ -36,6 +36,12 @@ def tell_nobody(event: str, /, **fields: Any) -> None:
 
 class PoolError(RunError):
     """The pool cannot continue: workers do not start, or the environment stays away."""
+
+
+class RefusedPool(PoolError, ConfigError):
+    """The pool never was ready, which is a mistake in its configuration; nothing was begun."""
+
+    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from empg_jax.workers.faults import (
     PoolStats,
     PoolTimeouts,
     Reason,
+    RefusedPool,
     Tell,
     tell_nobody,
 )
@@ -119,7 +120,7 @@ class EnvPool:
 
         Raises:
           ValueError: ``num_workers`` or ``lanes`` below 1.
-          PoolError: a worker does not start; the message holds its reason.
+          RefusedPool: a worker does not start; the message holds its reason.
         """
         if num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}; expected at least 1")
@@ -158,8 +159,10 @@ class EnvPool:
             while not all(worker.is_ready for worker in self._workers):
                 self._pump()
                 self._wait(MAX_WAIT)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, PoolError):
+                raise RefusedPool(str(error)) from None
             raise
         self.splits = self._workers[0].splits
 

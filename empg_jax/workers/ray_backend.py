@@ -23,7 +23,7 @@ from typing import Any
 
 from empg_jax import __version__
 from empg_jax.errors import ConfigError
-from empg_jax.workers.faults import PoolError
+from empg_jax.workers.faults import RefusedPool
 from empg_jax.workers.lines import LineReader, encode
 from empg_jax.workers.relay import Relay
 from empg_jax.workers.variables import make_environment
@@ -73,7 +73,7 @@ class RayCluster:
 
         Raises:
           ConfigError: Ray is not installed, or nobody answers at the address.
-          PoolError: the cluster cannot be joined.
+          RefusedPool: the cluster cannot be joined.
         """
         check_ray(address)
         # What nodes report of themselves would be printed into the progress; the events of a run tell it.
@@ -202,7 +202,7 @@ def _connect(ray: Any, address: str | None) -> None:
         ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, RuntimeError) as error:
         where = "null" if address is None else address
-        raise PoolError(
+        raise RefusedPool(
             f"workers.ray_address={where}: no Ray cluster can be joined; start one with `ray start --head`: "
             f"{error}"
         ) from None

@@ -25,7 +25,7 @@ def look_up(kind: str, name: object, table: Mapping[str, T]) -> T:
     """
     if isinstance(name, str) and name in table:
         return table[name]
-    raise ValueError(f"unknown {kind} {name!r}{suggest(name, table)} Known: {', '.join(table)}")
+    raise ValueError(f"unknown {kind} {name!r}{suggest(name, table) or '.'} Known: {', '.join(table)}")
 
 
 def suggest(name: object, choices: Iterable[str]) -> str:

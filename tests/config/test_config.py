@@ -51,6 +51,11 @@ REFUSED = {
     ("run_dir=3",): r"run_dir=3: must be a valid string",
     ("train=3",): r"train=3: this is a section; its keys are updates",
     ("algorithm.modulation=emgp",): r"did you mean empg\?\); choose none or empg or aem",
+    ("algorithm.name=gpro",): r"algorithm\.name=gpro is unknown \(did you mean grpo\?\)",
+    (
+        "algorithm.name=null",
+        "algorithm.entry_point=evil",
+    ): r"algorithm\.entry_point='evil': expected module:RECIPE, such as mine:RECIPE",
     ("algorithm.name=grpoo",): r"algorithm\.name=grpoo is unknown \(did you mean grpo\?\)",
     (
         "algorithm.name=grpo_empg",
@@ -142,6 +147,8 @@ def test_all_mistakes_are_told_at_once():
         ("a: [1", "is not valid YAML: line 1"),
         ("train: {updates: 1}\ntrain: {epochs: 1}\n", "line 2: the key 'train' comes twice"),
         ("- 1\n", "must hold keys and values"),
+        ("", "bad.yaml is empty; a file without keys of its own holds {}"),
+        ("# train: {updates: 1}\n", "bad.yaml is empty; "),
         ("1: 2\n", "the key 1 is no text"),
         ("\x00", "not valid YAML"),
     ],
@@ -175,7 +182,7 @@ def test_packaged_configs_load_and_survive_a_round_trip(path, tmp_path):
 
 
 def test_a_config_with_nothing_in_it_is_the_defaults(tmp_path):
-    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    (tmp_path / "empty.yaml").write_text("{}  # nothing\n")
     assert load_config(tmp_path / "empty.yaml") == Config(name="empty")
 
 

@@ -88,4 +88,7 @@ def test_what_is_no_dump_is_one_line(tmp_path, content, says):
     code, out, err = inspect(path)
     assert (code, out) == (2, "") and says in err and err.count("\n") == 1
     code, _, err = inspect(tmp_path)
+    assert code == 2 and f"{tmp_path} holds no run (no config.yaml)" in err
+    (tmp_path / "config.yaml").touch()
+    code, _, err = inspect(tmp_path)
     assert code == 2 and "no optimizer step of this run was left out" in err
