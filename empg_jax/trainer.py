@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from empg_jax.algorithms.anchors import join_alike
-from empg_jax.errors import Interrupted, Stopped
+from empg_jax.errors import Interrupted, RunError, Stopped
 from empg_jax.learner.batching import Layout, make_batch
 from empg_jax.learner.passes import Pass, Scorer, optimize
 from empg_jax.parallel.hosts import ALONE, Hosts, joined
@@ -141,7 +141,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
                 config, run_dir, examples, progress, events, stop, is_resume=is_resume, step=step, hosts=hosts
             )
         except Interrupted:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(RunError, ValueError):
                 events.tell("stop_requested", signal=stop.signum)
             raise Stopped(stop.signum, run_dir) from None
     return run_dir

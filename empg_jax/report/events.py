@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from empg_jax.errors import writing
 from empg_jax.files import append
 
 FILENAME = "events.jsonl"
@@ -42,6 +43,9 @@ class EventLog:
         Args:
           event: name of the event, for example ``worker_restarted``.
           **fields: further values of the event.
+
+        Raises:
+          RunError: the file cannot be written.
         """
         record = {"time": round(time.time(), 3), "update": self.update, "event": event, **fields}
         # JSON has no NaN or infinity; such values become null.
@@ -49,7 +53,8 @@ class EventLog:
         record |= {name: None for name, value in numbers.items() if not math.isfinite(value)}
         # What UTF-8 cannot encode, half of a character, is written as JSON escapes it.
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        append(self._file, line.encode("utf-8", "backslashreplace") + b"\n")
+        with writing(self.path):
+            append(self._file, line.encode("utf-8", "backslashreplace") + b"\n")
 
     def close(self) -> None:
         """Close the file; may be called twice."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from empg_jax.errors import RunError
 from empg_jax.parallel.hosts import END_SECONDS
 from empg_jax.run.checkpoint import CheckpointError
 from empg_jax.run.parts import Boundary, Parts, RunState
@@ -86,7 +87,7 @@ def save_after_error(parts: Parts, run: RunState, error: BaseException) -> None:
     except CheckpointError as problem:  # an object store that does not answer
         steps = []
         parts.progress.message(str(problem))
-    with contextlib.suppress(OSError, ValueError):  # a full disk, which may be the first error's cause, too
+    with contextlib.suppress(RunError, ValueError):  # a full disk, which may be the first error's cause, too
         parts.events.tell("run_failed", error=kind, checkpoints=steps)
     if is_saved:
         left = f"checkpoint {run.boundary.update} holds the last update"
