@@ -29,6 +29,7 @@ from empg_jax.serve.text import TextPlaces
 STATISTICS_VERSION = 2
 
 Body = dict[str, Any]
+Spell = Callable[[int], tuple[str, bytes | None]]  # a token's text, and its bytes where they are known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def describe_tokens(
     start: int,
     head: Head,
     detail: Detail,
-    spell: Callable[[int], str],
+    spell: Spell,
     places: TextPlaces,
 ) -> Body:
     """List the fields of a choice about its tokens from token ``start`` on; ``places`` took those before."""
@@ -86,7 +87,7 @@ def describe_tokens(
         fields["logprobs"] = (
             _chat_logprobs(words, logprobs)
             if head.is_chat
-            else _logprobs(words, logprobs, places.take(tokens))
+            else _logprobs([word for word, _ in words], logprobs, places.take(tokens))
         )
     if detail.has_tokens:
         fields |= {"token_ids": tokens, "empg": describe_statistics(response, start)}
@@ -126,7 +127,8 @@ def describe_generated(responses: Sequence[Response], request_id: str) -> Body:
                 "token_ids": response.tokens.tolist(),
                 "finish_reason": response.finish_reason,
                 "logprobs": _chat_logprobs(
-                    [f"token_id:{token}" for token in response.tokens.tolist()], as_floats(response.logprobs)
+                    [(word, word.encode()) for word in map("token_id:{}".format, response.tokens.tolist())],
+                    as_floats(response.logprobs),
                 ),
                 "empg": describe_statistics(response),
             }
@@ -150,18 +152,18 @@ def as_floats(values: np.ndarray) -> list[float]:
     return [float(str(value)) for value in np.asarray(values, np.float32)]
 
 
-def _chat_logprobs(words: Sequence[str], logprobs: Sequence[float]) -> Body:
+def _chat_logprobs(words: Sequence[tuple[str, bytes | None]], logprobs: Sequence[float]) -> Body:
     return {
         "content": [
-            {"token": word, "logprob": logprob, "bytes": _bytes_of(word), "top_logprobs": []}
-            for word, logprob in zip(words, logprobs, strict=True)
+            {
+                "token": word,
+                "logprob": logprob,
+                "bytes": None if raw is None else list(raw),
+                "top_logprobs": [],
+            }
+            for (word, raw), logprob in zip(words, logprobs, strict=True)
         ]
     }
-
-
-def _bytes_of(word: str) -> list[int] | None:
-    # A part of a character has no text of its own, and its bytes cannot be told from that.
-    return None if "\ufffd" in word else list(word.encode())
 
 
 def _logprobs(words: Sequence[str], logprobs: Sequence[float], places: Sequence[int]) -> Body:

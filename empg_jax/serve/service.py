@@ -40,7 +40,7 @@ from empg_jax.serve.wire import (
     refuse,
 )
 from empg_jax.text.chat import ChatRenderer
-from empg_jax.text.stops import cut_at_stop
+from empg_jax.text.stops import REPLACEMENT, cut_at_stop
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer
 
@@ -313,8 +313,9 @@ class Service:
             message["tool_calls"] = message["tool_calls"][:1]
         return {"message": message}, "tool_calls" in message
 
-    def _spell(self, token: int) -> str:
-        return self._continuation.decode([token], skip_special=False)
+    def _spell(self, token: int) -> tuple[str, bytes | None]:
+        word = self._continuation.decode([token], skip_special=False)
+        return word, self._tokenizer.bytes_of(token) if REPLACEMENT in word else word.encode()
 
 
 def make_service(policy: Policy, *, max_choices: int = MAX_CHOICES) -> Service:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from empg_jax.serve.answers import Body, as_delta, describe_tokens, describe_usage
+from empg_jax.serve.answers import Body, Spell, as_delta, describe_tokens, describe_usage
 from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Update
 from empg_jax.serve.text import TextPlaces, TextStream
@@ -19,14 +19,14 @@ class StreamWriter:
     Args:
       asked: the request.
       tell_text: makes the fields of a choice with a text, and says whether it calls tools.
-      spell: returns a token's text.
+      spell: returns a token's text and bytes.
     """
 
     def __init__(
         self,
         asked: Asked,
         tell_text: Callable[[Asked, int, str], tuple[Body, bool]],
-        spell: Callable[[int], str],
+        spell: Spell,
     ) -> None:
         assert asked.head is not None
         self._asked, self._head = asked, asked.head

@@ -6,8 +6,10 @@ It wraps a ``tokenizers.Tokenizer``. ``transformers`` is imported only for a fol
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -108,6 +110,17 @@ class Tokenizer:
     def id_to_token(self, index: int) -> str | None:
         """Return the string of one id, or None for an id outside the vocabulary."""
         return self._backend.id_to_token(index)
+
+    def bytes_of(self, index: int) -> bytes | None:
+        """Return the bytes of a token that may be a part of a character; None where its string does not tell.
+
+        Strings of byte-level vocabularies tell, and SentencePiece's pieces of a byte (``<0xE2>``).
+        """
+        token = self.id_to_token(index) or ""
+        if piece := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(piece[1])
+        found = [_byte_table().get(character) for character in token]
+        return bytes(byte for byte in found if byte is not None) if found and None not in found else None
 
     def vocabulary(self) -> dict[str, int]:
         """Return every token's string with its id."""
@@ -258,6 +271,14 @@ def _read_chat_template(folder: pathlib.Path, config: Mapping[str, Any]) -> str 
             raise ValueError(f"{folder}: chat_template has no entry named 'default', only {sorted(named)}")
         return named["default"]
     return template
+
+
+@functools.cache
+def _byte_table() -> dict[str, int]:
+    """Return the bytes behind the characters of byte-level vocabularies, as GPT-2 began them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:

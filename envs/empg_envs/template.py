@@ -113,6 +113,6 @@ def _check(text: str, known: Sequence[str], source: str) -> None:
         if name is not None and (name not in known or form or conversion):
             wrong = f"{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}"
             raise ValueError(
-                f"{source} has the placeholder {{{wrong}}}{suggest(name, known)} Known: "
+                f"{source} has the placeholder {{{wrong}}}{suggest(name, known) or '.'} Known: "
                 f"{', '.join(known)}; a brace that is meant is doubled: {{{{ or }}}}"
             )

@@ -24,6 +24,7 @@ from empg_jax.text import (
     build_phrase_tokenizer,
     load_tokenizer,
 )
+from tests.text.families import build_bpe
 from tests.thoughts import THOUGHTS
 
 HELLO = [{"role": "user", "content": "red"}]
@@ -264,6 +265,19 @@ def test_a_completion_goes_on_with_its_prompt_and_tells_where_its_tokens_are(bui
     assert places == sorted(places) and places[0] == 0 and places[-1] == len(text) and len(places) == len(ids)
     halves = [place for word, place in zip(words, places, strict=True) if "\ufffd" in word]
     assert halves == [text.index("é")] * 2 if "é" in said else not halves
+
+
+@pytest.mark.parametrize("build", [build_pieces, lambda: build_bpe("chatml"), build_byte_tokenizer])
+def test_parts_of_a_character_tell_their_bytes(build):
+    tokenizer, said = build(), "is né ok."
+    service = Service("model", tokenizer, None, vocab_size=tokenizer.vocab_size, max_tokens=64)
+    service._renderer = SimpleNamespace(render=lambda messages, tools=(): "The sea", encode=tokenizer.encode)
+    answer = post(
+        service, Saying(service, said), "/v1/chat/completions", {"messages": HELLO, "logprobs": True}
+    )
+    tokens = read_choices(answer)[0]["logprobs"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode().strip() == said
+    assert any("\ufffd" in token["token"] for token in tokens)
 
 
 @pytest.mark.parametrize("options", [{}, {"skip_special_tokens": False}])

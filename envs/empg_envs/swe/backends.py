@@ -212,7 +212,7 @@ def make_backend(
 
         return make_image_backend(name, bounds, **options)
     raise ValueError(
-        f"unknown swe backend {name!r}{suggest(name, NAMES)} The backends are {', '.join(NAMES)}"
+        f"unknown swe backend {name!r}{suggest(name, NAMES) or '.'} The backends are {', '.join(NAMES)}"
     )
 
 
