@@ -39,7 +39,7 @@ from empg_jax.serve.wire import (
     read_sampling,
     refuse,
 )
-from empg_jax.text.chat import ChatRenderer
+from empg_jax.text.chat import ChatRenderer, ends_in_thought
 from empg_jax.text.stops import REPLACEMENT, cut_at_stop
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer
@@ -122,8 +122,8 @@ class Service:
         text = self._render(messages, tools, variables)
         prompt = self._encode(text, self._renderer.encode)
         asked = self._asked(given, [prompt], sampling, Head("chat.completion", self.name), tools=tools)
-        has_open_thought = text.rstrip().endswith("<think>")
-        return dataclasses.replace(asked, has_one_call=has_one_call, has_open_thought=has_open_thought)
+        is_thought = ends_in_thought(text)
+        return dataclasses.replace(asked, has_one_call=has_one_call, has_open_thought=is_thought)
 
     def read_completion(self, body: Any) -> Asked:
         """Read a body of ``/v1/completions``.

@@ -161,7 +161,7 @@ class ChatRenderer:
     @functools.cached_property
     def opens_thought(self) -> bool:
         """Whether a prompt ends with the tag that opens a thought, so that a response begins inside it."""
-        return self.render([{"role": "user", "content": "question"}]).rstrip().endswith("<think>")
+        return ends_in_thought(self.render([{"role": "user", "content": "question"}]))
 
     @functools.cached_property
     def tells_tools(self) -> bool:
@@ -234,6 +234,11 @@ class ChatRenderer:
         answered = {"role": "assistant", "content": response}
         after = self.render([*prefix, answered, *new_messages], **variables)
         return after[len(before) :] if after.startswith(before) else None
+
+
+def ends_in_thought(prompt: str) -> bool:
+    """Return whether a prompt's text ends with the tag that opens a thought."""
+    return prompt.rstrip().endswith("<think>")
 
 
 def encode_behind(

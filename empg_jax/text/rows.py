@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from empg_jax.text.chat import ChatRenderer, encode_behind
+from empg_jax.text.chat import ChatRenderer, encode_behind, ends_in_thought
 from empg_jax.text.chatfile import ChatDataError, Conversation
 from empg_jax.text.template import ChatTemplateError, Message
 
@@ -153,7 +153,7 @@ def _answer(prompt: str, whole: str, message: Message, end: str) -> str:
     # The template does not repeat its generation prompt in history (an empty thought, for example), or strips
     # the thought of every answer. The policy then samples the content right after the generation prompt.
     content = message["content"]
-    if prompt.rstrip().endswith(_OPEN) and content.lstrip().startswith(_OPEN):
+    if ends_in_thought(prompt) and content.lstrip().startswith(_OPEN):
         content = content.lstrip().removeprefix(_OPEN).removeprefix(prompt[len(prompt.rstrip()) :])
     return content + end
 
@@ -168,7 +168,7 @@ def _holds_thoughts(said: str, message: Message) -> bool:
 def _require_thoughts(prompt: str, answer: str, message: Message, index: int) -> None:
     """Refuse an answer whose thought is lost, or does not go on from the generation prompt."""
     opening, is_whole = prompt.rstrip(), _holds_thoughts(answer, message)
-    if opening.endswith(_OPEN) and _CLOSE not in answer:
+    if ends_in_thought(prompt) and _CLOSE not in answer:
         raise ChatDataError(
             f"message {index} has no {_CLOSE}, and the chat template's generation prompt opens a thought: "
             f"write the thought into content, as {_OPEN}...{_CLOSE}, or change model.chat_options"
