@@ -2,7 +2,7 @@
 
 Work is counted from shapes. An update takes the longer of computing and exchanging weights, which the
 compiler overlaps, and exchanges activations between the products, which wait for them; a decode step takes as
-long as reading the weights and the live part of the KV cache.
+long as reading the weights and the live part of the KV cache, and exchanges activations, too.
 The head is counted for every token, as devices that split the rows compute it (`models.head.num_blocks`);
 one that has them whole leaves out blocks of tokens without loss, whose share only a run tells.
 """
@@ -139,12 +139,15 @@ def compute_speed(config: Config, model: DecoderConfig, chip: Chip) -> Speed:
     read = others + experts * (1 if model.moe is None else _share_read(model.moe, busy / r.data))
     numbers = busy / r.data * r.max_tokens / 2 * 2 * model.num_layers * heads * model.head_dim
     live = numbers * jnp.dtype(model.dtype).itemsize
+    # States are added up behind attention, MLP and embedding, as in `_exchange_activations`.
+    states = busy / r.data * model.hidden_size * jnp.dtype(model.dtype).itemsize
+    added = (2 * model.num_layers + 1) * states * 2 * (1 - 1 / r.tensor)
     return Speed(
         compute=tokens * per_token / math.prod(vars(config.mesh).values()) / chip.flops,
         exchange=_exchange_weights(config, model, chip, experts + others),
         waits=_exchange_activations(config, model, chip, tokens),
         tokens=tokens,
-        step=(read / r.tensor + live) / chip.bandwidth,
+        step=(read / r.tensor + live) / chip.bandwidth + added / chip.link,
         slots=slots,
         busy=busy,
     )
