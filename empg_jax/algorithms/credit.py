@@ -192,11 +192,12 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
         advantages, final = tokens.advantages, modulated.advantages
         if tokens.is_whitened:
             final = _mean_of_turns(batch, advantages)
+        accepted, kept = trained_tokens(recipe, batch, scores, turns)
         for correction in recipe.correct:  # type: ignore[union-attr]
             if correction.mean_weight is not None:
-                divisor = correction.mean_weight(batch, scores)
+                # As the loss has them: of the tokens that it covers.
+                divisor = correction.mean_weight(batch.replace(loss_mask=kept), scores)
                 advantages, final = advantages / divisor, final / divisor
-        accepted, kept = trained_tokens(recipe, batch, scores, turns)
         weights = recipe.aggregate(batch, kept, num_minibatches)  # type: ignore[operator]
         weights = _checked(recipe.aggregate, weights, mask.shape, "[B, T]").astype(jnp.float32)
         metrics = credit_metrics(base, modulated, turns.entropies, turns.mask, final=final)

@@ -143,20 +143,23 @@ def test_controls_keep_the_factors_and_lose_their_place(tmp_path, kind):
     assert describe_algorithm(config).endswith("shuffled); turn_penalty(amount=0.1)")
 
 
-def test_normalized_weights_have_mean_one_over_the_batch(tmp_path):
-    """The mean is that of the whole batch, whatever rows the loss sees."""
-    algorithm = {"name": "grpo", "correction": "{kind: tis, normalize: true}"}
-    batch, scores, _, config = run(tmp_path, algorithm)
+@pytest.mark.parametrize("dropped", [{}, {"mask_truncated": "turn"}], ids=["all", "some"])
+def test_normalized_weights_have_mean_one_over_the_batch(tmp_path, dropped):
+    """The mean is that of the batch's trained tokens, whatever rows the loss sees."""
+    algorithm = {"name": "grpo"} | dropped
+    plain = run(tmp_path, algorithm)[2]
+    batch, scores, _, config = run(tmp_path, algorithm | {"correction": "{kind: tis, normalize: true}"})
     batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
-    old = scores.old_logprobs + 0.3 * batch.loss_mask.astype(jnp.float32)
+    trained = plain.loss_weights != 0
+    assert np.array_equal(trained, batch.loss_mask) == (not dropped)
+    old = scores.old_logprobs + 0.3 * trained.astype(jnp.float32)
     moved = dataclasses.replace(scores, old_logprobs=old)
     composed = make_algorithm_from(config)
     credit = composed.credit(batch, moved)
-    plain = run(tmp_path, {"name": "grpo"})[2]
     np.testing.assert_allclose(credit.advantages * np.exp(0.3), plain.advantages, rtol=1e-4, atol=1e-6)
-    streams = (moved.old_logprobs, moved.entropies, batch, moved, credit.advantages)
-    loss, _ = composed.loss(*streams)
-    np.testing.assert_allclose(loss, -np.asarray(plain.advantages), rtol=1e-4, atol=1e-6)
+    rows = batch.replace(loss_mask=trained)  # as the learner gives them
+    loss, _ = composed.loss(moved.old_logprobs, moved.entropies, rows, moved, credit.advantages)
+    np.testing.assert_allclose(loss, np.where(trained, -plain.advantages, 0), rtol=1e-4, atol=1e-6)
 
 
 def test_a_baseline_of_the_whole_return_counts_at_the_end(tmp_path):

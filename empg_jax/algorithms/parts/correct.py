@@ -22,7 +22,7 @@ def tis(
     Args:
       cap: Largest weight of tis.
       level: Unit of the ratio; for a sequence, the product or the geometric mean of its ratios.
-      normalize: Divide by the mean weight of the batch, so that the weights of tis have mean 1.
+      normalize: Divide by the mean weight of the batch's trained tokens, so that weights of tis have mean 1.
     """
     check_choice("correction.level", level, corrections.LEVELS)
 
