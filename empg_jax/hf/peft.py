@@ -46,6 +46,7 @@ def save_adapter(
 
     Raises:
       FileExistsError: the folder is not empty.
+      RunError: it cannot be written.
     """
     sources = {name: (array, layer) for name, array, layer in _tensors(adapters)}
 

@@ -66,6 +66,7 @@ def save_hf(
       FileExistsError: the folder is not empty.
       ValueError: no Hugging Face architecture matches the config, the parameters do not match it, or the
         tokenizer has more tokens than the model. Nothing is written then.
+      RunError: the folder cannot be written.
     """
     keys = config_to_hf(config, base_config)
     leaves = _check_params(params, config)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from empg_jax.errors import RunError
 from empg_jax.hf import load as hf
 from empg_jax.hf import save as export_folder
 from empg_jax.hf.config import config_from_hf, config_to_hf
@@ -376,7 +377,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(export_folder, "write_safetensors", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(RunError, match="model cannot be written: no space left"):
         save_hf(random_params(TINY), TINY, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
