@@ -196,7 +196,7 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
         for correction in recipe.correct:  # type: ignore[union-attr]
             if correction.mean_weight is not None:
                 # As the loss has them: of the tokens that it covers.
-                divisor = correction.mean_weight(batch.replace(loss_mask=kept), scores)
+                divisor = correction.mean_weight(dataclasses.replace(batch, loss_mask=kept), scores)
                 advantages, final = advantages / divisor, final / divisor
         weights = recipe.aggregate(batch, kept, num_minibatches)  # type: ignore[operator]
         weights = _checked(recipe.aggregate, weights, mask.shape, "[B, T]").astype(jnp.float32)
