@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, writing
 from empg_jax.files import replacing, write_text_atomic
 from empg_jax.report.comparison import Line, Pairing, Run, find_unfinished, name_arms, read_run, summarize
 from empg_jax.report.curves import as_label, smooth
@@ -75,14 +75,12 @@ def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], Non
         warn(line)
     picture = draw(arms)
     page = as_html(arms, notes, lines, pairings, picture)
-    try:
+    with writing(f"--out {out}", ConfigError):
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / "report.png") as file:
             file.write(picture)
         write_text_atomic(out / "report.csv", as_csv(lines, pairings))
         write_text_atomic(out / "report.html", page)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror or error}") from None
     return out / "report.html"
 
 

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from empg_jax.errors import writing
 from empg_jax.hf.config import config_to_hf
 from empg_jax.hf.save import save_hf
 from empg_jax.models.decoder import DecoderConfig
@@ -46,7 +47,7 @@ class Folders:
     def __init__(self, model: DecoderConfig, home: Path | None) -> None:
         self._model = model
         check_writable(model)
-        try:
+        with writing(f"rollout.weights_dir={home}", SamplerError):
             if home is not None:
                 home.mkdir(parents=True, exist_ok=True)
             _remove_left(Path(home or tempfile.gettempdir()))
@@ -58,8 +59,6 @@ class Folders:
             with contextlib.suppress(OSError):  # this file system has no locks
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 (self._home / f"{LOCK}.new").rename(self._home / LOCK)
-        except OSError as error:
-            raise SamplerError(f"rollout.weights_dir={home} cannot be written: {error.strerror}") from None
         self._numbers = itertools.count(1)
 
     def write(self, params: Params, base: Params) -> Placed:

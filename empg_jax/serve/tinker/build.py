@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from empg_jax.config.places import expand
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, writing
 from empg_jax.serve.app import More
 from empg_jax.serve.driver import Driver
 from empg_jax.serve.policy import Policy
@@ -74,8 +74,6 @@ def _save_tokenizer(policy: Policy, folder: Path) -> Path:
     """Write the tokenizer where clients on this machine can load it."""
     # Clients cut the name of a tokenizer at its first colon.
     home = folder / "tokenizers" / re.sub(r"[^A-Za-z0-9._-]", "-", policy.name)
-    try:
+    with writing(f"serve.save_dir={folder}", ConfigError):
         policy.tokenizer.save(home)
-    except OSError as error:
-        raise ConfigError(f"serve.save_dir={folder} cannot be written: {error.strerror}") from None
     return home
