@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, and the variants of the loop."""
 
+import errno
 import json
 import re
 import weakref
@@ -12,6 +13,7 @@ from empg_jax.config import load_config
 from empg_jax.errors import Interrupted
 from empg_jax.evaluate import evaluate_run
 from empg_jax.metrics import read_metrics
+from empg_jax.report import events
 from tests import runs
 
 
@@ -130,11 +132,11 @@ def test_a_stop_on_a_full_disk_is_still_a_stop(tmp_path, monkeypatch):
     def stop(*args, **options):
         raise Interrupted
 
-    def tell(*args, **fields):
-        raise OSError("No space left on device")
+    def append(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(trainer, "train_in_folder", stop)
-    monkeypatch.setattr(trainer.EventLog, "tell", tell)
+    monkeypatch.setattr(events, "append", append)
     with pytest.raises(trainer.Stopped):
         runs.train(tmp_path / "run")
 
