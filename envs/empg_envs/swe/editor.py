@@ -18,7 +18,10 @@ class EditorError(ValueError):
 
 
 class FileEditor:
-    """An editor of one sandbox's files, with a history for ``undo_edit``."""
+    """An editor of one sandbox's files, with a history for ``undo_edit``.
+
+    A file whose lines end with CRLF is shown and edited as if they ended with LF, and keeps its CRLF.
+    """
 
     def __init__(self, sandbox: Sandbox) -> None:
         """Start with an empty history."""
@@ -54,7 +57,7 @@ class FileEditor:
 
     def _view(self, path: str, view_range: str | None) -> str:
         try:
-            text = self._read(path)
+            text = _with_lf(self._read(path))
         except FileError as error:
             if not str(error).startswith("IsADirectoryError"):
                 raise
@@ -79,27 +82,26 @@ class FileEditor:
         return f"{path} was created."
 
     def _replace(self, path: str, old: str, new: str) -> str:
-        text = self._read(path)
+        before = self._read(path)
+        text, old = _with_lf(before), _with_lf(old)
         count = text.count(old) if old else 0
         if count != 1:
             lines = [str(number) for number, line in enumerate(text.split("\n"), 1) if old and old in line]
             where = f" (lines {', '.join(lines[:20])})" if lines else ""
             raise EditorError(f"old_str must occur exactly once in {path}; it occurs {count} times{where}")
-        self._remember(path, text)
-        self._write(path, text.replace(old, new))
+        self._edit(path, before, text.replace(old, new))
         first = text[: text.index(old)].count("\n") + 1
         return self._changed(path, first, first + new.count("\n"))
 
     def _insert(self, path: str, line: str, new: str) -> str:
-        text = self._read(path)
-        lines = text.split("\n")
+        before = self._read(path)
+        lines = _with_lf(before).split("\n")
         if not re.fullmatch("[0-9]{1,9}", line.strip()) or int(line) > len(lines):
             raise EditorError(
                 f"insert_line must be a number from 0 to {len(lines)}, not {line.strip()[:100]!r}"
             )
         place, added = int(line), new.split("\n")
-        self._remember(path, text)
-        self._write(path, "\n".join([*lines[:place], *added, *lines[place:]]))
+        self._edit(path, before, "\n".join([*lines[:place], *added, *lines[place:]]))
         return self._changed(path, place + 1, place + len(added))
 
     def _undo(self, path: str) -> str:
@@ -109,7 +111,7 @@ class FileEditor:
         return f"The last edit of {path} was undone."
 
     def _changed(self, path: str, first: int, last: int) -> str:
-        lines = self._read(path).split("\n")
+        lines = _with_lf(self._read(path)).split("\n")
         first, last = max(1, first - SNIPPET), min(len(lines), last + SNIPPET)
         return f"{path} was changed; lines {first} to {last} are now:\n{_numbered(lines, first, last)}"
 
@@ -119,9 +121,21 @@ class FileEditor:
     def _write(self, path: str, text: str) -> None:
         self._sandbox.write(path, text.encode("utf-8", "surrogateescape"))
 
-    def _remember(self, path: str, text: str) -> None:
-        self._past.setdefault(path, []).append(text)
+    def _edit(self, path: str, before: str, text: str) -> None:
+        self._past.setdefault(path, []).append(before)
         del self._past[path][:-MAX_UNDO]
+        if _has_crlf(before):
+            text = text.replace("\r\n", "\n").replace("\n", "\r\n")
+        self._write(path, text)
+
+
+def _has_crlf(text: str) -> bool:
+    """Return whether every line ends with CRLF."""
+    return text.count("\n") == text.count("\r\n") > 0
+
+
+def _with_lf(text: str) -> str:
+    return text.replace("\r\n", "\n") if _has_crlf(text) else text
 
 
 def _needed(arguments: dict[str, str], name: str) -> str:

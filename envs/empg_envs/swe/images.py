@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import importlib
@@ -33,6 +34,7 @@ _log = logging.getLogger(__name__)
 
 FIXED = "fixed"  # the layer of files that cannot be changed while tests run; a cage always has it
 ALL_LAYERS = LAYERS | {FIXED}
+REPLACED = "\ufffd"  # what a sandbox's output has in place of bytes that are no UTF-8
 _NO_TEXT = re.compile(r"^(?:(?:new file|deleted file|old|new) mode|index \S+) 1[26]0000$", re.MULTILINE)
 
 
@@ -94,9 +96,18 @@ class ImageBackend:
         """
         base = shlex.quote(self._bases.get(sandbox, "HEAD"))
         exclude = "-- . ':!run_tests.sh' ':!r2e_tests'" if task.expected is not None else ""
-        command = f"{imaged.STAGE}\n{imaged.GIT} diff --cached --no-ext-diff --no-color {base} {exclude}"
-        result = sandbox.exec(command, imaged.GIT_SECONDS)  # a container that is gone is no empty patch
-        return _text_only(result.output) if result.returncode == 0 and not result.omitted else ""
+        diff = f"{imaged.GIT} diff --cached --no-ext-diff --no-color {base} {exclude}"
+        # A container that is gone is no empty patch: this raises then.
+        result = sandbox.exec(f"{imaged.STAGE}\n{diff}", imaged.GIT_SECONDS)
+        if result.returncode or result.omitted:
+            return ""
+        patch = result.output
+        if REPLACED in patch:  # the character may also be the file's own
+            coded = sandbox.exec(f"{diff} | base64", imaged.GIT_SECONDS)
+            if coded.returncode or coded.omitted:
+                return ""
+            patch = base64.b64decode(coded.output).decode("utf-8", "surrogateescape")
+        return _text_only(patch)
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
         """Judge a patch in a fresh container; see `empg_envs.swe.judge` and `empg_envs.swe.imaged`."""

@@ -105,15 +105,19 @@ def test_a_script_that_is_left_behind_neither_counts_nor_acts(backend: TreeBacke
     script = "import unittest\nfrom spans import *\nprint('reproduce.py ran')\n"
 
     def grade(backend: TreeBackend, **texts: str) -> Grade:
-        files = {f"{name.replace('__', '/')}.py": File(text.encode()) for name, text in texts.items()}
+        names = {name: name.replace("__", "/").replace("_bug", "-bug") for name in texts}
+        files = {f"{names[name]}.py": File(text.encode()) for name, text in texts.items()}
         return backend.grade(task, patches.diff(broken, {**broken, **files})[0], 60)
 
     left = grade(backend, spans=fixed, reproduce=script)
     assert (left.reason, left.dropped) == ("resolved", ("reproduce.py",))
+    left = grade(backend, spans=fixed, reproduce_bug=script)
+    assert (left.reason, left.dropped) == ("resolved", ("reproduce-bug.py",))
     # What another file of the patch names is judged as a part of it, and so is what lies in a package.
     named = "try:\n    import reproduce\nexcept ImportError:\n    pass\n"
     for more in (
         {"spans": fixed + named, "reproduce": script},
+        {"spans": fixed + "NAME = 'reproduce-bug.py'\n", "reproduce_bug": script},
         {"spans": fixed, "conftest": named, "reproduce": script},
         {"spans": fixed, "pack__reproduce": script},
         {"spans": fixed, "sitecustomize": script},

@@ -121,6 +121,32 @@ def test_an_episode_starts_from_the_original_files(make: Any) -> None:
     assert "left" not in env.step("ls /tmp . ; pgrep sleep")[0]
 
 
+def test_lines_that_end_with_crlf_are_edited_as_others_and_stay_so(make: Any) -> None:
+    env = make()
+    env.reset(split="train", index=0)
+
+    def call(name: str, **arguments: str) -> str:
+        return env.step(render_call(name, **arguments))[0]
+
+    def edit(command: str, **arguments: str) -> str:
+        return call("file_editor", command=command, path="a.txt", **arguments)
+
+    call("execute_bash", cmd=r"printf 'a\r\nb\r\nc\r\n' > a.txt; printf 'a\r\nb\n' > mixed.txt")
+    assert "\r" not in edit("view")
+    shown = edit("str_replace", old_str="a\nb\n", new_str="A\nB\nB\n")
+    assert "\r" not in shown and "     3\tB" in shown
+    edit("insert", insert_line="4", new_str="d\r\ne")
+    assert "61 0d 0a" in call("execute_bash", cmd="od -An -tx1 mixed.txt")
+    bytes_now = "41 0d 0a 42 0d 0a 42 0d 0a 63 0d 0a 64 0d 0a 65 0d 0a"
+    assert bytes_now in " ".join(call("execute_bash", cmd="od -An -tx1 a.txt").split())
+    edit("undo_edit")
+    edit("undo_edit")
+    assert "61 0d 0a 62 0d 0a 63 0d 0a" in call("execute_bash", cmd="od -An -tx1 a.txt")
+    # Where line ends are mixed, every byte is what it is.
+    mixed = call("file_editor", command="str_replace", path="mixed.txt", old_str="a\nb", new_str="x")
+    assert "it occurs 0 times" in mixed
+
+
 def test_r2e_calls(make: Any) -> None:
     env = make()
     env.reset(split="train", index=0)

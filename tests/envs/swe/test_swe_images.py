@@ -104,9 +104,10 @@ def test_an_episode_in_a_container(docker: Path, tmp_path: Path) -> None:
 
 
 def test_a_repair_counts_whatever_lies_beside_it(docker: Path, tmp_path: Path) -> None:
-    """Binaries, links, submodules and names that programs read differently are left out."""
+    """Binaries, links, submodules, other encodings and names that programs read differently are left out."""
     image = docker.parent / "image"
     (image / "old.bin").write_bytes(b"a\0b")
+    (image / "latin").write_bytes(b"caf\xe9\na\n")
     (image / "old link").symlink_to("lib.py")
     (image / "to_file").symlink_to("lib.py")
     (image / "to_link").write_text("x\n")
@@ -116,12 +117,22 @@ def test_a_repair_counts_whatever_lies_beside_it(docker: Path, tmp_path: Path) -
     env = SweEnv(str(tmp_path / "tasks.jsonl"), backend="docker", docker=str(docker), tools="bash")
     env.reset(split="test", index=0)
     env.step("echo right > lib.txt; ln -s lib.py link.py; printf 'c\\0d' > .coverage; cp .coverage old.bin")
-    env.step("rm 'old link' to_file to_link; echo y > to_file; ln -s lib.py to_link; git init -q sub")
+    env.step("sed -i s/a$/b/ latin; rm 'old link' to_file to_link")
+    env.step("echo y > to_file; ln -s lib.py to_link; git init -q sub")
     env.step("git -C sub -c user.name=a -c user.email=a@b commit -q --allow-empty -m x")
     env.step("""echo x > 'out '; echo x > ' in'; echo x > 'a"b'; touch 'empty '; mv setup.cfg 'moved '""")
     _, reward, _, _, info = env.step("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT")
     env.close()
     assert (reward, info["reason"]) == (1.0, "resolved"), info
+
+
+def test_a_replacement_character_that_is_in_a_file_stays_there(docker: Path) -> None:
+    backend, task = ImageBackend("docker", Limits(), docker=str(docker)), parse_row(ROW)
+    sandbox = backend.open(task)
+    sandbox.exec(r"echo right > lib.txt; printf '\357\277\275\n' > mark; printf '\351\n' > latin", 20)
+    patch = backend.collect(task, sandbox)
+    sandbox.close()
+    assert sorted(patches.touched(patch)) == ["lib.txt", "mark"] and "+\ufffd\n" in patch
 
 
 def test_verdicts(docker: Path) -> None:

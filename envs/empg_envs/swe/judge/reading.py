@@ -21,8 +21,8 @@ CONFIGURATION = (".ini", ".cfg", ".toml")
 MAX_BYTES = 4 << 20
 MAX_GROWTH = 256 << 10  # characters that a patch may add to a file; its syntax tree takes a thousandfold
 TOO_LARGE = "is too large to be read"
-_SCRIPT = re.compile(r"[A-Za-z_]\w*\.py", re.ASCII)  # in the top folder
-_WORD = re.compile(r"\w+", re.ASCII)
+_SCRIPT = re.compile(r"[A-Za-z_][\w-]*\.py", re.ASCII)  # in the top folder
+_WORD, _DASHED = re.compile(r"\w+", re.ASCII), re.compile(r"[\w-]+", re.ASCII)
 REFLECTING = frozenset(("getattr", "setattr", "delattr", "vars"))
 
 
@@ -83,7 +83,10 @@ def find_strays(
     names = tuple(names)
     marked = [path for path in scripts if read_changes({}, {path: after[path]}, {}, names=names)]
     modules = {path.removesuffix(".py"): path for path in marked}
-    words = {path: set(_WORD.findall(_text(after.get(path)))) & modules.keys() for path in changed}
+    texts = {path: _text(after.get(path)) for path in changed}
+    words = {
+        path: {*_WORD.findall(text), *_DASHED.findall(text)} & modules.keys() for path, text in texts.items()
+    }
     named = {modules[word] for path, found in words.items() for word in found if modules[word] != path}
     return {*marked} - named
 
