@@ -10,10 +10,11 @@ import pytest
 
 from empg_jax import trainer
 from empg_jax.config import load_config
-from empg_jax.errors import Interrupted
+from empg_jax.errors import ConfigError, Interrupted
 from empg_jax.evaluate import evaluate_run
 from empg_jax.metrics import read_metrics
 from empg_jax.report import events
+from empg_jax.run.saved import open_saved
 from tests import runs
 
 
@@ -126,6 +127,19 @@ def test_variants_of_the_loop(tmp_path, monkeypatch, overrides, expected):
     assert all(line["optimizer_steps"] == steps for line in lines)
     if "kl" in expected:  # the reference is where RL began, and the policy moves away from it
         assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-4) and lines[-1]["kl"] > lines[0]["kl"]
+
+
+def test_a_saved_run_takes_another_chat_template_but_no_other_tokenizer(run, tmp_path):
+    file, question = tmp_path / "mine.jinja", [{"role": "user", "content": "look"}]
+    source = json.loads((run / "tokenizer" / "tokenizer_config.json").read_text())["chat_template"]
+    file.write_text("<|system|>MINE<|end|>" + source)
+    old = open_saved(run, [], warn=print).language.renderer.render(question)
+    new = open_saved(run, [f"model.chat_template={file}"], warn=print).language.renderer.render(question)
+    assert new == "<|system|>MINE<|end|>" + old
+    with pytest.raises(ConfigError, match="nowhere"):
+        open_saved(run, [f"model.chat_template={tmp_path / 'nowhere'}"], warn=print)
+    with pytest.raises(ConfigError, match="keeps the tokenizer that it was trained with"):
+        open_saved(run, ["model.tokenizer=bytes"], warn=print)
 
 
 def test_a_stop_on_a_full_disk_is_still_a_stop(tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> 
       ValueError: keys are missing, of a wrong type or not supported; all are listed.
     """
     family = raw.get("model_type")
-    if family not in _DEFAULTS:
+    if not isinstance(family, str) or family not in _DEFAULTS:
         raise ValueError(
             f"model_type={family!r} is not supported; supported are {', '.join(sorted(_DEFAULTS))}"
         )
@@ -102,6 +102,9 @@ def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> 
     wrong = _wrong_sizes({name: keys.get(name) for name in required + _OPTIONAL})
     wrong += _wrong_numbers({"rms_norm_eps": norm_eps})
     theta, scaling, problems = _read_rope(keys)
+    is_tied = keys.get("tie_word_embeddings") or False
+    if not isinstance(is_tied, bool):
+        problems.append(f"tie_word_embeddings={is_tied!r} is neither true nor false")
     problems += wrong or _unsupported(family, keys, max_length)
     if problems:
         raise ValueError(f"this {family} model is not supported: " + "; ".join(problems))
@@ -117,7 +120,7 @@ def config_from_hf(raw: Mapping[str, Any], *, max_length: int | None = None) -> 
         rope_theta=float(theta),
         rope_scaling=scaling,
         norm_eps=float(norm_eps),
-        tie_embeddings=bool(keys.get("tie_word_embeddings", False)),
+        tie_embeddings=is_tied,
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe"),
         moe=_read_moe(keys) if family == "qwen3_moe" else None,

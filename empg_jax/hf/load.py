@@ -107,9 +107,9 @@ def _open_files(folder: pathlib.Path) -> dict[str, SafetensorsFile]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            absent = [name for name in names if not (folder / name).is_file()]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
-        absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {INDEX}")
     else:

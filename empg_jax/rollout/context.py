@@ -208,7 +208,8 @@ class CallContext:
     A call that continues an earlier conversation of the episode, message by message, appends to its exact
     tokens. Any other (a rewritten history, a sub-agent, a parallel call) starts afresh, and so a row.
 
-    `start` and `follow` raise `RunError` where a call has tools and the chat template tells none.
+    `start` and `follow` raise `RunError` where a call has tools, or messages of a role, that the chat
+    template does not tell.
     """
 
     def __init__(self, renderer: ChatRenderer):
@@ -221,6 +222,7 @@ class CallContext:
     def start(self, observation: str, info: Info) -> PromptDelta:
         """Return the first prompt."""
         self._said.clear()
+        self._require_told(info)
         return self._begin(info)
 
     def follow(
@@ -233,6 +235,7 @@ class CallContext:
         info: Info,
     ) -> PromptDelta:
         """Return the prompt of the next call."""
+        self._require_told(info)
         has_ended = stopped and response_tokens[-1] == self._renderer.end_id
         tokens = [*self._prompt, *response_tokens]
         self._said.append(_Said(self._messages, self._tools, response_text, tokens, has_ended))
@@ -247,13 +250,21 @@ class CallContext:
             return PromptDelta(self._prompt if is_fresh else delta, is_fresh=is_fresh)
         return self._begin(info)
 
+    def _require_told(self, info: Info) -> None:
+        role = self._renderer.find_untold(info["messages"], **_variables(info["tools"]))
+        if info["tools"] and not self._renderer.tells_tools:
+            what = "the program's calls have tools"
+        elif role is not None:
+            what = f"the program's conversations have messages of the role {role}"
+        else:
+            return
+        raise RunError(
+            f"{what}, but the chat template does not tell them to the model: set model.chat_template to one "
+            "that does, such as scripts/examples/tools.jinja"
+        )
+
     def _begin(self, info: Info) -> PromptDelta:
         self._messages, self._tools = info["messages"], info["tools"]
-        if self._tools and not self._renderer.tells_tools:
-            raise RunError(
-                "the program's calls have tools, but the chat template does not tell them to the model: set "
-                "model.chat_template to one that does, such as scripts/examples/tools.jinja"
-            )
         self._prompt = self._renderer.start(self._messages, **_variables(self._tools))
         return PromptDelta(list(self._prompt), is_fresh=True)
 

@@ -60,19 +60,20 @@ class Language:
     parser: ActionParser
 
 
-def make_language(config: Config, tokenizer_path: Path | None = None) -> Language:
+def make_language(config: Config, saved: Path | None = None, *, keeps_template: bool = True) -> Language:
     """Build tokenizer, renderer, context and parser.
 
     Args:
       config: the configuration.
-      tokenizer_path: a run's saved tokenizer, used in place of the one that the configuration names.
+      saved: a run's saved tokenizer, used in place of the one that the configuration names.
+      keeps_template: whether a saved tokenizer keeps its chat template, whatever `model.chat_template` is.
 
     Raises:
       ConfigError: there is no such environment, it refuses its options, or the tokenizer or its chat template
         cannot be used.
     """
     spec = find_spec(config)
-    tokenizer = make_tokenizer(config, tokenizer_path, spec)
+    tokenizer = make_tokenizer(config, saved, spec, keeps_template=keeps_template)
     options = chat_variables(config)
     try:
         renderer = ChatRenderer(tokenizer, options=options, history=config.env.history_mode)
@@ -135,17 +136,23 @@ def asks_for_date(config: Config) -> bool:
     return source is not None and "strftime_now" in source
 
 
-def make_tokenizer(config: Config, saved: Path | None, spec: EnvSpec) -> Tokenizer:
+def make_tokenizer(
+    config: Config, saved: Path | None, spec: EnvSpec, *, keeps_template: bool = True
+) -> Tokenizer:
     """Choose the first of: saved tokenizer, configured one, one built for the environment, bytes.
+
+    See `make_language` for the arguments.
 
     Raises:
       ConfigError: it cannot be loaded or built.
     """
     m = config.model
     try:
-        if saved is not None:
+        if saved is not None and keeps_template:  # the file of its template may be gone
             return load_tokenizer(saved)
         template = None if m.chat_template is None else read_source(m.chat_template)
+        if saved is not None:
+            return load_tokenizer(saved, chat_template=template)
         if m.tokenizer == BYTES or reads_bytes(config, spec):
             return build_byte_tokenizer(template)
         if (path := m.tokenizer or m.path) is not None:

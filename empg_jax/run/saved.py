@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
+from empg_jax.errors import ConfigError
 from empg_jax.learner.fingerprint import TEXT, checksum, text_logprob
 from empg_jax.learner.state import state_shardings
 from empg_jax.models.decoder import DecoderConfig
@@ -75,7 +76,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
       ConfigError: there is no run at the path.
       CheckpointError: there is no usable checkpoint at the path, or its adapters belong to another
         base.
-      ConfigError: an override does not fit, or it asks for devices that are missing.
+      ConfigError: an override does not fit, asks for devices that are missing, or names another tokenizer.
     """
     # Imported here, because it loads pydantic, which only this function needs.
     from empg_jax.config import load_config
@@ -86,10 +87,16 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
             f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP"
         )
     config = load_config(str(run_dir / "config.yaml"), overrides)
-    if not any(change.startswith("mesh.") for change in overrides):
+    names = {change.partition("=")[0] for change in overrides}
+    if "model.tokenizer" in names:
+        raise ConfigError(
+            f"model.tokenizer={config.model.tokenizer}: {path} keeps the tokenizer that it was trained with; "
+            "model.chat_template=FILE gives it another chat template"
+        )
+    if not any(name.startswith("mesh.") for name in names):
         config = _fit_mesh(config, warn)
     check_devices(config)
-    language = make_language(config, run_dir / "tokenizer")
+    language = make_language(config, run_dir / "tokenizer", keeps_template="model.chat_template" not in names)
     model = make_model(config, language.tokenizer)
     mesh = make_mesh(**vars(config.mesh))
     directory = checkpoint_dir(config, run_dir)

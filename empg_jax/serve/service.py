@@ -77,6 +77,11 @@ class Service:
         self._tokenizer, self._renderer = tokenizer, renderer
         self._continuation = Continuation(tokenizer)
         self._vocab_size, self._max_tokens, self._max_choices = vocab_size, max_tokens, max_choices
+        # Clients know a prompt that is too long by OpenAI's words, and then neither repeat nor blame it.
+        self._limit = (
+            f"this model's maximum context length is {max_tokens} tokens (serve.max_tokens), the response "
+            "included"
+        )
 
     def describe_models(self) -> Body:
         """Return the answer of ``GET /v1/models``."""
@@ -239,8 +244,7 @@ class Service:
         # Twice the limit: the end of the beginning may be tokenized otherwise in the whole text.
         if len(text) > longest and len(self._tokenizer.encode(text[:longest])) >= 2 * self._max_tokens:
             raise refuse(
-                f"the prompt has {len(text)} characters, but a conversation at most {self._max_tokens} "
-                "tokens (serve.max_tokens), the response included",
+                f"{self._limit}, but the prompt has {len(text)} characters",
                 code="context_length_exceeded",
             )
         return encode(text)
@@ -250,8 +254,7 @@ class Service:
             raise refuse("the prompt is empty")
         if len(prompt) >= self._max_tokens:
             raise refuse(
-                f"the prompt has {len(prompt)} tokens, but a conversation at most {self._max_tokens} "
-                "(serve.max_tokens), the response included",
+                f"{self._limit}, but the prompt has {len(prompt)}",
                 code="context_length_exceeded",
             )
 
@@ -263,6 +266,13 @@ class Service:
             text = self._renderer.render(messages, **({**variables, "tools": tools} if tools else variables))
             if tools and text == self._renderer.render(messages, **variables):
                 raise refuse(f"the chat template of {self.name} does not tell tools to the model", "tools")
+            role = self._renderer.find_untold(messages, **variables)
+            if role is not None:
+                raise refuse(
+                    f"the chat template of {self.name} prints nothing of messages of the role {role}; send "
+                    f"them as {'system' if role == 'developer' else 'user'}",
+                    "messages",
+                )
         except ChatTemplateError as error:
             raise refuse(str(error), "messages") from None
         return text
@@ -287,7 +297,7 @@ class Service:
                     **describe_tokens(response, 0, head, asked.detail, self._spell, TextPlaces(asked.decode)),
                 }
             )
-            if asked.has_tokens and len(asked.prompts) > 1:
+            if asked.has_tokens and not head.is_chat:
                 choices[-1]["prompt_token_ids"] = asked.prompts[index // asked.sampling.n].tolist()
         is_one = asked.has_tokens and len(asked.prompts) == 1
         prompts = {"prompt_token_ids": asked.prompts[0].tolist()} if is_one else {}

@@ -59,6 +59,8 @@ class StreamWriter:
             choice = {"index": index, **fields, "finish_reason": finish, "logprobs": None, **tokens}
             is_first = asked.has_tokens and start == 0
             prompts = {"prompt_token_ids": response.prompt_tokens.tolist()} if is_first else {}
+            if not head.is_chat:
+                choice |= prompts
             yield head.chunk([choice], **prompts)
         if update.is_final:
             self._finals[index] = update

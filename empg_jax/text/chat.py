@@ -56,6 +56,7 @@ class ChatRenderer:
         self.tokenizer, self.history = tokenizer, history
         self._options = dict(options or {})
         self._encode_short = functools.lru_cache(maxsize=cache_size)(self._encode_anew)
+        self._told = {"user", "assistant"}  # roles of which the template prints the messages
         self._seams, self._suffixes = SeamFinder(self.render), SuffixFinder(self.render)
         self.end_id = _require_turn_end(tokenizer)
         end_token = tokenizer.id_to_token(self.end_id)
@@ -173,14 +174,46 @@ class ChatRenderer:
         except ChatTemplateError:
             return False
 
+    def find_untold(self, messages: Sequence[Message], **variables: Any) -> str | None:
+        """Return a role of the messages of which the template prints nothing; None if it prints all.
+
+        One message of each role is looked at, once in a renderer's life.
+
+        Raises:
+          ChatTemplateError: the template refuses the conversation.
+        """
+        for index, message in enumerate(messages):
+            if message["role"] in self._told:
+                continue
+            changed = {**message, "content": message["content"] + "."}
+            if not self.tells_apart(messages, index, changed, **variables):
+                return str(message["role"])
+            self._told.add(message["role"])
+        return None
+
+    def tells_apart(
+        self, messages: Sequence[Message], index: int, changed: Message, **variables: Any
+    ) -> bool:
+        """Return whether the template prints another text when message ``index`` is ``changed``.
+
+        Raises:
+          ChatTemplateError: the template refuses the conversation as it is.
+        """
+        text = self.render(messages, add_generation_prompt=False, **variables)
+        others = [*messages[:index], changed, *messages[index + 1 :]]
+        try:
+            return self.render(others, add_generation_prompt=False, **variables) != text
+        except ChatTemplateError:
+            return True
+
     def role_of_results(self, tools: Sequence[Any]) -> str:
-        """Return the role of the results of calls: ``tool``, or ``user`` where the template refuses it."""
+        """Return the role of the results of calls: ``tool``, or ``user`` where the template has no such."""
         call: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "x"}]
         try:
-            self.render([*call, {"role": "tool", "content": "result"}], tools=tools)
+            untold = self.find_untold([*call, {"role": "tool", "content": "result"}], tools=tools)
         except ChatTemplateError:
             return "user"
-        return "tool"
+        return "tool" if untold is None else "user"
 
     def _find_closing(self) -> str:
         """Return the control token that ends an answer in history; it may be another one at the very end.

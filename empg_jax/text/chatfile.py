@@ -144,7 +144,9 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     reasoning = item.get("reasoning_content")
     if reasoning is not None and not isinstance(reasoning, str):
         raise ChatDataError(f"{where} has a reasoning_content that is no text but {type(reasoning).__name__}")
-    message = {**item, "content": content}
+    # Tables of messages have every key in every row; to a template, a key that is there is no empty one.
+    filled = {key: value for key, value in item.items() if value is not None and value != []}
+    message = {**filled, "content": content}
     if item.get("tool_calls"):
         message["tool_calls"] = _calls(item["tool_calls"], f"{where}.tool_calls")
     try:

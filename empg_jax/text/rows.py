@@ -19,7 +19,7 @@ from typing import Any
 
 from empg_jax.text.chat import ChatRenderer, encode_behind, ends_in_thought
 from empg_jax.text.chatfile import ChatDataError, Conversation
-from empg_jax.text.template import ChatTemplateError, Message
+from empg_jax.text.template import Message
 
 _OPEN, _CLOSE = "<think>", "</think>"  # of a thought
 
@@ -63,7 +63,7 @@ def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) ->
     variables: dict[str, Any] = {} if conversation.tools is None else {"tools": conversation.tools}
     render: Callable[..., str] = functools.partial(renderer.render, **variables)
     _require_no_end(conversation, end)
-    _require_told(renderer, render, conversation)
+    _require_told(renderer, conversation, variables)
     rows: list[TokenRow] = []
     row, shown, last = TokenRow([], []), "", -1  # shown: the text of the row so far; last: its last answer
     for index, message in enumerate(conversation.messages):
@@ -102,39 +102,27 @@ def _require_no_end(conversation: Conversation, end: str) -> None:
             raise ChatDataError(f"{what} the control token {end}, which ends a turn")
 
 
-def _require_told(renderer: ChatRenderer, render: Callable[..., str], conversation: Conversation) -> None:
-    """Refuse tools, calls and a developer's messages that the template does not print."""
+def _require_told(renderer: ChatRenderer, conversation: Conversation, variables: dict[str, Any]) -> None:
+    """Refuse tools, calls and roles that the template does not print."""
     if conversation.tools is not None and not renderer.tells_tools:
         raise ChatDataError(
             "has tools, and the chat template prints none: describe them in a system message, or set "
             "model.chat_template to one that does"
         )
     messages = conversation.messages
+    if (role := renderer.find_untold(messages, **variables)) is not None:
+        raise ChatDataError(
+            f"has messages of the role {role}, of which the chat template prints nothing: write "
+            f"{'system' if role == 'developer' else 'user'}, or set model.chat_template to one that does"
+        )
     for index, message in enumerate(messages):
-        if message["role"] == "developer":
-            changed = {**message, "content": message["content"] + "."}
-            if not _is_told(render, messages, index, changed):
-                raise ChatDataError(
-                    f"message {index} has the role developer, of which the chat template prints nothing: "
-                    "write system"
-                )
         if message["role"] == "assistant" and message.get("tool_calls"):
             changed = {key: value for key, value in message.items() if key != "tool_calls"}
-            if not _is_told(render, messages[: index + 1], index, changed):
+            if not renderer.tells_apart(messages[: index + 1], index, changed, **variables):
                 raise ChatDataError(
                     f"message {index} has tool_calls, and the chat template prints none: write them into "
                     "content, or set model.chat_template to one that does"
                 )
-
-
-def _is_told(render: Callable[..., str], messages: Sequence[Message], index: int, changed: Message) -> bool:
-    """Return whether the template prints another text when message ``index`` is ``changed``."""
-    text = render(messages, add_generation_prompt=False)
-    try:
-        others = (*messages[:index], changed, *messages[index + 1 :])
-        return render(others, add_generation_prompt=False) != text
-    except ChatTemplateError:
-        return True
 
 
 def _answer(prompt: str, whole: str, message: Message, end: str) -> str:
@@ -159,9 +147,10 @@ def _answer(prompt: str, whole: str, message: Message, end: str) -> str:
 
 
 def _holds_thoughts(said: str, message: Message) -> bool:
-    """Return whether all thoughts of a message, and the texts around them, are in what is said."""
+    """Return whether a message's thoughts, and the texts around them or beside calls, are in what is said."""
     content = message["content"]
-    texts = re.split(f"{_OPEN}|{_CLOSE}", content) if _CLOSE in content else []
+    may_be_lost = _CLOSE in content or message.get("tool_calls")
+    texts = re.split(f"{_OPEN}|{_CLOSE}", content) if may_be_lost else []
     return all(text.strip() in said for text in (*texts, message.get("reasoning_content") or ""))
 
 
@@ -181,7 +170,8 @@ def _require_thoughts(prompt: str, answer: str, message: Message, index: int) ->
         )
     if not is_whole:
         raise ChatDataError(
-            f"message {index} has a thought that the chat template does not print: write the whole answer "
+            f"message {index} has a thought, or a text beside its calls, that the chat template does not "
+            "print: write the whole answer "
             f"into content, with its thought as {_OPEN}...{_CLOSE} and its calls as the model writes them"
         )
 

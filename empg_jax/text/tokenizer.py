@@ -20,6 +20,8 @@ from empg_jax.hf.hub import find_folder
 from empg_jax.text.template import ChatTemplate, ChatTemplateError
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Parts of a response's text that parsers read, though some vocabularies have them as control tokens.
+_TAGS = frozenset(("<think>", "</think>", "<tool_call>", "</tool_call>"))
 _PROBE = "empgprobe"  # a content that no template changes
 _FILES = (
     "tokenizer.json",
@@ -79,9 +81,10 @@ class Tokenizer:
         self.chat_template = (
             None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
         )
-        self.special_ids = frozenset(
-            index for index, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        added = backend.get_added_tokens_decoder().items()
+        self.special_ids = frozenset(index for index, token in added if token.special)
+        self._tags = frozenset(index for index, token in added if token.special and token.content in _TAGS)
+        self._hidden = self.special_ids - self._tags
         self.turn_end_id = self._find_turn_end()
         eos = self.special_tokens.get("eos_token")
         self.stop_tokens: tuple[str, ...] = tuple(dict.fromkeys([*stop_tokens, *([eos] if eos else [])]))
@@ -100,8 +103,14 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Return the text of ids, without control tokens unless ``skip_special`` is False."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        """Return the text of ids, without control tokens unless ``skip_special`` is False.
+
+        Tags of thoughts and of tool calls stay, whatever the vocabulary calls them.
+        """
+        ids = list(ids)
+        if skip_special and not self._tags.isdisjoint(ids):
+            ids, skip_special = [index for index in ids if index not in self._hidden], False
+        return self._backend.decode(ids, skip_special_tokens=skip_special)
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token's exact string, or None."""
@@ -209,7 +218,11 @@ def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None
     if chat_template is None:
         chat_template = _read_chat_template(folder, config)
     backend = load_backend(folder)
-    stop_tokens = list(config.get("stop_tokens", ()))
+    stop_tokens = config.get("stop_tokens", [])
+    if not isinstance(stop_tokens, list) or not all(isinstance(token, str) for token in stop_tokens):
+        file = folder / "tokenizer_config.json"
+        raise ValueError(f"{file}: stop_tokens={stop_tokens!r} is no list of texts")
+    stop_tokens = list(stop_tokens)
     generation = _read_json(folder / "generation_config.json")
     for index in _stop_ids(generation):
         token = backend.id_to_token(index)
@@ -266,10 +279,15 @@ def _read_chat_template(folder: pathlib.Path, config: Mapping[str, Any]) -> str 
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates; the plain chat one is called "default"
-        named = {entry["name"]: entry["template"] for entry in template}
+        try:
+            named = {entry["name"]: entry["template"] for entry in template}
+        except (TypeError, KeyError):
+            raise ValueError(f"{folder}: chat_template is no list of templates with names") from None
         if "default" not in named:
             raise ValueError(f"{folder}: chat_template has no entry named 'default', only {sorted(named)}")
-        return named["default"]
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{folder}: chat_template is a {type(template).__name__}, not a text")
     return template
 
 
@@ -286,8 +304,10 @@ def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -
     for name in _SPECIAL_NAMES:
         token = config.get(name, special_map.get(name))
         if isinstance(token, dict):  # an AddedToken as JSON
-            token = token["content"]
+            token = token.get("content", token)
         if token is not None:
+            if not isinstance(token, str):
+                raise ValueError(f"{name}={token!r} in the tokenizer's files is no text")
             named[name] = token
     return named
 
@@ -296,7 +316,10 @@ def _stop_ids(generation: Mapping[str, Any]) -> list[int]:
     ids = generation.get("eos_token_id")
     if ids is None:
         return []
-    return ids if isinstance(ids, list) else [ids]
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(index) is int for index in ids):
+        raise ValueError(f"eos_token_id={ids} in generation_config.json are no token ids")
+    return ids
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

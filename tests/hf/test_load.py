@@ -290,6 +290,14 @@ def test_a_config_that_is_no_object(saved, text):
         load_hf(folder)
 
 
+@pytest.mark.parametrize("text", ["[]", '{"weight_map": {"a": 5}}', '{"weight_map": {"a": [1]}}'])
+def test_an_index_that_names_no_files(saved, text):
+    folder, *_ = saved
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json is not a safetensors index"):
+        load_hf(folder)
+
+
 def test_a_header_that_is_no_object(saved):
     folder, *_ = saved
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
@@ -431,6 +439,8 @@ def test_config_keeps_what_the_decoder_does_not_know():
             r"rope_parameters by the kind of layer \(full_attention\)",
         ),
         ({"rope_scaling": "llama3"}, "rope_scaling='llama3' "),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' is neither true nor false"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\] is not supported"),
         ({"rope_theta": None}, "rope_theta=None "),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e6"}}, "rope_theta='1e6' "),
         (

@@ -158,7 +158,8 @@ def test_tools_are_told_by_the_template_where_it_can(kind, family, is_told):
 def test_results_are_words_of_the_user_where_the_template_knows_no_tool():
     known = "{%- if message['role'] == 'tool' %}"
     refusing = CHATML.replace(known, known + "{{ raise_exception('no calls') }}")
-    for template, role in ((CHATML, "tool"), (refusing, "user")):
+    silent = CHATML.replace("+ message['content'] + '\n</tool", "+ '\n</tool")
+    for template, role in ((CHATML, "tool"), (refusing, "user"), (silent, "user")):
         renderer = ChatRenderer(build_bpe("chatml", template))
         assert renderer.tells_tools and renderer.role_of_results(TOOLS) == role
 
@@ -181,3 +182,18 @@ def test_tools_of_a_program_that_the_template_does_not_tell_end_the_run():
     context = CallContext(ChatRenderer(build_bpe("thinking")))
     with pytest.raises(RunError, match=r"does not tell them to the model: .*scripts/examples/tools\.jinja"):
         context.start("a", {"messages": [{"role": "user", "content": "a"}], "tools": TOOLS})
+
+
+def test_messages_of_a_program_that_the_template_does_not_tell_end_the_run():
+    silent = CHATML.replace(
+        "message['role'] != 'system' or not", "message['role'] in 'user assistant' and not"
+    )
+    context = CallContext(ChatRenderer(build_bpe("chatml", silent)))
+    messages = [{"role": "user", "content": "a"}]
+    context.start("a", {"messages": messages, "tools": []})
+    messages = [*messages, {"role": "assistant", "content": "b"}, {"role": "function", "content": "found"}]
+    ids = [*context._renderer.tokenizer.encode("b"), context._renderer.end_id]
+    with pytest.raises(RunError, match="messages of the role function, but the chat template does not tell"):
+        context.follow(ids, "b", True, "b", "found", {"messages": messages, "tools": []})
+    context = CallContext(ChatRenderer(build_bpe("chatml")))
+    context.start("a", {"messages": messages, "tools": []})

@@ -53,8 +53,8 @@ def test_a_limit_and_a_seed(talker):
 @pytest.mark.slow
 def test_a_conversation_that_is_full_is_told_and_stays(talker):
     code, out, _ = chat(talker, "--max-tokens", 2, stdin=("one two " * 40) + "\none\n")
-    assert code == 0 and "a conversation at most 64" in out and "/new begins a new conversation]" in out
-    assert out.count("[the prompt has") == 1
+    assert code == 0 and "maximum context length is 64" in out and "/new begins a new conversation]" in out
+    assert out.count("[this model's maximum") == 1
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_a_prompt_that_is_far_too_long_is_not_tokenized_whole(service):
         (service.read_completion, {"prompt": long}),
         (service.read_chat, {"messages": [{"role": "user", "content": long}]}),
     ):
-        with pytest.raises(ApiError, match="characters, but a conversation at most 64 tokens") as refused:
+        with pytest.raises(ApiError, match=r"length is 64 tokens .* has 1000\d\d characters") as refused:
             read(body)
         assert refused.value.code == "context_length_exceeded"
     assert service.encoded == [16 * 64, 16 * 64]
@@ -153,7 +153,9 @@ def call_tools(service, text, is_streamed, *, ending="", **more):
     def render(messages, tools=()):
         return ("tools" if tools else "none") + ending
 
-    service._renderer = SimpleNamespace(render=render, encode=service._tokenizer.encode)
+    service._renderer = SimpleNamespace(
+        render=render, encode=service._tokenizer.encode, find_untold=lambda messages, **variables: None
+    )
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     body = {"messages": HELLO, "tools": tools, "stream": is_streamed, **more}
     return post(service, Saying(service, text), "/v1/chat/completions", body)
@@ -197,6 +199,20 @@ def test_a_request_without_parallel_calls_gets_the_first(is_parallel, count, is_
     assert service._tokenizer.decode([token for choice in choices for token in choice["token_ids"]]) == text
     wrong = call_tools(service, text, is_streamed, parallel_tool_calls="no")
     assert wrong.status_code == 400 and "parallel_tool_calls must be true or false" in wrong.text
+
+
+def test_messages_that_the_template_does_not_print_are_refused(service):
+    source = service._tokenizer.chat_template.source
+    silent = source.replace("in messages", "in messages if message.role in ('user', 'assistant')")
+    assert silent != source
+    tokenizer = build_byte_tokenizer(silent)
+    service = Service("model", tokenizer, ChatRenderer(tokenizer), vocab_size=300, max_tokens=99)
+    for role, right in (("developer", "system"), ("tool", "user")):
+        body = {"messages": [*HELLO, {"role": role, "content": "x"}]}
+        answer = post(service, None, "/v1/chat/completions", body)
+        assert answer.status_code == 400
+        assert f"prints nothing of messages of the role {role}; send them as {right}" in answer.text
+    service.read_chat({"messages": HELLO})
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -271,7 +287,11 @@ def test_a_completion_goes_on_with_its_prompt_and_tells_where_its_tokens_are(bui
 def test_parts_of_a_character_tell_their_bytes(build):
     tokenizer, said = build(), "is né ok."
     service = Service("model", tokenizer, None, vocab_size=tokenizer.vocab_size, max_tokens=64)
-    service._renderer = SimpleNamespace(render=lambda messages, tools=(): "The sea", encode=tokenizer.encode)
+    service._renderer = SimpleNamespace(
+        render=lambda messages, tools=(): "The sea",
+        encode=tokenizer.encode,
+        find_untold=lambda messages, **variables: None,
+    )
     answer = post(
         service, Saying(service, said), "/v1/chat/completions", {"messages": HELLO, "logprobs": True}
     )
@@ -295,7 +315,12 @@ def test_each_prompt_has_its_tokens(service):
     texts = ["".join(map(chr, choice["prompt_token_ids"])) for choice in answer["choices"]]
     assert texts == ["red", "red", "blue", "blue"] and "prompt_token_ids" not in answer
     answer = post(service, driver, route, body | {"prompt": "red"}).json()
-    assert answer["prompt_token_ids"] == [*b"red"] and "prompt_token_ids" not in answer["choices"][0]
+    assert answer["prompt_token_ids"] == [*b"red"]
+    assert [choice["prompt_token_ids"] for choice in answer["choices"]] == [[*b"red"]] * 2
+    chunks = read_choices(post(service, driver, route, body | {"prompt": "red", "stream": True}))
+    begun = [choice for choice in chunks if "prompt_token_ids" in choice]
+    assert sorted(choice["index"] for choice in begun) == [0, 1]
+    assert all(choice["prompt_token_ids"] == [*b"red"] for choice in begun)
 
 
 def test_weights_that_are_published_one_after_the_other_have_numbers_of_their_own(monkeypatch, tmp_path):

@@ -61,6 +61,12 @@ def test_tool_calls_need_no_content_and_tools_stand_beside():
     assert found.tools == [{"n": 1}] and found.is_trained == (False, True, False, True)
 
 
+@pytest.mark.parametrize("filled", [{"tool_calls": None, "name": None}, {"tool_calls": []}])
+def test_keys_that_a_table_fills_with_nothing_are_not_there(filled):
+    found = parse_conversation({"messages": [USER | filled, ANSWER | filled]})
+    assert found.messages == parse_conversation({"messages": [USER, ANSWER]}).messages
+
+
 @pytest.mark.parametrize("wrap", [lambda call: {"type": "function", "function": call}, lambda call: call])
 def test_arguments_that_are_json_text_become_objects(wrap):
     def read(arguments):

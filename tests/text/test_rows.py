@@ -231,8 +231,35 @@ def test_a_developers_messages_that_the_template_does_not_print_are_refused():
     (row,) = tokenize_conversation(make_renderer("chatml"), conversation)
     assert "Act." in make_renderer("chatml").tokenizer.decode(row.tokens)
     silent = PLAIN.replace("in messages", "in messages if m.role != 'developer'")
-    with pytest.raises(ChatDataError, match=r"message 0 has the role developer, .* write system"):
+    with pytest.raises(ChatDataError, match=r"messages of the role developer, .* write system"):
         tokenize_conversation(ChatRenderer(build_bpe("chatml", silent)), conversation)
+
+
+def test_results_that_the_template_does_not_print_are_refused():
+    """The answer would be learned as if the policy had known them."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "look"}]
+    turns += [{"role": "tool", "content": "a shelf"}, {"role": "assistant", "content": "a shelf"}]
+    conversation = parse_conversation({"messages": turns})
+    silent = PLAIN.replace("in messages", "in messages if m.role != 'tool'")
+    tokenize_conversation(ChatRenderer(build_bpe("chatml", PLAIN)), conversation)
+    with pytest.raises(ChatDataError, match=r"messages of the role tool, .* write user, or set"):
+        tokenize_conversation(ChatRenderer(build_bpe("chatml", silent)), conversation)
+
+
+def test_a_text_beside_calls_that_the_template_does_not_print_is_refused():
+    """As Llama's and Mistral's, which print the calls in its place."""
+    calls = "{{ (m.tool_calls[0].function | tojson) if m.tool_calls else m.content }}"
+    renderer = ChatRenderer(build_bpe("chatml", PLAIN.replace("' ~ m.content ~ '", "' }}" + calls + "{{ '")))
+    messages = [{"role": "user", "content": "a"}, CALL]
+    (row,) = tokenize_conversation(renderer, parse_conversation({"messages": messages}))
+    assert '"look"' in learned(renderer, row)[0]
+    messages[1] = {**CALL, "content": "I look."}
+    with pytest.raises(ChatDataError, match=r"message 1 has .* a text beside its calls, .* into content"):
+        tokenize_conversation(renderer, parse_conversation({"messages": messages}))
+    silent = {**messages[1], "weight": 0}  # what is not learned is history as the template prints it
+    messages = [messages[0], silent, messages[0], {"role": "assistant", "content": "b"}]
+    (row,) = tokenize_conversation(renderer, parse_conversation({"messages": messages}))
+    assert learned(renderer, row) == ["b<|im_end|>"]
 
 
 SAID = "m.content.split('</think>')[-1].lstrip() if m.role == 'assistant' else m.content"
@@ -279,7 +306,7 @@ LOST = [
         TEMPLATES["chatml"],
         {},
         {"content": "go", "reasoning_content": "hm"},
-        "a thought that .* not print: write",
+        "a thought, or .* not print: write",
     ),
     (
         QWEN3,
@@ -291,7 +318,7 @@ LOST = [
         FORGETTING.replace(f"({SAID})", f"({SAID}) ~ m.tool_calls"),
         {},
         {**CALL, "content": THOUGHT},
-        "a thought that .* does not print: write the whole answer into content",
+        "a thought, or .* does not print: write the whole answer into content",
     ),
 ]
 

@@ -145,6 +145,38 @@ def test_corrupt_file(tmp_path, name, text):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "keys", "cause"),
+    [
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template is a int, not a text"),
+        ("tokenizer_config.json", {"chat_template": ["a"]}, "chat_template is no list of templates"),
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token=5 in the tokenizer's files is no text"),
+        ("tokenizer_config.json", {"eos_token": {"a": 1}}, "eos_token={'a': 1} in"),
+        ("tokenizer_config.json", {"stop_tokens": 5}, "stop_tokens=5 is no list of texts"),
+        ("generation_config.json", {"eos_token_id": "2"}, r"eos_token_id=\['2'\] .* no token ids"),
+    ],
+)
+def test_values_of_a_wrong_type(tmp_path, name, keys, cause):
+    build_bpe("chatml").save(tmp_path)
+    (tmp_path / name).write_text(json.dumps(json.loads((tmp_path / name).read_text()) | keys))
+    with pytest.raises(ValueError, match=cause):
+        load_tokenizer(tmp_path)
+
+
+def test_tags_that_parsers_read_are_text_though_they_are_control_tokens():
+    source = build_bpe("chatml")
+    tags = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    source._backend.add_special_tokens([*tags, "<|other|>"])
+    tokenizer = Tokenizer(
+        source._backend, special_tokens=source.special_tokens, chat_template=source.chat_template.source
+    )
+    text = "<think>hm</think> go <tool_call>{}</tool_call>"
+    ids = tokenizer.encode(text.replace(" go", "<|other|> go") + "<|im_end|>")
+    assert all(tokenizer.token_to_id(tag) in ids for tag in tags)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special=False) == text.replace(" go", "<|other|> go") + "<|im_end|>"
+
+
 def test_no_chat_template():
     source = build_bpe("chatml")
     tokenizer = Tokenizer(source._backend, special_tokens=source.special_tokens)
