@@ -219,6 +219,26 @@ def test_a_server_that_refuses_unknown_keys_is_asked_without_them():
     assert len(fake.bodies) == 3  # after the first refusal it is not tried again
 
 
+@pytest.mark.parametrize("key", ["stop_reason", "matched_stop", None])
+def test_a_text_has_the_stop_string_that_ended_it(key):
+    """Parsers want the closing tag, which servers leave out, and not all tell it."""
+    whole, stops = "<search>a</search> b</answer>", ["</answer>", "</search>"]
+
+    def reply(number, body):
+        if "stop" not in body:
+            return said(whole)
+        return said("<search>a", **({} if key is None else {key: "</search>"}))
+
+    with faking(reply) as fake:
+        there = Endpoint(fake.url, sampling={"stop": stops}, timeout=30)
+        assert [there.ask([], seed).text for seed in (1, 2)] == ["<search>a</search>"] * 2
+        assert len(fake.bodies) == (3 if key is None else 2)
+    for ended in ({"stop_reason": None}, {"finish_reason": "length"}):
+        with faking(lambda number, body, ended=ended: said("<search>", **ended)) as fake:
+            there = Endpoint(fake.url, sampling={"stop": stops}, timeout=30)
+            assert there.ask([], 0).text == "<search>" and len(fake.bodies) == 1
+
+
 def test_busy_servers_are_asked_again():
     def reply(number, body):
         return (429, "slow down", [("Retry-After", "0.01")]) if number < 8 else said("at last")

@@ -27,6 +27,7 @@ import numpy as np
 from empg_jax.config.places import split_address
 from empg_jax.engine.slots import Response
 from empg_jax.errors import ConfigError, RunError
+from empg_jax.text.stops import first_stop
 from empg_jax.text.template import Message
 
 TRIES = 5  # of a request that the server could not answer for a passing cause, other than being busy
@@ -90,11 +91,11 @@ class Endpoint:
         self._base = base_of(url)
         self._key, self._sampling, self._timeout = key, dict(sampling), timeout
         self._closed = threading.Event()
-        self._asks_for_tokens = True
+        self._asks_for_tokens = self._tells_stops = True
         self.model = model or self._only_model()
 
     def ask(self, messages: Sequence[Message], seed: int) -> Answer:
-        """Return the model's answer to a conversation.
+        """Return the model's answer to a conversation, with the stop string that ended it.
 
         A conversation that is too long for the server has an empty answer, cut by its length.
 
@@ -102,6 +103,9 @@ class Endpoint:
           EndpointError: there is none, after `TRIES` for a passing cause, or the server is busy all the time.
         """
         body = {"model": self.model, "messages": list(messages), "seed": seed, **self._sampling}
+        stops = body.get("stop", ())
+        if not self._tells_stops:  # what follows a stop string is sampled for nothing
+            del body["stop"]
         extra = {"return_token_ids": True} if self._asks_for_tokens else {}
         status, found = self._send("/chat/completions", body | extra)
         if status in (400, 422) and extra and not _is_too_long(found):
@@ -113,7 +117,10 @@ class Endpoint:
         if status != 200:
             raise EndpointError(self._describe(status, found))
         try:
-            return read_answer(found)
+            if "stop" in body and _hides_stop(found["choices"][0]):
+                self._tells_stops = False
+                return self.ask(messages, seed)
+            return read_answer(found, stops)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise EndpointError(
                 f"{self._base}/chat/completions answered what is no chat completion: {_shorten(found)}"
@@ -301,10 +308,18 @@ def derive_seed(seed: int, ids: Sequence[int]) -> int:
     return int.from_bytes(digest, "big") >> 33  # 31 bits, which every server takes
 
 
-def read_answer(body: Mapping[str, Any]) -> Answer:
-    """Read a chat completion: its text and, where the server tells them, token ids and entropies."""
+def read_answer(body: Mapping[str, Any], stops: Sequence[str] = ()) -> Answer:
+    """Read a chat completion: its text and, where the server tells them, token ids and entropies.
+
+    Args:
+      body: the completion.
+      stops: stop strings; the text ends behind the first one, which servers leave out.
+    """
     choice = body["choices"][0]
     text = choice["message"].get("content") or ""
+    told = choice.get("stop_reason", choice.get("matched_stop"))
+    stop = told if told in stops else first_stop(text, stops)
+    text = text if stop is None else text.partition(stop)[0] + stop
     ids = choice.get("token_ids")
     count = len(ids) if ids else max(1, int((body.get("usage") or {}).get("completion_tokens") or 1))
     tokens = np.asarray(ids, np.int32) if ids else np.full(count, NO_ID, np.int32)
@@ -313,6 +328,11 @@ def read_answer(body: Mapping[str, Any]) -> Answer:
     if not isinstance(text, str) or entropies.shape != (count,):
         raise ValueError
     return Answer(text, tokens, entropies, "length" if choice.get("finish_reason") == "length" else "stop")
+
+
+def _hides_stop(choice: Mapping[str, Any]) -> bool:
+    """Return whether a choice does not tell whether a stop string ended it, as vLLM and SGLang do."""
+    return choice.get("finish_reason") == "stop" and not {"stop_reason", "matched_stop"} & choice.keys()
 
 
 def _as_response(slot: int, prompt: np.ndarray, future: concurrent.futures.Future[Answer]) -> Response:

@@ -178,16 +178,15 @@ class Ledger:
           trajectory: its episode.
           seconds: what it took, on the clock that ``group_timeout`` is for.
         """
-        outcome = trajectory.outcome
-        self.outcomes[f"{outcome.status}:{outcome.reason}"] += 1
-        group = self._groups.get(attempt.group_id)
+        outcome, group = trajectory.outcome, self._groups.get(attempt.group_id)
         self.counts["environment_steps"] += len(trajectory.turns)
-        if not outcome.is_trained:
-            tell_discarded(self._tell, attempt, outcome)
         if not outcome.is_trained or group is None or attempt.member not in group.missing:
             self.counts["tokens_wasted"] += trajectory.num_tokens
-        if group is None or attempt.member not in group.missing:  # replaced or closed in the meantime
-            return
+        if group is None or attempt.member not in group.missing:
+            return  # it was counted when its group was replaced or closed
+        self.outcomes[f"{outcome.status}:{outcome.reason}"] += 1
+        if not outcome.is_trained:
+            tell_discarded(self._tell, attempt, outcome)
         if outcome.is_trained:
             del group.missing[attempt.member]
             group.done[attempt.member] = trajectory

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from empg_jax.errors import ConfigError, RunError
+from empg_jax.errors import ConfigError, RunError, writing
+from empg_jax.files import append
 
 FILENAME = "schedule.jsonl"
 
@@ -65,10 +66,14 @@ class Recorder:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rounds added so far."""
+        """Write the rounds added so far.
+
+        Raises:
+          RunError: they cannot be written.
+        """
         text, self._lines = "".join(line + "\n" for line in self._lines), []
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with writing(self._path), self._path.open("ab", buffering=0) as file:
+            append(file, text.encode())
 
 
 def open_recorder(run_dir: Path, start: int, *, is_resumed: bool) -> Recorder | None:

@@ -12,6 +12,7 @@ synchronous training by the same code.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
@@ -22,7 +23,7 @@ import numpy as np
 
 from empg_jax.engine.interface import SamplingEngine
 from empg_jax.engine.stats import EngineStats, add_stats
-from empg_jax.errors import Interrupted
+from empg_jax.errors import Interrupted, RunError
 from empg_jax.rollout.call import Call
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.incidents import count_incidents
@@ -124,17 +125,18 @@ class RolloutThread:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._thread is not None
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
         self._thread.join()
         self._thread = None
-        if self.recorder is not None:
-            self.recorder.flush()
         # What is in flight is lost, and starts again where the run goes on.
         self.collector.cancel_all()
+        if self.recorder is not None:
+            with contextlib.suppress(*(() if kind is None else (RunError,))):  # the first error is told
+                self.recorder.flush()
 
     def publish(self, params: Params, version: int) -> None:
         """Hand over the weights after ``version`` updates; return when the learner may change its own.

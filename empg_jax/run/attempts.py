@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from empg_jax.errors import RunError
-from empg_jax.files import replacing
+from empg_jax.errors import RunError, writing
+from empg_jax.files import append, replacing
 from empg_jax.report.pairing import EPISODES
 from empg_jax.rollout.record import describe_episodes, make_trajectory
 from empg_jax.types import Trajectory
@@ -65,7 +65,7 @@ class Attempts:
                 self.done = _read(self._path)
             # Written anew: a line that was cut off in the middle would spoil the next one.
             _write(self._path, self.done)
-            self._file = self._path.open("ab")
+            self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             raise RunError(f"the evaluation cannot be kept in {folder}: {error}") from None
 
@@ -77,16 +77,25 @@ class Attempts:
             self._file.close()
 
     def keep(self, episode: Trajectory) -> None:
-        """Add a finished attempt."""
+        """Add a finished attempt.
+
+        Raises:
+          RunError: it cannot be written.
+        """
         if self._folder is not None:
-            self._file.write(_as_line(episode))
-            self._file.flush()
+            with writing(self._path):
+                append(self._file, _as_line(episode))
 
     def finish(self, episodes: Sequence[Trajectory]) -> None:
-        """Give the complete file its name, with the episodes in the order of the tasks."""
+        """Give the complete file its name, with the episodes in the order of the tasks.
+
+        Raises:
+          RunError: it cannot be written.
+        """
         if self._folder is None:
             return
-        _write(self._folder / EPISODES, episodes)
+        with writing(self._folder / EPISODES):
+            _write(self._folder / EPISODES, episodes)
         self._file.close()
         self._path.unlink()
 

@@ -82,5 +82,10 @@ def has_stop(text: str, stops: Sequence[str]) -> bool:
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     """Return the text before the first stop string."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
+    stop = first_stop(text, stops)
+    return text if stop is None else text.partition(stop)[0]
+
+
+def first_stop(text: str, stops: Sequence[str]) -> str | None:
+    """Return the stop string that occurs first in a text; None where there is none."""
+    return min((stop for stop in stops if stop in text), key=text.find, default=None)

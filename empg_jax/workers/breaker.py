@@ -85,8 +85,8 @@ class Breaker:
         if self._successes >= self._policy.breaker_min:
             self._is_proven = True
 
-    def record_failure(self, reason: str, detail: str, op: str = "", task: Hashable = None) -> None:
-        """Record one incident: a lost episode, or a lost worker whatever it carried (no op and task)."""
+    def record_failure(self, reason: str, detail: str, op: str = "", *, task: Hashable) -> None:
+        """Record one incident: a lost episode, or a lost worker whatever it carried (no op)."""
         self._works = 0
         if self._opened is not None:
             return

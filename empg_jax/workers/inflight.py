@@ -20,6 +20,7 @@ class Command:
 
     Attributes:
       offset: bytes sent to the process before the message that holds the command.
+      sent: time at which it was sent.
       expected: the digest that a replayed command must give; None where nothing is compared.
       is_replay: whether it belongs to a replay; else it is the caller's request.
       completes_replay: whether it is the last command of a replay.
@@ -32,6 +33,7 @@ class Command:
     op: str
     args: dict[str, Any]
     offset: int
+    sent: float = 0.0
     expected: int | None = None
     is_replay: bool = False
     completes_replay: bool = False
@@ -60,7 +62,7 @@ class Inflight:
         return any(command.op != "close" for command in self._commands.values())
 
     def compose(
-        self, episodes: Iterable[EpisodeRecord], offset: int
+        self, episodes: Iterable[EpisodeRecord], offset: int, now: float
     ) -> tuple[list[Command], list[EpisodeRecord]]:
         """Make the commands for open requests, each after the replay that it needs.
 
@@ -69,6 +71,7 @@ class Inflight:
         Args:
           episodes: the episodes with an open request; of those that are over only a ``close`` is sent.
           offset: bytes sent to the process so far.
+          now: the time.
 
         Returns:
           The commands, and the episodes that must wait.
@@ -85,10 +88,10 @@ class Inflight:
             has_suspect |= episode.is_suspect
             if episode.is_stale:
                 for op, args, digest in episode.past():
-                    commands.append(Command(next(self._ids), episode, op, args, offset, digest, True))
+                    commands.append(Command(next(self._ids), episode, op, args, offset, now, digest, True))
                 commands[-1].completes_replay = True
                 episode.is_stale = False
-            commands.append(Command(next(self._ids), episode, *episode.request, offset))
+            commands.append(Command(next(self._ids), episode, *episode.request, offset, now))
         return commands, later
 
     def add(self, commands: Iterable[Command]) -> None:
@@ -123,11 +126,13 @@ class Inflight:
 
         Args:
           progress: when bytes last moved; the time of a command that the process did not tell of counts
-            from here.
+            from here, or from when it was sent, if that was later.
           limit: op → allowed seconds.
         """
         first = self._first()
-        best = (float("inf"), None) if first is None else (progress + limit(first.op), first)
+        best: tuple[float, Command | None] = (float("inf"), None)
+        if first is not None:
+            best = max(progress, first.sent) + limit(first.op), first
         for command in self._lanes.values():
             assert command.began is not None
             best = min(best, (command.began + limit(command.op), command), key=lambda pair: pair[0])

@@ -332,7 +332,9 @@ class EnvPool:
         if is_incident:
             if not self.breaker.is_open:
                 self._outages.remember(episode)
-            self.breaker.record_failure(reason, detail, op, (episode.split, episode.index))
+            # Where a split has one task only, there is no other whose failures could show a common cause.
+            task = (episode.split, episode.index) if self.splits[episode.split] > 1 else object()
+            self.breaker.record_failure(reason, detail, op, task=task)
         if self.breaker.is_open and reason != "quarantined" and not is_answer:
             failure = EnvFailure("outage", f"{reason}: {detail}")
             self._quarantine.forget_open()
@@ -346,7 +348,7 @@ class EnvPool:
 
     def lost_worker(self, reason: Reason, detail: str) -> None:
         """Take a supervisor's report of a worker that died by nobody's fault: one incident."""
-        self.breaker.record_failure(reason, detail)
+        self.breaker.record_failure(reason, detail, task=object())  # of no task, and each counts
 
     def start_failed(self, detail: str) -> None:
         """Take a supervisor's report of a worker that does not start any more."""

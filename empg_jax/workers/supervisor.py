@@ -69,7 +69,7 @@ class Supervisor:
         self.is_replayable = True
         self._queue: list[EpisodeRecord] = []  # with a request that is not sent
         self._inflight = Inflight()
-        self._progress = 0.0  # when bytes last moved; the first command's time counts from here
+        self._progress = 0.0  # when bytes last moved
         self._read_at = 0.0
         self._starts = Starts(policy)
         self._must_recycle = False
@@ -177,11 +177,10 @@ class Supervisor:
     def _send(self) -> None:
         """Send one message with the queued requests, each after the replay that it needs."""
         assert self._process is not None
-        commands, self._queue = self._inflight.compose(self._queue, self._process.queued_bytes)
+        now = time.monotonic()
+        commands, self._queue = self._inflight.compose(self._queue, self._process.queued_bytes, now)
         if not commands:
             return
-        if not self._inflight:
-            self._progress = time.monotonic()
         self._inflight.add(commands)
         self._stats.replayed += sum(c.is_replay and not c.episode.is_probe for c in commands)
         self._process.send(
@@ -293,7 +292,9 @@ class Supervisor:
             culprit = None
         if culprit is not None and culprit.episode.is_live:
             slow = f"no answer after {self._limit(culprit.op):g} s; " if reason == "timeout" else ""
-            self._fail(culprit.episode, reason, f"{prefix}{slow}{culprit}; worker: {how}")
+            # What hangs only when it is repeated is not the policy's doing.
+            cause: Reason = "worker_died" if culprit.is_replay else reason
+            self._fail(culprit.episode, cause, f"{prefix}{slow}{culprit}; worker: {how}")
         logger.info("worker %d is replaced: %s (%s)", self.number, reason, how)
         self._stats.restarts += 1
         self._tell("worker_restarted", worker=self.number, reason=reason, detail=how)

@@ -179,6 +179,18 @@ def test_attempts_in_flight_of_a_replaced_group_are_given_up():
     assert ledger.cut(0)[0]["groups"] == before and ledger.counts["tokens_wasted"] == 3
 
 
+def test_every_attempt_is_counted_and_told_once():
+    """Also where all attempts of a group that is replaced have ended in the same round."""
+    told = []
+    ledger = make_ledger(size=4, groups=1, tell=lambda event, **fields: told.append(event))
+    ledger.admit(0)
+    for attempt in take_starts(ledger):
+        ledger.finish(attempt, play(attempt, reason="quarantined"))
+    assert ledger.outcomes == {"discarded:quarantined": 1, "discarded:group_replaced": 3}
+    assert told.count("episode_discarded") == 4
+    assert ledger.counts["environment_steps"] == ledger.counts["tokens_wasted"] == 4
+
+
 # ----------------------------------------------------------------------------------------- deadline
 
 

@@ -3,14 +3,15 @@
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 
 from empg_jax.engine.engine import EngineStats
-from empg_jax.errors import Interrupted
+from empg_jax.errors import Interrupted, RunError
 from empg_jax.rollout.ledger import Ledger
 from empg_jax.rollout.order import TaskOrder
-from empg_jax.rollout.schedule import Round, ScheduleError
+from empg_jax.rollout.schedule import Recorder, Round, ScheduleError
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.workers.pool import PoolStats
 from tests.rollout.scripted import ScriptedEngine, make_collector
@@ -230,6 +231,17 @@ def test_a_barrier_that_waits_for_environments_ends_with_the_block(rounds):
     assert "rollout" not in {thread.name for thread in threading.enumerate()}
     values, held = rollout.cut(0)
     assert values["updates"] == 0 and held == []
+
+
+def test_a_schedule_that_cannot_be_written_is_one_line_and_hides_no_other_error():
+    full = Path("/dev/full")
+    for error in (None, ValueError("the first error")):
+        rollout = make_rollout(max_lag=1)
+        rollout.recorder = Recorder(full, 0)
+        says = "/dev/full cannot be written: No space left" if error is None else "the first error"
+        with pytest.raises(RunError if error is None else ValueError, match=says), rollout:
+            if error is not None:
+                raise error
 
 
 def test_after_the_last_round_of_a_schedule_a_further_batch_is_refused():

@@ -1,11 +1,27 @@
 """The file of an evaluation in progress."""
 
+import errno
+
+import pytest
+
+from empg_jax.errors import RunError
 from empg_jax.report.pairing import EPISODES
+from empg_jax.run import attempts
 from empg_jax.run.attempts import Attempts
 from empg_jax.types import Outcome, Status
 from tests.episodes import Episodes
 
 DETAIL = "one\u2028two\x85three\x0bfour"  # Python splits lines at these characters, JSON does not
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def append(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(attempts, "append", append)
+    episode = Episodes(0).window([(3, 2)], group_id=0, outcome=Outcome(Status.TRAINED, "won"))
+    with Attempts(tmp_path, "id") as kept, pytest.raises(RunError, match="cannot be written: No space left"):
+        kept.keep(episode)
 
 
 def test_only_damaged_lines_are_run_again_whatever_texts_hold(tmp_path):

@@ -308,6 +308,19 @@ def test_a_text_ends_before_the_stop_token_of_the_request(is_streamed, options, 
     assert "".join(choice["text"] for choice in choices) == "red"
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_what_ended_a_response_is_told(is_streamed, service):
+    for said, options, found in (
+        ("red, b", {"stop": ["b", ","]}, ","),
+        ("red\n", {"stop_token_ids": [ord("\n")]}, ord("\n")),
+        ("red<|end|>", {"stop": [","]}, None),
+    ):
+        body = {"prompt": "a", "stream": is_streamed, **options}
+        choices = read_choices(post(service, Saying(service, said), "/v1/completions", body))
+        assert choices[-1]["stop_reason"] == found
+        assert not any("stop_reason" in choice for choice in choices[:-1])
+
+
 def test_each_prompt_has_its_tokens(service):
     driver, route = Saying(service, "said"), "/v1/completions"
     body = {"prompt": ["red", "blue"], "n": 2, "return_token_ids": True}

@@ -57,7 +57,7 @@ def make_breaker(**options):
 
 
 def fail(breaker, reason="env_error", detail="", *, op="step", task=0):
-    breaker.record_failure(reason, detail, op, task)
+    breaker.record_failure(reason, detail, op, task=task)
 
 
 def test_opens_after_failures_in_a_row_or_at_a_share():
@@ -277,6 +277,27 @@ def test_patience_ends_with_the_reason(tmp_path, at):
             for _ in range(200):
                 pool.poll(0.1)
         assert ("env_error 3" in str(caught.value)) == (at == "step")
+
+
+def test_workers_that_are_lost_again_and_again_end_patience():
+    policy = FaultPolicy(breaker_min=3, patience=0.5, backoff=0.01, backoff_max=0.05)
+    with open_pool("UnreplayableEnv", timeouts=SHORT, faults=policy) as pool:
+        with pytest.raises(PoolError, match=r"failed in their environment \(worker_died") as caught:
+            for _ in range(60):
+                reset_all(pool, range(4))
+                act(pool, {**dict.fromkeys(range(1, 4), "sleep 1"), 0: "sleep-crash 0.3"})
+        assert "exit code 7" in str(caught.value) and pool.quarantined() == []
+
+
+def test_the_only_task_of_a_split_that_fails_ends_patience():
+    policy = FaultPolicy(breaker_min=3, probe=0.05, patience=0.5)
+    with (
+        pytest.raises(PoolError, match="env_error 3"),
+        open_pool(options={"tasks": 1, "broken": [0]}, faults=policy) as pool,
+    ):
+        for handle in range(60):
+            pool.reset(handle, seed=1, split="train", index=0)
+            pool.poll(0.2)
 
 
 def test_a_probe_repeats_the_episode_up_to_what_failed():

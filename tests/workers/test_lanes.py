@@ -69,6 +69,17 @@ def test_quick_neighbors_of_a_slow_command_answer_at_once():
         assert gather(pool, 1)[0].failure is None
 
 
+def test_the_time_of_a_command_begins_when_it_is_sent():
+    """However long the worker has been silent over another one, which may take longer."""
+    with open_pool(timeouts=PoolTimeouts(start=30, reset=1.5, step=30)) as pool:
+        reset_all(pool, [0])
+        pool.step(0, "sleep 3")
+        assert pool.poll(2) == []
+        pool.reset(1, seed=1, split="train", index=1)
+        assert all(reply.failure is None for reply in gather(pool, 2).values())
+        assert pool.stats.restarts == 0
+
+
 @pytest.mark.parametrize("lanes", [2, 3, 64])
 def test_no_step_is_lost_or_doubled_where_slow_and_quick_ones_mix(lanes):
     handles, rounds = 12, 20

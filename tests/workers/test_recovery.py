@@ -47,6 +47,17 @@ def test_a_reset_that_was_not_answered_has_nothing_to_lose():
         assert replies[0].failure.reason == "worker_died" and replies[1].failure is None
 
 
+def test_a_replay_that_hangs_is_not_what_the_policy_did(tmp_path):
+    with open_pool(timeouts=SHORT, timeouts_are_answers=True) as pool:
+        reset_all(pool, [0])
+        act(pool, {0: f"hang-again {tmp_path / 'mark'}"})
+        kill(pool)
+        failure = act(pool, {0: "x"})[0].failure
+        assert failure.reason == "worker_died" and "replaying step" in failure.detail
+        reset_all(pool, [0])  # a step of its own that hangs is
+        assert act(pool, {0: "hang"})[0].failure.reason == "timeout"
+
+
 @both
 def test_a_snapshot_stands_for_the_replay():
     with open_pool("SnapshotEnv", timeouts=SHORT) as pool:
@@ -113,7 +124,7 @@ def test_a_process_that_only_closes_environments_is_not_busy():
     inflight, (first, second) = make_inflight(5, 6)
     assert inflight.is_busy
     closing, inflight = [first.episode.make_closing(), second.episode.make_closing()], Inflight()
-    commands, later = inflight.compose(closing, 0)  # sent although their episodes are over
+    commands, later = inflight.compose(closing, 0, 0.0)  # sent although their episodes are over
     inflight.add(commands)
     assert [command.op for command in commands] == ["close"] * 2 and not later and not inflight.is_busy
 
