@@ -274,9 +274,6 @@ class MessageRenderer:
     end_id = NO_ID
     tells_tools = False
 
-    def find_untold(self, messages: Sequence[Message], **variables: object) -> None:
-        """Return None: the server has the chat template."""
-
     def start(self, messages: Sequence[Message], **variables: object) -> list[int]:
         """Spell a conversation."""
         return list(json.dumps(messages).encode())

@@ -262,11 +262,12 @@ class Service:
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: dict[str, Any]
     ) -> str:
         assert self._renderer is not None
+        known = {**variables, "tools": tools} if tools else variables
         try:
-            text = self._renderer.render(messages, **({**variables, "tools": tools} if tools else variables))
+            text = self._renderer.render(messages, **known)
             if tools and text == self._renderer.render(messages, **variables):
                 raise refuse(f"the chat template of {self.name} does not tell tools to the model", "tools")
-            role = self._renderer.find_untold(messages, **variables)
+            role = self._renderer.find_untold(messages, **known)
             if role is not None:
                 raise refuse(
                     f"the chat template of {self.name} prints nothing of messages of the role {role}; send "

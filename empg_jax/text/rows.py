@@ -171,8 +171,8 @@ def _require_thoughts(prompt: str, answer: str, message: Message, index: int) ->
     if not is_whole:
         raise ChatDataError(
             f"message {index} has a thought, or a text beside its calls, that the chat template does not "
-            "print: write the whole answer "
-            f"into content, with its thought as {_OPEN}...{_CLOSE} and its calls as the model writes them"
+            f"print: write the whole answer into content, with its thought as {_OPEN}...{_CLOSE} and its "
+            "calls as the model writes them"
         )
 
 

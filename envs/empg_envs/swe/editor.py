@@ -83,7 +83,7 @@ class FileEditor:
 
     def _replace(self, path: str, old: str, new: str) -> str:
         before = self._read(path)
-        text, old = _with_lf(before), _with_lf(old)
+        text, old = _with_lf(before), old.replace("\r\n", "\n") if _has_crlf(before) else old
         count = text.count(old) if old else 0
         if count != 1:
             lines = [str(number) for number, line in enumerate(text.split("\n"), 1) if old and old in line]

@@ -106,7 +106,10 @@ class ImageBackend:
             coded = sandbox.exec(f"{diff} | base64", imaged.GIT_SECONDS)
             if coded.returncode or coded.omitted:
                 return ""
-            patch = base64.b64decode(coded.output).decode("utf-8", "surrogateescape")
+            try:
+                patch = base64.b64decode(coded.output).decode("utf-8", "surrogateescape")
+            except ValueError:  # an agent may have another program of this name
+                return ""
         return _text_only(patch)
 
     def grade(self, task: Task, patch: str, timeout: float) -> Grade:
