@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
 import json
 import math
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,11 +107,19 @@ def describe_failure(code: int, log: Path) -> str:
     return ": ".join([ended, " / ".join(last)[-600:]]) if last else ended
 
 
-def has_changes() -> bool | None:
-    """Whether the checkout differs from its commit, results of studies aside; None outside of a checkout."""
-    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":(exclude)scripts/studies"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return bool(done.stdout.strip()) if done.returncode == 0 else None
+def find_changes() -> str | None:
+    """A checksum of what the checkout has beside its commit, results of studies aside; None: nothing."""
+    where = ["--", ".", ":(exclude)scripts/studies"]
+    parts = [_git("diff", "HEAD", "--binary", *where)]
+    for name in _git("ls-files", "-z", "--others", "--exclude-standard", *where).split(b"\0")[:-1]:
+        path = ROOT / os.fsdecode(name)
+        parts += [name, path.read_bytes() if path.is_file() else b""]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16] if any(parts) else None
+
+
+def _git(*arguments: str) -> bytes:
+    """What git prints; nothing outside of a checkout."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=False).stdout
 
 
 def now() -> str:

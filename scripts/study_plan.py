@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from study_line import SPENT
+
 from empg_jax.config import Config, load_config
 from empg_jax.config.yaml import read_yaml
 from empg_jax.errors import ConfigError, nearest
@@ -30,7 +32,9 @@ KEYS = (
     "seeds",
     "whole_seeds",
     "end_tasks",
+    "measure",
 )
+UPDATES = "updates"
 REGISTERED = ("question", "primary", "secondary", "stop_rule", "minimum_detectable_effect", "seeds")
 
 
@@ -72,6 +76,8 @@ class Study:
       seeds: seeds, in the order in which they are run.
       whole_seeds: whether a seed of a task counts only when all arms have finished it.
       end_tasks: held-out tasks of an evaluation of its own at the end; None takes the run's last one.
+      measure: what the primary measure is the area of the held-out curve over: ``updates``, or at equal
+        amounts ``environment_steps`` or ``cpu_seconds``.
     """
 
     folder: Path
@@ -85,6 +91,7 @@ class Study:
     seeds: tuple[int, ...]
     whole_seeds: bool = False
     end_tasks: int | None = None
+    measure: str = UPDATES
 
     @property
     def only_task(self) -> str | None:
@@ -153,7 +160,10 @@ def read_study(folder: Path) -> Study:
         seeds=seeds,
         whole_seeds=_typed(values, "whole_seeds", bool, False, path),
         end_tasks=_typed(values, "end_tasks", int, None, path),
+        measure=values.get("measure", UPDATES),
     )
+    if study.measure not in (UPDATES, *SPENT):
+        raise ConfigError(f"{path}: measure: {study.measure} is none of {', '.join((UPDATES, *SPENT))}")
     _check_cells(study, path)
     return study
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
 from study_ledger import Line
 from study_matched import AMOUNTS, Matched, match
-from study_plan import Study
+from study_plan import UPDATES, Study
 from study_results import (
     Comparison,
     Results,
@@ -66,7 +67,8 @@ def _circumstances(line: Line) -> tuple[str, str, str]:
     shown = ", ".join(f"{name} {versions[name]}" for name in ("python", "jax", "jaxlib") if name in versions)
     hardware = line["hardware"]
     where = f"{hardware['cpus']} x {hardware['processor']}, {', '.join(hardware['devices'])}"
-    return commits + (" with changes" if line["dirty"] else ""), shown, where
+    has_changes = line.get("changes") or line.get("dirty")  # older lines say only whether there were any
+    return commits + (" with changes" if has_changes else ""), shown, where
 
 
 def _cells(results: Results) -> str:
@@ -101,8 +103,14 @@ def _cells(results: Results) -> str:
 
 
 def _primary(results: Results) -> str:
-    rows = []
-    for each in compare_arms(results, "area"):
+    rows, amount = [], results.study.measure
+    if amount == UPDATES:
+        compared, over = compare_arms(results, "area"), ""
+    else:
+        found = match(results)
+        within = dataclasses.replace(results, finished={}) if found is None else found.results[amount]
+        compared, over = compare_arms(within, f"area_{amount}"), f" over {AMOUNTS[amount]}, as below,"
+    for each in compared:
         found = each.difference
         rows.append(
             [
@@ -119,13 +127,13 @@ def _primary(results: Results) -> str:
     heads = ["task", "comparison", "pairs", "difference", "p", "p, Holm", "sd"]
     heads += ["detectable after Holm", "registered"]
     note = (
-        "Differences in the area in points, paired by seed, with 95 % bootstrap intervals over seeds within "
-        f"task. p: two-sided sign-flip test, exact up to 16 pairs, else {SIGNS:,} sampled signs; Holm over "
-        f"the study's comparisons ({len(results.study.comparisons)}) pooled over tasks, and apart from them "
-        "over those on single tasks. Detectable: the smallest true difference found with 80 % power, by the "
-        "observed spread, at 5 % divided by the number of comparisons, where Holm's correction begins; none "
-        "where all pairs together cannot reach that level. Registered: what was expected before the first "
-        "run. Fewer than six pairs have no interval."
+        f"Differences in the area{over} in points, paired by seed, with 95 % bootstrap intervals over seeds "
+        f"within task. p: two-sided sign-flip test, exact up to 16 pairs, else {SIGNS:,} sampled signs; Holm "
+        f"over the study's comparisons ({len(results.study.comparisons)}) pooled over tasks, and apart from "
+        "them over those on single tasks. Detectable: the smallest true difference found with 80 % power, by "
+        "the observed spread, at 5 % divided by the number of comparisons, where Holm's correction begins; "
+        "none where all pairs together cannot reach that level. Registered: what was expected before the "
+        "first run. Fewer than six pairs have no interval."
     )
     return f"## Primary measure: paired differences\n\n{note}\n\n{_table(heads, rows)}"
 
@@ -156,28 +164,33 @@ def _matched(results: Results) -> list[str]:
     study, rows = results.study, []
     by_amount = {amount: found.differences(amount) for amount in AMOUNTS}
     for task in study.tasks:
-        counts = {arm: len(found.results["environment_steps"].lines(task, arm)) for arm in study.arms}
-        heights = {arm: found.describe(task, arm, "cpu_seconds")[0] for arm, count in counts.items() if count}
+        there = [arm for arm in study.arms if found.results["environment_steps"].lines(task, arm)]
+        heights = {arm: found.describe(task, arm, "cpu_seconds")[0] for arm in there}
         for arm in sorted(heights, key=lambda arm: (math.isnan(heights[arm]), -heights[arm])):
-            row = [task, arm, str(counts[arm])]
+            row = [task, arm]
             for amount, differences in by_amount.items():
                 mean, interval, at = found.describe(task, arm, amount)
                 each = differences.get((task, arm, study.baseline))
-                row += [f"{_points(mean)} {_interval(interval)}", _points(at), *_difference(each)]
+                count = str(len(found.results[amount].lines(task, arm)))
+                row += [count, f"{_points(mean)} {_interval(interval)}", _points(at), *_difference(each)]
             rows.append(row)
-    heads = ["task", "arm", "seeds"]
+    heads = ["task", "arm"]
     for name in AMOUNTS.values():
-        heads += [f"area over {name}", "success there", f"area minus {study.baseline}", "p, Holm"]
+        heads += ["seeds", f"area over {name}", "success there", f"area minus {study.baseline}", "p, Holm"]
     parts = [_budgets(found), _table(heads, rows)]
     pooled = [
-        [*_who(each, results.study), str(each.difference.pairs)]
-        + [cell for differences in by_amount.values() for cell in _difference(differences[where])]
+        [*_who(each, results.study)]
+        + [
+            cell
+            for differences in by_amount.values()
+            for cell in (str(differences[where].difference.pairs), *_difference(differences[where]))
+        ]
         for where, each in by_amount["cpu_seconds"].items()
         if each.task == study.only_task
     ]
     if pooled:
-        heads = ["task", "comparison", "pairs"]
-        heads += [cell for name in AMOUNTS.values() for cell in (f"area over {name}", "p, Holm")]
+        heads = ["task", "comparison"]
+        heads += [cell for name in AMOUNTS.values() for cell in ("pairs", f"area over {name}", "p, Holm")]
         parts.append(_table(heads, pooled))
     if found.unlike:
         pairs = [

@@ -126,6 +126,8 @@ def _exclude(study: Study, finished: Mapping[Triple, Line]) -> dict[tuple[str, i
                         found[task, seed, *pair] = "their last panels differ in size"
                     elif any(runs[0][key] != runs[1][key] for key in ("commits", "versions")):
                         found[task, seed, *pair] = "they are of different commits or versions of packages"
+                    elif (runs[0].get("changes") or []) != (runs[1].get("changes") or []):
+                        found[task, seed, *pair] = "they are of different code that is not committed"
     return found
 
 

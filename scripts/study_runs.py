@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from study_ledger import Ledger, Line, newest, triple_of
-from study_line import Incomplete, describe_failure, has_changes, now, processor, read_run
+from study_line import Incomplete, describe_failure, find_changes, now, processor, read_run
 from study_plan import Study, Triple
 from study_processes import Children, Ended
 
@@ -227,7 +227,7 @@ class Attempts:
 
     def begin(self) -> None:
         """Note the start of an attempt."""
-        self._append({"update": self.begun, "settings": self._settings, "dirty": has_changes()})
+        self._append({"update": self.begun, "settings": self._settings, "changes": find_changes()})
 
     def end(self, ended: Ended) -> None:
         """Note how an attempt ended and what it cost."""
@@ -239,7 +239,7 @@ class Attempts:
         known = len(ends) == self.begun
         return {
             "attempts": self.begun,
-            "dirty": any(line.get("dirty") for line in self._lines),
+            "changes": sorted({line["changes"] for line in self._lines if line.get("changes")}),
             "process_seconds": round(sum(line["wall"] for line in ends), 3) if known else None,
             "cpu_seconds": round(sum(line["cpu"] for line in ends), 3) if known else None,
         }

@@ -27,7 +27,7 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.plan.episodes import Form, choose_form, play
 from empg_jax.plan.explain import in_gib
 from empg_jax.plan.memory import compute_plan
-from empg_jax.plan.speed import forward_flops
+from empg_jax.plan.speed import forward_flops, visited_numbers
 from empg_jax.report.progress import Progress
 from empg_jax.run.assembly import make_batch_shape, needs_answers
 from empg_jax.run.parts import copy_reference, start_learner, warm_up_engine
@@ -247,7 +247,9 @@ def _describe(made: Bench, found: Mapping[str, float]) -> dict[str, Any]:
     idle_head = (
         2 * model.vocab_size * model.hidden_size * (1 - found["sampled_tokens"] / found["trained_tokens"])
     )
-    flops = (3 if model.lora is None else 2) * (forward_flops(model, config.rollout.max_tokens) - idle_head)
+    flops = 3 * (forward_flops(model, config.rollout.max_tokens) - idle_head)
+    if model.lora is not None:
+        flops -= 2 * visited_numbers(model) - idle_head
     memory = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     return {
         "name": plan.name,

@@ -43,6 +43,7 @@ class Chip:
       memory: bytes of its memory.
       network: bytes per second that it sends to devices of other hosts, in one direction; None: as `link`, by
         which a TPU's slice reaches over hosts.
+      float32: float32 operations per second outside of tensor cores; None: a TPU, which has none.
     """
 
     flops: float
@@ -50,20 +51,34 @@ class Chip:
     link: float
     memory: float
     network: float | None = None
+    float32: float | None = None
+
+    def rate(self, dtype: str, precision: str | None) -> float:
+        """Return the operations per second of products in ``model.dtype`` at ``model.matmul_precision``.
+
+        GPUs multiply float32 as TF32 at half of bfloat16's rate, but for the highest precision; TPUs as one,
+        three or six bfloat16 products.
+        """
+        if dtype == "bfloat16":
+            return self.flops
+        precision = precision or "highest"  # see `run.process.find_precision`
+        if self.float32 is None:
+            return self.flops / {"default": 1, "high": 3, "highest": 6}[precision]
+        return self.float32 if precision == "highest" else self.flops / 2
 
 
 CHIPS = {
     # The networks are the cards for each in a DGX: 200 Gb/s, later 400.
-    "a100": Chip(312e12, 2039e9, 300e9, 80e9, 25e9),
-    "h100": Chip(989e12, 3350e9, 450e9, 80e9, 50e9),
-    "h200": Chip(989e12, 4800e9, 450e9, 141e9, 50e9),
-    "b200": Chip(2250e12, 8000e9, 900e9, 180e9, 50e9),
+    "a100": Chip(312e12, 2039e9, 300e9, 80e9, 25e9, 19.5e12),
+    "h100": Chip(989e12, 3350e9, 450e9, 80e9, 50e9, 67e12),
+    "h200": Chip(989e12, 4800e9, 450e9, 141e9, 50e9, 67e12),
+    "b200": Chip(2250e12, 8000e9, 900e9, 180e9, 50e9, 75e12),
     "v5e": Chip(197e12, 819e9, 100e9, 16 * 2**30),
     "v5p": Chip(459e12, 2765e9, 300e9, 95 * 2**30),
     "v6e": Chip(918e12, 1640e9, 224e9, 32 * 2**30),
 }
 # Work of an update's token in forward passes, by `model.remat`: one, two for the gradients (of activations
-# and of weights), and what is computed again.
+# and of weights), and what is computed again; the head's logits always are.
 PASSES = {"full": 4, "dots": 3, "none": 3}
 # Times that a layer's weights are gathered: once for each pass over the layers.
 GATHERS = {"full": 3, "dots": 2, "none": 2}
@@ -129,8 +144,10 @@ def compute_speed(config: Config, model: DecoderConfig, chip: Chip) -> Speed:
     r = config.rollout
     tokens = micro_rows(config) * r.max_tokens
     per_token = PASSES[model.remat] * forward_flops(model, r.max_tokens)
+    if PASSES[model.remat] == 3:
+        per_token += 2 * model.vocab_size * model.hidden_size
     if model.lora is not None:  # frozen weights have no gradients
-        per_token -= 2 * _visited_numbers(model)
+        per_token -= 2 * visited_numbers(model)
     experts, others = _weight_bytes(config, model)
     slots = busy = count_slots(config, config.hosts.num or 1)
     if r.page_tokens and r.kv_tokens:
@@ -143,7 +160,7 @@ def compute_speed(config: Config, model: DecoderConfig, chip: Chip) -> Speed:
     states = busy / r.data * model.hidden_size * jnp.dtype(model.dtype).itemsize
     added = (2 * model.num_layers + 1) * states * 2 * (1 - 1 / r.tensor)
     return Speed(
-        compute=tokens * per_token / math.prod(vars(config.mesh).values()) / chip.flops,
+        compute=tokens * per_token / math.prod(vars(config.mesh).values()) / _rate(config, model, chip),
         exchange=_exchange_weights(config, model, chip, experts + others),
         waits=_exchange_activations(config, model, chip, tokens),
         tokens=tokens,
@@ -151,6 +168,10 @@ def compute_speed(config: Config, model: DecoderConfig, chip: Chip) -> Speed:
         slots=slots,
         busy=busy,
     )
+
+
+def _rate(config: Config, model: DecoderConfig, chip: Chip) -> float:
+    return chip.rate(jnp.dtype(model.dtype).name, config.model.matmul_precision)
 
 
 def _exchange_weights(config: Config, model: DecoderConfig, chip: Chip, weights: int) -> float:
@@ -204,10 +225,10 @@ def _link(config: Config, chip: Chip, *axes: str) -> float:
 def forward_flops(model: DecoderConfig, row: int) -> float:
     """Count the operations of a forward pass per token: two per weight, and attention to half of the row."""
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * row / 2
-    return 2 * _visited_numbers(model) + attention
+    return 2 * visited_numbers(model) + attention
 
 
-def _visited_numbers(model: DecoderConfig) -> int:
+def visited_numbers(model: DecoderConfig) -> int:
     """Count the weights that multiply a token: not the input embedding, and only the experts it visits."""
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), base_model(model)))
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
@@ -256,7 +277,8 @@ def speed_lines(config: Config, model: DecoderConfig, name: str) -> list[str]:
         between = f", and {waits} of exchanging activations,"
     lines = [
         f"at best on {name}, a model from published peaks and not a measurement "
-        f"({chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s, "
+        f"({_rate(config, model, chip) / 1e12:.3g} TFLOP/s in {jnp.dtype(model.dtype).name}, "
+        f"{chip.bandwidth / 1e9:.0f} GB/s, "
         f"links {chip.link / 1e9:.0f} GB/s{network}):",
         f"  update  {speed.update_rate:,.0f} tokens/s: {compute} of computing beside {exchange} of exchange"
         f"{between} for {speed.tokens} tokens, the head for all of them",

@@ -141,7 +141,7 @@ def read_tasks(folder: Path) -> Tasks:
       ConfigError: a line is no episode.
     """
     results, found = collections.defaultdict(list), Tasks({}, {}, {})
-    with (folder / EPISODES).open(encoding="utf-8") as file:
+    with (folder / EPISODES).open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)

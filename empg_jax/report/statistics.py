@@ -122,7 +122,7 @@ def sign_flip(tasks: Sequence[np.ndarray]) -> float:
     parts = [np.asarray(values, np.float64) / (len(tasks) * len(values)) for values in tasks]
     terms = np.concatenate(parts)
     # A sum in another order may be off by rounding and is still the same sum.
-    bound = abs(terms.sum()) - 1e-12
+    bound = abs(terms.sum()) - 1e-9 * np.abs(terms).sum()
     if len(terms) <= EXACT_PAIRS:
         sums = np.zeros(1)
         for term in terms:

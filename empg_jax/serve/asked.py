@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from empg_jax.engine.engine import Response
-from empg_jax.serve.answers import Detail, Head
+from empg_jax.serve.answers import Body, Detail, Head
 from empg_jax.serve.driver import Job, Update
 from empg_jax.serve.wire import Sampling
 from empg_jax.text.stops import StopSearch, first_stop
@@ -58,13 +58,13 @@ class Asked:
         """What the choices list beside their text."""
         return Detail(self.sampling.has_logprobs, self.has_tokens)
 
-    def stop_reason(self, response: Response) -> str | int | None:
-        """Return the request's stop string or token that ended a response, as vLLM does; None: neither."""
-        if response.finish_reason != "stop":
-            return None
-        ids, stops = response.tokens.tolist(), self.sampling.stops
-        found = first_stop(self.decode(ids), stops) if stops else None
-        return ids[-1] if found is None and ids[-1] in self.sampling.stop_ids else found
+    def describe_stop(self, response: Response) -> Body:
+        """Return vLLM's ``stop_reason``, the stop string or token that was met, to a request that has any."""
+        ids, stops, stop_ids = response.tokens.tolist(), self.sampling.stops, self.sampling.stop_ids
+        if not stops and not stop_ids:
+            return {}
+        found = first_stop(self.decode(ids), stops) if response.finish_reason == "stop" else None
+        return {"stop_reason": ids[-1] if found is None and ids[-1] in stop_ids else found}
 
     def make_job(self, index: int, notify: Callable[[Update], None]) -> Job:
         """Make the job of choice ``index``."""

@@ -294,7 +294,7 @@ class Service:
                     "index": index,
                     **fields,
                     "finish_reason": "tool_calls" if has_calls else response.finish_reason,
-                    "stop_reason": asked.stop_reason(response),
+                    **asked.describe_stop(response),
                     "logprobs": None,
                     **describe_tokens(response, 0, head, asked.detail, self._spell, TextPlaces(asked.decode)),
                 }

@@ -58,7 +58,7 @@ class StreamWriter:
             tokens = describe_tokens(response, start, head, asked.detail, self._spell, places)
             choice = {"index": index, **fields, "finish_reason": finish, "logprobs": None, **tokens}
             if update.is_final:
-                choice["stop_reason"] = asked.stop_reason(response)
+                choice |= asked.describe_stop(response)
             is_first = asked.has_tokens and start == 0
             prompts = {"prompt_token_ids": response.prompt_tokens.tolist()} if is_first else {}
             if not head.is_chat:

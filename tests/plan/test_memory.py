@@ -23,7 +23,7 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.plan.explain import GIB, as_line, as_lines, explain, find_shape, spread
 from empg_jax.plan.memory import MARGIN, compute_plan
-from empg_jax.plan.speed import Chip, compute_speed
+from empg_jax.plan.speed import Chip, compute_speed, find_chip
 from empg_jax.plan.whole import whole_lines
 from empg_jax.run.assembly import make_batch_shape
 from empg_jax.run.sampling import size_engine
@@ -373,7 +373,8 @@ def test_more_devices_are_proposed_only_where_their_number_is_free():
 def test_the_command_prints_the_times_to_expect():
     result = CliRunner().invoke(app, ["plan", "household_qwen2.5_7b", "--chip", "h100"])
     assert result.exit_code == 0, result.stderr
-    assert "not a measurement (989 TFLOP/s, 3350 GB/s" in result.stdout and "of 75 GiB" in result.stdout
+    assert "not a measurement (989 TFLOP/s in bfloat16, 3350 GB/s" in result.stdout
+    assert "of 75 GiB" in result.stdout
     refused = CliRunner().invoke(app, ["plan", "quickstart", "--chip", "abacus"])
     assert refused.exit_code == 2 and "choose one of a100, h100, h200, b200, v5e, v5p, v6e" in refused.stderr
 
@@ -397,6 +398,34 @@ def test_expected_times_follow_from_the_peaks():
         states = 40 * 3584 * 2 * (2 * 28 + 1)  # added up: scattered and gathered
         step = (2 * weights / tensor + cache * heads / 4) / 1e12 + 2 * states * (1 - 1 / tensor) / 1e11
         assert compute_speed(config, model, chip).step == pytest.approx(step, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "chip, rates",  # null, highest, high, default
+    [("h100", (67, 67, 494.5, 494.5)), ("v5e", (197 / 6, 197 / 6, 197 / 3, 197))],
+)
+def test_float32_is_slower_than_bfloat16(chip, rates):
+    chip = find_chip(chip)
+    config, model = _seven(dict(fsdp=8), {})
+    compute = {}
+    for precision, rate in zip((None, "highest", "high", "default"), rates, strict=True):
+        asked = config.model.model_copy(update={"matmul_precision": precision})
+        speed = compute_speed(config.model_copy(update={"model": asked}), model, chip)
+        compute[precision] = speed.compute
+        assert chip.rate("float32", precision) == pytest.approx(1e12 * rate)
+    narrow = compute_speed(config, dataclasses.replace(model, dtype=jnp.bfloat16), chip).compute
+    for precision, rate in zip(compute, rates, strict=True):
+        assert compute[precision] / narrow == pytest.approx(chip.flops / 1e12 / rate)
+
+
+def test_what_is_kept_is_not_computed_again_but_for_the_logits():
+    config, model = _seven(dict(fsdp=8), {})
+    full, dots = (
+        compute_speed(config, dataclasses.replace(model, remat=remat), find_chip("h100")).compute
+        for remat in ("full", "dots")
+    )
+    head, rest = model.vocab_size * model.hidden_size, 7.07e9
+    assert dots / full == pytest.approx((3 * rest + head) / (4 * rest), rel=0.01)
 
 
 def test_a_pool_keeps_as_many_slots_busy_as_it_holds():

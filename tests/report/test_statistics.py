@@ -56,6 +56,9 @@ def test_few_pairs_are_tested_exactly(values, p):
 
 def test_many_pairs_are_tested_by_samples():
     assert sign_flip([np.array([1.0] * 9 + [-1.0] * 8)]) == 1  # every sum of 17 signs is at least 1
+    rates = np.random.default_rng(3).uniform(1.0, 2.0, size=(20, 8))
+    for scale in (1.0, 1e5, 1e-5):  # tokens per second, too
+        assert {sign_flip([scale * values]) for values in rates} == {2 / 2**8}
     assert sign_flip([np.ones(40)]) == 1 / 100_001  # the observed signs alone
     # Of 17 equal values: a sum of 7 or more, so 12 or more of one sign.
     exact = 2 * sum(math.comb(17, k) for k in range(12, 18)) / 2**17

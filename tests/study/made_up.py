@@ -61,7 +61,7 @@ def line(study, triple, curve, **values):
         "wall_seconds": 50.0,
         "commit": "a" * 40,
         "commits": ["a" * 40],
-        "dirty": False,
+        "changes": [],
         "versions": {"python": "3.11.7", "jax": "0.10.2"},
         "hardware": {"processor": "abacus", "cpus": 2, "devices": ["cpu:0 cpu"], "platform": "Linux"},
         "updates": points[-1][0],

@@ -84,6 +84,11 @@ def test_a_configuration_of_ones_own_lies_beside_the_study(tmp_path):
         ("\nseeds: [", "\nend_tasks: lots\nseeds: [", "end_tasks='lots' is no positive number"),
         ("\nseeds: [", "\nend_tasks: -3\nseeds: [", "end_tasks=-3 is no positive number"),
         ("\nseeds: [", "\nwhole_seeds: 1\nseeds: [", "whole_seeds=1 is no true or false"),
+        (
+            "\nseeds: [",
+            "\nmeasure: seconds\nseeds: [",
+            "measure: seconds is none of updates, env",
+        ),
         ("{points: 4}", "{points: .nan}", "needs its size as points: NUMBER"),
         (
             "arms:\n  plain: [algorithm.name=grpo]\n  aem: [algorithm.name=grpo_aem]",

@@ -196,6 +196,13 @@ def test_pairs_of_different_code_or_packages_are_left_out(study, lines):
     find(lines, "shop", "plain", 3)["versions"] = {"python": "3.12.1", "jax": "0.10.2"}
     text = write_report(study, lines)
     assert text.count("is left out: they are of different commits or versions of packages") == 2
+    find(lines, "house", "aem", 5)["changes"] = ["0123456789abcdef"]
+    text = write_report(study, lines)
+    assert "seed 5, is left out: they are of different code that is not committed" in text
+    assert "aaaaaaaaa with changes |" in text
+    find(lines, "house", "plain", 5)["changes"] = ["0123456789abcdef"]  # the same code counts
+    text = write_report(study, lines)
+    assert "not committed" not in text
     assert [row(section(text, PRIMARY), task, "aem - plain")[0] for task in ("house", "shop")] == ["2", "2"]
 
 
@@ -263,17 +270,31 @@ def test_one_table_at_equal_steps_and_equal_seconds(study, spending):
     # Areas 0.25, 0.3, 0.5 and 0.25, 0.325, 0.35, so that AEM is 0, 0.025 and -0.15 above.
     # Seconds. Plain at update 10: 0.25, 0.3, 0.4 (at 0.3, 0.4, 0.5); AEM at 20, the whole: 0.4, 0.6, 0.5.
     plain, aem = row(text, "house", "plain"), row(text, "house", "aem")
-    assert plain == ["3", "35.0", "46.7", "", "", "31.7", "40.0", "", ""]
+    assert plain == ["3", "35.0", "46.7", "", "", "3", "31.7", "40.0", "", ""]
     assert [aem[1].split()[0], aem[2], aem[3].split()[0]] == ["30.8", "38.3", "-4.2"]
-    assert [aem[5].split()[0], aem[6], aem[7].split()[0]] == ["50.0", "70.0", "+18.3"]
+    assert [aem[6].split()[0], aem[7], aem[8].split()[0]] == ["50.0", "70.0", "+18.3"]
     # Of the 8 signs of 0.15, 0.3, 0.1 and of 0.1, 0.1, 0.1 two have a sum this large; Holm over both tasks.
-    assert aem[8] == "0.5000"
+    assert aem[9] == "0.5000"
     # The shop: over steps AEM is at 0.3 to 0.4, over seconds at 0.3 to 0.5; the arm with more comes first.
     shop = row(text, "shop", "aem")
-    assert [shop[3].split()[0], shop[7].split()[0]] == ["+5.0", "+10.0"]
+    assert [shop[3].split()[0], shop[8].split()[0]] == ["+5.0", "+10.0"]
     assert text.index("| house | aem ") < text.index("| house | plain ")
     pooled = row(text, "all tasks", "aem - plain")
-    assert [pooled[0], pooled[1].split()[0], pooled[3].split()[0]] == ["6", "+0.4", "+14.2"]
+    assert [pooled[0], pooled[1].split()[0]] == ["6", "+0.4"]
+    assert [pooled[3], pooled[4].split()[0]] == ["6", "+14.2"]
+
+
+def test_the_primary_measure_is_the_registered_one(tmp_path, spending):
+    """Over the steps AEM is behind on the house, over the seconds ahead."""
+    for measure, found in (("environment_steps", "-4.2"), ("cpu_seconds", "+18.3"), ("updates", "+10.0")):
+        study = made_up.make_study(
+            tmp_path / measure, replace={"\nseeds: [3": f"\nmeasure: {measure}\nseeds: [3"}
+        )
+        text = section(write_report(study, spending), PRIMARY)
+        assert row(text, "house", "aem - plain")[1].split()[0] == found
+        assert ("over CPU seconds, as below," in text) == (measure == "cpu_seconds")
+        none = section(write_report(study, []), PRIMARY)
+        assert row(none, "house", "aem - plain")[:2] == ["0", "-"]
 
 
 def test_runs_without_a_record_of_what_they_spent_are_named(study, spending):
@@ -295,7 +316,9 @@ def test_cpu_seconds_of_different_machines_are_not_compared(study, spending):
     )
     # Over seconds 0.15 and 0.1 are left, over steps all three.
     aem = row(text, "house", "aem")
-    assert [aem[3].split()[0], aem[7].split()[0]] == ["-4.2", "+12.5"]
+    assert [aem[0], aem[3].split()[0], aem[5], aem[8].split()[0]] == ["3", "-4.2", "2", "+12.5"]
+    pooled = row(text, "all tasks", "aem - plain")
+    assert [pooled[0], pooled[3]] == ["6", "5"]
 
 
 def test_machines_have_budgets_of_their_own(tmp_path):
@@ -316,9 +339,8 @@ def test_machines_have_budgets_of_their_own(tmp_path):
     assert "300 environment steps; 30 CPU seconds on 2 x abacus, 90 CPU seconds on 2 x slide rule" in text
     plain, aem = row(text, "house", "plain"), row(text, "house", "aem")
     assert (plain[0], aem[0]) == ("8", "4")
-    assert (
-        plain[5:7] == aem[5:7] == ["50.0", "80.0"]
-    )  # over the four seeds of a pair: too few for an interval
+    # Over the four seeds of a pair: too few for an interval.
+    assert plain[5:8] == aem[5:8] == ["4", "50.0", "80.0"]
     assert (
         "for want of a pair on one machine: house-plain-7, house-plain-8, house-plain-9, house-plain-10."
         in text

@@ -91,6 +91,7 @@ def test_the_line_of_a_run(call, folder):
     assert line["cpu_seconds"] > 0 and line["date"].endswith("+00:00") and line["hardware"]["cpus"] == 1
     assert line["series"]["update"] == list(range(1, 21))
     assert line["series"]["entropy"][9::10] == [0.5, 0.25] and line["series"]["grad_norm"] == [None] * 20
+    assert isinstance(line["changes"], list)
     assert line["spent"] == {"environment_steps": [0, 50, 100], "cpu_seconds": [0, 5, 10]}
 
 
