@@ -174,14 +174,14 @@ def _evaluate(saved: SavedRun, attempts: int, out: Path | None) -> dict[str, Any
     with closing_sampler(engine), make_pool(config) as pool:
         evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0, attempts=attempts)
         with Attempts(out, identify(config, attempts, *policy)) as kept:
-            result = _play(config, evaluator, attempts, kept, saved.params, saved.step)
+            result = _play(config, evaluator, attempts, kept, engine.place(saved.params), saved.step)
     fingerprint = {} if config.model.path is None else {"text_logprob": saved.text_logprob()}
     found = _describe(config, evaluator, result, attempts)
     return {**found, **fingerprint, "step": saved.step}
 
 
 def _play(
-    config: Config, evaluator: Evaluator, attempts: int, kept: Attempts, params: Any, step: int
+    config: Config, evaluator: Evaluator, attempts: int, kept: Attempts, placed: Any, step: int
 ) -> Evaluation:
     """Make the attempts that are not kept yet, and keep all."""
     for panel, count in evaluator.panels.items():
@@ -192,7 +192,7 @@ def _play(
         _warn(f"going on: {len(kept.done)} of {total} attempts were finished before")
     with Progress(config.log.progress) as progress:
         progress.phase("evaluation", total, "episodes")
-        result = evaluator.run(params, step, advance=progress.advance, done=kept.done, keep=kept.keep)
+        result = evaluator.run(placed, step, advance=progress.advance, done=kept.done, keep=kept.keep)
     if not result.trajectories:
         raise EvaluationError(
             f"none of the {evaluator.num_tasks} tasks of {config.env.eval_split} could be attempted; the "

@@ -257,7 +257,7 @@ class Engine:
     @contextlib.contextmanager
     def lent(
         self,
-        params: Params,
+        placed: Params,
         version: int,
         *,
         temperature: float,
@@ -269,7 +269,7 @@ class Engine:
         without any, the others take the cache.
 
         Args:
-          params: stacked parameters, placed only where the engine does not hold this version.
+          placed: the weights, of `place`; left aside where the engine holds this version.
           version: their policy version.
           temperature: of the others' responses.
           token_filter: of the others' responses.
@@ -282,7 +282,7 @@ class Engine:
         self.temperature, self.token_filter, self.stats = temperature, token_filter, EngineStats()
         try:
             if self._params is None or version != self.version:
-                self.load(params, version)
+                self.swap(placed, version)
             yield
         finally:
             for name, value in own.items():

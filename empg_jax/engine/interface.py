@@ -55,7 +55,7 @@ class SamplingEngine(Protocol):
 
     def lent(
         self,
-        params: Params,
+        placed: Any,
         version: int,
         *,
         temperature: float,

@@ -241,13 +241,27 @@ def init_state(
 
 
 def restart_optimizer(
-    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    *,
+    keeps_params: bool = False,
 ) -> TrainState:
-    """Make a state from given parameters and a fresh optimizer, at the start of a phase."""
+    """Make a state from given parameters and a fresh optimizer, at the start of a phase.
+
+    Args:
+      params: the parameters; they are donated.
+      optimizer: the phase's optimizer.
+      shardings: where each leaf goes.
+      keeps_params: copy the parameters in place of donating them.
+    """
 
     def init(params: Params) -> TrainState:
-        # A copy, so that the state may be donated while the caller keeps its parameters.
-        params = jax.tree.map(jnp.copy, params)
+        if keeps_params:
+            params = jax.tree.map(jnp.copy, params)
         return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
 
-    return jax.jit(init, out_shardings=shardings)(jax.device_put(params, shardings.params))
+    donated = () if keeps_params else (0,)
+    return jax.jit(init, out_shardings=shardings, donate_argnums=donated)(
+        jax.device_put(params, shardings.params)
+    )

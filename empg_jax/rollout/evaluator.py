@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from empg_jax.models.filtering import TokenFilter
 from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.episode import Attempt, tell_discarded
 from empg_jax.rollout.ledger import HOPELESS, MAX_RETRIES
-from empg_jax.types import Params, Trajectory
+from empg_jax.types import Trajectory
 from empg_jax.workers.faults import Tell, tell_nobody
 
 
@@ -92,7 +93,7 @@ class Evaluator:
 
     def run(
         self,
-        params: Params,
+        placed: Any,
         version: int,
         *,
         advance: Callable[[int, dict[str, float]], None] = lambda n, values: None,
@@ -106,14 +107,14 @@ class Evaluator:
         any mean, and an event tells of it.
 
         Args:
-          params: stacked parameters.
+          placed: the weights, as the engine's `place` makes them of stacked parameters.
           version: the policy version of these weights.
           advance: called for every finished episode, for a progress display.
           check: called in every round; it may raise to end the evaluation.
           done: episodes of an evaluation like this one that was cut off; their attempts are not made again.
           keep: called with every finished episode that counts.
         """
-        with self.engine.lent(params, version, temperature=self._temperature, token_filter=self._filter):
+        with self.engine.lent(placed, version, temperature=self._temperature, token_filter=self._filter):
             return self._play(list(done), advance, check, keep)
 
     def _play(

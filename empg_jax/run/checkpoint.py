@@ -211,8 +211,9 @@ class Checkpoints:
                 found = self._load(self._folders.path(candidate), abstract, warm)
             except Exception as error:  # a damaged file may raise anything in the reader
                 problem = f"{candidate}: {first_line(error)}"
-            # What one host cannot read, none goes on from.
-            problem = next(filter(None, self._hosts.agree("read", problem)), None)
+            # What one host cannot read, none goes on from. The others may have waited for it in vain.
+            problems_there = filter(None, self._hosts.agree("read", problem))
+            problem = min(problems_there, key=lambda told: "barrier" in told, default=None)
             if problem is None and found is not None:
                 problem = self._split_damage(found)
                 if problem is None:

@@ -39,9 +39,10 @@ def evaluate(parts: Parts, run: RunState, when: str) -> Evaluation:
         if when != "during":  # else the display stays with the RL phase
             progress.phase(f"evaluation ({when})", len(evaluator.places), "tasks")
         advance = progress.advance if when != "during" else lambda n, values: None
-        play = functools.partial(
-            evaluator.run, run.state.params, run.update, advance=advance, check=parts.check_stop
-        )
+        # All hosts gather the weights together, so none may fail between them: here, and not in the thread.
+        placed = parts.engine.place(run.state.params)
+        play = functools.partial(evaluator.run, placed, run.update, advance=advance, check=parts.check_stop)
+        del placed
         # One thread at a time uses the environment workers, and that is the rollout thread while it runs.
         result = gather_evaluation(parts.hosts, lambda: parts.rollout.call(play), parts.should_stop)
     if when != "during":

@@ -202,15 +202,16 @@ def open_run(
     announce_length(config, config.rollout.max_tokens, say=progress.message)
     announce_rows(config, run_dir, language, say=progress.message, hosts=hosts)
     base_checksum = None if learner.base is None else checksum(learner.base)
-    # Also what is saved before the first boundary can be gone on from.
-    run = RunState(state, boundary=Boundary(base=base_checksum, config=config.to_yaml()))
     if is_resumed:
+        del state  # its memory is for the one that is read
         restored = restore_state(config, checkpoints, learner, step)
         check_base(restored.progress.get("base"), base_checksum)
         run = _go_on(restored, rollout, clock, hosts)
         events.update = run.update
         run.reference = _find_reference(config, run, checkpoints, learner)
         progress.message(f"resumed at update {run.update} of {config.train.updates}")
+    else:  # also what is saved before the first boundary can be gone on from
+        run = RunState(state, boundary=Boundary(base=base_checksum, config=config.to_yaml()))
     if config.train.max_lag and hosts.num == 1:
         rollout.recorder = open_recorder(run_dir, run.update, is_resumed=is_resumed)
     # The line of an update that was stopped before its line is written again.

@@ -40,7 +40,7 @@ def go_back(parts: Parts, run: RunState) -> None:
     """Set everything aside that the run made after the checkpoint which it goes on from."""
     moved = parts.checkpoints.set_aside(run.update)
     summary = parts.run_dir / "summary.json"
-    if summary.exists():  # of a finished run, which is not finished any more
+    if parts.hosts.is_first and summary.exists():  # of a finished run, which is not finished any more
         summary.replace(parts.run_dir / "summary.previous.json")
     parts.events.tell("went_back", step=run.update, set_aside=moved)
     if moved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 from empg_jax.errors import Interrupted
@@ -26,6 +27,7 @@ def warm_start_phase(parts: Parts, run: RunState, examples: Examples | None = No
     if parts.config.sft.updates:
         train_on_examples(parts, run, examples)
     optimizer, _ = make_rl_optimizer(parts.config)
+    _free_moments(run)
     run.state = restart_optimizer(run.state.params, optimizer, parts.learner.shardings)
     run.record.phase = "rl"
     freeze_reference(parts, run)
@@ -71,6 +73,8 @@ def train_on_examples(parts: Parts, run: RunState, examples: Examples | None = N
                 log.write(number, values)
                 _after_update(parts, run, number, state, values)
 
+            if first == 0:
+                _free_moments(run)
             run.state = warm_start(
                 config,
                 parts.learner.model,
@@ -81,6 +85,12 @@ def train_on_examples(parts: Parts, run: RunState, examples: Examples | None = N
                 first=first,
                 on_update=on_update,
             )
+
+
+def _free_moments(run: RunState) -> None:
+    """Give up the optimizer's state before the next one is made: there is not room for both."""
+    run.marked = None  # no checkpoint can be written of what is left
+    run.state = dataclasses.replace(run.state, opt_state=())
 
 
 def _after_update(

@@ -63,7 +63,7 @@ def warm_start(
       config: the run's configuration (``sft.*``, and the optimizer's ``train.*``).
       model: decoder config.
       mesh: the learner's mesh.
-      state: the initial state; its optimizer state is used only if ``first`` > 0.
+      state: the initial state, which is donated; its optimizer state is used only if ``first`` > 0.
       examples: the training and held-out examples.
       base: the frozen parameters if only adapters are trained, else None.
       first: index of the first update to run; 0 starts with a fresh optimizer.

@@ -518,7 +518,7 @@ def test_weights_that_are_no_numbers_leave_nothing_behind(make, page_tokens):
     assert np.isnan(play(40)).all()
     engine.load(good, 2)
     np.testing.assert_array_equal(play(12), expected)
-    with engine.lent(bad, 3, temperature=1.0):
+    with engine.lent(engine.place(bad), 3, temperature=1.0):
         assert np.isnan(play(40)).all()
     np.testing.assert_array_equal(play(12), expected)
 

@@ -112,7 +112,7 @@ def test_the_filter_belongs_to_the_response():
     ask(engine, 0)
     (again,) = finish(engine)
     assert again.tokens.tolist() != first.tokens.tolist()
-    with engine.lent(double_weights(), 3, temperature=1.0, token_filter=TokenFilter(top_k=1)):
+    with engine.lent(engine.place(double_weights()), 3, temperature=1.0, token_filter=TokenFilter(top_k=1)):
         ask(engine, 0)
         (lent,) = finish(engine)
     np.testing.assert_array_equal(lent.tokens, first.tokens)

@@ -56,7 +56,7 @@ def test_conversations_go_on_as_if_nothing_had_been(ahead):
         ask(each, 1)
         each.step()
     cache = engine._memory.cache
-    with engine.lent(make_weights(MODEL, 1), 7, temperature=0.0):
+    with engine.lent(engine.place(make_weights(MODEL, 1)), 7, temperature=0.0):
         assert engine.version == 7 and not engine.has_work
         ask(engine, 1)
         lent = drain(engine)
@@ -70,10 +70,9 @@ def test_conversations_go_on_as_if_nothing_had_been(ahead):
     assert lent == drain(greedy)
 
 
-def test_weights_that_are_there_are_not_placed_again(monkeypatch):
+def test_weights_that_are_there_stay():
     engine = make()
-    monkeypatch.setattr(engine, "place", lambda params: pytest.fail("placed"))
-    with engine.lent(make_weights(MODEL), 0, temperature=1.0):
+    with engine.lent({}, 0, temperature=1.0):
         ask(engine, 0)
         assert len(drain(engine)[0][0]) == 20
 
@@ -82,7 +81,7 @@ def test_without_kept_keys_the_cache_is_shared():
     engine = make()
     cache_of(engine)
     live = len(jax.live_arrays())
-    with engine.lent(make_weights(MODEL), 0, temperature=1.0):
+    with engine.lent({}, 0, temperature=1.0):
         ask(engine, 0)
         engine.step()
         assert len(jax.live_arrays()) <= live + 1

@@ -296,7 +296,7 @@ def play(engine, moves):
             if which == 0:
                 engine.measure_stale_gap()
         elif action == "lend":
-            with engine.lent(make_weights(MODEL, which % 2), 1000 + which % 2, temperature=1.0):
+            with engine.lent(engine.place(make_weights(MODEL, which % 2)), 1000 + which % 2, temperature=1.0):
                 engine.submit(slot, PROMPTS[which], is_fresh=True, ids=(1, slot, count, 0))
                 found[count] = drain(engine)[slot]
     finish()

@@ -204,7 +204,7 @@ class ServerEngine:
     @contextlib.contextmanager
     def lent(
         self,
-        params: Params,
+        placed: Placed,
         version: int,
         *,
         temperature: float,
@@ -219,11 +219,10 @@ class ServerEngine:
             self._ended += self._take(PATIENT_SECONDS)
         own = {name: getattr(self, name) for name in _OWN}
         is_new = self._wanted is None or version != self.version
-        placed = self.place(params) if is_new else self._wanted
         self._conversations, self._asked, self._ended = {}, {}, []
         self.temperature, self.token_filter, self.stats = temperature, token_filter, EngineStats()
         try:
-            if placed is not None:
+            if is_new:
                 self._wanted, self.version = placed, version
                 self._make_live(placed, version)
             yield
@@ -232,8 +231,7 @@ class ServerEngine:
                 self._client.cancel(number)
             for name, value in own.items():
                 setattr(self, name, value)
-            if is_new and placed is not None:
-                self._folders.remove(placed)
+            self._folders.remove(placed)
 
     def measure_stale_gap(self) -> float | None:
         """Return None: no response is ever in progress when weights arrive."""

@@ -115,7 +115,7 @@ def test_an_evaluation_borrows_the_server(params, tmp_path):
     with engine_on(server, tmp_path) as engine:
         engine.swap(engine.place(params), 1)
         engine.submit(0, [4], is_fresh=True, ids=(0, 0, 0, 0))
-        with engine.lent(params, 2, temperature=0.5, token_filter=NO_FILTER):
+        with engine.lent(engine.place(params), 2, temperature=0.5, token_filter=NO_FILTER):
             engine.submit(0, [8], is_fresh=True, ids=(1, 0, 0, 0))
             found = answer(engine)[0]
             assert found.tokens.tolist() == [9, STOP] and found.versions.tolist() == [2, 2]
@@ -123,7 +123,7 @@ def test_an_evaluation_borrows_the_server(params, tmp_path):
         assert own.tokens.tolist() == [5, STOP] and own.versions.tolist() == [1, 1]
         engine.submit(0, [7], is_fresh=False, ids=(0, 0, 0, 1))
         assert answer(engine)[0].prompt_tokens.tolist() == [4, 5, STOP, 7]
-        with engine.lent(params, 1, temperature=1.0):  # the weights that it has
+        with engine.lent(engine.place(params), 1, temperature=1.0):  # the weights that it has
             pass
     assert [version for _, version in server.loads] == ["1", "2", "1"]
     assert [body["temperature"] for body in server.bodies] == [1.0, 0.5, 1.0]
