@@ -254,7 +254,7 @@ class Service:
             raise refuse("the prompt is empty")
         if len(prompt) >= self._max_tokens:
             raise refuse(
-                f"{self._limit}, but the prompt has {len(prompt)}",
+                f"{self._limit}, but the prompt has {len(prompt)} tokens",
                 code="context_length_exceeded",
             )
 
