@@ -1,6 +1,7 @@
 """There is memory for one train state: no second one is alive where phases change or a run goes on."""
 
 import functools
+import gc
 
 import jax
 import pytest
@@ -9,7 +10,7 @@ from empg_jax.run import parts
 from empg_jax.sft import phase, warm_start
 from tests import runs
 
-WIDTH = 24  # of no other test, so that this run's arrays can be told apart
+WIDTH = 44  # of no other test, so that this run's arrays can be told apart
 
 
 @pytest.fixture
@@ -38,5 +39,6 @@ def test_one_state_is_alive_at_a_time(tmp_path, counts):
     before, after = counts[phase.__name__]
     assert after == 3 * before > 0  # the weights alone, and then their moments, too
     assert counts[warm_start.__name__] == (before, after)
+    gc.collect()  # what is left of the first run
     runs.resume(run, "train.updates=2")
     assert counts["restore"] == (0, after)
