@@ -194,6 +194,10 @@ class Runner:
         return found
 
 
+def _changed(line: Mapping[str, Any]) -> bool:
+    return bool(line.get("changes") or line.get("dirty"))
+
+
 class Attempts:
     """The attempts at a run: its settings, and what each attempt cost.
 
@@ -239,7 +243,8 @@ class Attempts:
         known = len(ends) == self.begun
         return {
             "attempts": self.begun,
-            "changes": sorted({line["changes"] for line in self._lines if line.get("changes")}),
+            # Older versions noted only whether there were any.
+            "changes": sorted({line.get("changes") or "unknown" for line in self._lines if _changed(line)}),
             "process_seconds": round(sum(line["wall"] for line in ends), 3) if known else None,
             "cpu_seconds": round(sum(line["cpu"] for line in ends), 3) if known else None,
         }

@@ -226,12 +226,15 @@ def test_a_text_has_the_stop_string_that_ended_it(key):
 
     def reply(number, body):
         if "stop" not in body:
-            return said(whole)
+            return said(whole, finish_reason="length")
         return said("<search>a", **({} if key is None else {key: "</search>"}))
+
+    expected = ("<search>a</search>", "stop")
 
     with faking(reply) as fake:
         there = Endpoint(fake.url, sampling={"stop": stops}, timeout=30)
-        assert [there.ask([], seed).text for seed in (1, 2)] == ["<search>a</search>"] * 2
+        found = [there.ask([], seed) for seed in (1, 2)]
+        assert [(each.text, each.finish_reason) for each in found] == [expected] * 2
         assert len(fake.bodies) == (3 if key is None else 2)
     for ended in ({"stop_reason": None}, {"finish_reason": "length"}):
         with faking(lambda number, body, ended=ended: said("<search>", **ended)) as fake:

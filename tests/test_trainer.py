@@ -136,6 +136,10 @@ def test_a_saved_run_takes_another_chat_template_but_no_other_tokenizer(run, tmp
     old = open_saved(run, [], warn=print).language.renderer.render(question)
     new = open_saved(run, [f"model.chat_template={file}"], warn=print).language.renderer.render(question)
     assert new == "<|system|>MINE<|end|>" + old
+    assert (
+        open_saved(run, [f"model = {{chat_template: {file}}}"], warn=print).language.renderer.render(question)
+        == new
+    )
     with pytest.raises(ConfigError, match="nowhere"):
         open_saved(run, [f"model.chat_template={tmp_path / 'nowhere'}"], warn=print)
     with pytest.raises(ConfigError, match="keeps the tokenizer that it was trained with"):

@@ -241,27 +241,12 @@ def init_state(
 
 
 def restart_optimizer(
-    params: Params,
-    optimizer: optax.GradientTransformation,
-    shardings: TrainState,
-    *,
-    keeps_params: bool = False,
+    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
-    """Make a state from given parameters and a fresh optimizer, at the start of a phase.
-
-    Args:
-      params: the parameters; they are donated.
-      optimizer: the phase's optimizer.
-      shardings: where each leaf goes.
-      keeps_params: copy the parameters in place of donating them.
-    """
+    """Make a state from given parameters, which are donated, and a fresh optimizer, at a phase's start."""
 
     def init(params: Params) -> TrainState:
-        if keeps_params:
-            params = jax.tree.map(jnp.copy, params)
         return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
 
-    donated = () if keeps_params else (0,)
-    return jax.jit(init, out_shardings=shardings, donate_argnums=donated)(
-        jax.device_put(params, shardings.params)
-    )
+    placed = jax.device_put(params, shardings.params)
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(placed)

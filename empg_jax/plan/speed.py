@@ -270,6 +270,7 @@ def speed_lines(config: Config, model: DecoderConfig, name: str) -> list[str]:
     times = (speed.compute, speed.exchange, speed.waits, speed.step)
     compute, exchange, waits, step = (f"{1e3 * each:.2f} ms" for each in times)
     hosts, network, between = config.hosts.num or 1, "", ""
+    peak = _rate(config, model, chip) / 1e12
     if hosts > 1 and chip.network is not None:
         rate = f"{chip.network / 1e9:.0f} GB/s ({8 * chip.network / 1e9:.0f} Gb/s)"
         network = f", {rate} a device between hosts, which is assumed"
@@ -277,7 +278,7 @@ def speed_lines(config: Config, model: DecoderConfig, name: str) -> list[str]:
         between = f", and {waits} of exchanging activations,"
     lines = [
         f"at best on {name}, a model from published peaks and not a measurement "
-        f"({_rate(config, model, chip) / 1e12:.3g} TFLOP/s in {jnp.dtype(model.dtype).name}, "
+        f"({peak:.{1 if peak < 100 else 0}f} TFLOP/s in {jnp.dtype(model.dtype).name}, "
         f"{chip.bandwidth / 1e9:.0f} GB/s, "
         f"links {chip.link / 1e9:.0f} GB/s{network}):",
         f"  update  {speed.update_rate:,.0f} tokens/s: {compute} of computing beside {exchange} of exchange"

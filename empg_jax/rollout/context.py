@@ -251,7 +251,7 @@ class CallContext:
         return self._begin(info)
 
     def _require_told(self, info: Info) -> None:
-        role = self._renderer.find_untold(info["messages"], **_variables(info["tools"]))
+        role = self._renderer.find_untold(info["messages"], _variables(info["tools"]))
         if info["tools"] and not self._renderer.tells_tools:
             what = "the program's calls have tools"
         elif role is not None:

@@ -324,11 +324,12 @@ def read_answer(body: Mapping[str, Any], stops: Sequence[str] = ()) -> Answer:
     entropies = np.asarray(told if ids and told else [np.nan] * count, np.float32)
     if not isinstance(text, str) or entropies.shape != (count,):
         raise ValueError
-    return Answer(text, tokens, entropies, "length" if choice.get("finish_reason") == "length" else "stop")
+    is_cut = stop is None and choice.get("finish_reason") == "length"
+    return Answer(text, tokens, entropies, "length" if is_cut else "stop")
 
 
 def _hides_stop(choice: Mapping[str, Any]) -> bool:
-    """Return whether a choice does not tell whether a stop string ended it, as vLLM and SGLang do."""
+    """Return whether a choice does not tell whether a stop string ended it; vLLM and SGLang tell."""
     return choice.get("finish_reason") == "stop" and not {"stop_reason", "matched_stop"} & choice.keys()
 
 

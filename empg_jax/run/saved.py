@@ -86,17 +86,17 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
         raise RefusedCheckpoint(
             f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP"
         )
-    config = load_config(str(run_dir / "config.yaml"), overrides)
-    names = {change.partition("=")[0] for change in overrides}
-    if "model.tokenizer" in names:
+    own, config = (load_config(str(run_dir / "config.yaml"), changes) for changes in ((), overrides))
+    if config.model.tokenizer != own.model.tokenizer:
         raise ConfigError(
             f"model.tokenizer={config.model.tokenizer}: {path} keeps the tokenizer that it was trained with; "
             "model.chat_template=FILE gives it another chat template"
         )
-    if not any(name.startswith("mesh.") for name in names):
+    if not any(change.startswith("mesh.") for change in overrides):
         config = _fit_mesh(config, warn)
     check_devices(config)
-    language = make_language(config, run_dir / "tokenizer", keeps_template="model.chat_template" not in names)
+    keeps_template = config.model.chat_template == own.model.chat_template
+    language = make_language(config, run_dir / "tokenizer", keeps_template=keeps_template)
     model = make_model(config, language.tokenizer)
     mesh = make_mesh(**vars(config.mesh))
     directory = checkpoint_dir(config, run_dir)

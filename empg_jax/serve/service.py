@@ -267,7 +267,7 @@ class Service:
             text = self._renderer.render(messages, **known)
             if tools and text == self._renderer.render(messages, **variables):
                 raise refuse(f"the chat template of {self.name} does not tell tools to the model", "tools")
-            role = self._renderer.find_untold(messages, **known)
+            role = self._renderer.find_untold(messages, known)
             if role is not None:
                 raise refuse(
                     f"the chat template of {self.name} prints nothing of messages of the role {role}; send "

@@ -174,46 +174,65 @@ class ChatRenderer:
         except ChatTemplateError:
             return False
 
-    def find_untold(self, messages: Sequence[Message], **variables: Any) -> str | None:
+    def find_untold(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str | None:
         """Return a role of the messages of which the template prints nothing; None if it prints all.
 
         One message of each role is looked at, once in a renderer's life.
 
-        Raises:
-          ChatTemplateError: the template refuses the conversation.
+        Args:
+          messages: a conversation.
+          variables: further variables of the template.
         """
         for index, message in enumerate(messages):
-            if message["role"] in self._told:
-                continue
-            changed = {**message, "content": message["content"] + "."}
-            if not self.tells_apart(messages, index, changed, **variables):
-                return str(message["role"])
-            self._told.add(message["role"])
+            if message["role"] not in self._told:
+                if not self._is_told(messages, index, variables):
+                    return str(message["role"])
+                self._told.add(message["role"])
         return None
 
+    def _is_told(self, messages: Sequence[Message], index: int, variables: Mapping[str, Any]) -> bool:
+        """Return whether the template prints a message, in the whole conversation or in a beginning of it.
+
+        Some templates print the system's message beside the last one alone, and only if that is the user's.
+        """
+        changed = {**messages[index], "content": messages[index]["content"] + "."}
+        is_refused = True
+        for end in range(index + 1, len(messages) + 1):
+            try:
+                if self.tells_apart(messages[:end], index, changed, variables):
+                    return True
+                is_refused = False
+            except ChatTemplateError:
+                continue
+        return is_refused  # as the template itself will say
+
     def tells_apart(
-        self, messages: Sequence[Message], index: int, changed: Message, **variables: Any
+        self, messages: Sequence[Message], index: int, changed: Message, variables: Mapping[str, Any]
     ) -> bool:
         """Return whether the template prints another text when message ``index`` is ``changed``.
 
         Raises:
           ChatTemplateError: the template refuses the conversation as it is.
         """
-        text = self.render(messages, add_generation_prompt=False, **variables)
-        others = [*messages[:index], changed, *messages[index + 1 :]]
+
+        def render(messages: Sequence[Message]) -> str:
+            return self.render(messages, **{**variables, "add_generation_prompt": False})
+
+        text = render(messages)
         try:
-            return self.render(others, add_generation_prompt=False, **variables) != text
+            return render([*messages[:index], changed, *messages[index + 1 :]]) != text
         except ChatTemplateError:
             return True
 
     def role_of_results(self, tools: Sequence[Any]) -> str:
         """Return the role of the results of calls: ``tool``, or ``user`` where the template has no such."""
         call: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "x"}]
+        results = [*call, {"role": "tool", "content": "result"}]
         try:
-            untold = self.find_untold([*call, {"role": "tool", "content": "result"}], tools=tools)
+            self.render(results, tools=tools)
         except ChatTemplateError:
             return "user"
-        return "tool" if untold is None else "user"
+        return "tool" if self.find_untold(results, {"tools": tools}) is None else "user"
 
     def _find_closing(self) -> str:
         """Return the control token that ends an answer in history; it may be another one at the very end.

@@ -110,7 +110,7 @@ def _require_told(renderer: ChatRenderer, conversation: Conversation, variables:
             "model.chat_template to one that does"
         )
     messages = conversation.messages
-    if (role := renderer.find_untold(messages, **variables)) is not None:
+    if (role := renderer.find_untold(messages, variables)) is not None:
         raise ChatDataError(
             f"has messages of the role {role}, of which the chat template prints nothing: write "
             f"{'system' if role == 'developer' else 'user'}, or set model.chat_template to one that does"
@@ -118,7 +118,7 @@ def _require_told(renderer: ChatRenderer, conversation: Conversation, variables:
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and message.get("tool_calls"):
             changed = {key: value for key, value in message.items() if key != "tool_calls"}
-            if not renderer.tells_apart(messages[: index + 1], index, changed, **variables):
+            if not renderer.tells_apart(messages[: index + 1], index, changed, variables):
                 raise ChatDataError(
                     f"message {index} has tool_calls, and the chat template prints none: write them into "
                     "content, or set model.chat_template to one that does"

@@ -375,6 +375,10 @@ def test_the_command_prints_the_times_to_expect():
     assert result.exit_code == 0, result.stderr
     assert "not a measurement (989 TFLOP/s in bfloat16, 3350 GB/s" in result.stdout
     assert "of 75 GiB" in result.stdout
+    told = [
+        plan("--chip", chip, *more).stdout for chip, *more in (["b200", "model.dtype=bfloat16"], ["a100"])
+    ]
+    assert "(2250 TFLOP/s in bfloat16, " in told[0] and "(19.5 TFLOP/s in float32, " in told[1]
     refused = CliRunner().invoke(app, ["plan", "quickstart", "--chip", "abacus"])
     assert refused.exit_code == 2 and "choose one of a100, h100, h200, b200, v5e, v5p, v6e" in refused.stderr
 

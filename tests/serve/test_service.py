@@ -154,7 +154,7 @@ def call_tools(service, text, is_streamed, *, ending="", **more):
         return ("tools" if tools else "none") + ending
 
     service._renderer = SimpleNamespace(
-        render=render, encode=service._tokenizer.encode, find_untold=lambda messages, **variables: None
+        render=render, encode=service._tokenizer.encode, find_untold=lambda messages, variables: None
     )
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     body = {"messages": HELLO, "tools": tools, "stream": is_streamed, **more}
@@ -213,6 +213,12 @@ def test_messages_that_the_template_does_not_print_are_refused(service):
         assert answer.status_code == 400
         assert f"prints nothing of messages of the role {role}; send them as {right}" in answer.text
     service.read_chat({"messages": HELLO})
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "index", "changed", "variables"])
+def test_variables_of_a_request_may_have_any_name(name, service):
+    messages = [{"role": "system", "content": "Be kind."}, *HELLO]
+    service.read_chat({"messages": messages, "chat_template_kwargs": {name: False}})
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -290,7 +296,7 @@ def test_parts_of_a_character_tell_their_bytes(build):
     service._renderer = SimpleNamespace(
         render=lambda messages, tools=(): "The sea",
         encode=tokenizer.encode,
-        find_untold=lambda messages, **variables: None,
+        find_untold=lambda messages, variables: None,
     )
     answer = post(
         service, Saying(service, said), "/v1/chat/completions", {"messages": HELLO, "logprobs": True}

@@ -246,6 +246,21 @@ def test_results_that_the_template_does_not_print_are_refused():
         tokenize_conversation(ChatRenderer(build_bpe("chatml", silent)), conversation)
 
 
+def test_a_system_message_that_is_printed_beside_the_last_question_is_told():
+    """As Mistral's: not in the whole conversation, which ends with an answer, but in the prompt."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{% set s.text = m.content %}{% else %}"
+        "{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+        "{% if m.role == 'user' and loop.last %}{{ s.text }}\n{% endif %}{{ m.content ~ '<|im_end|>\n' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    renderer = ChatRenderer(build_bpe("chatml", "{% set s = namespace(text='') %}" + template))
+    turns = [{"role": "system", "content": "Be kind."}, *talk("a", "b").messages]
+    (row,) = tokenize_conversation(renderer, parse_conversation({"messages": turns}))
+    assert "Be kind.\na" in renderer.tokenizer.decode(row.tokens)
+    assert learned(renderer, row) == ["b<|im_end|>"]
+
+
 def test_a_text_beside_calls_that_the_template_does_not_print_is_refused():
     """As Llama's and Mistral's, which print the calls in its place."""
     calls = "{{ (m.tool_calls[0].function | tojson) if m.tool_calls else m.content }}"

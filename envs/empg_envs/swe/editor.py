@@ -83,7 +83,9 @@ class FileEditor:
 
     def _replace(self, path: str, old: str, new: str) -> str:
         before = self._read(path)
-        text, old = _with_lf(before), old.replace("\r\n", "\n") if _has_crlf(before) else old
+        text = _with_lf(before)
+        if _has_crlf(before):
+            old, new = old.replace("\r\n", "\n"), new.replace("\r\n", "\n")
         count = text.count(old) if old else 0
         if count != 1:
             lines = [str(number) for number, line in enumerate(text.split("\n"), 1) if old and old in line]
@@ -100,6 +102,8 @@ class FileEditor:
             raise EditorError(
                 f"insert_line must be a number from 0 to {len(lines)}, not {line.strip()[:100]!r}"
             )
+        if _has_crlf(before):
+            new = new.replace("\r\n", "\n")
         place, added = int(line), new.split("\n")
         self._edit(path, before, "\n".join([*lines[:place], *added, *lines[place:]]))
         return self._changed(path, place + 1, place + len(added))
@@ -125,7 +129,7 @@ class FileEditor:
         self._past.setdefault(path, []).append(before)
         del self._past[path][:-MAX_UNDO]
         if _has_crlf(before):
-            text = text.replace("\r\n", "\n").replace("\n", "\r\n")
+            text = text.replace("\n", "\r\n")
         self._write(path, text)
 
 

@@ -142,6 +142,9 @@ def test_lines_that_end_with_crlf_are_edited_as_others_and_stay_so(make: Any) ->
     edit("undo_edit")
     edit("undo_edit")
     assert "61 0d 0a 62 0d 0a 63 0d 0a" in call("execute_bash", cmd="od -An -tx1 a.txt")
+    call("execute_bash", cmd=r"printf 'a\r\r\nb\r\n' > a.txt")
+    edit("str_replace", old_str="b", new_str="B\r\nc")
+    assert "61 0d 0d 0a 42 0d 0a 63 0d 0a" in call("execute_bash", cmd="od -An -tx1 a.txt")
     # Where line ends are mixed, every byte is what it is.
     for old, found in (("a\nb", "it occurs 0 times"), ("a\r\n", "mixed.txt was changed")):
         assert found in call("file_editor", command="str_replace", path="mixed.txt", old_str=old, new_str="x")
