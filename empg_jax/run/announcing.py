@@ -30,7 +30,12 @@ def announce_model(
     say: Callable[[str], None],
     hosts: Hosts = ALONE,
 ) -> None:
-    """Report the loaded model's log-probability of a fixed text, and record it in the run's folder."""
+    """Report the loaded model's log-probability of a fixed text, and record it in the run's folder.
+
+    Random weights, of a configuration without ``model.path``, have none that is worth a line.
+    """
+    if config.model.path is None:
+        return
     ids = language.tokenizer.encode(TEXT)
     value = round(text_logprob(params, learner.model, ids, learner.mesh, learner.base), 4)
     say(f"{config.model.path}: {value:.4f} nats per token on a fixed text")

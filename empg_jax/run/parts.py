@@ -197,7 +197,9 @@ def open_run(
         rollout = make_rollout(config, engine, pool, language, hosts)
         first = engine.config.slots  # the engine of training has the handles below
         evaluator = make_evaluator(config, engine, pool, language, first_handle=first, hosts=hosts)
-    _announce(config, run_dir, learner, language, state.params, say=progress.message, hosts=hosts)
+    announce_model(config, run_dir, learner, language, state.params, say=progress.message, hosts=hosts)
+    announce_length(config, config.rollout.max_tokens, say=progress.message)
+    announce_rows(config, run_dir, language, say=progress.message, hosts=hosts)
     base_checksum = None if learner.base is None else checksum(learner.base)
     if is_resumed:
         del state  # its memory is for the one that is read
@@ -237,22 +239,6 @@ def open_run(
         hosts=hosts,
     )
     return parts, run
-
-
-def _announce(
-    config: Config,
-    run_dir: Path,
-    learner: Learner,
-    language: Language,
-    params: Params,
-    *,
-    say: Callable[[str], None],
-    hosts: Hosts,
-) -> None:
-    if config.model.path is not None:
-        announce_model(config, run_dir, learner, language, params, say=say, hosts=hosts)
-    announce_length(config, config.rollout.max_tokens, say=say)
-    announce_rows(config, run_dir, language, say=say, hosts=hosts)
 
 
 def _open_log(

@@ -57,7 +57,7 @@ class FileEditor:
 
     def _view(self, path: str, view_range: str | None) -> str:
         try:
-            text = _with_lf(self._read(path))
+            text = self._show(path)
         except FileError as error:
             if not str(error).startswith("IsADirectoryError"):
                 raise
@@ -83,9 +83,7 @@ class FileEditor:
 
     def _replace(self, path: str, old: str, new: str) -> str:
         before = self._read(path)
-        text = _with_lf(before)
-        if _has_crlf(before):
-            old, new = old.replace("\r\n", "\n"), new.replace("\r\n", "\n")
+        text, old, new = (_with_lf(each, before) for each in (before, old, new))
         count = text.count(old) if old else 0
         if count != 1:
             lines = [str(number) for number, line in enumerate(text.split("\n"), 1) if old and old in line]
@@ -97,14 +95,12 @@ class FileEditor:
 
     def _insert(self, path: str, line: str, new: str) -> str:
         before = self._read(path)
-        lines = _with_lf(before).split("\n")
+        lines = _with_lf(before, before).split("\n")
         if not re.fullmatch("[0-9]{1,9}", line.strip()) or int(line) > len(lines):
             raise EditorError(
                 f"insert_line must be a number from 0 to {len(lines)}, not {line.strip()[:100]!r}"
             )
-        if _has_crlf(before):
-            new = new.replace("\r\n", "\n")
-        place, added = int(line), new.split("\n")
+        place, added = int(line), _with_lf(new, before).split("\n")
         self._edit(path, before, "\n".join([*lines[:place], *added, *lines[place:]]))
         return self._changed(path, place + 1, place + len(added))
 
@@ -115,9 +111,13 @@ class FileEditor:
         return f"The last edit of {path} was undone."
 
     def _changed(self, path: str, first: int, last: int) -> str:
-        lines = _with_lf(self._read(path)).split("\n")
+        lines = self._show(path).split("\n")
         first, last = max(1, first - SNIPPET), min(len(lines), last + SNIPPET)
         return f"{path} was changed; lines {first} to {last} are now:\n{_numbered(lines, first, last)}"
+
+    def _show(self, path: str) -> str:
+        text = self._read(path)
+        return _with_lf(text, text)
 
     def _read(self, path: str) -> str:
         return self._sandbox.read(path).decode("utf-8", "surrogateescape")
@@ -138,8 +138,9 @@ def _has_crlf(text: str) -> bool:
     return text.count("\n") == text.count("\r\n") > 0
 
 
-def _with_lf(text: str) -> str:
-    return text.replace("\r\n", "\n") if _has_crlf(text) else text
+def _with_lf(text: str, file: str) -> str:
+    """Return a text with LF in place of CRLF, if it is of or for a file whose lines end with CRLF."""
+    return text.replace("\r\n", "\n") if _has_crlf(file) else text
 
 
 def _needed(arguments: dict[str, str], name: str) -> str:
