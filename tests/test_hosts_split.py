@@ -107,6 +107,23 @@ def test_damage_to_split_weights_is_found(run, tmp_path, num):
     hosts.check_consumed(copy, 3)
 
 
+def test_a_second_write_is_read_back_by_parts(tmp_path):
+    """Each host reads its own half of the state, and no copy of it whole."""
+    table = tmp_path / "chats.jsonl"
+    chat = {"prompt": "look", "completion": "go north"}
+    table.write_text(f"{json.dumps(chat)}\n" * 16)
+    code = hosts.START.replace("main()\n", f"{READ_BACK}\nmain()\n", 1)
+    warm_start = ["sft.updates=3", f"sft.data={table}", "checkpoint.every=1", "train.updates=0"]
+    processes = hosts.start_both(
+        runs.command(tmp_path / "run", *SPLIT, *warm_start), code=code.replace("NOTES", str(tmp_path))
+    )
+    hosts.succeed(*processes)
+    notes = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    assert len(notes) == 2
+    for held, whole in notes:
+        assert held < 0.6 * whole
+
+
 def flip_a_byte(folder):
     """Changes one byte in the middle of the largest file of the state."""
     path = max((p for p in (folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -125,6 +142,26 @@ def load(path, wanted):
         import jax
         kernel = parts["state"].params["layers"]["q_proj"]["kernel"]
         parts["state"].params["layers"]["q_proj"]["kernel"] = kernel.at[0, 3, 1].add(1e-3)
+    return parts
+checkpoint.ocp.load_checkpointables = load
+"""
+
+# Notes of the step that was written a second time what this process holds of its state, and its whole size.
+READ_BACK = """
+from empg_jax.run import checkpoint
+real = checkpoint.ocp.load_checkpointables
+def load(path, wanted):
+    import jax, json
+    parts = real(path, wanted)
+    if "state" in wanted:
+        leaves = jax.tree.leaves(parts["state"])
+        held = [leaf.addressable_shards if isinstance(leaf, jax.Array) else [None] for leaf in leaves]
+        bytes_held = sum(
+            leaf.nbytes if shard is None else shard.data.nbytes
+            for leaf, shards in zip(leaves, held, strict=True) for shard in shards
+        )
+        with open(f"NOTES/{jax.process_index()}.json", "w") as file:
+            json.dump([bytes_held, sum(leaf.nbytes for leaf in leaves)], file)
     return parts
 checkpoint.ocp.load_checkpointables = load
 """

@@ -133,8 +133,10 @@ class Checkpoints:
         try:
             # Orbax keeps a thread and its descriptors until the response is asked for its result.
             response.result()
-            if is_second:
-                self._load(self.directory / name, shapes)  # known to be good before the old one goes
+            if is_second:  # known to be good before the old one goes
+                _, problem = self._read_together(self.directory / name, shapes)
+                if problem is not None:
+                    raise CheckpointError(problem)
             if self._hosts.is_first:
                 if is_second:
                     self._folders.swap(name)
@@ -206,20 +208,11 @@ class Checkpoints:
         problems = []
         tried = list(reversed(self.steps)) if step is None else [step]
         for candidate in self._hosts.first("steps", lambda: tried):
-            found, problem = None, None
-            try:
-                found = self._load(self._folders.path(candidate), abstract, warm)
-            except Exception as error:  # a damaged file may raise anything in the reader
-                problem = f"{candidate}: {first_line(error)}"
-            # What one host cannot read, none goes on from. The others may have waited for it in vain.
-            problems_there = filter(None, self._hosts.agree("read", problem))
-            problem = min(problems_there, key=lambda told: "barrier" in told, default=None)
-            if problem is None and found is not None:
-                problem = self._split_damage(found)
-                if problem is None:
-                    return found
-            problems.append(str(problem))
-            self._warn(f"checkpoint {problem} (in {self.directory}); skipped")
+            found, problem = self._read_together(self._folders.path(candidate), abstract, warm)
+            if found is not None:
+                return found
+            problems.append(f"{candidate}: {problem}")
+            self._warn(f"checkpoint {candidate}: {problem} (in {self.directory}); skipped")
         told = "; ".join(problems) or "the folder holds none"
         raise CheckpointError(f"no usable checkpoint in {self.directory} ({told})")
 
@@ -249,6 +242,24 @@ class Checkpoints:
             self._folders.set_aside(step)
         return moved
 
+    def _read_together(
+        self, path: Any, abstract: Any, warm: Any = None
+    ) -> tuple[Restored, None] | tuple[None, str]:
+        """Read a step on all hosts (as `_load`): what one cannot read, none has; else tell what is wrong."""
+        found, problem = None, None
+        try:
+            found = self._load(path, abstract, warm)
+        except Exception as error:  # a damaged file may raise anything in the reader
+            problem = first_line(error)
+        problems = filter(None, self._hosts.agree("read", problem))
+        # A host that could not read is the cause of those that waited for it in vain.
+        problem = min(problems, key=lambda told: "barrier" in told, default=None)
+        if problem is None and found is not None:
+            problem = self._split_damage(found)
+            if problem is None:
+                return found, None
+        return None, str(problem)
+
     def _load(self, path: Any, abstract: Any, warm: Any = None) -> Restored:
         """Read and check a step; its state is like ``warm``, if given and if it is of the warm start."""
         if warm is not None and _is_of_warm_start(_load_progress(path)):
@@ -277,7 +288,7 @@ class Checkpoints:
         """Return what is wrong with the arrays that are split over hosts, or None; all hosts have read it."""
         split = jax.tree.map(lambda leaf: leaf if is_split(leaf) else None, found.state)
         leaf = describe_damage(split, found.sums, self._hosts)
-        return leaf and f"{found.step}: {first_line(_damaged(f'state{leaf}'))}"
+        return leaf and first_line(_damaged(f"state{leaf}"))
 
     def _failure(self, error: Exception) -> CheckpointError:
         try:
@@ -334,8 +345,15 @@ def _abstract(shapes: Any, shardings: Any) -> Any:
 
 
 def _on_host(tree: Any) -> Any:
-    """Describe the tree as arrays in the host's memory; nothing is allocated until they are filled."""
-    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+    """Describe the tree as arrays in the hosts' memory, each host's with its own part of what is split."""
+
+    def describe(leaf: Any) -> Any:
+        if is_split(leaf):
+            there = leaf.sharding.with_memory_kind("pinned_host")
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there)
+        return np.empty(leaf.shape, leaf.dtype)  # nothing is allocated until it is filled
+
+    return jax.tree.map(describe, tree)
 
 
 def _damaged(what: str) -> CheckpointError:
