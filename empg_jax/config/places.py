@@ -32,12 +32,19 @@ def split_address(url: str) -> urllib.parse.SplitResult:
     """Split ``http://HOST:PORT/PATH``.
 
     Raises:
-      ValueError: its host or its port cannot be one.
+      ValueError: it is no address of a server; the message begins with it.
     """
-    parts = urllib.parse.urlsplit(url)
-    if not parts.hostname or " " in url or not url.isprintable():
-        raise ValueError("its host is missing or malformed")
-    if parts.port == 0:  # larger ones than 65535 are refused when the port is read
-        raise ValueError("no port is 0")
-    parts.hostname.encode("idna")  # as every connection does; a part that is empty or too long is refused
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            raise ValueError("it begins with neither http:// nor https://")
+        if not parts.hostname or " " in url or not url.isprintable():
+            raise ValueError("its host is missing or malformed")
+        if parts.port == 0:  # larger ones than 65535 are refused when the port is read
+            raise ValueError("no port is 0")
+        parts.hostname.encode("idna")  # as every connection does; a part that is empty or too long is refused
+    except ValueError as error:
+        raise ValueError(
+            f"{url} is no address ({error}): expected something like http://127.0.0.1:8000"
+        ) from None
     return parts

@@ -203,9 +203,7 @@ class RolloutConfig(Section):
         try:
             split_address(value)
         except ValueError as error:
-            raise ValueError(
-                f"rollout.url={value} is no address ({error}): expected something like http://127.0.0.1:8000"
-            ) from None
+            raise ValueError(f"rollout.url={error}") from None
         return value
 
 

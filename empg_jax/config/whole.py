@@ -74,8 +74,8 @@ class Config(Section):
     def notes(self) -> tuple[str, ...]:
         """Notes for the user before the run: keys that were dropped, and risks."""
         lag = find_lag(self.model_dump())
-        more = (*lag_notes(lag, self.algorithm), *_penalty_notes(self), *_step_notes(self))
-        return (*self._notes, *more)
+        more = (*_penalty_notes(self), *_step_notes(self), *_idle_notes(self))
+        return (*self._notes, *lag_notes(lag, self.algorithm), *more)
 
     def with_notes(self, lines: Iterable[str]) -> Config:
         """Return the same configuration with more notes."""
@@ -120,6 +120,21 @@ def _step_notes(config: Config) -> Iterator[str]:
     for key, value in values.items():
         if value is not None and (why := _one_step(config)):
             yield f"algorithm.correction.{key}={value} {why}"
+
+
+def _idle_notes(config: Config) -> Iterator[str]:
+    """Tell of values that others switch off; a file may have them, and an override switched them off."""
+    train, env, lora = config.train, config.env, config.model.lora
+    if train.schedule == "constant" and train.final_learning_rate not in (None, train.learning_rate):
+        last = f"{train.final_learning_rate:g}"
+        yield f"train.final_learning_rate={last} has no effect with train.schedule=constant"
+    if env.context == "transcript" and env.history != type(env).model_fields["history"].default:
+        yield f"env.history={env.history} has no effect with env.context=transcript, which holds all turns"
+    for key in ("alpha", "targets") if not lora.rank else ():
+        value = getattr(lora, key)
+        if value != type(lora).model_fields[key].default:
+            told = list(value) if key == "targets" else f"{value:g}"
+            yield f"model.lora.{key}={told} has no effect with model.lora.rank=0: every parameter is trained"
 
 
 def _env_problems(config: Config) -> Iterator[str]:

@@ -289,14 +289,10 @@ def base_of(url: str) -> str:
       ConfigError: it is no address of a server.
     """
     try:
-        parts = split_address(url.rstrip("/"))
-        if parts.scheme not in ("http", "https"):
-            raise ValueError("it begins with neither http:// nor https://")
+        parts = split_address(url)
     except ValueError as error:
-        raise ConfigError(
-            f"{url} is no address ({error}): expected something like http://127.0.0.1:8000"
-        ) from None
-    return parts._replace(path=parts.path or "/v1", query="", fragment="").geturl()
+        raise ConfigError(str(error)) from None
+    return parts._replace(path=parts.path.rstrip("/") or "/v1", query="", fragment="").geturl()
 
 
 def derive_seed(seed: int, ids: Sequence[int]) -> int:

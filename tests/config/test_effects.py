@@ -57,6 +57,28 @@ def test_bands_that_every_step_is_in_are_told(steps, told):
     assert [note.partition("=")[0] for note in notes] == [f"algorithm.correction.{key}" for key in told]
 
 
+TOLD = {
+    ("train.schedule=constant",): [
+        "train.final_learning_rate=5e-05 has no effect with train.schedule=constant"
+    ],
+    ("train.schedule=constant", "train.final_learning_rate=null"): [],
+    ("env.context=transcript", "env.history=5"): ["env.history=5 has no effect with env.context=transcript"],
+    ("env.context=window", "env.history=5"): [],
+    ("model.lora.alpha=64", "model.lora.targets=q_proj"): [
+        "model.lora.alpha=64 has no effect with model.lora.rank=0",
+        "model.lora.targets=['q_proj'] has no effect with model.lora.rank=0",
+    ],
+    ("model.lora.alpha=64", "model.lora.rank=4"): [],
+}
+
+
+@pytest.mark.parametrize("keys", TOLD, ids=" ".join)
+def test_what_others_switch_off_is_told(keys):
+    notes = [note for note in load_config("quickstart", list(keys)).notes if "no effect" in note]
+    assert len(notes) == len(TOLD[keys])
+    assert all(note.startswith(told) for note, told in zip(notes, TOLD[keys], strict=True)), notes
+
+
 def test_the_rate_falls_from_its_peak():
     keys = ["train.learning_rate=1e-6", "train.final_learning_rate=null", "train.warmup_updates=0"]
     config = load_config("quickstart", keys)
