@@ -115,6 +115,27 @@ def _find_tools(renderer: ChatRenderer, info: Info) -> _Tools:
     return _Tools({"tools": tools}, renderer.role_of_results(tools))
 
 
+def _require_told(
+    renderer: ChatRenderer, messages: Sequence[Message], variables: dict[str, Any], author: str
+) -> None:
+    """Refuse what the template hides from the model.
+
+    Raises:
+      RunError: it prints nothing of the tools, or of the messages of a role.
+    """
+    role = renderer.find_untold(messages, variables)
+    if variables and not renderer.tells_tools:
+        what = "calls have tools"
+    elif role is not None:
+        what = f"conversations have messages of the role {role}"
+    else:
+        return
+    raise RunError(
+        f"{author}'s {what}, but the chat template does not tell them to the model: set model.chat_template "
+        "to one that does, such as scripts/examples/tools.jinja"
+    )
+
+
 class _Transcript:
     """A context that appends new messages, and starts a fresh prompt only where the template demands it."""
 
@@ -127,6 +148,7 @@ class _Transcript:
     def start(self, observation: str, info: Info) -> PromptDelta:
         self._tools = _find_tools(self._renderer, info)
         self._messages = list(self._prompts.start(observation, self._tools.hide(info)))
+        _require_told(self._renderer, self._messages, self._tools.variables, "the environment")
         return self._whole()
 
     def follow(
@@ -188,6 +210,7 @@ class _Window:
         self._observation = observation
         shown = self._tools.hide(info)
         messages = self._prompts.window(list(self._turns), observation, shown, self._num_turns)
+        _require_told(self._renderer, messages, self._tools.variables, "the environment")
         return PromptDelta(self._renderer.start(messages, **self._tools.variables), is_fresh=True)
 
 
@@ -251,17 +274,7 @@ class CallContext:
         return self._begin(info)
 
     def _require_told(self, info: Info) -> None:
-        role = self._renderer.find_untold(info["messages"], _variables(info["tools"]))
-        if info["tools"] and not self._renderer.tells_tools:
-            what = "the program's calls have tools"
-        elif role is not None:
-            what = f"the program's conversations have messages of the role {role}"
-        else:
-            return
-        raise RunError(
-            f"{what}, but the chat template does not tell them to the model: set model.chat_template to one "
-            "that does, such as scripts/examples/tools.jinja"
-        )
+        _require_told(self._renderer, info["messages"], _variables(info["tools"]), "the program")
 
     def _begin(self, info: Info) -> PromptDelta:
         self._messages, self._tools = info["messages"], info["tools"]

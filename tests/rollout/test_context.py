@@ -184,6 +184,22 @@ def test_tools_of_a_program_that_the_template_does_not_tell_end_the_run():
         context.start("a", {"messages": [{"role": "user", "content": "a"}], "tools": TOOLS})
 
 
+@pytest.mark.parametrize("kind", ["transcript", "window"])
+def test_instructions_of_an_environment_that_the_template_does_not_tell_end_the_run(kind):
+    class Instructed(Prompts):
+        def window(self, history, observation, info, turn):
+            return self.start(observation, info)
+
+    silent = "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML
+    told, hidden = (
+        make_context(kind, Instructed(), ChatRenderer(build_bpe("chatml", template)), history=1)()
+        for template in (CHATML, silent)
+    )
+    told.start("obs 0", INFO)
+    with pytest.raises(RunError, match="environment's conversations have messages of the role system, but"):
+        hidden.start("obs 0", INFO)
+
+
 def test_messages_of_a_program_that_the_template_does_not_tell_end_the_run():
     silent = CHATML.replace(
         "message['role'] != 'system' or not", "message['role'] in 'user assistant' and not"
