@@ -290,6 +290,17 @@ def test_files_of_environments_that_are_no_text(tmp_path, read):
         read(str(tmp_path / "latin.jsonl"))
 
 
+def test_training_tasks_that_are_test_tasks_are_left_out(tmp_path, caplog):
+    path, prompts = tmp_path / "tasks.jsonl", ["a", "b", "c", "d", "b", "e", "f", "g", "h", "i"]
+    path.write_text("".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in prompts))
+    panels = {split: [task["prompt"] for task in panel] for split, panel in read_tasks(str(path)).items()}
+    assert panels == {"train": ["a", "c", "d", "e", "f", "g", "h"], "test": ["b", "i"]}
+    assert f"tasks={path}: 1 training tasks are left out" in caplog.text
+    path.write_text('{"prompt": "a"}\n' * 10)
+    with pytest.raises(ValueError, match="no task to train on"):
+        read_tasks(str(path))
+
+
 def test_the_folder_of_compiled_programs_is_a_key_too():
     with pytest.raises(ConfigError, match="compile_cache=~nosuchuser/x: no home folder is known"):
         cache_folder("~nosuchuser/x")

@@ -17,6 +17,7 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from empg_envs.base import whole_characters
 from empg_envs.deepsearch.pages import Pages
 from empg_envs.deepsearch.passages import MAX_TOPK, Hit
 from empg_jax.retrieval.batcher import Batcher
@@ -156,7 +157,7 @@ def parse_request(body: bytes, usual_topk: int) -> tuple[list[str], int, bool]:
     """
     request = parse_object(body)
     # Half of a surrogate pair becomes a question mark: tokenizers refuse it, and with it the whole batch.
-    queries = [text.encode("utf-8", "replace").decode() for text in parse_texts(request, "queries")]
+    queries = [whole_characters(text) for text in parse_texts(request, "queries")]
     topk = request.get("topk")
     topk = usual_topk if topk is None else topk
     if not isinstance(topk, int) or isinstance(topk, bool) or not 1 <= topk <= MAX_TOPK:

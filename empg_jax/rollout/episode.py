@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from empg_envs.base import whole_characters
 from empg_jax.engine.engine import Response
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.types import Outcome, Status, Trajectory, Turn, share_prompts
@@ -85,8 +86,8 @@ class Episode:
         """Take the policy's response; return the action for the environment."""
         parsed = self._parser(text, self._info)
         self._response, self._text = response, text
-        self._action, self._is_valid = parsed.action, parsed.is_valid
-        return parsed.action
+        self._action, self._is_valid = whole_characters(parsed.action), parsed.is_valid
+        return self._action
 
     def on_step(
         self, observation: str, reward: float, terminated: bool, truncated: bool, info: Mapping[str, Any]

@@ -234,6 +234,11 @@ def after_thought(response: str) -> str:
     return "" if rest.lstrip().startswith("<think>") else rest
 
 
+def whole_characters(text: str) -> str:
+    """Replace halves of surrogate pairs, which JSON can escape and no file takes, by question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def first_line(response: str) -> str:
     """Return the first non-blank line behind the thought, stripped; empty where there is none."""
     lines = after_thought(response).strip().splitlines()

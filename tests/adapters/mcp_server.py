@@ -18,6 +18,8 @@ state = {}
 
 
 def run(name, a):
+    if name == TROUBLE:
+        time.sleep(60)
     if name == "prepare":
         state.update(word=a["word"], drawer=a["drawer"])
         return "ready"

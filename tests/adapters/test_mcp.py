@@ -81,19 +81,37 @@ def test_a_scorer_in_its_place_and_the_end_of_turns(options):
 @pytest.mark.parametrize(
     ("trouble", "reason", "message"),
     [
-        ("hang", "mcp_timeout", r"no answer to tools/call in 1 s"),
+        ("prepare", "mcp_timeout", r"no answer to tools/call in 1 s"),
+        ("judge", "mcp_timeout", r"no answer to tools/call in 1 s"),
         ("crash", "mcp_crashed", r"the server ended at tools/call; python .*said: broken drawer"),
         ("refuse", "mcp_error", r"tools/list: .*no tools today"),
         ("no_reward", "mcp_no_reward", r"no finite reward from the reward_tool=judge: None"),
     ],
 )
 def test_faults_have_names(options, trouble, reason, message):
-    options |= {"command": f"python {SERVER} {trouble}", "call_timeout": 1 if trouble == "hang" else 60}
+    options |= {"command": f"python {SERVER} {trouble}", "call_timeout": 1 if reason == "mcp_timeout" else 60}
     env = make_env("mcp", **options)
     with pytest.raises(EnvFault, match=message) as caught:
         env.reset(split="train", index=0)
-        env.step("w0" if trouble == "no_reward" else call("find", drawer=0))
+        env.step("w0" if trouble in ("no_reward", "judge") else call("find", drawer=0))
     assert caught.value.reason == reason
+    env.close()
+
+
+def test_a_slow_call_of_the_policys_is_no_fault(options):
+    """It would have a lost episode discarded."""
+    env = make_env("mcp", **{**options, "command": f"python {SERVER} hang", "call_timeout": 1})
+    env.reset(split="train", index=0)
+    assert env.step(call("find", drawer=0))[:4] == ("error: no answer in 1 s", 0.0, False, False)
+    assert env.step("w0")[1:4] == (0.0, True, False)  # the judge has to wait for it
+    env.close()
+
+
+def test_half_a_character_is_no_character(options):
+    env = make_env("mcp", **options)
+    env.reset(split="train", index=0)
+    assert env.step(call("fnd\ud83d"))[0].startswith("error: there is no tool 'fnd?'")
+    assert env.step(call("find", drawer="\ud83d"))[0] == "empty"
     env.close()
 
 

@@ -30,6 +30,43 @@ def test_a_scorer_that_fails_scores_nothing():
     assert reward == 0.0 and terminated and info["metrics"]["scorer_error"] == 1.0
 
 
+PROGRAMS = [
+    "__import__('os')",
+    "exec('import reasoning_gym.games.countdown as c; c.CountdownDataset.score_answer=lambda *a, **k: 1.0')",
+    "(exec)('1')",
+    "[f('1') for f in [exec]]",
+    "exec \\\n('1')",
+    "\N{FULLWIDTH LATIN SMALL LETTER E}xec('1')",
+    "f\"{exec('1')}\"",
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_is_no_answer(program, monkeypatch):
+    """SymPy would run it in the worker, where it can replace the scorer of all later episodes."""
+    env = make_env("reasoning_gym", dataset="countdown")
+    env.reset(split="train", index=3)
+    with monkeypatch.context() as patched:
+        patched.setattr("reasoning_gym.games.countdown.parse_expr", pytest.fail)
+        _, reward, terminated, _, info = env.step(program)
+    assert reward == 0.0 and terminated and info["metrics"]["scorer_error"] == 1.0
+    env.reset(split="train", index=3)
+    assert env.step(env.expert_action())[1] == 1.0
+
+
+COMPUTING = """binary_matrix countdown intermediate_integration n_queens polynomial_multiplication
+propositional_logic puzzle24 simple_integration spiral_matrix string_insertion"""
+
+
+@pytest.mark.parametrize("dataset", COMPUTING.split())
+def test_scorers_that_compute_take_the_packages_answers(dataset):
+    env = make_env("reasoning_gym", dataset=dataset)
+    for index in range(20):
+        env.reset(split="train", index=index)
+        answer = env.get_task("train", index)["answer"]
+        assert env.step(answer)[4]["metrics"]["scorer_error"] == 0.0, answer
+
+
 @pytest.mark.parametrize("answer", ["nan", "nan+nanj", " NaN"])
 def test_what_is_no_number_is_no_answer(answer):
     """The package takes a distance that is no number for none."""

@@ -81,6 +81,7 @@ def test_scores() -> None:
     assert token_f1("yes indeed", ["yes"]) == 0.0 == token_f1("no", ["no way"])
     for score in (exact_match, sub_match, token_f1):
         assert score("", ["", "the"]) == 0.0 and score(" ", ["x"]) == 0.0 and score("x", []) == 0.0
+        assert score(".", ["A"]) == score("the", ["A"]) == 0.0 and score("a", ["B", "A"]) == 1.0
     assert sub_match("anything", ["the"]) == 0.0  # a golden answer of articles is in nothing
 
 

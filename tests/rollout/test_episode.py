@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from empg_envs import ParsedAction
+from empg_envs.parsers import make_parser
 from empg_jax.engine.engine import Response
 from empg_jax.rollout.context import PromptDelta
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules, anchor_of
@@ -49,6 +50,19 @@ def begin(info=None, **rules):
     episode, context = make_episode(**rules)
     assert episode.on_reset("a room", info or {}).is_fresh
     return episode, context
+
+
+def test_half_a_character_in_an_action_is_none():
+    """JSON can escape it; files, tokenizers and servers refuse it."""
+    for name in ("json", "tool_call"):
+        parser = make_parser(name)
+        episode = Episode(ATTEMPT, Context(), parser, EpisodeRules(max_turns=1))
+        episode.on_reset("a room", {})
+        said = '{"action": "go \\ud83d"}'
+        said = said if name == "json" else f'<tool_call>{{"name": "act", "arguments": {said}}}</tool_call>'
+        assert respond(episode, said) == "go ?"
+        (turn,) = episode.on_step("the end", 1.0, True, False, {}).turns
+        assert turn.action == "go ?" and turn.response == said
 
 
 def test_an_episode_from_reset_to_victory():

@@ -9,7 +9,7 @@ from typing import Any
 
 from empg_envs.adapters.foreign import ForeignEnv, Reply
 from empg_envs.adapters.stdio import StdioServer
-from empg_envs.base import EnvFault
+from empg_envs.base import EnvFault, whole_characters
 from empg_envs.names import import_function, suggest
 from empg_envs.task_lines import describe_task, read_tasks
 from empg_envs.verdicts import read_verdict
@@ -32,7 +32,8 @@ class McpEnv(ForeignEnv):
       max_turns: number of calls after which an episode is truncated, with an empty answer; at most
         ``env.max_turns``, which ends an episode without asking for the reward.
       start_timeout: seconds until the server has introduced itself; keep it below ``workers.reset_timeout``.
-      call_timeout: seconds for a call; keep it below half of ``workers.step_timeout``.
+      call_timeout: seconds for a call, after which the policy reads an error; keep it below half of
+        ``workers.step_timeout``.
 
     Raises:
       ValueError: the command is empty, the tasks or the scorer cannot be used, or nothing gives a reward.
@@ -72,6 +73,7 @@ class McpEnv(ForeignEnv):
         self._tools: list[dict[str, Any]] = []
         self._task: dict[str, Any] = {}
         self._calls: list[dict[str, Any]] = []
+        self._is_stuck = False  # the policy's newest call has no answer
 
     def get_task(self, split: str, index: int) -> dict[str, Any]:
         """Return a task, with its split, index and hash."""
@@ -91,7 +93,7 @@ class McpEnv(ForeignEnv):
 
     def _begin(self, split: str, index: int) -> tuple[str, dict[str, Any]]:
         self.close()
-        self._task, self._calls = self._panels[split][index], []
+        self._task, self._calls, self._is_stuck = self._panels[split][index], [], False
         self._server = StdioServer(self._command, *self._timeouts)
         listed = {tool["name"]: tool for tool in self._server.list_tools()}
         for option, name in self._hidden.items():
@@ -125,7 +127,14 @@ class McpEnv(ForeignEnv):
         assert self._server is not None
         names = [tool["function"]["name"] for tool in self._tools]
         if call["name"] in names:
-            text, is_error = self._server.call(call["name"], call["arguments"])
+            try:
+                text, is_error = self._server.call(call["name"], call["arguments"])
+                self._is_stuck = False
+            except EnvFault as fault:
+                if fault.reason != "mcp_timeout":
+                    raise
+                # Else a policy could have a lost episode discarded, by a call that takes long.
+                text, is_error, self._is_stuck = f"no answer in {self._timeouts[1]:g} s", True, True
         else:
             hint = suggest(call["name"], names) or f"; there are {', '.join(names)}"
             text, is_error = f"there is no tool {call['name']!r}{hint}", True
@@ -139,10 +148,15 @@ class McpEnv(ForeignEnv):
             found = self._scorer(self._task, answer, self._calls)
         else:
             told = {"task": self._task, "answer": answer}
-            text, is_error = self._server.call(str(self._hidden["reward_tool"]), told)
             found = None
-            with contextlib.suppress(ValueError, RecursionError):
-                found = None if is_error else json.loads(text)
+            try:
+                text, is_error = self._server.call(str(self._hidden["reward_tool"]), told)
+                with contextlib.suppress(ValueError, RecursionError):
+                    found = None if is_error else json.loads(text)
+            except EnvFault as fault:
+                if fault.reason != "mcp_timeout" or not self._is_stuck:
+                    raise
+                found = 0.0  # the server is still busy with the policy's call
         try:
             verdict = read_verdict(found)
         except ValueError as error:
@@ -168,7 +182,7 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
 
 def _read_call(action: str) -> dict[str, Any] | None:
     try:
-        call = json.loads(action)
+        call = json.loads(whole_characters(json.dumps(json.loads(action), ensure_ascii=False)))
     except (ValueError, RecursionError):
         return None
     is_call = isinstance(call, dict) and call.keys() == {"name", "arguments"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import inspect
 import itertools
 import math
 import re
@@ -15,6 +17,13 @@ from empg_envs.names import suggest
 
 # Of 8 parts of all questions (by hash) one is valid, one is test, and the others are train.
 NOT_A_NUMBER = re.compile(r"\bnan[ij]?\b", re.IGNORECASE)
+# Scorers that compute with an answer take it for Python: what calls anything but these is a program.
+EVALUATES = re.compile(r"\b(eval|parse_expr)\(")
+FUNCTIONS = frozenset(("Abs", "Rational", "abs", "cot", "csc", "exp", "ln", "log", "sec", "sqrt")) | {
+    f"{arc}{name}{end}" for arc in ("", "a") for name in ("cos", "sin", "tan") for end in ("", "h")
+}
+CALLED = re.compile(r"([^\W\d]\w*)\s*\(")
+TRICKS = re.compile(r"""__|[])}"']\s*\(|\#|\\\s""")
 PARTS = {"valid": (0,), "test": (1,), "train": (2, 3, 4, 5, 6, 7)}
 TRIES = {"valid": 64, "test": 64, "train": 16}  # seeds of a task that are looked at for a fitting question
 
@@ -70,13 +79,15 @@ class ReasoningGymEnv(ForeignEnv):
         return self._entry["question"], self._info(False)
 
     def _act(self, action: str) -> Reply:
-        error = 0.0
+        error, answer = 0.0, str(self._entry["answer"])
         try:
+            if is_program(action, answer) and _evaluates(_source_of(self._entry)):
+                raise ValueError("the answer is a program")
             score = float(self._data[self._split].score_answer(action.strip(), self._entry))
         except Exception:  # some scorers evaluate the answer, which may be any text
             score, error = 0.0, 1.0
         # Differences from "nan" are no numbers, and some scorers take those for perfect.
-        is_trick = NOT_A_NUMBER.search(action) and not NOT_A_NUMBER.search(str(self._entry["answer"]))
+        is_trick = NOT_A_NUMBER.search(action) and not NOT_A_NUMBER.search(answer)
         if is_trick or not math.isfinite(score):
             score, error = 0.0, 1.0
         info = {**self._info(score >= 1.0), "metrics": {"score": score, "scorer_error": error}}
@@ -102,6 +113,26 @@ class ReasoningGymEnv(ForeignEnv):
             f"reasoning_gym has no question for {split}/{index}: the dataset has too few different ones "
             "with these parameters to hold some out"
         )
+
+
+def is_program(action: str, answer: str) -> bool:
+    """Return whether an answer, read as Python, may do more than compute: a scorer could be changed by it.
+
+    Args:
+      action: what the policy answers.
+      answer: the package's own answer; functions that it calls are known, too.
+    """
+    known = FUNCTIONS | set(CALLED.findall(answer))
+    return bool(TRICKS.search(action)) or not known.issuperset(CALLED.findall(action))
+
+
+@functools.cache
+def _evaluates(name: str) -> bool:
+    """Return whether the module of a dataset evaluates text, maybe the answers."""
+    datasets = importlib.import_module("reasoning_gym.factory").DATASETS
+    if name not in datasets:
+        return True
+    return bool(EVALUATES.search(inspect.getsource(importlib.import_module(datasets[name][0].__module__))))
 
 
 def _source_of(entry: Mapping[str, Any]) -> str:

@@ -81,6 +81,7 @@ class StdioServer:
                 answer = self._answers.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 seconds = timeout or self._timeout
+                self._write({"method": "notifications/cancelled", "params": {"requestId": self._last}})
                 raise EnvFault(
                     "mcp_timeout", f"no answer to {method} in {seconds:g} s{self._tell()}"
                 ) from None

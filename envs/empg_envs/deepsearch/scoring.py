@@ -40,6 +40,8 @@ def _best(answer: str, golden: Sequence[str], score: Callable[[str, str], float]
     if not answer.strip():
         return 0.0
     given = normalize_answer(answer)
+    if not given:  # an article or a mark, as "A": nothing is left to compare but the text as it stands
+        return float(answer.strip().lower() in (gold.strip().lower() for gold in golden))
     return max((score(given, normalize_answer(gold)) for gold in golden), default=0.0)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from empg_envs.base import whole_characters
 from empg_envs.swe import expert, patches, terse
 from empg_envs.swe.backends import TreeBackend, check_has_files, make_backend
 from empg_envs.swe.grading import SUSPECT, Grade
@@ -185,7 +186,7 @@ class SweEnv:
         left = self._deadline - time.monotonic()
         if left <= 0:
             return self._cut(task, sandbox, "The time for this task is over.", "episode_timeout")
-        action = action.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+        action = whole_characters(action)
         self._actions.append(action)
         try:
             # The command's limit includes the episode's limit, so that a last command cannot run past it.
