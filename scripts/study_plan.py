@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,11 @@ class Triple:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A configuration, and what differs from it in this study."""
+    """A configuration, and what differs from it in this study: in every run, and in those of some arms."""
 
     config: str
     overrides: tuple[str, ...] = ()
+    arms: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Study:
             *self.overrides,
             *task.overrides,
             *self.arms[triple.arm],
+            *task.arms.get(triple.arm, ()),
             f"seed={triple.seed}",
         ]
 
@@ -152,7 +154,7 @@ def read_study(folder: Path) -> Study:
         folder=Path(folder),
         registration=_block(path.read_text(encoding="utf-8"), "preregistration"),
         planned_effect=_check_registration(values["preregistration"], len(seeds), path),
-        tasks={name: _task(value, f"{path}: tasks.{name}") for name, value in values["tasks"].items()},
+        tasks={name: _task(value, arms, f"{path}: tasks.{name}") for name, value in values["tasks"].items()},
         overrides=_words(values.get("overrides", []), f"{path}: overrides"),
         arms=arms,
         baseline=baseline,
@@ -168,13 +170,20 @@ def read_study(folder: Path) -> Study:
     return study
 
 
-def _task(value: Any, where: str) -> Task:
+def _task(value: Any, arms: Collection[str], where: str) -> Task:
     match value:
         case str():
             return Task(value)
-        case {"config": str(config), **others} if not others.keys() - {"overrides"}:
-            return Task(config, _words(others.get("overrides", []), f"{where}.overrides"))
-    raise ConfigError(f"{where}: {value!r} is neither a configuration nor {{config: NAME, overrides: [...]}}")
+        case {"config": str(config), **others} if not others.keys() - {"overrides", "arms"}:
+            given = others.get("arms", {})
+            if not isinstance(given, dict) or (unknown := [name for name in given if name not in arms]):
+                told = given if not isinstance(given, dict) else unknown[0]
+                raise ConfigError(f"{where}.arms: {told!r} is no arm; there are {', '.join(arms)}")
+            more = {name: _words(words, f"{where}.arms.{name}") for name, words in given.items()}
+            return Task(config, _words(others.get("overrides", []), f"{where}.overrides"), more)
+    raise ConfigError(
+        f"{where}: {value!r} is neither a configuration nor {{config: NAME, overrides: [...], arms: {{...}}}}"
+    )
 
 
 def _words(value: Any, where: str) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ TINY = [
     "train.num_minibatches=2",
     "train.micro_tokens=384",
     "train.schedule=constant",
+    "train.final_learning_rate=null",
     "train.warmup_updates=0",
     "sft.updates=2",
     "sft.batch_size=4",

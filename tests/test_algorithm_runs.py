@@ -1,5 +1,8 @@
 """Whole runs of what needs more than a loss: a critic, dynamic sampling, the drift of the entropy."""
 
+import gzip
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from empg_jax import trainer
 from empg_jax.algorithms import Recipe, parts
 from empg_jax.config import load_config
 from empg_jax.models.decoder import init_params
+from empg_jax.rollout.episode import anchor_of
 from empg_jax.run import assembly, weights
 from tests import runs
 from tests.moments import Moments
@@ -43,6 +47,18 @@ def test_a_stopped_and_resumed_run_equals_the_whole_one(tmp_path, monkeypatch, o
         assert all(line["groups_uniform"] == 0 or line["groups_replaced"] == 3 * 2 for line in lines)
         assert all(line["mixed_groups"] == 1 - line["groups_uniform"] / 2 for line in lines)
         assert any(line["groups_replaced"] > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_credit_compares_the_states_that_the_environment_tells(tmp_path):
+    options = ["algorithm.name=crbc", "env.anchor=state", "sft.updates=0", "train.updates=1", "eval.tasks=2"]
+    folder = runs.train(tmp_path / "run", *options, "log.rollouts_every=1")
+    (path,) = (folder / "rollouts").glob("*.jsonl.gz")
+    with gzip.open(path, "rt") as file:
+        episodes = [json.loads(line) for line in file]
+    turns = [turn for episode in episodes for turn in episode["turns"]]
+    assert all(turn["anchor"] != f"{anchor_of(turn['observation']):016x}" for turn in turns)
+    assert len({turn["anchor"] for turn in turns}) < len(turns)  # a group's first states are one
 
 
 @pytest.mark.slow

@@ -57,6 +57,11 @@ class EnvConfig(Section):
         description="Earlier answers in a transcript: as the chat template prints them, or as they were "
         "sampled, with one training row per episode under every template.",
     )
+    anchor: Literal["observation", "state"] = Field(
+        "observation",
+        description="What tells algorithms that compare the turns of a task's attempts that two are in one "
+        "state: equal observations, or (state) what the environment tells beside them (household, alfworld).",
+    )
     invalid_penalty: float = Field(
         0.0, ge=0, description="Penalty that the algorithm subtracts for every turn without a valid action."
     )

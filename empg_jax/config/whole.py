@@ -146,6 +146,11 @@ def _env_problems(config: Config) -> Iterator[str]:
             "env.history_mode=append has no effect with env.context=window: every turn has a fresh prompt "
             "there; use env.context=transcript"
         )
+    if env.anchor == "state" and config.algorithm.anchor_similarity != 1.0:
+        yield (
+            f"env.anchor=state with algorithm.anchor_similarity={config.algorithm.anchor_similarity}, which "
+            "compares observations: use env.anchor=observation"
+        )
     if env.parser not in (None, "line", "whole") and config.sft.updates and config.sft.data is None:
         yield (
             f"env.parser={env.parser}: the expert shows bare actions with sft.updates={config.sft.updates}; "

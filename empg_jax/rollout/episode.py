@@ -15,6 +15,7 @@ import numpy as np
 
 from empg_envs.base import whole_characters
 from empg_jax.engine.engine import Response
+from empg_jax.errors import RunError
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.types import Outcome, Status, Trajectory, Turn, share_prompts
 from empg_jax.workers.faults import Tell
@@ -40,14 +41,19 @@ class EpisodeRules:
     Attributes:
       max_turns: responses after which the episode is truncated.
       timeout_outcome: treatment of an episode that exceeded its time: ``discard`` or ``zero`` (scored zero).
+      anchor: what a state is told by: the ``observation``, or the environment's ``info["state"]``.
     """
 
     max_turns: int
     timeout_outcome: str = "discard"
+    anchor: str = "observation"
 
 
 class Episode:
-    """The state of one attempt."""
+    """The state of one attempt.
+
+    Its methods raise `RunError` where the rules want a state that the environment does not tell.
+    """
 
     def __init__(self, attempt: Attempt, context: EpisodeContext, parser: Any, rules: EpisodeRules) -> None:
         self.attempt = attempt
@@ -55,6 +61,7 @@ class Episode:
         self._turns: list[Turn] = []
         self._observation = ""
         self._last: str | None = None  # the observation that the episode ended in
+        self._last_anchor: int | None = None
         self._info: Mapping[str, Any] = {}
         self._answer: tuple[str, str] | None = None  # what leads to a known answer, and the answer
         self._action = ""
@@ -98,7 +105,7 @@ class Episode:
             won = bool(info.get("won", False))
             usual = "won" if won else "ended" if terminated else "turn_limit"
             reason, detail = str(info.get("outcome", usual)), str(info.get("detail", ""))
-            self._last = observation
+            self._last, self._last_anchor = observation, self._key(observation, info)
             return self._finish(Status.TRAINED, reason, info, won, terminated, not terminated, detail=detail)
         delta = self._context.follow(
             response.tokens.tolist(),
@@ -113,7 +120,7 @@ class Episode:
 
     def on_context_limit(self) -> Trajectory:
         """End the episode as scored zero, because the next prompt leaves no room for a response."""
-        self._last = self._observation
+        self._last, self._last_anchor = self._observation, self._key(self._observation, self._info)
         return self._finish(Status.SCORED_ZERO, "context_limit", {}, False, False, True)
 
     def on_failure(self, reason: str, detail: str) -> Trajectory:
@@ -140,7 +147,7 @@ class Episode:
                 entropies=response.entropies,
                 reward=float(reward),
                 version=int(response.versions.min()),
-                anchor=anchor_of(self._observation),
+                anchor=self._key(self._observation, self._info),
                 is_valid=self._is_valid,
                 finish_reason=response.finish_reason,
                 observation=self._observation,
@@ -178,10 +185,21 @@ class Episode:
             metrics={name: float(value) for name, value in (info.get("metrics") or {}).items()},
             # The task's kind is known from the start; an episode that a limit ends has no last info.
             group=str(self._info.get("group") or ""),
-            last_anchor=None if self._last is None else anchor_of(self._last),
+            last_anchor=self._last_anchor,
             last_observation=self._last or "",
             answer=self._answer,
         )
+
+    def _key(self, observation: str, info: Mapping[str, Any]) -> int:
+        """Return the key of the state that the policy is in."""
+        if self._rules.anchor == "observation":
+            return anchor_of(observation)
+        if not isinstance(info.get("state"), str):
+            raise RunError(
+                f'env.anchor={self._rules.anchor}, but the environment tells no text as info["state"]: use '
+                "env.anchor=observation"
+            )
+        return anchor_of(info["state"])
 
 
 def tell_discarded(tell: Tell, attempt: Attempt, outcome: Outcome) -> None:

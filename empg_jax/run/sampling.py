@@ -211,7 +211,7 @@ def make_pool(config: Config, tell: Tell = tell_nobody) -> EnvPool:
 def make_rules(config: Config) -> EpisodeRules:
     """Build the rules that end an episode; an overrun is treated as the environment declares, if not told."""
     overrun = config.env.timeout_outcome or find_spec(config).timeout_outcome
-    return EpisodeRules(config.env.max_turns, overrun)
+    return EpisodeRules(config.env.max_turns, overrun, config.env.anchor)
 
 
 def make_collector(

@@ -28,6 +28,11 @@ REFUSED = {
         "algorithm.name=erc",
         "model.dtype=bfloat16",
     ): r"source=engine: .* by rounding with model\.dtype=bfloat16",
+    (
+        "algorithm.name=gigpo",
+        "algorithm.anchor_similarity=0.9",
+        "env.anchor=state",
+    ): r"anchor_similarity=0\.9, which compares observations",
     ("sft.holdout=0.5",): r"sft\.holdout=0\.5 has no effect without sft\.data",
     ("sft.eval_every=3",): r"sft\.eval_every=3 has no effect without sft\.data",
     ("train.on_kl=stop",): r"train\.on_kl=stop has no effect without train\.max_kl",

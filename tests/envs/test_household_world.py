@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from empg_envs.alfworld.env import AlfworldEnv
 from empg_envs.household import commands
 from empg_envs.household.commands import Command
 from empg_envs.household.env import HouseholdEnv
@@ -299,6 +300,25 @@ def test_terse_view_hides_what_is_behind_a_door_and_names_the_only_instance(scen
 )
 def test_grammar(text: str, expected: Command | None) -> None:
     assert commands.parse(text) == expected
+
+
+def test_states_are_told_apart_where_texts_are_not():
+    """What has no effect is answered by one text everywhere; the place, the things and the actions differ."""
+
+    def play():
+        env = AlfworldEnv(source="generated")
+        _, info = env.reset(split="train", index=3)
+        seen = []
+        while not info["won"]:
+            observation, *_, info = env.step("sing")
+            seen.append((observation, info["state"]))
+            *_, info = env.step(env.expert_action())
+        return seen
+
+    found = play()
+    texts, states = zip(*found, strict=True)
+    assert set(texts) == {"Nothing happens."} and len(set(states)) == len(states) > 2
+    assert play() == found
 
 
 def test_milestones_are_told_once_and_in_order():

@@ -6,6 +6,7 @@ import pytest
 from empg_envs import ParsedAction
 from empg_envs.parsers import make_parser
 from empg_jax.engine.engine import Response
+from empg_jax.errors import RunError
 from empg_jax.rollout.context import PromptDelta
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules, anchor_of
 from empg_jax.types import Status, Trajectory
@@ -50,6 +51,27 @@ def begin(info=None, **rules):
     episode, context = make_episode(**rules)
     assert episode.on_reset("a room", info or {}).is_fresh
     return episode, context
+
+
+def test_a_state_may_be_told_beside_the_observation():
+    def play(**rules):
+        episode, _ = make_episode(**rules)
+        episode.on_reset("a room", {"state": "s0"})
+        respond(episode)
+        episode.on_step("a room", 0.0, False, False, {"state": "s1"})
+        respond(episode)
+        found = episode.on_step("a hall", 1.0, True, False, {"state": "s2"})
+        return [*(turn.anchor for turn in found.turns), found.last_anchor]
+
+    assert play() == list(map(anchor_of, ("a room", "a room", "a hall")))
+    assert play(anchor="state") == list(map(anchor_of, ("s0", "s1", "s2")))
+    episode, _ = make_episode(anchor="state")
+    episode.on_reset("a room", {})
+    respond(episode)
+    with pytest.raises(
+        RunError, match=r'env\.anchor=state, but the environment tells no text as info\["state"\]'
+    ):
+        episode.on_step("a hall", 0.0, False, False, {})
 
 
 def test_half_a_character_in_an_action_is_none():

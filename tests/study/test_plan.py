@@ -76,6 +76,16 @@ def test_a_configuration_of_ones_own_lies_beside_the_study(tmp_path):
         ("eval.every=10", "eval.every=0", "house, plain: eval.every=0 leaves no curve"),
         ("[algorithm.name=grpo]", "algorithm.name=grpo", "arms.plain: .* is no list of overrides"),
         ("config: webshop_tiny", "configs: webshop_tiny", "tasks.shop: .* is neither a configuration nor"),
+        (
+            "house: quickstart",
+            "house: {config: quickstart, arms: {aim: [seed=1]}}",
+            "house.arms: 'aim' is no arm",
+        ),
+        (
+            "house: quickstart",
+            "house: {config: quickstart, arms: {aem: 1}}",
+            "arms.aem: 1 is no list of overrides",
+        ),
         ("  aem:", "  a/m:", "'a/m' is no name of a folder"),
         ("\nseeds: [", "\nbaseline: plane\nseeds: [", "there is no arm plane .did you mean plain"),
         ("\nseeds: [", "\ncomparisons: [[aem, plain, aem]]\nseeds: [", "is no pair of two arms"),
@@ -141,6 +151,21 @@ def test_the_panel_has_every_method_that_has_a_file(shipped):
     # What a task ranks by CPU seconds must be measured at every evaluation.
     assert panel.load(Triple("webshop_tiny", "grpo", 400)).log.every == 1
     assert {arm for arm, _ in panel.comparisons} == set(panel.arms) - {"grpo"}
+
+
+def test_a_task_may_have_settings_of_its_own_for_an_arm(shipped):
+    load = shipped["panel"].load
+    assert [load(Triple(task, "graft", 400)).algorithm.graph.lam for task in shipped["panel"].tasks] == [
+        0.95,
+        0.95,
+        0.8,
+    ]
+    assert [load(Triple(task, "crbc_aem", 400)).env.anchor for task in shipped["panel"].tasks] == [
+        "state",
+        "state",
+        "observation",
+    ]
+    assert load(Triple("webshop_tiny", "grpo", 400)).env.anchor == "observation"
 
 
 def test_rates_are_tuned_on_validation_tasks_alone(shipped):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -73,8 +74,9 @@ class HouseEnv:
     panels, split and index; a seed only selects an index if none is given.
 
     ``info`` contains ``task`` (the task sentence), ``group`` (the task family), ``admissible`` (the sorted
-    commands that have an effect now), ``won``, and ``milestone``: whether this step reached a subgoal for the
-    first time in the episode (`HouseholdGoal.milestones`).
+    commands that have an effect now), ``won``, ``milestone``: whether this step reached a subgoal for the
+    first time in the episode (`HouseholdGoal.milestones`), and ``state``: a hash of the observation, the
+    agent's place, what it holds and has ever taken, and ``admissible`` (CRBC's key, arXiv 2609.35082).
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class HouseEnv:
         self._turn = 0
         self._is_done = False
         self._reached: frozenset[str] = frozenset()
+        self._taken: list[str] = []
 
     @property
     def max_turns(self) -> int:
@@ -157,8 +160,9 @@ class HouseEnv:
         self._world = self._enter(self._game.scene)
         self._turn = 0
         self._is_done = False
-        self._reached = self._game.goal.milestones(self._world)
-        return self._texts.opening(self._game, self._world), self._info(won=False)
+        self._reached, self._taken = self._game.goal.milestones(self._world), []
+        observation = self._texts.opening(self._game, self._world)
+        return observation, self._info(observation, won=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Carry out one command; any other text has no effect and costs the turn.
@@ -168,14 +172,17 @@ class HouseEnv:
         """
         game, world = self._playing("step")
         command = self._grammar.parse(action)
+        held = world.holding
         if command is not None and not world.apply(command):
             command = None
+        if world.holding is not None and world.holding != held:
+            self._taken.append(world.holding)
         self._turn += 1
         won = command is not None and game.goal.is_met(world)
         truncated = not won and self._turn >= self._max_turns
         self._is_done = won or truncated
         observation = self._texts.reply(game, world, command)
-        return observation, self._win_reward * won, won, truncated, self._info(won)
+        return observation, self._win_reward * won, won, truncated, self._info(observation, won=won)
 
     def expert_action(self) -> str:
         """Return the expert's next command.
@@ -200,14 +207,16 @@ class HouseEnv:
             raise RuntimeError(f"{caller}() after the episode ended: call reset() first")
         return self._game, self._world
 
-    def _info(self, won: bool) -> dict[str, Any]:
+    def _info(self, observation: str, *, won: bool) -> dict[str, Any]:
         assert self._game is not None and self._world is not None
-        before = self._reached
+        before, admissible = self._reached, self._grammar.spell(self._world.admissible())
+        state = (observation, self._world.location, self._world.holding, self._taken, admissible)
         self._reached = before | self._game.goal.milestones(self._world)
         return {
             "task": self._game.task,
             "group": self._game.goal.family,
-            "admissible": self._grammar.spell(self._world.admissible()),
+            "admissible": admissible,
             "won": won,
             "milestone": self._reached != before,
+            "state": hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest(),
         }

@@ -141,7 +141,8 @@ class TreeBackend:
         gold = grading.repair(task, broken)
         strays = find_strays(broken, changed, gold, names=names, dropped=dropped)
         rest = {path: file for path, file in changed.items() if path not in strays}
-        return read_changes(broken, rest, gold, names=names, shadows=shadows), strays
+        own = grading.own_tools(broken)
+        return read_changes(broken, rest, gold, names=names, shadows=shadows, own=own), strays
 
     def _second_bugs(self, task: Task, broken: Tree, timeout: float) -> list[SecondBug]:
         """Return the bugs of the task's siblings; without siblings, one that is made once for the task.

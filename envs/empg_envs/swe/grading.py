@@ -224,9 +224,13 @@ def shadows(path: str, broken: Tree) -> bool:
     module = name.partition(".")[0]
     if module not in sys.stdlib_module_names and module not in TEST_TOOLS:
         return False
-    return not _has_module(module, broken)
+    return module not in _modules(broken)
 
 
-def _has_module(module: str, paths: Iterable[str]) -> bool:
-    tops = {path.removeprefix("src/").partition("/")[0].partition(".")[0] for path in paths}
-    return module in tops
+def own_tools(paths: Iterable[str]) -> frozenset[str]:
+    """Return which of the test tools are the repository itself: a repair of pytest may use pytest."""
+    return TEST_TOOLS & _modules(paths)
+
+
+def _modules(paths: Iterable[str]) -> set[str]:
+    return {path.removeprefix("src/").partition("/")[0].partition(".")[0] for path in paths}

@@ -174,7 +174,8 @@ def check_patch(task: Task, sandbox: Sandbox, changed: frozenset[str], *, is_rea
         strays = find_strays(old, after, repaired, names=names, dropped=drop)
         drop += sorted(strays)
         rest = {path: file for path, file in after.items() if path not in strays}
-        marks = read_changes(old, rest, repaired, names=names, shadows=shadows)
+        own = grading.own_tools(known)
+        marks = read_changes(old, rest, repaired, names=names, shadows=shadows, own=own)
         # A file that is gone hides nothing, nor does the change of one that could not be read before.
         marks += [f"{path}: {TOO_LARGE}" for path in _unread(sandbox, changed - after.keys(), before)]
     for batch in _batches(drop):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from empg_envs.swe.grading import own_tools
 from empg_envs.swe.judge.reading import marks, read_changes
 from empg_envs.swe.tree import File, Tree
 
@@ -82,6 +83,26 @@ def test_files_are_marked_by_their_place() -> None:
 def test_a_moved_file_brings_its_marks_along() -> None:
     file = File(b"import gc\n")
     assert read_changes({"a.py": file}, {"b.py": file}, {"a.py": file}) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from _pytest.compat import safe_getattr",
+        "import pytest\npytest.x = 1",
+        "name = item.nodeid",
+        "x = 'PYTEST_CURRENT_TEST' in e",
+    ],
+)
+def test_a_repair_of_pytest_may_use_pytest(text: str) -> None:
+    broken: Tree = {"src/_pytest/nodes.py": File(b"x = 1\n"), "src/pytest.py": File(b"")}
+    own = own_tools(broken)
+    assert own == {"_pytest", "pytest"}
+    after = {**broken, "src/_pytest/nodes.py": File(text.encode())}
+    assert read_changes(broken, after, broken, own=own) == []
+    assert read_changes(broken, after, broken) != []
+    worse = {**broken, "src/_pytest/nodes.py": File(b"import gc\nfrom unittest import case\n")}
+    assert len(read_changes(broken, worse, broken, own=own)) == 2
 
 
 def test_marks_count() -> None:

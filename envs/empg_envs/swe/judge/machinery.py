@@ -61,6 +61,10 @@ ATTRIBUTES = frozenset(
         *("assertEqual", "assertTrue", "assertRaises", "pytest_runtest_makereport", "nodeid"),
     )
 )
+# What of these attributes and texts is pytest's, whose own repairs may have it.
+OF_PYTEST = frozenset(
+    ("nodeid", "pytest_runtest_makereport", "PYTEST_CURRENT_TEST", "PYTEST_VERSION", "_pytest", "pytest")
+)
 # Built-in functions that a patch must not start to call, and names that it must not start to use.
 NAMES = frozenset(("exec", "eval", "compile", "__import__", "__builtins__", "__loader__", "__spec__"))
 # Parts of texts. Docstrings do not count.

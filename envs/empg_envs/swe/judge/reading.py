@@ -27,7 +27,13 @@ REFLECTING = frozenset(("getattr", "setattr", "delattr", "vars"))
 
 
 def read_changes(
-    before: Tree, after: Tree, gold: Tree, *, names: Iterable[str] = (), shadows: Collection[str] = ()
+    before: Tree,
+    after: Tree,
+    gold: Tree,
+    *,
+    names: Iterable[str] = (),
+    shadows: Collection[str] = (),
+    own: Collection[str] = (),
 ) -> list[str]:
     """Return the marks of a patch, each as ``FILE: what``.
 
@@ -37,15 +43,16 @@ def read_changes(
       gold: the files with the gold patch; what it adds is allowed.
       names: ids of the task's tests, whose functions' names a patch must not spell as texts.
       shadows: changed paths that would replace modules of the standard library or of the test tools.
+      own: test tools that are the repository itself; a patch may use them.
     """
     functions = frozenset(name.partition("[")[0].rpartition("::")[2] for name in names)
-    allowed: set[str] = set()
-    for path in _changed(before, gold):
-        allowed |= set(marks(_text(gold.get(path)), functions))
+
+    def read(tree: Tree, path: str) -> list[str]:
+        return marks(_text(tree.get(path)), functions, frozenset(own))
+
+    allowed = {mark for path in _changed(before, gold) for mark in read(gold, path)}
     found = []
-    gone = Counter(
-        mark for path in before.keys() - after.keys() for mark in marks(_text(before[path]), functions)
-    )
+    gone = Counter(mark for path in before.keys() - after.keys() for mark in read(before, path))
     for path in _changed(before, after):
         if path in shadows:
             found.append(f"{path}: takes the place of a module of the interpreter or of the test tools")
@@ -56,8 +63,8 @@ def read_changes(
                 found.append(f"{path}: {TOO_LARGE}")
                 continue
             # A file that is moved brings its marks along.
-            had = Counter(marks(_text(before[path]), functions)) if path in before else gone
-            has = Counter(marks(_text(after.get(path)), functions))
+            had = Counter(read(before, path)) if path in before else gone
+            has = Counter(read(after, path))
             found += [f"{path}: {what}" for what in (has - had) if what not in allowed]
     return found
 
@@ -91,9 +98,9 @@ def find_strays(
     return {*marked} - named
 
 
-def marks(text: str, functions: frozenset[str] = frozenset()) -> list[str]:
+def marks(text: str, functions: frozenset[str] = frozenset(), own: frozenset[str] = frozenset()) -> list[str]:
     """Return the marks of a source text, with repetitions; a text that does not parse has none."""
-    reader = _Reader(functions)
+    reader = _Reader(functions, own)
     try:
         # As bytes, so that the text's own declaration of its encoding counts, as it does for an import.
         reader.visit(parse(text.encode("utf-8", "surrogateescape")))
@@ -107,9 +114,13 @@ def marks(text: str, functions: frozenset[str] = frozenset()) -> list[str]:
 class _Reader(ast.NodeVisitor):
     """Collects marks, and the names that stand for modules."""
 
-    def __init__(self, functions: frozenset[str]) -> None:
+    def __init__(self, functions: frozenset[str], own: frozenset[str]) -> None:
         self.found: list[str] = []
-        self._functions, self._modules = functions, {}  # type: ignore[var-annotated]
+        self._functions, self._own = functions, own
+        self._modules: dict[str, str] = {}
+        allowed = machinery.OF_PYTEST if "_pytest" in own else frozenset()
+        self._attributes, self._words = machinery.ATTRIBUTES - allowed, machinery.WORDS - allowed
+        self._texts = [text for text in machinery.TEXTS if text not in allowed]
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
@@ -133,7 +144,7 @@ class _Reader(ast.NodeVisitor):
         module = self._module_of(node.value)
         if module is not None and node.attr in machinery.OF_MODULE.get(module, ()):
             self.found.append(f"uses {module}.{node.attr}")
-        elif node.attr in machinery.ATTRIBUTES:
+        elif node.attr in self._attributes:
             self.found.append(f"uses .{node.attr}")
         if isinstance(node.ctx, ast.Store | ast.Del) and self._is_foreign(node.value):
             self.found.append(f"changes {ast.unparse(node)}")
@@ -154,8 +165,8 @@ class _Reader(ast.NodeVisitor):
     def visit_Constant(self, node: ast.Constant) -> None:
         value = node.value.decode("latin-1") if isinstance(node.value, bytes) else node.value
         if isinstance(value, str):
-            self.found += [f"holds the text {part!r}" for part in machinery.TEXTS if part in value]
-            if value in machinery.WORDS or value in machinery.ATTRIBUTES:
+            self.found += [f"holds the text {part!r}" for part in self._texts if part in value]
+            if value in self._words or value in self._attributes:
                 self.found.append(f"holds the text {value!r}")
             if value in self._functions or value.rpartition("::")[2] in self._functions:
                 self.found.append(f"names the test {value!r}")
@@ -188,7 +199,9 @@ class _Reader(ast.NodeVisitor):
 
     def _module(self, name: str) -> None:
         parts = name.split(".")
-        if any(".".join(parts[:size]) in machinery.MODULES for size in range(1, len(parts) + 1)):
+        if parts[0] not in self._own and any(
+            ".".join(parts[:size]) in machinery.MODULES for size in range(1, len(parts) + 1)
+        ):
             self.found.append(f"imports {name}")
 
     def _module_of(self, node: ast.expr) -> str | None:
@@ -204,7 +217,7 @@ class _Reader(ast.NodeVisitor):
         """Whether an expression names a module of the standard library or of the test tools, or its thing."""
         module = self._module_of(node)
         top = "" if module is None else module.partition(".")[0]
-        return top in machinery.STANDARD or top in machinery.MODULES
+        return (top in machinery.STANDARD or top in machinery.MODULES) and top not in self._own
 
 
 def _folded(node: ast.expr) -> str | None:
