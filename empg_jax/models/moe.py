@@ -1,16 +1,15 @@
 """Mixture of experts in place of a block's MLP (Qwen3-MoE): a router, and experts that get different tokens.
 
-The tokens are sorted by expert, and `jax.lax.ragged_dot` multiplies each expert's group of rows with its
-matrices. The results are weighted and sorted back. No token is dropped or padded. On a mesh the experts are
-split over ``tensor``: every device computes its own experts for its tokens, and the partial results are
-summed.
+The tokens are sorted by expert, and each expert's group of rows is multiplied with its matrices (`multiply`).
+The results are weighted and sorted back. No token is dropped. On a mesh the experts are split over
+``tensor``: every device computes its own experts for its tokens, and the partial results are summed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,6 +22,10 @@ from empg_jax.models.quantize import SCHEMES, dequantize_module
 from empg_jax.parallel.layout import ACTIVATIONS, current_mesh
 from empg_jax.parallel.mesh import RULES, fit_spec
 from empg_jax.types import Params
+
+
+BLOCK = 128  # rows of one product, where groups are padded to blocks
+FEW = 8 * BLOCK  # fewer rows are not worth blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +147,22 @@ def multiply(
 ) -> Float[Array, "M F"]:
     """Multiply each expert's rows with its matrix, in the type of the rows.
 
+    TPUs have a kernel for `jax.lax.ragged_dot`. Elsewhere XLA multiplies every row with every expert's matrix,
+    so groups of many rows are padded to blocks there, and each block is multiplied with one matrix.
+
     The gradient of the matrices is computed, and added up over devices, in their own type, which may be wider
     (as in `models.projection.project`). Rows behind the last expert's are zeros, and so are their gradients.
     """
+    return _by_platform(_multiply_groups, _multiply_blocks, rows, matrices, counts)
+
+
+def _by_platform(groups: Any, blocks: Any, rows: Array, *others: Array) -> Any:
+    if len(rows) < FEW:
+        return groups(rows, *others)
+    return jax.lax.platform_dependent(rows, *others, tpu=groups, default=blocks)
+
+
+def _multiply_groups(rows: Array, matrices: Array, counts: Array) -> Array:
     return _in_groups(jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), counts), counts)
 
 
@@ -162,10 +178,14 @@ def _forward(rows: Array, matrices: Array, counts: Array) -> tuple[Array, tuple[
 
 def _backward(residuals: tuple[Array, Array, Array], slope: Array) -> tuple[Array, Array, None]:
     rows, matrices, counts = residuals
+    d_rows, d_matrices = _by_platform(_slopes_of_groups, _slopes_of_blocks, rows, matrices, counts, slope)
+    return d_rows, d_matrices, None
+
+
+def _slopes_of_groups(rows: Array, matrices: Array, counts: Array, slope: Array) -> tuple[Array, Array]:
     product = jax.lax.ragged_dot_general
     d_rows = _in_groups(product(slope, matrices.astype(rows.dtype), counts, _BACK), counts)
-    d_matrices = product(rows, slope, counts, _PER_EXPERT, preferred_element_type=matrices.dtype)
-    return d_rows, d_matrices, None
+    return d_rows, product(rows, slope, counts, _PER_EXPERT, preferred_element_type=matrices.dtype)
 
 
 # Rows times the transposed matrix of their group; and sums over the rows of each group, one matrix per group.
@@ -176,6 +196,66 @@ _PER_EXPERT = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
 multiply.defvjp(_forward, _backward)
+
+
+class _Blocks(NamedTuple):
+    """Groups of rows that are padded to blocks.
+
+    Attributes:
+      owners: expert of each block.
+      rows: the row at each place of each block; one beyond the last for none.
+      places: place of each row among those of all blocks; one beyond the last for rows of no group.
+    """
+
+    owners: Int[Array, "N"]
+    rows: Int[Array, "N P"]
+    places: Int[Array, "M"]
+
+    def pad(self, values: Array) -> Array:
+        """Return the rows by blocks, ``[N, P, D]``, with zeros where there is none."""
+        return values.at[self.rows].get(mode="fill", fill_value=0)
+
+    def restore(self, values: Array) -> Array:
+        """Return the rows of all groups, ``[M, D]``, from their blocks."""
+        return values.reshape(-1, values.shape[-1]).at[self.places].get(mode="fill", fill_value=0)
+
+
+def _lay_out(counts: Array, size: int) -> _Blocks:
+    num = size // BLOCK + len(counts)  # no group leaves more than one block unfilled
+    padded = -(-counts // BLOCK) * BLOCK
+    starts, padded_starts = jnp.cumsum(counts) - counts, jnp.cumsum(padded) - padded
+    firsts = jnp.arange(num, dtype=jnp.int32) * BLOCK
+    last = len(counts) - 1
+    owners = jnp.minimum(jnp.searchsorted(jnp.cumsum(padded), firsts, side="right"), last)
+    inside = (firsts - padded_starts[owners])[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None]
+    rows = jnp.where(inside < counts[owners][:, None], starts[owners][:, None] + inside, size)
+    numbers = jnp.arange(size, dtype=jnp.int32)
+    groups = jnp.searchsorted(jnp.cumsum(counts), numbers, side="right")
+    places = numbers - starts[jnp.minimum(groups, last)] + padded_starts[jnp.minimum(groups, last)]
+    return _Blocks(owners, rows, jnp.where(groups <= last, places, num * BLOCK))
+
+
+def _multiply_blocks(rows: Array, matrices: Array, counts: Array) -> Array:
+    blocks = _lay_out(counts, len(rows))
+
+    def multiply_one(_: None, block: tuple[Array, Array]) -> tuple[None, Array]:
+        part, owner = block
+        return None, part @ matrices[owner].astype(part.dtype)
+
+    return blocks.restore(jax.lax.scan(multiply_one, None, (blocks.pad(rows), blocks.owners))[1])
+
+
+def _slopes_of_blocks(rows: Array, matrices: Array, counts: Array, slope: Array) -> tuple[Array, Array]:
+    blocks = _lay_out(counts, len(rows))
+
+    def one(d_matrices: Array, block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        part, d_part, owner = block
+        d_matrix = jnp.matmul(part.T, d_part, preferred_element_type=jnp.float32)
+        return d_matrices.at[owner].add(d_matrix), d_part @ matrices[owner].astype(d_part.dtype).T
+
+    zeros = jnp.zeros(matrices.shape, jnp.float32)
+    d_matrices, d_rows = jax.lax.scan(one, zeros, (blocks.pad(rows), blocks.pad(slope), blocks.owners))
+    return blocks.restore(d_rows), d_matrices.astype(matrices.dtype)
 
 
 def _route(logits: Array, config: MoeConfig) -> tuple[Array, Array]:

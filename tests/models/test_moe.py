@@ -17,7 +17,7 @@ from empg_jax.models.decoder import (
     init_params,
     unstack_layers,
 )
-from empg_jax.models.moe import MoeConfig, mix_experts
+from empg_jax.models.moe import FEW, MoeConfig, mix_experts
 from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.layout import on_mesh
 from empg_jax.parallel.mesh import make_mesh
@@ -80,6 +80,31 @@ def test_on_a_mesh(mesh):
     found = jax.jit(on_mesh(grid, slopes))(*jax.device_put(inputs, NamedSharding(grid, PartitionSpec())))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5), found, expected)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(expected[1]))
+
+
+@pytest.mark.parametrize("mesh", [None, dict(tensor=2)])
+def test_groups_in_blocks(mesh):
+    """Many rows are multiplied in blocks, but on a TPU; the groups are of any size, one of none."""
+    inputs = make_inputs(rows=4, length=160)
+    assert 4 * 160 * MOE.top_k >= FEW
+
+    def loss(*inputs):
+        return jnp.sum(jnp.sin(mix_experts(*inputs, MOE)))
+
+    def make_slopes():  # a function of its own each time, which is traced anew
+        return lambda *inputs: jax.value_and_grad(loss, tuple(range(5)))(*inputs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("empg_jax.models.moe.FEW", 1 << 30)
+        whole = jax.jit(make_slopes()).lower(*inputs)
+    slopes = jax.jit(make_slopes()).lower(*inputs)
+    assert "tensor<6x1280x16xf32>" in whole.as_text()  # every row with every expert
+    assert "tensor<6x1280x16xf32>" not in slopes.as_text()
+    expected = whole.compile()(*inputs)
+    grid = None if mesh is None else make_mesh(**mesh)
+    run = slopes.compile() if grid is None else jax.jit(on_mesh(grid, make_slopes()))
+    found = run(*(inputs if grid is None else jax.device_put(inputs, NamedSharding(grid, PartitionSpec()))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), found, expected)
 
 
 def test_what_a_tpu_leaves_unwritten_reaches_no_gradient(monkeypatch):
