@@ -18,6 +18,7 @@ from empg_jax.config.load import RESUMABLE_KEYS
 from empg_jax.errors import RunError, Stopped
 from empg_jax.metrics import METRICS
 from empg_jax.run.folder import write_run_info
+from tests import runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -269,3 +270,10 @@ def test_a_run_whose_messages_nobody_reads_ends_as_any_other(make):
         os.close(end)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "saved\n")
+
+
+def test_a_signal_at_the_very_end_is_no_traceback():
+    late = "import atexit, os, signal; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    process = runs.start(["config", "--list"], code=f"from empg_jax.cli import main; {late}; main()")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGINT and out and "Traceback" not in err, err

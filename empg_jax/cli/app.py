@@ -66,7 +66,11 @@ def main() -> None:
     # Orbax logs its housekeeping, which is noise to the user; its failures are raised as CheckpointError.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     set_flags()  # JAX reads them when it is imported
-    app()
+    try:
+        app()
+    finally:  # all is said and saved: a further signal ends the process, and not with a traceback
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Messages:

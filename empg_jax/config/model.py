@@ -132,6 +132,10 @@ class ModelConfig(Section):
                 f"model.num_heads={self.num_heads} must divide model.hidden_size={self.hidden_size}, "
                 "or model.head_dim must be set"
             )
+        width = self.head_dim or self.hidden_size // self.num_heads
+        if width % 2:
+            key = "model.head_dim" if self.head_dim else "model.hidden_size / model.num_heads"
+            raise ValueError(f"{key}={width} must be even: rotary positions turn pairs of numbers")
         return self
 
 

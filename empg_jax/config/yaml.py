@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or key in seen:
-                problem = f"the key {key!r} comes twice" if key in seen else f"the key {key!r} is no text"
+                problem = f"the key {key!r} {'comes twice' if isinstance(key, str) else 'is no text'}"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)

@@ -29,6 +29,8 @@ from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.quantize import quantize_module
 from empg_jax.types import Params
 
+_EMBEDDING = "model.embed_tokens.weight"
+_COMPARED = 1 << 24  # numbers of two matrices that are compared at a time
 _FILES = ("config.json", "generation_config.json", "*.safetensors", INDEX)
 
 
@@ -144,6 +146,20 @@ def _check_tensors(
     if any(names for _, names in problems):
         listed = "\n".join(f"  {kind}: {name}" for kind, names in problems for name in names)
         raise ValueError(f"the tensors in {folder} do not fit the model:\n{listed}")
+    if tied and "lm_head.weight" in files and not _are_equal(files, "lm_head.weight", _EMBEDDING):
+        raise ValueError(
+            f"{folder} has a head of its own (lm_head.weight differs from {_EMBEDDING}), but its config.json "
+            "says that they are tied: set tie_word_embeddings to false there"
+        )
+
+
+def _are_equal(files: Mapping[str, SafetensorsFile], one: str, other: str) -> bool:
+    """Compare two matrices, some rows at a time."""
+    first, second = files[one].array(one), files[other].array(other)
+    rows = max(1, _COMPARED // max(1, first[:1].size))
+    return first.shape == second.shape and all(
+        np.array_equal(first[i : i + rows], second[i : i + rows]) for i in range(0, len(first), rows)
+    )
 
 
 # ------------------------------------------------------------------------------------------- reading

@@ -20,7 +20,7 @@ from empg_jax.types import Params
 TEXT = (
     "The quick brown fox jumps over the lazy dog. def add(a, b): return a + b  # 2 + 3 = 5\n1, 1, 2, 3, 5, 8"
 )
-LENGTH = 64  # tokens in the row that holds the text
+LENGTH = 64  # most tokens of the text
 
 
 def text_logprob(
@@ -39,9 +39,11 @@ def text_logprob(
     """
     count = min(len(ids), LENGTH)
     # One copy of the text per row device: the rows must divide over data x fsdp.
-    tokens = np.zeros((mesh.shape["data"] * mesh.shape["fsdp"], LENGTH), np.int32)
+    sequence = mesh.shape["sequence"]
+    length = -(-LENGTH // sequence) * sequence
+    tokens = np.zeros((mesh.shape["data"] * mesh.shape["fsdp"], length), np.int32)
     tokens[:, :count] = ids[:count]
-    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     segments = (positions < count).astype(np.int32)
 
     def run(params: Params, base: Params, rows: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

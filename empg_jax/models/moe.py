@@ -23,7 +23,6 @@ from empg_jax.parallel.layout import ACTIVATIONS, current_mesh
 from empg_jax.parallel.mesh import RULES, fit_spec
 from empg_jax.types import Params
 
-
 BLOCK = 128  # rows of one product, where groups are padded to blocks
 FEW = 8 * BLOCK  # fewer rows are not worth blocks
 
@@ -147,8 +146,8 @@ def multiply(
 ) -> Float[Array, "M F"]:
     """Multiply each expert's rows with its matrix, in the type of the rows.
 
-    TPUs have a kernel for `jax.lax.ragged_dot`. Elsewhere XLA multiplies every row with every expert's matrix,
-    so groups of many rows are padded to blocks there, and each block is multiplied with one matrix.
+    TPUs have a kernel for `jax.lax.ragged_dot`. Elsewhere XLA multiplies every row with every matrix, so
+    groups of many rows are padded to blocks there, and each block is multiplied with one matrix.
 
     The gradient of the matrices is computed, and added up over devices, in their own type, which may be wider
     (as in `models.projection.project`). Rows behind the last expert's are zeros, and so are their gradients.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,18 @@ class Pairing:
     difference: Difference
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, *, warn: Callable[[str], None] = lambda line: None) -> Run:
     """Read configuration and metrics of a run.
+
+    Args:
+      folder: the run's folder.
+      warn: told of damaged lines, which are left out.
 
     Raises:
       ConfigError: the folder holds no run with metrics.
     """
     try:
-        records = read_metrics(folder / "metrics.jsonl", warn=lambda line: None)
+        records = read_metrics(folder / "metrics.jsonl", warn=warn)
         settings = _flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or "not readable"
@@ -110,7 +114,7 @@ def read_run(folder: Path) -> Run:
     if not records:
         raise ConfigError(f"{folder} has no line of metrics yet: nothing can be compared")
     names = {name for record in records for name in record} - {"update", "time"}
-    series = {name: _pairs(*column(_numeric(records, name), name)) for name in names}
+    series = {name: _pairs(*column(records, name)) for name in names}
     try:
         series["held_out"] = list(held_out_points(folder, records).items())
         for name in held_out_groups(folder):
@@ -162,8 +166,10 @@ def name_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _algorithm(settings: Mapping[str, Any]) -> str:
-    """Return the name of the algorithm; of one's own, which has none, its entry point."""
-    return str(settings.get("algorithm.name") or settings.get("algorithm.entry_point") or "all runs")
+    """Return the name of the algorithm with its modulation; of one's own, which has none, its entry point."""
+    name = settings.get("algorithm.name") or settings.get("algorithm.entry_point") or "all runs"
+    kind = settings.get("algorithm.modulation")
+    return f"{name}_{kind}" if kind in ("empg", "aem") else str(name)
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,12 +251,6 @@ def _paired(values: Mapping[int | Path, float], others: Mapping[int | Path, floa
 def _named(arms: Mapping[str, Sequence[Run]], prefix: str) -> list[str]:
     names = {name for runs in arms.values() for run in runs for name in run.series}
     return sorted(name for name in names if name.startswith(prefix))
-
-
-def _numeric(records: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Keep the records whose value is a number or null; a log may hold anything."""
-    kinds = (int, float, type(None))
-    return [record for record in records if name in record and isinstance(record[name], kinds)]
 
 
 def _pairs(updates: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:

@@ -50,7 +50,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], Non
       folders: folders of runs. Runs with equal settings but another seed form an arm; the arm of the first
         run is what the others are compared with.
       out: the folder to write into; it is made.
-      warn: told of each run that is not finished.
+      warn: told of each run that is not finished, and of damaged lines.
 
     Returns:
       The path of ``report.html``.
@@ -61,12 +61,13 @@ def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], Non
     for place, folder in enumerate(folders):
         if any(folder.resolve() == other.resolve() for other in folders[:place]):
             raise ConfigError(f"{folder} is named twice: a run counts once, or its intervals would shrink")
-    runs = [read_run(folder) for folder in folders]
+    notes: list[str] = []
+    runs = [read_run(folder, warn=notes.append) for folder in folders]
     arms, (unfinished, left_out) = name_arms(runs), find_unfinished(runs)
     lines, pairings = summarize(
         {arm: [run for run in each if run not in left_out] for arm, each in arms.items()}
     )
-    notes = [
+    notes += [
         f"{run.folder} is not finished ({_progress(run)} updates): "
         + ("it is drawn, and left out of all numbers" if run in left_out else "no run is, so it is compared")
         for run in unfinished

@@ -11,6 +11,7 @@ import numpy as np
 
 from empg_jax.files import replacing
 from empg_jax.metrics import read_metrics
+from empg_jax.report.statistics import finite
 
 TRAIN, HELD_OUT = "#1f6f8b", "#c8553d"
 
@@ -56,8 +57,8 @@ def as_label(name: str) -> str:
 
 
 def column(records: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the updates and values of one metric where it was recorded; null becomes NaN."""
-    pairs = [(record["update"], record[name]) for record in records if name in record]
+    """Return the updates and values of one metric where it was recorded; what is no number becomes NaN."""
+    pairs = [(record["update"], finite(record[name])) for record in records if name in record]
     updates = np.array([update for update, _ in pairs], dtype=np.int64)
     values = np.array([np.nan if value is None else value for _, value in pairs], dtype=np.float64)
     return updates, values

@@ -146,7 +146,9 @@ def read_tasks(folder: Path) -> Tasks:
             try:
                 record = json.loads(line)
                 task = str(record["split"]), int(record["task"])
-                results[task].append(bool(record["success"]))
+                if not isinstance(record["success"], bool):
+                    raise TypeError
+                results[task].append(record["success"])
                 turns = record.get("turns") or [{}]
                 found.begins[task] = turns[0].get("observation")
             except (ValueError, KeyError, TypeError, AttributeError):

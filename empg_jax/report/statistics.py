@@ -47,13 +47,23 @@ class Difference:
     detectable: float
 
 
+def finite(value: object) -> int | float | None:
+    """Return a value that is a number and that a float can hold; None for any other, as a damaged log has."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # a whole number without end
+        return None
+
+
 def area(curve: Curve) -> float:
     """Compute the mean height of the curve over updates: trapezoids, divided by the last update; in [0, 1].
 
-    A single point is its own mean.
+    A single point is its own mean, as are several at one update.
     """
-    if len(curve) == 1:
-        return curve[0][1]
+    if curve[0][0] == curve[-1][0]:
+        return sum(value for _, value in curve) / len(curve)
     pieces = [(b - a) * (x + y) / 2 for (a, x), (b, y) in itertools.pairwise(curve)]
     return sum(pieces) / (curve[-1][0] - curve[0][0])
 

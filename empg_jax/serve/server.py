@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from empg_jax.errors import ConfigError, UserError
-from empg_jax.files import write_json_atomic
+from empg_jax.errors import ConfigError, UserError, writing
+from empg_jax.files import try_folder, write_json_atomic
 
 if TYPE_CHECKING:
     import uvicorn
@@ -64,10 +64,14 @@ def check_ready_file(path: Path | None) -> None:
     """Look whether the file for the address can be written.
 
     Raises:
-      ConfigError: its folder does not exist.
+      ConfigError: its folder does not exist or takes no file, or it is a folder.
     """
-    if path is not None and not path.parent.is_dir():
+    if path is None:
+        return
+    if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"--ready-file {path}: expected a file in a folder that exists")
+    with writing(f"--ready-file {path}", ConfigError):
+        try_folder(path.parent)
 
 
 def check_key(host: str, api_key: str | None, *, opens: str | None) -> None:
@@ -164,7 +168,8 @@ def make_server(
 def _tell(name: str, url: str, ready_file: Path | None, announce: Callable[[str], None]) -> None:
     announce(f"serving {name} at {url}")
     if ready_file is not None:
-        write_json_atomic(ready_file, {"url": url, "model": name})
+        with writing(f"--ready-file {ready_file}", ConfigError):
+            write_json_atomic(ready_file, {"url": url, "model": name})
 
 
 async def _no_app(*_: object) -> None:

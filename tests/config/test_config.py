@@ -125,6 +125,9 @@ REFUSED = {
     ("train.updates=1", "train.updates.x=3"): r"train\.updates is 1 and has no keys below it",
     ("train.updates=[1",): r"override 'train\.updates=\[1': the value is not valid YAML",
     ("env.options={a: 1, a: 2}",): r"the key 'a' comes twice",
+    ("env.options={[a]: 1}",): r"the key \['a'\] is no text",
+    ("model.hidden_size=12",): r"model\.hidden_size / model\.num_heads=3 must be even",
+    ("model.head_dim=7",): r"model\.head_dim=7 must be even",
 }
 
 
@@ -150,6 +153,8 @@ def test_all_mistakes_are_told_at_once():
         ("", "bad.yaml is empty; a file without keys of its own holds {}"),
         ("# train: {updates: 1}\n", "bad.yaml is empty; "),
         ("1: 2\n", "the key 1 is no text"),
+        ("? [a, b]\n: 3\n", r"the key ['a', 'b'] is no text"),
+        ("train: {{ updates }}\n", "the key {'updates': None} is no text"),
         ("\x00", "not valid YAML"),
     ],
 )

@@ -244,7 +244,7 @@ def test_all_wrong_tensors_are_listed(saved):
         del tensors["model.layers.1.mlp.up_proj.weight"]
         tensors["model.layers.0.mlp.experts"] = np.zeros(3, np.float32)
         tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(17, np.float32)
-        tensors["lm_head.weight"] = np.zeros((24, 16), np.float32)  # tied: a copy does no harm
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # tied: a copy does no harm
 
     rewrite(folder, change)
     with pytest.raises(ValueError, match="do not fit the model") as caught:
@@ -255,6 +255,18 @@ def test_all_wrong_tensors_are_listed(saved):
         "  missing: model.norm.weight",
         "  unexpected: model.layers.0.mlp.experts",
     ]
+
+
+def test_a_head_that_is_said_to_be_tied_and_is_another(saved):
+    """Transformers takes the head that is there; ours would train another model."""
+    folder, *_ = saved
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    load_hf(folder)
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1e-3}))
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight differs from .*: set tie_word_embeddings to false"
+    ):
+        load_hf(folder)
 
 
 def test_untied_model_without_a_head(saved):

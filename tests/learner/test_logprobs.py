@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from empg_jax.learner.fingerprint import text_logprob
 from empg_jax.learner.outputs import compute_logprobs
 from empg_jax.models.decoder import forward, output_embedding
+from empg_jax.parallel.mesh import make_mesh, replicated
 from tests.learner.problems import MODEL, TEMPERATURE, by_token, gradient_descent, initial_state, make_problem
 
 
@@ -19,6 +22,16 @@ def score_alone(params, tokens, length):
     table = jax.nn.log_softmax(hidden[0, :-1] @ output_embedding(params).T / TEMPERATURE)
     logprobs = jnp.take_along_axis(table, tokens[1:, None], axis=1)[:, 0]
     return logprobs, -jnp.sum(jnp.exp(table) * table, axis=1)
+
+
+@pytest.mark.parametrize("sequence", [3, 6])
+def test_the_fingerprint_of_weights_fits_every_mesh(sequence):
+    """A row of 64 tokens is not divided by these; the text is, with what pads it."""
+    params, ids = initial_state(gradient_descent(), 0).params, [1, 2, 3, 4, 5] * 20
+    alone = text_logprob(params, MODEL, ids, make_mesh())
+    mesh = make_mesh(sequence=sequence)
+    split = text_logprob(jax.device_put(params, replicated(mesh)), MODEL, ids, mesh)
+    np.testing.assert_allclose(split, alone, rtol=1e-5)
 
 
 def test_packed_scores_equal_each_sequence_alone():

@@ -84,6 +84,17 @@ def test_attention(mesh, heads, kv_heads):
     assert_same_on_mesh(make_mesh(**MESHES[mesh]), attend, *inputs, segment_ids)
 
 
+def test_attention_of_slices_in_blocks(monkeypatch):
+    """Two blocks of a slice, the last of them not full, one after another."""
+    monkeypatch.setattr("empg_jax.models.attention.sliced.BLOCK", 3)
+    segment_ids = np.repeat([[1, 1, 1, 2, 2, 2, 2, 0]], 4, axis=0).astype(np.int32)
+    attend = functools.partial(split_attention, packed_attention, sliced_attention)
+    inputs = normal(4, 8, 3, 4), normal(4, 8, 1, 4, seed=1), normal(4, 8, 1, 4, seed=2)
+    mesh = make_mesh(fsdp=2, sequence=2)
+    assert_same_on_mesh(mesh, attend, *inputs, segment_ids)
+    assert "while" in jax.jit(on_mesh(mesh, attend)).lower(*inputs, segment_ids).as_text()
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("vocab, slab", [(48, 16), (46, 16)])
 def test_head(mesh, vocab, slab):

@@ -39,6 +39,24 @@ def rows(out):
         return {(row["measure"], row["arm"], row["against"]): row for row in csv.DictReader(file)}
 
 
+def test_lines_that_are_damaged_are_told_and_change_nothing_else(tmp_path):
+    whole, damaged = (make_run(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b")))
+    path = damaged / "metrics.jsonl"
+    path.write_text(
+        path.read_text()
+        + '{"update": 2, "succ\n'
+        + '{"update": 2, "entropy": "abc"}\n'
+        + f'{{"update": 2, "episode_turns": 1{"0" * 400}}}\n'
+    )
+    result = report(whole, damaged, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert f"{path}: 1 damaged lines are skipped (3)" in result.stderr
+    assert "damaged lines" in (tmp_path / "out" / "report.html").read_text()
+    names = {arm for _, arm, _ in rows(tmp_path / "out")}
+    assert names == {"grpo_empg"}  # one arm of two seeds, named with its modulation
+    assert CliRunner().invoke(app, ["view", str(damaged)]).exit_code == 0
+
+
 def test_two_arms_of_seeds_are_compared_in_pairs(tmp_path):
     ends = {"empg": (0.4, 0.6, 0.8), "none": (0.3, 0.6, 0.6)}
     made = [
@@ -170,14 +188,14 @@ def test_runs_that_repeat_a_seed_are_no_seeds_more(tmp_path):
 def test_six_seeds_have_an_interval(tmp_path):
     made = [make_run(tmp_path / str(seed), seed=seed, success=(0.0, seed / 10)) for seed in range(6)]
     assert report(*made, "--out", tmp_path / "out").exit_code == 0
-    line = rows(tmp_path / "out")["success, end", "grpo", ""]
+    line = rows(tmp_path / "out")["success, end", "grpo_empg", ""]
     assert float(line["low"]) < 0.25 < float(line["high"])
 
 
 def test_equal_settings_are_one_arm_named_after_the_algorithm(tmp_path):
     made = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
     report(*made, "--out", tmp_path / "out")
-    assert rows(tmp_path / "out")["success, area", "grpo", ""]["runs"] == "3"
+    assert rows(tmp_path / "out")["success, area", "grpo_empg", ""]["runs"] == "3"
 
 
 def test_an_algorithm_of_ones_own_is_named_by_its_entry_point(tmp_path):

@@ -140,7 +140,8 @@ def test_what_cannot_be_paired_is_told(tmp_path):
     ):
         result = CliRunner().invoke(app, ["compare", str(first), str(second)])
         assert result.exit_code == 2 and says in result.stderr and result.stdout == ""
-    for damaged in (b"{}\n", b'{"split": "\xff"}\n'):
+    told = b'{"split": "test", "task": 0, "success": "false"}\n'
+    for damaged in (b"{}\n", b'{"split": "\xff"}\n', told):
         (first / "episodes.jsonl").write_bytes(damaged)
         result = CliRunner().invoke(app, ["compare", str(first), str(tmp_path / "b")])
         assert result.exit_code == 2 and "episodes.jsonl, line 1: no episode" in result.stderr

@@ -69,6 +69,9 @@ def test_what_cannot_be_served_is_told(tmp_path):
     done = call("qwen2.5-1.5")
     assert (done.returncode, done.stdout) == (2, "")
     assert "no preset and no configuration (did you mean qwen2.5-1.5b?)" in done.stderr
+    for place in (tmp_path, "/proc/file"):  # a folder, and where no file can be made
+        done = call("quickstart", "--ready-file", place)
+        assert done.returncode == 2 and f"--ready-file {place}" in done.stderr.splitlines()[-1], done.stderr
     done = call("quickstart", "--ready-file", tmp_path / "no" / "file")
     assert done.returncode == 2 and "expected a file in a folder that exists" in done.stderr
     done = call("quickstart", "serve.slot=3")

@@ -38,14 +38,21 @@ def sliced_attention(
       The attention output, in the type of the queries.
     """
     batch, length, heads, depth = queries.shape
-    grouped = queries.reshape(batch, length, keys.shape[2], heads // keys.shape[2], depth)
+    size = min(BLOCK, length)
+    starts = jnp.arange(0, length, size, dtype=jnp.int32)
+    padded = jnp.pad(queries, ((0, 0), (0, starts.size * size - length), (0, 0), (0, 0)))
+    grouped = padded.reshape(batch, starts.size, size, keys.shape[2], heads // keys.shape[2], depth)
     attend = jax.checkpoint(functools.partial(_attend, keys, values, segment_ids))
-    outputs = [attend(grouped[:, first : first + BLOCK], start + first) for first in range(0, length, BLOCK)]
-    return jnp.concatenate(outputs, axis=1).reshape(queries.shape)
+    # A loop: of blocks side by side, the compiler keeps the scores of several at a time.
+    outputs = jax.lax.map(lambda block: attend(*block), (jnp.moveaxis(grouped, 1, 0), start + starts))
+    return jnp.moveaxis(outputs, 0, 1).reshape(padded.shape)[:, :length]
 
 
 def _attend(keys: Array, values: Array, segment_ids: Array, queries: Array, start: Array) -> Array:
-    """Compute one block, ``[B t K G d]``; its scores are computed again for the gradient."""
+    """Compute one block, ``[B t K G d]``; its scores are computed again for the gradient.
+
+    Queries beyond the row have any result.
+    """
     places = start + jnp.arange(queries.shape[1], dtype=jnp.int32)
     own = jnp.take(segment_ids, places, axis=1)
     causal = places[:, None] >= jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :]

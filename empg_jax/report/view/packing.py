@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from empg_jax.report.statistics import finite
 from empg_jax.report.view.pieces import Decode, split_text
 from empg_jax.report.view.reading import Record
 
@@ -104,9 +105,8 @@ def compress(value: Any) -> bytes:
 
 def number(value: Any, digits: int = 5) -> float | int | None:
     """Return a JSON number with so many digits; None for everything that is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value if isinstance(value, int) else float(f"{value:.{digits}g}")
+    known = finite(value)
+    return float(f"{known:.{digits}g}") if isinstance(known, float) else known
 
 
 def _cut(records: Sequence[Record]) -> Iterator[list[int]]:

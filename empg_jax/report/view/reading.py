@@ -13,6 +13,7 @@ from typing import Any
 from empg_jax.errors import ConfigError
 from empg_jax.metrics import read_metrics
 from empg_jax.report.curves import held_out_points
+from empg_jax.report.statistics import finite
 
 Record = dict[str, Any]
 
@@ -161,6 +162,5 @@ def _read_algorithm(run_dir: Path, notes: list[str]) -> tuple[str, str]:
 
 def _finite(value: Any) -> float | None:
     """Return a number rounded to what a picture shows; None for everything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value - value != 0:
-        return None
-    return float(f"{value:.6g}")
+    known = finite(value)
+    return None if known is None else float(f"{known:.6g}")
