@@ -33,10 +33,10 @@ from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.consumed import drop_consumed, write_consumed
 from empg_jax.run.cpu import cpu_seconds
 from empg_jax.run.devices import check_shares
-from empg_jax.run.environment import keep_date, keep_texts
 from empg_jax.run.evaluating import evaluate, evaluate_before
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, undone_if_refused, write_run_info
 from empg_jax.run.guards import check_gap, check_steps
+from empg_jax.run.keeping import keep_date, keep_places, keep_texts
 from empg_jax.run.leaving import leave
 from empg_jax.run.parts import Parts, RunState, has_begun, open_run
 from empg_jax.run.process import CompileCounter, StopRequest, prepare_jax
@@ -50,7 +50,6 @@ from empg_jax.run.together import (
     add_counts,
     check_store,
     gather_delivery,
-    keep_place,
     lock_files,
     make_progress,
     share_folder,
@@ -107,7 +106,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
         if resume is None:
-            config = keep_place(config, hosts)
+            config = keep_places(config, hosts)
         check_store(config, hosts, is_new=resume is None)
         hosts.first("trackers", lambda: list(import_trackers(config)))
         stop = stack.enter_context(StopRequest(hosts.ask_stop if hosts.num > 1 else None))

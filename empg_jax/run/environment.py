@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from empg_envs import EnvSpec, check_options, resolve_spec
 from empg_envs.tags import TagParser
-from empg_envs.template import read_template
 from empg_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,34 +74,6 @@ def check_warm_start(config: Config, spec: EnvSpec) -> None:
             f"sft.updates={sft.updates}; set sft.updates=0, or the environment's parser of lines (line in "
             "alfworld, plain in household and webshop)"
         )
-
-
-def keep_texts(config: Config) -> Config:
-    """Put the content of files that prompt options name, such as a template, in the place of the names.
-
-    A run is made of the content: its folder keeps it, and a resume does not depend on the files.
-
-    Raises:
-      ConfigError: a file cannot be read, or the prompt builder refuses it.
-    """
-    spec, options = find_spec(config), dict(config.env.prompt_options)
-    names = [name for name in spec.texts if options.get(name) is not None]
-    if not names:
-        return config
-    try:
-        spec.prompts(**options)  # refused here, by the file's name and before a run is made
-        options |= {name: read_template(options[name]) for name in names}
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"env.prompt_options: {error}") from None
-    return config.model_copy(update={"env": config.env.model_copy(update={"prompt_options": options})})
-
-
-def keep_date(config: Config, today: str) -> Config:
-    """Write a run's date into its configuration: a resumed run tells its policy the same date."""
-    if not hasattr(config, "model_copy"):  # a resolved file, read without pydantic
-        vars(config.model)["chat_date"] = today
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"chat_date": today})})
 
 
 def reads_bytes(config: Config, spec: EnvSpec) -> bool:

@@ -59,18 +59,6 @@ def without_hosts(config: Config) -> Config:
     return config.model_copy(update={"hosts": type(config.hosts)()})
 
 
-def keep_place(config: Config, hosts: Hosts) -> Config:
-    """Write the absolute path of a chosen folder of checkpoints: the run may go on from another folder."""
-    directory = config.checkpoint.dir
-    if directory is None or is_object_store(directory) or expand(directory, "checkpoint.dir").is_absolute():
-        return config
-    place = hosts.first("checkpoint-dir", lambda: str(Path(directory).absolute()))
-    if not hasattr(config, "model_copy"):  # a resolved file, read without pydantic
-        vars(config.checkpoint)["dir"] = place
-        return config
-    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"dir": place})})
-
-
 def check_store(config: Config, hosts: Hosts, *, is_new: bool) -> None:
     """Check that a place of the checkpoints that was chosen can be written to, and is no other run's.
 

@@ -9,7 +9,7 @@ from empg_envs.base import quote_turns
 from empg_envs.template import LATER
 from empg_jax.cli import app
 from empg_jax.config import load_config
-from empg_jax.run.environment import keep_texts
+from empg_jax.run.keeping import keep_texts
 
 # In the form of published prompts: a text for the first turn, and one with the past.
 ALFWORLD = f"""

@@ -10,8 +10,9 @@ from empg_jax.errors import ConfigError, RefusedCheckpoint
 from empg_jax.parallel.hosts import ALONE
 from empg_jax.report import environment
 from empg_jax.run import folder as runinfo
+from empg_jax.run.keeping import keep_places
 from empg_jax.run.lock import RunLocked
-from empg_jax.run.together import check_store, keep_place, lock_files
+from empg_jax.run.together import check_store, lock_files
 
 
 def test_run_folders_are_new(tmp_path, monkeypatch):
@@ -53,8 +54,24 @@ def test_a_chosen_folder_of_checkpoints_is_kept_by_its_absolute_path(tmp_path, m
         ("gs://bucket/folder", "gs://bucket/folder"),
     ]:
         config = Config(checkpoint={"dir": chosen})
-        assert keep_place(config, ALONE).checkpoint.dir == kept
+        assert keep_places(config, ALONE).checkpoint.dir == kept
         assert config.checkpoint.dir == chosen
+
+
+def test_what_a_run_reads_is_kept_by_its_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "chats.jsonl", "bytes"):
+        (tmp_path / name).mkdir()
+    config = Config(
+        model={"path": "model", "tokenizer": "bytes", "chat_template": "qwen3_training"},
+        sft={"data": ["chats.jsonl", "/elsewhere/chats.jsonl"], "updates": 1},
+    )
+    kept = keep_places(config, ALONE)
+    assert kept.model.path == f"{tmp_path}/model" and kept.model.tokenizer == "bytes"
+    assert kept.model.chat_template == "qwen3_training" and kept.rollout.stored is None
+    assert kept.sft.data == (f"{tmp_path}/chats.jsonl", "/elsewhere/chats.jsonl")
+    hub = Config(model={"path": "owner/name"})  # no folder here: a name of the hub
+    assert keep_places(hub, ALONE).model.path == "owner/name"
 
 
 def test_two_runs_never_share_a_folder_of_checkpoints(tmp_path):
