@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +33,8 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_name(f"{path.name}.lock")):
         if not path.exists():
+            for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):  # of builders that were killed
+                _remove(left)
             unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
             try:
                 build(unfinished)
@@ -38,6 +42,20 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
             finally:
                 _remove(unfinished)
     return path
+
+
+def allow_mapping(*paths: str | os.PathLike[str]) -> None:
+    """Raise a limit of this process's address space by the size of files, or of folders, that it will map.
+
+    The limit is for memory of its own; pages of a file are shared by all processes.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return
+    files = (file for path in map(Path, paths) for file in (path, *path.rglob("*")) if file.is_file())
+    limit = soft + sum(file.stat().st_size for file in files)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _remove(path: Path) -> None:

@@ -218,10 +218,14 @@ def serve(
 
 
 def resident_mb() -> float:
-    """Return the resident memory of this process in MiB; without /proc, its maximum so far."""
+    """Return this process's own resident memory in MiB; without /proc, all of it at its maximum so far.
+
+    Pages of mapped files are left out: they are shared, and go where memory is scarce.
+    """
     try:
         with open("/proc/self/statm", "rb") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
+            _, resident, shared, *_ = map(int, statm.read().split())
+            return (resident - shared) * resource.getpagesize() / 2**20
     except OSError:
         # ru_maxrss is in bytes on macOS and in kibibytes elsewhere (getrusage(2)).
         unit = 2**20 if sys.platform == "darwin" else 2**10

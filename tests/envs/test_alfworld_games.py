@@ -1,6 +1,7 @@
 """Reading problems and game files: names, goals, quirks of the start, what is refused and how it is told."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from empg_envs.alfworld.goal import recognize
 from empg_envs.alfworld.problem import GameFileError, parse_problem
 from empg_envs.alfworld.release import ReleaseGrammar, ReleaseTexts
 from empg_envs.alfworld.writer import make_content, write_game
+from empg_envs.cache import build_once
 from empg_envs.household.goals import HouseholdGoal
 from empg_envs.household.world import World
 
@@ -293,6 +295,14 @@ def test_processes_that_want_the_same_file_build_it_once(tmp_path: Path) -> None
     assert [process.communicate(timeout=300)[0] for process in processes] == ["x\n"] * 3
     assert (tmp_path / "diary").read_text() == "built "
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["file", "file.lock"]
+
+
+def test_what_killed_builders_left_is_removed(tmp_path: Path) -> None:
+    """The next process may even have the number of the one that was killed."""
+    for name in (f"index.{os.getpid()}.part", "index.1.part", "other.1.part"):
+        (tmp_path / name).mkdir()
+    build_once(tmp_path / "index", lambda path: path.mkdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "index.lock", "other.1.part"]
 
 
 def test_missing_data_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from empg_envs.worker import RSS_EVERY
@@ -118,6 +119,25 @@ def test_resident_memory_is_reported_now_and_then():
     _, replies, _, _ = converse(batch("grow 64", *["x"] * (2 * RSS_EVERY)))
     reports = [reply["rss_mb"] for reply in replies if "rss_mb" in reply]
     assert len(reports) == 2 and reports[0] > 64
+
+
+def test_mapped_files_are_no_memory_of_the_workers_own(tmp_path):
+    """An array that all workers share may be larger than the limit of each, and what is read does not count."""
+    path = tmp_path / "vectors.npy"  # 3 GiB, sparse
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(1 << 20, 768)).flush()
+    code = (
+        "import resource, sys, numpy\n"
+        "from empg_envs.deepsearch.vectors_numpy import VectorFile\n"
+        "from empg_envs.worker import resident_mb\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, resource.RLIM_INFINITY))\n"
+        "file = VectorFile(sys.argv[1], piece=1 << 10)\n"
+        "before = resident_mb()\n"
+        "numpy.sum(file._vectors[: 1 << 17])\n"
+        "print(resident_mb() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 64  # of 384 MiB that were read
 
 
 def test_memory_limit_turns_a_leap_into_an_error():

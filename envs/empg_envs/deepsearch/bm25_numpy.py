@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from empg_envs.cache import allow_mapping
 from empg_envs.deepsearch.bm25 import K1, B
 from empg_envs.deepsearch.passages import Hit, Passage, index_words, words_of
 
@@ -55,6 +56,8 @@ class NumpyBm25:
     ) -> None:
         """Build the index, or open the one in a folder (`build`); ``k1`` and ``b`` are BM25's parameters."""
         self._passages = passages
+        if folder is not None:
+            allow_mapping(folder)
         self._engine = _index(passages, k1, b) if folder is None else bm25s.BM25.load(folder, mmap=True)
         self._ids: dict[str, int] = self._engine.vocab_dict
 

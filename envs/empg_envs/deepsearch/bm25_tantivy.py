@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tantivy
 
+from empg_envs.cache import allow_mapping
 from empg_envs.deepsearch.passages import Hit, Passage, index_words, words_of
 
 
@@ -26,6 +27,7 @@ class TantivyBm25:
             index = tantivy.Index(self._schema)
             self._fill(index, passages)
         else:
+            allow_mapping(folder)
             index = tantivy.Index(self._schema, path=str(folder))
         self._searcher = index.searcher()
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, overload
 
-from empg_envs.cache import build_once
+from empg_envs.cache import allow_mapping, build_once
 from empg_envs.deepsearch.passages import (
     VECTORS,
     Passage,
@@ -143,6 +143,7 @@ class PassageFile(Sequence[Passage]):
 
 
 def _map(path: Path) -> mmap.mmap:
+    allow_mapping(path)
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from empg_envs.cache import build_once
+from empg_envs.cache import allow_mapping, build_once
 from empg_envs.deepsearch.ondisk import PassageFile
 from empg_envs.deepsearch.passages import Passage
 
@@ -20,6 +20,7 @@ class DiskPages:
         """Open the list; write it first if it is not there."""
         self._passages = passages
         path = build_once(passages.folder / "titles.npy", self._write)
+        allow_mapping(path)
         self._titles = np.load(path, mmap_mode="r")
 
     def read_page(self, title: str) -> Sequence[Passage]:

@@ -8,6 +8,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+from empg_envs.cache import allow_mapping
 from empg_envs.deepsearch.encoders import Encode
 from empg_envs.deepsearch.passages import Passage
 from empg_envs.deepsearch.vectors import VectorRetriever
@@ -28,8 +29,10 @@ class FaissFile:
           DataError: there is no such file, or FAISS cannot read it.
           ValueError: the index has no inverted lists that ``nprobe`` could choose of.
         """
+        file = find_file(path)
+        allow_mapping(file)
         try:
-            self._index = faiss.read_index(str(find_file(path)), faiss.IO_FLAG_MMAP_IFC)
+            self._index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
             raise DataError(f"{path}: FAISS cannot read this index: {str(error)[:300]}") from error
         self.count, self.width = int(self._index.ntotal), int(self._index.d)

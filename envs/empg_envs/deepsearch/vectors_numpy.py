@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from empg_envs.cache import allow_mapping
 from empg_envs.deepsearch.encoders import Encode
 from empg_envs.deepsearch.passages import Passage
 from empg_envs.deepsearch.vectors import VectorRetriever
@@ -28,6 +29,7 @@ class VectorFile:
         if piece < 1:
             raise ValueError(f"retriever 'vectors': piece={piece} must be at least 1")
         source = find_file(path)
+        allow_mapping(source)
         try:
             vectors = np.load(source, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
