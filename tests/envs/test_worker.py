@@ -122,7 +122,7 @@ def test_resident_memory_is_reported_now_and_then():
 
 
 def test_mapped_files_are_no_memory_of_the_workers_own(tmp_path):
-    """An array that all workers share may be larger than the limit of each, and what is read does not count."""
+    """An array that all workers share may be larger than the limit of each; what is read does not count."""
     path = tmp_path / "vectors.npy"  # 3 GiB, sparse
     np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(1 << 20, 768)).flush()
     code = (
