@@ -54,9 +54,7 @@ class AdaptiveOrder:
 
     def __init__(self, split: str, num_tasks: int, seed: int, share: tuple[int, int] = (0, 1)) -> None:
         if share[1] > 1 and num_tasks < 2 * share[1]:  # a host's only task may fail for ever
-            raise ValueError(
-                f"{num_tasks} tasks cannot be shared by {share[1]} hosts: env.sampler=adaptive needs 2 a host"
-            )
+            raise ValueError(f"{num_tasks} tasks cannot be shared by {share[1]} hosts: each needs two")
         self.split, self.num_tasks, self.seed, self._share = split, num_tasks, seed, share
         self.restore({})
 
