@@ -23,8 +23,9 @@ from empg_jax.parallel.layout import ACTIVATIONS, current_mesh
 from empg_jax.parallel.mesh import RULES, fit_spec
 from empg_jax.types import Params
 
-BLOCK = 128  # rows of one product, where groups are padded to blocks
-FEW = 8 * BLOCK  # fewer rows are not worth blocks
+BLOCK = 128  # rows of a block, where groups are padded to blocks
+TOGETHER = 16  # blocks of one product
+ROUND = 32  # rows per expert, on average, up to which all experts are computed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,34 +132,42 @@ def _mix(
     order = jnp.argsort(keys)
     counts = jnp.zeros((held,), jnp.int32).at[keys].add(1, mode="drop")
     rows = states[order // config.top_k]
-    first, second = (multiply(rows, matrices, counts) for matrices in (gate, up))
+    product = functools.partial(multiply, config.num_experts)
+    first, second = (product(rows, matrices, counts) for matrices in (gate, up))
     first, second = checkpoint_name((first, second), "mlp")
-    results = multiply(nn.silu(first) * second, down, counts)
+    results = product(nn.silu(first) * second, down, counts)
     results = results * shares.reshape(-1)[order][:, None].astype(results.dtype)
     mixed = results[jnp.argsort(order)].reshape(len(states), config.top_k, -1).sum(axis=1)
     mixed = mixed if axis is None else jax.lax.psum(mixed, axis)
     return mixed.reshape(hidden.shape)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def multiply(
-    rows: Float[Array, "M D"], matrices: Float[Array, "E D F"], counts: Int[Array, "E"]
+    num_experts: int,
+    rows: Float[Array, "M D"],
+    matrices: Float[Array, "E D F"],
+    counts: Int[Array, "E"],
 ) -> Float[Array, "M F"]:
     """Multiply each expert's rows with its matrix, in the type of the rows.
 
-    TPUs have a kernel for `jax.lax.ragged_dot`. Elsewhere XLA multiplies every row with every matrix, so
-    groups of many rows are padded to blocks there, and each block is multiplied with one matrix.
+    TPUs have a kernel for `jax.lax.ragged_dot`. Elsewhere XLA would multiply every row with every matrix, so
+    few rows (a decode step) are computed by rounds of some rows of every expert there, which read each matrix
+    in place. Many are padded to blocks of one expert, and work grows with the rows of these experts alone.
 
     The gradient of the matrices is computed, and added up over devices, in their own type, which may be wider
     (as in `models.projection.project`). Rows behind the last expert's are zeros, and so are their gradients.
+
+    Args:
+      num_experts: number of experts of all devices, among which the rows are.
+      rows: sorted by expert; those of other devices' experts last.
+      matrices: of these experts.
+      counts: rows of each.
     """
-    return _by_platform(_multiply_groups, _multiply_blocks, rows, matrices, counts)
-
-
-def _by_platform(groups: Any, blocks: Any, rows: Array, *others: Array) -> Any:
-    if len(rows) < FEW:
-        return groups(rows, *others)
-    return jax.lax.platform_dependent(rows, *others, tpu=groups, default=blocks)
+    few = len(rows) <= ROUND * num_experts
+    size = min(BLOCK, max(8, 1 << (4 * len(rows) // num_experts - 1).bit_length())) if few else BLOCK
+    default = functools.partial(_multiply_rounds, size) if few else _multiply_blocks
+    return jax.lax.platform_dependent(rows, matrices, counts, tpu=_multiply_groups, default=default)
 
 
 def _multiply_groups(rows: Array, matrices: Array, counts: Array) -> Array:
@@ -171,13 +180,19 @@ def _in_groups(rows: Array, counts: Array) -> Array:
     return jnp.where(is_in[:, None], rows, jnp.zeros((), rows.dtype))
 
 
-def _forward(rows: Array, matrices: Array, counts: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return multiply(rows, matrices, counts), (rows, matrices, counts)
+def _forward(
+    num_experts: int, rows: Array, matrices: Array, counts: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return multiply(num_experts, rows, matrices, counts), (rows, matrices, counts)
 
 
-def _backward(residuals: tuple[Array, Array, Array], slope: Array) -> tuple[Array, Array, None]:
-    rows, matrices, counts = residuals
-    d_rows, d_matrices = _by_platform(_slopes_of_groups, _slopes_of_blocks, rows, matrices, counts, slope)
+def _backward(
+    num_experts: int, residuals: tuple[Array, Array, Array], slope: Array
+) -> tuple[Array, Array, None]:
+    del num_experts
+    d_rows, d_matrices = jax.lax.platform_dependent(
+        *residuals, slope, tpu=_slopes_of_groups, default=_slopes_of_blocks
+    )
     return d_rows, d_matrices, None
 
 
@@ -197,22 +212,40 @@ _PER_EXPERT = jax.lax.RaggedDotDimensionNumbers(
 multiply.defvjp(_forward, _backward)
 
 
+def _multiply_rounds(size: int, rows: Array, matrices: Array, counts: Array) -> Array:
+    """Multiply in rounds of ``size`` rows of every expert; mostly there is one."""
+    matrices = matrices.astype(rows.dtype)
+    starts, numbers = jnp.cumsum(counts) - counts, jnp.arange(size, dtype=jnp.int32)
+
+    def add(turn: Array, found: Array) -> Array:
+        inside = turn * size + numbers
+        places = starts[:, None] + inside[None]
+        places = jnp.where(inside[None] < counts[:, None], places, len(rows))
+        part = rows.at[places].get(mode="fill", fill_value=0)
+        return found.at[places].set(jnp.einsum("ecd,edf->ecf", part, matrices), mode="drop")
+
+    zeros = jnp.zeros((len(rows), matrices.shape[2]), rows.dtype)
+    return jax.lax.fori_loop(0, -(-jnp.max(counts) // size), add, zeros)
+
+
 class _Blocks(NamedTuple):
-    """Groups of rows that are padded to blocks.
+    """Groups of rows that are padded to blocks, `TOGETHER` of them in a step.
 
     Attributes:
+      num_steps: number of steps that have rows.
       owners: expert of each block.
       rows: the row at each place of each block; one beyond the last for none.
       places: place of each row among those of all blocks; one beyond the last for rows of no group.
     """
 
-    owners: Int[Array, "N"]
-    rows: Int[Array, "N P"]
+    num_steps: Int[Array, ""]
+    owners: Int[Array, "S N"]
+    rows: Int[Array, "S N P"]
     places: Int[Array, "M"]
 
-    def pad(self, values: Array) -> Array:
-        """Return the rows by blocks, ``[N, P, D]``, with zeros where there is none."""
-        return values.at[self.rows].get(mode="fill", fill_value=0)
+    def take(self, values: Array, step: Array) -> Array:
+        """Return the rows of a step's blocks, ``[N, P, D]``, with zeros where there is none."""
+        return values.at[self.rows[step]].get(mode="fill", fill_value=0)
 
     def restore(self, values: Array) -> Array:
         """Return the rows of all groups, ``[M, D]``, from their blocks."""
@@ -220,40 +253,49 @@ class _Blocks(NamedTuple):
 
 
 def _lay_out(counts: Array, size: int) -> _Blocks:
-    num = size // BLOCK + len(counts)  # no group leaves more than one block unfilled
+    num_steps = -(-(size // BLOCK + len(counts)) // TOGETHER)  # no group leaves more than one block unfilled
     padded = -(-counts // BLOCK) * BLOCK
     starts, padded_starts = jnp.cumsum(counts) - counts, jnp.cumsum(padded) - padded
-    firsts = jnp.arange(num, dtype=jnp.int32) * BLOCK
+    firsts = jnp.arange(num_steps * TOGETHER, dtype=jnp.int32) * BLOCK
     last = len(counts) - 1
     owners = jnp.minimum(jnp.searchsorted(jnp.cumsum(padded), firsts, side="right"), last)
     inside = (firsts - padded_starts[owners])[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None]
     rows = jnp.where(inside < counts[owners][:, None], starts[owners][:, None] + inside, size)
     numbers = jnp.arange(size, dtype=jnp.int32)
     groups = jnp.searchsorted(jnp.cumsum(counts), numbers, side="right")
-    places = numbers - starts[jnp.minimum(groups, last)] + padded_starts[jnp.minimum(groups, last)]
-    return _Blocks(owners, rows, jnp.where(groups <= last, places, num * BLOCK))
+    mine = jnp.minimum(groups, last)
+    places = jnp.where(groups <= last, numbers - starts[mine] + padded_starts[mine], firsts.size * BLOCK)
+    used = -(-jnp.sum(padded) // (BLOCK * TOGETHER))
+    return _Blocks(used, owners.reshape(num_steps, -1), rows.reshape(num_steps, TOGETHER, BLOCK), places)
 
 
 def _multiply_blocks(rows: Array, matrices: Array, counts: Array) -> Array:
     blocks = _lay_out(counts, len(rows))
 
-    def multiply_one(_: None, block: tuple[Array, Array]) -> tuple[None, Array]:
-        part, owner = block
-        return None, part @ matrices[owner].astype(part.dtype)
+    def put(step: Array, found: Array) -> Array:
+        some = matrices[blocks.owners[step]].astype(rows.dtype)
+        return found.at[step].set(jnp.einsum("npd,ndf->npf", blocks.take(rows, step), some))
 
-    return blocks.restore(jax.lax.scan(multiply_one, None, (blocks.pad(rows), blocks.owners))[1])
+    zeros = jnp.zeros((*blocks.rows.shape, matrices.shape[2]), rows.dtype)
+    return blocks.restore(jax.lax.fori_loop(0, blocks.num_steps, put, zeros))
 
 
 def _slopes_of_blocks(rows: Array, matrices: Array, counts: Array, slope: Array) -> tuple[Array, Array]:
     blocks = _lay_out(counts, len(rows))
 
-    def one(d_matrices: Array, block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        part, d_part, owner = block
-        d_matrix = jnp.matmul(part.T, d_part, preferred_element_type=jnp.float32)
-        return d_matrices.at[owner].add(d_matrix), d_part @ matrices[owner].astype(d_part.dtype).T
+    def add(step: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        d_rows, d_matrices = found
+        owners, d_part = blocks.owners[step], blocks.take(slope, step)
+        some = matrices[owners].astype(rows.dtype)
+        d_some = jnp.einsum(
+            "npd,npf->ndf", blocks.take(rows, step), d_part, preferred_element_type=jnp.float32
+        )
+        d_rows = d_rows.at[step].set(jnp.einsum("npf,ndf->npd", d_part, some))
+        return d_rows, d_matrices.at[owners].add(d_some)
 
-    zeros = jnp.zeros(matrices.shape, jnp.float32)
-    d_matrices, d_rows = jax.lax.scan(one, zeros, (blocks.pad(rows), blocks.pad(slope), blocks.owners))
+    zeros = jnp.zeros((*blocks.rows.shape, rows.shape[1]), rows.dtype)
+    start = zeros, jnp.zeros(matrices.shape, jnp.float32)
+    d_rows, d_matrices = jax.lax.fori_loop(0, blocks.num_steps, add, start)
     return blocks.restore(d_rows), d_matrices.astype(matrices.dtype)
 
 

@@ -17,7 +17,7 @@ from empg_jax.models.decoder import (
     init_params,
     unstack_layers,
 )
-from empg_jax.models.moe import FEW, MoeConfig, mix_experts
+from empg_jax.models.moe import ROUND, MoeConfig, mix_experts
 from empg_jax.models.quantize import quantize_params
 from empg_jax.parallel.layout import on_mesh
 from empg_jax.parallel.mesh import make_mesh
@@ -82,29 +82,45 @@ def test_on_a_mesh(mesh):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(expected[1]))
 
 
+def as_on_a_tpu(patch):
+    """Lets the experts' products be those of a TPU; a CPU computes them by multiplying every row with all."""
+    patch.setattr(jax.lax, "platform_dependent", lambda *arrays, tpu, default: tpu(*arrays))
+
+
 @pytest.mark.parametrize("mesh", [None, dict(tensor=2)])
-def test_groups_in_blocks(mesh):
-    """Many rows are multiplied in blocks, but on a TPU; the groups are of any size, one of none."""
-    inputs = make_inputs(rows=4, length=160)
-    assert 4 * 160 * MOE.top_k >= FEW
-
-    def loss(*inputs):
-        return jnp.sum(jnp.sin(mix_experts(*inputs, MOE)))
-
-    def make_slopes():  # a function of its own each time, which is traced anew
-        return lambda *inputs: jax.value_and_grad(loss, tuple(range(5)))(*inputs)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("empg_jax.models.moe.FEW", 1 << 30)
-        whole = jax.jit(make_slopes()).lower(*inputs)
-    slopes = jax.jit(make_slopes()).lower(*inputs)
-    assert "tensor<6x1280x16xf32>" in whole.as_text()  # every row with every expert
-    assert "tensor<6x1280x16xf32>" not in slopes.as_text()
-    expected = whole.compile()(*inputs)
+@pytest.mark.parametrize(
+    ("length", "block"), [(2, 128), (20, 8), (160, 128), (160, 8)], ids=["round", "rounds", "step", "steps"]
+)
+def test_rounds_and_blocks(monkeypatch, length, block, mesh):
+    """Few rows are multiplied in rounds and many in blocks; groups have any size, and one has no row."""
+    inputs = make_inputs(rows=4, length=length)
+    assert (4 * length * MOE.top_k > ROUND * MOE.num_experts) == (length == 160)
+    monkeypatch.setattr("empg_jax.models.moe.BLOCK", block)
     grid = None if mesh is None else make_mesh(**mesh)
-    run = slopes.compile() if grid is None else jax.jit(on_mesh(grid, make_slopes()))
-    found = run(*(inputs if grid is None else jax.device_put(inputs, NamedSharding(grid, PartitionSpec()))))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), found, expected)
+    if grid is not None:
+        inputs = jax.device_put(inputs, NamedSharding(grid, PartitionSpec()))
+
+    def lower():
+        def slopes(*inputs):  # a function of its own each time, which is traced anew
+            return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(mix_experts(*x, MOE))), tuple(range(5)))(
+                *inputs
+            )
+
+        return jax.jit(slopes if grid is None else on_mesh(grid, slopes)).lower(*inputs)
+
+    with monkeypatch.context() as patch:
+        as_on_a_tpu(patch)
+        whole = lower()
+    split = lower()
+    held = 6 if grid is None else 3
+    every = f"tensor<{held}x{4 * length * MOE.top_k}x16xf32>"  # every row with every expert
+    assert every in whole.as_text()
+    assert every not in split.as_text() or length < 160  # where a round has as many rows
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4),
+        split.compile()(*inputs),
+        whole.compile()(*inputs),
+    )
 
 
 def test_what_a_tpu_leaves_unwritten_reaches_no_gradient(monkeypatch):
@@ -112,6 +128,7 @@ def test_what_a_tpu_leaves_unwritten_reaches_no_gradient(monkeypatch):
     inputs = make_inputs()
     slopes = jax.grad(lambda *inputs: jnp.sum(jnp.sin(mix_experts(*inputs, MOE))), tuple(range(5)))
     expected = jax.jit(slopes)(*inputs)
+    as_on_a_tpu(monkeypatch)
 
     def spoiled(product):
         def multiply(rows, matrices, counts, *args, **options):
