@@ -47,6 +47,19 @@ def test_kept_sets_are_those_of_a_sort(scale):
             np.testing.assert_array_equal(kept[row], expected, err_msg=f"{token_filter}, row {row}")
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0, 30.0, 1e6])
+def test_accelerators_find_the_same_number(monkeypatch, scale):
+    """They divide the range by more at a time."""
+    logits = (np.random.default_rng(1).normal(size=(len(FILTERS), 300)) * scale).astype(np.float32)
+    inputs = gaps_of(logits), np.float32(FILTERS)
+    text = jax.jit(find_reach).lower(*inputs).as_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
+        other = jax.jit(lambda *arrays: find_reach(*arrays)).lower(*inputs)
+    assert other.as_text() != text
+    np.testing.assert_array_equal(other.compile()(*inputs), reach(*inputs))
+
+
 def test_ties_are_kept_or_dropped_together():
     logits = np.float32([[0, 0, -1, -1, -1, -5, -5, -50]])
     counts = {
