@@ -151,9 +151,10 @@ def multiply(
 ) -> Float[Array, "M F"]:
     """Multiply each expert's rows with its matrix, in the type of the rows.
 
-    TPUs have a kernel for `jax.lax.ragged_dot`. Elsewhere XLA would multiply every row with every matrix, so
-    few rows (a decode step) are computed by rounds of some rows of every expert there, which read each matrix
-    in place. Many are padded to blocks of one expert, and work grows with the rows of these experts alone.
+    TPUs have a kernel for `jax.lax.ragged_dot`. Elsewhere XLA would multiply every row with every matrix.
+    There, each of very few rows is multiplied with a copy of its matrix. Few rows (a decode step) are computed
+    by rounds of some rows of every expert, which read each matrix in place. Many are padded to blocks of one
+    expert, and work grows with the rows of these experts alone.
 
     The gradient of the matrices is computed, and added up over devices, in their own type, which may be wider
     (as in `models.projection.project`). Rows behind the last expert's are zeros, and so are their gradients.
@@ -164,9 +165,12 @@ def multiply(
       matrices: of these experts.
       counts: rows of each.
     """
-    few = len(rows) <= ROUND * num_experts
-    size = min(BLOCK, max(8, 1 << (4 * len(rows) // num_experts - 1).bit_length())) if few else BLOCK
-    default = functools.partial(_multiply_rounds, size) if few else _multiply_blocks
+    default = _multiply_blocks
+    if 3 * len(rows) <= num_experts:  # a copy is read, written and read
+        default = _multiply_rows
+    elif len(rows) <= ROUND * num_experts:
+        size = 1 << (4 * len(rows) // num_experts - 1).bit_length()
+        default = functools.partial(_multiply_rounds, min(BLOCK, max(8, size)))
     return jax.lax.platform_dependent(rows, matrices, counts, tpu=_multiply_groups, default=default)
 
 
@@ -210,6 +214,12 @@ _PER_EXPERT = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
 multiply.defvjp(_forward, _backward)
+
+
+def _multiply_rows(rows: Array, matrices: Array, counts: Array) -> Array:
+    owners = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(len(rows), dtype=jnp.int32), side="right")
+    own = matrices.at[owners].get(mode="fill", fill_value=0).astype(rows.dtype)
+    return jnp.einsum("md,mdf->mf", rows, own)
 
 
 def _multiply_rounds(size: int, rows: Array, matrices: Array, counts: Array) -> Array:

@@ -20,7 +20,8 @@ class TextEnv(Protocol):
 
     ``info`` contains only JSON-able values: ``task`` (the goal sentence), ``won`` (bool), and optionally
     ``admissible`` (sorted list of commands), ``metrics`` (dict of floats), and ``group`` (str), the kind of
-    the task, for which success is also reported by itself, and ``tools`` (list, as OpenAI's wire has them,
+    the task, for which success is also reported by itself, ``state`` (str), a key that tells states apart
+    better than the observation does (``env.anchor=state``), and ``tools`` (list, as OpenAI's wire has them,
     the same through an episode): functions that the policy may call. The model's chat template tells them
     where it can, and every observation after the first is then the result of a call. At the end of an
     episode it may name an ``outcome`` of its own (a word that is counted, in place of ``won``, ``ended`` or

@@ -89,12 +89,14 @@ def as_on_a_tpu(patch):
 
 @pytest.mark.parametrize("mesh", [None, dict(tensor=2)])
 @pytest.mark.parametrize(
-    ("length", "block"), [(2, 128), (20, 8), (160, 128), (160, 8)], ids=["round", "rounds", "step", "steps"]
+    ("tokens", "block", "path"),
+    [(1, 128, "rows"), (8, 128, "rounds"), (80, 8, "rounds"), (640, 128, "blocks"), (640, 8, "blocks")],
 )
-def test_rounds_and_blocks(monkeypatch, length, block, mesh):
-    """Few rows are multiplied in rounds and many in blocks; groups have any size, and one has no row."""
-    inputs = make_inputs(rows=4, length=length)
-    assert (4 * length * MOE.top_k > ROUND * MOE.num_experts) == (length == 160)
+def test_products_off_a_tpu(monkeypatch, tokens, block, path, mesh):
+    """Rows are multiplied one by one, in rounds or in blocks; groups have any size, and one has no row."""
+    inputs, size = make_inputs(rows=min(4, tokens), length=-(-tokens // 4)), tokens * MOE.top_k
+    most = {"rows": MOE.num_experts / 3, "rounds": ROUND * MOE.num_experts, "blocks": np.inf}
+    assert next(name for name, limit in most.items() if size <= limit) == path
     monkeypatch.setattr("empg_jax.models.moe.BLOCK", block)
     grid = None if mesh is None else make_mesh(**mesh)
     if grid is not None:
@@ -113,9 +115,9 @@ def test_rounds_and_blocks(monkeypatch, length, block, mesh):
         whole = lower()
     split = lower()
     held = 6 if grid is None else 3
-    every = f"tensor<{held}x{4 * length * MOE.top_k}x16xf32>"  # every row with every expert
+    every = f"tensor<{held}x{size}x16xf32>"  # every row with every expert
     assert every in whole.as_text()
-    assert every not in split.as_text() or length < 160  # where a round has as many rows
+    assert every not in split.as_text() or path == "rounds"  # where a round has as many rows
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4),
         split.compile()(*inputs),
