@@ -152,9 +152,9 @@ def multiply(
     """Multiply each expert's rows with its matrix, in the type of the rows.
 
     TPUs have a kernel for `jax.lax.ragged_dot`. Elsewhere XLA would multiply every row with every matrix.
-    There, each of very few rows is multiplied with a copy of its matrix. Few rows (a decode step) are computed
-    by rounds of some rows of every expert, which read each matrix in place. Many are padded to blocks of one
-    expert, and work grows with the rows of these experts alone.
+    There, each of very few rows is multiplied with a copy of its matrix. Few rows (a decode step) are
+    computed by rounds of some rows of every expert, which read each matrix in place. Many are padded to
+    blocks of one expert, and work grows with the rows of these experts alone.
 
     The gradient of the matrices is computed, and added up over devices, in their own type, which may be wider
     (as in `models.projection.project`). Rows behind the last expert's are zeros, and so are their gradients.
