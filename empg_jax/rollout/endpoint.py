@@ -281,6 +281,9 @@ class MessageRenderer:
     def follow(self, *messages: object, **options: object) -> None:
         """Return None: nothing is appended to what was sent."""
 
+    def find_untold(self, messages: Sequence[Message], variables: Mapping[str, object]) -> None:
+        """Return None: nobody here knows the server's template."""
+
 
 def base_of(url: str) -> str:
     """Return the address that paths such as ``/models`` are appended to.
