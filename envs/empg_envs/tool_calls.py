@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from empg_envs.base import after_thought, whole_characters
+from empg_envs.base import after_thought
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _SPACE = re.compile(r"\s*")
@@ -81,8 +81,7 @@ def _read_call(said: str, start: int, names: Collection[str] | None) -> tuple[To
     arguments = value.get("arguments", value.get("parameters", {}))
     if not isinstance(arguments, dict) or (names is not None and value["name"] not in names):
         raise ValueError("no arguments, or another tool's")
-    told = whole_characters(json.dumps(arguments, ensure_ascii=False))
-    return ToolCall(whole_characters(value["name"]), told), _skip_space(said, end)
+    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False)), _skip_space(said, end)
 
 
 def _skip_space(said: str, start: int) -> int:

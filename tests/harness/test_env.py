@@ -169,6 +169,19 @@ def test_a_call_without_parallel_calls_gets_the_first(body, count):
     assert later.messages[1] == {"role": "assistant", "content": text}
 
 
+def test_half_a_character_in_a_call_is_none():
+    """A program that says it again would have the episode discarded."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    question, session = {"role": "user", "content": "a"}, Session()
+    call = session.add({"messages": [question], "tools": tools})
+    text = '<tool_call>{"name": "f", "arguments": {"x": "\\ud83d"}}</tool_call>'
+    session.answer(call, text)
+    message = call.wait()
+    assert message["tool_calls"][0]["function"]["arguments"] == '{"x": "?"}'
+    later = session.add({"messages": [question, {"role": "assistant", **message}], "tools": tools})
+    assert later.messages[1]["content"] == text  # as it was sampled
+
+
 def test_a_question_that_is_asked_again_is_one_turn(make, tmp_path):
     file = tmp_path / "left"
     env = make(f"impatient {file}")

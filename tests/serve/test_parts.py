@@ -16,11 +16,6 @@ def tokens(text):
     return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
 
-def test_half_a_character_in_a_call_is_none():
-    (call,) = parse_calls('<tool_call>{"name": "f", "arguments": {"x": "\\ud83d"}}</tool_call>', ["f"])[1]
-    assert call == ToolCall("f", '{"x": "?"}')
-
-
 def test_slots_go_on_then_empty_ones_then_the_one_used_longest_ago():
     table = SlotTable(2)
     first, second = table.take([1, 2]), table.take([1, 2])

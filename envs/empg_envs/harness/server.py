@@ -19,6 +19,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from empg_envs.base import whole_characters
 from empg_envs.tool_calls import Message, check_tools, normalize_messages, parse_response
 
 MAX_BODY = 8 << 20
@@ -57,6 +58,8 @@ class Call:
         message = parse_response(text, self.tools, lambda i: f"call_{self.id}_{i}")
         if self._has_one_call and "tool_calls" in message:
             message["tool_calls"] = message["tool_calls"][:1]
+        for call in message.get("tool_calls", ()):  # a program may say what it was called with
+            call["function"]["arguments"] = whole_characters(call["function"]["arguments"])
         return message
 
     def answer(self, message: Message) -> None:
