@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from empg_envs.swe.sandbox import FileError
+from empg_envs.swe.sandbox import FileError, SandboxError
 from empg_envs.swe.tree import LINK, Tree
+
+# What goes wrong by the names of files.
+UNFIT = (
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+    errno.EILSEQ,
+    errno.ELOOP,
+)
 
 
 def make_home(name: str) -> Path:
-    """Return the folder of this user for a purpose, without the remains of ended processes."""
+    """Return the folder of this user for a purpose, without the remains of ended processes.
+
+    Raises:
+      SandboxError: it is another user's.
+    """
     home = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
     home.mkdir(mode=0o700, exist_ok=True)
     if home.is_symlink() or home.stat().st_uid != os.getuid():
-        raise FileError(f"{home} belongs to somebody else: remove it, or set TMPDIR")
+        raise SandboxError(f"{home} belongs to somebody else: remove it, or set TMPDIR")
     remove_orphans(home)
     return home
 
@@ -57,6 +73,7 @@ def write_tree(folder: Path, tree: Tree) -> None:
 
     Raises:
       FileError: a file would be written through a link, or a folder has a file's name.
+      SandboxError: the machine does not take the files.
     """
     links = {path for path, file in tree.items() if file.mode == LINK}
     made: set[str] = set()
@@ -83,5 +100,7 @@ def write_tree(folder: Path, tree: Tree) -> None:
         for path in links:  # last, so that nothing is written through them
             os.symlink(tree[path].data, f"{folder}/{path}")
     except OSError as error:
-        raise FileError(f"the files do not fit together: {error}") from error
+        if error.errno in UNFIT:
+            raise FileError(f"the files do not fit together: {error}") from error
+        raise SandboxError(f"the files cannot be written: {error}") from error
     folder.chmod(0o111)

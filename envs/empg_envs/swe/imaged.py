@@ -56,6 +56,8 @@ HIDE = f"rm -rf /r2e_tests {ROOT}/r2e_tests {ROOT}/run_tests.sh /run_tests.sh"
 _FIND_R2E = (
     f"for d in {ROOT} /root /; do if [ -f $d/run_tests.sh ]; then script=$d/run_tests.sh; break; fi; done; "
 )
+# What R2E-Gym's images have besides the repository, and judge by. An agent sees the last one only.
+JUDGES = ("run_tests.sh", "r2e_tests", ".venv")
 _PLACE_R2E = f'[ -e {ROOT}/r2e_tests ] || ln -s /r2e_tests {ROOT}/r2e_tests; grep -q pytest "$script"'
 PATCH_FILE, TEST_PATCH_FILE = "/tmp/agent.patch", "/tmp/tests.patch"
 BATCH_BYTES = 50_000  # of names in one command
@@ -71,6 +73,10 @@ FIND_CHANGED = (
 RESTORE = (
     f'if {GIT} cat-file -e "HEAD:$f" 2>/dev/null; then {GIT} --literal-pathspecs checkout -q HEAD -- "$f"; '
     'else rm -rf -- "$f"; fi || exit 1'
+)
+# What is in the image, but not in its commit: programs, packages and tests that judge.
+FOREIGN = (
+    f'if [ -e "$f" ] || [ -h "$f" ]; then {GIT} cat-file -e "HEAD:$f" 2>/dev/null || printf "%s\\0" "$f"; fi'
 )
 WITNESS_HOME = ".git/empg-jax"  # where neither git nor the tests look
 
@@ -157,7 +163,8 @@ def check_patch(task: Task, sandbox: Sandbox, changed: frozenset[str], *, is_rea
     Raises:
       LostSandboxError: a file cannot be put back.
     """
-    gold = patches.touched(task.patch) if task.patch else set()
+    with grading.fitting(task, "patch"):
+        gold = patches.touched(task.patch, is_trusted=True)
     tops = sandbox.exec(f"{GIT} ls-tree --name-only HEAD . src/", GIT_SECONDS).output.split("\n")
     known: Tree = {name: File(b"") for name in tops if name}
     shadows = [path for path in changed if grading.shadows(path, known)]
@@ -200,19 +207,22 @@ def _batches(paths: Iterable[str]) -> Iterator[str]:
         yield " ".join(batch)
 
 
-def apply_patch(sandbox: Sandbox, patch: str) -> Applied:
+def apply_patch(task: Task, sandbox: Sandbox, patch: str) -> Applied:
     """Apply an agent's patch as the official harness does.
 
-    Only what our parser reads in it is applied, and the container tells which files that changed.
+    Only what our parser reads in it is applied, and the container tells which files that changed. Changes of
+    what the image has besides its commit are left out.
 
     Raises:
       PatchError: it cannot be parsed, or changes the repository's own data, by which it could run commands.
       SandboxError: the container does not tell what was changed.
     """
-    text = patches.render(patch)
-    named = patches.touched(text)
+    named = patches.touched(patches.render(patch))
     for path in named:
         _check_place(path)
+    judges = {path for path in named if task.expected is not None and path.partition("/")[0] in JUDGES}
+    text = patches.render(patch, without=judges | _foreign(sandbox, named))
+    named = patches.touched(text)
     sandbox.write(PATCH_FILE, text.encode())
     gone = _names(sandbox, SET_MARK)
     script = f"{APPLY} {PATCH_FILE} || patch --batch --no-backup-if-mismatch --fuzz=5 -p1 -i {PATCH_FILE}"
@@ -226,6 +236,14 @@ def apply_patch(sandbox: Sandbox, patch: str) -> Applied:
     for path in changed:
         _check_place(path)
     return Applied(None, frozenset(changed | named))
+
+
+def _foreign(sandbox: Sandbox, paths: set[str]) -> set[str]:
+    """Return the paths of which a container has files that its commit has not."""
+    batches = _batches(sorted(paths))
+    return set[str]().union(
+        *(_names(sandbox, f"for f in {batch}; do {FOREIGN}; done; true") for batch in batches)
+    )
 
 
 def _names(sandbox: Sandbox, command: str) -> set[str]:
@@ -255,7 +273,9 @@ def place_tests(task: Task, sandbox: Sandbox) -> Suite:
     if task.expected is not None:
         is_pytest = sandbox.exec(f"{_FIND_R2E}{_PLACE_R2E}", GIT_SECONDS).returncode == 0
         return Suite(f'{_FIND_R2E}bash "$script"', (), reports.parse_r2e, False, is_pytest, task.repo)
-    files = patches.touched(task.test_patch)
+    with grading.fitting(task, "test_patch"):
+        sections = patches.parse(task.test_patch, is_trusted=True)
+    files = {path for section in sections for path in (section.old, section.new) if path is not None}
     if task.test_patch:
         names = " ".join(map(shlex.quote, sorted(files)))
         sandbox.write(TEST_PATCH_FILE, task.test_patch.encode())
@@ -265,7 +285,8 @@ def place_tests(task: Task, sandbox: Sandbox) -> Suite:
         if placed.returncode:
             raise DataError(f"task {task.instance_id}: its test patch does not apply: {placed.output[-500:]}")
     command = str(task.row.get("test_cmd") or reports.command_of(task.repo))
-    targets = tuple(reports.test_targets(task.repo, files or task.test_files))
+    left = {section.new for section in sections if section.new is not None}  # no file has its old name now
+    targets = tuple(reports.test_targets(task.repo, left or task.test_files))
     # The exit code of a pipe or of an alternative is not that of the tests.
     has_code, is_pytest = "|" not in command, "pytest" in command
     return Suite(command, targets, reports.parser_of(task.repo), has_code, is_pytest, task.repo)

@@ -95,7 +95,8 @@ class ImageBackend:
         Files that the judge's patches cannot hold are left out.
         """
         base = shlex.quote(self._bases.get(sandbox, "HEAD"))
-        exclude = "-- . ':!run_tests.sh' ':!r2e_tests'" if task.expected is not None else ""
+        exclude = " ".join(f"':!{name}'" for name in imaged.JUDGES)
+        exclude = f"-- . {exclude}" if task.expected is not None else ""
         diff = f"{imaged.GIT} diff --cached --no-ext-diff --no-color {base} {exclude}"
         # A container that is gone is no empty patch: this raises then.
         result = sandbox.exec(f"{imaged.STAGE}\n{diff}", imaged.GIT_SECONDS)
@@ -121,7 +122,7 @@ class ImageBackend:
         with contextlib.closing(self._make(task, is_judge=True)) as sandbox:
             sandbox.reset({})
             try:
-                wrong, changed = imaged.apply_patch(sandbox, patch)
+                wrong, changed = imaged.apply_patch(task, sandbox, patch)
                 if wrong is not None:
                     return Grade(False, "patch_does_not_apply", output=wrong[-OUTPUT_CHARS:])
                 checked = imaged.check_patch(task, sandbox, changed, is_reading="reading" in self._layers)
@@ -141,7 +142,7 @@ class ImageBackend:
     def second_bugs(self, task: Task, timeout: float) -> list[SecondBug]:
         """Return a task's bugs for the second session, which are made once.
 
-        This runs the tests up to seven times, too long for a step of an episode: so `grade` uses only what
+        This runs the tests up to 13 times, too long for a step of an episode: so `grade` uses only what
         was made before (``python -m empg_envs.swe.prepare``).
 
         Raises:
@@ -152,7 +153,8 @@ class ImageBackend:
             return known or []
         with contextlib.closing(self._make(task, is_judge=True)) as sandbox:
             sandbox.reset({})
-            wrong, _ = imaged.apply_patch(sandbox, task.patch)
+            with grading.fitting(task, "patch"):
+                wrong, _ = imaged.apply_patch(task, sandbox, task.patch)
             if wrong is not None:
                 raise DataError(f"task {task.instance_id}: its gold patch does not apply: {wrong[-500:]}")
             suite = imaged.place_tests(task, sandbox)

@@ -6,10 +6,11 @@ at the nearest matching place. Every path must be inside of the tree.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 from empg_envs.swe.quoted import can_be_named, read_name
@@ -90,8 +91,12 @@ def apply(tree: Tree, patch: str) -> Tree:
     return dict(sorted(result.items()))
 
 
-def parse(patch: str) -> list[Section]:
+def parse(patch: str, *, is_trusted: bool = False) -> list[Section]:
     """Parse a patch with git's extended headers or plain ``---``/``+++`` pairs.
+
+    Args:
+      patch: the patch.
+      is_trusted: whether binary changes, copies and links may be among it, of which only the names are read.
 
     Raises:
       PatchError: the text is no patch or is cut off, contains binary changes, is in part of another form,
@@ -122,27 +127,34 @@ def parse(patch: str) -> list[Section]:
         elif line.startswith(("*** ", "Index: ")):  # other programs would read more out of them
             raise PatchError(f"line {place + 1}: only unified diffs are accepted")
         elif sections:
-            _extended(sections[-1], line)
+            with contextlib.suppress(*(PatchError,) * is_trusted):
+                _extended(sections[-1], line)
         place += 1
     if patch.strip() and not sections:
         raise PatchError("the text holds no patch")
     return sections
 
 
-def touched(patch: str) -> set[str]:
-    """Return the paths in a patch."""
-    return {path for section in parse(patch) for path in (section.old, section.new) if path is not None}
+def touched(patch: str, *, is_trusted: bool = False) -> set[str]:
+    """Return the paths in a patch; see `parse`."""
+    sections = parse(patch, is_trusted=is_trusted)
+    return {path for section in sections for path in (section.old, section.new) if path is not None}
 
 
-def render(patch: str) -> str:
+def render(patch: str, without: Container[str] = ()) -> str:
     """Return a patch in git's form with nothing in it but what `parse` reads.
 
     Programs that apply patches understand more than that: context diffs, scripts of ``ed``, other headers.
 
+    Args:
+      patch: the patch.
+      without: paths whose changes are left out.
+
     Raises:
       PatchError: the patch cannot be parsed, or is not text.
     """
-    text = "".join(map(_rendered, parse(patch)))
+    kept = (part for part in parse(patch) if part.old not in without and part.new not in without)
+    text = "".join(map(_rendered, kept))
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -295,7 +307,7 @@ def _extended(section: Section, line: str) -> None:
         section.old, section.is_rename = _name(line.partition(" from ")[2], has_prefix=False), True
         if line.startswith("copy"):
             raise PatchError(f"{section.old}: copies are not accepted")
-    elif line.startswith("rename to "):
+    elif line.startswith(("rename to ", "copy to ")):
         section.new, section.is_rename = _name(line.partition(" to ")[2], has_prefix=False), True
     elif line.startswith(("GIT binary patch", "Binary files ")):
         raise PatchError(f"{section.new or section.old}: binary changes are not accepted")

@@ -4,7 +4,7 @@
     python -m empg_envs.swe.prepare hub:owner/name --options '{"docker": "podman"}' --bugs
     python -m empg_envs.swe.prepare data/verified.parquet --remove
 
-Images that are here are not pulled again. With ``--bugs`` each task's second bug is made (up to seven runs of
+Images that are here are not pulled again. With ``--bugs`` each task's second bug is made (up to 13 runs of
 its tests, once), without which the judge does without its second session. ``--remove`` also removes what
 killed processes left.
 """

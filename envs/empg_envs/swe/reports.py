@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 Parser = Callable[[str], dict[str, str]]
 
+SUMMARY = "short test summary info"  # heading of what -rA lists
 STATUSES = ("FAILED", "PASSED", "SKIPPED", "ERROR", "XFAIL")
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBER_OF_COLOR = re.compile(r"\[\d+m")
@@ -155,13 +156,16 @@ def parse_sympy(log: str) -> dict[str, str]:
 
 
 def parse_r2e(log: str) -> dict[str, str]:
-    """Parse pytest's summary with R2E-Gym's names: ids without their file, with parts joined by dots."""
+    """Parse pytest's summary with R2E-Gym's names: ids without their file, with parts joined by dots.
+
+    As there, nothing before the summary counts, no status but these three, and a file that cannot be
+    collected has an empty name.
+    """
     found = {}
-    for line in _COLOR.sub("", log).split("\n"):
+    for line in _COLOR.sub("", log.rpartition(SUMMARY)[2] if SUMMARY in log else "").split("\n"):
         status, _, rest = line.strip().partition(" ")
-        if status in (*STATUSES, "XPASS") and rest and not rest.startswith("["):
-            name = rest.partition(" - ")[0].strip()
-            found[".".join(name.split("::")[1:]) or name] = status
+        if status in ("PASSED", "FAILED", "ERROR"):
+            found[".".join(rest.partition(" - ")[0].strip().split("::")[1:])] = status
     return found
 
 
@@ -180,11 +184,16 @@ PARSERS: dict[str, Parser] = {
 }
 # Repository → its test command in SWE-bench's images.
 COMMANDS: dict[str, str] = {
-    "django/django": "./tests/runtests.py --verbosity 2 --settings=test_sqlite --parallel 1",
+    "astropy/astropy": "pytest -rA -vv -o console_output_style=classic --tb=no",
+    "django/django": (  # Python before 3.7 takes ASCII where nothing else is said
+        "LANG=C.UTF-8 LC_ALL=C.UTF-8 PYTHONIOENCODING=utf8 "
+        "./tests/runtests.py --verbosity 2 --settings=test_sqlite --parallel 1"
+    ),
+    "mwaskom/seaborn": "pytest --no-header -rA",
     "sympy/sympy": ("PYTHONWARNINGS='ignore::UserWarning,ignore::SyntaxWarning' bin/test -C --verbose"),
     "sphinx-doc/sphinx": "tox --current-env -epy39 -v --",
 }
-DEFAULT_COMMAND = "pytest --no-header -rA"
+DEFAULT_COMMAND = "pytest -rA"  # releases before 5.3 know no --no-header
 
 # Repository → what its test command and its tests are run by, where that is the repository's own: files, and
 # folders with a slash at their end.
@@ -233,11 +242,13 @@ def doubts(log: str, parser: Parser, code: int | None) -> list[str]:
     """
     said: dict[str, set[str]] = {}
     for line in log.split("\n"):
-        for name, status in parser(line).items():
+        for name, status in parser(f"{SUMMARY}\n{line}").items():
             said.setdefault(name, set()).add(status)
     # Passed with an error at its end is honest; passed and failed is not.
     found = [f"contradiction: {name} PASSED and FAILED" for name, all in said.items() if all >= _BOTH]
-    red = [name for name, status in parser(log).items() if status in ("FAILED", "ERROR")]
+    # Before the summary stands what tests that passed have logged, errors among it.
+    last = log[max(0, log.rfind(SUMMARY)) :]
+    red = [name for name, status in parser(last).items() if status in ("FAILED", "ERROR")]
     if code == 0 and red:
         found.append(f"exit code 0 does not fit {len(red)} failures")
     return found

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from empg_envs.rows import FORM, DataError
+from empg_envs.rows import FORM
 from empg_envs.swe.backends import NAMES, Backend, check_has_files, make_backend
 from empg_envs.swe.grading import Grade
 from empg_envs.swe.predictions import read_predictions
@@ -60,7 +60,7 @@ def score(
         for task, job in zip(given, work, strict=True):
             try:
                 grade = job.result()
-            except (DataError, SandboxError) as error:
+            except (ValueError, SandboxError) as error:
                 errors[task.instance_id] = " ".join(str(error).split())
                 continue
             reasons[task.instance_id] = grade.reason

@@ -13,6 +13,7 @@ import pytest
 from tests.cages import need_cages
 
 PYTHON = os.path.realpath(sys.executable)
+PYTEST = f"{sys.executable} -m pytest"  # of the tests' own environment
 # `run` copies an image's folder; `exec` runs in a cage of its own over that copy; `pull` asks a registry.
 FAKE = """#!{python} -I
 import json, os, shutil, subprocess, sys
@@ -97,6 +98,7 @@ elif argv[0] == "exec":
     for word, value in zip(how, how[1:]):
         if word == "--volume":
             cage += ["--bind", box + "/testbed", "/testbed"] if value.endswith("/.") else ["--tmpfs", value]
+    cage += ["--ro-bind", {venv!r}, {venv!r}]  # last, as it may lie in /tmp
     sys.exit(subprocess.run([*cage, "--chdir", "/testbed", *argv[place + 1 :]]).returncode)
 else:
     sys.exit("the stand-in has no command " + argv[0])
@@ -121,7 +123,8 @@ def make_stand_in(home: Path) -> Path:
     (home / "images").mkdir()
     (home / "ps").write_text("")
     program = home / "docker"
-    program.write_text(FAKE.format(python=sys.executable, home=str(home), prefix=sys.base_prefix))
+    text = FAKE.format(python=sys.executable, home=str(home), prefix=sys.base_prefix, venv=sys.prefix)
+    program.write_text(text)
     program.chmod(0o755)
     return program
 

@@ -81,6 +81,11 @@ def test_rule_of_r2e_is_equality() -> None:
     assert not judge(task, {"A.a": "PASSED", "b": "PASSED"}).resolved
     assert not judge(task, {"A.a": "PASSED"}).resolved
     assert not judge(task, {"A.a": "PASSED", "b": "FAILED", "c": "PASSED"}).resolved
+    broken = parse_row(
+        {**row, "expected_output_json": json.dumps({"\x1b[1ma\x1b[0m": "PASSED", "": "ERROR"})}
+    )
+    assert judge(broken, {"a": "PASSED", "": "ERROR"}).resolved
+    assert not judge(broken, {"a": "PASSED", "b": "ERROR"}).resolved
 
 
 def test_reports_survive_garbage() -> None:
@@ -323,23 +328,40 @@ def test_second_bugs_are_made_by_one_of_many(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gold, runs = patches.apply(broken_tree(task), task.patch), []
+    steady, red = (*task.fail_to_pass, *task.pass_to_pass)[:2]
 
     def run(tree: Tree, seconds: float) -> dict[str, str]:
         time.sleep(0.05)
         runs.append(seconds)
-        return {"t::a": "PASSED", "t::b": "PASSED" if len(runs) == 1 else "FAILED"}
+        unnamed = {"t::flaky": "PASSED" if len(runs) == 1 else "FAILED"}
+        return {steady: "PASSED", red: "PASSED" if len(runs) == 1 else "FAILED", **unnamed}
 
     def make(number: int) -> list[SecondBug]:
         return MadeBugs(random.Random(number)).make(task, gold, run, 60, within=60)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(make, range(8)))
-    assert len(runs) == 2 and found[0] and found == found[:1] * 8
+    assert len(runs) == 3 and found[0] and found == found[:1] * 8
     kept = [path for path in tmp_path.rglob("*.json*") if not path.name.endswith(".lock")]
     assert len(kept) == 1
     kept[0].write_text("[")  # damaged
     runs.clear()
-    assert make(0)[0].red == ("t::b",) and len(runs) == 2
+    assert make(0)[0].red == (red,) and len(runs) == 3
+
+
+def test_a_test_that_fails_now_and_then_is_no_second_bug(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gold, runs = patches.apply(broken_tree(task), task.patch), []
+    names = (*task.fail_to_pass, *task.pass_to_pass)
+
+    def run(tree: Tree, seconds: float) -> dict[str, str]:
+        runs.append(seconds)
+        flaky = "FAILED" if len(runs) in (2, 5) else "PASSED"  # of a first and of a second run
+        return {name: flaky if name == names[0] else "PASSED" for name in names}
+
+    assert MadeBugs(random.Random(0)).make(task, gold, run, 60) == []
 
 
 def test_the_time_for_second_bugs_is_limited_and_no_bug_is_kept_too(
@@ -352,7 +374,7 @@ def test_the_time_for_second_bugs_is_limited_and_no_bug_is_kept_too(
     def run(tree: Tree, seconds: float) -> dict[str, str]:
         runs.append(seconds)
         clock[0] += min(seconds, 30)
-        return {"t::a": "PASSED"} if len(runs) == 1 else {}
+        return {task.fail_to_pass[0]: "PASSED"} if len(runs) == 1 else {}
 
     made = MadeBugs(random.Random(0))
     assert made.make(task, gold, run, 60, within=50) == [] and runs == [50, 20]

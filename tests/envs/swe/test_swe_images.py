@@ -22,6 +22,7 @@ from tests.envs.swe.attacks import PATCHES, PatchAttack
 from tests.envs.swe.engines import PYTHON, calls, make_repository, make_stand_in
 
 OF_R2E = """\
+echo "=== short test summary info ==="
 grep -q right lib.txt && echo "PASSED checks.py::A::test_a" || echo "FAILED checks.py::A::test_a - why"
 echo "PASSED checks.py::A::test_b"
 grep -q right lib.txt

@@ -163,10 +163,10 @@ def test_logs_without_the_oracle() -> None:
     assert reports.parse_pytest_options("PASSED t.py::p[/a/b/f.txt]\n") == {"t.py::p[/f.txt]": "PASSED"}
     assert reports.parse_matplotlib("PASSED t.py::p[MouseButton.LEFT]\n") == {"t.py::p[1]": "PASSED"}
     assert reports.parse_seaborn("t.py::a PASSED [ 50%]\n") == {"t.py::a": "PASSED"}
-    assert reports.parse_r2e("FAILED a.py::T::x - why\nPASSED a.py::y[1]\n") == {
-        "T.x": "FAILED",
-        "y[1]": "PASSED",
-    }
+    of_r2e = "ERROR    root:a.py:5 logged\n== short test summary info ==\nFAILED a.py::T::x - why\n"
+    of_r2e += "PASSED a.py::y[1]\nXFAIL a.py::z\nSKIPPED [1] a.py:3: no\nERROR b.py - ImportError: PASSED\n"
+    assert reports.parse_r2e(of_r2e) == {"T.x": "FAILED", "y[1]": "PASSED", "": "ERROR"}
+    assert reports.parse_r2e("PASSED a.py::T::x\n") == {}
     django = (
         "test_a (m.T) ... ok\ntest_b (m.T) ... skipped 'x'\ntest_c (m.T) ... noise\nok\nERROR: test_d (m.T)\n"
     )
@@ -180,4 +180,8 @@ def test_logs_that_do_not_agree_with_themselves() -> None:
     assert reports.doubts(honest, reports.parse_pytest, 1) == []
     assert "contradiction" in reports.doubts(honest + "PASSED t.py::b\n", reports.parse_pytest, 1)[0]
     assert "exit code 0" in reports.doubts(honest, reports.parse_pytest, 0)[0]
+    logged = "ERROR    lib:lib.py:4 expected\n== short test summary info ==\nPASSED t.py::a\n"
+    assert reports.doubts(logged, reports.parse_pytest, 0) == []
+    twice = "== short test summary info ==\nFAILED t.py::a\n== short test summary info ==\nPASSED t.py::a\n"
+    assert "contradiction" in reports.doubts(twice, reports.parse_r2e, None)[0]
     assert not reports.is_believable({"a": "PASSED"}, 1) and reports.is_believable({"a": "FAILED"}, 1)

@@ -26,7 +26,7 @@ MOST_PLAIN = 3
 SWAPPED = 0.9  # share of pairs whose real test gets the new name
 GREEN = frozenset(("PASSED", "XFAIL", "XPASS"))
 
-Function = ast.FunctionDef
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +231,7 @@ class _Edits:
 
 def _functions(tree: ast.AST, classes: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Function]]:
     for node in getattr(tree, "body", ()):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, Function):
             yield (*classes, node.name), node
         elif isinstance(node, ast.ClassDef):
             yield from _functions(node, (*classes, node.name))

@@ -40,7 +40,9 @@ OPPOSITES = {
 OPPOSITES |= {new: old for old, new in OPPOSITES.items()}
 
 
-def spoiled(source: Source, function: ast.FunctionDef, draw: random.Random) -> Spoil | None:
+def spoiled(
+    source: Source, function: ast.FunctionDef | ast.AsyncFunctionDef, draw: random.Random
+) -> Spoil | None:
     """Return an edit that makes a test fail wherever it passes; None if there is none.
 
     Only statements of the test's own body count, which are always reached. Sure ones are preferred. (An
