@@ -236,7 +236,9 @@ class Scores:
 
     old_logprobs: Leaf  # float32[B T]
     entropies: Leaf  # float32[B T]
-    ref_logprobs: Leaf  # float32[B T]  equals old_logprobs when there is no KL term
+    ref_logprobs: Leaf = (
+        None  # float32[B T]  of the frozen reference; None unless a part of the recipe needs it
+    )
     values: Leaf = None  # float32[B T]  value of the state that a token was sampled in; None without a critic
     clip_scale: Leaf = None  # float32[B T]  the credit's, for the loss; None = 1 everywhere
 

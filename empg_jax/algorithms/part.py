@@ -52,6 +52,7 @@ class Correction:
       mean_weight: normalizer of these constants; None = 1. `weigh` sees some rows only, so credit divides the
         advantages by the normalizer; objectives are proportional to the advantages.
       limit: tokens whose policy loss keeps its gradient; the others keep its value. None = all.
+      needs: as of a `Part`.
     """
 
     name: str = "correction"
@@ -60,6 +61,7 @@ class Correction:
     weigh: Weigh | None = None
     mean_weight: MeanWeight | None = None
     limit: Limit | None = None
+    needs: tuple[str, ...] = ()
 
 
 def default_of(function: Callable[..., Any], name: str) -> Any:

@@ -78,12 +78,19 @@ class Recipe:
     @property
     def needs_reference(self) -> bool:
         """Whether a frozen reference policy is scored beside the policy."""
-        return self.kl is not None or "ref_logprobs" in needs_of(self.estimate)
+        return self.kl is not None or "ref_logprobs" in self.needs
 
     @property
     def needs_answers(self) -> bool:
         """Whether the known answer is scored after every prompt."""
-        return "answer_logprobs" in needs_of(self.estimate)
+        return "answer_logprobs" in self.needs
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the parts together read beyond the policy's own scores (`Part.needs`)."""
+        one = (self.estimate, self.modulate, self.objective, self.aggregate, self.kl, self.critic)
+        several: Any = (*self.penalise, *self.correct, *self.keep)  # type: ignore[misc]
+        return frozenset(name for part in (*one, *several) for name in needs_of(part))
 
 
 def needs_of(part: Any) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     drop_unused: bool = False,
+    algorithm: str | None = None,
 ) -> Config:
     """Read a configuration.
 
@@ -49,6 +50,7 @@ def load_config(
         another environment, the file's options for its own one are left out.
       drop_unused: leave out the file's keys that mean nothing to the algorithm that the overrides name, as is
         done with a packaged file; else they are a mistake.
+      algorithm: name of an algorithm in place of all that the file has in this section.
 
     Returns:
       The checked, frozen configuration; its name is the file's unless the file sets one. Its ``notes`` list
@@ -59,6 +61,8 @@ def load_config(
     """
     path = find_file(name_or_path)
     values = {"name": path.stem} | read_file(path)
+    if algorithm is not None:
+        values["algorithm"] = {"name": algorithm}
     notes = drop_options(values, overrides)
     filed, command = copy.deepcopy(values.get("algorithm", {})), dict[str, Any]()
     for override in overrides:

@@ -199,7 +199,7 @@ def _batch_shardings(tokens: NamedSharding, rows: NamedSharding, whole: NamedSha
 
 
 def _recorded(batch: Batch) -> Scores:
-    return Scores(batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
+    return Scores(batch.behavior_logprobs, batch.behavior_entropies)
 
 
 def _sampled_mean(batch: Batch, values: jax.Array) -> jax.Array:
@@ -321,7 +321,7 @@ class _Spec:
         names = jax.eval_shape(score_rows, jnp.int32(0))
         grids = jax.lax.fori_loop(0, stop, body, dict.fromkeys(names, grid))
         flat = {name: grid.reshape(size, length) for name, grid in grids.items()}
-        return Scores(**{"ref_logprobs": flat["old_logprobs"]} | flat)
+        return Scores(**flat)
 
     def update(
         self,

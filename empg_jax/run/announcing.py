@@ -10,6 +10,8 @@ from empg_jax.hf.config import read_positions
 from empg_jax.learner.fingerprint import TEXT, text_logprob
 from empg_jax.learner.update import Learner
 from empg_jax.parallel.hosts import ALONE, Hosts
+from empg_jax.report.events import EventLog
+from empg_jax.report.progress import Progress
 from empg_jax.run.assembly import Language
 from empg_jax.run.environment import find_spec
 from empg_jax.run.folder import add_run_info
@@ -77,3 +79,12 @@ def announce_rows(
     say(line)
     if hosts.is_first:
         add_run_info(run_dir, {"rows": line})
+
+
+def tell_other_recipe(progress: Progress, events: EventLog, entry_point: str, update: int) -> None:
+    """Report that the source of a recipe is not what it was, to the user and in the event log."""
+    progress.message(
+        f"the module of algorithm.entry_point={entry_point} is not what it was at update {update}: if it "
+        "computes something else now, this run has two algorithms"
+    )
+    events.tell("recipe_changed", entry_point=entry_point)

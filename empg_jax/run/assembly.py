@@ -24,10 +24,10 @@ from empg_jax.algorithms import (
 )
 from empg_jax.algorithms.aggregation import SCALED_MODES
 from empg_jax.algorithms.configure import configure, spec_of
-from empg_jax.algorithms.entry import try_recipe
 from empg_jax.algorithms.keys import NOT_OF_PARTS, readable
 from empg_jax.algorithms.part import name_of
 from empg_jax.algorithms.recipes import for_single_attempts
+from empg_jax.algorithms.trial import try_recipe
 from empg_jax.errors import ConfigError
 from empg_jax.hf.config import config_from_hf, read_hf_config
 from empg_jax.hf.hub import find_folder

@@ -86,8 +86,9 @@ def make_recompute(config: Config) -> Callable[[list[Record]], tuple[list[Record
         alike = join_alike(trajectories, config.algorithm.anchor_similarity)
         batch, _ = make_batch(alike, _find_shape(config, trajectories), seed=(config.seed,))
         values = np.zeros(batch.tokens.shape, np.float32) if has_critic else None
-        recorded = (batch.behavior_logprobs, batch.behavior_entropies, batch.behavior_logprobs)
-        credit = jax.device_get(compiled(batch, Scores(*recorded, values)))
+        recorded = batch.behavior_logprobs, batch.behavior_entropies
+        reference = batch.behavior_logprobs  # which nobody recorded
+        credit = jax.device_get(compiled(batch, Scores(*recorded, reference, values)))
         for i, record in enumerate(records):
             turns = enumerate(record["turns"])
             record["turns"] = [turn | credit_fields(credit, i, k) for k, turn in turns]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import optax
 
+from empg_jax.algorithms.entry import source_hash
 from empg_jax.engine.engine import Engine
 from empg_jax.engine.interface import SamplingEngine
 from empg_jax.learner.batching import BatchShape, make_batch
@@ -32,7 +33,7 @@ from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.schedule import open_recorder
 from empg_jax.rollout.shares import take_share
 from empg_jax.rollout.thread import RolloutThread
-from empg_jax.run.announcing import announce_length, announce_model, announce_rows
+from empg_jax.run.announcing import announce_length, announce_model, announce_rows, tell_other_recipe
 from empg_jax.run.assembly import (
     Language,
     make_algorithm_from,
@@ -83,6 +84,7 @@ class Parts:
     settings: str  # the configuration in YAML, as it goes into every checkpoint
     check_stop: Callable[[], None]  # raises `Interrupted` after a request to stop
     base_checksum: str | None  # of the frozen weights below adapters
+    recipe: str | None  # fingerprint of the source of a recipe of the user's own
     hosts: Hosts = ALONE
 
 
@@ -94,6 +96,7 @@ class Boundary:
       update: number of RL updates made.
       base: checksum of the frozen weights below adapters.
       config: the resolved configuration, in YAML.
+      recipe: fingerprint of the source of a recipe of the user's own.
       record: the run's totals at that moment.
       seconds: wall seconds by phase.
       ledger: progress of the groups (`Ledger.cut`).
@@ -103,6 +106,7 @@ class Boundary:
     update: int = 0
     base: str | None = None
     config: str = ""
+    recipe: str | None = None
     record: RunRecord = dataclasses.field(default_factory=RunRecord)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     ledger: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -114,6 +118,7 @@ class Boundary:
             "update": self.update,
             "base": self.base,
             "config": self.config,
+            "recipe": self.recipe,
             "record": self.record.as_json(),
             "seconds": self.seconds,
             "ledger": self.ledger,
@@ -201,6 +206,8 @@ def open_run(
     announce_length(config, config.rollout.max_tokens, say=progress.message)
     announce_rows(config, run_dir, language, say=progress.message, hosts=hosts)
     base_checksum = None if learner.base is None else checksum(learner.base)
+    entry_point = config.algorithm.entry_point
+    recipe = None if entry_point is None else source_hash(entry_point)
     if is_resumed:
         del state  # its memory is for the one that is read
         restored = restore_state(config, checkpoints, learner, step)
@@ -209,8 +216,10 @@ def open_run(
         events.update = run.update
         run.reference = _find_reference(config, run, checkpoints, learner)
         progress.message(f"resumed at update {run.update} of {config.train.updates}")
+        if restored.progress.get("recipe") not in (None, recipe):
+            tell_other_recipe(progress, events, str(entry_point), run.update)
     else:  # also what is saved before the first boundary can be gone on from
-        run = RunState(state, boundary=Boundary(base=base_checksum, config=config.to_yaml()))
+        run = RunState(state, boundary=Boundary(base=base_checksum, config=config.to_yaml(), recipe=recipe))
     if config.train.max_lag and hosts.num == 1:
         rollout.recorder = open_recorder(run_dir, run.update, is_resumed=is_resumed)
     # The line of an update that was stopped before its line is written again.
@@ -236,6 +245,7 @@ def open_run(
         settings=config.to_yaml(),
         check_stop=stop.check,
         base_checksum=base_checksum,
+        recipe=recipe,
         hosts=hosts,
     )
     return parts, run

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
@@ -78,16 +78,13 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
         base.
       ConfigError: an override does not fit, asks for devices that are missing, or names another tokenizer.
     """
-    # Imported here, because it loads pydantic, which only this function needs.
-    from empg_jax.config import load_config
-
     run_dir, step = split_checkpoint(Path(path))
     if not (run_dir / "config.yaml").exists():
         raise RefusedCheckpoint(
             f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP"
         )
-    own, config = (load_config(str(run_dir / "config.yaml"), changes) for changes in ((), overrides))
-    if config.model.tokenizer != own.model.tokenizer:
+    config, own = _read(run_dir / "config.yaml", overrides, warn)
+    if config.model.tokenizer != own.get("tokenizer"):
         raise ConfigError(
             f"model.tokenizer={config.model.tokenizer}: {path} keeps the tokenizer that it was trained with; "
             "model.chat_template=FILE gives it another chat template"
@@ -95,7 +92,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
     if not any(change.startswith("mesh.") for change in overrides):
         config = _fit_mesh(config, warn)
     check_devices(config)
-    keeps_template = config.model.chat_template == own.model.chat_template
+    keeps_template = config.model.chat_template == own.get("chat_template")
     language = make_language(config, run_dir / "tokenizer", keeps_template=keeps_template)
     model = make_model(config, language.tokenizer)
     mesh = make_mesh(**vars(config.mesh))
@@ -107,6 +104,30 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
     base = make_base(config, model, mesh)
     check_base(restored.progress.get("base"), None if base is None else checksum(base))
     return SavedRun(config, language, model, mesh, restored.step, restored.state.params, base)
+
+
+def _read(path: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> tuple[Config, dict[str, Any]]:
+    """Read a run's configuration with overrides, and its section about the model without them.
+
+    A recipe of the user's own that cannot be loaded any more is not needed here, and left out.
+    """
+    # Imported here, because it loads pydantic, which only this function needs.
+    from empg_jax.config import load_config
+    from empg_jax.config.yaml import read_file
+
+    saved = read_file(path)
+    model: dict[str, Any] = saved.get("model") or {}
+    recipe = (saved.get("algorithm") or {}).get("entry_point")
+    try:
+        return load_config(str(path), overrides), model
+    except ConfigError as error:
+        if recipe is None:
+            raise
+        kept = [change for change in overrides if not change.startswith("algorithm.")]
+        config = load_config(str(path), kept, algorithm="reinforce")  # it demands least of the others
+        reason = " ".join(str(error).split("\n", 1)[-1].split())
+        warn(f"the run's recipe is left out, as it is not needed here: {reason}")
+        return config, model
 
 
 def _fit_mesh(config: Config, warn: Callable[[str], None]) -> Config:

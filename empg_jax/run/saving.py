@@ -24,6 +24,7 @@ def mark_boundary(parts: Parts, run: RunState) -> None:
         update=run.update,
         base=parts.base_checksum,
         config=parts.settings,
+        recipe=parts.recipe,
         record=copy.deepcopy(run.record),
         seconds=parts.clock.seconds,
     )

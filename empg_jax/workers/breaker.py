@@ -118,9 +118,11 @@ class Breaker:
             self._since = now
         counts = self._counts()
         reason, _ = counts.most_common(1)[0]
+        last = self._last[reason].strip().rpartition("\n")[2]
         logger.warning(
-            "%s: no new episodes until the environment works again; a probe every %g s, up to %g s",
-            *(self._describe(), self._policy.probe, self._policy.patience),
+            "%s: no new episodes until the environment works again; a probe every %g s, up to %g s. "
+            "The last one: %s",
+            *(self._describe(), self._policy.probe, self._policy.patience, last or "no message"),
         )
         self._tell("breaker_open", reasons=dict(counts), reason=reason, detail=self._last[reason])
 

@@ -7,7 +7,7 @@ import pytest
 
 from empg_jax.algorithms import Recipe, parts
 from empg_jax.algorithms.contract import TokenCredit
-from empg_jax.algorithms.entry import try_recipe
+from empg_jax.algorithms.trial import try_recipe
 from empg_jax.errors import ConfigError
 from empg_jax.run.assembly import make_algorithm_from
 from empg_jax.types import Scores

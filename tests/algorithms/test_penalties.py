@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import empg_jax.algorithms as al
-from empg_jax.algorithms.entry import _small_batch
 from empg_jax.algorithms.recipes import RECIPES
+from empg_jax.algorithms.trial import _small_batch
 from empg_jax.config import load_config
 from empg_jax.learner.batching import BatchShape, make_batch
 from empg_jax.run.assembly import make_algorithm_from

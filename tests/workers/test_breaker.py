@@ -60,19 +60,20 @@ def fail(breaker, reason="env_error", detail="", *, op="step", task=0):
     breaker.record_failure(reason, detail, op, task=task)
 
 
-def test_opens_after_failures_in_a_row_or_at_a_share():
+def test_opens_after_failures_in_a_row_or_at_a_share(caplog):
     breaker, _, diary = make_breaker(breaker_min=4, breaker_window=16, breaker_share=0.5)
     for _ in range(16):
         breaker.record_success()
     for task in range(3):
-        fail(breaker, detail="no route", task=task)
+        fail(breaker, detail="line 1\nno route", task=task)
     assert not breaker.is_open
     breaker.record_answer("reset")  # resets say nothing about steps
     fail(breaker, "timeout", "slow")
     assert breaker.is_open and breaker.openings == 1
     (event,) = diary.of("breaker_open")
     assert event["reasons"] == {"env_error": 3, "timeout": 1}
-    assert event["reason"] == "env_error" and event["detail"] == "no route"
+    assert event["reason"] == "env_error" and event["detail"] == "line 1\nno route"
+    assert caplog.messages[-1].endswith("The last one: no route")
     # Steps that succeed between them: never four in a row, but half of the episodes.
     breaker, _, _ = make_breaker(breaker_min=4, breaker_window=16, breaker_share=0.5)
     for task in range(4):
