@@ -134,7 +134,7 @@ def test_a_row_is_the_start_the_responses_and_the_text_between(seen):
         for before, turn in zip(episode["turns"], later, strict=False):
             new = [{"role": "user", "content": prompts.follow(turn["observation"], {"admissible": []})}]
             stopped = before["token_ids"][-1] == renderer.end_id
-            delta = renderer.tokenizer.encode(renderer.end_token + renderer.suffix(new))[stopped:]
+            delta = renderer.tokenizer.encode(renderer.end_token + renderer.suffix((), new))[stopped:]
             begin += len(before["token_ids"])
             assert rest[begin : begin + len(delta)] == delta
             begin += len(delta)

@@ -10,7 +10,7 @@ The modules `model`, `sections`, `workers` and `algorithm` define the sections; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from empg_jax.algorithms.keys import flatten
 from empg_jax.config.algorithm import ALGORITHM_NAMES
 from empg_jax.config.explain import explain, list_keys, list_literals
 from empg_jax.config.lag import find_lag, with_lag_defaults
+from empg_jax.config.model import SIZES
 from empg_jax.config.overlay import check_command, overlay
 from empg_jax.config.whole import Config as Config
 from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, read_file
@@ -91,10 +92,21 @@ def load_config(
         # Defaults are no settings in a file, but a command's key that has no effect is a mistake even then.
         if idle := list(check_command(config.algorithm, commanded)):
             raise ConfigError(_unusable(name_or_path, idle))
-        return config.with_notes(notes)
+        return config.with_notes([*notes, *_idle_sizes(config, overrides)])
     except ValidationError as error:
         lines = [line for item in error.errors() for line in explain(Config, item)]
         raise ConfigError(_unusable(name_or_path, lines)) from None
+
+
+def _idle_sizes(config: Config, overrides: Sequence[str]) -> Iterator[str]:
+    """Yield a note for each size that a command gives to a model that has its own."""
+    model = config.model
+    source = f"model.path={model.path}" if model.path is not None else f"model.preset={model.preset}"
+    if model.path is None and model.preset is None:
+        return
+    for override in overrides:
+        if override.partition("=")[0].strip().removeprefix("model.") in SIZES:
+            yield f"{override} has no effect: {source} brings its own sizes"
 
 
 def make_config(values: dict[str, Any], overrides: Sequence[str], source: str) -> Config:

@@ -23,6 +23,11 @@ def as_mapping(value: Any) -> Any:
 Options = Annotated[dict[str, Any], BeforeValidator(as_mapping)]
 
 
+# What a folder or a preset brings along.
+SIZES = frozenset(("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"))
+SIZES |= {"vocab_size", "rope_theta", "norm_eps", "tie_embeddings", "qkv_bias", "qk_norm"}
+
+
 class LoraConfig(Section):
     """Low-rank adapters: only they are trained, and the model below them stays frozen."""
 

@@ -215,8 +215,12 @@ def _family_of(config: DecoderConfig, base_family: str | None) -> str:
 def _read_rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
     """Return the rotary theta, the scaling and a list of problems.
 
-    Newer files have ``rope_parameters``; older files have ``rope_theta`` and ``rope_scaling``.
+    Newer files have ``rope_parameters``; older files have ``rope_theta`` and ``rope_scaling``, which
+    transformers prefers where a file has both.
     """
+    old, new = keys.get("rope_scaling"), keys.get("rope_parameters")
+    if old and new and old != new:
+        return 0.0, None, [f"rope_scaling={old!r} beside rope_parameters={new!r} (one of them is)"]
     name = "rope_parameters" if keys.get("rope_parameters") else "rope_scaling"
     rope = keys.get(name) or {}
     if not isinstance(rope, Mapping):

@@ -26,7 +26,7 @@ from empg_jax.hf.layout import INDEX, Leaf, get_leaf, list_leaves, set_leaf
 from empg_jax.hf.safetensors import SafetensorsFile
 from empg_jax.hf.save import save_hf as save_hf
 from empg_jax.models.decoder import DecoderConfig
-from empg_jax.models.quantize import quantize_module
+from empg_jax.models.quantize import quantize_module, scheme_of
 from empg_jax.types import Params
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -80,7 +80,8 @@ def load_hf(
     params: Params = {}
     for leaf in weights.leaves:
         if leaf.stacked:
-            module = _read_stacked(leaf, weights.files, shardings, quantize)
+            scheme = scheme_of(leaf.path[-2], quantize)
+            module = _read_stacked(leaf, weights.files, shardings, scheme)
             for name, array in module.items():
                 set_leaf(params, (*leaf.path[:-1], name), array)
         else:

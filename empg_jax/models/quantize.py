@@ -138,7 +138,7 @@ def cast_params(params: Params, dtype: Any) -> Params:
 
 
 def quantize_params(params: Params, scheme: str) -> Params:
-    """Quantize every layer's matrices; embeddings, head, norms and biases are kept unchanged.
+    """Quantize every layer's matrices; embeddings, head, routers, norms and biases are kept unchanged.
 
     Args:
       params: stacked parameters.
@@ -146,8 +146,15 @@ def quantize_params(params: Params, scheme: str) -> Params:
     """
     if scheme == "none":
         return params
-    layers = {name: quantize_module(module, scheme) for name, module in params["layers"].items()}
+    layers = {
+        name: quantize_module(module, scheme_of(name, scheme)) for name, module in params["layers"].items()
+    }
     return {**params, "layers": layers}
+
+
+def scheme_of(name: str, scheme: str) -> str:
+    """Return the scheme of one of a layer's modules; a router's choices would change, and it is small."""
+    return "none" if name == "router" else scheme
 
 
 def quantize_module(module: Params, scheme: str) -> Params:

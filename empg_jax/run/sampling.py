@@ -25,6 +25,7 @@ from empg_jax.run.environment import find_spec
 from empg_jax.run.server import check_server, open_server
 from empg_jax.run.splits import check_split, count_panels, make_order
 from empg_jax.run.storage import load_trajectories
+from empg_jax.text.continuation import Continuation
 from empg_jax.text.stops import StopSearch
 from empg_jax.text.tokenizer import Tokenizer
 from empg_jax.types import Params, Trajectory
@@ -230,7 +231,7 @@ def make_collector(
         pool,
         language.make_context,
         language.parser,
-        language.tokenizer.decode,
+        Continuation(language.tokenizer).decode,
         make_rules(config),
         seed=config.seed,
         stream=stream,
@@ -245,8 +246,8 @@ def make_collector(
 
 def make_watches(config: Config, tokenizer: Tokenizer) -> Callable[[], Watch | None]:
     """Return what makes the search for ``rollout.stop`` in a response."""
-    stops = config.rollout.stop
-    return lambda: StopSearch(tokenizer.decode, stops) if stops else None
+    stops, decode = config.rollout.stop, Continuation(tokenizer).decode
+    return lambda: StopSearch(decode, stops) if stops else None
 
 
 def make_evaluator(

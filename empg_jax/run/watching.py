@@ -16,6 +16,7 @@ from empg_jax.run.process import prepare_jax
 from empg_jax.run.sampling import make_engine, make_watches
 from empg_jax.run.saved import SavedRun, open_new, open_saved
 from empg_jax.run.terminal import Say, build_env, choose_task, plain, play_task
+from empg_jax.text.continuation import Continuation
 
 STREAM = 3  # keeps the sampling keys apart from those of training, evaluation and serving
 
@@ -124,7 +125,7 @@ class PolicyAgent:
         responses: Sequence[Response] = ()
         while not responses:
             responses = self._engine.step()
-        text = self._language.tokenizer.decode(responses[0].tokens.tolist())
+        text = Continuation(self._language.tokenizer).decode(responses[0].tokens.tolist())
         parsed = self._language.parser(text, info)
         self._turns += 1
         self._last = responses[0], text, parsed.action

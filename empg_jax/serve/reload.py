@@ -17,12 +17,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from empg_jax.engine.engine import Engine
+from empg_jax.hf.config import config_from_hf, read_hf_config
+from empg_jax.hf.hub import find_folder
 from empg_jax.hf.load import load_hf
 from empg_jax.models.decoder import DecoderConfig, init_params
 from empg_jax.serve.app import More
 from empg_jax.serve.driver import MEMORY_ERRORS, Driver, Weights, lacks_memory
 from empg_jax.serve.wire import ApiError, check_keys, refuse
 from empg_jax.types import Params
+
+# What a model computes by beside its weights' shapes.
+_SAME = (
+    *("num_layers", "num_heads", "num_kv_heads", "head_dim", "rope_theta", "rope_scaling", "norm_eps"),
+    *("tie_embeddings", "qkv_bias", "qk_norm", "moe"),
+)
 
 KEYS = frozenset({"model_path", "weight_version", "load_format", "abort_all_requests", "flush_cache"})
 
@@ -71,6 +79,8 @@ def _load(engine: Engine, path: str) -> Params:
     # A critic's head is no part of what is published.
     model = dataclasses.replace(engine.model, value_head=False)
     try:
+        folder = find_folder(path, ("config.json",), "model")
+        _check_same(config_from_hf(read_hf_config(folder), max_length=engine.config.max_tokens), model)
         return load_hf(path, model, shardings=_host_shardings(model))[1]
     except (OSError, ValueError) as error:
         raise refuse(f"model_path={path}: {error}", "model_path") from None
@@ -78,6 +88,18 @@ def _load(engine: Engine, path: str) -> Params:
         if not lacks_memory(error):
             raise
         raise ApiError(503, f"model_path={path}: no memory for the weights: {error}") from None
+
+
+def _check_same(given: DecoderConfig, served: DecoderConfig) -> None:
+    """Refuse weights of a model that computes something else with them.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    pairs = {name: (getattr(given, name), getattr(served, name)) for name in _SAME}
+    differing = [f"{name} is {a}, here {b}" for name, (a, b) in pairs.items() if a != b]
+    if differing:
+        raise ValueError("its config.json describes another model: " + "; ".join(differing))
 
 
 def _host_shardings(model: DecoderConfig) -> Params | None:

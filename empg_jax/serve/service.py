@@ -20,7 +20,7 @@ from empg_jax.serve.answers import (
 from empg_jax.serve.asked import Asked
 from empg_jax.serve.driver import Update
 from empg_jax.serve.stream import StreamWriter
-from empg_jax.serve.text import Continuation, TextPlaces
+from empg_jax.serve.text import TextPlaces
 from empg_jax.serve.wire import (
     CHAT,
     COMPLETION,
@@ -40,6 +40,7 @@ from empg_jax.serve.wire import (
     refuse,
 )
 from empg_jax.text.chat import ChatRenderer, ends_in_thought
+from empg_jax.text.continuation import Continuation
 from empg_jax.text.stops import REPLACEMENT, cut_at_stop
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.text.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Tokens to text: behind a prompt, in pieces that never change again, and with the place of each token."""
+"""Tokens to text: in pieces that never change again, and with the place of each token."""
 
 from __future__ import annotations
 
@@ -7,27 +7,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from empg_jax.text.stops import CHARACTER_TOKENS, REPLACEMENT, Decode, cut_at_stop
-from empg_jax.text.tokenizer import Tokenizer
-
-
-class Continuation:
-    """The text of tokens that go on with a text.
-
-    Some decoders strip the space at the beginning of what they are given. So the tokens are decoded behind an
-    ordinary one, whose text is cut off.
-
-    Args:
-      tokenizer: the tokenizer.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode, self._before = tokenizer.decode, tokenizer.encode("a")[-1:]
-        self._cut = {skip: len(self._decode(self._before, skip_special=skip)) for skip in (False, True)}
-
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Return the text of ids, as `Tokenizer.decode`."""
-        text = self._decode([*self._before, *ids], skip_special=skip_special)
-        return text[self._cut[skip_special] :]
 
 
 class TextStream:

@@ -20,6 +20,7 @@ from empg_jax.text.template import ChatTemplateError, Message
 from empg_jax.text.tokenizer import Tokenizer
 
 _TOOL = "empgtool0x"
+_KEPT = 1024  # system messages whose seams are known
 _CACHED = 4096  # characters of the longest text whose ids are kept: thousands must not fill the memory
 
 
@@ -58,6 +59,7 @@ class ChatRenderer:
         self._encode_short = functools.lru_cache(maxsize=cache_size)(self._encode_anew)
         self._told = {"user", "assistant"}  # roles of which the template prints the messages
         self._seams, self._suffixes = SeamFinder(self.render), SuffixFinder(self.render)
+        self._led: dict[Any, bool] = {}  # by system message and roles: whether a seam holds behind it
         self.end_id = _require_turn_end(tokenizer)
         end_token = tokenizer.id_to_token(self.end_id)
         assert end_token is not None
@@ -137,7 +139,7 @@ class ChatRenderer:
         delta = None if variables else self._quick_delta(prefix_messages, response_text, new_messages)
         end_id: int | None = self.end_id
         if delta is None and self.history == "append":
-            suffix = self.suffix(new_messages, **variables)
+            suffix = self.suffix(prefix_messages, new_messages, **variables)
             delta = None if suffix is None else self._closing + suffix
             end_id = self.tokenizer.token_to_id(self._closing)
         elif delta is None:
@@ -151,10 +153,12 @@ class ChatRenderer:
             return None
         return list(ids[1:] if stopped else ids)
 
-    def suffix(self, new_messages: Sequence[Message], **variables: Any) -> str | None:
-        """Return the text between the end of any answer and the next answer; None if it is not fixed."""
+    def suffix(
+        self, prefix: Sequence[Message], new_messages: Sequence[Message], **variables: Any
+    ) -> str | None:
+        """Return the text between the end of any answer to a prefix and the next; None if it is not fixed."""
         try:
-            found = self._suffixes.find(new_messages, **variables)
+            found = self._suffixes.find(new_messages, _system_of(prefix), **variables)
         except ChatTemplateError:
             return None
         return found.removeprefix(self._closing) if found.startswith(self._closing) else None
@@ -269,7 +273,17 @@ class ChatRenderer:
         seam = self._seams.find(prefix[-1]["role"], new_roles, len(prefix))
         if seam is None or not _fits(seam, prefix, response, new_messages):
             return None
-        return seam.fill([message["content"] for message in new_messages])
+        delta = seam.fill([message["content"] for message in new_messages])
+        system = _system_of(prefix)
+        if system is None:
+            return delta
+        # A template may choose by the system's words what it prints elsewhere: looked at once for each.
+        key = (repr(system), prefix[-1]["role"], new_roles)
+        if key not in self._led:
+            if len(self._led) >= _KEPT:  # tasks may have system messages of their own
+                self._led.clear()
+            self._led[key] = self._exact_delta(prefix, response, new_messages) == delta
+        return delta if self._led[key] else None
 
     def _exact_delta(
         self,
@@ -286,6 +300,10 @@ class ChatRenderer:
         answered = {"role": "assistant", "content": response}
         after = self.render([*prefix, answered, *new_messages], **variables)
         return after[len(before) :] if after.startswith(before) else None
+
+
+def _system_of(messages: Sequence[Message]) -> Message | None:
+    return messages[0] if messages and messages[0]["role"] == "system" else None
 
 
 def ends_in_thought(prompt: str) -> bool:

@@ -45,6 +45,7 @@ _BEFORE: tuple[tuple[str, tuple[Message, ...]], ...] = (
         ),
     ),
 )
+_KEPT = 1024  # kinds of messages
 _THOUGHT = "<think>\nreason\n</think>\n\n"
 
 
@@ -63,35 +64,46 @@ class SuffixFinder:
         self._render = render
         self._stable: set[Hashable] = set()  # kinds of messages whose text does not depend on what is before
 
-    def find(self, new_messages: Sequence[Message], **variables: Any) -> str:
+    def find(
+        self, new_messages: Sequence[Message], system: Message | None = None, /, **variables: Any
+    ) -> str:
         """Return the text from the end of an answer to the next generation prompt.
 
         Args:
           new_messages: the messages after the answer.
+          system: the system's message of the conversation, by which a template may choose what it prints.
           **variables: further variables of the template, for example ``tools``.
 
         Raises:
           UnstableHistory: the text depends on what stands before the answer.
           ChatTemplateError: the template refuses such messages after an answer.
         """
-        _, question = _BEFORE[0]
-        found = self._behind(question, _ANSWER, new_messages, variables)
+        before = [(name, _led_by(system, messages)) for name, messages in _BEFORE]
+        found = self._behind(before[0][1], _ANSWER, new_messages, variables)
         if found is None:
             raise UnstableHistory("the chat template does not print an answer as it is")
-        kind = (tuple(map(_kind, new_messages)), repr(variables))
+        kind = (tuple(map(_kind, new_messages)), repr(system), repr(variables))
         if kind not in self._stable:
-            self._check(found, new_messages, variables)
+            self._check(found, before, new_messages, variables)
+            if len(self._stable) >= _KEPT:  # tasks may have system messages of their own
+                self._stable.clear()
             self._stable.add(kind)
         return found
 
-    def _check(self, found: str, new_messages: Sequence[Message], variables: Mapping[str, Any]) -> None:
+    def _check(
+        self,
+        found: str,
+        before: Sequence[tuple[str, Sequence[Message]]],
+        new_messages: Sequence[Message],
+        variables: Mapping[str, Any],
+    ) -> None:
         """Compare the text with what is printed behind other conversations."""
-        (plain, question), *others = _BEFORE
+        (plain, question), *others = before
         behind = [(f"{plain} and a thought", question, _THOUGHT + _ANSWER)]
         behind += [(name, messages, _ANSWER) for name, messages in others]
-        for name, before, answer in behind:
+        for name, messages, answer in behind:
             try:
-                other = self._behind(before, answer, new_messages, variables)
+                other = self._behind(messages, answer, new_messages, variables)
             except ChatTemplateError:
                 continue  # the template refuses these roles, so they cannot occur in an episode either
             if other != found:
@@ -112,6 +124,13 @@ class SuffixFinder:
         text = self._render([*before, answered, *new_messages], **variables)
         _, found, rest = text.partition(_ANSWER)
         return rest if found else None
+
+
+def _led_by(system: Message | None, messages: Sequence[Message]) -> Sequence[Message]:
+    """Return messages behind the system's, in place of their own."""
+    if system is None:
+        return messages
+    return [system, *(message for message in messages if message["role"] != "system")]
 
 
 def _kind(message: Message) -> Hashable:

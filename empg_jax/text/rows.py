@@ -73,7 +73,7 @@ def tokenize_conversation(renderer: ChatRenderer, conversation: Conversation) ->
         prompt = render(before)
         new = prompt[len(shown) :] if rows and prompt.startswith(shown) else None
         if renderer.history == "append" and rows and index > last + 1:
-            new = renderer.suffix(before[last + 1 :], **variables)
+            new = renderer.suffix(before[:last], before[last + 1 :], **variables)
         if new is None:
             row, shown, new = TokenRow([], []), "", prompt
             rows.append(row)

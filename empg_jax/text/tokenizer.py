@@ -29,6 +29,7 @@ _FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
+    "config.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
@@ -224,13 +225,11 @@ def load_tokenizer(path: str | pathlib.Path, *, chat_template: str | None = None
         raise ValueError(f"{file}: stop_tokens={stop_tokens!r} is no list of texts")
     stop_tokens = list(stop_tokens)
     generation = _read_json(folder / "generation_config.json")
-    for index in _stop_ids(generation):
+    named = "generation_config.json" if generation.get("eos_token_id") is not None else "config.json"
+    for index in _stop_ids(_read_json(folder / named), named):
         token = backend.id_to_token(index)
         if token is None:
-            raise ValueError(
-                f"{folder / 'generation_config.json'}: eos_token_id {index} is not in the tokenizer's "
-                "vocabulary"
-            )
+            raise ValueError(f"{folder / named}: eos_token_id {index} is not in the tokenizer's vocabulary")
         stop_tokens.append(token)
     try:
         return Tokenizer(
@@ -312,13 +311,13 @@ def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -
     return named
 
 
-def _stop_ids(generation: Mapping[str, Any]) -> list[int]:
-    ids = generation.get("eos_token_id")
+def _stop_ids(keys: Mapping[str, Any], named: str) -> list[int]:
+    ids = keys.get("eos_token_id")
     if ids is None:
         return []
     ids = ids if isinstance(ids, list) else [ids]
     if not all(type(index) is int for index in ids):
-        raise ValueError(f"eos_token_id={ids} in generation_config.json are no token ids")
+        raise ValueError(f"eos_token_id={ids} in {named} are no token ids")
     return ids
 
 

@@ -381,3 +381,12 @@ def test_a_base_that_cannot_be_read_is_named(tmp_path, base, message):
 def test_a_coordinator_may_have_any_kind_of_address(address):
     hosts = {"coordinator": address, "num": 2, "index": 0}
     assert Config.model_validate({"hosts": hosts}).hosts.coordinator == address
+
+
+def test_a_size_that_a_model_has_itself_is_told_to_have_no_effect():
+    given = ["model.preset=qwen2.5-0.5b", "model.num_layers=2", "model.rope_theta=10000.0"]
+    notes = [note for note in load_config("quickstart", given).notes if "brings its own sizes" in note]
+    assert notes == [
+        f"{key} has no effect: model.preset=qwen2.5-0.5b brings its own sizes" for key in given[1:]
+    ]
+    assert not [note for note in load_config("quickstart", given[:1]).notes if "own sizes" in note]

@@ -450,6 +450,13 @@ def test_config_keeps_what_the_decoder_does_not_know():
             {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
             r"rope_parameters by the kind of layer \(full_attention\)",
         ),
+        (
+            {
+                "rope_parameters": {"rope_type": "default"},
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+            },
+            r"rope_scaling=\{'rope_type': 'yarn', 'factor': 4.0\} beside rope_parameters=",
+        ),
         ({"rope_scaling": "llama3"}, "rope_scaling='llama3' "),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' is neither true nor false"),
         ({"model_type": ["llama"]}, r"model_type=\['llama'\] is not supported"),

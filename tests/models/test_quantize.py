@@ -100,3 +100,11 @@ def test_the_decoder_computes_with_them(scheme, dtype):
     tolerance = 1e-5 if dtype == jnp.float32 else 0.1
     np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=tolerance)
     assert np.abs(np.float32(found) - np.float32(plain)).max() > 1e-3  # they really are quantized
+
+
+def test_a_router_is_kept_as_it_is():
+    """Its choices would change; it is small, and an adapter is exported for a base with the router as it was."""
+    layers = {"router": {"kernel": random_kernel(2, 64, 4)}, "up": {"kernel": random_kernel(2, 64, 4)}}
+    for scheme in ("int8", "nf4"):
+        found = quantize_params({"layers": layers}, scheme)["layers"]
+        assert found["router"] == layers["router"] and "kernel" not in found["up"]

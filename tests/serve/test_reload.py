@@ -3,6 +3,7 @@
 import asyncio
 import json
 import queue
+import shutil
 from types import SimpleNamespace
 
 import httpx
@@ -76,7 +77,7 @@ def test_weights_are_read_beside_the_devices_of_the_engine(talker):
 
 
 @pytest.mark.parametrize("error", [MemoryError("no"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no")])
-def test_a_folder_that_cannot_be_read_is_refused(error, talker, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_refused(error, talker, monkeypatch):
     def fail(*_, **__):
         raise error
 
@@ -84,8 +85,29 @@ def test_a_folder_that_cannot_be_read_is_refused(error, talker, tmp_path, monkey
     status, message = publish(engine, SimpleNamespace(), "/" + "a" * 5000)
     assert status == 400 and "must be a folder that this server sees" in message and len(message) < 300
     monkeypatch.setattr(reload, "load_hf", fail)
-    status, message = publish(engine, SimpleNamespace(), tmp_path)
+    engine.config = SimpleNamespace(max_tokens=64)
+    status, message = publish(engine, SimpleNamespace(), talker)
     assert status == 503 and "no memory for the weights" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rope_theta": 77.0, "rope_parameters": None}, r"rope_theta is 77.0, here"),
+        ({"rms_norm_eps": 0.01}, r"norm_eps is 0.01, here 1e-06"),
+        ({"model_type": "gpt2"}, "gpt2"),
+    ],
+)
+def test_weights_of_a_model_that_computes_something_else_are_refused(changes, told, talker, tmp_path):
+    """Their tensors have the same shapes."""
+    folder = tmp_path / "other"
+    shutil.copytree(talker, folder)
+    keys = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(keys | changes))
+    config = SimpleNamespace(max_tokens=64)
+    engine = SimpleNamespace(base=None, model=load_hf(talker)[0], config=config)
+    status, message = publish(engine, SimpleNamespace(version=0), folder)
+    assert status == 400 and told in message
 
 
 def test_requests_for_weights_that_have_no_room_are_refused_and_the_engine_goes_on():

@@ -2,11 +2,15 @@
 
 import functools
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from empg_jax.config import load_config
+from empg_jax.run import sampling
 from empg_jax.text import ChatRenderer, ChatTemplate, ChatTemplateError, build_phrase_tokenizer
 from tests.text.families import ALTERNATING, TEMPLATES, build_bpe
 
@@ -124,6 +128,22 @@ def test_a_tokenizer_that_marks_the_beginning_of_a_text_marks_it_once(family):
     ids, messages, splits = grow(renderer, [user("What now?")], exchanges, stopped=True)
     assert splits == 0
     assert ids == renderer.start(messages)
+
+
+def test_a_response_keeps_the_space_that_a_decoder_strips(monkeypatch):
+    """A run decodes a response as it stands behind its prompt; else each turn would be a row of its own."""
+    tokenizer = build_bpe("spaced", marks_beginning=True)
+    renderer = ChatRenderer(tokenizer)
+    monkeypatch.setattr(sampling, "Collector", lambda *arguments, **options: arguments)
+    language = SimpleNamespace(make_context=None, parser=None, tokenizer=tokenizer)
+    config = load_config("quickstart", ["rollout.stop=[' stop']"])
+    decode = sampling.make_collector(config, None, None, language, stream=0)[4]
+    ids = renderer.encode_response("go")
+    assert decode(ids) == " go" and tokenizer.decode(ids) == "go"
+    assert renderer.follow([user("A door.")], decode(ids), [user("A wall.")], stopped=True) is not None
+    assert renderer.follow([user("A door.")], "go", [user("A wall.")], stopped=True) is None
+    stop = np.asarray(renderer.encode_response("stop")[:-1])
+    assert sampling.make_watches(config, tokenizer)()(stop) == len(stop)
 
 
 def test_the_newline_after_the_end_of_turn_belongs_to_the_delta():

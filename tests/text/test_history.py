@@ -59,7 +59,7 @@ def test_a_conversation_is_its_start_the_responses_and_deltas(family, options, t
     expected = [*ids, *said[0].tokens(renderer)]
     flags = [False] * len(ids) + [True] * (len(expected) - len(ids))
     for observation, before, response in zip(observations[1:], said, said[1:], strict=False):
-        suffix = renderer.suffix([{"role": "user", "content": observation}])
+        suffix = renderer.suffix((), [{"role": "user", "content": observation}])
         delta = renderer.tokenizer.encode(renderer.end_token + suffix)[before.is_stopped :]
         spoken = response.tokens(renderer)
         expected += [*delta, *spoken]
@@ -174,3 +174,29 @@ def test_the_probe_names_turn_line_and_text():
     for family in ("chatml", "headers", "brackets", "spaced"):
         assert describe_rows(make_renderer(family, "template")) == "rows per episode: 1"
     assert describe_rows(make_renderer("thinking", keep_thinking=True)) == "rows per episode: 1"
+
+
+# A template that chooses by the system's words whether an answer begins with an empty thought, as SmolLM3's.
+BY_SYSTEM = """\
+{%- set quiet = messages[0].role == "system" and "/no_think" in messages[0].content -%}
+{%- set thought = "<think>\\n</think>\\n" if quiet else "" -%}
+{%- for m in messages -%}
+<|im_start|>{{ m.role }}\n{{ thought if m.role == "assistant" }}{{ m.content }}<|im_end|>\n
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant\n{{ thought }}{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize("history", ["template", "append"])
+@pytest.mark.parametrize("words", ["/think", "/no_think"])
+def test_a_template_may_choose_by_the_systems_words(history, words):
+    """What it prints behind them is what every later prompt has, too."""
+    renderer = ChatRenderer(build_bpe("chatml", template=BY_SYSTEM), history=history)
+    messages = [{"role": "system", "content": f"Play. {words}"}, {"role": "user", "content": "A door."}]
+    new = [{"role": "user", "content": "A wall."}]
+    whole = renderer.render([*messages, {"role": "assistant", "content": "go"}, *new])
+    for _ in range(2):
+        delta = renderer.tokenizer.decode(
+            renderer.follow(messages, "go", new, stopped=False), skip_special=False
+        )
+        assert whole.endswith(delta) and ("<think>" in delta) == (words == "/no_think")

@@ -66,6 +66,12 @@ def test_the_sampler_stops_at_the_templates_end_before_the_named_ones(tmp_path):
         json.dumps({"eos_token_id": [extra, tokenizer.stop_ids[0]]})
     )
     assert load_tokenizer(tmp_path).stop_ids == (tokenizer.stop_ids[0], tokenizer.stop_ids[1], extra)
+    # As transformers does, those of the model's own file where that one names none.
+    (tmp_path / "generation_config.json").write_text("{}")
+    keys = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(keys | {"stop_tokens": []}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [extra]}))
+    assert set(load_tokenizer(tmp_path).stop_ids) == {*tokenizer.stop_ids, extra}
 
 
 def test_control_tokens_are_left_out_of_text_unless_asked_for():
