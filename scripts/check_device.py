@@ -2,9 +2,9 @@
 
 Every step is a program of its own with a time limit; one that fails or takes too long does not stop the
 others. ``OUT/summary.json`` is written again after each step. It holds the step's own JSON, its seconds and,
-for a failure, the end of its output. The steps are sorted by value: steps that no longer fit into
-``--seconds`` are left out and listed. Needs an image with JAX, flax, optax, orbax and transformers; no
-pydantic, no typer.
+for a failure, the end of its output. A step that is run again replaces its results; with ``--only`` those of
+the other steps stay. The steps are sorted by value: steps that no longer fit into ``--seconds`` are left out
+and listed. Needs the packages of `needed.py`; no pydantic, no typer, no matplotlib.
 
     python scripts/check_device.py OUT
     python scripts/check_device.py OUT --device tpu
@@ -19,12 +19,15 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from needed import check_packages
 
 SCRIPTS = Path(__file__).resolve().parent
 SHORTEST = 15  # seconds; a step that has less left is not begun
@@ -161,6 +164,10 @@ STEPS = {
 def run_step(step: Step, arguments: str, out: Path, seconds: float) -> dict[str, Any]:
     """Run one program in a process group of its own, which is killed as a whole when its time is over."""
     json_path = out / f"{step.name}.json"
+    run_dir = Path(f"{json_path}.run")
+    # What an earlier call left is not this step's result, and a run does not begin in a folder that is there.
+    json_path.unlink(missing_ok=True)
+    shutil.rmtree(run_dir, ignore_errors=True)
     words = [word.format(json=json_path, scripts=SCRIPTS) for word in arguments.split()]
     command = [sys.executable, str(SCRIPTS / words[0]), *words[1:]]
     log_path = out / f"{step.name}.log"
@@ -181,8 +188,7 @@ def run_step(step: Step, arguments: str, out: Path, seconds: float) -> dict[str,
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     found: dict[str, Any] = {"ok": code == 0, "exit": code, "seconds": round(time.monotonic() - start, 1)}
-    summary = Path(f"{json_path}.run") / "summary.json"
-    for path in (json_path, summary):
+    for path in (json_path, run_dir / "summary.json"):
         try:
             found["result"] = json.loads(path.read_text())
         except (OSError, ValueError):
@@ -209,12 +215,16 @@ def main() -> int:
     if args.list:
         print("\n".join(f"{step.name:18}{step.seconds:4} s at most" for step in steps))
         return 0
+    check_packages()
     args.out.mkdir(parents=True, exist_ok=True)
     # Programs that two steps share compile once.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((args.out / "compiled").resolve()))
     out, start, patience = args.out.resolve(), time.monotonic(), TINY_PATIENCE if args.tiny else 1
     together = 480.0 * patience if args.seconds is None else args.seconds
     summary: dict[str, Any] = {"device": args.device, "is_tiny": args.tiny, "steps": {}, "skipped": []}
+    written, is_ok = out / "summary.json", []
+    if args.only and written.exists():
+        summary["steps"] = json.loads(written.read_text())["steps"]
     for step in steps:
         if args.only and step.name not in args.only:
             continue
@@ -226,12 +236,12 @@ def main() -> int:
             arguments = step.tiny if args.tiny else step.command
             result = run_step(step, arguments, out, min(patience * step.seconds, left))
             summary["steps"][step.name] = result
+            is_ok.append(result["ok"])
             verdict = "ok" if result["ok"] else f"FAILED ({result['exit']})"
             print(f"{step.name:18}{verdict:10}{result['seconds']:7.1f} s", flush=True)
         summary["seconds"] = round(time.monotonic() - start, 1)
         write_summary(out, summary)
-    found = summary["steps"].values()
-    return 0 if found and all(result["ok"] for result in found) else 1
+    return 0 if is_ok and all(is_ok) else 1
 
 
 if __name__ == "__main__":

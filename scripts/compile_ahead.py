@@ -16,6 +16,7 @@ Needs the compiler of the platform: for GPUs ``jax-cuda12-plugin``, ``jax-cuda12
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -65,6 +66,7 @@ if args.device in GPUS:
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from empg_jax.algorithms import make_algorithm
 from empg_jax.engine.programs import Chunk, Request, cache_sharding, compile_programs
@@ -107,11 +109,19 @@ def find_devices() -> list[Any]:
         per_core=per_core * 1024,
         per_block=per_block * 1024,
         memory=memory * 10**9,
-        name=args.device,
+        name=f"NVIDIA {args.device.upper()}",  # JAX 0.11 tells the capability by this name
     )
     return topologies.get_topology_desc(
         platform="cuda", target_config=config, topology=f"1x1x{args.devices}"
     ).devices
+
+
+def name_device(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """Tell kernels the kind of GPU they are lowered for: JAX 0.11 asks a device, and here there is none."""
+    if args.device not in GPUS:
+        return contextlib.nullcontext()
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def shapes_of(tree: Any) -> Any:
@@ -221,8 +231,9 @@ def main() -> int:
     for name in args.programs:
         start = time.perf_counter()
         try:
-            program = lower[name](model, devices).compile()
-        except jax.errors.JaxRuntimeError as error:
+            with name_device(devices[0].device_kind):
+                program = lower[name](model, devices).compile()
+        except RuntimeError as error:  # the compiler's, and those of lowering
             result[name], failed = {"error": str(error).splitlines()[0][:500]}, True
             continue
         memory, text = program.memory_analysis(), program.as_text()

@@ -6,7 +6,8 @@
 Each run is a process that gets a part of what time is left and is stopped with SIGTERM at the end of it. A
 run that is stopped counts with the updates that it made. Runs of one seed have the same warm start, tasks and
 sampling keys. ``OUT/summary.json`` is written after each run; the table is printed at the end. Compiled
-programs are kept in OUT, so that only the first run compiles. Needs neither pydantic nor typer.
+programs are kept in OUT, so that only the first run compiles. Needs the packages of `needed.py`, neither
+pydantic nor typer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from needed import check_packages
 
 SCRIPTS = Path(__file__).resolve().parent
 SOURCES = (str(SCRIPTS.parent), str(SCRIPTS.parent / "envs"))  # the package may not be installed
@@ -181,6 +184,7 @@ def main() -> None:
         parser.error(f"--seconds {options.seconds:g}: the arms need {len(ARMS) * (SHORTEST + GRACE / 2):g}")
     if options.out.exists() and any(options.out.glob("*-*.log")):
         parser.error(f"{options.out} has runs already: name another folder")
+    check_packages()
     options.out.mkdir(parents=True, exist_ok=True)
     # Whole seeds, so that what was run can be compared.
     cells = [(seed, arm) for seed in seeds[:fit] for arm in ARMS]

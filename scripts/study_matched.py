@@ -2,8 +2,10 @@
 
 The budget of a task is what its thriftiest finished run spent, so that every curve reaches it. Seconds of one
 machine say nothing of another's: each machine has a budget of its own, and only pairs of runs on one machine
-count. Up to the budget a run is worth the area under its held-out curve over what it spent, and it stands
-where the curve crosses the budget.
+count. CPU seconds for the same work also grow with the load of a machine, by about 3 % when wall time per CPU
+second doubles, so that pairs under different load (`LOAD_RATIO`) do not count either. Up to the budget a run
+is worth the area under its held-out curve over what it spent, and it stands where the curve crosses the
+budget.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
@@ -23,6 +26,7 @@ from empg_jax.report.statistics import area, bootstrap
 
 AMOUNTS = {"environment_steps": "environment steps", "cpu_seconds": "CPU seconds"}
 assert tuple(AMOUNTS) == SPENT
+LOAD_RATIO = 2.0  # the most by which wall time per CPU second may differ in a pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Matched:
       silent: finished runs whose record does not say what they spent.
       alone: runs that do not count over CPU seconds, since they have no pair that counts.
       unlike: pairs on different processors or numbers of cores, whose CPU seconds cannot be compared.
+      uneven: pairs on one machine whose runs' wall time per CPU second differs by more than `LOAD_RATIO`.
     """
 
     results: dict[str, Results]
@@ -42,11 +47,18 @@ class Matched:
     silent: list[Triple]
     alone: list[Triple]
     unlike: dict[tuple[str, int, str, str], str]
+    uneven: dict[tuple[str, int, str, str], str]
 
     def differences(self, amount: str) -> dict[tuple[str | None, str, str], Comparison]:
         """Compare the arms' areas up to the budget, by task (None: pooled) and arms."""
         found = compare_arms(self.results[amount], f"area_{amount}")
         return {(each.task, each.arm, each.against): each for each in found}
+
+    def load(self, task: str, arm: str) -> float:
+        """The median wall time per CPU second of the runs of a cell; NaN where no run has it."""
+        loads = map(load_of, self.results["environment_steps"].lines(task, arm))
+        known = [load for load in loads if not math.isnan(load)]
+        return statistics.median(known) if known else math.nan
 
     def describe(self, task: str, arm: str, amount: str) -> tuple[float, tuple[float, float], float]:
         """The mean area over the seeds of a cell with its interval, and the mean success at the budget."""
@@ -67,8 +79,8 @@ def match(results: Results) -> Matched | None:
             key, spent = (triple.task, amount, place_of(line, amount)), line["spent"][amount][-1]
             budgets[key] = min(spent, budgets.get(key, spent))
     lines = {triple: line | _measure(line, triple.task, budgets) for triple, line in told.items()}
-    unlike = _find_unlike(results.study, told)
-    excluded = results.excluded | unlike
+    unlike, uneven = _find_unlike(results.study, told)
+    excluded = results.excluded | unlike | uneven
     paired = _find_paired(results.study, told, excluded)
     within = {triple: line for triple, line in lines.items() if triple in paired}
     return Matched(
@@ -80,6 +92,7 @@ def match(results: Results) -> Matched | None:
         silent=[triple for triple in results.finished if triple not in told],
         alone=[triple for triple in told if triple not in paired],
         unlike=unlike,
+        uneven=uneven,
     )
 
 
@@ -89,14 +102,25 @@ def place_of(line: Line, amount: str) -> str:
     return f"{hardware['cpus']} x {hardware['processor']}" if amount == "cpu_seconds" else ""
 
 
-def _find_unlike(study: Study, told: Mapping[Triple, Line]) -> dict[tuple[str, int, str, str], str]:
-    found = {}
+def load_of(line: Line) -> float:
+    """Wall time per CPU second of a run, 1 on a core of its own; NaN where it was not recorded."""
+    wall, cpu = line.get("process_seconds"), line.get("cpu_seconds")
+    return wall / cpu if wall and cpu else math.nan
+
+
+def _find_unlike(
+    study: Study, told: Mapping[Triple, Line]
+) -> tuple[dict[tuple[str, int, str, str], str], dict[tuple[str, int, str, str], str]]:
+    """Find the pairs on different machines, and those on one machine under different load."""
+    unlike, uneven = {}, {}
     for task, seed, pair in itertools.product(study.tasks, study.seeds, study.comparisons):
-        lines = [told.get(Triple(task, arm, seed)) for arm in pair]
-        machines = [place_of(line, "cpu_seconds") for line in lines if line]
+        lines = [line for arm in pair if (line := told.get(Triple(task, arm, seed)))]
+        machines, loads = [place_of(line, "cpu_seconds") for line in lines], [load_of(line) for line in lines]
         if len(set(machines)) > 1:
-            found[task, seed, *pair] = " and ".join(machines)
-    return found
+            unlike[task, seed, *pair] = " and ".join(machines)
+        elif len(lines) == 2 and max(loads) > LOAD_RATIO * min(loads):  # never true of NaN
+            uneven[task, seed, *pair] = " and ".join(f"{load:.1f}" for load in loads)
+    return unlike, uneven
 
 
 def _find_paired(

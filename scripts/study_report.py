@@ -5,10 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from study_ledger import Line
-from study_matched import AMOUNTS, Matched, match
+from study_matched import AMOUNTS, LOAD_RATIO, Matched, match
 from study_plan import UPDATES, Study
 from study_results import (
     Comparison,
@@ -173,10 +173,11 @@ def _matched(results: Results) -> list[str]:
                 each = differences.get((task, arm, study.baseline))
                 count = str(len(found.results[amount].lines(task, arm)))
                 row += [count, f"{_points(mean)} {_interval(interval)}", _points(at), *_difference(each)]
-            rows.append(row)
+            rows.append([*row, _number(found.load(task, arm), 1)])
     heads = ["task", "arm"]
     for name in AMOUNTS.values():
         heads += ["seeds", f"area over {name}", "success there", f"area minus {study.baseline}", "p, Holm"]
+    heads.append("wall s / CPU s, median")
     parts = [_budgets(found), _table(heads, rows)]
     pooled = [
         [*_who(each, results.study)]
@@ -193,17 +194,28 @@ def _matched(results: Results) -> list[str]:
         heads += [cell for name in AMOUNTS.values() for cell in ("pairs", f"area over {name}", "p, Holm")]
         parts.append(_table(heads, pooled))
     if found.unlike:
-        pairs = [
-            f"{arm}, {other} of {task}, seed {seed} ({how})"
-            for (task, seed, arm, other), how in found.unlike.items()
-        ]
-        parts.append(f"Not compared over CPU seconds, since the machines differ: {'; '.join(pairs)}.")
+        pairs = _pairs(found.unlike)
+        parts.append(f"Not compared over CPU seconds, since the machines differ: {pairs}.")
+    if found.uneven:
+        parts.append(
+            "CPU seconds for the same work grow with other load, by about 3 % when wall s / CPU s doubles. "
+            f"Pairs where wall s / CPU s of their runs differs by more than a factor of {LOAD_RATIO:g} are "
+            f"left out of CPU seconds ({len(found.uneven)}): {_pairs(found.uneven)}."
+        )
     if found.alone:
         alone = ", ".join(each.name for each in found.alone)
-        parts.append(f"Left out over CPU seconds, for want of a pair on one machine: {alone}.")
+        parts.append(
+            f"Left out over CPU seconds, for want of a pair on one machine under like load: {alone}."
+        )
     if found.silent:
         parts.append(f"Without a record of what they spent: {', '.join(each.name for each in found.silent)}.")
     return ["## At equal environment steps and at equal CPU seconds\n\n" + "\n\n".join(parts)]
+
+
+def _pairs(pairs: Mapping[tuple[str, int, str, str], str]) -> str:
+    return "; ".join(
+        f"{arm}, {other} of {task}, seed {seed} ({how})" for (task, seed, arm, other), how in pairs.items()
+    )
 
 
 def _budgets(found: Matched) -> str:
@@ -224,9 +236,9 @@ def _budgets(found: Matched) -> str:
     note = (
         "A task's budget is what its thriftiest finished run spent in training, without evaluations and "
         "warm start; of CPU seconds each machine has its own, and only runs with a pair on one machine "
-        "count. Area and success, in per cent, are of the held-out curve up to it, and a task's arms are "
-        "sorted by the area over CPU seconds. Differences in points, paired by seed, with 95 % bootstrap "
-        "intervals; Holm as above, apart for each of the two amounts."
+        "under like load count. Area and success, in per cent, are of the held-out curve up to it, and a "
+        "task's arms are sorted by the area over CPU seconds. Differences in points, paired by seed, with "
+        "95 % bootstrap intervals; Holm as above, apart for each of the two amounts."
     )
     return "\n".join([note, "", *lines])
 

@@ -21,6 +21,7 @@ from study_processes import Children, Ended
 
 from empg_jax.errors import ConfigError
 from empg_jax.metrics import read_metrics
+from empg_jax.parallel.ahead import count_cores
 
 PROGRAM = (sys.executable, "-m", "empg_jax")
 # Somebody ended the run, not a mistake in it: it goes on from its checkpoint the next time.
@@ -32,14 +33,20 @@ OUTSIDE = {
 MAX_ATTEMPTS = 5  # a run that is killed as often as this, by the kernel perhaps, has failed
 
 
-def _begun_elsewhere(last: Mapping[Triple, Line]) -> dict[tuple[str, int], str]:
-    """Find the tasks and seeds that have finished runs of another processor alone; return its name."""
+def _begun_elsewhere(study: Study, last: Mapping[Triple, Line], runs_dir: Path) -> dict[tuple[str, int], str]:
+    """Find the tasks and seeds whose runs, finished or begun, are of another processor alone; its name."""
     here = processor()
+    if here is None:
+        return {}
     names: dict[tuple[str, int], set[str]] = collections.defaultdict(set)
-    for triple, line in last.items():
-        if line["status"] == "finished" and line["hardware"]["processor"] is not None:
-            names[triple.task, triple.seed].add(line["hardware"]["processor"])
-    return {place: min(found) for place, found in names.items() if here is not None and here not in found}
+    for triple in study.triples():
+        line = last.get(triple)
+        if line is not None and line["status"] == "finished":
+            found = {line["hardware"]["processor"]}
+        else:
+            found = {name for name, _ in Attempts(runs_dir, triple, study.settings(triple)).machines}
+        names[triple.task, triple.seed] |= found - {None}
+    return {place: min(found) for place, found in names.items() if found and here not in found}
 
 
 class Runner:
@@ -52,7 +59,7 @@ class Runner:
       tasks: tasks to run; None is all.
       limit: most runs to start; None is no limit.
       retry: also go on with runs that failed before.
-      any_processor: also make runs of a task's seed whose finished ones were made on another processor.
+      any_processor: also make runs of a task's seed whose other ones were made or begun on another processor.
         Warm starts round differently there, so that such runs seldom make pairs.
       say: receives messages for the user.
     """
@@ -82,7 +89,7 @@ class Runner:
             and (tasks is None or triple.task in tasks)
             and (triple not in last or (retry and last[triple]["status"] == "failed"))
         ]
-        elsewhere = {} if any_processor else _begun_elsewhere(last)
+        elsewhere = {} if any_processor else _begun_elsewhere(study, last, self.runs_dir)
         for (task, seed), name in elsewhere.items():
             if any((triple.task, triple.seed) == (task, seed) for triple in wanted):
                 say(f"seed {seed} of {task} is left to the processor of its runs, {name} (--any-processor)")
@@ -143,7 +150,7 @@ class Runner:
     def _make(self, triple: Triple, claim: int) -> None:
         """Begin a run or go on with it; record its end, unless it was stopped."""
         settings = self.study.settings(triple)
-        attempts = Attempts(self.runs_dir / f"{triple.name}.attempts.jsonl", settings)
+        attempts = Attempts(self.runs_dir, triple, settings)
         log, folder = self.runs_dir / f"{triple.name}.log", self.runs_dir / triple.name
         line: dict[str, Any] = {"task": triple.task, "arm": triple.arm, "seed": triple.seed}
         line |= {"status": "failed", "settings": settings}
@@ -177,6 +184,8 @@ class Runner:
             line["reason"] = describe_failure(code, log)
         else:
             line |= self._read(folder, panel)
+            if len(attempts.machines) > 1:
+                line["spent"] = None  # seconds of two machines make no sum
         self.ledger.append(line)
         self._say(f"{triple.name}: {line.get('reason', line['status'])}")
 
@@ -199,21 +208,27 @@ def _changed(line: Mapping[str, Any]) -> bool:
 
 
 class Attempts:
-    """The attempts at a run: its settings, and what each attempt cost.
+    """The attempts at a run: its settings, the machine of each attempt, and what it cost.
 
     Args:
-      path: file beside the run's folder.
+      runs_dir: folder of the file, beside the run's.
+      triple: the run.
       settings: the run's settings.
     """
 
-    def __init__(self, path: Path, settings: list[str]) -> None:
-        self._path, self._settings = path, settings
-        self._lines = read_metrics(path) if path.exists() else []
+    def __init__(self, runs_dir: Path, triple: Triple, settings: list[str]) -> None:
+        self._path, self._settings = runs_dir / f"{triple.name}.attempts.jsonl", settings
+        self._lines = read_metrics(self._path) if self._path.exists() else []
 
     @property
     def begun(self) -> int:
         """Attempts that were begun so far."""
         return sum("settings" in line for line in self._lines)
+
+    @property
+    def machines(self) -> set[tuple[str | None, int]]:
+        """Processor and number of cores of the attempts; older versions did not note them."""
+        return {(line["processor"], line["cpus"]) for line in self._lines if "processor" in line}
 
     def check(self) -> None:
         """Check that the folder's run was begun with the same settings.
@@ -231,7 +246,8 @@ class Attempts:
 
     def begin(self) -> None:
         """Note the start of an attempt."""
-        self._append({"update": self.begun, "settings": self._settings, "changes": find_changes()})
+        line = {"update": self.begun, "settings": self._settings, "changes": find_changes()}
+        self._append(line | {"processor": processor(), "cpus": count_cores()})
 
     def end(self, ended: Ended) -> None:
         """Note how an attempt ended and what it cost."""

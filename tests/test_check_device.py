@@ -22,6 +22,7 @@ def check(monkeypatch, tmp_path):
     programs = {
         "good": "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('{\"speed\": 7}')",
         "bad": "print('first'); raise SystemExit('no such kernel')",
+        "train": "import pathlib, sys; pathlib.Path(sys.argv[1] + '.run').mkdir()",
         "slow": "import time; print('compiling', flush=True); time.sleep(600)",
     }
     for name, text in programs.items():
@@ -55,6 +56,32 @@ def test_a_failing_and_a_hanging_step_cost_only_themselves(check):
 def test_steps_that_no_longer_fit_are_listed(check):
     code, summary = check("good", "good", options=("--seconds", "1"))
     assert code == 1 and summary["skipped"] == ["good", "good"] and not summary["steps"]
+
+
+def test_a_second_call_into_the_same_folder_replaces_what_it_runs_again(check, tmp_path):
+    assert check("train", "good", "bad")[0] == 1
+    (tmp_path / "good.py").write_text("raise SystemExit('no device')")
+    code, summary = check("train", "good", "bad", options=("--only", "train", "good"))
+    steps = summary["steps"]
+    assert steps["train"]["ok"] and "result" not in steps["good"] and "no device" in steps["good"]["output"]
+    assert code == 1 and "no such kernel" in steps["bad"]["output"]  # of the first call
+    assert check("train", "good", "bad", options=("--only", "train"))[0] == 0
+
+
+@pytest.mark.parametrize("script", ["check_gpu.sh", "check_tpu.sh", "study_gpu.sh"])
+def test_missing_packages_are_named_before_anything_runs(tmp_path, script):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without installed packages
+    python.chmod(0o755)
+    done = subprocess.run(
+        [SCRIPTS / script, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": str(python)},
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "lacks packages: pip install jax flax optax" in line
+    assert "jaxtyping jinja2" in line and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script", ["check_gpu.sh", "check_tpu.sh"])

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import sys
 import weakref
 
 import numpy as np
@@ -209,6 +210,15 @@ def test_a_mesh_changes_nothing_but_the_place(tmp_path, monkeypatch):
     embedding = opened[1][1].state.params["embed"]["embedding"]
     assert len(embedding.sharding.device_set) == 4
     assert embedding.addressable_shards[0].data.size * 2 == embedding.size
+
+
+def test_a_run_without_matplotlib_ends_with_its_summary(tmp_path, monkeypatch, capfd):
+    for name in ("matplotlib", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
+    run_dir = runs.train(tmp_path / "run", "train.updates=1", "sft.updates=0")
+    assert (run_dir / "summary.json").exists() and not (run_dir / "curves.png").exists()
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "curves.png" in line]
+    assert line.startswith(f"warning: {run_dir} gets no curves.png: ") and "matplotlib" in line
 
 
 def test_compilation_is_shown_program_by_program(tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ def write_results(
     seconds: Mapping[str, float],
     config: Config,
 ) -> None:
-    """Write ``summary.json`` and ``curves.png``; print the table."""
+    """Write ``summary.json`` and ``curves.png``, without matplotlib no picture; print the table."""
     summary = record.summary()
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     summary["wall_seconds"] = {"total": round(sum(seconds.values()), 3), **rounded}
@@ -110,5 +111,8 @@ def write_results(
         summary["eval_gain_interval"] = None if interval is None else [round(bound, 4) for bound in interval]
     summary = as_json(summary)  # a policy that is broken has numbers such as NaN; the table leaves them out
     write_json_atomic(run_dir / "summary.json", summary)
-    plot_curves(run_dir)
+    try:
+        plot_curves(run_dir)
+    except ModuleNotFoundError as error:  # images for accelerators may lack matplotlib
+        print(f"warning: {run_dir} gets no curves.png: {error}", file=sys.stderr)
     print_summary(summary)

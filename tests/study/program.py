@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def main(words):
-    """Train or evaluate: ``broken`` fails, ``deadly`` kills itself, ``slow`` waits for a file ``go``."""
+    """Train or evaluate: ``broken`` fails, ``deadly`` kills itself, ``slow`` waits for a file ``go``.
+
+    A file ``alive`` keeps the deadly from it.
+    """
     if words[0] == "eval":
         print(json.dumps({"eval_success": 0.75, "eval_tasks": int(words[3])}))
         return 0
@@ -23,7 +26,7 @@ def main(words):
     if "broken" in folder.name:
         print("error: no such luck", file=sys.stderr)
         return 1
-    if "deadly" in folder.name:
+    if "deadly" in folder.name and not (folder.parent / "alive").exists():
         os.kill(os.getpid(), signal.SIGKILL)
     while "slow" in folder.name and not (folder.parent / "go").exists():
         time.sleep(0.02)

@@ -270,7 +270,7 @@ def test_one_table_at_equal_steps_and_equal_seconds(study, spending):
     # Areas 0.25, 0.3, 0.5 and 0.25, 0.325, 0.35, so that AEM is 0, 0.025 and -0.15 above.
     # Seconds. Plain at update 10: 0.25, 0.3, 0.4 (at 0.3, 0.4, 0.5); AEM at 20, the whole: 0.4, 0.6, 0.5.
     plain, aem = row(text, "house", "plain"), row(text, "house", "aem")
-    assert plain == ["3", "35.0", "46.7", "", "", "3", "31.7", "40.0", "", ""]
+    assert plain == ["3", "35.0", "46.7", "", "", "3", "31.7", "40.0", "", "", "-"]
     assert [aem[1].split()[0], aem[2], aem[3].split()[0]] == ["30.8", "38.3", "-4.2"]
     assert [aem[6].split()[0], aem[7], aem[8].split()[0]] == ["50.0", "70.0", "+18.3"]
     # Of the 8 signs of 0.15, 0.3, 0.1 and of 0.1, 0.1, 0.1 two have a sum this large; Holm over both tasks.
@@ -321,6 +321,22 @@ def test_cpu_seconds_of_different_machines_are_not_compared(study, spending):
     assert [pooled[0], pooled[3]] == ["6", "5"]
 
 
+def test_cpu_seconds_under_different_load_are_not_compared(study, spending):
+    """Wall time per CPU second on the house: 2 of the plain arm, 5, 4 and unknown (an old line) of AEM."""
+    for each in spending:
+        if each["task"] == "house":
+            loads = {3: 5, 4: 4, 5: None} if each["arm"] == "aem" else {3: 2, 4: 2, 5: 2}
+            load = loads[each["seed"]]
+            each["process_seconds"] = None if load is None else load * each["cpu_seconds"]
+    text = section(write_report(study, spending), "At equal environment steps and at equal CPU seconds")
+    assert "wall s / CPU s of their runs differs by more than a factor of 2" in text
+    assert "are left out of CPU seconds (1): aem, plain of house, seed 3 (5.0 and 2.0)." in text
+    plain, aem = row(text, "house", "plain"), row(text, "house", "aem")
+    assert (plain[-1], aem[-1], row(text, "shop", "aem")[-1]) == ("2.0", "4.5", "-")
+    # Over seconds 0.3 and 0.1 are left, over steps all three.
+    assert [aem[0], aem[3].split()[0], aem[5], aem[8].split()[0]] == ["3", "-4.2", "2", "+20.0"]
+
+
 def test_machines_have_budgets_of_their_own(tmp_path):
     """All curves are the same; AEM has no run on the machine that is three times slower."""
     shop = "  shop: {config: webshop_tiny, overrides: [train.updates=20]}\n"
@@ -342,8 +358,8 @@ def test_machines_have_budgets_of_their_own(tmp_path):
     # Over the four seeds of a pair: too few for an interval.
     assert plain[5:8] == aem[5:8] == ["4", "50.0", "80.0"]
     assert (
-        "for want of a pair on one machine: house-plain-7, house-plain-8, house-plain-9, house-plain-10."
-        in text
+        "for want of a pair on one machine under like load: house-plain-7, house-plain-8, house-plain-9, "
+        "house-plain-10." in text
     )
 
 

@@ -66,6 +66,24 @@ def test_a_seed_of_another_processor_is_left_to_it(call, folder, runs_dir, capsy
     assert call("--any-processor") == 0 and journal_names(runs_dir)[len(others) :] == ["house-aem-3"]
 
 
+def test_a_run_that_moves_to_another_machine_has_no_record_of_cpu_seconds(
+    call, folder, runs_dir, monkeypatch, capsys
+):
+    """It waits for the processor that began it; made elsewhere, its seconds are a sum of unlike ones."""
+    study_file = made_up.make_study(folder, seeds=(3,), other="deadly")
+    monkeypatch.setattr(study_runs, "processor", lambda: "abacus")
+    assert call("--arms", "deadly", "--tasks", "house") == 0 and not Ledger(study_file).read()
+    monkeypatch.setattr(study_runs, "processor", lambda: "slide rule")
+    assert call("--tasks", "house") == 0 and len(made_up.journal(runs_dir)) == 1
+    told = "seed 3 of house is left to the processor of its runs, abacus (--any-processor)"
+    assert told in capsys.readouterr().err.splitlines()
+    (runs_dir / "alive").touch()
+    assert call("--any-processor", "--tasks", "house") == 0
+    lines = {line["arm"]: line for line in Ledger(study_file).read()}
+    assert lines["deadly"]["status"] == "finished" and lines["deadly"]["attempts"] == 2
+    assert lines["deadly"]["spent"] is None and lines["plain"]["spent"] is not None
+
+
 def test_the_line_of_a_run(call, folder):
     study_file = made_up.make_study(folder, replace={"\nseeds": "\nend_tasks: 512\nseeds"})
     assert call("--limit", "1") == 0
