@@ -1,5 +1,6 @@
 """`empg-jax check-env`: what is right and what is wrong with a person's environment, as they run it."""
 
+import atexit
 import re
 import sys
 
@@ -11,7 +12,7 @@ from empg_jax.cli import app
 from tests import runs
 
 GOOD = '''
-import hashlib, random
+import atexit, hashlib, random, signal
 from empg_envs import EnvSpec, PlainPrompts, PlainParser
 
 class Good:
@@ -36,7 +37,9 @@ class Good:
         if self.wrong == "hash": self.number = hash(f"{split}{index}")
         if self.wrong == "memory": self.log = [*getattr(self, "log", []), index]; self.number = self.log
         if self.wrong == "jax": import jax
-        return f"say {self.number}", {"task": "say it", "won": False}
+        info = {"task": "say it", "won": False}
+        if self.wrong == "answer": info["known_answer"] = "42"
+        return f"say {self.number}" + chr(0xd83d) * (self.wrong == "half"), info
     def step(self, action):
         if self.number is None: raise RuntimeError("call reset first")
         if self.wrong == "nonsense": int(action or 0)
@@ -48,6 +51,60 @@ class Good:
     def close(self):
         if self.wrong == "close": del self.number
     def expert_action(self): return "-1" if self.wrong == "expert" else str(self.number)
+
+class Turns(Good):
+    """Say the number in the third turn."""
+
+    shared = {}
+
+    def reset(self, seed=None, *, split="train", index=0):
+        self.turn = self.shared if self.wrong == "shared" else {}
+        self.turn["count"] = 0
+        return super().reset(seed, split=split, index=index)
+    def step(self, action):
+        if self.number is None: raise RuntimeError("call reset first")
+        if self.wrong == "signal": signal.signal(signal.SIGUSR2, signal.getsignal(signal.SIGUSR2))
+        self.turn["count"] += 1
+        if self.turn["count"] == 3: return super().step(action)
+        return f"turn {self.turn['count']}", 0.0, False, False, {"won": False}
+    def snapshot(self): return [self.number, 0 if self.wrong == "lossy" else self.turn["count"]]
+    def restore(self, state): self.number, self.turn = state[0], {"count": state[1]}
+
+class Ended(Good):
+    """It is of no use once it is closed."""
+
+    is_closed = False
+
+    def reset(self, *args, **kwargs):
+        if self.is_closed: raise RuntimeError("it is closed")
+        return super().reset(*args, **kwargs)
+    def close(self): self.is_closed = True
+
+class Sessions(Good):
+    """Its server has four sessions."""
+
+    held = set()
+
+    def __init__(self):
+        super().__init__()
+        if len(self.held) == 4: raise RuntimeError("no session is free")
+        self.held.add(self)
+    def close(self): self.held.discard(self)
+
+class Goodbye(Good):
+    def __init__(self):
+        super().__init__()
+        atexit.register(print, "goodbye")
+
+class Choices(Good):
+    def reset(self, *args, **kwargs):
+        observation, info = super().reset(*args, **kwargs)
+        return observation, {**info, "choices": ["A", "B"]}
+
+class Choosing(PlainParser):
+    def __call__(self, response, info): return super().__call__(response + info["choices"][0], info)
+
+CHOICES = EnvSpec("choices", Choices, PlainPrompts, Choosing)
 
 class Raising(PlainParser):
     def __init__(self, quiet=False): pass
@@ -79,6 +136,7 @@ def mine(monkeypatch, tmp_path):
     (tmp_path / "jax.py").write_text("")  # for the other process, which would take long to load the real one
     monkeypatch.chdir(tmp_path)
     yield
+    atexit.unregister(print)
     sys.modules.pop("mine", None)
     sys.path[:] = [folder for folder in sys.path if folder != str(tmp_path)]
 
@@ -92,7 +150,9 @@ def test_a_good_one_passes_everything():
 @pytest.mark.parametrize(
     ("wrong", "name", "message"),
     [
-        ("types", "types of everything that crosses", "found: the info is no object of JSON values"),
+        ("types", "types of everything that crosses", "found: info is not JSON-able: Object of type object"),
+        ("half", "types of everything that crosses", r"found: observation has the character '\ud83d', which"),
+        ("answer", "types of everything that crosses", "found: info['known_answer'] is str '42'; expected"),
         ("random", "two instances agree", "found: two instances differ in train/0, reply 0: "),
         ("hash", "another process agrees", "found: another process differs in train/0, reply 0: "),
         ("jax", "another process agrees", "found: it imports jax, which makes every worker large"),
@@ -110,6 +170,26 @@ def test_what_training_relies_on_is_a_failure(wrong, name, message):
     code, verdicts, said, _ = check("mine:Good", "--options", f"wrong={wrong}")
     assert code == 1 and verdicts[name] == "FAIL"
     assert message in said[name] and f"do: {CHECKS[name].advice}"[:60] in said[name]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name", "message"),
+    [
+        ("shared", "episodes at the same time stay apart", "found: train/0 differs alone and among 4"),
+        ("signal", "episodes in threads stay apart", "found: ValueError: signal only works in main thread"),
+        ("lossy", "a snapshot restores an episode", "found: train/0 goes on differently from a"),
+    ],
+)
+def test_what_a_worker_with_many_episodes_does(wrong, name, message):
+    assert check("mine:Turns")[0] == 0
+    code, verdicts, said, _ = check("mine:Turns", "--options", f"wrong={wrong}")
+    assert code == 1 and verdicts[name] == "FAIL" and message in said[name]
+
+
+@pytest.mark.parametrize("attribute", ["Ended", "Sessions", "Goodbye", "CHOICES"])
+def test_what_the_contract_leaves_open_is_no_failure(attribute):
+    code, verdicts, *_ = check(f"mine:{attribute}")
+    assert code == 0 and verdicts == dict.fromkeys(CHECKS, "pass")
 
 
 def test_the_place_in_the_users_code_is_told():

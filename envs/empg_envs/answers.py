@@ -8,6 +8,7 @@ import numbers
 from typing import Any
 
 Reply = dict[str, Any]
+MAX_REPLY_BYTES = 8 << 20  # longer replies are refused, because they could fill the parent's memory
 
 
 class GarbageError(Exception):
@@ -79,6 +80,26 @@ def check_texts(reply: Reply) -> None:
             raise GarbageError(
                 f"{name} has the character {lone}, which is half of one; expected Unicode text"
             ) from None
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """Encode a reply as one line of compact JSON.
+
+    Raises:
+      GarbageError: the reply is not JSON-able (only ``info`` can be the cause), has half of a character, or
+        is too long.
+    """
+    try:
+        line = json.dumps(reply, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GarbageError(f"info is not JSON-able: {error}") from error
+    if b"\\ud" in line:  # halves of characters
+        check_texts(reply)
+    if len(line) > MAX_REPLY_BYTES:
+        raise GarbageError(
+            f"observation and info take {len(line)} bytes; at most {MAX_REPLY_BYTES} are allowed"
+        )
+    return line + b"\n"
 
 
 def describe(value: Any) -> str:

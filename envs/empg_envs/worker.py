@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from empg_envs import make_env
-from empg_envs.answers import GarbageError, Reply, check_answer, check_texts, describe
+from empg_envs.answers import GarbageError, Reply, check_answer, describe, encode_reply
 from empg_envs.base import EnvFault, TextEnv
 from empg_envs.lanes import Lanes
 from empg_envs.orphans import MARK, end_descendants
@@ -35,7 +35,6 @@ from empg_envs.orphans import MARK, end_descendants
 RSS_EVERY = 50  # number of commands between two reports of the resident memory
 HOUSEKEEPING = 0.05  # seconds between two looks at stderr and at the parent
 STDERR_TAIL = 1 << 16  # last bytes of stderr that stay when it is cut
-MAX_REPLY_BYTES = 8 << 20  # longer replies are refused, because they could fill the parent's memory
 TRACEBACK_CHARS = 2000
 
 
@@ -76,7 +75,7 @@ class EnvHost:
         handle = command.get("env")
         head = {"id": command["id"], "env": handle, **extra}
         try:
-            return _encode(
+            return encode_reply(
                 {**head, "ok": True, **self._run(handle, command["op"], command.get("args") or {})}
             )
         # An environment may even call sys.exit(), which must not end the worker's other environments.
@@ -90,7 +89,7 @@ class EnvHost:
             if isinstance(error, EnvFault):
                 failure |= {"reason": _clean(error.reason), "error": _clean(str(error))}
         self._drop(handle)
-        return _encode({**head, **failure})
+        return encode_reply({**head, **failure})
 
     def close(self) -> None:
         """Close every environment; errors are ignored, because the process ends anyway."""
@@ -164,7 +163,7 @@ class EnvHost:
 def main() -> int:
     """Serve until the parent closes stdin; return the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    source, sink = _take_channel()
+    source, sink = take_channel()
     # The parent kills a hanging worker with SIGABRT; faulthandler then writes the stack to stderr.
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -181,10 +180,10 @@ def main() -> int:
         ready = {"ready": True, "pid": os.getpid(), "rss_mb": resident_mb(), **host.declare()}
         if not ready["bounded"]:
             resource.setrlimit(resource.RLIMIT_AS, space)
-        _write(sink, _encode(ready))
+        _write(sink, encode_reply(ready))
     except BaseException as error:
         traceback.print_exc()
-        _write(sink, _encode({"fatal": f"{type(error).__name__}: {error}"}))
+        _write(sink, encode_reply({"fatal": f"{type(error).__name__}: {error}"}))
         return 1
     lanes = request.get("lanes", 1) if ready["threads"] else 1
     serve(host, _commands(source), lambda line: _write(sink, line), lanes)
@@ -237,7 +236,7 @@ def _commands(source: BinaryIO) -> Iterator[dict[str, Any]]:
         yield from json.loads(line)
 
 
-def _take_channel() -> tuple[BinaryIO, int]:
+def take_channel() -> tuple[BinaryIO, int]:
     """Move stdin and stdout to private descriptors that environments and their children do not inherit."""
     source, sink = os.dup(0), os.dup(1)  # dup() makes them non-inheritable
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -245,26 +244,6 @@ def _take_channel() -> tuple[BinaryIO, int]:
     os.dup2(2, 1)
     os.close(nothing)
     return os.fdopen(source, "rb"), sink
-
-
-def _encode(reply: Reply) -> bytes:
-    """Encode a reply as one line of compact JSON.
-
-    Raises:
-      GarbageError: the reply is not JSON-able (only ``info`` can be the cause), has half of a character, or
-        is too long.
-    """
-    try:
-        line = json.dumps(reply, separators=(",", ":"), allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise GarbageError(f"info is not JSON-able: {error}") from error
-    if b"\\ud" in line:  # halves of characters
-        check_texts(reply)
-    if len(line) > MAX_REPLY_BYTES:
-        raise GarbageError(
-            f"observation and info take {len(line)} bytes; at most {MAX_REPLY_BYTES} are allowed"
-        )
-    return line + b"\n"
 
 
 def _write(sink: int, line: bytes) -> None:

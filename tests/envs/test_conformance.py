@@ -108,10 +108,10 @@ def test_nonsense_earns_nothing_and_ends_nothing(name: str, options: dict, actio
 
 
 @every_env
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(response=st.text(max_size=80))
-def test_parsers_never_raise(name: str, options: dict, response: str) -> None:
-    check_parser(Subject(name, options), [response])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(responses=st.lists(st.text(max_size=80), min_size=10, max_size=20))
+def test_parsers_never_raise(name: str, options: dict, responses: list[str]) -> None:
+    check_parser(Subject(name, options), responses)
 
 
 @pytest.mark.parametrize(

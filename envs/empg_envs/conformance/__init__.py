@@ -65,6 +65,20 @@ CHECKS = {
     "an instance forgets its last episode": Check(
         checks.check_forgetting, "set every attribute anew in reset()"
     ),
+    "episodes at the same time stay apart": Check(
+        checks.check_live_episodes,
+        "a worker holds many episodes at a time: keep what one changes on its instance, not on the class or "
+        "in the module",
+    ),
+    "episodes in threads stay apart": Check(
+        checks.check_threads,
+        "share nothing between instances that threads cannot share; or declare threads = False",
+    ),
+    "a snapshot restores an episode": Check(
+        checks.check_snapshots,
+        "put all that an episode changes into snapshot(), as JSON values, and let restore() set it in a new "
+        "instance; or leave both out",
+    ),
     "every text gets a reply": Check(
         checks.check_any_text, "the policy may say anything: answer nonsense with an observation and reward 0"
     ),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
+
+from empg_envs.answers import GarbageError, check_answer, encode_reply
 
 
 def check_opening(result: Any) -> None:
     """Check what ``reset`` returned."""
     require(isinstance(result, tuple) and len(result) == 2, f"reset returned {result!r:.200}")
     observation, info = result
-    require(isinstance(observation, str) and observation, f"the first observation is {observation!r:.200}")
+    _check_crossing(observation, 0.0, False, False, info)
+    require(observation, "the first observation is empty")
     check_info(info)
     require(isinstance(info.get("task"), str) and info["task"], 'the info of reset has no text "task"')
 
@@ -19,24 +21,31 @@ def check_opening(result: Any) -> None:
 def check_reply(result: Any) -> None:
     """Check what ``step`` returned."""
     require(isinstance(result, tuple) and len(result) == 5, f"step returned {result!r:.200}")
-    observation, reward, terminated, truncated, info = result
-    require(isinstance(observation, str), f"the observation is {observation!r:.200}, no text")
-    is_number = type(reward) in (float, int) and math.isfinite(reward)
-    require(is_number, f"the reward is {reward!r} ({type(reward).__name__}), no finite number")
+    _check_crossing(*result)
+    _, reward, terminated, truncated, info = result
+    require(type(reward) in (float, int), f"the reward is {reward!r} ({type(reward).__name__}), no number")
     require(type(terminated) is bool, f"terminated is {terminated!r} ({type(terminated).__name__})")
     require(type(truncated) is bool, f"truncated is {truncated!r} ({type(truncated).__name__})")
     check_info(info)
 
 
-def check_info(info: Any) -> None:
+def check_info(info: dict[str, Any]) -> None:
     """Check an info: JSON values only, a verdict, sorted commands, metrics that are numbers."""
-    require(isinstance(info, dict) and is_json(info), f"the info is no object of JSON values: {info!r:.300}")
+    require(is_json(info), f"the info is no object of JSON values: {info!r:.300}")
     require(isinstance(info.get("won"), bool), f'info["won"] is {info.get("won")!r}; expected true or false')
     admissible = info.get("admissible", [])
     require(admissible == sorted(set(admissible)), 'info["admissible"] is not sorted, or repeats a command')
     metrics = info.get("metrics", {})
     bad = {name: value for name, value in metrics.items() if not isinstance(value, float)}
     require(not bad, f'info["metrics"] has values that are no float: {bad}')
+
+
+def _check_crossing(*answer: Any) -> None:
+    """Check an answer, in five parts, as a worker does before it sends one."""
+    try:
+        encode_reply(check_answer(*answer))
+    except GarbageError as error:
+        raise AssertionError(str(error)) from None
 
 
 def require(condition: Any, message: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from empg_envs import make_env, resolve_spec
@@ -39,6 +40,16 @@ class Subject:
         """Build the environment."""
         return make_env(self.target, **self.options)
 
+    @contextlib.contextmanager
+    def open(self) -> Iterator[TextEnv]:
+        """Build the environment, and close it in the end; like a worker, pass over what ``close`` raises."""
+        env = self.make()
+        try:
+            yield env
+        finally:
+            with contextlib.suppress(Exception):
+                env.close()
+
     def tasks(self, env: TextEnv) -> list[tuple[str, int]]:
         """Return the tasks that are played: the first ones of every split."""
         return [
@@ -49,14 +60,25 @@ class Subject:
 
 
 def play(env: TextEnv, split: str, index: int, actions: int = MOVES) -> list[str]:
-    """Play an episode by a fixed rule over admissible actions; return every reply as canonical JSON."""
-    observation, info = env.reset(seed=0, split=split, index=index)
-    log = [json.dumps([observation, info], sort_keys=True)]
-    for turn in range(actions):
-        admissible = info.get("admissible") or ["look"]
-        reply = env.step(admissible[(7 * turn + index) % len(admissible)])
-        log.append(json.dumps(reply, sort_keys=True))
-        info = reply[4]
-        if reply[2] or reply[3]:
-            break
+    """Play an episode, at most so many actions of it; return every reply as canonical JSON."""
+    log: list[str] = []
+    for _ in range(1 + actions):
+        advance(env, split, index, log)
     return log
+
+
+def advance(env: TextEnv, split: str, index: int, log: list[str]) -> None:
+    """Play one move of an episode, and add the reply to its log as canonical JSON.
+
+    Without a log it is the reset; after the end it is nothing. A fixed rule chooses among the admissible
+    actions, so that the log alone says what comes next.
+    """
+    if not log:
+        log.append(json.dumps(env.reset(seed=0, split=split, index=index), sort_keys=True))
+        return
+    *reply, info = json.loads(log[-1])
+    if any(reply[2:]):
+        return
+    admissible = info.get("admissible") or ["look"]
+    action = admissible[(7 * (len(log) - 1) + index) % len(admissible)]
+    log.append(json.dumps(env.step(action), sort_keys=True))
