@@ -103,7 +103,7 @@ def test_the_decoder_computes_with_them(scheme, dtype):
 
 
 def test_a_router_is_kept_as_it_is():
-    """Its choices would change; it is small, and an adapter is exported for a base with the router as it was."""
+    """Its choices would change, it is small, and adapters are exported for a base with a router as it was."""
     layers = {"router": {"kernel": random_kernel(2, 64, 4)}, "up": {"kernel": random_kernel(2, 64, 4)}}
     for scheme in ("int8", "nf4"):
         found = quantize_params({"layers": layers}, scheme)["layers"]
