@@ -1,9 +1,9 @@
 """The memory that a run needs on each device, computed from shapes alone: no weights, devices or compilation.
 
 The sizes of weights, moments and caches are exact. The sizes of activations are estimates by the formulas of
-`activation_bytes` with a margin (`MARGIN`), so that a plan errs high: `tests/plan/test_memory.py` compares it
-with the compiler's memory. Memory fragmentation and the memory of a platform's runtime (about 1 GiB on GPUs)
-are not counted.
+`activations.activation_bytes` with a margin (`MARGIN`, `MIXTURE_MARGIN`), so that a plan errs high:
+`tests/plan/test_memory.py` compares it with the compiler's memory. Memory fragmentation and the memory of a
+platform's runtime (about 1 GiB on GPUs) are not counted.
 """
 
 from __future__ import annotations
@@ -19,20 +19,16 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from empg_jax.engine.sizes import EngineConfig
-from empg_jax.learner.batching import BatchShape
 from empg_jax.learner.state import base_model, init_trained
 from empg_jax.models.attention.cached import SCORES
-from empg_jax.models.attention.tiles import FEW_TILES, tile_size
 from empg_jax.models.axes import param_axes
 from empg_jax.models.decoder import DecoderConfig, init_params
-from empg_jax.models.head import LARGE_SLAB
+from empg_jax.models.head import LARGE_SLAB, num_blocks
 from empg_jax.models.quantize import UNCAST_LEAVES
-from empg_jax.parallel.layout import cache_heads_here, head_shards
+from empg_jax.parallel.layout import cache_heads_here
 from empg_jax.parallel.mesh import AXES, fit_spec, mesh_axes
-from empg_jax.run.assembly import (
-    make_batch_shape,
-    needs_reference,
-)
+from empg_jax.plan.activations import activation_bytes, find_widths, tokens_here
+from empg_jax.run.assembly import make_batch_shape, needs_reference
 from empg_jax.run.sampling import size_engine
 from empg_jax.run.weights import base_shapes
 from empg_jax.types import Params
@@ -41,6 +37,7 @@ if TYPE_CHECKING:
     from empg_jax.config import Config
 
 MARGIN = 1.3  # of estimates; the compiler reserves 0.9 to 1.25 times what the formulas say
+MIXTURE_MARGIN = 2.1  # of estimates for layers whose mixtures of experts are trained
 _BATCH_BYTES = 60  # bytes per token of a batch: ids, masks, scores, credit
 
 
@@ -178,100 +175,36 @@ def shard_bytes(params: Params, head_dim: int, mesh: AbstractMesh, itemsize: int
     return total
 
 
-def _estimate(size: int) -> int:
+def _estimate(size: int, margin: float = MARGIN) -> int:
     """Add the margin to a size that a formula estimates."""
-    return round(MARGIN * size)
+    return round(margin * size)
 
 
 # --------------------------------------------------------------------------------------------- update
-
-
-@dataclasses.dataclass(frozen=True)
-class _Widths:
-    """Numbers per token on one device."""
-
-    stream: int
-    queries: int
-    keys: int  # as many values as keys exist besides
-    hidden: int
-    routed: int  # copies of the residual stream that are the experts' inputs and outputs
-    heads: int
-
-
-def _widths(model: DecoderConfig, mesh: AbstractMesh) -> _Widths:
-    tensor, moe = mesh.shape["tensor"], model.moe
-    q_parts = tensor if model.num_heads % tensor == 0 else 1
-    k_parts = tensor if model.num_kv_heads % tensor == 0 else 1
-    return _Widths(
-        stream=model.hidden_size,
-        queries=model.num_heads * model.head_dim // q_parts,
-        keys=model.num_kv_heads * model.head_dim // k_parts,
-        # A device has one row for each of a token's experts, even for experts of other devices.
-        hidden=-(-model.intermediate_size // tensor) if moe is None else moe.top_k * moe.expert_size,
-        routed=0 if moe is None else 2 * moe.top_k * model.hidden_size,
-        heads=model.num_heads // q_parts,
-    )
-
-
-def activation_bytes(model: DecoderConfig, mesh: AbstractMesh, shape: BatchShape) -> tuple[int, int]:
-    """Compute the bytes of activations on one device.
-
-    Args:
-      model: the decoder's config; ``remat`` decides which activations are kept.
-      mesh: sizes of the mesh's axes.
-      shape: the sizes of a micro-batch.
-
-    Returns:
-      Bytes that all layers keep for the backward pass, and bytes in use while one layer runs.
-    """
-    w, wide, tokens = _widths(model, mesh), 4, _tokens_here(mesh, shape)
-    narrow = jnp.dtype(model.dtype).itemsize
-    full = narrow * (w.stream + w.queries) + wide * w.heads
-    dots = full + narrow * (w.stream + w.queries + 2 * w.keys + 2 * w.hidden)
-    # The norms and rotations in float32, the norms' results, and the arrays between gate and down.
-    between = 2 * w.stream + 3 * w.hidden + 2 * w.routed
-    everything = dots + wide * (5 * w.stream + w.queries + w.keys) + narrow * between
-    kept = {"full": full, "dots": dots, "none": everything}[model.remat]
-    # A layer's gradient needs all arrays of its forward pass, and the gradients of its widest part.
-    slopes = wide * 2 * w.stream + narrow * 3 * w.hidden
-    attention = _score_bytes(model, mesh, shape)
-    return tokens * kept * model.num_layers, tokens * (everything + slopes) + attention
-
-
-def _tokens_here(mesh: AbstractMesh, shape: BatchShape) -> int:
-    """Compute the tokens of a micro-batch on one device."""
-    return _rows_here(mesh, shape) * shape.row_tokens // mesh.shape["sequence"]
-
-
-def _rows_here(mesh: AbstractMesh, shape: BatchShape) -> int:
-    return -(-shape.micro_rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
-
-
-def _score_bytes(model: DecoderConfig, mesh: AbstractMesh, shape: BatchShape) -> int:
-    """Compute the bytes of a tile's three float32 tables, and of sums as long as the row (`tiles`)."""
-    heads = model.num_heads // math.prod(head_shards(mesh.shape, model.num_heads))
-    row = shape.row_tokens
-    sums = 2 * 4 * row * model.head_dim  # of the keys' and values' gradients
-    return _rows_here(mesh, shape) * heads * (3 * 4 * tile_size(row, FEW_TILES) ** 2 + sums)
 
 
 def _update_items(
     config: Config, model: DecoderConfig, mesh: AbstractMesh, trained: Params, base: Params | None
 ) -> Iterator[Item]:
     sizes, shape = mesh.shape, make_batch_shape(config)
-    row_shards, tokens = sizes["data"] * sizes["fsdp"], _tokens_here(mesh, shape)
+    row_shards, tokens = sizes["data"] * sizes["fsdp"], tokens_here(mesh, shape)
     kept, working = activation_bytes(model, mesh, shape)
-    policy = f"{model.num_layers} layers, remat={model.remat}"
-    yield Item("activations", _estimate(kept), "update", f"{tokens} tokens a device, {policy}")
-    logits = min(tokens * -(-model.vocab_size // sizes["tensor"]), LARGE_SLAB)
+    policy = f"remat={model.remat}" if model.scan_layers else "all kept: scan_layers=false"
+    margin = MARGIN if model.moe is None or base else MIXTURE_MARGIN
+    note = f"{tokens} tokens a device, {model.num_layers} layers, {policy}"
+    yield Item("activations", _estimate(kept, margin), "update", note)
+    is_split = row_shards * sizes["sequence"] > 1  # then all tokens of a device are computed at once
+    here = tokens if is_split else tokens // num_blocks(tokens)
+    logits = min(here * -(-model.vocab_size // sizes["tensor"]), LARGE_SLAB)
     head = 3 * 4 * logits + 2 * 4 * tokens * model.hidden_size
-    if row_shards * sizes["tensor"] * sizes["sequence"] > 1:
-        layers = jax.tree.leaves((base or trained)["layers"])
-        working += _gathered_bytes(model, mesh, sum(math.prod(x.shape[1:]) for x in layers if x.ndim > 2))
-        chunk = logits * sizes["tensor"] // tokens * model.hidden_size
+    if not is_split:  # the sum over blocks of the gradient of the vocabulary's table
+        head += 4 * -(-model.vocab_size // sizes["tensor"]) * model.hidden_size
+    working += _layer_bytes(model, mesh, trained, base)
+    if is_split or sizes["tensor"] > 1:
+        chunk = logits * sizes["tensor"] // here * model.hidden_size
         head += _gathered_bytes(model, mesh, chunk)
-    note = "its recomputation, its slopes, its gathered weights"
-    yield Item("one layer", _estimate(working), "layer", note)
+    note = "its recomputation, its slopes, its own weights and their gradients"
+    yield Item("one layer", _estimate(working, margin), "layer", note)
     if base is None and jnp.dtype(model.param_dtype).itemsize < 4:
         # The gradient of the embeddings is added up in float32 when the head is done.
         head = max(head, shard_bytes({"embed": trained["embed"]}, model.head_dim, mesh, itemsize=4))
@@ -281,6 +214,18 @@ def _update_items(
     yield Item("batch", batch, "always", f"at most {shape.max_rows} rows of {shape.row_tokens} tokens")
     if config.train.epochs > 1:
         yield Item("batch again", batch, "update", "the same episodes in another order, for a further epoch")
+
+
+def _layer_bytes(model: DecoderConfig, mesh: AbstractMesh, trained: Params, base: Params | None) -> int:
+    """Compute the bytes of one layer's own weights, gathered or unpacked, and of their gradients."""
+
+    def count(layers: Any) -> int:
+        return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(layers) if leaf.ndim > 2)
+
+    if base is not None and mesh.size == 1:  # nothing is gathered, and frozen weights have no gradients
+        plain = jax.eval_shape(lambda: _plain(model))
+        return count(plain["layers"]) * jnp.dtype(model.dtype).itemsize
+    return _gathered_bytes(model, mesh, count((base or trained)["layers"]))
 
 
 def _gathered_bytes(model: DecoderConfig, mesh: AbstractMesh, numbers: int) -> int:
@@ -376,7 +321,7 @@ def as_computed(base: Params, dtype: Any) -> Params:
 
 def _prefill_bytes(config: Config, model: DecoderConfig, mesh: AbstractMesh, sizes: EngineConfig) -> int:
     """Compute the bytes that one prefill dispatch needs besides weights and cache."""
-    r, w, narrow = config.rollout, _widths(model, mesh), jnp.dtype(model.dtype).itemsize
+    r, w, narrow = config.rollout, find_widths(model, mesh), jnp.dtype(model.dtype).itemsize
     most = 0
     capacity = sizes.longest_cache
     for length in sizes.prefill_lengths(capacity):

@@ -40,7 +40,8 @@ class SimulatedEpisode:
       turns: turns until the task is done.
       fault: turn whose environment step fails; 0 is the reset, None is no failure.
       reason: the cause of that failure.
-      started: when it got its slot, on the clock of the time served.
+      waited: seconds that its environment took for its answers so far, on the clock of the time served.
+      asked: when its environment was asked for the answer to come, on that clock; None while it owes none.
       context: tokens of the conversation so far.
       version: of the weights that began the newest response, and whose keys and values the sampler holds.
       pending: tokens of the response in progress.
@@ -48,25 +49,27 @@ class SimulatedEpisode:
     """
 
     __slots__ = (
+        "asked",
         "attempt",
         "chance",
         "context",
         "fault",
-        "known_by",
         "pending",
         "reason",
-        "started",
         "tokens",
         "turns",
         "turns_done",
         "version",
         "versions",
+        "waited",
     )
 
-    def __init__(self, world: World, attempt: Attempt, started: float) -> None:
+    def __init__(self, world: World, attempt: Attempt) -> None:
         seed = (world.seed * STRIDE + attempt.group_id) * STRIDE + attempt.member * 16 + attempt.retry
         self.chance = chance = random.Random(seed)
-        self.attempt, self.started = attempt, started
+        self.attempt = attempt
+        self.waited = 0.0
+        self.asked: float | None = None
         self.turns = world.turns.draw_count(chance)
         if world.is_long(attempt.task):
             self.turns = round(self.turns * world.long_stretch)
@@ -78,6 +81,14 @@ class SimulatedEpisode:
         self.turns_done = self.tokens = self.pending = 0
         self.context, self.version = 0.0, -1
         self.versions: collections.Counter[int] = collections.Counter()
+
+    def age(self, served: float) -> float:
+        """Return the seconds that ``episode_timeout`` is for: without the sampling of its responses."""
+        return self.waited + (0.0 if self.asked is None else served - self.asked)
+
+    def answered(self, served: float) -> None:
+        """Count the time of the environment's answer; the episode does not age until it is asked again."""
+        self.waited, self.asked = self.age(served), None
 
     def begin_response(self, world: World, version: int) -> float:
         """Draw the next response; return the prompt tokens that must be prefilled for it."""

@@ -120,7 +120,7 @@ class Simulation:
         elif then == updated:
             self._on_update()
         elif self._mail is None:
-            self.ledger.close_late({e.attempt: self.served - e.started for e in self._episodes.values()})
+            self.ledger.close_late({e.attempt: e.age(self.served) for e in self._episodes.values()})
             self._turn_over()
 
     def _account(self, seconds: float) -> None:
@@ -204,7 +204,7 @@ class Simulation:
         ledger.cancels, ledger.starts = [], []
         while self._queue and self._free:
             slot, attempt = heapq.heappop(self._free), self._queue.popleft()
-            episode = SimulatedEpisode(world, attempt, self.served)
+            episode = SimulatedEpisode(world, attempt)
             self._episodes[slot] = episode
             self._ask(slot, episode)
         self._learn()
@@ -226,6 +226,7 @@ class Simulation:
 
     def _ask(self, slot: int, episode: SimulatedEpisode) -> None:
         """Ask the environment; it answers after its latency, once it has its turn."""
+        episode.asked = self.served
         latency = (self._resets if episode.turns_done == 0 else self.world.latency).draw(episode.chance)
         if self._lanes > 0:
             self._lanes -= 1
@@ -253,7 +254,8 @@ class Simulation:
         if self._episodes.get(slot) is not episode:  # given up in the meantime
             return False
         world, outcome = self.world, None
-        if self.served - episode.started > world.episode_timeout:
+        episode.answered(self.served)
+        if episode.waited > world.episode_timeout:
             outcome = Outcome(Status.DISCARDED, "timeout")
         elif episode.fault == episode.turns_done:
             outcome = Outcome(Status.DISCARDED, episode.reason)
@@ -269,7 +271,7 @@ class Simulation:
             self._count_discarded(outcome.reason)
         self._free_slot(slot)
         trajectory = episode.finish(outcome, self._return_of(episode.attempt))
-        self.ledger.finish(episode.attempt, trajectory, self.served - episode.started)
+        self.ledger.finish(episode.attempt, trajectory, episode.waited)
         return True
 
     def _count_discarded(self, reason: str) -> None:

@@ -40,8 +40,8 @@ class World:
       is_burst: new weights go live inside responses, with the keys and values of the old ones
         (``rollout.publish=burst``); otherwise the swap waits until the responses in progress have ended.
       is_shared: sampler and learner compute on the same devices, each at half speed while both do.
-      episode_timeout: longest time that an episode is served, and the deadline of a group's members. A run
-        leaves the sampling of responses out.
+      episode_timeout: longest time of an episode without the sampling of its responses, and the deadline of a
+        group's members.
       mixed: share of the groups whose attempts have different returns, for dynamic sampling.
       tasks: tasks of the panel.
     """

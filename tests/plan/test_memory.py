@@ -20,6 +20,7 @@ from empg_jax.learner.state import make_optimizer, state_shapes
 from empg_jax.learner.update import make_learner
 from empg_jax.models.attention.cached import SCORES
 from empg_jax.models.decoder import DecoderConfig
+from empg_jax.models.moe import MoeConfig
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.plan.explain import GIB, as_line, as_lines, explain, find_shape, spread
 from empg_jax.plan.memory import MARGIN, compute_plan
@@ -85,15 +86,18 @@ def reserved_bytes(model, mesh, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "remat, mesh",
+    "changes, mesh",
     [
-        ("full", dict(fsdp=4, tensor=2)),
-        pytest.param("dots", {}, marks=pytest.mark.long),
-        pytest.param("none", dict(fsdp=2, sequence=2), marks=pytest.mark.long),
+        (dict(), dict(fsdp=4, tensor=2)),
+        (dict(vocab_size=2**16), {}),
+        (dict(scan_layers=False), dict(fsdp=8)),
+        (dict(moe=MoeConfig(64, 4, 256)), dict(fsdp=8)),
+        pytest.param(dict(remat="dots"), {}, marks=pytest.mark.long),
+        pytest.param(dict(remat="none"), dict(fsdp=2, sequence=2), marks=pytest.mark.long),
     ],
 )
-def test_the_estimate_is_near_what_the_compiler_reserves(remat, mesh):
-    model = dataclasses.replace(SMALL, remat=remat)
+def test_the_estimate_is_near_what_the_compiler_reserves(changes, mesh):
+    model = dataclasses.replace(SMALL, **changes)
     planned = update_bytes(compute_plan(make_config(mesh, 8, 256), model))
     assert 0.65 < reserved_bytes(model, mesh, BatchShape(8, 4, 256, 8, 8, 1)) / planned <= 1.0
 
@@ -361,6 +365,15 @@ def test_what_does_not_fit_is_said_with_what_would():
     config = load([])
     line = as_line(compute_plan(config, find_shape(config)), 80 * GIB)
     assert "\n" not in line and "optimizer" in line and line.endswith("does not fit")
+
+
+def test_one_device_computes_the_logits_of_some_tokens_at_a_time():
+    lengths = "rollout.max_tokens=2048 rollout.max_response_tokens=256 train.micro_tokens=4096"
+    model = "model.preset=qwen2.5-0.5b model.lora.rank=16 rollout.slots=8 rollout.prefill_buckets=null"
+    arguments = ["plan", "quickstart", *lengths.split(), *model.split(), "--memory-gib", "8"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "does not fit" not in result.stdout and "% of 8 GiB" in result.stdout
 
 
 def test_more_devices_are_proposed_only_where_their_number_is_free():

@@ -106,14 +106,25 @@ def test_the_table_says_what_it_was_made_from():
 
 
 def test_a_row_that_never_ends_is_told_beside_the_others():
-    # On one device an episode takes longer than it may, on four it does not.
-    limits = ["quickstart", *SIZES, "rollout.episode_timeout=1"]
-    speeds = SPEEDS | {"latency": 0, "decode-rate": 700, "updates": 5}
-    stuck, ended = plan(*limits, **speeds, lags="0", splits="1:1,4:1")["rows"]
+    # Environments answer one by one. Four devices sample so fast that all slots soon ask again, and wait.
+    limits = ["quickstart", *SIZES, "rollout.episode_timeout=2"]
+    speeds = SPEEDS | {"latency": 0.05, "at-once": 1, "decode-rate": 160, "updates": 5}
+    ended, stuck = plan(*limits, **speeds, lags="0", splits="1:1,4:1")["rows"]
     assert stuck["problem"].startswith("update 1 never gets its episodes: ") and "updates" not in stuck
     assert ended["updates"] == 5
     done = call(*limits, **speeds, lags="0", splits="1:1,4:1")
-    assert "never" in done.stdout.splitlines()[-3] and "train.max_lag=0, 1:1: update 1 never" in done.stdout
+    assert "never" in done.stdout.splitlines()[-2] and "train.max_lag=0, 4:1: update 1 never" in done.stdout
+
+
+def test_episodes_do_not_age_while_they_are_sampled():
+    """A rollout of 63 s, of which the environment takes 0.6 s; long tasks wait for theirs 4.1 s."""
+    limits = [*SIZES, "rollout.episode_timeout=1", "rollout.min_group_size=2"]
+    speeds = SPEEDS | {"decode-rate": 12.8, "updates": 3}
+    (row,) = plan("quickstart", *limits, **speeds, lags="0")["rows"]
+    assert row["seconds_per_update"] == pytest.approx(0.6 + 62.5 + 1.6)
+    assert (row["waste"], row["groups_replaced"], row["episodes_discarded"]) == (0, {}, {})
+    (row,) = plan("quickstart", *limits, **speeds, lags="0", long_share=0.25, long_stretch=8)["rows"]
+    assert row["episodes_discarded"]["timeout"] > 0 and row["long_trained"] == 0
 
 
 def test_options_of_the_configuration_reach_the_ledger():

@@ -167,7 +167,7 @@ def test_episodes_over_their_time_are_discarded_and_their_groups_replaced():
     assert result.groups_replaced["failed"] > 0 and result.episodes_discarded["timeout"] > 0
     assert result.long_trained == 0  # what a run would tell, too: no long task ends in time
     # A group that may be closed with three members is not replaced when one of them is slow.
-    closed = simulate(world(min_group_size=1, episode_timeout=2.2, updates=20, **ROUGH))
+    closed = simulate(world(min_group_size=1, episode_timeout=1.0, updates=20, **ROUGH))
     assert closed.episodes_discarded["group_closed"] > 0
 
 
