@@ -25,7 +25,7 @@ from empg_jax.run.environment import find_spec
 from empg_jax.run.server import check_server, open_server
 from empg_jax.run.splits import check_split, count_panels, make_order
 from empg_jax.run.storage import load_trajectories
-from empg_jax.text.continuation import Continuation
+from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.stops import StopSearch
 from empg_jax.text.tokenizer import Tokenizer
 from empg_jax.types import Params, Trajectory
@@ -231,23 +231,23 @@ def make_collector(
         pool,
         language.make_context,
         language.parser,
-        Continuation(language.tokenizer).decode,
+        language.renderer.decode_response,
         make_rules(config),
         seed=config.seed,
         stream=stream,
         first_handle=first_handle,
         episode_timeout=config.rollout.episode_timeout,
         is_deterministic=_has_barrier(config),
-        make_watch=make_watches(config, language.tokenizer),
+        make_watch=make_watches(config, language.renderer),
         has_deadlines=config.rollout.engine != "builtin",
         num_tasks=num_tasks,
     )
 
 
-def make_watches(config: Config, tokenizer: Tokenizer) -> Callable[[], Watch | None]:
+def make_watches(config: Config, renderer: ChatRenderer) -> Callable[[], Watch | None]:
     """Return what makes the search for ``rollout.stop`` in a response."""
-    stops, decode = config.rollout.stop, Continuation(tokenizer).decode
-    return lambda: StopSearch(decode, stops) if stops else None
+    stops = config.rollout.stop
+    return lambda: StopSearch(renderer.decode_response, stops) if stops else None
 
 
 def make_evaluator(

@@ -16,7 +16,6 @@ from empg_jax.run.process import prepare_jax
 from empg_jax.run.sampling import make_engine, make_watches
 from empg_jax.run.saved import SavedRun, open_new, open_saved
 from empg_jax.run.terminal import Say, build_env, choose_task, plain, play_task
-from empg_jax.text.continuation import Continuation
 
 STREAM = 3  # keeps the sampling keys apart from those of training, evaluation and serving
 
@@ -102,7 +101,7 @@ class PolicyAgent:
         )
         self._step, self._engine = saved.step, _open_engine(saved)
         self._context: EpisodeContext = saved.language.make_context()
-        self._make_watch = make_watches(saved.config, saved.language.tokenizer)
+        self._make_watch = make_watches(saved.config, saved.language.renderer)
         self._turns = 0
         self._last: tuple[Response, str, str] | None = None  # the last turn: response, its text, its action
 
@@ -125,7 +124,7 @@ class PolicyAgent:
         responses: Sequence[Response] = ()
         while not responses:
             responses = self._engine.step()
-        text = Continuation(self._language.tokenizer).decode(responses[0].tokens.tolist())
+        text = self._language.renderer.decode_response(responses[0].tokens.tolist())
         parsed = self._language.parser(text, info)
         self._turns += 1
         self._last = responses[0], text, parsed.action

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from empg_jax.text.continuation import Continuation
 from empg_jax.text.history import HistoryMode, SuffixFinder, UnstableHistory
 from empg_jax.text.seams import Seam, SeamFinder, is_plain
 from empg_jax.text.template import ChatTemplateError, Message
@@ -65,6 +66,7 @@ class ChatRenderer:
         assert end_token is not None
         self.end_token = end_token
         self.lead = self._find_lead()
+        self._decode = Continuation(tokenizer).decode if self.lead else tokenizer.decode
         self._opening = self._find_opening()
         self._closing = self._find_closing() if history == "append" else self.end_token
 
@@ -102,6 +104,13 @@ class ChatRenderer:
         `follow` must then begin with the lead, too.
         """
         return [*encode_behind(self._encode, self._opening, self.lead + text)[1], self.end_id]
+
+    def decode_response(self, ids: Iterable[int]) -> str:
+        """Return the text of a sampled response without control tokens.
+
+        Where the template has a ``lead``, the text begins with it; some decoders would strip a space there.
+        """
+        return self._decode(ids)
 
     def encode_answer(self, lead: str, answer: str) -> tuple[list[int], list[int]]:
         """Return the ids of a written response's beginning and of what follows it, without an end of turn."""

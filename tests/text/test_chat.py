@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from empg_jax.config import load_config
 from empg_jax.run import sampling
+from empg_jax.run.assembly import make_language
 from empg_jax.text import ChatRenderer, ChatTemplate, ChatTemplateError, build_phrase_tokenizer
 from tests.text.families import ALTERNATING, TEMPLATES, build_bpe
 
@@ -135,7 +136,7 @@ def test_a_response_keeps_the_space_that_a_decoder_strips(monkeypatch):
     tokenizer = build_bpe("spaced", marks_beginning=True)
     renderer = ChatRenderer(tokenizer)
     monkeypatch.setattr(sampling, "Collector", lambda *arguments, **options: arguments)
-    language = SimpleNamespace(make_context=None, parser=None, tokenizer=tokenizer)
+    language = SimpleNamespace(make_context=None, parser=None, renderer=renderer)
     config = load_config("quickstart", ["rollout.stop=[' stop']"])
     decode = sampling.make_collector(config, None, None, language, stream=0)[4]
     ids = renderer.encode_response("go")
@@ -143,7 +144,13 @@ def test_a_response_keeps_the_space_that_a_decoder_strips(monkeypatch):
     assert renderer.follow([user("A door.")], decode(ids), [user("A wall.")], stopped=True) is not None
     assert renderer.follow([user("A door.")], "go", [user("A wall.")], stopped=True) is None
     stop = np.asarray(renderer.encode_response("stop")[:-1])
-    assert sampling.make_watches(config, tokenizer)()(stop) == len(stop)
+    assert sampling.make_watches(config, renderer)()(stop) == len(stop)
+
+
+def test_a_response_without_a_lead_has_none():
+    """A tokenizer whose words stand between spaces would print one before every response, too."""
+    renderer = make_language(load_config("quickstart", [])).renderer
+    assert renderer.decode_response(renderer.encode_response("look")) == "look"
 
 
 def test_the_newline_after_the_end_of_turn_belongs_to_the_delta():
