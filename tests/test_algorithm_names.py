@@ -306,9 +306,12 @@ def test_an_entry_point_that_cannot_be_used_is_one_message(own, attribute, says)
 @pytest.mark.parametrize(
     ("attribute", "says"),
     [
-        ("FLAT", r"own_recipes:FLAT: flat returned shape \(4,\); expected float\[N, K\] = \(4, 2\)"),
+        ("FLAT", r"own_recipes:FLAT: flat returned shape \(5,\); expected float\[N, K\] = \(5, 2\)"),
         ("NAN", r"own_recipes:NAN: nan returned numbers that are not finite"),
-        ("LOSS", r"own_recipes:LOSS: bad_loss returned a loss of shape \(\)"),
+        (
+            "LOSS",
+            r"own_recipes:LOSS: bad_loss \(objective\) returned shape \(\); expected float\[B, T\] = ",
+        ),
         ("BARE", r"own_recipes:BARE: bare returned .*; expected a Modulation"),
         ("RAISES", r"own_recipes:RAISES: AttributeError: .*retuns.*own_recipes\.py, line \d+"),
         ("BRANCHES", r"own_recipes:BRANCHES: TracerBoolConversionError: .*own_recipes\.py, line \d+"),

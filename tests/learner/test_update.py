@@ -201,7 +201,7 @@ def test_the_reference_is_scored_beside_the_policy(problem, expected):
     np.testing.assert_allclose(scores.ref_logprobs, swapped.old_logprobs, atol=1e-5)
     np.testing.assert_allclose(swapped.ref_logprobs, scores.old_logprobs, atol=1e-5)
     np.testing.assert_allclose(scores.old_logprobs, expected[1].old_logprobs, atol=1e-5)
-    assert np.abs(np.asarray(scores.ref_logprobs) - expected[1].ref_logprobs).max() > 0.1
+    assert np.abs(np.asarray(scores.ref_logprobs) - expected[1].old_logprobs).max() > 0.1
 
 
 def test_recorded_scores_and_their_gap(learner, problem, parts):
