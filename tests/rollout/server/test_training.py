@@ -119,7 +119,7 @@ def test_a_server_of_another_model_refuses_the_weights(server, tmp_path, monkeyp
         asked, "model.hidden_size=16", "rollout.engine=openai", f"rollout.url={server.url}"
     )
     assert code == 1 and "refuses POST /update_weights_from_disk: status 400" in message
-    assert "instead of" in message  # the server names the shapes
+    assert "describes another model: head_dim is 8, here 16" in message
 
 
 @pytest.mark.slow
