@@ -16,6 +16,8 @@ from empg_envs.swe.tree import File
 from tests.cages import need_cages
 from tests.envs.swe.engines import PYTEST, make_repository, make_stand_in
 
+pytestmark = pytest.mark.slow
+
 TESTS = """\
 import logging
 
