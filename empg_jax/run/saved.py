@@ -121,7 +121,7 @@ def _read(path: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> 
     try:
         return load_config(str(path), overrides), model
     except ConfigError as error:
-        if recipe is None:
+        if recipe is None or recipe not in str(error):
             raise
         kept = [change for change in overrides if not change.startswith("algorithm.")]
         config = load_config(str(path), kept, algorithm="reinforce")  # it demands least of the others

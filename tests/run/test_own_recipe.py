@@ -43,6 +43,8 @@ def test_a_recipe_whose_module_changes_and_is_gone(tmp_path, monkeypatch, capfd)
     assert said in capfd.readouterr().err
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events].count("recipe_changed") == 1
+    done = CliRunner().invoke(app, ["eval", str(folder), "algorithm.nonsense=1"])
+    assert done.exit_code == 2 and "algorithm.nonsense" in done.stderr
     module.unlink()
     monkeypatch.delitem(sys.modules, "own_module")
     done = CliRunner().invoke(app, ["eval", str(folder), "eval.tasks=2"])
