@@ -167,8 +167,8 @@ class Engine:
 
     def _leave(self, slot: int) -> None:
         """What the device samples for the slot's former response no longer counts."""
-        self._dispatched.keep(np.arange(self.config.slots) != slot)
-        self._ended = [response for response in self._ended if response.slot != slot]
+        self._dispatched.leave(slot)
+        self._ended = self._ended and [response for response in self._ended if response.slot != slot]
         if self._is_empty:
             self._slots.drop()
 

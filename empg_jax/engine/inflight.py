@@ -39,6 +39,10 @@ class Dispatched:
         """
         return bool(2 * self.may_go_on.sum() > self.members.sum())
 
+    def leave(self, slot: int) -> None:
+        """Let one slot leave: its response was dropped."""
+        self.members[slot] = self.may_go_on[slot] = False
+
     def keep(self, slots: np.ndarray) -> None:
         """Let all slots leave but these, bool[S]: their responses have ended or were dropped."""
         self.members[:] &= slots

@@ -7,6 +7,7 @@ conversation that needs them, and copied into the others. Everything here is boo
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -83,12 +84,14 @@ def _find_matches(table: Slots, waiting: Sequence[int]) -> dict[int, np.ndarray]
     part = table.config.part_of(np.arange(table.config.slots))
     reach = np.maximum(table.shareable, 0)  # rows of each slot after all that waits is computed
     reach[waiting] = np.maximum(reach[waiting], table.num_tokens[waiting] - 1)
+    least = table.kv_length + MIN_SHARED
+    # A slot's rows of older weights stay, and are no prefix for others.
+    may_copy = (table.shareable >= table.kv_length) & (table.num_tokens > least)
     matches = {}
     for slot in waiting:
-        if table.shareable[slot] >= table.kv_length[slot]:
-            # Else its rows of older weights stay, and are no prefix for others.
-            lengths = np.where(part == part[slot], reach, 0)
-            common = table.common(slot, lengths, int(table.kv_length[slot]) + MIN_SHARED)
+        if may_copy[slot]:
+            lengths = reach if part[-1] == 0 else np.where(part == part[slot], reach, 0)
+            common = table.common(slot, lengths, int(least[slot]))
             if common.any():
                 matches[slot] = common
     return matches
@@ -112,8 +115,10 @@ def _find_copies(
     later = ready.copy()  # and after its wave
     wave = np.zeros(table.config.slots, np.int64)
     served: list[dict[int, Copy | None]] = [{}]
+    lengths, rows = table.kv_length.tolist(), (table.num_tokens - 1).tolist()
+    shareable = table.shareable.tolist()
     for slot in waiting:
-        copy, held, needed = None, int(table.kv_length[slot]), int(table.num_tokens[slot]) - 1
+        copy, held, needed = None, lengths[slot], rows[slot]
         if slot in matches:
             common = np.minimum(matches[slot], later)
             if needed - common.max() > left:
@@ -123,8 +128,8 @@ def _find_copies(
             donor, count = int(donors[np.argmin(after)]), int(common.max())
             if count >= held + MIN_SHARED:
                 copy, wave[slot] = Copy(slot, donor, count, count - held), after.min()
-        if table.shareable[slot] >= held:
-            later[slot] = max(int(ready[slot]), needed)
+        if shareable[slot] >= held:
+            later[slot] = max(shareable[slot], needed)
         while len(served) <= wave[slot]:
             served.append({})
         served[int(wave[slot])][slot] = copy
@@ -242,11 +247,9 @@ def fit(size: int, buckets: tuple[int, ...]) -> int:
     """Return the smallest bucket that holds ``size``, unless half of it or more would be padding.
 
     In that case, and where no bucket is large enough, return the next smaller bucket, if there is one: it is
-    filled completely, and the next dispatch takes the rest.
+    filled completely, and the next dispatch takes the rest. The buckets ascend.
     """
-    above = next((bucket for bucket in buckets if bucket >= size), None)
-    below = max((bucket for bucket in buckets if bucket < size), default=None)
-    if above is not None and (below is None or 2 * size > above):
-        return above
-    assert below is not None
-    return below
+    place = bisect.bisect_left(buckets, size)
+    if place == len(buckets):
+        return buckets[-1]
+    return buckets[place] if place == 0 or 2 * size > buckets[place] else buckets[place - 1]

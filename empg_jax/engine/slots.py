@@ -234,7 +234,7 @@ class Slots:
         Args:
           slot: the other slot.
           lengths: int[S], most tokens to count.
-          at_least: where there are fewer, the count is 0.
+          at_least: where there are fewer, the count is 0; `MIN_SHARED` or more.
         """
         tokens = self._history[slot, : self.num_tokens[slot] - 1]
         lengths = np.minimum(lengths, len(tokens))
@@ -242,16 +242,19 @@ class Slots:
         if len(tokens) < at_least:
             return found
         # Of one environment's conversations many have the same token in one column, fewer in as many as a
-        # copy must save, and few all tokens; each that is left costs a comparison of its own.
-        may_be = lengths >= at_least
-        may_be[slot] = False
-        others = np.flatnonzero(may_be)
-        for start in (at_least - 1, max(0, at_least - MIN_SHARED), 0):
-            columns = slice(start, at_least)
-            others = others[(self._history[others, columns] == tokens[columns]).all(axis=1)]
-        for other in others:
-            found[other] = count_equal(self._history[other, : lengths[other]], tokens)
-        return found
+        # copy must save, and few all tokens.
+        last, tail = at_least - 1, slice(at_least - MIN_SHARED, at_least)
+        others = np.flatnonzero((lengths >= at_least) & (self._history[:, last] == tokens[last]))
+        others = others[(self._history[others, tail] == tokens[tail]).all(axis=1) & (others != slot)]
+        # All that are left at once, in blocks that grow.
+        start, stop = 0, at_least
+        while len(others):
+            differs = self._history[others, start:stop] != tokens[start:stop]
+            is_over = differs.any(axis=1)
+            found[others] = np.where(is_over, start + differs.argmax(axis=1), stop)
+            others = others[~is_over] if stop < len(tokens) else others[:0]
+            start, stop = stop, min(4 * stop, len(tokens))
+        return np.where(found >= at_least, np.minimum(found, lengths), 0)
 
     def plan(self, allowed: np.ndarray, on_device: np.ndarray) -> np.ndarray:
         """Return the rows of `Request.plan`.
@@ -332,8 +335,8 @@ class Slots:
 def check_ids(slot: int, tokens: Sequence[int] | np.ndarray, vocab_size: int) -> None:
     """Refuse tokens beyond the vocabulary: their embeddings, and what attends to them, would be NaN."""
     ids = np.asarray(tokens)
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(wrong):
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
         raise ValueError(f"slot {slot}: {wrong[0]} is no token id; they lie in [0, {vocab_size})")
 
 

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from empg_jax.engine import slots
 from empg_jax.engine.engine import Engine, EngineConfig
 from empg_jax.engine.prefill import make_pairs, plan_prefill
-from empg_jax.engine.slots import Copy, Slots, count_equal
+from empg_jax.engine.slots import MIN_SHARED, Copy, Slots, count_equal
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.filtering import NO_FILTER
 from empg_jax.parallel.mesh import make_mesh
@@ -110,19 +109,52 @@ def test_a_few_equal_tokens_are_not_worth_a_copy():
     assert copies == [[]] and tokens == [4 * 34]
 
 
+class Counted(np.ndarray):
+    """Tokens that count the comparisons with them, however many tokens each one takes."""
+
+    count = 0
+
+    def __array_ufunc__(self, function, method, *inputs, **options):
+        Counted.count += function in (np.equal, np.not_equal)
+        plain = [i.view(np.ndarray) if isinstance(i, Counted) else i for i in inputs]
+        return getattr(function, method)(*plain, **options)
+
+
 def test_conversations_of_one_template_are_not_compared_one_by_one(monkeypatch):
-    """Each pair at most once, and only where something can be copied: this is the host's work of a round."""
-    compared = []
+    """With all others at once, and only where something can be copied: this is the host's work of a round."""
+    begin = Slots.__init__
 
-    def count(first, second):
-        compared.append(len(first))
-        return count_equal(first, second)
+    def count(table, *args):
+        begin(table, *args)
+        table._history = table._history.view(Counted)
 
-    monkeypatch.setattr(slots, "count_equal", count)
+    monkeypatch.setattr(Slots, "__init__", count)
     template = np.arange(3, 37)
     alike = [np.concatenate([[number], template]) for number in range(3, 35)]  # equal but for the first token
-    assert waiting(alike)[0] == [[]] and not compared
-    assert len(waiting([task(0)] * 32)[0][1]) == 31 and len(compared) <= 32 * 31
+    for prompts, copies in ((alike, []), ([task(0)] * 32, 31), ([task(0, 8)[:16]] * 32, [])):
+        Counted.count = 0
+        found = waiting(prompts)[0]
+        assert found == [[]] if copies == [] else len(found[1]) == copies
+        assert Counted.count <= 5 * len(prompts)
+    assert not Counted.count  # too short to save what a copy must
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000))
+def test_what_conversations_have_in_common_is_what_each_two_have(seed):
+    random = np.random.default_rng(seed)
+    table = Slots(dataclasses.replace(SIZES, slots=6), 1.0, NO_FILTER)
+    trunk = random.integers(0, 3, 96)
+    for slot in range(6):
+        own = random.integers(0, 3, 96)
+        table._history[slot] = np.where(np.arange(96) < random.integers(0, 97), trunk, own)
+        table.num_tokens[slot] = random.integers(1, 96)
+    lengths = random.integers(0, 97, 6)
+    at_least = int(random.integers(MIN_SHARED, 64))
+    tokens = table.tokens(0, 0, int(table.num_tokens[0]) - 1)
+    each = [count_equal(table.tokens(slot, 0, int(lengths[slot])), tokens) for slot in range(6)]
+    wanted = [0, *(count if count >= at_least else 0 for count in each[1:])]
+    assert table.common(0, lengths, at_least).tolist() == wanted
 
 
 def test_one_program_for_all_slots_takes_them_at_once_where_waiting_would_cost_more():
