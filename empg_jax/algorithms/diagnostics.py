@@ -63,8 +63,8 @@ def credit_metrics(
         "advantage_mean": masked_mean(final, turn_mask),
         "advantage_std": jnp.sqrt(masked_spread(final, turn_mask)[1]),
         "advantage_abs_mean": masked_mean(jnp.abs(final), turn_mask),
-        "advantage_sign_changed": share(jnp.sign(modulated.advantages) != jnp.sign(base)),
-        "advantage_changed_2x": share((size > 2 * before) | (2 * size < before)),
+        "advantage_sign_changed": share(modulated.advantages * base < 0),
+        "advantage_changed_2x": share((before > 0) & ((size > 2 * before) | (2 * size < before))),
         "advantage_positive": share(final > 0),
         "advantage_negative": share(final < 0),
     }

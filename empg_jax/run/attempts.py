@@ -7,12 +7,15 @@ everything that decides its result: the same command finds the same file. At the
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from empg_jax.errors import RunError, writing
 from empg_jax.files import append, replacing
@@ -47,7 +50,7 @@ class Attempts:
       identity: of `identify`.
 
     Raises:
-      RunError: the folder cannot be written.
+      RunError: the folder cannot be written, or the same evaluation is in progress there.
 
     Attributes:
       done: the episodes that an earlier call finished.
@@ -61,11 +64,11 @@ class Attempts:
         self._path = folder / f"episodes-{identity}.partial.jsonl"
         try:
             folder.mkdir(exist_ok=True)
-            if self._path.exists():
-                self.done = _read(self._path)
-            # Written anew: a line that was cut off in the middle would spoil the next one.
-            _write(self._path, self.done)
-            self._file = self._path.open("ab", buffering=0)
+            self._file = _open_alone(self._path)
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+            self.done = _read(text)
+            if text and not text.endswith("\n"):  # a line that was cut off would spoil the next one
+                append(self._file, b"\n")
         except OSError as error:
             raise RunError(f"the evaluation cannot be kept in {folder}: {error}") from None
 
@@ -96,8 +99,8 @@ class Attempts:
             return
         with writing(self._folder / EPISODES):
             _write(self._folder / EPISODES, episodes)
-        self._file.close()
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
+        self._file.close()  # and with it the lock
 
 
 def _as_line(episode: Trajectory) -> bytes:
@@ -110,11 +113,31 @@ def _write(path: Path, episodes: Sequence[Trajectory]) -> None:
         file.writelines(map(_as_line, episodes))
 
 
-def _read(path: Path) -> list[Trajectory]:
+def _open_alone(path: Path) -> BinaryIO:
+    """Open the file for lines at its end, and lock it: two processes would both play what is left."""
+    while True:
+        file = path.open("ab", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise RunError(
+                f"the same evaluation is in progress in {path.parent}: wait for its end, or give another "
+                "folder with --out"
+            ) from None
+        except OSError:
+            return file  # this file system has no locks
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        file.close()  # the process before has just finished with this file
+
+
+def _read(text: str) -> list[Trajectory]:
     """Read the episodes, but for damaged lines, as the last one is after a kill: they are run again."""
     found: dict[tuple[int, int], Trajectory] = {}
     # Not `splitlines`, which also splits at characters that texts may hold.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in text.split("\n"):
         try:
             episode = make_trajectory(_with_nan(json.loads(line)), is_transcript=False)
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,10 @@ def keep_places(config: Config, hosts: Hosts) -> Config:
             config = _with(config, section, **{name: _absolute(value, key)})
         elif isinstance(value, Sequence):
             config = _with(config, section, **{name: tuple(_absolute(each, key) for each in value)})
+    options = dict(config.env.options)
+    for name in set(find_spec(config).places) & options.keys():
+        options[name] = _all_absolute(options[name], f"env.options.{name}")
+    config = _with(config, "env", options=options)
     directory = config.checkpoint.dir
     if directory is None or is_object_store(directory) or expand(directory, "checkpoint.dir").is_absolute():
         return config
@@ -70,6 +74,15 @@ def _absolute(place: str, key: str) -> str:
     if key == "model.tokenizer" and place == BYTES:
         return place
     return str(path.absolute()) if path.exists() and not path.is_absolute() else place
+
+
+def _all_absolute(value: Any, key: str) -> Any:
+    """Return an option with all places in it made absolute, as deep as they lie."""
+    if isinstance(value, str):
+        return _absolute(value, key)
+    if isinstance(value, Mapping):
+        return {name: _all_absolute(each, f"{key}.{name}") for name, each in value.items()}
+    return [_all_absolute(each, key) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:

@@ -79,13 +79,24 @@ def _adapted(name: str, env: str, prompts: str, parser: str, **declared: Any) ->
 
 ENVS: dict[str, EnvSpec] = {
     "household": _packaged("household", "HouseholdEnv"),
-    "alfworld": _packaged("alfworld", "AlfworldEnv", texts=("template",)),
-    "webshop": _packaged("webshop", "WebShopEnv", texts=("template",)),
-    "deepsearch": _packaged("deepsearch", "DeepSearchEnv", tells_answers=True),
-    "swe": _packaged(
-        "swe", "SweEnv", timeout_outcome="zero", check_turns=_lazy("empg_envs.swe.prompt", "check_turns")
+    "alfworld": _packaged("alfworld", "AlfworldEnv", texts=("template",), places=("data",)),
+    "webshop": _packaged("webshop", "WebShopEnv", texts=("template",), places=("data", "cache_dir")),
+    "deepsearch": _packaged(
+        "deepsearch",
+        "DeepSearchEnv",
+        places=("questions", "corpus", "retriever_options"),
+        tells_answers=True,
     ),
-    "harness": dataclasses.replace(_packaged("harness", "HarnessEnv"), phrases=None, has_calls=True),
+    "swe": _packaged(
+        "swe",
+        "SweEnv",
+        places=("tasks", "sources"),
+        timeout_outcome="zero",
+        check_turns=_lazy("empg_envs.swe.prompt", "check_turns"),
+    ),
+    "harness": dataclasses.replace(
+        _packaged("harness", "HarnessEnv", places=("tasks",)), phrases=None, has_calls=True
+    ),
     "gymnasium": _adapted("gymnasium", "GymnasiumEnv", "make_listing_prompts", "make_line_parser"),
     "reasoning_gym": _adapted(
         # Scorers compute with the answer, so an agent could bring about that its episode takes too long.
@@ -95,7 +106,9 @@ ENVS: dict[str, EnvSpec] = {
         "make_whole_parser",
         timeout_outcome="zero",
     ),
-    "mcp": _adapted("mcp", "McpEnv", "make_tool_prompts", "make_call_parser", is_tried=False),
+    "mcp": _adapted(
+        "mcp", "McpEnv", "make_tool_prompts", "make_call_parser", places=("tasks",), is_tried=False
+    ),
     "openenv": _adapted("openenv", "OpenEnvEnv", "make_prompts", "make_whole_parser"),
     "textarena": _adapted("textarena", "TextArenaEnv", "make_prompts", "make_whole_parser"),
     "verifiers": _adapted("verifiers", "VerifiersEnv", "make_preceded_prompts", "make_whole_parser"),

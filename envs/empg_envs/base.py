@@ -158,6 +158,8 @@ class EnvSpec:
       is_tried: one is built before a run, so that options which it refuses are told at once; that must be
         quick and start nothing.
       texts: prompt options that name a file of text, such as a template, whose content a run keeps.
+      places: options of the environment that name files or folders, alone or inside lists and mappings. A run
+        keeps the absolute paths of those that exist when it begins.
       tells_answers: its first info has a ``known_answer``; None where that is not known.
       timeout_outcome: treatment of an episode that exceeds its time: ``discard``, or ``zero`` where an agent
         could bring that about to be rid of a lost episode.
@@ -173,6 +175,7 @@ class EnvSpec:
     has_calls: bool = False
     is_tried: bool = False
     texts: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
     timeout_outcome: str = "discard"
     tells_answers: bool | None = None
     check_turns: Callable[..., None] | None = None

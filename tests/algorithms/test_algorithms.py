@@ -155,6 +155,14 @@ def test_switched_off_modulation_is_the_base():
         np.testing.assert_array_equal(jax.jit(algorithm.credit)(batch, scores).advantages, base)
 
 
+def test_a_group_without_contrast_has_no_advantages_that_the_modulation_could_turn():
+    batch, scores, *_ = make_batch()
+    alike = dataclasses.replace(batch, returns=jnp.ones_like(batch.returns))
+    credit = jax.jit(al.make_algorithm("grpo", modulation="empg", empg={"zeta": 0.5}).credit)(alike, scores)
+    assert np.any(credit.advantages)  # of the bonus alone
+    assert credit.metrics["advantage_sign_changed"] == credit.metrics["advantage_changed_2x"] == 0
+
+
 def test_reinforce_pp_tokens_follow_the_padded_form():
     """One packed sequence per trajectory: gathered rows through `reinforce_pp` give the same."""
     batch, scores, *_ = make_batch()

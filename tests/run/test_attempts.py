@@ -43,3 +43,17 @@ def test_only_damaged_lines_are_run_again_whatever_texts_hold(tmp_path):
         kept.finish([*kept.done, episodes[2]])
     assert [each.name for each in tmp_path.iterdir()] == [EPISODES]
     assert (tmp_path / EPISODES).read_bytes().count(b"\n") == 5
+
+
+def test_the_same_evaluation_a_second_time_is_refused_until_the_first_ends(tmp_path):
+    episode = Episodes(0).window([(3, 2)], group_id=0, outcome=Outcome(Status.TRAINED, "won"))
+    with Attempts(tmp_path, "id") as first:
+        first.keep(episode)
+        with pytest.raises(RunError, match=r"the same evaluation is in progress in .*: wait .*--out"):
+            Attempts(tmp_path, "id")
+        with Attempts(tmp_path, "other") as other:  # of another policy, for example
+            other.finish([])
+    with Attempts(tmp_path, "id") as again:
+        assert len(again.done) == 1
+        again.finish(again.done)
+    assert [each.name for each in tmp_path.iterdir()] == [EPISODES]

@@ -74,6 +74,25 @@ def test_what_a_run_reads_is_kept_by_its_absolute_path(tmp_path, monkeypatch):
     assert keep_places(hub, ALONE).model.path == "owner/name"
 
 
+def test_files_of_the_environment_are_kept_by_their_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("q.jsonl", "c.jsonl", "tiny"):
+        (tmp_path / "data" / name).write_text("")
+    monkeypatch.chdir(tmp_path / "data")
+    options = {
+        "level": "tiny",  # a file has this name, too
+        "questions": {"train": ["q.jsonl", "owner/questions"], "test": "q.jsonl"},
+        "corpus": "c.jsonl",
+        "retriever_options": {"index_dir": "../data", "k1": 0.9},
+    }
+    kept = keep_places(Config(env={"name": "deepsearch", "options": options}), ALONE).env.options
+    place = f"{tmp_path}/data"
+    assert kept["level"] == "tiny" and kept["corpus"] == f"{place}/c.jsonl"
+    assert kept["questions"] == {"train": [f"{place}/q.jsonl", "owner/questions"], "test": f"{place}/q.jsonl"}
+    assert kept["retriever_options"] == {"index_dir": f"{place}/../data", "k1": 0.9}
+
+
 def test_two_runs_never_share_a_folder_of_checkpoints(tmp_path):
     place = tmp_path / "checkpoints"
     config = load_config("quickstart", [f"checkpoint.dir={place}"])
