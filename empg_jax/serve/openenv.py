@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from empg_envs.answers import Reply, check_answer
 from empg_envs.base import EnvFault, TextEnv
 from empg_jax.serve.server import has_key
 from empg_jax.serve.tinker.worker import Worker
@@ -99,9 +100,10 @@ class Session:
         seed, split, index = self._choose_task(data)
         self._is_over = "has not begun"
         text, info = self._env.reset(seed, split=split, index=index)
+        reply = check_answer(text, 0.0, False, False, info)
         self._is_over = ""
         self._state = {"episode_id": name, "step_count": 0, "split": split, "index": index}
-        return _observe(text, info, None)
+        return {**_observe(reply), "reward": None}
 
     def _choose_task(self, data: Body) -> tuple[int, str, int]:
         """Return seed, split and index: as given, else from the seed, which counts tasks, split by split."""
@@ -131,10 +133,12 @@ class Session:
         if self._is_over:
             raise Refusal("EXECUTION_ERROR", f"the episode {self._is_over}: send reset first")
         text, reward, terminated, truncated, info = self._env.step(data["message"])
+        reply = check_answer(text, reward, terminated, truncated, info)
         self._state = {**self._state, "step_count": self._state["step_count"] + 1}
-        if terminated or truncated:
+        observed = _observe(reply)
+        if observed["done"]:
             self._is_over = "has ended"
-        return _observe(text, info, reward, terminated=terminated, truncated=truncated)
+        return observed
 
 
 def _read_message(line: str) -> Body:
@@ -154,13 +158,12 @@ def _check_fields(what: str, data: Body, known: tuple[str, ...]) -> None:
         raise Refusal("VALIDATION_ERROR", f"{what} has no field {unknown!r:.80}; it has {', '.join(known)}")
 
 
-def _observe(
-    text: str, info: Any, reward: float | None, *, terminated: bool = False, truncated: bool = False
-) -> Body:
+def _observe(reply: Reply) -> Body:
     # What is for a trainer alone stays here.
-    told = {name: value for name, value in info.items() if name != "known_answer"}
-    observation = {"text": text, "info": told, "truncated": bool(truncated)}
-    return {"observation": observation, "reward": reward, "done": bool(terminated or truncated)}
+    told = {name: value for name, value in reply["info"].items() if name != "known_answer"}
+    observation = {"text": reply["observation"], "info": told, "truncated": reply["truncated"]}
+    done = reply["terminated"] or reply["truncated"]
+    return {"observation": observation, "reward": reply["reward"], "done": done}
 
 
 class Sessions:

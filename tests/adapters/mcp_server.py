@@ -57,8 +57,11 @@ for line in sys.stdin:
         print(json.dumps({"jsonrpc": "2.0", "method": "notifications/message", "params": {}}))
         print(json.dumps({"jsonrpc": "2.0", "id": "p", "method": "ping"}), flush=True)
         params = message.get("params") or {}
-        if message["method"] == "tools/call" and params["arguments"].get("drawer") == "odd":
+        drawer = params.get("arguments", {}).get("drawer")
+        if drawer == "odd":
             reply = {"error": {"code": -32602, "message": "drawer: expected a number"}}
+        elif drawer == "stuck" or f"{params.get('name')}-fails" == TROUBLE:
+            reply = {"error": {"code": -32603, "message": "the drawer is stuck"}}
         elif TROUBLE == "refuse" and message["method"] == "tools/list":
             reply = {"error": {"code": -32000, "message": "no tools today"}}
         else:

@@ -51,13 +51,15 @@ def test_calls_an_answer_and_the_reward_of_a_tool(options):
     assert env.step(call("find", drawer=9))[:4] == ("empty", 0.0, False, False)
     assert env.step(call("find"))[0] == "error: missing 'drawer'"
     assert env.step(call("find", drawer="odd"))[0] == "error: drawer: expected a number"
+    # A policy could rid itself of a lost episode by a call that fails.
+    assert env.step(call("find", drawer="stuck"))[:4] == ("error: the drawer is stuck", 0.0, False, False)
     assert env.step(call("fnd"))[0] == "error: there is no tool 'fnd'; did you mean 'find'?"
     assert env.step(call("judge", answer="w3"))[0].startswith("error: there is no tool 'judge'")
     assert env.step("<tool_call>{</tool_call>")[:3] == ("error: that is no well-formed call", 0.0, False)
     assert env.step(call("find", drawer=3))[0] == "the word is w3"
     observation, reward, terminated, truncated, info = env.step(" w3\n")
     assert (reward, terminated, truncated) == (1.0, True, False)
-    assert info["won"] and info["metrics"] == {"calls": 6.0}
+    assert info["won"] and info["metrics"] == {"calls": 7.0}
     env.reset(split="test", index=1)
     assert env.step("w3")[1:3] == (0.0, True)
     env.close()
@@ -85,6 +87,8 @@ def test_a_scorer_in_its_place_and_the_end_of_turns(options):
         ("judge", "mcp_timeout", r"no answer to tools/call in 1 s"),
         ("crash", "mcp_crashed", r"the server ended at tools/call; python .*said: broken drawer"),
         ("refuse", "mcp_error", r"tools/list: .*no tools today"),
+        ("prepare-fails", "mcp_error", r"setup_tool=prepare: the drawer is stuck"),
+        ("judge-fails", "mcp_error", r"reward_tool=judge: the drawer is stuck"),
         ("no_reward", "mcp_no_reward", r"no finite reward from the reward_tool=judge: None"),
     ],
 )
@@ -93,7 +97,7 @@ def test_faults_have_names(options, trouble, reason, message):
     env = make_env("mcp", **options)
     with pytest.raises(EnvFault, match=message) as caught:
         env.reset(split="train", index=0)
-        env.step("w0" if trouble in ("no_reward", "judge") else call("find", drawer=0))
+        env.step("w0" if trouble in ("no_reward", "judge", "judge-fails") else call("find", drawer=0))
     assert caught.value.reason == reason
     env.close()
 

@@ -95,6 +95,18 @@ def main(kind):
             first.close()
             start(messages).close()
             ask("b", [*messages, chat(messages)])
+        case "impatient-pair":  # as before, with another call that waits meanwhile
+            messages = [{"role": "user", "content": "a"}]
+            first = start(messages)
+            while not os.path.exists(sys.argv[2]):
+                time.sleep(0.01)
+            other = threading.Thread(target=ask, args=("b",))
+            other.start()
+            while not os.path.exists(sys.argv[3]):
+                time.sleep(0.01)
+            first.close()
+            reward["metrics"] = {"number": float(chat(messages)["content"])}
+            other.join()
         case "tells":  # its process id, and the address space that it may have
             for _ in range(3):
                 ask(f"{os.getpid()} {resource.getrlimit(resource.RLIMIT_AS)[0]}")

@@ -193,6 +193,20 @@ def test_a_question_that_is_asked_again_is_one_turn(make, tmp_path):
     assert env.step("two")[2]
 
 
+def test_a_question_that_is_asked_again_behind_another_is_one_turn(make, tmp_path):
+    """Its answer was thrown away and yet stayed a turn, because another call waited before it."""
+    first, second = tmp_path / "b asks", tmp_path / "a asks again"
+    env = make(f"impatient-pair '{first}' '{second}'")
+    assert env.reset(0, split="train", index=0)[0] == "a"
+    calls = env._session.calls
+    for number, file in enumerate((first, second), 1):
+        file.touch()
+        wait_until(lambda number=number: calls.qsize() == number)
+    assert env.step("1")[0] == "b"
+    _, _, terminated, _, info = env.step("2")
+    assert terminated and info["metrics"] == {"number": 1.0}  # the answer that the program read for a
+
+
 @pytest.mark.parametrize(("text", "content"), THOUGHTS)
 def test_a_tool_call_that_a_thought_mentions_is_not_made(text, content):
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]

@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 from empg_jax.serve.openenv import MOST_EARLY, Sessions
@@ -86,9 +87,17 @@ def test_a_client_that_leaves_during_a_step_frees_its_session(last):
     asyncio.run(play())
 
 
-async def say_at_once(*texts):
+class Numpy(Hanging):
+    """An environment that computes its reward and its end with NumPy."""
+
+    def step(self, message):
+        reward = np.float32(message) if message.isdecimal() else message
+        return message, reward, np.bool_(message == "2"), np.bool_(False), {}
+
+
+async def say_at_once(*texts, env=None):
     """The answers of an episode whose client sends all its messages before it reads one."""
-    env = Hanging()
+    env = env or Hanging()
     env.goes_on.set()
     sessions, socket = Sessions(lambda: env, has_threads=True, limit=1, idle=60), Socket()
     socket.ask("reset")
@@ -103,6 +112,13 @@ def test_an_environment_that_exits_or_repeats_half_a_character_is_answered():
     _, half, error, last = asyncio.run(say_at_once("\ud800", "exit", "b"))
     assert half["observation"]["text"] == "\ud800" and last["observation"]["text"] == "b"
     assert (error["code"], error["message"]) == ("EXECUTION_ERROR", "SystemExit: the end")
+
+
+def test_results_of_numpy_are_answered_and_wrong_types_are_named():
+    _, first, wrong, last = asyncio.run(say_at_once("1", "one", "2", env=Numpy()))
+    assert [(answer["reward"], answer["done"]) for answer in (first, last)] == [(1.0, False), (2.0, True)]
+    told = "GarbageError: reward is str 'one'; expected a finite number"
+    assert (wrong["code"], wrong["message"]) == ("EXECUTION_ERROR", told)
 
 
 def test_work_that_exits_is_an_error_and_the_thread_goes_on():

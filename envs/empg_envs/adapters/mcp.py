@@ -147,12 +147,14 @@ class McpEnv(ForeignEnv):
         if self._scorer is not None:
             found = self._scorer(self._task, answer, self._calls)
         else:
-            told = {"task": self._task, "answer": answer}
+            judge, told = str(self._hidden["reward_tool"]), {"task": self._task, "answer": answer}
             found = None
             try:
-                text, is_error = self._server.call(str(self._hidden["reward_tool"]), told)
+                text, is_error = self._server.call(judge, told)
+                if is_error:
+                    raise EnvFault("mcp_error", f"reward_tool={judge}: {text}")
                 with contextlib.suppress(ValueError, RecursionError):
-                    found = None if is_error else json.loads(text)
+                    found = json.loads(text)
             except EnvFault as fault:
                 if fault.reason != "mcp_timeout" or not self._is_stuck:
                     raise

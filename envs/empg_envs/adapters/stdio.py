@@ -22,7 +22,6 @@ from empg_envs.orphans import PROGRAM, end_descendants
 
 VERSION = "2025-06-18"  # of the protocol; a server may answer with an older one
 TAIL = 1000  # last characters of a server's stderr in messages
-BAD_ARGUMENTS = -32602  # of JSON-RPC
 PAGES = 100  # most pages of a list of tools
 
 
@@ -67,11 +66,11 @@ class StdioServer:
             raise
 
     def ask(self, method: str, params: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """Return the result of a request.
+        """Return the result of a request; an error for a call of a tool is a result with ``isError``.
 
         Raises:
-          EnvFault: the server answers with an error, not in time, or not at all (``mcp_error``,
-            ``mcp_timeout``, ``mcp_crashed``).
+          EnvFault: the server answers another request with an error, or any not in time, or not at all
+            (``mcp_error``, ``mcp_timeout``, ``mcp_crashed``).
         """
         self._last += 1
         self._write({"id": self._last, "method": method, "params": params})
@@ -91,13 +90,12 @@ class StdioServer:
             if answer.get("id") != self._last:
                 continue  # of a request that was given up
             error = answer.get("error")
-            is_refused = isinstance(error, dict) and error.get("code") == BAD_ARGUMENTS
-            if method == "tools/call" and is_refused:  # the fault of who calls
-                text = str(answer["error"].get("message"))
-                return {"content": [{"type": "text", "text": text}], "isError": True}
-            if "result" not in answer:
-                raise EnvFault("mcp_error", f"{method}: {json.dumps(answer.get('error'))}{self._tell()}")
-            return answer["result"]
+            if error is None and "result" in answer:
+                return answer["result"]
+            if method != "tools/call":
+                raise EnvFault("mcp_error", f"{method}: {json.dumps(error)}{self._tell()}")
+            text = str(error.get("message")) if isinstance(error, dict) else json.dumps(error)
+            return {"content": [{"type": "text", "text": text}], "isError": True}
 
     def list_tools(self) -> list[dict[str, Any]]:
         """Return the server's tools."""

@@ -198,9 +198,9 @@ class HarnessEnv:
     def _answer(self, call: Call, action: str) -> Call | None:
         """Answer a call and return the next one; None when the program has ended."""
         assert self._session is not None
-        if call.has_left():  # the answer is for the client's next try, so that one question is one turn
+        if call.has_left():  # the answer is for the client's next try, where that waits or comes next
             call.drop()
-            again = self._next_call(self._call_timeout)
+            again = self._session.take_repeat(call) or self._next_call(self._call_timeout)
             if again is None or not again.repeats(call):
                 return again
             call = again

@@ -98,8 +98,18 @@ class Session:
             if self._open is None:
                 return None
             self._open.add(call)
-        self.calls.put(call)
+            self.calls.put(call)
         return call
+
+    def take_repeat(self, call: Call) -> Call | None:
+        """Take the oldest call that repeats this one and still waits, or None; the others stay in order."""
+        with self._lock:  # no call is added meanwhile
+            calls = [self.calls.get() for _ in range(self.calls.qsize())]
+            again = next((other for other in calls if other.repeats(call) and not other.has_left()), None)
+            for other in calls:
+                if other is not again:
+                    self.calls.put(other)
+        return again
 
     def answer(self, call: Call, text: str) -> None:
         """Answer a call with the policy's response."""
