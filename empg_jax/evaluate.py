@@ -49,15 +49,19 @@ def evaluate_run(
       out: folder that keeps finished attempts: an evaluation that was cut off goes on there.
 
     Returns:
-      ``eval_*`` metrics, ``eval_tasks``, ``split``, ``step``, ``source``, ``env``, ``env_options``; what
+      ``eval_*`` metrics, ``eval_tasks``, ``eval_resumed`` (attempts that an earlier call finished),
+      ``split``, ``step``, ``source``, ``env``, ``env_options``; what
       `empg_jax.report.evaluation.estimate_success` tells; for a model from ``model.path`` also
       ``text_logprob``, the weights' log-probability of a fixed text in nats per token.
 
     Raises:
       CheckpointError: there is no run or no usable checkpoint at the path.
+      ConfigError: an override does not fit, or the run is being trained through the server of
+        ``rollout.url``.
       EvaluationError: every attempt failed for a cause outside the policy.
     """
-    return {**_evaluate(open_saved(path, overrides, warn=_warn), attempts, out), "source": str(path)}
+    saved = open_saved(path, overrides, warn=_warn, samples=True)
+    return {**_evaluate(saved, attempts, out), "source": str(path)}
 
 
 def evaluate_model(
@@ -139,8 +143,10 @@ def evaluate_endpoint(
         )
         # Only now is the folder made: a split that does not exist was refused before.
         with Attempts(out, identify(config, url, endpoint.model, attempts)) as kept:
+            if kept.done:
+                _warn(f"they count as those of {url}: if it serves other weights now, use another --out")
             result = _play(config, evaluator, attempts, kept, None, 0)
-    found = _describe(config, evaluator, result, attempts)
+    found = _describe(config, evaluator, result, kept, attempts)
     if math.isnan(found["eval_entropy"]):
         del found["eval_entropy"]
     return {**found, "source": url, "model": endpoint.model}
@@ -176,7 +182,7 @@ def _evaluate(saved: SavedRun, attempts: int, out: Path | None) -> dict[str, Any
         with Attempts(out, identify(config, attempts, *policy)) as kept:
             result = _play(config, evaluator, attempts, kept, engine.place(saved.params), saved.step)
     fingerprint = {} if config.model.path is None else {"text_logprob": saved.text_logprob()}
-    found = _describe(config, evaluator, result, attempts)
+    found = _describe(config, evaluator, result, kept, attempts)
     return {**found, **fingerprint, "step": saved.step}
 
 
@@ -198,14 +204,20 @@ def _play(
             f"none of the {evaluator.num_tasks} tasks of {config.env.eval_split} could be attempted; the "
             f"last failure: {evaluator.last_failure}"
         )
+    if result.missing:
+        lost = f"{len(result.missing)} of {total} attempts have no result"
+        _warn(f"{lost}; the last failure: {evaluator.last_failure}")
     kept.finish(result.trajectories)
     return result
 
 
-def _describe(config: Config, evaluator: Evaluator, result: Evaluation, attempts: int) -> dict[str, Any]:
+def _describe(
+    config: Config, evaluator: Evaluator, result: Evaluation, kept: Attempts, attempts: int
+) -> dict[str, Any]:
     return {
         **result.metrics,
         "eval_tasks": evaluator.num_tasks,
+        "eval_resumed": len(kept.done),
         "split": config.env.eval_split,
         "env": config.env.target,
         "env_options": config.model_dump(mode="json")["env"]["options"],

@@ -1,8 +1,10 @@
 """`empg-jax eval` as a person calls it: a run, a checkpoint, an exported model; attempts, groups, files."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 from serving import serving
 from typer.testing import CliRunner
 
@@ -13,6 +15,7 @@ from empg_jax.errors import ConfigError
 from empg_jax.report.evaluation import estimate_success, render_evaluation
 from empg_jax.rollout.record import read_episodes
 from empg_jax.run.attempts import Attempts
+from empg_jax.run.lock import locked
 from tests import runs
 from tests.episodes import Episodes
 
@@ -94,7 +97,8 @@ def test_the_same_command_goes_on(run_dir, attempted, tmp_path, monkeypatch):
     code, out, err = call(*command)
     assert code == 0 and "going on: 9 of 24 attempts were finished before" in err
     entropy = json.loads(out)["eval_entropy"]
-    assert {**json.loads(out), "eval_entropy": 0} == {**attempted, "eval_entropy": 0}
+    unequal = {"eval_entropy": 0, "eval_resumed": 9}
+    assert {**json.loads(out), "eval_entropy": 0} == {**attempted, **unequal}
     # A turn is kept with its mean, not with every token.
     assert entropy == pytest.approx(attempted["eval_entropy"], rel=1e-5)
     assert json.loads(call("compare", run_dir, tmp_path / "new")[1])["gained"] == 0
@@ -130,6 +134,27 @@ def test_a_split_that_does_not_exist_makes_no_folder(run_dir, tmp_path):
     code, out, err = call("eval", run_dir, "--split", "nosplit", "--out", tmp_path / "new")
     assert (code, out) == (2, "") and "error: env.eval_split=nosplit does not exist" in err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "rollout"])
+def test_a_run_that_trains_through_its_server_keeps_its_weights_there(command, run_dir, tmp_path):
+    run, url = tmp_path / "run", "http://127.0.0.1:1"
+    shutil.copytree(run_dir, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["rollout"] |= {"engine": "openai", "url": url}
+    config["algorithm"] |= {"entropy_source": "learner"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    out = ["--tasks", 1] if command == "eval" else ["--episodes", 1, "--out", tmp_path / "episodes.jsonl"]
+    here = ["rollout.engine=builtin", "rollout.url=null"]
+    with locked(run):
+        code, said, err = call(command, run, *out)
+        assert (code, said) == (2, "")
+        assert f"{run} is being trained through {url}, whose weights this would replace: sample here" in err
+        assert " ".join(here) in err
+        elsewhere = call(command, run, *out, "rollout.url=http://127.0.0.1:2")[2]
+        assert "being trained" not in elsewhere and "127.0.0.1:2" in elsewhere
+        assert call(command, run, *out, *here)[0] == 0
+    assert "being trained" not in call(command, run, *out)[2]  # nobody trains: only the server is missing
 
 
 def test_where_no_first_prompt_fits_the_cause_is_named(run_dir, tmp_path):

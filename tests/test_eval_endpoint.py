@@ -161,8 +161,11 @@ def test_an_evaluation_goes_on_after_the_server_failed(tmp_path):
         broken.clear()
         code, out, err = call(*command)
     assert code == 0 and f"going on: {kept} of 8 attempts were finished before" in err
+    assert f"they count as those of {fake.url}: if it serves other weights now, use another --out" in err
     again = json.loads(out)
-    assert {**again, "source": whole["source"]} == whole
+    assert (whole["eval_resumed"], again["eval_resumed"]) == (0, kept)
+    assert f"- attempts that an earlier call finished: {kept}" in (tmp_path / "new" / "eval.md").read_text()
+    assert {**again, "source": whole["source"], "eval_resumed": 0} == whole
     assert not partial.exists()
     code, out, err = call("compare", tmp_path, tmp_path / "new")
     assert code == 0 and json.loads(out)["gain"] == 0 and json.loads(out)["tasks"] == 4, err
@@ -303,13 +306,6 @@ def test_an_interrupted_evaluation_does_not_wait_for_the_server():
 def test_what_cannot_be_used_is_told(status, body, says):
     with faking(lambda number, asked: (status, body)) as fake, pytest.raises(EndpointError, match=says):
         connect(fake).ask([], 0)
-
-
-def test_a_conversation_that_is_too_long_is_cut():
-    body = {"error": {"message": "long", "code": "context_length_exceeded"}}
-    with faking(lambda number, asked: (400, body)) as fake:
-        answer = connect(fake).ask([], 0)
-    assert (answer.text, answer.finish_reason) == ("", "length")
 
 
 def test_answers_are_read():

@@ -27,7 +27,8 @@ class Response:
     response's filter, is there where the engine has filters; else they are ``logprobs``. The keys and values
     of the prompt's first ``copied`` tokens came from another conversation. ``failure`` tells why there is no
     response, where a server was to sample it. ``text`` is the response's text where it is not that of the
-    tokens, as from an endpoint that does not tell them.
+    tokens, as from an endpoint that does not tell them. ``unfit`` tells why the prompt leaves no room for a
+    response, where only a server knows.
     """
 
     slot: int
@@ -41,6 +42,7 @@ class Response:
     copied: int = 0
     failure: str | None = None
     text: str | None = None
+    unfit: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ TOLD = {
     "eval_entropy": "token entropy (nats)",
     "eval_invalid_actions": "share of invalid actions",
     "eval_missing": "attempts without a result",
+    "eval_resumed": "attempts that an earlier call finished",
 }
 
 

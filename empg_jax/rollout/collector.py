@@ -109,7 +109,7 @@ class Collector:
         self._unaged = 0.0  # those of the last round
         self._beside: set[int] = set()  # slots whose environments were at work when that time began
         self._ended: dict[Attempt, float] = {}  # those of the last round: when they started
-        self._lost: list[tuple[Attempt, Trajectory]] = []  # episodes whose responses failed
+        self._lost: list[tuple[Attempt, Trajectory]] = []  # episodes that got no response
         self._free = collections.deque(range(engine.config.slots))
         self._waiting: set[int] = set()  # slots whose environment owes an answer
         self._early: dict[int, EnvReply] = {}  # answers that arrived before the round that takes them
@@ -316,13 +316,25 @@ class Collector:
         if slot in self._asked:
             self._started[slot] += self._timer() - self._sampling - self._asked.pop(slot)
         if response.failure is not None:
-            self._free_slot(slot)
-            self._lost.append((episode.attempt, episode.on_failure("sampler", response.failure)))
+            self._lose(slot, episode.on_failure("sampler", response.failure))
+            return
+        if response.unfit is not None:
+            self._lose(
+                slot,
+                episode.on_context_limit()
+                if episode.num_turns
+                else self._end_unplayed(episode, "prompt_too_long", response.unfit),
+            )
             return
         text = self._decode(response.tokens.tolist()) if response.text is None else response.text
         action = episode.on_response(response, text)
         self.pool.step(self._first_handle + slot, action)
         self._waiting.add(slot)
+
+    def _lose(self, slot: int, ended: Trajectory) -> None:
+        """End the episode of a slot that gets no response."""
+        self._lost.append((self._episodes[slot].attempt, ended))
+        self._free_slot(slot)
 
     def _expire(self) -> Iterator[tuple[Attempt, Trajectory]]:
         limit = self._episode_timeout

@@ -53,12 +53,14 @@ class Answer:
       tokens: int32[R], its ids; `NO_ID` where the server does not tell them.
       entropies: float32[R], in nats; NaN where the server does not tell them.
       finish_reason: ``stop`` or ``length``.
+      unfit: why the conversation leaves no room for a response, in the server's words; else None.
     """
 
     text: str
     tokens: np.ndarray
     entropies: np.ndarray
     finish_reason: str
+    unfit: str | None = None
 
 
 class Endpoint:
@@ -97,7 +99,8 @@ class Endpoint:
     def ask(self, messages: Sequence[Message], seed: int) -> Answer:
         """Return the model's answer to a conversation, with the stop string that ended it.
 
-        A conversation that is too long for the server has an empty answer, cut by its length.
+        Where fewer than ``max_tokens`` tokens fit behind the conversation, the answer has those that fit. A
+        conversation that leaves no room at all has an empty answer, with `Answer.unfit`.
 
         Raises:
           EndpointError: there is none, after `TRIES` for a passing cause, or the server is busy all the time.
@@ -106,14 +109,13 @@ class Endpoint:
         stops = body.get("stop", ())
         if not self._tells_stops:  # what follows a stop string is sampled for nothing
             del body["stop"]
-        extra = {"return_token_ids": True} if self._asks_for_tokens else {}
-        status, found = self._send("/chat/completions", body | extra)
-        if status in (400, 422) and extra and not _is_too_long(found):
-            # Some servers refuse keys that they do not know; then the texts have to do.
-            status, found = self._send("/chat/completions", body)
-            self._asks_for_tokens = self._asks_for_tokens and status != 200
-        if status == 400 and _is_too_long(found):
-            return Answer("", np.full(1, NO_ID, np.int32), np.full(1, np.nan, np.float32), "length")
+        status, found = self._complete(body)
+        if _is_too_long(status, found):
+            # Most servers refuse more tokens than fit; without a number they sample up to their limit.
+            status, found = self._complete({k: v for k, v in body.items() if k != "max_tokens"})
+        if _is_too_long(status, found):
+            none = np.full(1, NO_ID, np.int32), np.full(1, np.nan, np.float32)
+            return Answer("", *none, "length", unfit=self._describe(status, found))
         if status != 200:
             raise EndpointError(self._describe(status, found))
         try:
@@ -129,6 +131,15 @@ class Endpoint:
     def close(self) -> None:
         """Let requests that wait for another try give up."""
         self._closed.set()
+
+    def _complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        extra = {"return_token_ids": True} if self._asks_for_tokens else {}
+        status, found = self._send("/chat/completions", body | extra)
+        if status in (400, 422) and extra and not _is_too_long(status, found):
+            # Some servers refuse keys that they do not know; then the texts have to do.
+            status, found = self._send("/chat/completions", body)
+            self._asks_for_tokens = self._asks_for_tokens and status != 200
+        return status, found
 
     def _only_model(self) -> str:
         status, found = self._send("/models", None)
@@ -344,13 +355,14 @@ def _as_response(slot: int, prompt: np.ndarray, future: concurrent.futures.Futur
         versions=np.zeros(len(answer.tokens), np.int32),
         finish_reason=answer.finish_reason,
         text=answer.text,
+        unfit=answer.unfit,
     )
 
 
-def _is_too_long(found: Any) -> bool:
-    """Tell whether a server refuses a conversation for its length, in OpenAI's words or in vLLM's."""
+def _is_too_long(status: int, found: Any) -> bool:
+    """Tell whether a server refuses a request for its length, in the words of OpenAI, vLLM or SGLang."""
     text = str(found)
-    return "context_length_exceeded" in text or "maximum context length" in text
+    return status == 400 and ("context_length_exceeded" in text or "context length" in text)
 
 
 def _read_what_is_there(error: urllib.error.HTTPError) -> bytes:

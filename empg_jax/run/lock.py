@@ -40,6 +40,23 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether another process holds the lock on a folder; nothing is made there."""
+    try:
+        descriptor = os.open(Path(folder) / FILENAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # this file system has no locks
+    finally:
+        os.close(descriptor)  # gives the lock back
+    return False
+
+
 def _acquire(path: Path) -> int:
     while True:
         try:

@@ -37,12 +37,13 @@ def play_run(path: Path, overrides: list[str], episodes: int, out: Path, say: Ca
 
     Raises:
       CheckpointError: there is no run or no usable checkpoint at the path.
-      ConfigError: an argument or override does not fit.
+      ConfigError: an argument or override does not fit, or the run is being trained through the server of
+        ``rollout.url``.
       PoolError: the environments keep failing.
       RunError: the file could not be written after all.
     """
     _check(episodes, out)
-    play(open_saved(path, overrides, warn=say), episodes, out, say)
+    play(open_saved(path, overrides, warn=say, samples=True), episodes, out, say)
 
 
 def play_new(config: Config, episodes: int, out: Path, say: Callable[[str], None]) -> None:

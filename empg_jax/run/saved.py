@@ -24,6 +24,7 @@ from empg_jax.run.assembly import (
 from empg_jax.run.checkpoint import Checkpoints, RefusedCheckpoint, check_base
 from empg_jax.run.devices import check_devices, learner_devices
 from empg_jax.run.folder import checkpoint_dir, split_checkpoint
+from empg_jax.run.lock import is_locked
 from empg_jax.run.restoring import load_state
 from empg_jax.run.weights import check_model, make_base, make_params
 from empg_jax.types import Params
@@ -60,7 +61,9 @@ class SavedRun:
         return round(text_logprob(self.params, self.model, ids, self.mesh, self.base), 4)
 
 
-def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> SavedRun:
+def open_saved(
+    path: Path, overrides: Sequence[str], warn: Callable[[str], None], *, samples: bool = False
+) -> SavedRun:
     """Load the newest usable checkpoint of a run, or a given one, into this process.
 
     Where the run's mesh has more devices than are here, as in a run of several hosts, the state is split over
@@ -71,19 +74,24 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
       path: run folder, or a step's folder inside its ``checkpoints``.
       overrides: dotted overrides of the run's configuration.
       warn: receives messages for the user.
+      samples: whether the weights go to the server of ``rollout.url``, where the run has one.
 
     Raises:
       ConfigError: there is no run at the path.
       CheckpointError: there is no usable checkpoint at the path, or its adapters belong to another
         base.
       ConfigError: an override does not fit, asks for devices that are missing, or names another tokenizer.
+      ConfigError: the run is being trained through the server that these weights would go to.
     """
     run_dir, step = split_checkpoint(Path(path))
     if not (run_dir / "config.yaml").exists():
         raise RefusedCheckpoint(
             f"{path} is neither a run folder (no config.yaml in it) nor RUN/checkpoints/STEP"
         )
-    config, own = _read(run_dir / "config.yaml", overrides, warn)
+    config, saved = _read(run_dir / "config.yaml", overrides, warn)
+    own: dict[str, Any] = saved.get("model") or {}
+    if samples:
+        _check_server(config, (saved.get("rollout") or {}).get("url"), run_dir)
     if config.model.tokenizer != own.get("tokenizer"):
         raise ConfigError(
             f"model.tokenizer={config.model.tokenizer}: {path} keeps the tokenizer that it was trained with; "
@@ -107,7 +115,7 @@ def open_saved(path: Path, overrides: Sequence[str], warn: Callable[[str], None]
 
 
 def _read(path: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> tuple[Config, dict[str, Any]]:
-    """Read a run's configuration with overrides, and its section about the model without them.
+    """Read a run's configuration, with overrides and as it is on disk.
 
     A recipe of the user's own that cannot be loaded any more is not needed here, and left out.
     """
@@ -116,10 +124,9 @@ def _read(path: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> 
     from empg_jax.config.yaml import read_file
 
     saved = read_file(path)
-    model: dict[str, Any] = saved.get("model") or {}
     recipe = (saved.get("algorithm") or {}).get("entry_point")
     try:
-        return load_config(str(path), overrides), model
+        return load_config(str(path), overrides), saved
     except ConfigError as error:
         if recipe is None or recipe not in str(error):
             raise
@@ -127,7 +134,17 @@ def _read(path: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> 
         config = load_config(str(path), kept, algorithm="reinforce")  # it demands least of the others
         reason = " ".join(str(error).split("\n", 1)[-1].split())
         warn(f"the run's recipe is left out, as it is not needed here: {reason}")
-        return config, model
+        return config, saved
+
+
+def _check_server(config: Config, own: str | None, run_dir: Path) -> None:
+    """Refuse to replace the weights on the run's own server while it trains on what they sample."""
+    url = config.rollout.url
+    if url is not None and url == own and is_locked(run_dir):
+        raise ConfigError(
+            f"{run_dir} is being trained through {url}, whose weights this would replace: sample here with "
+            "rollout.engine=builtin rollout.url=null, or wait until the run ends"
+        )
 
 
 def _fit_mesh(config: Config, warn: Callable[[str], None]) -> Config:
