@@ -63,8 +63,8 @@ METRICS: dict[str, str] = {
     "advantage_abs_mean": "Mean size of the advantage over turns.",
     "advantage_positive": "Share of turns with a positive advantage.",
     "advantage_negative": "Share of turns with a negative advantage.",
-    "advantage_sign_changed": "Share of turns whose advantage the modulation turned from one sign to the other.",
-    "advantage_changed_2x": "Share of turns whose advantage, not 0, the modulation changed more than twofold.",
+    "advantage_sign_changed": "Share of turns whose advantage the modulation turned to the other sign.",
+    "advantage_changed_2x": "Share of turns whose advantage, unless 0, it changed more than twofold.",
     "entropy_drift_predicted": "Entropy change that AEM's drift law predicts for this credit.",
     "entropy_drift_measured": "Change of the sampled tokens' mean entropy by the update.",
     # Loss
