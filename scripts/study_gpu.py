@@ -90,11 +90,11 @@ def settings(options: argparse.Namespace) -> list[str]:
     common = [*RUN, f"compile_cache={options.out.resolve() / 'xla'}"]
     if options.tiny:
         return [*common, *TINY, *options.set]
-    from empg_jax.config.yaml import read_file  # it needs no pydantic
+    from empg_jax.config.yaml import read_yaml  # it needs no pydantic
 
     path = [] if options.model is None else [f"model.path={json.dumps(str(options.model.resolve()))}"]
     return [
-        *flatten(read_file(SCRIPTS.parent / "configs" / "alfworld_smollm2.yaml")),
+        *flatten(read_yaml(SCRIPTS.parent / "configs" / "alfworld_smollm2.yaml")),
         *common,
         *path,
         *options.set,

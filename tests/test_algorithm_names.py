@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from empg_jax.algorithms.keys import FACTORIES, spelled
 from empg_jax.config import load_config
 from empg_jax.config.algorithm import RECIPES
 from empg_jax.errors import ConfigError
@@ -171,6 +172,25 @@ def test_so_is_one_in_a_file_of_ones_own(tmp_path, keys):
     (tmp_path / "own.yaml").write_text(f"algorithm:\n{sections}\n")
     with pytest.raises(ConfigError, match=IN_VAIN[keys]):
         load_config(tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_loss_stands_in_for_a_recipes_own(name):
+    for loss in map(spelled, FACTORIES["objective"]):
+        keys = [f"algorithm.name={name}", f"algorithm.loss={loss}", LEARNER]
+        if name == "a2tgpo" and loss in ("sapo", "reinforce"):
+            with pytest.raises(ConfigError, match="clips no ratio"):
+                load_config("quickstart", keys)
+            continue
+        config = load_config("quickstart", keys)
+        assert config.algorithm.loss == spelled(make_recipe_from(config).objective.name) == loss
+
+
+def test_a_key_of_the_recipes_own_loss_is_refused_beside_another(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("algorithm: {name: turn_ppo, loss: ppo_clip, dual_clip: null, turn_ratio: product}\n")
+    with pytest.raises(ConfigError, match=r"turn_ratio=product .*ppo_clip: it belongs to turn_ratio_clip"):
+        load_config(path)
 
 
 def test_samples_of_older_weights_are_corrected_by_default():

@@ -208,6 +208,21 @@ def test_a_finished_run_may_be_given_more_updates(whole, tmp_path):
     assert_same(tmp_path / "run", whole[0])
 
 
+@pytest.mark.slow
+def test_a_new_length_tells_the_learning_rate_that_the_run_goes_on_with(tmp_path, capfd):
+    """The note's rates are those of the metrics, and of the run that had been planned."""
+    linear = ["train.schedule=linear", "train.final_learning_rate=1e-5", "sft.updates=0", "eval.tasks=2"]
+    run = runs.train(tmp_path / "run", *STEADY, *linear, "train.updates=1")
+    runs.resume(run, "train.updates=2")
+    note = (
+        "note: train.updates=2 (was 1) changes the length of train.schedule=linear: the learning rate goes on"
+    )
+    assert f"{note} at 0.000505, where 1e-05 was next" in capfd.readouterr().err
+    assert [line["learning_rate"] for line in runs.lines(run)] == pytest.approx([1e-3, 5.05e-4])
+    runs.resume(run, "train.updates=2")
+    assert "changes the length" not in capfd.readouterr().err
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_narrow_moments_go_on_bit_by_bit(tmp_path):

@@ -18,6 +18,7 @@ from empg_jax.algorithms.keys import (
     NOT_OF_PARTS,
     OBJECTIVE_NAMES,
     OFF,
+    SELECTORS,
     Spec,
     all_keys,
     choose,
@@ -257,7 +258,8 @@ class AlgorithmConfig(create_model("AlgorithmKeys", __base__=Section, **_FIELDS)
         values = {key: value for key, value in flatten(self.model_dump()).items() if key not in NOT_OF_PARTS}
         spec = start_spec({"name": self.name, "entry_point": self.entry_point})
         read = read_keys(choose(spec, values))
-        given = {key: value for key, value in values.items() if key in read or value != defaults[key]}
+        kept = (*read, *SELECTORS)
+        given = {key: value for key, value in values.items() if key in kept or value != defaults[key]}
         yield from resolve(spec, given, self.name or self.entry_point).idle.values()
 
     def _contradictions(self) -> Iterator[str]:

@@ -24,7 +24,7 @@ from empg_jax.config.lag import find_lag, with_lag_defaults
 from empg_jax.config.model import SIZES
 from empg_jax.config.overlay import check_command, overlay
 from empg_jax.config.whole import Config as Config
-from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, read_file
+from empg_jax.config.yaml import apply_override, drop_options, find_file, is_packaged, merge, read_chain
 from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
@@ -55,16 +55,16 @@ def load_config(
 
     Returns:
       The checked, frozen configuration; its name is the file's unless the file sets one. Its ``notes`` list
-      the keys of the file that were dropped.
+      the keys of the file, or of the files that it starts from, that were dropped.
 
     Raises:
       ConfigError: the configuration is wrong; one message lists all problems.
     """
     path = find_file(name_or_path)
-    values = {"name": path.stem} | read_file(path)
+    values, notes = _read_file(path)
     if algorithm is not None:
-        values["algorithm"] = {"name": algorithm}
-    notes = drop_options(values, overrides)
+        values["algorithm"], notes = {"name": algorithm}, []
+    notes += drop_options(values, overrides)
     filed, command = copy.deepcopy(values.get("algorithm", {})), dict[str, Any]()
     for override in overrides:
         apply_override(values, override)
@@ -73,7 +73,7 @@ def load_config(
     commanded = command.get("algorithm")
     if commanded is not None:
         values["algorithm"], dropped = overlay(
-            filed, commanded, source=path.name, is_packaged=drop_unused or is_packaged(path)
+            filed, commanded, source=path.name, drop_replaced=drop_unused or is_packaged(path)
         )
         notes += dropped
     try:
@@ -96,6 +96,28 @@ def load_config(
     except ValidationError as error:
         lines = [line for item in error.errors() for line in explain(Config, item)]
         raise ConfigError(_unusable(name_or_path, lines)) from None
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read a file on top of its base, and that one on top of its own.
+
+    Tables are merged. Algorithm keys are laid over those of the base as a command's are over those of a
+    packaged file.
+
+    Returns:
+      The nested values, with the file's name, and a note on each key that a file of the user's own drops.
+    """
+    (source, values), *others = read_chain(path)
+    notes: list[str] = []
+    for file, given in others:
+        filed, values = values.get("algorithm"), merge(values, given)
+        if "algorithm" in given:
+            values["algorithm"], dropped = overlay(
+                filed, given["algorithm"], source=source.name, drop_replaced=True
+            )
+            notes += [] if is_packaged(file) else dropped
+        source = file
+    return {"name": path.stem} | values, notes
 
 
 def _idle_sizes(config: Config, overrides: Sequence[str]) -> Iterator[str]:

@@ -215,7 +215,11 @@ class RolloutConfig(Section):
 class TrainConfig(Section):
     """The optimization."""
 
-    updates: int = Field(150, ge=0, description="Updates of the RL phase.")
+    updates: int = Field(
+        150,
+        ge=0,
+        description="Updates of the RL phase; the length of train.schedule, also where a resume changes it.",
+    )
     num_minibatches: int = Field(4, ge=1, description="Optimizer steps that a batch is split into.")
     epochs: int = Field(1, ge=1, description="Passes over a batch.")
     micro_tokens: int = Field(4096, ge=1, description="Tokens per forward/backward pass, over all devices.")

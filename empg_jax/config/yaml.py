@@ -80,28 +80,28 @@ def find_file(name_or_path: str | Path) -> Path:
     )
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """Read a configuration file on top of the one that its key ``base`` names, if it has one.
+def read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Read a configuration file and the one that its key ``base`` names, if it has one.
 
-    A base is a packaged name or a path relative to the file, and may have a base itself. Tables are merged;
-    an empty table removes the base's.
+    A base is a packaged name or a path relative to the file, and may have a base itself.
+
+    Returns:
+      Each file with its nested values, without the key ``base``: a base before the file that names it.
 
     Raises:
       ConfigError: a file of the chain is missing or malformed, or the chain is a circle.
     """
-    chain: list[Path] = []
-    merged: dict[str, Any] = {}
+    chain: list[tuple[Path, dict[str, Any]]] = []
     current: Path | None = path
     while current is not None:
-        if current.resolve() in chain:
-            circle = " -> ".join(each.name for each in [*chain, current])
+        if current.resolve() in [each.resolve() for each, _ in chain]:
+            circle = " -> ".join(each.name for each in [*(each for each, _ in chain), current])
             raise ConfigError(f"{path}: the chain of base files is a circle: {circle}")
-        chain.append(current.resolve())
         values = read_yaml(current)
         base = values.pop("base", None)
-        merged = _merge(values, merged)
+        chain.append((current, values))
         current = None if base is None else _find_base(current, base)
-    return merged
+    return chain[::-1]
 
 
 def _find_base(path: Path, base: Any) -> Path:
@@ -162,7 +162,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     # A section given as a table is merged, so that `algorithm={empg: {k: 2}}` keeps the other keys; an empty
     # table removes them.
     if value and isinstance(value, dict) and isinstance(node.get(parts[-1]), dict):
-        node[parts[-1]] = _merge(node[parts[-1]], value)
+        node[parts[-1]] = merge(node[parts[-1]], value)
     else:
         node[parts[-1]] = value
 
@@ -215,11 +215,12 @@ def find_packaged() -> dict[str, str]:
     return found
 
 
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Lay nested values over others; tables are merged, and an empty table removes the old one."""
     merged = dict(old)
     for key, value in new.items():
         both = value and isinstance(value, dict) and isinstance(old.get(key), dict)
-        merged[key] = _merge(old[key], value) if both else value
+        merged[key] = merge(old[key], value) if both else value
     return merged
 
 

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from empg_jax.hf.config import read_positions
 from empg_jax.learner.fingerprint import TEXT, text_logprob
 from empg_jax.learner.update import Learner
 from empg_jax.parallel.hosts import ALONE, Hosts
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
-from empg_jax.run.assembly import Language
+from empg_jax.run.assembly import Language, make_rl_optimizer
 from empg_jax.run.environment import find_spec
 from empg_jax.run.folder import add_run_info
 from empg_jax.text.probe import describe_rows
@@ -79,6 +81,24 @@ def announce_rows(
     say(line)
     if hosts.is_first:
         add_run_info(run_dir, {"rows": line})
+
+
+def tell_other_length(config: Config, saved: str, step: int, *, say: Callable[[str], None]) -> None:
+    """Report the learning rate that a resumed run goes on with, where a new length has changed it.
+
+    Args:
+      config: the configuration.
+      saved: the configuration that the checkpoint was written with, in YAML.
+      step: optimizer steps of RL that are made.
+      say: receives the note.
+    """
+    before, now = yaml.safe_load(saved)["train"]["updates"], config.train.updates
+    old, new = (float(make_rl_optimizer(config, updates)[1](step)) for updates in (before, now))
+    if old != new:
+        say(
+            f"note: train.updates={now} (was {before}) changes the length of train.schedule="
+            f"{config.train.schedule}: the learning rate goes on at {new:.3g}, where {old:.3g} was next"
+        )
 
 
 def tell_other_recipe(progress: Progress, events: EventLog, entry_point: str, update: int) -> None:

@@ -369,15 +369,17 @@ def make_sft_optimizer(config: Config) -> tuple[optax.GradientTransformation, op
     )
 
 
-def make_rl_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Build the optimizer of the RL phase; its schedule counts optimizer steps."""
+def make_rl_optimizer(
+    config: Config, updates: int | None = None
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Build the optimizer of the RL phase; its schedule counts the steps of ``updates`` (None: the run's)."""
     t = config.train
     steps = t.num_minibatches * t.epochs
     critic = getattr(make_recipe_from(config).critic, "options", {})
     return make_optimizer(
         learning_rate=t.learning_rate,
         final_learning_rate=t.learning_rate / 20 if t.final_learning_rate is None else t.final_learning_rate,
-        total_steps=t.updates * steps,
+        total_steps=(t.updates if updates is None else updates) * steps,
         schedule=t.schedule,
         warmup_steps=t.warmup_updates * steps,
         beta1=t.beta1,

@@ -33,7 +33,13 @@ from empg_jax.rollout.evaluator import Evaluator
 from empg_jax.rollout.schedule import open_recorder
 from empg_jax.rollout.shares import take_share
 from empg_jax.rollout.thread import RolloutThread
-from empg_jax.run.announcing import announce_length, announce_model, announce_rows, tell_other_recipe
+from empg_jax.run.announcing import (
+    announce_length,
+    announce_model,
+    announce_rows,
+    tell_other_length,
+    tell_other_recipe,
+)
 from empg_jax.run.assembly import (
     Language,
     make_algorithm_from,
@@ -216,6 +222,8 @@ def open_run(
         events.update = run.update
         run.reference = _find_reference(config, run, checkpoints, learner)
         progress.message(f"resumed at update {run.update} of {config.train.updates}")
+        if (saved := restored.progress.get("config")) and run.record.phase == "rl":
+            tell_other_length(config, saved, int(run.state.step), say=progress.message)
         if restored.progress.get("recipe") not in (None, recipe):
             tell_other_recipe(progress, events, str(entry_point), run.update)
     else:  # also what is saved before the first boundary can be gone on from

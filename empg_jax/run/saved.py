@@ -121,9 +121,9 @@ def _read(path: Path, overrides: Sequence[str], warn: Callable[[str], None]) -> 
     """
     # Imported here, because it loads pydantic, which only this function needs.
     from empg_jax.config import load_config
-    from empg_jax.config.yaml import read_file
+    from empg_jax.config.yaml import read_yaml
 
-    saved = read_file(path)
+    saved = read_yaml(path)
     recipe = (saved.get("algorithm") or {}).get("entry_point")
     try:
         return load_config(str(path), overrides), saved
