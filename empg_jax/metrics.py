@@ -88,6 +88,7 @@ METRICS: dict[str, str] = {
     "optimizer_steps": "Optimizer steps of the update; those left out are not among them.",
     "nonfinite_steps": "Optimizer steps left out because loss or gradient was not finite.",
     "kl_exceeded_steps": "Optimizer steps left out because the policy was beyond train.max_kl.",
+    "empty_steps": "Optimizer steps left out because no token was left to train on.",
     "logprob_gap": "Mean absolute difference of the sampler's and the learner's log-probabilities.",
     "logprob_gap_max": "Largest such difference.",
     # Speed

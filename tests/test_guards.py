@@ -100,6 +100,20 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     assert runs.restored(run).step == 0
 
 
+def test_updates_without_a_token_to_train_on_are_told_and_are_no_fault(tmp_path, capsys):
+    """No response of the untrained policy is a valid action."""
+    keys = ["sft.updates=0", "algorithm.drop_void=trajectory", "train.schedule=linear", "train.updates=5"]
+    run = runs.train(tmp_path / "run", *runs.HOUSE, *keys)
+    lines = runs.lines(run)
+    assert [(line["optimizer_steps"], line["empty_steps"]) for line in lines] == [(0, 2)] * 5
+    assert len({line["learning_rate"] for line in lines}) == 1  # the schedule counts the steps made
+    assert runs.weights(run) == runs.weights(run, 0) and runs.restored(run).state.step == 0
+    (event,) = [e for e in read_metrics(run / "events.jsonl") if e["event"] == "updates_empty"]
+    assert (event["update"], event["keys"]) == (MAX_SKIPS, ["algorithm.drop_void=trajectory"])
+    told = f"update {MAX_SKIPS}: {MAX_SKIPS} updates in a row had no token to train on"
+    assert capsys.readouterr().err.count(told) == 1
+
+
 def test_a_warm_start_that_diverges_ends_with_a_message(tmp_path):
     options = ["sft.learning_rate=1e30", "sft.updates=4"]
     with pytest.raises(

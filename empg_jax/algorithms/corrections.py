@@ -222,8 +222,8 @@ def entropy_ratio_mask(
     old_entropies: Real[Arr, "B T"],
     mask: Shaped[Arr, "B T"],
     *,
-    low: Scalar = 0.95,
-    high: Scalar = 1.05,
+    low: Scalar | None = 0.95,
+    high: Scalar | None = 1.05,
 ) -> Bool[Array, "B T"]:
     """Mark the tokens whose distribution moved little since the update began (entropy ratio clipping).
 
@@ -238,8 +238,8 @@ def entropy_ratio_mask(
       entropies: of the policy being trained, in nats.
       old_entropies: of the policy before the update, at the same temperature and precision.
       mask: valid tokens.
-      low: smallest ratio.
-      high: largest ratio.
+      low: smallest ratio; None is no bound.
+      high: largest ratio; None is no bound.
 
     Returns:
       Bool [B, T], False off the mask.
@@ -251,4 +251,8 @@ def entropy_ratio_mask(
     new, old = as_floats(jax.lax.stop_gradient(entropies), jax.lax.stop_gradient(old_entropies))
     valid = as_mask(mask)
     ratio = (jnp.where(valid, new, 0) + 1e-8) / (jnp.where(valid, old, 0) + 1e-8)
-    return valid & (ratio > jnp.asarray(low, ratio.dtype)) & (ratio < jnp.asarray(high, ratio.dtype))
+    if low is not None:
+        valid &= ratio > jnp.asarray(low, ratio.dtype)
+    if high is not None:
+        valid &= ratio < jnp.asarray(high, ratio.dtype)
+    return valid

@@ -61,7 +61,7 @@ _PREFIXED = ("empg", "aem", "critic")  # their keys stand in a section of that n
 _DECIDERS = {"estimate": "name", "objective": "loss", "modulate": "modulation", "aggregate": "aggregation"}
 _DECIDERS |= {"correct": "correction.kind", "critic": "name", "kl": "kl_coef", "penalise": "overlong_length"}
 OBJECTIVE_NAMES = {"reinforce": "reinforce_loss"}  # the key's value, where it is not the factory's name
-_KEEPS = ("mask_truncated", "drop_void", "drop_uniform")
+KEEPS = ("mask_truncated", "drop_void", "drop_uniform")  # keys that leave turns out of the loss
 _BANDS = ("correction.entropy_low", "correction.entropy_high")
 _ASKED = {  # parts that are there where one of these keys is set
     "entropy_ratio": _BANDS,
@@ -72,7 +72,7 @@ _KINDS = ("tis", "mis")  # corrections that correction.kind chooses
 _BESIDE = ("sequence_mask", "entropy_ratio")  # corrections that stand beside any other
 SELECTORS = (
     *("modulation", "loss", "aggregation", "correction.kind", "correction.sequence_delta", "kl_coef"),
-    *(*_BANDS, *_KEEPS, "invalid_penalty", "overlong_length", "overlong_cache", "entropy_coef"),
+    *(*_BANDS, *KEEPS, "invalid_penalty", "overlong_length", "overlong_cache", "entropy_coef"),
 )
 
 
@@ -162,7 +162,7 @@ def choose(spec: Spec, values: Mapping[str, Any]) -> Spec:
             chosen[slot] = tuple(part for part in others if part.factory not in _KINDS)
         elif not any(part.factory == factory for part in chosen.get(slot, ())):
             chosen[slot] = (*_besides(slot, factory, chosen.get(slot, ())), Chosen(factory, {}))
-    off = [key for key in _KEEPS if values.get(key) == OFF]
+    off = [key for key in KEEPS if values.get(key) == OFF]
     # Null where it is said of all keys that ask for a part: the part is absent.
     off += [name for name, keys in _ASKED.items() if all(values.get(key, OFF) is None for key in keys)]
     for slot in ("keep", "correct", "penalise"):
@@ -253,7 +253,7 @@ def _selections(values: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
         yield "correct", "entropy_ratio"
     if values.get("kl_coef") is not None:
         yield "kl", "kl" if values["kl_coef"] else None
-    for key in _KEEPS:
+    for key in KEEPS:
         if values.get(key, OFF) not in (None, OFF):
             yield "keep", key
     if values.get("invalid_penalty"):
@@ -296,7 +296,7 @@ def _with_options(slot: str, part: Chosen, values: Mapping[str, Any]) -> Chosen:
 
 def is_off(key: str, value: Any) -> bool:
     """Tell whether a key says that its own part is absent, or that a default holds."""
-    if key in _KEEPS:
+    if key in KEEPS:
         return value in (None, OFF)
     return value is None or (key in ("kl_coef", "invalid_penalty", "reward_kl_coef") and not value)
 

@@ -231,7 +231,9 @@ class TrainConfig(Section):
     max_lag: int = Field(0, ge=0, description="Oldest policy version trained on; 0 is synchronous training.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="Decay after the warm-up."
+        "linear",
+        description="Decay after the warm-up, over the optimizer steps made: one that is left out moves "
+        "nothing.",
     )
     final_learning_rate: float | None = Field(
         None, ge=0, description="Learning rate after the last update (null: a twentieth of the peak)."

@@ -352,9 +352,3 @@ def _length_problems(config: Config) -> Iterator[str]:
             f"{longest} tokens (env.max_turns={config.env.max_turns} x rollout.max_response_tokens="
             f"{rollout.max_response_tokens})"
         )
-    if algorithm.ratio_unit == "trajectory" and config.env.context == "window":
-        yield (
-            "algorithm.ratio_unit=trajectory with env.context=window: a trajectory is spread over many "
-            "rows there, "
-            "and a ratio sees one row; use algorithm.ratio_unit=turn or segment"
-        )

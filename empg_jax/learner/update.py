@@ -338,8 +338,8 @@ class _Spec:
 
         Micro-batches only sum ``loss * loss_weights``, so every split into micro-batches gives the same step.
         If the loss or the gradient norm is not finite, nothing changes and ``nonfinite`` is 1. If the loss's
-        ``approx_kl`` is beyond ``max_kl``, nothing changes and ``kl_exceeded`` is 1. Nothing changes either
-        where no token has a share in the loss.
+        ``approx_kl`` is beyond ``max_kl``, nothing changes and ``kl_exceeded`` is 1. Where no
+        token has a share in the loss, nothing changes either, and ``empty`` is 1.
         """
         scores = dataclasses.replace(scores, clip_scale=credit.clip_scale)
 
@@ -393,5 +393,6 @@ class _Spec:
         metrics = {name: value / counts.get(name, tokens) for name, value in sums.items()}
         metrics |= {"grad_norm": norm, "tokens": tokens, "sampled": sampled}
         metrics["nonfinite"] = 1.0 - is_finite.astype(jnp.float32)
+        metrics["empty"] = jnp.logical_and(is_finite, jnp.logical_not(has_tokens)).astype(jnp.float32)
         metrics["kl_exceeded"] = jnp.logical_and(is_finite, jnp.logical_not(is_near)).astype(jnp.float32)
         return new_state, metrics

@@ -20,7 +20,7 @@ from empg_jax.types import BATCH_FIELDS, Batch, Credit, Params, Scores
 FOLDER = "debug"  # in the run's folder
 KEPT = 5  # dumps of a run: the first one, which shows the cause, and the newest
 SHOWN = 12  # lines of a list
-STEP_NUMBERS = ("loss", "grad_norm", "approx_kl", "ratio", "nonfinite", "kl_exceeded")
+STEP_NUMBERS = ("loss", "grad_norm", "approx_kl", "ratio", "nonfinite", "kl_exceeded", "empty")
 
 
 @jax.jit
@@ -166,6 +166,7 @@ def format_dump(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{found['path']}: update {found['update']}, {len(steps)} optimizer steps"
     for number, step in enumerate(steps, start=1):
         marks = {"nonfinite": "left out: not finite", "kl_exceeded": "left out: beyond train.max_kl"}
+        marks["empty"] = "left out: no token to train on"
         told = [f"{name} {value:g}" for name, value in step.items() if name not in marks]
         told += [text for name, text in marks.items() if step.get(name)]
         yield f"  step {number}: {', '.join(told)}"

@@ -41,6 +41,7 @@ class RunRecord:
       trajectories: number of episodes by ``status:reason``.
       rollbacks_in_a_row: number of consecutive updates that were rolled back.
       skips_in_a_row: number of consecutive updates without any optimizer step.
+      empty_in_a_row: number of consecutive updates without any token to train on.
       unlogged: metrics of an update that is made but has no line yet, because its evaluation was cut short.
       incidents: the meter of faults and waste since the last line of metrics (`IncidentMeter.state`); None
         before RL.
@@ -60,6 +61,7 @@ class RunRecord:
     trajectories: dict[str, int] = dataclasses.field(default_factory=dict)
     rollbacks_in_a_row: int = 0
     skips_in_a_row: int = 0
+    empty_in_a_row: int = 0
     unlogged: dict[str, float] | None = None
     incidents: dict[str, dict[str, Any]] | None = None
     last_good: int | None = None

@@ -50,9 +50,9 @@ def describe_update(
     values |= reduce_metrics(({"entropy": step["entropy"]}, float(step["sampled"])) for step in steps)
     for count in ("tokens", "sampled"):
         values.pop(count, None)
-    # Guards are counts of skipped steps, so the weighted mean above would be meaningless for them.
+    # These are counts of steps left out, so the weighted mean above would be meaningless for them.
     left_out = 0.0
-    for guard in ("nonfinite", "kl_exceeded"):
+    for guard in ("nonfinite", "kl_exceeded", "empty"):
         values.pop(guard, None)
         values[f"{guard}_steps"] = float(sum(float(step[guard]) for step in steps))
         left_out += values[f"{guard}_steps"]

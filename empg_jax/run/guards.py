@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from empg_jax.algorithms.keys import KEEPS, OFF
 from empg_jax.errors import RunError
 from empg_jax.learner.passes import Pass
 from empg_jax.parallel.arrays import fetch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 # Sampler and learner run the same weights: a larger mean gap of their log-probs is a fault in one of them.
 GAP_LIMIT = 0.05
 MAX_ROLLBACKS = 3  # in consecutive updates, before training stops
-MAX_SKIPS = 3  # consecutive updates without any optimizer step, before training stops
+MAX_SKIPS = 3  # consecutive updates without any optimizer step, before training stops (or tells of it)
 
 
 class TrainingError(RunError):
@@ -61,6 +62,9 @@ def check_gap(config: Config, update: int, measured: Mapping[str, float], own: S
 def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], first: Pass) -> None:
     """Handle skipped optimizer steps: loss or gradient was not finite, or the KL was above ``train.max_kl``.
 
+    An update without any token to train on is no fault, and no sign of good weights: the counts stay as they
+    are. `MAX_SKIPS` of them in a row are told of, once.
+
     Raises:
       TrainingError: the configured policy is ``stop``, `MAX_ROLLBACKS` rollbacks did not help, or `MAX_SKIPS`
         updates in a row made no step at all.
@@ -71,12 +75,18 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], first:
         ("kl_exceeded", train.on_kl, f"the KL from the old policy was beyond train.max_kl={train.max_kl}"),
     )
     counts = {name: int(sum(float(step[name]) for step in steps)) for name, _, _ in guards}
+    empty = int(sum(float(step["empty"]) for step in steps))
+    record.empty_in_a_row = record.empty_in_a_row + 1 if empty == len(steps) else 0
+    if record.empty_in_a_row:
+        if record.empty_in_a_row == MAX_SKIPS:
+            _tell_of_empty_updates(parts, run)
+        return
     if not any(counts.values()):
         record.rollbacks_in_a_row = record.skips_in_a_row = 0
         if run.saved is not None:  # the update that followed it had no fault
             record.last_good = run.saved["update"]
         return
-    record.skips_in_a_row = record.skips_in_a_row + 1 if sum(counts.values()) == len(steps) else 0
+    record.skips_in_a_row = record.skips_in_a_row + 1 if sum(counts.values()) + empty == len(steps) else 0
     path = _dump(parts, run, steps, first)
     for name, policy, why in guards:
         if not counts[name]:
@@ -96,6 +106,20 @@ def check_steps(parts: Parts, run: RunState, steps: list[dict[str, Any]], first:
         parts.progress.message(f"{what}; {policy}")
         if policy == "rollback":
             _roll_back(parts, run, name)
+
+
+def _tell_of_empty_updates(parts: Parts, run: RunState) -> None:
+    """Tell that updates in a row trained on nothing, and of the keys that left their tokens out."""
+    algorithm = parts.config.algorithm
+    chosen = {key: getattr(algorithm, key) for key in KEEPS}
+    chosen |= {"correction.kind": algorithm.correction.kind if algorithm.correction.kind == "mis" else OFF}
+    chosen |= {"entry_point": algorithm.entry_point or OFF}
+    keys = [f"algorithm.{key}={value}" for key, value in chosen.items() if value != OFF]
+    parts.events.tell("updates_empty", updates=MAX_SKIPS, keys=keys)
+    parts.progress.message(
+        f"update {run.update}: {MAX_SKIPS} updates in a row had no token to train on, so the weights stand "
+        f"still; tokens are left out by {', '.join(keys) or 'the loss'}"
+    )
 
 
 def _dump(parts: Parts, run: RunState, steps: list[dict[str, Any]], first: Pass) -> str:

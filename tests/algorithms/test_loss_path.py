@@ -41,6 +41,19 @@ def test_the_share_of_tokens_that_the_loss_covers(tmp_path, key):
     assert covered < 1 and credit.metrics["correction_kept"] == 1
 
 
+@pytest.mark.parametrize(
+    ("bound", "halved", "doubled"), [({"entropy_low": 0.8}, 0, 1), ({"entropy_high": 1.3}, 1, 0)]
+)
+def test_one_bound_of_the_entropy_ratio_leaves_the_other_side_open(tmp_path, bound, halved, doubled):
+    options = {"name": "grpo", "entropy_source": "learner", "correction": bound}
+    batch, scores, credit, config = run(tmp_path, options)
+    batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
+    algorithm, mask = make_algorithm_from(config), np.asarray(batch.loss_mask)
+    for factor, kept in ((0.5, halved), (1.0, 1), (2.0, doubled)):
+        streams = (scores.old_logprobs, factor * scores.entropies, batch, scores, credit.advantages)
+        np.testing.assert_array_equal(np.asarray(algorithm.loss(*streams)[1]["entropy_kept"])[mask], kept)
+
+
 def test_entropy_ratio_clipping_removes_gradients_only(tmp_path):
     """Where entropies doubled the loss keeps its value without a gradient; the others keep both."""
     batch, scores, credit, config = run(tmp_path, {"name": "erc", "entropy_source": "learner"})

@@ -86,7 +86,7 @@ def test_an_update_follows_the_gradient_of_the_sampled_tokens(learner, problem, 
     np.testing.assert_allclose(metrics["loss"], value, atol=1e-6)
     assert_trees_close(jax.tree.map(jnp.subtract, params, state.params), slope, atol=1e-6)
     assert float(metrics["tokens"]) == host_batch.loss_mask[rows].sum()
-    assert int(state.step) == 1 and metrics["nonfinite"] == 0
+    assert int(state.step) == 1 and metrics["nonfinite"] == metrics["empty"] == 0
     norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(slope)))
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     entropy = np.asarray(scores.entropies)[rows][host_batch.loss_mask[rows]].mean()
@@ -298,7 +298,7 @@ def test_an_update_without_trained_tokens_changes_nothing(problem):
     flat = dataclasses.replace(problem[0], returns=np.ones_like(problem[0].returns))
     state, _, steps = run_batch(learner, state, flat, problem[1])
     assert_trees_equal(jax.device_get(state), before)
-    assert [step["loss"] for step in steps] == [0, 0]
+    assert [(step["loss"], step["empty"], step["nonfinite"]) for step in steps] == [(0, 1, 0)] * 2
 
 
 def test_an_empty_range_adds_no_gradient(learner, parts):

@@ -8,7 +8,7 @@ from empg_jax.report.results import describe_update
 from tests.episodes import Episodes
 
 EPISODES = Episodes()
-GUARDS = {"nonfinite": 0.0, "kl_exceeded": 0.0}
+GUARDS = {"nonfinite": 0.0, "kl_exceeded": 0.0, "empty": 0.0}
 
 
 def test_trained_tokens_are_those_that_the_loss_covers():

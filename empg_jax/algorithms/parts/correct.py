@@ -102,8 +102,8 @@ def sequence_mask(
 
 def entropy_ratio(
     *,
-    low: NonNegative = default_of(corrections.entropy_ratio_mask, "low"),
-    high: Positive = default_of(corrections.entropy_ratio_mask, "high"),
+    low: NonNegative | None = None,
+    high: Positive | None = None,
 ) -> Correction:
     """Bind `entropy_ratio_mask`: tokens whose entropy moved too far leave the gradient, not the denominator.
 
@@ -111,7 +111,9 @@ def entropy_ratio(
       low: Smallest ratio of a token's entropy to that before the update that still trains it; null is off.
       high: Largest such ratio; null is off.
     """
-    if low >= high:
+    if low is None and high is None:
+        raise ValueError("correction.entropy_low and correction.entropy_high are both null: give one or both")
+    if low is not None and high is not None and low >= high:
         raise ValueError(f"correction.entropy_low={low} must be below correction.entropy_high={high}")
 
     def limit(entropies: Float[Array, "B T"], rows: Batch, scores: Scores) -> Bool[Array, "B T"]:

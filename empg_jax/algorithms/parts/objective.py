@@ -4,15 +4,18 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from empg_jax.algorithms import losses, surrogates
 from empg_jax.algorithms.contract import LossResult
 from empg_jax.algorithms.masking import AboveOne, Positive, check_choice
 from empg_jax.algorithms.part import Part, default_of
-from empg_jax.algorithms.parts.aggregate import UNITS, unit_ids
+from empg_jax.algorithms.parts.aggregate import unit_ids
 from empg_jax.algorithms.surrogates import log_ratio, segment_log_ratio
 from empg_jax.types import Batch, Scores
+
+# A trajectory has none: it may lie in several rows, and a micro-batch holds any rows.
+RATIO_UNITS = ("segment", "turn")
 
 
 def _ranges(bounds: dict[str, Any], scores: Scores) -> dict[str, Any]:
@@ -63,22 +66,13 @@ def ppo_clip(
     return Part("ppo_clip", {**bounds, "dual_clip": dual_clip}, objective)
 
 
-def _ratio_ids(rows: Batch, unit: str) -> Int[Array, "B T"]:
-    """Number the unit of each trained token inside its row: a micro-batch holds any rows, but whole ones."""
-    ids = unit_ids(rows, unit)
-    if unit != "trajectory":
-        return ids
-    own = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None] * rows.group_ids.shape[0]
-    return jnp.where(ids >= 0, ids + own, -1)
-
-
 def _unit_objective(
     loss_of: Callable[..., Float[Array, "B T"]], unit: str, bounds: dict[str, Any], **ratio: str
 ) -> Callable[..., LossResult]:
     def objective(
         logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
     ) -> LossResult:
-        ids, ranges = _ratio_ids(rows, unit), _ranges(bounds, scores)
+        ids, ranges = unit_ids(rows, unit), _ranges(bounds, scores)
         loss = loss_of(logprobs, scores.old_logprobs, advantages, ids, **ranges, **ratio)
         change = segment_log_ratio(logprobs, scores.old_logprobs, ids, **ratio)
         return loss, clipped_share(jnp.minimum(change, 10), advantages, ranges)
@@ -90,16 +84,16 @@ def gspo(
     *,
     clip_low: Positive = default_of(surrogates.gspo, "clip_low"),
     clip_high: Positive = default_of(surrogates.gspo, "clip_high"),
-    unit: Literal["segment", "trajectory", "turn"] = "segment",
+    unit: Literal["segment", "turn"] = "segment",
 ) -> Part:
-    """Bind `gspo`: one ratio for a packed segment, a trajectory (as far as its row holds it) or a turn.
+    """Bind `gspo`: one ratio for a packed segment or a turn, each of which one row holds whole.
 
     Args:
       clip_low: Ratios are clipped at 1 - clip_low.
       clip_high: Ratios are clipped at 1 + clip_high.
       unit: Unit that has one ratio in gspo.
     """
-    check_choice("ratio_unit", unit, UNITS)
+    check_choice("ratio_unit", unit, RATIO_UNITS)
     bounds = {"clip_low": clip_low, "clip_high": clip_high}
     return Part("gspo", {**bounds, "unit": unit}, _unit_objective(surrogates.gspo, unit, bounds))
 
