@@ -14,8 +14,9 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from empg_jax.errors import RunError, writing
 from empg_jax.files import append, replacing
@@ -113,7 +114,7 @@ def _write(path: Path, episodes: Sequence[Trajectory]) -> None:
         file.writelines(map(_as_line, episodes))
 
 
-def _open_alone(path: Path) -> BinaryIO:
+def _open_alone(path: Path) -> FileIO:
     """Open the file for lines at its end, and lock it: two processes would both play what is left."""
     while True:
         file = path.open("ab", buffering=0)
