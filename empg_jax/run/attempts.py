@@ -7,8 +7,6 @@ everything that decides its result: the same command finds the same file. At the
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -22,6 +20,7 @@ from empg_jax.errors import RunError, writing
 from empg_jax.files import append, replacing
 from empg_jax.report.pairing import EPISODES
 from empg_jax.rollout.record import describe_episodes, make_trajectory
+from empg_jax.run.lock import open_locked
 from empg_jax.types import Trajectory
 
 if TYPE_CHECKING:
@@ -116,22 +115,14 @@ def _write(path: Path, episodes: Sequence[Trajectory]) -> None:
 
 def _open_alone(path: Path) -> FileIO:
     """Open the file for lines at its end, and lock it: two processes would both play what is left."""
-    while True:
-        file = path.open("ab", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise RunError(
-                f"the same evaluation is in progress in {path.parent}: wait for its end, or give another "
-                "folder with --out"
-            ) from None
-        except OSError:
-            return file  # this file system has no locks
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                return file
-        file.close()  # the process before has just finished with this file
+    try:
+        descriptor = open_locked(path, os.O_WRONLY | os.O_APPEND)
+    except BlockingIOError:
+        raise RunError(
+            f"the same evaluation is in progress in {path.parent}: wait for its end, or give another "
+            "folder with --out"
+        ) from None
+    return open(path, "ab", buffering=0, opener=lambda *_: descriptor)
 
 
 def _read(text: str) -> list[Trajectory]:

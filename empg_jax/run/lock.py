@@ -57,29 +57,39 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def _acquire(path: Path) -> int:
+def open_locked(path: Path, flags: int) -> int:
+    """Open a file, made if need be, and hold its lock until the descriptor is closed.
+
+    Raises:
+      BlockingIOError: another process holds the lock.
+      OSError: the file cannot be opened.
+    """
     while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise RunLocked(
-                f"the folder {path.parent} of the run cannot be written: {error.strerror}"
-            ) from None
+        descriptor = os.open(path, flags | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise RunLocked(
-                f"{path.parent} is being trained by {_describe_holder(path)}: end that process "
-                "first, or wait for it"
-            ) from None
+            raise
         except OSError:
-            return descriptor  # this file system has no locks; a run without one is better than none
+            return descriptor  # this file system has no locks; going on without one is better than not at all
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
         os.close(descriptor)  # the holder before has just deleted this file: take the new one
+
+
+def _acquire(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open_locked(path, os.O_RDWR)
+    except BlockingIOError:
+        raise RunLocked(
+            f"{path.parent} is being trained by {_describe_holder(path)}: end that process "
+            "first, or wait for it"
+        ) from None
+    except OSError as error:
+        raise RunLocked(f"the folder {path.parent} of the run cannot be written: {error.strerror}") from None
 
 
 def _describe_holder(path: Path) -> str:
