@@ -148,6 +148,19 @@ def test_a_run_goes_on_with_its_engine_on_other_devices(tmp_path, monkeypatch):
     assert all(line["logprob_gap"] < 1e-4 for line in lines)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_over_another_mesh_with_passes_that_fit_it(whole, tmp_path):
+    run = runs.train(tmp_path / "run", *STEADY, "train.updates=1")
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp=8 cannot divide: use train\.micro_tokens=768"):
+        runs.resume(run, "train.updates=2", "mesh.fsdp=8")
+    runs.resume(run, "train.updates=2", "mesh.fsdp=8", "train.micro_tokens=768")
+    runs.resume(run, "train.updates=3", "mesh.fsdp=1", "train.share_prefix=true")
+    for ours, theirs in zip(runs.lines(run), runs.lines(whole[0]), strict=True):
+        assert ours["tokens_sampled"] == theirs["tokens_sampled"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_run_goes_on_from_another_folder_than_it_began_in(tmp_path, stop_at, monkeypatch):

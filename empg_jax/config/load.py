@@ -28,9 +28,11 @@ from empg_jax.config.yaml import apply_override, drop_options, find_file, is_pac
 from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
-# The machines may, and where learner and engine lie on them: all numbers stay the same but for rounding.
+# The machines may, where learner and engine lie on them, and what fits there in a pass: all numbers stay the
+# same but for rounding.
 RESUMABLE_KEYS = (
     *("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*", "train.profile"),
+    *("train.micro_tokens", "train.share_prefix"),
     *("rollout.data", "rollout.tensor", "rollout.devices", "rollout.release"),
     *("rollout.url", "rollout.weights_dir", "rollout.request_timeout"),
 )

@@ -39,7 +39,8 @@ MODEL = DecoderConfig(
     head_dim=8,
     intermediate_size=16,
 )
-LIMITS = Limits(vocab_size=32, max_tokens=32, micro_tokens=64, row_devices=1)
+MESH = make_mesh(devices=jax.local_devices()[:1])
+LIMITS = Limits(vocab_size=32, max_tokens=32, micro_tokens=64, mesh=MESH)
 RNG = np.random.default_rng(0)
 
 
@@ -94,7 +95,7 @@ def check_gradient(trainer, loss_of, data, objective):
 @pytest.fixture(scope="module")
 def trainer():
     params = jax.device_get(jax.jit(functools.partial(init_params, config=MODEL))(jax.random.key(0)))
-    return Trainer(Start(MODEL, make_mesh(devices=jax.local_devices()[:1]), params, None), LIMITS)
+    return Trainer(Start(MODEL, MESH, params, None), LIMITS)
 
 
 @pytest.mark.slow
@@ -160,10 +161,10 @@ def test_the_gradient_is_that_of_importance_sampling(trainer):
 @pytest.mark.slow
 def test_adapters_are_trained_over_a_frozen_base():
     model = DecoderConfig(**{**vars(MODEL), "lora": LoraConfig(4)})
-    mesh, base = make_mesh(devices=jax.local_devices()[:1]), init_params(jax.random.key(0), MODEL)
+    base = init_params(jax.random.key(0), MODEL)
     first = jax.device_get(init_trained(jax.random.key(1), model))
     before = jax.device_get(base)
-    trainer = Trainer(Start(model, mesh, first, base), LIMITS)
+    trainer = Trainer(Start(model, MESH, first, base), LIMITS)
     objective, data = find_objective("cross_entropy", {}), make_data(5, 9)
     losses = []
     for _ in range(4):

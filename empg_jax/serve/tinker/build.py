@@ -44,7 +44,7 @@ def make_routes(
         vocab_size=start.model.vocab_size,
         max_tokens=longest,
         micro_tokens=max(longest, policy.config.train.micro_tokens),
-        row_devices=start.mesh.shape["data"] * start.mesh.shape["fsdp"],
+        mesh=start.mesh,
     )
     trainer, futures = Trainer(start, limits), Futures()
     folder = expand(settings.save_dir, "serve.save_dir").absolute()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from empg_jax.learner.batching import BatchShape, Layout, make_batch
 from empg_jax.serve.tinker.codec import Datum
@@ -39,13 +40,13 @@ class Limits:
       vocab_size: of the model.
       max_tokens: longest datum with its last target.
       micro_tokens: tokens of a forward and backward pass.
-      row_devices: number that divides the rows of a pass.
+      mesh: what a pass is split over: rows over ``data`` and ``fsdp``, the tokens of a row over ``sequence``.
     """
 
     vocab_size: int
     max_tokens: int
     micro_tokens: int
-    row_devices: int
+    mesh: Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +106,14 @@ def make_rows(data: Sequence[Datum], objective: Objective, limits: Limits) -> Ro
     trajectories, spans = make(data, tokens)
     longest = max(len(row) for row in tokens)
     row_tokens = min(limits.max_tokens, _room(longest, MIN_ROW))
-    shares = max(1, limits.micro_tokens // row_tokens // limits.row_devices)
+    row_tokens += -row_tokens % limits.mesh.shape["sequence"]
+    row_devices = limits.mesh.shape["data"] * limits.mesh.shape["fsdp"]
+    shares = max(1, limits.micro_tokens // row_tokens // row_devices)
     shape = BatchShape(
         trajectories=_room(len(trajectories), MIN_TRAJECTORIES),
         turns=_room(max(len(t.turns) for t in trajectories), MIN_TURNS),
         row_tokens=row_tokens,
-        micro_rows=shares * limits.row_devices,
+        micro_rows=shares * row_devices,
         max_rows=1,  # doubled as needed, so that few shapes are compiled
         num_minibatches=1,
     )
