@@ -16,6 +16,7 @@ from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.context import make_context
 from empg_jax.rollout.endpoint import Endpoint, EndpointEngine, MessageRenderer
 from empg_jax.rollout.evaluator import Evaluation, EvaluationError, Evaluator
+from empg_jax.run.announcing import say_once
 from empg_jax.run.assembly import make_prompts
 from empg_jax.run.attempts import Attempts, identify
 from empg_jax.run.environment import eval_panels, find_spec
@@ -118,7 +119,7 @@ def evaluate_endpoint(
     slots = config.rollout.slots or config.rollout.tasks_per_update * config.rollout.group_size
     with (
         EndpointEngine(endpoint, slots=slots, seed=config.seed) as server,
-        make_pool(config) as pool,
+        make_pool(config, say_once(_warn)) as pool,
     ):
         engine = cast(SamplingEngine, server)  # it has what collector and evaluator ask of one
         collector = Collector(
@@ -177,7 +178,7 @@ def _evaluate(saved: SavedRun, attempts: int, out: Path | None) -> dict[str, Any
     if attempts > 1 and config.eval.temperature == 0:
         _warn("eval.temperature=0: the attempts at a task differ only where its environment does")
     policy = () if out is None else (saved.step, checksum(saved.params), saved.base and checksum(saved.base))
-    with closing_sampler(engine), make_pool(config) as pool:
+    with closing_sampler(engine), make_pool(config, say_once(_warn)) as pool:
         evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0, attempts=attempts)
         with Attempts(out, identify(config, attempts, *policy)) as kept:
             result = _play(config, evaluator, attempts, kept, engine.place(saved.params), saved.step)

@@ -27,6 +27,7 @@ from empg_jax.report.tracking import import_trackers
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
 from empg_jax.rollout.thread import Delivery
+from empg_jax.run.announcing import say_once
 from empg_jax.run.answers import check_answers, with_answers
 from empg_jax.run.assembly import asks_for_date, describe_algorithm, make_language
 from empg_jax.run.checkpoint import Checkpoints
@@ -170,7 +171,7 @@ def train_in_folder(
         checkpoints = Checkpoints(directory, keep=keep, warn=warn, hosts=hosts)
         checkpoints.recover()
         stack.callback(checkpoints.close)
-        pool = stack.enter_context(make_pool(config, events.tell))
+        pool = stack.enter_context(make_pool(config, say_once(progress.message, events.tell)))
         is_resumed = hosts.first("begun", lambda: is_resume and has_begun(run_dir, checkpoints))
         if is_resume and not is_resumed:
             progress.message("the run ended before its first checkpoint: it begins anew")

@@ -120,6 +120,18 @@ class FaultyEnv(CountingEnv):
                 return observation, reward  # type: ignore[return-value]
             case ["garbage", "info"]:
                 return observation, reward, terminated, truncated, {"env": self}
+            case ["garbage", "won" | "milestone" as name]:
+                return observation, reward, terminated, truncated, {**info, name: "False"}
+            case ["garbage", "array"]:
+                import numpy as np  # here alone, because a worker itself does without
+
+                return observation, reward, terminated, truncated, {**info, "seen": [{"at": np.zeros(2)}]}
+            case ["numpy"]:
+                import numpy as np
+
+                numbers = {"count": np.int64(3), "metrics": {"share": np.float32(0.5)}}
+                flags = {"won": np.bool_(True), "milestone": np.bool_(True)}
+                return observation, reward, terminated, truncated, {**flags, **numbers}
             case ["garbage", "metrics", kind]:
                 values = {
                     "none": {"x": None},

@@ -17,6 +17,7 @@ from empg_jax.engine.interface import SamplingEngine
 from empg_jax.errors import RunError
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
+from empg_jax.rollout.parsing import ParserFault
 from empg_jax.rollout.schedule import Round, ScheduleError
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.types import Trajectory
@@ -29,8 +30,8 @@ GATHER_SECONDS = 0.001
 BURST_SECONDS = 1.0
 # A retried attempt samples with other keys than the lost one, or it would repeat the same actions.
 RETRY_STRIDE = 1 << 16
-# Tasks whose first prompts are too long before any fits, or whose prompts the template refuses before any
-# episode ends, at which training stops to try further ones.
+# Tasks whose first prompts are too long before any fits, or whose prompts the template refuses or at whose
+# responses the parser raises before any episode ends, at which training stops to try further ones.
 MAX_UNFIT = 64
 
 
@@ -58,8 +59,9 @@ class Collector:
       make_watch: makes what ends a response besides its tokens, one for each (see `Engine.submit`).
       has_deadlines: responses have deadlines of their own, so that no episode ages while one is sampled.
       num_tasks: tasks that it may be given. Where no first prompt fits, or the chat template refuses a
-        prompt of every task, that is an error, found after `MAX_UNFIT` tasks at the latest; None: every
-        attempt at such a task is discarded, however many there are.
+        prompt of every task, or the parser raises at every task, that is an error, found after `MAX_UNFIT`
+        tasks at the latest; None: every attempt at such a task is discarded, however many there are.
+      look_at: called with every observation.
       timer: a monotonic clock, in seconds.
 
     Attributes:
@@ -86,6 +88,7 @@ class Collector:
         make_watch: Callable[[], Watch | None] = lambda: None,
         has_deadlines: bool = False,
         num_tasks: int | None = None,
+        look_at: Callable[[str], None] = lambda observation: None,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.pool = engine, pool
@@ -93,10 +96,11 @@ class Collector:
         self._seed, self._stream, self._first_handle = seed, stream, first_handle
         self._episode_timeout = episode_timeout
         self._is_deterministic, self._timer, self._make_watch = is_deterministic, timer, make_watch
-        self._has_deadlines, self._num_tasks = has_deadlines, num_tasks
+        self._has_deadlines, self._num_tasks, self._look_at = has_deadlines, num_tasks, look_at
         self._has_fit = False  # whether a prompt has left room for a response
         self._unfit: dict[int, int] = {}  # length of the first prompt by task, for those that do not fit
         self._refused: set[int] = set()  # tasks whose prompts the template refused since an episode ended
+        self._unparsed: set[int] = set()  # likewise, tasks at whose responses the parser raised
         self.check: Callable[[], None] = lambda: None
         self.served = self.aged = 0.0
         self.answered: list[int] = []
@@ -255,6 +259,7 @@ class Collector:
         if isinstance(step, Trajectory):
             if step.outcome.is_trained:
                 self._refused.clear()
+                self._unparsed.clear()
             attempt = episode.attempt
             self._free_slot(slot)
             yield attempt, step
@@ -268,6 +273,7 @@ class Collector:
     def _take(self, episode: Episode, reply: EnvReply) -> PromptDelta | Trajectory:
         if reply.failure is not None:
             return episode.on_failure(reply.failure.reason, reply.failure.detail)
+        self._look_at(reply.observation)
         try:
             if reply.op == "reset":
                 return episode.on_reset(reply.observation, reply.info)
@@ -302,6 +308,18 @@ class Collector:
             )
         return self._end_unplayed(episode, "prompt_refused", detail)
 
+    def _end_unparsed(self, episode: Episode, detail: str) -> Trajectory:
+        """Discard an attempt at whose response the parser raised: the policy is not the cause."""
+        split = episode.attempt.split
+        self.pool.tell("parser_error", detail=detail)
+        self._unparsed.add(episode.attempt.task)
+        if self._are_all(len(self._unparsed)):
+            raise ParserFault(
+                f"{detail}; so it was with {len(self._unparsed)} tasks of env.split={split}, and no episode "
+                "has ended meanwhile: a parser must take any text"
+            )
+        return episode.on_failure("parser_error", detail)
+
     def _are_all(self, num_tasks: int) -> bool:
         return self._num_tasks is not None and num_tasks >= min(self._num_tasks, MAX_UNFIT)
 
@@ -327,7 +345,11 @@ class Collector:
             )
             return
         text = self._decode(response.tokens.tolist()) if response.text is None else response.text
-        action = episode.on_response(response, text)
+        try:
+            action = episode.on_response(response, text)
+        except ParserFault as error:
+            self._lose(slot, self._end_unparsed(episode, str(error)))
+            return
         self.pool.step(self._first_handle + slot, action)
         self._waiting.add(slot)
 

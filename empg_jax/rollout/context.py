@@ -5,7 +5,7 @@ chat template does not allow that, the whole conversation is given as a fresh pr
 *Window*: every turn is a fresh prompt that repeats the last ``history`` turns (as verl-agent does).
 
 Tools that an environment declares (``info["tools"]``) are told by the model's own template where it tells
-any; the prompt builder then gets an info without them.
+any, else in words in front of the first user message. The prompt builder gets an info with an empty list.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from empg_envs.answers import describe
 from empg_envs.base import PromptBuilder
+from empg_envs.tool_calls import check_tools, declares_tools, describe_tools
 from empg_jax.errors import RunError
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.template import Message
@@ -40,7 +42,8 @@ class PromptDelta:
 class EpisodeContext(Protocol):
     """The conversation of one episode. Call `start` once, then `follow` after every response.
 
-    Both raise `ChatTemplateError` where the chat template refuses the conversation.
+    Both raise `ChatTemplateError` where the chat template refuses the conversation, and `RunError` where a
+    prompt builder returns no messages or no text.
     """
 
     def start(self, observation: str, info: Info) -> PromptDelta:
@@ -97,22 +100,79 @@ def make_context(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Tools:
-    """The tools of an episode that the template tells: its variables, and the role of calls' results."""
+    """The tools of an episode: variables of a template that tells them, or words where it has no place.
+
+    The role is that of calls' results.
+    """
 
     variables: dict[str, Any]
     role: str
+    words: str = ""
 
     def hide(self, info: Info) -> Info:
-        """Return an info for the prompt builder, without the tools that the template tells."""
-        return {**info, "tools": []} if self.variables else info
+        """Return an info for the prompt builder, without the tools that are told here."""
+        return {**info, "tools": []} if self.variables or self.words else info
+
+    def tell(self, messages: list[Message]) -> list[Message]:
+        """Put the words, where there are any, in front of the first user message."""
+        if not self.words:
+            return messages
+        first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+        told = {**messages[first], "content": f"{self.words}\n\n{messages[first]['content']}"}
+        return [*messages[:first], told, *messages[first + 1 :]]
 
 
 def _find_tools(renderer: ChatRenderer, info: Info) -> _Tools:
-    tools = info.get("tools")
+    """Return the tools that an environment's first info declares.
+
+    Raises:
+      RunError: they are no list of functions with names.
+    """
     # Bare names belong to an environment with a language of its own, which its prompt builder tells.
-    if not tools or isinstance(tools[0], str) or not renderer.tells_tools:
+    if not info.get("tools") or not declares_tools(info):
         return _Tools({}, "user")
-    return _Tools({"tools": tools}, renderer.role_of_results(tools))
+    try:
+        tools = check_tools(info["tools"])
+    except ValueError as error:
+        raise RunError(f"the environment's info: {error}") from None
+    if renderer.tells_tools:
+        return _Tools({"tools": tools}, renderer.role_of_results(tools))
+    return _Tools({}, "user", describe_tools(tools))
+
+
+def _check_content(prompts: PromptBuilder, content: Any) -> str:
+    """Check what a prompt builder's ``follow`` returned.
+
+    Raises:
+      RunError: it is no text.
+    """
+    if not isinstance(content, str):
+        raise RunError(
+            f"the prompt builder {type(prompts).__qualname__}: follow returned {describe(content)}; expected "
+            "str"
+        )
+    return content
+
+
+def _check_messages(prompts: PromptBuilder, method: str, messages: Any) -> list[Message]:
+    """Check what a prompt builder's ``start`` or ``window`` returned.
+
+    Raises:
+      RunError: it is no list of messages with the texts ``role`` and ``content``; tells the first wrong one.
+    """
+    told = f"the prompt builder {type(prompts).__qualname__}: {method} returned"
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise RunError(f"{told} {describe(messages)}; expected a list of messages")
+    for index, message in enumerate(messages):
+        has_both = isinstance(message, Mapping) and all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        )
+        if not has_both:
+            raise RunError(
+                f"{told} as message {index} {describe(message)}; expected a dict with the texts role and "
+                "content"
+            )
+    return list(messages)
 
 
 def _require_told(
@@ -142,12 +202,13 @@ class _Transcript:
     def __init__(self, prompts: PromptBuilder, renderer: ChatRenderer):
         self._prompts = prompts
         self._renderer = renderer
-        self._messages: list[dict[str, str]] = []
+        self._messages: list[Message] = []
         self._tools = _Tools({}, "user")
 
     def start(self, observation: str, info: Info) -> PromptDelta:
         self._tools = _find_tools(self._renderer, info)
-        self._messages = list(self._prompts.start(observation, self._tools.hide(info)))
+        messages = self._prompts.start(observation, self._tools.hide(info))
+        self._messages = self._tools.tell(_check_messages(self._prompts, "start", messages))
         _require_told(self._renderer, self._messages, self._tools.variables, "the environment")
         return self._whole()
 
@@ -160,7 +221,7 @@ class _Transcript:
         observation: str,
         info: Info,
     ) -> PromptDelta:
-        content = self._prompts.follow(observation, self._tools.hide(info))
+        content = _check_content(self._prompts, self._prompts.follow(observation, self._tools.hide(info)))
         new_messages = [{"role": self._tools.role, "content": content}]
         # Another stop token is an ordinary sampled token: the template's end of turn must still follow it.
         ended = stopped and response_tokens[-1] == self._renderer.end_id
@@ -209,7 +270,8 @@ class _Window:
     def _prompt(self, observation: str, info: Info) -> PromptDelta:
         self._observation = observation
         shown = self._tools.hide(info)
-        messages = self._prompts.window(list(self._turns), observation, shown, self._num_turns)
+        built = self._prompts.window(list(self._turns), observation, shown, self._num_turns)
+        messages = self._tools.tell(_check_messages(self._prompts, "window", built))
         _require_told(self._renderer, messages, self._tools.variables, "the environment")
         return PromptDelta(self._renderer.start(messages, **self._tools.variables), is_fresh=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,9 +19,28 @@ from empg_jax.run.environment import find_spec
 from empg_jax.run.folder import add_run_info
 from empg_jax.text.probe import describe_rows
 from empg_jax.types import Params
+from empg_jax.workers.faults import Tell, tell_nobody
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
+
+# Events of the user's own code that would come back at every turn: told once in a process, and said.
+SAID_ONCE = ("parser_error", "control_token_observed")
+
+
+def say_once(say: Callable[[str], None], tell: Tell = tell_nobody) -> Tell:
+    """Return a receiver that hands events on: of each in `SAID_ONCE` the first alone, which is also said."""
+    said: set[str] = set()
+
+    def tell_and_say(event: str, /, **fields: Any) -> None:
+        if event in said:
+            return
+        tell(event, **fields)
+        if event in SAID_ONCE:
+            said.add(event)
+            say(fields["detail"])
+
+    return tell_and_say
 
 
 def announce_model(

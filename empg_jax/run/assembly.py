@@ -37,6 +37,7 @@ from empg_jax.learner.state import make_optimizer
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.lora import LoraConfig
 from empg_jax.rollout.context import CallContext, ContextFactory, make_context
+from empg_jax.rollout.parsing import CheckedParser
 from empg_jax.run.environment import find_spec, reads_bytes
 from empg_jax.text.builtin import BYTES, build_byte_tokenizer, build_phrase_tokenizer
 from empg_jax.text.chat import ChatRenderer
@@ -113,7 +114,7 @@ def make_prompts(config: Config, spec: EnvSpec) -> tuple[PromptBuilder, ActionPa
         if spec.has_calls:
             raise ConfigError(f"env.parser={name}: an answer to {config.env.target} is the whole response")
         parser, prompts = parsers.make_parser(name), parsers.ask_for(name, prompts)
-    return prompts, parser
+    return prompts, CheckedParser(parser)
 
 
 def chat_variables(config: Config) -> dict[str, Any]:

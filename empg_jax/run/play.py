@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from empg_jax.errors import ConfigError, writing
 from empg_jax.files import try_folder
 from empg_jax.rollout.record import describe_episodes
+from empg_jax.run.announcing import say_once
 from empg_jax.run.process import prepare_jax
 from empg_jax.run.rollouts import write_records
 from empg_jax.run.sampling import (
@@ -58,7 +59,7 @@ def play(saved: SavedRun, episodes: int, out: Path, say: Callable[[str], None]) 
     prepare_jax(config)
     engine = make_sampler(config, saved.model, saved.language.tokenizer, saved.base)
     groups = -(-episodes // config.rollout.group_size)
-    with closing_sampler(engine), make_pool(config) as pool:
+    with closing_sampler(engine), make_pool(config, say_once(say)) as pool:
         rollout = make_rollout(_as_one_batch(config, groups, step), engine, pool, saved.language)
         with rollout:
             rollout.publish(saved.params, step)

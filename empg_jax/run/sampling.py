@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -241,7 +242,20 @@ def make_collector(
         make_watch=make_watches(config, language.renderer),
         has_deadlines=config.rollout.engine != "builtin",
         num_tasks=num_tasks,
+        look_at=functools.partial(_tell_control, config.env.target, language.renderer.tokenizer, pool.tell),
     )
+
+
+def _tell_control(target: str, tokenizer: Tokenizer, tell: Tell, observation: str) -> None:
+    """Tell of a control token in an observation, which the model reads as one."""
+    if (found := tokenizer.find_control(observation)) is not None:
+        token, start = found
+        place = observation[max(0, start - 20) : start + len(token) + 20]
+        detail = (
+            f"an observation of {target} holds {token}, which the model reads as a control token, not as "
+            f"text: {place!r}, at character {start}"
+        )
+        tell("control_token_observed", environment=target, token=token, detail=detail)
 
 
 def make_watches(config: Config, renderer: ChatRenderer) -> Callable[[], Watch | None]:

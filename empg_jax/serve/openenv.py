@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from empg_envs.answers import Reply, check_answer
+from empg_envs.answers import Reply, check_answer, plain_number
 from empg_envs.base import EnvFault, TextEnv
 from empg_jax.serve.server import has_key
 from empg_jax.serve.tinker.worker import Worker
@@ -68,7 +68,7 @@ class Session:
         """Answer a message; whatever happens is an answer."""
         try:
             # In ASCII: a text may hold half a surrogate pair, which no UTF-8 can hold.
-            return json.dumps(self._handle(line), allow_nan=False)
+            return json.dumps(self._handle(line), allow_nan=False, default=plain_number)
         except Refusal as error:
             found = error
         except EnvFault as error:

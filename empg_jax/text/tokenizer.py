@@ -86,6 +86,8 @@ class Tokenizer:
         self.special_ids = frozenset(index for index, token in added if token.special)
         self._tags = frozenset(index for index, token in added if token.special and token.content in _TAGS)
         self._hidden = self.special_ids - self._tags
+        hidden = sorted((token.content for i, token in added if i in self._hidden), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, hidden)) or "(?!)")
         self.turn_end_id = self._find_turn_end()
         eos = self.special_tokens.get("eos_token")
         self.stop_tokens: tuple[str, ...] = tuple(dict.fromkeys([*stop_tokens, *([eos] if eos else [])]))
@@ -102,6 +104,14 @@ class Tokenizer:
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
         """Return the ids of a text, with the tokenizer's own begin of text only if ``add_special``."""
         return self._backend.encode(text, add_special_tokens=add_special).ids
+
+    def find_control(self, text: str) -> tuple[str, int] | None:
+        """Return the first control token that a text holds, and its place in characters; None without one.
+
+        `encode` makes the control token of it. Tags of thoughts and of tool calls do not count.
+        """
+        found = self._control.search(text)
+        return None if found is None else (found.group(), found.start())
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of ids, without control tokens unless ``skip_special`` is False.

@@ -26,10 +26,11 @@ def check_answer(observation: Any, reward: Any, terminated: Any, truncated: Any,
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         raise GarbageError(f"reward is {describe(reward)}; expected a finite number")
     for name, flag in (("terminated", terminated), ("truncated", truncated)):
-        if not isinstance(flag, bool) and type(flag).__name__ not in ("bool_", "bool"):
-            raise GarbageError(f"{name} is {describe(flag)}; expected bool")
+        _check_flag(name, flag)
     if not isinstance(info, dict):
         raise GarbageError(f"info is {describe(info)}; expected dict")
+    for name in ("won", "milestone"):
+        _check_flag(f"info['{name}']", info.get(name, False))
     _check_metrics(info.get("metrics") or {})
     _check_known_answer(info.get("known_answer", ("", "")))
     return {
@@ -39,6 +40,16 @@ def check_answer(observation: Any, reward: Any, terminated: Any, truncated: Any,
         "truncated": bool(truncated),
         "info": info,
     }
+
+
+def _check_flag(name: str, flag: Any) -> None:
+    """Check that a value is true or false; NumPy's are taken, too.
+
+    Raises:
+      GarbageError: it is something else.
+    """
+    if not isinstance(flag, bool) and not (_is_numpy_scalar(flag) and isinstance(flag.item(), bool)):
+        raise GarbageError(f"{name} is {describe(flag)}; expected bool")
 
 
 def _check_metrics(metrics: Any) -> None:
@@ -82,17 +93,33 @@ def check_texts(reply: Reply) -> None:
             ) from None
 
 
+def plain_number(value: Any) -> Any:
+    """Return what JSON has in place of NumPy's scalar; for ``default`` of ``json.dumps``.
+
+    Raises:
+      TypeError: it is no such scalar.
+    """
+    if not _is_numpy_scalar(value):
+        raise TypeError(f"a value is {describe(value)}")
+    return value.item()
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    # By name: NumPy is loaded only where an environment does so.
+    return any(f"{base.__module__}.{base.__name__}" == "numpy.generic" for base in type(value).__mro__)
+
+
 def encode_reply(reply: Reply) -> bytes:
-    """Encode a reply as one line of compact JSON.
+    """Encode a reply as one line of compact JSON; NumPy's scalars become plain numbers and booleans.
 
     Raises:
       GarbageError: the reply is not JSON-able (only ``info`` can be the cause), has half of a character, or
         is too long.
     """
     try:
-        line = json.dumps(reply, separators=(",", ":"), allow_nan=False).encode()
+        line = json.dumps(reply, separators=(",", ":"), allow_nan=False, default=plain_number).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise GarbageError(f"info is not JSON-able: {error}") from error
+        raise GarbageError(f"info is not JSON-able: {_find_odd(reply.get('info')) or error}") from error
     if b"\\ud" in line:  # halves of characters
         check_texts(reply)
     if len(line) > MAX_REPLY_BYTES:
@@ -102,7 +129,27 @@ def encode_reply(reply: Reply) -> bytes:
     return line + b"\n"
 
 
+def _find_odd(value: Any, place: str = "info") -> str:
+    """Return place, type and beginning of the first value that JSON does not have; empty without one."""
+    if isinstance(value, dict):
+        for key in value:
+            if key is not None and not isinstance(key, (str, int, float)):
+                return f"{place} has the key {describe(key)}; expected str"
+    if isinstance(value, (dict, list, tuple)):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        try:
+            return next(filter(None, (_find_odd(part, f"{place}[{key!r}]") for key, part in parts)), "")
+        except RecursionError:  # a value that holds itself
+            return ""
+    try:
+        json.dumps(value, allow_nan=False, default=plain_number)
+    except (TypeError, ValueError):
+        return f"{place} is {describe(value)}"
+    return ""
+
+
 def describe(value: Any) -> str:
-    """Return the type and the beginning of a value, for a message."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+    """Return the type, with its module, and the beginning of a value, for a message."""
+    text, kind = repr(value), type(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    return f"{name} {text if len(text) <= 80 else text[:77] + '...'}"

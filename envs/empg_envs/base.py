@@ -23,7 +23,8 @@ class TextEnv(Protocol):
     the task, for which success is also reported by itself, ``state`` (str), a key that tells states apart
     better than the observation does (``env.anchor=state``), and ``tools`` (list, as OpenAI's wire has them,
     the same through an episode): functions that the policy may call. The model's chat template tells them
-    where it can, and every observation after the first is then the result of a call. At the end of an
+    where it can, and every observation after the first is then the result of a call; elsewhere words in front
+    of the prompt tell them. ``milestone`` (bool) tells that a step reached a subgoal. At the end of an
     episode it may name an ``outcome`` of its own (a word that is counted, in place of ``won``, ``ended`` or
     ``turn_limit``) and say more in ``detail``. At the start it may name a ``known_answer``, for the trainer
     alone: the words that lead to an answer in a response, and the answer. An environment with an expert also
@@ -138,7 +139,10 @@ class ActionParser(Protocol):
     """A parser of the action in a model's response."""
 
     def __call__(self, response: str, info: Mapping[str, Any]) -> ParsedAction:
-        """Parse a response; a malformed one gives ``is_valid=False`` and never an exception."""
+        """Parse a response; a malformed one gives ``is_valid=False`` and never an exception.
+
+        An exception costs the episode, which is not trained on.
+        """
         ...
 
 

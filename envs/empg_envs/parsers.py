@@ -150,6 +150,7 @@ def make_parser(name: str) -> ActionParser:
 
 def ask_for(name: str, prompts: PromptBuilder) -> PromptBuilder:
     """Make prompts ask for a parser's format, unless their environment has words of its own for that."""
-    if isinstance(prompts, GuidedPrompts):
-        return prompts.asking(REQUESTS[name])
-    return GuidedPrompts(REQUESTS[name]) if type(prompts) is PlainPrompts else prompts
+    guided = GuidedPrompts() if type(prompts) is PlainPrompts else prompts
+    if not isinstance(guided, GuidedPrompts):
+        return prompts
+    return guided.asking(REQUESTS[name], is_call=name == "tool_call")

@@ -130,6 +130,24 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
     return tools
 
 
+def declares_tools(info: Mapping[str, Any]) -> bool:
+    """Return whether an environment's info declares functions: ``tools`` that are no bare names."""
+    tools = info.get("tools")
+    has_names = isinstance(tools, (list, tuple)) and tools and isinstance(tools[0], str)
+    return tools is not None and not has_names
+
+
+def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Tell tools in words, and how to call one: for a prompt whose chat template has no place for them.
+
+    Args:
+      tools: functions, as `check_tools` accepts them.
+    """
+    lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    call = f'{_OPEN}{{"name": ..., "arguments": {{...}}}}{_CLOSE}'
+    return f"You have these tools, one in a line:\n{lines}\n\nCall one with {call}."
+
+
 def normalize_messages(messages: Any) -> list[Message]:
     """Check the messages of a request, and make them what a chat template reads.
 

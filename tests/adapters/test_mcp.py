@@ -175,7 +175,8 @@ def test_the_policy_reads_the_tools_and_its_call_arrives(options):
     first, second = trajectory.turns
     assert first.is_valid and second.observation == "the word is w0"
     prompt = language.tokenizer.decode(engine.prompts[0])
-    assert '{"name": "find", "description": "find it"' in prompt and "Which word is in drawer 0?" in prompt
+    assert prompt.count('{"name": "find", "description": "find it"') == 1
+    assert "Which word is in drawer 0?" in prompt
 
 
 @pytest.mark.parametrize(
@@ -220,14 +221,14 @@ def test_prompts_and_parser():
     info = {"task": "Which word?", "tools": [{"function": {"name": "find"}}]}
     (message,) = prompts.window([("empty", call("find", drawer=1))], "empty", info, 2)
     for part in (
-        '{"name": "find"}',
+        "A response without a call is your answer",
         "Be brief.\n\nWhich word?",
         "Observation 2: 'empty'",
         "The last result: empty",
     ):
         assert part in message["content"]
     (asked,) = ask_for("tool_call", prompts).start("Which word?", info)  # with env.parser=tool_call
-    assert '{"name": "find"}' in asked["content"] and "Give your action as a tool call" in asked["content"]
+    assert "Be brief." in asked["content"] and '"act"' not in asked["content"]
     assert parser("w3", info).is_valid and not parser("", info).is_valid
     assert not parser("<tool_call>{</tool_call>", info).is_valid
     other = parser('<tool_call>{"name": "drop", "arguments": {}}</tool_call>', info)

@@ -66,7 +66,10 @@ def test_episodes_of_one_worker_do_not_mix():
         ("garbage reward", "garbage", "reward is float nan; expected a finite number"),
         ("garbage flag", "garbage", "terminated is str 'no'; expected bool"),
         ("garbage tuple", "garbage", "step returned tuple"),
-        ("garbage info", "garbage", "info is not JSON-able"),
+        ("garbage info", "garbage", "info is not JSON-able: info['env'] is tests.fakes.FaultyEnv"),
+        ("garbage array", "garbage", "info is not JSON-able: info['seen'][0]['at'] is numpy.ndarray array("),
+        ("garbage won", "garbage", "info['won'] is str 'False'; expected bool"),
+        ("garbage milestone", "garbage", "info['milestone'] is str 'False'; expected bool"),
         (
             "garbage metrics none",
             "garbage",
@@ -92,6 +95,12 @@ def test_failure_is_data_and_costs_one_episode(action, kind, error):
     assert "reset it first" in after["error"]
     assert again["ok"] and neighbor["observation"] == "train/2/3 step 2 after 'w'"
     assert status == 0
+
+
+def test_scalars_of_numpy_arrive_as_plain_ones():
+    _, replies, _, _ = converse(batch("numpy"))
+    expected = {"won": True, "milestone": True, "count": 3, "metrics": {"share": 0.5}}
+    assert replies[-1]["info"] == expected and replies[-1]["info"]["won"] is True
 
 
 def test_prints_cannot_disturb_the_protocol():

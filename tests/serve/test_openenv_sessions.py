@@ -92,7 +92,7 @@ class Numpy(Hanging):
 
     def step(self, message):
         reward = np.float32(message) if message.isdecimal() else message
-        return message, reward, np.bool_(message == "2"), np.bool_(False), {}
+        return message, reward, np.bool_(message == "2"), np.bool_(False), {"won": np.bool_(True)}
 
 
 async def say_at_once(*texts, env=None):
@@ -117,6 +117,7 @@ def test_an_environment_that_exits_or_repeats_half_a_character_is_answered():
 def test_results_of_numpy_are_answered_and_wrong_types_are_named():
     _, first, wrong, last = asyncio.run(say_at_once("1", "one", "2", env=Numpy()))
     assert [(answer["reward"], answer["done"]) for answer in (first, last)] == [(1.0, False), (2.0, True)]
+    assert first["observation"]["info"] == {"won": True}
     told = "GarbageError: reward is str 'one'; expected a finite number"
     assert (wrong["code"], wrong["message"]) == ("EXECUTION_ERROR", told)
 

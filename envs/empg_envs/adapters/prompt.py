@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ from empg_envs.base import Message, PlainParser, quote_turns
 from empg_envs.guided import GuidedPrompts
 from empg_envs.parsers import CallParser, WholeParser
 
-_CALL = 'Call one with <tool_call>{"name": ..., "arguments": {...}}</tool_call>.'
 _ANSWER = "A response without a call is your answer, and ends the task."
 
 
@@ -59,24 +57,17 @@ def make_preceded_prompts(instructions: str = "") -> PrecededPrompts:
 
 
 class ToolPrompts(GuidedPrompts):
-    """A prompt builder that tells the tools of ``info["tools"]`` and how to call them.
-
-    Where the model's own template tells the tools, there are none in ``info``.
-    """
+    """A prompt builder of tasks that an answer without a call ends; the tools are told in front of it."""
 
     def start(self, observation: str, info: Mapping[str, Any]) -> list[Message]:
-        """Return one user message: instructions, tools and task."""
+        """Return one user message: how the task ends, instructions and task."""
         (message,) = super().start(observation, info)
-        tools = "\n".join(
-            json.dumps(tool["function"], ensure_ascii=False) for tool in info.get("tools") or ()
-        )
-        told = f"You have these tools, one in a line:\n{tools}\n\n{_CALL} {_ANSWER}" if tools else _ANSWER
-        return [{**message, "content": f"{told}\n\n{message['content']}"}]
+        return [{**message, "content": f"{_ANSWER}\n\n{message['content']}"}]
 
     def recall(
         self, history: Sequence[tuple[str, str]], observation: str, info: Mapping[str, Any], turn: int
     ) -> list[Message]:
-        """Return tools, task, the remembered turns, and the last result."""
+        """Return task, the remembered turns, and the last result."""
         (task,) = self.start(str(info.get("task", "")), info)
         text = f"{task['content']}\n\n{quote_turns(history, turn)}\n\nThe last result: {observation}"
         return [{**task, "content": text}]

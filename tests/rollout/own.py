@@ -1,0 +1,57 @@
+"""An environment of one's own, and prompt builders and parsers beside it, some with a fault."""
+
+from empg_envs.base import EnvSpec, ParsedAction, PlainParser, PlainPrompts
+from tests.fakes import CountingEnv
+
+FUNCTION = {"name": "look", "description": "look around", "parameters": {"type": "object", "properties": {}}}
+
+TOOLS = {"tools": [{"type": "function", "function": FUNCTION}], "nameless": [{"type": "function"}]}
+
+
+class OwnEnv(CountingEnv):
+    """Two steps long; an option says what stands in the observations, or beside them in ``info``."""
+
+    def __init__(self, kind: str = ""):
+        super().__init__(length=2)
+        self.kind = kind
+
+    def reset(self, seed=None, *, split=None, index=None):
+        observation, info = super().reset(seed, split=split, index=index)
+        if self.kind in TOOLS:
+            info = {**info, "tools": TOOLS[self.kind]}
+        return observation, info
+
+    def _observe(self, action):
+        return f"a page{' with <|end|> in it' if self.kind == 'control' else ''}, step {self.count}"
+
+
+class Silent(PlainPrompts):
+    def follow(self, observation, info):
+        return None
+
+
+class Loose(PlainPrompts):
+    def start(self, observation, info):
+        return [{"role": "user", "content": observation}, {"role": "user"}]
+
+
+def make_raising():
+    """A parser that raises at the response ``bad``."""
+
+    def parse(text, info):
+        if text == "bad":
+            raise KeyError("oops")
+        return ParsedAction(text, True)
+
+    return parse
+
+
+def make_texting():
+    return lambda text, info: text
+
+
+PLAIN = EnvSpec("own", OwnEnv, PlainPrompts, PlainParser)
+SILENT = EnvSpec("own", OwnEnv, Silent, PlainParser)
+LOOSE = EnvSpec("own", OwnEnv, Loose, PlainParser)
+RAISING = EnvSpec("own", OwnEnv, PlainPrompts, make_raising)
+TEXTING = EnvSpec("own", OwnEnv, PlainPrompts, make_texting)
