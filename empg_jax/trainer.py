@@ -22,7 +22,7 @@ from empg_jax.plan.memory import compute_plan
 from empg_jax.plan.whole import whole_lines
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
-from empg_jax.report.results import describe_update, write_results
+from empg_jax.report.results import describe_update
 from empg_jax.report.tracking import import_trackers
 from empg_jax.rollout.evaluator import Evaluation
 from empg_jax.rollout.incidents import IncidentMeter, count_incidents
@@ -31,6 +31,7 @@ from empg_jax.run.announcing import say_once
 from empg_jax.run.answers import check_answers, with_answers
 from empg_jax.run.assembly import asks_for_date, describe_algorithm, make_language
 from empg_jax.run.checkpoint import Checkpoints
+from empg_jax.run.concluding import conclude_run
 from empg_jax.run.consumed import drop_consumed, write_consumed
 from empg_jax.run.cpu import cpu_seconds
 from empg_jax.run.devices import check_shares
@@ -42,7 +43,7 @@ from empg_jax.run.leaving import leave
 from empg_jax.run.parts import Parts, RunState, has_begun, open_run
 from empg_jax.run.process import CompileCounter, StopRequest, prepare_jax
 from empg_jax.run.profiling import Profiler
-from empg_jax.run.resuming import check_resume, go_back, tell_passed_over
+from empg_jax.run.resuming import check_resume, go_back, keep_evaluation, tell_passed_over
 from empg_jax.run.rollouts import drop_rollouts, write_episodes
 from empg_jax.run.sampling import check_rollout, make_pool
 from empg_jax.run.saving import is_time_to_save, mark_boundary, save, save_after_error
@@ -57,7 +58,6 @@ from empg_jax.run.together import (
     shared_facts,
     without_hosts,
 )
-from empg_jax.run.view import show_episodes
 from empg_jax.run.weights import check_model
 from empg_jax.sft.examples import Examples, gather_examples
 from empg_jax.sft.phase import warm_start_phase
@@ -175,6 +175,8 @@ def train_in_folder(
         is_resumed = hosts.first("begun", lambda: is_resume and has_begun(run_dir, checkpoints))
         if is_resume and not is_resumed:
             progress.message("the run ended before its first checkpoint: it begins anew")
+        if is_resumed and hosts.is_first:
+            keep_evaluation(run_dir, progress.message)
         parts, run = open_run(
             config,
             run_dir,
@@ -207,10 +209,9 @@ def train_in_folder(
             save_after_error(parts, run, error)
             raise
         run.record.recompiles_after_warmup = compiles.count - run.compiled
-    if not hosts.is_first:
-        return
-    write_results(run_dir, run.record, parts.clock.seconds, config)
-    show_episodes(parts, run.update, final.trajectories)
+        checkpoints.wait()  # without its last checkpoint a run is not finished
+        if hosts.is_first:  # before the trackers are told of the end, which may take them minutes
+            conclude_run(parts, run, final)
 
 
 def run_sft(config: Config) -> Path:

@@ -228,7 +228,9 @@ def test_damaged_logs_never_stop_a_resume(tmp_path):
     code, err = _call("train", "--resume", run, "train.updates=3")
     assert code == 0, err
     assert err.count(f"{run / 'metrics.jsonl'}: 2 damaged lines are skipped (2, 3)") == 1
-    assert runs.lines(run)[:2] == lines and [line["update"] for line in runs.lines(run)] == [1, 2, 3]
+    first, second, third = runs.lines(run)
+    # The second one gets the evaluation that was at the end, and keeps what it had.
+    assert first == lines[0] and lines[1].items() <= second.items() and third["update"] == 3
     assert (run / "curves.png").exists()
     # The warm start is over, so that nothing is written to its log: the damage stays and is passed over.
     assert [line["update"] for line in read_metrics(run / "sft_metrics.jsonl")] == [0, 1]

@@ -50,8 +50,12 @@ def train(
         if resume is not None:
             resolved = load_run(resume, changes)
             if step is None and is_finished(resume, resolved):
+                from empg_jax.run.view import draw_results
+
                 told = f"{resume} is finished: all {resolved.train.updates} updates are made"
-                typer.echo(f"{told}; more with train.updates=N", err=True)
+                say(f"{told}; more with train.updates=N")
+                for line in draw_results(resume, has_page=resolved.log.transcripts > 0):
+                    say(line)
                 typer.echo(resume.absolute())
                 return
         elif step is not None:

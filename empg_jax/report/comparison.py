@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from empg_jax.algorithms.keys import flatten
+from empg_jax.config.load import describe
 from empg_jax.errors import ConfigError
 from empg_jax.metrics import read_metrics
 from empg_jax.report.curves import column, held_out_groups, held_out_points
+from empg_jax.report.record import has_results
 from empg_jax.report.statistics import Difference, area, bootstrap, compare, interquartile_mean
 
 # Keys that may differ between the runs of one arm.
@@ -55,11 +58,16 @@ MEASURES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """One run: folder, seed, last recorded update, settings, and metrics as (update, value) pairs by name."""
+    """One run: folder, seed, last recorded update, settings, and metrics as (update, value) pairs by name.
+
+    ``is_finished`` is true where its summary is that of all updates that its configuration asks for. Settings
+    whose keys are free (``env.options``) are one value.
+    """
 
     folder: Path
     seed: int | None
     updates: int
+    is_finished: bool
     settings: dict[str, Any]
     series: dict[str, list[tuple[int, float]]]
 
@@ -105,7 +113,10 @@ def read_run(folder: Path, *, warn: Callable[[str], None] = lambda line: None) -
     """
     try:
         records = read_metrics(folder / "metrics.jsonl", warn=warn)
-        settings = _flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no configuration")
+        settings = flatten(found, whole=_tables())
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or "not readable"
         raise ConfigError(
@@ -123,20 +134,25 @@ def read_run(folder: Path, *, warn: Callable[[str], None] = lambda line: None) -
         series.setdefault("held_out", [])
     seed = settings.get("seed")
     updates = max(record["update"] for record in records)
-    return Run(folder, seed if isinstance(seed, int) else None, updates, settings, series)
+    is_finished = has_results(folder, settings.get("train.updates"))
+    return Run(folder, seed if isinstance(seed, int) else None, updates, is_finished, settings, series)
 
 
 def find_unfinished(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Find the runs short of their own ``train.updates``; of a run that does not say it, of the longest one.
+    """Find the runs without the results of their own ``train.updates``.
 
-    The curve of a run that was cut off, or still trains, ends where the others have yet to rise. It counts in
-    no measure, unless there is no finished run: then those that got as far as the longest are compared.
+    A run whose configuration does not say how many they are is measured by the longest one. The curve of one
+    that was cut off, or still trains, ends where the others have yet to rise; without the last evaluation it
+    lacks its last point. Such a run counts in no measure, unless there is no finished one: then those that
+    got as far as the longest are compared.
 
     Returns:
       ``(unfinished, left out)``: the runs that are short, and those of them that count in no measure.
     """
     longest = max(run.updates for run in runs)
-    short = [run for run in runs if run.updates < (longest if run.planned == math.inf else run.planned)]
+    short = [
+        run for run in runs if not (run.updates == longest if run.planned == math.inf else run.is_finished)
+    ]
     is_any_finished = len(short) < len(runs)
     return short, short if is_any_finished else [run for run in short if run.updates < longest]
 
@@ -145,14 +161,18 @@ def name_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Put the runs with equal settings into arms, named after the settings that differ between arms.
 
     The algorithm and its modulation come first. A modulation's own settings are compared among the runs that
-    use it; settings that are null have no part in a name.
+    use it; settings that are null have no part in a name. A key that a run of another version of the program
+    lacks counts with its default of today; one that is gone is compared among the runs that have it.
     """
-    kept = [_compared(run.settings) for run in runs]
+    defaults = {key: default for key, default, _ in describe()}
+    # In these tables a key that is lacking is a setting, too.
+    tables = tuple(f"{key}." for key in _tables())
+    kept = [_compared(flatten(defaults | run.settings)) for run in runs]
     keys = sorted({key for settings in kept for key in settings}, key=lambda key: (key not in FIRST, key))
     differ = [
         key
         for key in keys
-        if len({repr(each.get(key)) for each in kept if not key.startswith(_idle(each))}) > 1
+        if len({repr(each.get(key)) for each in kept if key in each or key.startswith(tables)}) > 1
     ]
     arms: dict[str, list[Run]] = {}
     for run, settings in zip(runs, kept, strict=True):
@@ -161,7 +181,7 @@ def name_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
             for key in differ
             if settings.get(key) is not None
         ]
-        arms.setdefault(", ".join(parts) or _algorithm(settings), []).append(run)
+        arms.setdefault(", ".join(parts) or _algorithm(run.settings), []).append(run)
     return arms
 
 
@@ -257,10 +277,6 @@ def _pairs(updates: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
     return list(zip(updates.tolist(), values.tolist(), strict=True))
 
 
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise ValueError("no configuration")
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+def _tables() -> set[str]:
+    """Return the settings whose keys are free."""
+    return {key for key, default, _ in describe() if isinstance(default, dict)}

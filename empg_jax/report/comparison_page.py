@@ -68,7 +68,7 @@ def report_runs(folders: Sequence[Path], out: Path, *, warn: Callable[[str], Non
         {arm: [run for run in each if run not in left_out] for arm, each in arms.items()}
     )
     notes += [
-        f"{run.folder} is not finished ({_progress(run)} updates): "
+        f"{run.folder} is not finished ({_progress(run)} updates{_missing(run)}): "
         + ("it is drawn, and left out of all numbers" if run in left_out else "no run is, so it is compared")
         for run in unfinished
     ]
@@ -213,6 +213,10 @@ def _draw_arm(axes: Any, runs: Sequence[Run], name: str, arm: str, color: str) -
 def _progress(run: Run) -> str:
     is_short = run.updates < run.planned < math.inf
     return f"{run.updates} of {run.planned}" if is_short else str(run.updates)
+
+
+def _missing(run: Run) -> str:
+    return ", without the evaluation after them" if run.updates == run.planned else ""
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ from empg_jax.files import replacing
 from empg_jax.metrics import read_metrics
 from empg_jax.report.statistics import finite
 
+CURVES = "curves.png"  # in the run's folder
 TRAIN, HELD_OUT = "#1f6f8b", "#c8553d"
 
 
@@ -45,7 +46,7 @@ def plot_curves(run_dir: Path) -> Path:
     _line(next(panels), records, "grad_norm", "gradient norm", floor=0.0)
     _line(next(panels), records, "loss", "loss")
     figure.suptitle(as_label(run_dir.resolve().name))
-    path = run_dir / "curves.png"
+    path = run_dir / CURVES
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110)
     return path

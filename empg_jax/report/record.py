@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from empg_jax.types import Trajectory
+from empg_jax.files import read_json_object
+
+if TYPE_CHECKING:
+    from empg_jax.types import Trajectory
+
+SUMMARY = "summary.json"  # in the run's folder: written when the last evaluation has ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,3 +111,11 @@ class RunRecord:
         if self.recompiles_after_warmup is not None:
             found["recompiles_after_warmup"] = self.recompiles_after_warmup
         return found
+
+
+def has_results(run_dir: Path, updates: int | None) -> bool:
+    """Return whether a run's summary is that of ``updates`` updates; a damaged one is of none."""
+    try:
+        return updates is not None and read_json_object(run_dir / SUMMARY).get("updates") == updates
+    except (OSError, ValueError):
+        return False

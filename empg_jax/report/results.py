@@ -1,8 +1,7 @@
-"""The results of a run: metrics of an update, summary, curves."""
+"""The results of a run: metrics of an update, summary."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from empg_jax.engine.engine import EngineStats
+from empg_jax.errors import writing
 from empg_jax.files import as_json, write_json_atomic
 from empg_jax.learner.batching import BatchShape, Layout
 from empg_jax.metrics import group_success, reduce_metrics
-from empg_jax.report.curves import plot_curves
-from empg_jax.report.record import RunRecord
+from empg_jax.report.record import SUMMARY, RunRecord
 from empg_jax.report.summary import paired_interval, print_summary
 from empg_jax.types import Trajectory
 
@@ -98,7 +97,11 @@ def write_results(
     seconds: Mapping[str, float],
     config: Config,
 ) -> None:
-    """Write ``summary.json`` and ``curves.png``, without matplotlib no picture; print the table."""
+    """Write ``summary.json`` and print the table.
+
+    Raises:
+      RunError: the file cannot be written.
+    """
     summary = record.summary()
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     summary["wall_seconds"] = {"total": round(sum(seconds.values()), 3), **rounded}
@@ -110,9 +113,6 @@ def write_results(
         interval = paired_interval(*wins)
         summary["eval_gain_interval"] = None if interval is None else [round(bound, 4) for bound in interval]
     summary = as_json(summary)  # a policy that is broken has numbers such as NaN; the table leaves them out
-    write_json_atomic(run_dir / "summary.json", summary)
-    try:
-        plot_curves(run_dir)
-    except ModuleNotFoundError as error:  # images for accelerators may lack matplotlib
-        print(f"warning: {run_dir} gets no curves.png: {error}", file=sys.stderr)
+    with writing(run_dir / SUMMARY):
+        write_json_atomic(run_dir / SUMMARY, summary)
     print_summary(summary)

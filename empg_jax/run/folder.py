@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
-from empg_jax.files import read_json_object, write_json_atomic, write_text_atomic
+from empg_jax.files import write_json_atomic, write_text_atomic
 from empg_jax.report.environment import describe_environment
+from empg_jax.report.record import has_results
 from empg_jax.run.lock import FILENAME as LOCK
 from empg_jax.run.step_folders import is_object_store, open_step_folders
 
@@ -124,10 +125,7 @@ def is_finished(run_dir: Path, config: Config) -> bool:
             f"train.updates={wanted}: the run {run_dir} has made {made} updates already; give "
             f"train.updates={made} or more"
         )
-    try:  # the last file that a run writes: without it, or with a damaged one, something is left to do
-        return read_json_object(run_dir / "summary.json").get("updates") == wanted
-    except (OSError, ValueError):
-        return False
+    return has_results(run_dir, wanted)
 
 
 def write_run_info(run_dir: Path, config: Config, *, resumed: bool = False) -> None:

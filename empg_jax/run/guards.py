@@ -123,7 +123,7 @@ def _tell_of_empty_updates(parts: Parts, run: RunState) -> None:
 
 
 def _dump(parts: Parts, run: RunState, steps: list[dict[str, Any]], first: Pass) -> str:
-    """Write what the update was made of; return where."""
+    """Write what the update was made of; return where. A full disk costs it, not the run."""
     # Collectives over several hosts, so all take part.
     with launching(parts.learner.mesh):
         measured = measure_leaves(run.state.params)
@@ -131,7 +131,12 @@ def _dump(parts: Parts, run: RunState, steps: list[dict[str, Any]], first: Pass)
     if not parts.hosts.is_first:
         return "on host 0"
     dumped = {"scores": scores, "credit": credit, "leaves": leaves, "steps": steps}
-    return f"{dump_update(parts.run_dir, run.update, first.host, **dumped)} (empg-jax inspect)"
+    try:
+        path = dump_update(parts.run_dir, run.update, first.host, **dumped)
+    except OSError as error:
+        parts.events.tell("batch_not_written", detail=str(error))
+        return f"not written ({error})"
+    return f"{path} (empg-jax inspect)"
 
 
 def _roll_back(parts: Parts, run: RunState, reason: str) -> None:

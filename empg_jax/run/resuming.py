@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, writing
+from empg_jax.files import read_json_object, write_text_atomic
+from empg_jax.metrics import read_metrics
 from empg_jax.report.events import EventLog
 from empg_jax.report.progress import Progress
+from empg_jax.report.record import SUMMARY
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import checkpoint_dir
 from empg_jax.run.parts import Parts, RunState
@@ -36,10 +41,41 @@ def check_resume(config: Config, run_dir: Path, step: int | None) -> None:
         check_unchanged(progress["config"], config, source=f"{run_dir}/config.yaml")
 
 
+def keep_evaluation(run_dir: Path, warn: Callable[[str], None]) -> None:
+    """Add the evaluation at the end of a finished run to the metrics of its last update.
+
+    A run that goes on from there ends with another one, which takes its place in ``summary.json``.
+
+    Args:
+      run_dir: the run's folder.
+      warn: told of damaged lines in ``metrics.jsonl``, which are removed.
+
+    Raises:
+      RunError: ``metrics.jsonl`` cannot be written.
+    """
+    path = run_dir / "metrics.jsonl"
+    try:
+        summary = read_json_object(run_dir / SUMMARY)
+        records = read_metrics(path, warn=warn)
+    except (OSError, ValueError):  # it did not end, or what it found is lost
+        return
+    found = {
+        name.removesuffix("_after"): value
+        for name, value in summary.items()
+        if name.startswith("eval_") and name.endswith("_after") and isinstance(value, int | float)
+    }
+    last = [record for record in records if record["update"] == summary.get("updates")]
+    for record in last:
+        record |= found
+    if found and last:
+        with writing(path):
+            write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
 def go_back(parts: Parts, run: RunState) -> None:
     """Set everything aside that the run made after the checkpoint which it goes on from."""
     moved = parts.checkpoints.set_aside(run.update)
-    summary = parts.run_dir / "summary.json"
+    summary = parts.run_dir / SUMMARY
     if parts.hosts.is_first and summary.exists():  # of a finished run, which is not finished any more
         summary.replace(parts.run_dir / "summary.previous.json")
     parts.events.tell("went_back", step=run.update, set_aside=moved)

@@ -79,21 +79,27 @@ def write_update(
     )
 
 
-def write_held_out(run_dir: Path, update: int, trajectories: Sequence[Trajectory], count: int) -> Path:
-    """Write some held-out episodes of the trained policy, with the numbers of their tokens.
+def write_held_out(parts: Parts, update: int, trajectories: Sequence[Trajectory]) -> None:
+    """Write ``log.transcripts`` held-out episodes of the trained policy, with the numbers of their tokens.
+
+    A full disk costs them, not the run.
 
     Args:
-      run_dir: the run's folder.
+      parts: the run's parts.
       update: number of updates that were made.
       trajectories: the episodes of the last evaluation.
-      count: most episodes to write.
     """
-    samples = select_samples(trajectories, count)
+    if parts.config.log.transcripts == 0:
+        return
+    samples = select_samples(trajectories, parts.config.log.transcripts)
     records = describe_episodes(samples, None, update=update, tokens=describe_sampled_tokens(samples))
-    path = Path(run_dir) / HELD_OUT
-    path.parent.mkdir(exist_ok=True)
-    write_records(path, records)
-    return path
+    path = parts.run_dir / HELD_OUT
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_records(path, records)
+    except OSError as error:
+        parts.progress.message(f"the held-out episodes could not be written: {error}")
+        parts.events.tell("episodes_not_written", detail=str(error))
 
 
 def select_samples(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:

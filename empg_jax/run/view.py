@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, RunError
+from empg_jax.report.curves import CURVES, plot_curves
+from empg_jax.report.record import SUMMARY
 from empg_jax.report.view.live import LiveServer
 from empg_jax.report.view.packing import CREDIT, Credit
 from empg_jax.report.view.page import Book, WhatIf, write_page
@@ -15,8 +17,6 @@ from empg_jax.report.view.reading import check_is_run, find_files
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
-    from empg_jax.run.parts import Parts
-    from empg_jax.types import Trajectory
 
 PAGE = "view.html"
 LARGE = 60 * 2**20  # bytes of a page that opens at once everywhere
@@ -77,31 +77,38 @@ def serve_run(run_dir: Path, *, port: int, what_if: Mapping[str, Config], tell: 
         server.serve_forever(poll_interval=0.2)
 
 
-def show_episodes(parts: Parts, update: int, held_out: Sequence[Trajectory]) -> None:
-    """Write some held-out episodes and the page of a run that has ended; a full disk costs them, not the run.
+def draw_results(run_dir: Path, *, has_page: bool) -> list[str]:
+    """Draw ``curves.png`` and the page of a finished run, each unless it is newer than ``summary.json``.
 
     Args:
-      parts: the run's parts.
-      update: number of updates that were made.
-      held_out: the episodes of the last evaluation.
-    """
-    # The writing of records loads JAX, which this module's other uses do without.
-    from empg_jax.run.rollouts import write_held_out
+      run_dir: folder of the run.
+      has_page: draw the page, too.
 
-    run_dir, count = parts.run_dir, parts.config.log.transcripts
-    if count == 0:
-        return
-    try:
-        write_held_out(run_dir, update, held_out, count)
-        size = sum(path.stat().st_size for path in find_files(run_dir))
-        if size > LARGE:
-            told = f"the episodes are {size / 2**20:.0f} MiB, too many for a page at the end of a run"
-            parts.progress.message(f"{told}: empg-jax view {run_dir} --serve")
-        else:
-            write_page(make_book(run_dir, {}), run_dir / PAGE)
-    except OSError as error:
-        parts.progress.message(f"the page of the episodes could not be written: {error}")
-        parts.events.tell("episodes_not_written", detail=str(error))
+    Returns:
+      A line for each of them that could not be drawn; ``train --resume`` draws it.
+    """
+    told = []
+    since = (run_dir / SUMMARY).stat().st_mtime_ns
+    pictures = [(CURVES, plot_curves), *([(PAGE, _draw_page)] if has_page else [])]
+    for name, draw in pictures:
+        path = run_dir / name
+        if path.exists() and path.stat().st_mtime_ns >= since:
+            continue
+        try:
+            draw(run_dir)
+        # Images for accelerators may lack matplotlib.
+        except (OSError, RunError, ModuleNotFoundError) as error:
+            told.append(f"warning: {run_dir} gets no {name}: {error}")
+    return told
+
+
+def _draw_page(run_dir: Path) -> None:
+    size = sum(path.stat().st_size for path in find_files(run_dir))
+    if size > LARGE:
+        raise RunError(
+            f"its episodes are {size / 2**20:.0f} MiB, too many for a page: empg-jax view {run_dir} --serve"
+        )
+    write_page(make_book(run_dir, {}), run_dir / PAGE)
 
 
 def make_book(run_dir: Path, what_if: Mapping[str, Config]) -> Book:

@@ -20,9 +20,10 @@ def make_run(folder, *, seed, modulation="empg", success=(0.0, 1.0), held_out=No
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [{"update": n, "success_rate": value, **metrics} for n, value in enumerate(success, start=1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = {"updates": len(success)}
     if held_out is not None:
-        before, after = held_out
-        summary = {"eval_success_before": before, "eval_success_after": after, "updates": len(success)}
+        summary |= dict(zip(("eval_success_before", "eval_success_after"), held_out, strict=True))
+    if updates in (None, len(success)):  # it is finished
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -141,6 +142,23 @@ def test_the_longest_run_counts_only_if_it_is_finished(tmp_path):
     assert {arm for _, arm, _ in rows(tmp_path / "out")} == {"modulation=none, train.updates=2"}
 
 
+def test_a_run_in_its_last_evaluation_is_not_finished(tmp_path):
+    """All of its updates have lines; one run has no summary, the other that of its updates before."""
+    made = [
+        make_run(tmp_path / name, seed=seed, success=[0.1, 0.2], held_out=(0.1, 0.5))
+        for seed, name in enumerate(("done", "evaluates", "went_on"))
+    ]
+    (made[1] / "summary.json").unlink()
+    (made[2] / "summary.json").write_text('{"eval_success_after": 0.9, "updates": 1}')
+    result = report(*made, "--out", tmp_path / "out")
+    for run in made[1:]:
+        told = f"{run} is not finished (2 updates, without the evaluation after them): it is drawn"
+        assert told in result.stderr
+    assert "done is not finished" not in result.stderr
+    line = rows(tmp_path / "out")["held-out success, end", "grpo_empg", ""]
+    assert (line["runs"], float(line["mean"])) == ("1", 0.5)
+
+
 def test_runs_stopped_at_the_same_update_are_compared(tmp_path):
     made = [
         make_run(tmp_path / arm, seed=0, modulation=arm, success=[0.1, end], updates=9)
@@ -224,6 +242,35 @@ def test_arms_of_whole_configurations_have_short_names(tmp_path):
         "modulation=empg, empg.k=2.0",
         "modulation=aem",
     ]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "changed", "names"),
+    [
+        (["train.max_kl", "workers.ray_resources"], [], {"grpo_empg"}),
+        ([], ["train.max_kl=7"], {"grpo_empg", "train.max_kl=7.0"}),
+        (["train.max_kl"], ["train.max_kl=7"], {"grpo_empg", "train.max_kl=7.0"}),
+        (["env.options.style"], [], {"env.options.style=terse", "grpo_empg"}),
+    ],
+)
+def test_keys_of_another_version_of_the_program_make_no_arm(tmp_path, lacking, changed, names):
+    """The first run's file lacks keys that came later, and has one that is gone."""
+    made = []
+    for seed, overrides in enumerate(([], changed)):
+        made.append(make_run(tmp_path / str(seed), seed=seed))
+        config = load_config("quickstart", [*overrides, "train.updates=2", "train.warmup_updates=0"])
+        (made[-1] / "config.yaml").write_text(config.to_yaml())
+    values = yaml.safe_load((made[0] / "config.yaml").read_text())
+    values["train"]["gone"] = 1
+    for path in lacking:
+        *sections, key = path.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        del section[key]
+    (made[0] / "config.yaml").write_text(yaml.safe_dump(values))
+    assert report(*made, "--out", tmp_path / "out").exit_code == 0
+    assert {arm for _, arm, against in rows(tmp_path / "out") if not against} == names
 
 
 def test_dollars_in_the_name_of_an_arm_are_no_mathematics(tmp_path):
