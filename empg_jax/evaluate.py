@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def evaluate_run(
       path: run folder, or a step's folder inside its ``checkpoints``.
       overrides: dotted overrides of the run's configuration, for example ``eval.tasks=512``.
       attempts: attempts at each task, each with sampling keys of its own.
-      out: folder that keeps finished attempts: an evaluation that was cut off goes on there.
+      out: folder for the report, which also keeps finished attempts: an evaluation that was cut off goes on
+        there.
 
     Returns:
       ``eval_*`` metrics, ``eval_tasks``, ``eval_resumed`` (attempts that an earlier call finished),
@@ -62,7 +64,7 @@ def evaluate_run(
       EvaluationError: every attempt failed for a cause outside the policy.
     """
     saved = open_saved(path, overrides, warn=_warn, samples=True)
-    return {**_evaluate(saved, attempts, out), "source": str(path)}
+    return _evaluate(saved, attempts, out, str(path))
 
 
 def evaluate_model(
@@ -74,9 +76,9 @@ def evaluate_model(
       source: the model's name for the report.
       config: a configuration with ``model.path`` or ``model.preset``.
       attempts: attempts at each task.
-      out: folder that keeps finished attempts.
+      out: folder for the report and for finished attempts.
     """
-    return {**_evaluate(open_new(_with_fewer_slots(config, attempts)), attempts, out), "source": source}
+    return _evaluate(open_new(_with_fewer_slots(config, attempts)), attempts, out, source)
 
 
 def evaluate_endpoint(
@@ -98,7 +100,7 @@ def evaluate_endpoint(
       url: the server's address.
       config: environment, prompts and sampling; its model has no part.
       attempts: attempts at each task.
-      out: folder that keeps finished attempts.
+      out: folder for the report and for finished attempts.
       model: the model's name there; None takes the only one.
       key: the bearer token, or None.
 
@@ -147,10 +149,12 @@ def evaluate_endpoint(
             if kept.done:
                 _warn(f"they count as those of {url}: if it serves other weights now, use another --out")
             result = _play(config, evaluator, attempts, kept, None, 0)
-    found = _describe(config, evaluator, result, kept, attempts)
-    if math.isnan(found["eval_entropy"]):
-        del found["eval_entropy"]
-    return {**found, "source": url, "model": endpoint.model}
+            found = _describe(config, evaluator, result, kept, attempts)
+            if math.isnan(found["eval_entropy"]):
+                del found["eval_entropy"]
+            found |= {"source": url, "model": endpoint.model}
+            kept.finish(result.trajectories, found)
+    return found
 
 
 def _sampling(config: Config) -> dict[str, Any]:
@@ -171,20 +175,26 @@ def _with_fewer_slots(config: Config, attempts: int) -> Config:
     return config.model_copy(update={"rollout": r.model_copy(update={"slots": min(slots, needed)})})
 
 
-def _evaluate(saved: SavedRun, attempts: int, out: Path | None) -> dict[str, Any]:
+def _evaluate(saved: SavedRun, attempts: int, out: Path | None, source: str) -> dict[str, Any]:
     config = saved.config
     prepare_jax(config)
     engine = make_sampler(config, saved.model, saved.language.tokenizer, saved.base)
     if attempts > 1 and config.eval.temperature == 0:
         _warn("eval.temperature=0: the attempts at a task differ only where its environment does")
     policy = () if out is None else (saved.step, checksum(saved.params), saved.base and checksum(saved.base))
-    with closing_sampler(engine), make_pool(config, say_once(_warn)) as pool:
-        evaluator = make_evaluator(config, engine, pool, saved.language, first_handle=0, attempts=attempts)
-        with Attempts(out, identify(config, attempts, *policy)) as kept:
+    with contextlib.ExitStack() as stack:
+        with closing_sampler(engine), make_pool(config, say_once(_warn)) as pool:
+            evaluator = make_evaluator(
+                config, engine, pool, saved.language, first_handle=0, attempts=attempts
+            )
+            kept = stack.enter_context(Attempts(out, identify(config, attempts, *policy)))
             result = _play(config, evaluator, attempts, kept, engine.place(saved.params), saved.step)
-    fingerprint = {} if config.model.path is None else {"text_logprob": saved.text_logprob()}
-    found = _describe(config, evaluator, result, kept, attempts)
-    return {**found, **fingerprint, "step": saved.step}
+        found = _describe(config, evaluator, result, kept, attempts)
+        if config.model.path is not None:
+            found["text_logprob"] = saved.text_logprob()
+        found |= {"step": saved.step, "source": source}
+        kept.finish(result.trajectories, found)
+    return found
 
 
 def _play(
@@ -208,7 +218,6 @@ def _play(
     if result.missing:
         lost = f"{len(result.missing)} of {total} attempts have no result"
         _warn(f"{lost}; the last failure: {evaluator.last_failure}")
-    kept.finish(result.trajectories)
     return result
 
 

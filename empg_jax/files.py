@@ -70,7 +70,25 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
     """Write indented JSON atomically; NaN and infinity become null."""
-    write_text_atomic(path, json.dumps(as_json(value), indent=2, allow_nan=False) + "\n")
+    write_text_atomic(path, format_json(value))
+
+
+def format_json(value: Mapping[str, Any]) -> str:
+    """Format indented JSON; NaN and infinity become null."""
+    return json.dumps(as_json(value), indent=2, allow_nan=False) + "\n"
+
+
+def write_together(texts: Mapping[Path, str]) -> None:
+    """Write several text files, in UTF-8; where there is no room for all, none is replaced.
+
+    Raises:
+      OSError: one cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, text in texts.items():
+            file = stack.enter_context(replacing(path))
+            file.write(text.encode("utf-8"))
+            file.flush()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -321,4 +321,5 @@ class MetricsLog:
 
 def _truncate(path: Path, resume_at: int, warn: Callable[[str], None]) -> None:
     kept = [record for record in read_metrics(path, warn=warn) if record["update"] < resume_at]
-    write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+    with writing(path):
+        write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -38,8 +38,9 @@ from empg_jax.run.devices import check_shares
 from empg_jax.run.evaluating import evaluate, evaluate_before
 from empg_jax.run.folder import checkpoint_dir, create_run_dir, undone_if_refused, write_run_info
 from empg_jax.run.guards import check_gap, check_steps
-from empg_jax.run.keeping import keep_date, keep_places, keep_texts
+from empg_jax.run.keeping import keep_checkpoints, keep_date, keep_places, keep_texts
 from empg_jax.run.leaving import leave
+from empg_jax.run.owner import check_owner, note_owner
 from empg_jax.run.parts import Parts, RunState, has_begun, open_run
 from empg_jax.run.process import CompileCounter, StopRequest, prepare_jax
 from empg_jax.run.profiling import Profiler
@@ -106,8 +107,7 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
         progress.message(describe_algorithm(config))
         for note in getattr(config, "notes", ()):  # a resolved file read without pydantic has none
             progress.message(f"note: {note}")
-        if resume is None:
-            config = keep_places(config, hosts)
+        config = keep_places(config, hosts) if resume is None else keep_checkpoints(config, hosts)
         check_store(config, hosts, is_new=resume is None)
         hosts.first("trackers", lambda: list(import_trackers(config)))
         stop = stack.enter_context(StopRequest(hosts.ask_stop if hosts.num > 1 else None))
@@ -126,10 +126,12 @@ def train_on(hosts: Hosts, config: Config, *, resume: Path | None, step: int | N
             progress.message(line)
         stack.enter_context(lock_files(config, run_dir, hosts))
         if is_resume:
+            check_owner(config, run_dir, hosts)
             check_resume(config, run_dir, step)
         if hosts.is_first and not is_resume:
             stack.enter_context(undone_if_refused(config, run_dir))
         if hosts.is_first:
+            note_owner(config, run_dir)
             write_run_info(run_dir, config, resumed=is_resume)
         events = stack.enter_context(EventLog(run_dir, hosts.index))
         stop.arm(

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -84,7 +86,7 @@ def test_files_lie_in_the_runs_folder_or_where_one_says(run_dir, attempted, tmp_
 def test_the_same_command_goes_on(run_dir, attempted, tmp_path, monkeypatch):
     command = ["eval", run_dir, "--attempts", 4, "--tasks", 6, "--out", tmp_path / "new"]
 
-    def die(kept, episodes):
+    def die(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -102,6 +104,30 @@ def test_the_same_command_goes_on(run_dir, attempted, tmp_path, monkeypatch):
     # A turn is kept with its mean, not with every token.
     assert entropy == pytest.approx(attempted["eval_entropy"], rel=1e-5)
     assert json.loads(call("compare", run_dir, tmp_path / "new")[1])["gained"] == 0
+
+
+def test_a_checkpoint_has_a_folder_of_its_own_and_the_runs_evaluation_stays(run_dir, attempted):
+    code, out, err = call("eval", run_dir / "checkpoints" / "1", "--tasks", 2)
+    assert code == 0 and str(run_dir / "eval" / "step-1" / "eval.md") in err
+    assert json.loads((run_dir / "eval" / "step-1" / "eval.json").read_text()) == json.loads(out)
+    assert json.loads((run_dir / "eval" / "eval.json").read_text()) == attempted
+    assert "gained" in json.loads(call("compare", run_dir / "eval" / "step-1", run_dir)[1])
+
+
+def test_a_stdout_that_takes_nothing_costs_no_evaluation(run_dir, tmp_path):
+    command = [sys.executable, "-c", "from empg_jax.cli import main; main()", "eval", str(run_dir)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "--tasks", "2", "--out", str(tmp_path)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=runs.ROOT,
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.stderr.endswith("error: the result cannot be written to stdout: No space left on device\n")
+    assert json.loads((tmp_path / "eval.json").read_text())["eval_tasks"] == 2
+    assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ def _root(
 
 def main() -> None:
     """Run the command line; the entry point of the console script."""
+    if sys.stdout is not None:
+        sys.stdout = cast(TextIO, _Results(sys.stdout))
     if sys.stderr is not None:
         sys.stderr = cast(TextIO, _Messages(sys.stderr))
     # Training handles both signals itself. Before and after it, SIGTERM unwinds like Ctrl-C.
@@ -90,6 +93,36 @@ class _Messages:
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             self._stream.flush()
+
+
+class _Results:
+    """Standard output: that it cannot be written, on a full disk, is told in a line and ends the command."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._telling():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._telling():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # nobody reads any more, which is no failure; Click ends the command
+            raise
+        except OSError as error:
+            # What Python still holds would fail once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            say(f"error: the result cannot be written to stdout: {error.strerror}")
+            raise SystemExit(1) from None
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

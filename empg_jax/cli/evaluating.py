@@ -45,7 +45,10 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for eval.json, eval.md and episodes.jsonl (default RUN/eval; else none)."),
+        typer.Option(
+            help="Folder for eval.json, eval.md and episodes.jsonl (default RUN/eval, of a checkpoint "
+            "RUN/eval/step-STEP; of others none)."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="For a server with several models: the name of one.")
@@ -77,7 +80,7 @@ def evaluate(
         options = {"eval.tasks": tasks, "env.eval_split": split, "eval.temperature": temperature}
         changes = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
         changes = [*(overrides or []), *changes]
-        from empg_jax.report.evaluation import check_out, write_evaluation
+        from empg_jax.report.evaluation import check_out
 
         check_out(out)
         if base_url is not None:
@@ -87,7 +90,8 @@ def evaluate(
         is_run = env is None and config is None and not is_address(source)
         if is_run:
             check_run(Path(source))
-            out = out or split_checkpoint(Path(source))[0] / "eval"
+            run_dir, step = split_checkpoint(Path(source))
+            out = out or run_dir / "eval" / ("" if step is None else f"step-{step}")
         # Only what is given, so that plain calls stay plain.
         more: dict[str, Any] = {"out": out} | ({} if attempts == 1 else {"attempts": attempts})
         if is_run:
@@ -96,10 +100,9 @@ def evaluate(
             result = evaluate_run(Path(source), changes, **more)
         else:
             result = _evaluate_other(source, changes, env, config, more, {"model": model, "key": api_key})
-        typer.echo(json.dumps(as_json(result), allow_nan=False))
         if out is not None:
-            write_evaluation(out, result)
             say(f"{out / 'eval.json'} and {out / 'eval.md'} are written")
+        typer.echo(json.dumps(as_json(result), allow_nan=False))
 
 
 def _name_on_server(name: str, base_url: str, model: str | None) -> tuple[str, str]:

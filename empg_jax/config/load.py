@@ -29,12 +29,12 @@ from empg_jax.errors import ConfigError
 
 # Keys that may change on resume; any other change would make the resumed run a different experiment.
 # The machines may, where learner and engine lie on them, and what fits there in a pass: all numbers stay the
-# same but for rounding.
+# same but for rounding. So may the place of the checkpoints, which then were copied or moved there.
 RESUMABLE_KEYS = (
     *("train.updates", "compile_cache", "log.*", "hosts.*", "mesh.*", "serve.*", "train.profile"),
     *("train.micro_tokens", "train.share_prefix"),
     *("rollout.data", "rollout.tensor", "rollout.devices", "rollout.release"),
-    *("rollout.url", "rollout.weights_dir", "rollout.request_timeout"),
+    *("rollout.url", "rollout.weights_dir", "rollout.request_timeout", "checkpoint.dir"),
 )
 
 

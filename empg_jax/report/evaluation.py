@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_jax.errors import ConfigError, RunError
-from empg_jax.files import write_json_atomic, write_text_atomic
+from empg_jax.files import format_json, write_together
 from empg_jax.metrics import label_groups
 from empg_jax.report.intervals import estimate, pass_at_k, sizes_up_to
+from empg_jax.report.pairing import EPISODES
 
 if TYPE_CHECKING:
     from empg_jax.types import Trajectory
@@ -71,18 +72,25 @@ def check_out(out: Path | None) -> None:
         raise ConfigError(f"--out {out}: expected a folder, or a new one in a folder that exists")
 
 
-def write_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write ``eval.json`` and ``eval.md`` into a folder, which is made if need be; older ones are replaced.
+def write_evaluation(folder: Path, result: Mapping[str, Any], episodes: str) -> None:
+    """Write ``eval.json``, ``eval.md`` and ``episodes.jsonl`` in a folder; older ones are replaced together.
+
+    Args:
+      folder: an existing folder.
+      result: what ``eval.json`` says.
+      episodes: the lines of ``episodes.jsonl``.
 
     Raises:
-      RunError: they cannot be written.
+      RunError: one cannot be written; the older ones stay.
     """
+    texts = {"eval.json": format_json(result), "eval.md": render_evaluation(result), EPISODES: episodes}
     try:
-        folder.mkdir(exist_ok=True)
-        write_json_atomic(folder / "eval.json", result)
-        write_text_atomic(folder / "eval.md", render_evaluation(result))
+        write_together({folder / name: text for name, text in texts.items()})
     except OSError as error:
-        raise RunError(f"the evaluation is made, but its report cannot be written: {error}") from None
+        raise RunError(
+            f"the evaluation is made, but {folder} cannot take its files: {error.strerror or error}; its "
+            "attempts are kept: the same command writes them once there is room"
+        ) from None
 
 
 def render_evaluation(result: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import os
 import secrets
 import socket
 import sys
@@ -111,10 +112,33 @@ def _keys(config: Config) -> dict[str, Any]:
 
 def _identify(run_dir: Path) -> str:
     """Return the run's own id; the first call draws it, and the folder keeps it."""
-    file = run_dir / RUN_ID
+    return _own_id(run_dir, RUN_ID) or _keep_id(run_dir, RUN_ID, secrets.token_hex(4))
+
+
+def _own_id(run_dir: Path, name: str) -> str | None:
+    """Return the id that the folder keeps; None where it has none, or is the copy of one that has it, too."""
+    found, place = _read_id(run_dir / name)
+    if found is None:
+        return None
+    if place is not None and place != run_dir.resolve() and _read_id(place / name)[0] == found:
+        return None
+    return _keep_id(run_dir, name, found)
+
+
+def _keep_id(run_dir: Path, name: str, chosen: str) -> str:
+    """Keep an id with the folder that it was given in, by which the folder's copy is known; return the id."""
+    write_text_atomic(
+        run_dir / name, f"{chosen}\n{os.fsencode(run_dir.resolve()).decode(errors='replace')}\n"
+    )
+    return chosen
+
+
+def _read_id(file: Path) -> tuple[str | None, Path | None]:
+    """Read an id and the folder that it was given in, which files of older versions do not tell."""
     if not file.is_file():
-        write_text_atomic(file, f"{secrets.token_hex(4)}\n")
-    return file.read_text(encoding="utf-8").strip()
+        return None, None
+    chosen, _, place = file.read_text(encoding="utf-8").strip().partition("\n")
+    return chosen or None, Path(place) if place else None
 
 
 def _open_wandb(wandb: Any, config: Config, run_dir: Path, is_resumed: bool) -> Tracker:
@@ -147,13 +171,12 @@ class _Mlflow:
     def __init__(self, mlflow: Any, config: Config, run_dir: Path, is_resumed: bool) -> None:
         self._mlflow = mlflow
         mlflow.set_experiment(config.log.project)
-        file = run_dir / MLFLOW_RUN
-        if is_resumed and file.is_file():
-            mlflow.start_run(run_id=file.read_text(encoding="utf-8").strip())
+        if is_resumed and (known := _own_id(run_dir, MLFLOW_RUN)):
+            mlflow.start_run(run_id=known)
             return
         tags = dict.fromkeys(config.log.tags, "true")
         run = mlflow.start_run(run_name=run_dir.resolve().name, tags=tags)
-        write_text_atomic(file, f"{run.info.run_id}\n")
+        _keep_id(run_dir, MLFLOW_RUN, run.info.run_id)
         params = [(key, str(value)[:PARAM_LENGTH]) for key, value in _flatten(_keys(config))]
         for start in range(0, len(params), PARAMS_AT_ONCE):
             mlflow.log_params(dict(params[start : start + PARAMS_AT_ONCE]))

@@ -1,8 +1,8 @@
 """The finished attempts of an evaluation on disk, so that one that was cut off goes on.
 
 While an evaluation runs, each finished attempt is a line of ``episodes-ID.partial.jsonl``. ``ID`` stands for
-everything that decides its result: the same command finds the same file. At the end the file becomes
-``episodes.jsonl``, which `empg_jax.report.pairing` compares.
+everything that decides its result: the same command finds the same file. At the end it gives way to
+``eval.json``, ``eval.md`` and ``episodes.jsonl``, which `empg_jax.report.pairing` compares.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_jax.errors import RunError, writing
-from empg_jax.files import append, replacing
-from empg_jax.report.pairing import EPISODES
+from empg_jax.files import append
+from empg_jax.report.evaluation import write_evaluation
 from empg_jax.rollout.record import describe_episodes, make_trajectory
 from empg_jax.run.lock import open_locked
 from empg_jax.types import Trajectory
@@ -63,7 +63,7 @@ class Attempts:
             return
         self._path = folder / f"episodes-{identity}.partial.jsonl"
         try:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self._file = _open_alone(self._path)
             text = self._path.read_text(encoding="utf-8", errors="replace")
             self.done = _read(text)
@@ -87,30 +87,25 @@ class Attempts:
         """
         if self._folder is not None:
             with writing(self._path):
-                append(self._file, _as_line(episode))
+                append(self._file, _as_line(episode).encode())
 
-    def finish(self, episodes: Sequence[Trajectory]) -> None:
-        """Give the complete file its name, with the episodes in the order of the tasks.
+    def finish(self, episodes: Sequence[Trajectory], result: Mapping[str, Any]) -> None:
+        """Write the result and the episodes, in the order of the tasks, in the place of this file.
 
         Raises:
-          RunError: it cannot be written.
+          RunError: they cannot be written; those of an older evaluation stay, and so does this file.
         """
         if self._folder is None:
             return
-        with writing(self._folder / EPISODES):
-            _write(self._folder / EPISODES, episodes)
+        write_evaluation(self._folder, result, "".join(map(_as_line, episodes)))
         self._path.unlink(missing_ok=True)
         self._file.close()  # and with it the lock
 
 
-def _as_line(episode: Trajectory) -> bytes:
+def _as_line(episode: Trajectory) -> str:
     (record,) = describe_episodes([episode], None, update=0)
-    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
-
-
-def _write(path: Path, episodes: Sequence[Trajectory]) -> None:
-    with replacing(path) as file:
-        file.writelines(map(_as_line, episodes))
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return line.encode("utf-8", "replace").decode() + "\n"  # halves of characters have no place in a file
 
 
 def _open_alone(path: Path) -> FileIO:

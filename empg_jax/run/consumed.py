@@ -70,4 +70,5 @@ def drop_consumed(run_dir: Path, *, after: int) -> None:
     path = Path(run_dir) / FILENAME
     if path.exists():
         kept = [json.dumps(record) for record in read_consumed(run_dir) if record["update"] <= after]
-        write_text_atomic(path, "".join(line + "\n" for line in kept))
+        with writing(path):
+            write_text_atomic(path, "".join(line + "\n" for line in kept))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_jax.config.places import expand
-from empg_jax.errors import ConfigError
-from empg_jax.files import write_json_atomic, write_text_atomic
+from empg_jax.errors import ConfigError, writing
+from empg_jax.files import format_json, write_json_atomic, write_together
 from empg_jax.report.environment import describe_environment
 from empg_jax.report.record import has_results
 from empg_jax.run.lock import FILENAME as LOCK
@@ -58,7 +58,9 @@ def undone_if_refused(config: Config, run_dir: Path) -> Iterator[None]:
     try:
         yield
     except ConfigError:
-        if not open_step_folders(checkpoint_dir(config, run_dir)).steps:
+        folders = open_step_folders(checkpoint_dir(config, run_dir))
+        if not folders.steps:
+            folders.owner.unlink(missing_ok=True)
             _remove(set(run_dir.iterdir()) - kept)
             with contextlib.suppress(OSError):  # something of somebody else's is in it
                 run_dir.rmdir()
@@ -75,10 +77,14 @@ def _remove(paths: Iterable[Path]) -> None:
 
 def checkpoint_dir(config: Config, run_dir: Path) -> Path | str:
     """Return the folder of a run's checkpoints, or the URL of an object store."""
-    directory = config.checkpoint.dir
-    if directory is not None and is_object_store(directory):
-        return directory  # as a path it would lose a slash
-    return expand(directory, "checkpoint.dir") if directory else run_dir / "checkpoints"
+    return folder_of(config.checkpoint.dir, run_dir)
+
+
+def folder_of(chosen: str | None, run_dir: Path) -> Path | str:
+    """Return the folder of checkpoints, or the URL, for a run's value of ``checkpoint.dir``."""
+    if chosen is not None and is_object_store(chosen):
+        return chosen  # as a path it would lose a slash
+    return expand(chosen, "checkpoint.dir") if chosen else run_dir / "checkpoints"
 
 
 def split_checkpoint(path: Path) -> tuple[Path, int | None]:
@@ -132,16 +138,20 @@ def write_run_info(run_dir: Path, config: Config, *, resumed: bool = False) -> N
     """Write ``config.yaml`` (resolved) and ``environment.json``.
 
     A resumed run keeps the first ``environment.json`` and writes ``environment.1.json``, and so on.
+
+    Raises:
+      RunError: there is no room for both.
     """
-    write_text_atomic(run_dir / "config.yaml", config.to_yaml())
-    attempt = _next_attempt(run_dir) if resumed else 0
-    write_json_atomic(_info_path(run_dir, attempt), describe_environment(config.seed))
+    path, info = run_dir / "config.yaml", _info_path(run_dir, _next_attempt(run_dir) if resumed else 0)
+    with writing(f"{path} or {info.name}"):
+        write_together({path: config.to_yaml(), info: format_json(describe_environment(config.seed))})
 
 
 def add_run_info(run_dir: Path, values: Mapping[str, Any]) -> None:
     """Add values that are known only later to the newest attempt's ``environment.json``."""
     path = _info_path(run_dir, _next_attempt(run_dir) - 1)
-    write_json_atomic(path, json.loads(path.read_text(encoding="utf-8")) | dict(values))
+    with writing(path):
+        write_json_atomic(path, json.loads(path.read_text(encoding="utf-8")) | dict(values))
 
 
 def _info_path(run_dir: Path, attempt: int) -> Path:

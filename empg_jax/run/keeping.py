@@ -61,7 +61,11 @@ def keep_places(config: Config, hosts: Hosts) -> Config:
     options = dict(config.env.options)
     for name in set(find_spec(config).places) & options.keys():
         options[name] = _all_absolute(options[name], f"env.options.{name}")
-    config = _with(config, "env", options=options)
+    return keep_checkpoints(_with(config, "env", options=options), hosts)
+
+
+def keep_checkpoints(config: Config, hosts: Hosts) -> Config:
+    """Write the absolute path of a chosen folder of checkpoints."""
     directory = config.checkpoint.dir
     if directory is None or is_object_store(directory) or expand(directory, "checkpoint.dir").is_absolute():
         return config

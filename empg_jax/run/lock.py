@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from empg_jax.errors import ConfigError
+from empg_jax.errors import ConfigError, writing
 
 FILENAME = "run.lock"
 
@@ -32,8 +32,9 @@ def locked(folder: Path) -> Iterator[None]:
     descriptor = _acquire(path)
     try:
         holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
+        with writing(path, RunLocked):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is locked: nobody else can have taken it

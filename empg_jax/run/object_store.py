@@ -62,6 +62,7 @@ class StoreFolders:
         self.directory = epath.Path(url)
         # Inside: what is beside the folder may belong to another run.
         self.reference = self.directory / "reference"
+        self.owner = self.directory / "owner.json"
         try:
             fsspec.get_filesystem_class("gcs")
         except ImportError:
@@ -126,6 +127,16 @@ class StoreFolders:
     def find_reference(self) -> Any:
         """Return the folder that it was written to."""
         return self.reference
+
+    def read_owner(self) -> str:
+        """Return the text of the file that names the run."""
+        with self._telling("read"):
+            return str(self.owner.read_text()) if self.owner.exists() else ""
+
+    def write_owner(self, text: str) -> None:
+        """Write the file that names the run."""
+        with self._telling("written"):
+            self.owner.write_text(text)
 
     def _versions(self, step: int | None = None) -> list[_Version]:
         """List the folders of all steps, or of one step, in the order of writing."""

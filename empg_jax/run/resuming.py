@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from empg_jax.errors import ConfigError, writing
+from empg_jax.errors import CheckpointError, ConfigError, writing
 from empg_jax.files import read_json_object, write_text_atomic
 from empg_jax.metrics import read_metrics
 from empg_jax.report.events import EventLog
@@ -15,7 +15,7 @@ from empg_jax.report.progress import Progress
 from empg_jax.report.record import SUMMARY
 from empg_jax.run.checkpoint import Checkpoints
 from empg_jax.run.folder import checkpoint_dir
-from empg_jax.run.parts import Parts, RunState
+from empg_jax.run.parts import Parts, RunState, has_begun
 
 if TYPE_CHECKING:
     from empg_jax.config import Config
@@ -26,6 +26,7 @@ def check_resume(config: Config, run_dir: Path, step: int | None) -> None:
 
     Raises:
       RefusedCheckpoint: there is no checkpoint of this step.
+      CheckpointError: the run has begun, and there is none at all.
       ConfigError: the configuration is not that of the checkpoint, or ends before it.
     """
     from empg_jax.config.load import check_unchanged  # needs pydantic, which a new run does not
@@ -36,6 +37,8 @@ def check_resume(config: Config, run_dir: Path, step: int | None) -> None:
         checkpoints.check_step(step)
         if step > config.train.updates:
             raise ConfigError(f"train.updates={config.train.updates} lies before checkpoint {step}")
+    if has_begun(run_dir, checkpoints) and not checkpoints.steps:
+        raise CheckpointError(f"no usable checkpoint in {directory} (the folder holds none)")
     progress = checkpoints.read_progress(step)
     if progress is not None and progress.get("config"):
         check_unchanged(progress["config"], config, source=f"{run_dir}/config.yaml")

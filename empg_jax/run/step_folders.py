@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
+from empg_jax.files import write_text_atomic
+
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written or deleted
 
 
@@ -15,10 +17,12 @@ class StepFolders(Protocol):
     Attributes:
       directory: the folder above all steps; ``directory / name`` is a path for orbax.
       reference: path that the frozen reference policy is written to.
+      owner: path of the file that names the run.
     """
 
     directory: Any
     reference: Any
+    owner: Any
 
     @property
     def steps(self) -> list[int]:
@@ -51,6 +55,12 @@ class StepFolders(Protocol):
     def find_reference(self) -> Any:
         """Return the path that the reference policy is read from."""
 
+    def read_owner(self) -> str:
+        """Return the text of the file that names the run; empty where there is none."""
+
+    def write_owner(self, text: str) -> None:
+        """Write the file that names the run."""
+
 
 def is_object_store(directory: str | Path) -> bool:
     """Return whether a directory is an object store's."""
@@ -82,6 +92,7 @@ class LocalFolders:
         self.directory = directory.resolve()
         # Inside: what is beside the folder may belong to another run.
         self.reference = self.directory / "reference"
+        self.owner = self.directory / "owner.json"
 
     @property
     def steps(self) -> list[int]:
@@ -142,3 +153,12 @@ class LocalFolders:
         """Return the folder inside; a run of an older version has it beside the steps' folder."""
         beside = self.directory.parent / "reference"
         return beside if beside.is_dir() and not self.reference.is_dir() else self.reference
+
+    def read_owner(self) -> str:
+        """Return the text of the file that names the run."""
+        return self.owner.read_text(encoding="utf-8", errors="replace") if self.owner.is_file() else ""
+
+    def write_owner(self, text: str) -> None:
+        """Write the file that names the run."""
+        self.make()
+        write_text_atomic(self.owner, text)

@@ -18,7 +18,7 @@ if [[ -e $run/config.yaml ]]; then
     case ${override%%=*} in
     train.updates | train.profile | compile_cache | log | log.* | hosts | hosts.* | mesh | mesh.* | serve | serve.* | \
       rollout.data | rollout.tensor | rollout.devices | rollout.release | \
-      rollout.url | rollout.weights_dir | rollout.request_timeout) command+=("$override") ;;
+      rollout.url | rollout.weights_dir | rollout.request_timeout | checkpoint.dir) command+=("$override") ;;
     *) left+=("$override") ;;
     esac
   done

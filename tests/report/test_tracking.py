@@ -1,6 +1,7 @@
 """Trackers of experiments, with stand-ins for their packages: what each of them is told."""
 
 import errno
+import shutil
 import sys
 import types
 
@@ -97,6 +98,25 @@ def test_runs_in_folders_of_one_name_are_two_and_go_on_as_themselves(packages, t
         one, other, *resumed = [given[key] for _, given in packages[package].named("init")]
         assert one != other and resumed == [one, other]
     assert {given["name"] for _, given in packages["wandb"].named("init")} == {"seed-0"}
+
+
+def test_a_copied_run_is_a_new_one_and_a_moved_one_goes_on(packages, tmp_path):
+    config = load_config("quickstart", ["log.wandb=true", "log.mlflow=true"])
+    original, copy, moved = (tmp_path / name for name in ("original", "copy", "moved"))
+    original.mkdir()
+    open_trackers(config, original, resume_at=None)
+    shutil.copytree(original, copy)
+    open_trackers(config, copy, resume_at=3)
+    first, second = [given["id"] for _, given in packages["wandb"].named("init")]
+    assert first != second
+    assert [given.get("run_id") for _, given in packages["mlflow"].named("start_run")] == [None, None]
+    original.rename(moved)
+    for folder in (moved, copy):
+        open_trackers(config, folder, resume_at=3)
+    assert [given["id"] for _, given in packages["wandb"].named("init")][2:] == [first, second]
+    (moved / "tracked_run_id").write_text(f"{first}\n")  # of an older version, which kept no place
+    open_trackers(config, moved, resume_at=3)
+    assert packages["wandb"].named("init")[-1][1]["id"] == first
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])

@@ -7,6 +7,7 @@ import pytest
 
 from empg_jax.config import Config, load_config
 from empg_jax.errors import ConfigError, RefusedCheckpoint
+from empg_jax.files import write_json_atomic, write_text_atomic
 from empg_jax.parallel.hosts import ALONE
 from empg_jax.report import environment
 from empg_jax.run import folder as runinfo
@@ -153,14 +154,14 @@ def test_git_state_knows_commit_and_dirt(tmp_path):
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "summary.json"
-    runinfo.write_json_atomic(path, {"a": 1})
+    write_json_atomic(path, {"a": 1})
     with pytest.raises(UnicodeEncodeError):
-        runinfo.write_text_atomic(path, "\ud800")
+        write_text_atomic(path, "\ud800")
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_json_has_null_where_a_number_is_not_finite(tmp_path):
     path = tmp_path / "summary.json"
-    runinfo.write_json_atomic(path, {"a": float("nan"), "b": {"c": [1.5, float("inf")]}, "d": (2, "x")})
+    write_json_atomic(path, {"a": float("nan"), "b": {"c": [1.5, float("inf")]}, "d": (2, "x")})
     assert json.loads(path.read_text()) == {"a": None, "b": {"c": [1.5, None]}, "d": [2, "x"]}

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from empg_jax.config import load_config
 from empg_jax.errors import CheckpointError, RefusedCheckpoint
 from empg_jax.parallel.hosts import ALONE
 from empg_jax.run.checkpoint import Checkpoints
+from empg_jax.run.owner import check_owner, note_owner
 from tests import buckets
 from tests.run.test_checkpoint import SHAPES, SHARDINGS, make_state, write
 
@@ -174,3 +176,17 @@ def test_a_store_that_refuses_is_told(url, monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_copied_run_is_refused_in_the_bucket_of_its_original(url, tmp_path):
+    config, runs = load_config("quickstart", [f"checkpoint.dir={url}"]), [tmp_path / "one", tmp_path / "copy"]
+    for run in runs:
+        run.mkdir()
+        (run / "config.yaml").write_text(config.to_yaml())
+        check_owner(config, run, ALONE)  # nobody is noted, as in a folder of an older version
+    note_owner(config, runs[0])
+    check_owner(config, runs[0], ALONE)
+    with pytest.raises(RefusedCheckpoint, match=f"checkpoint.dir={url} belongs to the run {runs[0]}, not to"):
+        check_owner(config, runs[1], ALONE)
+    runs[0].rename(tmp_path / "away")
+    check_owner(config, runs[1], ALONE)
