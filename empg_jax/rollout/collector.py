@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from empg_jax.engine.engine import Response, Watch
@@ -61,7 +61,7 @@ class Collector:
       num_tasks: tasks that it may be given. Where no first prompt fits, or the chat template refuses a
         prompt of every task, or the parser raises at every task, that is an error, found after `MAX_UNFIT`
         tasks at the latest; None: every attempt at such a task is discarded, however many there are.
-      look_at: called with every observation.
+      look_at: called with group, observation and info of every answer.
       timer: a monotonic clock, in seconds.
 
     Attributes:
@@ -88,7 +88,7 @@ class Collector:
         make_watch: Callable[[], Watch | None] = lambda: None,
         has_deadlines: bool = False,
         num_tasks: int | None = None,
-        look_at: Callable[[str], None] = lambda observation: None,
+        look_at: Callable[[int, str, Mapping[str, Any]], None] = lambda group_id, observation, info: None,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.pool = engine, pool
@@ -273,7 +273,7 @@ class Collector:
     def _take(self, episode: Episode, reply: EnvReply) -> PromptDelta | Trajectory:
         if reply.failure is not None:
             return episode.on_failure(reply.failure.reason, reply.failure.detail)
-        self._look_at(reply.observation)
+        self._look_at(episode.attempt.group_id, reply.observation, reply.info)
         try:
             if reply.op == "reset":
                 return episode.on_reset(reply.observation, reply.info)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from empg_jax.rollout.stored import StoredCollector, group_episodes
 from empg_jax.rollout.thread import RolloutThread
 from empg_jax.run.devices import engine_devices
 from empg_jax.run.environment import find_spec
+from empg_jax.run.observing import Observer
 from empg_jax.run.server import check_server, open_server
 from empg_jax.run.splits import check_split, count_panels, make_order
 from empg_jax.run.storage import load_trajectories
@@ -242,20 +242,8 @@ def make_collector(
         make_watch=make_watches(config, language.renderer),
         has_deadlines=config.rollout.engine != "builtin",
         num_tasks=num_tasks,
-        look_at=functools.partial(_tell_control, config.env.target, language.renderer.tokenizer, pool.tell),
+        look_at=Observer(config, language.renderer.tokenizer, pool.tell, for_credit=stream == 0),
     )
-
-
-def _tell_control(target: str, tokenizer: Tokenizer, tell: Tell, observation: str) -> None:
-    """Tell of a control token in an observation, which the model reads as one."""
-    if (found := tokenizer.find_control(observation)) is not None:
-        token, start = found
-        place = observation[max(0, start - 20) : start + len(token) + 20]
-        detail = (
-            f"an observation of {target} holds {token}, which the model reads as a control token, not as "
-            f"text: {place!r}, at character {start}"
-        )
-        tell("control_token_observed", environment=target, token=token, detail=detail)
 
 
 def make_watches(config: Config, renderer: ChatRenderer) -> Callable[[], Watch | None]:

@@ -19,9 +19,18 @@ class OwnEnv(CountingEnv):
         observation, info = super().reset(seed, split=split, index=index)
         if self.kind in TOOLS:
             info = {**info, "tools": TOOLS[self.kind]}
-        return observation, info
+        return observation, self._with_state(info)
+
+    def step(self, action):
+        *answer, info = super().step(action)
+        return *answer, self._with_state(info)
+
+    def _with_state(self, info):
+        return {**info, "state": str(self.count)} if self.kind == "still" else info
 
     def _observe(self, action):
+        if self.kind == "still":
+            return "Nothing happens."
         return f"a page{' with <|end|> in it' if self.kind == 'control' else ''}, step {self.count}"
 
 

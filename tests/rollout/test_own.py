@@ -115,6 +115,22 @@ def test_a_control_token_in_an_observation_is_said_once():
     assert fields["environment"] == "tests.rollout.own:PLAIN"
 
 
+@pytest.mark.parametrize(
+    ("more", "is_said"),
+    [
+        (["algorithm.name=graft"], True),
+        (["algorithm.name=graft", "env.anchor=state"], False),
+        (["algorithm.name=grpo"], False),
+    ],
+)
+def test_states_that_read_alike_are_said_once_where_credit_compares_them(more, is_said):
+    stage = Stage("PLAIN", "go", "env.options.kind=still", "algorithm.modulation=none", *more)
+    stage.play(2)
+    told = "'Nothing happens.' in several states of a task, and algorithm.name=graft takes them for one"
+    assert [told in line and "env.anchor=state" in line for line in stage.said] == [True] * is_said
+    assert [event for event, _ in stage.events] == ["states_merged"] * is_said
+
+
 def test_declared_tools_are_checked():
     with pytest.raises(
         RunError, match=r"the environment's info: tools\[0\] must be \{\"type\": \"function\""
