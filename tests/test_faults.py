@@ -76,6 +76,7 @@ def poison(*bad):
     return change
 
 
+@pytest.mark.slow
 def test_nan_stops_with_the_batch_and_the_last_good_checkpoint(tmp_path, opened):
     opened.changes.append(poison(4))  # the second step of update 2
     with pytest.raises(TrainingError, match=r"update 2: .*not finite in 1 of 2 .*bad_batch_2\.npz"):

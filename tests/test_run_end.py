@@ -45,6 +45,7 @@ def test_the_evaluation_at_the_end_stays_where_a_run_goes_on(tmp_path):
     assert kept.items() <= line.items() and not any(name.startswith("eval_") for name in last)
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_end_costs_pictures_that_a_resume_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(concluding, "draw_results", on_a_full_disk(concluding.draw_results))
     run = runs.train(tmp_path / "run", *HOUSE, "train.updates=1")
@@ -64,6 +65,7 @@ def test_a_full_disk_at_the_end_costs_pictures_that_a_resume_draws(tmp_path, mon
     assert (run / "summary.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_summary_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     def fails(*args):
         (tmp_path / "run" / "summary.json").mkdir()  # as good as a full disk

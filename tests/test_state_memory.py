@@ -34,6 +34,7 @@ def counts(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_one_state_is_alive_at_a_time(tmp_path, counts):
     run = runs.train(tmp_path / "run", *runs.HOUSE, f"model.hidden_size={WIDTH}", "train.updates=1")
     before, after = counts[phase.__name__]

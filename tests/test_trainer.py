@@ -221,6 +221,7 @@ def test_a_run_without_matplotlib_ends_with_its_summary(tmp_path, monkeypatch, c
     assert line.startswith(f"warning: {run_dir} gets no curves.png: ") and "matplotlib" in line
 
 
+@pytest.mark.slow
 def test_compilation_is_shown_program_by_program(tmp_path, capfd):
     """Each program is announced, and none is left over: the counts end at their totals."""
     runs.train(tmp_path / "run", "log.progress=true", "train.updates=1", "sft.updates=0")

@@ -99,6 +99,7 @@ def children() -> set[int]:
     return found - {os.getpid()}
 
 
+@pytest.mark.slow
 def test_agents(host: EnvHost) -> None:
     before = children()
     names, sizes = list(AGENTS), []
