@@ -17,6 +17,7 @@ if [[ -e $run/config.yaml ]]; then
   for override in "$@"; do
     case ${override%%=*} in
     train.updates | train.profile | compile_cache | log | log.* | hosts | hosts.* | mesh | mesh.* | serve | serve.* | \
+      train.micro_tokens | train.share_prefix | \
       rollout.data | rollout.tensor | rollout.devices | rollout.release | \
       rollout.url | rollout.weights_dir | rollout.request_timeout | checkpoint.dir) command+=("$override") ;;
     *) left+=("$override") ;;

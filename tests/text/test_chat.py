@@ -138,7 +138,8 @@ def test_a_response_keeps_the_space_that_a_decoder_strips(monkeypatch):
     monkeypatch.setattr(sampling, "Collector", lambda *arguments, **options: arguments)
     language = SimpleNamespace(make_context=None, parser=None, renderer=renderer)
     config = load_config("quickstart", ["rollout.stop=[' stop']"])
-    decode = sampling.make_collector(config, None, None, language, stream=0)[4]
+    pool = SimpleNamespace(tell=None)
+    decode = sampling.make_collector(config, None, pool, language, stream=0)[4]
     ids = renderer.encode_response("go")
     assert decode(ids) == " go" and tokenizer.decode(ids) == "go"
     assert renderer.follow([user("A door.")], decode(ids), [user("A wall.")], stopped=True) is not None
