@@ -76,8 +76,8 @@ def main() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-class _Messages:
-    """Standard error, which nobody may read: a closed pipe or terminal ends no run, and changes no code."""
+class _Stream:
+    """A standard stream whose failures are treated in one way, which the kinds of it define."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -86,34 +86,30 @@ class _Messages:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with self._guarded():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with self._guarded():
             self._stream.flush()
 
+    def _guarded(self) -> contextlib.AbstractContextManager[None]:
+        raise NotImplementedError
 
-class _Results:
+
+class _Messages(_Stream):
+    """Standard error, which nobody may read: a closed pipe or terminal ends no run, and changes no code."""
+
+    def _guarded(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.suppress(OSError)
+
+
+class _Results(_Stream):
     """Standard output: that it cannot be written, on a full disk, is told in a line and ends the command."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        with self._telling():
-            return self._stream.write(text)
-
-    def flush(self) -> None:
-        with self._telling():
-            self._stream.flush()
-
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _guarded(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:  # nobody reads any more, which is no failure; Click ends the command
