@@ -152,7 +152,8 @@ def join_alike(trajectories: Sequence[Trajectory], threshold: float) -> list[Tra
       threshold: as in `similarity_anchors`; 1 leaves them as they are.
 
     Returns:
-      The same trajectories with other anchors.
+      The same trajectories with other anchors. A turn without an observation, as records of others may have
+      it, keeps to those of its own anchor.
     """
     if threshold == 1:
         return list(trajectories)
@@ -163,14 +164,22 @@ def join_alike(trajectories: Sequence[Trajectory], threshold: float) -> list[Tra
     texts += [[] if each.last_anchor is None else [each.last_observation] for each in trajectories]
     width = max((len(row) for row in texts), default=0)
     found = similarity_anchors(texts, groups * 2, num_turns=width, threshold=threshold)
+    unseen: dict[int, int] = {}
+
+    def choose(text: str, anchor: int, cluster: Any) -> int:
+        # Below 0 there is no cluster.
+        return int(cluster) if text else -1 - unseen.setdefault(anchor, len(unseen))
+
     return [
         dataclasses.replace(
             trajectory,
             turns=tuple(
-                dataclasses.replace(turn, anchor=int(anchor))
-                for turn, anchor in zip(trajectory.turns, row, strict=False)
+                dataclasses.replace(turn, anchor=choose(turn.observation, turn.anchor, cluster))
+                for turn, cluster in zip(trajectory.turns, row, strict=False)
             ),
-            last_anchor=None if trajectory.last_anchor is None else int(last[0]),
+            last_anchor=None
+            if trajectory.last_anchor is None
+            else choose(trajectory.last_observation, trajectory.last_anchor, last[0]),
         )
         for trajectory, row, last in zip(
             trajectories, found[: len(groups)], found[len(groups) :], strict=True

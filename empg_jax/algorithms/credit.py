@@ -32,6 +32,12 @@ def drop_absent(batch: Batch) -> Batch:
     return dataclasses.replace(batch, loss_mask=present, group_ids=group_ids)
 
 
+def _size(batch: Batch) -> dict[str, int]:
+    """Return the size of the table of turns, by the names of its arguments."""
+    num_trajectories, num_turns = batch.turn_valid.shape
+    return {"num_trajectories": num_trajectories, "num_turns": num_turns}
+
+
 def make_turns(batch: Batch, scores: Scores) -> Turns:
     """Gather the table of turns; rows of absent trajectories have no turn.
 
@@ -39,9 +45,7 @@ def make_turns(batch: Batch, scores: Scores) -> Turns:
       batch: with ``group_ids`` -1 where a trajectory is absent.
       scores: the entropies.
     """
-    place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
-    num_trajectories, num_turns = batch.turn_valid.shape
-    size: dict[str, Any] = {"num_trajectories": num_trajectories, "num_turns": num_turns}
+    place, size = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids), _size(batch)
     entropies, mask = compute_turn_entropies(scores.entropies, *place, **size)
     counts = count_turn_tokens(*place, **size).astype(jnp.float32)
     return Turns(entropies, mask & (batch.group_ids >= 0)[:, None], counts)
@@ -155,9 +159,8 @@ def assign(
 
 def _mean_of_turns(batch: Batch, tokens: Float[Array, "B T"]) -> Float[Array, "N K"]:
     """Average the advantages of each turn's sampled tokens."""
-    num_trajectories, num_turns = batch.turn_valid.shape
     place = (batch.loss_mask, batch.trajectory_ids, batch.turn_ids)
-    return compute_turn_entropies(tokens, *place, num_trajectories=num_trajectories, num_turns=num_turns)[0]
+    return compute_turn_entropies(tokens, *place, **_size(batch))[0]
 
 
 def trained_tokens(
@@ -200,7 +203,10 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
                 advantages, final = advantages / divisor, final / divisor
         weights = recipe.aggregate(batch, kept, num_minibatches)  # type: ignore[operator]
         weights = _checked(recipe.aggregate, weights, mask.shape, "[B, T]").astype(jnp.float32)
-        metrics = credit_metrics(base, modulated, turns.entropies, turns.mask, final=final)
+        trained = count_turn_tokens(kept, batch.trajectory_ids, batch.turn_ids, **_size(batch)) > 0
+        metrics = credit_metrics(
+            base, modulated, turns.entropies, turns.mask, final=final, trained=turns.mask & trained
+        )
         metrics |= {
             "mixed_groups": mixed_group_share(
                 batch.returns, batch.group_ids
@@ -209,7 +215,7 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
             "correction_kept": masked_mean(accepted.astype(jnp.float32), mask),
             "loss_coverage": masked_mean(kept.astype(jnp.float32), mask),
             "entropy_drift_predicted": predicted_entropy_drift(
-                advantages, scores.old_logprobs, scores.entropies, mask
+                advantages, scores.old_logprobs, scores.entropies, mask, kept
             ),
         }
         targets = tokens.value_targets if recipe.critic is not None else None

@@ -20,6 +20,7 @@ from empg_jax.algorithms.masking import (
     check_choice,
     check_shapes,
 )
+from empg_jax.algorithms.segments import is_rounding
 
 
 class Modulation(NamedTuple):
@@ -70,6 +71,9 @@ def compute_factors(
         Hn = (H − min_s) / (max_s − min_s + eps)
         factor = exp(−decay · Hn) / (mean_s exp(−decay · Hn) + eps)
 
+    Entropies that differ by rounding alone (`is_rounding`) count as equal, Hn = 0: in its last places a mean
+    over tokens depends on their number, and that must not be stretched to [0, 1].
+
     Args:
       turn_entropies: mean token entropy of each turn.
       turn_mask: turns that exist; others are not read.
@@ -96,9 +100,9 @@ def compute_factors(
     high = spread(jax.ops.segment_max(row_high, home, num_segments=num_segments))
     # Empty segments hold the infinite fills; they have no valid turn, so any finite number does.
     low, high = jnp.where(low <= high, low, 0), jnp.where(low <= high, high, 0)
-    span = high - low
+    span = jnp.where(is_rounding(low, high), 0, high - low)
     scale = jnp.where(span + eps > 0, span + eps, 1)
-    normalized = jnp.where(mask, (jnp.where(mask, turn_entropies, low) - low) / scale, 0)
+    normalized = jnp.where(mask & (span > 0), (jnp.where(mask, turn_entropies, low) - low) / scale, 0)
 
     decayed = jnp.exp(-decay * normalized)
     shares = jnp.where(mask, jnp.ones_like(decayed) if weights is None else weights, 0)

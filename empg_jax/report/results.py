@@ -45,7 +45,11 @@ def describe_update(
       seconds: wall time of the whole cycle: rollout, credit and optimizer steps.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-    values = reduce_metrics((dict(step), float(step["tokens"])) for step in steps)
+    # Numbers of a step, not of its tokens; a step without tokens has none.
+    of_steps = [
+        ({name: step[name] for name in ("loss", "grad_norm")}, 1.0 - float(step["empty"])) for step in steps
+    ]
+    values = reduce_metrics((dict(step), float(step["tokens"])) for step in steps) | reduce_metrics(of_steps)
     values |= reduce_metrics(({"entropy": step["entropy"]}, float(step["sampled"])) for step in steps)
     for count in ("tokens", "sampled"):
         values.pop(count, None)

@@ -121,3 +121,19 @@ def test_alike_observations_are_joined_before_the_batch():
     assert [trajectory.last_anchor for trajectory in joined] == [None, 2]  # 0.9 alike, which is not enough
     assert [trajectory.last_anchor for trajectory in join_alike(made, 0.85)] == [None, 1]
     assert join_alike(made, 1.0) == made
+
+
+def test_turns_without_a_text_keep_to_their_own_anchors():
+    episodes = Episodes()
+    made = [
+        episodes.trajectory([episodes.turn([1], 1, observation=text, anchor=n) for text, n in row], **end)
+        for row, end in [
+            ([("", 5), ("", 6), ("A hall.", 6)], {"last_anchor": 5}),
+            ([("", 6), ("A hall!", 7)], {"last_anchor": 8}),
+        ]
+    ]
+    first, second = join_alike(made, 0.8)
+    a, b, hall = (turn.anchor for turn in first.turns)
+    assert len({a, b, hall}) == 3 and first.last_anchor == a
+    assert [turn.anchor for turn in second.turns] == [b, hall]
+    assert second.last_anchor not in (a, b, hall)

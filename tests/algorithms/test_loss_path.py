@@ -41,6 +41,44 @@ def test_the_share_of_tokens_that_the_loss_covers(tmp_path, key):
     assert covered < 1 and credit.metrics["correction_kept"] == 1
 
 
+def test_numbers_of_credit_are_of_what_the_loss_covers(tmp_path):
+    """SAMPO pays the steps of uniform groups, which its loss leaves out; EMPG may leave them out itself."""
+    batch, scores, _, config = run(tmp_path, {"name": "sampo"})
+    batch = batch.replace(returns=np.where(batch.group_ids == 1, np.float32(0.5), batch.returns))
+    credit = make_algorithm_from(config).credit(batch, scores)
+    covered = np.asarray(credit.loss_weights) != 0
+    is_first = (np.asarray(batch.group_ids) == 0)[:, None]
+    paid = np.asarray(credit.turns.advantages)
+    assert np.abs(paid[np.asarray(credit.turns.mask) & ~is_first]).max() > 0
+    ours = paid[np.asarray(credit.turns.mask) & is_first]
+    for name, value in {
+        "mean": ours.mean(),
+        "abs_mean": np.abs(ours).mean(),
+        "positive": (ours > 0).mean(),
+    }.items():
+        np.testing.assert_allclose(credit.metrics[f"advantage_{name}"], value, rtol=1e-5, atol=1e-7)
+    drift = credit.advantages * (-scores.old_logprobs - scores.entropies)
+    expected = np.asarray(drift)[covered].sum() / batch.loss_mask.sum()
+    np.testing.assert_allclose(credit.metrics["entropy_drift_predicted"], expected, rtol=1e-4)
+
+    options = {"name": "grpo_empg", "empg": {"mixed_groups_only": True}}
+    metrics = make_algorithm_from(run(tmp_path, options)[3]).credit(batch, scores).metrics
+    np.testing.assert_allclose(metrics["modulation_mean"], 1, rtol=1e-5)
+    assert metrics["modulation_min"] > 0
+
+
+@pytest.mark.parametrize(("change", "is_clipped"), [(0.5, True), (-0.5, True), (0.0, False)])
+def test_cispo_clips_weights_whatever_the_sign_of_the_advantage(tmp_path, change, is_clipped):
+    options = {"name": "grpo", "loss": "cispo", "clip_low": 0.2, "clip_high": 0.2}
+    batch, scores, credit, config = run(tmp_path, options)
+    mask = np.asarray(batch.loss_mask)
+    assert len(set(np.sign(np.asarray(credit.advantages)[mask]))) > 1
+    batch, scores = jax.tree.map(jnp.asarray, (batch, scores))
+    streams = (scores.old_logprobs + jnp.float32(change), scores.entropies, batch, scores, credit.advantages)
+    found = np.asarray(make_algorithm_from(config).loss(*streams)[1]["clip_fraction"])
+    np.testing.assert_array_equal(found[mask] > 0, is_clipped)
+
+
 @pytest.mark.parametrize(
     ("bound", "halved", "doubled"), [({"entropy_low": 0.8}, 0, 1), ({"entropy_high": 1.3}, 1, 0)]
 )

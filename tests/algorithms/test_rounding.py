@@ -51,3 +51,24 @@ def test_ledger_and_credit_agree_on_what_is_equal(offset, ulps):
     assert is_uniform([Attempt(value) for value in returns]) != mixed
     deviations, std, _ = center_by_group(jnp.asarray(returns), jnp.zeros(2, jnp.int32), 1)
     assert bool(jnp.any(deviations != 0)) == mixed and bool(jnp.any(std != 0)) == mixed
+
+
+@pytest.mark.parametrize("level", [0.1, 0.7, float(np.log(10))])
+def test_equal_entropies_of_turns_of_different_length_are_equal(level):
+    """Their means round apart; both kernels leave them alone all the same."""
+    lengths = (3, 7, 11, 13)
+    owners = np.repeat(np.arange(4), lengths)[None]
+    entropies, mask = al.compute_turn_entropies(
+        np.full(owners.shape, level, np.float32),
+        np.ones(owners.shape, bool),
+        (owners // 2).astype(np.int32),
+        (owners % 2).astype(np.int32),
+        num_trajectories=2,
+        num_turns=2,
+    )
+    assert np.ptp(np.asarray(entropies)) > 0  # they do round apart
+    base, groups = jnp.float32([[1, 1], [-1, -1]]), np.zeros(2, np.int32)
+    found = al.empg(base, entropies, mask, k=1.0, k_future=1.0, zeta=0.0, center="none")
+    np.testing.assert_allclose(found, base, rtol=1e-6)
+    found = al.aem(base, entropies, mask, group_ids=groups, min_range=0.0)
+    np.testing.assert_allclose(found, base, rtol=1e-6)

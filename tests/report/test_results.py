@@ -12,10 +12,26 @@ GUARDS = {"nonfinite": 0.0, "kl_exceeded": 0.0, "empty": 0.0}
 
 
 def test_trained_tokens_are_those_that_the_loss_covers():
-    """Every mean weighs the optimizer steps by its own tokens: the entropy by all that were sampled."""
+    """Means weigh optimizer steps by their tokens, the entropy by all sampled; loss and norm are of the steps."""
     steps = [
-        {"ratio": 1.0, "entropy": 0.5, "tokens": 1.0, "sampled": 6.0, **GUARDS},
-        {"ratio": 2.0, "entropy": 1.5, "tokens": 3.0, "sampled": 2.0, **GUARDS},
+        {
+            "ratio": 1.0,
+            "entropy": 0.5,
+            "tokens": 1.0,
+            "sampled": 6.0,
+            **GUARDS,
+            "loss": 1.0,
+            "grad_norm": 4.0,
+        },
+        {
+            "ratio": 2.0,
+            "entropy": 1.5,
+            "tokens": 3.0,
+            "sampled": 2.0,
+            **GUARDS,
+            "loss": -1.0,
+            "grad_norm": 2.0,
+        },
     ]
     values = describe_update(
         [EPISODES.trajectory([EPISODES.turn([1], 8)])],
@@ -28,5 +44,6 @@ def test_trained_tokens_are_those_that_the_loss_covers():
         seconds=1.0,
     )
     assert (values["tokens_trained"], values["tokens_sampled"]) == (4.0, 8.0)
+    assert (values["loss"], values["grad_norm"]) == (0.0, 3.0)
     assert (values["ratio"], values["entropy"]) == pytest.approx((1.75, 0.75))
     assert "tokens" not in values and "sampled" not in values

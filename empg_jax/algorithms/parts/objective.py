@@ -133,9 +133,11 @@ def cispo(
     def objective(
         logprobs: Float[Array, "B T"], rows: Batch, scores: Scores, advantages: Float[Array, "B T"]
     ) -> LossResult:
-        change, ranges = log_ratio(logprobs, scores.old_logprobs), _ranges(bounds, scores)
+        ratios, ranges = jnp.exp(log_ratio(logprobs, scores.old_logprobs)), _ranges(bounds, scores)
         loss = losses.cispo(logprobs, scores.old_logprobs, advantages, **ranges)
-        return loss, clipped_share(change, advantages, ranges)
+        # The weight is clipped on both sides, whatever the sign of the advantage.
+        clipped = (ratios > 1 + ranges["clip_high"]) | (ratios < 1 - ranges["clip_low"])
+        return loss, {"clip_fraction": clipped.astype(ratios.dtype)}
 
     return Part("cispo", bounds, objective)
 
