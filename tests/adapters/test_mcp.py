@@ -13,11 +13,13 @@ from empg_envs.parsers import ask_for
 from empg_jax.config import load_config
 from empg_jax.rollout.episode import Attempt
 from empg_jax.run import assembly, sampling
+from empg_jax.workers.pool import PoolTimeouts
 from tests import runs
 from tests.processes import is_running
 from tests.rollout.scripted import Speaker, run
 from tests.serve.servers import wait_until
 from tests.text.hub import need_tokenizer
+from tests.workers.pools import act, open_named, reset_all
 
 SERVER = Path(__file__).with_name("mcp_server.py")
 
@@ -109,6 +111,16 @@ def test_a_slow_call_of_the_policys_is_no_fault(options):
     assert env.step(call("find", drawer=0))[:4] == ("error: no answer in 1 s", 0.0, False, False)
     assert env.step("w0")[1:4] == (0.0, True, False)  # the judge has to wait for it
     env.close()
+
+
+def test_a_slow_call_at_the_end_of_turns_costs_no_worker(options):
+    """Call and reward are one step, which took twice ``call_timeout``: the pool ended the worker."""
+    options |= {"command": f"python {SERVER} hang", "max_turns": 1, "call_timeout": 2}
+    with open_named("mcp", options=options, timeouts=PoolTimeouts(start=60, reset=60, step=3.2)) as pool:
+        reset_all(pool, [0, 1])
+        slow = act(pool, {0: call("find", drawer=0)})[0]
+        assert (slow.failure, slow.reward, slow.terminated, slow.truncated) == (None, 0.0, False, True)
+        assert act(pool, {1: "w1"})[1].reward == 1.0  # its neighbour in the worker
 
 
 def test_half_a_character_is_no_character(options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import time
 from typing import Any
 
 from empg_envs.adapters.foreign import ForeignEnv, Reply
@@ -32,8 +33,8 @@ class McpEnv(ForeignEnv):
       max_turns: number of calls after which an episode is truncated, with an empty answer; at most
         ``env.max_turns``, which ends an episode without asking for the reward.
       start_timeout: seconds until the server has introduced itself; keep it below ``workers.reset_timeout``.
-      call_timeout: seconds for a call, after which the policy reads an error; keep it below half of
-        ``workers.step_timeout``.
+      call_timeout: seconds for a call, after which the policy reads an error; keep it below
+        ``workers.step_timeout``. The last of ``max_turns`` calls has half of them, the reward tool the rest.
 
     Raises:
       ValueError: the command is empty, the tasks or the scorer cannot be used, or nothing gives a reward.
@@ -114,35 +115,38 @@ class McpEnv(ForeignEnv):
 
     def _act(self, action: str) -> Reply:
         assert self._server is not None
-        call = _read_call(action)
+        call, seconds = _read_call(action), self._timeouts[1]
+        end, is_last = time.monotonic() + seconds, self._turn + 1 >= self._max_turns
         if call is None and "<tool_call>" not in action:
-            return self._end(action.strip(), is_truncated=False)
-        observation = "error: that is no well-formed call" if call is None else self._call(call)
-        if self._turn + 1 >= self._max_turns:
-            return self._end("", is_truncated=True)
+            return self._end(action.strip(), end, is_truncated=False)
+        if is_last and self._scorer is None:
+            seconds /= 2  # the reward is asked for in this step, too
+        observation = "error: that is no well-formed call" if call is None else self._call(call, seconds)
+        if is_last:
+            return self._end("", end, is_truncated=True)
         return observation, 0.0, False, False, self._info(False)
 
-    def _call(self, call: dict[str, Any]) -> str:
+    def _call(self, call: dict[str, Any], seconds: float) -> str:
         """Call a tool; return its text."""
         assert self._server is not None
         names = [tool["function"]["name"] for tool in self._tools]
         if call["name"] in names:
             try:
-                text, is_error = self._server.call(call["name"], call["arguments"])
+                text, is_error = self._server.call(call["name"], call["arguments"], seconds)
                 self._is_stuck = False
             except EnvFault as fault:
                 if fault.reason != "mcp_timeout":
                     raise
                 # Else a policy could have a lost episode discarded, by a call that takes long.
-                text, is_error, self._is_stuck = f"no answer in {self._timeouts[1]:g} s", True, True
+                text, is_error, self._is_stuck = f"no answer in {seconds:g} s", True, True
         else:
             hint = suggest(call["name"], names) or f"; there are {', '.join(names)}"
             text, is_error = f"there is no tool {call['name']!r}{hint}", True
         self._calls.append({**call, "result": text, "is_error": is_error})
         return f"error: {text}" if is_error else text or "(no text)"
 
-    def _end(self, answer: str, *, is_truncated: bool) -> Reply:
-        """Ask for the reward, and end the server."""
+    def _end(self, answer: str, end: float, *, is_truncated: bool) -> Reply:
+        """Ask for the reward until a time of the monotonic clock, and end the server."""
         assert self._server is not None
         if self._scorer is not None:
             found = self._scorer(self._task, answer, self._calls)
@@ -150,7 +154,7 @@ class McpEnv(ForeignEnv):
             judge, told = str(self._hidden["reward_tool"]), {"task": self._task, "answer": answer}
             found = None
             try:
-                text, is_error = self._server.call(judge, told)
+                text, is_error = self._server.call(judge, told, end - time.monotonic())
                 if is_error:
                     raise EnvFault("mcp_error", f"reward_tool={judge}: {text}")
                 with contextlib.suppress(ValueError, RecursionError):

@@ -82,7 +82,7 @@ class StdioServer:
                 seconds = timeout or self._timeout
                 self._write({"method": "notifications/cancelled", "params": {"requestId": self._last}})
                 raise EnvFault(
-                    "mcp_timeout", f"no answer to {method} in {seconds:g} s{self._tell()}"
+                    "mcp_timeout", f"no answer to {method} in {round(seconds, 2):g} s{self._tell()}"
                 ) from None
             if answer is None:
                 self._answers.put(None)  # for later requests, too
@@ -109,9 +109,9 @@ class StdioServer:
             params = {"cursor": page["nextCursor"]}
         return tools
 
-    def call(self, name: str, arguments: dict[str, Any]) -> tuple[str, bool]:
-        """Return the text that a tool gives, and whether that is an error."""
-        result = self.ask("tools/call", {"name": name, "arguments": arguments})
+    def call(self, name: str, arguments: dict[str, Any], timeout: float | None = None) -> tuple[str, bool]:
+        """Return the text that a tool gives, and whether that is an error; see `ask`."""
+        result = self.ask("tools/call", {"name": name, "arguments": arguments}, timeout)
         parts = result.get("content") or []
         texts = [part["text"] if part.get("type") == "text" else f"({part.get('type')})" for part in parts]
         if not texts and "structuredContent" in result:
