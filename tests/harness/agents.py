@@ -95,6 +95,15 @@ def main(kind):
             first.close()
             start(messages).close()
             ask("b", [*messages, chat(messages)])
+        case "impatient-slow":  # gives up its call when a file is there; slow before and behind the next
+            messages = [{"role": "user", "content": "a"}]
+            first = start(messages)
+            while not os.path.exists(sys.argv[2]):
+                time.sleep(0.01)
+            first.close()
+            time.sleep(0.7)
+            chat(messages)
+            time.sleep(0.9)
         case "impatient-pair":  # as before, with another call that waits meanwhile
             messages = [{"role": "user", "content": "a"}]
             first = start(messages)

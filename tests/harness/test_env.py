@@ -207,6 +207,19 @@ def test_a_question_that_is_asked_again_behind_another_is_one_turn(make, tmp_pat
     assert terminated and info["metrics"] == {"number": 1.0}  # the answer that the program read for a
 
 
+def test_a_question_that_is_asked_again_does_not_double_the_time_of_a_step(make, tmp_path):
+    """The pool takes a step beyond ``workers.step_timeout`` for a hang, and replaces the worker."""
+    file = tmp_path / "left"
+    env = make(f"impatient-slow {file}")
+    env.reset(0, split="train", index=0)
+    env._call_timeout = 1.0
+    file.touch()
+    wait_until(lambda: env._call.has_left())
+    with pytest.raises(EnvFault, match="neither called nor ended within 1 s") as fault:
+        env.step("one")
+    assert fault.value.reason == "agent_timeout"
+
+
 @pytest.mark.parametrize(("text", "content"), THOUGHTS)
 def test_a_tool_call_that_a_thought_mentions_is_not_made(text, content):
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]

@@ -53,8 +53,8 @@ class HarnessEnv:
       scorer: ``package.module:function`` that gives the reward in place of the last line. It gets the task
         and the program's standard output, and returns a number, or a dict like that line.
       start_timeout: seconds until the first call; keep it below ``workers.reset_timeout``.
-      call_timeout: seconds between two calls, and from the last one to the end; keep it below
-        ``workers.step_timeout``.
+      call_timeout: seconds from the policy's answer to the next call or the end, also where the client asks
+        once more in between; keep it below ``workers.step_timeout``.
 
     Raises:
       ValueError: the command is empty, or the file of tasks or the scorer cannot be used.
@@ -101,7 +101,7 @@ class HarnessEnv:
             index = self._draw.below(self.num_tasks(split))
         self._task = {**self.get_task(split, index), "seed": seed}
         self._start(json.dumps(self._task))
-        call = self._next_call(self._start_timeout)
+        call = self._next_call(self._start_timeout, time.monotonic())
         if call is None:
             raise EnvFault("agent_never_called", f"the program made no call; {self._describe_end()}")
         return self._observe(call)
@@ -198,23 +198,28 @@ class HarnessEnv:
     def _answer(self, call: Call, action: str) -> Call | None:
         """Answer a call and return the next one; None when the program has ended."""
         assert self._session is not None
+        begin = time.monotonic()
         if call.has_left():  # the answer is for the client's next try, where that waits or comes next
             call.drop()
-            again = self._session.take_repeat(call) or self._next_call(self._call_timeout)
+            again = self._session.take_repeat(call) or self._next_call(self._call_timeout, begin)
             if again is None or not again.repeats(call):
                 return again
             call = again
         self._session.answer(call, action)
-        return self._next_call(self._call_timeout)
+        return self._next_call(self._call_timeout, begin)
 
-    def _next_call(self, seconds: float) -> Call | None:
+    def _next_call(self, seconds: float, begin: float) -> Call | None:
         """Wait for the next call that still waits for its answer; None when the program has ended.
+
+        Args:
+          seconds: for which it waits at most.
+          begin: from when on, on the monotonic clock.
 
         Raises:
           EnvFault: it did neither in time.
         """
         assert self._session is not None and self._process is not None
-        end, look = time.monotonic() + seconds, LOOK_SECONDS
+        look = LOOK_SECONDS
         while True:
             # Looked at first: a call that was made before the end must not be lost.
             has_ended = self._process.poll() is not None
@@ -227,7 +232,7 @@ class HarnessEnv:
             if has_ended:
                 return None
             look = min(2 * look, LONGEST_LOOK)
-            if time.monotonic() > end:
+            if time.monotonic() > begin + seconds:
                 raise EnvFault(
                     "agent_timeout",
                     f"the program neither called nor ended within {seconds:g} s; its output ends with: "
