@@ -3,7 +3,11 @@
 import pytest
 
 from empg_envs import ENVS, make_env
+from empg_jax.config import load_config
+from empg_jax.rollout.episode import Attempt
+from empg_jax.run import assembly, sampling
 from tests.adapters.needs import need
+from tests.rollout.scripted import Speaker, run
 
 need("gymnasium")
 
@@ -45,6 +49,28 @@ def test_named_actions_and_a_description_of_the_user():
     for limit, won in ((2, True), (1, False)):  # our own limit ends an episode, too
         *_, end = play(make_env("gymnasium", **options, win_return=2, max_turns=limit), *["up"] * limit)
         assert end[3] and end[4]["won"] is won
+
+
+@pytest.mark.parametrize(("win_return", "won"), [(2, True), (3, False)])
+def test_the_limit_of_a_run_ends_an_episode_that_may_be_won(win_return, won):
+    options = {"id": DIAL, "describe": "tests.adapters.games:describe", "win_return": win_return}
+    overrides = [f"env.options.{name}={value}" for name, value in options.items()]
+    limits = ["workers.num=1", "workers.step_timeout=60", "workers.reset_timeout=60", "env.max_turns=2"]
+    config = load_config("quickstart", ["env.name=gymnasium", "sft.updates=0", *overrides, *limits])
+    language = assembly.make_language(config)
+    with sampling.make_pool(config) as pool:
+        collector = sampling.make_collector(
+            config, Speaker(language.tokenizer.encode("2")), pool, language, stream=0
+        )
+        (trajectory,) = run(collector, [Attempt("train", 0, 0, 0)]).values()
+    assert trajectory.truncated and trajectory.episode_return == 2.0
+    assert trajectory.is_success is won
+
+
+def test_an_invalid_action_at_the_end_leaves_the_verdict():
+    env = make_env("gymnasium", id=DIAL, describe="tests.adapters.games:describe", win_return=1, max_turns=2)
+    *_, end = play(env, "2", "sideways")
+    assert end[3] and end[4]["won"]
 
 
 def test_numbers_are_names_where_there_are_none():

@@ -101,12 +101,14 @@ def test_it_is_an_environment_like_the_others(url, check):
     check.run(Subject("openenv", {"url": url, "tasks": 50, "held_out": 50}, episodes=1))
 
 
+@pytest.mark.parametrize("limit", [1, 50])  # ours, or one of the caller's
+@pytest.mark.parametrize("action", ['{"message": "8"}', '{"massage": "8"}', "8"])
 @pytest.mark.parametrize(("win_return", "won"), [(0.0, True), (1.0, False), (None, False)])
-def test_an_episode_that_our_limit_ends_may_be_won(url, win_return, won):
-    env = make_env("openenv", url=url, observe="say", max_turns=1, win_return=win_return)
+def test_an_episode_that_a_limit_ends_may_be_won(url, win_return, won, action, limit):
+    env = make_env("openenv", url=url, action="json", max_turns=limit, win_return=win_return)
     env.reset(index=7)
-    *_, truncated, info = env.step("8")
-    assert truncated and info["won"] is won
+    *_, terminated, truncated, info = env.step(action)
+    assert (terminated, truncated, info["won"]) == (False, limit == 1, won)
     env.close()
 
 

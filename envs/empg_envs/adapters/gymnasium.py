@@ -64,35 +64,35 @@ class GymnasiumEnv(ForeignEnv):
     def _begin(self, split: str, index: int) -> tuple[str, dict[str, Any]]:
         seen, self._given = self._env.reset(seed=self._seed_of(split, index))
         self._told, self._total = self._describe(seen), 0.0
-        return self._told, self._info(self._given, False)
+        return self._told, self._info()
 
     def _act(self, action: str) -> Reply:
         space = self._env.action_space
         chosen = action.strip() if self._actions is None else self._actions.get(action.strip().lower())
         if chosen is None or not space.contains(chosen):
-            return f"no such action\n{self._told}", 0.0, False, False, self._info(self._given, False)
+            return f"no such action\n{self._told}", 0.0, False, False, self._info()
         seen, reward, terminated, truncated, self._given = self._env.step(chosen)
         self._told, self._total = self._describe(seen), self._total + float(reward)
         terminated, truncated = bool(terminated), bool(truncated)
-        has_ended = terminated or truncated or self._turn + 1 >= self._max_turns
-        won = has_ended and self._has_won(float(reward), terminated)
-        return self._told, float(reward), terminated, truncated, self._info(self._given, won)
+        info = self._info(is_paid_end=terminated and float(reward) > 0)
+        return self._told, float(reward), terminated, truncated, info
 
-    def _info(self, given: Mapping[str, Any], won: bool) -> dict[str, Any]:
-        info: dict[str, Any] = {"task": self._id, "won": won}
+    def _info(self, *, is_paid_end: bool = False) -> dict[str, Any]:
+        # Told at every step: any may be the last one, by a limit of the caller's.
+        info: dict[str, Any] = {"task": self._id, "won": self._has_won(is_paid_end)}
         if self._actions is not None:
-            mask, start = given.get("action_mask"), int(self._env.action_space.start)
+            mask, start = self._given.get("action_mask"), int(self._env.action_space.start)
             offered = [name for name, n in self._actions.items() if mask is None or mask[n - start]]
             info["admissible"] = sorted(offered)
         return info
 
-    def _has_won(self, reward: float, terminated: bool) -> bool:
+    def _has_won(self, is_paid_end: bool) -> bool:
         if self._win_return is not None:
             return self._total >= self._win_return
         for key in ("is_success", "success"):
             if key in self._given:
                 return bool(self._given[key])
-        return terminated and reward > 0
+        return is_paid_end
 
     def _make(self, id: str, options: Mapping[str, Any]) -> Any:
         gymnasium = self._gymnasium

@@ -66,7 +66,7 @@ class OpenEnvEnv(ForeignEnv):
         self._goal, self._win_return, self._timeout = task, win_return, timeout
         self._session = contextlib.ExitStack()
         self._socket: Any = None
-        self._total = 0.0
+        self._total, self._won = 0.0, False
 
     def close(self) -> None:
         """End the episode and its session."""
@@ -92,11 +92,18 @@ class OpenEnvEnv(ForeignEnv):
                 detail += f"; the token comes from {API_KEY} (workers.pass_env=[{API_KEY}])"
             raise EnvFault("openenv_unreachable", detail) from None
         result = self._ask("reset", {"seed": self._seed_of(split, index)})
-        self._total = 0.0
+        self._total, self._won = 0.0, False
         observation = self._observe(result["observation"])
-        return f"{self._goal}\n\n{observation}" if self._goal else observation, self._info(False)
+        return f"{self._goal}\n\n{observation}" if self._goal else observation, self._info()
 
     def _act(self, action: str) -> Reply:
+        text, reward, done = self._play(action)
+        if done or self._turn + 1 >= self._max_turns:  # the server may have few sessions
+            self.close()
+        return text, reward, done, False, self._info()
+
+    def _play(self, action: str) -> tuple[str, float, bool]:
+        """Return the observation as text, the reward, and whether the server has ended the episode."""
         sent: Any = {self._field: action}
         if self._field == "json":
             try:
@@ -104,23 +111,20 @@ class OpenEnvEnv(ForeignEnv):
             except (ValueError, RecursionError):
                 sent = None
             if not isinstance(sent, dict):
-                return "error: an action is a JSON object", 0.0, False, False, self._info(False)
+                return "error: an action is a JSON object", 0.0, False
         result = self._ask("step", sent)
         if "refusal" in result:
-            return f"error: {result['refusal']}", 0.0, False, False, self._info(False)
+            return f"error: {result['refusal']}", 0.0, False
         reward, done = float(result.get("reward") or 0.0), bool(result.get("done", False))
         if not math.isfinite(reward):
             raise EnvFault("openenv_error", f"step: the reward is {reward}")
         self._total += reward
-        has_ended = done or self._turn + 1 >= self._max_turns
-        won = (
-            done and reward > 0 if self._win_return is None else has_ended and self._total >= self._win_return
-        )
-        if has_ended:  # the server may have few sessions
-            self.close()
-        return self._observe(result["observation"]), reward, done, False, self._info(won)
+        self._won = done and reward > 0
+        return self._observe(result["observation"]), reward, done
 
-    def _info(self, won: bool) -> dict[str, Any]:
+    def _info(self) -> dict[str, Any]:
+        # Told at every step: any may be the last one, by a limit of the caller's.
+        won = self._won if self._win_return is None else self._total >= self._win_return
         return {"task": self._goal or self._url, "won": won}
 
     def _ask(self, kind: str, data: dict[str, Any]) -> dict[str, Any]:
