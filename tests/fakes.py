@@ -205,6 +205,16 @@ class UnreliableEnv(CountingEnv):
         return super().step(action)
 
 
+class EndingEnv(CountingEnv):
+    """``cut`` truncates an episode with a reward that is no victory; ``win`` is one without a reward."""
+
+    def step(self, action: str) -> tuple[Any, Any, Any, Any, Any]:
+        if action not in ("cut", "win"):
+            return super().step(action)
+        is_cut = action == "cut"
+        return self._observe(action), 0.5 * is_cut, not is_cut, is_cut, {"won": not is_cut}
+
+
 class TailEnv(UnreliableEnv):
     """Every fourth task takes ``stretch`` times as long; a step takes ``latency`` seconds."""
 

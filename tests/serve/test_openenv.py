@@ -27,6 +27,12 @@ def url(tmp_path_factory):
         yield server.url
 
 
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("endings"), "serve-env", "tests.fakes:EndingEnv") as server:
+        yield server.url
+
+
 @contextlib.contextmanager
 def connected(url, **options):
     from websockets.sync.client import connect
@@ -55,6 +61,17 @@ def test_our_client_plays_the_same_episode(split, index, url):
         if terminated:
             break
     assert terminated and found["won"] and info["won"]
+    there.close()
+
+
+@pytest.mark.parametrize("action", ["cut", "win"])
+def test_our_client_finds_the_same_end(action, endings):
+    here = make_env("tests.fakes:EndingEnv")
+    there = make_env("openenv", url=endings, observe="text", timeout=60)
+    for env in (here, there):
+        env.reset(0, split="train", index=0)
+    expected, found = here.step(action), there.step(action)
+    assert found[1:4] == expected[1:4] and found[4]["won"] is expected[4]["won"]
     there.close()
 
 

@@ -31,7 +31,8 @@ class OpenEnvEnv(ForeignEnv):
       observe: name of the observation's field that the policy reads, or ``package.module:function`` from the
         observation to text. None: all fields, as JSON.
       task: description of the task, in front of the first observation.
-      win_return: return from which an episode is won. None: a positive reward at the end.
+      win_return: return from which an episode is won. None: the verdict of an environment behind
+        ``empg-jax serve-env``, else a positive reward at the end.
       tasks: number of training tasks.
       held_out: number of tasks of ``valid`` and of ``test``.
       max_turns: number of steps after which an episode is truncated.
@@ -97,13 +98,13 @@ class OpenEnvEnv(ForeignEnv):
         return f"{self._goal}\n\n{observation}" if self._goal else observation, self._info()
 
     def _act(self, action: str) -> Reply:
-        text, reward, done = self._play(action)
-        if done or self._turn + 1 >= self._max_turns:  # the server may have few sessions
+        text, reward, terminated, truncated = self._play(action)
+        if terminated or truncated or self._turn + 1 >= self._max_turns:  # the server may have few sessions
             self.close()
-        return text, reward, done, False, self._info()
+        return text, reward, terminated, truncated, self._info()
 
-    def _play(self, action: str) -> tuple[str, float, bool]:
-        """Return the observation as text, the reward, and whether the server has ended the episode."""
+    def _play(self, action: str) -> tuple[str, float, bool, bool]:
+        """Return what `step` does, but for ``info``."""
         sent: Any = {self._field: action}
         if self._field == "json":
             try:
@@ -111,16 +112,17 @@ class OpenEnvEnv(ForeignEnv):
             except (ValueError, RecursionError):
                 sent = None
             if not isinstance(sent, dict):
-                return "error: an action is a JSON object", 0.0, False
+                return "error: an action is a JSON object", 0.0, False, False
         result = self._ask("step", sent)
         if "refusal" in result:
-            return f"error: {result['refusal']}", 0.0, False
+            return f"error: {result['refusal']}", 0.0, False, False
         reward, done = float(result.get("reward") or 0.0), bool(result.get("done", False))
         if not math.isfinite(reward):
             raise EnvFault("openenv_error", f"step: the reward is {reward}")
         self._total += reward
-        self._won = done and reward > 0
-        return self._observe(result["observation"]), reward, done
+        won, is_cut = _read_verdict(result["observation"])
+        self._won = won if won is not None else done and reward > 0
+        return self._observe(result["observation"]), reward, done and not is_cut, done and is_cut
 
     def _info(self) -> dict[str, Any]:
         # Told at every step: any may be the last one, by a limit of the caller's.
@@ -150,6 +152,17 @@ class OpenEnvEnv(ForeignEnv):
         if "observation" not in found:
             raise EnvFault("openenv_error", f"{kind}: an answer without observation: {answer!r:.300}")
         return found
+
+
+def _read_verdict(seen: Any) -> tuple[bool | None, bool]:
+    """Return whether an observation of ``empg-jax serve-env`` is won, and truncated; else None and False."""
+    if not isinstance(seen, dict):
+        return None, False
+    info, truncated = seen.get("info"), seen.get("truncated")
+    # Both: elsewhere the one may be said of a long text.
+    if not isinstance(info, dict) or not isinstance(truncated, bool):
+        return None, False
+    return bool(info.get("won", False)), truncated
 
 
 def _find_reader(observe: str | None) -> Callable[[Any], str]:
