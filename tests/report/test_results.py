@@ -12,7 +12,7 @@ GUARDS = {"nonfinite": 0.0, "kl_exceeded": 0.0, "empty": 0.0}
 
 
 def test_trained_tokens_are_those_that_the_loss_covers():
-    """Means weigh steps by their tokens, the entropy by all that were sampled; loss and norm are of the steps."""
+    """Means weigh steps by their tokens, the entropy by all sampled ones; loss and norm are of the steps."""
     steps = [
         {
             "ratio": 1.0,
