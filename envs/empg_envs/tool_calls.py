@@ -81,7 +81,9 @@ def _read_call(said: str, start: int, names: Collection[str] | None) -> tuple[To
     arguments = value.get("arguments", value.get("parameters", {}))
     if not isinstance(arguments, dict) or (names is not None and value["name"] not in names):
         raise ValueError("no arguments, or another tool's")
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False)), _skip_space(said, end)
+    # Python reads and writes NaN and infinities, which JSON does not have.
+    written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return ToolCall(value["name"], written), _skip_space(said, end)
 
 
 def _skip_space(said: str, start: int) -> int:

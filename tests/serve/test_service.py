@@ -233,6 +233,13 @@ def test_a_tool_call_with_half_a_character_is_answered(is_streamed, service):
         assert json.loads(call["function"]["arguments"]) == {"a": "\ud800"}
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_tool_call_with_a_number_that_json_lacks_is_text(number, service):
+    text = f'<tool_call>{{"name": "add", "arguments": {{"a": {number}}}}}</tool_call>'
+    choice = call_tools(service, text, is_streamed=False).json()["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": text} and choice["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_control_tokens_are_in_the_text_where_they_are_asked_for(is_streamed, service):
     end, other = "<|end|>", "<|user|>"
