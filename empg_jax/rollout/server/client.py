@@ -223,7 +223,8 @@ class Client:
     async def _answer(self, number: int, ask: Ask) -> None:
         """Ask until there is an answer, and hand it over."""
         try:
-            self._results.put((number, await self._insist(ask)))
+            with self._patience.asking():
+                self._results.put((number, await self._insist(ask)))
         except Exception as error:
             self._results.put((number, error))
         finally:
@@ -286,9 +287,10 @@ class Client:
     # --------------------------------------------------------------------------------- publication
 
     async def _publish(self, wanted: _Published) -> None:
-        async with self._turn:
-            self._published = wanted
-            await self._load(wanted)
+        with self._patience.asking():
+            async with self._turn:
+                self._published = wanted
+                await self._load(wanted)
 
     async def _ready(self) -> int:
         """Wait until the server has the published weights; return the number of publications."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from empg_jax.rollout.server.answers import SamplerError
 from empg_jax.workers.faults import Tell, tell_nobody
@@ -11,6 +12,8 @@ from empg_jax.workers.faults import Tell, tell_nobody
 
 class Patience:
     """The clock of an outage, which begins with the first failure after a success.
+
+    It stands while nothing is asked of the server, as during the learner's update.
 
     Args:
       seconds: longest outage.
@@ -33,6 +36,19 @@ class Patience:
         self._tell, self._timer = tell, timer
         self._since: float | None = None
         self._first = ""  # reason of the outage: later ones may only be its consequences
+        self._open, self._stopped = 0, 0.0  # what is being asked; when nothing was any more
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """Let the clock run while something is asked of the server; several may be at one time."""
+        if not self._open and self._since is not None:
+            self._since += self._timer() - self._stopped
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self._stopped = self._timer()
 
     def succeed(self) -> None:
         """Note that the server did what it was asked."""

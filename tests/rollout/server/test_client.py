@@ -3,6 +3,7 @@
 import importlib
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -119,6 +120,24 @@ def test_a_server_that_stays_away_ends_the_run():
             collect(client, number)
 
 
+@pytest.mark.parametrize("has_failed", [True, False])
+def test_time_in_which_nothing_is_asked_counts_for_no_outage(has_failed):
+    """Between two collections the learner works, and nobody asks."""
+    server = StandIn()
+    with connected(server, patience=1.0) as client:
+        server.troubles = [500] * 3 if has_failed else [500, "hang"]
+        asked = client.ask(make_ask())
+        if has_failed:
+            assert isinstance(collect(client, asked), Failure)
+        else:
+            wait_until(lambda: len(server.bodies) == 2)
+            client.cancel(asked)
+        time.sleep(1.2)
+        server.troubles = [500]
+        client.publish(WEIGHTS, 3)
+        assert collect(client, client.ask(make_ask())).tokens.tolist() == [7, 2]
+
+
 def test_a_proxys_page_instead_of_an_answer_is_waited_out():
     server = StandIn()
     with connected(server) as client:
@@ -194,6 +213,21 @@ def test_patience_is_that_of_an_outage():
         patience.fail("c")
     assert told == [("sampler_failing", "a"), ("sampler_answers", 9.0), ("sampler_failing", "b")]
     assert [patience.wait(n) for n in (1, 2, 3, 4, 99)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+
+
+def test_patience_goes_on_where_it_stopped():
+    now = [0.0]
+    patience = Patience(10.0, backoff=0.5, backoff_max=3.0, timer=lambda: now[0])
+    with patience.asking():
+        patience.fail("a")
+        now[0] = 4.0
+    now[0] = 1000.0
+    with patience.asking(), patience.asking():
+        now[0] = 1006.0
+        patience.fail("b")
+        now[0] = 1006.5
+        with pytest.raises(SamplerError, match="nothing was sampled for 10 s"):
+            patience.fail("c")
 
 
 def test_what_is_missing_is_told(monkeypatch):
