@@ -3,14 +3,15 @@
 Beside OpenAI's fields a choice may have vLLM's ``token_ids`` and our own ``empg``, which no other wire
 carries. Both come with ``return_token_ids``, and always from ``/inference/v1/generate``::
 
-    "empg": {"version": 2, "entropies": [...], "versions": [...], "logprobs": [...],
+    "empg": {"version": 3, "process": "...", "entropies": [...], "versions": [...], "logprobs": [...],
              "sampling_logprobs": [...]}
 
 One number per token of ``token_ids``: the entropy of the whole distribution in nats and the log-probability
 of the token, both at the request's temperature (at 1 for greedy sampling), without any truncation; the
 version of the weights that sampled it; and the log-probability in the distribution that it was drawn from,
-which top-p, top-k and min-p have cut. ``version`` counts changes of this format. OpenAI's own ``logprobs``
-are those of the distribution that was drawn from, too: a trainer's ratios need them.
+which top-p, top-k and min-p have cut. ``version`` counts changes of this format. ``process`` is another one
+after a restart, which brings back the first weights. OpenAI's own ``logprobs`` are those of the distribution
+that was drawn from, too: a trainer's ratios need them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import numpy as np
 from empg_jax.engine.engine import Response
 from empg_jax.serve.text import TextPlaces
 
-STATISTICS_VERSION = 2
+STATISTICS_VERSION = 3
+PROCESS = secrets.token_hex(8)
 
 Body = dict[str, Any]
 Spell = Callable[[int], tuple[str, bytes | None]]  # a token's text, and its bytes where they are known
@@ -99,6 +101,7 @@ def describe_statistics(response: Response, start: int = 0) -> Body:
     full = response.logprobs if response.full_logprobs is None else response.full_logprobs
     return {
         "version": STATISTICS_VERSION,
+        "process": PROCESS,
         "entropies": as_floats(response.entropies[start:]),
         "versions": response.versions[start:].tolist(),
         "logprobs": as_floats(full[start:]),

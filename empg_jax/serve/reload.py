@@ -21,6 +21,7 @@ from empg_jax.hf.config import config_from_hf, read_hf_config
 from empg_jax.hf.hub import find_folder
 from empg_jax.hf.load import load_hf
 from empg_jax.models.decoder import DecoderConfig, init_params
+from empg_jax.serve.answers import PROCESS
 from empg_jax.serve.app import More
 from empg_jax.serve.driver import MEMORY_ERRORS, Driver, Weights, lacks_memory
 from empg_jax.serve.wire import ApiError, check_keys, refuse
@@ -60,7 +61,8 @@ def make_reload(engine: Engine, driver: Driver, *, has_key: bool) -> More:
             number = driver.version + 1 if version is None else version
             driver.publish(Weights(number, [params].pop))
         message = f"requests from now on are sampled from weights of version {number}"
-        return JSONResponse({"success": True, "message": message, "num_paused_requests": 0})
+        told = {"success": True, "message": message, "num_paused_requests": 0}
+        return JSONResponse(told | {"empg": {"process": PROCESS}})
 
     return More("POST", "/update_weights_from_disk", reload)
 

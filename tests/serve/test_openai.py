@@ -32,7 +32,8 @@ def test_a_chat_tells_tokens_with_their_statistics(client):
     tokens, statistics = choice.model_extra["token_ids"], choice.model_extra["empg"]
     assert answer.usage.completion_tokens == len(tokens) <= 6
     assert answer.usage.prompt_tokens == len(answer.model_extra["prompt_token_ids"]) == 5
-    assert statistics["version"] == 2 and statistics["versions"] == [0] * len(tokens)
+    assert statistics["version"] == 3 and statistics["versions"] == [0] * len(tokens)
+    assert len(statistics["process"]) == 16
     assert len(statistics["entropies"]) == len(tokens) and min(statistics["entropies"]) > 0.1
     assert [item.logprob for item in choice.logprobs.content] == statistics["logprobs"]
     assert max(statistics["logprobs"]) < 0

@@ -15,14 +15,15 @@ from empg_jax.engine.engine import Engine, EngineConfig, Response
 from empg_jax.hf.load import load_hf
 from empg_jax.parallel.mesh import make_mesh
 from empg_jax.serve import reload
+from empg_jax.serve.answers import PROCESS
 from empg_jax.serve.app import make_app
 from empg_jax.serve.driver import Driver, Job, Weights
 
 PATH = "/update_weights_from_disk"
 
 
-def publish(engine, driver, path):
-    """Publish a folder's weights by HTTP; return the status and the message."""
+def send(engine, driver, path):
+    """Publish a folder's weights by HTTP; return the status and the body."""
     route = reload.make_reload(engine, driver, has_key=True)
     reads = ("read_chat", "read_completion", "read_generate", "describe_models", "describe_model")
     service = SimpleNamespace(**dict.fromkeys(reads))
@@ -33,8 +34,13 @@ def publish(engine, driver, path):
             return await client.post(PATH, content=json.dumps({"model_path": str(path)}))
 
     answer = asyncio.run(post())
-    body = answer.json()
-    return answer.status_code, body["message"] if answer.status_code == 200 else body["error"]["message"]
+    return answer.status_code, answer.json()
+
+
+def publish(engine, driver, path):
+    """Publish a folder's weights by HTTP; return the status and the message."""
+    status, body = send(engine, driver, path)
+    return status, body["message"] if status == 200 else body["error"]["message"]
 
 
 class Tight:
@@ -69,7 +75,8 @@ def test_weights_are_read_beside_the_devices_of_the_engine(talker):
     engine = Engine(model, sizes, seed=0, mesh=mesh)
     published = []
     driver = SimpleNamespace(version=0, publish=published.append)
-    assert publish(engine, driver, talker)[0] == 200
+    status, told = send(engine, driver, talker)
+    assert status == 200 and told["empg"] == {"process": PROCESS}
     read = published[0].read()
     held = {device for leaf in jax.tree.leaves(read) for device in leaf.devices()}
     assert held == {jax.devices("cpu")[0]} and not held & set(mesh.devices.flat)

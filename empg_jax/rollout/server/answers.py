@@ -55,6 +55,7 @@ class Sampled:
       finish_reason: ``stop`` or ``length``, or what else the server says.
       entropies: float32[R]; None where the server tells none.
       version: of the weights, as the server tells it; None where it tells none.
+      process: of the server, as it tells it; another one after a restart. None where it tells none.
       cached: prompt tokens that it did not prefill, as far as it tells.
     """
 
@@ -63,6 +64,7 @@ class Sampled:
     finish_reason: str
     entropies: np.ndarray | None = None
     version: str | None = None
+    process: str | None = None
     cached: int = 0
 
 

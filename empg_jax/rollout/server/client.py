@@ -2,8 +2,8 @@
 
 An event loop in a thread of its own does the waiting. The rollout thread hands requests over, and takes what
 has ended. Weights are published between requests: a response that began before a publication ended, or that
-tells another version than the published one, is thrown away and asked for again. Where the server was away it
-may have been started anew, so the weights are published again before anything else is asked.
+tells another version or process than the published one, is thrown away and asked for again. Where the server
+was away it may have been started anew, so the weights are published again before anything else is asked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from empg_jax.rollout.server.answers import Ask, BadAnswer, Failure, Sampled, SamplerError, check_answer
 from empg_jax.rollout.server.patience import Patience
-from empg_jax.rollout.server.wires import Model, Wire, find_wire
+from empg_jax.rollout.server.wires import Model, Wire, find_wire, read_process
 
 if TYPE_CHECKING:
     import httpx
@@ -88,6 +88,7 @@ class Client:
         self._http: httpx.AsyncClient
         self._turn: asyncio.Lock  # held while weights are published
         self._published: _Published | None = None
+        self._process: str | None = None  # that loaded the published weights
         self._epoch = 0  # publications so far
         self._is_lost = False  # whether the server may have other weights
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -276,12 +277,14 @@ class Client:
 
     def _check_version(self, sampled: Sampled) -> None:
         wanted = self._published
-        if wanted is None or sampled.version in (None, wanted.version):
+        if wanted is None:
+            return
+        if sampled.version in (None, wanted.version) and sampled.process == self._process:
             return
         self._is_lost = True
         raise BadAnswer(
-            f"a response of version {sampled.version}, but {wanted.version} was published: the server was "
-            "started anew, or another program publishes to it"
+            f"a response of other weights than the published ones (version {sampled.version}, published "
+            f"{wanted.version}): the server was started anew, or another program publishes to it"
         )
 
     # --------------------------------------------------------------------------------- publication
@@ -306,7 +309,9 @@ class Client:
         while True:
             try:
                 for path, body in self.wire.reload(wanted.folder, wanted.version):
-                    self._check_done(path, await self._send("POST", path, body, self._timeout))
+                    answer = await self._send("POST", path, body, self._timeout)
+                    self._check_done(path, answer)
+                    self._process = read_process(answer)
                 self._is_lost = False
                 return
             except (_Unavailable, BadAnswer) as error:

@@ -6,8 +6,8 @@ Pure functions from and to JSON. A server names its kind in ``GET /v1/models`` (
   weights by ``/collective_rpc`` with ``reload_weights``, which exists with ``VLLM_SERVER_DEV_MODE=1``.
 * ``sglang``: its own ``/generate`` with ``input_ids``, because its completions tell no token ids; weights by
   ``/update_weights_from_disk``.
-* ``empg-jax``: our ``/v1/completions``, whose field ``empg`` tells entropies and versions and takes the
-  numbers of the sampling keys; weights by the route of SGLang's name.
+* ``empg-jax``: our ``/v1/completions``, whose field ``empg`` tells entropies, versions and the process and
+  takes the numbers of the sampling keys; weights by the route of SGLang's name.
 """
 
 from __future__ import annotations
@@ -154,8 +154,17 @@ def _read_own(body: Any) -> Sampled:
     if len(versions) != 1:
         raise BadAnswer(f"a response of the versions {sorted(versions)}, where one was expected")
     return dataclasses.replace(
-        sampled, entropies=_numbers(_get(told, "entropies")), version=str(versions.pop())
+        sampled,
+        entropies=_numbers(_get(told, "entropies")),
+        version=str(versions.pop()),
+        process=read_process(choice),
     )
+
+
+def read_process(body: Any) -> str | None:
+    """Return the server's process, as our own tells it in a choice and with weights that are loaded."""
+    told = body.get("empg") if isinstance(body, Mapping) else None
+    return told.get("process") if isinstance(told, Mapping) else None
 
 
 def _reload_own(folder: str, version: str) -> Sequence[tuple[str, Body]]:

@@ -21,6 +21,7 @@ class StandIn:
     Attributes:
       kind: which server it is.
       version: of the weights that it has; those that it starts with are version 0.
+      process: counts its starts.
       loads: the folders and versions that were published to it.
       bodies: the requests for responses.
       troubles: what becomes of the next requests for responses, in order: a status, an exception, a body,
@@ -29,11 +30,18 @@ class StandIn:
     """
 
     def __init__(self, kind="empg-jax"):
-        self.kind, self.version = kind, 0
+        self.kind, self.version, self.process = kind, 0, 1
         self.loads, self.bodies, self.troubles = [], [], []
         self.is_away = False
         self.pages = 0
         self.lists = 0
+
+    def start_anew(self):
+        """Start again, with its first weights, while nobody looks."""
+        self.version, self.process = 0, self.process + 1
+
+    def about(self):
+        return {"empg": {"process": str(self.process)}} if self.kind == "empg-jax" else {}
 
     async def handle(self, request):
         if self.is_away:
@@ -49,7 +57,7 @@ class StandIn:
         if request.url.path == "/update_weights_from_disk":
             self.loads.append((body["model_path"], body["weight_version"]))
             self.version = int(body["weight_version"])
-            return httpx.Response(200, json={"success": True})
+            return httpx.Response(200, json={"success": True, **self.about()})
         if request.url.path == "/collective_rpc":
             self.loads.append((body["kwargs"]["weights_path"], ""))
             return httpx.Response(200, json={"results": [None]})
@@ -79,7 +87,8 @@ class StandIn:
         }
         if self.kind == "empg-jax":
             numbers = [0.25] * len(tokens)
-            choice["empg"] = {"versions": [self.version] * len(tokens), "entropies": numbers}
+            choice |= self.about()
+            choice["empg"] |= {"versions": [self.version] * len(tokens), "entropies": numbers}
         return {"choices": [choice], "usage": {"prompt_tokens_details": {"cached_tokens": 1}}}
 
 

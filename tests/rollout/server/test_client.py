@@ -65,14 +65,25 @@ def test_a_server_that_was_away_gets_the_weights_again():
     assert server.loads == [(str(WEIGHTS), "")] * 2
 
 
+@pytest.mark.parametrize("version", [3, 0])
+def test_a_server_that_started_anew_unnoticed_gets_the_weights_again(version):
+    """Those that it starts with are version 0, as are a run's first ones."""
+    server = StandIn()
+    with connected(server) as client:
+        client.publish(WEIGHTS, version)
+        server.start_anew()
+        assert collect(client, client.ask(make_ask())).version == str(version)
+        assert server.loads == [(str(WEIGHTS), str(version))] * 2
+        assert len(server.bodies) == 2
+
+
 def test_a_server_with_other_weights_than_published_gets_them_again():
     server = StandIn()
     with connected(server) as client:
         client.publish(WEIGHTS, 3)
-        server.version = 0  # started anew, and unnoticed so far
+        server.version = 4  # another program's
         assert collect(client, client.ask(make_ask())).version == "3"
         assert server.loads == [(str(WEIGHTS), "3")] * 2
-        assert len(server.bodies) == 2
 
 
 def test_a_response_that_began_before_a_publication_is_asked_for_again():

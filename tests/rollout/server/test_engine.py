@@ -137,7 +137,7 @@ def test_a_stop_string_ends_a_response(params, tmp_path):
                     **server.answer(body)["choices"][0],
                     "token_ids": [8, 9, 10],
                     "logprobs": {"tokens": [], "token_logprobs": [-0.5, -0.25, -0.125]},
-                    "empg": {"versions": [1, 1, 1], "entropies": [0.5, 0.25, 0.125]},
+                    "empg": {"process": "1", "versions": [1, 1, 1], "entropies": [0.5, 0.25, 0.125]},
                 }
             ]
         }

@@ -76,7 +76,8 @@ OWN = {
             **VLLM["choices"][0],
             "logprobs": {**VLLM["choices"][0]["logprobs"], "tokens": [" go", " to", "<|end|>"]},
             "empg": {
-                "version": 2,
+                "version": 3,
+                "process": "a1",
                 "entropies": [0.5, 1.0, 0.25],
                 "versions": [7, 7, 7],
                 "logprobs": [-0.3, -1.6, -0.2],
@@ -99,6 +100,7 @@ def test_answers_are_read(kind, body):
     assert sampled.logprobs.tolist() == [-0.25, -1.5, -0.125] and sampled.logprobs.dtype == np.float32
     assert (sampled.finish_reason, sampled.cached) == ("stop", 2)
     assert sampled.version == (None if kind == "vllm" else "7")
+    assert sampled.process == ("a1" if kind == "empg-jax" else None)
     assert (sampled.entropies is None) == (kind != "empg-jax")
     check_answer(sampled, ASK, 32)
 
