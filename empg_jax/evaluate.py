@@ -17,6 +17,7 @@ from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.context import make_context
 from empg_jax.rollout.endpoint import Endpoint, EndpointEngine, MessageRenderer
 from empg_jax.rollout.evaluator import Evaluation, EvaluationError, Evaluator
+from empg_jax.rollout.parsing import ThoughtfulParser
 from empg_jax.run.announcing import say_once
 from empg_jax.run.assembly import make_prompts
 from empg_jax.run.attempts import Attempts, identify
@@ -93,8 +94,9 @@ def evaluate_endpoint(
     """Evaluate the policy behind a server that speaks OpenAI's chat completions.
 
     The environment's prompts go there as messages; the server's template makes tokens of them. Otherwise as
-    `evaluate_run`, with ``model``, the name there, and without a step. Entropies are told where the server is
-    one of ``empg-jax serve``.
+    `evaluate_run`, with ``model``, the name there, and without a step. Where the server is one of
+    ``empg-jax serve``, entropies are told, and a thought that the prompt opened and nothing ended is an
+    invalid action; of another server's responses nobody here knows that they begin inside a thought.
 
     Args:
       url: the server's address.
@@ -117,6 +119,7 @@ def evaluate_endpoint(
         url, model=model, key=key, sampling=_sampling(config), timeout=config.rollout.episode_timeout
     )
     prompts, parser = make_prompts(config, spec)
+    parser = ThoughtfulParser(parser, lambda: endpoint.opens_thought)
     renderer = cast(ChatRenderer, MessageRenderer())
     slots = config.rollout.slots or config.rollout.tasks_per_update * config.rollout.group_size
     with (

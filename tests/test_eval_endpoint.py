@@ -126,6 +126,20 @@ def test_a_server_that_tells_only_texts_is_evaluated(tmp_path):
     assert sum(len(record["turns"]) for record in records) == len(fake.bodies)
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_thought_that_the_servers_prompt_opened_has_no_action(is_told):
+    more = {"empg": {"opens_thought": True}} if is_told else {}
+    asked = [*ASKED, *SETTINGS, "--tasks", "1", "--attempts", "1", "sft.updates=0", "env.parser=tags"]
+    for text, is_valid in (
+        ("Maybe <action>go to desk 1</action>, but", not is_told),
+        ("Maybe.</think><action>go to desk 1</action>", True),
+    ):
+        with faking(lambda number, body, text=text: said(text, **more)) as fake:
+            code, out, err = call("eval", fake.url, *asked)
+        assert code == 0, err
+        assert json.loads(out)["eval_invalid_actions"] == (0 if is_valid else 1)
+
+
 def test_a_split_that_does_not_exist_makes_no_folder(tmp_path):
     with faking(by_seed) as fake:
         given = [*ASKED, *SETTINGS, "--split", "nosplit", "--out", tmp_path / "new"]

@@ -79,6 +79,7 @@ class Endpoint:
 
     Attributes:
       model: the model's name there.
+      opens_thought: whether an answer told that prompts open a thought there, whose tag no text has.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Endpoint:
         self._key, self._sampling, self._timeout = key, dict(sampling), timeout
         self._closed = threading.Event()
         self._asks_for_tokens = self._tells_stops = True
+        self.opens_thought = False
         self.model = model or self._only_model()
 
     def ask(self, messages: Sequence[Message], seed: int) -> Answer:
@@ -122,6 +124,8 @@ class Endpoint:
             if "stop" in body and _hides_stop(found["choices"][0]):
                 self._tells_stops = False
                 return self.ask(messages, seed)
+            if (found["choices"][0].get("empg") or {}).get("opens_thought"):
+                self.opens_thought = True
             return read_answer(found, stops)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise EndpointError(

@@ -1,7 +1,7 @@
 """Answers of the wire: JSON bodies of finished responses, and chunks of those in progress.
 
 Beside OpenAI's fields a choice may have vLLM's ``token_ids`` and our own ``empg``, which no other wire
-carries. Both come with ``return_token_ids``, and always from ``/inference/v1/generate``::
+carries. They come with ``return_token_ids``, and always from ``/inference/v1/generate``::
 
     "empg": {"version": 3, "process": "...", "entropies": [...], "versions": [...], "logprobs": [...],
              "sampling_logprobs": [...]}
@@ -12,6 +12,9 @@ version of the weights that sampled it; and the log-probability in the distribut
 which top-p, top-k and min-p have cut. ``version`` counts changes of this format. ``process`` is another one
 after a restart, which brings back the first weights. OpenAI's own ``logprobs`` are those of the distribution
 that was drawn from, too: a trainer's ratios need them.
+
+A chat whose prompt ends with the tag that opens a thought has ``"opens_thought": true`` in ``empg``, whatever
+was asked for: the text lacks that tag, and without an end of the thought it is no answer.
 """
 
 from __future__ import annotations
@@ -70,6 +73,7 @@ class Detail:
 
     has_logprobs: bool
     has_tokens: bool
+    opens_thought: bool
 
 
 def describe_tokens(
@@ -93,6 +97,8 @@ def describe_tokens(
         )
     if detail.has_tokens:
         fields |= {"token_ids": tokens, "empg": describe_statistics(response, start)}
+    if detail.opens_thought and not start:
+        fields["empg"] = fields.get("empg", {}) | {"opens_thought": True}
     return fields
 
 

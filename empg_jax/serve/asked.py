@@ -56,7 +56,7 @@ class Asked:
     @property
     def detail(self) -> Detail:
         """What the choices list beside their text."""
-        return Detail(self.sampling.has_logprobs, self.has_tokens)
+        return Detail(self.sampling.has_logprobs, self.has_tokens, self.has_open_thought)
 
     def describe_stop(self, response: Response) -> Body:
         """Return vLLM's ``stop_reason``, the stop string or token that was met, to a request that has any."""

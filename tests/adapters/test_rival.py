@@ -24,7 +24,7 @@ def choose_first(messages):
 
 
 @contextlib.contextmanager
-def rival(say, status=200):
+def rival(say, status=200, **more):
     """The address of a server, and the bodies and tokens that it gets."""
     asked = []
 
@@ -36,7 +36,9 @@ def rival(say, status=200):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append({**body, "token": self.headers.get("Authorization"), "path": self.path})
             message = {"role": "assistant", "content": say(body["messages"])}
-            self.send({"choices": [{"message": message}]} if status == 200 else {"error": "no"}, status)
+            self.send(
+                {"choices": [{"message": message, **more}]} if status == 200 else {"error": "no"}, status
+            )
 
         def send(self, body, status=200):
             text = json.dumps(body).encode()
@@ -94,6 +96,21 @@ def test_the_opponent_has_a_conversation_of_its_own(monkeypatch):
         assert "[Player 0] [0]" in replies[0][0] and "I see" not in replies[0][0]
         play(env, ["[4]"], index=1)
         assert asked[3]["messages"] == first["messages"] and asked[3]["seed"] == first["seed"]
+
+
+def test_a_thought_that_the_opponents_prompt_opened_has_no_move():
+    with rival(choose_first, empg={"opens_thought": True}) as (url, _):
+        *_, end = play(make(url), ["[4]"], index=0)
+        assert end[1:3] == (1.0, True)  # it made no move, twice
+
+
+def test_behind_such_a_thought_the_opponent_moves():
+    def think(messages):
+        return f"Or <action>[4]</action>.</think>{choose_first(messages)}"
+
+    with rival(think, empg={"opens_thought": True}) as (url, asked):
+        (_, reply) = play(make(url), ["[4]"], index=0)
+        assert not reply[2] and len(asked) == 1
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -184,6 +184,17 @@ def test_an_answer_within_the_thought_that_the_prompt_opens_makes_no_call(is_str
         assert choice["finish_reason"] == ("tool_calls" if is_made else "stop")
 
 
+@pytest.mark.parametrize("has_tokens", [False, True])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_thought_that_the_prompt_opens_is_told(is_streamed, has_tokens, service):
+    for ending, told in (("<think>\n", True), ("", None)):
+        answer = call_tools(service, "So", is_streamed, ending=ending, return_token_ids=has_tokens)
+        fields = {}
+        for choice in read_choices(answer):
+            fields = choice.get("empg", {}) | fields
+        assert fields.get("opens_thought") is told and ("entropies" in fields) == has_tokens
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 @pytest.mark.parametrize(("is_parallel", "count"), [(True, 2), (None, 2), (False, 1)])
 def test_a_request_without_parallel_calls_gets_the_first(is_parallel, count, is_streamed, service):

@@ -12,17 +12,19 @@ import random
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from empg_envs.adapters.messages import take_new
 from empg_envs.base import ActionParser, EnvFault, Message, PromptBuilder
 from empg_envs.guided import GuidedPrompts
-from empg_envs.parsers import WholeParser, ask_for, make_parser
+from empg_envs.parsers import OpenThought, WholeParser, ask_for, make_parser
 
 API_KEY = "EMPG_API_KEY"  # the variable with the bearer token; workers.pass_env hands it on
 MAX_BYTES = 8 << 20
 SHOWN = 300  # characters of a server's refusal that a message repeats
+
+T = TypeVar("T")
 
 
 class Rival:
@@ -77,19 +79,19 @@ class Rival:
             self._game, self._messages = game, self._prompts.start(observation, {})
         else:
             self._messages.append({"role": "user", "content": self._prompts.follow(observation, {})})
-        said = self._ask(dice.getrandbits(31))
+        said, opens_thought = self._ask(dice.getrandbits(31))
         self._messages.append({"role": "assistant", "content": said})
-        return self._parse(said, {}).action
+        parse = OpenThought(self._parse) if opens_thought else self._parse
+        return parse(said, {}).action
 
-    def _ask(self, seed: int) -> str:
+    def _ask(self, seed: int) -> tuple[str, bool]:
+        """Return the answer, and whether the server tells that the prompt opened a thought (ours does)."""
         if self._model is None:
             self._model = self._read("/models", None, lambda found: str(found["data"][0]["id"]))
         body = {"model": self._model, "messages": self._messages, "seed": seed, **self._sampling}
-        return self._read(
-            "/chat/completions", body, lambda found: str(found["choices"][0]["message"]["content"] or "")
-        )
+        return self._read("/chat/completions", body, _read_choice)
 
-    def _read(self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], str]) -> str:
+    def _read(self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T]) -> T:
         """Send a request, and return what ``read`` finds in the answer."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(API_KEY):
@@ -110,3 +112,8 @@ class Rival:
             raise EnvFault(
                 "opponent_unreachable", f"{self._url}{path}: {type(error).__name__}: {error}"
             ) from None
+
+
+def _read_choice(found: Any) -> tuple[str, bool]:
+    choice = found["choices"][0]
+    return str(choice["message"]["content"] or ""), "opens_thought" in (choice.get("empg") or ())
