@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import collections
 import gzip
+import itertools
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,8 +174,9 @@ def _mean(values: np.ndarray) -> float | None:
 def read_episodes(path: Path, *, needs_entropy: bool = True) -> list[Record]:
     """Read and check the records of a ``.jsonl`` or ``.jsonl.gz`` file.
 
-    Missing groups and members are filled in: episodes of one task of a split form one group (without a task,
-    all episodes of the split do), and members are numbered in the order of the file.
+    Missing groups and members are filled in: the episodes without a group of one task of a split form a group
+    of their own (without a task, all those of the split do), and members without a number take the smallest
+    free ones of their group, in the order of the file.
 
     Args:
       path: the file.
@@ -187,7 +190,7 @@ def read_episodes(path: Path, *, needs_entropy: bool = True) -> list[Record]:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError(f"{where}: not JSON ({error})") from None
         check_episode(record, where, needs_entropy=needs_entropy)
         found.append((where, record))
@@ -199,27 +202,32 @@ def read_episodes(path: Path, *, needs_entropy: bool = True) -> list[Record]:
 
 def _fill_places(found: Sequence[tuple[str, Record]]) -> None:
     """Fill in groups and members, so that everything after it may rely on them."""
-    groups: dict[tuple[str, int], int] = {}
     records = [record for _, record in found]
+    used = {record["group_id"] for record in records if "group_id" in record}
     fresh = 1 + max(max(record.get("group_id", 0), record.get("task", 0)) for record in records)
+    groups: dict[tuple[str, int], int] = {}
     for record in records:
         if "group_id" in record:
             continue
         task = record.get("task", 0)
         key = (record.get("split", "train"), task)
         if key not in groups:  # the first split keeps the numbers of its tasks
-            groups[key] = fresh if task in groups.values() else task
+            groups[key] = fresh if task in used else task
+            used.add(groups[key])
             fresh += groups[key] == fresh
         record["group_id"] = groups[key]
     taken: set[tuple[int, int]] = set()
-    sizes: collections.Counter[int] = collections.Counter()
     for where, record in found:
-        group = record["group_id"]
-        place = (group, record.setdefault("member", sizes[group]))
-        sizes[group] += 1
-        if place in taken:
-            raise RecordError(f"{where}: member {place[1]} of group {place[0]} occurs twice")
-        taken.add(place)
+        if "member" in record:
+            place = (record["group_id"], record["member"])
+            if place in taken:
+                raise RecordError(f"{where}: member {place[1]} of group {place[0]} occurs twice")
+            taken.add(place)
+    free: collections.defaultdict[int, Iterator[int]] = collections.defaultdict(itertools.count)
+    for record in records:
+        if "member" not in record:
+            group = record["group_id"]
+            record["member"] = next(number for number in free[group] if (group, number) not in taken)
 
 
 def make_trajectory(record: Record, *, is_transcript: bool) -> Trajectory:
@@ -294,5 +302,5 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, line
     except FileNotFoundError:
         raise RecordError(f"{path}: no such file") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: cannot be read ({error})") from None

@@ -176,7 +176,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ChatDataError(f"{where}.arguments is not JSON: {error}") from None
     if not isinstance(arguments, dict):
         raise ChatDataError(f"{where}.arguments is a {type(arguments).__name__}, not an object")
@@ -220,3 +220,5 @@ def _load_json(line: bytes) -> Mapping[str, Any]:
                 "(jq -c '.[]' FILE writes that)"
             ) from None
         raise ChatDataError(f"is not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ChatDataError(f"is not JSON that can be read: {error}") from None

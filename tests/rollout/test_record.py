@@ -165,7 +165,7 @@ def without(name):
     ],
 )
 def test_bad_records_are_named_by_line_and_field(tmp_path, record, says):
-    path = write(tmp_path, {"turns": [TURN]}, record)
+    path = write(tmp_path, {"turns": [TURN], "group_id": 0, "member": 0}, record)
     with pytest.raises(RecordError, match=says) as caught:
         read_episodes(path)
     assert str(caught.value).startswith(f"{path}, line 2")
@@ -173,7 +173,12 @@ def test_bad_records_are_named_by_line_and_field(tmp_path, record, says):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "no episodes"), (b'{"turns": [\n', "line 1: not JSON"), (b"\xff\xfe\n", "cannot be read")],
+    [
+        (b"", "no episodes"),
+        (b'{"turns": [\n', "line 1: not JSON"),
+        (b"[" * 100_000, "line 1: not JSON"),
+        (b"\xff\xfe\n", "cannot be read"),
+    ],
 )
 def test_files_that_hold_no_records(tmp_path, content, says):
     path = tmp_path / "episodes.jsonl"
@@ -186,9 +191,11 @@ def test_a_missing_and_a_damaged_file(tmp_path):
     with pytest.raises(RecordError, match="no such file"):
         read_episodes(tmp_path / "none.jsonl")
     path = write(tmp_path, *[{"turns": [TURN]}] * 50, name="cut.jsonl.gz")
-    path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(RecordError, match=r"cut\.jsonl\.gz: cannot be read"):
-        read_episodes(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-12], whole[:12] + b"\xff" * 20 + whole[32:]):  # cut; other bytes in its middle
+        path.write_bytes(damaged)
+        with pytest.raises(RecordError, match=r"cut\.jsonl\.gz: cannot be read"):
+            read_episodes(path)
 
 
 def test_tasks_of_one_number_in_two_splits_are_two_groups(tmp_path):
@@ -196,6 +203,20 @@ def test_tasks_of_one_number_in_two_splits_are_two_groups(tmp_path):
     records = [{"turns": [TURN], "split": split, "task": task} for split, task in places]
     found = read_episodes(write(tmp_path, *records))
     assert [(r["group_id"], r["member"]) for r in found] == [(0, 0), (2, 0), (1, 0), (2, 1), (3, 0), (0, 1)]
+
+
+def test_records_without_a_number_take_free_ones(tmp_path):
+    """A group that is given holds no others; a member that is given keeps its number."""
+    given = [
+        {"group_id": 0, "task": 7, "member": 1},
+        {"task": 0},
+        {"group_id": 0, "task": 7},
+        {"group_id": 0, "task": 7},
+        {"task": 0, "member": 0},
+        {"task": 3},
+    ]
+    found = read_episodes(write(tmp_path, *[record | {"turns": [TURN]} for record in given]))
+    assert [(r["group_id"], r["member"]) for r in found] == [(0, 1), (8, 1), (0, 0), (0, 2), (8, 0), (3, 0)]
 
 
 def test_a_number_too_large_for_float32_is_none():

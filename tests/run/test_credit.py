@@ -95,6 +95,12 @@ def test_the_order_of_the_file_is_kept_and_changes_nothing(tmp_path):
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+def test_a_record_without_a_group_is_not_compared_with_a_given_one(tmp_path):
+    records = [{"group_id": 0, "task": 7, "turns": [TURN | {"reward": 1.0}]}, {"task": 0, "turns": [TURN]}]
+    found = credit("quickstart", write(tmp_path / "e.jsonl", records), *PLAIN)
+    assert [r["group_id"] for r in found] == [0, 8] and column(found, "advantage").tolist() == [0.0, 0.0]
+
+
 def test_out_takes_the_records(tmp_path):
     path = write(tmp_path / "e.jsonl", [{"turns": [TURN]}, {"turns": [TURN]}])
     result = call("quickstart", path, "--out", tmp_path / "credited.jsonl.gz")

@@ -163,14 +163,18 @@ def test_what_is_no_conversation_is_named(record, message):
 def test_a_file_is_read_line_by_line_and_goes_on_after_a_bad_one(tmp_path):
     good = json.dumps({"messages": [USER, ANSWER]}).encode()
     path = tmp_path / "chat.jsonl"
-    path.write_bytes(b"\n".join([good, b"", b"{'messages'", b"\xff\xfe", b"  ", b"[", good + b"\r"]))
+    deep, long = b'{"messages":' + b"[" * 100_000, b"1" * 5000
+    bad = [b"", b"{'messages'", b"\xff\xfe", b"  ", b"[", deep, long]
+    path.write_bytes(b"\n".join([good, *bad, good + b"\r"]))
     found = list(read_chat_file(path))
-    assert [number for number, _ in found] == [1, 3, 4, 6, 7]
-    assert found[0][1] == found[4][1]
-    problems = [str(item) for _, item in found[1:4]]
+    assert [number for number, _ in found] == [1, 3, 4, 6, 7, 8, 9]
+    assert found[0][1] == found[6][1]
+    problems = [str(item) for _, item in found[1:6]]
     assert problems[0].startswith("is not JSON: Expecting property name") and "column 2" in problems[0]
     assert problems[1] == "is not UTF-8 text (byte 0)"
     assert "opens a JSON array that goes on over lines" in problems[2]
+    assert problems[3].startswith("is not JSON that can be read: maximum recursion depth")
+    assert problems[4].startswith("is not JSON that can be read: Exceeds the limit")
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
