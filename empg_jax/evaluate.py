@@ -17,7 +17,7 @@ from empg_jax.rollout.collector import Collector
 from empg_jax.rollout.context import make_context
 from empg_jax.rollout.endpoint import Endpoint, EndpointEngine, MessageRenderer
 from empg_jax.rollout.evaluator import Evaluation, EvaluationError, Evaluator
-from empg_jax.rollout.parsing import ThoughtfulParser
+from empg_jax.rollout.thoughts import ThoughtfulParser
 from empg_jax.run.announcing import say_once
 from empg_jax.run.assembly import make_prompts
 from empg_jax.run.attempts import Attempts, identify

@@ -17,7 +17,7 @@ from empg_jax.engine.interface import SamplingEngine
 from empg_jax.errors import RunError
 from empg_jax.rollout.context import EpisodeContext, PromptDelta
 from empg_jax.rollout.episode import Attempt, Episode, EpisodeRules
-from empg_jax.rollout.parsing import ParserFault
+from empg_jax.rollout.own_code import CodeFault, ParserFault, PromptFault
 from empg_jax.rollout.schedule import Round, ScheduleError
 from empg_jax.text.template import ChatTemplateError
 from empg_jax.types import Trajectory
@@ -30,8 +30,8 @@ GATHER_SECONDS = 0.001
 BURST_SECONDS = 1.0
 # A retried attempt samples with other keys than the lost one, or it would repeat the same actions.
 RETRY_STRIDE = 1 << 16
-# Tasks whose first prompts are too long before any fits, or whose prompts the template refuses or at whose
-# responses the parser raises before any episode ends, at which training stops to try further ones.
+# Tasks whose first prompts are too long before any fits, or at which the template refuses, or prompt builder
+# or parser raises, before any episode ends: training then stops to try further ones.
 MAX_UNFIT = 64
 
 
@@ -59,8 +59,8 @@ class Collector:
       make_watch: makes what ends a response besides its tokens, one for each (see `Engine.submit`).
       has_deadlines: responses have deadlines of their own, so that no episode ages while one is sampled.
       num_tasks: tasks that it may be given. Where no first prompt fits, or the chat template refuses a
-        prompt of every task, or the parser raises at every task, that is an error, found after `MAX_UNFIT`
-        tasks at the latest; None: every attempt at such a task is discarded, however many there are.
+        prompt of every task, or prompt builder or parser raises at every task, that is an error, found after
+        `MAX_UNFIT` tasks at the latest; None: every attempt at such a task is discarded, however many.
       look_at: called with group, observation and info of every answer.
       timer: a monotonic clock, in seconds.
 
@@ -100,7 +100,7 @@ class Collector:
         self._has_fit = False  # whether a prompt has left room for a response
         self._unfit: dict[int, int] = {}  # length of the first prompt by task, for those that do not fit
         self._refused: set[int] = set()  # tasks whose prompts the template refused since an episode ended
-        self._unparsed: set[int] = set()  # likewise, tasks at whose responses the parser raised
+        self._faulty: set[int] = set()  # likewise, tasks at which the prompt builder or the parser raised
         self.check: Callable[[], None] = lambda: None
         self.served = self.aged = 0.0
         self.answered: list[int] = []
@@ -259,7 +259,7 @@ class Collector:
         if isinstance(step, Trajectory):
             if step.outcome.is_trained:
                 self._refused.clear()
-                self._unparsed.clear()
+                self._faulty.clear()
             attempt = episode.attempt
             self._free_slot(slot)
             yield attempt, step
@@ -282,6 +282,8 @@ class Collector:
             )
         except ChatTemplateError as error:
             return self._end_refused(episode, str(error))
+        except PromptFault as fault:
+            return self._end_unplayed(episode, fault.reason, self._tell_fault(episode, fault))
 
     def _end_unfit(self, episode: Episode, length: int) -> Trajectory:
         """Discard an attempt whose first prompt is too long."""
@@ -308,17 +310,18 @@ class Collector:
             )
         return self._end_unplayed(episode, "prompt_refused", detail)
 
-    def _end_unparsed(self, episode: Episode, detail: str) -> Trajectory:
-        """Discard an attempt at whose response the parser raised: the policy is not the cause."""
-        split = episode.attempt.split
-        self.pool.tell("parser_error", detail=detail)
-        self._unparsed.add(episode.attempt.task)
-        if self._are_all(len(self._unparsed)):
-            raise ParserFault(
-                f"{detail}; so it was with {len(self._unparsed)} tasks of env.split={split}, and no episode "
-                "has ended meanwhile: a parser must take any text"
+    def _tell_fault(self, episode: Episode, fault: CodeFault) -> str:
+        """Tell of an attempt at which prompt builder or parser raised: the policy is not the cause."""
+        split, task = episode.attempt.split, episode.attempt.task
+        detail = f"{fault} (task {split}/{task})"
+        self.pool.tell(fault.reason, detail=detail)
+        self._faulty.add(task)
+        if self._are_all(len(self._faulty)):
+            raise type(fault)(
+                f"{detail}; so it was with {len(self._faulty)} tasks of env.split={split}, and no episode "
+                f"has ended meanwhile: {fault.duty}"
             )
-        return episode.on_failure("parser_error", detail)
+        return detail
 
     def _are_all(self, num_tasks: int) -> bool:
         return self._num_tasks is not None and num_tasks >= min(self._num_tasks, MAX_UNFIT)
@@ -347,8 +350,8 @@ class Collector:
         text = self._decode(response.tokens.tolist()) if response.text is None else response.text
         try:
             action = episode.on_response(response, text)
-        except ParserFault as error:
-            self._lose(slot, self._end_unparsed(episode, str(error)))
+        except ParserFault as fault:
+            self._lose(slot, episode.on_failure(fault.reason, self._tell_fault(episode, fault)))
             return
         self.pool.step(self._first_handle + slot, action)
         self._waiting.add(slot)

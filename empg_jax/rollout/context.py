@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from empg_envs.answers import describe
 from empg_envs.base import PromptBuilder
 from empg_envs.tool_calls import check_tools, declares_tools, describe_tools
 from empg_jax.errors import RunError
+from empg_jax.rollout.own_code import CheckedPrompts
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.template import Message
 
@@ -42,8 +42,8 @@ class PromptDelta:
 class EpisodeContext(Protocol):
     """The conversation of one episode. Call `start` once, then `follow` after every response.
 
-    Both raise `ChatTemplateError` where the chat template refuses the conversation, and `RunError` where a
-    prompt builder returns no messages or no text.
+    Both raise `ChatTemplateError` where the chat template refuses the conversation, `PromptFault` where a
+    prompt builder raises, and `RunError` where it returns no messages or no text.
     """
 
     def start(self, observation: str, info: Info) -> PromptDelta:
@@ -89,12 +89,13 @@ def make_context(
     Raises:
       ValueError: for an unknown kind or a negative history.
     """
+    checked = CheckedPrompts(prompts)
     if kind == "transcript":
-        return lambda: _Transcript(prompts, renderer)
+        return lambda: _Transcript(checked, renderer)
     if kind == "window":
         if history < 0:
             raise ValueError(f"env.history={history}: a window needs a history of 0 or more turns")
-        return lambda: _Window(prompts, renderer, history)
+        return lambda: _Window(checked, renderer, history)
     raise ValueError(f"env.context={kind!r} is unknown: use 'transcript' or 'window'")
 
 
@@ -140,41 +141,6 @@ def _find_tools(renderer: ChatRenderer, info: Info) -> _Tools:
     return _Tools({}, "user", describe_tools(tools))
 
 
-def _check_content(prompts: PromptBuilder, content: Any) -> str:
-    """Check what a prompt builder's ``follow`` returned.
-
-    Raises:
-      RunError: it is no text.
-    """
-    if not isinstance(content, str):
-        raise RunError(
-            f"the prompt builder {type(prompts).__qualname__}: follow returned {describe(content)}; expected "
-            "str"
-        )
-    return content
-
-
-def _check_messages(prompts: PromptBuilder, method: str, messages: Any) -> list[Message]:
-    """Check what a prompt builder's ``start`` or ``window`` returned.
-
-    Raises:
-      RunError: it is no list of messages with the texts ``role`` and ``content``; tells the first wrong one.
-    """
-    told = f"the prompt builder {type(prompts).__qualname__}: {method} returned"
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise RunError(f"{told} {describe(messages)}; expected a list of messages")
-    for index, message in enumerate(messages):
-        has_both = isinstance(message, Mapping) and all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        )
-        if not has_both:
-            raise RunError(
-                f"{told} as message {index} {describe(message)}; expected a dict with the texts role and "
-                "content"
-            )
-    return list(messages)
-
-
 def _require_told(
     renderer: ChatRenderer, messages: Sequence[Message], variables: dict[str, Any], author: str
 ) -> None:
@@ -208,7 +174,7 @@ class _Transcript:
     def start(self, observation: str, info: Info) -> PromptDelta:
         self._tools = _find_tools(self._renderer, info)
         messages = self._prompts.start(observation, self._tools.hide(info))
-        self._messages = self._tools.tell(_check_messages(self._prompts, "start", messages))
+        self._messages = self._tools.tell(messages)
         _require_told(self._renderer, self._messages, self._tools.variables, "the environment")
         return self._whole()
 
@@ -221,7 +187,7 @@ class _Transcript:
         observation: str,
         info: Info,
     ) -> PromptDelta:
-        content = _check_content(self._prompts, self._prompts.follow(observation, self._tools.hide(info)))
+        content = self._prompts.follow(observation, self._tools.hide(info))
         new_messages = [{"role": self._tools.role, "content": content}]
         # Another stop token is an ordinary sampled token: the template's end of turn must still follow it.
         ended = stopped and response_tokens[-1] == self._renderer.end_id
@@ -271,7 +237,7 @@ class _Window:
         self._observation = observation
         shown = self._tools.hide(info)
         built = self._prompts.window(list(self._turns), observation, shown, self._num_turns)
-        messages = self._tools.tell(_check_messages(self._prompts, "window", built))
+        messages = self._tools.tell(built)
         _require_told(self._renderer, messages, self._tools.variables, "the environment")
         return PromptDelta(self._renderer.start(messages, **self._tools.variables), is_fresh=True)
 

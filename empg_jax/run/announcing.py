@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from empg_jax.config import Config
 
 # Events of the user's own code that would come back at every turn: told once in a process, and said.
-SAID_ONCE = ("parser_error", "control_token_observed", "states_merged")
+SAID_ONCE = ("parser_error", "prompt_error", "control_token_observed", "states_merged")
 
 
 def say_once(say: Callable[[str], None], tell: Tell = tell_nobody) -> Tell:

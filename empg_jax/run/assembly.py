@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +36,8 @@ from empg_jax.learner.state import make_optimizer
 from empg_jax.models.decoder import DecoderConfig
 from empg_jax.models.lora import LoraConfig
 from empg_jax.rollout.context import CallContext, ContextFactory, make_context
-from empg_jax.rollout.parsing import CheckedParser
-from empg_jax.run.environment import find_spec, reads_bytes
+from empg_jax.rollout.own_code import CheckedParser
+from empg_jax.run.environment import build_part, find_spec, reads_bytes
 from empg_jax.text.builtin import BYTES, build_byte_tokenizer, build_phrase_tokenizer
 from empg_jax.text.chat import ChatRenderer
 from empg_jax.text.history import UnstableHistory
@@ -108,13 +107,12 @@ def make_prompts(config: Config, spec: EnvSpec) -> tuple[PromptBuilder, ActionPa
     Raises:
       ConfigError: it refuses its options.
     """
-    prompts = _call("env.prompt_options", spec.prompts, config.env.prompt_options)
-    parser = _call("env.prompt_options", spec.parser, config.env.prompt_options)
-    if (name := config.env.parser) is not None:
-        if spec.has_calls:
-            raise ConfigError(f"env.parser={name}: an answer to {config.env.target} is the whole response")
-        parser, prompts = parsers.make_parser(name), parsers.ask_for(name, prompts)
-    return prompts, CheckedParser(parser)
+    prompts = build_part(config, spec.prompts)
+    if (name := config.env.parser) is None:
+        return prompts, CheckedParser(build_part(config, spec.parser))
+    if spec.has_calls:
+        raise ConfigError(f"env.parser={name}: an answer to {config.env.target} is the whole response")
+    return parsers.ask_for(name, prompts), CheckedParser(parsers.make_parser(name))
 
 
 def chat_variables(config: Config) -> dict[str, Any]:
@@ -176,14 +174,6 @@ def make_tokenizer(
         raise ConfigError(
             f"env.options={config.env.options}: {error}; model.tokenizer={BYTES} reads any text, byte by byte"
         ) from None
-
-
-def _call(key: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    """Build a part of an environment; refused options become a `ConfigError`."""
-    try:
-        return factory(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}={dict(options)}: {error}") from None
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> DecoderConfig:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from empg_envs import EnvSpec, check_options, resolve_spec
+from empg_envs import EnvSpec, check_options, options_of, resolve_spec
 from empg_envs.tags import TagParser
 from empg_jax.errors import ConfigError
 
@@ -52,6 +53,19 @@ def try_options(config: Config, spec: EnvSpec) -> None:
         raise ConfigError(f"env.options of {config.env.target}: {error}") from None
 
 
+def build_part(config: Config, factory: Callable[..., Any]) -> Any:
+    """Build an environment's prompt builder or parser with those of ``env.prompt_options`` that it takes.
+
+    Raises:
+      ConfigError: it refuses them.
+    """
+    options = options_of(factory, config.env.prompt_options)
+    try:
+        return factory(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"env.prompt_options={options}: {error}") from None
+
+
 def check_warm_start(config: Config, spec: EnvSpec) -> None:
     """Refuse demonstrations of which the run's own parser would read no action.
 
@@ -64,11 +78,7 @@ def check_warm_start(config: Config, spec: EnvSpec) -> None:
     env, sft = config.env, config.sft
     if not sft.updates or sft.data is not None or env.parser is not None:
         return
-    try:
-        parser = spec.parser(**env.prompt_options)
-    except ValueError as error:
-        raise ConfigError(f"env.prompt_options: {error}") from None
-    if isinstance(parser, TagParser):
+    if isinstance(build_part(config, spec.parser), TagParser):
         raise ConfigError(
             f"env.prompt_options.parser=tags: the expert of {env.target} shows bare actions with "
             f"sft.updates={sft.updates}; set sft.updates=0, or the environment's parser of lines (line in "

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from empg_envs import options_of
 from empg_envs.template import read_template
 from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
@@ -37,7 +38,8 @@ def keep_texts(config: Config) -> Config:
     if not names:
         return config
     try:
-        spec.prompts(**options)  # refused here, by the file's name and before a run is made
+        # Refused here, by the file's name and before a run is made.
+        spec.prompts(**options_of(spec.prompts, options))
         options |= {name: read_template(options[name]) for name in names}
     except (TypeError, ValueError) as error:
         raise ConfigError(f"env.prompt_options: {error}") from None

@@ -38,6 +38,7 @@ __all__ = [
     "TextEnv",
     "check_options",
     "make_env",
+    "options_of",
     "resolve_spec",
 ]
 
@@ -185,6 +186,20 @@ def check_options(
     """
     _check_names(spec, "option", options, (spec.make,))
     _check_names(spec, "prompt option", prompt_options or {}, (spec.prompts, spec.parser))
+
+
+def options_of(build: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose the options that a factory takes, where several share them, as prompt builder and parser do.
+
+    Args:
+      build: a factory.
+      options: keyword arguments, checked by `check_options`.
+
+    Returns:
+      Those that its signature names; all, where it takes any name or does not tell.
+    """
+    names = _option_names(build)
+    return {name: value for name, value in options.items() if names is None or name in names}
 
 
 def _check_names(

@@ -153,8 +153,8 @@ class EnvSpec:
     Attributes:
       name: the key in ``ENVS``.
       make: builds the environment from ``env.options``.
-      prompts: builds the prompt builder from ``env.prompt_options``.
-      parser: builds the action parser from ``env.prompt_options``.
+      prompts: builds the prompt builder from those of ``env.prompt_options`` that its signature names.
+      parser: likewise the action parser.
       phrases: returns the closed vocabulary for a small tokenizer, given ``env.options``; phrases may contain
         spaces. None for an environment without a closed vocabulary.
       has_calls: each observation is a call of a program, whose whole conversation is ``info["messages"]`` and

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from empg_envs import ENVS, EnvSpec, check_options, make_env
+from empg_envs import ENVS, EnvSpec, check_options, make_env, options_of
 from empg_envs.base import PlainParser, PlainPrompts
 from empg_envs.swe.backends import make_backend
 from empg_envs.swe.env import SweEnv
@@ -40,6 +40,9 @@ def test_names_behind_a_catch_all_may_be_told(monkeypatch):
 def test_a_prompt_option_may_belong_to_either():
     both = spec(prompts=lambda style: None, parser=lambda strict: None)
     check_options(both, {}, {"style": 1, "strict": 2})
+    given = {"style": 1, "strict": 2}
+    assert options_of(both.prompts, given) == {"style": 1} and options_of(both.parser, given) == {"strict": 2}
+    assert options_of(PlainParser, given) == {} and options_of(take_all, given) == given
     with pytest.raises(TypeError, match=r"has no prompt option 'sty'.*its prompt options are style, strict"):
         check_options(both, {}, {"sty": 1})
 

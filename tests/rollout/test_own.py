@@ -2,10 +2,12 @@
 
 import pytest
 
+from empg_envs.conformance import Subject, checks
 from empg_jax.errors import RunError
-from empg_jax.rollout.parsing import ParserFault
+from empg_jax.rollout.own_code import ParserFault, PromptFault
 from empg_jax.run import assembly, sampling
 from empg_jax.run.announcing import say_once
+from empg_jax.run.environment import check_warm_start, find_spec
 from empg_jax.types import Status
 from tests import runs
 from tests.rollout.scripted import Speaker, attempts, run
@@ -25,7 +27,8 @@ class Stage:
             "rollout.max_tokens=4096",
             "train.micro_tokens=4096",
         ]
-        self.config = runs.configure("unused", *own, *overrides)
+        self.overrides = [*own, *overrides]
+        self.config = runs.configure("unused", *self.overrides)
         self.language = assembly.make_language(self.config)
         self.engine = Speaker([*self.language.tokenizer.encode(said), self.language.renderer.end_id])
         self.events, self.said = [], []
@@ -73,7 +76,7 @@ def test_a_parser_that_raises_costs_its_episodes_and_is_said_once():
     (line,) = stage.said
     assert line == (
         "the action parser tests.rollout.own.make_raising.<locals>.parse raised KeyError: 'oops'; the "
-        "response begins 'bad'"
+        "response begins 'bad' (task train/0)"
     )
     assert stage.events == [("parser_error", {"detail": line})]
     (fine,) = Stage("RAISING", "good").play()
@@ -83,6 +86,40 @@ def test_a_parser_that_raises_costs_its_episodes_and_is_said_once():
 def test_a_parser_that_raises_at_every_task_ends_the_run():
     with pytest.raises(ParserFault, match=r"raised KeyError: 'oops'.*; so it was with 3 tasks of env\.split"):
         Stage("RAISING", "bad").play(4, num_tasks=3)
+
+
+@pytest.mark.parametrize(("context", "method"), [("transcript", "start"), ("window", "window")])
+def test_a_prompt_builder_that_raises_at_a_task_costs_its_episodes_and_is_said_once(context, method):
+    more = [f"env.context={context}", f"env.prompt_options.method={method}"]
+    stage = Stage("PICKY", "go", "env.options.kind=hint", "env.options.length=1", *more)
+    first, *others = stage.play(3, num_tasks=100)
+    assert first.outcome.is_trained
+    assert {(t.outcome.status, t.outcome.reason) for t in others} == {(Status.DISCARDED, "prompt_error")}
+    (line,) = stage.said
+    assert line == (
+        f"the prompt builder Picky: {method} raised KeyError: 'hint'; the observation begins "
+        "'a page, step 0' (task train/1)"
+    )
+    told = [event for event in stage.events if event[0] != "task_quarantined"]
+    assert told == [("prompt_error", {"detail": line})]
+
+
+@pytest.mark.parametrize("method", ["start", "follow"])
+def test_a_prompt_builder_that_raises_at_every_task_ends_the_run(method):
+    told = rf"the prompt builder Picky: {method} raised KeyError.* 3 tasks of env\.split=train, and no "
+    with pytest.raises(PromptFault, match=told):
+        Stage("PICKY", "go", f"env.prompt_options.method={method}").play(4, num_tasks=3)
+
+
+def test_an_option_may_be_the_prompt_builders_alone():
+    """The plain parser beside it takes none."""
+    stage = Stage("PICKY", "go", "env.prompt_options.method=other")
+    assert stage.play()[0].outcome.is_trained
+    config = runs.configure("unused", *stage.overrides, "sft.updates=1")
+    check_warm_start(config, find_spec(config))
+    subject = Subject("tests.rollout.own:PICKY", prompt_options={"method": "other"})
+    checks.check_parser(subject)
+    checks.check_prompts(subject)
 
 
 def test_what_a_parser_returns_is_checked():

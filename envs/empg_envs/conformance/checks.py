@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from empg_envs import options_of
 from empg_envs.conformance.replies import check_opening, check_reply, is_json, require
 from empg_envs.conformance.subject import MOVES, Subject, advance, play
 
@@ -229,7 +230,8 @@ def check_any_text(subject: Subject, actions: Sequence[str] = TEXTS) -> None:
 
 def check_parser(subject: Subject, responses: Sequence[str] = TEXTS) -> None:
     """The parser gives an action for every response."""
-    parser = subject.spec.parser(**subject.prompt_options)
+    build = subject.spec.parser
+    parser = build(**options_of(build, subject.prompt_options))
     with subject.open() as env:
         _, info = env.reset(split=env.list_splits()[0], index=0)
     for response in responses:
@@ -240,7 +242,8 @@ def check_parser(subject: Subject, responses: Sequence[str] = TEXTS) -> None:
 
 def check_prompts(subject: Subject) -> None:
     """Prompts of both contexts end with a user's message."""
-    prompts = subject.spec.prompts(**subject.prompt_options)
+    build = subject.spec.prompts
+    prompts = build(**options_of(build, subject.prompt_options))
     with subject.open() as env:
         observation, info = env.reset(split=env.list_splits()[0], index=0)
     for messages in (
