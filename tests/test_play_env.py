@@ -26,6 +26,26 @@ class Env:
         self.said = action
         return repr(action), 0.5, False, self.left == 0, {"won": False, "metrics": {"left": self.left}}
     def close(self): pass
+
+class Empty(Env):
+    def list_splits(self): return []
+class Taskless(Env):
+    def num_tasks(self, split): return 0
+class Unread(Env):
+    def list_splits(self): raise FileNotFoundError("data gone\\nfor good")
+class Bytes(Env):
+    def reset(self, seed=None, *, split=None, index=None): return b"hello", {}
+class Bare(Env):
+    def reset(self, seed=None, *, split=None, index=None): return "hello", None
+class Offering(Env):
+    def reset(self, seed=None, *, split=None, index=None): return "hello", {"admissible": 5}
+class Unpaid(Env):
+    def step(self, action): return "bye", None, True, False, {}
+class Worded(Env):
+    def step(self, action): return "bye", 1.0, True, False, {"metrics": {"x": "y"}}
+class Sticky(Unpaid):
+    def close(self): raise RuntimeError("stuck")
+class Nothing: pass
 '''
 
 
@@ -94,6 +114,27 @@ def test_a_limit_an_option_of_a_configuration_and_a_long_action(own):
 def test_an_environment_that_breaks_is_one_line(own):
     code, _, err = call(own, stdin="break\n")
     assert code == 1 and err == "error: environment counter:Env failed at action 1: OSError: broken\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "says"),
+    [
+        ("Empty", 2, "has no tasks: its list_splits() is empty"),
+        ("Taskless", 2, "has no tasks in train: its num_tasks('train') is 0"),
+        ("Unread", 1, "failed when asked for its splits: FileNotFoundError: data gone"),
+        ("Nothing", 1, "failed when asked for its splits: AttributeError: 'Nothing' object has no attribute"),
+        ("Bytes", 1, "failed at the start of task train/0: observation is bytes b'hello'; expected str"),
+        ("Bare", 1, "failed at the start of task train/0: info is NoneType None; expected dict"),
+        ("Offering", 1, "failed at the start of task train/0: info['admissible'] is int 5; expected a list"),
+        ("Unpaid", 1, "failed at action 1: reward is NoneType None; expected a finite number"),
+        ("Worded", 1, "failed at action 1: info['metrics']['x'] is str 'y'; expected a finite number"),
+        ("Sticky", 1, "failed at action 1: reward is NoneType None; expected a finite number"),
+    ],
+)
+def test_every_fault_of_an_environment_is_one_line(own, name, code, says):
+    found, _, err = call(f"counter:{name}", stdin="go\n")
+    assert found == code and err.startswith(f"error: environment counter:{name} {says}")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

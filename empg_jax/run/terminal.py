@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import sys
 import textwrap
@@ -10,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from empg_envs import TextEnv, check_options, resolve_spec
+from empg_envs.answers import GarbageError, check_answer, describe
 from empg_jax.config.yaml import apply_override
-from empg_jax.errors import ConfigError, RunError, nearest
+from empg_jax.errors import ConfigError, RunError, first_line, nearest
 
 WIDTH = 110
 HOW = "Type an action, or the number of one; a line that ends in \\ goes on in the next; Ctrl-D leaves."
@@ -47,15 +49,12 @@ def play_episode(
     values: dict[str, Any] = {}
     for option in options:
         apply_override(values, option.removeprefix("env.options."))
-    env = build_env(target, values)
-    try:
+    with open_env(target, values) as env:
+        where = choose_task(env, target, split, task, seed)
         if is_expert and not hasattr(env, "expert_action"):
-            choose_task(env, split, task, seed)
             raise ConfigError(f"--expert: environment {target} has no expert (no expert_action method)")
         agent = _Expert(env, target, say) if is_expert else _Person(say)
-        play_task(env, target, choose_task(env, split, task, seed), agent, seed=seed, say=say)
-    finally:
-        env.close()
+        play_task(env, target, where, agent, seed=seed, say=say)
 
 
 class Agent(Protocol):
@@ -119,6 +118,7 @@ def play_task(
     split, task = where
     with _failing(target, f"at the start of task {split}/{task}"):
         observation, info = env.reset(seed, split=split, index=task)
+        _check_answer(observation, 0.0, False, False, info)
     say(f"{target}, task {task} of {split}: {plain(str(info.get('task', '')))}")
     agent.start()
     total, turns = 0.0, 0
@@ -130,6 +130,7 @@ def play_task(
             return
         with _failing(target, f"at action {turns + 1}"):
             observation, reward, terminated, truncated, info = env.step(action)
+            _check_answer(observation, reward, terminated, truncated, info)
         total, turns = total + float(reward), turns + 1
         if terminated or truncated:
             break
@@ -138,7 +139,7 @@ def play_task(
     verdict = "won" if won else "not won" if terminated else "out of turns"
     say(f"{verdict} after {_count(turns)}, return {total:g}")
     if info.get("metrics"):
-        say(", ".join(f"{name} {value:g}" for name, value in info["metrics"].items()))
+        say(", ".join(f"{name} {float(value):g}" for name, value in info["metrics"].items()))
 
 
 def build_env(target: str, values: Mapping[str, Any]) -> TextEnv:
@@ -155,22 +156,65 @@ def build_env(target: str, values: Mapping[str, Any]) -> TextEnv:
         raise ConfigError(f"{target}: {' '.join(str(error).split())}") from None
 
 
-def choose_task(env: TextEnv, split: str | None, task: int | None, seed: int) -> tuple[str, int]:
-    """Return panel and task: the first panel and a drawn task, where they are not given.
+@contextlib.contextmanager
+def open_env(target: str, values: Mapping[str, Any]) -> Iterator[TextEnv]:
+    """Build an environment, and close it in the end; like a worker, pass over what ``close`` raises.
 
     Raises:
-      ConfigError: there is no such panel or task.
+      ConfigError: see `build_env`.
     """
-    splits = env.list_splits()
+    env = build_env(target, values)
+    try:
+        yield env
+    finally:
+        with contextlib.suppress(Exception):
+            env.close()
+
+
+def choose_task(env: TextEnv, target: str, split: str | None, task: int | None, seed: int) -> tuple[str, int]:
+    """Return panel and task: the first panel and a drawn task, where they are not given.
+
+    Args:
+      env: the environment.
+      target: its name in messages.
+      split: panel of tasks, if chosen.
+      task: number of the task, if chosen.
+      seed: draws the task.
+
+    Raises:
+      ConfigError: there is no such panel or task, or there are none.
+      RunError: the environment fails.
+    """
+    with _failing(target, "when asked for its splits"):
+        splits = list(env.list_splits())
+    if not splits:
+        raise ConfigError(f"environment {target} has no tasks: its list_splits() is empty")
     if split is not None and split not in splits:
         raise ConfigError(f"--split {split}: unknown{nearest(split, splits)}; choose {', '.join(splits)}")
     split = splits[0] if split is None else split
-    count = env.num_tasks(split)
+    with _failing(target, f"when asked for the number of tasks of {split}"):
+        count = operator.index(env.num_tasks(split))
+    if count < 1:
+        raise ConfigError(
+            f"environment {target} has no tasks in {split}: its num_tasks({split!r}) is {count}"
+        )
     if task is None:
         return split, random.Random(seed).randrange(count)
     if not 0 <= task < count:
         raise ConfigError(f"--task {task}: {split} has the tasks 0 to {count - 1}")
     return split, task
+
+
+def _check_answer(observation: Any, reward: Any, terminated: Any, truncated: Any, info: Any) -> None:
+    """Check an answer as a worker does, and the actions that are offered.
+
+    Raises:
+      GarbageError: a part has the wrong type.
+    """
+    check_answer(observation, reward, terminated, truncated, info)
+    offered = info.get("admissible") or ()
+    if not isinstance(offered, (list, tuple)) or not all(isinstance(each, str) for each in offered):
+        raise GarbageError(f"info['admissible'] is {describe(offered)}; expected a list of texts")
 
 
 def _show(observation: str, info: Mapping[str, Any], say: Say) -> None:
@@ -214,7 +258,8 @@ def _failing(target: str, when: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RunError(f"environment {target} failed {when}: {type(error).__name__}: {error}") from error
+        what = str(error) if isinstance(error, GarbageError) else first_line(error)
+        raise RunError(f"environment {target} failed {when}: {what}") from error
 
 
 def plain(text: str) -> str:

@@ -15,7 +15,7 @@ from empg_jax.run.folder import split_checkpoint
 from empg_jax.run.process import prepare_jax
 from empg_jax.run.sampling import make_engine, make_watches
 from empg_jax.run.saved import SavedRun, open_new, open_saved
-from empg_jax.run.terminal import Say, build_env, choose_task, plain, play_task
+from empg_jax.run.terminal import Say, choose_task, open_env, plain, play_task
 
 STREAM = 3  # keeps the sampling keys apart from those of training, evaluation and serving
 
@@ -52,12 +52,9 @@ def watch_episode(
         raise ConfigError(
             f"--policy: the agent of {target} is a program of its own; empg-jax rollout plays its episodes"
         )
-    env = build_env(target, config.env.options)
-    try:
-        where = choose_task(env, eval_panels(config)[0] if split is None else split, task, seed)
+    with open_env(target, config.env.options) as env:
+        where = choose_task(env, target, eval_panels(config)[0] if split is None else split, task, seed)
         play_task(env, target, where, PolicyAgent(saved, (seed, where[1]), say), seed=seed, say=say)
-    finally:
-        env.close()
 
 
 def _open(target: str, source: str, changes: Sequence[str], say: Say) -> SavedRun:
