@@ -261,6 +261,16 @@ def test_mistakes_are_refused_before_anything_is_loaded(arguments, says):
     assert (code, out) == (2, "") and says in err and "Traceback" not in err
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "eval").touch()  # where the run's evaluation would lie
+    code, out, err = call("eval", tmp_path)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: {tmp_path / 'eval'} cannot be written: Not a directory; --out FOLDER names another\n"
+    )
+    assert call("eval", tmp_path, "--out", "/proc")[2].startswith("error: --out /proc cannot be written: ")
+
+
 @pytest.mark.parametrize("env", FOR_LANGUAGE_MODELS)
 def test_every_environment_has_a_configuration_for_language_models(env):
     said = []

@@ -98,6 +98,11 @@ def needs_of(part: Any) -> tuple[str, ...]:
     return getattr(part, "needs", ())
 
 
+def compares_states(estimate: Any) -> bool:
+    """Return whether an estimator compares the states that turns begin in, as far as it says so."""
+    return "anchor_similarity" in getattr(estimate, "options", {})
+
+
 def _check_together(recipe: Recipe) -> None:
     """Refuse parts that do the same thing twice, or that miss one another."""
     corrections = [name_of(item) for item in recipe.correct]  # type: ignore[union-attr]

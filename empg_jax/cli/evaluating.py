@@ -82,7 +82,8 @@ def evaluate(
         changes = [*(overrides or []), *changes]
         from empg_jax.report.evaluation import check_out
 
-        check_out(out)
+        if out is not None:
+            check_out(out, is_chosen=True)
         if base_url is not None:
             source, model = _name_on_server(source, base_url, model)
         if model is not None and not is_address(source):
@@ -91,7 +92,9 @@ def evaluate(
         if is_run:
             check_run(Path(source))
             run_dir, step = split_checkpoint(Path(source))
-            out = out or run_dir / "eval" / ("" if step is None else f"step-{step}")
+            if out is None:
+                out = run_dir / "eval" / ("" if step is None else f"step-{step}")
+                check_out(out, is_chosen=False)
         # Only what is given, so that plain calls stay plain.
         more: dict[str, Any] = {"out": out} | ({} if attempts == 1 else {"attempts": attempts})
         if is_run:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_jax.errors import ConfigError, RunError
-from empg_jax.files import format_json, write_together
+from empg_jax.files import format_json, try_folder, write_together
 from empg_jax.metrics import label_groups
 from empg_jax.report.intervals import estimate, pass_at_k, sizes_up_to
 from empg_jax.report.pairing import EPISODES
@@ -62,14 +62,23 @@ def _estimates(episodes: Iterable[Trajectory], attempts: int) -> dict[str, Any]:
     }
 
 
-def check_out(out: Path | None) -> None:
-    """Refuse a folder for the report that cannot be made, before the evaluation begins.
+def check_out(out: Path, *, is_chosen: bool) -> None:
+    """Refuse a folder for the report that cannot be made or written, before the evaluation begins.
+
+    Args:
+      out: the folder.
+      is_chosen: whether ``--out`` names it; else it is made with the folders above it.
 
     Raises:
-      ConfigError: it is a file, or the folder above it does not exist.
+      ConfigError: it is a file, nothing can be written there, or the folder above a chosen one is missing.
     """
-    if out is not None and ((out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir()):
+    if is_chosen and ((out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir()):
         raise ConfigError(f"--out {out}: expected a folder, or a new one in a folder that exists")
+    try:
+        try_folder(out)
+    except OSError as error:
+        what, way = (f"--out {out}", "") if is_chosen else (out, "; --out FOLDER names another")
+        raise ConfigError(f"{what} cannot be written: {error.strerror or error}{way}") from None
 
 
 def write_evaluation(folder: Path, result: Mapping[str, Any], episodes: str) -> None:

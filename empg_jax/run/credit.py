@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from empg_jax.algorithms.anchors import join_alike
-from empg_jax.algorithms.recipe import needs_of
+from empg_jax.algorithms.recipe import compares_states, needs_of
 from empg_jax.errors import ConfigError, writing
 from empg_jax.learner.batching import BatchShape, make_batch, merge_turns
 from empg_jax.rollout.record import Record, credit_fields, make_trajectory, read_episodes
@@ -116,17 +116,19 @@ def _power_of_two(least: int) -> int:
 
 def _notes(config: Config, records: list[Record], *, has_critic: bool) -> list[str]:
     notes = ["the critic's values are taken as 0: a record does not hold them"] if has_critic else []
-    needed = needs_of(make_recipe_from(config).estimate)
-    if "answer_logprobs" in needed and not all("answer_logprob" in t for r in records for t in r["turns"]):
+    estimate = make_recipe_from(config).estimate
+    needed, turns = needs_of(estimate), [turn for record in records for turn in record["turns"]]
+    if "answer_logprobs" in needed and not all("answer_logprob" in turn for turn in turns):
         notes.append("turns without answer_logprob gain nothing: their known answers were not scored")
-    if "success" in needed and not any("success" in r for r in records):
+    if "success" in needed and not any("success" in record for record in records):
         notes.append("episodes without success count as failures: no state is near a goal")
-    for name, field, effect in (
-        ("actions", "action", "no two moves are known to be the same action"),
-        ("milestones", "milestone", "no turn reached one"),
-    ):
-        if name in needed and not any(field in t for r in records for t in r["turns"]):
-            notes.append(f"turns without {field}: {effect}")
+    if compares_states(estimate) and not any(turn.get("anchor") or turn.get("observation") for turn in turns):
+        notes.append("turns without observation or anchor: no two are known to share a state")
+    # A response stands for its action.
+    if "actions" in needed and not any("action" in turn or "response" in turn for turn in turns):
+        notes.append("turns without action or response: no two moves are known to be the same action")
+    if "milestones" in needed and not any("milestone" in turn for turn in turns):
+        notes.append("turns without milestone: no turn reached one")
     if config.algorithm.reward_kl_coef > 0:  # a KL in the reward changes credit; a KL in the loss does not
         notes.append("the reference's log-probs are taken as the policy's: a record does not hold them")
     return notes

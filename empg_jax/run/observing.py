@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from empg_jax.algorithms.recipe import compares_states
 from empg_jax.run.assembly import make_recipe_from
 from empg_jax.text.tokenizer import Tokenizer
 from empg_jax.workers.faults import Tell
@@ -27,8 +28,8 @@ class Observer:
         """Set whose observations are looked at, who is told, and whether credit is given for the episodes."""
         self._target, self._tokenizer, self._tell = config.env.target, tokenizer, tell
         self._name = config.algorithm.name
-        options = getattr(make_recipe_from(config).estimate, "options", {})
-        self._compares = for_credit and config.env.anchor == "observation" and "anchor_similarity" in options
+        by_text = config.env.anchor == "observation" and compares_states(make_recipe_from(config).estimate)
+        self._compares = for_credit and by_text
         self._states: dict[tuple[int, str], Any] = {}  # by group and observation
 
     def __call__(self, group_id: int, observation: str, info: Mapping[str, Any]) -> None:
