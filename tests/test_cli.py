@@ -200,6 +200,12 @@ def test_config_lists_every_key(run):
     assert code == 0 and "algorithm.empg.zeta" in out and "log.transcripts" in out
     (line,) = [line for line in out.splitlines() if line.startswith("train.schedule ")]
     assert line.split()[1] == "linear" and line.endswith("Choices: linear, cosine, constant.")
+    (line,) = [line for line in out.splitlines() if line.startswith("hosts.enabled ")]
+    assert line.endswith("Choices: auto, true, false.")
+    code, _, err = run("config", "quickstart", "hosts.enabled=flase")
+    assert code == 2 and err.splitlines()[1:] == [
+        "  hosts.enabled='flase': unknown choice (did you mean false?); choose auto or true or false"
+    ]
 
 
 def _python(code, *arguments, stderr=subprocess.PIPE):

@@ -56,6 +56,8 @@ def explain(root: Any, error: Mapping[str, Any]) -> list[str]:
         return [
             f"{where}: unknown choice{nearest(str(error['input']), choices)}; choose {' or '.join(choices)}"
         ]
+    if kind.startswith("bool") and _choices(annotation):  # beside the error of the choices
+        return []
     if kind == "string_pattern_mismatch" and field.examples:
         return [f"{where}: expected {', such as '.join(field.examples)}"]
     return [f"{where}: {error['msg'].replace('Input should', 'must')}"]
@@ -78,7 +80,9 @@ def _section_at(root: Any, parts: Sequence[str]) -> Any:
 def _choices(annotation: Any) -> list[str]:
     if typing.get_origin(annotation) is Literal:
         return [str(choice) for choice in typing.get_args(annotation)]
-    return [choice for part in typing.get_args(annotation) for choice in _choices(part)]
+    parts = typing.get_args(annotation)
+    choices = [choice for part in parts for choice in _choices(part)]
+    return [*choices, "true", "false"] if choices and bool in parts else choices
 
 
 def _nearest_key(root: Any, parents: Sequence[str], wrong: str) -> str:

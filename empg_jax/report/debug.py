@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from empg_jax.errors import ConfigError
 from empg_jax.files import as_json, replacing
@@ -100,7 +102,7 @@ def inspect_dump(path: Path) -> dict[str, Any]:
             )
         path = min(dumps, key=lambda each: int(each.stem.rpartition("_")[2]))
     try:
-        with path.open("rb") as stream, np.load(stream) as file:
+        with path.open("rb") as stream, NpzFile(stream) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays.pop("about")))
         found = {
@@ -113,7 +115,7 @@ def inspect_dump(path: Path) -> dict[str, Any]:
         }
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} is no dump of an update (bad_batch_N.npz): {error}") from None
     return found
 

@@ -165,7 +165,7 @@ def _require_told(
 class _Transcript:
     """A context that appends new messages, and starts a fresh prompt only where the template demands it."""
 
-    def __init__(self, prompts: PromptBuilder, renderer: ChatRenderer):
+    def __init__(self, prompts: CheckedPrompts, renderer: ChatRenderer):
         self._prompts = prompts
         self._renderer = renderer
         self._messages: list[Message] = []
@@ -206,7 +206,7 @@ class _Transcript:
 class _Window:
     """A context that repeats the last ``history`` turns in a fresh prompt."""
 
-    def __init__(self, prompts: PromptBuilder, renderer: ChatRenderer, history: int):
+    def __init__(self, prompts: CheckedPrompts, renderer: ChatRenderer, history: int):
         self._prompts = prompts
         self._renderer = renderer
         self._turns: deque[tuple[str, str]] = deque(maxlen=history)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from empg_jax.engine.slots import count_equal
 from empg_jax.errors import ConfigError
@@ -124,12 +125,12 @@ def load_trajectories(path: Path, key: str) -> list[Trajectory]:
       ConfigError: the file is missing or holds something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as stream, NpzFile(stream) as stored:
             arrays = {name: stored[name] for name in stored.files}
         return unpack_trajectories(str(arrays.pop("header")), arrays)
     except OSError as error:
         raise ConfigError(f"{key}={path} cannot be read: {error}") from None
-    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile) as error:
         raise ConfigError(
             f"{key}={path} holds no episodes ({error}); 'empg-jax rollout ... --out FILE.npz' writes such"
         ) from None

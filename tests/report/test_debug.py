@@ -77,7 +77,7 @@ def test_the_first_dump_and_the_newest_stay(tmp_path):
     ("content", "says"),
     [
         (None, "there is no such file"),
-        (b"nonsense", "is no dump of an update"),
+        (b"nonsense", "is no dump of an update (bad_batch_N.npz): File is not a zip file"),
         (b"PK\x03\x04cut", "is no dump of an update"),
     ],
 )
