@@ -323,6 +323,7 @@ def test_a_worker_killed_from_outside_costs_at_most_its_episode(tmp_path, opened
     assert sum(count for name, count in outcomes.items() if name.startswith("trained:")) == 12
 
 
+@pytest.mark.slow
 def test_tasks_that_never_work_are_given_up_and_told(tmp_path):
     """Every third task fails: its attempts are tried again, it is quarantined, its group replaced."""
     options = ["env.options.broken=3", "faults.breaker_min=1000", "eval.tasks=1", "train.updates=6"]

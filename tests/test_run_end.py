@@ -32,6 +32,7 @@ def on_a_full_disk(call):
     return fails
 
 
+@pytest.mark.slow
 def test_the_evaluation_at_the_end_stays_where_a_run_goes_on(tmp_path):
     run = runs.train(tmp_path / "run", *HOUSE, "train.updates=2")
     ended = json.loads((run / "summary.json").read_text())
@@ -88,6 +89,7 @@ def test_a_full_disk_costs_the_batch_of_a_step_left_out(tmp_path, monkeypatch, c
     assert (run / "summary.json").exists() and not list((run / "debug").iterdir())
 
 
+@pytest.mark.slow
 def test_results_are_written_before_a_tracker_ends(tmp_path, monkeypatch):
     run, found = tmp_path / "run", []
 

@@ -226,6 +226,7 @@ def test_ppo_estimates_advantages_along_each_trajectory(gamma, lam):
     np.testing.assert_allclose(credit.metrics["explained_variance"], 1 - left, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_critics_loss_is_clipped_weighed_and_masked():
     batch, scores, _, values = make_batch(junk=np.nan)
     algorithm = al.make_algorithm("ppo", critic={"value_coef": 0.25, "value_clip": 0.1})

@@ -55,6 +55,7 @@ def test_episodes_that_a_limit_ended_leave_the_loss(tmp_path):
     np.testing.assert_allclose(weights, batch.loss_mask / batch.loss_mask.sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_limit_is_bootstrapped_on_request(tmp_path):
     """What a turn limit ended goes on with the critic's last value; what broke a limit does not."""
     batch, scores, plain, _ = run(tmp_path, {"name": "ppo"})

@@ -53,13 +53,12 @@ def test_ledger_and_credit_agree_on_what_is_equal(offset, ulps):
     assert bool(jnp.any(deviations != 0)) == mixed and bool(jnp.any(std != 0)) == mixed
 
 
-@pytest.mark.parametrize("level", [0.1, 0.7, float(np.log(10))])
-def test_equal_entropies_of_turns_of_different_length_are_equal(level):
+def test_equal_entropies_of_turns_of_different_length_are_equal():
     """Their means round apart; both kernels leave them alone all the same."""
     lengths = (3, 7, 11, 13)
     owners = np.repeat(np.arange(4), lengths)[None]
     entropies, mask = al.compute_turn_entropies(
-        np.full(owners.shape, level, np.float32),
+        np.full(owners.shape, 0.7, np.float32),
         np.ones(owners.shape, bool),
         (owners // 2).astype(np.int32),
         (owners % 2).astype(np.int32),

@@ -289,6 +289,7 @@ def test_a_token_that_is_left_out_moves_no_ratio_of_its_unit(loss, problem):
     assert_trees_equal(*gradients)
 
 
+@pytest.mark.slow
 def test_an_update_without_trained_tokens_changes_nothing(problem):
     """Groups of equal returns are dropped; momentum would still move the weights."""
     optimizer = optax.sgd(1.0, momentum=0.9)

@@ -489,6 +489,7 @@ def test_a_container_that_an_agent_ends_counts_against_it(
     env.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stuck", "says"),
     [
