@@ -32,7 +32,7 @@ def drop_absent(batch: Batch) -> Batch:
     return dataclasses.replace(batch, loss_mask=present, group_ids=group_ids)
 
 
-def _size(batch: Batch) -> dict[str, int]:
+def _size(batch: Batch) -> dict[str, Any]:
     """Return the size of the table of turns, by the names of its arguments."""
     num_trajectories, num_turns = batch.turn_valid.shape
     return {"num_trajectories": num_trajectories, "num_turns": num_turns}
