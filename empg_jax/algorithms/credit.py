@@ -204,9 +204,7 @@ def make_credit(recipe: Recipe, *, num_minibatches: int = 1) -> Callable[[Batch,
         weights = recipe.aggregate(batch, kept, num_minibatches)  # type: ignore[operator]
         weights = _checked(recipe.aggregate, weights, mask.shape, "[B, T]").astype(jnp.float32)
         trained = count_turn_tokens(kept, batch.trajectory_ids, batch.turn_ids, **_size(batch)) > 0
-        metrics = credit_metrics(
-            base, modulated, turns.entropies, turns.mask, final=final, trained=turns.mask & trained
-        )
+        metrics = credit_metrics(base, modulated, turns.entropies, turns.mask, final=final, trained=trained)
         metrics |= {
             "mixed_groups": mixed_group_share(
                 batch.returns, batch.group_ids

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from empg_envs import options_of
 from empg_envs.template import read_template
 from empg_jax.config.places import expand
 from empg_jax.errors import ConfigError
 from empg_jax.parallel.hosts import Hosts
-from empg_jax.run.environment import find_spec
+from empg_jax.run.environment import build_part, find_spec
 from empg_jax.run.step_folders import is_object_store
 from empg_jax.text.builtin import BYTES
 
@@ -37,9 +36,8 @@ def keep_texts(config: Config) -> Config:
     names = [name for name in spec.texts if options.get(name) is not None]
     if not names:
         return config
+    build_part(config, spec.prompts)  # refused here, by the file's name and before a run is made
     try:
-        # Refused here, by the file's name and before a run is made.
-        spec.prompts(**options_of(spec.prompts, options))
         options |= {name: read_template(options[name]) for name in names}
     except (TypeError, ValueError) as error:
         raise ConfigError(f"env.prompt_options: {error}") from None
